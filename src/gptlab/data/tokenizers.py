@@ -1,0 +1,159 @@
+"""Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptlab.data.config import TokenizerConfig
+from gptlab.data.vocabulary import gpt2_merges
+from gptlab.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer can do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids V, the end of text included."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that separates documents; None where there is none."""
+        ...
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Ids of ``text``, which is ordinary text throughout: no part of it becomes a special token."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, and the end of text is spelled out."""
+        ...
+
+    def token_bytes(self) -> NDArray[np.uint8]:
+        """UTF-8 bytes that each id stands for (V,); 0 for the end of text."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Plain data from which ``load_tokenizer`` builds it again."""
+        ...
+
+
+class BytesTokenizer:
+    """UTF-8 bytes, and one id more for the end of text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        texts = (END_OF_TEXT.encode() if i == self.end_of_text else bytes((i,)) for i in ids)
+        return b"".join(texts).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
+        return np.array([1] * 256 + [0], dtype=np.uint8)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "bytes"}
+
+
+class CharactersTokenizer:
+    """The distinct characters of one corpus in code point order, as in nanoGPT's character data."""
+
+    end_of_text = None
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self._id = {character: i for i, character in enumerate(characters)}
+
+    @property
+    def vocab_size(self) -> int:  # noqa: D102
+        return len(self.characters)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        try:
+            return np.fromiter((self._id[character] for character in text), dtype=np.uint32, count=len(text))
+        except KeyError as error:
+            raise UserError(
+                f"The character {error.args[0]!r} is not among the {len(self.characters)} that this tokenizer knows: "
+                f"{self.characters!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return "".join(self.characters[i] for i in ids)
+
+    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
+        return np.array([len(character.encode()) for character in self.characters], dtype=np.uint8)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "characters", "characters": self.characters}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), run by tiktoken.
+
+    Raises:
+        UserError: The vocabulary is not to be had; see ``gptlab.data.vocabulary``.
+    """
+
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self, vocab_dir: str | None) -> None:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=r50k_pat_str,
+            mergeable_ranks=gpt2_merges(vocab_dir),
+            special_tokens={END_OF_TEXT: self.end_of_text},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        return self._encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return self._encoding.decode(list(ids))
+
+    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
+        tokens = self._encoding.token_byte_values()
+        lengths = np.zeros(self.vocab_size, dtype=np.uint8)
+        lengths[[self._encoding.encode_single_token(token) for token in tokens]] = [len(token) for token in tokens]
+        return lengths
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "gpt2"}
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids to continue from: those of ``prompt`` or, where it is empty, of the start of a new document."""
+    if not prompt and tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    return tokenizer.encode(prompt or "\n").tolist()
+
+
+def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Build the tokenizer that ``config`` names; ``texts`` is read only by those that are made from the corpus."""
+    if config.name == "characters":
+        found: set[str] = set()
+        for text in texts:
+            found.update(text)
+        return CharactersTokenizer("".join(sorted(found)))
+    return load_tokenizer({"name": config.name}, config.vocab_dir)
+
+
+def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
+    """Build a tokenizer again from its record; UserError where its vocabulary is missing."""
+    if record["name"] == "bytes":
+        return BytesTokenizer()
+    if record["name"] == "characters":
+        return CharactersTokenizer(record["characters"])
+    return GPT2Tokenizer(vocab_dir)

@@ -1,0 +1,17 @@
+"""Errors that a user caused and can mend: a sentence, not a traceback."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for.
+
+    The message says what is wrong, where, and what would be right. Commands print it and exit with status 2.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " Did you mean <nearest>?" for the known word nearest to ``word``, or "" where none is near."""
+    nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {nearest[0]}?" if nearest else ""

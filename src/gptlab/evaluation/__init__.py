@@ -1,0 +1,1 @@
+"""Scores of a model: loss and bits per byte."""

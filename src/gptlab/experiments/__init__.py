@@ -1,0 +1,1 @@
+"""Configuration, run directories, launching, loggers: one experiment from command line to record."""

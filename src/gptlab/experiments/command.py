@@ -1,0 +1,122 @@
+"""What every command shares: Hydra around it, and sentences instead of tracebacks. Imports no torch."""
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import gptlab
+from gptlab.errors import UserError, did_you_mean
+from gptlab.experiments.logs import log_to_screen
+from gptlab.experiments.processes import is_first_rank
+
+DONE, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130  # exit statuses
+
+Task = Callable[[DictConfig], int]
+
+
+def configuration_root() -> Path:
+    """Return the folder of conf/ and sweeps/: the package's own in a wheel, else the top of the checkout."""
+    package = Path(gptlab.__file__).parent
+    return package if (package / "conf").is_dir() else package.parents[1]
+
+
+class SweepsPlugin(SearchPathPlugin):
+    """Makes sweeps/ a config group: it lies beside conf/, not in it."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Add the folder that holds sweeps/."""
+        search_path.append("gptlab", configuration_root().as_uri())
+
+
+def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) -> Callable[[Task], Callable[[], None]]:
+    """Turn a task into a command line with Hydra's flags, documented exit statuses and no traceback for mistakes.
+
+    Args:
+        config_name: The primary configuration, in conf/.
+        keys: Every setting's dotted name, to propose the nearest for one that does not exist.
+        literal: Keys whose values are text, never Hydra's grammar.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        statuses = [DONE]
+
+        @functools.wraps(task)
+        def told(config: DictConfig) -> None:
+            try:
+                statuses.append(task(config))
+            except UserError as error:  # in a sweep the other jobs go on
+                statuses.append(_tell(error))
+
+        @functools.wraps(task)
+        def main() -> None:
+            log_to_screen()
+            wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints for itself, and exits with 1
+            try:
+                Plugins.instance().register(SweepsPlugin)
+                sys.argv[1:] = [_quoted(argument, literal) for argument in sys.argv[1:]]
+                hydra.main(version_base="1.3", config_path=str(configuration_root() / "conf"), config_name=config_name)(
+                    told
+                )()
+            except (HydraException, OmegaConfBaseException) as error:
+                if wants_traceback:
+                    raise
+                statuses.append(_tell(_explain(error, keys)))
+            except KeyboardInterrupt:
+                statuses.append(INTERRUPTED)
+            sys.exit(max(statuses))
+
+        return main
+
+    return decorate
+
+
+def _tell(error: UserError) -> int:
+    if is_first_rank():  # once, not once a process
+        print(f"gptlab: {error}", file=sys.stderr)
+    return MISTAKEN
+
+
+def _quoted(argument: str, literal: tuple[str, ...]) -> str:
+    """Quote the value of an override that Hydra's grammar cannot read (a path with "=", code), or that is text."""
+    key, equals, value = argument.partition("=")
+    if argument.startswith("-") or not equals or value.startswith(("'", '"')):
+        return argument
+    try:
+        if key not in literal:
+            OverridesParser.create().parse_override(argument)
+            return argument
+    except OverrideParseException:
+        pass
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes count only in front of a quote
+    trailing = re.search(r"\\*$", escaped)
+    return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
+
+
+def _explain(error: Exception, keys: set[str]) -> UserError:
+    """Say in a sentence what Hydra says of a command line."""
+    message = str(error).strip()
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        nearest = did_you_mean(option, error.options)
+        return UserError(f"{group}={option}: there is no such option.{nearest} There are {', '.join(error.options)}.")
+    if isinstance(error, OverrideParseException):
+        return UserError(f"{error.override} cannot be read: {message.splitlines()[0]}")
+    if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
+        key = found[1]
+        return UserError(f"{key} is no setting.{did_you_mean(key, keys)} All are shown by --cfg job.")
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+        message = f"{message}: {error.__cause__}"
+    return UserError(message)

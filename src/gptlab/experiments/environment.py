@@ -1,0 +1,67 @@
+"""What a run depends on beside its configuration: code, packages, machine, command."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
+
+
+def record_environment(directory: Path) -> None:
+    """Write environment.json and, where the checkout has uncommitted changes, uncommitted.diff.
+
+    Environment variables are not recorded: they may hold secrets.
+    """
+    commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    record: dict[str, Any] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(sys.orig_argv),
+        "folder": str(Path.cwd()),
+        "git": {"commit": commit, "uncommitted": bool(diff)},
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        },
+        "python": sys.version,
+        "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+    }
+    (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n")
+    if diff:
+        (directory / DIFF).write_text(diff)
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the folder the run was started in; None where it is no checkout or there is no git."""
+    try:
+        return subprocess.run(
+            ("git", *arguments), capture_output=True, text=True, check=True, timeout=30
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+
+
+def _lines(*command: str) -> list[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _processor() -> str:
+    """Name the processor as the kernel does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,160 @@
+"""One training run, from a complete configuration to its run directory."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
+
+from gptlab.data.preparation import Prepared
+from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, create, find_checkpoint
+from gptlab.experiments.loggers import build_loggers
+from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
+from gptlab.experiments.processes import is_first_rank, started_from_outside
+from gptlab.experiments.schema import Config
+from gptlab.experiments.screen import announce, summarise
+from gptlab.experiments.weights import load_weights, read_checkpoint
+from gptlab.model.config import flops_per_token
+from gptlab.model.gpt import GPT
+from gptlab.training.batch import BatchPlan, plan_batch
+from gptlab.training.callbacks.checkpoints import LAST, checkpoint_callbacks
+from gptlab.training.callbacks.recorder import Recorder
+from gptlab.training.callbacks.samples import Samples
+from gptlab.training.datamodule import TokenData
+from gptlab.training.devices import Devices, choose_devices
+from gptlab.training.module import GPTModule
+from gptlab.training.strategies import build_strategy
+
+
+def run(config: Config, prepared: Prepared, place: Path | None) -> None:
+    """Train, and leave a run directory behind.
+
+    Every rank calls this. Nothing is written before everything that can be checked has been.
+
+    Args:
+        config: Complete, with the vocabulary.
+        prepared: The data.
+        place: The run directory, where a sweep has set one apart.
+
+    Raises:
+        UserError: What is asked for is not there: devices, a checkpoint, a login.
+    """
+    quieten_lightning()
+    devices = choose_devices(config.trainer, config.train)
+    plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, devices.world_size)
+    checkpoint = find_checkpoint(Path(config.resume), LAST) if config.resume else None
+    module = build_module(config, prepared, devices)
+    directory = _directory(config, prepared, place)
+    is_first = is_first_rank()
+    handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
+    try:
+        announce(config, prepared.manifest, devices, plan, directory)
+        recorder = _recorder(config, devices)
+        trainer = build_trainer(config, prepared, devices, plan, directory, recorder, checkpoint)
+        data = TokenData(
+            prepared,
+            config.data,
+            plan=plan,
+            block_size=config.model.block_size,
+            seed=config.seed,
+            eval_windows=config.train.eval_windows,
+        )
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        if is_first:
+            summarise(config, directory, recorder, trainer)
+    finally:
+        stop_log(handler)
+
+
+def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTModule:
+    """Build the network, the same on every rank, and what trains it."""
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    if config.init_from:
+        load_weights(model, Path(config.init_from))
+    return GPTModule(
+        model,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        max_steps=config.steps,
+        grad_clip=config.train.grad_clip,
+        seed=config.seed,
+        token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
+        compile=devices.compile,
+    )
+
+
+def build_trainer(
+    config: Config,
+    prepared: Prepared,
+    devices: Devices,
+    plan: BatchPlan,
+    directory: Path,
+    recorder: Recorder,
+    checkpoint: Path | None,
+) -> L.Trainer:
+    """Build Lightning's Trainer with the run's callbacks and loggers."""
+    callbacks: list[L.Callback] = [recorder]
+    wanted = config.callbacks
+    if wanted.samples:
+        callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
+    if wanted.early_stopping:
+        patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
+        callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
+    if wanted.checkpoint:
+        callbacks.extend(checkpoint_callbacks(wanted.checkpoint, directory / CHECKPOINTS))
+    return L.Trainer(
+        accelerator=devices.accelerator,
+        devices=devices.devices,
+        num_nodes=devices.num_nodes,
+        strategy=build_strategy(config.trainer.strategy, devices.world_size),
+        precision=devices.precision,  # type: ignore[arg-type]  # one of Lightning's names, checked by the schema
+        # what started this process decides, not what variables a scheduler has left lying about
+        plugins=None if started_from_outside() else [LightningEnvironment()],
+        max_steps=config.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=plan.accumulation,
+        val_check_interval=config.train.eval_every * plan.accumulation,  # Lightning counts micro-batches here
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        logger=build_loggers(config, directory, read_checkpoint(checkpoint)["global_step"] if checkpoint else None),
+        profiler=_profiler(config, directory),
+        enable_checkpointing=bool(wanted.checkpoint),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    )
+
+
+def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
+    """Make the run directory on the first rank; the others write nothing into theirs, which is never made."""
+    if config.resume:
+        return Path(config.resume).absolute()
+    return create(config, prepared.manifest, place) if is_first_rank() else Path("outputs") / config.name
+
+
+def _recorder(config: Config, devices: Devices) -> Recorder:
+    peak = devices.peak_flops()
+    return Recorder(
+        log_every=config.train.log_every,
+        max_steps=config.steps,
+        tokens_per_step=config.train.global_batch_size * config.model.block_size,
+        flops_per_token=flops_per_token(config.model),
+        peak_flops=peak * devices.world_size if peak else None,
+    )
+
+
+def _profiler(config: Config, directory: Path) -> Profiler | None:
+    folder = directory / "profile"
+    match config.trainer.profiler:
+        case "simple":
+            return SimpleProfiler(dirpath=folder, filename="times")
+        case "pytorch":
+            return PyTorchProfiler(dirpath=folder, filename="trace", emit_nvtx=False, export_to_chrome=True)
+        case _:
+            return None

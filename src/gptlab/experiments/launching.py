@@ -1,0 +1,71 @@
+"""Where a run's processes come from. Imports no torch.
+
+One process with one device runs here. A run over several devices gets a process of its own, from which Lightning
+starts the other ranks: so its environment cannot leak into the next job of a sweep, and Hydra is not asked twice.
+Where torchrun or SLURM has started the ranks already, each runs here.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from gptlab.data.preparation import Prepared, prepare
+from gptlab.data.shards import SPLITS, Split
+from gptlab.errors import UserError
+from gptlab.experiments.processes import started_from_outside
+from gptlab.experiments.schema import Config
+from gptlab.training.batch import plan_batch
+
+WORKER = "gptlab.experiments.worker"
+
+
+def launch(config: Config, place: Path | None) -> int:
+    """Run a checked configuration to its end.
+
+    Args:
+        config: From ``gptlab.experiments.schema.check``.
+        place: The run directory that a sweep has set apart; None names one by the time.
+
+    Returns:
+        The exit status.
+    """
+    config, prepared = make_ready(config)
+    if started_from_outside() or (config.trainer.strategy == "single" and place is None):
+        from gptlab.experiments.job import run  # torch is needed from here on
+
+        run(config, prepared, place)
+        return 0
+    return _run_in_process(config, place)
+
+
+def make_ready(config: Config) -> tuple[Config, Prepared]:
+    """Prepare the data and complete the configuration; UserError for what can be known without torch."""
+    config = config.with_absolute_paths()
+    if isinstance(config.trainer.devices, int) and not started_from_outside():
+        world_size = config.trainer.devices * config.trainer.num_nodes
+        plan_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    prepared = prepare(config.data, config.tokenizer)
+    block_size, manifest = config.model.block_size, prepared.manifest
+    needed: dict[Split, int] = {"train": 2 * block_size, "val": block_size + 1}
+    for split in SPLITS:
+        if (tokens := manifest.tokens(split)) < needed[split]:
+            raise UserError(
+                f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
+                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
+            )
+    return config.with_vocabulary(manifest.vocab_size), prepared
+
+
+def _run_in_process(config: Config, place: Path | None) -> int:
+    """Start the worker, and wait for it through interrupts: it ends itself, with its ranks."""
+    with tempfile.NamedTemporaryFile("w", prefix="gptlab-", suffix=".json") as file:
+        json.dump({"config": config.model_dump(mode="json"), "place": place and str(place.absolute())}, file)
+        file.flush()
+        worker = subprocess.Popen((sys.executable, "-m", WORKER, file.name))
+        while True:
+            try:
+                return worker.wait()
+            except KeyboardInterrupt:  # the terminal has sent it to the worker as well
+                continue

@@ -1,0 +1,149 @@
+"""The whole configuration of a run: types, ranges and the rules between its parts. Imports no torch."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.errors import UserError, did_you_mean
+from gptlab.model.config import GPTConfig
+from gptlab.settings import Settings
+from gptlab.training.config import AdamWConfig, CallbacksConfig, ScheduleConfig, TrainConfig, TrainerConfig
+
+S = TypeVar("S", bound=Settings)
+
+
+class WandbConfig(Settings):
+    """A run on Weights & Biases."""
+
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    mode: Literal["online", "offline"]
+
+
+class TensorBoardConfig(Settings):
+    """TensorBoard event files in the run directory."""
+
+
+class LoggerConfig(Settings):
+    """The loggers a run has beside metrics.csv; None is one it does not have."""
+
+    wandb: WandbConfig | None = None
+    tensorboard: TensorBoardConfig | None = None
+
+
+class Config(Settings):
+    """Everything that makes a training run what it is."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: NonNegativeInt
+    resume: str | None
+    init_from: str | None
+    model: GPTConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    optimizer: AdamWConfig
+    schedule: ScheduleConfig
+    train: TrainConfig
+    trainer: TrainerConfig
+    callbacks: CallbacksConfig
+    logger: LoggerConfig
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.resume and self.init_from:
+            raise ValueError("resume and init_from exclude each other: a run goes on, or it starts from other weights")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Length in optimizer steps."""
+        return self.train.steps(self.model.block_size)
+
+    def with_vocabulary(self, size: int) -> Self:
+        """Fill in the tokenizer's vocabulary; UserError where the model names a smaller one."""
+        if self.model.vocab_size is not None and self.model.vocab_size < size:
+            raise UserError(
+                f"model.vocab_size={self.model.vocab_size} is smaller than the {size} ids of "
+                f"tokenizer={self.tokenizer.name}; leave it null to take the tokenizer's."
+            )
+        model = self.model.model_copy(update={"vocab_size": self.model.vocab_size or size})
+        return self.model_copy(update={"model": model})
+
+    def with_absolute_paths(self) -> Self:
+        """Make the configuration independent of the folder it was typed in."""
+        data = {key: _absolute(value) for key in ("source", "cache_dir") if (value := getattr(self.data, key))}
+        if self.data.corpus == "shards" and self.data.path:
+            data["path"] = _absolute(self.data.path)
+        vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
+        return self.model_copy(
+            update={
+                "data": self.data.model_copy(update=data),
+                "tokenizer": self.tokenizer.model_copy(update={"vocab_dir": vocab_dir}),
+            }
+        )
+
+
+def check(settings: type[S], values: Mapping[str, Any]) -> S:
+    """Check a whole resolved configuration; UserError has a sentence for everything that is wrong."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        keys = set(known_keys(settings))
+        raise UserError("\n".join(_sentence(details, values, keys) for details in error.errors())) from None
+
+
+def known_keys(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted name of every setting, groups included."""
+    for name, field in settings.model_fields.items():
+        yield prefix + name
+        for part in _models_in(field.annotation):
+            yield from known_keys(part, f"{prefix}{name}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Find the settings classes inside unions and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _models_in(part)
+
+
+def _sentence(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) -> str:
+    """Say what is wrong with one key."""
+    key = _key(details["loc"], values)
+    match details["type"]:
+        case "extra_forbidden":
+            return f"{key} is no setting.{did_you_mean(key, keys)}"
+        case "missing":
+            return f"{key} is missing: name it on the command line, {key}=<value>."
+        case "value_error":
+            return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
+        case "union_tag_invalid":
+            return f"{key}.name={details['ctx']['tag']} is unknown; there are {details['ctx']['expected_tags']}."
+    expected = details["msg"].replace("Input should be ", "it should be ").replace("a valid", "a valid")
+    return f"{key}={details['input']!r} is not right: {expected}."
+
+
+def _key(location: tuple[int | str, ...], values: Any) -> str:
+    """Name the setting at ``location``, which also holds the branches of unions that pydantic went through."""
+    parts: list[str] = []
+    for part in location:
+        inside = values.get(part) if isinstance(values, Mapping) else None
+        named = isinstance(values, Mapping) and (part in values or part == location[-1])
+        if isinstance(part, str) and not named:
+            continue
+        if isinstance(part, int) and not isinstance(values, list):
+            continue
+        parts.append(str(part))
+        values = values[part] if isinstance(part, int) else inside
+    return ".".join(parts)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())

@@ -1,0 +1,77 @@
+"""What a run says of itself at its start and at its end."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+from rich import box, get_console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.data.shards import Manifest
+from gptlab.experiments.logs import FILE_ONLY
+from gptlab.experiments.schema import Config
+from gptlab.model.config import parameter_count
+from gptlab.training.batch import BatchPlan
+from gptlab.training.callbacks.recorder import Recorder
+from gptlab.training.callbacks.samples import Samples
+from gptlab.training.devices import Devices
+
+log = logging.getLogger(__name__)
+
+
+def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+    """Say what was decided."""
+    block_size, batch = config.model.block_size, config.train.global_batch_size
+    precision = f"{devices.precision}, {'compiled' if devices.compile else 'not compiled'}"
+    dealt = f"{plan.world_size} device(s) x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
+    train, val = manifest.tokens("train"), manifest.tokens("val")
+    lines = {
+        "model": f"{parameter_count(config.model):,} parameters",
+        "data": f"{manifest.origin}: {train:,} tokens to train on, {val:,} for val",
+        "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
+        "device": f"{devices.accelerator}, {devices.name}; {precision}",
+        "batch": f"{batch} sequences of {block_size} tokens: {dealt}",
+        "length": f"{config.steps:,} steps, {config.steps * batch * block_size:,} tokens",
+        "run": str(_shown(directory)),
+    }
+    for name, value in lines.items():
+        log.info("%-9s %s", name, value)
+
+
+def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer) -> None:
+    """Print the last sample and the table that ends a run."""
+    console = get_console()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Samples) and callback.latest:
+            title = f"sample at step {trainer.global_step:,}"
+            console.print(Panel(Text(callback.latest[0]), title=title, title_align="left", box=box.ROUNDED))
+    rows = {
+        "parameters": f"{parameter_count(config.model):,}",
+        "tokens seen": f"{trainer.global_step * recorder.tokens_per_step:,}",
+        "best val loss": f"{recorder.best['val/loss']:.4f} at step {recorder.best['step']:,}",
+        "bits per byte": f"{recorder.best['val/bits_per_byte']:.4f}",
+        "wall time": str(timedelta(seconds=round(recorder.seconds))),
+        "run directory": str(_shown(directory)),
+        "mfu": _mfu(recorder),
+    }
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value, overflow="fold"))
+        log.info("%-13s %s", name, value, extra=FILE_ONLY)
+    console.print(table)
+    following = f"python -m gptlab.sample run={_shown(directory)}"
+    log.info("Next: %s", following)
+
+
+def _mfu(recorder: Recorder) -> str:
+    """Model FLOPs utilisation at the last record, or why there is none."""
+    return f"{recorder.mfu:.1%}" if recorder.mfu is not None else "unknown (no published peak for this device)"
+
+
+def _shown(directory: Path) -> Path:
+    """Write a path as a person here would."""
+    return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

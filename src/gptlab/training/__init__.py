@@ -1,0 +1,1 @@
+"""The LightningModule and DataModule, optimizers, schedules, callbacks, devices and strategies."""

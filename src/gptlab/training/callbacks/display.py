@@ -1,0 +1,64 @@
+"""Where a run stands, for people: a progress bar in a terminal, a line now and then elsewhere."""
+
+import logging
+import time
+from datetime import timedelta
+
+from rich import get_console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+LINES = 20  # progress lines a run writes into its log and, where there is no terminal, to the screen
+
+
+class Display:
+    """Shows the steps of one run.
+
+    Args:
+        first_step: Steps done before, on a resume.
+        max_steps: Length of the run.
+    """
+
+    def __init__(self, first_step: int, max_steps: int) -> None:
+        self.max_steps, self.began, self.first_step = max_steps, time.monotonic(), first_step
+        self.every = max(1, max_steps // LINES)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if get_console().is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tokens/s"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                console=get_console(),
+                transient=True,
+            )
+            self._task = self._bar.add_task("", total=max_steps, completed=first_step, loss="–", speed="–")
+            self._bar.start()
+
+    def step(self, step: int) -> None:
+        """Advance to ``step``."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def metrics(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show the loss and the speed at ``step``."""
+        if self._bar is not None:
+            self._bar.update(self._task, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+        if step % self.every == 0 or step in (1, self.max_steps):
+            left = (time.monotonic() - self.began) / (step - self.first_step) * (self.max_steps - step)
+            log.info(
+                "step %*d/%d · loss %.4f · %s tokens/s · %s left",
+                *(len(str(self.max_steps)), step, self.max_steps, loss, f"{tokens_per_second:,.0f}"),
+                timedelta(seconds=round(left)),
+                extra={"progress": True},  # a terminal has the bar for this
+            )
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,154 @@
+"""The record of a run: metrics to every logger, progress to the screen, and the run's end."""
+
+import logging
+import time
+from typing import Any
+
+import lightning as L
+
+from gptlab.training.callbacks.display import Display
+from gptlab.training.module import GPTModule
+
+log = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Seconds spent training since the last reading; evaluation, samples and checkpoints do not count."""
+
+    def __init__(self) -> None:
+        self._seconds, self._since = 0.0, None  # type: float, float | None
+
+    def run(self) -> None:
+        """Count from here."""
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """Count no further."""
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+            self._since = None
+
+    def read(self) -> float:
+        """Return the seconds counted, and begin again."""
+        running = self._since is not None
+        self.pause()
+        seconds, self._seconds = self._seconds, 0.0
+        if running:
+            self.run()
+        return seconds
+
+
+class Recorder(L.Callback):
+    """Writes train/loss, lr, grad_norm, tokens, tokens_per_second and mfu, and val/loss and val/bits_per_byte.
+
+    Args:
+        log_every: Steps between rows.
+        max_steps: Length of the run; the last step is always recorded and evaluated.
+        tokens_per_step: Tokens of the global batch.
+        flops_per_token: Of the model, forward and backward.
+        peak_flops: Of all devices together; None where it is not known, and then there is no mfu.
+    """
+
+    def __init__(
+        self, *, log_every: int, max_steps: int, tokens_per_step: int, flops_per_token: int, peak_flops: float | None
+    ) -> None:
+        self.log_every, self.max_steps = log_every, max_steps
+        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.best: dict[str, float] = {}  # the evaluation with the lowest loss: step, val/loss, val/bits_per_byte
+        self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
+        self.seconds = 0.0  # of training, evaluation included
+        self._watch = Stopwatch()
+        self._display: Display | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the display and start the clocks."""
+        self._last_step = trainer.global_step
+        self._began = time.monotonic() - self.seconds
+        if trainer.is_global_zero:
+            self._display = Display(trainer.global_step, self.max_steps)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the clock run."""
+        self._watch.run()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the step that this micro-batch completed, if it did and its turn has come."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if self._display:
+            self._display.step(step)
+        if step == 1 or step % self.log_every == 0 or step == self.max_steps:
+            self._record_step(trainer, pl_module, step)
+        if step == self.max_steps:
+            trainer.should_stop = True  # makes Lightning evaluate once more, wherever its interval stands
+
+    def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        assert isinstance(module, GPTModule)  # noqa: S101
+        loss = module.global_step_loss()  # waits for the device, so the clock is right from here on
+        tokens_per_second = (step - self._last_step) * self.tokens_per_step / self._watch.read()
+        self._last_step = step
+        metrics = {
+            "train/loss": loss,
+            "lr": module.lr(step - 1),
+            "grad_norm": module.grad_norm.item(),
+            "tokens": step * self.tokens_per_step,
+            "tokens_per_second": tokens_per_second,
+        }
+        if self.peak_flops is not None:
+            metrics["mfu"] = self.mfu = tokens_per_second * self.flops_per_token / self.peak_flops
+        _log(trainer, metrics, step)
+        if self._display:
+            self._display.metrics(step, loss, tokens_per_second)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the training clock."""
+        self._watch.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the evaluation."""
+        step = trainer.global_step
+        metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
+        _log(trainer, {**metrics, "tokens": step * self.tokens_per_step}, step)
+        if trainer.state.fn != "fit":
+            return
+        is_best = not self.best or metrics["val/loss"] < self.best["val/loss"]
+        if is_best:
+            self.best = {"step": step, **metrics}
+        self.seconds = time.monotonic() - self._began
+        log.info(
+            "step %*d/%d · val loss %.4f · %.4f bits per byte%s",
+            *(len(str(self.max_steps)), step, self.max_steps, metrics["val/loss"], metrics["val/bits_per_byte"]),
+            " · the best so far" if is_best else "",
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the screen as it was."""
+        self._close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the screen as it was, and the time as it is."""
+        self.seconds = time.monotonic() - self._began
+        self._close()
+
+    def _close(self) -> None:
+        if self._display:
+            self._display.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+
+
+def _log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)

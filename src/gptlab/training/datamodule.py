@@ -1,0 +1,73 @@
+"""The LightningDataModule: prepared shards to micro-batches, from wherever the run stands."""
+
+from itertools import count
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from gptlab.data.batches import Batch, EvaluationBatches, Slice, TrainBatches
+from gptlab.data.config import DataConfig
+from gptlab.data.order import WindowOrder, evaluation_starts
+from gptlab.data.preparation import Prepared
+from gptlab.data.shards import Split, TokenStream
+from gptlab.training.batch import BatchPlan
+
+
+class TokenData(L.LightningDataModule):
+    """Batches of token windows.
+
+    The position in the data is derived from the optimizer step: nothing is saved, and nothing can be lost.
+
+    Args:
+        prepared: Shards and manifest.
+        config: Limits and worker processes.
+        plan: How a global batch is dealt out.
+        block_size: T.
+        seed: Of the order.
+        eval_windows: Windows an evaluation scores; None is the whole val split.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        config: DataConfig,
+        *,
+        plan: BatchPlan,
+        block_size: int,
+        seed: int,
+        eval_windows: int | None,
+    ) -> None:
+        super().__init__()
+        self.prepared, self.config, self.plan = prepared, config, plan
+        self.block_size, self.seed, self.eval_windows = block_size, seed, eval_windows
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches without end, from the run's step on."""
+        assert self.trainer is not None  # noqa: S101
+        manifest = self.prepared.manifest
+        order = WindowOrder(
+            manifest.tokens("train"), self.block_size, self.seed, manifest.fingerprint(), self.config.limit_windows
+        )
+        batches = TrainBatches(self._stream("train"), order, self._slice())
+        first = self.trainer.global_step * self.plan.accumulation
+        return DataLoader(
+            batches,
+            batch_size=None,
+            sampler=count(first),  # endless: it has no length
+            num_workers=self.config.num_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of the evaluation windows, the same every time."""
+        starts = evaluation_starts(self.prepared.manifest.tokens("val"), self.block_size, self.eval_windows)
+        return DataLoader(
+            EvaluationBatches(self._stream("val"), starts, self.block_size, self._slice()), batch_size=None
+        )
+
+    def _stream(self, split: Split) -> TokenStream:
+        return TokenStream(self.prepared.folder, self.prepared.manifest, split)
+
+    def _slice(self) -> Slice:
+        assert self.trainer is not None  # noqa: S101
+        return Slice(self.trainer.global_rank, self.plan.world_size, self.plan.micro_batch_size, self.plan.accumulation)

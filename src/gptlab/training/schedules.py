@@ -1,0 +1,45 @@
+"""The learning rate as a pure function of the step."""
+
+import math
+
+from gptlab.training.config import ConstantConfig, CosineConfig, LinearConfig, ScheduleConfig, WSDConfig
+
+
+def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: int) -> float:
+    """Return the learning rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
+    if step < schedule.warmup_steps:
+        return warmup(step, lr=lr, steps=schedule.warmup_steps)
+    match schedule:
+        case ConstantConfig():
+            return lr
+        case CosineConfig():
+            span = (schedule.warmup_steps, schedule.decay_steps or max_steps)
+            return cosine(step, *span, lr=lr, min_lr=schedule.min_lr_ratio * lr)
+        case LinearConfig():
+            span = (schedule.warmup_steps, schedule.decay_steps or max_steps)
+            return linear(step, *span, lr=lr, min_lr=schedule.min_lr_ratio * lr)
+        case WSDConfig():
+            start = max(schedule.warmup_steps, round(max_steps * (1 - schedule.decay_fraction)))
+            return linear(step, start, max_steps, lr=lr, min_lr=schedule.min_lr_ratio * lr)
+
+
+def warmup(step: int, *, lr: float, steps: int) -> float:
+    """Rise in equal parts that reach ``lr`` at step ``steps``; the first step is not 0 (as in nanoGPT)."""
+    return lr * (step + 1) / (steps + 1)
+
+
+def cosine(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
+    """Fall from ``lr`` at ``start`` to ``min_lr`` at ``end`` along half a cosine (Loshchilov and Hutter 2017)."""
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * _progress(step, start, end))) * (lr - min_lr)
+
+
+def linear(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
+    """Fall from ``lr`` at ``start`` to ``min_lr`` at ``end`` along a line."""
+    return lr + _progress(step, start, end) * (min_lr - lr)
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """Share of the way from ``start`` to ``end``: 0 before, 1 from the end on."""
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - start) / (end - start))
