@@ -1,5 +1,6 @@
 """Train a model: python -m gptlab.train [group=option ...] [key=value ...]."""
 
+import logging
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -11,14 +12,18 @@ from gptlab.experiments.launching import launch
 from gptlab.experiments.resuming import resolve
 from gptlab.experiments.schema import Config, known_keys
 
+log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" here
+
 
 @command("train", keys=set(known_keys(Config)))
 def main(values: DictConfig) -> int:
     """Check the configuration, and run it."""
     hydra = HydraConfig.get()
     config = resolve(values, list(hydra.overrides.task))
-    in_sweep = hydra.mode == RunMode.MULTIRUN
-    return launch(config, Path(hydra.runtime.output_dir) if in_sweep else None)
+    if hydra.mode != RunMode.MULTIRUN:
+        return launch(config, place=None)
+    log.info("job %s of the sweep: %s", hydra.job.num, " ".join(hydra.overrides.task))
+    return launch(config, place=Path(hydra.runtime.output_dir))
 
 
 if __name__ == "__main__":

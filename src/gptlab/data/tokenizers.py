@@ -106,13 +106,14 @@ class GPT2Tokenizer:
     end_of_text = 50256
 
     def __init__(self, vocab_dir: str | None) -> None:
-        import tiktoken
+        merges = gpt2_merges(vocab_dir)
+        import tiktoken  # slow to import, so after what can be wrong
         from tiktoken_ext.openai_public import r50k_pat_str
 
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=r50k_pat_str,
-            mergeable_ranks=gpt2_merges(vocab_dir),
+            mergeable_ranks=merges,
             special_tokens={END_OF_TEXT: self.end_of_text},
             explicit_n_vocab=self.vocab_size,
         )

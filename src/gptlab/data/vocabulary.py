@@ -32,9 +32,9 @@ def gpt2_merges(vocab_dir: str | None) -> dict[bytes, int]:
     Raises:
         UserError: A named folder lacks a file, a file has a wrong hash, or there is none and no network.
     """
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-
     found = next(_places(vocab_dir), None)
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks  # slow to import, so after what can be wrong
+
     files = {name: str(found[name]) if found else URL + name for name in SHA256}
     try:
         return data_gym_to_mergeable_bpe_ranks(

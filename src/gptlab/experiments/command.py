@@ -8,11 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,24 +17,17 @@ import gptlab
 from gptlab.errors import UserError, did_you_mean
 from gptlab.experiments.logs import log_to_screen
 from gptlab.experiments.processes import is_first_rank
+from gptlab.experiments.schema import no_setting
 
 DONE, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 Task = Callable[[DictConfig], int]
 
 
-def configuration_root() -> Path:
-    """Return the folder of conf/ and sweeps/: the package's own in a wheel, else the top of the checkout."""
+def configuration_folder() -> Path:
+    """Return conf/: the package's own in a wheel, else the one at the top of the checkout."""
     package = Path(gptlab.__file__).parent
-    return package if (package / "conf").is_dir() else package.parents[1]
-
-
-class SweepsPlugin(SearchPathPlugin):
-    """Makes sweeps/ a config group: it lies beside conf/, not in it."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Add the folder that holds sweeps/."""
-        search_path.append("gptlab", configuration_root().as_uri())
+    return next(folder / "conf" for folder in (package, package.parents[1]) if (folder / "conf").is_dir())
 
 
 def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) -> Callable[[Task], Callable[[], None]]:
@@ -56,7 +46,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
         def told(config: DictConfig) -> None:
             try:
                 statuses.append(task(config))
-            except UserError as error:  # in a sweep the other jobs go on
+            except (UserError, OmegaConfBaseException) as error:  # in a sweep the other jobs go on
                 statuses.append(_tell(error))
 
         @functools.wraps(task)
@@ -65,11 +55,11 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints for itself, and exits with 1
             try:
-                Plugins.instance().register(SweepsPlugin)
                 sys.argv[1:] = [_quoted(argument, literal) for argument in sys.argv[1:]]
-                hydra.main(version_base="1.3", config_path=str(configuration_root() / "conf"), config_name=config_name)(
-                    told
-                )()
+                around = hydra.main(
+                    version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
+                )
+                around(told)()
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
@@ -83,7 +73,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
     return decorate
 
 
-def _tell(error: UserError) -> int:
+def _tell(error: Exception) -> int:
     if is_first_rank():  # once, not once a process
         print(f"gptlab: {error}", file=sys.stderr)
     return MISTAKEN
@@ -98,8 +88,10 @@ def _quoted(argument: str, literal: tuple[str, ...]) -> str:
         if key not in literal:
             OverridesParser.create().parse_override(argument)
             return argument
-    except OverrideParseException:
+    except HydraException:
         pass
+    if key in literal:
+        value = value.replace("${", r"\${")  # no interpolation
     escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes count only in front of a quote
     trailing = re.search(r"\\*$", escaped)
     return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
@@ -115,8 +107,7 @@ def _explain(error: Exception, keys: set[str]) -> UserError:
     if isinstance(error, OverrideParseException):
         return UserError(f"{error.override} cannot be read: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
-        key = found[1]
-        return UserError(f"{key} is no setting.{did_you_mean(key, keys)} All are shown by --cfg job.")
+        return UserError(no_setting(found[1], keys))
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         message = f"{message}: {error.__cause__}"
     return UserError(message)

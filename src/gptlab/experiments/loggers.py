@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
@@ -28,13 +29,13 @@ class MetricsFile(CSVLogger):
         """Write nothing: config.yaml has them."""
 
 
-def _rows(path: Path, until: int) -> list[dict[str, float]]:
-    """Read the rows up to a step."""
+def _rows(path: Path, until: int) -> list[dict[str, Any]]:
+    """Read the rows up to a step, their values as they stand there."""
     if not is_first_rank() or not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in rows if row["step"] <= until]
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) <= until]
 
 
 def build_loggers(config: Config, directory: Path, keep_until: int | None) -> list[Logger]:

@@ -38,12 +38,15 @@ def resolve(values: DictConfig, overrides: list[str]) -> Config:
         UserError: A value is missing or wrong, or a resume would change what the run is.
     """
     composed = plain(values)
+    named = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if "train.max_tokens" in named and "train.max_steps" not in named:
+        composed["train"]["max_steps"] = None  # the default length gives way to the one that was named
+        named.append("train.max_steps")
     if composed.get("resume") is None:
         return check(Config, composed)
     directory = Path(str(composed["resume"])).expanduser().absolute()
     config = load_config(directory).model_dump(mode="json")
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
+    for key in named:
         if not any(key == allowed or key.startswith(f"{allowed}.") for allowed in CHANGEABLE):
             raise UserError(
                 f"{key} cannot change when a run is resumed: it would be another run. "

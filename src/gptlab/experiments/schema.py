@@ -106,6 +106,13 @@ def known_keys(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(part, f"{prefix}{name}.")
 
 
+def no_setting(key: str, keys: set[str]) -> str:
+    """Say that ``key`` is not there, and what may have been meant, of the settings that there are."""
+    if key in keys:
+        return f"{key} is a setting of other options of {key.partition('.')[0]}=, not of the one chosen here."
+    return f"{key} is no setting.{did_you_mean(key, keys)} All are shown by --cfg job."
+
+
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Find the settings classes inside unions and annotations."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -119,14 +126,14 @@ def _sentence(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) 
     key = _key(details["loc"], values)
     match details["type"]:
         case "extra_forbidden":
-            return f"{key} is no setting.{did_you_mean(key, keys)}"
+            return no_setting(key, keys)
         case "missing":
             return f"{key} is missing: name it on the command line, {key}=<value>."
         case "value_error":
             return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown; there are {details['ctx']['expected_tags']}."
-    expected = details["msg"].replace("Input should be ", "it should be ").replace("a valid", "a valid")
+    expected = details["msg"].replace("Input should be ", "it should be ")
     return f"{key}={details['input']!r} is not right: {expected}."
 
 

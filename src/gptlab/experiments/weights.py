@@ -10,6 +10,18 @@ from gptlab.experiments.directory import find_checkpoint, load_config
 from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.checkpoints import BEST, LAST
 
+# What decides which parameters there are, and their shapes.
+SHAPING = (
+    "block_size",
+    "vocab_size",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "bias",
+    "tie_weights",
+    "pad_vocab_to_multiple_of",
+)
+
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint's plain data; UserError where it is damaged or holds anything else."""
@@ -21,11 +33,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_weights(model: GPT, directory: Path) -> None:
     """Load the best weights of a run (else its last) into ``model``; UserError where they do not fit."""
-    path = find_checkpoint(directory, BEST, LAST)
-    try:
-        model.load_state_dict(read_checkpoint(path)["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"The weights of {path} do not fit this model: {error}") from error
+    there, here = load_config(directory).model, model.config
+    if differences := [
+        f"model.{key} is {getattr(there, key)} there and {getattr(here, key)} here"
+        for key in SHAPING
+        if getattr(there, key) != getattr(here, key)
+    ]:
+        raise UserError(f"The weights of {directory} do not fit this model: {'; '.join(differences)}.")
+    model.load_state_dict(read_checkpoint(find_checkpoint(directory, BEST, LAST))["state_dict"])
 
 
 def load_model(directory: Path) -> GPT:
