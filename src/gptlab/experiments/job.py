@@ -110,7 +110,7 @@ def build_trainer(
         accelerator=devices.accelerator,
         devices=devices.devices,
         num_nodes=devices.num_nodes,
-        strategy=build_strategy(config.trainer.strategy, devices.world_size),
+        strategy=build_strategy(config.trainer.strategy, plan),
         precision=devices.precision,  # type: ignore[arg-type]  # one of Lightning's names, checked by the schema
         # what started this process decides, not what variables a scheduler has left lying about
         plugins=None if started_from_outside() else [LightningEnvironment()],

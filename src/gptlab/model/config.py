@@ -41,10 +41,11 @@ class GPTConfig(Settings):
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
-            nearest = sorted(divisors, key=lambda h: (abs(h - self.n_head), h))[:2]
+            below = max(h for h in divisors if h < self.n_head)
+            above = min((h for h in divisors if h > self.n_head), default=None)
             raise ValueError(
                 f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
-                f"the nearest that do are {' and '.join(map(str, sorted(nearest)))}"
+                f"the nearest that do: {below}{f' and {above}' if above else ''}"
             )
         return self
 

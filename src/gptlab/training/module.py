@@ -127,8 +127,8 @@ class GPTModule(L.LightningModule):
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the parameters the module's prefix again."""
-        state = checkpoint["state_dict"]
+        """Give the parameters the module's prefix again (sharded, the strategy has loaded them already)."""
+        state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {WEIGHTS + name: tensor for name, tensor in state.items()}
 
 

@@ -1,0 +1,132 @@
+from itertools import count, islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from gptlab.data.batches import EvaluationBatches, Slice, TrainBatches
+from gptlab.data.order import WindowOrder, evaluation_starts
+from gptlab.data.shards import Manifest, Shard, ShardWriter, TokenStream
+
+BLOCK_SIZE = 16
+
+
+def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStream:
+    """Write ``tokens`` as documents of 97 tokens into several shards."""
+    writer = ShardWriter(folder, "train", "uint32", shard_tokens)
+    for start in range(0, len(tokens), 97):
+        writer.add(tokens[start : start + 97], text_bytes=1)
+    writer.close()
+    splits: dict[str, list[Shard]] = {"train": writer.shards, "val": []}
+    manifest = Manifest(format=1, origin="", tokenizer={}, vocab_size=2**32, dtype="uint32", splits=splits)
+    return TokenStream(folder, manifest, "train")
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).permutation(5000).astype(np.uint32)  # each token tells its place
+
+
+@pytest.fixture
+def order(tokens):
+    return WindowOrder(len(tokens), BLOCK_SIZE, seed=3, fingerprint="data", limit_windows=None)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "accumulation", "micro_batch_size"),
+    [(1, 1, 24), (1, 24, 1), (2, 1, 12), (2, 3, 4), (4, 1, 6), (4, 2, 3), (4, 6, 1), (3, 8, 1)],
+)
+def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
+    tokens, order, tmp_path, world_size, accumulation, micro_batch_size
+):
+    stream, global_batch = stream_of(tokens, tmp_path), 24
+    ranks = [
+        TrainBatches(stream, order, Slice(rank, world_size, micro_batch_size, accumulation))
+        for rank in range(world_size)
+    ]
+    for step in (0, 1, 12, 13):  # an epoch has 311 windows and ends in step 12
+        numbers = range(step * accumulation, (step + 1) * accumulation)
+        batches = [rank[number] for number in numbers for rank in ranks]
+        assert all(batch.idx.shape == batch.targets.shape == (micro_batch_size, BLOCK_SIZE) for batch in batches)
+        starts = order.starts(np.arange(step * global_batch, (step + 1) * global_batch))
+        expected = sorted(tokens[start : start + BLOCK_SIZE].tolist() for start in starts)
+        assert sorted(row for batch in batches for row in batch.idx.tolist()) == expected
+
+
+def test_a_thousand_ranks_share_a_step_without_gap_or_overlap():
+    parts = [Slice(rank, world_size=1024, micro_batch_size=4, accumulation=2) for rank in range(1024)]
+    for step in (0, 7, 10**9):
+        positions = [TrainBatches(None, None, part).positions(2 * step + micro) for micro in range(2) for part in parts]
+        np.testing.assert_array_equal(np.sort(np.concatenate(positions)), np.arange(8192 * step, 8192 * (step + 1)))
+
+
+def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(1, 2, 8, 1))
+    for number in (0, 1, 30):
+        idx, targets = batches[number]
+        assert idx.dtype == targets.dtype == torch.int64
+        for start, inputs, following in zip(order.starts(batches.positions(number)), idx, targets, strict=True):
+            np.testing.assert_array_equal(inputs, tokens[start : start + BLOCK_SIZE])
+            np.testing.assert_array_equal(following, tokens[start + 1 : start + BLOCK_SIZE + 1])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, order, tmp_path):
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4, 3))
+    batches[0]  # the maps that this process has open are no hindrance
+
+    def first(workers):
+        loader = DataLoader(batches, batch_size=None, sampler=count(5), num_workers=workers)
+        return list(islice(loader, 20))
+
+    here, there = first(0), first(3)
+    for number, (one, other) in enumerate(zip(here, there, strict=True), start=5):
+        expected = batches[number]
+        for batch in (one, other):
+            assert torch.equal(batch.idx, expected.idx)
+            assert torch.equal(batch.targets, expected.targets)
+
+
+@pytest.mark.parametrize(
+    ("windows", "world_size", "micro_batch_size"),
+    [
+        (1, 1, 1),
+        (1, 4, 2),
+        (3, 4, 1),
+        (12, 3, 4),
+        (13, 3, 4),
+        (50, 1, 8),
+        (50, 8, 3),
+        (64, 8, 8),
+        (65, 8, 8),
+        (0, 2, 4),
+    ],
+)
+def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
+    tokens, tmp_path, windows, world_size, micro_batch_size
+):
+    starts = evaluation_starts(len(tokens), BLOCK_SIZE, windows)
+    assert len(starts) == windows
+    stream = stream_of(tokens, tmp_path)
+    scored, unscored = [], 0
+    for rank in range(world_size):
+        batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size, 1))
+        assert len(batches) == -(-windows // (world_size * micro_batch_size))
+        for idx, targets in DataLoader(batches, batch_size=None):
+            assert idx.shape == targets.shape == (micro_batch_size, BLOCK_SIZE)
+            for inputs, following in zip(idx.tolist(), targets.tolist(), strict=True):
+                if set(following) == {-100}:
+                    unscored += 1
+                else:
+                    scored.append((*inputs, following[-1]))
+                    assert following[:-1] == inputs[1:]
+    assert sorted(scored) == sorted(tuple(tokens[start : start + BLOCK_SIZE + 1].tolist()) for start in starts)
+    assert unscored == len(batches) * world_size * micro_batch_size - windows
+
+
+def test_evaluation_batches_end(tokens, tmp_path):
+    batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, Slice(0, 1, 2, 1))
+    assert len(list(batches)) == 1
+    with pytest.raises(IndexError):
+        batches[1]

@@ -1,0 +1,172 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from gptlab.data.order import WindowOrder, evaluation_starts, permute
+
+PRIMES = [2, 3, 5, 7, 11, 13, 127, 251, 257, 1009, 4093, 8191, 65537]
+POWERS = [2**k for k in range(1, 15)]
+SIZES = sorted(
+    {1, *range(1, 130), *PRIMES, *POWERS, *(p + 1 for p in POWERS), *(p - 1 for p in POWERS), *range(900, 946)}
+)
+KEYS = (0, 1, 2**64 - 1)
+MASK = 2**64 - 1
+
+
+def permute_one(index: int, size: int, key: int) -> int:
+    """Walk one index through the same network in Python's unbounded integers."""
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+        return x ^ x >> 31
+
+    bits = 1
+    while 4**bits < size:
+        bits += 1
+    while True:
+        left, right = divmod(index, 2**bits)
+        for number in range(1, 7):
+            round_key = mix((key + number * 0x9E3779B97F4A7C15) & MASK)
+            left, right = right, left ^ mix(right ^ round_key) % 2**bits
+        index = left * 2**bits + right
+        if index < size:
+            return index
+
+
+def test_permute_is_a_bijection_at_every_size_and_key():
+    for size in SIZES:
+        for key in KEYS:
+            out = permute(np.arange(size, dtype=np.uint64), size, key)
+            np.testing.assert_array_equal(np.sort(out), np.arange(size), err_msg=f"size {size}, key {key}")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 65, 1009, 10**6, 2**40 + 1, 2**62])
+def test_permute_is_the_published_network_in_exact_arithmetic(size):
+    indices = sorted({0, size // 3, size // 2, size - 1})
+    for key in (*KEYS, 0x0123456789ABCDEF):
+        out = permute(np.array(indices, dtype=np.uint64), size, key)
+        assert out.tolist() == [permute_one(index, size, key) for index in indices]
+
+
+def test_permute_does_not_depend_on_the_shape_of_its_argument_and_leaves_it_alone():
+    index = np.arange(60, dtype=np.uint64).reshape(3, 4, 5)
+    out = permute(index, 61, 7)
+    assert out.shape == (3, 4, 5)
+    assert out[1, 2, 3] == permute(np.array([33], dtype=np.uint64), 61, 7)[0]
+    np.testing.assert_array_equal(index.ravel(), np.arange(60))
+
+
+def test_every_key_gives_its_own_permutation():
+    index = np.arange(50, dtype=np.uint64)
+    assert len({permute(index, 50, key).tobytes() for key in range(500)}) == 500
+
+
+def test_over_keys_an_index_lands_everywhere_equally_often():
+    size, keys = 16, 4000
+    index = np.arange(size, dtype=np.uint64)
+    places = np.stack([permute(index, size, key) for key in range(keys)])
+    for column in (0, 1, size - 1):
+        counts = np.bincount(places[:, column].astype(int), minlength=size)
+        chi_square = ((counts - keys / size) ** 2 / (keys / size)).sum()  # 15 degrees of freedom
+        assert chi_square < 44.3, counts  # its 99.99 % quantile
+
+
+@pytest.mark.parametrize("size", [4099, 100_003])
+def test_neighbours_of_the_permutation_are_uncorrelated(size):
+    out = permute(np.arange(size, dtype=np.uint64), size, 12345).astype(np.int64)
+    limit = 5 / np.sqrt(size)
+    for lag in (1, 2, 3, 64):
+        assert abs(np.corrcoef(out[:-lag], out[lag:])[0, 1]) < limit, lag
+    assert abs(np.corrcoef(out, np.arange(size))[0, 1]) < limit
+    steps = np.bincount((out[1:] - out[:-1]) % size * 64 // size, minlength=64)
+    assert ((steps - size / 64) ** 2 / (size / 64)).sum() < 113.5  # chi-square, 63 degrees of freedom, 99.99 %
+
+
+@pytest.mark.parametrize("size", [10**10 + 1, 2**62])
+def test_permute_of_a_huge_range_needs_no_memory(size):
+    indices = np.array([0, 1, 2, 3, size // 2, size - 2, size - 1], dtype=np.uint64)
+    tracemalloc.start()
+    out = permute(indices, size, 99)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(out.tolist())) == len(indices)
+    assert out.max() < size
+    assert peak < 100_000
+
+
+@pytest.mark.parametrize(("tokens", "block_size"), [(1000, 8), (1001, 8), (1007, 8), (64, 32), (999, 1), (4096, 50)])
+def test_an_epoch_reads_each_window_once_inside_the_stream_and_without_overlap(tokens, block_size):
+    order = WindowOrder(tokens, block_size, seed=1, fingerprint="data", limit_windows=None)
+    # as many windows as fit at the largest offset, T - 1, with one token more for the last target
+    fitting = max(w for w in range(tokens) if block_size - 1 + w * block_size + 1 <= tokens)
+    assert order.windows == fitting
+    for epoch in range(5):
+        starts = order.starts(np.arange(epoch * fitting, (epoch + 1) * fitting))
+        offset = starts.min()
+        assert 0 <= offset < block_size
+        np.testing.assert_array_equal(np.sort(starts), offset + block_size * np.arange(fitting))
+        assert starts.max() + block_size + 1 <= tokens
+
+
+def test_epochs_have_their_own_shuffles_and_offsets():
+    order = WindowOrder(10_000, 100, seed=1, fingerprint="data", limit_windows=None)
+    epochs = order.starts(np.arange(50 * order.windows)).reshape(50, -1)
+    offsets = epochs.min(axis=1)
+    assert len(set(offsets.tolist())) > 30  # 50 draws out of 100 places: 39 or 40 are expected
+    assert len({(epoch - offset).tobytes() for epoch, offset in zip(epochs, offsets, strict=True)}) == 50
+
+
+def test_a_window_is_a_function_of_its_position_alone():
+    order = WindowOrder(1003, 8, seed=5, fingerprint="data", limit_windows=None)
+    positions = np.arange(4 * order.windows)
+    whole = order.starts(positions)
+    for size in (1, 7, 100):
+        pieces = [order.starts(positions[i : i + size]) for i in range(0, len(positions), size)]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    shuffled = np.random.default_rng(0).permutation(len(positions))
+    again = WindowOrder(1003, 8, seed=5, fingerprint="data", limit_windows=None)
+    np.testing.assert_array_equal(again.starts(shuffled), whole[shuffled])
+
+
+@pytest.mark.parametrize("change", [{"seed": 6}, {"fingerprint": "other data"}])
+def test_seed_and_data_choose_the_order(change):
+    settings = {"seed": 5, "fingerprint": "data"}
+    one, other = (
+        WindowOrder(10_000, 8, **chosen, limit_windows=None).starts(np.arange(1000))
+        for chosen in (settings, settings | change)
+    )
+    assert (one == other).mean() < 0.02
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(1, 1), (5, 5), (10_000, 124)])
+def test_limited_windows_are_the_first_ones_in_every_epoch(limit, windows):
+    order = WindowOrder(1000, 8, seed=1, fingerprint="data", limit_windows=limit)
+    epochs = np.sort(order.starts(np.arange(20 * windows)).reshape(20, windows), axis=1)
+    np.testing.assert_array_equal(epochs, np.tile(8 * np.arange(windows), (20, 1)))
+
+
+def test_a_stream_shorter_than_two_windows_is_refused():
+    assert WindowOrder(64, 32, seed=1, fingerprint="data", limit_windows=None).windows == 1
+    with pytest.raises(ValueError, match="63 tokens are fewer than two windows of 32"):
+        WindowOrder(63, 32, seed=1, fingerprint="data", limit_windows=None)
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (8, 0), (9, 1), (16, 1), (17, 2), (1000, 124), (1001, 125)])
+def test_evaluation_reads_every_window_that_has_its_last_target(tokens, windows):
+    expected = [start for start in range(0, tokens, 8) if start + 8 + 1 <= tokens]
+    assert len(expected) == windows
+    assert evaluation_starts(tokens, 8, None).tolist() == expected
+    assert evaluation_starts(tokens, 8, 10_000).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 60, 124, 125])
+def test_a_limited_evaluation_is_spread_evenly_over_the_stream(count):
+    starts = evaluation_starts(1001, 8, count)  # 125 windows
+    assert len(starts) == count
+    assert starts[0] == 0
+    assert starts[-1] + 8 + 1 <= 1001
+    np.testing.assert_array_equal(starts % 8, 0)
+    gaps = np.diff([*starts, 1000]) // 8  # to the next one, and from the last to the end
+    assert set(gaps.tolist()) <= {125 // count, -(-125 // count)}

@@ -1,0 +1,153 @@
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from gptlab.data.shards import Manifest, ShardWriter, TokenStream, load_manifest, load_shards
+from gptlab.errors import UserError
+
+DOCUMENTS = [np.random.default_rng(n).integers(0, 60_000, size=1 + n * 7 % 40).astype(np.uint32) for n in range(30)]
+TOKENS = np.concatenate(DOCUMENTS)
+
+
+def write(folder, dtype="uint16", shard_tokens=50) -> Manifest:
+    """Write DOCUMENTS as train and the first three of them as val."""
+    folder.mkdir(exist_ok=True)
+    splits = {}
+    for split, documents in (("train", DOCUMENTS), ("val", DOCUMENTS[:3])):
+        writer = ShardWriter(folder, split, dtype, shard_tokens)
+        for document in documents:
+            writer.add(document, text_bytes=10 * len(document))
+        writer.close()
+        splits[split] = writer.shards
+    tokenizer = {"name": "bytes"}
+    manifest = Manifest(format=1, origin="here", tokenizer=tokenizer, vocab_size=60_000, dtype=dtype, splits=splits)
+    manifest.save(folder)
+    return manifest
+
+
+@pytest.mark.parametrize(("dtype", "on_disk"), [("uint16", "<u2"), ("uint32", "<u4")])
+def test_shards_hold_the_documents_in_order_and_the_manifest_describes_them(tmp_path, dtype, on_disk):
+    write(tmp_path, dtype)
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert (written["format"], written["dtype"], written["vocab_size"]) == (1, dtype, 60_000)
+    shards = written["splits"]["train"]
+    assert [shard["file"] for shard in shards] == sorted(path.name for path in tmp_path.glob("train_*.bin"))
+    files = [(tmp_path / shard["file"]).read_bytes() for shard in shards]
+    np.testing.assert_array_equal(np.frombuffer(b"".join(files), dtype=on_disk), TOKENS)
+    assert [shard["sha256"] for shard in shards] == [hashlib.sha256(file).hexdigest() for file in files]
+    assert [shard["tokens"] for shard in shards] == [len(file) // np.dtype(on_disk).itemsize for file in files]
+    assert [shard["bytes"] for shard in shards] == [10 * shard["tokens"] for shard in shards]
+    assert sum(shard["documents"] for shard in shards) == len(DOCUMENTS)
+
+
+def test_a_shard_ends_with_the_first_document_that_fills_it(tmp_path):
+    manifest = write(tmp_path, shard_tokens=50)
+    expected, tokens, documents = [], 0, 0
+    for document in DOCUMENTS:
+        tokens, documents = tokens + len(document), documents + 1
+        if tokens >= 50:
+            expected.append((tokens, documents))
+            tokens = documents = 0
+    expected += [(tokens, documents)] if documents else []
+    assert [(shard.tokens, shard.documents) for shard in manifest.splits["train"]] == expected
+    assert len(expected) > 5
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 50, 10**9])
+def test_a_stream_reads_shards_as_one_array(tmp_path, shard_tokens):
+    manifest = write(tmp_path, shard_tokens=shard_tokens)
+    stream = TokenStream(tmp_path, manifest, "train")
+    assert len(stream) == manifest.tokens("train") == len(TOKENS)
+    for length in (1, 9, 130, len(TOKENS)):  # 130 tokens cross two borders or more of shards of about 50
+        starts = np.arange(len(TOKENS) - length + 1)
+        expected = np.lib.stride_tricks.sliding_window_view(TOKENS, length)
+        rows = stream.read(starts, length)
+        assert rows.dtype == np.int64
+        np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(stream.read([40, 3], 20), [TOKENS[40:60], TOKENS[3:23]])
+
+
+def test_the_two_splits_are_two_streams(tmp_path):
+    manifest = write(tmp_path)
+    val = TokenStream(tmp_path, manifest, "val")
+    expected = np.concatenate(DOCUMENTS[:3])
+    assert len(val) == manifest.tokens("val") == len(expected)
+    np.testing.assert_array_equal(val.read([0], len(expected))[0], expected)
+
+
+def test_a_stream_travels_to_another_process_without_its_maps(tmp_path):
+    stream = TokenStream(tmp_path, write(tmp_path, shard_tokens=10**9), "train")
+    stream.read([0], 5)
+    data = pickle.dumps(stream)
+    (shard,) = tmp_path.glob("train_*.bin")
+    assert shard.read_bytes()[:64] not in data
+    np.testing.assert_array_equal(pickle.loads(data).read([7], 9)[0], TOKENS[7:16])  # noqa: S301
+
+
+def test_the_fingerprint_is_of_the_tokens_and_the_tokenizer_and_not_of_the_place(tmp_path):
+    manifest = write(tmp_path / "one")
+    assert write(tmp_path / "two").fingerprint() == manifest.fingerprint()
+    shutil.move(tmp_path / "one", tmp_path / "three")
+    assert load_shards(tmp_path / "three").fingerprint() == manifest.fingerprint()
+    moved = manifest.model_copy(update={"origin": "elsewhere"})
+    assert moved.fingerprint() == manifest.fingerprint()
+
+    train, val = manifest.splits["train"], manifest.splits["val"]
+    damaged = [train[0].model_copy(update={"sha256": "0" * 64}), *train[1:]]
+    others = [
+        {"splits": {"train": damaged, "val": val}},
+        {"splits": {"train": train[::-1], "val": val}},
+        {"splits": {"train": [*train, *val], "val": []}},
+        {"tokenizer": {"name": "characters", "characters": "ab"}},
+    ]
+    fingerprints = [manifest.model_copy(update=other).fingerprint() for other in others]
+    assert len({manifest.fingerprint(), *fingerprints}) == 1 + len(others)
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    manifest = write(tmp_path)
+    assert load_shards(tmp_path) == manifest
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_truncated_or_missing_shard_is_named(tmp_path, split):
+    shard = write(tmp_path).splits[split][-1]
+    path = tmp_path / shard.file
+    os.truncate(path, 2 * shard.tokens - 2)
+    with pytest.raises(
+        UserError, match=rf"{path} should have {2 * shard.tokens:,} bytes and has {path.stat().st_size}"
+    ):
+        load_shards(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path} should have {2 * shard.tokens:,} bytes and is missing"):
+        load_shards(tmp_path)
+
+
+def test_a_folder_without_a_manifest_or_with_a_strange_one_is_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"{tmp_path} holds no prepared data: there is no manifest.json"):
+        load_manifest(tmp_path)
+    for change in ({"format": 2}, {"dtype": "int16"}, {"author": "somebody"}):
+        write(tmp_path)
+        path = tmp_path / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        with pytest.raises(UserError, match=rf"(?s){path} is not a manifest of format 1.*{next(iter(change))}"):
+            load_manifest(tmp_path)
+    path.write_text("no JSON")
+    with pytest.raises(UserError, match="is not a manifest of format 1"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_manifest_without_one_of_the_splits_is_refused(tmp_path, missing):
+    write(tmp_path)
+    path = tmp_path / "manifest.json"
+    written = json.loads(path.read_text())
+    del written["splits"][missing]
+    path.write_text(json.dumps(written))
+    with pytest.raises(UserError, match=missing):
+        load_shards(tmp_path)

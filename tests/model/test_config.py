@@ -1,0 +1,70 @@
+import pytest
+import torch
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import tiny_config
+from gptlab.experiments.command import configuration_folder
+from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
+from gptlab.model.gpt import GPT
+
+# Published: nanoGPT's and transformers' counts of OpenAI's checkpoints, with bias and V = 50257.
+PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
+
+
+def size(name: str, **changes: object) -> GPTConfig:
+    """The configuration of a named size, out of conf/model/."""
+    options = OmegaConf.load(configuration_folder() / "model" / "gpt.yaml")
+    shape = OmegaConf.load(configuration_folder() / "model" / f"{name}.yaml").model
+    return GPTConfig(**{**OmegaConf.merge(options, shape), "vocab_size": 50257, **changes})
+
+
+def count(config: GPTConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in GPT(config).parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_have_their_published_parameter_counts(name):
+    config = size(name)
+    assert count(config) == PUBLISHED[name]
+    assert parameter_count(config) == PUBLISHED[name]
+
+
+def test_counts_of_nanogpt():
+    assert parameter_count(size("gpt2", bias=False, pad_vocab_to_multiple_of=64)) == 124_373_760
+    assert parameter_count(size("mini", bias=False, vocab_size=65)) == 10_745_088
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("pad_vocab_to_multiple_of", [1, 64])
+def test_parameter_count_is_the_network_s(bias, tie_weights, pad_vocab_to_multiple_of):
+    config = tiny_config(bias=bias, tie_weights=tie_weights, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
+    assert parameter_count(config) == count(config)
+
+
+def test_flops_of_gpt2_by_hand():
+    # nanoGPT's estimate_mfu: 6 N + 12 L H Q T with N without wpe = 123,653,376
+    assert flops_per_token(size("gpt2")) == 6 * 123_653_376 + 12 * 12 * 12 * 64 * 1024
+
+
+def test_flops_do_not_count_an_untied_embedding():
+    assert flops_per_token(size("gpt2", tie_weights=False)) == flops_per_token(size("gpt2"))
+
+
+def test_flops_are_what_torch_counts():
+    # the counter sees matrix products alone, so no biases and LayerNorms; and attention only where it is made of them
+    config = tiny_config(n_embd=64, block_size=32)
+    model, idx = GPT(config), torch.randint(config.vocab_size, (3, 32))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(idx).sum().backward()
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    assert counter.get_total_flops() == idx.numel() * (flops_per_token(config) - 6 * vectors)
+
+
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValidationError, match=r"n_head=5 does not divide n_embd=32; the nearest that do: 4 and 8"):
+        tiny_config(n_head=5)

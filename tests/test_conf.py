@@ -1,0 +1,94 @@
+"""Every file of conf/ and sweeps/ can be chosen, and what it makes is a valid configuration."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from gptlab.experiments.command import configuration_folder
+from gptlab.experiments.resuming import resolve
+from gptlab.experiments.schema import Config
+
+GROUPS = (
+    "model",
+    "data",
+    "tokenizer",
+    "optimizer",
+    "schedule",
+    "trainer",
+    "callbacks",
+    "logger",
+    "experiment",
+    "debug",
+)
+# what an option cannot know: it must be named
+NEEDED = {
+    "data=text": ["data.source=x"],
+    "data=shards": ["data.path=x"],
+    "data=huggingface": ["data.path=x", "data.column=text"],
+    "model=gpt": ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=8", "optimizer.lr=1"],
+}
+OPTIONS = [
+    f"{group}={path.stem}"
+    for group in (*GROUPS, "sweeps")
+    for path in sorted((configuration_folder() / group).glob("*.yaml"))
+]
+
+
+def resolved(*overrides: str) -> Config:
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        return resolve(compose("train", overrides=list(overrides)), list(overrides))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_makes_a_valid_configuration(option):
+    assert resolved(option, *NEEDED.get(option, [])).seed == 1337
+
+
+def test_all_groups_are_there():
+    assert {Path(option.partition("=")[0]).name for option in OPTIONS} == {*GROUPS, "sweeps"}
+
+
+def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
+    gpt2 = resolved("model=gpt2")
+    assert (gpt2.tokenizer.name, gpt2.optimizer.lr, gpt2.model.block_size) == ("gpt2", 6e-4, 1024)
+    other = resolved("model=gpt2", "tokenizer=bytes", "optimizer.lr=1")
+    assert (other.tokenizer.name, other.optimizer.lr) == ("bytes", 1)
+    assert resolved("experiment=shakespeare_char", "model=gpt2").tokenizer.name == "gpt2"
+    assert resolved("model=gpt2", "trainer=ddp").trainer.strategy == "ddp"
+
+
+def test_experiments_have_nanogpt_s_values():
+    cpu, gpu, owt = (
+        resolved(f"experiment={e}") for e in ("shakespeare_char_cpu", "shakespeare_char", "gpt2_openwebtext")
+    )
+    shape = [(c.model.n_layer, c.model.n_head, c.model.n_embd, c.model.block_size) for c in (cpu, gpu, owt)]
+    assert shape == [(4, 4, 128, 64), (6, 6, 384, 256), (12, 12, 768, 1024)]
+    assert [c.train.max_steps for c in (cpu, gpu, owt)] == [2000, 5000, 600_000]
+    assert [c.train.global_batch_size for c in (cpu, gpu, owt)] == [12, 64, 480]
+    assert [c.model.dropout for c in (cpu, gpu, owt)] == [0.0, 0.2, 0.0]
+    assert [c.optimizer.lr for c in (cpu, gpu, owt)] == [1e-3, 1e-3, 6e-4]
+    assert [c.optimizer.betas for c in (cpu, gpu, owt)] == [(0.9, 0.99), (0.9, 0.99), (0.9, 0.95)]
+    assert [c.schedule.warmup_steps for c in (cpu, gpu, owt)] == [100, 100, 2000]
+    assert owt.train.global_batch_size * owt.model.block_size == 491_520
+    assert {(c.optimizer.weight_decay, c.train.grad_clip, c.schedule.min_lr_ratio) for c in (cpu, gpu, owt)} == {
+        (0.1, 1.0, 0.1)
+    }
+    assert {(c.model.bias, c.model.activation) for c in (cpu, gpu, owt)} == {(False, "gelu")}
+
+
+def test_several_options_of_a_group_at_once():
+    config = resolved("logger=[csv,tensorboard,wandb]", "callbacks=[default,early_stopping]")
+    assert config.logger.wandb is not None
+    assert config.logger.tensorboard is not None
+    assert config.callbacks.early_stopping is not None
+    assert config.callbacks.checkpoint is not None
+
+
+def test_every_yaml_says_what_it_is():
+    for path in configuration_folder().rglob("*.yaml"):
+        first = next(line for line in path.read_text().splitlines() if "@package" not in line)
+        if "hydra/help" not in str(path):
+            assert first.startswith("# "), path
+        OmegaConf.load(path)

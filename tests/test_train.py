@@ -1,0 +1,255 @@
+"""The training command, end to end: what it writes, and that its numbers are right."""
+
+import csv
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from gptlab.data.order import WindowOrder
+from gptlab.model.config import GPTConfig
+from gptlab.model.gpt import GPT
+
+
+def metrics(directory: Path, name: str) -> dict[int, float]:
+    """A column of metrics.csv by step."""
+    with (directory / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+def ran(done) -> None:
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_leaves_its_record_and_says_where(user):
+    done = user.train("name=first", "callbacks.samples.num_samples=2")
+    ran(done)
+    directory = user.only_run("first")
+    written = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {
+        "uncommitted.diff"
+    }
+    assert written == {
+        "config.yaml",
+        "environment.json",
+        "manifest.json",
+        "metrics.csv",
+        "train.log",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "samples/step_000003.txt",
+        "samples/step_000006.txt",
+    }
+    for row in ("parameters", "tokens seen", "best val loss", "bits per byte", "wall time", "run directory"):
+        assert row in done.stdout
+    assert f"Next: python -m gptlab.sample run=outputs/first/{directory.name}" in done.stdout
+    assert "mfu             unknown" in done.stdout or torch.cuda.is_available()
+    assert (directory / "samples" / "step_000006.txt").read_text().count("--- sample") == 2
+    assert "val loss" in (directory / "train.log").read_text()
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith("2.")
+    assert "name=first" in environment["command"]
+    assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["vocab_size"] == 257
+
+
+def test_metrics_and_evaluations_have_their_names_and_steps(user):
+    ran(user.train("train.max_steps=7", "train.log_every=2"))
+    directory = user.only_run()
+    recorded = [1, 2, 4, 6, 7]  # the first, every second, the last
+    for name in ("train/loss", "lr", "grad_norm", "tokens_per_second"):
+        assert list(metrics(directory, name)) == recorded, name
+    assert list(metrics(directory, "val/loss")) == [3, 6, 7]  # every third, and once more at the end
+    assert metrics(directory, "tokens") == {step: step * 12 * 32 for step in (1, 2, 3, 4, 6, 7)}
+    loss, bits = metrics(directory, "val/loss"), metrics(directory, "val/bits_per_byte")
+    # one document, so no end of text is scored but, at most, the very last token: a byte a token
+    assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-3)
+
+
+def plain_training(user, steps: int) -> tuple[list[float], GPT]:
+    """The same training written as anyone would, from the text file on: an oracle for the whole command."""
+    text = (user.folder / "text.txt").read_text()
+    cut = int(len(text) * 0.9)
+    tokens, val = [*text[:cut].encode(), 256], [*text[cut:].encode(), 256]
+    shards = {"train": [_sha(tokens)], "val": [_sha(val)]}
+    fingerprint = hashlib.sha256(json.dumps([{"name": "bytes"}, shards], sort_keys=True).encode()).hexdigest()
+    order = WindowOrder(len(tokens), 32, 1337, fingerprint, None)
+    torch.manual_seed(1337)
+    settings = yaml.safe_load((user.only_run() / "config.yaml").read_text())
+    model = GPT(GPTConfig(**settings["model"]))
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (step + 1) / 101  # the tiny model's rate, warming up over 100 steps
+        starts = order.starts(np.arange(step * 12, step * 12 + 12))
+        windows = torch.tensor([tokens[start : start + 33] for start in starts])
+        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def _sha(tokens: list[int]) -> str:
+    return hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
+
+
+def test_the_command_trains_as_a_plain_loop_does(user):
+    torch.set_num_threads(1)
+    ran(user.train())
+    directory = user.only_run()
+    losses, model = plain_training(user, steps=6)
+    assert list(metrics(directory, "train/loss").values()) == pytest.approx(losses, abs=2e-6)
+    found = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert found.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+
+
+def test_one_seed_gives_bit_equal_losses_and_another_does_not(user):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ran(user.train(f"name={name}", f"seed={seed}", "model.dropout=0.1"))
+    a, b, c = (metrics(user.only_run(name), "train/loss") for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_evaluating_and_sampling_change_nothing(user):
+    ran(user.train("name=often", "train.eval_every=1", "model.dropout=0.1"))
+    ran(user.train("name=once", "train.eval_every=6", "model.dropout=0.1", "callbacks=none"))
+    often, once = user.only_run("often"), user.only_run("once")
+    assert metrics(often, "train/loss") == metrics(once, "train/loss")
+    assert metrics(often, "val/loss")[6] == metrics(once, "val/loss")[6]
+    assert not (once / "checkpoints").exists()
+
+
+def test_micro_batches_and_workers_change_nothing(user):
+    ran(user.train("name=whole"))
+    ran(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
+    whole, parts = (user.only_run(name) for name in ("whole", "parts"))
+    assert metrics(parts, "train/loss") == pytest.approx(metrics(whole, "train/loss"), abs=1e-5)
+    assert metrics(parts, "grad_norm") == pytest.approx(metrics(whole, "grad_norm"), abs=1e-4)
+    assert metrics(parts, "val/loss") == pytest.approx(metrics(whole, "val/loss"), abs=1e-5)
+
+
+def test_a_length_in_tokens(user):
+    ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000"))
+    assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first multiple of a step >= 4000
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(user):
+    same = ("model.dropout=0.1", "schedule.decay_steps=9")
+    ran(user.train("name=whole", "train.max_steps=9", *same))
+    ran(user.train("name=halted", "train.max_steps=6", *same))
+    whole, halted = user.only_run("whole"), user.only_run("halted")
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
+    for name in ("train/loss", "val/loss", "grad_norm", "lr", "tokens"):
+        assert metrics(halted, name) == metrics(whole, name), name
+    states = [torch.load(d / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for d in (whole, halted)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len(list((user.folder / "outputs" / "halted").iterdir())) == 1
+
+
+def test_a_resume_cannot_become_another_run(user):
+    ran(user.train())
+    done = user.python("gptlab.train", f"resume={user.only_run()}", "optimizer.lr=1")
+    assert done.returncode == 2
+    assert "optimizer.lr cannot change when a run is resumed" in done.stderr
+
+
+def test_a_run_can_start_from_another_s_weights(user):
+    ran(user.train("name=first"))
+    first = user.only_run("first")
+    ran(
+        user.train(
+            "name=second", f"init_from={first}", "train.max_steps=1", "optimizer.lr=1e-12", "train.eval_windows=null"
+        )
+    )
+    ran(user.train("name=third", "train.eval_windows=null"))
+    second, third = user.only_run("second"), user.only_run("third")
+    assert metrics(second, "val/loss")[1] == pytest.approx(metrics(third, "val/loss")[6], abs=1e-6)
+    done = user.train(f"init_from={first}", "model.n_embd=32")
+    assert done.returncode == 2
+    assert "model.n_embd is 64 there and 32 here" in done.stderr
+
+
+def test_early_stopping_by_name(user):
+    # a rate at which nothing is learnt: the first evaluation stays the best
+    rate = ("optimizer.lr=1e-12", "train.max_steps=50", "callbacks.early_stopping.patience=2")
+    ran(user.train("callbacks=[default,early_stopping]", "callbacks.early_stopping.min_delta=0.1", *rate))
+    assert list(metrics(user.only_run(), "val/loss")) == [3, 6, 9]
+
+
+def test_several_loggers_at_once(user):
+    ran(user.train("logger=[csv,tensorboard,wandb]", "logger.wandb.mode=offline"))
+    directory = user.only_run()
+    assert list(metrics(directory, "val/loss")) == [3, 6]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    found = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == pytest.approx(metrics(directory, "train/loss"), rel=1e-6)
+    (record,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"bits_per_byte" in record.read_bytes()
+
+
+@pytest.mark.parametrize("option", ["one_step", "overfit", "limit", "profile"])
+def test_debug_options(user, option):
+    ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", f"debug={option}"))
+    directory = user.only_run()
+    losses = metrics(directory, "train/loss")
+    if option == "one_step":
+        assert list(losses) == [1]
+    elif option == "overfit":
+        assert losses[200] < 0.2 < 4 < losses[1]
+    elif option == "limit":
+        assert list(metrics(directory, "val/loss")) == [10, 20]
+    else:
+        traces = [json.loads(path.read_text())["traceEvents"] for path in directory.glob("profile/*.json")]
+        assert any("training_step" in event.get("name", "") for trace in traces for event in trace)
+
+
+def test_a_compiled_network_trains_the_same_and_keeps_its_names(user):
+    ran(user.train("name=compiled", "train.compile=true", timeout=300))
+    ran(user.train("name=eager", "train.compile=false"))
+    compiled, eager = user.only_run("compiled"), user.only_run("eager")
+    assert metrics(compiled, "train/loss") == pytest.approx(metrics(eager, "train/loss"), abs=1e-5)
+    states = [torch.load(d / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for d in (compiled, eager)]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_bfloat16_stays_near_float32(user):
+    ran(user.train("name=bf16", "trainer.precision=bf16-mixed"))
+    ran(user.train("name=fp32", "trainer.precision=32-true"))
+    bf16, fp32 = (metrics(user.only_run(name), "train/loss") for name in ("bf16", "fp32"))
+    assert bf16 == pytest.approx(fp32, abs=0.02)
+    assert bf16 != fp32
+
+
+def test_a_sample_is_the_same_for_the_same_seed(user):
+    ran(user.train())
+    arguments = (f"run={user.only_run()}", "prompt=def f(x): # it's ${y}, \\ ", "max_new_tokens=20", "num_samples=2")
+    one, again, other = (user.python("gptlab.sample", *arguments, f"seed={seed}") for seed in (1, 1, 2))
+    ran(one)
+    assert one.stdout == again.stdout
+    assert one.stdout != other.stdout
+    assert one.stdout.count("def f(x): # it's ${y}, \\ ") == 2
+
+
+def test_a_damaged_checkpoint_gets_a_sentence(user):
+    ran(user.train())
+    for path in user.only_run().glob("checkpoints/*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    done = user.python("gptlab.sample", f"run={user.only_run()}")
+    assert done.returncode == 2
+    assert "best.ckpt cannot be read as a checkpoint" in done.stderr

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from conftest import tiny_config
+from gptlab.model.gpt import GPT
+from gptlab.training.config import AdamWConfig
+from gptlab.training.optimizers import build_optimizer
+
+ADAMW = AdamWConfig(name="adamw", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exactly_the_matrices_and_embeddings_decay(tied):
+    model = GPT(tiny_config(n_layer=1, tie_weights=tied))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, ADAMW, fused=False).param_groups
+    decay = {group["weight_decay"]: {names[parameter] for parameter in group["params"]} for group in groups}
+    matrices = {f"h.0.{leaf}.weight" for leaf in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
+    head = set() if tied else {"lm_head.weight"}
+    assert decay == {
+        0.1: matrices | {"wte.weight", "wpe.weight"} | head,
+        0.0: {name for name, parameter in model.named_parameters() if parameter.dim() == 1},
+    }
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_step_is_adamw_by_hand(fused):
+    torch.manual_seed(0)
+    model = GPT(tiny_config()).double()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, ADAMW, fused=fused)
+    model(torch.arange(16)[None]).square().sum().backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        g, decay = parameter.grad, 0.1 if parameter.dim() > 1 else 0.0
+        # Loshchilov and Hutter 2019, algorithm 2, at t = 1: both moments' corrections leave g and |g|
+        expected = before[name] * (1 - 0.1 * decay) - 0.1 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-10, rtol=1e-7, msg=name)
