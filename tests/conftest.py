@@ -50,12 +50,7 @@ class User:
     def train(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Train a tiny model on the text, quickly; ``arguments`` come after the small settings."""
         small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=6")
-        rhythm = (
-            "train.eval_every=3",
-            "train.eval_windows=10",
-            "train.log_every=1",
-            "callbacks.samples.max_new_tokens=5",
-        )
+        rhythm = ("train.eval_every=3", "train.eval_windows=10", "train.log_every=1")
         return self.python("gptlab.train", *small, *rhythm, *arguments, **options)
 
     def only_run(self, name: str = "quickstart") -> Path:

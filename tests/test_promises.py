@@ -1,0 +1,41 @@
+"""What the README promises of whole runs; slow."""
+
+import math
+import os
+import re
+
+import pytest
+
+from test_train import metrics, ran
+
+pytestmark = pytest.mark.slow
+
+
+def test_the_default_job_learns_python(user):
+    del user.environment["OMP_NUM_THREADS"]
+    ran(user.python("gptlab.train", timeout=900))
+    directory = user.only_run()
+    assert min(metrics(directory, "val/bits_per_byte").values()) <= 2.6
+    sample = sorted(directory.glob("samples/*"))[-1].read_text()
+    assert re.search(r"\b(def|self|import|return|class|if)\b", sample), sample
+
+
+def test_nanogpt_s_character_run_on_a_cpu(user):
+    source = os.environ.get("GPTLAB_TINYSHAKESPEARE")
+    if source is None:
+        pytest.skip("needs the tinyshakespeare text: GPTLAB_TINYSHAKESPEARE=<input.txt>")
+    del user.environment["OMP_NUM_THREADS"]
+    ran(user.python("gptlab.train", "experiment=shakespeare_char_cpu", f"data.source={source}", timeout=900))
+    directory = user.only_run("shakespeare_char_cpu")
+    assert metrics(directory, "train/loss")[1] == pytest.approx(math.log(65), abs=0.05)
+    assert metrics(directory, "val/loss")[2000] <= 1.90  # nanoGPT: 1.8857
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_gpt2_runs_on_two_processes(user, strategy):
+    size = ("model=gpt2", f"trainer={strategy}", "trainer.devices=2", "model.block_size=128", "train.max_steps=2")
+    ran(user.python("gptlab.train", *size, "train.eval_windows=24", timeout=1200))
+    directory = user.only_run()
+    assert list(metrics(directory, "train/loss")) == [1, 2]
+    # no tighter than a fresh model's self-predictions allow: a text repeats itself, uniform guesses do not
+    assert metrics(directory, "train/loss")[1] == pytest.approx(math.log(50257), abs=1)
