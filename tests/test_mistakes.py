@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptlab.experiments.command import MISTAKEN
+from gptlab.experiments.exits import MISTAKEN
 
 TRAIN = "gptlab.train"
 TEXT = ("data=text", "data.source=text.txt")

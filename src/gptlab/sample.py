@@ -6,8 +6,9 @@ from typing import Annotated
 from omegaconf import DictConfig
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from gptlab.experiments.command import DONE, command
+from gptlab.experiments.command import command
 from gptlab.experiments.directory import load_config
+from gptlab.experiments.exits import DONE
 from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import check, known_keys
 from gptlab.settings import Settings

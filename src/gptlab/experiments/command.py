@@ -15,11 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gptlab
 from gptlab.errors import UserError, did_you_mean
+from gptlab.experiments.exits import DONE, INTERRUPTED, tell
 from gptlab.experiments.logs import log_to_screen
-from gptlab.experiments.processes import is_first_rank
 from gptlab.experiments.schema import no_setting
-
-DONE, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130  # exit statuses
 
 Task = Callable[[DictConfig], int]
 
@@ -47,7 +45,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             try:
                 statuses.append(task(config))
             except (UserError, OmegaConfBaseException) as error:  # in a sweep the other jobs go on
-                statuses.append(_tell(error))
+                statuses.append(tell(error))
 
         @functools.wraps(task)
         def main() -> None:
@@ -63,7 +61,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
-                statuses.append(_tell(_explain(error, keys)))
+                statuses.append(tell(_explain(error, keys)))
             except KeyboardInterrupt:
                 statuses.append(INTERRUPTED)
             sys.exit(max(statuses))
@@ -71,12 +69,6 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
         return main
 
     return decorate
-
-
-def _tell(error: Exception) -> int:
-    if is_first_rank():  # once, not once a process
-        print(f"gptlab: {error}", file=sys.stderr)
-    return MISTAKEN
 
 
 def _quoted(argument: str, literal: tuple[str, ...]) -> str:

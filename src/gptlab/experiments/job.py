@@ -15,7 +15,7 @@ from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.processes import is_first_rank, started_from_outside
 from gptlab.experiments.schema import Config
-from gptlab.experiments.screen import announce, summarise
+from gptlab.experiments.screen import announce, say_interrupted, summarise
 from gptlab.experiments.weights import load_weights, read_checkpoint
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
@@ -62,11 +62,24 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> None:
             seed=config.seed,
             eval_windows=config.train.eval_windows,
         )
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        _fit(trainer, module, data, checkpoint)
         if is_first:
             summarise(config, directory, recorder, trainer)
+    except KeyboardInterrupt:
+        say_interrupted(directory, trainer.global_step)
+        raise
     finally:
         stop_log(handler)
+
+
+def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Path | None) -> None:
+    """Train; an interrupt stays one, which Lightning would turn into exit status 1."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
 
 
 def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTModule:

@@ -5,7 +5,9 @@ starts the other ranks: so its environment cannot leak into the next job of a sw
 Where torchrun or SLURM has started the ranks already, each runs here.
 """
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from gptlab.experiments.schema import Config
 from gptlab.training.batch import plan_batch
 
 WORKER = "gptlab.experiments.worker"
+PATIENCE = 5.0  # seconds a worker has to end by itself
 
 
 def launch(config: Config, place: Path | None) -> int:
@@ -59,13 +62,16 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
 
 
 def _run_in_process(config: Config, place: Path | None) -> int:
-    """Start the worker, and wait for it through interrupts: it ends itself, with its ranks."""
+    """Start the worker, and wait for it; what ends this process ends the worker, which ends its ranks."""
     with tempfile.NamedTemporaryFile("w", prefix="gptlab-", suffix=".json") as file:
         json.dump({"config": config.model_dump(mode="json"), "place": place and str(place.absolute())}, file)
         file.flush()
         worker = subprocess.Popen((sys.executable, "-m", WORKER, file.name))
+        signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
         while True:
             try:
                 return worker.wait()
-            except KeyboardInterrupt:  # the terminal has sent it to the worker as well
-                continue
+            except KeyboardInterrupt:  # which a terminal has sent to the worker as well, but `kill` has not
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return worker.wait(PATIENCE)
+                worker.send_signal(signal.SIGINT)

@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards import Manifest
+from gptlab.experiments.directory import CHECKPOINTS
 from gptlab.experiments.logs import FILE_ONLY
 from gptlab.experiments.schema import Config
 from gptlab.model.config import parameter_count
 from gptlab.training.batch import BatchPlan
+from gptlab.training.callbacks.checkpoints import LAST
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.devices import Devices
@@ -51,8 +53,7 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
     rows = {
         "parameters": f"{parameter_count(config.model):,}",
         "tokens seen": f"{trainer.global_step * recorder.tokens_per_step:,}",
-        "best val loss": f"{recorder.best['val/loss']:.4f} at step {recorder.best['step']:,}",
-        "bits per byte": f"{recorder.best['val/bits_per_byte']:.4f}",
+        **_best(recorder.best),
         "wall time": str(timedelta(seconds=round(recorder.seconds))),
         "run directory": str(_shown(directory)),
         "mfu": _mfu(recorder),
@@ -65,6 +66,23 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
     console.print(table)
     following = f"python -m gptlab.sample run={_shown(directory)}"
     log.info("Next: %s", following)
+
+
+def say_interrupted(directory: Path, step: int) -> None:
+    """Say where an interrupted run stands, and how it goes on."""
+    if (directory / CHECKPOINTS / LAST).exists():
+        log.info("Interrupted at step %d. To go on: python -m gptlab.train resume=%s", step, _shown(directory))
+    else:
+        log.info("Interrupted at step %d, before the first checkpoint.", step)
+
+
+def _best(best: dict[str, float]) -> dict[str, str]:
+    if not best:
+        return {"best val loss": "none: no evaluation gave a number"}
+    return {
+        "best val loss": f"{best['val/loss']:.4f} at step {best['step']:,}",
+        "bits per byte": f"{best['val/bits_per_byte']:.4f}",
+    }
 
 
 def _mfu(recorder: Recorder) -> str:

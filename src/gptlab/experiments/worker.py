@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from gptlab.errors import UserError
+from gptlab.experiments.exits import INTERRUPTED, tell
 from gptlab.experiments.job import run
 from gptlab.experiments.launching import make_ready
 from gptlab.experiments.logs import log_to_screen
@@ -19,12 +20,9 @@ def main() -> None:
         config, prepared = make_ready(check(Config, content["config"]))
         run(config, prepared, content["place"] and Path(content["place"]))
     except UserError as error:
-        sys.exit(_tell(error))
-
-
-def _tell(error: UserError) -> int:
-    print(f"gptlab: {error}", file=sys.stderr)
-    return 2
+        sys.exit(tell(error))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The record of a run: metrics to every logger, progress to the screen, and the run's end."""
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -117,7 +118,7 @@ class Recorder(L.Callback):
         _log(trainer, {**metrics, "tokens": step * self.tokens_per_step}, step)
         if trainer.state.fn != "fit":
             return
-        is_best = not self.best or metrics["val/loss"] < self.best["val/loss"]
+        is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
         if is_best:
             self.best = {"step": step, **metrics}
         self.seconds = time.monotonic() - self._began

@@ -1,0 +1,48 @@
+"""Ctrl-C: the run ends, says how it goes on, and leaves no process behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptlab.experiments.exits import INTERRUPTED
+from test_train import ran
+
+ENDLESS = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "train.eval_every=5")
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of the processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if (process / "cwd").readlink() == folder:
+                found.append((process / "cmdline").read_text())
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", "trainer.devices=2")])
+@pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the first process alone"])
+def test_an_interrupted_run_can_go_on(user, trainer, to_all):
+    command = (sys.executable, "-m", "gptlab.train", *ENDLESS, *trainer, "train.eval_windows=4", "callbacks=checkpoint")
+    run = subprocess.Popen(
+        command, cwd=user.folder, env=user.environment, stdout=subprocess.PIPE, start_new_session=True
+    )
+    until = time.monotonic() + 60
+    while not list(user.folder.glob("outputs/*/*/checkpoints/last.ckpt")):
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
+    output = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == INTERRUPTED
+    assert f"To go on: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
+    assert processes_of(user.folder) == []
+    done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
+    ran(done)  # further than that already: nothing is left to do, which is no mistake
