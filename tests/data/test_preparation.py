@@ -153,7 +153,7 @@ def test_documents_are_given_to_val_by_their_names_alone(source):
 
     write(source, {f"{n:02d}.txt": f"Document {n}: new" for n in range(40, 400)})
     (source / "00.txt").unlink()
-    write(source, {"01.txt": "Document 1: changed"})
+    write(source, {f"{n:02d}.txt": f"Document {n}: changed" for n in range(1, 30)})
     second = prepare_text(source, **settings).folder
     assert named(second, "train") & {str(n) for n in range(40)} == train - {"0"}
     assert named(second, "val") & {str(n) for n in range(40)} == val - {"0"}
@@ -272,7 +272,7 @@ def test_a_damaged_cache_is_named(source):
     path = prepare_text(source).folder / "train_000001.bin"
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    with pytest.raises(UserError, match=rf"{path} should have {size} bytes and has {size - 1}"):
+    with pytest.raises(UserError, match=rf"{path} should have {size:,} bytes and has {size - 1:,}"):
         prepare_text(source)
 
 
@@ -350,3 +350,14 @@ def test_tinyshakespeare_has_the_published_numbers_of_tokens(tmp_path, monkeypat
     assert [shard.bytes for shard in prepared.manifest.splits["train"]] == [1_003_854]
     train_ids = tokens_on_disk(prepared.folder, "train")
     assert prepared.tokenizer.decode(train_ids).removesuffix("<|endoftext|>") == text[:1_003_854]
+
+
+def test_a_cache_inside_the_source_is_refused(source):
+    with pytest.raises(UserError, match=r"lies inside data\.source=.*name a folder outside"):
+        prepare_text(source, cache_dir=str(source / "cache"))
+    assert not (source / "cache").exists()
+
+
+def test_a_glob_of_prepared_folders_does_not_stumble_over_their_locks(source):
+    folder = prepare_text(source).folder
+    assert prepare_shards(folder.parent / "text-bytes-*").folder == folder

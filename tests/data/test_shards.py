@@ -15,10 +15,10 @@ TOKENS = np.concatenate(DOCUMENTS)
 
 
 def write(folder, dtype="uint16", shard_tokens=50) -> Manifest:
-    """Write DOCUMENTS as train and the first three of them as val."""
+    """Write DOCUMENTS as train and the last three of them as val."""
     folder.mkdir(exist_ok=True)
     splits = {}
-    for split, documents in (("train", DOCUMENTS), ("val", DOCUMENTS[:3])):
+    for split, documents in (("train", DOCUMENTS), ("val", DOCUMENTS[-3:])):
         writer = ShardWriter(folder, split, dtype, shard_tokens)
         for document in documents:
             writer.add(document, text_bytes=10 * len(document))
@@ -75,7 +75,7 @@ def test_a_stream_reads_shards_as_one_array(tmp_path, shard_tokens):
 def test_the_two_splits_are_two_streams(tmp_path):
     manifest = write(tmp_path)
     val = TokenStream(tmp_path, manifest, "val")
-    expected = np.concatenate(DOCUMENTS[:3])
+    expected = np.concatenate(DOCUMENTS[-3:])
     assert len(val) == manifest.tokens("val") == len(expected)
     np.testing.assert_array_equal(val.read([0], len(expected))[0], expected)
 

@@ -4,7 +4,6 @@ import hashlib
 import sys
 import sysconfig
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ class TextFiles:
     def documents(self) -> Iterator[Document]:
         """Read the files in order; bytes that are no UTF-8 become U+FFFD."""
         for path in self.paths:
-            yield Document(path.relative_to(self.root).as_posix(), path.read_text("utf-8", errors="replace"))
+            yield Document(path.relative_to(self.root).as_posix(), path.read_bytes().decode("utf-8", errors="replace"))
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,12 @@ class HubDataset:
         return f"{self.path}{f' ({self.subset})' if self.subset else ''}, column {self.column}"
 
     def fingerprint(self) -> str:
-        """Hash of the name: the hub keeps the versions."""
-        return hashlib.sha256(self.origin.encode()).hexdigest()
+        """Hash of the name, for the hub keeps the versions; of a local folder also of its place and files."""
+        content, folder = self.origin, Path(self.path).expanduser()
+        if folder.is_dir():
+            files = TextFiles(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+            content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
+        return hashlib.sha256(content.encode()).hexdigest()
 
     def documents(self) -> Iterator[Document]:
         """Read the rows in order."""
@@ -103,7 +106,15 @@ class HubDataset:
         if self.column not in rows.column_names:
             raise UserError(f"data.column={self.column} is not in {self.path}; it has {', '.join(rows.column_names)}.")
         for number, row in enumerate(rows):
-            yield Document(str(number), row[self.column])
+            text = row[self.column]
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise UserError(
+                    f"data.column={self.column} of {self.path} holds no text but {type(text).__name__}: row {number} "
+                    f"is {text!r:.80}. The columns are {', '.join(rows.column_names)}."
+                )
+            yield Document(str(number), text)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -164,9 +175,13 @@ def _plays_folder() -> Path:
 def _check_tinyshakespeare(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"data.source={path}: there is no such file (looked from {Path.cwd()}).")
-    if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != TINYSHAKESPEARE_SHA256:
+    _check_hash(path.read_bytes(), str(path))
+
+
+def _check_hash(text: bytes, origin: str) -> None:
+    if (found := hashlib.sha256(text).hexdigest()) != TINYSHAKESPEARE_SHA256:
         raise UserError(
-            f"{path} is not the tinyshakespeare text: its SHA-256 is {found}, not {TINYSHAKESPEARE_SHA256}. "
+            f"{origin} is not the tinyshakespeare text: its SHA-256 is {found}, not {TINYSHAKESPEARE_SHA256}. "
             "For a text of your own use data=text."
         )
 
@@ -178,11 +193,12 @@ def _download_tinyshakespeare(cache_dir: str) -> Path:
     try:
         with urllib.request.urlopen(TINYSHAKESPEARE_URL, timeout=30) as response:
             text = response.read()
-    except (urllib.error.URLError, TimeoutError) as error:
+    except OSError as error:
         raise UserError(
             f"The Shakespeare text could not be downloaded from {TINYSHAKESPEARE_URL}: {error}.\n"
             "Fetch it elsewhere and name it, data.source=<input.txt>, or use data=shakespeare_plays."
         ) from error
+    _check_hash(text, f"What {TINYSHAKESPEARE_URL} sent")  # before it is kept
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(text)

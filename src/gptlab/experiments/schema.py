@@ -66,13 +66,13 @@ class Config(Settings):
         return self.train.steps(self.model.block_size)
 
     def with_vocabulary(self, size: int) -> Self:
-        """Fill in the tokenizer's vocabulary; UserError where the model names a smaller one."""
-        if self.model.vocab_size is not None and self.model.vocab_size < size:
+        """Fill in the tokenizer's vocabulary; UserError where the model names another."""
+        if self.model.vocab_size not in (None, size):
             raise UserError(
-                f"model.vocab_size={self.model.vocab_size} is smaller than the {size} ids of "
-                f"tokenizer={self.tokenizer.name}; leave it null to take the tokenizer's."
+                f"model.vocab_size={self.model.vocab_size} is not the {size} ids of tokenizer={self.tokenizer.name}; "
+                "leave it null to take them. A larger embedding is model.pad_vocab_to_multiple_of."
             )
-        model = self.model.model_copy(update={"vocab_size": self.model.vocab_size or size})
+        model = self.model.model_copy(update={"vocab_size": size})
         return self.model_copy(update={"model": model})
 
     def with_absolute_paths(self) -> Self:
