@@ -32,7 +32,7 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
         "model": f"{parameter_count(config.model):,} parameters",
-        "data": f"{manifest.origin}: {train:,} tokens to train on, {val:,} for val",
+        "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
         "batch": f"{batch} sequences of {block_size} tokens: {dealt}",
