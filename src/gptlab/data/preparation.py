@@ -1,27 +1,42 @@
-"""Corpus to shards, once: prepared data is kept in the cache and used again. Imports no torch."""
+"""Corpus to shards, once: prepared data is kept in the cache and used again. Imports no torch.
 
+The corpus is cut into tasks that do not depend on who does them. Each task writes its shards and then its record; the
+manifest comes last. Killed at any moment, a preparation goes on with the tasks that have no record, and ends with the
+same bytes whatever the number of workers or machines.
+"""
+
+import errno
+import functools
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.corpora import Corpus, Document, open_corpus
-from gptlab.data.shards import FORMAT, MANIFEST, SPLITS, Manifest, ShardWriter, Split, load_shards
+from gptlab.data.corpora import Corpus, Files, Task, open_corpus
+from gptlab.data.formats import describe
+from gptlab.data.readers import Decoding, Document
+from gptlab.data.shards import FORMAT, MANIFEST, SPLITS, Manifest, Shard, ShardWriter, Split, load_shards, write_durably
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
+TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
 
 class Prepared(NamedTuple):
@@ -32,16 +47,33 @@ class Prepared(NamedTuple):
     tokenizer: Tokenizer
 
 
-def prepare(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
+class Work(NamedTuple):
+    """Who prepares, and who hears of it.
+
+    Attributes:
+        workers: Processes; the bytes are the same with any number.
+        part: Which of the tasks this machine does, of ``parts`` that share them out.
+        parts: 1 does them all.
+        report: Called with bytes done, bytes in all and tokens done, after every task.
+    """
+
+    workers: int = os.cpu_count() or 1
+    part: int = 0
+    parts: int = 1
+    report: Callable[[int, int, int], None] = lambda done, of, tokens: None
+
+
+def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work()) -> Prepared:  # noqa: B008  (a constant)
     """Return the prepared data that the configuration names, making it where the cache does not have it.
 
     Processes that ask at the same time, on one file system, wait for the one that makes it.
 
     Raises:
-        UserError: The corpus, the vocabulary or the shards are missing, empty or damaged.
+        UserError: The corpus, the vocabulary or the shards are missing, empty or damaged, the disk is full, or other
+            machines have not done their parts yet.
     """
     if config.corpus == "shards":
-        folder = _shards_folder(config.path)
+        folder = _shards_folder(config, tokenizer)
         manifest = load_shards(folder)
         if manifest.tokenizer["name"] != tokenizer.name:
             raise UserError(
@@ -59,9 +91,10 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
-    with FileLock(f"{folder}{LOCK}"):
+    # machines that share a preparation do different tasks, and need not wait for each other
+    with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
-            _make(folder, config, tokenizer, corpus)
+            _make(folder, config, tokenizer, corpus, work)
     try:
         manifest = load_shards(folder)
     except UserError as error:
@@ -69,69 +102,210 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
     return Prepared(folder, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
-def _shards_folder(path: str | None) -> Path:
-    if path is None:
-        raise UserError("data=shards needs the shards: data.path=<a prepared folder, or a glob of its files>")
-    named = Path(path).expanduser()  # a folder's own name may look like a glob
+def _shards_folder(config: DataConfig, tokenizer: TokenizerConfig) -> Path:
+    """Find the prepared folder that data.path names or, for token files of others, describe them in the cache."""
+    if config.path is None:
+        raise UserError("data=shards needs the shards: data.path=<a prepared folder, or a glob of token files>")
+    named = Path(config.path).expanduser()  # a folder's own name may look like a glob
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
     folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
-    if len(folders) != 1:
-        found = "matches nothing" if not folders else f"matches files of {len(folders)} folders"
-        raise UserError(f"data.path={path} {found}; it should name one prepared folder (looked from {Path.cwd()}).")
-    return folders.pop()
+    prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if len(folders) == 1 and prepared:
+        return folders.pop()
+    if not matches or prepared or len(folders) > 1:
+        found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
+        raise UserError(
+            f"data.path={config.path} {found}; it should name one folder of shards (looked from {Path.cwd()})."
+        )
+    inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
+    files = [path for path in inside if path.suffix in (".bin", ".npy")]
+    if not files:
+        raise UserError(f"data.path={config.path} has neither a {MANIFEST} nor token files (.bin, .npy).")
+    listing = Files(files[0].parent, files, Decoding(None, "replace")).fingerprint()
+    return _described(Path(config.cache_dir).expanduser() / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
+
+
+def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
+    """Keep a manifest of token files that lie elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}{LOCK}"):
+        if not (folder / MANIFEST).exists():
+            if tokenizer.name not in ("gpt2", "bytes"):
+                raise UserError(
+                    f"{files[0]} does not say which tokens tokenizer={tokenizer.name} means; gpt2 or bytes would."
+                )
+            log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
+            describe(files, load_tokenizer({"name": tokenizer.name}, tokenizer.vocab_dir)).save(folder)
+    return folder
 
 
 def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> Path:
     """Name the folder by everything that its content depends on."""
-    cut = [config.val_split, config.val_fraction, config.split_seed, config.shard_tokens]
-    key = json.dumps([FORMAT, corpus.fingerprint(), tokenizer.name, cut])
+    cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
+    key = json.dumps([FORMAT, corpus.fingerprint(), tokenizer.name, tokenizer.vocab_size, cut])
     name = f"{config.corpus}-{tokenizer.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return Path(config.cache_dir).expanduser() / name
 
 
-def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, corpus: Corpus) -> None:
-    """Write the shards beside their final place, then rename: a folder is whole or not there."""
+def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, corpus: Corpus, work: Work) -> None:
+    """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
-    tokenizer = build_tokenizer(tokenizer_config, (document.text for document in corpus.documents()))
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        new = Path(scratch) / folder.name
-        new.mkdir()
-        writers = {split: ShardWriter(new, split, dtype, config.shard_tokens) for split in SPLITS}
-        for document in corpus.documents():
-            for split, text in _split(document, config):
+    folder.mkdir(exist_ok=True)
+    tasks = corpus.tasks(config.task_bytes)
+    tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
+    mine = [task for task in tasks if task.number % work.parts == work.part]
+    todo = [task for task in mine if not _record_path(folder, task).exists()]
+    if len(todo) < len(mine):
+        log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
+    do = functools.partial(_do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir)
+    try:
+        _do_all(do, todo, len(mine) and sum(task.bytes for task in mine), work)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        left = sum(task.bytes for task in mine if not _record_path(folder, task).exists())
+        itemsize = np.dtype(_dtype(tokenizer)).itemsize
+        raise UserError(
+            f"The disk of {folder} is full; at most {left * itemsize / 1e9:.1f} GB more are needed. "
+            "What is done is kept: make room and start again."
+        ) from error
+    if waiting := [task.number for task in tasks if not _record_path(folder, task).exists()]:
+        raise UserError(
+            f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of them "
+            f"task {waiting[0]}. When every part is done: merge=true."
+        )
+    _write_manifest(folder, config, corpus, tasks, tokenizer)
+
+
+def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: list[Task]) -> Tokenizer:
+    """Build the tokenizer once, and find it again when a preparation goes on."""
+    path = folder / TOKENIZER
+    if path.exists():
+        return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
+    tokenizer = build_tokenizer(config, (document.text for task in tasks for document in corpus.documents(task)))
+    write_durably(path, json.dumps(tokenizer.record()))
+    return tokenizer
+
+
+def _do_all(do: Callable[[Task], int], tasks: list[Task], total: int, work: Work) -> None:
+    """Do the tasks, in this process where one is enough, and report each."""
+    done, tokens = total - sum(task.bytes for task in tasks), 0
+    if min(work.workers, len(tasks)) <= 1:
+        for task in tasks:
+            tokens, done = tokens + do(task), done + task.bytes
+            work.report(done, total, tokens)
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = min(work.workers, len(tasks))
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+        futures: dict[Future[int], Task] = {pool.submit(do, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                tokens, done = tokens + future.result(), done + futures[future].bytes
+                work.report(done, total, tokens)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _do(
+    folder: Path, corpus: Corpus, config: DataConfig, record: dict[str, Any], vocab_dir: str | None, task: Task
+) -> int:
+    """Tokenize one task into its shards, then write its record; return its tokens."""
+    tokenizer = _loaded(json.dumps(record), vocab_dir)
+    ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
+    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", _dtype(tokenizer)) for s in SPLITS}
+    try:
+        for document in corpus.documents(task):
+            for split, text, begins, finishes in _split(document, config):
                 if not text:
                     continue
                 ids = tokenizer.encode(text)
-                if tokenizer.end_of_text is not None:
-                    ids = np.append(ids, np.uint32(tokenizer.end_of_text))
-                writers[split].add(ids, len(text.encode("utf-8", errors="replace")))
-        for split, writer in writers.items():
-            writer.close()
-            if not writer.shards:
-                raise UserError(_nothing_in(split, corpus, config))
-        Manifest(
-            format=FORMAT,
-            origin=corpus.origin,
-            tokenizer=tokenizer.record(),
-            vocab_size=tokenizer.vocab_size,
-            dtype=dtype,
-            splits={split: writer.shards for split, writer in writers.items()},
-        ).save(new)
-        shutil.rmtree(folder, ignore_errors=True)  # a folder without a manifest is a stranger's leftover
-        new.rename(folder)
+                if ends and (begins if config.separator == "before" else finishes):
+                    ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
+                size = len(text.encode("utf-8", errors="replace"))
+                writers[split].add(ids.astype(np.uint32), size, int(finishes))
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    content = {split: [shard.model_dump() for shard in shards[split]] for split in SPLITS}
+    write_durably(_record_path(folder, task), json.dumps(content))
+    return sum(writer.tokens for writer in writers.values())
 
 
-def _split(document: Document, config: DataConfig) -> Iterator[tuple[Split, str]]:
+@functools.lru_cache(maxsize=1)
+def _loaded(record: str, vocab_dir: str | None) -> Tokenizer:
+    """Keep a worker's tokenizer from task to task."""
+    return load_tokenizer(json.loads(record), vocab_dir)
+
+
+def _dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def _record_path(folder: Path, task: Task) -> Path:
+    return folder / f"task_{task.number:06d}.json"
+
+
+def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> None:
+    """Put the records together, and take away what was only needed on the way."""
+    records = [json.loads(_record_path(folder, task).read_text()) for task in tasks]
+    splits = {s: [Shard.model_validate(shard) for record in records for shard in record[s]] for s in SPLITS}
+    for split in SPLITS:
+        if not splits[split]:
+            raise UserError(_nothing_in(split, corpus, config))
+    Manifest(
+        format=FORMAT,
+        origin=corpus.origin,
+        tokenizer=tokenizer.record(),
+        vocab_size=tokenizer.vocab_size,
+        dtype=_dtype(tokenizer),
+        splits=splits,
+    ).save(folder)
+    kept = {MANIFEST} | {shard.file for split in SPLITS for shard in splits[split]}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+
+
+class Part(NamedTuple):
+    """What of a document a split gets, and whether that part begins and finishes there."""
+
+    split: Split
+    text: str
+    begins: bool
+    finishes: bool
+
+
+def _split(document: Document, config: DataConfig) -> Iterator[Part]:
     """Give a document, or the two parts of it, to train and val."""
-    if config.val_split == "tail":
-        cut = int(len(document.text) * (1 - config.val_fraction))
-        yield "train", document.text[:cut]
-        yield "val", document.text[cut:]
-    else:
-        drawn = hashlib.sha256(f"{config.split_seed}\0{document.name}".encode()).digest()[:8]
+    name, text, begin, end = document
+    if config.val_split == "documents":
+        drawn = hashlib.sha256(f"{config.split_seed}\0{name}".encode()).digest()[:8]
         in_val = int.from_bytes(drawn) < config.val_fraction * 2**64
-        yield ("val" if in_val else "train"), document.text
+        yield Part("val" if in_val else "train", text, begin == 0, end == 1)
+        return
+    border = 1 - config.val_fraction
+    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
+    cut = min(max(int(len(text) * ((border - begin) / (end - begin))), 0), len(text))
+    if begin < border:
+        yield Part("train", text[:cut], begin == 0, border <= end)
+    if border < end:
+        yield Part("val", text[cut:], begin <= border, end == 1)
 
 
 def _nothing_in(split: Split, corpus: Corpus, config: DataConfig) -> str:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +22,10 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Shard(Settings):
-    """One file of tokens."""
+    """One file of tokens: its name in the folder (or its place elsewhere), and the bytes before the tokens."""
 
     file: str
+    offset: NonNegativeInt = 0
     tokens: NonNegativeInt
     bytes: NonNegativeInt
     documents: NonNegativeInt
@@ -67,7 +69,7 @@ class Manifest(Settings):
 
     def save(self, folder: Path) -> None:
         """Write it into ``folder``."""
-        (folder / MANIFEST).write_text(self.model_dump_json(indent=2) + "\n")
+        write_durably(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -85,7 +87,7 @@ def load_shards(folder: Path) -> Manifest:
     """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
     manifest = load_manifest(folder)
     for shard in (shard for shards in manifest.splits.values() for shard in shards):
-        file, expected = folder / shard.file, shard.tokens * np.dtype(manifest.dtype).itemsize
+        file, expected = folder / shard.file, shard.offset + shard.tokens * np.dtype(manifest.dtype).itemsize
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size:,}"
@@ -94,50 +96,64 @@ def load_shards(folder: Path) -> Manifest:
 
 
 class ShardWriter:
-    """Writes one split's documents into shards, hashing as it goes."""
+    """Writes one shard: beside its final name, hashed as it goes, synced, then renamed.
 
-    def __init__(self, folder: Path, split: Split, dtype: str, shard_tokens: int) -> None:
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.shards: list[Shard] = []
-        self._file: BinaryIO | None = None
+    Args:
+        path: Final name.
+        dtype: Of the tokens.
+    """
 
-    def add(self, ids: NDArray[np.uint32], text_bytes: int) -> None:
-        """Append one document of ``text_bytes`` bytes of UTF-8, whose ids end with the end of text if there is one."""
-        if self._file is None:
-            self._path = self.folder / f"{self.split}_{len(self.shards):06d}.bin"
-            self._file, self._digest = self._path.open("wb"), hashlib.sha256()
-            self._tokens = self._bytes = self._documents = 0
-        data = ids.astype(self.dtype.newbyteorder("<")).tobytes()
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
+        self.tokens = self.bytes = self.documents = 0
+        self._digest = hashlib.sha256()
+        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        self._file = self._unfinished.open("wb")
+
+    def add(self, ids: NDArray[np.uint32], text_bytes: int, documents: int) -> None:
+        """Append ``ids``, which stand for so many bytes of UTF-8 and complete so many documents."""
+        data = ids.astype(self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
-        self._tokens += len(ids)
-        self._bytes += text_bytes
-        self._documents += 1
-        if self._tokens >= self.shard_tokens:
-            self.close()
-
-    def close(self) -> None:
-        """Finish the shard at hand."""
-        if self._file is None:
-            return
-        self._file.close()
-        self._file = None
-        self.shards.append(
-            Shard(
-                file=self._path.name,
-                tokens=self._tokens,
-                bytes=self._bytes,
-                documents=self._documents,
-                sha256=self._digest.hexdigest(),
-            )
+        self.tokens, self.bytes, self.documents = (
+            self.tokens + len(ids),
+            self.bytes + text_bytes,
+            self.documents + documents,
         )
+
+    def finish(self) -> list[Shard]:
+        """Put the shard in its place; a shard without tokens leaves nothing, and is none."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if not self.tokens:
+            self._unfinished.unlink()
+            return []
+        self._unfinished.replace(self.path)
+        sizes = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
+        return [Shard(file=self.path.name, sha256=self._digest.hexdigest(), **sizes)]
+
+    def abandon(self) -> None:
+        """Take an unfinished shard away."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
 
 
 class TokenStream:
     """The tokens of one split as if they were one array, memory-mapped where they lie."""
 
     def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
-        self.paths = [folder / shard.file for shard in manifest.splits[split]]
+        self.files = [(folder / shard.file, shard.offset, shard.tokens) for shard in manifest.splits[split]]
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.ends = np.cumsum([shard.tokens for shard in manifest.splits[split]])
         self._maps: dict[int, NDArray[Any]] = {}
@@ -164,5 +180,6 @@ class TokenStream:
 
     def _map(self, shard: int) -> NDArray[Any]:
         if shard not in self._maps:
-            self._maps[shard] = np.memmap(self.paths[shard], dtype=self.dtype, mode="r")
+            path, offset, tokens = self.files[shard]
+            self._maps[shard] = np.memmap(path, dtype=self.dtype, mode="r", offset=offset, shape=(tokens,))
         return self._maps[shard]

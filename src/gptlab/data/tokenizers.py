@@ -1,13 +1,14 @@
 """Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gptlab.data.config import TokenizerConfig
-from gptlab.data.vocabulary import gpt2_merges
+from gptlab.data.vocabulary import gpt2_merges, spelled_bytes
 from gptlab.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -135,6 +136,64 @@ class GPT2Tokenizer:
         return {"name": "gpt2"}
 
 
+class BPETokenizer:
+    """A byte-level BPE of a corpus' own (Sennrich et al. 2016, over bytes as in Radford et al. 2019, section 2.2).
+
+    The last id is the end of text, which no text is encoded as.
+
+    Args:
+        trained: The tokenizers library's own JSON.
+    """
+
+    def __init__(self, trained: str) -> None:
+        from tokenizers import Tokenizer as Trained  # slow to import, and needed by this tokenizer alone
+
+        self._trained = trained
+        self._bpe = Trained.from_str(trained)
+        self.end_of_text = self._bpe.get_vocab_size()
+        self.vocab_size = self.end_of_text + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Train on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
+        from tokenizers import Tokenizer as Trained
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        bpe = Trained(models.BPE())
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
+        bpe.train_from_iterator(
+            (_printable(text) for text in texts),
+            trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
+        )
+        return cls(bpe.to_str())
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        return np.array(self._bpe.encode(_printable(text)).ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        texts = (END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
+        return b"".join(texts).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
+        return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.uint8)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "bpe", "trained": self._trained}
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        """Bytes of each id but the last."""
+        ids = self._bpe.get_vocab()
+        return [spelled_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
+
+
+def _printable(text: str) -> str:
+    """Replace what UTF-8 cannot hold (lone surrogates)."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """Ids to continue from: those of ``prompt`` or, where it is empty, of the start of a new document."""
     if prompt:
@@ -154,6 +213,10 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         for text in texts:
             found.update(text)
         return CharactersTokenizer("".join(sorted(found)))
+    if config.name == "bpe":
+        if config.vocab_size is None:
+            raise UserError("tokenizer=bpe needs its size: tokenizer.vocab_size=4096")
+        return BPETokenizer.train(texts, config.vocab_size)
     return load_tokenizer({"name": config.name}, config.vocab_dir)
 
 
@@ -163,4 +226,6 @@ def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
         return BytesTokenizer()
     if record["name"] == "characters":
         return CharactersTokenizer(record["characters"])
+    if record["name"] == "bpe":
+        return BPETokenizer(record["trained"])
     return GPT2Tokenizer(vocab_dir)

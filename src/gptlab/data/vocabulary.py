@@ -56,7 +56,7 @@ def _folder(vocab_dir: str | None) -> Path | None:
 
 
 def _read(folder: Path) -> dict[bytes, int]:
-    """Decode encoder.json, in whose keys a character stands for a byte (openai/gpt-2, encoder.py, bytes_to_unicode).
+    """Decode encoder.json.
 
     tiktoken's own reader would copy the files into its cache, and fail where that cannot be written.
     """
@@ -66,9 +66,18 @@ def _read(folder: Path) -> dict[bytes, int]:
             raise UserError(
                 f"{folder / name} is not GPT-2's {name}: its SHA-256 is {found}, not {SHA256[name]}. {HOW_TO_GET_IT}"
             )
-    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
     ids = json.loads(contents[ENCODER_JSON])
     del ids["<|endoftext|>"]
-    return {bytes(byte_of[character] for character in token): i for token, i in ids.items()}
+    return {spelled_bytes(token): i for token, i in ids.items()}
+
+
+def spelled_bytes(token: str) -> bytes:
+    """Return the bytes that a token of a byte-level BPE spells, a character a byte."""
+    return bytes(_BYTE_OF[character] for character in token)
+
+
+# In a byte-level vocabulary, printable Latin-1 stands for itself and the other bytes for U+0100 and what follows
+# (openai/gpt-2, encoder.py, bytes_to_unicode).
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}

@@ -13,9 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gptlab.data.preparation import Prepared, prepare
-from gptlab.data.shards import SPLITS, Split
+from gptlab.data.preparation import Prepared, Work
+from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.errors import UserError
+from gptlab.experiments.preparing import prepare_with_progress
 from gptlab.experiments.processes import started_from_outside
 from gptlab.experiments.schema import Config
 from gptlab.training.batch import plan_batch
@@ -49,7 +50,9 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     if isinstance(config.trainer.devices, int) and not started_from_outside():
         world_size = config.trainer.devices * config.trainer.num_nodes
         plan_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
-    prepared = prepare(config.data, config.tokenizer)
+    prepared = prepare_with_progress(config.data, config.tokenizer, Work())
+    if config.resume:
+        _check_same_data(prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest
     needed: dict[Split, int] = {"train": 2 * block_size, "val": block_size + 1}
     for split in SPLITS:
@@ -59,6 +62,16 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
                 f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
             )
     return config.with_vocabulary(manifest.vocab_size), prepared
+
+
+def _check_same_data(prepared: Prepared, directory: Path) -> None:
+    """Refuse to go on with other data: the order would be another, and nothing would say so."""
+    was, now = load_manifest(directory).fingerprint(), prepared.manifest.fingerprint()
+    if was != now:
+        raise UserError(
+            f"The data in {prepared.folder} is not what {directory} was trained on: its fingerprint is {now[:12]}, the "
+            f"run's is {was[:12]}. For a new run on it from these weights: init_from={directory}"
+        )
 
 
 def _run_in_process(config: Config, place: Path | None) -> int:

@@ -46,7 +46,12 @@ class TokenData(L.LightningDataModule):
         assert self.trainer is not None  # noqa: S101
         manifest = self.prepared.manifest
         order = WindowOrder(
-            manifest.tokens("train"), self.block_size, self.seed, manifest.fingerprint(), self.config.limit_windows
+            manifest.tokens("train"),
+            self.block_size,
+            self.seed,
+            manifest.fingerprint(),
+            self.config.order,
+            self.config.limit_windows,
         )
         batches = TrainBatches(self._stream("train"), order, self._slice())
         first = self.trainer.global_step * self.plan.accumulation

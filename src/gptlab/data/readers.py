@@ -1,0 +1,191 @@
+"""File formats: how a file is cut into spans that can be read by themselves, and the documents of a span.
+
+Where a span lies does not change what is read: documents have names of their own, and a text that is too large for one
+span is cut where no tokenizer of GPT-2's kind would join the sides.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, cast
+
+import fsspec
+
+from gptlab.errors import UserError
+
+WINDOW = 2**16  # bytes looked at in search of a place to cut
+
+# A printable ASCII character and then white space. GPT-2's pattern never joins the two, and looks at nothing before the
+# place where it stands, so both sides are tokenized as they would be together.
+CUT = re.compile(rb"[!-~](?=[ \t\r\n])")
+
+
+class Document(NamedTuple):
+    """One text, or a part of one, and the name it has wherever the corpus lies.
+
+    Attributes:
+        name: Of the whole document.
+        text: Of this part.
+        begin: Where the part begins, as a share of the document: 0 for a whole one.
+        end: Where the part ends: 1 for a whole one.
+    """
+
+    name: str
+    text: str
+    begin: float = 0.0
+    end: float = 1.0
+
+
+class Span(NamedTuple):
+    """A part of one file: bytes, or row groups of a parquet file; and about how many bytes it has."""
+
+    start: int
+    stop: int
+    bytes: int
+
+
+class Decoding(NamedTuple):
+    """Where the text stands in a record (jsonl, parquet), and what becomes of bytes that are no UTF-8."""
+
+    column: str | None
+    undecodable: Literal["replace", "refuse"]
+
+
+def spans(path: Path, size: int) -> Iterator[Span]:
+    """Cut a file into spans of about ``size`` bytes, the same ones every time."""
+    kind, length = _kind(path), path.stat().st_size
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        metadata = pq.read_metadata(path)
+        for group in range(metadata.num_row_groups):
+            yield Span(group, group + 1, metadata.row_group(group).total_byte_size)
+    elif _is_compressed(path) or length <= size:
+        yield Span(0, length, length)
+    else:
+        cuts = [0]
+        while cuts[-1] < length:
+            wanted = cuts[-1] + size
+            cuts.append(_next_cut(path, wanted, kind) if wanted < length else length)
+        yield from (Span(start, stop, stop - start) for start, stop in pairwise(cuts))
+
+
+def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+    """Read the documents of one span; UserError names the file and the place of what cannot be read."""
+    match _kind(path):
+        case "parquet":
+            yield from _rows(path, name, span, decoding)
+        case "jsonl":
+            yield from _lines(path, name, span, decoding)
+        case _:
+            yield _text(path, name, span, decoding)
+
+
+def _kind(path: Path) -> str:
+    suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
+    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+
+
+def _is_compressed(path: Path) -> bool:
+    return path.suffix in (".gz", ".zst")
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file, decompressed by its name."""
+    try:
+        return cast(BinaryIO, fsspec.open(str(path), "rb", compression="infer").open())
+    except (ImportError, ValueError) as error:  # fsspec without zstandard
+        raise UserError(f"{path} cannot be decompressed: {error}. pip install zstandard") from error
+
+
+def _next_cut(path: Path, wanted: int, kind: str) -> int:
+    """Find the first place at or after ``wanted`` where a file can be cut: after a line, or before white space."""
+    pattern = re.compile(rb"\n") if kind == "jsonl" else CUT
+    with path.open("rb") as file:
+        offset = wanted - 1
+        file.seek(offset)
+        tail = b""
+        while block := file.read(WINDOW):
+            if found := pattern.search(tail + block):
+                return offset - len(tail) + found.end()
+            offset, tail = offset + len(block), block[-1:]
+    return path.stat().st_size
+
+
+def _decode(data: bytes, decoding: Decoding, where: str) -> str:
+    try:
+        return data.decode("utf-8", errors="strict" if decoding.undecodable == "refuse" else "replace")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 at byte {error.start}: {data[error.start : error.start + 8]!r}. "
+            "data.undecodable=replace puts U+FFFD there."
+        ) from error
+
+
+def _text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
+    if _is_compressed(path):
+        with _open(path) as file:
+            return Document(name, _decode(file.read(), decoding, str(path)))
+    length = max(path.stat().st_size, 1)
+    with path.open("rb") as plain:
+        plain.seek(span.start)
+        text = _decode(plain.read(span.stop - span.start), decoding, f"{path}, from byte {span.start},")
+    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0)
+
+
+def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+    """Read one JSON object a line; a document is named by the byte, in the decompressed file, where its line begins."""
+    with _open(path) as file:
+        file.seek(span.start)
+        offset = span.start
+        while _is_compressed(path) or offset < span.stop:
+            line = file.readline()
+            if not line:
+                return
+            where = f"{path}, line at byte {offset}"
+            if line.strip():
+                try:
+                    record = json.loads(_decode(line, decoding, where))
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{where}: not JSON: {error}.") from error
+                text = record.get(decoding.column) if isinstance(record, dict) else None
+                columns = list(record) if isinstance(record, dict) else []
+                if (checked := check_text(text, decoding.column, columns, where)) is not None:
+                    yield Document(f"{name}:{offset}", checked)
+            offset += len(line)
+
+
+def _rows(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+    """Read the rows of one row group, a few at a time."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    columns = file.schema_arrow.names
+    if decoding.column not in columns:
+        raise UserError(no_column(decoding.column, columns, str(path)))
+    row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
+    for batch in file.iter_batches(batch_size=1024, row_groups=[span.start], columns=[decoding.column]):
+        for text in batch.column(0).to_pylist():
+            if (checked := check_text(text, decoding.column, columns, f"{path}, row {row}")) is not None:
+                yield Document(f"{name}:{row}", checked)
+            row += 1
+
+
+def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:
+    """Return a record's text, or None where it has none; UserError where the column is not there or is no text."""
+    if column not in columns:
+        raise UserError(no_column(column, columns, where))
+    if text is not None and not isinstance(text, str):
+        raise UserError(
+            f"{where}: data.column={column} holds no text but {type(text).__name__}: {text!r:.80}. "
+            f"The columns are {', '.join(columns)}."
+        )
+    return text
+
+
+def no_column(column: str | None, columns: list[str], where: str) -> str:
+    """Say that a column is missing, and which there are."""
+    named = "data.column is needed to read" if column is None else f"data.column={column} is not in"
+    return f"{named} {where}; it has {', '.join(columns) or 'no columns'}."

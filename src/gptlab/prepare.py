@@ -1,0 +1,69 @@
+"""A corpus to verified shards: python -m gptlab.prepare [group=option ...] [key=value ...]."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from gptlab.data.formats import convert
+from gptlab.data.inspection import batch_texts, verify
+from gptlab.data.order import WindowOrder
+from gptlab.data.preparation import Prepared, Work, prepare
+from gptlab.errors import UserError
+from gptlab.experiments.command import command
+from gptlab.experiments.directory import load_config
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.preparing import (
+    PrepareCommand,
+    existing_shards,
+    prepare_with_progress,
+    print_batch,
+    print_prepared,
+)
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+
+
+@command("prepare", keys=set(known_keys(PrepareCommand)))
+def main(values: DictConfig) -> int:
+    """Do the one thing that is asked for."""
+    config = check(PrepareCommand, plain(values))
+    if config.replay is not None:
+        _replay(Path(config.replay).expanduser(), config.step)
+    elif config.convert is not None:
+        _convert(config, config.convert)
+    elif config.inspect is not None:
+        _inspect(existing_shards(config, config.inspect), verified=config.verify)
+    else:
+        part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
+        work = Work(workers=config.prepare.workers or Work().workers, part=part, parts=parts)
+        print_prepared(prepare_with_progress(config.data, config.tokenizer, work))
+    return DONE
+
+
+def _inspect(prepared: Prepared, *, verified: bool) -> None:
+    if verified:
+        number = verify(prepared.folder, prepared.manifest)
+        print(f"{number} shards are what was written.")
+    print_prepared(prepared)
+
+
+def _convert(config: PrepareCommand, path: str) -> None:
+    if config.out is None:
+        raise UserError("convert needs a folder to write into: out=<dir>")
+    prepared = existing_shards(config, path)
+    for written in convert(prepared.folder, prepared.manifest, config.format, Path(config.out).expanduser()):
+        print(written)
+
+
+def _replay(directory: Path, step: int) -> None:
+    """Show the global batch of a step, as the run saw it: from its own configuration and data."""
+    config = load_config(directory)
+    prepared = prepare(config.data, config.tokenizer)
+    manifest, block_size = prepared.manifest, config.model.block_size
+    tokens, fingerprint = manifest.tokens("train"), manifest.fingerprint()
+    order = WindowOrder(tokens, block_size, config.seed, fingerprint, config.data.order, config.data.limit_windows)
+    print_batch(batch_texts(prepared, order, step, config.train.global_batch_size))
+
+
+if __name__ == "__main__":
+    main()
