@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, and the end of text is spelled out."""
         ...
 
-    def token_bytes(self) -> NDArray[np.uint8]:
+    def token_bytes(self) -> NDArray[np.int32]:
         """UTF-8 bytes that each id stands for (V,); 0 for the end of text."""
         ...
 
@@ -57,8 +57,8 @@ class BytesTokenizer:
         texts = (END_OF_TEXT.encode() if i == self.end_of_text else bytes((i,)) for i in ids)
         return b"".join(texts).decode("utf-8", errors="replace")
 
-    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
-        return np.array([1] * 256 + [0], dtype=np.uint8)
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([1] * 256 + [0], dtype=np.int32)
 
     def record(self) -> dict[str, Any]:  # noqa: D102
         return {"name": "bytes"}
@@ -89,8 +89,8 @@ class CharactersTokenizer:
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return "".join(self.characters[i] for i in ids)
 
-    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
-        return np.array([len(character.encode()) for character in self.characters], dtype=np.uint8)
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([len(character.encode()) for character in self.characters], dtype=np.int32)
 
     def record(self) -> dict[str, Any]:  # noqa: D102
         return {"name": "characters", "characters": self.characters}
@@ -126,9 +126,9 @@ class GPT2Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self._encoding.decode(list(ids))
 
-    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
         tokens = self._encoding.token_byte_values()
-        lengths = np.zeros(self.vocab_size, dtype=np.uint8)
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
         lengths[[self._encoding.encode_single_token(token) for token in tokens]] = [len(token) for token in tokens]
         return lengths
 
@@ -176,8 +176,8 @@ class BPETokenizer:
         texts = (END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
         return b"".join(texts).decode("utf-8", errors="replace")
 
-    def token_bytes(self) -> NDArray[np.uint8]:  # noqa: D102
-        return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.uint8)
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.int32)
 
     def record(self) -> dict[str, Any]:  # noqa: D102
         return {"name": "bpe", "trained": self._trained}

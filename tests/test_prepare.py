@@ -1,0 +1,89 @@
+"""The preparation command, as a user types it."""
+
+import numpy as np
+import pytest
+
+from test_train import ran
+
+TEXT = ("data=text", "data.source=text.txt")
+SMALL = (*TEXT, "data.task_bytes=10000")
+
+
+def prepared(user):
+    (folder,) = (path for path in (user.folder / "cache").iterdir() if path.is_dir())
+    return folder
+
+
+def test_prepare_inspect_verify_and_a_flipped_byte(user):
+    ran(user.python("gptlab.prepare", *SMALL))
+    folder = prepared(user)
+    tokens = len((user.folder / "text.txt").read_bytes())
+    shown = user.python("gptlab.prepare", f"inspect={folder}", "verify=true")
+    ran(shown)
+    shards = len(list(folder.glob("*.bin")))
+    assert shards > 5
+    assert f"{shards} shards are what was written." in shown.stdout
+    assert f"{tokens * 9 // 10 + 1:,}" in shown.stdout  # the tokens of train, its end of text with them
+    assert "line 0: the cat has 0 of 0" in shown.stdout
+    path = next(folder.glob("train_000002.bin"))
+    content = bytearray(path.read_bytes())
+    content[7] ^= 0x10
+    path.write_bytes(content)
+    found = user.python("gptlab.prepare", f"inspect={folder}", "verify=true")
+    assert found.returncode == 2
+    assert "train_000002.bin is not what was written" in found.stderr
+
+
+def test_parts_on_several_machines_are_merged(user):
+    for part in (2, 0, 1):
+        done = user.python("gptlab.prepare", *SMALL, f"prepare.part={part}", "prepare.parts=3")
+    ran(done)  # the last to come finds every task done
+    ran(user.python("gptlab.prepare", *SMALL, "merge=true"))
+    assert (prepared(user) / "manifest.json").exists()
+
+
+def test_a_missing_part_is_told(user):
+    done = user.python("gptlab.prepare", *SMALL, "prepare.part=1", "prepare.parts=3")
+    assert done.returncode == 2
+    assert "This machine's part is done" in done.stderr
+    assert "merge=true" in done.stderr
+
+
+def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
+    ran(user.train("train.max_steps=2", "train.global_batch_size=2", "trainer=cpu"))
+    shown = user.python("gptlab.prepare", f"replay={user.only_run()}", "step=2")
+    ran(shown)
+    assert shown.stdout.count("window ") == 2
+    assert "window 1, from token " in shown.stdout
+
+
+@pytest.mark.parametrize("form", ["llmc", "nanogpt"])
+def test_converted_shards_train_as_the_originals(user, form):
+    ran(user.python("gptlab.prepare", *SMALL))
+    folder = prepared(user)
+    ran(user.python("gptlab.prepare", f"convert={folder}", f"format={form}", "out=theirs"))
+    files = sorted((user.folder / "theirs").glob("train*"))
+    header = 1024 if form == "llmc" else 0
+    theirs = np.concatenate([np.frombuffer(path.read_bytes()[header:], "<u2") for path in files])
+    ours = np.concatenate([np.fromfile(path, "<u2") for path in sorted(folder.glob("train*"))])
+    assert theirs.tolist() == ours.tolist()
+    small = ("model=tiny", "train.max_steps=1", "train.eval_windows=2", "callbacks=none")
+    ran(user.python("gptlab.train", "data=shards", "data.path=theirs/*.bin", *small))
+
+
+def test_a_trained_tokenizer_trains_and_samples(user):
+    ran(user.train("tokenizer=bpe", "tokenizer.vocab_size=300", "train.max_steps=2"))
+    sampled = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=the cat é", "max_new_tokens=3")
+    ran(sampled)
+    assert sampled.stdout.startswith("the cat é")
+
+
+def test_a_run_is_not_resumed_on_other_data(user):
+    ran(user.train())
+    directory = user.only_run()
+    text = user.folder / "text.txt"
+    text.write_text(text.read_text().replace("cat", "cow"))
+    done = user.python("gptlab.train", f"resume={directory}", "train.max_steps=9")
+    assert done.returncode == 2
+    assert "is not what" in done.stderr
+    assert "was trained on: its fingerprint is" in done.stderr
