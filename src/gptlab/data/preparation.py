@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from filelock import FileLock
 
+from gptlab.data.bulk import Encode, bulk_encoder, is_proven
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Corpus, Files, Task, open_corpus
 from gptlab.data.formats import describe
@@ -157,7 +158,8 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     todo = [task for task in mine if not _record_path(folder, task).exists()]
     if len(todo) < len(mine):
         log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
-    do = functools.partial(_do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir)
+    fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks[0])
+    do = functools.partial(_do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir, fast)
     try:
         _do_all(do, todo, len(mine) and sum(task.bytes for task in mine), work)
     except OSError as error:
@@ -221,10 +223,16 @@ def _begin_worker(parent: int) -> None:
 
 
 def _do(
-    folder: Path, corpus: Corpus, config: DataConfig, record: dict[str, Any], vocab_dir: str | None, task: Task
+    folder: Path,
+    corpus: Corpus,
+    config: DataConfig,
+    record: dict[str, Any],
+    vocab_dir: str | None,
+    fast: bool,
+    task: Task,
 ) -> int:
     """Tokenize one task into its shards, then write its record; return its tokens."""
-    tokenizer = _loaded(json.dumps(record), vocab_dir)
+    tokenizer, encode = _loaded(json.dumps(record), vocab_dir, fast)
     ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
     writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", _dtype(tokenizer)) for s in SPLITS}
     try:
@@ -232,7 +240,7 @@ def _do(
             for split, text, begins, finishes in _split(document, config):
                 if not text:
                     continue
-                ids = tokenizer.encode(text)
+                ids = encode(text)
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
                 size = len(text.encode("utf-8", errors="replace"))
@@ -248,9 +256,22 @@ def _do(
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(record: str, vocab_dir: str | None) -> Tokenizer:
-    """Keep a worker's tokenizer from task to task."""
-    return load_tokenizer(json.loads(record), vocab_dir)
+def _loaded(record: str, vocab_dir: str | None, fast: bool) -> tuple[Tokenizer, Encode]:
+    """Keep a worker's tokenizer, and what encodes for it, from task to task."""
+    tokenizer = load_tokenizer(json.loads(record), vocab_dir)
+    return tokenizer, (bulk_encoder(tokenizer) if fast else None) or tokenizer.encode
+
+
+def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, task: Task) -> bool:
+    """Whether gigatoken is there and gives the same ids as the tokenizer on the corpus' beginning."""
+    encode = bulk_encoder(tokenizer)
+    if encode is None:
+        return False
+    if is_proven(tokenizer, encode, (document.text for document in corpus.documents(task))):
+        log.info("gigatoken gives the same ids on a sample of the corpus, and encodes it.")
+        return True
+    log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")
+    return False
 
 
 def _dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:

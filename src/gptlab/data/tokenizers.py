@@ -107,14 +107,14 @@ class GPT2Tokenizer:
     end_of_text = 50256
 
     def __init__(self, vocab_dir: str | None) -> None:
-        merges = gpt2_merges(vocab_dir)
+        self.merges = gpt2_merges(vocab_dir)
         import tiktoken  # slow to import, so after what can be wrong
         from tiktoken_ext.openai_public import r50k_pat_str
 
         self._encoding = tiktoken.Encoding(
             "gpt2",
             pat_str=r50k_pat_str,
-            mergeable_ranks=merges,
+            mergeable_ranks=self.merges,
             special_tokens={END_OF_TEXT: self.end_of_text},
             explicit_n_vocab=self.vocab_size,
         )
@@ -148,7 +148,7 @@ class BPETokenizer:
     def __init__(self, trained: str) -> None:
         from tokenizers import Tokenizer as Trained  # slow to import, and needed by this tokenizer alone
 
-        self._trained = trained
+        self.trained = trained
         self._bpe = Trained.from_str(trained)
         self.end_of_text = self._bpe.get_vocab_size()
         self.vocab_size = self.end_of_text + 1
@@ -180,7 +180,7 @@ class BPETokenizer:
         return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.int32)
 
     def record(self) -> dict[str, Any]:  # noqa: D102
-        return {"name": "bpe", "trained": self._trained}
+        return {"name": "bpe", "trained": self.trained}
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
