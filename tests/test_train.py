@@ -186,8 +186,10 @@ def test_a_run_can_start_from_another_s_weights(user):
 def test_early_stopping_by_name(user):
     # a rate at which nothing is learnt: the first evaluation stays the best
     rate = ("optimizer.lr=1e-12", "train.max_steps=50", "callbacks.early_stopping.patience=2")
-    ran(user.train("callbacks=[default,early_stopping]", "callbacks.early_stopping.min_delta=0.1", *rate))
+    done = user.train("callbacks=[default,early_stopping]", "callbacks.early_stopping.min_delta=0.1", *rate)
+    ran(done)
     assert list(metrics(user.only_run(), "val/loss")) == [3, 6, 9]
+    assert "stopped early   at step 9" in done.stdout
 
 
 def test_several_loggers_at_once(user):

@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Annotated
 
 from omegaconf import DictConfig
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import load_config
 from gptlab.experiments.exits import DONE
 from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
+from gptlab.experiments.schema import Seed, check, known_keys
 from gptlab.settings import Settings
 
 
@@ -23,7 +23,7 @@ class SampleConfig(Settings):
     max_new_tokens: PositiveInt
     temperature: NonNegativeFloat
     top_k: PositiveInt | None
-    seed: NonNegativeInt
+    seed: Seed
 
 
 @command("sample", keys=set(known_keys(SampleConfig)), literal=("prompt",))

@@ -9,4 +9,4 @@ from pydantic import BaseModel, ConfigDict
 class Settings(BaseModel):
     """An immutable set of checked values; an unknown key or a wrong type is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())

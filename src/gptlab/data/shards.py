@@ -78,7 +78,7 @@ def load_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
     try:
-        return Manifest.model_validate_json(path.read_text())
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
 
@@ -142,7 +142,7 @@ class ShardWriter:
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w") as file:
+    with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -44,6 +44,8 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
         def told(config: DictConfig) -> None:
             try:
                 statuses.append(task(config))
+                if statuses[-1] == INTERRUPTED:  # in a sweep, no other job begins
+                    raise KeyboardInterrupt
             except (UserError, OmegaConfBaseException) as error:  # in a sweep the other jobs go on
                 statuses.append(tell(error))
 

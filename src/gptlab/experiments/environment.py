@@ -19,12 +19,12 @@ def record_environment(directory: Path) -> None:
 
     Environment variables are not recorded: they may hold secrets.
     """
-    commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    commit, diff, status = _git("rev-parse", "HEAD"), _git("diff", "HEAD"), _git("status", "--porcelain")
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(sys.orig_argv),
         "folder": str(Path.cwd()),
-        "git": {"commit": commit, "uncommitted": bool(diff)},
+        "git": {"commit": (commit or b"").decode().strip() or None, "uncommitted": _lines_of(status or b"")},
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -36,18 +36,20 @@ def record_environment(directory: Path) -> None:
         "python": sys.version,
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
     }
-    (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n")
+    (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if diff:
-        (directory / DIFF).write_text(diff)
+        (directory / DIFF).write_bytes(diff)
 
 
-def _git(*arguments: str) -> str | None:
+def _lines_of(output: bytes) -> list[str]:
+    return output.decode(errors="replace").splitlines()
+
+
+def _git(*arguments: str) -> bytes | None:
     """Ask git about the folder the run was started in; None where it is no checkout or there is no git."""
     try:
-        return subprocess.run(
-            ("git", *arguments), capture_output=True, text=True, check=True, timeout=30
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return subprocess.run(("git", *arguments), capture_output=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

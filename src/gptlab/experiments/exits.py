@@ -2,7 +2,7 @@
 
 import sys
 
-from gptlab.experiments.processes import is_first_rank
+from gptlab.training.processes import is_first_rank
 
 DONE = 0
 MISTAKEN = 2  # the command or its input

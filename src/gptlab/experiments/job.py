@@ -5,28 +5,27 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.preparation import Prepared
-from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, create, find_checkpoint
+from gptlab.experiments.directory import CHECKPOINTS, LAST, LOG, SAMPLES, create, find_checkpoint, record
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
-from gptlab.experiments.processes import is_first_rank, started_from_outside
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, say_interrupted, summarise
 from gptlab.experiments.weights import load_weights, read_checkpoint
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan, plan_batch
-from gptlab.training.callbacks.checkpoints import LAST, checkpoint_callbacks
+from gptlab.training.callbacks.checkpoints import checkpoint_callbacks
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import Devices, choose_devices
 from gptlab.training.module import GPTModule
-from gptlab.training.strategies import build_strategy
+from gptlab.training.processes import is_first_rank
+from gptlab.training.strategies import build_strategy, cluster_environment
 
 
 def run(config: Config, prepared: Prepared, place: Path | None) -> None:
@@ -62,22 +61,20 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> None:
             seed=config.seed,
             eval_windows=config.train.eval_windows,
         )
-        _fit(trainer, module, data, checkpoint)
+        _fit(trainer, module, data, checkpoint, directory)
         if is_first:
             summarise(config, directory, recorder, trainer)
-    except KeyboardInterrupt:
-        say_interrupted(directory, trainer.global_step)
-        raise
     finally:
         stop_log(handler)
 
 
-def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Path | None) -> None:
+def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Path | None, directory: Path) -> None:
     """Train; an interrupt stays one, which Lightning would turn into exit status 1."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:
         if trainer.interrupted:
+            say_interrupted(directory, trainer.global_step)
             raise KeyboardInterrupt from None
         raise
 
@@ -125,8 +122,8 @@ def build_trainer(
         num_nodes=devices.num_nodes,
         strategy=build_strategy(config.trainer.strategy, plan),
         precision=devices.precision,  # type: ignore[arg-type]  # one of Lightning's names, checked by the schema
-        # what started this process decides, not what variables a scheduler has left lying about
-        plugins=None if started_from_outside() else [LightningEnvironment()],
+        plugins=cluster_environment(),
+        default_root_dir=directory,
         max_steps=config.steps,
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulation,
@@ -147,7 +144,9 @@ def build_trainer(
 def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
     """Make the run directory on the first rank; the others write nothing into theirs, which is never made."""
     if config.resume:
-        return Path(config.resume).absolute()
+        if is_first_rank():
+            record(config, Path(config.resume))
+        return Path(config.resume)
     return create(config, prepared.manifest, place) if is_first_rank() else Path("outputs") / config.name
 
 
@@ -164,7 +163,7 @@ def _recorder(config: Config, devices: Devices) -> Recorder:
 
 def _profiler(config: Config, directory: Path) -> Profiler | None:
     folder = directory / "profile"
-    match config.trainer.profiler:
+    match config.trainer.profiler if is_first_rank() else None:
         case "simple":
             return SimpleProfiler(dirpath=folder, filename="times")
         case "pytorch":

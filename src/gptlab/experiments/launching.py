@@ -11,15 +11,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from gptlab.data.preparation import Prepared, Work
 from gptlab.data.shards import SPLITS, Split, load_manifest
+from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
+from gptlab.experiments.directory import BEST, LAST, check_fit, find_checkpoint, load_config
 from gptlab.experiments.preparing import prepare_with_progress
-from gptlab.experiments.processes import started_from_outside
 from gptlab.experiments.schema import Config
 from gptlab.training.batch import plan_batch
+from gptlab.training.processes import started_from_outside
 
 WORKER = "gptlab.experiments.worker"
 PATIENCE = 5.0  # seconds a worker has to end by itself
@@ -50,7 +53,14 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     if isinstance(config.trainer.devices, int) and not started_from_outside():
         world_size = config.trainer.devices * config.trainer.num_nodes
         plan_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+    for earlier in filter(None, (config.resume, config.init_from)):
+        load_config(Path(earlier))
+        find_checkpoint(Path(earlier), BEST, LAST)
+    if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
+        raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
+    if config.callbacks.samples is not None:
+        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
     if config.resume:
         _check_same_data(prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest
@@ -61,7 +71,11 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
                 f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
                 f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
             )
-    return config.with_vocabulary(manifest.vocab_size), prepared
+    config = config.with_vocabulary(manifest.vocab_size)
+    if config.init_from:
+        _check_same_tokens(prepared, Path(config.init_from))
+        check_fit(Path(config.init_from), config.model)
+    return config, prepared
 
 
 def _check_same_data(prepared: Prepared, directory: Path) -> None:
@@ -74,6 +88,14 @@ def _check_same_data(prepared: Prepared, directory: Path) -> None:
         )
 
 
+def _check_same_tokens(prepared: Prepared, directory: Path) -> None:
+    """Refuse weights whose ids mean other text."""
+    if load_manifest(directory).tokenizer != prepared.manifest.tokenizer:
+        raise UserError(
+            f"{directory} was trained on other tokens than tokenizer={prepared.manifest.tokenizer['name']} has here."
+        )
+
+
 def _run_in_process(config: Config, place: Path | None) -> int:
     """Start the worker, and wait for it; what ends this process ends the worker, which ends its ranks."""
     with tempfile.NamedTemporaryFile("w", prefix="gptlab-", suffix=".json") as file:
@@ -83,8 +105,13 @@ def _run_in_process(config: Config, place: Path | None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
         while True:
             try:
-                return worker.wait()
+                return _status(worker.wait())
             except KeyboardInterrupt:  # which a terminal has sent to the worker as well, but `kill` has not
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return worker.wait(PATIENCE)
+                    return _status(worker.wait(PATIENCE))
                 worker.send_signal(signal.SIGINT)
+
+
+def _status(returned: int) -> int:
+    """Make an exit status of what a process returned, as shells do: 128 + n for one that signal n has ended."""
+    return returned if returned >= 0 else 128 - returned

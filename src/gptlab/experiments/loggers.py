@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from gptlab.errors import UserError
-from gptlab.experiments.processes import is_first_rank
 from gptlab.experiments.schema import Config, WandbConfig
+from gptlab.training.processes import is_first_rank
 
 
 class MetricsFile(CSVLogger):
@@ -24,6 +24,7 @@ class MetricsFile(CSVLogger):
         earlier = _rows(directory / "metrics.csv", keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
+            self.experiment.save()  # at once: Lightning's writer has removed the old file
 
     def log_hyperparams(self, params: object = None) -> None:
         """Write nothing: config.yaml has them."""
@@ -40,15 +41,13 @@ def _rows(path: Path, until: int) -> list[dict[str, Any]]:
 
 def build_loggers(config: Config, directory: Path, keep_until: int | None) -> list[Logger]:
     """Build metrics.csv and whatever else the configuration names."""
-    loggers: list[Logger] = [MetricsFile(directory, keep_until)]
+    loggers: list[Logger] = []
     if config.logger.tensorboard is not None:
-        try:
-            loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
-        except ModuleNotFoundError as error:
-            raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard") from error
+        loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     if config.logger.wandb is not None:
         loggers.append(_wandb_logger(config, config.logger.wandb, directory))
-    return loggers
+    # the last, so that nothing that can be refused stands after it has touched the file
+    return [*loggers, MetricsFile(directory, keep_until)]
 
 
 def _wandb_logger(config: Config, settings: WandbConfig, directory: Path) -> Logger:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich import get_console
 
-from gptlab.experiments.processes import is_first_rank
+from gptlab.training.processes import is_first_rank
 
 FILE_ONLY = {"file_only": True}  # `extra` of a message that the screen shows in another form
 NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")

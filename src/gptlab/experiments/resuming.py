@@ -42,6 +42,8 @@ def resolve(values: DictConfig, overrides: list[str]) -> Config:
     if "train.max_tokens" in named and "train.max_steps" not in named:
         composed["train"]["max_steps"] = None  # the default length gives way to the one that was named
         named.append("train.max_steps")
+    elif "train.max_steps" in named and "train.max_tokens" not in named:
+        named.append("train.max_tokens")  # which is null where it is not named
     if composed.get("resume") is None:
         return check(Config, composed)
     directory = Path(str(composed["resume"])).expanduser().absolute()
@@ -53,7 +55,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> Config:
                 f"What can: {', '.join(CHANGEABLE)}. To start a new run from these weights: init_from={directory}"
             )
         _copy(key.split("."), composed, config)
-    return check(Config, config | {"resume": str(directory)})
+    return check(Config, config | {"resume": str(directory), "init_from": None})
 
 
 def plain(values: DictConfig) -> dict[str, Any]:
@@ -70,5 +72,7 @@ def plain(values: DictConfig) -> dict[str, Any]:
 def _copy(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
     """Copy one value, or a whole group, from one nested dictionary to another."""
     for part in path[:-1]:
+        if target.get(part) is None:  # a whole group that the earlier run did not have
+            target[part] = source[part]
         source, target = source[part], target[part]
     target[path[-1]] = source[path[-1]]

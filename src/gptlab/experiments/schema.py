@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gptlab.data.config import DataConfig, TokenizerConfig
@@ -14,6 +14,7 @@ from gptlab.settings import Settings
 from gptlab.training.config import AdamWConfig, CallbacksConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
 S = TypeVar("S", bound=Settings)
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 
 
 class WandbConfig(Settings):
@@ -41,7 +42,7 @@ class Config(Settings):
     """Everything that makes a training run what it is."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: NonNegativeInt
+    seed: Seed
     resume: str | None
     init_from: str | None
     model: GPTConfig
@@ -81,10 +82,12 @@ class Config(Settings):
         if self.data.corpus == "shards" and self.data.path:
             data["path"] = _absolute(self.data.path)
         vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
+        init_from = self.init_from and _absolute(self.init_from)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update=data),
                 "tokenizer": self.tokenizer.model_copy(update={"vocab_dir": vocab_dir}),
+                "init_from": init_from,
             }
         )
 

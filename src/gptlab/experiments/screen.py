@@ -11,12 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards import Manifest
-from gptlab.experiments.directory import CHECKPOINTS
+from gptlab.experiments.directory import CHECKPOINTS, LAST
 from gptlab.experiments.logs import FILE_ONLY
 from gptlab.experiments.schema import Config
 from gptlab.model.config import parameter_count
 from gptlab.training.batch import BatchPlan
-from gptlab.training.callbacks.checkpoints import LAST
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.devices import Devices
@@ -53,6 +52,7 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
     rows = {
         "parameters": f"{parameter_count(config.model):,}",
         "tokens seen": f"{trainer.global_step * recorder.tokens_per_step:,}",
+        **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
         **_best(recorder.best),
         "wall time": str(timedelta(seconds=round(recorder.seconds))),
         "run directory": str(_shown(directory)),

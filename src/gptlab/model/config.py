@@ -50,11 +50,6 @@ class GPTConfig(Settings):
         return self
 
     @property
-    def head_size(self) -> int:
-        """Width hs of one head."""
-        return self.n_embd // self.n_head
-
-    @property
     def known_vocab_size(self) -> int:
         """The vocabulary size V, once it is known; ValueError before."""
         if self.vocab_size is None:

@@ -94,7 +94,7 @@ class TrainerConfig(Settings):
     devices: PositiveInt | Literal["auto"]
     num_nodes: PositiveInt
     strategy: Literal["single", "ddp", "fsdp"]
-    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true", "16-mixed"]
+    precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
     profiler: Literal["simple", "pytorch"] | None
 
     @model_validator(mode="after")

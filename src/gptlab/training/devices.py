@@ -1,23 +1,28 @@
 """What this machine can do, asked once: devices, precision, compilation, peak speed."""
 
 import os
+import shutil
 from typing import NamedTuple
 
 import torch
 
 from gptlab.errors import UserError
 from gptlab.training.config import TrainConfig, TrainerConfig
+from gptlab.training.processes import devices_from_outside, started_from_outside
 
 # Dense bfloat16 tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
 # (H100, A100, L4, L40S, A10, A30, A40 data sheets; Blackwell, Ada and Ampere GA102 white papers, appendix A).
-# Matched against the device's name; the first that is contained in it counts, so the longer names come first.
+# By the name that CUDA gives the device, whole: an RTX A1000 is no A100, and a MIG slice no whole GPU.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989.4e12,
+    "H100 80GB HBM3": 989.4e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
-    "H100 80GB HBM3": 989.4e12,
-    "A100": 312e12,
+    "A100-SXM4-40GB": 312e12,
+    "A100-SXM4-80GB": 312e12,
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
     "A40": 149.7e12,
     "A30": 165e12,
     "A10G": 70e12,
@@ -25,8 +30,8 @@ PEAK_BF16_FLOPS = {
     "L40S": 362e12,
     "L40": 181e12,
     "L4": 121e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
+    "GeForce RTX 4090": 165.2e12,
+    "GeForce RTX 3090": 71e12,
 }
 MOST_PROCESSES_PER_CORE = 4  # beyond this, processes on a CPU only wait for each other
 
@@ -59,7 +64,7 @@ class Devices(NamedTuple):
         """Peak FLOP/s of one device at this precision; None where it is not known for certain."""
         if self.accelerator != "cuda" or not self.precision.startswith("bf16"):
             return None
-        return next((peak for name, peak in PEAK_BF16_FLOPS.items() if name in self.name), None)
+        return PEAK_BF16_FLOPS.get(self.name.removeprefix("NVIDIA "))
 
 
 def choose_devices(trainer: TrainerConfig, train: TrainConfig) -> Devices:
@@ -92,9 +97,12 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig) -> Devices:
 
 
 def _requested(trainer: TrainerConfig, available: int) -> tuple[int, int]:
-    if "LOCAL_WORLD_SIZE" in os.environ:  # set by torchrun
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        return devices, int(os.environ["WORLD_SIZE"]) // devices
+    if started_from_outside():
+        return devices_from_outside()
+    if trainer.num_nodes > 1:
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: the processes of several machines are started by torchrun or srun."
+        )
     if trainer.strategy == "single":
         return 1, 1
     return (available if trainer.devices == "auto" else trainer.devices), trainer.num_nodes
@@ -106,5 +114,6 @@ def _best_precision(on_gpu: bool) -> str:
 
 
 def _gains_by_compiling(on_gpu: bool) -> bool:
-    """Triton, which torch.compile writes GPU code with, needs compute capability 7.0."""
-    return on_gpu and torch.cuda.get_device_capability() >= (7, 0)
+    """Triton, which torch.compile writes GPU code with, needs compute capability 7.0 and a C compiler."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return on_gpu and torch.cuda.get_device_capability() >= (7, 0) and compiler is not None

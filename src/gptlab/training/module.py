@@ -64,7 +64,6 @@ class GPTModule(L.LightningModule):
         """Compile and shard the network in place, so that parameters keep their names."""
         if self.compile_model:
             compile_in_place(self.model, by_block=self.device_mesh is not None)
-            self.compile_model = False  # Lightning calls this hook again for every fit and validate
         if self.device_mesh is not None:
             shard(self.model, self.device_mesh["data_parallel"])
 
@@ -127,7 +126,12 @@ class GPTModule(L.LightningModule):
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the parameters the module's prefix again (sharded, the strategy has loaded them already)."""
+        """Give the parameters the module's prefix again (sharded, the strategy has loaded them), and count anew."""
+        # Lightning counts micro-batches, of which a step may have had another number before
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, done))
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {WEIGHTS + name: tensor for name, tensor in state.items()}
 

@@ -1,17 +1,29 @@
 """How the network is spread over devices."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.fabric.strategies.model_parallel import _load_checkpoint
+import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan
+from gptlab.training.processes import on_slurm
 
 
 def build_strategy(name: str, plan: BatchPlan) -> Strategy | str:
@@ -26,19 +38,45 @@ def build_strategy(name: str, plan: BatchPlan) -> Strategy | str:
     return "auto"
 
 
+def cluster_environment() -> ClusterEnvironment:
+    """Say who starts the processes: what started this one, not what variables a scheduler has left lying about."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return TorchElasticEnvironment()
+    if on_slurm():
+        return SLURMEnvironment(
+            auto_requeue=False
+        )  # whose checkpoints would lie beside the run, and load by themselves
+    return LightningEnvironment()
+
+
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's FSDP2, except that checkpoints name the network's parameters without the LightningModule's prefix."""
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load into the network and the optimizers what any strategy has saved; return the rest."""
         assert self.lightning_module is not None  # noqa: S101
-        optimizers = {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
-        return _load_checkpoint(
-            path=Path(checkpoint_path),
-            state={"state_dict": self.lightning_module.model, **optimizers},
-            optimizer_states_from_list=True,
-            weights_only=weights_only,
-        )
+        model = cast(GPT, self.lightning_module.model)
+        everything = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        checkpoint = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        set_model_state_dict(model, checkpoint.pop("state_dict"), options=everything)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(model, optimizer, _by_name(saved, optimizer, model), options=everything)
+        return checkpoint
+
+
+def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: GPT) -> dict[str, Any]:
+    """Name the parameters of a saved optimizer state, which numbers them in the order of its groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    name_of = {
+        number: name
+        for group, named in zip(saved["param_groups"], groups, strict=True)
+        for number, name in zip(group["params"], named, strict=True)
+    }
+    return {
+        "state": {name_of[number]: state for number, state in saved["state"].items()},
+        "param_groups": [group | {"params": n} for group, n in zip(saved["param_groups"], groups, strict=True)],
+    }
 
 
 def shard(model: GPT, mesh: DeviceMesh) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import lightning as L
+import torch
 
 from gptlab.training.callbacks.display import Display
 from gptlab.training.module import GPTModule
@@ -108,7 +109,9 @@ class Recorder(L.Callback):
             self._display.metrics(step, loss, tokens_per_second)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the training clock."""
+        """Stop the training clock, once the device has done the steps it was given."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self._watch.pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,8 +119,6 @@ class Recorder(L.Callback):
         step = trainer.global_step
         metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
         _log(trainer, {**metrics, "tokens": step * self.tokens_per_step}, step)
-        if trainer.state.fn != "fit":
-            return
         is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
         if is_best:
             self.best = {"step": step, **metrics}

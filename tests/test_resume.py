@@ -1,0 +1,89 @@
+"""A run that goes on is the run it was: on other devices, in another place, to another length."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from gptlab.experiments.exits import MISTAKEN
+from test_train import metrics, ran
+
+
+@pytest.fixture
+def halted(user):
+    """A run of six steps, and the same run of nine that was never interrupted."""
+    for name, steps in (("whole", 9), ("halted", 6)):
+        ran(user.train(f"name={name}", f"train.max_steps={steps}", "schedule.decay_steps=9", "callbacks=checkpoint"))
+    return user.only_run("halted")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("train.micro_batch_size=3",),
+        ("trainer=ddp", "trainer.devices=2"),
+        ("trainer=fsdp", "trainer.devices=2", "train.micro_batch_size=2"),
+    ],
+    ids=["smaller micro-batches", "two processes", "sharded"],
+)
+def test_the_batches_and_losses_are_the_same_however_it_goes_on(user, halted, change):
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *change))
+    whole = user.only_run("whole")
+    for name in ("train/loss", "val/loss"):
+        assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
+    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
+
+
+def test_a_moved_run_keeps_its_best(user, halted):
+    moved = user.folder / "moved"
+    shutil.copytree(halted, moved)
+    best = (moved / "checkpoints" / "best.ckpt").read_bytes()
+    # a rate at which the next evaluations are worse
+    config = yaml.safe_load((moved / "config.yaml").read_text())
+    config["optimizer"]["lr"] = 5.0
+    (moved / "config.yaml").write_text(yaml.safe_dump(config))
+    ran(user.python("gptlab.train", f"resume={moved}", "train.max_steps=12"))
+    values = metrics(moved, "val/loss")
+    assert values[12] > values[6]
+    assert (moved / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+def test_a_run_from_other_weights_goes_on_and_a_shorter_block_takes_them(user, halted):
+    ran(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
+    second = user.only_run("second")
+    ran(user.python("gptlab.train", f"resume={second}", "train.max_steps=6"))
+    assert list(metrics(second, "val/loss")) == [3, 6]
+
+
+def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
+    before = (halted / "metrics.csv").read_text()
+    done = user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", "trainer=gpu")
+    assert done.returncode == MISTAKEN
+    assert (halted / "metrics.csv").read_text() == before
+
+
+def test_groups_and_lengths_that_the_run_did_not_have_can_be_named(user, halted):
+    named = ("callbacks=default", "callbacks.samples.num_samples=2", "train.max_steps=null", "train.max_tokens=2700")
+    ran(user.python("gptlab.train", f"resume={halted}", *named))
+    assert max(metrics(halted, "tokens")) == 8  # 384 tokens a step
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
+    assert max(metrics(halted, "tokens")) == 9
+
+
+def test_a_killed_worker_is_no_success(user):
+    endless = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "callbacks=none")
+    command = (sys.executable, "-m", "gptlab.train", "trainer=ddp", "trainer.devices=1", *endless)
+    run = subprocess.Popen(command, cwd=user.folder, env=user.environment, stdout=subprocess.PIPE)
+    until = time.monotonic() + 60
+    while not list(user.folder.glob("outputs/*/*/metrics.csv")):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    (worker,) = subprocess.check_output(("pgrep", "-P", str(run.pid))).split()
+    os.kill(int(worker), signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGKILL
