@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from gptlab.data.formats import convert
 from gptlab.data.inspection import batch_texts, verify
 from gptlab.data.order import WindowOrder
-from gptlab.data.preparation import Prepared, Work, prepare
+from gptlab.data.preparation import Prepared, prepare
+from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import load_config

@@ -13,12 +13,13 @@ BLOCK_SIZE = 16
 
 
 def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStream:
-    """Write ``tokens`` as documents of 97 tokens into several shards."""
-    writer = ShardWriter(folder, "train", "uint32", shard_tokens)
-    for start in range(0, len(tokens), 97):
-        writer.add(tokens[start : start + 97], text_bytes=1)
-    writer.close()
-    splits: dict[str, list[Shard]] = {"train": writer.shards, "val": []}
+    """Write ``tokens`` into several shards."""
+    shards: list[Shard] = []
+    for start in range(0, len(tokens), shard_tokens):
+        writer = ShardWriter(folder / f"train_{start}.bin", "uint32")
+        writer.add(tokens[start : start + shard_tokens], text_bytes=1, documents=1)
+        shards += writer.finish()
+    splits: dict[str, list[Shard]] = {"train": shards, "val": []}
     manifest = Manifest(format=1, origin="", tokenizer={}, vocab_size=2**32, dtype="uint32", splits=splits)
     return TokenStream(folder, manifest, "train")
 
@@ -30,7 +31,7 @@ def tokens():
 
 @pytest.fixture
 def order(tokens):
-    return WindowOrder(len(tokens), BLOCK_SIZE, seed=3, fingerprint="data", limit_windows=None)
+    return WindowOrder(len(tokens), BLOCK_SIZE, seed=3, fingerprint="data", order="shuffled", limit_windows=None)
 
 
 @pytest.mark.parametrize(

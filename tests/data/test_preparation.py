@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import data_config, hashes, prepare_text, state, tokens_on_disk
 
-from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.corpora import TextFiles
+from gptlab.data.config import TokenizerConfig
+from gptlab.data.corpora import Files
 from gptlab.data.preparation import Prepared, prepare
-from gptlab.data.shards import TokenStream
-from gptlab.data.tokenizers import BytesTokenizer
+from gptlab.data.shards import ShardWriter, TokenStream
 from gptlab.errors import UserError
 
 TEXTS = {f"{n:02d}.txt": f"Document {n}: " + "naïve 👍 text. " * (n % 7) for n in range(40)} | {"empty.txt": ""}
@@ -33,37 +33,15 @@ def write(folder: Path, texts: dict[str, str]) -> None:
         (folder / name).write_bytes(text.encode())
 
 
-def prepare_text(source: Path, tokenizer: str = "bytes", **values) -> Prepared:
-    """Prepare a text in the folder ``cache`` beside it."""
-    place = {"source": str(source), "cache_dir": str(source.parent / "cache")}
-    cut = {"val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "shard_tokens": 300}
-    return prepare_with(tokenizer, {"corpus": "text", **place, **cut, **values})
-
-
 def prepare_shards(path: Path | None, tokenizer: str = "bytes") -> Prepared:
-    unread = {"cache_dir": "unused", "val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "shard_tokens": 300}
-    return prepare_with(tokenizer, {"corpus": "shards", "path": path if path is None else str(path), **unread})
-
-
-def prepare_with(tokenizer: str, values: dict) -> Prepared:
-    nothing = {"source": None, "path": None, "subset": None, "column": None, "limit_windows": None, "num_workers": 0}
-    config = DataConfig.model_validate({**nothing, **values})
-    return prepare(config, TokenizerConfig.model_validate({"name": tokenizer, "vocab_dir": None}))
-
-
-def tokens_on_disk(folder: Path, split: str, dtype: str = "<u2") -> list[int]:
-    return np.concatenate([np.fromfile(path, dtype) for path in sorted(folder.glob(f"{split}_*.bin"))]).tolist()
+    config = data_config(corpus="shards", path=path if path is None else str(path))
+    return prepare(config, TokenizerConfig.model_validate({"name": tokenizer, "vocab_dir": None, "vocab_size": None}))
 
 
 def documents_on_disk(folder: Path, split: str) -> set[str]:
     """Cut a split of bytes at the ends of text."""
     assert tokens_on_disk(folder, split)[-1] == 256
     return set("".join(chr(i) for i in tokens_on_disk(folder, split)).split(chr(256))[:-1])
-
-
-def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files there are, and when they were written."""
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def test_every_document_is_encoded_and_ended_and_its_tail_given_to_val(source):
@@ -116,12 +94,15 @@ def test_the_manifest_counts_what_the_files_hold(source):
     assert counted == sum(len(text.encode()) for text in TEXTS.values())
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 300, 10**9])
-def test_the_size_of_shards_does_not_change_the_tokens(source, shard_tokens):
-    prepared = prepare_text(source, shard_tokens=shard_tokens)
-    stream = TokenStream(prepared.folder, prepared.manifest, "train")
-    whole = prepare_text(source, shard_tokens=2 * 10**9)
-    assert stream.read([0], len(stream))[0].tolist() == tokens_on_disk(whole.folder, "train")
+@pytest.mark.parametrize("task_bytes", [7, 100, 10**9])
+def test_the_size_of_tasks_does_not_change_the_tokens(source, task_bytes):
+    by_documents = {"val_split": "documents", "val_fraction": 0.3}
+    prepared = prepare_text(source, task_bytes=task_bytes, **by_documents)
+    whole = prepare_text(source, task_bytes=2 * 10**9, **by_documents)
+    assert [len(whole.manifest.splits[split]) for split in ("train", "val")] == [1, 1]
+    for split in ("train", "val"):
+        stream = TokenStream(prepared.folder, prepared.manifest, split)
+        assert stream.read([0], len(stream))[0].tolist() == tokens_on_disk(whole.folder, split)
 
 
 @pytest.mark.parametrize(("characters", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
@@ -172,9 +153,10 @@ def test_a_split_without_documents_is_refused(tmp_path):
     ):
         prepare_text(tmp_path / "a.txt", val_split="documents")
     write(tmp_path, {"b.txt": "1"})
-    with pytest.raises(UserError, match=r"b\.txt is empty or too short: it leaves no text for train"):
-        prepare_text(tmp_path / "b.txt")
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"b\.txt is empty or too short: it leaves no text for train"):
+            prepare_text(tmp_path / "b.txt")
+    assert not list((tmp_path / "cache").rglob("manifest.json"))
 
 
 # --- the cache
@@ -212,7 +194,12 @@ def test_a_changed_source_is_prepared_anew_and_the_old_data_kept(source, change)
 
 
 def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
-    changes = [{}, {"tokenizer": "characters"}, {"val_fraction": 0.2}, {"shard_tokens": 500}]
+    changes = [{}, {"tokenizer": "characters"}, {"val_fraction": 0.2}, {"task_bytes": 500}]
+    changes += [
+        {"separator": "before"},
+        {"tokenizer": "bpe", "vocab_size": 260},
+        {"tokenizer": "bpe", "vocab_size": 270},
+    ]
     by_documents = {"val_split": "documents", "val_fraction": 0.3}
     changes += [by_documents, by_documents | {"split_seed": 2}]
     prepared = [prepare_text(source, **change) for change in changes]
@@ -221,37 +208,48 @@ def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
     )
 
 
-@pytest.mark.parametrize("where", ["corpus", "tokenizer"])
-def test_a_failure_midway_leaves_nothing_behind(source, monkeypatch, where):
-    def documents(self, read=TextFiles.documents):
-        for number, document in enumerate(read(self)):
-            if number == 20:
+@pytest.mark.parametrize("where", ["corpus", "shard"])
+def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_next_call(source, monkeypatch, where):
+    def documents(self, task, read=Files.documents):
+        for document in read(self, task):
+            if document.name == "20.txt":
                 raise OSError("the disk is gone")
             yield document
 
-    def encode(self, text, encode=BytesTokenizer.encode):
-        if text.startswith("Document 20"):
+    def add(self, ids, text_bytes, documents, add=ShardWriter.add):
+        if self.path.name == "val_000003.bin":
             raise OSError("the disk is gone")
-        return encode(self, text)
+        add(self, ids, text_bytes, documents)
 
+    expected = hashes(prepare_text(source, cache_dir=str(source.parent / "other")).folder)
     with monkeypatch.context() as patch:
         if where == "corpus":
-            patch.setattr(TextFiles, "documents", documents)
+            patch.setattr(Files, "documents", documents)
         else:
-            patch.setattr(BytesTokenizer, "encode", encode)
+            patch.setattr(ShardWriter, "add", add)
         with pytest.raises(OSError, match="the disk is gone"):
             prepare_text(source)
-    assert not [path for path in (source.parent / "cache").iterdir() if path.suffix != ".lock"]
-    assert prepare_text(source).manifest.tokens("train") > 0
+    (folder,) = [path for path in (source.parent / "cache").iterdir() if path.is_dir()]
+    kept = {name: when for name, when in state(folder).items() if name.endswith(".bin")}
+    assert "train_000000.bin" in kept
+    assert len(kept) < len(expected) - 1
+    assert {name: expected[name] for name in kept} == {name: hashes(folder)[name] for name in kept}
+    assert not [name for name in state(folder) if name.startswith(".") or name == "manifest.json"]
 
-
-def test_a_folder_without_a_manifest_is_replaced(source):
-    folder = prepare_text(source).folder
-    expected = tokens_on_disk(folder, "train")
-    (folder / "manifest.json").unlink()
-    (folder / "train_000099.bin").write_bytes(b"what a killed process left")
     assert prepare_text(source).folder == folder
-    assert tokens_on_disk(folder, "train") == expected
+    assert hashes(folder) == expected
+    assert {name: state(folder)[name] for name in kept} == kept
+
+
+def test_a_folder_without_a_manifest_is_completed_and_cleared_of_what_does_not_belong(source):
+    folder = prepare_text(source).folder
+    expected = hashes(folder)
+    (folder / "manifest.json").unlink()
+    (folder / "train_000002.bin").unlink()
+    (folder / "train_000099.bin").write_bytes(b"what a killed process left")
+    (folder / ".val_000001.bin.123").write_bytes(b"what a killed process left")
+    assert prepare_text(source).folder == folder
+    assert hashes(folder) == expected
 
 
 def test_of_those_who_ask_at_the_same_time_one_prepares(source, caplog):
@@ -317,7 +315,7 @@ def test_shards_that_cannot_be_used_are_refused(source, tmp_path):
         prepare_shards(tmp_path / "none" / "*.bin")
     with pytest.raises(UserError, match=r"data\.path=.* matches files of 2 folders"):
         prepare_shards(tmp_path / "copy*" / "*.bin")
-    with pytest.raises(UserError, match=rf"{source} holds no prepared data"):
+    with pytest.raises(UserError, match=rf"data\.path={source} has neither a manifest.json nor token files"):
         prepare_shards(source)
     with pytest.raises(UserError, match=rf"{folder} holds tokens of tokenizer=bytes, not of tokenizer=gpt2"):
         prepare_shards(folder, "gpt2")
@@ -340,7 +338,7 @@ def test_shards_that_cannot_be_used_are_refused(source, tmp_path):
 def test_tinyshakespeare_has_the_published_numbers_of_tokens(tmp_path, monkeypatch, tokenizer, vocab_size, train, val):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     path = Path(os.environ["GPTLAB_TINYSHAKESPEARE"])
-    prepared = prepare_text(path, tokenizer, corpus="shakespeare", cache_dir=str(tmp_path), shard_tokens=10**8)
+    prepared = prepare_text(path, tokenizer, corpus="shakespeare", cache_dir=str(tmp_path), task_bytes=10**8)
     assert prepared.manifest.vocab_size == vocab_size
     for split, tokens in (("train", train), ("val", val)):
         assert prepared.manifest.tokens(split) == tokens

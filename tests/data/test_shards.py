@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +15,16 @@ DOCUMENTS = [np.random.default_rng(n).integers(0, 60_000, size=1 + n * 7 % 40).a
 TOKENS = np.concatenate(DOCUMENTS)
 
 
-def write(folder, dtype="uint16", shard_tokens=50) -> Manifest:
-    """Write DOCUMENTS as train and the last three of them as val."""
+def write(folder, dtype="uint16", documents_each=4) -> Manifest:
+    """Write DOCUMENTS as train, so many to a shard, and the last three of them as val."""
     folder.mkdir(exist_ok=True)
-    splits = {}
+    splits = {"train": [], "val": []}
     for split, documents in (("train", DOCUMENTS), ("val", DOCUMENTS[-3:])):
-        writer = ShardWriter(folder, split, dtype, shard_tokens)
-        for document in documents:
-            writer.add(document, text_bytes=10 * len(document))
-        writer.close()
-        splits[split] = writer.shards
+        for start in range(0, len(documents), documents_each):
+            writer = ShardWriter(folder / f"{split}_{start:06d}.bin", dtype)
+            for document in documents[start : start + documents_each]:
+                writer.add(document, text_bytes=10 * len(document), documents=1)
+            splits[split] += writer.finish()
     tokenizer = {"name": "bytes"}
     manifest = Manifest(format=1, origin="here", tokenizer=tokenizer, vocab_size=60_000, dtype=dtype, splits=splits)
     manifest.save(folder)
@@ -45,25 +46,60 @@ def test_shards_hold_the_documents_in_order_and_the_manifest_describes_them(tmp_
     assert sum(shard["documents"] for shard in shards) == len(DOCUMENTS)
 
 
-def test_a_shard_ends_with_the_first_document_that_fills_it(tmp_path):
-    manifest = write(tmp_path, shard_tokens=50)
-    expected, tokens, documents = [], 0, 0
-    for document in DOCUMENTS:
-        tokens, documents = tokens + len(document), documents + 1
-        if tokens >= 50:
-            expected.append((tokens, documents))
-            tokens = documents = 0
-    expected += [(tokens, documents)] if documents else []
-    assert [(shard.tokens, shard.documents) for shard in manifest.splits["train"]] == expected
-    assert len(expected) > 5
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path):
+    writer = ShardWriter(tmp_path / "train_000003.bin", "uint16")
+    writer.add(np.arange(5, dtype=np.uint32), text_bytes=5, documents=0)
+    assert not (tmp_path / "train_000003.bin").exists()
+    writer.add(np.arange(5, 10, dtype=np.uint32), text_bytes=6, documents=1)
+    assert not (tmp_path / "train_000003.bin").exists()
+    (shard,) = writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == [shard.file] == ["train_000003.bin"]
+    assert (shard.tokens, shard.bytes, shard.documents, shard.offset) == (10, 11, 1, 0)
+    assert np.fromfile(tmp_path / "train_000003.bin", "<u2").tolist() == list(range(10))
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 50, 10**9])
-def test_a_stream_reads_shards_as_one_array(tmp_path, shard_tokens):
-    manifest = write(tmp_path, shard_tokens=shard_tokens)
+def test_a_shard_that_is_written_again_replaces_the_one_before(tmp_path):
+    for length in (9, 3):
+        writer = ShardWriter(tmp_path / "train_000000.bin", "uint32")
+        writer.add(np.arange(length, dtype=np.uint32), text_bytes=1, documents=1)
+        writer.finish()
+    assert np.fromfile(tmp_path / "train_000000.bin", "<u4").tolist() == [0, 1, 2]
+
+
+def test_a_shard_without_tokens_or_abandoned_leaves_nothing(tmp_path):
+    assert ShardWriter(tmp_path / "val_000000.bin", "uint16").finish() == []
+    writer = ShardWriter(tmp_path / "val_000000.bin", "uint16")
+    writer.add(np.arange(5, dtype=np.uint32), text_bytes=5, documents=1)
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shard_and_a_manifest_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    events = []
+
+    def fsync(descriptor, fsync=os.fsync):
+        events.append(("synced", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        return fsync(descriptor)
+
+    def replace(path, target, replace=Path.replace):
+        events.append(("renamed", path.stat().st_ino, path.stat().st_size))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    write(tmp_path)
+    for path in tmp_path.iterdir():
+        of_file = [(event, size) for event, inode, size in events if inode == path.stat().st_ino]
+        assert of_file == [("synced", path.stat().st_size), ("renamed", path.stat().st_size)]
+    assert len(list(tmp_path.iterdir())) == 10
+
+
+@pytest.mark.parametrize("documents_each", [1, 4, 30])
+def test_a_stream_reads_shards_as_one_array(tmp_path, documents_each):
+    manifest = write(tmp_path, documents_each=documents_each)
     stream = TokenStream(tmp_path, manifest, "train")
     assert len(stream) == manifest.tokens("train") == len(TOKENS)
-    for length in (1, 9, 130, len(TOKENS)):  # 130 tokens cross two borders or more of shards of about 50
+    for length in (1, 9, 130, len(TOKENS)):  # 130 tokens cross a border or more of shards of four documents
         starts = np.arange(len(TOKENS) - length + 1)
         expected = np.lib.stride_tricks.sliding_window_view(TOKENS, length)
         rows = stream.read(starts, length)
@@ -81,7 +117,7 @@ def test_the_two_splits_are_two_streams(tmp_path):
 
 
 def test_a_stream_travels_to_another_process_without_its_maps(tmp_path):
-    stream = TokenStream(tmp_path, write(tmp_path, shard_tokens=10**9), "train")
+    stream = TokenStream(tmp_path, write(tmp_path, documents_each=30), "train")
     stream.read([0], 5)
     data = pickle.dumps(stream)
     (shard,) = tmp_path.glob("train_*.bin")
@@ -151,3 +187,18 @@ def test_a_manifest_without_one_of_the_splits_is_refused(tmp_path, missing):
     path.write_text(json.dumps(written))
     with pytest.raises(UserError, match=missing):
         load_shards(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_shard_that_found_no_room_is_abandoned_without_a_leftover(tmp_path, monkeypatch):
+    def open_full(path, mode, open_file=Path.open):
+        path.symlink_to("/dev/full")
+        return open_file(path, mode)
+
+    monkeypatch.setattr(Path, "open", open_full)
+    writer = ShardWriter(tmp_path / "train_000000.bin", "uint16")
+    writer.add(np.zeros(1000, dtype=np.uint32), text_bytes=1, documents=1)
+    with pytest.raises(OSError, match="No space left"):
+        writer.finish()
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []

@@ -111,7 +111,7 @@ def test_a_lone_surrogate_is_replaced_by_a_question_mark(name, gpt2):
 
 def test_characters_are_numbered_in_code_point_order_and_round_trip():
     texts = ["tomato\n", "ünï 👍\0", "Tomato"]
-    tokenizer = build_tokenizer(TokenizerConfig(name="characters", vocab_dir=None), texts)
+    tokenizer = build_tokenizer(TokenizerConfig(name="characters", vocab_dir=None, vocab_size=None), texts)
     assert tokenizer.characters == "\0\n Tamnotïü👍"
     assert tokenizer.vocab_size == 12
     assert tokenizer.end_of_text is None

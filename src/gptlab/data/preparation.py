@@ -10,27 +10,21 @@ import functools
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from filelock import FileLock
 
-from gptlab.data.bulk import Encode, bulk_encoder, is_proven
+from gptlab.data.bulk import bulk_encoder, is_proven
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Corpus, Files, Task, open_corpus
 from gptlab.data.formats import describe
-from gptlab.data.readers import Decoding, Document
-from gptlab.data.shards import FORMAT, MANIFEST, SPLITS, Manifest, Shard, ShardWriter, Split, load_shards, write_durably
+from gptlab.data.readers import Decoding
+from gptlab.data.shards import FORMAT, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
+from gptlab.data.tasks import Work, do, do_all, dtype_of, record_path
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
@@ -46,22 +40,6 @@ class Prepared(NamedTuple):
     folder: Path
     manifest: Manifest
     tokenizer: Tokenizer
-
-
-class Work(NamedTuple):
-    """Who prepares, and who hears of it.
-
-    Attributes:
-        workers: Processes; the bytes are the same with any number.
-        part: Which of the tasks this machine does, of ``parts`` that share them out.
-        parts: 1 does them all.
-        report: Called with bytes done, bytes in all and tokens done, after every task.
-    """
-
-    workers: int = os.cpu_count() or 1
-    part: int = 0
-    parts: int = 1
-    report: Callable[[int, int, int], None] = lambda done, of, tokens: None
 
 
 def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work()) -> Prepared:  # noqa: B008  (a constant)
@@ -96,6 +74,8 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
             _make(folder, config, tokenizer, corpus, work)
+        elif (folder / TOKENIZER).exists():  # killed before all was cleared up
+            _clear(folder)
     try:
         manifest = load_shards(folder)
     except UserError as error:
@@ -151,32 +131,39 @@ def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus
 def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, corpus: Corpus, work: Work) -> None:
     """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
-    folder.mkdir(exist_ok=True)
     tasks = corpus.tasks(config.task_bytes)
-    tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
     mine = [task for task in tasks if task.number % work.parts == work.part]
-    todo = [task for task in mine if not _record_path(folder, task).exists()]
-    if len(todo) < len(mine):
-        log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
-    fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks[0])
-    do = functools.partial(_do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir, fast)
     try:
-        _do_all(do, todo, len(mine) and sum(task.bytes for task in mine), work)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        left = sum(task.bytes for task in mine if not _record_path(folder, task).exists())
-        itemsize = np.dtype(_dtype(tokenizer)).itemsize
+        folder.mkdir(exist_ok=True)
+        tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
+        todo = [task for task in mine if not record_path(folder, task).exists()]
+        if len(todo) < len(mine):
+            log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
+        fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks[0])
+        work_on = functools.partial(do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir, fast)
+        do_all(work_on, todo, sum(task.bytes for task in mine), work)
+        if waiting := [task.number for task in tasks if not record_path(folder, task).exists()]:
+            raise UserError(
+                f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
+                f"them task {waiting[0]}. When every part is done: merge=true."
+            )
+        # parts that end at the same time would take away each other's files
+        with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
+            if not (folder / MANIFEST).exists():
+                _write_manifest(folder, config, corpus, tasks, tokenizer)
+    except BrokenProcessPool as error:
         raise UserError(
-            f"The disk of {folder} is full; at most {left * itemsize / 1e9:.1f} GB more are needed. "
-            "What is done is kept: make room and start again."
+            "A worker was killed, most likely for want of memory: fewer workers or a smaller data.task_bytes need "
+            "less. What is done is kept: start again."
         ) from error
-    if waiting := [task.number for task in tasks if not _record_path(folder, task).exists()]:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        left = sum(task.bytes for task in mine if not record_path(folder, task).exists())
         raise UserError(
-            f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of them "
-            f"task {waiting[0]}. When every part is done: merge=true."
-        )
-    _write_manifest(folder, config, corpus, tasks, tokenizer)
+            f"The disk of {folder} is full; about {2 * left / 1e9:.1f} GB more are needed at most "
+            "(of compressed text, several times as much). What is done is kept: make room and start again."
+        ) from error
 
 
 def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: list[Task]) -> Tokenizer:
@@ -189,77 +176,31 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     return tokenizer
 
 
-def _do_all(do: Callable[[Task], int], tasks: list[Task], total: int, work: Work) -> None:
-    """Do the tasks, in this process where one is enough, and report each."""
-    done, tokens = total - sum(task.bytes for task in tasks), 0
-    if min(work.workers, len(tasks)) <= 1:
-        for task in tasks:
-            tokens, done = tokens + do(task), done + task.bytes
-            work.report(done, total, tokens)
-        return
-    context = multiprocessing.get_context("spawn")
-    workers = min(work.workers, len(tasks))
-    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
-        futures: dict[Future[int], Task] = {pool.submit(do, task): task for task in tasks}
-        try:
-            for future in as_completed(futures):
-                tokens, done = tokens + future.result(), done + futures[future].bytes
-                work.report(done, total, tokens)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> None:
+    """Put the records together, and take away what was only needed on the way."""
+    records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
+    splits = {s: [Shard.model_validate(shard) for record in records for shard in record[s]] for s in SPLITS}
+    for split in SPLITS:
+        if not splits[split]:
+            raise UserError(_nothing_in(split, corpus, config))
+    Manifest(
+        format=FORMAT,
+        origin=corpus.origin,
+        tokenizer=tokenizer.record(),
+        vocab_size=tokenizer.vocab_size,
+        dtype=dtype_of(tokenizer),
+        splits=splits,
+    ).save(folder)
+    _clear(folder)
 
 
-def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _do(
-    folder: Path,
-    corpus: Corpus,
-    config: DataConfig,
-    record: dict[str, Any],
-    vocab_dir: str | None,
-    fast: bool,
-    task: Task,
-) -> int:
-    """Tokenize one task into its shards, then write its record; return its tokens."""
-    tokenizer, encode = _loaded(json.dumps(record), vocab_dir, fast)
-    ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
-    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", _dtype(tokenizer)) for s in SPLITS}
-    try:
-        for document in corpus.documents(task):
-            for split, text, begins, finishes in _split(document, config):
-                if not text:
-                    continue
-                ids = encode(text)
-                if ends and (begins if config.separator == "before" else finishes):
-                    ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
-                size = len(text.encode("utf-8", errors="replace"))
-                writers[split].add(ids.astype(np.uint32), size, int(finishes))
-        shards = {split: writer.finish() for split, writer in writers.items()}
-    except BaseException:
-        for writer in writers.values():
-            writer.abandon()
-        raise
-    content = {split: [shard.model_dump() for shard in shards[split]] for split in SPLITS}
-    write_durably(_record_path(folder, task), json.dumps(content))
-    return sum(writer.tokens for writer in writers.values())
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(record: str, vocab_dir: str | None, fast: bool) -> tuple[Tokenizer, Encode]:
-    """Keep a worker's tokenizer, and what encodes for it, from task to task."""
-    tokenizer = load_tokenizer(json.loads(record), vocab_dir)
-    return tokenizer, (bulk_encoder(tokenizer) if fast else None) or tokenizer.encode
+def _clear(folder: Path) -> None:
+    """Take away what was only needed on the way, last the tokenizer's record: without it, nothing is left to clear."""
+    kept = {MANIFEST, TOKENIZER} | {shard.file for shards in load_shards(folder).splits.values() for shard in shards}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+    (folder / TOKENIZER).unlink(missing_ok=True)
 
 
 def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, task: Task) -> bool:
@@ -272,61 +213,6 @@ def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, task: Task) -> bool:
         return True
     log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")
     return False
-
-
-def _dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
-    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-
-
-def _record_path(folder: Path, task: Task) -> Path:
-    return folder / f"task_{task.number:06d}.json"
-
-
-def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> None:
-    """Put the records together, and take away what was only needed on the way."""
-    records = [json.loads(_record_path(folder, task).read_text()) for task in tasks]
-    splits = {s: [Shard.model_validate(shard) for record in records for shard in record[s]] for s in SPLITS}
-    for split in SPLITS:
-        if not splits[split]:
-            raise UserError(_nothing_in(split, corpus, config))
-    Manifest(
-        format=FORMAT,
-        origin=corpus.origin,
-        tokenizer=tokenizer.record(),
-        vocab_size=tokenizer.vocab_size,
-        dtype=_dtype(tokenizer),
-        splits=splits,
-    ).save(folder)
-    kept = {MANIFEST} | {shard.file for split in SPLITS for shard in splits[split]}
-    for path in folder.iterdir():
-        if path.name not in kept:
-            path.unlink()
-
-
-class Part(NamedTuple):
-    """What of a document a split gets, and whether that part begins and finishes there."""
-
-    split: Split
-    text: str
-    begins: bool
-    finishes: bool
-
-
-def _split(document: Document, config: DataConfig) -> Iterator[Part]:
-    """Give a document, or the two parts of it, to train and val."""
-    name, text, begin, end = document
-    if config.val_split == "documents":
-        drawn = hashlib.sha256(f"{config.split_seed}\0{name}".encode()).digest()[:8]
-        in_val = int.from_bytes(drawn) < config.val_fraction * 2**64
-        yield Part("val" if in_val else "train", text, begin == 0, end == 1)
-        return
-    border = 1 - config.val_fraction
-    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
-    cut = min(max(int(len(text) * ((border - begin) / (end - begin))), 0), len(text))
-    if begin < border:
-        yield Part("train", text[:cut], begin == 0, border <= end)
-    if border < end:
-        yield Part("val", text[cut:], begin <= border, end == 1)
 
 
 def _nothing_in(split: Split, corpus: Corpus, config: DataConfig) -> str:

@@ -4,22 +4,30 @@ Where a span lies does not change what is read: documents have names of their ow
 span is cut where no tokenizer of GPT-2's kind would join the sides.
 """
 
+import gzip
+import io
 import json
 import re
-from collections.abc import Iterator
+import sys
+import zlib
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, cast
-
-import fsspec
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from gptlab.errors import UserError
 
 WINDOW = 2**16  # bytes looked at in search of a place to cut
+LONGEST = 4  # bytes of a character in UTF-8
 
-# A printable ASCII character and then white space. GPT-2's pattern never joins the two, and looks at nothing before the
-# place where it stands, so both sides are tokenized as they would be together.
-CUT = re.compile(rb"[!-~](?=[ \t\r\n])")
+# A character that is no white space (in UTF-8, of one byte to four) and then white space. GPT-2's pattern never joins
+# the two, and looks at nothing before the place where it stands, so both sides are tokenized as they would be together.
+CUT = re.compile(
+    rb"(?:[!-~]"
+    rb"|[\xc3-\xdf][\x80-\xbf]"  # U+0085 and U+00A0 begin with C2
+    rb"|(?:(?!\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80)[\xe1-\xef])[\x80-\xbf]{2}"
+    rb"|[\xf0-\xf4][\x80-\xbf]{3})(?=[ \t\r\n])"
+)
 
 
 class Document(NamedTuple):
@@ -57,9 +65,13 @@ def spans(path: Path, size: int) -> Iterator[Span]:
     """Cut a file into spans of about ``size`` bytes, the same ones every time."""
     kind, length = _kind(path), path.stat().st_size
     if kind == "parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        metadata = pq.read_metadata(path)
+        try:
+            metadata = pq.read_metadata(path)
+        except pa.ArrowException as error:
+            raise UserError(f"{path} is damaged or no parquet: {error}") from error
         for group in range(metadata.num_row_groups):
             yield Span(group, group + 1, metadata.row_group(group).total_byte_size)
     elif _is_compressed(path) or length <= size:
@@ -74,18 +86,57 @@ def spans(path: Path, size: int) -> Iterator[Span]:
 
 def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read the documents of one span; UserError names the file and the place of what cannot be read."""
-    match _kind(path):
-        case "parquet":
-            yield from _rows(path, name, span, decoding)
-        case "jsonl":
-            yield from _lines(path, name, span, decoding)
-        case _:
-            yield _text(path, name, span, decoding)
+    try:
+        match _kind(path):
+            case "parquet":
+                yield from _rows(path, name, span, decoding)
+            case "jsonl":
+                yield from _lines(path, name, span, decoding)
+            case _:
+                yield _text(path, name, span, decoding)
+    except _damages() as error:
+        raise UserError(f"{path} is damaged or not what its name says: {error}") from error
 
 
 def _kind(path: Path) -> str:
     suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
+
+
+class _Frames(io.RawIOBase):
+    """The text of a .zst file, of all its frames; EOFError where the last is cut off, which zstandard lets pass."""
+
+    def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
+        self._file, self._begin, self._text = path.open("rb"), begin, b""
+        self._frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._text:
+            ended = self._frame is None or self._frame.eof
+            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(WINDOW)
+            if not block and ended:
+                return 0
+            if not block:
+                raise EOFError("it ends in the middle of a frame")
+            self._frame = self._begin() if ended else self._frame
+            self._text = self._frame.decompress(block)
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """What the libraries raise at a damaged file; those that were not imported did not read it."""
+    names = {"zstandard": "ZstdError", "pyarrow": "ArrowException"}
+    found = [getattr(sys.modules[module], name) for module, name in names.items() if sys.modules.get(module)]
+    return (EOFError, gzip.BadGzipFile, zlib.error, *found)
 
 
 def _is_compressed(path: Path) -> bool:
@@ -94,32 +145,39 @@ def _is_compressed(path: Path) -> bool:
 
 def _open(path: Path) -> BinaryIO:
     """Open a file, decompressed by its name."""
-    try:
-        return cast(BinaryIO, fsspec.open(str(path), "rb", compression="infer").open())
-    except (ImportError, ValueError) as error:  # fsspec without zstandard
-        raise UserError(f"{path} cannot be decompressed: {error}. pip install zstandard") from error
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError as error:
+            raise UserError(f"{path} cannot be decompressed without zstandard: pip install zstandard") from error
+        return io.BufferedReader(_Frames(path, zstandard.ZstdDecompressor().decompressobj))
+    return path.open("rb")
 
 
 def _next_cut(path: Path, wanted: int, kind: str) -> int:
     """Find the first place at or after ``wanted`` where a file can be cut: after a line, or before white space."""
     pattern = re.compile(rb"\n") if kind == "jsonl" else CUT
     with path.open("rb") as file:
-        offset = wanted - 1
+        offset, tail = max(wanted - LONGEST, 0), b""  # where the character that ends at wanted may begin
         file.seek(offset)
-        tail = b""
         while block := file.read(WINDOW):
-            if found := pattern.search(tail + block):
-                return offset - len(tail) + found.end()
-            offset, tail = offset + len(block), block[-1:]
+            begin = offset - len(tail)
+            for found in pattern.finditer(tail + block):
+                if begin + found.end() >= wanted:
+                    return begin + found.end()
+            offset, tail = offset + len(block), (tail + block)[-LONGEST:]
     return path.stat().st_size
 
 
-def _decode(data: bytes, decoding: Decoding, where: str) -> str:
+def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> str:
+    """Decode; an error names the byte counted from ``start``."""
     try:
         return data.decode("utf-8", errors="strict" if decoding.undecodable == "refuse" else "replace")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where} is not UTF-8 at byte {error.start}: {data[error.start : error.start + 8]!r}. "
+            f"{where} is not UTF-8 at byte {start + error.start}: {data[error.start : error.start + 8]!r}. "
             "data.undecodable=replace puts U+FFFD there."
         ) from error
 
@@ -131,14 +189,15 @@ def _text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
-        text = _decode(plain.read(span.stop - span.start), decoding, f"{path}, from byte {span.start},")
+        text = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
     return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0)
 
 
 def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read one JSON object a line; a document is named by the byte, in the decompressed file, where its line begins."""
     with _open(path) as file:
-        file.seek(span.start)
+        if span.start:
+            file.seek(span.start)
         offset = span.start
         while _is_compressed(path) or offset < span.stop:
             line = file.readline()
@@ -148,7 +207,7 @@ def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Do
             if line.strip():
                 try:
                     record = json.loads(_decode(line, decoding, where))
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # no JSON, or more than Python takes
                     raise UserError(f"{where}: not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
@@ -182,7 +241,8 @@ def check_text(text: object, column: str | None, columns: list[str], where: str)
             f"{where}: data.column={column} holds no text but {type(text).__name__}: {text!r:.80}. "
             f"The columns are {', '.join(columns)}."
         )
-    return text
+    # a lone surrogate, which JSON can spell and UTF-8 cannot hold, becomes "?", as in the tokenizers
+    return text if text is None else text.encode("utf-8", errors="replace").decode()
 
 
 def no_column(column: str | None, columns: list[str], where: str) -> str:

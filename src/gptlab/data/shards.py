@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +109,7 @@ class ShardWriter:
         self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
         self.tokens = self.bytes = self.documents = 0
         self._digest = hashlib.sha256()
-        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        self._unfinished = _unfinished(path)
         self._file = self._unfinished.open("wb")
 
     def add(self, ids: NDArray[np.uint32], text_bytes: int, documents: int) -> None:
@@ -135,18 +137,28 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Take an unfinished shard away."""
-        self._file.close()
         self._unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, which would be written to once more
+            self._file.close()
 
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def _unfinished(path: Path) -> Path:
+    """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
 
 
 class TokenStream:

@@ -14,8 +14,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from gptlab.data.preparation import Prepared, Work
+from gptlab.data.preparation import Prepared
 from gptlab.data.shards import SPLITS, Split, load_manifest
+from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
 from gptlab.experiments.directory import BEST, LAST, check_fit, find_checkpoint, load_config

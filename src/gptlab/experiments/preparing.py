@@ -15,8 +15,9 @@ from rich.text import Text
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.formats import Format
 from gptlab.data.inspection import first_documents, longest_document
-from gptlab.data.preparation import Prepared, Work, prepare
+from gptlab.data.preparation import Prepared, prepare
 from gptlab.data.shards import MANIFEST, SPLITS, TokenStream, load_manifest
+from gptlab.data.tasks import Work
 from gptlab.settings import Settings
 
 

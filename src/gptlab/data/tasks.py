@@ -1,0 +1,150 @@
+"""The tasks of a preparation: tokenized one by one, by as many workers as there are, each into shards of its own."""
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gptlab.data.bulk import Encode, bulk_encoder
+from gptlab.data.config import DataConfig
+from gptlab.data.corpora import Corpus, Task
+from gptlab.data.readers import Document
+from gptlab.data.shards import SPLITS, ShardWriter, Split, write_durably
+from gptlab.data.tokenizers import Tokenizer, load_tokenizer
+
+
+class Work(NamedTuple):
+    """Who prepares, and who hears of it.
+
+    Attributes:
+        workers: Processes; the bytes are the same with any number.
+        part: Which of the tasks this machine does, of ``parts`` that share them out.
+        parts: 1 does them all.
+        report: Called with bytes done, bytes in all and tokens done, after every task.
+    """
+
+    workers: int = os.cpu_count() or 1
+    part: int = 0
+    parts: int = 1
+    report: Callable[[int, int, int], None] = lambda done, of, tokens: None
+
+
+def do_all(work_on: Callable[[Task], int], tasks: list[Task], total: int, work: Work) -> None:
+    """Do the tasks, in this process where one is enough, and report each."""
+    done, tokens = total - sum(task.bytes for task in tasks), 0
+    if min(work.workers, len(tasks)) <= 1:
+        for task in tasks:
+            tokens, done = tokens + work_on(task), done + task.bytes
+            work.report(done, total, tokens)
+        return
+    context = multiprocessing.get_context("spawn")
+    workers = min(work.workers, len(tasks))
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+        futures: dict[Future[int], Task] = {pool.submit(work_on, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                tokens, done = tokens + future.result(), done + futures[future].bytes
+                work.report(done, total, tokens)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def do(
+    folder: Path,
+    corpus: Corpus,
+    config: DataConfig,
+    record: dict[str, Any],
+    vocab_dir: str | None,
+    fast: bool,
+    task: Task,
+) -> int:
+    """Tokenize one task into its shards, then write its record; return its tokens."""
+    tokenizer, encode = _loaded(json.dumps(record), vocab_dir, fast)
+    ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
+    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", dtype_of(tokenizer)) for s in SPLITS}
+    try:
+        for document in corpus.documents(task):
+            for split, text, begins, finishes in _split(document, config):
+                if not text:
+                    continue
+                ids = encode(text)
+                if ends and (begins if config.separator == "before" else finishes):
+                    ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
+                size = len(text.encode("utf-8", errors="replace"))
+                writers[split].add(ids.astype(np.uint32), size, int(finishes))
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    content = {split: [shard.model_dump() for shard in shards[split]] for split in SPLITS}
+    write_durably(record_path(folder, task), json.dumps(content))
+    return sum(writer.tokens for writer in writers.values())
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(record: str, vocab_dir: str | None, fast: bool) -> tuple[Tokenizer, Encode]:
+    """Keep a worker's tokenizer, and what encodes for it, from task to task."""
+    tokenizer = load_tokenizer(json.loads(record), vocab_dir)
+    return tokenizer, (bulk_encoder(tokenizer) if fast else None) or tokenizer.encode
+
+
+def dtype_of(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """Two bytes where all ids fit, else four."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def record_path(folder: Path, task: Task) -> Path:
+    """Where a task's record stands once its shards do."""
+    return folder / f"task_{task.number:06d}.json"
+
+
+class Part(NamedTuple):
+    """What of a document a split gets, and whether that part begins and finishes there."""
+
+    split: Split
+    text: str
+    begins: bool
+    finishes: bool
+
+
+def _split(document: Document, config: DataConfig) -> Iterator[Part]:
+    """Give a document, or the two parts of it, to train and val."""
+    name, text, begin, end = document
+    if config.val_split == "documents":
+        drawn = hashlib.sha256(f"{config.split_seed}\0{name}".encode()).digest()[:8]
+        in_val = int.from_bytes(drawn) < config.val_fraction * 2**64
+        yield Part("val" if in_val else "train", text, begin == 0, end == 1)
+        return
+    border = 1 - config.val_fraction
+    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
+    cut = int(len(text) * ((border - begin) / (end - begin)))
+    # where train began in a part before, it ends in this one, be it with one character
+    cut = min(max(cut, int(0 < begin < border)), len(text))
+    if begin < border:
+        yield Part("train", text[:cut], begin == 0, border <= end)
+    if border < end:
+        yield Part("val", text[cut:], begin <= border, end == 1)

@@ -1,0 +1,60 @@
+"""What tests of preparations share: settings, and what lies in a prepared folder."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.preparation import Prepared, prepare
+from gptlab.data.tasks import Work
+
+ALONE = Work(workers=1)  # in this process, where tests can change things
+
+SETTINGS = {
+    "corpus": "text",
+    "source": None,
+    "path": None,
+    "subset": None,
+    "column": None,
+    "cache_dir": "unused",
+    "val_split": "tail",
+    "val_fraction": 0.1,
+    "split_seed": 1,
+    "separator": "after",
+    "undecodable": "replace",
+    "task_bytes": 300,
+    "order": "shuffled",
+    "limit_windows": None,
+    "num_workers": 0,
+}
+
+
+def data_config(**values) -> DataConfig:
+    return DataConfig.model_validate(SETTINGS | values)
+
+
+def text_values(source: Path, **values) -> dict:
+    """Settings that prepare a text in the folder ``cache`` beside it."""
+    return {"source": str(source), "cache_dir": str(source.parent / "cache"), **values}
+
+
+def prepare_text(
+    source: Path, tokenizer: str = "bytes", work: Work = ALONE, vocab_size: int | None = None, **values
+) -> Prepared:
+    named = TokenizerConfig.model_validate({"name": tokenizer, "vocab_dir": None, "vocab_size": vocab_size})
+    return prepare(data_config(**text_values(source, **values)), named, work)
+
+
+def tokens_on_disk(folder: Path, split: str, dtype: str = "<u2") -> list[int]:
+    return np.concatenate([np.fromfile(path, dtype) for path in sorted(folder.glob(f"{split}_*.bin"))]).tolist()
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file there is, hidden ones too."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Which files there are, and when they were written."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
