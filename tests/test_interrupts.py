@@ -27,8 +27,17 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", "trainer.devices=2")])
-@pytest.mark.parametrize("to_all", [True, False], ids=["as a terminal does", "to the first process alone"])
+TWO = ("trainer=ddp", "trainer.devices=2")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "to_all"),
+    [
+        pytest.param(("trainer=cpu",), True, id="one process"),
+        pytest.param(TWO, True, id="two processes, as a terminal does"),
+        pytest.param(TWO, False, id="two processes, to the first alone", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_run_can_go_on(user, trainer, to_all):
     command = (sys.executable, "-m", "gptlab.train", *ENDLESS, *trainer, "train.eval_windows=4", "callbacks=checkpoint")
     run = subprocess.Popen(
