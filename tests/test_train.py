@@ -221,6 +221,7 @@ def test_debug_options(user, option):
         assert any("training_step" in event.get("name", "") for trace in traces for event in trace)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_trains_the_same_and_keeps_its_names(user):
     ran(user.train("name=compiled", "train.compile=true", timeout=300))
     ran(user.train("name=eager", "train.compile=false"))
