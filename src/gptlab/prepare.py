@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from gptlab.data.formats import convert
 from gptlab.data.inspection import batch_texts, verify
-from gptlab.data.order import WindowOrder
+from gptlab.data.order import training_order
 from gptlab.data.preparation import Prepared, prepare
 from gptlab.data.tasks import Work
 from gptlab.errors import UserError
@@ -60,9 +60,7 @@ def _replay(directory: Path, step: int) -> None:
     """Show the global batch of a step, as the run saw it: from its own configuration and data."""
     config = load_config(directory)
     prepared = prepare(config.data, config.tokenizer)
-    manifest, block_size = prepared.manifest, config.model.block_size
-    tokens, fingerprint = manifest.tokens("train"), manifest.fingerprint()
-    order = WindowOrder(tokens, block_size, config.seed, fingerprint, config.data.order, config.data.limit_windows)
+    order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
     print_batch(batch_texts(prepared, order, step, config.train.global_batch_size))
 
 

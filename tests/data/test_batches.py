@@ -42,10 +42,7 @@ def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
     tokens, order, tmp_path, world_size, accumulation, micro_batch_size
 ):
     stream, global_batch = stream_of(tokens, tmp_path), 24
-    ranks = [
-        TrainBatches(stream, order, Slice(rank, world_size, micro_batch_size, accumulation))
-        for rank in range(world_size)
-    ]
+    ranks = [TrainBatches(stream, order, Slice(rank, world_size, micro_batch_size)) for rank in range(world_size)]
     for step in (0, 1, 12, 13):  # an epoch has 311 windows and ends in step 12
         numbers = range(step * accumulation, (step + 1) * accumulation)
         batches = [rank[number] for number in numbers for rank in ranks]
@@ -56,14 +53,14 @@ def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
 
 
 def test_a_thousand_ranks_share_a_step_without_gap_or_overlap():
-    parts = [Slice(rank, world_size=1024, micro_batch_size=4, accumulation=2) for rank in range(1024)]
+    parts = [Slice(rank, world_size=1024, micro_batch_size=4) for rank in range(1024)]
     for step in (0, 7, 10**9):
         positions = [TrainBatches(None, None, part).positions(2 * step + micro) for micro in range(2) for part in parts]
         np.testing.assert_array_equal(np.sort(np.concatenate(positions)), np.arange(8192 * step, 8192 * (step + 1)))
 
 
 def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
-    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(1, 2, 8, 1))
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(1, 2, 8))
     for number in (0, 1, 30):
         idx, targets = batches[number]
         assert idx.dtype == targets.dtype == torch.int64
@@ -74,7 +71,7 @@ def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, order, tmp_path):
-    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4, 3))
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4))
     batches[0]  # the maps that this process has open are no hindrance
 
     def first(workers):
@@ -112,7 +109,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
     stream = stream_of(tokens, tmp_path)
     scored, unscored = [], 0
     for rank in range(world_size):
-        batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size, 1))
+        batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size))
         assert len(batches) == -(-windows // (world_size * micro_batch_size))
         for idx, targets in DataLoader(batches, batch_size=None):
             assert idx.shape == targets.shape == (micro_batch_size, BLOCK_SIZE)
@@ -127,7 +124,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
 
 
 def test_evaluation_batches_end(tokens, tmp_path):
-    batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, Slice(0, 1, 2, 1))
+    batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, Slice(0, 1, 2))
     assert len(list(islice(iter(batches), 5))) == 1
     with pytest.raises(IndexError):
         batches[1]

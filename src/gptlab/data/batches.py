@@ -25,25 +25,26 @@ class Batch(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """One rank's part of every global batch of ``world_size * accumulation * micro_batch_size`` sequences."""
+    """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences."""
 
     rank: int
     world_size: int
     micro_batch_size: int
-    accumulation: int
 
 
 class TrainBatches(Dataset[Batch]):
-    """Micro-batch number m of a rank, for any m >= 0: accumulation step m % A of optimizer step m // A."""
+    """Micro-batch number m of a rank, for any m >= 0.
+
+    With A of them in a step, it is micro-batch m % A of optimizer step m // A; its place does not depend on A.
+    """
 
     def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice) -> None:
         self.stream, self.order, self.part = stream, order, part
 
     def positions(self, number: int) -> NDArray[np.int64]:
         """Global positions (B,) of micro-batch ``number``."""
-        rank, world_size, size, accumulation = self.part
-        step, micro = divmod(number, accumulation)
-        first = (step * accumulation + micro) * world_size * size + rank * size
+        rank, world_size, size = self.part
+        first = (number * world_size + rank) * size
         return np.arange(first, first + size, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Batch:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer
+from gptlab.data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, encodable
 
 Encode = Callable[[str], NDArray[np.uint32]]
 
@@ -34,8 +34,7 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
         fast = gigatoken.Tokenizer.from_json(tokenizer.trained)
     else:
         return None
-    # what UTF-8 cannot hold is replaced here as the tokenizers do
-    return lambda text: np.asarray(fast.encode(text.encode("utf-8", errors="replace").decode()), dtype=np.uint32)
+    return lambda text: np.asarray(fast.encode(encodable(text)), dtype=np.uint32)
 
 
 def is_proven(tokenizer: Tokenizer, encode: Encode, texts: Iterable[str]) -> bool:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gptlab.data.shards import SPLITS, Manifest, Shard, Split, TokenStream
+from gptlab.data.shards import FORMAT, SPLITS, Manifest, Shard, Split, TokenStream
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.errors import UserError
 
@@ -94,7 +93,7 @@ def describe(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     if len(dtypes) > 1:
         raise UserError(f"{' and '.join(map(str, dtypes.values()))} differ in their type: {', '.join(dtypes)}.")
     return Manifest(
-        format=1,
+        format=FORMAT,
         origin=str(paths[0].parent),
         tokenizer=tokenizer.record(),
         vocab_size=tokenizer.vocab_size,
@@ -149,7 +148,7 @@ def convert(folder: Path, manifest: Manifest, kind: Format, out: Path) -> list[P
             with unfinished.open("wb") as file:
                 if kind == "llmc":
                     file.write(_llmc_header(len(stream)))
-                for chunk in _chunks(stream):
+                for chunk in stream.chunks(CHUNK):
                     file.write(chunk.astype("<u2").tobytes())
             unfinished.replace(path)
             written.append(path)
@@ -168,8 +167,3 @@ def _llmc_header(tokens: int) -> bytes:
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = (*LLMC_UINT16, tokens)
     return header.tobytes()
-
-
-def _chunks(stream: TokenStream) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(stream), CHUNK):
-        yield stream.read([start], min(CHUNK, len(stream) - start))[0]

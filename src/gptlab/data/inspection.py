@@ -32,14 +32,15 @@ def verify(folder: Path, manifest: Manifest) -> int:
 
 def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
     """Tokens of the longest document, its end of text not counted; all of them where there is no end of text."""
-    longest, begin = 0, 0
-    for start in range(0, len(stream), CHUNK):
-        tokens = stream.read([start], min(CHUNK, len(stream) - start))[0]
-        if end_of_text is not None:
-            ends = start + np.flatnonzero(tokens == end_of_text)
-            if len(ends):
-                longest = max(longest, int(np.diff(ends, prepend=begin - 1).max()) - 1)
-                begin = int(ends[-1]) + 1
+    if end_of_text is None:
+        return len(stream)
+    longest, begin, start = 0, 0, 0
+    for tokens in stream.chunks(CHUNK):
+        ends = start + np.flatnonzero(tokens == end_of_text)
+        if len(ends):
+            longest = max(longest, int(np.diff(ends, prepend=begin - 1).max()) - 1)
+            begin = int(ends[-1]) + 1
+        start += len(tokens)
     return max(longest, len(stream) - begin)
 
 

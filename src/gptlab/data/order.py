@@ -10,6 +10,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gptlab.data.config import DataConfig
+from gptlab.data.shards import Manifest
+
 ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
 
 BLOCK = 1024  # windows that stay together in the block order
@@ -118,6 +121,12 @@ class WindowOrder:
         """Draw 64 bits for one purpose in one epoch."""
         content = f"{self.fingerprint}\0{self.seed}\0{purpose}\0{epoch}".encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
+
+
+def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed: int) -> WindowOrder:
+    """Build the order that a run with this data, block and seed trains in."""
+    tokens, fingerprint = manifest.tokens("train"), manifest.fingerprint()
+    return WindowOrder(tokens, block_size, seed, fingerprint, config.order, config.limit_windows)
 
 
 def evaluation_starts(tokens: int, block_size: int, windows: int | None) -> NDArray[np.int64]:

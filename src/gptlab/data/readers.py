@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+from gptlab.data.tokenizers import encodable
 from gptlab.errors import UserError
 
 WINDOW = 2**16  # bytes looked at in search of a place to cut
@@ -241,8 +242,7 @@ def check_text(text: object, column: str | None, columns: list[str], where: str)
             f"{where}: data.column={column} holds no text but {type(text).__name__}: {text!r:.80}. "
             f"The columns are {', '.join(columns)}."
         )
-    # a lone surrogate, which JSON can spell and UTF-8 cannot hold, becomes "?", as in the tokenizers
-    return text if text is None else text.encode("utf-8", errors="replace").decode()
+    return text if text is None else encodable(text)  # JSON can spell lone surrogates
 
 
 def no_column(column: str | None, columns: list[str], where: str) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -117,11 +117,9 @@ class ShardWriter:
         data = ids.astype(self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
-        self.tokens, self.bytes, self.documents = (
-            self.tokens + len(ids),
-            self.bytes + text_bytes,
-            self.documents + documents,
-        )
+        self.tokens += len(ids)
+        self.bytes += text_bytes
+        self.documents += documents
 
     def finish(self) -> list[Shard]:
         """Put the shard in its place; a shard without tokens leaves nothing, and is none."""
@@ -189,6 +187,11 @@ class TokenStream:
                 row[filled : filled + len(part)] = part
                 filled, shard, offset = filled + len(part), shard + 1, 0
         return rows
+
+    def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
+        """Read all tokens in order, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield self.read([start], min(size, len(self) - start))[0]
 
     def _map(self, shard: int) -> NDArray[Any]:
         if shard not in self._maps:

@@ -14,6 +14,11 @@ from gptlab.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 
 
+def encodable(text: str) -> str:
+    """Replace by "?" what UTF-8 cannot hold: lone surrogates."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
 class Tokenizer(Protocol):
     """What every tokenizer can do."""
 
@@ -120,8 +125,7 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        text = text.encode("utf-8", errors="replace").decode()  # a lone surrogate becomes "?", as in BytesTokenizer
-        return self._encoding.encode_to_numpy(text, disallowed_special=())
+        return self._encoding.encode_to_numpy(encodable(text), disallowed_special=())
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self._encoding.decode(list(ids))
@@ -164,13 +168,13 @@ class BPETokenizer:
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
         bpe.train_from_iterator(
-            (_printable(text) for text in texts),
+            (encodable(text) for text in texts),
             trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
         )
         return cls(bpe.to_str())
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        return np.array(self._bpe.encode(_printable(text)).ids, dtype=np.uint32)
+        return np.array(self._bpe.encode(encodable(text)).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         texts = (END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
@@ -187,11 +191,6 @@ class BPETokenizer:
         """Bytes of each id but the last."""
         ids = self._bpe.get_vocab()
         return [spelled_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
-
-
-def _printable(text: str) -> str:
-    """Replace what UTF-8 cannot hold (lone surrogates)."""
-    return text.encode("utf-8", errors="replace").decode()
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

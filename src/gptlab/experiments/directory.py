@@ -12,7 +12,6 @@ from gptlab.experiments.schema import Config, check
 from gptlab.model.config import GPTConfig
 
 CONFIG, LOG, CHECKPOINTS, SAMPLES = "config.yaml", "train.log", "checkpoints", "samples"
-BEST, LAST = "best.ckpt", "last.ckpt"
 
 
 def create(config: Config, manifest: Manifest, place: Path | None) -> Path:

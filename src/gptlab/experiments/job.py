@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.preparation import Prepared
-from gptlab.experiments.directory import CHECKPOINTS, LAST, LOG, SAMPLES, create, find_checkpoint, record
+from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, create, find_checkpoint, record
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.schema import Config
@@ -21,6 +21,7 @@ from gptlab.training.batch import BatchPlan, plan_batch
 from gptlab.training.callbacks.checkpoints import checkpoint_callbacks
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
+from gptlab.training.config import LAST
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import Devices, choose_devices
 from gptlab.training.module import GPTModule

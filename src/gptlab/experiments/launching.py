@@ -19,10 +19,11 @@ from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
-from gptlab.experiments.directory import BEST, LAST, check_fit, find_checkpoint, load_config
+from gptlab.experiments.directory import check_fit, find_checkpoint, load_config
 from gptlab.experiments.preparing import prepare_with_progress
 from gptlab.experiments.schema import Config
 from gptlab.training.batch import plan_batch
+from gptlab.training.config import BEST, LAST
 from gptlab.training.processes import started_from_outside
 
 WORKER = "gptlab.experiments.worker"

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards import Manifest
-from gptlab.experiments.directory import CHECKPOINTS, LAST
+from gptlab.experiments.directory import CHECKPOINTS
 from gptlab.experiments.logs import FILE_ONLY
 from gptlab.experiments.schema import Config
 from gptlab.model.config import parameter_count
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
+from gptlab.training.config import LAST
 from gptlab.training.devices import Devices
 
 log = logging.getLogger(__name__)

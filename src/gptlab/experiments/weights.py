@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from gptlab.errors import UserError
-from gptlab.experiments.directory import BEST, LAST, check_fit, find_checkpoint, load_config
+from gptlab.experiments.directory import find_checkpoint, load_config
 from gptlab.model.gpt import GPT
+from gptlab.training.config import BEST, LAST
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -22,8 +23,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: GPT, directory: Path) -> None:
-    """Load the best weights of a run (else its last) into ``model``; UserError where they do not fit."""
-    check_fit(directory, model.config)
+    """Load the best weights of a run (else its last) into ``model``, which they fit (``directory.check_fit``)."""
     state = read_checkpoint(find_checkpoint(directory, BEST, LAST))["state_dict"]
     state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
     model.load_state_dict(state)

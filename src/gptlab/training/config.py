@@ -6,6 +6,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from gptlab.settings import Settings
 
+BEST, LAST = "best.ckpt", "last.ckpt"  # the checkpoints of a run
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

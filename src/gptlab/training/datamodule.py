@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from gptlab.data.batches import Batch, EvaluationBatches, Slice, TrainBatches
 from gptlab.data.config import DataConfig
-from gptlab.data.order import WindowOrder, evaluation_starts
+from gptlab.data.order import evaluation_starts, training_order
 from gptlab.data.preparation import Prepared
 from gptlab.data.shards import Split, TokenStream
 from gptlab.training.batch import BatchPlan
@@ -44,15 +44,7 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches without end, from the run's step on."""
         assert self.trainer is not None  # noqa: S101
-        manifest = self.prepared.manifest
-        order = WindowOrder(
-            manifest.tokens("train"),
-            self.block_size,
-            self.seed,
-            manifest.fingerprint(),
-            self.config.order,
-            self.config.limit_windows,
-        )
+        order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
         batches = TrainBatches(self._stream("train"), order, self._slice())
         first = self.trainer.global_step * self.plan.accumulation
         return DataLoader(
@@ -75,4 +67,4 @@ class TokenData(L.LightningDataModule):
 
     def _slice(self) -> Slice:
         assert self.trainer is not None  # noqa: S101
-        return Slice(self.trainer.global_rank, self.plan.world_size, self.plan.micro_batch_size, self.plan.accumulation)
+        return Slice(self.trainer.global_rank, self.plan.world_size, self.plan.micro_batch_size)

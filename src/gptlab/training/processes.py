@@ -5,7 +5,12 @@ import os
 
 def started_from_outside() -> bool:
     """Whether torchrun or srun has started this process as one of several ranks."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or on_slurm()
+    return under_torchrun() or on_slurm()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def on_slurm() -> bool:

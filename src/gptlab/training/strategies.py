@@ -1,6 +1,5 @@
 """How the network is spread over devices."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan
-from gptlab.training.processes import on_slurm
+from gptlab.training.processes import on_slurm, under_torchrun
 
 
 def build_strategy(name: str, plan: BatchPlan) -> Strategy | str:
@@ -40,12 +39,11 @@ def build_strategy(name: str, plan: BatchPlan) -> Strategy | str:
 
 def cluster_environment() -> ClusterEnvironment:
     """Say who starts the processes: what started this one, not what variables a scheduler has left lying about."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if under_torchrun():
         return TorchElasticEnvironment()
     if on_slurm():
-        return SLURMEnvironment(
-            auto_requeue=False
-        )  # whose checkpoints would lie beside the run, and load by themselves
+        # Lightning's own requeue would write checkpoints beside the run, and load them by itself
+        return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
 
 

@@ -5,9 +5,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gptlab.training.config import CheckpointConfig
-
-BEST, LAST = "best", "last"  # .ckpt
+from gptlab.training.config import BEST, LAST, CheckpointConfig
 
 
 class Checkpoint(ModelCheckpoint):
@@ -33,7 +31,7 @@ def checkpoint_callbacks(config: CheckpointConfig, folder: Path) -> list[ModelCh
     return [
         Checkpoint(
             dirpath=folder,
-            filename=name,
+            filename=Path(name).stem,
             monitor=monitor,
             mode="min",
             save_on_train_epoch_end=False,
