@@ -41,7 +41,13 @@ TWO = ("trainer=ddp", "trainer.devices=2")
 def test_an_interrupted_run_can_go_on(user, trainer, to_all):
     command = (sys.executable, "-m", "gptlab.train", *ENDLESS, *trainer, "train.eval_windows=4", "callbacks=checkpoint")
     run = subprocess.Popen(
-        command, cwd=user.folder, env=user.environment, stdout=subprocess.PIPE, start_new_session=True
+        command,
+        cwd=user.folder,
+        env=user.environment,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
     while not list(user.folder.glob("outputs/*/*/checkpoints/last.ckpt")):
