@@ -10,7 +10,7 @@ SMALL = (*TEXT, "data.task_bytes=10000")
 
 
 def prepared(user):
-    (folder,) = (path for path in (user.folder / "cache").iterdir() if path.is_dir())
+    (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
     return folder
 
 

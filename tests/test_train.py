@@ -77,7 +77,7 @@ def plain_training(user, steps: int) -> tuple[list[float], GPT]:
     tokens, val = [*text[:cut].encode(), 256], [*text[cut:].encode(), 256]
     shards = {"train": [_sha(tokens)], "val": [_sha(val)]}
     fingerprint = hashlib.sha256(json.dumps([{"name": "bytes"}, shards], sort_keys=True).encode()).hexdigest()
-    order = WindowOrder(len(tokens), 32, 1337, fingerprint, "shuffled", None)
+    order = WindowOrder([len(tokens)], 32, 1337, fingerprint, "shuffled", 1, None)
     torch.manual_seed(1337)
     settings = yaml.safe_load((user.only_run() / "config.yaml").read_text())
     model = GPT(GPTConfig(**settings["model"]))

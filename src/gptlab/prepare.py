@@ -5,9 +5,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from gptlab.data.formats import convert
-from gptlab.data.inspection import batch_texts, verify
+from gptlab.data.inspection import batch_texts
 from gptlab.data.order import training_order
-from gptlab.data.preparation import Prepared, prepare
+from gptlab.data.preparation import prepare
+from gptlab.data.prepared import Prepared, verify
 from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 from gptlab.experiments.command import command
@@ -43,7 +44,7 @@ def main(values: DictConfig) -> int:
 
 def _inspect(prepared: Prepared, *, verified: bool) -> None:
     if verified:
-        number = verify(prepared.folder, prepared.manifest)
+        number = verify(prepared.store, prepared.manifest.shards())
         print(f"{number} shards are what was written.")
     print_prepared(prepared)
 
@@ -52,7 +53,7 @@ def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert needs a folder to write into: out=<dir>")
     prepared = existing_shards(config, path)
-    for written in convert(prepared.folder, prepared.manifest, config.format, Path(config.out).expanduser()):
+    for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
         print(written)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.preparation import Prepared, prepare
+from gptlab.data.preparation import prepare
+from gptlab.data.prepared import Prepared
 from gptlab.data.tasks import Work
 
 ALONE = Work(workers=1)  # in this process, where tests can change things
@@ -16,6 +17,7 @@ SETTINGS = {
     "source": None,
     "path": None,
     "subset": None,
+    "streaming": False,
     "column": None,
     "cache_dir": "unused",
     "val_split": "tail",
@@ -24,7 +26,10 @@ SETTINGS = {
     "separator": "after",
     "undecodable": "replace",
     "task_bytes": 300,
+    "documents": "packed",
     "order": "shuffled",
+    "block_shards": 4,
+    "cache_limit_gb": 1.0,
     "limit_windows": None,
     "num_workers": 0,
 }

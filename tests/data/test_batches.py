@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from gptlab.data.batches import EvaluationBatches, Slice, TrainBatches
 from gptlab.data.order import WindowOrder, evaluation_starts
-from gptlab.data.shards import Manifest, Shard, ShardWriter, TokenStream
+from gptlab.data.shards import Manifest, Shard, ShardWriter
+from gptlab.data.streams import Folder, TokenStream
 
 BLOCK_SIZE = 16
 
@@ -21,7 +22,7 @@ def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStrea
         shards += writer.finish()
     splits: dict[str, list[Shard]] = {"train": shards, "val": []}
     manifest = Manifest(format=1, origin="", tokenizer={}, vocab_size=2**32, dtype="uint32", splits=splits)
-    return TokenStream(folder, manifest, "train")
+    return TokenStream(Folder(folder), manifest, "train")
 
 
 @pytest.fixture
@@ -31,7 +32,9 @@ def tokens():
 
 @pytest.fixture
 def order(tokens):
-    return WindowOrder(len(tokens), BLOCK_SIZE, seed=3, fingerprint="data", order="shuffled", limit_windows=None)
+    return WindowOrder(
+        [len(tokens)], BLOCK_SIZE, seed=3, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,8 @@ def test_a_thousand_ranks_share_a_step_without_gap_or_overlap():
 def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
     batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(1, 2, 8))
     for number in (0, 1, 30):
-        idx, targets = batches[number]
+        idx, targets, documents = batches[number]
+        assert documents is None
         assert idx.dtype == targets.dtype == torch.int64
         for start, inputs, following in zip(order.starts(batches.positions(number)), idx, targets, strict=True):
             np.testing.assert_array_equal(inputs, tokens[start : start + BLOCK_SIZE])
@@ -111,7 +115,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
     for rank in range(world_size):
         batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size))
         assert len(batches) == -(-windows // (world_size * micro_batch_size))
-        for idx, targets in DataLoader(batches, batch_size=None):
+        for idx, targets, _ in DataLoader(batches, batch_size=None):
             assert idx.shape == targets.shape == (micro_batch_size, BLOCK_SIZE)
             for inputs, following in zip(idx.tolist(), targets.tolist(), strict=True):
                 if set(following) == {-100}:

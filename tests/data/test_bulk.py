@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import data_config, text_values
 
 from gptlab.data import bulk
 from gptlab.data.bulk import bulk_encoder, is_proven
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.config import TokenizerConfig
 from gptlab.data.preparation import prepare
 from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, GPT2Tokenizer
 
@@ -45,11 +46,7 @@ def test_prepared_bytes_are_the_tokenizer_s_with_and_without_it(tmp_path, monkey
     (tmp_path / "text.txt").write_text("some words, and some more words\n" * 200)
     if lies:  # an encoder that gives other ids must not be used
         monkeypatch.setattr("gptlab.data.preparation.bulk_encoder", lambda _: lambda text: np.zeros(1, dtype=np.uint32))
-    values = {"corpus": "text", "source": str(tmp_path / "text.txt"), "cache_dir": str(tmp_path / "cache")}
-    none = dict.fromkeys(("path", "subset", "column", "limit_windows"))
-    cut = {"val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "separator": "after", "undecodable": "replace"}
-    rest = {"task_bytes": 10**6, "num_workers": 0, "order": "shuffled"}
-    config = DataConfig.model_validate(values | none | cut | rest)
+    config = data_config(**text_values(tmp_path / "text.txt", task_bytes=10**6))
     prepared = prepare(config, TokenizerConfig(name="gpt2", vocab_dir=None, vocab_size=None))
     text = (tmp_path / "text.txt").read_text()
     expected = [*GPT2Tokenizer(None).encode(text[: int(len(text) * 0.9)]).tolist(), 50256]

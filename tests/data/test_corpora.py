@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from preparing import data_config
 
 from gptlab.data import corpora
 from gptlab.data.config import DataConfig
@@ -18,10 +19,7 @@ from gptlab.errors import UserError
 
 
 def config(corpus: str, **values) -> DataConfig:
-    nothing = {"source": None, "path": None, "subset": None, "column": None, "limit_windows": None, "num_workers": 0}
-    cut = {"val_split": "tail", "val_fraction": 0.1, "split_seed": 1, "separator": "after", "undecodable": "replace"}
-    rest = {"task_bytes": 100, "order": "shuffled", "cache_dir": "unused"}
-    return DataConfig.model_validate({"corpus": corpus, **nothing, **cut, **rest, **values})
+    return data_config(corpus=corpus, **{"task_bytes": 100, **values})
 
 
 def read(corpus: Corpus, size: int = 10**9) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gptlab.data.formats import Layout, convert, describe, layout
-from gptlab.data.shards import TokenStream
+from gptlab.data.streams import Folder, TokenStream
 from gptlab.data.tokenizers import BytesTokenizer
 from gptlab.errors import UserError
 
@@ -47,7 +47,7 @@ def write(folder, kind: str):
 def test_every_format_is_read_as_the_tokens_it_holds(tmp_path, kind):
     manifest = describe(write(tmp_path, kind), BytesTokenizer())
     for split, tokens in (("train", TRAIN), ("val", VAL)):
-        stream = TokenStream(tmp_path / "anywhere", manifest, split)
+        stream = TokenStream(Folder(tmp_path / "anywhere"), manifest, split)
         assert stream.read([0], len(stream))[0].tolist() == tokens.tolist()
     (train,), (val,) = manifest.splits["train"], manifest.splits["val"]
     assert (train.tokens, train.bytes, train.documents) == (12, 10, 2)
@@ -105,7 +105,7 @@ def test_a_file_says_which_split_it_is_and_both_are_needed(tmp_path):
 @pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
 def test_what_is_written_for_others_is_byte_for_byte_their_layout(tmp_path, kind):
     manifest = describe(write(tmp_path, "npy"), BytesTokenizer())
-    train, val = convert(tmp_path, manifest, kind, tmp_path / "out")
+    train, val = convert(Folder(tmp_path), manifest, kind, tmp_path / "out")
     assert (train.name, val.name) == {
         "nanogpt": ("train.bin", "val.bin"),
         "llmc": ("train_000000.bin", "val_000000.bin"),
@@ -113,4 +113,4 @@ def test_what_is_written_for_others_is_byte_for_byte_their_layout(tmp_path, kind
     assert train.read_bytes() == (TRAIN.tobytes() if kind == "nanogpt" else llmc(TRAIN))
     assert val.read_bytes() == (VAL.tobytes() if kind == "nanogpt" else llmc(VAL))
     with pytest.raises(UserError, match="is there already"):
-        convert(tmp_path, manifest, kind, tmp_path / "out")
+        convert(Folder(tmp_path), manifest, kind, tmp_path / "out")

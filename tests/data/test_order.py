@@ -98,7 +98,9 @@ def test_permute_of_a_huge_range_needs_no_memory(size):
 
 @pytest.mark.parametrize(("tokens", "block_size"), [(1000, 8), (1001, 8), (1007, 8), (64, 32), (999, 1), (4096, 50)])
 def test_an_epoch_reads_each_window_once_inside_the_stream_and_without_overlap(tokens, block_size):
-    order = WindowOrder(tokens, block_size, seed=1, fingerprint="data", order="shuffled", limit_windows=None)
+    order = WindowOrder(
+        [tokens], block_size, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None
+    )
     # as many windows as fit at the largest offset, T - 1, with one token more for the last target
     fitting = max(w for w in range(tokens) if block_size - 1 + w * block_size + 1 <= tokens)
     assert order.windows == fitting
@@ -111,7 +113,7 @@ def test_an_epoch_reads_each_window_once_inside_the_stream_and_without_overlap(t
 
 
 def test_epochs_have_their_own_shuffles_and_offsets():
-    order = WindowOrder(10_000, 100, seed=1, fingerprint="data", order="shuffled", limit_windows=None)
+    order = WindowOrder([10_000], 100, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
     epochs = order.starts(np.arange(50 * order.windows)).reshape(50, -1)
     offsets = epochs.min(axis=1)
     assert len(set(offsets.tolist())) > 30  # 50 draws out of 100 places: 39 or 40 are expected
@@ -119,14 +121,14 @@ def test_epochs_have_their_own_shuffles_and_offsets():
 
 
 def test_a_window_is_a_function_of_its_position_alone():
-    order = WindowOrder(1003, 8, seed=5, fingerprint="data", order="shuffled", limit_windows=None)
+    order = WindowOrder([1003], 8, seed=5, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
     positions = np.arange(4 * order.windows)
     whole = order.starts(positions)
     for size in (1, 7, 100):
         pieces = [order.starts(positions[i : i + size]) for i in range(0, len(positions), size)]
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
     shuffled = np.random.default_rng(0).permutation(len(positions))
-    again = WindowOrder(1003, 8, seed=5, fingerprint="data", order="shuffled", limit_windows=None)
+    again = WindowOrder([1003], 8, seed=5, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
     np.testing.assert_array_equal(again.starts(shuffled), whole[shuffled])
 
 
@@ -134,7 +136,7 @@ def test_a_window_is_a_function_of_its_position_alone():
 def test_seed_and_data_choose_the_order(change):
     settings = {"seed": 5, "fingerprint": "data"}
     one, other = (
-        WindowOrder(10_000, 8, **chosen, order="shuffled", limit_windows=None).starts(np.arange(1000))
+        WindowOrder([10_000], 8, **chosen, order="shuffled", block_shards=1, limit_windows=None).starts(np.arange(1000))
         for chosen in (settings, settings | change)
     )
     assert (one == other).mean() < 0.02
@@ -142,15 +144,18 @@ def test_seed_and_data_choose_the_order(change):
 
 @pytest.mark.parametrize(("limit", "windows"), [(1, 1), (5, 5), (10_000, 124)])
 def test_limited_windows_are_the_first_ones_in_every_epoch(limit, windows):
-    order = WindowOrder(1000, 8, seed=1, fingerprint="data", order="shuffled", limit_windows=limit)
+    order = WindowOrder([1000], 8, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=limit)
     epochs = np.sort(order.starts(np.arange(20 * windows)).reshape(20, windows), axis=1)
     np.testing.assert_array_equal(epochs, np.tile(8 * np.arange(windows), (20, 1)))
 
 
 def test_a_stream_shorter_than_two_windows_is_refused():
-    assert WindowOrder(64, 32, seed=1, fingerprint="data", order="shuffled", limit_windows=None).windows == 1
+    assert (
+        WindowOrder([64], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None).windows
+        == 1
+    )
     with pytest.raises(ValueError, match="63 tokens are fewer than two windows of 32"):
-        WindowOrder(63, 32, seed=1, fingerprint="data", order="shuffled", limit_windows=None)
+        WindowOrder([63], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (8, 0), (9, 1), (16, 1), (17, 2), (1000, 124), (1001, 125)])

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptlab.data.shards import Manifest, ShardWriter, TokenStream, load_manifest, load_shards
+from gptlab.data.shards import Manifest, ShardWriter, load_manifest, load_shards
+from gptlab.data.streams import Folder, TokenStream
 from gptlab.errors import UserError
 
 DOCUMENTS = [np.random.default_rng(n).integers(0, 60_000, size=1 + n * 7 % 40).astype(np.uint32) for n in range(30)]
@@ -97,7 +98,7 @@ def test_a_shard_and_a_manifest_are_on_the_disk_before_they_have_their_names(tmp
 @pytest.mark.parametrize("documents_each", [1, 4, 30])
 def test_a_stream_reads_shards_as_one_array(tmp_path, documents_each):
     manifest = write(tmp_path, documents_each=documents_each)
-    stream = TokenStream(tmp_path, manifest, "train")
+    stream = TokenStream(Folder(tmp_path), manifest, "train")
     assert len(stream) == manifest.tokens("train") == len(TOKENS)
     for length in (1, 9, 130, len(TOKENS)):  # 130 tokens cross a border or more of shards of four documents
         starts = np.arange(len(TOKENS) - length + 1)
@@ -110,14 +111,14 @@ def test_a_stream_reads_shards_as_one_array(tmp_path, documents_each):
 
 def test_the_two_splits_are_two_streams(tmp_path):
     manifest = write(tmp_path)
-    val = TokenStream(tmp_path, manifest, "val")
+    val = TokenStream(Folder(tmp_path), manifest, "val")
     expected = np.concatenate(DOCUMENTS[-3:])
     assert len(val) == manifest.tokens("val") == len(expected)
     np.testing.assert_array_equal(val.read([0], len(expected))[0], expected)
 
 
 def test_a_stream_travels_to_another_process_without_its_maps(tmp_path):
-    stream = TokenStream(tmp_path, write(tmp_path, documents_each=30), "train")
+    stream = TokenStream(Folder(tmp_path), write(tmp_path, documents_each=30), "train")
     stream.read([0], 5)
     data = pickle.dumps(stream)
     (shard,) = tmp_path.glob("train_*.bin")

@@ -57,7 +57,7 @@ def expected(source) -> dict[str, str]:
 
 
 def only_folder(cache: Path) -> Path:
-    (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+    (folder,) = [path for path in cache.glob("*-*") if path.is_dir()]
     return folder
 
 

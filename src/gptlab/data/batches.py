@@ -12,16 +12,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gptlab.data.order import WindowOrder
-from gptlab.data.shards import TokenStream
+from gptlab.data.streams import TokenStream
 
 IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T) and, at every position, the id that follows (B, T)."""
+    """Token ids (B, T), at every position the id that follows (B, T), and whose document it is in.
+
+    ``documents`` (B, T) numbers the documents of each sequence, each of which begins with an end of text (but for the
+    first): as one does that is continued from nothing. None where they are not told apart.
+    """
 
     idx: Tensor
     targets: Tensor
+    documents: Tensor | None
 
 
 class Slice(NamedTuple):
@@ -36,10 +41,16 @@ class TrainBatches(Dataset[Batch]):
     """Micro-batch number m of a rank, for any m >= 0.
 
     With A of them in a step, it is micro-batch m % A of optimizer step m // A; its place does not depend on A.
+
+    Args:
+        stream: The tokens of train.
+        order: Where the windows start.
+        part: Of which rank.
+        border: The id that documents are told apart by; None leaves them packed.
     """
 
-    def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice) -> None:
-        self.stream, self.order, self.part = stream, order, part
+    def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice, border: int | None = None) -> None:
+        self.stream, self.order, self.part, self.border = stream, order, part, border
 
     def positions(self, number: int) -> NDArray[np.int64]:
         """Global positions (B,) of micro-batch ``number``."""
@@ -48,14 +59,23 @@ class TrainBatches(Dataset[Batch]):
         return np.arange(first, first + size, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Batch:
-        return _batch(self.stream, self.order.starts(self.positions(number)), self.order.block_size)
+        positions = self.positions(number)
+        self.stream.expect(self.order.ahead(int(positions[0])))
+        return _batch(self.stream, self.order.starts(positions), self.order.block_size, self.border)
 
 
 class EvaluationBatches(Dataset[Batch]):
     """A rank's share of the evaluation windows. Ranks have equally many batches, filled up with unscored windows."""
 
-    def __init__(self, stream: TokenStream, starts: NDArray[np.int64], block_size: int, part: Slice) -> None:
-        self.stream, self.block_size = stream, block_size
+    def __init__(
+        self,
+        stream: TokenStream,
+        starts: NDArray[np.int64],
+        block_size: int,
+        part: Slice,
+        border: int | None = None,
+    ) -> None:
+        self.stream, self.block_size, self.border = stream, block_size, border
         rows = -(-len(starts) // (part.world_size * part.micro_batch_size)) * part.micro_batch_size
         share = np.full(rows, -1, dtype=np.int64)
         mine = starts[part.rank :: part.world_size]
@@ -69,11 +89,13 @@ class EvaluationBatches(Dataset[Batch]):
         if number >= len(self):
             raise IndexError(number)
         starts = self.starts[number]
-        batch = _batch(self.stream, np.maximum(starts, 0), self.block_size)
+        batch = _batch(self.stream, np.maximum(starts, 0), self.block_size, self.border)
         batch.targets[torch.from_numpy(starts < 0)] = IGNORED
         return batch
 
 
-def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int) -> Batch:
+def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, border: int | None) -> Batch:
     rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
-    return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    idx = rows[:, :-1].contiguous()
+    documents = None if border is None else (idx == border).cumsum(dim=1)
+    return Batch(idx, rows[:, 1:].contiguous(), documents)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from gptlab.settings import Settings
 
@@ -14,8 +14,10 @@ class DataConfig(Settings):
         corpus: The reader: see ``gptlab.data.corpora``.
         source: A file or folder (text, shakespeare): .parquet and .jsonl hold records, all else is text; .gz and .zst
             are decompressed.
-        path: Prepared shards, as a glob (shards); the name of a data set on the Hugging Face hub (huggingface).
+        path: Prepared shards: a folder, its URL, or a glob of others' token files (shards); the name of a data set on
+            the Hugging Face hub, or its folder (huggingface).
         subset: The hub data set's configuration, where it has several.
+        streaming: Read the data set as it comes instead of storing it first (huggingface).
         column: The column or field that holds the text (huggingface, .parquet, .jsonl).
         cache_dir: Where prepared shards are kept and looked for.
         val_split: "documents" gives whole documents to val, chosen by a hash of their names; "tail" gives it the end of
@@ -25,8 +27,12 @@ class DataConfig(Settings):
         separator: Whether the end of text stands after each document or before it.
         undecodable: What becomes of bytes that are no UTF-8: "replace" by U+FFFD, or "refuse" the file.
         task_bytes: Text that is tokenized at a time and makes a shard of each split; bounds the memory a worker needs.
-        order: "shuffled" anew each epoch; "sequential" as the corpus has them; "block" shuffles blocks of neighbours,
-            and the windows inside each, so that few shards are in use at a time.
+        documents: "packed": a sequence is what follows in the stream; "masked": attention does not reach back beyond
+            the last end of text, and positions count from it.
+        order: "shuffled" anew each epoch; "sequential" as the corpus has them; "block" shuffles the shards, and the
+            windows of so many at a time, so that few are in use.
+        block_shards: Shards whose windows ``order=block`` shuffles together.
+        cache_limit_gb: Of remote shards (path is a URL), how much of this machine's disk they may take.
         limit_windows: Train on the first so many windows only (``debug=overfit``).
         num_workers: Processes that prepare batches ahead; 0 prepares them in the training process. The batches are the
             same.
@@ -36,6 +42,7 @@ class DataConfig(Settings):
     source: str | None
     path: str | None
     subset: str | None
+    streaming: bool
     column: str | None
     cache_dir: str
     val_split: Literal["documents", "tail"]
@@ -44,9 +51,17 @@ class DataConfig(Settings):
     separator: Literal["after", "before"]
     undecodable: Literal["replace", "refuse"]
     task_bytes: PositiveInt
+    documents: Literal["packed", "masked"]
     order: Literal["shuffled", "sequential", "block"]
+    block_shards: PositiveInt
+    cache_limit_gb: PositiveFloat
     limit_windows: PositiveInt | None
     num_workers: NonNegativeInt
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are behind a URL."""
+        return self.corpus == "shards" and self.path is not None and "://" in self.path
 
 
 class TokenizerConfig(Settings):

@@ -16,7 +16,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gptlab.data.shards import FORMAT, SPLITS, Manifest, Shard, Split, TokenStream
+from gptlab.data.shards import FORMAT, SPLITS, Manifest, Shard, Split
+from gptlab.data.streams import Store, TokenStream
 from gptlab.data.tokenizers import Tokenizer
 from gptlab.errors import UserError
 
@@ -127,7 +128,7 @@ def _shard(path: Path, found: Layout, tokenizer: Tokenizer) -> Shard:
     )
 
 
-def convert(folder: Path, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
+def convert(store: Store, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
     """Write shards as another program's files: nanogpt's train.bin and val.bin, or one llmc file for each shard.
 
     Raises:
@@ -143,7 +144,7 @@ def convert(folder: Path, manifest: Manifest, kind: Format, out: Path) -> list[P
             if path.exists():
                 raise UserError(f"{path} is there already; name another folder: out=<dir>")
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
-            stream = TokenStream(folder, part, split)
+            stream = TokenStream(store, part, split)
             unfinished = path.with_name(f".{path.name}")
             with unfinished.open("wb") as file:
                 if kind == "llmc":

@@ -1,33 +1,13 @@
 """What prepared data holds: counts, documents, hashes, and the batch of any step."""
 
-import hashlib
-from pathlib import Path
-
 import numpy as np
 
 from gptlab.data.order import WindowOrder
-from gptlab.data.preparation import Prepared
-from gptlab.data.shards import SPLITS, Manifest, Split, TokenStream
-from gptlab.errors import UserError
+from gptlab.data.prepared import Prepared
+from gptlab.data.shards import Split
+from gptlab.data.streams import TokenStream
 
 CHUNK = 2**22  # tokens looked at at a time
-
-
-def verify(folder: Path, manifest: Manifest) -> int:
-    """Hash every shard again; return their number. UserError names the first whose tokens are not what was written."""
-    shards = [shard for split in SPLITS for shard in manifest.splits[split]]
-    for shard in shards:
-        digest = hashlib.sha256()
-        with (folder / shard.file).open("rb") as file:
-            file.seek(shard.offset)
-            while block := file.read(2**24):
-                digest.update(block)
-        if digest.hexdigest() != shard.sha256:
-            raise UserError(
-                f"{folder / shard.file} is not what was written: "
-                f"its SHA-256 is {digest.hexdigest()}, not {shard.sha256}."
-            )
-    return len(shards)
 
 
 def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
@@ -46,7 +26,7 @@ def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
 
 def first_documents(prepared: Prepared, split: Split, documents: int, tokens: int) -> list[str]:
     """Decode the beginnings of the first documents of a split, from at most so many tokens of each."""
-    stream = TokenStream(prepared.folder, prepared.manifest, split)
+    stream = prepared.stream(split)
     ids = stream.read([0], min(len(stream), CHUNK))[0]
     end = prepared.tokenizer.end_of_text
     cuts = [] if end is None else np.flatnonzero(ids == end).tolist()
@@ -57,7 +37,7 @@ def first_documents(prepared: Prepared, split: Split, documents: int, tokens: in
 
 def batch_texts(prepared: Prepared, order: WindowOrder, step: int, batch: int) -> list[tuple[int, str]]:
     """Decode the ``batch`` windows of step ``step`` (counted from 1, as in metrics.csv), each with its first token."""
-    stream = TokenStream(prepared.folder, prepared.manifest, "train")
+    stream = prepared.stream("train")
     starts = order.starts(np.arange((step - 1) * batch, step * batch, dtype=np.int64))
     rows = stream.read(starts, order.block_size + 1)
     return [(int(start), prepared.tokenizer.decode(row.tolist())) for start, row in zip(starts, rows, strict=True)]

@@ -5,7 +5,7 @@ windows reads positions [s G, (s+1) G); devices, workers and micro-batches only 
 """
 
 import hashlib
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +14,6 @@ from gptlab.data.config import DataConfig
 from gptlab.data.shards import Manifest
 
 ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
-
-BLOCK = 1024  # windows that stay together in the block order
 
 
 def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
@@ -53,6 +51,14 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+class ShardSequence(NamedTuple):
+    """An epoch's sequence of shards, and how many windows there are up to the end of each and of each block of them."""
+
+    shards: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    block_ends: NDArray[np.int64]
+
+
 class WindowOrder:
     """Where the training window at each position starts.
 
@@ -60,62 +66,108 @@ class WindowOrder:
     target), and shuffles them anew. Each epoch also moves the cuts by its own offset below T, so that over epochs a
     token is seen at every place of a window. An epoch ends where the next begins, in the middle of a batch if need be.
 
+    The order "block" cuts each shard by itself, so that no window lies in two, puts the shards into a new sequence and
+    shuffles the windows of so many successive ones together: few shards are in use at a time.
+
     Args:
-        tokens: Length of the stream.
+        shards: Tokens of each shard of the stream.
         block_size: T.
         seed: The run's seed.
         fingerprint: The data's fingerprint.
-        order: "shuffled", "sequential", or "block" (blocks of neighbours in a shuffled order, shuffled inside).
-        limit_windows: Use only the first so many windows, without the offset.
+        order: "shuffled", "sequential" or "block".
+        block_shards: Shards that "block" shuffles together.
+        limit_windows: Use only the first so many windows of the stream, without the offset.
 
     Raises:
-        ValueError: The stream is shorter than 2 T.
+        ValueError: The stream is shorter than 2 T; in the order "block", every shard is.
     """
 
     def __init__(
         self,
-        tokens: int,
+        shards: list[int],
         block_size: int,
         seed: int,
         fingerprint: str,
         order: Literal["shuffled", "sequential", "block"],
+        block_shards: int,
         limit_windows: int | None,
     ) -> None:
-        self.block_size, self.seed, self.fingerprint, self.order = block_size, seed, fingerprint, order
-        self.windows = (tokens - block_size) // block_size  # as many as fit after any offset
-        self.moves = limit_windows is None
+        self.block_size, self.seed, self.fingerprint = block_size, seed, fingerprint
+        self.order = "shuffled" if order == "block" and limit_windows is not None else order
+        self.block_shards, self.moves = block_shards, limit_windows is None
+        self.some_tokens = -(-block_shards * sum(shards) // len(shards))  # of a block, about
+        # what is cut by itself; as many windows of it as fit after any offset
+        self.ends = np.cumsum(shards if self.order == "block" else [sum(shards)], dtype=np.int64)
+        self.begins = np.concatenate(([0], self.ends[:-1]))
+        self.fitting = np.maximum(self.ends - self.begins - block_size, 0) // block_size
+        self.windows = int(self.fitting.sum())
         if limit_windows is not None:
             self.windows = min(self.windows, limit_windows)
         if self.windows < 1:
-            raise ValueError(f"{tokens} tokens are fewer than two windows of {block_size}")
+            longest = int((self.ends - self.begins).max())
+            raise ValueError(f"{longest} tokens are fewer than two windows of {block_size}")
+        self._latest: tuple[int, ShardSequence] | None = None
 
     def starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """First tokens (N,) of the windows at ``positions`` (N,)."""
         epochs, indices = np.divmod(positions, self.windows)
         starts = np.empty(len(positions), dtype=np.int64)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            windows = self._ordered(indices[here].astype(np.uint64), int(epoch))
-            offset = self._draw("offset", int(epoch)) % self.block_size if self.moves else 0
-            starts[here] = windows.astype(np.int64) * self.block_size + offset
+            offset = self._draw("offset", epoch) % self.block_size if self.moves else 0
+            starts[here] = self._ordered(indices[here], epoch) + offset
         return starts
 
-    def _ordered(self, indices: NDArray[np.uint64], epoch: int) -> NDArray[np.uint64]:
-        """Put the windows of an epoch in their order."""
-        if self.order == "sequential":
-            return indices
-        key = self._draw("order", epoch)
+    def ahead(self, position: int) -> list[tuple[int, int]]:
+        """Tell which tokens, from one to another, are read from ``position`` on, the first ones first.
+
+        In the order "block" they are those of this block and the next one, in the order "sequential" about as many;
+        shuffled, all.
+        """
+        epoch, index = divmod(position, self.windows)
+        total = int(self.ends[-1])
         if self.order == "shuffled":
-            return permute(indices, self.windows, key)
-        blocks, places = np.divmod(indices, np.uint64(BLOCK))
-        whole = self.windows // BLOCK  # the windows left over make a last, shorter block, which stays the last
-        out = np.empty_like(indices)
-        for block in np.unique(blocks):
-            here = blocks == block
-            size = BLOCK if block < whole else self.windows - whole * BLOCK
-            at = permute(np.array([block], dtype=np.uint64), whole, key)[0] if block < whole else block
-            out[here] = at * np.uint64(BLOCK) + permute(places[here], size, self._draw(f"block {block}", epoch))
-        return out
+            return [(0, total)]
+        if self.order == "sequential":
+            start = index * self.block_size
+            return [(start, min(start + 2 * self.some_tokens, total))]
+        sequence = self._sequence(epoch)
+        block = int(np.searchsorted(sequence.block_ends, index, side="right"))
+        wanted = sequence.shards[block * self.block_shards : (block + 2) * self.block_shards].tolist()
+        if block == len(sequence.block_ends) - 1:
+            wanted += self._new_sequence(epoch + 1).shards[: self.block_shards].tolist()
+        return [(int(self.begins[shard]), int(self.ends[shard])) for shard in wanted]
+
+    def _ordered(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
+        """Where an epoch's windows would start without its offset."""
+        if self.order == "sequential":
+            return indices * self.block_size
+        if self.order == "shuffled":
+            return self._permute(indices, self.windows, "order", epoch) * self.block_size
+        shards, ends, block_ends = self._sequence(epoch)
+        blocks = np.searchsorted(block_ends, indices, side="right")
+        places = np.empty_like(indices)  # in the sequence of shards
+        for block in np.unique(blocks).tolist():
+            here, begin = blocks == block, int(block_ends[block - 1]) if block else 0
+            size = int(block_ends[block]) - begin
+            places[here] = begin + self._permute(indices[here] - begin, size, f"block {block}", epoch)
+        at = np.searchsorted(ends, places, side="right")
+        windows = places - (ends - self.fitting[shards])[at]
+        return self.begins[shards[at]] + windows * self.block_size
+
+    def _sequence(self, epoch: int) -> ShardSequence:
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self._new_sequence(epoch)
+        return self._latest[1]
+
+    def _new_sequence(self, epoch: int) -> ShardSequence:
+        shards = self._permute(np.arange(len(self.fitting)), len(self.fitting), "shards", epoch)
+        ends = np.cumsum(self.fitting[shards])
+        lasts = range(self.block_shards - 1, len(ends) + self.block_shards - 1, self.block_shards)
+        return ShardSequence(shards, ends, ends[np.minimum(lasts, len(ends) - 1)])
+
+    def _permute(self, indices: NDArray[np.int64], size: int, purpose: str, epoch: int) -> NDArray[np.int64]:
+        return permute(indices.astype(np.uint64), size, self._draw(purpose, epoch)).astype(np.int64)
 
     def _draw(self, purpose: str, epoch: int) -> int:
         """Draw 64 bits for one purpose in one epoch."""
@@ -125,8 +177,10 @@ class WindowOrder:
 
 def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed: int) -> WindowOrder:
     """Build the order that a run with this data, block and seed trains in."""
-    tokens, fingerprint = manifest.tokens("train"), manifest.fingerprint()
-    return WindowOrder(tokens, block_size, seed, fingerprint, config.order, config.limit_windows)
+    shards = [shard.tokens for shard in manifest.splits["train"]]
+    return WindowOrder(
+        shards, block_size, seed, manifest.fingerprint(), config.order, config.block_shards, config.limit_windows
+    )
 
 
 def evaluation_starts(tokens: int, block_size: int, windows: int | None) -> NDArray[np.int64]:

@@ -12,34 +12,24 @@ import json
 import logging
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
-from glob import glob
 from pathlib import Path
-from typing import NamedTuple
 
 from filelock import FileLock
 
 from gptlab.data.bulk import bulk_encoder, is_proven
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.corpora import Corpus, Files, Task, open_corpus
-from gptlab.data.formats import describe
-from gptlab.data.readers import Decoding
-from gptlab.data.shards import FORMAT, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
+from gptlab.data.corpora import Corpus, Task, open_corpus
+from gptlab.data.existing import open_shards
+from gptlab.data.prepared import Prepared, check_unchanged
+from gptlab.data.shards import FORMAT, LOCK, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
+from gptlab.data.streams import Folder
 from gptlab.data.tasks import Work, do, do_all, dtype_of, record_path
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
 TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
-
-
-class Prepared(NamedTuple):
-    """A folder of shards, what it holds, and its tokenizer."""
-
-    folder: Path
-    manifest: Manifest
-    tokenizer: Tokenizer
 
 
 def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work()) -> Prepared:  # noqa: B008  (a constant)
@@ -51,25 +41,20 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
         UserError: The corpus, the vocabulary or the shards are missing, empty or damaged, the disk is full, or other
             machines have not done their parts yet.
     """
-    if config.corpus == "shards":
-        folder = _shards_folder(config, tokenizer)
-        manifest = load_shards(folder)
-        if manifest.tokenizer["name"] != tokenizer.name:
-            raise UserError(
-                f"{folder} holds tokens of tokenizer={manifest.tokenizer['name']}, not of tokenizer={tokenizer.name}."
-            )
-        return Prepared(folder, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
-    corpus = open_corpus(config)
-    folder = _cache_folder(config, tokenizer, corpus)
-    if config.source and Path(config.source).expanduser().resolve() in folder.resolve().parents:
+    cache_dir = Path(config.cache_dir).expanduser()
+    if config.source and Path(config.source).expanduser().resolve() in (cache_dir / "data").resolve().parents:
         raise UserError(
             f"data.cache_dir={config.cache_dir} lies inside data.source={config.source}, so prepared data would be "
             "read as text the next time; name a folder outside."
         )
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
+    if config.corpus == "shards":
+        return open_shards(config, tokenizer)
+    corpus = open_corpus(config)
+    folder = _cache_folder(config, tokenizer, corpus)
     # machines that share a preparation do different tasks, and need not wait for each other
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
@@ -78,46 +63,10 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
             _clear(folder)
     try:
         manifest = load_shards(folder)
+        check_unchanged(folder, manifest, cache_dir)
     except UserError as error:
         raise UserError(f"{error} Delete {folder} to have it prepared again.") from error
-    return Prepared(folder, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
-
-
-def _shards_folder(config: DataConfig, tokenizer: TokenizerConfig) -> Path:
-    """Find the prepared folder that data.path names or, for token files of others, describe them in the cache."""
-    if config.path is None:
-        raise UserError("data=shards needs the shards: data.path=<a prepared folder, or a glob of token files>")
-    named = Path(config.path).expanduser()  # a folder's own name may look like a glob
-    matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
-    folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
-    prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
-    if len(folders) == 1 and prepared:
-        return folders.pop()
-    if not matches or prepared or len(folders) > 1:
-        found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
-        raise UserError(
-            f"data.path={config.path} {found}; it should name one folder of shards (looked from {Path.cwd()})."
-        )
-    inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
-    files = [path for path in inside if path.suffix in (".bin", ".npy")]
-    if not files:
-        raise UserError(f"data.path={config.path} has neither a {MANIFEST} nor token files (.bin, .npy).")
-    listing = Files(files[0].parent, files, Decoding(None, "replace")).fingerprint()
-    return _described(Path(config.cache_dir).expanduser() / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
-
-
-def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
-    """Keep a manifest of token files that lie elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}{LOCK}"):
-        if not (folder / MANIFEST).exists():
-            if tokenizer.name not in ("gpt2", "bytes"):
-                raise UserError(
-                    f"{files[0]} does not say which tokens tokenizer={tokenizer.name} means; gpt2 or bytes would."
-                )
-            log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
-            describe(files, load_tokenizer({"name": tokenizer.name}, tokenizer.vocab_dir)).save(folder)
-    return folder
+    return Prepared(Folder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> Path:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from gptlab.errors import UserError
 from gptlab.settings import Settings
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
 FORMAT = 1
 
 Split = Literal["train", "val"]
@@ -60,6 +60,10 @@ class Manifest(Settings):
             raise ValueError(f"there is no {' and no '.join(missing)}")
         return splits
 
+    def shards(self) -> list[Shard]:
+        """All shards, those of train first."""
+        return [shard for split in SPLITS for shard in self.splits[split]]
+
     def tokens(self, split: Split) -> int:
         """Count the tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
@@ -88,7 +92,7 @@ def load_manifest(folder: Path) -> Manifest:
 def load_shards(folder: Path) -> Manifest:
     """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
     manifest = load_manifest(folder)
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+    for shard in manifest.shards():
         file, expected = folder / shard.file, shard.offset + shard.tokens * np.dtype(manifest.dtype).itemsize
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
@@ -157,44 +161,3 @@ def write_durably(path: Path, text: str) -> None:
 def _unfinished(path: Path) -> Path:
     """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-
-
-class TokenStream:
-    """The tokens of one split as if they were one array, memory-mapped where they lie."""
-
-    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
-        self.files = [(folder / shard.file, shard.offset, shard.tokens) for shard in manifest.splits[split]]
-        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self.ends = np.cumsum([shard.tokens for shard in manifest.splits[split]])
-        self._maps: dict[int, NDArray[Any]] = {}
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Maps do not travel to worker processes: each opens its own."""
-        return self.__dict__ | {"_maps": {}}
-
-    def read(self, starts: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Read ``length`` tokens from each start: (len(starts), length). A row may cross shards."""
-        rows = np.empty((len(starts), length), dtype=np.int64)
-        for row, start in zip(rows, starts, strict=True):
-            filled = 0
-            shard = int(np.searchsorted(self.ends, start, side="right"))
-            offset = int(start) - (int(self.ends[shard - 1]) if shard else 0)
-            while filled < length:
-                part = self._map(shard)[offset : offset + length - filled]
-                row[filled : filled + len(part)] = part
-                filled, shard, offset = filled + len(part), shard + 1, 0
-        return rows
-
-    def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Read all tokens in order, ``size`` at a time."""
-        for start in range(0, len(self), size):
-            yield self.read([start], min(size, len(self) - start))[0]
-
-    def _map(self, shard: int) -> NDArray[Any]:
-        if shard not in self._maps:
-            path, offset, tokens = self.files[shard]
-            self._maps[shard] = np.memmap(path, dtype=self.dtype, mode="r", offset=offset, shape=(tokens,))
-        return self._maps[shard]

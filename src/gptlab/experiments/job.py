@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
-from gptlab.data.preparation import Prepared
+from gptlab.data.prepared import Prepared
 from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, create, find_checkpoint, record
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log

@@ -14,7 +14,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from gptlab.data.preparation import Prepared
+from gptlab.data.order import training_order
+from gptlab.data.prepared import Prepared
+from gptlab.data.remote import RemoteFolder
 from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
@@ -73,11 +75,31 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
                 f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
                 f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
             )
+    _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)
     if config.init_from:
         _check_same_tokens(prepared, Path(config.init_from))
         check_fit(Path(config.init_from), config.model)
     return config, prepared
+
+
+def _check_order(config: Config, prepared: Prepared) -> None:
+    """See that the data can be read in the order that is asked for."""
+    if config.data.documents == "masked" and prepared.tokenizer.end_of_text is None:
+        raise UserError(
+            f"data.documents=masked: tokenizer={config.tokenizer.name} has no end of text that documents could be told "
+            "apart by; data.documents=packed needs none."
+        )
+    try:
+        order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
+    except ValueError as error:
+        raise UserError(
+            f"data.order={config.data.order}, model.block_size={config.model.block_size}: {error}."
+        ) from None
+    if isinstance(prepared.store, RemoteFolder):
+        train, val = prepared.stream("train"), prepared.manifest.splits["val"]
+        at_once = [train.shards[number] for number in train.within(order.ahead(0))]
+        prepared.store.check_room([*val, *at_once])
 
 
 def _check_same_data(prepared: Prepared, directory: Path) -> None:

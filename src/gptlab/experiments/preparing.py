@@ -15,8 +15,9 @@ from rich.text import Text
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.formats import Format
 from gptlab.data.inspection import first_documents, longest_document
-from gptlab.data.preparation import Prepared, prepare
-from gptlab.data.shards import MANIFEST, SPLITS, TokenStream, load_manifest
+from gptlab.data.preparation import prepare
+from gptlab.data.prepared import Prepared
+from gptlab.data.shards import MANIFEST, SPLITS, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.settings import Settings
 
@@ -93,7 +94,7 @@ def print_prepared(prepared: Prepared) -> None:
     for split in SPLITS:
         shards = manifest.splits[split]
         tokens, text = manifest.tokens(split), sum(shard.bytes for shard in shards)
-        longest = longest_document(TokenStream(prepared.folder, manifest, split), prepared.tokenizer.end_of_text)
+        longest = longest_document(prepared.stream(split), prepared.tokenizer.end_of_text)
         documents = sum(shard.documents for shard in shards)
         numbers = (len(shards), tokens, documents)
         table.add_row(

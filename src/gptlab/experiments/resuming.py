@@ -19,6 +19,7 @@ CHANGEABLE = (
     "train.micro_batch_size",
     "train.log_every",
     "data.cache_dir",
+    "data.cache_limit_gb",
     "data.num_workers",
     "tokenizer.vocab_dir",
     "trainer",

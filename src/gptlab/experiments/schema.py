@@ -79,7 +79,7 @@ class Config(Settings):
     def with_absolute_paths(self) -> Self:
         """Make the configuration independent of the folder it was typed in."""
         data = {key: _absolute(value) for key in ("source", "cache_dir") if (value := getattr(self.data, key))}
-        if self.data.corpus == "shards" and self.data.path:
+        if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
         vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
         init_from = self.init_from and _absolute(self.init_from)

@@ -6,11 +6,11 @@ Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size, V voca
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gptlab.model.config import GPTConfig
+from gptlab.model.documents import Mask, attend, document_mask, positions_within
 
 LAYER_NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
@@ -27,15 +27,14 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix the positions of ``x`` (B, T, C), causally; same shape."""
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
+        """Mix the positions of ``x`` (B, T, C), causally and within the mask; same shape."""
         B, T, C = x.shape  # noqa: N806
         q, k, v = (
             part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
             for part in self.c_attn(x).split(C, dim=2)
         )
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -65,9 +64,9 @@ class Block(nn.Module):
         self.ln_2 = _layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask) -> Tensor:
         """Add what attention and then the MLP have to say to ``x`` (B, T, C); same shape."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -91,11 +90,13 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
         self._initialise()
 
-    def forward(self, idx: Tensor) -> Tensor:
+    def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         """Score the next token at every position.
 
         Args:
             idx: Token ids (B, T), T at most ``block_size``.
+            documents: Number (B, T) of the document that each token belongs to: attention stays within it, and
+                positions count from its beginning. None: the sequence is one.
 
         Returns:
             Logits (B, T, V) over the real vocabulary: the padding of the embedding is cut off here, so it can be
@@ -107,12 +108,17 @@ class GPT(nn.Module):
         T = idx.size(1)  # noqa: N806
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens does not fit the block of {self.config.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe(torch.arange(T, device=idx.device)))  # (B, T, C)
+        if documents is None:
+            mask, positions = None, torch.arange(T, device=idx.device)
+        else:  # FlexAttention has no dropout
+            flex = idx.is_cuda and not (self.training and self.config.dropout)
+            mask, positions = document_mask(documents, flex=flex), positions_within(documents)
+        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, mask, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, mask)
         return self.lm_head(self.ln_f(x))[..., : self.config.known_vocab_size]
 
     def crop_block_size(self, block_size: int) -> None:

@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader
 from gptlab.data.batches import Batch, EvaluationBatches, Slice, TrainBatches
 from gptlab.data.config import DataConfig
 from gptlab.data.order import evaluation_starts, training_order
-from gptlab.data.preparation import Prepared
-from gptlab.data.shards import Split, TokenStream
+from gptlab.data.prepared import Prepared
 from gptlab.training.batch import BatchPlan
 
 
@@ -45,7 +44,7 @@ class TokenData(L.LightningDataModule):
         """Micro-batches without end, from the run's step on."""
         assert self.trainer is not None  # noqa: S101
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
-        batches = TrainBatches(self._stream("train"), order, self._slice())
+        batches = TrainBatches(self.prepared.stream("train"), order, self._slice(), self._border())
         first = self.trainer.global_step * self.plan.accumulation
         return DataLoader(
             batches,
@@ -58,12 +57,13 @@ class TokenData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """This rank's share of the evaluation windows, the same every time."""
         starts = evaluation_starts(self.prepared.manifest.tokens("val"), self.block_size, self.eval_windows)
-        return DataLoader(
-            EvaluationBatches(self._stream("val"), starts, self.block_size, self._slice()), batch_size=None
-        )
+        stream = self.prepared.stream("val")
+        stream.expect([(0, len(stream))])
+        batches = EvaluationBatches(stream, starts, self.block_size, self._slice(), self._border())
+        return DataLoader(batches, batch_size=None)
 
-    def _stream(self, split: Split) -> TokenStream:
-        return TokenStream(self.prepared.folder, self.prepared.manifest, split)
+    def _border(self) -> int | None:
+        return self.prepared.tokenizer.end_of_text if self.config.documents == "masked" else None
 
     def _slice(self) -> Slice:
         assert self.trainer is not None  # noqa: S101

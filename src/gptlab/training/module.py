@@ -88,7 +88,7 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, in nats per token."""
-        logits = self.model(batch.idx)  # (B, T, V)
+        logits = self.model(batch.idx, batch.documents)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
         self.step_loss += loss.detach()
         return loss
@@ -112,7 +112,7 @@ class GPTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums."""
-        self.sums.add(self.model(batch.idx), batch.targets)
+        self.sums.add(self.model(batch.idx, batch.documents), batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Publish val/loss and val/bits_per_byte of all ranks' windows together, for callbacks and the log."""

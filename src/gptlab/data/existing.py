@@ -1,0 +1,76 @@
+"""Shards that are there already: prepared before, on this machine or behind a URL, or written by other programs."""
+
+import logging
+from glob import glob
+from pathlib import Path
+
+from filelock import FileLock
+
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.corpora import Files
+from gptlab.data.formats import describe
+from gptlab.data.prepared import Prepared, check_unchanged
+from gptlab.data.readers import Decoding
+from gptlab.data.remote import RemoteFolder
+from gptlab.data.shards import LOCK, MANIFEST, load_shards
+from gptlab.data.streams import Folder, Store
+from gptlab.data.tokenizers import load_tokenizer
+from gptlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
+    """Open what data.path names; UserError where it is not there, not whole, or in other tokens."""
+    if config.path is None:
+        raise UserError(
+            "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
+        )
+    cache_dir = Path(config.cache_dir).expanduser()
+    store: Store
+    if config.is_remote:
+        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
+        manifest = store.manifest
+    else:
+        folder = _folder(config.path, cache_dir, tokenizer)
+        manifest = load_shards(folder)
+        check_unchanged(folder, manifest, cache_dir)
+        store = Folder(folder)
+    if manifest.tokenizer["name"] != tokenizer.name:
+        raise UserError(
+            f"{config.path} holds tokens of tokenizer={manifest.tokenizer['name']}, not of tokenizer={tokenizer.name}."
+        )
+    return Prepared(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+
+
+def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
+    """Find the prepared folder that ``path`` names or, for token files of others, describe them in the cache."""
+    named = Path(path).expanduser()  # a folder's own name may look like a glob
+    matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
+    folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
+    prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if len(folders) == 1 and prepared:
+        return folders.pop()
+    if not matches or prepared or len(folders) > 1:
+        found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
+        raise UserError(f"data.path={path} {found}; it should name one folder of shards (looked from {Path.cwd()}).")
+    inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
+    files = [path for path in inside if path.suffix in (".bin", ".npy")]
+    if not files:
+        raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
+    listing = Files(files[0].parent, files, Decoding(None, "replace")).fingerprint()
+    return _described(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
+
+
+def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
+    """Keep a manifest of token files that lie elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}{LOCK}"):
+        if not (folder / MANIFEST).exists():
+            if tokenizer.name not in ("gpt2", "bytes"):
+                raise UserError(
+                    f"{files[0]} does not say which tokens tokenizer={tokenizer.name} means; gpt2 or bytes would."
+                )
+            log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
+            describe(files, load_tokenizer({"name": tokenizer.name}, tokenizer.vocab_dir)).save(folder)
+    return folder

@@ -1,0 +1,84 @@
+"""Prepared data: shards, what they hold, and whether they are still what was written."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from gptlab.data.shards import Manifest, Shard, Split, write_durably
+from gptlab.data.streams import Folder, Store, TokenStream
+from gptlab.data.tokenizers import Tokenizer
+from gptlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+MANY = 10**9  # tokens whose hashing takes seconds, and is told
+
+
+class Prepared(NamedTuple):
+    """Shards, what they hold, and their tokenizer."""
+
+    store: Store
+    manifest: Manifest
+    tokenizer: Tokenizer
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards are, or are kept while they are used."""
+        return self.store.folder
+
+    def stream(self, split: Split) -> TokenStream:
+        """The tokens of one split."""
+        return TokenStream(self.store, self.manifest, split)
+
+
+def verify(store: Store, shards: Sequence[Shard]) -> int:
+    """Hash shards again; return their number. UserError names the first whose tokens are not what was written."""
+    for shard in shards:
+        with store.open(shard) as file:
+            file.seek(shard.offset)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise UserError(
+                f"{store.folder / shard.file} is not what was written: its SHA-256 is {found}, not {shard.sha256}."
+            )
+    return len(shards)
+
+
+def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
+    """Hash the shards of ``folder`` that are new on this machine, or were touched since they were last hashed.
+
+    What was hashed is remembered by size, time and inode, so that data that nobody touched costs nothing.
+
+    Raises:
+        UserError: The tokens of a shard are not what was written.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    memory = cache_dir / "verified" / f"{name}.json"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{memory}.lock"):
+        known = _remembered(memory)
+        now = {shard.file: _state(folder, shard) for shard in manifest.shards()}
+        touched = [shard for shard in manifest.shards() if known.get(shard.file) != now[shard.file]]
+        if touched:
+            if (size := sum(shard.tokens for shard in touched)) > MANY:
+                log.info("Hashing %d shards of %s, once: %s tokens.", len(touched), folder, f"{size:,}")
+            verify(Folder(folder), touched)
+            write_durably(memory, json.dumps(now))
+
+
+def _state(folder: Path, shard: Shard) -> list[object]:
+    stat = (folder / shard.file).stat()
+    return [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _remembered(memory: Path) -> dict[str, object]:
+    try:
+        content = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,232 @@
+"""Shards behind a URL, fetched ahead into a folder of this machine that keeps to a size. Imports no torch.
+
+All processes of a machine share the folder: a shard has its name there only when its SHA-256 is right, whoever fetches
+it holds its lock, and the shard that was not used for longest makes room for the next.
+"""
+
+import errno
+import glob
+import hashlib
+import logging
+import os
+import queue
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from gptlab.data.shards import MANIFEST, Manifest, Shard, load_manifest, write_durably
+from gptlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
+SUFFIXES = (".bin", ".npy")  # of shards
+SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
+
+
+class RemoteFolder:
+    """A prepared folder behind any URL that fsspec opens: s3://, gs://, hf://, https://, file://.
+
+    Args:
+        url: Of the folder; credentials come from the environment, never in the URL.
+        cache_dir: Where fetched shards are kept, in a folder of their own.
+        limit: Bytes that they may take there.
+
+    Raises:
+        UserError: The URL holds a password, there is no manifest behind it or nothing can open it, or the manifest
+            names files that are not beside it.
+    """
+
+    def __init__(self, url: str, cache_dir: Path, limit: float) -> None:
+        parts = urlsplit(url)
+        if parts.password or parts.query:
+            raise UserError(
+                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
+                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
+                "HF_TOKEN."
+            )
+        self.url, self.limit = url.rstrip("/"), limit
+        with tempfile.TemporaryDirectory() as folder:
+            self._get(MANIFEST, Path(folder) / MANIFEST)
+            try:
+                self.manifest = load_manifest(Path(folder))
+            except UserError as error:
+                raise UserError(f"What {self.url} has is no prepared data: {error}") from None
+        self.sizes = {shard.file: _size(self.manifest, shard) for shard in self.manifest.shards()}
+        if elsewhere := [name for name in self.sizes if Path(name).name != name or Path(name).suffix not in SUFFIXES]:
+            raise UserError(
+                f"{self.url}/{MANIFEST} names {elsewhere[0]}, which does not lie beside it. It describes files of "
+                "another machine: write them anew with python -m gptlab.prepare convert=..., or prepare them there."
+            )
+        # by content: what two URLs hold alike is kept once, and other shards never take the place of these
+        self.folder = cache_dir / f"remote-{self.manifest.fingerprint()[:12]}"
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        write_durably(self.folder / MANIFEST, self.manifest.model_dump_json(indent=2) + "\n")
+        self._ahead: queue.Queue[Sequence[Shard]] = queue.Queue()
+        self._fetcher = 0  # the process whose thread fetches ahead
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Queues and threads do not travel to worker processes: each has its own."""
+        return {**self.__dict__, "_ahead": None, "_fetcher": 0}
+
+    def open(self, shard: Shard) -> FileIO:
+        """Open a shard's file, fetched first where it is not there.
+
+        Raises:
+            UserError: It cannot be fetched, or is not what the manifest says.
+        """
+        with self._lock(shard.file):
+            return self._present(shard).open("rb", buffering=0)
+
+    def check_room(self, at_once: Sequence[Shard]) -> None:
+        """See that the shards that are in use at the same time are within the limit; UserError where they are not."""
+        needed = sum({shard.file: self.sizes[shard.file] for shard in at_once}.values())
+        if needed > self.limit:
+            raise UserError(
+                f"data.cache_limit_gb={self.limit / 1e9:g} is less than the {needed / 1e9:.3g} GB of {self.url} that "
+                "are in use at the same time: fetching would never end. Give more, or use fewer shards at a time: "
+                "data.order=block, with a smaller data.block_shards."
+            )
+
+    def expect(self, shards: Sequence[Shard]) -> None:
+        """Fetch shards while others are read, the first ones first."""
+        if self._fetcher != os.getpid():  # the first time, or in a worker that was forked
+            self._fetcher, self._ahead = os.getpid(), queue.Queue()
+            threading.Thread(target=self._fetch_ahead, daemon=True).start()
+        self._ahead.put(shards)
+
+    def _fetch_ahead(self) -> None:
+        while True:
+            for shard in self._ahead.get():
+                if not self._ahead.empty():
+                    break  # others are expected by now
+                try:
+                    with self._lock(shard.file).acquire(blocking=False):
+                        self._present(shard)
+                except Timeout:
+                    continue  # another process fetches it
+                except (UserError, OSError) as error:
+                    log.warning("Not fetched ahead: %s", error)  # whoever reads it tries again, and fails if need be
+
+    def _present(self, shard: Shard) -> Path:
+        """Return a shard's file, fetched and verified; the caller holds its lock."""
+        path = self.folder / shard.file
+        if not path.exists():
+            for left in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # by a process that was killed
+                left.unlink(missing_ok=True)
+            self._make_room(self.sizes[shard.file])
+            log.info("Fetching %s/%s, %.1f MB.", self.url, shard.file, self.sizes[shard.file] / 1e6)
+            self._get(shard.file, path, shard)
+        os.utime(path)  # used now
+        return path
+
+    def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
+        """Fetch a file beside its place, check it, and put it there."""
+        unfinished, wrong = path.with_name(f".{path.name}.{os.getpid()}"), set[str]()
+        try:
+            self._again_and_again(name, lambda: self._fetch(name, unfinished, shard, wrong))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
+        """Fetch a file once; ``wrong`` has the hashes that came before, for what comes twice is no accident."""
+        filesystem, root = _filesystem(self.url)
+        filesystem.get_file(f"{root}/{name}", str(path))
+        if shard is None:
+            return
+        if (size := path.stat().st_size) != self.sizes[name]:
+            raise OSError(f"{size:,} bytes came of {self.sizes[name]:,}")
+        with path.open("rb") as file:
+            file.seek(shard.offset)
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        if found != shard.sha256:
+            kind = UserError if found in wrong else OSError
+            wrong.add(found)
+            raise kind(f"what came has the SHA-256 {found}, not {shard.sha256}")
+
+    def _again_and_again(self, name: str, fetch: Callable[[], None]) -> None:
+        """Fetch; after a failure that may pass wait, and try again."""
+        import tenacity  # needed by remote shards alone
+
+        def tell(state: tenacity.RetryCallState) -> None:
+            assert state.outcome is not None and state.next_action is not None  # noqa: S101, PT018
+            log.warning(
+                "%s/%s: %s. Attempt %d of %d in %.0f s.",
+                *(self.url, name, _reason(state.outcome.exception())),
+                *(state.attempt_number + 1, ATTEMPTS, state.next_action.sleep),
+            )
+
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
+            retry=tenacity.retry_if_exception(_may_pass),
+            before_sleep=tell,
+            reraise=True,
+        )
+        try:
+            attempts(fetch)
+        except FileNotFoundError:
+            raise UserError(f"{self.url}/{name} is not there.") from None
+        except Exception as error:
+            raise UserError(f"{self.url}/{name} could not be fetched: {_reason(error)}.") from error
+
+    def _make_room(self, size: int) -> None:
+        """Remove the shards that were not used for longest, until ``size`` bytes more are within the limit."""
+        with self._lock("room"):
+            kept = sorted(
+                (path for name in self.sizes if (path := self.folder / name).exists()),
+                key=lambda path: path.stat().st_mtime,
+            )
+            coming = {path.name[1:].rpartition(".")[0] for path in self.folder.glob(".*.*")}
+            used = sum(self.sizes[path.name] for path in kept) + sum(self.sizes.get(name, 0) for name in coming)
+            for path in kept:
+                if used + size <= self.limit:
+                    return
+                try:
+                    with self._lock(path.name).acquire(blocking=False):
+                        path.unlink(missing_ok=True)  # whoever has it open reads on
+                        used -= self.sizes[path.name]
+                except Timeout:
+                    continue  # it is being opened
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self.folder / "locks" / name)
+
+
+def _size(manifest: Manifest, shard: Shard) -> int:
+    return shard.offset + shard.tokens * np.dtype(manifest.dtype).itemsize
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return fsspec's filesystem for a URL, and what the folder is called there."""
+    import fsspec  # slow to import, and needed by remote shards alone
+
+    options = {}
+    if url.startswith("http"):
+        import aiohttp
+
+        # its own limit is on the whole of a transfer, which a large shard on a slow line does not keep
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
+    return fsspec.core.url_to_fs(url, **options)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether to try again: not where the answer was no, or where the fault is on this side."""
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, Exception) and not isinstance(error, lasting) and not full
+
+
+def _reason(error: BaseException | None) -> str:
+    return str(error) or type(error).__name__
