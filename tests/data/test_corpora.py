@@ -240,12 +240,34 @@ def test_a_local_hugging_face_data_set_is_a_document_per_row(tmp_path, datasets,
     assert read(corpus) == [("0", "one"), ("1", "zwölf 👍\n"), ("2", "")]
 
 
-def test_a_column_that_is_missing_or_holds_no_text_is_refused(tmp_path, datasets):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_that_is_missing_or_holds_no_text_is_refused(tmp_path, datasets, streaming):
     folder = write_rows(tmp_path / "rows", ROWS)
     with pytest.raises(UserError, match=r"data\.column=body is not in .*rows; it has text, stars"):
-        read(open_corpus(config("huggingface", path=folder, column="body")))
+        read(open_corpus(config("huggingface", path=folder, column="body", streaming=streaming)))
     with pytest.raises(UserError, match=r"data\.column=stars"):
-        read(open_corpus(config("huggingface", path=folder, column="stars")))
+        read(open_corpus(config("huggingface", path=folder, column="stars", streaming=streaming)))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_data_set_that_is_streamed_has_a_task_for_each_of_its_files(tmp_path, datasets, kind):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    texts = [f"text {number}" for number in range(2500)]
+    for file, start in enumerate(range(0, 2500, 1200)):  # more than are read at a time
+        part = datasets.Dataset.from_dict({"text": texts[start : start + 1200]})
+        path = folder / f"train-{file}.{kind}"
+        part.to_parquet(path) if kind == "parquet" else part.to_json(path)
+    corpus = open_corpus(config("huggingface", path=str(folder), column="text", streaming=True))
+    tasks = corpus.tasks(10)
+    assert [task.number for task in tasks] == [0, 1, 2]
+    read_back = [list(corpus.documents(task)) for task in tasks]
+    assert [document.text for documents in read_back for document in documents] == texts
+    assert [documents[0].name for documents in read_back] == ["0:0", "1:0", "2:0"]
+    assert read_back[2][99].name == "2:99"
+    stored = open_corpus(config("huggingface", path=str(folder), column="text"))
+    assert [text for _, text in read(stored)] == texts
+    assert stored.fingerprint() != corpus.fingerprint()
 
 
 def test_a_row_without_text_is_no_document(tmp_path, datasets):
@@ -284,7 +306,7 @@ def test_the_fingerprint_of_a_hub_data_set_is_of_its_name_subset_and_column():
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_is_named(datasets, monkeypatch):
-    def load_dataset(path, subset, split):
+    def load_dataset(path, subset, split, streaming):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

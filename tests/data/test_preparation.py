@@ -217,10 +217,10 @@ def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_ne
                 raise OSError("the disk is gone")
             yield document
 
-    def add(self, ids, text_bytes, documents, add=ShardWriter.add):
+    def add(self, ids, text_bytes, documents, mended, add=ShardWriter.add):
         if self.path.name == "val_000003.bin":
             raise OSError("the disk is gone")
-        add(self, ids, text_bytes, documents)
+        add(self, ids, text_bytes, documents, mended)
 
     expected = hashes(prepare_text(source, cache_dir=str(source.parent / "other")).folder)
     with monkeypatch.context() as patch:
@@ -349,6 +349,17 @@ def test_tinyshakespeare_has_the_published_numbers_of_tokens(tmp_path, monkeypat
     assert [shard.bytes for shard in prepared.manifest.splits["train"]] == [1_003_854]
     train_ids = tokens_on_disk(prepared.folder, "train")
     assert prepared.tokenizer.decode(train_ids).removesuffix("<|endoftext|>") == text[:1_003_854]
+
+
+@pytest.mark.parametrize("broken", [0, 2])
+def test_bytes_that_are_no_utf8_are_counted_and_told(tmp_path, caplog, broken):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_bytes(b"good text " * 9 + b"\xff" * (number < broken))
+    prepared = prepare_text(folder)
+    assert sum(shard.mended for shard in prepared.manifest.shards()) == broken
+    assert ("2 documents" in caplog.text and "U+FFFD" in caplog.text) == bool(broken)
 
 
 def test_a_cache_inside_the_source_is_refused(source):

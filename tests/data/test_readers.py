@@ -1,6 +1,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def joined(corpus: Corpus, size: int) -> list[tuple[str, str]]:
     documents: list[tuple[str, str]] = []
     place = 1.0
     for task in corpus.tasks(size):
-        for name, text, begin, end in corpus.documents(task):
+        for name, text, begin, end, _ in corpus.documents(task):
             assert begin == place % 1
             place = end
             if begin == 0:
@@ -227,6 +228,35 @@ def test_a_compressed_text_is_one_document(tmp_path, suffix):
     (tmp_path / f"a.txt.{suffix}").write_bytes(compress(text.encode()))
     for size in (1, WHOLE):
         assert joined(open_text(tmp_path / f"a.txt.{suffix}"), size) == [(f"a.txt.{suffix}", text)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_compressed_text_comes_in_the_parts_of_a_plain_one(tmp_path, kind, suffix):
+    data = TEXTS[kind].encode()
+    (tmp_path / "a.txt").write_bytes(data)
+    compress = gzip.compress if suffix == "gz" else pytest.importorskip("zstandard").compress
+    (tmp_path / f"b.txt.{suffix}").write_bytes(compress(data))
+    for size in (1, 7, 100, 333, len(data) - 1, len(data), len(data) + 1):
+        plain, compressed = (
+            [tuple(document)[1:] for task in corpus.tasks(size) for document in corpus.documents(task)]
+            for corpus in (open_text(tmp_path / name, task_bytes=size) for name in ("a.txt", f"b.txt.{suffix}"))
+        )
+        assert compressed == plain
+
+
+def test_of_a_compressed_text_only_a_part_is_held(tmp_path):
+    with gzip.open(tmp_path / "a.txt.gz", "wb", compresslevel=1) as file:
+        for _ in range(60):
+            file.write(b"some words\n" * 100_000)  # 66 MB
+    corpus = open_text(tmp_path / "a.txt.gz", task_bytes=10**6)
+    (task,) = corpus.tasks(10**6)
+    tracemalloc.start()
+    parts = sum(1 for _ in corpus.documents(task))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert parts == 66
+    assert peak < 8 * 10**6
 
 
 # --- folders

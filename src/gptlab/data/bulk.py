@@ -3,7 +3,8 @@
 import base64
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +38,15 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
     return lambda text: np.asarray(fast.encode(encodable(text)), dtype=np.uint32)
 
 
-def is_proven(tokenizer: Tokenizer, encode: Encode, texts: Iterable[str]) -> bool:
-    """Whether ``encode`` gives the tokenizer's own ids on the beginning of ``texts`` and on text made to trip it up."""
-    sample = (*ADVERSARIAL, *_until(texts, SAMPLE_BYTES))
+def is_proven(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[str]]) -> bool:
+    """Whether ``encode`` gives the tokenizer's own ids on text made to trip it up, and on the beginnings of ``places``.
+
+    Args:
+        tokenizer: What is to be equalled.
+        encode: What is to be proven.
+        places: Texts from here and there in the corpus.
+    """
+    sample = chain(ADVERSARIAL, *(_until(texts, SAMPLE_BYTES // len(places)) for texts in places))
     return all(np.array_equal(encode(text), tokenizer.encode(text)) for text in sample)
 
 

@@ -1,5 +1,6 @@
 """Corpora: named collections of documents, read one document at a time."""
 
+import functools
 import hashlib
 import sys
 import sysconfig
@@ -8,6 +9,7 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -94,11 +96,15 @@ class Files:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """The train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads."""
+    """The train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads.
+
+    Stored, it is cut by rows; streaming, by the files that it has there, each of which is one task.
+    """
 
     path: str
     subset: str | None
     column: str
+    streaming: bool
 
     @property
     def origin(self) -> str:
@@ -110,13 +116,18 @@ class HubDataset:
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            files = Files(folder, paths, Decoding(self.column, "replace"))
+            files = Files(folder, paths, Decoding(self.column, "replace", 0))
             content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
+        if self.streaming:  # which names the documents otherwise, and so deals them out otherwise
+            content = f"{content}\0streaming"
         return hashlib.sha256(content.encode()).hexdigest()
 
     def tasks(self, size: int) -> list[Task]:
-        """Cut the rows into equal parts, by the average size of a row."""
+        """Cut the rows into equal parts, by the average size of a row, or by files."""
         rows = self._rows()
+        if self.streaming:
+            each = (rows.info.dataset_size or 0) // rows.num_shards  # 0 where nobody has counted
+            return [Task(i, [("file", Span(i, i + 1, max(each, 1)))]) for i in range(rows.num_shards)]
         each = max(1, rows.data.nbytes // max(1, len(rows)))
         step = max(1, size // each)
         starts = range(0, len(rows), step)
@@ -126,28 +137,42 @@ class HubDataset:
         ]
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Read the rows of a task in order; a document is named by its row."""
+        """Read the rows of a task in order; a document is named by its row, and by its file where it is streamed."""
         rows = self._rows()
-        for _, span in task.parts:
-            for number in range(span.start, span.stop):
-                where = f"{self.path}, row {number}"
-                text = check_text(rows[number][self.column], self.column, rows.column_names, where)
-                if text is not None:
-                    yield Document(str(number), text)
+        ((_, span),) = task.parts
+        if self.streaming:
+            part, first, name = rows.shard(rows.num_shards, span.start), 0, f"{span.start}:"
+        else:
+            part, first, name = rows.select(range(span.start, span.stop)), span.start, ""
+        numbers = count(first)
+        for batch in part.iter(batch_size=1024):
+            if self.column not in batch:
+                raise UserError(no_column(self.column, list(batch), self.path))
+            for text, number in zip(batch[self.column], numbers, strict=False):  # of numbers there is no end
+                checked = check_text(text, self.column, list(batch), f"{self.path}, row {name}{number}")
+                if checked is not None:
+                    yield Document(f"{name}{number}", checked)
 
     def _rows(self) -> Any:
-        import datasets  # slow to import, and needed by this corpus alone
-
-        try:
-            rows = datasets.load_dataset(self.path, self.subset, split="train")
-        except Exception as error:  # whatever the hub, the network or a loader raises
-            raise UserError(
-                f"data.path={self.path} could not be loaded: {error}\n"
-                "On a machine without internet, load it once elsewhere and copy the cache (HF_HOME)."
-            ) from error
-        if self.column not in rows.column_names:
-            raise UserError(no_column(self.column, rows.column_names, self.path))
+        rows = _load(self.path, self.subset, self.streaming, self.fingerprint())
+        names = rows.column_names  # None where only a row would tell
+        if names is not None and self.column not in names:
+            raise UserError(no_column(self.column, names, self.path))
         return rows
+
+
+@functools.lru_cache(maxsize=1)  # a worker asks for every task
+def _load(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
+    """Load the train split of a data set; ``fingerprint`` is of its files, where they lie on this machine."""
+    import datasets  # slow to import, and needed by this corpus alone
+
+    try:
+        return datasets.load_dataset(path, subset, split="train", streaming=streaming)
+    except Exception as error:  # whatever the hub, the network or a loader raises
+        raise UserError(
+            f"data.path={path} could not be loaded: {error}\n"
+            "On a machine without internet, load it once elsewhere and copy the cache (HF_HOME)."
+        ) from error
 
 
 def _grouped(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
@@ -165,7 +190,7 @@ def _grouped(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Find the corpus that ``config`` names; UserError says what is missing."""
-    decoding = Decoding(config.column, config.undecodable)
+    decoding = Decoding(config.column, config.undecodable, config.task_bytes)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return _files_below(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED, decoding)
@@ -178,7 +203,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.corpus == "huggingface":
         if not config.path or not config.column:
             raise UserError("data=huggingface needs the data set and its text column: data.path=... data.column=text")
-        return HubDataset(config.path, config.subset, config.column)
+        return HubDataset(config.path, config.subset, config.column, config.streaming)
     if not config.source:
         raise UserError("data=text needs the text: data.source=<a file or a folder>")
     source = Path(config.source).expanduser()

@@ -58,7 +58,7 @@ def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
     files = [path for path in inside if path.suffix in (".bin", ".npy")]
     if not files:
         raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
-    listing = Files(files[0].parent, files, Decoding(None, "replace")).fingerprint()
+    listing = Files(files[0].parent, files, Decoding(None, "replace", 0)).fingerprint()
     return _described(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
 
 

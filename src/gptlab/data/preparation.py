@@ -13,6 +13,7 @@ import logging
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -29,6 +30,7 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
+PLACES = 8  # of the corpus, at most, on which a faster encoder is tried
 TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
 
@@ -88,9 +90,10 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
         todo = [task for task in mine if not record_path(folder, task).exists()]
         if len(todo) < len(mine):
             log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
-        fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks[0])
+        fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
         work_on = functools.partial(do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir, fast)
-        do_all(work_on, todo, sum(task.bytes for task in mine), work)
+        earlier = sum(shard["tokens"] for task in mine if task not in todo for shard in _shards_of(folder, task))
+        do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work)
         if waiting := [task.number for task in tasks if not record_path(folder, task).exists()]:
             raise UserError(
                 f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
@@ -125,6 +128,12 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     return tokenizer
 
 
+def _shards_of(folder: Path, task: Task) -> list[dict[str, Any]]:
+    """Read a task's record."""
+    record = json.loads(record_path(folder, task).read_text())
+    return [shard for split in SPLITS for shard in record[split]]
+
+
 def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> None:
     """Put the records together, and take away what was only needed on the way."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
@@ -140,6 +149,12 @@ def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: lis
         dtype=dtype_of(tokenizer),
         splits=splits,
     ).save(folder)
+    if mended := sum(shard.mended for split in SPLITS for shard in splits[split]):
+        log.warning(
+            "%d documents of %s hold bytes that are no UTF-8; U+FFFD stands for them. "
+            "data.undecodable=refuse would name the first.",
+            *(mended, corpus.origin),
+        )
     _clear(folder)
 
 
@@ -152,12 +167,14 @@ def _clear(folder: Path) -> None:
     (folder / TOKENIZER).unlink(missing_ok=True)
 
 
-def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, task: Task) -> bool:
-    """Whether gigatoken is there and gives the same ids as the tokenizer on the corpus' beginning."""
+def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
+    """Whether gigatoken is there and gives the same ids as the tokenizer all over the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
-    if is_proven(tokenizer, encode, (document.text for document in corpus.documents(task))):
+    places = tasks[:: -(-len(tasks) // PLACES)]
+    samples = [(document.text for document in corpus.documents(task)) for task in places]
+    if is_proven(tokenizer, encode, samples):
         log.info("gigatoken gives the same ids on a sample of the corpus, and encodes it.")
         return True
     log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")

@@ -39,12 +39,14 @@ class Document(NamedTuple):
         text: Of this part.
         begin: Where the part begins, as a share of the document: 0 for a whole one.
         end: Where the part ends: 1 for a whole one.
+        mended: Whether U+FFFD stands in it for bytes that are no UTF-8.
     """
 
     name: str
     text: str
     begin: float = 0.0
     end: float = 1.0
+    mended: bool = False
 
 
 class Span(NamedTuple):
@@ -56,10 +58,17 @@ class Span(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Where the text stands in a record (jsonl, parquet), and what becomes of bytes that are no UTF-8."""
+    """How text is read.
+
+    Attributes:
+        column: Where it stands in a record (jsonl, parquet).
+        undecodable: What becomes of bytes that are no UTF-8.
+        part_bytes: Of a compressed text, how much is held at a time.
+    """
 
     column: str | None
     undecodable: Literal["replace", "refuse"]
+    part_bytes: int
 
 
 def spans(path: Path, size: int) -> Iterator[Span]:
@@ -93,6 +102,8 @@ def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator
                 yield from _rows(path, name, span, decoding)
             case "jsonl":
                 yield from _lines(path, name, span, decoding)
+            case _ if _is_compressed(path):
+                yield from _compressed_text(path, name, decoding)
             case _:
                 yield _text(path, name, span, decoding)
     except _damages() as error:
@@ -172,11 +183,13 @@ def _next_cut(path: Path, wanted: int, kind: str) -> int:
     return path.stat().st_size
 
 
-def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> str:
-    """Decode; an error names the byte counted from ``start``."""
+def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tuple[str, bool]:
+    """Decode, and say whether it had to be mended; an error names the byte counted from ``start``."""
     try:
-        return data.decode("utf-8", errors="strict" if decoding.undecodable == "refuse" else "replace")
+        return data.decode(), False
     except UnicodeDecodeError as error:
+        if decoding.undecodable == "replace":
+            return data.decode(errors="replace"), True
         raise UserError(
             f"{where} is not UTF-8 at byte {start + error.start}: {data[error.start : error.start + 8]!r}. "
             "data.undecodable=replace puts U+FFFD there."
@@ -184,14 +197,42 @@ def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> str:
 
 
 def _text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
-    if _is_compressed(path):
-        with _open(path) as file:
-            return Document(name, _decode(file.read(), decoding, str(path)))
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
-        text = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
-    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0)
+        text, mended = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
+    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, mended)
+
+
+def _compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
+    """Read a text in the parts that its spans would be, were it not compressed."""
+    with _open(path) as file:
+        length = sum(map(len, iter(lambda: file.read(WINDOW), b"")))  # which nothing else tells for certain
+    with _open(path) as file:
+        start = 0
+        for data in _parts(file, decoding.part_bytes):
+            stop = start + len(data)
+            text, mended = _decode(data, decoding, str(path), start)
+            yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, mended)
+            start = stop
+
+
+def _parts(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Cut what a file holds into parts of about ``size`` bytes, as ``spans`` cuts a plain one; an empty file is one."""
+    held, more = bytearray(), True
+    while more or held:
+        cut, begin = None, max(size - LONGEST, 0)
+        while cut is None:
+            cut = next((found.end() for found in CUT.finditer(held, begin) if found.end() >= size), None)
+            if cut is None:
+                begin = max(begin, len(held) - LONGEST)  # where a character may begin that what follows cuts off
+                block = file.read(max(WINDOW, size - len(held)))
+                held += block
+                if more := bool(block):
+                    continue
+                cut = len(held)
+        yield bytes(held[:cut])
+        del held[:cut]
 
 
 def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
@@ -207,13 +248,14 @@ def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Do
             where = f"{path}, line at byte {offset}"
             if line.strip():
                 try:
-                    record = json.loads(_decode(line, decoding, where))
+                    content, mended = _decode(line, decoding, where)
+                    record = json.loads(content)
                 except (ValueError, RecursionError) as error:  # no JSON, or more than Python takes
                     raise UserError(f"{where}: not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
                 if (checked := check_text(text, decoding.column, columns, where)) is not None:
-                    yield Document(f"{name}:{offset}", checked)
+                    yield Document(f"{name}:{offset}", checked, mended=mended)
             offset += len(line)
 
 

@@ -24,13 +24,24 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Shard(Settings):
-    """One file of tokens: its name in the folder (or its place elsewhere), and the bytes before the tokens."""
+    """One file of tokens.
+
+    Attributes:
+        file: Its name in the folder, or its place elsewhere.
+        offset: Bytes before the tokens.
+        tokens: How many there are.
+        bytes: Of UTF-8 that they stand for; the end of text stands for none.
+        documents: That end here.
+        mended: Documents, or parts of them, in which U+FFFD stands for bytes that are no UTF-8.
+        sha256: Of the tokens.
+    """
 
     file: str
     offset: NonNegativeInt = 0
     tokens: NonNegativeInt
     bytes: NonNegativeInt
     documents: NonNegativeInt
+    mended: NonNegativeInt = 0
     sha256: str
 
 
@@ -111,19 +122,20 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
-        self.tokens = self.bytes = self.documents = 0
+        self.tokens = self.bytes = self.documents = self.mended = 0
         self._digest = hashlib.sha256()
         self._unfinished = _unfinished(path)
         self._file = self._unfinished.open("wb")
 
-    def add(self, ids: NDArray[np.uint32], text_bytes: int, documents: int) -> None:
-        """Append ``ids``, which stand for so many bytes of UTF-8 and complete so many documents."""
+    def add(self, ids: NDArray[np.uint32], text_bytes: int, documents: int, mended: int = 0) -> None:
+        """Append ``ids``, which stand for so many bytes of UTF-8 and complete, or mend, so many documents."""
         data = ids.astype(self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self.tokens += len(ids)
         self.bytes += text_bytes
         self.documents += documents
+        self.mended += mended
 
     def finish(self) -> list[Shard]:
         """Put the shard in its place; a shard without tokens leaves nothing, and is none."""
@@ -134,8 +146,8 @@ class ShardWriter:
             self._unfinished.unlink()
             return []
         self._unfinished.replace(self.path)
-        sizes = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents}
-        return [Shard(file=self.path.name, sha256=self._digest.hexdigest(), **sizes)]
+        counts = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "mended": self.mended}
+        return [Shard(file=self.path.name, sha256=self._digest.hexdigest(), **counts)]
 
     def abandon(self) -> None:
         """Take an unfinished shard away."""

@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,26 +30,35 @@ class Work(NamedTuple):
         workers: Processes; the bytes are the same with any number.
         part: Which of the tasks this machine does, of ``parts`` that share them out.
         parts: 1 does them all.
-        report: Called with bytes done, bytes in all and tokens done, after every task.
+        report: Called with bytes done, bytes in all and tokens done, at the beginning and after every task.
     """
 
-    workers: int = os.cpu_count() or 1
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     part: int = 0
     parts: int = 1
     report: Callable[[int, int, int], None] = lambda done, of, tokens: None
 
 
-def do_all(work_on: Callable[[Task], int], tasks: list[Task], total: int, work: Work) -> None:
-    """Do the tasks, in this process where one is enough, and report each."""
-    done, tokens = total - sum(task.bytes for task in tasks), 0
+def do_all(work_on: Callable[[Task], int], tasks: list[Task], total: int, tokens: int, work: Work) -> None:
+    """Do the tasks, in this process where one is enough, and report each.
+
+    Args:
+        work_on: Does one, and returns its tokens.
+        tasks: What is left to do.
+        total: Bytes of these tasks and of those that were done before.
+        tokens: Of those that were done before.
+        work: Who does them.
+    """
+    done = total - sum(task.bytes for task in tasks)
+    work.report(done, total, tokens)
     if min(work.workers, len(tasks)) <= 1:
         for task in tasks:
             tokens, done = tokens + work_on(task), done + task.bytes
             work.report(done, total, tokens)
         return
     context = multiprocessing.get_context("spawn")
-    workers = min(work.workers, len(tasks))
-    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(os.getpid(),)) as pool:
+    workers, (life, ours) = min(work.workers, len(tasks)), context.Pipe(duplex=False)
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(life,)) as pool:
         futures: dict[Future[int], Task] = {pool.submit(work_on, task): task for task in tasks}
         try:
             for future in as_completed(futures):
@@ -57,16 +66,16 @@ def do_all(work_on: Callable[[Task], int], tasks: list[Task], total: int, work: 
                 work.report(done, total, tokens)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            ours.close()  # ends the workers: a task takes long, and is done anew anyway
             raise
 
 
-def _begin_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
+def _begin_worker(life: Connection) -> None:
+    """Leave Ctrl-C to the parent, and end when its end of ``life`` is closed: by itself, or by its death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
+        life.poll(None)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -87,6 +96,7 @@ def do(
     writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", dtype_of(tokenizer)) for s in SPLITS}
     try:
         for document in corpus.documents(task):
+            mended = int(document.mended)  # counted once
             for split, text, begins, finishes in _split(document, config):
                 if not text:
                     continue
@@ -94,7 +104,8 @@ def do(
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
                 size = len(text.encode("utf-8", errors="replace"))
-                writers[split].add(ids.astype(np.uint32), size, int(finishes))
+                writers[split].add(ids.astype(np.uint32), size, int(finishes), mended)
+                mended = 0
         shards = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -133,7 +144,7 @@ class Part(NamedTuple):
 
 def _split(document: Document, config: DataConfig) -> Iterator[Part]:
     """Give a document, or the two parts of it, to train and val."""
-    name, text, begin, end = document
+    name, text, begin, end, _ = document
     if config.val_split == "documents":
         drawn = hashlib.sha256(f"{config.split_seed}\0{name}".encode()).digest()[:8]
         in_val = int.from_bytes(drawn) < config.val_fraction * 2**64

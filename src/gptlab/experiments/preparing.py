@@ -25,11 +25,14 @@ from gptlab.settings import Settings
 def prepare_with_progress(data: DataConfig, tokenizer: TokenizerConfig, work: Work) -> Prepared:
     """Prepare as ``gptlab.data.preparation.prepare`` does, with a bar: MB/s, tokens, time left."""
     with _bar() as bar:
-        task = bar.add_task("", total=None, visible=False, tokens=0, speed="–")
+        task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
 
         def report(done: int, of: int, tokens: int) -> None:
-            begun = bar.tasks[task].elapsed or 1e-9
-            bar.update(task, completed=done, total=of, visible=True, tokens=tokens, speed=f"{done / begun / 1e6:.1f}")
+            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # what is done at the beginning took no time
+                bar.reset(task, completed=done, total=of, visible=True, tokens=tokens, speed="–", earlier=done)
+                return
+            speed = (done - earlier) / (bar.tasks[task].elapsed or 1e-9) / 1e6
+            bar.update(task, completed=done, tokens=tokens, speed=f"{speed:.1f}")
 
         return prepare(data, tokenizer, work._replace(report=report))
 
