@@ -1,6 +1,7 @@
 # make train    the default job: a small GPT on real Python, about two minutes on two CPU cores
 # make test     the default tests (under 6 minutes on two cores, no network)
 # make test-all the slow ones as well
+# make bench    gptlab beside what people do without it: preparation and loader (about ten minutes)
 # make lint     ruff, mypy, import-linter
 # Each makes .venv first when it is missing or older than what it is made from.
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Multi-process tests share few cores: one thread a process keeps them from fighting.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint format clean
+.PHONY: train test test-slow test-all lint bench format clean
 
 train: .venv/ready
 	$(BIN)/python -m gptlab.train
@@ -27,6 +28,9 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/ready
+	$(BIN)/python -m gptlab.bench suite=data
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

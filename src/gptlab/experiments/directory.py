@@ -23,7 +23,7 @@ def create(config: Config, manifest: Manifest, place: Path | None) -> Path:
         place: The directory, where it is not to be named by the time.
     """
     try:
-        directory = _new_directory(Path("outputs") / config.name) if place is None else place
+        directory = new_directory(Path("outputs") / config.name) if place is None else place
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
@@ -39,7 +39,7 @@ def record(config: Config, directory: Path) -> None:
     record_environment(directory)
 
 
-def _new_directory(parent: Path) -> Path:
+def new_directory(parent: Path) -> Path:
     """Claim a directory that nobody else has, named by the time."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):

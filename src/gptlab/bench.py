@@ -1,0 +1,68 @@
+"""Measure gptlab beside what people do without it: python -m gptlab.bench suite=data [key=value ...]."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import DictConfig
+from pydantic import PositiveInt
+
+from gptlab.errors import UserError
+from gptlab.experiments.benchmarks import data
+from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
+from gptlab.experiments.command import command
+from gptlab.experiments.directory import new_directory
+from gptlab.experiments.environment import record_environment
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.settings import Settings
+
+
+class BenchCommand(Settings):
+    """What to measure, and how often; see conf/bench.yaml."""
+
+    suite: Literal["data"]
+    rounds: PositiveInt
+    out: str | None
+    cache_dir: str
+    preparation: data.PreparationBench
+    loader: data.LoaderBench
+
+
+@command("bench", keys=set(known_keys(BenchCommand)))
+def main(values: DictConfig) -> int:
+    """Measure, print a table a part, and keep the numbers and what machine they are of."""
+    config = check(BenchCommand, plain(values))
+    measured = _measure(config)
+    directory = _directory(config.out)
+    record_environment(directory)
+    parts = []
+    for part in measured:
+        print_part(part)
+        parts.append(part)
+    print(f"Measured: {write_report(directory, config.suite, config.rounds, parts)}")
+    return DONE
+
+
+def _measure(config: BenchCommand) -> Iterator[Part]:
+    """Begin the suite that is asked for."""
+    match config.suite:
+        case "data":
+            return data.measure(Path(config.cache_dir).expanduser(), config.preparation, config.loader, config.rounds)
+
+
+def _directory(out: str | None) -> Path:
+    """Make the folder for the numbers."""
+    try:
+        if out is None:
+            return new_directory(Path("outputs/bench"))
+        directory = Path(out).expanduser()
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be made: {error}.") from error
+    return directory
+
+
+if __name__ == "__main__":
+    main()

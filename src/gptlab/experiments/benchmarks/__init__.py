@@ -1,0 +1,1 @@
+"""Measurements of gptlab beside what people do without it: python -m gptlab.bench."""

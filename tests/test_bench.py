@@ -1,0 +1,115 @@
+"""The benchmark: how it measures, by hand, and the whole command on very little."""
+
+import json
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.experiments.benchmarks.corpus import text_corpus
+from gptlab.experiments.benchmarks.measuring import Part, Row, Way, in_turns, timed, write_report
+from test_train import ran
+
+SMALL = (
+    "rounds=1",
+    "preparation.corpus_mb=1",
+    "preparation.val_fraction=0.1",
+    "loader.batches=3",
+    "loader.block_size=64",
+    "loader.micro_batch_sizes=[2]",
+    "loader.many_tokens=2000000",
+)
+
+
+def test_ways_are_measured_in_turns_and_compared_by_their_medians():
+    calls = []
+
+    def way(group, name, values):
+        def measure(number):
+            calls.append((number, group, name))
+            return {"MB/s": values[number]}
+
+        return Way(group, name, measure)
+
+    ways = [way("a", "plain", [4.0, 1.0, 2.0]), way("a", "ours", [6.0, 5.0, 90.0]), way("b", "plain", [7.0, 7.0, 7.0])]
+    rows = in_turns(ways, 3)
+    assert calls == [(n, *way) for n in range(3) for way in (("a", "plain"), ("a", "ours"), ("b", "plain"))]
+    part = Part("title", "caption", "MB/s", (), rows)
+    assert [row.median("MB/s") for row in rows] == [2.0, 6.0, 7.0]
+    assert [part.ratio(row) for row in rows] == [1.0, 3.0, 1.0]
+    assert [row.shown("MB/s") for row in rows] == ["2.00 (1.00–4.00)", "6.00 (5.00–90.00)", "7.00"]
+
+
+def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
+    rows = [Row("", "plain", [{"x": 2.0, "y": 1.0}, {"x": 4.0, "y": 3.0}]), Row("", "ours", [{"x": 9.0}, {"x": 6.0}])]
+    path = write_report(tmp_path, "data", 2, [Part("title", "caption", "x", ("y",), rows)])
+    report = json.loads(path.read_text())
+    assert (path.name, report["suite"], report["rounds"]) == ("data.json", "data", 2)
+    first, second = report["parts"][0]["rows"]
+    assert (first["medians"], first["ratio"]) == ({"x": 3.0, "y": 2.0}, 1.0)
+    assert (second["samples"], second["medians"], second["ratio"]) == ([{"x": 9.0}, {"x": 6.0}], {"x": 7.5}, 2.5)
+    assert rows[1].shown("y") == "–"
+
+
+def test_a_program_that_fails_is_told():
+    assert timed("-c", "print(7)")[1] == "7\n"
+    with pytest.raises(UserError, match=r"status 3:\nno"):
+        timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
+
+
+def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, text in {"a.py": "a" * 300_000, "b.txt": "é" * 150_000, "same.md": "a" * 300_000, "c.bin": "c"}.items():
+        (root / name).write_text(text)
+    monkeypatch.setattr("gptlab.experiments.benchmarks.corpus._roots", lambda: [root])
+    corpus = text_corpus(tmp_path, 1)
+    texts = [json.loads(line)["text"] for line in corpus.path.read_text().splitlines()]
+    assert len(texts) == corpus.documents == 4
+    assert sorted(texts[:2]) == sorted(texts[2:]) == ["a" * 300_000, "é" * 150_000]
+    assert (corpus.bytes, corpus.distinct) == (1_200_000, 600_000)
+    written = corpus.path.stat().st_mtime_ns
+    assert text_corpus(tmp_path, 1) == corpus
+    assert corpus.path.stat().st_mtime_ns == written
+
+
+def test_the_data_suite_compares_the_same_tokens(user):
+    done = user.python("gptlab.bench", *SMALL, "out=measured")
+    ran(done)
+    assert done.stdout.endswith("Measured: measured/data.json\n")
+    assert (user.folder / "measured" / "environment.json").exists()
+    report = json.loads((user.folder / "measured" / "data.json").read_text())
+    preparation, loader = report["parts"]
+    names = [row["name"] for row in preparation["rows"]]
+    assert names == ["nanoGPT's way", "gptlab, tiktoken", "gptlab, gigatoken"]
+    assert len({row["medians"]["tokens"] for row in preparation["rows"]}) == 1
+    assert [row["name"] for row in loader["rows"]] == ["nanoGPT's way", "gptlab"] * 2
+    assert len({row["group"] for row in loader["rows"]}) == 2
+    for part in report["parts"]:
+        for number, row in enumerate(part["rows"]):
+            baseline = part["rows"][number - number % 2 if part is loader else 0]
+            metric = part["metric"]
+            assert row["medians"][metric] > 0
+            assert row["ratio"] == pytest.approx(row["medians"][metric] / baseline["medians"][metric])
+    # nothing but the corpus is kept
+    kept = {path.name for path in (user.folder / "cache" / "bench").iterdir()}
+    assert kept == {"text-1MB.jsonl", "text-1MB.json"}
+
+
+MISTAKES = {
+    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'data'"),
+    "an unknown key": (
+        ["preparation.corpus=1"],
+        "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",
+    ),
+    "no room": (["preparation.corpus_mb=1000000000"], "make room, or name another cache_dir or a smaller corpus"),
+    "no folder": (["cache_dir=text.txt"], "cache_dir=text.txt cannot be used"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_a_sentence(user, arguments, sentence):
+    done = user.python("gptlab.bench", *arguments)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert not (user.folder / "outputs").exists()
