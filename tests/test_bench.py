@@ -51,7 +51,7 @@ def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
 
 
 def test_a_program_that_fails_is_told():
-    assert timed("-c", "print(7)")[1] == "7\n"
+    assert timed("-c", "print(7)").printed == "7\n"
     with pytest.raises(UserError, match=r"status 3:\nno"):
         timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
 

@@ -16,7 +16,7 @@ from pydantic import Field, PositiveInt
 from gptlab.data.shards import FORMAT, Manifest, Shard, load_manifest
 from gptlab.errors import UserError
 from gptlab.experiments.benchmarks.corpus import TextCorpus, text_corpus
-from gptlab.experiments.benchmarks.measuring import Part, Sample, Way, in_turns, timed
+from gptlab.experiments.benchmarks.measuring import Part, Run, Sample, Way, in_turns, timed
 from gptlab.settings import Settings
 
 ROOM = 12  # bytes of disk for a byte of text: the corpus, and all that the plain way keeps of it on the way
@@ -89,14 +89,14 @@ class _Preparation:
         repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
         caption = (
             f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands, start-up "
-            f"included, with {CORES} processes each; inside: without the start of Python and its imports. nanoGPT's "
-            "way: datasets.map over tiktoken, then a file of tokens."
+            f"included, with {CORES} processes each; inside: without the start of Python and its imports; CPU: "
+            "seconds of all processors. nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
         )
         ways = [Way("", "nanoGPT's way", self.plain), Way("", "gptlab, tiktoken", self.without_gigatoken)]
         if importlib.util.find_spec("gigatoken"):
             ways.append(Way("", "gptlab, gigatoken", self.with_gigatoken))
         rows = in_turns(ways, rounds)
-        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
+        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside", "CPU"), rows)
 
     def plain(self, _: int) -> Sample:
         """Datasets' way, with nothing in its cache."""
@@ -104,10 +104,10 @@ class _Preparation:
         environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         arguments = (str(self.corpus.path), str(folder), str(self.val_fraction), str(CORES))
         folder.mkdir()
-        seconds, printed = timed("-m", module, *arguments, environment=environment)
-        start = timed("-c", f"import {module}", environment=environment)[0]
+        run = timed("-m", module, *arguments, environment=environment)
+        start = timed("-c", f"import {module}", environment=environment)
         shutil.rmtree(folder)
-        return self._sample(seconds, start, sum(json.loads(printed.splitlines()[-1]).values()))
+        return self._sample(run, start, sum(json.loads(run.printed.splitlines()[-1]).values()))
 
     def without_gigatoken(self, _: int) -> Sample:
         """As where gigatoken is not installed."""
@@ -120,7 +120,7 @@ class _Preparation:
     def _gptlab(self, *program: str) -> Sample:
         shutil.rmtree(self.prepared, ignore_errors=True)
         cache = self.work / "gptlab"
-        seconds, _ = timed(
+        run = timed(
             *program,
             *("data=text", f"data.source='{self.corpus.path}'", "data.column=text", "tokenizer=gpt2"),
             *("data.val_split=documents", f"data.val_fraction={self.val_fraction}", f"data.cache_dir='{cache}'"),
@@ -128,13 +128,18 @@ class _Preparation:
         (folder,) = (path for path in cache.iterdir() if path.is_dir())
         folder.rename(self.prepared)
         shutil.rmtree(cache)
-        start, _ = timed("-c", "import gptlab.prepare")
+        start = timed("-c", "import gptlab.prepare")
         manifest = load_manifest(self.prepared)
-        return self._sample(seconds, start, manifest.tokens("train") + manifest.tokens("val"))
+        return self._sample(run, start, manifest.tokens("train") + manifest.tokens("val"))
 
-    def _sample(self, seconds: float, start: float, tokens: int) -> Sample:
-        rate = self.corpus.bytes / 1e6 / seconds
-        return {"MB/s": rate, "seconds": seconds, "inside": seconds - start, "tokens": tokens}
+    def _sample(self, run: Run, start: Run, tokens: int) -> Sample:
+        return {
+            "MB/s": self.corpus.bytes / 1e6 / run.seconds,
+            "seconds": run.seconds,
+            "inside": run.seconds - start.seconds,
+            "CPU": run.cpu_seconds,
+            "tokens": tokens,
+        }
 
 
 def _many_tokens(folder: Path, tokens: int) -> Path:
@@ -167,9 +172,8 @@ def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Pa
         todo = {"way": name, "folder": str(folder), "micro_batch_size": size, "cold": cold} | shape
 
         def run(number: int) -> Sample:
-            return json.loads(
-                timed("-m", "gptlab.experiments.benchmarks.loading", json.dumps(todo | {"seed": number}))[1]
-            )
+            values = json.dumps(todo | {"seed": number})
+            return json.loads(timed("-m", "gptlab.experiments.benchmarks.loading", values).printed)
 
         where = "not in memory" if cold else "in memory"
         return Way(f"{tokens:,} tokens, {where}, batch {size}", name, run)

@@ -1,6 +1,7 @@
 """What every suite shares: ways measured in turns, medians with their spread, tables and a JSON file."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -104,13 +105,21 @@ def in_turns(ways: Iterable[Way], rounds: int) -> list[Row]:
     return [row for _, row in rows]
 
 
-def timed(*arguments: str, environment: dict[str, str] | None = None) -> tuple[float, str]:
-    """Run this interpreter in a process of its own; return its seconds, from start to end, and what it printed.
+class Run(NamedTuple):
+    """A process that has ended: its seconds from start to end, those of all processors it used, what it printed."""
+
+    seconds: float
+    cpu_seconds: float
+    printed: str
+
+
+def timed(*arguments: str, environment: dict[str, str] | None = None) -> Run:
+    """Run this interpreter in a process of its own.
 
     Raises:
         UserError: It failed; the sentence holds the last of what it said.
     """
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), _cpu_seconds()
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False, errors="replace"
     )
@@ -118,7 +127,13 @@ def timed(*arguments: str, environment: dict[str, str] | None = None) -> tuple[f
     if done.returncode:
         told = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(f"python {' '.join(arguments)[:200]} failed with status {done.returncode}:\n{told}")
-    return seconds, done.stdout
+    return Run(seconds, _cpu_seconds() - used, done.stdout)
+
+
+def _cpu_seconds() -> float:
+    """Processor time of all processes that this one has waited for, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def print_part(part: Part) -> None:
