@@ -7,7 +7,8 @@ from gptlab.data.prepared import Prepared
 from gptlab.data.shards import Split
 from gptlab.data.streams import TokenStream
 
-CHUNK = 2**22  # tokens looked at at a time
+BEGINNING = 2**22  # tokens looked at for the first documents
+CHUNK = 2**18  # tokens looked at at a time; more of them would not stay in the processor's cache
 
 
 def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
@@ -27,7 +28,7 @@ def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
 def first_documents(prepared: Prepared, split: Split, documents: int, tokens: int) -> list[str]:
     """Decode the beginnings of the first documents of a split, from at most so many tokens of each."""
     stream = prepared.stream(split)
-    ids = stream.read([0], min(len(stream), CHUNK))[0]
+    ids = stream.read([0], min(len(stream), BEGINNING))[0]
     end = prepared.tokenizer.end_of_text
     cuts = [] if end is None else np.flatnonzero(ids == end).tolist()
     begins = [0, *(cut + 1 for cut in cuts)]
