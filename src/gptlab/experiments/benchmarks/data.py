@@ -175,8 +175,8 @@ def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Pa
             values = json.dumps(todo | {"seed": number})
             return json.loads(timed("-m", "gptlab.experiments.benchmarks.loading", values).printed)
 
-        where = "not in memory" if cold else "in memory"
-        return Way(f"{tokens:,} tokens, {where}, batch {size}", name, run)
+        where = "cold" if cold else "warm"
+        return Way(f"batch {size}, {tokens:,} tokens, {where}", name, run)
 
     shape = {"block_size": config.block_size, "batches": config.batches}
     ways = [
@@ -187,8 +187,8 @@ def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Pa
     ]
     caption = (
         f"{config.batches:,} batches of windows of {config.block_size:,} tokens in shuffled order, in a fresh process "
-        "without workers; the larger file is sparse, and forgotten by the kernel before each. Memory is that of the "
-        "process after them, pages of mapped files included."
+        "without workers; the larger file is sparse, and cold: the kernel forgets it before each. Memory is that "
+        "of the process after them, pages of mapped files included."
     )
     rows = in_turns(ways, rounds)
     return Part("Loader: shards to batches", caption, "million tokens/s", ("resident MB",), rows)

@@ -44,14 +44,14 @@ class Row(NamedTuple):
         """The middle of the rounds."""
         return statistics.median(self._values(measure))
 
-    def shown(self, measure: str) -> str:
-        """Write the median, and from where to where the rounds went; a dash for what was not measured."""
+    def shown(self, measure: str, *, spread: bool = False) -> str:
+        """Write the median, on request with the rounds' least and most; a dash for what was not measured."""
         if not all(measure in sample for sample in self.samples):
             return "–"
         median, values = self.median(measure), self._values(measure)
         digits = 0 if median >= 1000 else 1 if median >= 10 else 2
-        spread = f" ({min(values):,.{digits}f}–{max(values):,.{digits}f})" if min(values) < max(values) else ""
-        return f"{median:,.{digits}f}{spread}"
+        width = f" ({min(values):,.{digits}f}–{max(values):,.{digits}f})" if spread else ""
+        return f"{median:,.{digits}f}{width}"
 
     def _values(self, measure: str) -> list[float]:
         return [sample[measure] for sample in self.samples]
@@ -138,18 +138,18 @@ def _cpu_seconds() -> float:
 
 def print_part(part: Part) -> None:
     """Print one table."""
-    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption}", highlight=False)
+    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (and from–to).", highlight=False)
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
     for column in (part.metric, "ratio", *part.others):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     group = ""
     for row in part.rows:
         if row.group != group:
             table.add_section()
             table.add_row(group := row.group)
-        others = (row.shown(measure) for measure in part.others)
-        table.add_row(("  " if group else "") + row.name, row.shown(part.metric), f"{part.ratio(row):.2f}", *others)
+        shown, others = row.shown(part.metric, spread=True), (row.shown(measure) for measure in part.others)
+        table.add_row(("  " if group else "") + row.name, shown, f"{part.ratio(row):.2f}", *others)
     get_console().print(table)
 
 
