@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from gptlab.data.order import WindowOrder
 from gptlab.data.streams import TokenStream
 
+AT_ONCE = 4096  # windows whose places are computed together, which costs little more than those of one batch
 IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
 
 
@@ -51,6 +52,8 @@ class TrainBatches(Dataset[Batch]):
 
     def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice, border: int | None = None) -> None:
         self.stream, self.order, self.part, self.border = stream, order, part, border
+        self.at_once = max(1, AT_ONCE // part.micro_batch_size)
+        self._latest: tuple[int, NDArray[np.int64]] | None = None
 
     def positions(self, number: int) -> NDArray[np.int64]:
         """Global positions (B,) of micro-batch ``number``."""
@@ -59,9 +62,17 @@ class TrainBatches(Dataset[Batch]):
         return np.arange(first, first + size, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Batch:
-        positions = self.positions(number)
-        self.stream.expect(self.order.ahead(int(positions[0])))
-        return _batch(self.stream, self.order.starts(positions), self.order.block_size, self.border)
+        self.stream.expect(self.order.ahead(int(self.positions(number)[0])))
+        return _batch(self.stream, self._starts(number), self.order.block_size, self.border)
+
+    def _starts(self, number: int) -> NDArray[np.int64]:
+        """First tokens (B,) of the windows of micro-batch ``number``."""
+        group, place = divmod(number, self.at_once)
+        if self._latest is None or self._latest[0] != group:
+            first = group * self.at_once
+            positions = [self.positions(n) for n in range(first, first + self.at_once)]
+            self._latest = group, self.order.starts(np.concatenate(positions)).reshape(self.at_once, -1)
+        return self._latest[1][place]
 
 
 class EvaluationBatches(Dataset[Batch]):

@@ -21,10 +21,10 @@ from gptlab.data.bulk import bulk_encoder, is_proven
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Corpus, Task, open_corpus
 from gptlab.data.existing import open_shards
-from gptlab.data.prepared import Prepared, check_unchanged
+from gptlab.data.prepared import Prepared, check_unchanged, remember
 from gptlab.data.shards import FORMAT, LOCK, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
 from gptlab.data.streams import Folder
-from gptlab.data.tasks import Work, do, do_all, dtype_of, record_path
+from gptlab.data.tasks import Work, do, do_all, dtype_of, record_path, workers
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
@@ -90,10 +90,12 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
         todo = [task for task in mine if not record_path(folder, task).exists()]
         if len(todo) < len(mine):
             log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
-        fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
-        work_on = functools.partial(do, folder, corpus, config, tokenizer.record(), tokenizer_config.vocab_dir, fast)
         earlier = sum(shard["tokens"] for task in mine if task not in todo for shard in _shards_of(folder, task))
-        do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work)
+        vocab_dir = tokenizer_config.vocab_dir
+        with workers(work, todo, tokenizer, vocab_dir) as pool:
+            fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
+            work_on = functools.partial(do, folder, corpus, config, tokenizer.record(), vocab_dir, fast)
+            do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
         if waiting := [task.number for task in tasks if not record_path(folder, task).exists()]:
             raise UserError(
                 f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
@@ -103,6 +105,8 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
                 _write_manifest(folder, config, corpus, tasks, tokenizer)
+                if len(todo) == len(tasks):  # all were written, and hashed, just now
+                    remember(folder, load_shards(folder), folder.parent)
     except BrokenProcessPool as error:
         raise UserError(
             "A worker was killed, most likely for want of memory: fewer workers or a smaller data.task_bytes need "

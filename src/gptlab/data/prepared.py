@@ -57,9 +57,7 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     Raises:
         UserError: The tokens of a shard are not what was written.
     """
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    memory = cache_dir / "verified" / f"{name}.json"
-    memory.parent.mkdir(parents=True, exist_ok=True)
+    memory = _memory(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
         known = _remembered(memory)
         now = {shard.file: _state(folder, shard) for shard in manifest.shards()}
@@ -69,6 +67,21 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
                 log.info("Hashing %d shards of %s, once: %s tokens.", len(touched), folder, f"{size:,}")
             verify(Folder(folder), touched)
             write_durably(memory, json.dumps(now))
+
+
+def remember(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
+    """Remember shards as they are now: they have just been written, and were hashed on the way."""
+    memory = _memory(folder, cache_dir)
+    with FileLock(f"{memory}.lock"):
+        write_durably(memory, json.dumps({shard.file: _state(folder, shard) for shard in manifest.shards()}))
+
+
+def _memory(folder: Path, cache_dir: Path) -> Path:
+    """Name the file that says what was hashed in ``folder``."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    memory = cache_dir / "verified" / f"{name}.json"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    return memory
 
 
 def _state(folder: Path, shard: Shard) -> list[object]:

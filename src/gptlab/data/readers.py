@@ -240,8 +240,8 @@ def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Do
     with _open(path) as file:
         if span.start:
             file.seek(span.start)
-        offset = span.start
-        while _is_compressed(path) or offset < span.stop:
+        offset, stop = span.start, sys.maxsize if _is_compressed(path) else span.stop
+        while offset < stop:
             line = file.readline()
             if not line:
                 return

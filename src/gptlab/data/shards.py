@@ -127,9 +127,9 @@ class ShardWriter:
         self._unfinished = _unfinished(path)
         self._file = self._unfinished.open("wb")
 
-    def add(self, ids: NDArray[np.uint32], text_bytes: int, documents: int, mended: int = 0) -> None:
+    def add(self, ids: NDArray[Any], text_bytes: int, documents: int, mended: int = 0) -> None:
         """Append ``ids``, which stand for so many bytes of UTF-8 and complete, or mend, so many documents."""
-        data = ids.astype(self.dtype).tobytes()
+        data = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._file.write(data)
         self._digest.update(data)
         self.tokens += len(ids)

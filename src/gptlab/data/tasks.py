@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,38 +41,38 @@ class Work(NamedTuple):
     report: Callable[[int, int, int], None] = lambda done, of, tokens: None
 
 
-def do_all(work_on: Callable[[Task], int], tasks: list[Task], total: int, tokens: int, work: Work) -> None:
-    """Do the tasks, in this process where one is enough, and report each.
+@contextmanager
+def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None) -> Iterator[Executor | None]:
+    """Start processes that load the tokenizer while this one goes on; None where this one is enough.
 
-    Args:
-        work_on: Does one, and returns its tokens.
-        tasks: What is left to do.
-        total: Bytes of these tasks and of those that were done before.
-        tokens: Of those that were done before.
-        work: Who does them.
+    Where it can be, they are forked from one that has imported what they need, and nothing else.
     """
-    done = total - sum(task.bytes for task in tasks)
-    work.report(done, total, tokens)
-    if min(work.workers, len(tasks)) <= 1:
-        for task in tasks:
-            tokens, done = tokens + work_on(task), done + task.bytes
-            work.report(done, total, tokens)
+    number = min(work.workers, len(tasks))
+    if number <= 1:
+        yield None
         return
-    context = multiprocessing.get_context("spawn")
-    workers, (life, ours) = min(work.workers, len(tasks)), context.Pipe(duplex=False)
-    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(life,)) as pool:
-        futures: dict[Future[int], Task] = {pool.submit(work_on, task): task for task in tasks}
+    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
+    context.set_forkserver_preload([__name__, *filter(None, [_main_module()])])
+    life, ours = context.Pipe(duplex=False)
+    about = (life, json.dumps(tokenizer.record()), vocab_dir)
+    with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:
         try:
-            for future in as_completed(futures):
-                tokens, done = tokens + future.result(), done + futures[future].bytes
-                work.report(done, total, tokens)
+            for _ in range(number):
+                pool.submit(os.getpid)  # a process starts when there is something to do
+            yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             ours.close()  # ends the workers: a task takes long, and is done anew anyway
             raise
 
 
-def _begin_worker(life: Connection) -> None:
+def _main_module() -> str | None:
+    """Name the program that runs, which every worker imports again (multiprocessing's programming guidelines)."""
+    return getattr(sys.modules["__main__"].__spec__, "name", None)
+
+
+def _begin_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
     """Leave Ctrl-C to the parent, and end when its end of ``life`` is closed: by itself, or by its death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -79,6 +81,33 @@ def _begin_worker(life: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    _loaded(record, vocab_dir)
+
+
+def do_all(
+    work_on: Callable[[Task], int], tasks: list[Task], total: int, tokens: int, work: Work, pool: Executor | None
+) -> None:
+    """Do the tasks, and report each.
+
+    Args:
+        work_on: Does one, and returns its tokens.
+        tasks: What is left to do.
+        total: Bytes of these tasks and of those that were done before.
+        tokens: Of those that were done before.
+        work: Who hears of it.
+        pool: From ``workers``; None does them in this process.
+    """
+    done = total - sum(task.bytes for task in tasks)
+    work.report(done, total, tokens)
+    if pool is None:
+        for task in tasks:
+            tokens, done = tokens + work_on(task), done + task.bytes
+            work.report(done, total, tokens)
+        return
+    futures: dict[Future[int], Task] = {pool.submit(work_on, task): task for task in tasks}
+    for future in as_completed(futures):
+        tokens, done = tokens + future.result(), done + futures[future].bytes
+        work.report(done, total, tokens)
 
 
 def do(
@@ -91,7 +120,8 @@ def do(
     task: Task,
 ) -> int:
     """Tokenize one task into its shards, then write its record; return its tokens."""
-    tokenizer, encode = _loaded(json.dumps(record), vocab_dir, fast)
+    tokenizer, bulk = _loaded(json.dumps(record), vocab_dir)
+    encode = bulk if fast and bulk else tokenizer.encode
     ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
     writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", dtype_of(tokenizer)) for s in SPLITS}
     try:
@@ -103,8 +133,7 @@ def do(
                 ids = encode(text)
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
-                size = len(text.encode("utf-8", errors="replace"))
-                writers[split].add(ids.astype(np.uint32), size, int(finishes), mended)
+                writers[split].add(ids, len(text.encode()), int(finishes), mended)
                 mended = 0
         shards = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
@@ -117,10 +146,10 @@ def do(
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(record: str, vocab_dir: str | None, fast: bool) -> tuple[Tokenizer, Encode]:
-    """Keep a worker's tokenizer, and what encodes for it, from task to task."""
+def _loaded(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
+    """Keep a worker's tokenizer, and the faster encoder where there is one, from task to task."""
     tokenizer = load_tokenizer(json.loads(record), vocab_dir)
-    return tokenizer, (bulk_encoder(tokenizer) if fast else None) or tokenizer.encode
+    return tokenizer, bulk_encoder(tokenizer)
 
 
 def dtype_of(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:

@@ -1,5 +1,6 @@
 """Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
 
+import functools
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -16,7 +17,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 def encodable(text: str) -> str:
     """Replace by "?" what UTF-8 cannot hold: lone surrogates."""
-    return text.encode("utf-8", errors="replace").decode()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
 
 
 class Tokenizer(Protocol):
@@ -227,4 +232,7 @@ def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
         return CharactersTokenizer(record["characters"])
     if record["name"] == "bpe":
         return BPETokenizer(record["trained"])
-    return GPT2Tokenizer(vocab_dir)
+    return _gpt2(vocab_dir)
+
+
+_gpt2 = functools.lru_cache(maxsize=1)(GPT2Tokenizer)  # asked for several times, and a tenth of a second each

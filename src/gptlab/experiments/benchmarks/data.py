@@ -125,7 +125,7 @@ class _Preparation:
             *("data=text", f"data.source='{self.corpus.path}'", "data.column=text", "tokenizer=gpt2"),
             *("data.val_split=documents", f"data.val_fraction={self.val_fraction}", f"data.cache_dir='{cache}'"),
         )
-        (folder,) = (path for path in cache.iterdir() if path.is_dir())
+        (folder,) = (path.parent for path in cache.glob("*/manifest.json"))
         folder.rename(self.prepared)
         shutil.rmtree(cache)
         start = timed("-c", "import gptlab.prepare")

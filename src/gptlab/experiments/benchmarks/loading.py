@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptlab.data.batches import Slice, TrainBatches
+from gptlab.data.batches import Batch, Slice, TrainBatches
 from gptlab.data.order import WindowOrder
-from gptlab.data.shards import TokenStream, load_manifest
+from gptlab.data.shards import load_manifest
+from gptlab.data.streams import Folder, TokenStream
 from gptlab.settings import Settings
 
 WARM_UP = 10  # batches before the clock starts
@@ -36,12 +37,12 @@ class Loading(Settings):
     seed: int
 
 
-def gptlab_batches(todo: Loading) -> Callable[[int], Pair]:
+def gptlab_batches(todo: Loading) -> Callable[[int], Batch]:
     """As a training run without workers gets them."""
     folder = Path(todo.folder)
     manifest = load_manifest(folder)
-    stream = TokenStream(folder, manifest, "train")
-    order = WindowOrder(len(stream), todo.block_size, todo.seed, manifest.fingerprint(), "shuffled", None)
+    stream = TokenStream(Folder(folder), manifest, "train")
+    order = WindowOrder([len(stream)], todo.block_size, todo.seed, manifest.fingerprint(), "shuffled", 1, None)
     return TrainBatches(stream, order, Slice(0, 1, todo.micro_batch_size)).__getitem__
 
 
