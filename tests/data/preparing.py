@@ -45,10 +45,20 @@ def text_values(source: Path, **values) -> dict:
 
 
 def prepare_text(
-    source: Path, tokenizer: str = "bytes", work: Work = ALONE, vocab_size: int | None = None, **values
+    source: Path,
+    tokenizer: str = "bytes",
+    work: Work = ALONE,
+    vocab_size: int | None = None,
+    train_mb: float | None = None,
+    **values,
 ) -> Prepared:
-    named = TokenizerConfig.model_validate({"name": tokenizer, "vocab_dir": None, "vocab_size": vocab_size})
-    return prepare(data_config(**text_values(source, **values)), named, work)
+    return prepare(
+        data_config(**text_values(source, **values)), tokenizer_config(tokenizer, vocab_size, train_mb), work
+    )
+
+
+def tokenizer_config(name: str, vocab_size: int | None = None, train_mb: float | None = None) -> TokenizerConfig:
+    return TokenizerConfig(name=name, vocab_dir=None, vocab_size=vocab_size, train_mb=train_mb)
 
 
 def tokens_on_disk(folder: Path, split: str, dtype: str = "<u2") -> list[int]:

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from preparing import prepare_text
 from tokenizers import Tokenizer
 
 from gptlab.data.tokenizers import BPETokenizer, load_tokenizer, prompt_ids
@@ -63,3 +64,19 @@ def test_a_lone_surrogate_is_replaced(bpe):
 
 def test_training_twice_gives_the_same(bpe):
     assert BPETokenizer.train(CORPUS, vocab_size=280).record() == bpe.record()
+
+
+def test_it_is_trained_on_so_much_text_from_all_over_the_corpus(tmp_path):
+    (tmp_path / "a.txt").write_text("ab" * 500)
+    (tmp_path / "b.txt").write_text("cd" * 500)
+    (tmp_path / "c.txt").write_text("ef" * 5 + "gh" * 495)
+    several = {"tokenizer": "bpe", "vocab_size": 1000, "task_bytes": 900}  # a task for each file
+
+    def knows(prepared, text: str) -> bool:
+        return len(prepared.tokenizer.encode(text)) < len(text)
+
+    whole = prepare_text(tmp_path, **several, cache_dir=str(tmp_path.parent / "whole"), train_mb=1.0)
+    assert all(knows(whole, text) for text in ("abab", "cdcd", "efef", "ghgh"))
+    little = prepare_text(tmp_path, **several, cache_dir=str(tmp_path.parent / "little"), train_mb=30 / 1e6)
+    assert [knows(little, text) for text in ("abab", "cdcd", "efef", "ghgh")] == [True, True, True, False]
+    assert little.folder.name != whole.folder.name

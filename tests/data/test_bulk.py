@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import data_config, text_values
+from preparing import data_config, text_values, tokenizer_config
 
 from gptlab.data import bulk
 from gptlab.data.bulk import bulk_encoder, is_proven
-from gptlab.data.config import TokenizerConfig
 from gptlab.data.preparation import prepare
 from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, GPT2Tokenizer
 
@@ -47,7 +46,7 @@ def test_prepared_bytes_are_the_tokenizer_s_with_and_without_it(tmp_path, monkey
     if lies:  # an encoder that gives other ids must not be used
         monkeypatch.setattr("gptlab.data.preparation.bulk_encoder", lambda _: lambda text: np.zeros(1, dtype=np.uint32))
     config = data_config(**text_values(tmp_path / "text.txt", task_bytes=10**6))
-    prepared = prepare(config, TokenizerConfig(name="gpt2", vocab_dir=None, vocab_size=None))
+    prepared = prepare(config, tokenizer_config("gpt2"))
     text = (tmp_path / "text.txt").read_text()
     expected = [*GPT2Tokenizer(None).encode(text[: int(len(text) * 0.9)]).tolist(), 50256]
     assert np.fromfile(prepared.folder / "train_000000.bin", "<u2").tolist() == expected

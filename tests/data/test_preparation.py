@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import data_config, hashes, prepare_text, state, tokens_on_disk
+from preparing import data_config, hashes, prepare_text, state, tokenizer_config, tokens_on_disk
 
-from gptlab.data.config import TokenizerConfig
 from gptlab.data.corpora import Files
 from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared
@@ -36,7 +35,7 @@ def write(folder: Path, texts: dict[str, str]) -> None:
 
 def prepare_shards(path: Path | None, tokenizer: str = "bytes") -> Prepared:
     config = data_config(corpus="shards", path=path if path is None else str(path))
-    return prepare(config, TokenizerConfig.model_validate({"name": tokenizer, "vocab_dir": None, "vocab_size": None}))
+    return prepare(config, tokenizer_config(tokenizer))
 
 
 def documents_on_disk(folder: Path, split: str) -> set[str]:
@@ -198,8 +197,8 @@ def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
     changes = [{}, {"tokenizer": "characters"}, {"val_fraction": 0.2}, {"task_bytes": 500}]
     changes += [
         {"separator": "before"},
-        {"tokenizer": "bpe", "vocab_size": 260},
-        {"tokenizer": "bpe", "vocab_size": 270},
+        {"tokenizer": "bpe", "vocab_size": 260, "train_mb": 1.0},
+        {"tokenizer": "bpe", "vocab_size": 270, "train_mb": 1.0},
     ]
     by_documents = {"val_split": "documents", "val_fraction": 0.3}
     changes += [by_documents, by_documents | {"split_seed": 2}]

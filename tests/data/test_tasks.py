@@ -30,7 +30,7 @@ from gptlab.data.tasks import Work
 
 if __name__ == "__main__":
     values, workers = json.loads(sys.argv[1]), int(sys.argv[2])
-    tokenizer = TokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None)
+    tokenizer = TokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None, train_mb=None)
     print(prepare(DataConfig.model_validate(values), tokenizer, Work(workers=workers)).folder)
 """
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from preparing import tokenizer_config
 
-from gptlab.data.config import TokenizerConfig
 from gptlab.data.tokenizers import (
     BytesTokenizer,
     CharactersTokenizer,
@@ -111,7 +111,7 @@ def test_a_lone_surrogate_is_replaced_by_a_question_mark(name, gpt2):
 
 def test_characters_are_numbered_in_code_point_order_and_round_trip():
     texts = ["tomato\n", "ünï 👍\0", "Tomato"]
-    tokenizer = build_tokenizer(TokenizerConfig(name="characters", vocab_dir=None, vocab_size=None), texts)
+    tokenizer = build_tokenizer(tokenizer_config("characters"), texts)
     assert tokenizer.characters == "\0\n Tamnotïü👍"
     assert tokenizer.vocab_size == 12
     assert tokenizer.end_of_text is None

@@ -3,7 +3,7 @@
 import base64
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -46,14 +46,14 @@ def is_proven(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[st
         encode: What is to be proven.
         places: Texts from here and there in the corpus.
     """
-    sample = chain(ADVERSARIAL, *(_until(texts, SAMPLE_BYTES // len(places)) for texts in places))
+    sample = chain(ADVERSARIAL, *(until(texts, SAMPLE_BYTES // len(places)) for texts in places))
     return all(np.array_equal(encode(text), tokenizer.encode(text)) for text in sample)
 
 
-def _until(texts: Iterable[str], size: int) -> Iterable[str]:
+def until(texts: Iterable[str], size: float) -> Iterator[str]:
     """Yield texts until ``size`` characters have been seen."""
     for text in texts:
-        yield text[:size]
+        yield text[: int(size)]
         size -= len(text)
         if size <= 0:
             return

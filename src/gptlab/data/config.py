@@ -1,8 +1,8 @@
 """Which text, in which tokens."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.settings import Settings
 
@@ -72,8 +72,16 @@ class TokenizerConfig(Settings):
             "bpe" (trained on the corpus).
         vocab_dir: Folder with GPT-2's vocab.bpe and encoder.json, looked in first.
         vocab_size: Of "bpe": ids, the end of text included; None for the others, where it follows.
+        train_mb: Of "bpe": text that it is trained on, from all over the corpus; None for the others.
     """
 
     name: Literal["bytes", "characters", "gpt2", "bpe"]
     vocab_dir: str | None
     vocab_size: Annotated[int, Field(gt=257)] | None
+    train_mb: PositiveFloat | None
+
+    @model_validator(mode="after")
+    def _bpe_is_trained(self) -> Self:
+        if self.name == "bpe" and (self.vocab_size is None or self.train_mb is None):
+            raise ValueError("tokenizer=bpe needs a size and text to train on: vocab_size=4096 and train_mb=1000")
+        return self

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from gptlab.data.bulk import bulk_encoder, is_proven
+from gptlab.data.bulk import bulk_encoder, is_proven, until
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Corpus, Task, open_corpus
 from gptlab.data.existing import open_shards
@@ -74,7 +75,8 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
 def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> Path:
     """Name the folder by everything that its content depends on."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
-    key = json.dumps([FORMAT, corpus.fingerprint(), tokenizer.name, tokenizer.vocab_size, cut])
+    trained = [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
+    key = json.dumps([FORMAT, corpus.fingerprint(), trained, cut])
     name = f"{config.corpus}-{tokenizer.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return Path(config.cache_dir).expanduser() / name
 
@@ -127,7 +129,11 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     path = folder / TOKENIZER
     if path.exists():
         return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
-    tokenizer = build_tokenizer(config, (document.text for task in tasks for document in corpus.documents(task)))
+    if config.train_mb is None:
+        texts = (document.text for task in tasks for document in corpus.documents(task))
+    else:
+        texts = (text for place in _places(corpus, tasks) for text in until(place, config.train_mb * 1e6 / len(tasks)))
+    tokenizer = build_tokenizer(config, texts)
     write_durably(path, json.dumps(tokenizer.record()))
     return tokenizer
 
@@ -171,14 +177,17 @@ def _clear(folder: Path) -> None:
     (folder / TOKENIZER).unlink(missing_ok=True)
 
 
+def _places(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
+    """Begin to read the texts of every task."""
+    return [(document.text for document in corpus.documents(task)) for task in tasks]
+
+
 def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
     """Whether gigatoken is there and gives the same ids as the tokenizer all over the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
-    places = tasks[:: -(-len(tasks) // PLACES)]
-    samples = [(document.text for document in corpus.documents(task)) for task in places]
-    if is_proven(tokenizer, encode, samples):
+    if is_proven(tokenizer, encode, _places(corpus, tasks[:: -(-len(tasks) // PLACES)])):
         log.info("gigatoken gives the same ids on a sample of the corpus, and encodes it.")
         return True
     log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")

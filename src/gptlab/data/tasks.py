@@ -53,7 +53,7 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
         return
     forkserver = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
-    context.set_forkserver_preload([__name__, *filter(None, [_main_module()])])
+    context.set_forkserver_preload(_imports())
     life, ours = context.Pipe(duplex=False)
     about = (life, json.dumps(tokenizer.record()), vocab_dir)
     with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:
@@ -67,9 +67,13 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
             raise
 
 
-def _main_module() -> str | None:
-    """Name the program that runs, which every worker imports again (multiprocessing's programming guidelines)."""
-    return getattr(sys.modules["__main__"].__spec__, "name", None)
+def _imports() -> list[str]:
+    """Name what workers are to have imported: what they need, and what else of ours the program that runs has.
+
+    A worker imports that program again (multiprocessing's programming guidelines). torch is left out: no task needs it.
+    """
+    ours = [name for name in sys.modules if name.startswith("gptlab.")]
+    return [__name__] if "torch" in sys.modules else ours
 
 
 def _begin_worker(life: Connection, record: str, vocab_dir: str | None) -> None:

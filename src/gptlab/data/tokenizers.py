@@ -211,15 +211,19 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Build the tokenizer that ``config`` names; ``texts`` is read only by those that are made from the corpus."""
+    """Build the tokenizer that ``config`` names.
+
+    Args:
+        config: Which.
+        texts: Of the corpus: all for "characters", those to train on for "bpe"; the others do not read them.
+    """
     if config.name == "characters":
         found: set[str] = set()
         for text in texts:
             found.update(text)
         return CharactersTokenizer("".join(sorted(found)))
     if config.name == "bpe":
-        if config.vocab_size is None:
-            raise UserError("tokenizer=bpe needs its size: tokenizer.vocab_size=4096")
+        assert config.vocab_size is not None  # noqa: S101  (what the settings guarantee)
         return BPETokenizer.train(texts, config.vocab_size)
     return load_tokenizer({"name": config.name}, config.vocab_dir)
 
