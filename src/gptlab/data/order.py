@@ -123,10 +123,10 @@ class WindowOrder:
         """Tell which tokens, from one to another, are read from ``position`` on, the first ones first.
 
         In the order "block" they are those of this block and the next one, in the order "sequential" about as many;
-        shuffled, all.
+        shuffled, all that are used.
         """
         epoch, index = divmod(position, self.windows)
-        total = int(self.ends[-1])
+        total = int(self.ends[-1]) if self.moves else self.windows * self.block_size + 1
         if self.order == "shuffled":
             return [(0, total)]
         if self.order == "sequential":
