@@ -168,7 +168,7 @@ class RemoteFolder:
 
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
+            wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
             retry=tenacity.retry_if_exception(_may_pass),
             before_sleep=tell,
             reraise=True,
