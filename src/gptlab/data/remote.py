@@ -122,7 +122,7 @@ class RemoteFolder:
         if not path.exists():
             for left in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-            self._make_room(self.sizes[shard.file])
+            self._make_room(shard)
             log.info("Fetching %s/%s, %.1f MB.", self.url, shard.file, self.sizes[shard.file] / 1e6)
             self._get(shard.file, path, shard)
         os.utime(path)  # used now
@@ -130,7 +130,7 @@ class RemoteFolder:
 
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
         """Fetch a file beside its place, check it, and put it there."""
-        unfinished, wrong = path.with_name(f".{path.name}.{os.getpid()}"), set[str]()
+        unfinished, wrong = _unfinished(path), set[str]()
         try:
             self._again_and_again(name, lambda: self._fetch(name, unfinished, shard, wrong))
             unfinished.replace(path)
@@ -180,8 +180,8 @@ class RemoteFolder:
         except Exception as error:
             raise UserError(f"{self.url}/{name} could not be fetched: {_reason(error)}.") from error
 
-    def _make_room(self, size: int) -> None:
-        """Remove the shards that were not used for longest, until ``size`` bytes more are within the limit."""
+    def _make_room(self, shard: Shard) -> None:
+        """Remove the shards that were not used for longest until ``shard`` fits, and have others count it as well."""
         with self._lock("room"):
             kept = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
@@ -189,18 +189,24 @@ class RemoteFolder:
             )
             coming = {path.name[1:].rpartition(".")[0] for path in self.folder.glob(".*.*")}
             used = sum(self.sizes[path.name] for path in kept) + sum(self.sizes.get(name, 0) for name in coming)
+            used += self.sizes[shard.file]
             for path in kept:
-                if used + size <= self.limit:
-                    return
+                if used <= self.limit:
+                    break
                 try:
                     with self._lock(path.name).acquire(blocking=False):
                         path.unlink(missing_ok=True)  # whoever has it open reads on
                         used -= self.sizes[path.name]
                 except Timeout:
                     continue  # it is being opened
+            _unfinished(self.folder / shard.file).touch()
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _size(manifest: Manifest, shard: Shard) -> int:
