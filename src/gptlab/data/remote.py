@@ -66,10 +66,12 @@ class RemoteFolder:
                 f"{self.url}/{MANIFEST} names {elsewhere[0]}, which does not lie beside it. It describes files of "
                 "another machine: write them anew with python -m gptlab.prepare convert=..., or prepare them there."
             )
-        # by content: what two URLs hold alike is kept once, and other shards never take the place of these
-        self.folder = cache_dir / f"remote-{self.manifest.fingerprint()[:12]}"
+        # by content: what two URLs hold alike is kept once, and other shards never take the place of these, nor the
+        # same ones under other names, which have the same fingerprint
+        content = self.manifest.model_dump_json(indent=2) + "\n"
+        self.folder = cache_dir / f"remote-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        write_durably(self.folder / MANIFEST, self.manifest.model_dump_json(indent=2) + "\n")
+        write_durably(self.folder / MANIFEST, content)
         self._ahead: queue.Queue[Sequence[Shard]] = queue.Queue()
         self._fetcher = 0  # the process whose thread fetches ahead
 
