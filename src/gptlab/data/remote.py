@@ -46,13 +46,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, cache_dir: Path, limit: float) -> None:
-        parts = urlsplit(url)
-        if parts.password or parts.query:
-            raise UserError(
-                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
-                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
-                "HF_TOKEN."
-            )
+        _check_no_secret(url)
         self.url, self.limit = url.rstrip("/"), limit
         with tempfile.TemporaryDirectory() as folder:
             self._get(MANIFEST, Path(folder) / MANIFEST)
@@ -205,6 +199,21 @@ class RemoteFolder:
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
+
+
+def _check_no_secret(url: str) -> None:
+    for link in url.split("::"):  # of a chain, as in simplecache::https://...
+        try:
+            parts = urlsplit(link)
+        except ValueError:
+            raise UserError("data.path= has :// in it and is no URL.") from None
+        token = parts.scheme in ("http", "https") and parts.username
+        if parts.password or parts.query or token:
+            raise UserError(
+                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
+                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
+                "HF_TOKEN."
+            )
 
 
 def _unfinished(path: Path) -> Path:
