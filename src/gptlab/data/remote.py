@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
 SUFFIXES = (".bin", ".npy")  # of shards
+DENIED = (401, 403)  # statuses of HTTP that will not change by asking again
 SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 
 
@@ -242,7 +243,8 @@ def _may_pass(error: BaseException) -> bool:
     """Whether to try again: not where the answer was no, or where the fault is on this side."""
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, Exception) and not isinstance(error, lasting) and not full
+    denied = getattr(error, "status", None) in DENIED
+    return isinstance(error, Exception) and not isinstance(error, lasting) and not full and not denied
 
 
 def _reason(error: BaseException | None) -> str:
