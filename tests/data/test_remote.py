@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from preparing import data_config, write_shards
-from serving import read_all, served
 from torch.utils.data import DataLoader
 
 from gptlab.data import remote
@@ -30,6 +29,7 @@ from gptlab.data.prepared import Prepared, verify
 from gptlab.data.remote import RemoteFolder
 from gptlab.data.streams import Folder, TokenStream
 from gptlab.errors import UserError
+from serving import read_all, served
 
 EACH = 4000  # tokens of a shard
 SIZE = 2 * EACH  # its bytes
@@ -142,7 +142,10 @@ def test_shards_of_the_same_names_and_tokens_in_other_files_are_kept_apart(tmp_p
 def test_a_remote_folder_travels_to_another_process(server, cache):
     store = RemoteFolder(server.url, cache, ROOM)
     store.expect([])
-    check_tokens(pickle.loads(pickle.dumps(store)))  # noqa: S301
+    there = pickle.loads(pickle.dumps(store))  # noqa: S301
+    there.expect(store.manifest.splits["val"])
+    wait_for(lambda: set(files(there)) == {"val_000000.bin"})
+    check_tokens(there)
 
 
 # --- what goes wrong on the way
