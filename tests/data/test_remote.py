@@ -118,6 +118,25 @@ def test_what_is_there_is_not_fetched_again(server, cache):
     assert server.requests == {"manifest.json": 2} | {name(n): 1 for n in range(8)}
 
 
+def test_a_fetched_shard_is_whole_and_on_the_disk_before_it_has_its_name(server, cache, monkeypatch):
+    events = []
+
+    def fsync(descriptor, fsync=os.fsync):
+        events.append(("synced", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        return fsync(descriptor)
+
+    def replace(path, target, replace=Path.replace):
+        events.append(("renamed", path.stat().st_ino, path.stat().st_size))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    store = RemoteFolder(server.url, cache, ROOM)
+    with store.open(store.manifest.splits["train"][0]) as file:
+        of_file = [(event, size) for event, inode, size in events if inode == os.fstat(file.fileno()).st_ino]
+    assert of_file == [("synced", SIZE), ("renamed", SIZE)]
+
+
 def test_shards_with_a_header_are_read_behind_it_and_hashed_without_it(tmp_path, cache):
     write_shards(tmp_path / "headed", PIECES, dtype="uint32", header=b"\x07" * 1024)
     with served(tmp_path / "headed") as server:
