@@ -71,10 +71,12 @@ def served(folder: Path) -> Iterator[Served]:
     with Served(folder) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield server
-        server.gate.set()
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.gate.set()
+            server.shutdown()
+            thread.join()
 
 
 def read_all(url, cache, together, results) -> None:

@@ -12,7 +12,9 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,24 @@ def wait_for(condition, seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
+
+
+@contextmanager
+def again_and_again(look) -> Iterator[None]:
+    """Look from another thread, all the time."""
+    stop = threading.Event()
+
+    def repeat():
+        while not stop.is_set():
+            look()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def check_tokens(store: RemoteFolder) -> None:
@@ -197,19 +217,11 @@ def test_a_shard_that_is_another_one_there_is_never_used(server, cache):
     data[-1] ^= 1
     found = hashlib.sha256(data).hexdigest()
     sentence = f"{name(3)} could not be fetched: what came has the SHA-256 {found}, not {shard.sha256}."
-    stop, seen = threading.Event(), set()
-
-    def watch():
-        while not stop.is_set():
-            seen.update(files(store))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for _ in range(2):
-        with pytest.raises(UserError, match=f"{re.escape(sentence)}$"):
-            stream.read([3 * EACH - 1], 2)
-    stop.set()
-    watcher.join()
+    seen = set()
+    with again_and_again(lambda: seen.update(files(store))):
+        for _ in range(2):
+            with pytest.raises(UserError, match=f"{re.escape(sentence)}$"):
+                stream.read([3 * EACH - 1], 2)
     assert server.requests[name(3)] == 4  # twice the same is no accident
     assert name(3) not in seen
     assert set(files(store)) == {name(n) for n in range(3)}
@@ -311,20 +323,12 @@ def test_over_epochs_of_blocks_the_folder_keeps_to_its_limit(origin, server, cac
     store = RemoteFolder(server.url, cache, limit)
     local = TokenStream(Folder(origin), store.manifest, "train")
     batches, expected = (TrainBatches(stream, order, Slice(0, 1, 13)) for stream in (stream_of(store), local))
-    stop, most = threading.Event(), []
-
-    def watch():
-        while not stop.is_set():
-            most.append(sum(files(store).values()))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for number in range(2 * order.windows // 13):
-        assert batches[number].idx.equal(expected[number].idx)
-        most.append(sum(files(store).values()))
-    stop.set()
-    watcher.join()
-    assert max(most) == limit
+    taken = []
+    with again_and_again(lambda: taken.append(sum(files(store).values()))):
+        for number in range(2 * order.windows // 13):
+            assert batches[number].idx.equal(expected[number].idx)
+            taken.append(sum(files(store).values()))
+    assert max(taken) == limit
     fetched = [server.requests[name(n)] for n in range(8)]
     assert min(fetched) >= 1
     assert sum(fetched) > 8  # what was removed came again
