@@ -254,11 +254,12 @@ def test_a_server_that_is_not_there_is_given_up_after_the_attempts(cache, monkey
     ]
 
 
-def test_a_protocol_that_nothing_opens_is_told(cache):
+def test_a_protocol_that_nothing_opens_is_told_at_once(cache, caplog):
     with pytest.raises(UserError, match=r"^nosuch://x/manifest\.json could not be fetched: Protocol not known: nosuch"):
         RemoteFolder("nosuch://x", cache, ROOM)
     with pytest.raises(UserError, match=r"^s3://bucket/x/manifest\.json could not be fetched: Install s3fs"):
         RemoteFolder("s3://bucket/x", cache, ROOM)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"\xff\xfe\x00"])
