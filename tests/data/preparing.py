@@ -8,6 +8,7 @@ import numpy as np
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared
+from gptlab.data.shards import Manifest, Shard
 from gptlab.data.tasks import Work
 
 ALONE = Work(workers=1)  # in this process, where tests can change things
@@ -73,3 +74,20 @@ def hashes(folder: Path) -> dict[str, str]:
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Which files there are, and when they were written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def write_shards(folder: Path, train, val=(), dtype: str = "uint16", header: bytes = b"") -> Manifest:
+    """Write one shard of each sequence of tokens, and their manifest, by hand."""
+    folder.mkdir(exist_ok=True)
+    splits: dict[str, list[Shard]] = {"train": [], "val": []}
+    for split, pieces in (("train", train), ("val", val)):
+        for number, tokens in enumerate(pieces):
+            path, data = folder / f"{split}_{number:06d}.bin", np.array(tokens, np.dtype(dtype).newbyteorder("<"))
+            path.write_bytes(header + data.tobytes())
+            sizes = {"tokens": len(tokens), "bytes": len(tokens), "documents": 1, "offset": len(header)}
+            splits[split].append(Shard(file=path.name, sha256=hashlib.sha256(data.tobytes()).hexdigest(), **sizes))
+    manifest = Manifest(
+        format=1, origin="here", tokenizer={"name": "bytes"}, vocab_size=257, dtype=dtype, splits=splits
+    )
+    manifest.save(folder)
+    return manifest

@@ -75,8 +75,8 @@ def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, order, tmp_path):
-    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4))
-    batches[0]  # the maps that this process has open are no hindrance
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4), border=int(tokens[1000]))
+    batches[0]  # the files that this process has open are no hindrance
 
     def first(workers):
         loader = DataLoader(batches, batch_size=None, sampler=count(5), num_workers=workers)
@@ -88,6 +88,7 @@ def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, ord
         for batch in (one, other):
             assert torch.equal(batch.idx, expected.idx)
             assert torch.equal(batch.targets, expected.targets)
+            assert torch.equal(batch.documents, expected.documents)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,8 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
     for rank in range(world_size):
         batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size))
         assert len(batches) == -(-windows // (world_size * micro_batch_size))
-        for idx, targets, _ in DataLoader(batches, batch_size=None):
+        for idx, targets, documents in DataLoader(batches, batch_size=None):
+            assert documents is None
             assert idx.shape == targets.shape == (micro_batch_size, BLOCK_SIZE)
             for inputs, following in zip(idx.tolist(), targets.tolist(), strict=True):
                 if set(following) == {-100}:
@@ -125,6 +127,29 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
                     assert following[:-1] == inputs[1:]
     assert sorted(scored) == sorted(tuple(tokens[start : start + BLOCK_SIZE + 1].tolist()) for start in starts)
     assert unscored == len(batches) * world_size * micro_batch_size - windows
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_documents_are_numbered_by_the_borders_of_each_sequence(tmp_path, evaluation):
+    tokens = np.random.default_rng(1).integers(0, 6, size=2000).astype(np.uint32)  # every sixth is a border
+    stream = stream_of(tokens, tmp_path)
+    order = WindowOrder([2000], BLOCK_SIZE, 3, "data", "shuffled", 1, None)
+    for border in (4, 17):  # the second is nowhere
+        if evaluation:
+            batches = EvaluationBatches(
+                stream, evaluation_starts(2000, BLOCK_SIZE, 15), BLOCK_SIZE, Slice(0, 1, 8), border
+            )
+        else:
+            batches = TrainBatches(stream, order, Slice(1, 2, 8), border)
+        for number in range(2):
+            idx, _, documents = batches[number]
+            for row, found in zip(idx.tolist(), documents.tolist(), strict=True):
+                expected, document = [], 0
+                for token in row:
+                    document += token == border  # which begins the next
+                    expected.append(document)
+                assert found == expected
+    assert batches[0].documents.max() == 0
 
 
 def test_evaluation_batches_end(tokens, tmp_path):

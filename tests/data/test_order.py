@@ -1,4 +1,6 @@
+import hashlib
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -175,3 +177,166 @@ def test_a_limited_evaluation_is_spread_evenly_over_the_stream(count):
     np.testing.assert_array_equal(starts % 8, 0)
     gaps = np.diff([*starts, 1000]) // 8  # to the next one, and from the last to the end
     assert set(gaps.tolist()) <= {125 // count, -(-125 // count)}
+
+
+# --- the order "sequential", and the order "block" against its definition in plain Python
+
+
+def order_of(shards, block_size, order, block_shards=1, limit_windows=None) -> WindowOrder:
+    return WindowOrder(
+        shards,
+        block_size,
+        seed=5,
+        fingerprint="data",
+        order=order,
+        block_shards=block_shards,
+        limit_windows=limit_windows,
+    )
+
+
+def draw(purpose: str, epoch: int) -> int:
+    """64 bits of the run of ``order_of``."""
+    digest = hashlib.blake2b(f"data\0005\0{purpose}\0{epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def permuted(items: list, key: int) -> list:
+    return [items[permute_one(i, len(items), key)] for i in range(len(items))]
+
+
+def blocks_of(shards, block_size, block_shards, epoch) -> list[list[tuple[int, int]]]:
+    """An epoch's blocks, each a list of windows: the number of the shard and the start in the stream."""
+    offset = draw("offset", epoch) % block_size
+    windows: dict[int, list[tuple[int, int]]] = {}
+    for number, tokens in enumerate(shards):
+        begin = sum(shards[:number])
+        # as many as fit at the largest offset, T - 1, with one token more for the last target
+        fitting = [w for w in range(tokens) if block_size - 1 + (w + 1) * block_size + 1 <= tokens]
+        if fitting:
+            windows[number] = [(number, begin + offset + w * block_size) for w in fitting]
+    sequence = permuted(list(windows), draw("shards", epoch))
+    blocks = [sequence[i : i + block_shards] for i in range(0, len(sequence), block_shards)]
+    return [
+        permuted([window for number in block for window in windows[number]], draw(f"block {b}", epoch))
+        for b, block in enumerate(blocks)
+    ]
+
+
+CASES = [
+    ([100] * 12, 8, 4),
+    ([100, 40, 0, 333, 15, 16, 90, 1, 64, 200, 17], 8, 3),  # 0, 1 and 15 tokens are too short for a window
+    ([15, 15, 50, 15, 15, 15, 50, 15], 8, 1),
+    ([70, 80, 90], 8, 10),
+    ([500], 8, 4),
+    ([40, 50, 60, 70], 1, 2),
+]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+@pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
+def test_blocks_are_read_as_they_are_defined(shards, block_size, block_shards, epoch):
+    order = order_of(shards, block_size, "block", block_shards)
+    expected = [window for block in blocks_of(shards, block_size, block_shards, epoch) for window in block]
+    assert order.windows == len(expected)
+    starts = order.starts(np.arange(epoch * order.windows, (epoch + 1) * order.windows))
+    assert starts.tolist() == [start for _, start in expected]
+    owners = np.searchsorted(np.cumsum(shards), starts, side="right").tolist()
+    assert owners == [number for number, _ in expected]
+    ends = np.cumsum(shards)[owners]
+    assert (starts + block_size + 1 <= ends).all()  # the last target is in the same shard
+
+
+@pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
+def test_an_epoch_of_blocks_reads_each_window_once_and_no_epoch_is_like_another(shards, block_size, block_shards):
+    order = order_of(shards, block_size, "block", block_shards)
+    epochs = order.starts(np.arange(20 * order.windows)).reshape(20, -1)
+    begins, offsets = np.cumsum([0, *shards]), {}
+    for number, epoch in enumerate(epochs):
+        assert len(set(epoch.tolist())) == order.windows
+        cuts = epoch - begins[np.searchsorted(begins, epoch, side="right") - 1]
+        offsets[number] = set((cuts % block_size).tolist())
+        assert len(offsets[number]) == 1  # one offset for all shards
+    assert len({epoch.tobytes() for epoch in epochs}) == 20
+    if block_size > 1:
+        assert len(set().union(*offsets.values())) > 4  # of 20 draws out of 8
+
+
+def test_a_block_shuffles_its_shards_together():
+    shards, block_shards = [808] * 9, 3  # 100 windows each
+    order = order_of(shards, 8, "block", block_shards)
+    of_shard = order.starts(np.arange(3 * order.windows)) // 808
+    for block in of_shard.reshape(9, 300):
+        assert np.bincount(block, minlength=9).tolist().count(100) == 3  # exactly three shards, whole
+        changes = (block[1:] != block[:-1]).mean()
+        assert changes > 0.55  # 2/3 are expected of three shards mixed well
+    sequences = of_shard.reshape(3, 3, 300)
+    assert len({tuple(sorted(set(epoch[0].tolist()))) for epoch in sequences}) > 1  # other shards are put together
+
+
+@pytest.mark.parametrize("name", ["sequential", "block"])
+def test_in_every_order_a_window_is_a_function_of_its_position_alone(name):
+    shards = [100, 40, 0, 333, 15, 16, 90]
+    order = order_of(shards, 8, name, 2)
+    positions = np.arange(4 * order.windows)
+    whole = order.starts(positions)
+    for size in (1, 7, 100):
+        pieces = [order.starts(positions[i : i + size]) for i in range(0, len(positions), size)]
+        np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    shuffled = np.random.default_rng(0).permutation(len(positions))
+    np.testing.assert_array_equal(order_of(shards, 8, name, 2).starts(shuffled), whole[shuffled])
+
+
+def test_sequential_windows_follow_each_other_from_each_epochs_offset_on():
+    order = order_of([300, 0, 703], 8, "sequential")
+    assert order.windows == max(w for w in range(1003) if 7 + w * 8 + 1 <= 1003)
+    for epoch in range(5):
+        starts = order.starts(np.arange(epoch * order.windows, (epoch + 1) * order.windows))
+        assert starts.tolist() == [i * 8 + draw("offset", epoch) % 8 for i in range(order.windows)]
+
+
+@pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
+def test_what_is_ahead_of_a_position_in_a_block_are_the_shards_of_it_and_of_the_next(shards, block_size, block_shards):
+    order = order_of(shards, block_size, "block", block_shards)
+    blocks = [block for epoch in range(3) for block in blocks_of(shards, block_size, block_shards, epoch)]
+    position = 0
+    for block, following in pairwise(blocks):
+        here, there = ({number for number, _ in windows} for windows in (block, following))
+        for _ in block:
+            ahead = order.ahead(position)
+            named = [int(np.searchsorted(np.cumsum(shards), begin, side="right")) for begin, _ in ahead]
+            assert [(sum(shards[:n]), sum(shards[: n + 1])) for n in named] == ahead  # whole shards
+            assert (set(named[: len(here)]), set(named[len(here) :])) == (here, there)  # in this sequence
+            position += 1
+
+
+@pytest.mark.parametrize(("name", "limit"), [("sequential", None), ("shuffled", None), ("shuffled", 5), ("block", 5)])
+def test_what_is_ahead_holds_the_windows_that_follow(name, limit):
+    shards, block_shards = [100, 40, 60, 333, 16, 90], 2
+    order = order_of(shards, 8, name, block_shards, limit)
+    total = sum(shards)
+    for position in range(2 * order.windows):
+        ((begin, end),) = order.ahead(position)
+        left = order.windows - position % order.windows
+        if name == "sequential":  # two blocks of shards of the mean length, or what is left of the epoch
+            left = min(left, 2 * block_shards * total // len(shards) // 8 - 1)
+        starts = order.starts(np.arange(position, position + left))
+        assert begin <= starts.min()
+        assert starts.max() + 8 + 1 <= end <= total
+        if limit is not None:
+            assert end == starts.max() + 8 + 1 or left < limit
+            assert end <= 5 * 8 + 1
+
+
+@pytest.mark.parametrize("limit", [1, 5, 10_000])
+def test_limited_blocks_are_the_first_windows_of_the_stream(limit):
+    shards = [10, 40, 333, 100]
+    order = order_of(shards, 8, "block", 2, limit)
+    assert order.windows == min(limit, (sum(shards) - 8) // 8)
+    epochs = np.sort(order.starts(np.arange(5 * order.windows)).reshape(5, -1), axis=1)
+    np.testing.assert_array_equal(epochs, np.tile(8 * np.arange(order.windows), (5, 1)))
+
+
+def test_blocks_of_shards_that_are_all_too_short_are_refused():
+    with pytest.raises(ValueError, match="15 tokens are fewer than two windows of 8"):
+        order_of([15, 3, 15, 0], 8, "block")
+    assert order_of([15, 3, 16, 0], 8, "block").windows == 1

@@ -20,6 +20,11 @@ from gptlab.errors import UserError
 TEXTS = {f"{n:02d}.txt": f"Document {n}: " + "naïve 👍 text. " * (n % 7) for n in range(40)} | {"empty.txt": ""}
 
 
+@pytest.fixture(autouse=True)
+def _somewhere_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where settings without a cache_dir of their own leave what they remember
+
+
 @pytest.fixture
 def source(tmp_path) -> Path:
     folder = tmp_path / "source"

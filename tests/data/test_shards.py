@@ -1,7 +1,6 @@
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 
 from gptlab.data.shards import Manifest, ShardWriter, load_manifest, load_shards
-from gptlab.data.streams import Folder, TokenStream
 from gptlab.errors import UserError
 
 DOCUMENTS = [np.random.default_rng(n).integers(0, 60_000, size=1 + n * 7 % 40).astype(np.uint32) for n in range(30)]
@@ -93,37 +91,6 @@ def test_a_shard_and_a_manifest_are_on_the_disk_before_they_have_their_names(tmp
         of_file = [(event, size) for event, inode, size in events if inode == path.stat().st_ino]
         assert of_file == [("synced", path.stat().st_size), ("renamed", path.stat().st_size)]
     assert len(list(tmp_path.iterdir())) == 10
-
-
-@pytest.mark.parametrize("documents_each", [1, 4, 30])
-def test_a_stream_reads_shards_as_one_array(tmp_path, documents_each):
-    manifest = write(tmp_path, documents_each=documents_each)
-    stream = TokenStream(Folder(tmp_path), manifest, "train")
-    assert len(stream) == manifest.tokens("train") == len(TOKENS)
-    for length in (1, 9, 130, len(TOKENS)):  # 130 tokens cross a border or more of shards of four documents
-        starts = np.arange(len(TOKENS) - length + 1)
-        expected = np.lib.stride_tricks.sliding_window_view(TOKENS, length)
-        rows = stream.read(starts, length)
-        assert rows.dtype == np.int64
-        np.testing.assert_array_equal(rows, expected)
-    np.testing.assert_array_equal(stream.read([40, 3], 20), [TOKENS[40:60], TOKENS[3:23]])
-
-
-def test_the_two_splits_are_two_streams(tmp_path):
-    manifest = write(tmp_path)
-    val = TokenStream(Folder(tmp_path), manifest, "val")
-    expected = np.concatenate(DOCUMENTS[-3:])
-    assert len(val) == manifest.tokens("val") == len(expected)
-    np.testing.assert_array_equal(val.read([0], len(expected))[0], expected)
-
-
-def test_a_stream_travels_to_another_process_without_its_maps(tmp_path):
-    stream = TokenStream(Folder(tmp_path), write(tmp_path, documents_each=30), "train")
-    stream.read([0], 5)
-    data = pickle.dumps(stream)
-    (shard,) = tmp_path.glob("train_*.bin")
-    assert shard.read_bytes()[:64] not in data
-    np.testing.assert_array_equal(pickle.loads(data).read([7], 9)[0], TOKENS[7:16])  # noqa: S301
 
 
 def test_the_fingerprint_is_of_the_tokens_and_the_tokenizer_and_not_of_the_place(tmp_path):

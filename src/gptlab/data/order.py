@@ -100,6 +100,7 @@ class WindowOrder:
         self.ends = np.cumsum(shards if self.order == "block" else [sum(shards)], dtype=np.int64)
         self.begins = np.concatenate(([0], self.ends[:-1]))
         self.fitting = np.maximum(self.ends - self.begins - block_size, 0) // block_size
+        self.usable = np.flatnonzero(self.fitting)  # shards that hold a window
         self.windows = int(self.fitting.sum())
         if limit_windows is not None:
             self.windows = min(self.windows, limit_windows)
@@ -122,10 +123,10 @@ class WindowOrder:
         """Tell which tokens, from one to another, are read from ``position`` on, the first ones first.
 
         In the order "block" they are those of this block and the next one, in the order "sequential" about as many;
-        shuffled, all.
+        shuffled, all that are used.
         """
         epoch, index = divmod(position, self.windows)
-        total = int(self.ends[-1])
+        total = int(self.ends[-1]) if self.moves else self.windows * self.block_size + 1
         if self.order == "shuffled":
             return [(0, total)]
         if self.order == "sequential":
@@ -161,7 +162,7 @@ class WindowOrder:
         return self._latest[1]
 
     def _new_sequence(self, epoch: int) -> ShardSequence:
-        shards = self._permute(np.arange(len(self.fitting)), len(self.fitting), "shards", epoch)
+        shards = self.usable[self._permute(np.arange(len(self.usable)), len(self.usable), "shards", epoch)]
         ends = np.cumsum(self.fitting[shards])
         lasts = range(self.block_shards - 1, len(ends) + self.block_shards - 1, self.block_shards)
         return ShardSequence(shards, ends, ends[np.minimum(lasts, len(ends) - 1)])

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
 SUFFIXES = (".bin", ".npy")  # of shards
+DENIED = (401, 403)  # statuses of HTTP that will not change by asking again
 SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 
 
@@ -46,13 +47,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, cache_dir: Path, limit: float) -> None:
-        parts = urlsplit(url)
-        if parts.password or parts.query:
-            raise UserError(
-                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
-                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
-                "HF_TOKEN."
-            )
+        _check_no_secret(url)
         self.url, self.limit = url.rstrip("/"), limit
         with tempfile.TemporaryDirectory() as folder:
             self._get(MANIFEST, Path(folder) / MANIFEST)
@@ -66,10 +61,12 @@ class RemoteFolder:
                 f"{self.url}/{MANIFEST} names {elsewhere[0]}, which does not lie beside it. It describes files of "
                 "another machine: write them anew with python -m gptlab.prepare convert=..., or prepare them there."
             )
-        # by content: what two URLs hold alike is kept once, and other shards never take the place of these
-        self.folder = cache_dir / f"remote-{self.manifest.fingerprint()[:12]}"
+        # by content: what two URLs hold alike is kept once, and other shards never take the place of these, nor the
+        # same ones under other names, which have the same fingerprint
+        content = self.manifest.model_dump_json(indent=2) + "\n"
+        self.folder = cache_dir / f"remote-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        write_durably(self.folder / MANIFEST, self.manifest.model_dump_json(indent=2) + "\n")
+        write_durably(self.folder / MANIFEST, content)
         self._ahead: queue.Queue[Sequence[Shard]] = queue.Queue()
         self._fetcher = 0  # the process whose thread fetches ahead
 
@@ -122,7 +119,7 @@ class RemoteFolder:
         if not path.exists():
             for left in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # by a process that was killed
                 left.unlink(missing_ok=True)
-            self._make_room(self.sizes[shard.file])
+            self._make_room(shard)
             log.info("Fetching %s/%s, %.1f MB.", self.url, shard.file, self.sizes[shard.file] / 1e6)
             self._get(shard.file, path, shard)
         os.utime(path)  # used now
@@ -130,7 +127,7 @@ class RemoteFolder:
 
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
         """Fetch a file beside its place, check it, and put it there."""
-        unfinished, wrong = path.with_name(f".{path.name}.{os.getpid()}"), set[str]()
+        unfinished, wrong = _unfinished(path), set[str]()
         try:
             self._again_and_again(name, lambda: self._fetch(name, unfinished, shard, wrong))
             unfinished.replace(path)
@@ -168,7 +165,7 @@ class RemoteFolder:
 
         attempts = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT),
+            wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
             retry=tenacity.retry_if_exception(_may_pass),
             before_sleep=tell,
             reraise=True,
@@ -180,8 +177,8 @@ class RemoteFolder:
         except Exception as error:
             raise UserError(f"{self.url}/{name} could not be fetched: {_reason(error)}.") from error
 
-    def _make_room(self, size: int) -> None:
-        """Remove the shards that were not used for longest, until ``size`` bytes more are within the limit."""
+    def _make_room(self, shard: Shard) -> None:
+        """Remove the shards that were not used for longest until ``shard`` fits, and have others count it as well."""
         with self._lock("room"):
             kept = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
@@ -189,18 +186,39 @@ class RemoteFolder:
             )
             coming = {path.name[1:].rpartition(".")[0] for path in self.folder.glob(".*.*")}
             used = sum(self.sizes[path.name] for path in kept) + sum(self.sizes.get(name, 0) for name in coming)
+            used += self.sizes[shard.file]
             for path in kept:
-                if used + size <= self.limit:
-                    return
+                if used <= self.limit:
+                    break
                 try:
                     with self._lock(path.name).acquire(blocking=False):
                         path.unlink(missing_ok=True)  # whoever has it open reads on
                         used -= self.sizes[path.name]
                 except Timeout:
                     continue  # it is being opened
+            _unfinished(self.folder / shard.file).touch()
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
+
+
+def _check_no_secret(url: str) -> None:
+    for link in url.split("::"):  # of a chain, as in simplecache::https://...
+        try:
+            parts = urlsplit(link)
+        except ValueError:
+            raise UserError("data.path= has :// in it and is no URL.") from None
+        token = parts.scheme in ("http", "https") and parts.username
+        if parts.password or parts.query or token:
+            raise UserError(
+                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
+                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
+                "HF_TOKEN."
+            )
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _size(manifest: Manifest, shard: Shard) -> int:
@@ -225,7 +243,8 @@ def _may_pass(error: BaseException) -> bool:
     """Whether to try again: not where the answer was no, or where the fault is on this side."""
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, Exception) and not isinstance(error, lasting) and not full
+    denied = getattr(error, "status", None) in DENIED
+    return isinstance(error, Exception) and not isinstance(error, lasting) and not full and not denied
 
 
 def _reason(error: BaseException | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, ValidationError, field_validator
+from pydantic import NonNegativeInt, field_validator
 
 from gptlab.errors import UserError
 from gptlab.settings import Settings
@@ -96,7 +96,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's own, or that it is no text
         raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
 
 

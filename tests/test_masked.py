@@ -1,0 +1,61 @@
+"""data.documents=masked, from the command to its numbers."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from gptlab.data.order import evaluation_starts
+from gptlab.model.config import GPTConfig
+from gptlab.model.gpt import GPT
+from test_train import metrics, ran
+
+MASKED = ("data.source=docs.jsonl", "data.column=text", "data.documents=masked")
+END = 256
+
+
+@pytest.fixture
+def author(user):
+    """A user with documents of 5 to 60 bytes."""
+    texts = [f"{n}: the {['cat', 'dog'][n % 2]} has " + "a fish and " * (n % 5) for n in range(800)]
+    (user.folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return user
+
+
+def evaluated(user, directory, *, cut: bool) -> float:
+    """The loss of the evaluation windows, each read as a whole, or cut at its ends of text and each piece by itself."""
+    (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
+    val = np.concatenate([np.fromfile(path, "<u2") for path in sorted(folder.glob("val_*.bin"))]).astype(np.int64)
+    model = GPT(GPTConfig(**yaml.safe_load((directory / "config.yaml").read_text())["model"])).eval()
+    model.load_state_dict(torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    losses = []
+    for start in evaluation_starts(len(val), 32, 10).tolist():
+        window = val[start : start + 33]
+        cuts = [0, *(place for place in range(1, 32) if cut and window[place] == END), 32]
+        for begin, stop in pairwise(cuts):
+            with torch.no_grad():
+                logits = model(torch.tensor(window[None, begin:stop]))[0]
+            losses += F.cross_entropy(logits, torch.tensor(window[begin + 1 : stop + 1]), reduction="none").tolist()
+    assert len(losses) == 320
+    return sum(losses) / len(losses)
+
+
+def test_masked_documents_are_read_as_if_each_were_alone_on_any_number_of_devices(author):
+    ran(author.train("name=one", *MASKED))
+    ran(author.train("name=two", *MASKED, "trainer=ddp", "trainer.devices=2", "train.micro_batch_size=2"))
+    one, two = (author.only_run(name) for name in ("one", "two"))
+    for name in ("train/loss", "val/loss"):
+        assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5), name
+    assert metrics(one, "val/loss")[6] == pytest.approx(evaluated(author, one, cut=True), abs=2e-6)
+    assert abs(evaluated(author, one, cut=False) - evaluated(author, one, cut=True)) > 1e-4
+
+
+def test_tokens_without_an_end_of_text_cannot_be_masked(author):
+    done = author.train(*MASKED, "tokenizer=characters")
+    assert done.returncode == 2
+    assert "data.documents=masked: tokenizer=characters has no end of text" in done.stderr
+    assert "Traceback" not in done.stderr

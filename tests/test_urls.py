@@ -1,0 +1,73 @@
+"""The commands on shards behind a URL, as a user types them."""
+
+import sys
+
+import pytest
+
+from serving import served
+from test_train import metrics, ran
+
+SMALL = ("model=tiny", "model.block_size=32", "train.log_every=1", "train.eval_every=20", "train.eval_windows=10")
+BLOCKS = ("data=shards", "data.order=block", "data.block_shards=2")
+
+
+@pytest.fixture
+def server(user):
+    """The text in 16 shards of train, of 8 kB each."""
+    ran(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "data.task_bytes=4000"))
+    (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
+    with served(folder) as server:
+        yield server
+
+
+def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
+    steps = "train.max_steps=60"  # of 12 windows: through six shards
+    ran(user.python("gptlab.train", "name=local", *BLOCKS, f"data.path={server.folder}", steps, *SMALL))
+    limited = ("data.cache_limit_gb=5e-5", "data.num_workers=1")  # 4 shards of train and those of val fit
+    ran(user.python("gptlab.train", "name=remote", *BLOCKS, f"data.path={server.url}", steps, *limited, *SMALL))
+    local, remote = user.only_run("local"), user.only_run("remote")
+    for name in ("train/loss", "val/loss"):
+        assert metrics(remote, name) == metrics(local, name)
+    (cache,) = (user.folder / "cache").glob("remote-*")
+    assert sum(path.stat().st_size for path in cache.glob("*.bin")) <= 50_000
+    assert len([name for name in server.requests if name.startswith("train")]) >= 6
+
+    shown = user.python("gptlab.prepare", f"inspect={server.url}", "verify=true")
+    ran(shown)
+    shards = len(list(server.folder.glob("*.bin")))
+    assert f"{shards} shards are what was written." in shown.stdout
+    assert "line 0: the cat has 0 of 0" in shown.stdout
+
+
+def test_shards_that_do_not_fit_are_refused_before_they_are_fetched(user, server):
+    done = user.python("gptlab.train", *BLOCKS, f"data.path={server.url}", "data.cache_limit_gb=1e-5", *SMALL)
+    assert done.returncode == 2
+    assert "data.cache_limit_gb=1e-05 is less than the" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(server.requests) == ["manifest.json"]
+
+
+ONE_ATTEMPT = """
+from gptlab.data import remote
+from gptlab.train import main
+
+remote.ATTEMPTS = 1
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json could not be fetched: Cannot connect"),
+        ("http://user:hunter2@127.0.0.1:9/data", "data.path=http://127.0.0.1... holds a password"),
+    ],
+)
+def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
+    done = user.run(sys.executable, "-c", ONE_ATTEMPT, "data=shards", f"data.path={url}", *SMALL)
+    assert done.returncode == 2
+    assert f"gptlab: {sentence}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hunter2" not in done.stdout + done.stderr
+    written = [path for path in user.folder.rglob("*") if path.is_file()]
+    assert not [path for path in written if b"hunter2" in path.read_bytes()]
