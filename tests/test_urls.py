@@ -71,3 +71,11 @@ def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
     assert "hunter2" not in done.stdout + done.stderr
     written = [path for path in user.folder.rglob("*") if path.is_file()]
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
+
+
+def test_a_url_is_inspected_in_the_tokens_that_it_holds(user):
+    ran(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "tokenizer=bpe", "tokenizer.vocab_size=300"))
+    (folder,) = (path for path in (user.folder / "cache").glob("text-*") if path.is_dir())
+    shown = user.python("gptlab.prepare", f"inspect=file://{folder}")
+    ran(shown)
+    assert "bpe, 300 ids, uint16" in shown.stdout

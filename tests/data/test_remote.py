@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import data_config, write_shards
+from preparing import data_config, tokenizer_config, write_shards
 from torch.utils.data import DataLoader
 
 from gptlab.data import remote
 from gptlab.data.batches import Slice, TrainBatches
-from gptlab.data.config import TokenizerConfig
 from gptlab.data.order import WindowOrder
 from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared, verify
@@ -120,7 +119,7 @@ def check_tokens(store: RemoteFolder) -> None:
 @pytest.mark.parametrize("protocol", ["http", "file"])
 def test_shards_behind_a_url_are_the_shards_of_the_folder(origin, server, cache, protocol):
     url = server.url if protocol == "http" else origin.as_uri()
-    tokenizer = TokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None)
+    tokenizer = tokenizer_config("bytes")
     prepared = prepare(data_config(corpus="shards", path=f"{url}/", cache_dir=str(cache)), tokenizer)
     assert isinstance(prepared, Prepared)
     assert prepared.manifest == Prepared(Folder(origin), prepared.manifest, prepared.tokenizer).manifest
@@ -453,3 +452,56 @@ def test_what_could_not_be_fetched_ahead_is_told_and_fetched_when_it_is_read(ser
         f"Not fetched ahead: {server.url}/{name(0)} is not there."
     ]
     check_tokens(store)
+
+
+# --- token files of others
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    """Files as nanoGPT writes them."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for split, ids in (("train", PIECES[0]), ("val", VAL[0])):
+        (folder / f"{split}.bin").write_bytes(ids.astype("<u2").tobytes())
+    (folder / "readme.md").write_text("no tokens")
+    return folder
+
+
+def opened(pattern: str, cache: Path) -> Prepared:
+    config = data_config(corpus="shards", path=pattern, cache_dir=str(cache))
+    return prepare(config, tokenizer_config("bytes"))
+
+
+def test_token_files_of_others_are_fetched_whole_and_once(theirs, cache):
+    first = opened(f"file://{theirs}/*.bin", cache)
+    assert first.stream("train").read([0], EACH)[0].tolist() == PIECES[0].tolist()
+    assert first.stream("val").read([0], 500)[0].tolist() == VAL[0].tolist()
+    (folder,) = cache.glob("files-*/")
+    assert sorted(path.name for path in folder.iterdir()) == ["train.bin", "val.bin"]
+    before = {path: path.stat().st_ino for path in folder.iterdir()}
+    assert opened(f"file://{theirs}/*.bin", cache).manifest == first.manifest
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == before
+
+
+def test_a_token_file_that_came_short_is_fetched_again(theirs, cache, monkeypatch, caplog):
+    from fsspec.implementations.local import LocalFileSystem
+
+    asked = []
+
+    def get_file(self, place, path, get=LocalFileSystem.get_file):
+        get(self, place, path)
+        asked.append(Path(place).name)
+        if asked.count("train.bin") == 1:
+            os.truncate(path, SIZE - 2)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", get_file)
+    prepared = opened(f"file://{theirs}/*.bin", cache)
+    assert prepared.manifest.tokens("train") == EACH
+    assert asked == ["train.bin", "train.bin", "val.bin"]
+    assert "7,998 bytes came of 8,000. Attempt 2 of" in caplog.text
+
+
+def test_a_url_with_wildcards_that_matches_nothing_is_refused(theirs, cache):
+    with pytest.raises(UserError, match=r"data\.path=file://.*\*\.npy matches nothing"):
+        opened(f"file://{theirs}/*.npy", cache)

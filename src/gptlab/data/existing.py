@@ -1,7 +1,7 @@
 """Shards that are there already: prepared before, on this machine or behind a URL, or written by other programs."""
 
 import logging
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,7 +11,7 @@ from gptlab.data.corpora import Files
 from gptlab.data.formats import describe
 from gptlab.data.prepared import Prepared, check_unchanged
 from gptlab.data.readers import Decoding
-from gptlab.data.remote import RemoteFolder
+from gptlab.data.remote import RemoteFolder, fetch_files
 from gptlab.data.shards import LOCK, MANIFEST, load_shards
 from gptlab.data.streams import Folder, Store
 from gptlab.data.tokenizers import load_tokenizer
@@ -20,27 +20,46 @@ from gptlab.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig) -> Prepared:
-    """Open what data.path names; UserError where it is not there, not whole, or in other tokens."""
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> Prepared:
+    """Open what data.path names.
+
+    Args:
+        config: Names the shards.
+        tokenizer: Of their tokens; token files of others do not say it themselves.
+        whatever: Take prepared shards with the tokenizer that they bring, be it another.
+
+    Raises:
+        UserError: It is not there, not whole, or in other tokens.
+    """
     if config.path is None:
         raise UserError(
             "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
         )
-    cache_dir = Path(config.cache_dir).expanduser()
+    cache_dir, path = usable_cache(config), config.path
     store: Store
-    if config.is_remote:
-        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
+    if config.is_remote and has_magic(path):
+        path = str(fetch_files(path, cache_dir))
+    if "://" in path:
+        store = RemoteFolder(path, cache_dir, config.cache_limit_gb * 1e9)
         manifest = store.manifest
     else:
-        folder = _folder(config.path, cache_dir, tokenizer)
+        folder = _folder(path, cache_dir, tokenizer)
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
         store = Folder(folder)
-    if manifest.tokenizer["name"] != tokenizer.name:
-        raise UserError(
-            f"{config.path} holds tokens of tokenizer={manifest.tokenizer['name']}, not of tokenizer={tokenizer.name}."
-        )
+    if (name := manifest.tokenizer["name"]) != tokenizer.name and not whatever:
+        raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
     return Prepared(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+
+
+def usable_cache(config: DataConfig) -> Path:
+    """Make the folder for what is kept; UserError where that cannot be."""
+    cache_dir = Path(config.cache_dir).expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
+    return cache_dir
 
 
 def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:

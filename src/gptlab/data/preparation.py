@@ -21,7 +21,7 @@ from filelock import FileLock
 from gptlab.data.bulk import bulk_encoder, is_proven, until
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Corpus, Task, open_corpus
-from gptlab.data.existing import open_shards
+from gptlab.data.existing import open_shards, usable_cache
 from gptlab.data.prepared import Prepared, check_unchanged, remember
 from gptlab.data.shards import FORMAT, LOCK, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
 from gptlab.data.streams import Folder
@@ -50,12 +50,9 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
             f"data.cache_dir={config.cache_dir} lies inside data.source={config.source}, so prepared data would be "
             "read as text the next time; name a folder outside."
         )
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
     if config.corpus == "shards":
         return open_shards(config, tokenizer)
+    usable_cache(config)
     corpus = open_corpus(config)
     folder = _cache_folder(config, tokenizer, corpus)
     # machines that share a preparation do different tasks, and need not wait for each other

@@ -5,6 +5,7 @@ it holds its lock, and the shard that was not used for longest makes room for th
 """
 
 import errno
+import functools
 import glob
 import hashlib
 import logging
@@ -14,14 +15,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from gptlab.data.shards import MANIFEST, Manifest, Shard, load_manifest, write_durably
+from gptlab.data.shards import LOCK, MANIFEST, Manifest, Shard, load_manifest, write_durably
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class RemoteFolder:
         """Fetch a file beside its place, check it, and put it there."""
         unfinished, wrong = _unfinished(path), set[str]()
         try:
-            self._again_and_again(name, lambda: self._fetch(name, unfinished, shard, wrong))
+            _persistently(f"{self.url}/{name}", lambda: self._fetch(name, unfinished, shard, wrong))
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -150,32 +151,6 @@ class RemoteFolder:
             kind = UserError if found in wrong else OSError
             wrong.add(found)
             raise kind(f"what came has the SHA-256 {found}, not {shard.sha256}")
-
-    def _again_and_again(self, name: str, fetch: Callable[[], None]) -> None:
-        """Fetch; after a failure that may pass wait, and try again."""
-        import tenacity  # needed by remote shards alone
-
-        def tell(state: tenacity.RetryCallState) -> None:
-            assert state.outcome is not None and state.next_action is not None  # noqa: S101, PT018
-            log.warning(
-                "%s/%s: %s. Attempt %d of %d in %.0f s.",
-                *(self.url, name, _reason(state.outcome.exception())),
-                *(state.attempt_number + 1, ATTEMPTS, state.next_action.sleep),
-            )
-
-        attempts = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
-            wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
-            retry=tenacity.retry_if_exception(_may_pass),
-            before_sleep=tell,
-            reraise=True,
-        )
-        try:
-            attempts(fetch)
-        except FileNotFoundError:
-            raise UserError(f"{self.url}/{name} is not there.") from None
-        except Exception as error:
-            raise UserError(f"{self.url}/{name} could not be fetched: {_reason(error)}.") from error
 
     def _make_room(self, shard: Shard) -> None:
         """Remove the shards that were not used for longest until ``shard`` fits, and have others count it as well."""
@@ -200,6 +175,67 @@ class RemoteFolder:
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
+
+
+def fetch_files(pattern: str, cache_dir: Path) -> Path:
+    """Fetch token files that others wrote, all that a URL with wildcards matches; return the folder they are kept in.
+
+    Nothing says what their SHA-256 should be, so only their sizes are checked here.
+    """
+    _check_no_secret(pattern)
+    folder = cache_dir / f"files-{hashlib.sha256(pattern.encode()).hexdigest()[:12]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+
+    def look() -> None:
+        filesystem, path = _filesystem(pattern)
+        found.update(filesystem.glob(path, detail=True))
+
+    def fetch(place: str, unfinished: Path) -> None:
+        filesystem, _ = _filesystem(pattern)
+        filesystem.get_file(place, str(unfinished))
+        if (size := unfinished.stat().st_size) != (expected := filesystem.size(place)):
+            raise OSError(f"{size:,} bytes came of {expected:,}")
+
+    with FileLock(f"{folder}{LOCK}"):
+        _persistently(pattern, look)
+        for place, about in sorted(found.items()):
+            path = folder / PurePosixPath(place).name
+            if about["type"] == "file" and not path.exists():
+                log.info("Fetching %s.", place)
+                unfinished = _unfinished(path)
+                _persistently(place, functools.partial(fetch, place, unfinished))
+                unfinished.replace(path)
+    if not any(folder.iterdir()):
+        raise UserError(f"data.path={pattern} matches nothing.")
+    return folder
+
+
+def _persistently(what: str, fetch: Callable[[], None]) -> None:
+    """Fetch; after a failure that may pass wait, and try again."""
+    import tenacity  # needed by remote shards alone
+
+    def tell(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None and state.next_action is not None  # noqa: S101, PT018
+        log.warning(
+            "%s: %s. Attempt %d of %d in %.0f s.",
+            *(what, _reason(state.outcome.exception())),
+            *(state.attempt_number + 1, ATTEMPTS, state.next_action.sleep),
+        )
+
+    attempts = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
+        retry=tenacity.retry_if_exception(_may_pass),
+        before_sleep=tell,
+        reraise=True,
+    )
+    try:
+        attempts(fetch)
+    except FileNotFoundError:
+        raise UserError(f"{what} is not there.") from None
+    except Exception as error:
+        raise UserError(f"{what} could not be fetched: {_reason(error)}.") from error
 
 
 def _check_no_secret(url: str) -> None:

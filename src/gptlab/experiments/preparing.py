@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
@@ -13,11 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.existing import open_shards
 from gptlab.data.formats import Format
 from gptlab.data.inspection import first_documents, longest_document
 from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared
-from gptlab.data.shards import MANIFEST, SPLITS, load_manifest
+from gptlab.data.shards import SPLITS
 from gptlab.data.tasks import Work
 from gptlab.settings import Settings
 
@@ -81,11 +81,9 @@ class PrepareCommand(Settings):
 
 
 def existing_shards(config: PrepareCommand, path: str) -> Prepared:
-    """Open a prepared folder, or token files of others, in the tokens that they are in."""
-    folder = Path(path).expanduser()
-    name = load_manifest(folder).tokenizer["name"] if (folder / MANIFEST).exists() else config.tokenizer.name
+    """Open a prepared folder or its URL, or token files of others, in the tokens that they are in."""
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
-    return prepare(data, config.tokenizer.model_copy(update={"name": name}))
+    return open_shards(data, config.tokenizer, whatever=True)
 
 
 def print_prepared(prepared: Prepared) -> None:
