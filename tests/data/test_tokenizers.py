@@ -82,6 +82,12 @@ def test_gpt2_takes_the_end_of_text_for_ordinary_text_and_writes_it_out(gpt2):
     assert gpt2.decode([64, 50256, 64]) == "a<|endoftext|>a"
 
 
+@pytest.mark.parametrize(("space", "after"), [(" ", "x"), ("\n", " x"), ("\u00a0", "\x1c's")])
+def test_gpt2_takes_more_white_space_in_a_row_than_tiktoken_s_expressions_do(gpt2, reference, space, after):
+    text = "a" + space * 1_000_000 + after
+    assert gpt2.encode(text).tolist() == reference.encode(text).ids
+
+
 def test_gpt2_token_bytes_are_the_lengths_of_the_spelled_tokens(gpt2, reference):
     lengths = gpt2.token_bytes()
     # in the vocabulary file every character of a token's name stands for one byte

@@ -52,7 +52,7 @@ def verify(store: Store, shards: Sequence[Shard]) -> int:
 def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     """Hash the shards of ``folder`` that are new on this machine, or were touched since they were last hashed.
 
-    What was hashed is remembered by size, time and inode, so that data that nobody touched costs nothing.
+    What was hashed is remembered by size, times and inode, so that data that nobody touched costs nothing.
 
     Raises:
         UserError: The tokens of a shard are not what was written.
@@ -86,7 +86,7 @@ def _memory(folder: Path, cache_dir: Path) -> Path:
 
 def _state(folder: Path, shard: Shard) -> list[object]:
     stat = (folder / shard.file).stat()
-    return [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    return [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def _remembered(memory: Path) -> dict[str, object]:

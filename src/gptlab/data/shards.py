@@ -79,6 +79,10 @@ class Manifest(Settings):
         """Count the tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
+    def bytes(self, split: Split) -> int:
+        """Count the bytes of text, in UTF-8, that the tokens of a split stand for: what bits per byte are per."""
+        return sum(shard.bytes for shard in self.splits[split])
+
     def fingerprint(self) -> str:
         """A hash of the tokens and what they mean; where the files lie does not matter."""
         hashes = {split: [shard.sha256 for shard in self.splits[split]] for split in SPLITS}

@@ -1,8 +1,10 @@
 """Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
 
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -13,6 +15,10 @@ from gptlab.data.vocabulary import gpt2_merges, spelled_bytes
 from gptlab.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+
+# Much of Unicode's white space, and then something else.
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
 
 
 def encodable(text: str) -> str:
@@ -130,7 +136,14 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        return self._encoding.encode_to_numpy(encodable(text), disallowed_special=())
+        text = encodable(text)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # tiktoken does not go back over a million characters of white space
+            # GPT-2's pattern never takes the last one together with those before it
+            cuts = [0, *(space.end() - 1 for space in LONG_SPACE.finditer(text)), len(text)]
+            parts = (text[begin:end] for begin, end in pairwise(cuts))
+            return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self._encoding.decode(list(ids))

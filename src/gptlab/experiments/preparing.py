@@ -94,7 +94,7 @@ def print_prepared(prepared: Prepared) -> None:
         table.add_column(column, justify="left" if not column else "right")
     for split in SPLITS:
         shards = manifest.splits[split]
-        tokens, text = manifest.tokens(split), sum(shard.bytes for shard in shards)
+        tokens, text = manifest.tokens(split), manifest.bytes(split)
         longest = longest_document(prepared.stream(split), prepared.tokenizer.end_of_text)
         documents = sum(shard.documents for shard in shards)
         numbers = (len(shards), tokens, documents)

@@ -1,0 +1,103 @@
+"""Bits per byte by the manifest, by the evaluation, and from the files that the corpus was read from."""
+
+import math
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from preparing import is_in_val, prepare_text, tiktoken_gpt2
+
+from gptlab.data.batches import EvaluationBatches, Slice
+from gptlab.data.order import evaluation_starts
+from gptlab.data.prepared import Prepared
+from gptlab.evaluation.loss import LossSums
+
+TEXTS = {
+    f"{n:02d}.txt": f"Document {n}: naïve 👍🏽 世界。\n" * (n % 5) + "the cat and the dog. " * n for n in range(30)
+}
+BY_DOCUMENTS = {"val_split": "documents", "val_fraction": 0.4}
+
+
+@pytest.fixture(params=["gpt2", "bytes", "bpe"])
+def prepared(request, tmp_path) -> Prepared:
+    (tmp_path / "source").mkdir()
+    for name, text in TEXTS.items():
+        (tmp_path / "source" / name).write_bytes(text.encode())
+    sizes = {"vocab_size": 300, "train_mb": 1} if request.param == "bpe" else {}
+    return prepare_text(tmp_path / "source", request.param, **sizes, **BY_DOCUMENTS)
+
+
+def model_of(vocab_size: int) -> torch.Tensor:
+    """Make up logits (7, V) of what follows an id, by its remainder, whose nats are told exactly in float32.
+
+    One id has e**40 times the probability of any other, so that the others' nats are their distance from it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = -torch.randint(40, 91, (7, vocab_size), generator=generator).double()
+    logits[range(7), torch.randint(0, vocab_size, (7,), generator=generator)] = 0
+    return logits
+
+
+def nats_of(ids: list[int], end: int) -> list[float]:
+    """Nats of each id, in float64; the first one follows an end of text."""
+    nats = -model_of(end + 1).log_softmax(-1)
+    return nats[torch.tensor([end, *ids[:-1]]) % 7, torch.tensor(ids)].tolist()
+
+
+def ids_from_files(prepared: Prepared) -> tuple[list[int], int]:
+    """Ids of val as the tokenizers' own libraries give them, each document ended, and the bytes of its text."""
+    record, end = prepared.manifest.tokenizer, prepared.manifest.vocab_size - 1
+    ids, size = [], 0
+    for path in sorted((prepared.folder.parents[1] / "source").iterdir()):
+        content = path.read_bytes()
+        if not content or not is_in_val(path.name, BY_DOCUMENTS["val_fraction"]):
+            continue
+        if record["name"] == "gpt2":
+            encoded = tiktoken_gpt2().encode_ordinary(content.decode())
+        elif record["name"] == "bytes":
+            encoded = list(content)
+        else:
+            encoded = tokenizers.Tokenizer.from_str(record["trained"]).encode(content.decode()).ids
+        ids, size = [*ids, *encoded, end], size + len(content)
+    return ids, size
+
+
+def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluation(prepared):
+    manifest, stream = prepared.manifest, prepared.stream("val")
+    end = manifest.vocab_size - 1
+
+    # from the files: ends of text stand for no text
+    ids, size = ids_from_files(prepared)
+    assert len(ids) > 1000
+    assert ids.count(end) > 5
+    nats = nats_of(ids, end)
+    text_nats = [nat for nat, token in zip(nats, ids, strict=True) if token != end]
+    assert 50 < np.mean(text_nats) < 80
+    directly = math.fsum(text_nats) / math.log(2) / size
+
+    # by the manifest: nats of the tokens on the disk
+    row = stream.read([0], len(stream))[0].tolist()
+    on_disk = np.array(nats_of(row, end))
+    by_manifest = on_disk[np.array(row) != end].sum() / (math.log(2) * manifest.bytes("val"))
+    assert by_manifest == pytest.approx(directly, rel=1e-9)
+
+    # by the evaluation, in windows of one token, which have all targets but the first token, which nothing precedes
+    batches = EvaluationBatches(stream, evaluation_starts(len(stream), 1, None), 1, Slice(0, 1, 100))
+    model, sums = model_of(end + 1), LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
+    for number in range(len(batches)):
+        batch = batches[number]
+        sums.add(model[batch.idx % 7], batch.targets)
+    _, tokens, some_nats, some_bytes = sums.sums.tolist()
+    first = len(prepared.tokenizer.decode(row[:1]).encode())
+    assert tokens == len(row) - 1
+    assert some_bytes + first == manifest.bytes("val") == size
+    assert sums.result()[1] == pytest.approx(math.fsum(text_nats[1:]) / math.log(2) / (size - first), rel=1e-9)
+    assert (some_nats + nats[0]) / math.log(2) / (some_bytes + first) == pytest.approx(by_manifest, rel=1e-9)
+
+
+def test_the_manifest_s_bytes_are_the_files_whichever_tokens_stand_for_them(prepared):
+    in_val = {name for name in TEXTS if is_in_val(name, BY_DOCUMENTS["val_fraction"])}
+    sizes = {name: len(text.encode()) for name, text in TEXTS.items()}
+    assert prepared.manifest.bytes("val") == sum(sizes[name] for name in in_val)
+    assert prepared.manifest.bytes("train") == sum(sizes[name] for name in set(TEXTS) - in_val)
