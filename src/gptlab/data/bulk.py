@@ -14,7 +14,7 @@ from gptlab.data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tok
 
 Encode = Callable[[str], NDArray[np.uint32]]
 
-SAMPLE_BYTES = 2**21  # of each corpus, on which the two encoders are compared
+SAMPLE_BYTES = 2**20  # of each corpus, on which the two encoders are compared
 ADVERSARIAL = (END_OF_TEXT, " " * 1000 + "x", "\0\x85 é\u3000 \ufeff\r\n\t \n", "a\n" * 100 + "👩‍👧 你好", "'S'll ' s")
 
 

@@ -26,7 +26,8 @@ class DataConfig(Settings):
         split_seed: Chooses the documents of val.
         separator: Whether the end of text stands after each document or before it.
         undecodable: What becomes of bytes that are no UTF-8: "replace" by U+FFFD, or "refuse" the file.
-        task_bytes: Text that is tokenized at a time and makes a shard of each split; bounds the memory a worker needs.
+        task_bytes: Text, at most, that is tokenized at a time and makes a shard of each split; bounds the memory that a
+            worker needs.
         documents: "packed": a sequence is what follows in the stream; "masked": attention does not reach back beyond
             the last end of text, and positions count from it.
         order: "shuffled" anew each epoch; "sequential" as the corpus has them; "block" shuffles the shards, and the

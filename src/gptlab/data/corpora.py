@@ -53,6 +53,11 @@ class Corpus(Protocol):
         """A hash that changes when the source does, cheap enough to ask for at every start."""
         ...
 
+    @property
+    def bytes(self) -> int:
+        """About how much text there is, compressed as it lies; 0 where nothing tells."""
+        ...
+
     def tasks(self, size: int) -> list[Task]:
         """Cut the corpus into tasks of about ``size`` bytes, the same ones every time."""
         ...
@@ -82,6 +87,11 @@ class Files:
             stat = path.stat()
             digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Sizes of the files."""
+        return sum(path.stat().st_size for path in self.paths)
 
     def tasks(self, size: int) -> list[Task]:
         """Put small files together and cut large ones up."""
@@ -121,6 +131,11 @@ class HubDataset:
         if self.streaming:  # which names the documents otherwise, and so deals them out otherwise
             content = f"{content}\0streaming"
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the rows in memory; of a stream, unknown."""
+        return 0 if self.streaming else self._rows().data.nbytes
 
     def tasks(self, size: int) -> list[Task]:
         """Cut the rows into equal parts, by the average size of a row, or by files."""

@@ -31,6 +31,8 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
+TASKS = 64  # a small corpus is cut into so many, for all cores to have some; but not into ...
+LEAST_TASK = 2**24  # ... less than so many bytes
 PLACES = 8  # of the corpus, at most, on which a faster encoder is tried
 TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
@@ -81,7 +83,7 @@ def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus
 def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, corpus: Corpus, work: Work) -> None:
     """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
-    tasks = corpus.tasks(config.task_bytes)
+    tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
     mine = [task for task in tasks if task.number % work.parts == work.part]
     try:
         folder.mkdir(exist_ok=True)
@@ -90,10 +92,10 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
         if len(todo) < len(mine):
             log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
         earlier = sum(shard["tokens"] for task in mine if task not in todo for shard in _shards_of(folder, task))
-        vocab_dir = tokenizer_config.vocab_dir
+        record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
         with workers(work, todo, tokenizer, vocab_dir) as pool:
             fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
-            work_on = functools.partial(do, folder, corpus, config, tokenizer.record(), vocab_dir, fast)
+            work_on = functools.partial(do, folder, corpus, config, record, vocab_dir, fast)
             do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
         if waiting := [task.number for task in tasks if not record_path(folder, task).exists()]:
             raise UserError(

@@ -43,7 +43,7 @@ class Work(NamedTuple):
 
 @contextmanager
 def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None) -> Iterator[Executor | None]:
-    """Start processes that load the tokenizer while this one goes on; None where this one is enough.
+    """Start processes, which load the tokenizer while this one goes on; None where this one is enough.
 
     Where it can be, they are forked from one that has imported what they need, and nothing else.
     """
@@ -58,8 +58,8 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
     about = (life, json.dumps(tokenizer.record()), vocab_dir)
     with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:
         try:
-            for _ in range(number):
-                pool.submit(os.getpid)  # a process starts when there is something to do
+            # a process starts when there is something to do, and whoever starts it waits for it
+            threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
