@@ -73,6 +73,7 @@ def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monke
     assert corpus.path.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_the_data_suite_compares_the_same_tokens(user):
     done = user.python("gptlab.bench", *SMALL, "out=measured")
     ran(done)

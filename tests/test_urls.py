@@ -20,6 +20,7 @@ def server(user):
         yield server
 
 
+@pytest.mark.slow
 def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
     steps = "train.max_steps=60"  # of 12 windows: through six shards
     ran(user.python("gptlab.train", "name=local", *BLOCKS, f"data.path={server.folder}", steps, *SMALL))

@@ -146,6 +146,7 @@ def test_megabytes_without_a_space_have_tiktoken_s_ids(tmp_path, encoder, kind, 
         np.testing.assert_array_equal(ids_of(prepared, split), np.append(expected, END))
 
 
+@pytest.mark.slow
 def test_ten_megabytes_of_one_letter_are_its_longest_token_over_and_over(tmp_path, encoder):
     prepared = prepare_long(tmp_path, "a" * SIZE)
     four = tiktoken_gpt2().encode_single_token("aaaa")

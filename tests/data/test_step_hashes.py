@@ -104,5 +104,6 @@ def test_1024_ranks_give_every_step_the_same_ids(prepared, order, expected):
     for step in range(STEPS):
         positions = np.concatenate([rank.positions(step) for rank in ranks])
         assert hash_of(stream.read(windows.starts(positions), T + 1)) == expected[1024][step]
-    for step in (0, 555, STEPS - 1):
-        assert hash_of(np.concatenate([rows_of(rank[step]) for rank in ranks])) == expected[1024][step]
+    for rank in ranks[::64]:
+        rows = stream.read(windows.starts(rank.positions(555)), T + 1)
+        np.testing.assert_array_equal(rows_of(rank[555]), rows)

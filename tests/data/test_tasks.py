@@ -232,6 +232,7 @@ def test_a_full_disk_is_told_in_bytes_of_tokens(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr("gptlab.data.corpora.documents", lambda *_: iter(()))
+    monkeypatch.setattr("gptlab.data.preparation.LEAST_TASK", 10**12)
     with pytest.raises(UserError, match=r"about 5\.2 GB more"):
         prepare_text(path, task_bytes=10**12)
 
@@ -288,7 +289,7 @@ def values_of(source: Path, **values) -> dict:
     return data_config(**text_values(source, **ROWS | values)).model_dump()
 
 
-@pytest.mark.parametrize(("tokenizer", "kills"), [("bytes", 20), ("gpt2", 4)])
+@pytest.mark.parametrize(("tokenizer", "kills"), [("bytes", 20), pytest.param("gpt2", 4, marks=pytest.mark.slow)])
 def test_killed_at_any_time_with_all_its_workers_a_preparation_goes_on_to_the_same_bytes(
     source, script, tokenizer, kills
 ):

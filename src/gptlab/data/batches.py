@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from gptlab.data.order import WindowOrder
 from gptlab.data.streams import TokenStream
 
-AT_ONCE = 4096  # windows whose places are computed together, which costs little more than those of one batch
+AT_ONCE = 1024  # windows whose places are computed together, which costs little more than those of one batch
 IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
 
 
