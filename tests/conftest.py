@@ -1,6 +1,7 @@
 """What tests share: a small model's configuration, and commands run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,24 @@ class User:
 @pytest.fixture
 def user(tmp_path: Path) -> User:
     return User(tmp_path)
+
+
+class Runs:
+    """Runs that several tests begin with: each is made once, and copied into a user's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.user = User(folder)
+
+    def give(self, user: User, name: str, *arguments: str) -> Path:
+        """The run of the tiny model with these arguments; the tests that share a name name the same ones."""
+        if not (made := self.user.folder / "outputs" / name).exists():
+            done = self.user.train(f"name={name}", *arguments)
+            assert done.returncode == 0, done.stdout + done.stderr
+        shutil.copytree(made, user.folder / "outputs" / name)
+        return user.only_run(name)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs") / "user")

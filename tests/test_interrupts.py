@@ -34,7 +34,7 @@ TWO = ("trainer=ddp", "trainer.devices=2")
     ("trainer", "to_all"),
     [
         pytest.param(("trainer=cpu",), True, id="one process"),
-        pytest.param(TWO, True, id="two processes, as a terminal does"),
+        pytest.param(TWO, True, id="two processes, as a terminal does", marks=pytest.mark.slow),
         pytest.param(TWO, False, id="two processes, to the first alone", marks=pytest.mark.slow),
     ],
 )

@@ -57,7 +57,7 @@ def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
     assert "window 1, from token " in shown.stdout
 
 
-@pytest.mark.parametrize("form", ["llmc", "nanogpt"])
+@pytest.mark.parametrize("form", ["llmc", pytest.param("nanogpt", marks=pytest.mark.slow)])
 def test_converted_shards_train_as_the_originals(user, form):
     ran(user.python("gptlab.prepare", *SMALL))
     folder = prepared(user)
@@ -89,6 +89,7 @@ def test_a_run_is_not_resumed_on_other_data(user):
     assert "was trained on: its fingerprint is" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_shards_that_were_overwritten_or_removed(user):
     ran(user.train("data.task_bytes=10000"))
     directory = user.only_run()

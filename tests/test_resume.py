@@ -15,11 +15,12 @@ from test_train import metrics, ran
 
 
 @pytest.fixture
-def halted(user):
+def halted(user, runs):
     """A run of six steps, and the same run of nine that was never interrupted."""
     for name, steps in (("whole", 9), ("halted", 6)):
-        ran(user.train(f"name={name}", f"train.max_steps={steps}", "schedule.decay_steps=9", "callbacks=checkpoint"))
-    return user.only_run("halted")
+        same = ("schedule.decay_steps=9", "callbacks=checkpoint")
+        directory = runs.give(user, name, f"train.max_steps={steps}", *same)
+    return directory
 
 
 @pytest.mark.parametrize(

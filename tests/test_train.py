@@ -70,7 +70,7 @@ def test_metrics_and_evaluations_have_their_names_and_steps(user):
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-3)
 
 
-def plain_training(user, steps: int) -> tuple[list[float], GPT]:
+def plain_training(user, directory: Path, steps: int) -> tuple[list[float], GPT]:
     """The same training written as anyone would, from the text file on: an oracle for the whole command."""
     text = (user.folder / "text.txt").read_text()
     cut = int(len(text) * 0.9)
@@ -79,7 +79,7 @@ def plain_training(user, steps: int) -> tuple[list[float], GPT]:
     fingerprint = hashlib.sha256(json.dumps([{"name": "bytes"}, shards], sort_keys=True).encode()).hexdigest()
     order = WindowOrder([len(tokens)], 32, 1337, fingerprint, "shuffled", 1, None)
     torch.manual_seed(1337)
-    settings = yaml.safe_load((user.only_run() / "config.yaml").read_text())
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
     model = GPT(GPTConfig(**settings["model"]))
     decay = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
@@ -104,11 +104,16 @@ def _sha(tokens: list[int]) -> str:
     return hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
 
 
-def test_the_command_trains_as_a_plain_loop_does(user):
+@pytest.fixture
+def first(user, runs):
+    """A run of six steps with the small settings."""
+    return runs.give(user, "first")
+
+
+def test_the_command_trains_as_a_plain_loop_does(user, first):
     torch.set_num_threads(1)
-    ran(user.train())
-    directory = user.only_run()
-    losses, model = plain_training(user, steps=6)
+    directory = first
+    losses, model = plain_training(user, first, steps=6)
     assert list(metrics(directory, "train/loss").values()) == pytest.approx(losses, abs=2e-6)
     found = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     assert found.keys() == model.state_dict().keys()
@@ -116,8 +121,9 @@ def test_the_command_trains_as_a_plain_loop_does(user):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
-def test_one_seed_gives_bit_equal_losses_and_another_does_not(user):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
+    runs.give(user, "a", "seed=1", "model.dropout=0.1")
+    for name, seed in (("b", 1), ("c", 2)):
         ran(user.train(f"name={name}", f"seed={seed}", "model.dropout=0.1"))
     a, b, c = (metrics(user.only_run(name), "train/loss") for name in "abc")
     assert a == b
@@ -133,13 +139,12 @@ def test_evaluating_and_sampling_change_nothing(user):
     assert not (once / "checkpoints").exists()
 
 
-def test_micro_batches_and_workers_change_nothing(user):
-    ran(user.train("name=whole"))
+def test_micro_batches_and_workers_change_nothing(user, first):
     ran(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
-    whole, parts = (user.only_run(name) for name in ("whole", "parts"))
-    assert metrics(parts, "train/loss") == pytest.approx(metrics(whole, "train/loss"), abs=1e-5)
-    assert metrics(parts, "grad_norm") == pytest.approx(metrics(whole, "grad_norm"), abs=1e-4)
-    assert metrics(parts, "val/loss") == pytest.approx(metrics(whole, "val/loss"), abs=1e-5)
+    parts = user.only_run("parts")
+    assert metrics(parts, "train/loss") == pytest.approx(metrics(first, "train/loss"), abs=1e-5)
+    assert metrics(parts, "grad_norm") == pytest.approx(metrics(first, "grad_norm"), abs=1e-4)
+    assert metrics(parts, "val/loss") == pytest.approx(metrics(first, "val/loss"), abs=1e-5)
 
 
 def test_a_length_in_tokens(user):
@@ -160,16 +165,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(user):
     assert len(list((user.folder / "outputs" / "halted").iterdir())) == 1
 
 
-def test_a_resume_cannot_become_another_run(user):
-    ran(user.train())
-    done = user.python("gptlab.train", f"resume={user.only_run()}", "optimizer.lr=1")
+def test_a_resume_cannot_become_another_run(user, first):
+    done = user.python("gptlab.train", f"resume={first}", "optimizer.lr=1")
     assert done.returncode == 2
     assert "optimizer.lr cannot change when a run is resumed" in done.stderr
 
 
-def test_a_run_can_start_from_another_s_weights(user):
-    ran(user.train("name=first"))
-    first = user.only_run("first")
+def test_a_run_can_start_from_another_s_weights(user, first):
     ran(
         user.train(
             "name=second", f"init_from={first}", "train.max_steps=1", "optimizer.lr=1e-12", "train.eval_windows=null"
@@ -192,6 +194,7 @@ def test_early_stopping_by_name(user):
     assert "stopped early   at step 9" in done.stdout
 
 
+@pytest.mark.slow
 def test_several_loggers_at_once(user):
     ran(user.train("logger=[csv,tensorboard,wandb]", "logger.wandb.mode=offline"))
     directory = user.only_run()
@@ -205,7 +208,9 @@ def test_several_loggers_at_once(user):
     assert b"bits_per_byte" in record.read_bytes()
 
 
-@pytest.mark.parametrize("option", ["one_step", "overfit", "limit", "profile"])
+@pytest.mark.parametrize(
+    "option", ["one_step", "limit", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("overfit", "profile"))]
+)
 def test_debug_options(user, option):
     ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", f"debug={option}"))
     directory = user.only_run()
@@ -231,6 +236,7 @@ def test_a_compiled_network_trains_the_same_and_keeps_its_names(user):
     assert states[0].keys() == states[1].keys()
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(user):
     ran(user.train("name=bf16", "trainer.precision=bf16-mixed"))
     ran(user.train("name=fp32", "trainer.precision=32-true"))
@@ -239,9 +245,8 @@ def test_bfloat16_stays_near_float32(user):
     assert bf16 != fp32
 
 
-def test_a_sample_is_the_same_for_the_same_seed(user):
-    ran(user.train())
-    arguments = (f"run={user.only_run()}", "prompt=def f(x): # it's ${y}, \\ ", "max_new_tokens=20", "num_samples=2")
+def test_a_sample_is_the_same_for_the_same_seed(user, first):
+    arguments = (f"run={first}", "prompt=def f(x): # it's ${y}, \\ ", "max_new_tokens=20", "num_samples=2")
     one, again, other = (user.python("gptlab.sample", *arguments, f"seed={seed}") for seed in (1, 1, 2))
     ran(one)
     assert one.stdout == again.stdout
@@ -249,10 +254,9 @@ def test_a_sample_is_the_same_for_the_same_seed(user):
     assert one.stdout.count("def f(x): # it's ${y}, \\ ") == 2
 
 
-def test_a_damaged_checkpoint_gets_a_sentence(user):
-    ran(user.train())
-    for path in user.only_run().glob("checkpoints/*"):
+def test_a_damaged_checkpoint_gets_a_sentence(user, first):
+    for path in first.glob("checkpoints/*"):
         path.write_bytes(path.read_bytes()[:1000])
-    done = user.python("gptlab.sample", f"run={user.only_run()}")
+    done = user.python("gptlab.sample", f"run={first}")
     assert done.returncode == 2
     assert "best.ckpt cannot be read as a checkpoint" in done.stderr

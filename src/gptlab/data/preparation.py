@@ -25,7 +25,7 @@ from gptlab.data.existing import open_shards, usable_cache
 from gptlab.data.prepared import Prepared, check_unchanged, remember
 from gptlab.data.shards import FORMAT, LOCK, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
 from gptlab.data.streams import Folder
-from gptlab.data.tasks import Work, do, do_all, dtype_of, record_path, workers
+from gptlab.data.tasks import Work, do, do_all, dtype_of, expect_workers, record_path, workers
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
@@ -85,10 +85,11 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
     mine = [task for task in tasks if task.number % work.parts == work.part]
+    todo = [task for task in mine if not record_path(folder, task).exists()]
+    expect_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
         tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
-        todo = [task for task in mine if not record_path(folder, task).exists()]
         if len(todo) < len(mine):
             log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
         earlier = sum(shard["tokens"] for task in mine if task not in todo for shard in _shards_of(folder, task))

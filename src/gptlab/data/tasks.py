@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,6 +24,8 @@ from gptlab.data.corpora import Corpus, Task
 from gptlab.data.readers import Document
 from gptlab.data.shards import SPLITS, ShardWriter, Split, write_durably
 from gptlab.data.tokenizers import Tokenizer, load_tokenizer
+
+FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class Work(NamedTuple):
@@ -41,19 +44,21 @@ class Work(NamedTuple):
     report: Callable[[int, int, int], None] = lambda done, of, tokens: None
 
 
+def expect_workers(work: Work, tasks: list[Task]) -> None:
+    """Have what workers need imported while this process goes on, by the one that they are forked from."""
+    if min(work.workers, len(tasks)) > 1 and FORKSERVER:
+        forkserver.set_forkserver_preload(_imports())
+        forkserver.ensure_running()
+
+
 @contextmanager
 def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None) -> Iterator[Executor | None]:
-    """Start processes, which load the tokenizer while this one goes on; None where this one is enough.
-
-    Where it can be, they are forked from one that has imported what they need, and nothing else.
-    """
+    """Start processes, which load the tokenizer while this one goes on; None where this one is enough."""
     number = min(work.workers, len(tasks))
     if number <= 1:
         yield None
         return
-    forkserver = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if forkserver else "spawn")
-    context.set_forkserver_preload(_imports())
+    context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
     life, ours = context.Pipe(duplex=False)
     about = (life, json.dumps(tokenizer.record()), vocab_dir)
     with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:

@@ -89,14 +89,14 @@ class _Preparation:
         repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
         caption = (
             f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands, start-up "
-            f"included, with {CORES} processes each; inside: without the start of Python and its imports; CPU: "
-            "seconds of all processors. nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
+            f"included, with {CORES} processes each; inside: without the start of Python and its imports. "
+            "nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
         )
         ways = [Way("", "nanoGPT's way", self.plain), Way("", "gptlab, tiktoken", self.without_gigatoken)]
         if importlib.util.find_spec("gigatoken"):
             ways.append(Way("", "gptlab, gigatoken", self.with_gigatoken))
         rows = in_turns(ways, rounds)
-        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside", "CPU"), rows)
+        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
 
     def plain(self, _: int) -> Sample:
         """Datasets' way, with nothing in its cache."""
@@ -137,7 +137,6 @@ class _Preparation:
             "MB/s": self.corpus.bytes / 1e6 / run.seconds,
             "seconds": run.seconds,
             "inside": run.seconds - start.seconds,
-            "CPU": run.cpu_seconds,
             "tokens": tokens,
         }
 

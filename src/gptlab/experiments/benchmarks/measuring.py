@@ -1,7 +1,6 @@
 """What every suite shares: ways measured in turns, medians with their spread, tables and a JSON file."""
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -106,10 +105,9 @@ def in_turns(ways: Iterable[Way], rounds: int) -> list[Row]:
 
 
 class Run(NamedTuple):
-    """A process that has ended: its seconds from start to end, those of all processors it used, what it printed."""
+    """A process that has ended: its seconds from start to end, and what it printed."""
 
     seconds: float
-    cpu_seconds: float
     printed: str
 
 
@@ -119,7 +117,7 @@ def timed(*arguments: str, environment: dict[str, str] | None = None) -> Run:
     Raises:
         UserError: It failed; the sentence holds the last of what it said.
     """
-    begun, used = time.perf_counter(), _cpu_seconds()
+    begun = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False, errors="replace"
     )
@@ -127,13 +125,7 @@ def timed(*arguments: str, environment: dict[str, str] | None = None) -> Run:
     if done.returncode:
         told = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(f"python {' '.join(arguments)[:200]} failed with status {done.returncode}:\n{told}")
-    return Run(seconds, _cpu_seconds() - used, done.stdout)
-
-
-def _cpu_seconds() -> float:
-    """Processor time of all processes that this one has waited for, and of theirs."""
-    times = os.times()
-    return times.children_user + times.children_system
+    return Run(seconds, done.stdout)
 
 
 def print_part(part: Part) -> None:
