@@ -431,3 +431,18 @@ def test_parts_that_begin_and_end_at_the_same_time_do_not_disturb_each_other(sou
     assert str(folder) in done
     assert all(answer == str(folder) or "part is done" in answer for answer in done)
     assert hashes(folder) == expected
+
+
+def test_an_interrupt_does_not_wait_for_workers_and_what_they_left_is_cleared_away(source):
+    expected = hashes(prepare_text(source, **ROWS, cache_dir=str(source.parent / "expected")).folder)
+
+    def interrupt(done: int, *_) -> None:
+        (only_folder(source.parent / "cache") / ".train_000099.bin.0123").touch()  # as a worker that is killed leaves
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_text(source, **ROWS, work=Work(workers=2, report=interrupt))
+    wait_until(lambda: not multiprocessing.active_children(), seconds=5)
+    prepare_text(source, **ROWS)
+    assert hashes(only_folder(source.parent / "cache")) == expected

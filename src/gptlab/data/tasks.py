@@ -66,9 +66,12 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
             # a process starts when there is something to do, and whoever starts it waits for it
             threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
             yield pool
-        except BaseException:
+        except Exception:
+            pool.shutdown(wait=True, cancel_futures=True)  # what is begun is finished, or taken away
+            raise
+        except BaseException:  # an interrupt does not wait: what is begun is done anew
             pool.shutdown(wait=False, cancel_futures=True)
-            ours.close()  # ends the workers: a task takes long, and is done anew anyway
+            ours.close()
             raise
 
 
