@@ -9,7 +9,7 @@ from test_train import metrics, ran
 TWO = ("trainer.devices=2",)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_compute_what_one_does(user, strategy):
     ran(user.train("name=one"))
     ran(user.train("name=two", f"trainer={strategy}", *TWO, "train.micro_batch_size=2"))
