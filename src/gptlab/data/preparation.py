@@ -86,9 +86,6 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
     mine = [task for task in tasks if task.number % work.parts == work.part]
     todo = [task for task in mine if not record_path(folder, task).exists()]
-    if work.parts == 1:  # nobody else is at work here: what is unfinished was left by one that was killed
-        for unfinished in folder.glob(".*"):
-            unfinished.unlink()
     expect_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
