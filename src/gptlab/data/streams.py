@@ -119,8 +119,10 @@ class TokenStream:
             part = row[filled : filled + self.shards[shard].tokens - offset]
             if len(part):
                 begin = self.shards[shard].offset + offset * self.dtype.itemsize
-                if os.preadv(self._open(shard).fileno(), [part.data], begin) != part.nbytes:
+                data = os.pread(self._open(shard).fileno(), part.nbytes, begin)
+                if len(data) != part.nbytes:
                     raise UserError(f"{self.shards[shard].file} ends before its token {offset + len(part):,}.")
+                part[:] = np.frombuffer(data, dtype=self.dtype)
             filled, shard, offset = filled + len(part), shard + 1, 0
 
     def _open(self, shard: int) -> FileIO:
