@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from gptlab.experiments.command import configuration_folder
 from gptlab.model.config import GPTConfig
 
 TINY: dict[str, Any] = {
@@ -28,6 +30,11 @@ TINY: dict[str, Any] = {
 
 def tiny_config(**changes: Any) -> GPTConfig:
     return GPTConfig(**TINY | changes)
+
+
+def defaults(file: str) -> dict[str, Any]:
+    """What a file of conf/ says."""
+    return yaml.safe_load((configuration_folder() / file).read_text())
 
 
 class User:
@@ -84,3 +91,11 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs") / "user")
+
+
+@pytest.fixture
+def halted(user: User, runs: Runs) -> Path:
+    """A run of six steps, and beside it, as "whole", the same run of nine that was never interrupted."""
+    for name, steps in (("whole", 9), ("halted", 6)):
+        directory = runs.give(user, name, f"train.max_steps={steps}", "schedule.decay_steps=9", "callbacks=checkpoint")
+    return directory

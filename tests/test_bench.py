@@ -97,8 +97,24 @@ def test_the_data_suite_compares_the_same_tokens(user):
     assert kept == {"text-1MB.jsonl", "text-1MB.json"}
 
 
+@pytest.mark.slow
+def test_the_guards_suite_measures_steps_with_them_and_without(user):
+    tiny = ("guards.steps=20", "guards.model.n_layer=1", "guards.model.n_embd=16", "guards.model.block_size=8")
+    done = user.python("gptlab.bench", "suite=guards", "rounds=2", *tiny, "out=measured")
+    ran(done)
+    (part,) = json.loads((user.folder / "measured" / "guards.json").read_text())["parts"]
+    without, guarded = part["rows"]
+    for row in (without, guarded):
+        assert row["medians"]["steps/s"] > 0
+        assert row["medians"]["CPU ms"] > 0
+    assert guarded["ratio"] == pytest.approx(guarded["medians"]["steps/s"] / without["medians"]["steps/s"])
+    for plain, sample in zip(without["samples"], guarded["samples"], strict=True):
+        assert sample["% more ms"] == pytest.approx(100 * (sample["ms"] / plain["ms"] - 1))
+        assert sample["% more CPU ms"] == pytest.approx(100 * (sample["CPU ms"] / plain["CPU ms"] - 1))
+
+
 MISTAKES = {
-    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'data'"),
+    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'data' or 'guards'"),
     "an unknown key": (
         ["preparation.corpus=1"],
         "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",

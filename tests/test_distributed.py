@@ -3,7 +3,9 @@
 import sys
 
 import pytest
+import torch
 
+from test_faults import newest_state
 from test_train import metrics, ran
 
 TWO = ("trainer.devices=2",)
@@ -22,9 +24,44 @@ def test_two_processes_compute_what_one_does(user, strategy):
     ran(sampled)
 
 
+LAYOUTS = {
+    "ddp": ("trainer=ddp", *TWO, "train.micro_batch_size=3"),
+    "fsdp": ("trainer=fsdp", *TWO, "train.micro_batch_size=3"),
+    "fsdp, offloaded, kept whole": (
+        "trainer=fsdp",
+        *TWO,
+        "trainer.cpu_offload=true",
+        "trainer.reshard_after_forward=false",
+    ),
+    "fsdp, compiled": ("trainer=fsdp", *TWO, "train.compile=true", "model.activation_checkpointing=true"),
+    "one group of two": ("trainer=fsdp_tp", *TWO, "train.micro_batch_size=4"),
+    "two groups of two": ("trainer=fsdp_tp", "trainer.devices=4", "train.micro_batch_size=3"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_twenty_steps_have_the_losses_of_one_process(user, runs, layout):
+    length = ("train.max_steps=20", "train.eval_every=10", "schedule.warmup_steps=4", "trainer.precision=32-true")
+    one = runs.give(user, "twenty", *length, "train.micro_batch_size=4")
+    ran(user.train("name=spread", *length, *layout, timeout=600))
+    spread = user.only_run("spread")
+    for name in ("train/loss", "val/loss", "val/bits_per_byte"):
+        assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
+    assert metrics(spread, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-5)
+    assert min(metrics(one, "grad_norm").values()) > 1  # every step was clipped
+    assert len(metrics(one, "train/loss")) == 20
+    assert (spread / "samples" / "step_000020.txt").exists()
+    states = [newest_state(directory)["state_dict"] for directory in (one, spread)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=0, msg=name)
+
+
 @pytest.mark.slow  # a sharded resume is in test_resume, too
-def test_a_sharded_run_goes_on_bit_for_bit(user):
-    same = ("trainer=fsdp", *TWO, "schedule.decay_steps=9")
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tp"])
+def test_a_sharded_run_goes_on_bit_for_bit(user, strategy):
+    same = (f"trainer={strategy}", *TWO, "schedule.decay_steps=9")
     ran(user.train("name=whole", "train.max_steps=9", *same))
     ran(user.train("name=halted", "train.max_steps=6", *same))
     whole, halted = user.only_run("whole"), user.only_run("halted")
@@ -41,12 +78,14 @@ def test_torchrun_starts_one_run(user):
     assert done.stdout.count("2 device(s) x") == 1
 
 
+@pytest.mark.slow
 def test_a_sweep_over_processes_runs_each_job_once(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
-    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=ddp", "trainer.devices=1,2", *small)
+    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=ddp", "trainer.devices=1,2,3", *small)
     ran(done)
     directory = user.only_run("sweep")
-    jobs = [directory / "0", directory / "1"]
+    jobs = [directory / job for job in ("0", "1", "2")]
     assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs
-    assert metrics(jobs[0], "train/loss") == pytest.approx(metrics(jobs[1], "train/loss"), abs=1e-5)
-    assert done.stdout.count("of the sweep:") == 2
+    for job in jobs[1:]:
+        assert metrics(job, "train/loss") == pytest.approx(metrics(jobs[0], "train/loss"), abs=1e-5)
+    assert done.stdout.count("of the sweep:") == 3

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.experiments.exits import INTERRUPTED
-from test_train import ran
+from test_train import metrics, ran
 
 ENDLESS = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "train.eval_every=5")
 
@@ -50,7 +50,7 @@ def test_an_interrupted_run_can_go_on(user, trainer, to_all):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
-    while not list(user.folder.glob("outputs/*/*/checkpoints/last.ckpt")):
+    while not list(user.folder.glob("outputs/*/*/checkpoints/step_*")):
         assert run.poll() is None
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -61,3 +61,31 @@ def test_an_interrupted_run_can_go_on(user, trainer, to_all):
     assert processes_of(user.folder) == []
     done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
     ran(done)  # further than that already: nothing is left to do, which is no mistake
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_a_whole_sweep(user):
+    small = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
+    sweep = ("-m", "name=sweep", "train.max_steps=5,1000000,6", "callbacks=checkpoint", *TWO, *small)
+    run = subprocess.Popen(
+        (sys.executable, "-m", "gptlab.train", *sweep),
+        cwd=user.folder,
+        env=user.environment,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    until = time.monotonic() + 120
+    while not list(user.folder.glob("outputs/sweep/*/1/checkpoints/*")):
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGINT)
+    output = run.communicate(timeout=60)[0].decode()
+    assert run.returncode == INTERRUPTED
+    directory = user.only_run("sweep")
+    assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == ["0", "1"]
+    assert max(metrics(directory / "0", "val/loss")) == 5
+    assert f"To go on: python -m gptlab.train resume=outputs/sweep/{directory.name}/1" in output
+    assert "Interrupted at step" in (directory / "1" / "train.log").read_text()
+    assert processes_of(user.folder) == []

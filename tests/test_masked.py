@@ -12,7 +12,7 @@ import yaml
 from gptlab.data.order import evaluation_starts
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from test_train import metrics, ran
+from test_train import metrics, ran, weights
 
 MASKED = ("data.source=docs.jsonl", "data.column=text", "data.documents=masked")
 END = 256
@@ -31,7 +31,7 @@ def evaluated(user, directory, *, cut: bool) -> float:
     (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
     val = np.concatenate([np.fromfile(path, "<u2") for path in sorted(folder.glob("val_*.bin"))]).astype(np.int64)
     model = GPT(GPTConfig(**yaml.safe_load((directory / "config.yaml").read_text())["model"])).eval()
-    model.load_state_dict(torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    model.load_state_dict(weights(directory))
     losses = []
     for start in evaluation_starts(len(val), 32, 10).tolist():
         window = val[start : start + 33]
@@ -52,7 +52,7 @@ def test_masked_documents_are_read_as_if_each_were_alone(author):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_tp"])
 def test_masked_documents_are_the_same_on_any_number_of_devices(author, strategy):
     ran(author.train("name=one", *MASKED))
     ran(author.train("name=two", *MASKED, f"trainer={strategy}", "trainer.devices=2", "train.micro_batch_size=2"))

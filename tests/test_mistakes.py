@@ -38,6 +38,14 @@ MISTAKES = {
         "train.global_batch_size=12 cannot be dealt out to 8 devices: it is no multiple of 8. The nearest: 8 and 16",
     ),
     "devices without a strategy": (["trainer.devices=2"], "need a strategy for several devices: trainer=ddp"),
+    "devices and groups": (
+        ["trainer=fsdp_tp", "trainer.devices=3"],
+        "trainer.tensor_parallel=2 has to divide the devices of a machine, and there are 3 (trainer.devices).",
+    ),
+    "heads and groups": (
+        ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
+        "trainer.tensor_parallel=3 has to divide model.n_head=4: the attention is split by heads.",
+    ),
     "unknown option": (
         ["model=gtp2"],
         "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",

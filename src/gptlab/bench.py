@@ -1,4 +1,4 @@
-"""Measure gptlab beside what people do without it: python -m gptlab.bench suite=data [key=value ...]."""
+"""Measure gptlab, beside what people do without it: python -m gptlab.bench suite=<suite> [key=value ...]."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data
+from gptlab.experiments.benchmarks import data, guards
 from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import new_directory
@@ -22,12 +22,13 @@ from gptlab.settings import Settings
 class BenchCommand(Settings):
     """What to measure, and how often; see conf/bench.yaml."""
 
-    suite: Literal["data"]
+    suite: Literal["data", "guards"]
     rounds: PositiveInt
     out: str | None
     cache_dir: str
     preparation: data.PreparationBench
     loader: data.LoaderBench
+    guards: guards.GuardsBench
 
 
 @command("bench", keys=set(known_keys(BenchCommand)))
@@ -50,6 +51,8 @@ def _measure(config: BenchCommand) -> Iterator[Part]:
     match config.suite:
         case "data":
             return data.measure(Path(config.cache_dir).expanduser(), config.preparation, config.loader, config.rounds)
+        case "guards":
+            return guards.measure(config.guards, config.rounds)
 
 
 def _directory(out: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Errors that a user caused and can mend: a sentence, not a traceback."""
+"""Errors that a user can understand and mend: a sentence, not a traceback."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,6 +8,13 @@ class UserError(Exception):
     """A mistake in what the user asked for.
 
     The message says what is wrong, where, and what would be right. Commands print it and exit with status 2.
+    """
+
+
+class Diverged(Exception):  # noqa: N818  (what a run has done)
+    """A run learns nothing any more: its gradient was not finite for too many steps.
+
+    The message says since when. Commands print it and exit with status 3.
     """
 
 

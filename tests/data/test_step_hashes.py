@@ -74,7 +74,8 @@ def loaded(prepared: Prepared, order: str, plan: BatchPlan, rank: int, num_worke
     config = data_config(order=order, num_workers=num_workers)
     data = TokenData(prepared, config, plan=plan, block_size=T, seed=SEED, eval_windows=None)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(global_step=0, global_rank=rank, strategy=strategy)
+    share = {"rank": rank}  # of the data
+    data.trainer = SimpleNamespace(global_step=0, distributed_sampler_kwargs=share, strategy=strategy)
     loader = data.train_dataloader()
     assert loader.num_workers == num_workers
     return iter(loader)

@@ -3,32 +3,15 @@
 import pytest
 import torch
 
-from conftest import tiny_config
+from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
 from gptlab.training import devices
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 
-TRAIN = TrainConfig(
-    max_steps=1,
-    max_tokens=None,
-    global_batch_size=8,
-    micro_batch_size=None,
-    eval_every=1,
-    eval_windows=1,
-    grad_clip=1.0,
-    compile="auto",
-    log_every=1,
-)
-AUTO = {
-    "accelerator": "auto",
-    "devices": "auto",
-    "num_nodes": 1,
-    "strategy": "ddp",
-    "precision": "auto",
-    "profiler": None,
-}
+TRAIN = TrainConfig(**defaults("train.yaml")["train"])
+AUTO = defaults("trainer/auto.yaml") | {"devices": "auto", "strategy": "ddp"}
 
 
 @pytest.fixture
@@ -79,7 +62,7 @@ def test_several_machines_need_someone_who_starts_them():
     ("variables", "expected"),
     [
         ({"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, (2, 3)),
-        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"}, (4, 2)),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, (4, 2)),
     ],
 )
 def test_torchrun_and_slurm_say_how_many_there_are(monkeypatch, variables, expected):
@@ -111,3 +94,14 @@ def test_mfu_by_hand():
     # PaLM, appendix B: observed tokens a second over those at which the peak would be reached
     flops = flops_per_token(tiny_config())
     assert flops == 6 * (61 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 64) + 12 * 2 * 32 * 16
+
+
+def test_only_the_step_of_slurm_counts(monkeypatch):
+    numbers = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}  # one task of a larger job
+    for name, value in numbers.items():
+        monkeypatch.setenv(name, value)
+    assert choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN).devices == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    with pytest.raises(UserError, match="3 tasks on 2 nodes"):
+        choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN)

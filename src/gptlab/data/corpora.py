@@ -143,7 +143,7 @@ class HubDataset:
         if self.streaming:
             each = (rows.info.dataset_size or 0) // rows.num_shards  # 0 where nobody has counted
             return [Task(i, [("file", Span(i, i + 1, max(each, 1)))]) for i in range(rows.num_shards)]
-        each = max(1, rows.data.nbytes // max(1, len(rows)))
+        each = max(1, self.bytes // max(1, len(rows)))
         step = max(1, size // each)
         starts = range(0, len(rows), step)
         return [

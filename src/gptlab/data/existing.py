@@ -9,12 +9,13 @@ from filelock import FileLock
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.corpora import Files
 from gptlab.data.formats import describe
-from gptlab.data.prepared import Prepared, check_unchanged
+from gptlab.data.meta import META, read_meta
+from gptlab.data.prepared import Prepared, check_unchanged, remember
 from gptlab.data.readers import Decoding
 from gptlab.data.remote import RemoteFolder, fetch_files
-from gptlab.data.shards import LOCK, MANIFEST, load_shards
+from gptlab.data.shards import LOCK, MANIFEST, SUFFIXES, load_shards
 from gptlab.data.streams import Folder, Store
-from gptlab.data.tokenizers import load_tokenizer
+from gptlab.data.tokenizers import Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -35,14 +36,13 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: boo
         raise UserError(
             "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
         )
-    cache_dir, path = usable_cache(config), config.path
+    cache_dir = usable_cache(config)
     store: Store
-    if config.is_remote and has_magic(path):
-        path = str(fetch_files(path, cache_dir))
-    if "://" in path:
-        store = RemoteFolder(path, cache_dir, config.cache_limit_gb * 1e9)
+    if config.is_remote and not has_magic(config.path):
+        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
         manifest = store.manifest
     else:
+        path = str(fetch_files(config.path, cache_dir)) if config.is_remote else config.path
         folder = _folder(path, cache_dir, tokenizer)
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
@@ -74,10 +74,17 @@ def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
         found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
         raise UserError(f"data.path={path} {found}; it should name one folder of shards (looked from {Path.cwd()}).")
     inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
-    files = [path for path in inside if path.suffix in (".bin", ".npy")]
+    files = [path for path in inside if path.suffix in SUFFIXES]
     if not files:
         raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
-    listing = Files(files[0].parent, files, Decoding(None, "replace", 0)).fingerprint()
+    meta = files[0].with_name(META)
+    if meta.exists() and tokenizer.name != "characters":
+        raise UserError(
+            f"{meta} says that the tokens beside it are characters, not those of tokenizer={tokenizer.name}; "
+            "tokenizer=characters reads it."
+        )
+    read = [*files, meta] if meta.exists() else files
+    listing = Files(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
     return _described(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
 
 
@@ -86,10 +93,21 @@ def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> P
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
-            if tokenizer.name not in ("gpt2", "bytes"):
-                raise UserError(
-                    f"{files[0]} does not say which tokens tokenizer={tokenizer.name} means; gpt2 or bytes would."
-                )
+            known = _tokenizer(files[0], tokenizer)
             log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
-            describe(files, load_tokenizer({"name": tokenizer.name}, tokenizer.vocab_dir)).save(folder)
+            manifest = describe(files, known)
+            remember(folder, manifest, folder.parent)
+            manifest.save(folder)
     return folder
+
+
+def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
+    """Build the tokenizer that is named for a file of tokens, of its characters if a meta.pkl beside it lists them."""
+    if config.name in ("gpt2", "bytes"):
+        return load_tokenizer({"name": config.name}, config.vocab_dir)
+    if config.name == "characters" and (meta := file.with_name(META)).exists():
+        return read_meta(meta)
+    raise UserError(
+        f"{file} does not say which tokens tokenizer={config.name} means; gpt2 or bytes would, and characters with "
+        f"nanoGPT's {META} beside it."
+    )

@@ -107,7 +107,7 @@ class WindowOrder:
         if self.windows < 1:
             longest = int((self.ends - self.begins).max())
             raise ValueError(f"{longest} tokens are fewer than two windows of {block_size}")
-        self._latest: tuple[int, ShardSequence] | None = None
+        self._sequences: dict[int, ShardSequence] = {}
 
     def starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """First tokens (N,) of the windows at ``positions`` (N,)."""
@@ -136,7 +136,7 @@ class WindowOrder:
         block = int(np.searchsorted(sequence.block_ends, index, side="right"))
         wanted = sequence.shards[block * self.block_shards : (block + 2) * self.block_shards].tolist()
         if block == len(sequence.block_ends) - 1:
-            wanted += self._new_sequence(epoch + 1).shards[: self.block_shards].tolist()
+            wanted += self._sequence(epoch + 1).shards[: self.block_shards].tolist()
         return [(int(self.begins[shard]), int(self.ends[shard])) for shard in wanted]
 
     def _ordered(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
@@ -157,9 +157,10 @@ class WindowOrder:
         return self.begins[shards[at]] + windows * self.block_size
 
     def _sequence(self, epoch: int) -> ShardSequence:
-        if self._latest is None or self._latest[0] != epoch:
-            self._latest = epoch, self._new_sequence(epoch)
-        return self._latest[1]
+        """An epoch's sequence; at the end of an epoch, the next one's is asked for as well, so two are kept."""
+        if epoch not in self._sequences:
+            self._sequences = dict([*self._sequences.items()][-1:]) | {epoch: self._new_sequence(epoch)}
+        return self._sequences[epoch]
 
     def _new_sequence(self, epoch: int) -> ShardSequence:
         shards = self.usable[self._permute(np.arange(len(self.usable)), len(self.usable), "shards", epoch)]

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
@@ -85,30 +84,30 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
     mine = [task for task in tasks if task.number % work.parts == work.part]
-    todo = [task for task in mine if not record_path(folder, task).exists()]
+    done, todo = _parted(folder, mine)
     expect_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
         tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
-        if len(todo) < len(mine):
-            log.info("%d of %d tasks were done before.", len(mine) - len(todo), len(mine))
-        earlier = sum(shard["tokens"] for task in mine if task not in todo for shard in _shards_of(folder, task))
+        if done:
+            log.info("%d of %d tasks were done before.", len(done), len(mine))
+        earlier = sum(shard.tokens for shards in _splits(folder, done).values() for shard in shards)
         record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
         with workers(work, todo, tokenizer, vocab_dir) as pool:
             fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
             work_on = functools.partial(do, folder, corpus, config, record, vocab_dir, fast)
             do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
-        if waiting := [task.number for task in tasks if not record_path(folder, task).exists()]:
+        if waiting := _parted(folder, tasks)[1]:
             raise UserError(
                 f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
-                f"them task {waiting[0]}. When every part is done: merge=true."
+                f"them task {waiting[0].number}. When every part is done: merge=true."
             )
         # parts that end at the same time would take away each other's files
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
-                _write_manifest(folder, config, corpus, tasks, tokenizer)
+                manifest = _write_manifest(folder, config, corpus, tasks, tokenizer)
                 if len(todo) == len(tasks):  # all were written, and hashed, just now
-                    remember(folder, load_shards(folder), folder.parent)
+                    remember(folder, manifest, folder.parent)
     except BrokenProcessPool as error:
         raise UserError(
             "A worker was killed, most likely for want of memory: fewer workers or a smaller data.task_bytes need "
@@ -117,7 +116,7 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        left = sum(task.bytes for task in mine if not record_path(folder, task).exists())
+        left = sum(task.bytes for task in _parted(folder, mine)[1])
         raise UserError(
             f"The disk of {folder} is full; about {2 * left / 1e9:.1f} GB more are needed at most "
             "(of compressed text, several times as much). What is done is kept: make room and start again."
@@ -138,39 +137,48 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     return tokenizer
 
 
-def _shards_of(folder: Path, task: Task) -> list[dict[str, Any]]:
-    """Read a task's record."""
-    record = json.loads(record_path(folder, task).read_text())
-    return [shard for split in SPLITS for shard in record[split]]
+def _parted(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
+    """Part tasks into those that are done and those that are not."""
+    done = {task.number for task in tasks if record_path(folder, task).exists()}
+    return [task for task in tasks if task.number in done], [task for task in tasks if task.number not in done]
 
 
-def _write_manifest(folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> None:
-    """Put the records together, and take away what was only needed on the way."""
+def _splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
+    """Put the records of tasks together."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
-    splits = {s: [Shard.model_validate(shard) for record in records for shard in record[s]] for s in SPLITS}
+    return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
+
+
+def _write_manifest(
+    folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer
+) -> Manifest:
+    """Write the manifest, and take away what was only needed on the way."""
+    splits = _splits(folder, tasks)
     for split in SPLITS:
         if not splits[split]:
             raise UserError(_nothing_in(split, corpus, config))
-    Manifest(
+    manifest = Manifest(
         format=FORMAT,
         origin=corpus.origin,
         tokenizer=tokenizer.record(),
         vocab_size=tokenizer.vocab_size,
         dtype=dtype_of(tokenizer),
         splits=splits,
-    ).save(folder)
-    if mended := sum(shard.mended for split in SPLITS for shard in splits[split]):
+    )
+    manifest.save(folder)
+    if mended := sum(shard.mended for shard in manifest.shards()):
         log.warning(
             "%d documents of %s hold bytes that are no UTF-8; U+FFFD stands for them. "
             "data.undecodable=refuse would name the first.",
             *(mended, corpus.origin),
         )
     _clear(folder)
+    return manifest
 
 
 def _clear(folder: Path) -> None:
     """Take away what was only needed on the way, last the tokenizer's record: without it, nothing is left to clear."""
-    kept = {MANIFEST, TOKENIZER} | {shard.file for shards in load_shards(folder).splits.values() for shard in shards}
+    kept = {MANIFEST, TOKENIZER} | {shard.file for shard in load_shards(folder).shards()}
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     memory = _memory(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
         known = _remembered(memory)
-        now = {shard.file: _state(folder, shard) for shard in manifest.shards()}
+        now = _states(folder, manifest)
         touched = [shard for shard in manifest.shards() if known.get(shard.file) != now[shard.file]]
         if touched:
             if (size := sum(shard.tokens for shard in touched)) > MANY:
@@ -70,10 +70,10 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
 
 
 def remember(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Remember shards as they are now: they have just been written, and were hashed on the way."""
+    """Remember shards as they are now: they have just been hashed, as they were written or read."""
     memory = _memory(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
-        write_durably(memory, json.dumps({shard.file: _state(folder, shard) for shard in manifest.shards()}))
+        write_durably(memory, json.dumps(_states(folder, manifest)))
 
 
 def _memory(folder: Path, cache_dir: Path) -> Path:
@@ -84,9 +84,13 @@ def _memory(folder: Path, cache_dir: Path) -> Path:
     return memory
 
 
-def _state(folder: Path, shard: Shard) -> list[object]:
-    stat = (folder / shard.file).stat()
-    return [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+def _states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
+    """What changes when a shard's file is touched, and what its hash should be."""
+    stats = ((shard, (folder / shard.file).stat()) for shard in manifest.shards())
+    return {
+        shard.file: [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        for shard, stat in stats
+    }
 
 
 def _remembered(memory: Path) -> dict[str, object]:

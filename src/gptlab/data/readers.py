@@ -219,19 +219,18 @@ def _compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Docu
 
 def _parts(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Cut what a file holds into parts of about ``size`` bytes, as ``spans`` cuts a plain one; an empty file is one."""
-    held, more = bytearray(), True
-    while more or held:
-        cut, begin = None, max(size - LONGEST, 0)
-        while cut is None:
+    held, ended = bytearray(), False
+    while not ended:
+        begin, cut = max(size - LONGEST, 0), None
+        while not ended:
             cut = next((found.end() for found in CUT.finditer(held, begin) if found.end() >= size), None)
-            if cut is None:
-                begin = max(begin, len(held) - LONGEST)  # where a character may begin that what follows cuts off
-                block = file.read(max(WINDOW, size - len(held)))
-                held += block
-                if more := bool(block):
-                    continue
-                cut = len(held)
-        yield bytes(held[:cut])
+            if cut is not None:
+                break
+            begin = max(begin, len(held) - LONGEST)  # where a character may begin that what follows cuts off
+            block = file.read(max(WINDOW, size - len(held)))
+            held += block
+            ended = not block
+        yield bytes(held[:cut])  # to the end, where there is no cut
         del held[:cut]
 
 

@@ -19,17 +19,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 from filelock import FileLock, Timeout
 
-from gptlab.data.shards import LOCK, MANIFEST, Manifest, Shard, load_manifest, write_durably
+from gptlab.data.shards import LOCK, MANIFEST, SUFFIXES, Shard, load_manifest
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
-SUFFIXES = (".bin", ".npy")  # of shards
 DENIED = (401, 403)  # statuses of HTTP that will not change by asking again
 SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 
@@ -56,7 +54,7 @@ class RemoteFolder:
                 self.manifest = load_manifest(Path(folder))
             except UserError as error:
                 raise UserError(f"What {self.url} has is no prepared data: {error}") from None
-        self.sizes = {shard.file: _size(self.manifest, shard) for shard in self.manifest.shards()}
+        self.sizes = {shard.file: self.manifest.file_size(shard) for shard in self.manifest.shards()}
         if elsewhere := [name for name in self.sizes if Path(name).name != name or Path(name).suffix not in SUFFIXES]:
             raise UserError(
                 f"{self.url}/{MANIFEST} names {elsewhere[0]}, which does not lie beside it. It describes files of "
@@ -64,10 +62,10 @@ class RemoteFolder:
             )
         # by content: what two URLs hold alike is kept once, and other shards never take the place of these, nor the
         # same ones under other names, which have the same fingerprint
-        content = self.manifest.model_dump_json(indent=2) + "\n"
-        self.folder = cache_dir / f"remote-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        content = self.manifest.model_dump_json().encode()
+        self.folder = cache_dir / f"remote-{hashlib.sha256(content).hexdigest()[:12]}"
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        write_durably(self.folder / MANIFEST, content)
+        self.manifest.save(self.folder)
         self._ahead: queue.Queue[Sequence[Shard]] = queue.Queue()
         self._fetcher = 0  # the process whose thread fetches ahead
 
@@ -127,13 +125,9 @@ class RemoteFolder:
         return path
 
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
-        """Fetch a file beside its place, check it, and put it there."""
-        unfinished, wrong = _unfinished(path), set[str]()
-        try:
-            _persistently(f"{self.url}/{name}", lambda: self._fetch(name, unfinished, shard, wrong))
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        """Fetch a file, check it, and put it in its place."""
+        wrong = set[str]()
+        _put(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
         """Fetch a file once; ``wrong`` has the hashes that came before, for what comes twice is no accident."""
@@ -141,8 +135,7 @@ class RemoteFolder:
         filesystem.get_file(f"{root}/{name}", str(path))
         if shard is None:
             return
-        if (size := path.stat().st_size) != self.sizes[name]:
-            raise OSError(f"{size:,} bytes came of {self.sizes[name]:,}")
+        _check_size(path, self.sizes[name])
         with path.open("rb") as file:
             file.seek(shard.offset)
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -194,8 +187,7 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
     def fetch(place: str, unfinished: Path) -> None:
         filesystem, _ = _filesystem(pattern)
         filesystem.get_file(place, str(unfinished))
-        if (size := unfinished.stat().st_size) != (expected := filesystem.size(place)):
-            raise OSError(f"{size:,} bytes came of {expected:,}")
+        _check_size(unfinished, filesystem.size(place))
 
     with FileLock(f"{folder}{LOCK}"):
         _persistently(pattern, look)
@@ -203,12 +195,25 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
             path = folder / PurePosixPath(place).name
             if about["type"] == "file" and not path.exists():
                 log.info("Fetching %s.", place)
-                unfinished = _unfinished(path)
-                _persistently(place, functools.partial(fetch, place, unfinished))
-                unfinished.replace(path)
+                _put(path, place, functools.partial(fetch, place))
     if not any(folder.iterdir()):
         raise UserError(f"data.path={pattern} matches nothing.")
     return folder
+
+
+def _put(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
+    """Fetch a file beside its place, and put it there when it is whole."""
+    unfinished = _unfinished(path)
+    try:
+        _persistently(what, lambda: fetch(unfinished))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if (size := path.stat().st_size) != expected:
+        raise OSError(f"{size:,} bytes came of {expected:,}")
 
 
 def _persistently(what: str, fetch: Callable[[], None]) -> None:
@@ -255,10 +260,6 @@ def _check_no_secret(url: str) -> None:
 
 def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _size(manifest: Manifest, shard: Shard) -> int:
-    return shard.offset + shard.tokens * np.dtype(manifest.dtype).itemsize
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -17,6 +17,7 @@ from gptlab.settings import Settings
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
+SUFFIXES = (".bin", ".npy")  # of files of tokens
 FORMAT = 1
 
 Split = Literal["train", "val"]
@@ -75,6 +76,10 @@ class Manifest(Settings):
         """All shards, those of train first."""
         return [shard for split in SPLITS for shard in self.splits[split]]
 
+    def file_size(self, shard: Shard) -> int:
+        """Bytes of a shard's file."""
+        return shard.offset + shard.tokens * np.dtype(self.dtype).itemsize
+
     def tokens(self, split: Split) -> int:
         """Count the tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
@@ -108,7 +113,7 @@ def load_shards(folder: Path) -> Manifest:
     """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
     manifest = load_manifest(folder)
     for shard in manifest.shards():
-        file, expected = folder / shard.file, shard.offset + shard.tokens * np.dtype(manifest.dtype).itemsize
+        file, expected = folder / shard.file, manifest.file_size(shard)
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
             found = "is missing" if size is None else f"has {size:,}"

@@ -28,6 +28,10 @@ class Store(Protocol):
         """Open a shard's file, which may have to be fetched first."""
         ...
 
+    def check_room(self, at_once: Sequence[Shard]) -> None:
+        """See that there is room for the shards that are in use at the same time; UserError where there is none."""
+        ...
+
     def expect(self, shards: Sequence[Shard]) -> None:
         """Learn which shards are read from here on, the first ones first."""
         ...
@@ -42,6 +46,9 @@ class Folder:
     def open(self, shard: Shard) -> FileIO:
         """Open a shard's file."""
         return (self.folder / shard.file).open("rb", buffering=0)
+
+    def check_room(self, at_once: Sequence[Shard]) -> None:
+        """Do nothing: all is there."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """Do nothing: all is there."""

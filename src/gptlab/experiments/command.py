@@ -8,18 +8,37 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import gptlab
-from gptlab.errors import UserError, did_you_mean
-from gptlab.experiments.exits import DONE, INTERRUPTED, tell
+from gptlab.errors import Diverged, UserError, did_you_mean
+from gptlab.experiments.exits import DONE, INTERRUPTED, PREEMPTED, tell
 from gptlab.experiments.logs import log_to_screen
 from gptlab.experiments.schema import no_setting
+from gptlab.experiments.targets import checked_targets
 
 Task = Callable[[DictConfig], int]
+
+
+class JobFailed(Exception):  # noqa: N818
+    """What a launcher brings back of a job that it ran elsewhere."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+class _Ended(BaseException):
+    """The user or the machine wants an end: in a sweep, no other job begins."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
 
 
 def configuration_folder() -> Path:
@@ -42,12 +61,16 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
 
         @functools.wraps(task)
         def told(config: DictConfig) -> None:
+            log_to_screen()  # a launcher's process has not come through main
             try:
-                statuses.append(task(config))
-                if statuses[-1] == INTERRUPTED:  # in a sweep, no other job begins
-                    raise KeyboardInterrupt
-            except (UserError, OmegaConfBaseException) as error:  # in a sweep the other jobs go on
-                statuses.append(tell(error))
+                status = task(config)
+            except (UserError, Diverged, OmegaConfBaseException) as error:
+                status = tell(error)
+            if status != DONE and _is_elsewhere():
+                raise JobFailed(status)
+            if status in (INTERRUPTED, PREEMPTED):
+                raise _Ended(status)
+            statuses.append(status)  # in a sweep the other jobs go on
 
         @functools.wraps(task)
         def main() -> None:
@@ -56,21 +79,44 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints for itself, and exits with 1
             try:
                 sys.argv[1:] = [_quoted(argument, literal) for argument in sys.argv[1:]]
+                _refuse_pickles()
                 around = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
-                around(told)()
+                with checked_targets():
+                    around(told)()
+            except UserError as error:
+                statuses.append(tell(error))
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
                 statuses.append(tell(_explain(error, keys)))
+            except JobFailed as error:
+                statuses.append(error.status)
+            except _Ended as error:
+                sys.exit(error.status)
             except KeyboardInterrupt:
-                statuses.append(INTERRUPTED)
+                sys.exit(INTERRUPTED)
             sys.exit(max(statuses))
 
         return main
 
     return decorate
+
+
+def _is_elsewhere() -> bool:
+    """Whether this is a job of a sweep that a launcher runs in another process, on another machine perhaps."""
+    config = HydraConfig.get()
+    return config.mode == RunMode.MULTIRUN and not config.launcher["_target_"].endswith(".BasicLauncher")
+
+
+def _refuse_pickles() -> None:
+    """Refuse the one flag of Hydra's that unpickles a file."""
+    if (path := get_args_parser().parse_args().experimental_rerun) is not None:
+        raise UserError(
+            f"--experimental-rerun={path} is refused: it would unpickle the file, which can run any code. "
+            "A run goes on with resume=<run directory>."
+        )
 
 
 def _quoted(argument: str, literal: tuple[str, ...]) -> str:

@@ -1,7 +1,9 @@
 """Run directories: outputs/<name>/<time>/, which hold everything that is kept of one run. Imports no torch."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,8 +12,10 @@ from gptlab.errors import UserError
 from gptlab.experiments.environment import record_environment
 from gptlab.experiments.schema import Config, check
 from gptlab.model.config import GPTConfig
+from gptlab.training.checkpoints.records import best, checkpoints, newest
 
-CONFIG, LOG, CHECKPOINTS, SAMPLES = "config.yaml", "train.log", "checkpoints", "samples"
+CONFIG, LOG, CHECKPOINTS, SAMPLES, TRACE = "config.yaml", "train.log", "checkpoints", "samples", "trace.jsonl"
+STACKS = "stacks"  # of processes that made no progress
 
 
 def create(config: Config, manifest: Manifest, place: Path | None) -> Path:
@@ -34,7 +38,7 @@ def create(config: Config, manifest: Manifest, place: Path | None) -> Path:
 
 def record(config: Config, directory: Path) -> None:
     """Write the configuration and the environment of a run, anew when it goes on with others."""
-    values = config.model_copy(update={"resume": None}).model_dump(mode="json")
+    values = config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
     write_durably(directory / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     record_environment(directory)
 
@@ -66,24 +70,52 @@ def load_config(directory: Path) -> Config:
     return check(Config, values)
 
 
-def find_checkpoint(directory: Path, *names: str) -> Path:
-    """Find the first of the checkpoints of a run that exists; UserError where none does."""
-    for name in names:
-        if (path := directory / CHECKPOINTS / name).exists():
-            return path
-    raise UserError(f"{directory} has no checkpoint yet: none of {', '.join(names)} is in {directory / CHECKPOINTS}.")
+def newest_run(name: str) -> Path | None:
+    """Find the run of a name that was saved last, and whole; None where there is none."""
+    places = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
+    saved = {path.absolute(): checkpoints(path / CHECKPOINTS) for path in places}
+    runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
+    return next((path for path in reversed(runs) if newest(path / CHECKPOINTS)), None)
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run was saved; what was may be damaged."""
+    return bool(checkpoints(directory / CHECKPOINTS))
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Find the newest checkpoint of a run that is whole; UserError where there is none."""
+    return _found(directory, newest(directory / CHECKPOINTS))
+
+
+def best_checkpoint(directory: Path) -> Path:
+    """Find the checkpoint of a run with the lowest val loss that is whole; UserError where there is none."""
+    return _found(directory, best(directory / CHECKPOINTS))
+
+
+def _found(directory: Path, place: Path | None) -> Path:
+    if place is None:
+        damaged = "only damaged ones are" if has_checkpoint(directory) else "nothing is"
+        raise UserError(f"{directory} has no checkpoint: {damaged} in {directory / CHECKPOINTS}.")
+    return place
 
 
 # What decides which parameters there are, and their shapes; a longer block can be cropped to a shorter one.
 SHAPING = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_weights", "pad_vocab_to_multiple_of")
 
 
-def check_fit(directory: Path, model: GPTConfig) -> None:
-    """See that the weights of a run fit a model; UserError names what differs."""
-    there = load_config(directory).model
-    differences = [key for key in SHAPING if getattr(there, key) != getattr(model, key)]
-    if there.block_size < model.block_size:
+def check_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
+    """See that the weights of a run fit a model, whose block may be shorter; UserError names what differs."""
+    shape = load_config(directory).model.model_dump(include={*SHAPING, "block_size"})
+    check_shape(directory, shape, model, cropped=cropped)
+
+
+def check_shape(path: Path, there: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
+    """See that weights of such a shape fit a model; UserError names what differs, and ``path``, where they are."""
+    here = model.model_dump()
+    differences = [key for key in there if key != "block_size" and there[key] != here[key]]
+    if there["block_size"] < model.block_size or (there["block_size"] > model.block_size and not cropped):
         differences.append("block_size")
     if differences:
-        named = (f"model.{key} is {getattr(there, key)} there and {getattr(model, key)} here" for key in differences)
-        raise UserError(f"The weights of {directory} do not fit this model: {'; '.join(named)}.")
+        named = (f"model.{key} is {there[key]} there and {here[key]} here" for key in differences)
+        raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.")

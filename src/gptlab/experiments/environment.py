@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
+COMMAND = "GPTLAB_COMMAND"  # the variable by which a worker knows what its user has typed
 
 
 def record_environment(directory: Path) -> None:
@@ -22,7 +23,7 @@ def record_environment(directory: Path) -> None:
     commit, diff, status = _git("rev-parse", "HEAD"), _git("diff", "HEAD"), _git("status", "--porcelain")
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join(sys.orig_argv),
+        "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
         "folder": str(Path.cwd()),
         "git": {"commit": (commit or b"").decode().strip() or None, "uncommitted": _lines_of(status or b"")},
         "machine": {
@@ -33,6 +34,7 @@ def record_environment(directory: Path) -> None:
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         },
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "python": sys.version,
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
     }

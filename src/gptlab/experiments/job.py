@@ -1,5 +1,6 @@
 """One training run, from a complete configuration to its run directory."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -9,27 +10,37 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.prepared import Prepared
-from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, create, find_checkpoint, record
+from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, STACKS, TRACE, create, newest_checkpoint, record
+from gptlab.experiments.exits import DONE, PREEMPTED
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.schema import Config
-from gptlab.experiments.screen import announce, say_interrupted, summarise
-from gptlab.experiments.weights import load_weights, read_checkpoint
+from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
+from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan, plan_batch
-from gptlab.training.callbacks.checkpoints import checkpoint_callbacks
+from gptlab.training.callbacks.checkpoints import Checkpoints
+from gptlab.training.callbacks.guard import Guard
+from gptlab.training.callbacks.preemption import Preempted, Preemption
+from gptlab.training.callbacks.pulse import Pulse
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
-from gptlab.training.config import LAST
+from gptlab.training.callbacks.trace import Trace
+from gptlab.training.callbacks.watchdog import Watchdog
+from gptlab.training.checkpoints.records import clear, step_of
+from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.clusters import cluster_environment
+from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import Devices, choose_devices
+from gptlab.training.groups import join_group, on_first_rank
 from gptlab.training.module import GPTModule
 from gptlab.training.processes import is_first_rank
-from gptlab.training.strategies import build_strategy, cluster_environment
+from gptlab.training.strategies import build_strategy
 
 
-def run(config: Config, prepared: Prepared, place: Path | None) -> None:
+def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     """Train, and leave a run directory behind.
 
     Every rank calls this. Nothing is written before everything that can be checked has been.
@@ -39,15 +50,20 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> None:
         prepared: The data.
         place: The run directory, where a sweep has set one apart.
 
+    Returns:
+        The exit status.
+
     Raises:
         UserError: What is asked for is not there: devices, a checkpoint, a login.
     """
     quieten_lightning()
     devices = choose_devices(config.trainer, config.train)
-    plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, devices.world_size)
-    checkpoint = find_checkpoint(Path(config.resume), LAST) if config.resume else None
+    shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
+    plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, shares)
+    join_group(devices)
+    checkpoint = on_first_rank(lambda: _checkpoint(config))
     module = build_module(config, prepared, devices)
-    directory = _directory(config, prepared, place)
+    directory = on_first_rank(lambda: _directory(config, prepared, place))
     is_first = is_first_rank()
     handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
     try:
@@ -62,9 +78,15 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> None:
             seed=config.seed,
             eval_windows=config.train.eval_windows,
         )
-        _fit(trainer, module, data, checkpoint, directory)
+        timeout = config.trainer.hang_timeout
+        with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
+            _fit(trainer, module, data, checkpoint, directory)
         if is_first:
             summarise(config, directory, recorder, trainer)
+        return DONE
+    except Preempted:
+        say_stopped("Stopped by a signal", directory, trainer.global_step)
+        return PREEMPTED
     finally:
         stop_log(handler)
 
@@ -73,9 +95,9 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Pat
     """Train; an interrupt stays one, which Lightning would turn into exit status 1."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:
+    except (SystemExit, KeyboardInterrupt):
         if trainer.interrupted:
-            say_interrupted(directory, trainer.global_step)
+            say_stopped("Interrupted", directory, trainer.global_step)
             raise KeyboardInterrupt from None
         raise
 
@@ -108,22 +130,15 @@ def build_trainer(
     checkpoint: Path | None,
 ) -> L.Trainer:
     """Build Lightning's Trainer with the run's callbacks and loggers."""
-    callbacks: list[L.Callback] = [recorder]
-    wanted = config.callbacks
-    if wanted.samples:
-        callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
-    if wanted.early_stopping:
-        patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
-        callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
-    if wanted.checkpoint:
-        callbacks.extend(checkpoint_callbacks(wanted.checkpoint, directory / CHECKPOINTS))
+    wanted = config.callbacks.checkpoint
+    files = _checkpoint_files(wanted)
     return L.Trainer(
         accelerator=devices.accelerator,
         devices=devices.devices,
         num_nodes=devices.num_nodes,
-        strategy=build_strategy(config.trainer.strategy, plan),
+        strategy=build_strategy(config.trainer, plan, devices, sharded_checkpoints=_is_sharded(wanted)),
         precision=devices.precision,  # type: ignore[arg-type]  # one of Lightning's names, checked by the schema
-        plugins=cluster_environment(),
+        plugins=[cluster_environment(), files],
         default_root_dir=directory,
         max_steps=config.steps,
         max_epochs=-1,
@@ -131,10 +146,10 @@ def build_trainer(
         val_check_interval=config.train.eval_every * plan.accumulation,  # Lightning counts micro-batches here
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=callbacks,
-        logger=build_loggers(config, directory, read_checkpoint(checkpoint)["global_step"] if checkpoint else None),
+        callbacks=_callbacks(config, prepared, directory, recorder, files),
+        logger=build_loggers(config, directory, step_of(checkpoint) if checkpoint else None),
         profiler=_profiler(config, directory),
-        enable_checkpointing=bool(wanted.checkpoint),
+        enable_checkpointing=wanted is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -142,13 +157,55 @@ def build_trainer(
     )
 
 
+def _callbacks(
+    config: Config, prepared: Prepared, directory: Path, recorder: Recorder, files: CheckpointFiles
+) -> list[L.Callback]:
+    """Build what happens around the steps, in the order in which it does."""
+    pulse, wanted = Pulse(), config.callbacks
+    guard = Guard(pulse, config.train, replay_command(directory))
+    recorder.counts.append(guard.counts)
+    callbacks: list[L.Callback] = [pulse, recorder, guard]
+    if wanted.trace:  # before the checkpoints: each has its line
+        callbacks.append(Trace(directory / TRACE, wanted.trace.every))
+    if wanted.samples:
+        callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
+    if wanted.early_stopping:
+        patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
+        callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
+    checkpoints = None
+    if wanted.checkpoint:
+        every, eval_every = wanted.checkpoint.every, config.train.eval_every
+        checkpoints = Checkpoints(files, directory / CHECKPOINTS, every=every, eval_every=eval_every)
+        callbacks.append(checkpoints)
+    return [*callbacks, Preemption(pulse, checkpoints)]
+
+
 def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
-    """Make the run directory on the first rank; the others write nothing into theirs, which is never made."""
+    """Make the run directory, or write down with what an earlier one goes on."""
     if config.resume:
-        if is_first_rank():
-            record(config, Path(config.resume))
+        record(config, Path(config.resume))
         return Path(config.resume)
-    return create(config, prepared.manifest, place) if is_first_rank() else Path("outputs") / config.name
+    return create(config, prepared.manifest, place)
+
+
+def _checkpoint(config: Config) -> Path | None:
+    """Find where a run goes on, if it is one that does."""
+    if config.resume is None:
+        return None
+    clear(Path(config.resume) / CHECKPOINTS)
+    return newest_checkpoint(Path(config.resume))
+
+
+def _checkpoint_files(config: CheckpointConfig | None) -> CheckpointFiles:
+    """Build what reads checkpoints and, where the run is saved, writes them."""
+    if config is None:
+        return CheckpointFiles(keep_last=1, keep_best=False, asynchronous=False)
+    return CheckpointFiles(keep_last=config.keep_last, keep_best=config.keep_best, asynchronous=config.asynchronous)
+
+
+def _is_sharded(config: CheckpointConfig | None) -> bool:
+    """Whether a sharded run writes shards: it does where nobody says otherwise."""
+    return config is not None and config.sharded in (True, "auto")
 
 
 def _recorder(config: Config, devices: Devices) -> Recorder:

@@ -1,35 +1,31 @@
 """Where a run's processes come from. Imports no torch.
 
-One process with one device runs here. A run over several devices gets a process of its own, from which Lightning
-starts the other ranks: so its environment cannot leak into the next job of a sweep, and Hydra is not asked twice.
-Where torchrun or SLURM has started the ranks already, each runs here.
+Where torchrun or srun has started the ranks already, each runs here, and so does a single run on one device. All others
+run in workers (``supervisor``), one a device: their environment cannot leak into the next job of a sweep, and Hydra is
+not asked twice.
 """
 
-import contextlib
-import json
-import signal
-import subprocess
-import sys
-import tempfile
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
 from gptlab.data.order import training_order
 from gptlab.data.prepared import Prepared
-from gptlab.data.remote import RemoteFolder
 from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
-from gptlab.experiments.directory import check_fit, find_checkpoint, load_config
+from gptlab.experiments.directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
+from gptlab.experiments.earlier import go_on
+from gptlab.experiments.foreign import check_foreign, is_foreign
 from gptlab.experiments.preparing import prepare_with_progress
 from gptlab.experiments.schema import Config
+from gptlab.experiments.signals import stoppable
+from gptlab.experiments.supervisor import supervise
 from gptlab.training.batch import plan_batch
-from gptlab.training.config import BEST, LAST
 from gptlab.training.processes import started_from_outside
 
-WORKER = "gptlab.experiments.worker"
-PATIENCE = 5.0  # seconds a worker has to end by itself
+log = logging.getLogger(__name__)
 
 
 def launch(config: Config, place: Path | None) -> int:
@@ -42,31 +38,35 @@ def launch(config: Config, place: Path | None) -> int:
     Returns:
         The exit status.
     """
+    config, place = go_on(config, place)
     config, prepared = make_ready(config)
     if started_from_outside() or (config.trainer.strategy == "single" and place is None):
         from gptlab.experiments.job import run  # torch is needed from here on
 
-        run(config, prepared, place)
-        return 0
-    return _run_in_process(config, place)
+        return stoppable(lambda: run(config, prepared, place))
+    return supervise(config, place)
 
 
 def make_ready(config: Config) -> tuple[Config, Prepared]:
     """Prepare the data and complete the configuration; UserError for what can be known without torch."""
     config = config.with_absolute_paths()
     if isinstance(config.trainer.devices, int) and not started_from_outside():
-        world_size = config.trainer.devices * config.trainer.num_nodes
-        plan_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+        shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
+        plan_batch(config.train.global_batch_size, config.train.micro_batch_size, shares)
     for earlier in filter(None, (config.resume, config.init_from)):
+        if earlier == config.init_from and is_foreign(Path(earlier)):
+            check_foreign(Path(earlier), config.model)
+            continue
         load_config(Path(earlier))
-        find_checkpoint(Path(earlier), BEST, LAST)
+        if not has_checkpoint(Path(earlier)):
+            raise UserError(f"{earlier} has no checkpoint yet: nothing is in {Path(earlier) / CHECKPOINTS}.")
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
     if config.resume:
-        _check_same_data(prepared, Path(config.resume))
+        _check_same_run(config, prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest
     needed: dict[Split, int] = {"train": 2 * block_size, "val": block_size + 1}
     for split in SPLITS:
@@ -77,7 +77,9 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
             )
     _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)
-    if config.init_from:
+    if config.init_from and is_foreign(Path(config.init_from)):
+        check_foreign(Path(config.init_from), config.model)  # with the vocabulary
+    elif config.init_from:
         _check_same_tokens(prepared, Path(config.init_from))
         check_fit(Path(config.init_from), config.model)
     return config, prepared
@@ -96,20 +98,26 @@ def _check_order(config: Config, prepared: Prepared) -> None:
         raise UserError(
             f"data.order={config.data.order}, model.block_size={config.model.block_size}: {error}."
         ) from None
-    if isinstance(prepared.store, RemoteFolder):
-        train, val = prepared.stream("train"), prepared.manifest.splits["val"]
-        at_once = [train.shards[number] for number in train.within(order.ahead(0))]
-        prepared.store.check_room([*val, *at_once])
+    train, val = prepared.stream("train"), prepared.manifest.splits["val"]
+    prepared.store.check_room([*val, *(train.shards[number] for number in train.within(order.ahead(0)))])
 
 
-def _check_same_data(prepared: Prepared, directory: Path) -> None:
+def _check_same_run(config: Config, prepared: Prepared, directory: Path) -> None:
     """Refuse to go on with other data: the order would be another, and nothing would say so."""
     was, now = load_manifest(directory).fingerprint(), prepared.manifest.fingerprint()
     if was != now:
-        raise UserError(
+        sentence = (
             f"The data in {prepared.folder} is not what {directory} was trained on: its fingerprint is {now[:12]}, the "
-            f"run's is {was[:12]}. For a new run on it from these weights: init_from={directory}"
+            f"run's is {was[:12]}."
         )
+        if not config.force_resume:
+            raise UserError(
+                f"{sentence} For a new run on it from these weights: init_from={directory}. To go on all the same: "
+                "force_resume=true"
+            )
+        log.warning("%s The run goes on all the same.", sentence)
+    if config.force_resume:
+        check_fit(directory, config.model, cropped=False)
 
 
 def _check_same_tokens(prepared: Prepared, directory: Path) -> None:
@@ -118,24 +126,3 @@ def _check_same_tokens(prepared: Prepared, directory: Path) -> None:
         raise UserError(
             f"{directory} was trained on other tokens than tokenizer={prepared.manifest.tokenizer['name']} has here."
         )
-
-
-def _run_in_process(config: Config, place: Path | None) -> int:
-    """Start the worker, and wait for it; what ends this process ends the worker, which ends its ranks."""
-    with tempfile.NamedTemporaryFile("w", prefix="gptlab-", suffix=".json") as file:
-        json.dump({"config": config.model_dump(mode="json"), "place": place and str(place.absolute())}, file)
-        file.flush()
-        worker = subprocess.Popen((sys.executable, "-m", WORKER, file.name))
-        signal.signal(signal.SIGTERM, lambda *_: worker.terminate())
-        while True:
-            try:
-                return _status(worker.wait())
-            except KeyboardInterrupt:  # which a terminal has sent to the worker as well, but `kill` has not
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return _status(worker.wait(PATIENCE))
-                worker.send_signal(signal.SIGINT)
-
-
-def _status(returned: int) -> int:
-    """Make an exit status of what a process returned, as shells do: 128 + n for one that signal n has ended."""
-    return returned if returned >= 0 else 128 - returned

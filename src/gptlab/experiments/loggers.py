@@ -4,11 +4,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from gptlab.errors import UserError
-from gptlab.experiments.schema import Config, WandbConfig
+from gptlab.experiments.schema import Config
+from gptlab.experiments.wandb_logger import wandb_logger
 from gptlab.training.processes import is_first_rank
+
+METRICS = "metrics.csv"
 
 
 class MetricsFile(CSVLogger):
@@ -21,7 +23,7 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, directory: Path, keep_until: int | None) -> None:
         super().__init__(directory, name="", version="", flush_logs_every_n_steps=1)
-        earlier = _rows(directory / "metrics.csv", keep_until) if keep_until is not None else []
+        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
             self.experiment.save()  # at once: Lightning's writer has removed the old file
@@ -45,38 +47,7 @@ def build_loggers(config: Config, directory: Path, keep_until: int | None) -> li
     if config.logger.tensorboard is not None:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     if config.logger.wandb is not None:
-        loggers.append(_wandb_logger(config, config.logger.wandb, directory))
+        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
+        loggers.append(wandb_logger(config, config.logger.wandb, directory, earlier))
     # the last, so that nothing that can be refused stands after it has touched the file
     return [*loggers, MetricsFile(directory, keep_until)]
-
-
-def _wandb_logger(config: Config, settings: WandbConfig, directory: Path) -> Logger:
-    """Create the W&B run on the first rank, with tokens as the x-axis; its id is kept for a resume."""
-    if not is_first_rank():
-        return WandbLogger(offline=True)  # never starts a run: Lightning logs on the first rank only
-    import wandb
-
-    id_file = directory / "wandb_id"
-    try:
-        run = wandb.init(
-            project=settings.project,
-            entity=settings.entity,
-            group=settings.group,
-            tags=settings.tags,
-            name=f"{config.name}/{directory.name}",
-            id=id_file.read_text() if id_file.exists() else None,
-            resume="allow",
-            dir=directory,
-            mode=settings.mode,
-            config=config.model_dump(mode="json"),
-        )
-    except wandb.errors.UsageError as error:  # no login
-        raise UserError(
-            f"logger=wandb cannot start: {error}\nLog in with `wandb login`, or keep the record in the run directory: "
-            "logger.wandb.mode=offline"
-        ) from error
-    id_file.write_text(run.id)
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="tokens")
-    run.define_metric("val/loss", summary="min", step_metric="tokens")
-    return WandbLogger(experiment=run)

@@ -51,3 +51,5 @@ def quieten_lightning() -> None:
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # which warns, of every norm and checkpoint, that a mesh of two dimensions is reduced along one after the other
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

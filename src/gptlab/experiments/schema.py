@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from gptlab.data.config import DataConfig, TokenizerConfig
@@ -24,7 +24,9 @@ class WandbConfig(Settings):
     entity: str | None
     group: str | None
     tags: list[str]
-    mode: Literal["online", "offline"]
+    mode: Literal["auto", "online", "offline"]
+    init_timeout: PositiveFloat
+    finish_timeout: PositiveFloat
 
 
 class TensorBoardConfig(Settings):
@@ -44,6 +46,7 @@ class Config(Settings):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Seed
     resume: str | None
+    force_resume: bool
     init_from: str | None
     model: GPTConfig
     data: DataConfig
@@ -59,6 +62,15 @@ class Config(Settings):
     def _one_origin(self) -> Self:
         if self.resume and self.init_from:
             raise ValueError("resume and init_from exclude each other: a run goes on, or it starts from other weights")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_are_dealt_out(self) -> Self:
+        parts, heads = self.trainer.tensor_parallel, self.model.n_head
+        if heads % parts:
+            raise ValueError(
+                f"trainer.tensor_parallel={parts} has to divide model.n_head={heads}: the attention is split by heads"
+            )
         return self
 
     @property

@@ -11,14 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards import Manifest
-from gptlab.experiments.directory import CHECKPOINTS
+from gptlab.experiments.directory import has_checkpoint
 from gptlab.experiments.logs import FILE_ONLY
 from gptlab.experiments.schema import Config
 from gptlab.model.config import parameter_count
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
-from gptlab.training.config import LAST
 from gptlab.training.devices import Devices
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,9 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
     """Say what was decided."""
     block_size, batch = config.model.block_size, config.train.global_batch_size
     precision = f"{devices.precision}, {'compiled' if devices.compile else 'not compiled'}"
-    dealt = f"{plan.world_size} device(s) x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
+    parts = config.trainer.tensor_parallel
+    over = f"{plan.world_size} device(s)" if parts == 1 else f"{plan.world_size} group(s) of {parts} devices"
+    dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
         "model": f"{parameter_count(config.model):,} parameters",
@@ -69,12 +70,17 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
     log.info("Next: %s", following)
 
 
-def say_interrupted(directory: Path, step: int) -> None:
-    """Say where an interrupted run stands, and how it goes on."""
-    if (directory / CHECKPOINTS / LAST).exists():
-        log.info("Interrupted at step %d. To go on: python -m gptlab.train resume=%s", step, _shown(directory))
+def say_stopped(why: str, directory: Path, step: int) -> None:
+    """Say where a run stands that has not come to its end, and how it goes on."""
+    if has_checkpoint(directory):
+        log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _shown(directory))
     else:
-        log.info("Interrupted at step %d, before the first checkpoint.", step)
+        log.info("%s at step %d, before the first checkpoint.", why, step)
+
+
+def replay_command(directory: Path) -> str:
+    """Write the command that shows the batch of a step of a run, but for the step."""
+    return f"python -m gptlab.prepare replay={_shown(directory)}"
 
 
 def _best(best: dict[str, float]) -> dict[str, str]:

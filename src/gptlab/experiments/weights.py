@@ -1,32 +1,56 @@
-"""Weights out of run directories. Nothing is unpickled but plain tensors and numbers."""
+"""Weights out of run directories, and those of others. Nothing is unpickled but plain tensors and numbers."""
 
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from gptlab.errors import UserError
-from gptlab.experiments.directory import find_checkpoint, load_config
+from gptlab.experiments.directory import best_checkpoint, load_config
+from gptlab.experiments.foreign import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
+from gptlab.model.foreign import load_renamed, renamed
 from gptlab.model.gpt import GPT
-from gptlab.training.config import BEST, LAST
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's plain data; UserError where it is damaged or holds anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of gptlab: it has no state_dict and global_step.")
-    return checkpoint
+from gptlab.training.checkpoints.reading import read, read_plain
 
 
 def load_weights(model: GPT, directory: Path) -> None:
-    """Load the best weights of a run (else its last) into ``model``, which they fit (``directory.check_fit``)."""
-    state = read_checkpoint(find_checkpoint(directory, BEST, LAST))["state_dict"]
+    """Load weights into ``model``, which they fit: the best of a run, or those of others.
+
+    Raises:
+        UserError: They cannot be read, or do not fit after all.
+    """
+    if is_foreign(directory):
+        _load_foreign(model, directory)
+        return
+    state = read(best_checkpoint(directory))["state_dict"]
     state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
     model.load_state_dict(state)
+
+
+def _load_foreign(model: GPT, path: Path) -> None:
+    """Load what ``gptlab.experiments.foreign`` describes."""
+    state: dict[str, Tensor] = {}
+    if path.is_file():
+        checkpoint = read_plain(path)
+        if not isinstance(checkpoint, dict) or not _are_tensors(state := checkpoint.get("model", {})):
+            raise UserError(
+                f"{path} is not a checkpoint of nanoGPT: it has no model of named tensors. A run of gptlab is named by "
+                "its directory."
+            )
+        check_foreign_shape(path, nanogpt_shape(path, checkpoint.get("model_args")), model.config)
+    else:
+        for file in weight_files(path):
+            with opened(file, "pt") as tensors:
+                state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
+    try:
+        load_renamed(model, renamed(state, transposed=path.is_dir()))
+    except ValueError as error:
+        raise UserError(f"The weights of {path} do not fit this model: {error}.") from error
+
+
+def _are_tensors(state: Any) -> bool:
+    tensors = state.items() if isinstance(state, dict) else ()
+    return bool(tensors) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors)
 
 
 def load_model(directory: Path) -> GPT:

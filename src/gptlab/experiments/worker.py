@@ -1,28 +1,32 @@
-"""The process of a run over several devices: python -m gptlab.experiments.worker <file>. Started by ``launching``."""
+"""The process of one device: python -m gptlab.experiments.worker <file>. Started by ``supervisor``."""
 
-import json
 import sys
 from pathlib import Path
 
-from gptlab.errors import UserError
-from gptlab.experiments.exits import INTERRUPTED, tell
+from gptlab.experiments.handover import end_with, read_job
 from gptlab.experiments.job import run
 from gptlab.experiments.launching import make_ready
 from gptlab.experiments.logs import log_to_screen
-from gptlab.experiments.schema import Config, check
+from gptlab.experiments.signals import let_in, stoppable
+from gptlab.experiments.supervisor import end_with_supervisor
 
 
 def main() -> None:
-    """Run what the file says; Lightning starts this module again, with the same file, for every other rank."""
+    """Run what the file says."""
+    end_with_supervisor()
     log_to_screen()
-    content = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        config, prepared = make_ready(check(Config, content["config"]))
-        run(config, prepared, content["place"] and Path(content["place"]))
-    except UserError as error:
-        sys.exit(tell(error))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    end_with(_listening)
+
+
+def _listening() -> int:
+    let_in()
+    return stoppable(_work)
+
+
+def _work() -> int:
+    config, place = read_job(Path(sys.argv[1]))
+    config, prepared = make_ready(config)
+    return run(config, prepared, place)
 
 
 if __name__ == "__main__":

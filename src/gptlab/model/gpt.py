@@ -21,7 +21,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.head_size = config.n_embd // config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
@@ -29,13 +29,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Mask) -> Tensor:
         """Mix the positions of ``x`` (B, T, C), causally and within the mask; same shape."""
-        B, T, C = x.shape  # noqa: N806
+        B, T, _ = x.shape  # noqa: N806
         q, k, v = (
-            part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-            for part in self.c_attn(x).split(C, dim=2)
+            part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
+            for part in self.c_attn(x).chunk(3, dim=2)
         )
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -6,7 +6,10 @@ from gptlab.errors import UserError
 
 
 class BatchPlan(NamedTuple):
-    """``world_size * accumulation * micro_batch_size`` sequences make one optimizer step."""
+    """``world_size * accumulation * micro_batch_size`` sequences make one optimizer step.
+
+    ``world_size`` counts the ranks that read data of their own: a group that shares one model is one of them.
+    """
 
     world_size: int
     micro_batch_size: int

@@ -4,9 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from gptlab.errors import UserError
 from gptlab.settings import Settings
-
-BEST, LAST = "best.ckpt", "last.ckpt"  # the checkpoints of a run
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,6 +68,9 @@ class TrainConfig(Settings):
     eval_every: PositiveInt
     eval_windows: PositiveInt | None
     grad_clip: NonNegativeFloat
+    max_bad_steps: PositiveInt
+    spike_sigma: PositiveFloat | None
+    spike_window: Annotated[int, Field(ge=4)]
     compile: bool | Literal["auto"]
     log_every: PositiveInt
 
@@ -95,8 +97,12 @@ class TrainerConfig(Settings):
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: PositiveInt | Literal["auto"]
     num_nodes: PositiveInt
-    strategy: Literal["single", "ddp", "fsdp"]
+    strategy: Literal["single", "ddp", "fsdp", "fsdp_tp"]
+    tensor_parallel: PositiveInt
+    reshard_after_forward: bool
+    cpu_offload: bool
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
+    hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None
 
     @model_validator(mode="after")
@@ -108,12 +114,46 @@ class TrainerConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _sharded_only(self) -> Self:
+        if self.tensor_parallel > 1 and self.strategy != "fsdp_tp":
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} splits matrices over devices: it needs trainer=fsdp_tp, not "
+                f"strategy={self.strategy}"
+            )
+        if self.cpu_offload and self.strategy not in ("fsdp", "fsdp_tp"):
+            raise ValueError(
+                "cpu_offload=true keeps on the CPU what FSDP has sharded: it needs trainer=fsdp or trainer=fsdp_tp, "
+                f"not strategy={self.strategy}"
+            )
+        return self
+
+    def data_parallel(self, devices: int, num_nodes: int) -> int:
+        """Count the processes that read data of their own: ``tensor_parallel`` of a node share a model and a batch.
+
+        Args:
+            devices: Processes of a node.
+            num_nodes: Nodes.
+
+        Raises:
+            UserError: They cannot be put into groups.
+        """
+        if devices % self.tensor_parallel:
+            raise UserError(
+                f"trainer.tensor_parallel={self.tensor_parallel} has to divide the devices of a machine, and there are "
+                f"{devices} (trainer.devices)."
+            )
+        return devices // self.tensor_parallel * num_nodes
+
 
 class CheckpointConfig(Settings):
-    """Which checkpoints are kept: the best val loss, the last evaluation."""
+    """When checkpoints are written, how, and which are kept; see conf/callbacks/checkpoint.yaml."""
 
-    best: bool
-    last: bool
+    every: PositiveInt | None
+    keep_last: PositiveInt
+    keep_best: bool
+    sharded: bool | Literal["auto"]
+    asynchronous: bool
 
 
 class SamplesConfig(Settings):
@@ -133,9 +173,16 @@ class EarlyStoppingConfig(Settings):
     min_delta: NonNegativeFloat
 
 
+class TraceConfig(Settings):
+    """Hashes of every so many steps; see ``gptlab.training.callbacks.trace``."""
+
+    every: PositiveInt
+
+
 class CallbacksConfig(Settings):
     """The callbacks that a run has; None is a callback it does not have."""
 
     checkpoint: CheckpointConfig | None = None
     samples: SamplesConfig | None = None
     early_stopping: EarlyStoppingConfig | None = None
+    trace: TraceConfig | None = None

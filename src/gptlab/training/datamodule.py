@@ -10,6 +10,7 @@ from gptlab.data.config import DataConfig
 from gptlab.data.order import evaluation_starts, training_order
 from gptlab.data.prepared import Prepared
 from gptlab.training.batch import BatchPlan
+from gptlab.training.strategies import data_rank
 
 
 class TokenData(L.LightningDataModule):
@@ -43,15 +44,19 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches without end, from the run's step on."""
         assert self.trainer is not None  # noqa: S101
+        on_cuda = self.trainer.strategy.root_device.type == "cuda"
+        return self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
+
+    def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> DataLoader[Batch]:
+        """A rank's micro-batches without end, from a step on, counted from 0; they need no trainer."""
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
-        batches = TrainBatches(self.prepared.stream("train"), order, self._slice(), self._border())
-        first = self.trainer.global_step * self.plan.accumulation
+        batches = TrainBatches(self.prepared.stream("train"), order, self._slice(rank), self._border())
         return DataLoader(
             batches,
             batch_size=None,
-            sampler=count(first),  # endless: it has no length
+            sampler=count(first_step * self.plan.accumulation),  # endless: it has no length
             num_workers=self.config.num_workers,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=pin_memory,
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -59,12 +64,13 @@ class TokenData(L.LightningDataModule):
         starts = evaluation_starts(self.prepared.manifest.tokens("val"), self.block_size, self.eval_windows)
         stream = self.prepared.stream("val")
         stream.expect([(0, len(stream))])
-        batches = EvaluationBatches(stream, starts, self.block_size, self._slice(), self._border())
+        assert self.trainer is not None  # noqa: S101
+        part = self._slice(data_rank(self.trainer))
+        batches = EvaluationBatches(stream, starts, self.block_size, part, self._border())
         return DataLoader(batches, batch_size=None)
 
     def _border(self) -> int | None:
         return self.prepared.tokenizer.end_of_text if self.config.documents == "masked" else None
 
-    def _slice(self) -> Slice:
-        assert self.trainer is not None  # noqa: S101
-        return Slice(self.trainer.global_rank, self.plan.world_size, self.plan.micro_batch_size)
+    def _slice(self, rank: int) -> Slice:
+        return Slice(rank, self.plan.world_size, self.plan.micro_batch_size)

@@ -8,7 +8,7 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.processes import devices_from_outside, started_from_outside
+from gptlab.training.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
 
 # Dense bfloat16 tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
 # (H100, A100, L4, L40S, A10, A30, A40 data sheets; Blackwell, Ada and Ampere GA102 white papers, appendix A).
@@ -33,7 +33,6 @@ PEAK_BF16_FLOPS = {
     "GeForce RTX 4090": 165.2e12,
     "GeForce RTX 3090": 71e12,
 }
-MOST_PROCESSES_PER_CORE = 4  # beyond this, processes on a CPU only wait for each other
 
 
 class Devices(NamedTuple):

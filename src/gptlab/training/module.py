@@ -17,9 +17,10 @@ from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
 from gptlab.training.config import AdamWConfig, ScheduleConfig
-from gptlab.training.optimizers import build_optimizer
+from gptlab.training.fsdp import FSDP2Strategy
+from gptlab.training.optimizers import build_optimizer, skip_where_bad, with_names, with_numbers
 from gptlab.training.schedules import learning_rate
-from gptlab.training.strategies import compile_in_place, shard
+from gptlab.training.strategies import compile_in_place, data_rank, reduced
 
 WEIGHTS = "model."  # where the network hangs in the module; no checkpoint carries it
 
@@ -59,13 +60,15 @@ class GPTModule(L.LightningModule):
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
+        self.bad_step = torch.zeros(())  # 1 where that norm is not finite, and the step was skipped; else 0
 
     def configure_model(self) -> None:
         """Compile and shard the network in place, so that parameters keep their names."""
+        strategy = self.trainer.strategy
         if self.compile_model:
-            compile_in_place(self.model, by_block=self.device_mesh is not None)
-        if self.device_mesh is not None:
-            shard(self.model, self.device_mesh["data_parallel"])
+            compile_in_place(self.model, by_block=isinstance(strategy, FSDP2Strategy))
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.shard(self.model)
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer; its learning rate is set before every step."""
@@ -78,13 +81,13 @@ class GPTModule(L.LightningModule):
         return learning_rate(step, self.schedule_config, lr=self.optimizer_config.lr, max_steps=self.max_steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step's learning rate, and make what is random a function of (seed, step, rank)."""
+        """Set the step's learning rate, and make what is random a function of (seed, step, share of the data)."""
         step, micro = self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
             for group in self.trainer.optimizers[0].param_groups:
                 group["lr"] = self.lr(step)
             self.step_loss = torch.zeros((), device=self.device)
-        torch.manual_seed(derive_seed(self.seed, step, self.trainer.global_rank, micro))
+        torch.manual_seed(derive_seed(self.seed, step, data_rank(self.trainer), micro))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, in nats per token."""
@@ -94,17 +97,28 @@ class GPTModule(L.LightningModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        """Clip the norm of all gradients together (Pascanu et al. 2013, algorithm 1), and keep it for the log."""
+        """Clip the norm of all gradients together (Pascanu et al. 2013, algorithm 1), and keep it for the log.
+
+        A step whose norm is not finite is skipped: it counts, as its tokens are consumed, but changes nothing.
+        """
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
         self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.skip_if_bad(optimizer)
+
+    def skip_if_bad(self, optimizer: Optimizer) -> None:
+        """Skip the step where the norm of its gradient is not finite."""
+        self.bad_step = 1 - self.grad_norm.isfinite().float()
+        skip_where_bad(optimizer, self.bad_step)
 
     def global_step_loss(self) -> float:
-        """Mean loss of the finished step over all its micro-batches and ranks; every rank must ask."""
-        mean = self.step_loss / self.trainer.accumulate_grad_batches
-        return self.trainer.strategy.reduce(mean, reduce_op="mean").item()
+        """Mean loss of the finished step over all its tokens, on all ranks; every rank must ask.
+
+        Micro-batches have equally many tokens, all of which are scored: the mean of their means is that of the tokens.
+        """
+        return reduced(self.step_loss / self.trainer.accumulate_grad_batches, self.trainer, "mean").item()
 
     def on_validation_epoch_start(self) -> None:
         """Begin the sums."""
@@ -116,24 +130,28 @@ class GPTModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Publish val/loss and val/bits_per_byte of all ranks' windows together, for callbacks and the log."""
-        self.sums.sums = self.trainer.strategy.reduce(self.sums.sums, reduce_op="sum")
+        self.sums.sums = reduced(self.sums.sums, self.trainer, "sum")
         loss, bits_per_byte = self.sums.result()
         self.log_dict({"val/loss": loss, "val/bits_per_byte": bits_per_byte}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the parameters as GPT-2 does, without the module's prefix."""
+        """Name the parameters as GPT-2 does, without the module's prefix, their moments too; the step says the rest."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
+        checkpoint["optimizer_states"] = [with_names(state, self.model) for state in checkpoint["optimizer_states"]]
+        del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Give the parameters the module's prefix again (sharded, the strategy has loaded them), and count anew."""
+        """Undo that (sharded, the strategy has loaded them), and let Lightning stand at the step."""
+        step, epoch = checkpoint["global_step"], self.trainer.fit_loop.epoch_loop
+        epoch.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         # Lightning counts micro-batches, of which a step may have had another number before
-        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            counts.update(dict.fromkeys(counts, done))
+        done = step * self.trainer.accumulate_grad_batches
+        epoch.batch_progress.total.load_state_dict(dict.fromkeys(epoch.batch_progress.total.state_dict(), done))
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {WEIGHTS + name: tensor for name, tensor in state.items()}
+        states = checkpoint.get("optimizer_states", [])
+        checkpoint["optimizer_states"] = [with_numbers(state, self.model) for state in states]
 
 
 def derive_seed(*parts: int) -> int:

@@ -2,6 +2,16 @@
 
 import os
 
+from gptlab.errors import UserError
+
+MOST_PROCESSES_PER_CORE = 4  # beyond this, processes on a CPU only wait for each other
+RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # the file in which the workers of one machine find each other
+
+
+def is_worker() -> bool:
+    """Whether ``gptlab.experiments.supervisor`` has started this process, as one of those of one machine."""
+    return RENDEZVOUS in os.environ
+
 
 def started_from_outside() -> bool:
     """Whether torchrun or srun has started this process as one of several ranks."""
@@ -14,20 +24,28 @@ def under_torchrun() -> bool:
 
 
 def on_slurm() -> bool:
-    """Whether this process is one of several that srun has started."""
-    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ
+    """Whether this process is one of several that srun has started; an allocation alone starts none."""
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def devices_from_outside() -> tuple[int, int]:
-    """Processes a node and nodes, as torchrun or SLURM has them."""
+    """Processes a node and nodes, as torchrun or SLURM has them; UserError where the nodes have different numbers."""
     if on_slurm():
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+        processes, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
+        if processes % nodes:
+            raise UserError(f"srun has started {processes} tasks on {nodes} nodes: every node needs the same number.")
+        return processes // nodes, nodes
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     return devices, int(os.environ["WORLD_SIZE"]) // devices
 
 
+def global_rank() -> int:
+    """The number of this process among all of the run, by the variables of who has started it."""
+    if is_worker() or under_torchrun():
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if on_slurm() else 0
+
+
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, by torchrun's, Lightning's or SLURM's variables."""
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0
-    return int(rank) == 0
+    """Whether this process is rank 0."""
+    return global_rank() == 0

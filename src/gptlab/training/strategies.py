@@ -1,87 +1,31 @@
 """How the network is spread over devices."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
 
-import torch
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.optim import Optimizer
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch import Tensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan
-from gptlab.training.processes import on_slurm, under_torchrun
+from gptlab.training.config import TrainerConfig
+from gptlab.training.devices import Devices
+from gptlab.training.fsdp import FSDP2Strategy
 
 
-def build_strategy(name: str, plan: BatchPlan) -> Strategy | str:
-    """Build Lightning's strategy for "single", "ddp" or "fsdp" (FSDP2 over all devices)."""
-    if name == "ddp":
-        # a static graph is recorded in the first backward pass, which must not be one without synchronisation
-        return DDPStrategy(gradient_as_bucket_view=True, static_graph=plan.accumulation == 1)
-    if name == "fsdp":
-        return FSDP2Strategy(
-            data_parallel_size=plan.world_size, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    return "auto"
-
-
-def cluster_environment() -> ClusterEnvironment:
-    """Say who starts the processes: what started this one, not what variables a scheduler has left lying about."""
-    if under_torchrun():
-        return TorchElasticEnvironment()
-    if on_slurm():
-        # Lightning's own requeue would write checkpoints beside the run, and load them by itself
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()
-
-
-class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's FSDP2, except that checkpoints name the network's parameters without the LightningModule's prefix."""
-
-    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load into the network and the optimizers what any strategy has saved; return the rest."""
-        assert self.lightning_module is not None  # noqa: S101
-        model = cast(GPT, self.lightning_module.model)
-        everything = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        checkpoint = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-        set_model_state_dict(model, checkpoint.pop("state_dict"), options=everything)
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            set_optimizer_state_dict(model, optimizer, _by_name(saved, optimizer, model), options=everything)
-        return checkpoint
-
-
-def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: GPT) -> dict[str, Any]:
-    """Name the parameters of a saved optimizer state, which numbers them in the order of its groups."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    name_of = {
-        number: name
-        for group, named in zip(saved["param_groups"], groups, strict=True)
-        for number, name in zip(group["params"], named, strict=True)
-    }
-    return {
-        "state": {name_of[number]: state for number, state in saved["state"].items()},
-        "param_groups": [group | {"params": n} for group, n in zip(saved["param_groups"], groups, strict=True)],
-    }
-
-
-def shard(model: GPT, mesh: DeviceMesh) -> None:
-    """Shard every block by itself, and what remains as one (Zhao et al. 2023, section 3)."""
-    for block in model.h:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+def build_strategy(
+    config: TrainerConfig, plan: BatchPlan, devices: Devices, *, sharded_checkpoints: bool
+) -> Strategy | str:
+    """Build Lightning's strategy for "single", "ddp", "fsdp" (FSDP2 over all devices) or "fsdp_tp"."""
+    match config.strategy:
+        case "ddp":
+            # a static graph is recorded in the first backward pass; where that is a micro-batch's without
+            # synchronisation, torch's reducer fails an assertion of its own
+            return DDPStrategy(gradient_as_bucket_view=True, static_graph=plan.accumulation == 1)
+        case "fsdp" | "fsdp_tp":
+            return FSDP2Strategy(config, plan, devices, sharded_checkpoints=sharded_checkpoints)
+        case _:
+            return "auto"
 
 
 def compile_in_place(model: GPT, *, by_block: bool) -> None:
@@ -90,15 +34,18 @@ def compile_in_place(model: GPT, *, by_block: bool) -> None:
         part.compile()
 
 
-@contextmanager
-def gathered(model: GPT) -> Iterator[None]:
+def gathered(strategy: Strategy) -> AbstractContextManager[None]:
     """Keep a sharded network whole between forward passes, for generation; nothing for any other network."""
-    sharded = [block for block in model.h if isinstance(block, FSDPModule)]
-    for block in sharded:
-        block.set_reshard_after_forward(False, recurse=False)
-    try:
-        yield
-    finally:
-        for block in sharded:
-            block.set_reshard_after_forward(True, recurse=False)
-            block.reshard()
+    return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
+
+
+def data_rank(trainer: L.Trainer) -> int:
+    """Say which share of the data this rank reads: those that split one model between them read the same."""
+    return (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+
+
+def reduced(tensor: Tensor, trainer: L.Trainer, operation: str) -> Tensor:
+    """Reduce a tensor ("sum" or "mean") over the ranks that read data of their own."""
+    strategy = trainer.strategy
+    group = strategy.device_mesh["data_parallel"].get_group() if isinstance(strategy, FSDP2Strategy) else None
+    return strategy.reduce(tensor, group=group, reduce_op=operation)

@@ -14,13 +14,14 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from gptlab.data.shards import FORMAT, Manifest, Shard, load_manifest
+from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 from gptlab.experiments.benchmarks.corpus import TextCorpus, text_corpus
 from gptlab.experiments.benchmarks.measuring import Part, Run, Sample, Way, in_turns, timed
 from gptlab.settings import Settings
 
 ROOM = 12  # bytes of disk for a byte of text: the corpus, and all that the plain way keeps of it on the way
-CORES = os.cpu_count() or 1
+CORES = Work().workers
 
 # gptlab.prepare as it runs where gigatoken is not installed: a module that is None is one that is not found
 WITHOUT_GIGATOKEN = """

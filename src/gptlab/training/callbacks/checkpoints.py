@@ -1,41 +1,81 @@
-"""Which checkpoints a run keeps."""
+"""When a run is saved, and what is yet to be done where it goes on."""
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 
-from gptlab.training.config import BEST, LAST, CheckpointConfig
+from gptlab.training.checkpoints.records import Facts, place_of
+from gptlab.training.checkpoints.writing import CheckpointFiles
+
+log = logging.getLogger(__name__)
 
 
-class Checkpoint(ModelCheckpoint):
-    """Lightning's, except that a run directory may have been moved since."""
+class Checkpoints(Checkpoint):
+    """Saves after every evaluation, every so many steps, and when it is told to.
+
+    Args:
+        files: What writes them.
+        folder: Where they are.
+        every: Steps between checkpoints, beside those after evaluations; None for no others.
+        eval_every: Steps between evaluations.
+    """
+
+    def __init__(self, files: CheckpointFiles, folder: Path, *, every: int | None, eval_every: int) -> None:
+        self.files, self.folder, self.every, self.eval_every = files, folder, every, eval_every
+        self.evaluation_due = False  # at the step of the checkpoint, which was saved before it
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make up for the evaluation that the checkpoint came before."""
+        if self.evaluation_due:
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Raise what went wrong since; save, where the step is one to be saved and no evaluation follows."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        self.files.check()
+        if self.every and trainer.global_step % self.every == 0 and not self.is_evaluated(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what was evaluated."""
+        loss = trainer.callback_metrics["val/loss"].item()
+        self.save(trainer, val_loss=loss if math.isfinite(loss) else None)
+
+    def is_evaluated(self, trainer: L.Trainer) -> bool:
+        """Whether an evaluation belongs to the step that was just made."""
+        return trainer.global_step % self.eval_every == 0 or trainer.global_step == trainer.max_steps
+
+    def save(self, trainer: L.Trainer, *, val_loss: float | None = None, evaluation_due: bool = False) -> None:
+        """Save the step that was just made; every rank must call this."""
+        self.evaluation_due = evaluation_due
+        facts = Facts(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
+        trainer.save_checkpoint(place_of(self.folder, facts.step), weights_only=False, storage_options=facts)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last one."""
+        self.files.wait()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Wait for what is being written; what ends the run is another error."""
+        try:
+            self.files.wait()
+        except Exception as error:
+            if error is not exception:
+                log.exception("A checkpoint could not be written.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"evaluation_due": self.evaluation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the best score, and the paths where they are now."""
-        here = Path(str(self.dirpath))
-
-        def moved(path: str) -> str:
-            return str(here / Path(path).name) if path else path
-
-        paths = {
-            name: moved(state_dict[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")
-        }
-        best = {moved(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict(state_dict | paths | {"dirpath": self.dirpath, "best_k_models": best})
-
-
-def checkpoint_callbacks(config: CheckpointConfig, folder: Path) -> list[ModelCheckpoint]:
-    """Keep the evaluation with the lowest val loss and the last one, each under a fixed name in ``folder``."""
-    wanted = [(BEST, "val/loss")] * config.best + [(LAST, None)] * config.last
-    return [
-        Checkpoint(
-            dirpath=folder,
-            filename=Path(name).stem,
-            monitor=monitor,
-            mode="min",
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
-        for name, monitor in wanted
-    ]
+        """Learn what is yet to be done."""
+        self.evaluation_due = state_dict["evaluation_due"]

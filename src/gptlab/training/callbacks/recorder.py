@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -58,6 +59,7 @@ class Recorder(L.Callback):
         self.log_every, self.max_steps = log_every, max_steps
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self.best: dict[str, float] = {}  # the evaluation with the lowest loss: step, val/loss, val/bits_per_byte
+        self.counts: list[Callable[[], dict[str, float]]] = []  # asked at every row for what others have counted
         self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
         self.seconds = 0.0  # of training, evaluation included
         self._watch = Stopwatch()
@@ -102,6 +104,8 @@ class Recorder(L.Callback):
             "tokens": step * self.tokens_per_step,
             "tokens_per_second": tokens_per_second,
         }
+        for count in self.counts:
+            metrics |= count()
         if self.peak_flops is not None:
             metrics["mfu"] = self.mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         _log(trainer, metrics, step)

@@ -34,7 +34,7 @@ class Samples(L.Callback):
         device, step = pl_module.device, trainer.global_step
         prompt = torch.tensor(prompt_ids(self.tokenizer, self.config.prompt), device=device)
         eager = torch.compiler.set_stance("force_eager")  # a compiled network would be compiled anew for every length
-        with eager, gathered(pl_module.model), trainer.precision_plugin.forward_context():
+        with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
             ids = generate(
                 pl_module.model,
                 prompt.expand(self.config.num_samples, -1),  # (B, T)

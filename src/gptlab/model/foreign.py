@@ -1,0 +1,64 @@
+"""GPT-2's parameters as other programs store them: nanoGPT, transformers, OpenAI's files on the hub."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gptlab.model.gpt import GPT
+
+# torch.compile's prefix, and the name under which GPT2LMHeadModel and nanoGPT's GPT hold the decoder
+PREFIX = re.compile(r"^(_orig_mod\.)?(transformer\.)?")
+BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older versions store
+CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
+EMBEDDING, POSITIONS, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
+
+
+def renamed(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
+    """Put parameters under gptlab's names.
+
+    Args:
+        state: By the other program's names.
+        transposed: Whether the blocks' matrices are stored (in, out), as transformers' Conv1D has them.
+    """
+    named = {PREFIX.sub("", name): tensor for name, tensor in state.items() if not BUFFER.search(name)}
+    if not transposed:
+        return named
+    return {name: tensor.transpose(0, -1) if CONV1D.search(name) else tensor for name, tensor in named.items()}
+
+
+def load_renamed(model: GPT, state: dict[str, Tensor]) -> None:
+    """Load parameters of ``renamed`` into ``model``.
+
+    Positions beyond its block and rows beyond its vocabulary are left out; rows that only pad its own embedding stay as
+    they were.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, of another shape, or not of floating-point numbers.
+    """
+    own = model.state_dict()
+    head = state.get(HEAD) if not model.config.tie_weights else state.pop(HEAD, None)
+    if model.config.tie_weights and EMBEDDING in state:
+        if head is not None and not torch.equal(head, state[EMBEDDING]):
+            raise ValueError(f"{HEAD} is not {EMBEDDING}, and model.tie_weights is true")
+        state[HEAD] = state[EMBEDDING]
+    if missing := sorted(own.keys() - state.keys()):
+        raise ValueError(f"there is no {', no '.join(missing[:3])}")
+    if unknown := sorted(state.keys() - own.keys()):
+        raise ValueError(f"there is no place for {', '.join(unknown[:3])}")
+    vocab_size, block_size = model.config.known_vocab_size, model.config.block_size
+    for name, rows in ((EMBEDDING, vocab_size), (HEAD, vocab_size), (POSITIONS, block_size)):
+        state[name] = _with_rows(state[name], own[name], rows)
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape or not tensor.is_floating_point():
+            found, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (tensor, own[name]))
+            raise ValueError(f"{name} is {found}, not {wanted}")
+    model.load_state_dict(state)
+
+
+def _with_rows(there: Tensor, own: Tensor, rows: int) -> Tensor:
+    """Return ``own`` (R, C) with the first rows of ``there``, where that has so many of the same width."""
+    if there.shape[1:] != own.shape[1:] or len(there) < rows or not there.is_floating_point():
+        return there
+    return torch.cat((there[:rows].to(own.dtype), own[rows:]))

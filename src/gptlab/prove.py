@@ -1,0 +1,60 @@
+"""Prove a configuration: python -m gptlab.prove [what gptlab.train takes ...] [prove.<key>=<value> ...]."""
+
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from gptlab.errors import UserError
+from gptlab.experiments.command import command
+from gptlab.experiments.directory import new_directory
+from gptlab.experiments.exits import DONE, FAILED
+from gptlab.experiments.launching import make_ready
+from gptlab.experiments.logs import quieten_lightning
+from gptlab.experiments.proving.configs import Beside, resolve_both
+from gptlab.experiments.proving.report import passed, print_proofs, write_report
+from gptlab.experiments.proving.runs import Runs
+from gptlab.experiments.schema import Config, known_keys
+from gptlab.training.processes import started_from_outside
+
+
+@command("prove", keys={*known_keys(Config), *known_keys(Beside)})
+def main(values: DictConfig) -> int:
+    """Check the configuration, run it in several ways, and say which of its promises it keeps."""
+    if values.resume is not None or started_from_outside():
+        raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
+    config, wanted = resolve_both(values, list(HydraConfig.get().overrides.task))
+    config, prepared = make_ready(config)
+    from gptlab.experiments.proving.proofs import Case, prove_all  # torch is needed from here on
+
+    quieten_lightning()
+    case = Case(config, prepared, wanted)
+    folder = _folder(wanted.out)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends what is running
+    proofs = list(prove_all(case, Runs(folder / "runs")))
+    print_proofs(config, wanted.steps, proofs)
+    path = write_report(folder, config, proofs)
+    if not passed(proofs):
+        print(f"Not proved: {path}\nWhat was run is in {folder / 'runs'}")
+        return FAILED
+    if not wanted.keep:
+        shutil.rmtree(folder / "runs")
+    print(f"Proved: {path}")
+    return DONE
+
+
+def _folder(out: str | None) -> Path:
+    """Make the folder for the report and the runs."""
+    try:
+        folder = new_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
+        (folder / "runs").mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"prove.out={out} cannot be made, or holds the runs of another proof: {error}.") from error
+    return folder
+
+
+if __name__ == "__main__":
+    main()

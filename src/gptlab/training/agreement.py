@@ -1,0 +1,66 @@
+"""Numbers that all ranks add up at every step, without one waiting for another."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Agreement:
+    """Sums of a small vector over all ranks, each known one call later.
+
+    A call starts the sum of its own values and returns that of the call before, which has had a whole step to finish:
+    so no rank waits for the slowest, and no host for its device. Every rank makes the same calls in the same order, and
+    so knows the same sums at the same call. One process has the same lag, and no collective.
+    """
+
+    def __init__(self) -> None:
+        self._pending: Callable[[], list[float]] | None = None
+
+    def add(self, values: Tensor) -> list[float] | None:
+        """Start the sum of ``values`` (n,); return the sums of the call before, or None where there is none."""
+        earlier = self.collect()
+        self._pending = _on_cuda(values) if values.device.type == "cuda" else _on_cpu(values)
+        return earlier
+
+    def collect(self) -> list[float] | None:
+        """Wait for the sums that were started last, and return them; None where none are on their way."""
+        if self._pending is None:
+            return None
+        sums, self._pending = self._pending(), None
+        return sums
+
+
+def _on_cpu(values: Tensor) -> Callable[[], list[float]]:
+    """Start a sum in float64, which Gloo's own threads carry out."""
+    sums = values.detach().to(torch.float64, copy=True)
+    work = dist.all_reduce(sums, async_op=True) if _are_several() else None
+
+    def wait() -> list[float]:
+        if work is not None:
+            work.wait()
+        return sums.tolist()
+
+    return wait
+
+
+def _on_cuda(values: Tensor) -> Callable[[], list[float]]:
+    """Start a sum in float32 and its copy to the host, both in the device's own order; only reading it waits."""
+    sums = values.detach().to(torch.float32, copy=True)
+    if _are_several():
+        dist.all_reduce(sums)  # the device waits, the host does not
+    on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+    on_host.copy_(sums, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[float]:
+        copied.synchronize()
+        return on_host.tolist()
+
+    return wait
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,157 @@
+"""Writing checkpoints: one file, or the shards of all ranks; at once, or while training goes on."""
+
+import errno
+import hashlib
+import io
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from gptlab.training.checkpoints.reading import Checkpoint, flatten, read
+from gptlab.training.checkpoints.records import STATE, Facts, prune, seal, unfinished_of
+
+log = logging.getLogger(__name__)
+
+Hashes = dict[str, str]  # SHA-256 of what was written, by the file's name
+Write = Callable[[Path, Checkpoint], Hashes | None]
+
+
+class CheckpointFiles(CheckpointIO):
+    """Writes checkpoints so that a crash at any moment leaves the older ones; takes the place of Lightning's files.
+
+    Args:
+        keep_last: How many of the newest are kept.
+        keep_best: Whether the one with the lowest val loss is kept as well.
+        asynchronous: Write in a thread while training goes on; ``check`` and ``wait`` raise what went wrong there.
+    """
+
+    def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
+        self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
+
+    def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
+        """Write one file into ``path``, on the first rank alone; ``storage_options`` are its Facts."""
+        self._save(_write_whole, checkpoint, Path(path), storage_options)
+
+    def save_shards(self, checkpoint: Checkpoint, path: Path, facts: Facts) -> None:
+        """Write the shards of all ranks, each of which must call this, into ``path``."""
+        if self._group is None:  # of its own: a thread's messages must not mix with those of training
+            self._group = dist.new_group(backend="gloo")
+        group = self._group
+
+        def write(folder: Path, state: Checkpoint) -> Hashes | None:
+            save(flatten(state), storage_writer=FileSystemWriter(folder), process_group=group)
+            if dist.get_rank() != 0:
+                return None
+            groups = [{"param_groups": optimizer["param_groups"]} for optimizer in state["optimizer_states"]]
+            rest = {key: value for key, value in state.items() if key != "state_dict"}
+            return _write_whole(folder, rest | {"optimizer_states": groups})
+
+        self._save(write, checkpoint, path, facts)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Checkpoint:
+        """Read a checkpoint."""
+        return read(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Do nothing: what is removed is decided here, when the next one is whole."""
+
+    def check(self) -> None:
+        """Raise what went wrong in the thread, if it has ended."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the thread, and raise what went wrong in it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _save(self, write: Write, state: Checkpoint, place: Path, facts: Facts) -> None:
+        self.wait()
+        if not self.asynchronous:
+            self._finish(write, state, place, facts)
+            return
+        copy = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
+        self._pending = self._thread.submit(self._finish, write, copy, place, facts)
+
+    def _finish(self, write: Write, state: Any, place: Path, facts: Facts) -> None:
+        """Write, seal, and only then remove what is no longer kept; a full disk is told, and training goes on."""
+        unfinished = unfinished_of(place)
+        try:
+            unfinished.mkdir(parents=True, exist_ok=True)
+            hashes = write(unfinished, state)
+            if hashes is not None:  # on the first rank
+                seal(unfinished, place, facts, hashes)
+                prune(place.parent, facts.step, self.keep_last, self.keep_best)
+        except (OSError, CheckpointException) as error:
+            if not _is_full(error):
+                raise
+            shutil.rmtree(unfinished, ignore_errors=True)
+            log.error(
+                "The disk of %s is full: step %d is not saved, and training goes on. The older checkpoints stay; "
+                "make room before the next one is due.",
+                *(place.parent, facts.step),
+            )
+
+
+def _write_whole(folder: Path, state: Checkpoint) -> Hashes:
+    """Write state.pt, and hash it on the way."""
+    with (folder / STATE).open("wb") as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, cast(BinaryIO, hashing))
+        except RuntimeError:
+            if hashing.error is not None:  # what torch makes of it says nothing of the disk
+                raise hashing.error from None
+            raise
+    return {STATE: hashing.digest.hexdigest()}
+
+
+class _Hashing(io.RawIOBase):
+    """Hashes what goes through it into a file, and keeps the error that the file gave."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        """Say that it is."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write and hash."""
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return written
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a full disk is all that went wrong, on any rank."""
+    failures = list(_failures(error))
+    return all(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in failures)
+
+
+def _failures(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, CheckpointException):
+        for failure, _ in error.failures.values():
+            yield from _failures(failure)
+    else:
+        yield error

@@ -1,0 +1,67 @@
+"""Tensor parallelism: every block split over devices that work on one batch (Shoeybi et al. 2019, section 3).
+
+The attention is split by heads, the MLP by its inner width; each sums its output over the devices once, and its input's
+gradient once. LayerNorms, embeddings and the head are whole on each of them. All draw the same random numbers, so what
+they hold whole stays the same, and attention dropout, which each applies to its own heads, repeats itself between them.
+
+Shapes: B batch, T time, C channels, nh heads, hs head size, tp devices that split a block.
+"""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from gptlab.model.gpt import GPT, Block
+
+
+def split_over(model: GPT, mesh: DeviceMesh) -> None:
+    """Split the blocks of a network over ``mesh``, in place.
+
+    Every parameter becomes a DTensor that has the name and, put together, the layout it had: checkpoints are those of
+    one device. tp must divide nh.
+    """
+    heads = model.config.n_head
+    for block in model.h:
+        plan = {
+            "ln_1": Whole(),
+            "attn.c_attn": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+            "attn.c_proj": RowwiseParallel(),
+            "ln_2": Whole(),
+            "mlp.c_fc": ColwiseParallel(),
+            "mlp.c_proj": RowwiseParallel(),
+        }
+        parallelize_module(block, mesh, plan)
+        cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
+    parallelize_module(model, mesh, {"wte": Whole(), "wpe": Whole(), "ln_f": Whole(), "lm_head": Whole()})
+    if model.config.tie_weights:
+        model.lm_head.weight = model.wte.weight
+
+
+class Whole(ParallelStyle):
+    """A layer that every device of the group computes alike; its parameters are DTensors as all others are.
+
+    So all parameters are on one mesh, which norms over all gradients and fused optimizers ask for.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Do what ``parallelize_module`` asks of a style."""
+
+        def replicated(_: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
+            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+        def local(_: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
+            return outputs.to_local()
+
+        return distribute_module(module, device_mesh, input_fn=replicated, output_fn=local)  # type: ignore[arg-type]
+
+
+def _own_heads(qkv: DTensor, n_head: int) -> Tensor:
+    """Take the queries, keys and values (B, T, 3C / tp) of this device's heads from those of all (B, T, 3C).
+
+    The rows of ``c_attn`` are split as they lie in GPT-2's matrix, which is not by heads: hence the way over all.
+    """
+    by_heads = qkv.unflatten(2, (3, n_head, -1))  # (B, T, 3, nh, hs)
+    return by_heads.redistribute(placements=[Shard(3)]).to_local().flatten(2)

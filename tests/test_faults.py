@@ -1,0 +1,231 @@
+"""Runs that are killed, told to stop, or find their checkpoints damaged: they go on to the very same weights."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptlab.experiments.exits import DONE, PREEMPTED
+from gptlab.training.checkpoints.reading import read
+from test_train import metrics, ran
+
+TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
+RHYTHM = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
+TWO = ("trainer=ddp", "trainer.devices=2")
+COMPARED = ("train/loss", "val/loss", "grad_norm", "lr", "tokens")
+
+
+def begin(user, *arguments: str) -> subprocess.Popen[str]:
+    """Start to train, as the leader of a group of processes."""
+    command = (sys.executable, "-m", "gptlab.train", *TINY, *arguments)
+    return subprocess.Popen(
+        command,
+        cwd=user.folder,
+        env=user.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(happened: Callable[[], object], run: subprocess.Popen[str], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert run.poll() is None, run.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def last_step(user, name: str) -> int:
+    """The newest step in the metrics of the only run of a name; 0 before the first."""
+    paths = list(user.folder.glob(f"outputs/{name}/*/metrics.csv"))
+    return max(metrics(paths[0].parent, "tokens"), default=0) if paths else 0
+
+
+def newest_state(directory: Path) -> dict:
+    """All that the newest checkpoint of a run holds; put together, where it is in shards."""
+    return read(sorted(directory.glob("checkpoints/step_*"))[-1])
+
+
+def same_run(one: Path, other: Path) -> None:
+    """Two runs have the same rows, each once, and bit-equal weights and moments."""
+    for name in COMPARED:
+        assert metrics(one, name) == metrics(other, name), name
+    lines = [(directory / "metrics.csv").read_text().count("\n") for directory in (one, other)]
+    assert lines[0] == lines[1]
+    states = [newest_state(directory) for directory in (one, other)]
+    assert states[0]["global_step"] == states[1]["global_step"]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+    moments = [state["optimizer_states"][0]["state"] for state in states]
+    assert moments[0].keys() == moments[1].keys()
+    for name in moments[0]:
+        for moment, tensor in moments[0][name].items():
+            assert torch.equal(tensor, moments[1][name][moment]), f"{name}.{moment}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [(), ("callbacks.checkpoint.asynchronous=true",)], ids=["at once", "in a thread"])
+def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(user, extra):
+    kills = 20 if not extra else 5
+    steps = f"train.max_steps={15 * kills}"  # so many that none of them comes to its end
+    ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=whole", steps))
+    chance = random.Random(0)  # noqa: S311
+    for _ in range(kills):
+        run = begin(user, *RHYTHM, "name=killed", steps, "resume=auto", "callbacks.checkpoint.every=1", *extra)
+        reached = last_step(user, "killed")
+        # one to three steps further than it has ever come, and then at any moment of a step or of a checkpoint
+        goal = reached + chance.randint(1, 3)
+        wait_until(lambda: last_step(user, "killed") >= goal, run)  # noqa: B023
+        time.sleep(chance.uniform(0, 0.05))
+        os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+        assert run.returncode == -signal.SIGKILL
+    ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, "resume=auto"))
+    same_run(user.only_run("whole"), user.only_run("killed"))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("harm", [truncate, pytest.param(flip, marks=pytest.mark.slow)])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halted, harm):
+    harm(halted / "checkpoints" / "step_000006" / "state.pt")
+    unfinished = halted / "checkpoints" / ".unfinished-step_000009"
+    unfinished.mkdir()
+    (unfinished / "state.pt").write_bytes(b"half")
+    done = user.python("gptlab.train", f"resume={halted}", "train.max_steps=9")
+    ran(done)
+    told = done.stdout.replace("\n", " ")
+    assert told.count("step_000006 is damaged and is not used") == 1
+    assert told.count("The run ended while it wrote step_000009, which is ignored.") == 1
+    same_run(user.only_run("whole"), halted)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_thread_that_writes_ends_the_run_within_a_step_and_removes_nothing(user):
+    (user.folder / "sitecustomize.py").write_text(
+        "import gptlab.training.checkpoints.writing as writing\n"
+        "write = writing._write_whole\n"
+        "def failing(folder, state):\n"
+        "    if state['global_step'] >= 6:\n"
+        "        raise RuntimeError('the writer fails')\n"
+        "    return write(folder, state)\n"
+        "writing._write_whole = failing\n"
+    )
+    user.environment["PYTHONPATH"] = os.pathsep.join((str(user.folder), user.environment.get("PYTHONPATH", "")))
+    thread = ("callbacks.checkpoint.asynchronous=true", "callbacks.checkpoint.keep_last=1")
+    done = user.python("gptlab.train", *TINY, *RHYTHM, *thread, "train.max_steps=1000")
+    assert done.returncode not in (DONE, PREEMPTED)
+    assert "the writer fails" in done.stderr
+    assert last_step(user, "quickstart") <= 8
+    assert [path.name for path in user.only_run().glob("checkpoints/step_*")] == ["step_000003"]
+
+
+SMALL_DISK = """
+set -e
+mkdir -p outputs
+mount -t tmpfs -o size=5m none outputs
+"$@"
+cp -r outputs kept
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, which can mount a small disk, is not there")
+def test_training_goes_on_when_the_disk_is_full(user):
+    endless = ("callbacks.checkpoint.keep_last=99", "callbacks.checkpoint.every=1", "train.max_steps=9")
+    command = ("sh", "-c", SMALL_DISK, "sh", sys.executable, "-m", "gptlab.train", *TINY, *RHYTHM, *endless)
+    done = user.run("unshare", "-rm", *command)
+    if "mount" in done.stderr:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
+    ran(done)
+    directory = next((user.folder / "kept" / "quickstart").iterdir())
+    assert max(metrics(directory, "tokens")) == 9
+    full = done.stdout.count("is not saved, and training goes on")
+    saved = len(list(directory.glob("checkpoints/step_*")))
+    assert full >= 1
+    assert saved >= 1
+    assert full + saved == 9
+    assert "is full: step" in (directory / "train.log").read_text()
+
+
+def pids_of(run: subprocess.Popen[str]) -> dict[int, int]:
+    """The workers of a command, by their ranks."""
+    pids = [int(pid) for pid in subprocess.check_output(("pgrep", "-P", str(run.pid))).split()]
+    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
+    return {int(value[5:]): pid for pid in pids for value in variables[pid] if value.startswith(b"RANK=")}
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit_for_bit(user):
+    steps = "train.max_steps=60"
+    ran(user.python("gptlab.train", *TINY, *RHYTHM, *TWO, "name=whole", steps))
+    run = begin(user, *RHYTHM, *TWO, "name=stopped", steps)
+    wait_until(lambda: last_step(user, "stopped") >= 4, run)
+    os.kill(pids_of(run)[1], signal.SIGTERM)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == PREEMPTED, output
+    stopped = user.only_run("stopped")
+    step = newest_state(stopped)["global_step"]
+    assert step == last_step(user, "stopped") < 60
+    assert f"Stopped by a signal at step {step}. To go on: python -m gptlab.train resume=" in output
+    ran(user.python("gptlab.train", f"resume={stopped}"))
+    same_run(user.only_run("whole"), stopped)
+
+
+@pytest.mark.slow
+def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(user):
+    long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
+    rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6")
+    ran(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
+    run = begin(user, *rhythm, "name=stopped")
+    wait_until(lambda: last_step(user, "stopped") == 3, run)
+    time.sleep(0.2)
+    os.kill(run.pid, signal.SIGUSR1)
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == PREEMPTED, output
+    stopped = user.only_run("stopped")
+    assert "val/loss" not in (stopped / "metrics.csv").read_text()
+    assert newest_state(stopped)["global_step"] == 3
+    ran(user.python("gptlab.train", f"resume={stopped}"))
+    assert list(metrics(stopped, "val/loss")) == [3, 6]
+    same_run(user.only_run("whole"), stopped)
+
+
+@pytest.mark.slow
+def test_on_one_two_and_four_ranks_with_and_without_workers_a_run_sees_the_same_tokens(user):
+    small = (*TINY, "train.eval_every=3", "train.eval_windows=10", "callbacks=[checkpoint,trace]", "schedule=constant")
+    ran(user.python("gptlab.train", *small, "name=whole", "train.max_steps=9"))
+    ran(user.python("gptlab.train", *small, "name=moved", "train.max_steps=3"))
+    moved = user.only_run("moved")
+    for steps, ranks, workers in ((6, 2, 3), (9, 4, 1)):
+        devices = ("trainer=ddp", f"trainer.devices={ranks}", f"data.num_workers={workers}")
+        ran(user.python("gptlab.train", f"resume={moved}", f"train.max_steps={steps}", *devices, timeout=300))
+    tokens = [
+        {line["step"]: line["tokens"] for line in map(json.loads, (directory / "trace.jsonl").read_text().splitlines())}
+        for directory in (user.only_run("whole"), moved)
+    ]
+    assert tokens[0] == tokens[1]
+    assert len(set(tokens[0].values())) == 9
+    losses = [metrics(directory, "train/loss") for directory in (user.only_run("whole"), moved)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)

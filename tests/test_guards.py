@@ -1,0 +1,155 @@
+"""Runs that go wrong: steps without a finite gradient, loss spikes, processes that hang."""
+
+import json
+import math
+import time
+
+import pytest
+import torch
+
+from faults import break_steps
+from gptlab.experiments.exits import DIVERGED, HUNG
+from test_faults import newest_state
+from test_interrupts import processes_of
+from test_train import metrics, ran
+
+TWO = ("trainer.devices=2",)
+# also the loss, as where the network itself overflows
+NAN_FROM = "if step >= {first}: self.step_loss.fill_(float('nan')); loss = loss * float('nan')"
+
+
+def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
+    break_steps(user, NAN_FROM.format(first=4))
+    done = user.train("train.max_steps=50", "train.max_bad_steps=2", "train.eval_every=2", "callbacks=checkpoint")
+    directory = user.only_run()
+    replay = f"python -m gptlab.prepare replay=outputs/quickstart/{directory.name}"
+    assert done.returncode == DIVERGED
+    assert done.stderr == (
+        "gptlab: The gradient was not finite for 2 steps in a row (train.max_bad_steps), up to step 5. "
+        f"The batch of the first of them: {replay} step=4\n"
+    )
+    assert f"so the step was skipped: 1 in a row, of at most 2. Its batch: {replay} step=4\n" in done.stdout
+    assert metrics(directory, "bad_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2}
+    losses, norms = metrics(directory, "train/loss"), metrics(directory, "grad_norm")
+    for step in range(1, 6):
+        assert math.isfinite(losses[step]) == math.isfinite(norms[step]) == (step < 4)
+    evaluations = metrics(directory, "val/loss")
+    assert math.isfinite(evaluations[4])
+    shown = user.python("gptlab.prepare", *replay.split()[3:], "step=4")
+    ran(shown)
+
+
+def val_loss(place):
+    """What the record of a checkpoint says, which the best is chosen by."""
+    return json.loads((place / "record.json").read_text())["facts"]["val_loss"]
+
+
+def kept(directory):
+    """All tensors of the last checkpoint, weights and moments, by where they stand."""
+    checkpoint = newest_state(directory)
+    (optimizer,) = checkpoint["optimizer_states"]
+    state = {f"{number}.{name}": value for number, one in optimizer["state"].items() for name, value in one.items()}
+    return checkpoint["state_dict"] | state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trainer", "fused"),
+    [
+        (("trainer=cpu",), "true"),
+        (("trainer=ddp", *TWO), "true"),
+        (("trainer=fsdp", *TWO), "true"),
+        (("trainer=fsdp", *TWO), "false"),
+    ],
+)
+def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, fused):
+    same = (*trainer, f"optimizer.fused={fused}", "train.eval_every=50", "callbacks=checkpoint")
+    same = (*same, "train.micro_batch_size=3", "schedule.decay_steps=9")
+    ran(user.train("name=before", "train.max_steps=3", *same, timeout=300))
+    break_steps(user, "if step == 4 and rank == self.trainer.world_size - 1: loss = loss * float('nan')")
+    ran(user.train("name=after", "train.max_steps=4", *same, timeout=300))
+    before, after = (kept(user.only_run(name)) for name in ("before", "after"))
+    assert before.keys() == after.keys()
+    assert len(before) > 60
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert metrics(user.only_run("after"), "bad_steps") == {1: 0, 2: 0, 3: 0, 4: 1}
+    assert metrics(user.only_run("after"), "tokens")[4] == 4 * 12 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
+def test_in_a_sweep_the_other_jobs_go_on(user, trainer):
+    break_steps(user, "if self.max_steps == 7: loss = loss * float('nan')")
+    small = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_windows=4", "train.log_every=1", *trainer)
+    changes = ("name=sweep", "train.max_bad_steps=2", "train.max_steps=7,4")
+    done = user.python("gptlab.train", "-m", *changes, *small, timeout=300)
+    assert done.returncode == DIVERGED
+    assert done.stderr.count("gptlab: The gradient was not finite for 2 steps in a row") == 1
+    assert "Traceback" not in done.stderr
+    assert list(metrics(user.only_run("sweep") / "1", "train/loss")) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_an_evaluation_without_a_number_is_never_the_best(user):
+    # an infinite weight makes every evaluation NaN, until a later step puts a number there
+    break_steps(user, "self.model.wte.weight.data[0, 0] = 0.01 if step >= 5 else float('inf')")
+    done = user.train("train.max_steps=4", "train.eval_every=2", "callbacks=checkpoint", "train.max_bad_steps=50")
+    ran(done)
+    directory = user.only_run()
+    assert all(math.isnan(loss) for loss in metrics(directory, "val/loss").values())
+    assert {val_loss(place) for place in directory.glob("checkpoints/*")} == {None}
+    assert "no evaluation gave a number" in done.stdout
+    assert "the best so far" not in done.stdout
+    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=6"))
+    assert math.isfinite(metrics(directory, "val/loss")[6])
+    assert val_loss(directory / "checkpoints" / "step_000006") == metrics(directory, "val/loss")[6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
+def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
+    # rank 0 alone sees it: the mean over the ranks decides
+    break_steps(user, "if step in (8, 11) and rank == 0: self.step_loss += 5.0 * self.trainer.accumulate_grad_batches")
+    same = ("schedule.decay_steps=12", "train.log_every=6", "train.spike_window=12", "train.eval_every=7")
+    same = (*same, "callbacks=checkpoint", *trainer)
+    whole = user.train("name=whole", "train.max_steps=12", *same, timeout=300)
+    ran(whole)
+    ran(user.train("name=halted", "train.max_steps=7", *same, timeout=300))
+    halted = user.only_run("halted")
+    resumed = user.python("gptlab.train", f"resume={halted}", "train.max_steps=12", timeout=300)
+    ran(resumed)
+    for step in (8, 11):  # so soon after the resume that its own steps would not be enough to judge by
+        (told,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
+        (again,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
+        assert told.partition(" Its batch")[0] == again.partition(" Its batch")[0]
+    states = [newest_state(directory)["callbacks"]["Guard"] for directory in (halted, user.only_run("whole"))]
+    assert states[0] == states[1]
+    assert states[0]["loss_spikes"] == 2
+    assert len(states[0]["spikes"]["losses"]) == 12
+
+
+HANGS = "if step == 3 and rank == self.trainer.world_size - 1: import time; time.sleep(3600)  # for ever"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
+def test_a_run_that_hangs_says_where_and_ends(user, trainer):
+    break_steps(user, HANGS)
+    timeout = 30.0  # the processes must have started in this time
+    begun = time.monotonic()
+    done = user.train("train.max_steps=50", f"trainer.hang_timeout={timeout}", *trainer, timeout=300)
+    assert done.returncode == HUNG
+    assert time.monotonic() - begun < 4 * timeout
+    stacks = user.only_run() / "stacks"
+    last = len(trainer) - 1
+    assert sorted(path.name for path in stacks.iterdir()) == [f"rank_{rank}.txt" for rank in range(last + 1)]
+    assert "sitecustomize.py" in (stacks / f"rank_{last}.txt").read_text()
+    assert f"gptlab: rank {last} made no progress for 30 seconds (trainer.hang_timeout)" in done.stderr
+    if last:  # the first waits for it in the backward pass
+        assert "sitecustomize.py" not in (stacks / "rank_0.txt").read_text()
+        assert "backward" in (stacks / "rank_0.txt").read_text()
+    until = time.monotonic() + 30
+    while left := processes_of(user.folder):
+        assert time.monotonic() < until, left
+        time.sleep(0.5)

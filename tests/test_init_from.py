@@ -1,0 +1,60 @@
+"""Training that starts from the weights and the data of other programs, as a user types it."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gptlab.experiments.exits import MISTAKEN
+from gptlab.experiments.weights import load_model
+from test_train import ran
+
+STANDING = ("optimizer.lr=1e-30", "train.max_steps=1", "callbacks=checkpoint")  # the weights stay where they are
+
+
+@pytest.fixture
+def gpt2(user) -> GPT2LMHeadModel:
+    """A GPT-2 as transformers saves it, of the shape of model=tiny with bytes, for longer texts."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=40, n_embd=64, n_layer=2, n_head=2))
+    model.save_pretrained(user.folder / "gpt2")
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [("trainer=cpu",), ("trainer=ddp", "trainer.devices=2")], ids=["one", "two"])
+def test_a_run_begins_with_the_weights_of_hugging_face(user, gpt2, devices):
+    ran(user.train("init_from=gpt2", *STANDING, *devices))
+    directory = user.only_run()
+    idx = torch.arange(32)[None] * 8
+    torch.testing.assert_close(load_model(directory)(idx), gpt2(idx).logits, atol=1e-5, rtol=0)
+    (user.folder / "gpt2").rename(user.folder / "elsewhere")
+    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=2"))  # it has its own by now
+
+
+def test_weights_for_another_vocabulary_are_refused_before_anything_is_written(user, gpt2):
+    (user.folder / "text.txt").write_text("abc" * 1000)
+    done = user.train("init_from=gpt2", "tokenizer=characters")
+    assert "gpt2 do not fit this model: model.vocab_size is 257 there and 3 here." in done.stderr
+    assert done.returncode == MISTAKEN
+    assert not (user.folder / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_nanogpt_s_character_data_is_trained_on_and_written_in(user):
+    text = (user.folder / "text.txt").read_text()
+    characters = sorted(set(text))
+    ids = {character: i for i, character in enumerate(characters)}
+    folder = user.folder / "char"
+    folder.mkdir()
+    for split, part in (("train", text[:-5000]), ("val", text[-5000:])):
+        np.array([ids[character] for character in part], dtype=np.uint16).tofile(folder / f"{split}.bin")
+    meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
+    ran(user.train("data=shards", "data.source=null", "data.path=char", "tokenizer=characters"))
+    folder.rename(user.folder / "elsewhere")  # the run keeps what its ids mean
+    done = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=line", "max_new_tokens=20")
+    ran(done)
+    assert set(done.stdout.partition("---")[0]) <= set(characters)

@@ -1,0 +1,193 @@
+"""However a run is launched: one run, one directory, each job once, and nothing left behind or open to the network."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptlab.experiments.exits import MISTAKEN
+from test_interrupts import ENDLESS, TWO, processes_of
+from test_train import metrics, ran
+
+SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
+def begun(user, *arguments: str) -> subprocess.Popen[str]:
+    """Start a run that does not end by itself, and wait until it trains."""
+    command = (sys.executable, "-m", "gptlab.train", *ENDLESS, "callbacks=checkpoint", "train.eval_windows=4")
+    run = subprocess.Popen(
+        (*command, *arguments), cwd=user.folder, env=user.environment, stdout=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 120
+    while not list(user.folder.glob("outputs/*/*/checkpoints/*")):
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    return run
+
+
+def rank_of(pid: str) -> str | None:
+    """The rank of a worker; None for any other process."""
+    if "gptlab.experiments.worker" not in Path(f"/proc/{pid}/cmdline").read_text():
+        return None
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return next(value.removeprefix("RANK=") for value in variables if value.startswith("RANK="))
+
+
+def workers_of(run: subprocess.Popen[str]) -> dict[str, int]:
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return {rank: int(pid) for pid in children if (rank := rank_of(pid))}
+
+
+def none_left(folder: Path) -> bool:
+    until = time.monotonic() + 10
+    while processes_of(folder) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not processes_of(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_killed_rank_ends_the_run_at_once(user, rank):
+    run = begun(user, *TWO, "data.num_workers=1")
+    os.kill(workers_of(run)[rank], signal.SIGKILL)
+    run.communicate(timeout=30)
+    assert run.returncode == 128 + signal.SIGKILL
+    assert none_left(user.folder)
+
+
+@pytest.mark.slow
+def test_the_workers_end_with_a_killed_supervisor(user):
+    run = begun(user, *TWO, "data.num_workers=1")
+    run.kill()
+    assert none_left(user.folder)
+    run.communicate(timeout=30)
+
+
+def listening(pid: int) -> Iterator[str]:
+    """The addresses on which a process listens (proc(5): tcp, state 0A)."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            sockets.add(str(descriptor.readlink()))
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                words = bytes.fromhex(fields[1].partition(":")[0])  # of 32 bits each, in this machine's order
+                swapped = b"".join(
+                    words[i : i + 4][:: -1 if sys.byteorder == "little" else 1] for i in range(0, len(words), 4)
+                )
+                yield socket.inet_ntop(family, swapped)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_nothing_listens_to_the_network(user, strategy):
+    with socket.socket() as server:  # the test sees what there is to see
+        server.bind(("0.0.0.0", 0))  # noqa: S104
+        server.listen()
+        assert "0.0.0.0" in listening(os.getpid())  # noqa: S104
+    run = begun(user, f"trainer={strategy}", "trainer.devices=2")
+    found = {address for pid in (run.pid, *workers_of(run).values()) for address in listening(pid)}
+    run.kill()
+    run.communicate(timeout=60)
+    assert found == {"127.0.0.1"}  # Gloo's
+    assert none_left(user.folder)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_sharded_runs_with_other_devices_in_each_job(user):
+    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=fsdp", "trainer.devices=2,1", *SMALL, timeout=240)
+    ran(done)
+    directory = user.only_run("sweep")
+    jobs = [directory / "0", directory / "1"]
+    assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs
+    assert metrics(jobs[0], "train/loss") == pytest.approx(metrics(jobs[1], "train/loss"), abs=1e-5)
+    assert "2 device(s) x" in (jobs[0] / "train.log").read_text()
+    assert "1 device(s) x" in (jobs[1] / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_does_not_stop_the_others(user):
+    done = user.python("gptlab.train", "-m", "name=some", "trainer=cpu", "train.micro_batch_size=7,3,4", *SMALL)
+    assert done.returncode == MISTAKEN  # 7 does not divide the batch of 12
+    directory = user.only_run("some")
+    assert "cannot be dealt out" in done.stderr
+    assert list((directory / "0").iterdir()) == []  # Hydra makes the folder
+    assert [list(metrics(directory / job, "train/loss")) for job in ("1", "2")] == [[1, 2]] * 2
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_started_again_goes_on(user):
+    sweep = ("-m", "hydra.sweep.dir=outputs/again", "seed=1,2", *SMALL, "train.eval_every=2")
+    ran(user.python("gptlab.train", *sweep))
+    ran(user.python("gptlab.train", *sweep, "train.max_steps=4"))
+    for job in ("0", "1"):
+        assert list(metrics(user.folder / "outputs" / "again" / job, "val/loss")) == [2, 4]
+    other = user.python("gptlab.train", *sweep, "optimizer.lr=1")
+    assert other.returncode == MISTAKEN
+    assert "outputs/again/0 holds another run already: optimizer.lr would change" in other.stderr.replace("\n", " ")
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[list[tuple[str, str, str]]]:
+    """Two network namespaces with a cable between them: name, address and interface of each."""
+    nodes = [(f"gptlab-{os.getpid()}-{i}", f"10.213.7.{i + 1}", f"gl{os.getpid() % 100000}{'ab'[i]}") for i in (0, 1)]
+    (one, _, left), (two, _, right) = nodes
+    commands = [f"ip netns add {one}", f"ip netns add {two}"]
+    commands.append(f"ip link add {left} netns {one} type veth peer name {right} netns {two}")
+    for name, address, interface in nodes:
+        commands.append(f"ip -n {name} addr add {address}/24 dev {interface}")
+        commands.extend(f"ip -n {name} link set {device} up" for device in ("lo", interface))
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need iproute2 and root")
+    try:
+        for command in commands:
+            made = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if made.returncode:
+                pytest.skip(f"no network namespaces here: {command}: {made.stderr.strip()}")
+        yield nodes
+    finally:
+        for name, _, _ in nodes:
+            subprocess.run(("ip", "netns", "del", name), capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
+    runs = []
+    for number, (name, address, interface) in enumerate(two_nodes):
+        where = ("--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1", f"--local-addr={address}")
+        # both have the name of this machine, by which torchrun would find out whose the endpoint is
+        host = f"--rdzv-conf=is_host={number == 0}"
+        meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint={two_nodes[0][1]}:29513", "--rdzv-id=7", host)
+        command = ("ip", "netns", "exec", name, *TORCHRUN, *where, *meeting, "-m", "gptlab.train", "trainer=ddp")
+        environment = user.environment | {"GLOO_SOCKET_IFNAME": interface}
+        output = (user.folder / f"{name}.log").open("w")
+        with output:
+            run = subprocess.Popen(
+                (*command, "name=nodes", *SMALL), cwd=user.folder, env=environment, stdout=output, stderr=output
+            )
+        runs.append(run)
+    try:
+        statuses = [run.wait(timeout=240) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    said = [(user.folder / f"{name}.log").read_text() for name, _, _ in two_nodes]
+    assert statuses == [0, 0], said
+    directory = user.only_run("nodes")
+    assert list(metrics(directory, "train/loss")) == [1, 2]
+    assert "".join(said).count("2 device(s) x") == 1
+    ran(user.python("gptlab.train", "name=one", *SMALL))
+    one = user.only_run("one")
+    assert metrics(directory, "train/loss") == pytest.approx(metrics(one, "train/loss"), abs=1e-5)

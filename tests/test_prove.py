@@ -1,0 +1,128 @@
+"""The whole command, where promises are kept and where one is broken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from test_train import ran
+
+TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may wait to be reaped."""
+    try:
+        os.kill(process, 0)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+MISTAKES = {
+    "an unknown key": (["prove.step=3"], "prove.step is no setting. Did you mean prove.steps?"),
+    "an unknown key of the run": (["modle.n_layer=3"], "modle.n_layer is no setting. Did you mean model.n_layer?"),
+    "nothing to go on with": (["prove.kill_after=6"], "kill_after=6 leaves nothing to go on with"),
+    "a resume": (["resume=text.txt"], "A proof starts its runs itself, and from their beginning"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_a_sentence(user, arguments, sentence):
+    done = user.python("gptlab.prove", *arguments)
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+    assert not (user.folder / "outputs").exists()
+
+
+@pytest.mark.slow
+def test_a_sharded_run_keeps_its_promises(user):
+    few = ("prove.ranks=[1,2,4,5]", "prove.workers=[0,2]", "prove.steps=4", "prove.kill_after=2")
+    done = user.python("gptlab.prove", *TINY, *few, "trainer=fsdp", "trainer.devices=2", timeout=900)
+    ran(done)
+    (folder,) = (user.folder / "outputs" / "prove").iterdir()
+    assert done.stdout.endswith(f"Proved: {folder.relative_to(user.folder) / 'prove.json'}\n")
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".diff") == [
+        "environment.json",
+        "prove.json",
+    ]
+    report = json.loads((folder / "prove.json").read_text())
+    assert report["passed"] is True
+    assert report["environment"]["packages"]["torch"].startswith("2.")
+    proofs = {proof["name"]: proof for proof in report["proofs"]}
+    assert {name: proof["passed"] for name, proof in proofs.items()} == {
+        "killed and resumed": True,
+        **{f"tokens of {ranks} ranks": True for ranks in (2, 4)},
+        "tokens of 1 rank": True,
+        "tokens of 5 ranks": None,
+        "losses, accumulated": True,
+        "losses, ddp on 2": True,
+        "losses, fsdp on 2": True,
+        "checkpoint round trip": True,
+    }
+    assert "not possible: train.global_batch_size=12 cannot be dealt out to 5" in proofs["tokens of 5 ranks"]["what"]
+    for name in ("tokens of 1 rank", "tokens of 4 ranks"):
+        hashes = proofs[name]["details"]["hashes"]
+        assert len({*hashes["0 workers"]}) == 4
+        assert (
+            hashes["0 workers"] == hashes["2 workers"] == proofs["tokens of 2 ranks"]["details"]["hashes"]["0 workers"]
+        )
+    assert 0 <= proofs["losses, fsdp on 2"]["details"]["largest_difference"] < 1e-5
+    assert proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28  # a weight, its two moments and their step
+
+
+@pytest.mark.slow
+def test_a_proof_that_is_told_to_end_leaves_no_process(user):
+    command = (sys.executable, "-m", "gptlab.prove", *TINY, "prove.out=proof")
+    proof = Popen(command, cwd=user.folder, env=user.environment)
+    until = time.monotonic() + 120
+    while not (user.folder / "proof" / "runs" / "uninterrupted" / "train.log").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    children = [int(child) for child in subprocess.check_output(("pgrep", "-P", str(proof.pid))).split()]
+    assert children
+    proof.terminate()
+    assert proof.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not any(is_alive(child) for child in children)
+
+
+PERTURBED = """
+import sys
+if "gptlab.experiments.worker" in sys.orig_argv:
+    from gptlab.training.checkpoints import writing
+    read = writing.read
+    def perturbed(place):
+        checkpoint = read(place)
+        moments = checkpoint["optimizer_states"][0]["state"]["h.1.ln_2.bias"]
+        moments["exp_avg"] = moments["exp_avg"] + 1e-3
+        return checkpoint
+    writing.read = perturbed
+"""
+
+
+@pytest.mark.slow
+def test_a_resume_that_changes_one_moment_is_found_by_its_step_and_tensor(user):
+    (user.folder / "elsewhere").mkdir()
+    (user.folder / "elsewhere" / "sitecustomize.py").write_text(PERTURBED)
+    paths = [str(user.folder / "elsewhere"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    user.environment["PYTHONPATH"] = os.pathsep.join(paths)
+    few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.out=proof", "model.dropout=0.1", "train.global_batch_size=1")
+    done = user.python("gptlab.prove", *TINY, *few, timeout=900)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.endswith("Not proved: proof/prove.json\nWhat was run is in proof/runs\n")
+    report = json.loads((user.folder / "proof" / "prove.json").read_text())
+    assert report["passed"] is False
+    (resumed,) = (proof for proof in report["proofs"] if proof["passed"] is False)
+    assert resumed["name"] == "killed and resumed"
+    assert resumed["details"]["difference"]["tensors"] == ["h.1.ln_2.bias", "h.1.ln_2.bias.exp_avg"]
+    named = "it differs first at step 4: 2 of 112 tensors, the first of them h.1.ln_2.bias"
+    assert resumed["what"] == f"killed after step 3; {named}"  # two runs that nobody killed are the same
+    assert (user.folder / "proof" / "runs" / "killed" / "trace.jsonl").exists()
+    assert "not possible: the micro-batch is one sequence" in " ".join(done.stdout.split())

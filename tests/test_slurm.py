@@ -1,0 +1,138 @@
+"""On a real SLURM: srun starts one run, a stopped job goes on by itself, jobs of a sweep are jobs of the cluster."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gptlab.experiments.exits import MISTAKEN
+from slurm_cluster import Cluster, why_not
+from test_train import metrics, ran
+
+pytestmark = pytest.mark.slow
+SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
+LONG = (*SMALL[:3], "train.max_steps=1000000", "train.eval_every=5", "train.eval_windows=4", "callbacks=checkpoint")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def slurm(cluster, user) -> Cluster:
+    user.environment["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+    return cluster
+
+
+def wait_for(is_so, seconds: float = 180) -> None:
+    until = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def submit(user, *arguments: str, options: str = "") -> str:
+    """Submit a run, as a batch script does; return the job's number."""
+    command = " ".join((sys.executable, "-m", "gptlab.train", *arguments))
+    script = f"#!/bin/bash\n#SBATCH --output={user.folder}/job.log --open-mode=append --requeue {options}\n"
+    (user.folder / "job.sh").write_text(f"{script}srun {command}\n")
+    done = user.run("sbatch", "--parsable", "job.sh")
+    ran(done)
+    return done.stdout.strip()
+
+
+def state(slurm: Cluster, job: str) -> str:
+    return slurm.run("squeue", "--noheader", "--format=%T", f"--jobs={job}").stdout.strip()
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_srun_starts_one_run(slurm, user, strategy):
+    command = (sys.executable, "-m", "gptlab.train", f"trainer={strategy}", "name=srun", *SMALL)
+    done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
+    ran(done)
+    assert list(metrics(user.only_run("srun"), "train/loss")) == [1, 2]
+    assert done.stdout.count("2 device(s) x") == 1
+    assert json.loads((user.only_run("srun") / "environment.json").read_text())["slurm_job"]
+
+
+def test_srun_s_ranks_tell_a_mistake_once(slurm, user):
+    command = (sys.executable, "-m", "gptlab.train", "trainer=ddp", "train.global_batch_size=7", *SMALL)
+    done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
+    assert done.returncode == MISTAKEN
+    assert done.stderr.count("cannot be dealt out") == 1
+    assert not (user.folder / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer"),
+    [
+        ("--ntasks=1", ("trainer=cpu",)),
+        ("--ntasks=1", ("trainer=ddp", "trainer.devices=2")),
+        ("--ntasks=2 --overcommit", ("trainer=ddp",)),
+    ],
+    ids=["one process", "two workers", "two ranks of srun"],
+)
+def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_directory(slurm, user, options, trainer):
+    job = submit(user, *trainer, *LONG, options=options)
+    wait_for(lambda: list(user.folder.glob("outputs/*/*/checkpoints/*")))
+    directory = user.only_run()
+    assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # as --signal=USR1@<seconds> does
+    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it has begun again
+    assert "SLURM job" in (user.folder / "job.log").read_text()
+    before = max(metrics(directory, "val/loss"))
+    wait_for(lambda: max(metrics(directory, "val/loss")) > before)
+    steps = list(metrics(directory, "train/loss"))
+    assert steps == sorted(set(steps))
+    assert directory == user.only_run()
+    slurm.run("scancel", job)
+    wait_for(lambda: state(slurm, job) in ("", "CANCELLED", "COMPLETED", "FAILED"))  # SIGTERM is the end of it
+    assert directory == user.only_run()
+
+
+SWEEP = ("-m", "hydra/launcher=slurm", "trainer=ddp", "trainer.devices=2")
+
+
+def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    ran(user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2,3", *SMALL, timeout=400))
+    directory = user.only_run("sweep")
+    jobs = sorted(path for path in directory.iterdir() if path.is_dir() and path.name != ".submitit")
+    assert [path.name for path in jobs] == ["0", "1", "2"]
+    assert [list(metrics(path, "train/loss")) for path in jobs] == [[1, 2]] * 3
+    numbers = {json.loads((path / "environment.json").read_text())["slurm_job"] for path in jobs}
+    assert len(numbers) == 3
+    assert len({metrics(path, "train/loss")[2] for path in jobs}) == 3
+
+
+def test_a_job_of_a_sweep_that_fails_is_told(slurm, user):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = user.python("gptlab.train", *SWEEP, "name=sweep", "train.global_batch_size=7,12", *SMALL, timeout=400)
+    assert done.returncode == MISTAKEN
+    assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
+
+
+def test_a_job_of_a_sweep_goes_on_in_its_directory(slurm, user):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    sweep = (sys.executable, "-m", "gptlab.train", *SWEEP, *LONG)
+    launcher = subprocess.Popen(sweep, cwd=user.folder, env=user.environment, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: list(user.folder.glob("outputs/*/*/0/checkpoints/*")))
+        directory = user.only_run() / "0"
+        job = json.loads((directory / "environment.json").read_text())["slurm_job"]
+        assert slurm.run("scancel", "--signal=USR2", job).returncode == 0
+        wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)
+        before = max(metrics(directory, "val/loss"))
+        wait_for(lambda: max(metrics(directory, "val/loss")) > before)
+        assert [path.name for path in Path(directory.parent).iterdir() if path.is_dir()].count("0") == 1
+    finally:
+        launcher.kill()
+        launcher.wait()
+        slurm.run("scancel", "--user=root")

@@ -1,0 +1,327 @@
+"""W&B beside a run: there or not, dying or silent, the run goes on, and the record is whole.
+
+The records are read by W&B's own reader, and sent by `wandb sync` to a server of this test's own.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from gptlab.experiments.exits import DONE, INTERRUPTED, MISTAKEN
+from test_train import ran
+from wandb_server import KEY, Server
+
+Table = dict[int, dict[str, float]]
+SCRIPTS = Path(sys.executable).parent
+
+
+def metrics_file(directory: Path) -> Table:
+    """What metrics.csv has of each step."""
+    table: Table = {}
+    with (directory / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            values = {name: float(value) for name, value in row.items() if value and name != "step"}
+            table.setdefault(int(row["step"]), {}).update(values)
+    return table
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of W&B by their step, each of which is there once."""
+    steps = [row["_step"] for row in rows]
+    assert len(set(steps)) == len(steps)
+    return {row["_step"]: {name: row[name] for name in row if not name.startswith("_")} for row in rows}
+
+
+def records(directory: Path, kind: str = "*run-2*") -> list[list[dict[str, Any]]]:
+    """What W&B's reader finds in each record of a run, in the order in which they were begun."""
+    found = []
+    for path in sorted(directory.glob(f"wandb/{kind}/*.wandb"), key=lambda path: path.parent.name.split("run-")[1]):
+        command = (SCRIPTS / "wandb", "leet", "inspect", "--json", path)
+        found.append([json.loads(line) for line in subprocess.run(command, capture_output=True).stdout.splitlines()])
+    return found
+
+
+def rows(*found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for records in found for record in records if record["type"] == "history"]
+
+
+def exit_code(record: list[dict[str, Any]]) -> int:
+    (code,) = (line["exit"]["exit_code"] for line in record if line["type"] == "exit")
+    return code
+
+
+def send(user, output: str) -> None:
+    """Type the command that a run has named last."""
+    command = next(line.split("end it: ")[1] for line in reversed(output.splitlines()) if "end it: " in line)
+    program, *arguments = shlex.split(command)
+    ran(user.run(str(SCRIPTS / program), *arguments))
+
+
+def has_secret(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+class Training:
+    """A run with W&B that goes on until it is interrupted, or has done its steps."""
+
+    begun: ClassVar[list["Training"]] = []
+
+    def __init__(self, user, *arguments: str) -> None:
+        self.begun.append(self)
+        small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "callbacks=checkpoint")
+        rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
+        resumed = any(argument.startswith("resume=") for argument in arguments)
+        command = (sys.executable, "-m", "gptlab.train", *(() if resumed else (*small, *rhythm)), *arguments)
+        self.process = subprocess.Popen(
+            command,
+            cwd=user.folder,
+            env=user.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def until(self, done: Callable[[], Any]) -> None:
+        limit = time.monotonic() + 120
+        while not done():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+    def end(self, with_signal: int | None = None, status: int = DONE) -> str:
+        if with_signal:
+            os.killpg(self.process.pid, with_signal)
+        output = self.process.communicate(timeout=180)[0]
+        assert self.process.returncode == status, output
+        return output
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """A test that fails leaves no run behind."""
+    yield
+    while Training.begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(Training.begun.pop().process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def server(user, tmp_path) -> Iterator[Server]:
+    server = Server()
+    user.environment |= server.environment | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.3", "HOME": str(tmp_path)}
+    yield server
+    server.hangs = False
+    server.die()
+
+
+@pytest.fixture
+def silence() -> Iterator[int]:
+    """A port that accepts and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
+        yield listening.getsockname()[1]
+
+
+def unreachable(user, port: int) -> tuple[str, str]:
+    user.environment |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": KEY}
+    return "logger=wandb", "logger.wandb.init_timeout=1"
+
+
+def check_kept(user, done) -> None:
+    """The run has ended well without W&B; its record is whole, and has said why and where."""
+    ran(done)
+    directory = user.only_run()
+    (record,) = records(directory)
+    assert table(rows(record)) == metrics_file(directory)
+    assert list(metrics_file(directory)) == [1, 2, 3, 4, 5, 6]
+    assert exit_code(record) == 0
+    assert done.stdout.count("W&B cannot be used") == 1
+    assert "W&B" not in done.stderr
+    assert "wandb:" not in done.stdout + done.stderr  # which W&B's own lines begin with
+    (config,) = (line["run"]["config"]["update"] for line in record if line["type"] == "run")
+    written = yaml.safe_load((directory / "config.yaml").read_text())
+    assert {name: config[name] for name in written} == written
+    assert has_secret(user.folder) == []
+    assert KEY not in done.stdout + done.stderr
+
+
+def test_a_server_that_refuses_leaves_the_record_here(user):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    done = user.train(*unreachable(user, port))
+    check_kept(user, done)
+    assert "connection refused" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_leaves_the_record_here(user, silence):
+    began = time.monotonic()
+    done = user.train(*unreachable(user, silence))
+    check_kept(user, done)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_without_a_login_the_record_is_kept_here(user, tmp_path):
+    user.environment["HOME"] = str(tmp_path)
+    check_kept(user, user.train("logger=wandb"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("login", [True, False])
+def test_online_means_online(user, tmp_path, silence, login):
+    user.environment["HOME"] = str(tmp_path)
+    timeout = "logger.wandb.init_timeout=1"
+    done = user.train(*(unreachable(user, silence) if login else ("logger=wandb", timeout)), "logger.wandb.mode=online")
+    assert done.returncode == MISTAKEN
+    assert "logger=wandb cannot start" in done.stderr
+    assert ("No API key" in done.stderr) is not login
+    assert not (user.only_run() / "metrics.csv").exists()
+    assert records(user.only_run()) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_answers_has_every_row(user, server):
+    done = user.train("logger=wandb", "logger.wandb.mode=online")
+    ran(done)
+    directory = user.only_run()
+    ((name, run),) = server.runs.items()
+    assert (directory / "wandb_id").read_text() == name
+    assert table(run.history) == metrics_file(directory)
+    assert run.exit_code == 0
+    assert run.config["optimizer"]["value"]["lr"] == 3e-3
+    assert done.stdout.count(f"/runs/{name}") == 1
+    assert "wandb:" not in done.stdout + done.stderr
+    assert has_secret(user.folder) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["dies", "hangs"])
+def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
+    run = Training(user, "train.max_steps=1500", "logger.wandb.finish_timeout=2")
+    run.until(lambda: any(run.history for run in server.runs.values()))
+    if end == "dies":
+        server.die()
+    else:
+        server.hangs = True
+    output = run.end()
+    directory = user.only_run()
+    (record,) = records(directory)
+    assert list(metrics_file(directory)) == list(range(1, 1501))
+    assert table(rows(record)) == metrics_file(directory)
+    assert exit_code(record) == 0
+    (sent,) = server.runs.values()
+    assert len(sent.history) < 1500
+    assert output.count("W&B has not taken the whole record in time") == 1
+    assert "wandb:" not in output
+    assert has_secret(user.folder) == []
+    ended = (directory / "metrics.csv").stat().st_mtime
+    assert time.time() - ended < 30  # finish_timeout, and some time to end
+
+    again = Server(server.runs, server.server_port) if end == "dies" else server
+    server.hangs = False
+    send(user, output)
+    by_step = {row["_step"]: row for row in sent.history}  # a row that is sent again has the step that it had
+    assert table(list(by_step.values())) == metrics_file(directory)
+    assert sent.exit_code == 0
+    again.die()
+
+
+@pytest.mark.slow
+def test_wandb_s_own_process_may_die(user, server):
+    run = Training(user, "train.max_steps=3000")
+    run.until(lambda: any(run.history for run in server.runs.values()))
+    children = subprocess.check_output(("pgrep", "-P", str(run.process.pid)), text=True).split()
+    (core,) = (int(child) for child in children if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text())
+    os.kill(core, signal.SIGKILL)
+    output = run.end()
+    assert output.count("W&B has failed, and gets no more rows") == 1
+    assert list(metrics_file(user.only_run())) == list(range(1, 3001))
+    assert "Next: python -m gptlab.sample" in output
+
+
+def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None) -> Path:
+    """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
+    length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
+    run = Training(user, *length, "logger.wandb.finish_timeout=3", *arguments)
+    if silent:
+        run.until(lambda: any(run.history for run in silent.runs.values()))
+        silent.hangs = True
+
+    def further_than_a_checkpoint() -> bool:
+        saved = list(user.folder.glob("outputs/*/*/checkpoints/step_*"))
+        return bool(saved) and max(metrics_file(saved[0].parents[1]), default=0) % 40 > 10
+
+    run.until(further_than_a_checkpoint)
+    run.end(by, status=INTERRUPTED if by == signal.SIGINT else -by)
+    return user.only_run()
+
+
+def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
+    """Go on to some steps further: what was said, the steps of the interrupted run, and those of the whole."""
+    before = max(metrics_file(directory))
+    after = before // 40 * 40 + 80
+    output = Training(user, f"resume={directory}", f"train.max_steps={after}", *arguments).end()
+    return output, before, after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_the_records_of_a_resumed_run_make_one(user, server, by):
+    directory = interrupted(user, "logger.wandb.mode=offline", by=by)
+    output, before, after = resumed(user, directory)
+    first, second = records(directory)
+    assert before % 40  # so that some steps were done twice
+    if by == signal.SIGINT:
+        assert exit_code(first) == 1
+        assert max(table(rows(first))) == before
+    assert table(rows(first, second)).keys() == set(range(1, after + 1))
+    assert exit_code(second) == 0
+    ids = {line["run"]["run_id"] for line in first + second if line["type"] == "run"}
+    assert ids == {(directory / "wandb_id").read_text()}
+    send(user, output)
+    check_sent(server, directory, after)
+
+
+def check_sent(server: Server, directory: Path, after: int) -> None:
+    """The server has the run whole, each step once, with the values of metrics.csv."""
+    ((name, sent),) = server.runs.items()
+    assert name == (directory / "wandb_id").read_text()
+    found, written = table(sent.history), metrics_file(directory)
+    assert list(found) == list(range(1, after + 1))
+    for step in written:  # a step that was done twice took another time
+        assert found[step] | {"tokens_per_second": 0} == written[step] | {"tokens_per_second": 0}
+    assert sent.exit_code == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_online_is_one_run(user, server):
+    directory = interrupted(user, "logger.wandb.mode=online")
+    assert next(iter(server.runs.values())).exit_code == 1
+    _, _, after = resumed(user, directory)
+    check_sent(server, directory, after)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_what_wandb_has_missed_it_gets_when_the_run_goes_on(user, server, mode):
+    directory = interrupted(user, f"logger.wandb.mode={mode}", silent=server if mode == "online" else None)
+    server.hangs = False
+    assert sum(len(run.history) for run in server.runs.values()) < max(metrics_file(directory))
+    _, _, after = resumed(user, directory, "logger=wandb", "logger.wandb.mode=auto")
+    check_sent(server, directory, after)
+    assert all(Path(f"{path}.synced").exists() for path in directory.glob("wandb/*run-2*/*.wandb"))

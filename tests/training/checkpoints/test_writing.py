@@ -1,0 +1,254 @@
+"""Whatever happens while a checkpoint is written, the one before it is there."""
+
+import errno
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptlab.errors import UserError
+from gptlab.training.checkpoints import writing
+from gptlab.training.checkpoints.reading import PlainReader, flatten, read
+from gptlab.training.checkpoints.records import Facts, checkpoints, clear, damage, newest, place_of, step_of
+from gptlab.training.checkpoints.writing import CheckpointFiles
+
+
+def state_of(step: int) -> dict:
+    moments = {"step": torch.tensor(float(step)), "exp_avg": torch.full((3, 2), 0.1 * step)}
+    optimizer = {"state": {"wte.weight": moments}, "param_groups": [{"lr": 0.1, "params": ["wte.weight"]}]}
+    return {
+        "global_step": step,
+        "callbacks": {"Recorder": {"best": {"val/loss": 1.5}}},
+        "state_dict": {"wte.weight": torch.arange(6.0).reshape(3, 2) + step},
+        "optimizer_states": [optimizer],
+    }
+
+
+def save(files: CheckpointFiles, folder: Path, step: int) -> Path:
+    place = place_of(folder, step)
+    files.save_checkpoint(state_of(step), place, Facts(step=step, val_loss=None, evaluation_due=False))
+    return place
+
+
+def same(found: dict, step: int) -> bool:
+    expected = state_of(step)
+    plain = all(found[key] == expected[key] for key in ("global_step", "callbacks"))
+    one, other = flatten(found), flatten(expected)
+    return plain and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def files():
+    return CheckpointFiles(keep_last=2, keep_best=False, asynchronous=False)
+
+
+@pytest.fixture
+def threaded():
+    return CheckpointFiles(keep_last=1, keep_best=False, asynchronous=True)
+
+
+def test_what_is_read_is_what_was_written_and_anybody_can_read_it(files, tmp_path):
+    place = save(files, tmp_path, 3)
+    assert same(read(place), 3)
+    assert same(torch.load(place / "state.pt", weights_only=True), 3)
+
+
+def test_killed_at_any_change_of_its_folder_a_save_leaves_a_whole_checkpoint(files, tmp_path):
+    """The process dies before the n-th file that it opens, renames, makes or removes, for every n.
+
+    It saves the third step, and saves it once more, as it does when an evaluation is made up for.
+    """
+    outcomes = []
+    for deadly in range(1, 200):
+        folder = tmp_path / str(deadly)
+        save(files, folder, 1)
+        save(files, folder, 2)
+        if (child := os.fork()) == 0:
+            _save_and_die(files, folder, deadly)
+        killed = os.waitpid(child, 0)[1] != 0
+        assert all(damage(place) is None for place in checkpoints(folder))  # none is there in part
+        clear(folder)
+        whole = newest(folder)
+        assert whole is not None
+        assert step_of(whole) in (2, 3)
+        assert same(read(whole), step_of(whole))
+        outcomes.append(step_of(whole))
+        save(files, folder, 3)  # the run that goes on comes to this step again
+        assert same(read(place_of(folder, 3)), 3)
+        assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
+        if not killed:
+            break
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(2) > 5
+    assert outcomes.count(3) > 10  # once it is there, it stays
+
+
+def _save_and_die(files: CheckpointFiles, folder: Path, deadly: int) -> None:
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(folder) in str(arguments[0]):
+            seen += 1
+            if seen == deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save(files, folder, 3)
+    save(files, folder, 3)
+    os._exit(0)
+
+
+def test_a_thread_writes_what_was_there_when_it_was_told_to(threaded, tmp_path, monkeypatch):
+    begin, write = threading.Event(), writing._write_whole
+
+    def write_later(*arguments):
+        assert begin.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(writing, "_write_whole", write_later)
+    state = state_of(1)
+    threaded.save_checkpoint(state, place_of(tmp_path, 1), Facts(step=1, val_loss=None, evaluation_due=False))
+    state["state_dict"]["wte.weight"].zero_()  # training goes on
+    threaded.check()  # does not wait
+    assert checkpoints(tmp_path) == []
+    begin.set()
+    threaded.wait()
+    assert same(read(place_of(tmp_path, 1)), 1)
+
+
+def test_an_error_in_the_thread_comes_up_at_the_next_check_and_nothing_is_removed(threaded, tmp_path, monkeypatch):
+    save(threaded, tmp_path, 1)
+    threaded.wait()
+
+    def fail(*_):
+        raise RuntimeError("the writer fails")
+
+    monkeypatch.setattr(writing, "_write_whole", fail)
+    save(threaded, tmp_path, 2)
+    writing_ended = threaded._pending
+    assert writing_ended is not None
+    assert isinstance(writing_ended.exception(timeout=10), RuntimeError)
+    with pytest.raises(RuntimeError, match="the writer fails"):
+        threaded.check()
+    threaded.check()  # told once
+    assert newest(tmp_path) == place_of(tmp_path, 1)
+
+
+def test_an_error_in_the_thread_comes_up_at_the_next_save_at_the_latest(threaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_write_whole", lambda *_: 1 / 0)
+    save(threaded, tmp_path, 1)
+    with pytest.raises(ZeroDivisionError):
+        save(threaded, tmp_path, 2)
+
+
+def test_the_older_one_goes_only_when_the_newer_is_verified(files, tmp_path, monkeypatch):
+    save(files, tmp_path, 1)
+    save(files, tmp_path, 2)
+
+    def fail(*_):
+        raise OSError("state.pt is not on the disk as it was written")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "seal", fail)
+        with pytest.raises(OSError, match="as it was written"):
+            save(files, tmp_path, 3)
+    assert [step_of(place) for place in checkpoints(tmp_path)] == [1, 2]
+    save(files, tmp_path, 3)
+    assert [step_of(place) for place in checkpoints(tmp_path)] == [2, 3]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_and_training_goes_on(files, tmp_path, monkeypatch, caplog, number):
+    save(files, tmp_path, 1)
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(writing, "_write_whole", fail)
+    with caplog.at_level(logging.ERROR):
+        save(files, tmp_path, 2)
+    (record,) = caplog.records
+    assert "is full: step 2 is not saved, and training goes on" in record.message
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
+
+
+def test_another_error_of_the_disk_is_raised(files, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(writing, "_write_whole", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        save(files, tmp_path, 1)
+
+
+SMALL_DISK = """
+set -e
+mount -t tmpfs -o size=64k none "$1"
+"$2" "$3" "$1"
+cp -r "$1" "$1/../copied"
+"""
+
+FILLING = """
+import logging, sys, torch
+from pathlib import Path
+from gptlab.training.checkpoints.records import Facts, place_of
+from gptlab.training.checkpoints.writing import CheckpointFiles
+
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+files = CheckpointFiles(keep_last=2, keep_best=False, asynchronous=False)
+for step, size in ((1, 1000), (2, 100_000), (3, 1000), (4, 1000)):
+    place, facts = place_of(Path(sys.argv[1]), step), Facts(step=step, val_loss=None, evaluation_due=False)
+    files.save_checkpoint({"global_step": step, "state_dict": torch.ones(size)}, place, facts)
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, which can mount a small disk, is not there")
+def test_on_a_disk_that_is_really_full_the_older_checkpoint_stays_and_later_ones_are_written(tmp_path):
+    disk, script = tmp_path / "disk", tmp_path / "filling.py"
+    disk.mkdir()
+    script.write_text(FILLING)
+    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(disk), sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "mount" in done.stderr or "unshare" in done.stderr:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ERROR") == done.stdout.count("is full: step 2 is not saved") == 1
+    assert [path.name for path in sorted((tmp_path / "copied").iterdir())] == ["step_000003", "step_000004"]
+
+
+class Payload:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.canary),)
+
+
+def test_the_description_of_shards_executes_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    payload = pickle.dumps(Payload(canary))
+    (tmp_path / ".metadata").write_bytes(payload)
+    with pytest.raises(UserError, match=r"cannot be read as the description of shards: it names \w+\.mkdir"):
+        PlainReader(tmp_path).read_metadata()
+    assert not canary.exists()
+    pickle.loads(payload)  # noqa: S301  (which it would have done)
+    assert canary.exists()
+
+
+def test_a_checkpoint_executes_nothing(tmp_path):
+    canary = tmp_path / "canary"
+    torch.save({"global_step": 1, "state_dict": Payload(canary)}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state.pt is refused: it holds more than tensors"):
+        read(tmp_path)
+    assert not canary.exists()
+    torch.load(tmp_path / "state.pt", weights_only=False)
+    assert canary.exists()
