@@ -1,9 +1,12 @@
 """The record of a run: metrics to every logger, progress to the screen, and the run's end."""
 
+import contextlib
 import logging
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -156,5 +159,25 @@ class Recorder(L.Callback):
 
 
 def _log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step)
+    with uninterrupted():  # a row stands with all loggers or with none
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the first Ctrl-C wait until this is done."""
+    waiting: list[FrameType | None] = []
+
+    def hold_back(number: int, frame: FrameType | None) -> None:
+        if waiting and callable(owner):
+            owner(number, frame)
+        waiting.append(frame)
+
+    owner = signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, owner)
+    if waiting and callable(owner):
+        owner(signal.SIGINT, waiting[0])
