@@ -25,6 +25,19 @@ TINY: dict[str, Any] = {
     "tie_weights": True,
     "pad_vocab_to_multiple_of": 1,
     "activation_checkpointing": False,
+    "norm": "layer",
+    "positions": "learned",
+    "rope_base": 10000,
+    "qk_norm": False,
+    "embedding_norm": False,
+    "zero_init": False,
+    "logit_soft_cap": None,
+    "value_residual": False,
+    "value_embeddings": 0,
+    "x0_skips": False,
+    "unet_skips": False,
+    "attention_window": None,
+    "global_every": 4,
 }
 
 

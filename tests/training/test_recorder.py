@@ -5,6 +5,14 @@ import pytest
 from gptlab.training.callbacks.recorder import uninterrupted
 
 
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """Who started the tests may have them ignored."""
+    owner = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, owner)
+
+
 def interrupted(times: int) -> list[str]:
     """What is written by somebody who is interrupted before it."""
     written = []

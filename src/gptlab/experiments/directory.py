@@ -101,7 +101,10 @@ def _found(directory: Path, place: Path | None) -> Path:
 
 
 # What decides which parameters there are, and their shapes; a longer block can be cropped to a shorter one.
-SHAPING = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_weights", "pad_vocab_to_multiple_of")
+SHAPING = (
+    *("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_weights", "pad_vocab_to_multiple_of", "norm"),
+    *("positions", "embedding_norm", "value_residual", "value_embeddings", "x0_skips", "unet_skips"),
+)
 
 
 def check_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from gptlab.errors import UserError
 from gptlab.experiments.directory import CONFIG, check_shape
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 
 DESCRIPTION, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -64,7 +64,7 @@ def check_foreign_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) 
     wanted = model.vocab_size
     if wanted is None or there["vocab_size"] in (-(-wanted // multiple) * multiple for multiple in ROUNDED_TO):
         there = {**there, "vocab_size": wanted}
-    check_shape(path, there, model)
+    check_shape(path, {**GPT2_OPTIONS, **there}, model)
 
 
 def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:

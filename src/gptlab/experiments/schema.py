@@ -67,6 +67,11 @@ class Config(Settings):
     @model_validator(mode="after")
     def _heads_are_dealt_out(self) -> Self:
         parts, heads = self.trainer.tensor_parallel, self.model.n_head
+        if parts > 1 and (self.model.value_residual or self.model.value_embeddings):
+            raise ValueError(
+                "model.value_residual and model.value_embeddings mix values that fsdp_tp splits by heads, which is not "
+                "built; trainer=fsdp and trainer=ddp have them"
+            )
         if heads % parts:
             raise ValueError(
                 f"trainer.tensor_parallel={parts} has to divide model.n_head={heads}: the attention is split by heads"

@@ -23,7 +23,8 @@ def load_weights(model: GPT, directory: Path) -> None:
         _load_foreign(model, directory)
         return
     state = read(best_checkpoint(directory))["state_dict"]
-    state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
     model.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""The GPT-2 decoder (Radford et al. 2019) in its own names.
+"""The GPT-2 decoder (Radford et al. 2019) in its own names, and what has been found since, each an option.
 
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size, V vocabulary.
 """
@@ -6,37 +6,24 @@ Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size, V voca
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptlab.model.attention import CausalSelfAttention, Mix, Sight, sight
+from gptlab.model.cache import KVCache, LayerCache, Place
 from gptlab.model.config import GPTConfig
-from gptlab.model.documents import Mask, attend, document_mask, positions_within
 
-LAYER_NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
+NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before (Vaswani et al. 2017, section 3.2)."""
+class ReLUSquared(nn.Module):
+    """The square of what is positive (So et al. 2021, Primer, section 4.1)."""
 
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.head_size = config.n_embd // config.n_head
-        self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        """Mix the positions of ``x`` (B, T, C), causally and within the mask; same shape."""
-        B, T, _ = x.shape  # noqa: N806
-        q, k, v = (
-            part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh, T, hs)
-            for part in self.c_attn(x).chunk(3, dim=2)
-        )
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).flatten(2)  # (B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply it to every element; same shape."""
+        return F.relu(x).square()
 
 
 class MLP(nn.Module):
@@ -45,7 +32,7 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.act = _activation(config)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -57,17 +44,44 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-LN residual block."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = _layer_norm(config)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = _layer_norm(config)
+        self.mix_skip = Mix(1.0) if config.has_skip(layer) else None
+        self.mix_x0 = Mix(1.0, 0.0) if config.x0_skips else None
+        self.ln_1 = _norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Mask) -> Tensor:
-        """Add what attention and then the MLP have to say to ``x`` (B, T, C); same shape."""
-        x = x + self.attn(self.ln_1(x), mask)
-        return x + self.mlp(self.ln_2(x))
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        skip: Tensor | None,
+        others: tuple[Tensor, ...],
+        seen: Sight,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Add what attention and then the MLP have to say.
+
+        Args:
+            x: What the block before returned (B, T, C).
+            x0: The embedding (B, T, C), for ``x0_skips``.
+            skip: What this block's mirror image among the first returned (B, T, C), for ``unet_skips``.
+            others: Values (B, T, C) to be mixed into this block's own.
+            seen: What the tokens see.
+            cache: See ``CausalSelfAttention.forward``.
+
+        Returns:
+            The output, and the block's own values; both (B, T, C).
+        """
+        if self.mix_skip is not None and skip is not None:
+            x = x + self.mix_skip(skip)
+        if self.mix_x0 is not None:
+            x = self.mix_x0(x, x0)
+        y, values = self.attn(self.ln_1(x), seen, others, cache)
+        x = x + y
+        return x + self.mlp(self.ln_2(x)), values
 
 
 class GPT(nn.Module):
@@ -80,12 +94,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        rows = config.padded_vocab_size
+        self.wte = nn.Embedding(rows, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.ln_e = _norm(config) if config.embedding_norm else None
+        self.value_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for _ in range(config.value_embeddings))
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = _layer_norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = _norm(config)
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight
         self._initialise()
@@ -105,39 +122,96 @@ class GPT(nn.Module):
         Raises:
             ValueError: T is longer than the block.
         """
+        return self._head(self._states(idx, documents))
+
+    def next_logits(self, idx: Tensor, cache: KVCache, place: Place) -> Tensor:
+        """Score what follows the last of some tokens, whose predecessors the cache has.
+
+        Args:
+            idx: Token ids (B, T).
+            cache: Gets their keys and values.
+            place: Where these go; slots beyond ``block_size`` are no positions that were learnt.
+
+        Returns:
+            Logits (B, V).
+        """
+        everything = place.mask(None)
+        window = place.mask(self.config.attention_window) if self.config.attention_window else everything
+        x = self._through_blocks(idx, Sight(place.positions, everything, window), cache, place)
+        return self._head(x[:, -1])
+
+    def _states(self, idx: Tensor, documents: Tensor | None) -> Tensor:
+        """What the head sees of every position (B, T, C)."""
         T = idx.size(1)  # noqa: N806
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T} tokens does not fit the block of {self.config.block_size}")
-        if documents is None:
-            mask, positions = None, torch.arange(T, device=idx.device)
-        else:  # FlexAttention has no dropout
-            flex = idx.is_cuda and not (self.training and self.config.dropout)
-            mask, positions = document_mask(documents, flex=flex), positions_within(documents)
-        x = self.drop(self.wte(idx) + self.wpe(positions))  # (B, T, C)
-        for block in self.h:
-            if self.config.activation_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+        flex = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention has no dropout
+        return self._through_blocks(idx, sight(self.config, idx, documents, flex=flex), None, None)
+
+    def _through_blocks(self, idx: Tensor, seen: Sight, cache: KVCache | None, place: Place | None) -> Tensor:
+        config, embeds = self.config, [embed(idx) for embed in self.value_embeds]
+        x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(seen.positions)
+        x = x0 = self.drop(x if self.ln_e is None else self.ln_e(x))  # (B, T, C)
+        first: tuple[Tensor, ...] = ()  # the first block's values
+        outputs: list[Tensor] = []  # of the first half of the blocks
+        for layer, block in enumerate(self.h):
+            number = config.value_embedding(layer)
+            others = first if number is None else (*first, embeds[number])
+            skip = outputs.pop() if config.has_skip(layer) else None
+            part = cache.layer(layer, place) if cache is not None and place is not None else None
+            arguments = (x, x0, skip, others, seen, part)
+            if config.activation_checkpointing and self.training:
+                x, values = checkpoint(block, *arguments, use_reentrant=False)
             else:
-                x = block(x, mask)
-        return self.lm_head(self.ln_f(x))[..., : self.config.known_vocab_size]
+                x, values = block(*arguments)
+            if config.value_residual and layer == 0:
+                first = (values,)
+            if config.unet_skips and layer < config.n_layer // 2:
+                outputs.append(x)
+        return self.ln_f(x)
+
+    def _head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of states (..., C)."""
+        logits = self.lm_head(x)[..., : self.config.known_vocab_size]
+        return logits if self.config.logit_soft_cap is None else soft_cap(logits, self.config.logit_soft_cap)
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from ``block_size`` on; ValueError where there are not that many."""
         if not 0 < block_size <= self.config.block_size:
             raise ValueError(f"cannot crop a block of {self.config.block_size} to {block_size}")
         self.config = self.config.model_copy(update={"block_size": block_size})
-        self.wpe.weight = nn.Parameter(self.wpe.weight.detach()[:block_size].clone())
-        self.wpe.num_embeddings = block_size
+        if self.wpe is not None:
+            self.wpe.weight = nn.Parameter(self.wpe.weight.detach()[:block_size].clone())
+            self.wpe.num_embeddings = block_size
 
     def _initialise(self) -> None:
-        """Draw N(0, 0.02), residual projections smaller by sqrt(2 L) (Radford et al. 2019, section 2.3); biases 0."""
+        """Draw N(0, 0.02), residual projections smaller by sqrt(2 L) (Radford et al. 2019, section 2.3); biases 0.
+
+        With ``zero_init`` these projections, and a head of its own, begin at 0.
+        """
+        config = self.config
         for name, parameter in self.named_parameters():
-            if parameter.dim() >= 2:
-                residual = name.endswith("c_proj.weight")
-                nn.init.normal_(parameter, 0.0, INIT_STD / math.sqrt(2 * self.config.n_layer) if residual else INIT_STD)
+            residual = name.endswith("c_proj.weight")
+            if config.zero_init and (residual or name == "lm_head.weight"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, 0.0, INIT_STD / math.sqrt(2 * config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
 
-def _layer_norm(config: GPTConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPSILON, bias=config.bias)
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """Bend logits so that they stay between -cap and cap (Gemma Team 2024, Gemma 2, section 2)."""
+    return cap * torch.tanh(logits / cap)
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
+    return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+
+
+def _activation(config: GPTConfig) -> nn.Module:
+    if config.activation == "relu_squared":
+        return ReLUSquared()
+    return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")

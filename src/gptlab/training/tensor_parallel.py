@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from gptlab.model.attention import Mix
 from gptlab.model.gpt import GPT, Block
 
 
@@ -33,9 +34,13 @@ def split_over(model: GPT, mesh: DeviceMesh) -> None:
             "mlp.c_fc": ColwiseParallel(),
             "mlp.c_proj": RowwiseParallel(),
         }
+        plan |= {name: Whole() for name, part in block.named_children() if isinstance(part, Mix)}
         parallelize_module(block, mesh, plan)
         cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
-    parallelize_module(model, mesh, {"wte": Whole(), "wpe": Whole(), "ln_f": Whole(), "lm_head": Whole()})
+    whole = {
+        name: Whole() for name, part in model.named_children() if not isinstance(part, (nn.ModuleList, nn.Dropout))
+    }
+    parallelize_module(model, mesh, whole)
     if model.config.tie_weights:
         model.lm_head.weight = model.wte.weight
 
@@ -49,8 +54,8 @@ class Whole(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Do what ``parallelize_module`` asks of a style."""
 
-        def replicated(_: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
-            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+        def replicated(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
+            return tuple(DTensor.from_local(part, mesh, [Replicate()], run_check=False) for part in inputs)
 
         def local(_: nn.Module, outputs: Any, mesh: DeviceMesh) -> Tensor:
             return outputs.to_local()

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from conftest import tiny_config
-from gptlab.model.documents import attend, document_mask, positions_within
+from gptlab.model.attention import attend, attention_mask, positions_within
 from gptlab.model.gpt import GPT
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7 + [3] * 3, [4] * 16])  # (B, T)
@@ -53,7 +53,7 @@ def test_flex_attention_and_the_mask_of_sdpa_agree():
     """On the processor FlexAttention has no backward pass; its mask is what is tried here."""
     torch.manual_seed(0)
     documents = (torch.rand(2, 256) < 0.02).cumsum(dim=1)
-    flex, plain = (document_mask(documents, flex=flex) for flex in (True, False))
+    flex, plain = (attention_mask(documents, documents, None, flex=flex) for flex in (True, False))
     assert isinstance(flex, BlockMask)
     q, k, v = torch.randn(3, 2, 3, 256, 16).unbind()
     torch.testing.assert_close(attend(q, k, v, flex, 0.0), attend(q, k, v, plain, 0.0), rtol=1e-4, atol=1e-5)
