@@ -26,7 +26,7 @@ def split_over(model: GPT, mesh: DeviceMesh) -> None:
     """
     heads = model.config.n_head
     for block in model.h:
-        plan = {
+        plan: dict[str, ParallelStyle] = {
             "ln_1": Whole(),
             "attn.c_attn": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
             "attn.c_proj": RowwiseParallel(),
