@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import torch.nn.functional as F
 from preparing import is_in_val, prepare_text, tiktoken_gpt2
 
 from gptlab.data.batches import EvaluationBatches, Slice
@@ -87,7 +88,8 @@ def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluat
     model, sums = model_of(end + 1), LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
     for number in range(len(batches)):
         batch = batches[number]
-        sums.add(model[batch.idx % 7], batch.targets)
+        logits = model[batch.idx % 7]
+        sums.add(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none"), batch.targets)
     _, tokens, some_nats, some_bytes = sums.sums.tolist()
     first = len(prepared.tokenizer.decode(row[:1]).encode())
     assert tokens == len(row) - 1

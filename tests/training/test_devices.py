@@ -10,6 +10,7 @@ from gptlab.training import devices
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 
+MODEL = tiny_config()
 TRAIN = TrainConfig(**defaults("train.yaml")["train"])
 AUTO = defaults("trainer/auto.yaml") | {"devices": "auto", "strategy": "ddp"}
 
@@ -29,33 +30,33 @@ def gpus(monkeypatch):
 
 
 def test_a_gpu_machine_uses_what_it_has(gpus):
-    chosen = choose_devices(TrainerConfig(**AUTO), TRAIN)
+    chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
     assert chosen == Devices("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile=True)
     assert chosen.peak_flops() == 989.4e12
 
 
 def test_what_is_named_is_what_is_used(gpus):
     named = AUTO | {"accelerator": "cpu", "devices": 2, "precision": "bf16-true"}
-    chosen = choose_devices(TrainerConfig(**named), TRAIN.model_copy(update={"compile": True}))
+    chosen = choose_devices(TrainerConfig(**named), TRAIN.model_copy(update={"compile": True}), MODEL)
     assert (chosen.accelerator, chosen.devices, chosen.precision, chosen.compile) == ("cpu", 2, "bf16-true", True)
 
 
 def test_more_gpus_than_there_are_are_refused(gpus):
     with pytest.raises(UserError, match=r"trainer.devices=8: this machine has 4 GPUs"):
-        choose_devices(TrainerConfig(**AUTO | {"devices": 8}), TRAIN)
+        choose_devices(TrainerConfig(**AUTO | {"devices": 8}), TRAIN, MODEL)
 
 
 def test_an_old_gpu_computes_in_float32_and_a_machine_without_compiler_does_not_compile(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.delenv("CC")
     monkeypatch.setattr(devices.shutil, "which", lambda _: None)
-    chosen = choose_devices(TrainerConfig(**AUTO), TRAIN)
+    chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
     assert (chosen.precision, chosen.compile) == ("32-true", False)
 
 
 def test_several_machines_need_someone_who_starts_them():
     with pytest.raises(UserError, match="started by torchrun or srun"):
-        choose_devices(TrainerConfig(**AUTO | {"num_nodes": 2}), TRAIN)
+        choose_devices(TrainerConfig(**AUTO | {"num_nodes": 2}), TRAIN, MODEL)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_several_machines_need_someone_who_starts_them():
 def test_torchrun_and_slurm_say_how_many_there_are(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    chosen = choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN)
+    chosen = choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
     assert (chosen.devices, chosen.num_nodes) == expected
 
 
@@ -100,8 +101,63 @@ def test_only_the_step_of_slurm_counts(monkeypatch):
     numbers = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}  # one task of a larger job
     for name, value in numbers.items():
         monkeypatch.setenv(name, value)
-    assert choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN).devices == 1
+    assert choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL).devices == 1
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "3")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     with pytest.raises(UserError, match="3 tasks on 2 nodes"):
-        choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN)
+        choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
+
+
+def cpu(monkeypatch, *, bf16: bool, **changes):
+    """What is chosen on a CPU with a compiler, with bfloat16 or without, for a model and a trainer."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setenv("CC", "cc")
+    single = AUTO | {"devices": 1, "strategy": "single"} | changes.pop("trainer", {})
+    return choose_devices(TrainerConfig(**single), TRAIN, tiny_config(**changes))
+
+
+def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
+    wide = {"n_embd": 768, "n_head": 12}
+    chosen = cpu(monkeypatch, bf16=True, **wide)
+    assert (chosen.precision, chosen.compile) == ("bf16-mixed", True)
+    chosen = cpu(monkeypatch, bf16=False, **wide)
+    assert (chosen.precision, chosen.compile) == ("32-true", True)
+    chosen = cpu(monkeypatch, bf16=True)
+    assert (chosen.precision, chosen.compile) == ("32-true", False)
+    chosen = cpu(monkeypatch, bf16=True, trainer={"strategy": "ddp"}, **wide)
+    assert (chosen.precision, chosen.compile) == ("32-true", False)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, tmp_path, exact):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(devices, "_is_exact", lambda: exact)
+    for vendor in ("AuthenticAMD", "GenuineIntel"):
+        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
+        monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+        expected = "onednn" if exact and vendor == "AuthenticAMD" else "default"
+        assert cpu(monkeypatch, bf16=True).float32_matmul == expected
+    named = cpu(monkeypatch, bf16=True, trainer={"float32_matmul": "default"})
+    assert named.float32_matmul == "default"
+
+
+def test_onednn_s_float32_products_are_float32(tmp_path):
+    chosen = Devices("cpu", "", 1, 1, "32-true", compile=False, float32_matmul="onednn")
+    a, b = torch.randn(2, 300, 300).unbind()
+    exact = a.double() @ b.double()
+    if not devices._is_exact():  # on processors with AMX
+        pytest.skip("oneDNN rounds to bfloat16 here, and is not chosen")
+    try:
+        devices.prepare_kernels(chosen, tmp_path)
+        torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
+    finally:
+        devices.prepare_kernels(chosen._replace(float32_matmul="default"), tmp_path)
+    torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
+
+
+def test_logits_are_there_for_a_quarter_of_a_gib_at_a_time():
+    chunk = devices.loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
+    assert 2**28 - 4 * 50304 < chunk * 50304 * 4 <= 2**28
+    assert devices.loss_chunk(7, MODEL) == 7
+    assert devices.loss_chunk(None, MODEL) is None

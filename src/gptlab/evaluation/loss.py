@@ -3,7 +3,6 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gptlab.data.batches import IGNORED
@@ -25,10 +24,9 @@ class LossSums:
         # nats, tokens; nats and bytes of the tokens that stand for text
         self.sums = torch.zeros(4, dtype=torch.float64, device=token_bytes.device)
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Add the tokens of one batch: ``logits`` (B, T, V), ``targets`` (B, T) with -100 where not scored."""
-        targets = targets.flatten()
-        nats = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=IGNORED, reduction="none").double()
+    def add(self, nats: Tensor, targets: Tensor) -> None:
+        """Add the tokens of one batch: the losses (B, T) of ``targets`` (B, T), which are -100 where not scored."""
+        nats, targets = nats.flatten().double(), targets.flatten()
         scored = targets != IGNORED
         lengths = torch.where(scored, self.token_bytes[targets.clamp(min=0)].long(), 0)
         text_nats = torch.where(lengths > 0, nats, 0)

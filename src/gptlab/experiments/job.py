@@ -33,7 +33,7 @@ from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.clusters import cluster_environment
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenData
-from gptlab.training.devices import Devices, choose_devices
+from gptlab.training.devices import Devices, choose_devices, loss_chunk, prepare_kernels
 from gptlab.training.groups import join_group, on_first_rank
 from gptlab.training.module import GPTModule
 from gptlab.training.processes import is_first_rank
@@ -57,7 +57,8 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         UserError: What is asked for is not there: devices, a checkpoint, a login.
     """
     quieten_lightning()
-    devices = choose_devices(config.trainer, config.train)
+    devices = choose_devices(config.trainer, config.train, config.model)
+    prepare_kernels(devices, Path(config.data.cache_dir))
     shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
     plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, shares)
     join_group(devices)
@@ -117,6 +118,7 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
         seed=config.seed,
         token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
         compile=devices.compile,
+        loss_chunk=loss_chunk(config.train.loss_chunk, config.model),
     )
 
 

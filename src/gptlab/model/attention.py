@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gptlab.model.cache import LayerCache
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import NORM_EPSILON, GPTConfig
 
+SHORT = 256  # keys; up to here the weights of a head fit a core's cache
 Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's own; None is causal and no more
 
 
@@ -72,14 +73,29 @@ def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *,
     if flex:
         return create_block_mask(seen, many, None, T, T, device=idx.device)
     at = torch.arange(T, device=idx.device)
-    return seen(torch.arange(many, device=idx.device).view(-1, 1, 1, 1), at, at.view(-1, 1), at)
+    rows = torch.arange(many, device=idx.device).view(-1, 1, 1, 1)
+    return seen(rows, at, at.view(-1, 1), at).expand(many, 1, T, T)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
     """Attention of q (B, nh, T, hs) over k and v (B, nh, S, hs), through the kernel that takes the mask."""
     if isinstance(mask, BlockMask):
         return _flex(q.is_cuda)(q, k, v, block_mask=mask)
+    if not q.is_cuda and q.dtype == torch.float32 and k.size(2) <= SHORT:
+        return _in_products(q, k, v, mask, dropout)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+def _in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention as it is written down (Vaswani et al. 2017, equation 1), with all of its weights at once.
+
+    torch's kernel for the CPU makes many small products of its own, which oneDNN is slow to begin.
+    """
+    scores = q @ k.transpose(2, 3) * q.size(-1) ** -0.5  # (B, nh, T, S)
+    if mask is None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    weights = F.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+    return F.dropout(weights, dropout) @ v
 
 
 @cache
@@ -151,7 +167,7 @@ class CausalSelfAttention(nn.Module):
         mixed = values if self.mix_values is None else self.mix_values(values, *others)
         q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in (query, key, mixed))
         if config.qk_norm:
-            q, k = F.rms_norm(q, (self.head_size,)), F.rms_norm(k, (self.head_size,))
+            q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON) for part in (q, k))
         if config.positions != "learned":
             half = config.positions == "rotary_half"
             q, k = (rotate(part, seen.positions, config.rope_base, half=half) for part in (q, k))

@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from gptlab.settings import Settings
 
+NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 GPT2_OPTIONS = {  # of what was found since, which a GPT-2 that is trained already has or has not
     "norm": "layer",
     "positions": "learned",

@@ -5,16 +5,16 @@ Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size, V voca
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from gptlab.model.attention import CausalSelfAttention, Mix, Sight, sight
 from gptlab.model.cache import KVCache, LayerCache, Place
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.loss import Head, mean_loss, nats
 
-NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
 
 
@@ -93,7 +93,7 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.head = config, Head(config.known_vocab_size, config.logit_soft_cap)
         rows = config.padded_vocab_size
         self.wte = nn.Embedding(rows, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
@@ -122,7 +122,25 @@ class GPT(nn.Module):
         Raises:
             ValueError: T is longer than the block.
         """
-        return self._head(self._states(idx, documents))
+        return self.head.capped(self.lm_head(self._states(idx, documents))[..., : self.head.vocab_size])
+
+    def loss(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
+        """Mean loss () in nats per scored token, for training.
+
+        Args:
+            idx: As in ``forward``.
+            targets: The ids that follow (B, T), -100 where not scored.
+            documents: As in ``forward``.
+            chunk: Tokens whose logits are there at a time; None has them all at once.
+        """
+        return mean_loss(
+            self._states(idx, documents).flatten(0, 1), self._matrix(), targets.flatten(), self.head, chunk
+        )
+
+    def nats(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
+        """Loss of every token (B, T), 0 where it is not scored, for evaluation; the arguments are those of ``loss``."""
+        x = self._states(idx, documents).flatten(0, 1)
+        return nats(x, self._matrix(), targets.flatten(), self.head, chunk).view_as(targets)
 
     def next_logits(self, idx: Tensor, cache: KVCache, place: Place) -> Tensor:
         """Score what follows the last of some tokens, whose predecessors the cache has.
@@ -138,7 +156,7 @@ class GPT(nn.Module):
         everything = place.mask(None)
         window = place.mask(self.config.attention_window) if self.config.attention_window else everything
         x = self._through_blocks(idx, Sight(place.positions, everything, window), cache, place)
-        return self._head(x[:, -1])
+        return self.head.capped(self.lm_head(x[:, -1])[..., : self.head.vocab_size])
 
     def _states(self, idx: Tensor, documents: Tensor | None) -> Tensor:
         """What the head sees of every position (B, T, C)."""
@@ -170,10 +188,10 @@ class GPT(nn.Module):
                 outputs.append(x)
         return self.ln_f(x)
 
-    def _head(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of states (..., C)."""
-        logits = self.lm_head(x)[..., : self.config.known_vocab_size]
-        return logits if self.config.logit_soft_cap is None else soft_cap(logits, self.config.logit_soft_cap)
+    def _matrix(self) -> Tensor:
+        """The head's (R, C), where devices share the network the whole of it on each."""
+        weight = self.lm_head.weight
+        return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from ``block_size`` on; ValueError where there are not that many."""
@@ -198,11 +216,6 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, 0.0, INIT_STD / math.sqrt(2 * config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-
-
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    """Bend logits so that they stay between -cap and cap (Gemma Team 2024, Gemma 2, section 2)."""
-    return cap * torch.tanh(logits / cap)
 
 
 def _norm(config: GPTConfig) -> nn.Module:

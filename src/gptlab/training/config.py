@@ -72,6 +72,7 @@ class TrainConfig(Settings):
     spike_sigma: PositiveFloat | None
     spike_window: Annotated[int, Field(ge=4)]
     compile: bool | Literal["auto"]
+    loss_chunk: PositiveInt | Literal["auto"] | None
     log_every: PositiveInt
 
     @model_validator(mode="after")
@@ -102,6 +103,7 @@ class TrainerConfig(Settings):
     reshard_after_forward: bool
     cpu_offload: bool
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
+    float32_matmul: Literal["auto", "default", "onednn"]
     hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None
 

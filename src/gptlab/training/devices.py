@@ -2,11 +2,13 @@
 
 import os
 import shutil
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 
 from gptlab.errors import UserError
+from gptlab.model.config import GPTConfig
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
 
@@ -35,6 +37,11 @@ PEAK_BF16_FLOPS = {
 }
 
 
+WIDE = 512  # n_embd from which a CPU gains by bfloat16, and a run is long enough for compilation to pay
+CPUINFO = Path("/proc/cpuinfo")
+LOGITS = 2**28  # bytes of float32 logits that may be there at a time
+
+
 class Devices(NamedTuple):
     """What a run computes on, decided.
 
@@ -45,6 +52,7 @@ class Devices(NamedTuple):
         num_nodes: Nodes.
         precision: A precision name of Lightning's.
         compile: Whether the network is compiled.
+        float32_matmul: "default", or "onednn" on a CPU for which that has faster kernels than MKL.
     """
 
     accelerator: str
@@ -53,6 +61,7 @@ class Devices(NamedTuple):
     num_nodes: int
     precision: str
     compile: bool
+    float32_matmul: str = "default"
 
     @property
     def world_size(self) -> int:
@@ -66,8 +75,8 @@ class Devices(NamedTuple):
         return PEAK_BF16_FLOPS.get(self.name.removeprefix("NVIDIA "))
 
 
-def choose_devices(trainer: TrainerConfig, train: TrainConfig) -> Devices:
-    """Decide what "auto" means on this machine; UserError where more is asked for than there is.
+def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Devices:
+    """Decide what "auto" means on this machine for a model; UserError where more is asked for than there is.
 
     Under torchrun the number of devices and nodes is torchrun's.
     """
@@ -90,9 +99,21 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig) -> Devices:
         name=torch.cuda.get_device_name() if on_gpu else torch.backends.cpu.get_cpu_capability(),
         devices=devices,
         num_nodes=num_nodes,
-        precision=_best_precision(on_gpu) if trainer.precision == "auto" else trainer.precision,
-        compile=_gains_by_compiling(on_gpu) if train.compile == "auto" else train.compile,
+        precision=_best_precision(trainer, model, on_gpu) if trainer.precision == "auto" else trainer.precision,
+        compile=_gains_by_compiling(trainer, model, on_gpu) if train.compile == "auto" else train.compile,
+        float32_matmul=_best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
+
+
+def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
+    """Set up this process for what was decided; what is compiled is kept in ``cache_dir`` for the next run."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
+    _use_onednn("bf16" if devices.float32_matmul == "onednn" else "none")
+
+
+def loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
+    """Tokens whose logits are there at a time; on "auto" as many as need a quarter of a GiB."""
+    return LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
 
 
 def _requested(trainer: TrainerConfig, available: int) -> tuple[int, int]:
@@ -107,12 +128,53 @@ def _requested(trainer: TrainerConfig, available: int) -> tuple[int, int]:
     return (available if trainer.devices == "auto" else trainer.devices), trainer.num_nodes
 
 
-def _best_precision(on_gpu: bool) -> str:
-    """bfloat16 where the GPU computes in it; on a CPU float32, which is exact and at small sizes as fast."""
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+def _best_precision(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> str:
+    """bfloat16 where the device computes in it; on a CPU float32 for small models: exact, and nearly as fast."""
+    if on_gpu:
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_it = torch.cpu._is_avx512_bf16_supported() and _is_for_speed(trainer, model)
+    return "bf16-mixed" if has_it else "32-true"
 
 
-def _gains_by_compiling(on_gpu: bool) -> bool:
-    """Triton, which torch.compile writes GPU code with, needs compute capability 7.0 and a C compiler."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return on_gpu and torch.cuda.get_device_capability() >= (7, 0) and compiler is not None
+def _gains_by_compiling(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> bool:
+    """torch.compile needs a C compiler; Triton, with which it writes GPU code, compute capability 7.0 as well."""
+    gains = torch.cuda.get_device_capability() >= (7, 0) if on_gpu else _is_for_speed(trainer, model)
+    return gains and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _is_for_speed(trainer: TrainerConfig, model: GPTConfig) -> bool:
+    """Whether a CPU is to train a large model; several processes on one only try out what GPUs will do."""
+    return trainer.strategy == "single" and model.n_embd >= WIDE
+
+
+def _best_matmul(on_gpu: bool) -> str:
+    """MKL uses no AVX-512 on AMD's processors, where oneDNN is twice as fast in float32."""
+    if on_gpu or torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
+        return "default"
+    try:
+        is_amd = "AuthenticAMD" in CPUINFO.read_text()
+    except OSError:
+        is_amd = False
+    return "onednn" if is_amd and _is_exact() else "default"
+
+
+def _use_onednn(precision: str) -> str:
+    """Let oneDNN have float32 products, with "bf16", or MKL, with "none"; return what was set before.
+
+    The word says that oneDNN may round to bfloat16. It does so with AMX, and else is exact.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before: str = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    return before
+
+
+def _is_exact() -> bool:
+    """Whether oneDNN's float32 products are that, also where it is allowed to round to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 256, 256, generator=generator).unbind()
+    before = _use_onednn("bf16")
+    error = ((a @ b).double() - a.double() @ b.double()).abs().max()
+    _use_onednn(before)
+    return error.item() < 1e-3  # float32 is off by 3e-5 here, bfloat16 by 1e-1

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -37,6 +36,7 @@ class GPTModule(L.LightningModule):
         seed: Of everything that is random while training.
         token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
         compile: Compile the network.
+        loss_chunk: Tokens whose logits are there at a time; None has those of a micro-batch at once.
     """
 
     token_bytes: Tensor
@@ -52,11 +52,12 @@ class GPTModule(L.LightningModule):
         seed: int,
         token_bytes: Tensor,
         compile: bool,  # noqa: A002  (torch's own word)
+        loss_chunk: int | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config, self.schedule_config, self.max_steps = optimizer, schedule, max_steps
-        self.grad_clip, self.seed, self.compile_model = grad_clip, seed, compile
+        self.grad_clip, self.seed, self.compile_model, self.loss_chunk = grad_clip, seed, compile, loss_chunk
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
@@ -91,8 +92,7 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, in nats per token."""
-        logits = self.model(batch.idx, batch.documents)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+        loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk)
         self.step_loss += loss.detach()
         return loss
 
@@ -126,7 +126,7 @@ class GPTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums."""
-        self.sums.add(self.model(batch.idx, batch.documents), batch.targets)
+        self.sums.add(self.model.nats(batch.idx, batch.targets, batch.documents, self.loss_chunk), batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Publish val/loss and val/bits_per_byte of all ranks' windows together, for callbacks and the log."""

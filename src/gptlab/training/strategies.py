@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
@@ -29,9 +30,13 @@ def build_strategy(
 
 
 def compile_in_place(model: GPT, *, by_block: bool) -> None:
-    """Compile the network, or each block of it (which sharding needs, since its hooks run between them)."""
-    for part in model.h if by_block else [model]:
-        part.compile()
+    """Compile the loss as a whole, or each block by itself (which sharding needs, since its hooks run between them)."""
+    if by_block:
+        for block in model.h:
+            block.compile()
+    else:
+        for name in ("loss", "nats"):
+            setattr(model, name, torch.compile(getattr(model, name)))
 
 
 def gathered(strategy: Strategy) -> AbstractContextManager[None]:

@@ -37,9 +37,8 @@ def split_over(model: GPT, mesh: DeviceMesh) -> None:
         plan |= {name: Whole() for name, part in block.named_children() if isinstance(part, Mix)}
         parallelize_module(block, mesh, plan)
         cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
-    whole = {
-        name: Whole() for name, part in model.named_children() if not isinstance(part, (nn.ModuleList, nn.Dropout))
-    }
+    whole: dict[str, ParallelStyle] = {name: Whole() for name in ("wte", "ln_f", "lm_head")}
+    whole |= {name: Whole() for name in ("wpe", "ln_e") if getattr(model, name) is not None}
     parallelize_module(model, mesh, whole)
     if model.config.tie_weights:
         model.lm_head.weight = model.wte.weight

@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, config: Config, prepared: Prepared, wanted: ProveConfig) -> None:
         self.prepared, self.wanted, self.batch = prepared, wanted, config.train.global_batch_size
-        devices = choose_devices(config.trainer, config.train)
+        devices = choose_devices(config.trainer, config.train, config.model)
         shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
         self.plan = plan_batch(self.batch, config.train.micro_batch_size, shares)
         self.config = shortened(config, wanted.steps)

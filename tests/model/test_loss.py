@@ -1,0 +1,78 @@
+"""The loss in chunks against torch's own, of all logits at once."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import tiny_config
+from gptlab.model.gpt import GPT
+from gptlab.model.loss import Head, mean_loss, nats
+
+V, R, N, C = 53, 64, 41, 24  # vocabulary, rows of the head, tokens, channels
+
+
+def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(R, C, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[::7] = -100
+    return x, weight, targets
+
+
+def by_torch(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None) -> torch.Tensor:
+    logits = (x @ weight.T)[:, :V]
+    return F.cross_entropy(logits if cap is None else cap * torch.tanh(logits / cap), targets)
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [1, 8, 40])
+def test_a_loss_in_chunks_and_its_gradients_are_torch_s(chunk, cap):
+    x, weight, targets = tensors(torch.float32)
+    loss = mean_loss(x, weight, targets, Head(V, cap), chunk)
+    (3 * loss).backward()
+    exact_x, exact_weight, _ = tensors(torch.float64)
+    exact = by_torch(exact_x, exact_weight, targets, cap)
+    (3 * exact).backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-6)
+    assert not weight.grad[V:].any()  # the padding learns nothing
+
+
+def test_in_bfloat16_chunks_are_as_exact_as_the_whole():
+    _, exact_weight, targets = tensors(torch.float64)
+    errors = []
+    for chunk in (None, 8):
+        x, weight, _ = tensors(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = mean_loss(x, weight, targets, Head(V, None), chunk)
+        loss.backward()
+        exact_x, exact_weight, _ = tensors(torch.float64)
+        exact = by_torch(exact_x, exact_weight, targets, None)
+        exact.backward()
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(exact.item(), rel=3e-3)
+        errors.append((weight.grad - exact_weight.grad).abs().max().item())
+    assert errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 8, 40])
+def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
+    x, weight, targets = tensors(torch.float32)
+    found = nats(x, weight, targets, Head(V, 3.0), chunk)
+    logits = 3 * torch.tanh((x @ weight.T)[:, :V] / 3)
+    torch.testing.assert_close(found, F.cross_entropy(logits, targets, reduction="none"), rtol=1e-6, atol=1e-6)
+    assert (found == 0).equal(targets == -100)
+
+
+def test_the_model_s_loss_is_that_of_its_logits():
+    torch.manual_seed(0)
+    model = GPT(tiny_config(vocab_size=61, pad_vocab_to_multiple_of=64, logit_soft_cap=1.5)).double()
+    idx, targets = torch.randint(61, (2, 3, 16)).unbind()
+    expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    for chunk in (None, 10):
+        torch.testing.assert_close(model.loss(idx, targets, None, chunk).double(), expected, rtol=1e-6, atol=0)
+        found = model.nats(idx, targets, None, chunk)
+        assert found.shape == targets.shape
+        torch.testing.assert_close(found.mean().double(), expected, rtol=1e-6, atol=0)
