@@ -113,8 +113,28 @@ def test_the_guards_suite_measures_steps_with_them_and_without(user):
         assert sample["% more CPU ms"] == pytest.approx(100 * (sample["CPU ms"] / plain["CPU ms"] - 1))
 
 
+@pytest.mark.slow
+def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_loss(user):
+    parts = ("characters", "characters_large", "gpt2", "memory")
+    shape = "n_layer=1 n_embd=32 n_head=2 block_size=16 vocab_size=300 pad_vocab_to_multiple_of=1".split()
+    tiny = [f"train.{part}.model.{value}" for part in parts for value in shape]
+    few = [f"train.{part}.{value}" for part in parts for value in ("steps=1", "batch_size=2")]
+    done = user.python("gptlab.bench", "suite=train", "rounds=1", *tiny, *few, "out=measured", timeout=600)
+    ran(done)
+    *models, memory = json.loads((user.folder / "measured" / "train.json").read_text())["parts"]
+    for part in (*models, memory):
+        losses = [row["medians"]["loss"] for row in part["rows"]]
+        tolerance = 1e-5 if "character" in part["title"] else 1e-3  # bfloat16 in the others
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=tolerance)
+        for row in part["rows"]:
+            found = row["medians"]
+            flops = found["% of ceiling"] / 100 * found["ceiling GFLOP/s"] * 1e9 / found["tokens/s"]
+            assert flops == pytest.approx(6 * (300 * 32 + 12 * 32 * 32 + 13 * 32) + 12 * 32 * 16, rel=0.2)
+    assert [row["name"] for row in memory["rows"]] == ["logits at once", "logits in chunks"]
+
+
 MISTAKES = {
-    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'data' or 'guards'"),
+    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'train', 'data' or 'guards'"),
     "an unknown key": (
         ["preparation.corpus=1"],
         "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data, guards
+from gptlab.experiments.benchmarks import data, guards, training
 from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import new_directory
@@ -22,13 +22,14 @@ from gptlab.settings import Settings
 class BenchCommand(Settings):
     """What to measure, and how often; see conf/bench.yaml."""
 
-    suite: Literal["data", "guards"]
+    suite: Literal["train", "data", "guards"]
     rounds: PositiveInt
     out: str | None
     cache_dir: str
     preparation: data.PreparationBench
     loader: data.LoaderBench
     guards: guards.GuardsBench
+    train: training.TrainBench
 
 
 @command("bench", keys=set(known_keys(BenchCommand)))
@@ -49,6 +50,8 @@ def main(values: DictConfig) -> int:
 def _measure(config: BenchCommand) -> Iterator[Part]:
     """Begin the suite that is asked for."""
     match config.suite:
+        case "train":
+            return training.measure(config.train, config.rounds)
         case "data":
             return data.measure(Path(config.cache_dir).expanduser(), config.preparation, config.loader, config.rounds)
         case "guards":
