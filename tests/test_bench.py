@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from conftest import tiny_config
 from gptlab.errors import UserError
 from gptlab.experiments.benchmarks.corpus import text_corpus
 from gptlab.experiments.benchmarks.measuring import Part, Row, Way, in_turns, timed, write_report
+from gptlab.model.config import flops_per_token
 from test_train import ran
 
 SMALL = (
@@ -116,7 +118,7 @@ def test_the_guards_suite_measures_steps_with_them_and_without(user):
 @pytest.mark.slow
 def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_loss(user):
     parts = ("characters", "characters_large", "gpt2", "memory")
-    shape = "n_layer=1 n_embd=32 n_head=2 block_size=16 vocab_size=300 pad_vocab_to_multiple_of=1".split()
+    shape = ["n_layer=1", "n_embd=32", "n_head=2", "block_size=16", "vocab_size=300", "pad_vocab_to_multiple_of=1"]
     tiny = [f"train.{part}.model.{value}" for part in parts for value in shape]
     few = [f"train.{part}.{value}" for part in parts for value in ("steps=1", "batch_size=2")]
     done = user.python("gptlab.bench", "suite=train", "rounds=1", *tiny, *few, "out=measured", timeout=600)
@@ -124,12 +126,14 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
     *models, memory = json.loads((user.folder / "measured" / "train.json").read_text())["parts"]
     for part in (*models, memory):
         losses = [row["medians"]["loss"] for row in part["rows"]]
-        tolerance = 1e-5 if "character" in part["title"] else 1e-3  # bfloat16 in the others
+        shape = {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 300}
+        config = tiny_config(**shape, bias="character" not in part["title"].lower())
+        tolerance = 1e-5 if "character" in part["title"].lower() else 1e-3  # bfloat16 in the others
         assert losses == pytest.approx([losses[0]] * len(losses), rel=tolerance)
         for row in part["rows"]:
             found = row["medians"]
             flops = found["% of ceiling"] / 100 * found["ceiling GFLOP/s"] * 1e9 / found["tokens/s"]
-            assert flops == pytest.approx(6 * (300 * 32 + 12 * 32 * 32 + 13 * 32) + 12 * 32 * 16, rel=0.2)
+            assert flops == pytest.approx(flops_per_token(config), rel=1e-6)
     assert [row["name"] for row in memory["rows"]] == ["logits at once", "logits in chunks"]
 
 
