@@ -1,9 +1,13 @@
 """What tests share: a small model's configuration, and commands run as a user runs them."""
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import yaml
 
 from gptlab.experiments.command import configuration_folder
+from gptlab.experiments.exits import DONE
 from gptlab.model.config import GPTConfig
 
 TINY: dict[str, Any] = {
@@ -50,11 +55,39 @@ def defaults(file: str) -> dict[str, Any]:
     return yaml.safe_load((configuration_folder() / file).read_text())
 
 
+class Begun(subprocess.Popen[str]):
+    """A command under way, which leads a group of processes."""
+
+    def until(self, happened: Callable[[], object]) -> None:
+        """Wait for what has to happen while the command runs."""
+        limit = time.monotonic() + 120
+        while not happened():
+            assert self.poll() is None, "".join(self.communicate())
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
+    def children(self) -> list[int]:
+        """The processes that it has started."""
+        return [int(pid) for pid in subprocess.check_output(("pgrep", "-P", str(self.pid))).split()]
+
+    def workers(self) -> dict[int, int]:
+        """The processes that train, by their ranks."""
+        variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in self.children()}
+        return {int(value[5:]): pid for pid in variables for value in variables[pid] if value.startswith(b"RANK=")}
+
+    def ended(self, status: int = DONE, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+        """What it has said, once it and all that it has started are at their end, with this status."""
+        output, errors = self.communicate(timeout=seconds)
+        assert self.returncode == status, output + errors
+        return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
+
+
 class User:
     """Types commands in an empty folder, with a small text at hand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.begun: list[Begun] = []
         self.environment = os.environ | {"GPTLAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         # varied enough that a model learns something, and as much of it as the tests need
         lines = (f"line {i}: the {['cat', 'dog', 'cow'][i % 3]} has {i * i % 97} of {i % 7}\n" for i in range(2000))
@@ -67,6 +100,22 @@ class User:
 
     def python(self, module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.run(sys.executable, "-m", module, *arguments, **options)
+
+    def begin(self, module: str, *arguments: str) -> Begun:
+        """Start a command that ends with the test, if not before."""
+        run = Begun(
+            (sys.executable, "-m", module, *arguments),
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self.begun.append(run)
+        return run
 
     def train(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Train a tiny model on the text, quickly; ``arguments`` come after the small settings."""
@@ -81,8 +130,13 @@ class User:
 
 
 @pytest.fixture
-def user(tmp_path: Path) -> User:
-    return User(tmp_path)
+def user(tmp_path: Path) -> Iterator[User]:
+    user = User(tmp_path)
+    yield user
+    for run in user.begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
 
 
 class Runs:

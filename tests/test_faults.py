@@ -5,10 +5,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,28 +20,6 @@ TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32"
 RHYTHM = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
 TWO = ("trainer=ddp", "trainer.devices=2")
 COMPARED = ("train/loss", "val/loss", "grad_norm", "lr", "tokens")
-
-
-def begin(user, *arguments: str) -> subprocess.Popen[str]:
-    """Start to train, as the leader of a group of processes."""
-    command = (sys.executable, "-m", "gptlab.train", *TINY, *arguments)
-    return subprocess.Popen(
-        command,
-        cwd=user.folder,
-        env=user.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_until(happened: Callable[[], object], run: subprocess.Popen[str], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not happened():
-        assert run.poll() is None, run.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def last_step(user, name: str) -> int:
@@ -82,15 +58,15 @@ def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(user, extra):
     ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=whole", steps))
     chance = random.Random(0)  # noqa: S311
     for _ in range(kills):
-        run = begin(user, *RHYTHM, "name=killed", steps, "resume=auto", "callbacks.checkpoint.every=1", *extra)
+        often = ("resume=auto", "callbacks.checkpoint.every=1")
+        run = user.begin("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, *often, *extra)
         reached = last_step(user, "killed")
         # one to three steps further than it has ever come, and then at any moment of a step or of a checkpoint
         goal = reached + chance.randint(1, 3)
-        wait_until(lambda: last_step(user, "killed") >= goal, run)  # noqa: B023
+        run.until(lambda: last_step(user, "killed") >= goal)  # noqa: B023
         time.sleep(chance.uniform(0, 0.05))
         os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
-        assert run.returncode == -signal.SIGKILL
+        run.ended(-signal.SIGKILL)
     ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, "resume=auto"))
     same_run(user.only_run("whole"), user.only_run("killed"))
 
@@ -169,22 +145,14 @@ def test_training_goes_on_when_the_disk_is_full(user):
     assert "is full: step" in (directory / "train.log").read_text()
 
 
-def pids_of(run: subprocess.Popen[str]) -> dict[int, int]:
-    """The workers of a command, by their ranks."""
-    pids = [int(pid) for pid in subprocess.check_output(("pgrep", "-P", str(run.pid))).split()]
-    variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in pids}
-    return {int(value[5:]): pid for pid in pids for value in variables[pid] if value.startswith(b"RANK=")}
-
-
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit_for_bit(user):
     steps = "train.max_steps=60"
     ran(user.python("gptlab.train", *TINY, *RHYTHM, *TWO, "name=whole", steps))
-    run = begin(user, *RHYTHM, *TWO, "name=stopped", steps)
-    wait_until(lambda: last_step(user, "stopped") >= 4, run)
-    os.kill(pids_of(run)[1], signal.SIGTERM)
-    output = run.communicate(timeout=120)[0]
-    assert run.returncode == PREEMPTED, output
+    run = user.begin("gptlab.train", *TINY, *RHYTHM, *TWO, "name=stopped", steps)
+    run.until(lambda: last_step(user, "stopped") >= 4)
+    os.kill(run.workers()[1], signal.SIGTERM)
+    output = run.ended(PREEMPTED, seconds=120).stdout
     stopped = user.only_run("stopped")
     step = newest_state(stopped)["global_step"]
     assert step == last_step(user, "stopped") < 60
@@ -198,12 +166,11 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
     rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6")
     ran(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
-    run = begin(user, *rhythm, "name=stopped")
-    wait_until(lambda: last_step(user, "stopped") == 3, run)
+    run = user.begin("gptlab.train", *TINY, *rhythm, "name=stopped")
+    run.until(lambda: last_step(user, "stopped") == 3)
     time.sleep(0.2)
-    os.kill(run.pid, signal.SIGUSR1)
-    output = run.communicate(timeout=60)[0]
-    assert run.returncode == PREEMPTED, output
+    run.send_signal(signal.SIGUSR1)
+    run.ended(PREEMPTED)
     stopped = user.only_run("stopped")
     assert "val/loss" not in (stopped / "metrics.csv").read_text()
     assert newest_state(stopped)["global_step"] == 3

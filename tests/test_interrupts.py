@@ -2,17 +2,23 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from conftest import Begun
 from gptlab.experiments.exits import INTERRUPTED
 from test_train import metrics, ran
 
-ENDLESS = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "train.eval_every=5")
+SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
+TWO = ("trainer=ddp", "trainer.devices=2")
+
+
+def training(user, *arguments: str) -> Begun:
+    """A run that does not end by itself, and has saved its first checkpoint."""
+    run = user.begin("gptlab.train", *SMALL, "train.max_steps=1000000", "callbacks=checkpoint", *arguments)
+    run.until(lambda: list(user.folder.glob("outputs/*/*/checkpoints/step_*")))
+    return run
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -27,9 +33,6 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-TWO = ("trainer=ddp", "trainer.devices=2")
-
-
 @pytest.mark.parametrize(
     ("trainer", "to_all"),
     [
@@ -39,24 +42,9 @@ TWO = ("trainer=ddp", "trainer.devices=2")
     ],
 )
 def test_an_interrupted_run_can_go_on(user, trainer, to_all):
-    command = (sys.executable, "-m", "gptlab.train", *ENDLESS, *trainer, "train.eval_windows=4", "callbacks=checkpoint")
-    run = subprocess.Popen(
-        command,
-        cwd=user.folder,
-        env=user.environment,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    until = time.monotonic() + 60
-    while not list(user.folder.glob("outputs/*/*/checkpoints/step_*")):
-        assert run.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    run = training(user, *trainer)
     (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
-    output = run.communicate(timeout=60)[0].decode()
-    assert run.returncode == INTERRUPTED
+    output = run.ended(INTERRUPTED).stdout
     assert f"To go on: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
     assert processes_of(user.folder) == []
     done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
@@ -65,24 +53,11 @@ def test_an_interrupted_run_can_go_on(user, trainer, to_all):
 
 @pytest.mark.slow
 def test_an_interrupt_ends_a_whole_sweep(user):
-    small = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
-    sweep = ("-m", "name=sweep", "train.max_steps=5,1000000,6", "callbacks=checkpoint", *TWO, *small)
-    run = subprocess.Popen(
-        (sys.executable, "-m", "gptlab.train", *sweep),
-        cwd=user.folder,
-        env=user.environment,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    until = time.monotonic() + 120
-    while not list(user.folder.glob("outputs/sweep/*/1/checkpoints/*")):
-        assert run.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    sweep = ("-m", "name=sweep", "train.max_steps=5,1000000,6", "callbacks=checkpoint")
+    run = user.begin("gptlab.train", *sweep, *TWO, *SMALL)
+    run.until(lambda: list(user.folder.glob("outputs/sweep/*/1/checkpoints/step_*")))
     os.killpg(run.pid, signal.SIGINT)
-    output = run.communicate(timeout=60)[0].decode()
-    assert run.returncode == INTERRUPTED
+    output = run.ended(INTERRUPTED).stdout
     directory = user.only_run("sweep")
     assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == ["0", "1"]
     assert max(metrics(directory / "0", "val/loss")) == 5

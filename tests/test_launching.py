@@ -14,38 +14,11 @@ from pathlib import Path
 import pytest
 
 from gptlab.experiments.exits import MISTAKEN
-from test_interrupts import ENDLESS, TWO, processes_of
+from test_interrupts import TWO, processes_of, training
 from test_train import metrics, ran
 
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-
-
-def begun(user, *arguments: str) -> subprocess.Popen[str]:
-    """Start a run that does not end by itself, and wait until it trains."""
-    command = (sys.executable, "-m", "gptlab.train", *ENDLESS, "callbacks=checkpoint", "train.eval_windows=4")
-    run = subprocess.Popen(
-        (*command, *arguments), cwd=user.folder, env=user.environment, stdout=subprocess.PIPE, text=True
-    )
-    until = time.monotonic() + 120
-    while not list(user.folder.glob("outputs/*/*/checkpoints/*")):
-        assert run.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    return run
-
-
-def rank_of(pid: str) -> str | None:
-    """The rank of a worker; None for any other process."""
-    if "gptlab.experiments.worker" not in Path(f"/proc/{pid}/cmdline").read_text():
-        return None
-    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return next(value.removeprefix("RANK=") for value in variables if value.startswith("RANK="))
-
-
-def workers_of(run: subprocess.Popen[str]) -> dict[str, int]:
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return {rank: int(pid) for pid in children if (rank := rank_of(pid))}
 
 
 def none_left(folder: Path) -> bool:
@@ -56,21 +29,20 @@ def none_left(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_run_at_once(user, rank):
-    run = begun(user, *TWO, "data.num_workers=1")
-    os.kill(workers_of(run)[rank], signal.SIGKILL)
-    run.communicate(timeout=30)
-    assert run.returncode == 128 + signal.SIGKILL
+    run = training(user, *TWO, "data.num_workers=1")
+    os.kill(run.workers()[rank], signal.SIGKILL)
+    run.ended(128 + signal.SIGKILL, seconds=30)
     assert none_left(user.folder)
 
 
 @pytest.mark.slow
 def test_the_workers_end_with_a_killed_supervisor(user):
-    run = begun(user, *TWO, "data.num_workers=1")
+    run = training(user, *TWO, "data.num_workers=1")
     run.kill()
     assert none_left(user.folder)
-    run.communicate(timeout=30)
+    run.ended(-signal.SIGKILL, seconds=30)
 
 
 def listening(pid: int) -> Iterator[str]:
@@ -97,10 +69,10 @@ def test_nothing_listens_to_the_network(user, strategy):
         server.bind(("0.0.0.0", 0))  # noqa: S104
         server.listen()
         assert "0.0.0.0" in listening(os.getpid())  # noqa: S104
-    run = begun(user, f"trainer={strategy}", "trainer.devices=2")
-    found = {address for pid in (run.pid, *workers_of(run).values()) for address in listening(pid)}
+    run = training(user, f"trainer={strategy}", "trainer.devices=2")
+    found = {address for pid in (run.pid, *run.workers().values()) for address in listening(pid)}
     run.kill()
-    run.communicate(timeout=60)
+    run.ended(-signal.SIGKILL)
     assert found == {"127.0.0.1"}  # Gloo's
     assert none_left(user.folder)
 

@@ -3,15 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 
-from test_train import ran
+from test_train import mistaken, ran
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
 
@@ -35,10 +31,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    done = user.python("gptlab.prove", *arguments)
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2
+    mistaken(user.python("gptlab.prove", *arguments), sentence)
     assert not (user.folder / "outputs").exists()
 
 
@@ -80,16 +73,12 @@ def test_a_sharded_run_keeps_its_promises(user):
 
 @pytest.mark.slow
 def test_a_proof_that_is_told_to_end_leaves_no_process(user):
-    command = (sys.executable, "-m", "gptlab.prove", *TINY, "prove.out=proof")
-    proof = Popen(command, cwd=user.folder, env=user.environment)
-    until = time.monotonic() + 120
-    while not (user.folder / "proof" / "runs" / "uninterrupted" / "train.log").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    children = [int(child) for child in subprocess.check_output(("pgrep", "-P", str(proof.pid))).split()]
+    proof = user.begin("gptlab.prove", *TINY, "prove.out=proof")
+    proof.until((user.folder / "proof" / "runs" / "uninterrupted" / "train.log").exists)
+    children = proof.children()
     assert children
     proof.terminate()
-    assert proof.wait(timeout=60) == 128 + signal.SIGTERM
+    proof.ended(128 + signal.SIGTERM)
     assert not any(is_alive(child) for child in children)
 
 

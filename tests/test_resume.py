@@ -3,9 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import yaml
@@ -70,13 +67,8 @@ def test_groups_and_lengths_that_the_run_did_not_have_can_be_named(user, halted)
 
 def test_a_killed_worker_is_no_success(user):
     endless = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "callbacks=none")
-    command = (sys.executable, "-m", "gptlab.train", "trainer=ddp", "trainer.devices=1", *endless)
-    run = subprocess.Popen(command, cwd=user.folder, env=user.environment, stdout=subprocess.PIPE)
-    until = time.monotonic() + 60
-    while not list(user.folder.glob("outputs/*/*/metrics.csv")):
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    (worker,) = subprocess.check_output(("pgrep", "-P", str(run.pid))).split()
-    os.kill(int(worker), signal.SIGKILL)
-    run.communicate(timeout=60)
-    assert run.returncode == 128 + signal.SIGKILL
+    run = user.begin("gptlab.train", "trainer=ddp", "trainer.devices=1", *endless)
+    run.until(lambda: list(user.folder.glob("outputs/*/*/metrics.csv")))
+    (worker,) = run.children()
+    os.kill(worker, signal.SIGKILL)
+    run.ended(128 + signal.SIGKILL)

@@ -33,6 +33,13 @@ def ran(done) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def mistaken(done, sentence: str) -> None:
+    """A command has ended with this sentence, and with the status that is for mistakes."""
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 2
+
+
 def test_a_run_leaves_its_record_and_says_where(user):
     done = user.train("name=first", "callbacks.samples.num_samples=2")
     ran(done)

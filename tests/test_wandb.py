@@ -3,7 +3,6 @@
 The records are read by W&B's own reader, and sent by `wandb sync` to a server of this test's own.
 """
 
-import contextlib
 import csv
 import json
 import os
@@ -13,14 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
 
-from gptlab.experiments.exits import DONE, INTERRUPTED, MISTAKEN
+from conftest import Begun
+from gptlab.experiments.exits import INTERRUPTED, MISTAKEN
 from test_train import ran
 from wandb_server import KEY, Server
 
@@ -74,50 +74,11 @@ def has_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-class Training:
-    """A run with W&B that goes on until it is interrupted, or has done its steps."""
-
-    begun: ClassVar[list["Training"]] = []
-
-    def __init__(self, user, *arguments: str) -> None:
-        self.begun.append(self)
-        small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "callbacks=checkpoint")
-        rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
-        resumed = any(argument.startswith("resume=") for argument in arguments)
-        command = (sys.executable, "-m", "gptlab.train", *(() if resumed else (*small, *rhythm)), *arguments)
-        self.process = subprocess.Popen(
-            command,
-            cwd=user.folder,
-            env=user.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def until(self, done: Callable[[], Any]) -> None:
-        limit = time.monotonic() + 120
-        while not done():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < limit
-            time.sleep(0.05)
-
-    def end(self, with_signal: int | None = None, status: int = DONE) -> str:
-        if with_signal:
-            os.killpg(self.process.pid, with_signal)
-        output = self.process.communicate(timeout=180)[0]
-        assert self.process.returncode == status, output
-        return output
-
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """A test that fails leaves no run behind."""
-    yield
-    while Training.begun:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(Training.begun.pop().process.pid, signal.SIGKILL)
+def begin(user, *arguments: str) -> Begun:
+    """Start a run with W&B."""
+    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "callbacks=checkpoint")
+    rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
+    return user.begin("gptlab.train", *small, *rhythm, *arguments)
 
 
 @pytest.fixture
@@ -212,13 +173,14 @@ def test_a_server_that_answers_has_every_row(user, server):
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["dies", "hangs"])
 def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
-    run = Training(user, "train.max_steps=1500", "logger.wandb.finish_timeout=2")
+    run = begin(user, "train.max_steps=1500", "logger.wandb.finish_timeout=2")
     run.until(lambda: any(run.history for run in server.runs.values()))
     if end == "dies":
         server.die()
     else:
         server.hangs = True
-    output = run.end()
+    done = run.ended(seconds=180)
+    output = done.stdout + done.stderr
     directory = user.only_run()
     (record,) = records(directory)
     assert list(metrics_file(directory)) == list(range(1, 1501))
@@ -243,12 +205,12 @@ def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
 
 @pytest.mark.slow
 def test_wandb_s_own_process_may_die(user, server):
-    run = Training(user, "train.max_steps=3000")
+    run = begin(user, "train.max_steps=3000")
     run.until(lambda: any(run.history for run in server.runs.values()))
-    children = subprocess.check_output(("pgrep", "-P", str(run.process.pid)), text=True).split()
-    (core,) = (int(child) for child in children if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text())
+    (core,) = (pid for pid in run.children() if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(core, signal.SIGKILL)
-    output = run.end()
+    done = run.ended(seconds=180)
+    output = done.stdout + done.stderr
     assert output.count("W&B has failed, and gets no more rows") == 1
     assert list(metrics_file(user.only_run())) == list(range(1, 3001))
     assert "Next: python -m gptlab.sample" in output
@@ -257,7 +219,7 @@ def test_wandb_s_own_process_may_die(user, server):
 def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None) -> Path:
     """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
     length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
-    run = Training(user, *length, "logger.wandb.finish_timeout=3", *arguments)
+    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments)
     if silent:
         run.until(lambda: any(run.history for run in silent.runs.values()))
         silent.hangs = True
@@ -267,7 +229,8 @@ def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server |
         return bool(saved) and max(metrics_file(saved[0].parents[1]), default=0) % 40 > 10
 
     run.until(further_than_a_checkpoint)
-    run.end(by, status=INTERRUPTED if by == signal.SIGINT else -by)
+    os.killpg(run.pid, by)
+    run.ended(INTERRUPTED if by == signal.SIGINT else -by, seconds=180)
     return user.only_run()
 
 
@@ -275,8 +238,8 @@ def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
     """Go on to some steps further: what was said, the steps of the interrupted run, and those of the whole."""
     before = max(metrics_file(directory))
     after = before // 40 * 40 + 80
-    output = Training(user, f"resume={directory}", f"train.max_steps={after}", *arguments).end()
-    return output, before, after
+    run = user.begin("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments)
+    return run.ended(seconds=180).stdout, before, after
 
 
 @pytest.mark.slow
