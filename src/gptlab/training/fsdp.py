@@ -16,7 +16,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
@@ -75,6 +82,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for block in model.h:
             wrap(block, reshard_after_forward=self.config.reshard_after_forward)
         wrap(model, reshard_after_forward=False)  # the backward pass begins with it
+        register_fsdp_forward_method(model, "next_logits")  # generation gathers the parameters, too
 
     def model_to_device(self) -> None:
         """Leave parameters on the CPU where that is their place."""
