@@ -37,7 +37,7 @@ def split_over(model: GPT, mesh: DeviceMesh) -> None:
         plan |= {name: Whole() for name, part in block.named_children() if isinstance(part, Mix)}
         parallelize_module(block, mesh, plan)
         cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
-    whole = {
+    whole: dict[str, ParallelStyle] = {
         name: Whole() for name, part in model.named_children() if not isinstance(part, (nn.ModuleList, nn.Dropout))
     }
     parallelize_module(model, mesh, whole)
