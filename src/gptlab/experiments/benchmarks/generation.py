@@ -52,8 +52,8 @@ def measure(bench: GenerateBench, rounds: int) -> Iterator[Part]:
     ]
     caption = (
         f"{bench.model.n_layer} layers of {bench.model.n_embd}, random weights; {bench.tokens} tokens after a prompt "
-        f"of {bench.prompt_tokens}, drawn with temperature 0.8 and top_k 200, in a fresh process that has written a few "
-        "before. GB/s: weights and cache that a token reads; %: of the speed at which the same process sums up a large "
+        f"of {bench.prompt_tokens}, drawn with temperature 0.8 and top_k 200, in a fresh process that has written "
+        "a few before. GB/s: weights and cache that a token reads; %: of the speed at which the same process sums up a large "
         f"tensor. Recomputed is nanoGPT's way, timed at every {bench.recomputed_every}th token. Peak MB: of the "
         "process, the making of the network in float32 included."
     )
