@@ -137,8 +137,25 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
     assert [row["name"] for row in memory["rows"]] == ["logits at once", "logits in chunks"]
 
 
+@pytest.mark.slow
+def test_the_generate_suite_measures_every_way(user):
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 64, "vocab_size": 500}
+    tiny = [f"generate.model.{name}={value}" for name, value in sizes.items()]
+    ran(user.python("gptlab.bench", "suite=generate", "rounds=1", "generate.tokens=20", *tiny, "out=measured"))
+    (part,) = json.loads((user.folder / "measured" / "generate.json").read_text())["parts"]
+    assert len(part["rows"]) == 10
+    for row in part["rows"]:
+        medians = row["medians"]
+        assert medians["tokens/s"] > 0
+        if not row["name"].startswith("recomputed"):
+            assert medians["%"] == pytest.approx(100 * medians["GB/s"] / medians["memory GB/s"])
+
+
 MISTAKES = {
-    "an unknown suite": (["suite=dat"], "suite='dat' is not right: it should be 'train', 'data' or 'guards'"),
+    "an unknown suite": (
+        ["suite=dat"],
+        "suite='dat' is not right: it should be 'train', 'data', 'generate' or 'guards'",
+    ),
     "an unknown key": (
         ["preparation.corpus=1"],
         "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data, guards, training
+from gptlab.experiments.benchmarks import data, generation, guards, training
 from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import new_directory
@@ -22,12 +22,13 @@ from gptlab.settings import Settings
 class BenchCommand(Settings):
     """What to measure, and how often; see conf/bench.yaml."""
 
-    suite: Literal["train", "data", "guards"]
+    suite: Literal["train", "data", "generate", "guards"]
     rounds: PositiveInt
     out: str | None
     cache_dir: str
     preparation: data.PreparationBench
     loader: data.LoaderBench
+    generate: generation.GenerateBench
     guards: guards.GuardsBench
     train: training.TrainBench
 
@@ -54,6 +55,8 @@ def _measure(config: BenchCommand) -> Iterator[Part]:
             return training.measure(config.train, config.rounds)
         case "data":
             return data.measure(Path(config.cache_dir).expanduser(), config.preparation, config.loader, config.rounds)
+        case "generate":
+            return generation.measure(config.generate, config.rounds)
         case "guards":
             return guards.measure(config.guards, config.rounds)
 

@@ -1,62 +1,170 @@
 """Let a trained model write: python -m gptlab.sample run=<run directory> [key=value ...]."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from omegaconf import DictConfig
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
+from gptlab.errors import UserError
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import load_config
 from gptlab.experiments.exits import DONE
 from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import Seed, check, known_keys
-from gptlab.settings import Settings
+from gptlab.model.sampling import Sampling
+
+if TYPE_CHECKING:
+    from gptlab.experiments.writing import Prepared, Writing
 
 
-class SampleConfig(Settings):
+class SampleConfig(Sampling):
     """What to write, and how; see conf/sample.yaml and ``gptlab.model.generate``."""
 
     run: Annotated[str, Field(min_length=1)]
     prompt: str
+    prompts: str | None
     num_samples: PositiveInt
     max_new_tokens: PositiveInt
-    temperature: NonNegativeFloat
-    top_k: PositiveInt | None
+    stop: list[Annotated[str, Field(min_length=1)]]
     seed: Seed
+    precision: Literal["float32", "bfloat16"]
+    int8: bool
+    compile: Literal["auto"] | bool
+    stream: bool
+    interactive: bool
+    report: bool
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.prompts is not None and (self.prompt or self.interactive):
+            raise ValueError("prompts is a file of prompts, so there can be neither prompt nor interactive beside it")
+        if self.interactive and self.prompt:
+            raise ValueError("interactive=true asks for prompts one after the other, so there is no prompt to set")
+        return self
+
+    @model_validator(mode="after")
+    def _one_stream(self) -> Self:
+        if (self.stream or self.interactive) and (self.num_samples > 1 or self.prompts is not None):
+            what = "interactive=true" if self.interactive else "stream=true"
+            raise ValueError(f"{what} shows one text as it comes: it needs num_samples=1 and no file of prompts")
+        return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How to draw."""
+        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
 
 
 @command("sample", keys=set(known_keys(SampleConfig)), literal=("prompt",))
 def main(values: DictConfig) -> int:
-    """Load the run's best weights, continue the prompt, print the texts."""
+    """Load the run's best weights, continue the prompts, print the texts."""
     config = check(SampleConfig, plain(values))
     directory = Path(config.run).expanduser()
     load_config(directory)  # says what is wrong before torch is imported
-    for text in _texts(config, directory):
-        print(text, "-" * 80, sep="\n")
+    prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
+    prepared = _prepared(config, directory)
+    if config.interactive:
+        _converse(config, prepared)
+    elif config.stream:
+        _print_stream(_writing(config, prepared, prompts, config.seed), config)
+    else:
+        _print_texts(_writing(config, prepared, prompts, config.seed), config)
     return DONE
 
 
-def _texts(config: SampleConfig, directory: Path) -> list[str]:
-    import torch
+def _lines(path: Path) -> list[str]:
+    r"""Read prompts, one a line; a line may write a line break as \n."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={path} cannot be read: {error}.") from error
+    if not (lines := text.splitlines()):
+        raise UserError(f"prompts={path} has no line: there should be a prompt in each.")
+    return [line.replace(r"\n", "\n") for line in lines]
 
+
+def _prepared(config: SampleConfig, directory: Path) -> "Prepared":
     from gptlab.data.shards import load_manifest
-    from gptlab.data.tokenizers import END_OF_TEXT, load_tokenizer, prompt_ids
+    from gptlab.data.tokenizers import load_tokenizer
     from gptlab.experiments.weights import load_model
-    from gptlab.model.generate import generate
+    from gptlab.experiments.writing import prepare
 
-    tokenizer = load_tokenizer(load_manifest(directory).tokenizer, load_config(directory).tokenizer.vocab_dir)
-    prompt = torch.tensor(prompt_ids(tokenizer, config.prompt))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ids = generate(
-        load_model(directory).to(device),
-        prompt.to(device).expand(config.num_samples, -1),
+    return prepare(
+        load_model(directory),
+        load_tokenizer(load_manifest(directory).tokenizer, load_config(directory).tokenizer.vocab_dir),
+        precision=config.precision,
+        int8=config.int8,
+        compile=config.compile,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        generator=torch.Generator(device).manual_seed(config.seed),
     )
-    return [tokenizer.decode(row).removeprefix(END_OF_TEXT) for row in ids.tolist()]
+
+
+def _writing(config: SampleConfig, prepared: "Prepared", prompts: list[str], seed: int) -> "Writing":
+    from gptlab.experiments.writing import AT_ONCE, Writing
+    from gptlab.model.drawing import row_seeds
+
+    writing = Writing(
+        prepared,
+        prompts,
+        config.sampling,
+        stop=config.stop,
+        seeds=row_seeds(seed, len(prompts) * config.num_samples),
+        max_new_tokens=config.max_new_tokens,
+        at_once=1 if config.stream or config.interactive else AT_ONCE,
+    )
+    if writing.passes_the_block:
+        block = prepared.model.config.block_size
+        told = f"A text that is longer than the block of {block:,} tokens goes on from the last {block // 2:,} of them."
+        print(told, file=sys.stderr)
+    return writing
+
+
+def _print_texts(writing: "Writing", config: SampleConfig) -> None:
+    """Print all texts when they are written."""
+    texts = writing.beginnings
+    for pieces in writing:
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    for text in texts:
+        print(text, "-" * 80, sep="\n")
+    _report(writing, config)
+
+
+def _print_stream(writing: "Writing", config: SampleConfig) -> None:
+    """Print one text as it comes."""
+    print(writing.beginnings[0], end="", flush=True)
+    for (piece,) in writing:
+        print(piece, end="", flush=True)
+    print()
+    _report(writing, config)
+
+
+def _report(writing: "Writing", config: SampleConfig) -> None:
+    from gptlab.experiments.writing import report
+
+    if config.report:
+        print(report(writing.speed(), writing.prepared.device))
+
+
+def _converse(config: SampleConfig, prepared: "Prepared") -> None:
+    """Continue what is typed, until Ctrl-D; Ctrl-C ends a text."""
+    from gptlab.model.drawing import row_seeds
+
+    print("Type how a text begins; Ctrl-D ends this, and Ctrl-C a text.")
+    number = 0
+    while True:
+        try:
+            prompt = input("> ")
+            number += 1
+            _print_stream(_writing(config, prepared, [prompt], row_seeds(config.seed, number)[-1]), config)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+        except UserError as error:  # a character that the tokenizer does not know
+            print(error)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_generate import extended, sampling
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config
-from gptlab.model.generate import generate
 from gptlab.model.gpt import GPT
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF's Conv1D
@@ -94,8 +94,7 @@ def test_greedy_continuation_is_transformers(idx):
     ours, theirs = pair(torch.float64)
     prompt = idx[:, :5]
     expected = theirs.generate(prompt, max_new_tokens=19, do_sample=False, pad_token_id=0, eos_token_id=None)
-    found = generate(ours, prompt, max_new_tokens=19, temperature=0, top_k=None, generator=torch.Generator())
-    assert found.tolist() == expected.tolist()
+    assert extended(ours, prompt.tolist(), many=19) == expected[:, 5:].tolist()
 
 
 def test_the_future_does_not_change_the_past(idx):
@@ -120,8 +119,8 @@ def test_padding_of_the_vocabulary_changes_nothing():
     assert torch.equal(padded.wte.weight.grad[61:], torch.zeros(3, 32))  # never learnt
     with torch.no_grad():
         padded.wte.weight[61:] = 100 * torch.ones(3, 32)  # logits far above all others, were they there
-    drawn = generate(padded, idx, max_new_tokens=50, temperature=5.0, top_k=None, generator=torch.Generator())
-    assert drawn.max() < 61  # never sampled
+    drawn = extended(padded, idx.tolist(), sampling(temperature=5.0), many=50)
+    assert max(map(max, drawn)) < 61  # never sampled
 
 
 def test_initial_weights_have_gpt2_s_spread():

@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, and the end of text is spelled out."""
         ...
 
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ``ids``, which may begin and end within a character."""
+        ...
+
     def token_bytes(self) -> NDArray[np.int32]:
         """UTF-8 bytes that each id stands for (V,); 0 for the end of text."""
         ...
@@ -70,8 +74,10 @@ class BytesTokenizer:
         return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
-        texts = (END_OF_TEXT.encode() if i == self.end_of_text else bytes((i,)) for i in ids)
-        return b"".join(texts).decode("utf-8", errors="replace")
+        return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes((i,)) for i in ids)
 
     def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
         return np.array([1] * 256 + [0], dtype=np.int32)
@@ -104,6 +110,9 @@ class CharactersTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return "".join(self.characters[i] for i in ids)
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return self.decode(ids).encode()
 
     def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
         return np.array([len(character.encode()) for character in self.characters], dtype=np.int32)
@@ -147,6 +156,9 @@ class GPT2Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self._encoding.decode(list(ids))
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return self._encoding.decode_bytes(list(ids))
 
     def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
         tokens = self._encoding.token_byte_values()
@@ -195,8 +207,10 @@ class BPETokenizer:
         return np.array(self._bpe.encode(encodable(text)).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
-        texts = (END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
-        return b"".join(texts).decode("utf-8", errors="replace")
+        return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
 
     def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
         return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.int32)

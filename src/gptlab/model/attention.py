@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from gptlab.model.cache import LayerCache
+from gptlab.model.cache import LayerCache, Place
 from gptlab.model.config import NORM_EPSILON, GPTConfig
 
 SHORT = 256  # keys; up to here the weights of a head fit a core's cache
@@ -149,7 +149,7 @@ class CausalSelfAttention(nn.Module):
         self.mix_values = Mix(*[0.5] * (1 + others)) if others else None  # modded-nanogpt's weights
 
     def forward(
-        self, x: Tensor, seen: Sight, others: tuple[Tensor, ...], cache: LayerCache | None
+        self, x: Tensor, seen: Sight, others: tuple[Tensor, ...], cache: LayerCache | None, place: Place | None
     ) -> tuple[Tensor, Tensor]:
         """Mix the positions of ``x`` (B, T, C), causally and within the mask.
 
@@ -157,7 +157,8 @@ class CausalSelfAttention(nn.Module):
             x: The input.
             seen: Of all blocks.
             others: Values (B, T, C) to be mixed into this block's own.
-            cache: What earlier tokens had for keys and values, and where those of these go; None where there are none.
+            cache: What earlier tokens had for keys and values; None where there are none.
+            place: Where those of these go in the cache.
 
         Returns:
             The output, and the values before anything is mixed into them; both (B, T, C).
@@ -171,8 +172,8 @@ class CausalSelfAttention(nn.Module):
         if config.positions != "learned":
             half = config.positions == "rotary_half"
             q, k = (rotate(part, seen.positions, config.rope_base, half=half) for part in (q, k))
-        if cache is not None:
-            k, v = cache.extended(k, v)
+        if cache is not None and place is not None:
+            k, v = cache.extended(k, v, place)
         mask = seen.everything if self.sees_everything else seen.window
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2))), values

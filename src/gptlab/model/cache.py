@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptlab.model.config import GPTConfig
-
 
 class Place(NamedTuple):
     """Where tokens that are added go.
@@ -45,36 +43,50 @@ class Place(NamedTuple):
         return ((seen & (keys >= self.begins[:, None, None])) | (keys == tokens))[:, None]
 
 
-class LayerCache(NamedTuple):
-    """One block's part of the cache, with room for S slots (B, nh, S, hs)."""
+class LayerCache:
+    """One block's keys and values (B, nh, S, hs), as they come from the block: its type, device and heads are theirs.
 
-    keys: Tensor
-    values: Tensor
-    place: Place
+    A plain class, since FSDP casts and copies the tensors that it finds in the tuples a block is called with.
 
-    def extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, nh, T, hs); return those of all visible slots."""
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept.index_copy_(2, self.place.slots, new.to(kept.dtype))
-        visible = slice(self.place.visible)
-        return self.keys[:, :, visible].to(k.dtype), self.values[:, :, visible].to(v.dtype)
+    Args:
+        slots: S.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extended(self, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+        """Add keys and values (B, nh, T, hs) at ``place``; return those of all slots that are visible from it."""
+        if self.keys is None or self.values is None:
+            shape = (*k.shape[:2], self.slots, k.size(3))
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        self.keys.index_copy_(2, place.slots, k)
+        self.values.index_copy_(2, place.slots, v)
+        return self.keys[:, :, : place.visible], self.values[:, :, : place.visible]
+
+    def repeated(self, times: int) -> "LayerCache":
+        """A cache in which every row stands so many times, one after the other."""
+        other = LayerCache(self.slots)
+        if self.keys is not None and self.values is not None:
+            other.keys, other.values = (kept.repeat_interleave(times, dim=0) for kept in (self.keys, self.values))
+        return other
 
 
 class KVCache:
-    """Room for the keys and values of every block, taken once.
+    """Room for the keys and values of every block, taken once, when the first come.
 
     Args:
-        config: Of the network.
-        rows: B.
+        layers: L.
         slots: S.
-        device: Where it is.
-        dtype: Of what is kept.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, 2, rows, config.n_head, slots, config.head_size)
-        self.kept = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, layers: int, slots: int) -> None:
+        self.layers = [LayerCache(slots) for _ in range(layers)]
 
-    def layer(self, number: int, place: Place) -> LayerCache:
-        """A block's part, for tokens that go to ``place``."""
-        return LayerCache(self.kept[number, 0], self.kept[number, 1], place)
+    def repeated(self, times: int) -> "KVCache":
+        """A cache in which every row stands so many times, one after the other."""
+        other = KVCache(0, 0)
+        other.layers = [layer.repeated(times) for layer in self.layers]
+        return other

@@ -61,6 +61,7 @@ class Block(nn.Module):
         others: tuple[Tensor, ...],
         seen: Sight,
         cache: LayerCache | None,
+        place: Place | None,
     ) -> tuple[Tensor, Tensor]:
         """Add what attention and then the MLP have to say.
 
@@ -71,6 +72,7 @@ class Block(nn.Module):
             others: Values (B, T, C) to be mixed into this block's own.
             seen: What the tokens see.
             cache: See ``CausalSelfAttention.forward``.
+            place: See there.
 
         Returns:
             The output, and the block's own values; both (B, T, C).
@@ -79,7 +81,7 @@ class Block(nn.Module):
             x = x + self.mix_skip(skip)
         if self.mix_x0 is not None:
             x = self.mix_x0(x, x0)
-        y, values = self.attn(self.ln_1(x), seen, others, cache)
+        y, values = self.attn(self.ln_1(x), seen, others, cache, place)
         x = x + y
         return x + self.mlp(self.ln_2(x)), values
 
@@ -176,8 +178,8 @@ class GPT(nn.Module):
             number = config.value_embedding(layer)
             others = first if number is None else (*first, embeds[number])
             skip = outputs.pop() if config.has_skip(layer) else None
-            part = cache.layer(layer, place) if cache is not None and place is not None else None
-            arguments = (x, x0, skip, others, seen, part)
+            part = cache.layers[layer] if cache is not None else None
+            arguments = (x, x0, skip, others, seen, part, place)
             if config.activation_checkpointing and self.training:
                 x, values = checkpoint(block, *arguments, use_reentrant=False)
             else:

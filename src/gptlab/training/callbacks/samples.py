@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 
 from gptlab.data.tokenizers import END_OF_TEXT, Tokenizer, prompt_ids
-from gptlab.model.generate import generate
+from gptlab.model.drawing import row_seeds
+from gptlab.model.generate import continued, generate, plain_decoder
+from gptlab.model.sampling import Sampling
 from gptlab.training.config import SamplesConfig
 from gptlab.training.module import GPTModule, derive_seed
 from gptlab.training.strategies import gathered
@@ -25,6 +27,9 @@ class Samples(L.Callback):
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
         self.config, self.tokenizer, self.folder, self.seed = config, tokenizer, folder, seed
+        self.sampling = Sampling(
+            temperature=config.temperature, top_k=config.top_k, top_p=None, min_p=None, repetition_penalty=1
+        )
         self.latest: list[str] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -32,18 +37,20 @@ class Samples(L.Callback):
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
         device, step = pl_module.device, trainer.global_step
-        prompt = torch.tensor(prompt_ids(self.tokenizer, self.config.prompt), device=device)
+        prompt = prompt_ids(self.tokenizer, self.config.prompt)
         eager = torch.compiler.set_stance("force_eager")  # a compiled network would be compiled anew for every length
         with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
-            ids = generate(
+            rows = generate(
                 pl_module.model,
-                prompt.expand(self.config.num_samples, -1),  # (B, T)
+                [prompt],
+                self.sampling,
+                seeds=row_seeds(derive_seed(self.seed, step), self.config.num_samples),
                 max_new_tokens=self.config.max_new_tokens,
-                temperature=self.config.temperature,
-                top_k=self.config.top_k,
-                generator=torch.Generator(device).manual_seed(derive_seed(self.seed, step)),
+                decoder=plain_decoder(pl_module.model),
+                device=device,
             )
-        self.latest = [self.tokenizer.decode(row).removeprefix(END_OF_TEXT) for row in ids.tolist()]
+            texts = continued(rows).tolist()
+        self.latest = [self.tokenizer.decode(prompt + text).removeprefix(END_OF_TEXT) for text in texts]
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             text = "\n\n".join(f"--- sample {i} ---\n{sample}" for i, sample in enumerate(self.latest, 1))

@@ -1,0 +1,105 @@
+"""The command that writes, as users type it."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from test_train import ran
+
+LINE = "-" * 80
+
+
+@pytest.fixture
+def run(user, runs):
+    return runs.give(user, "first", "callbacks=checkpoint")
+
+
+def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
+    (user.folder / "prompts.txt").write_text("def f(x):\nline 7\\nline 8\nä\n")
+    one = user.python("gptlab.sample", f"run={run}", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=40")
+    ran(one)
+    texts = one.stdout.split(f"\n{LINE}\n")
+    assert [text[: text.index("e")] for text in texts[:2]] == ["d"] * 2
+    assert texts[2].startswith("line 7\nline 8")
+    assert len(texts) == 7
+    assert texts[0] != texts[1]
+    assert "A text that is longer than the block of 32 tokens goes on from the last 16 of them." in one.stderr
+    # the first row, streamed alone, is the first of six; and it ends before its own fifth character
+    alone = ("prompt=def f(x):", "max_new_tokens=40", "stream=true")
+    streamed = user.python("gptlab.sample", f"run={run}", *alone, "report=true")
+    ran(streamed)
+    assert streamed.stdout.startswith(texts[0] + "\n")
+    assert re.search(r"decode    39 tokens in .* tokens/s, .*\nmemory    [\d.]+ GB/s measured", streamed.stdout)
+
+
+def test_a_text_ends_before_a_stop_string(user, run):
+    arguments = (f"run={run}", "prompt=line", "max_new_tokens=20", "temperature=0", "precision=bfloat16", "int8=true")
+    whole = user.python("gptlab.sample", *arguments)
+    ran(whole)
+    text = whole.stdout.split(f"\n{LINE}")[0]
+    stop = next(character for character in text[8:] if character.isalnum() or character == " ")
+    cut = user.python("gptlab.sample", *arguments, f"stop=['{stop}']")
+    ran(cut)
+    assert cut.stdout.split(f"\n{LINE}")[0] == "line" + text[4:].partition(stop)[0]
+
+
+def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
+    screen, theirs = pty.openpty()
+    command = (sys.executable, "-m", "gptlab.sample", f"run={run}", "interactive=true", "max_new_tokens=1000000")
+    process = subprocess.Popen(
+        command, cwd=user.folder, env=user.environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+    )
+    shown = ""
+
+    def until(condition) -> None:
+        nonlocal shown
+        end = time.monotonic() + 60
+        while not condition(shown):
+            assert time.monotonic() < end, shown
+            if select.select([screen], [], [], 1)[0]:
+                shown += os.read(screen, 4096).decode(errors="replace")
+
+    try:
+        until(lambda text: text.endswith("\r\n> "))
+        for number in (1, 2):
+            os.write(screen, f"line {number}\n".encode())
+            # what was typed is echoed, then shown again as the beginning of the text, which grows
+            until(lambda text, number=number: len(text.rpartition(f"line {number}")[2]) > 50)
+            process.send_signal(signal.SIGINT)
+            until(lambda text: text.endswith("\r\n> "))
+        os.write(screen, b"\x04")
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        os.close(screen)
+        os.close(theirs)
+
+
+MISTAKES = {
+    "two sources": (["prompts=a", "prompt=b"], "prompts is a file of prompts, so there can be neither prompt"),
+    "two streams": (["stream=true", "num_samples=2"], "stream=true shows one text as it comes"),
+    "interactive": (["interactive=true", "prompt=a"], "interactive=true asks for prompts one after the other"),
+    "no file": (["prompts=none.txt"], "prompts=none.txt cannot be read"),
+    "top_p": (["top_p=1.5"], "top_p=1.5 is not right: it should be less than or equal to 1"),
+    "precision": (["precision=int8"], "precision='int8' is not right: it should be 'float32' or 'bfloat16'"),
+    "stop": (["stop=['']"], "is not right"),
+}
+
+
+def test_a_mistake_gets_a_sentence_before_torch_is_imported(user, run):
+    package = user.folder / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
+    user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
+    for arguments, sentence in MISTAKES.values():
+        done = user.python("gptlab.sample", f"run={run}", *arguments)
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
