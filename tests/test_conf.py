@@ -57,6 +57,14 @@ def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
     assert resolved("model=gpt2", "trainer=ddp").trainer.strategy == "ddp"
 
 
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("model=", "experiment="))])
+def test_no_model_or_experiment_brings_a_rate_of_adamw_s_to_muon(option):
+    named = [need for need in NEEDED.get(option, []) if not need.startswith("optimizer.")]
+    if resolved(option, "optimizer.lr=1", *named).optimizer.name == "adamw":
+        assert resolved(option, "optimizer=muon", *named).optimizer == resolved("optimizer=muon").optimizer
+    assert resolved(option, "optimizer=muon", "optimizer.lr=1", *named).optimizer.lr == 1
+
+
 def test_experiments_have_nanogpt_s_values():
     cpu, gpu, owt = (
         resolved(f"experiment={e}") for e in ("shakespeare_char_cpu", "shakespeare_char", "gpt2_openwebtext")

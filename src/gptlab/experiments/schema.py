@@ -11,7 +11,7 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError, did_you_mean
 from gptlab.model.config import GPTConfig
 from gptlab.settings import Settings
-from gptlab.training.config import AdamWConfig, CallbacksConfig, ScheduleConfig, TrainConfig, TrainerConfig
+from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
 S = TypeVar("S", bound=Settings)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
@@ -51,7 +51,7 @@ class Config(Settings):
     model: GPTConfig
     data: DataConfig
     tokenizer: TokenizerConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
     trainer: TrainerConfig

@@ -8,6 +8,7 @@ from gptlab.errors import UserError
 from gptlab.settings import Settings
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Average = Annotated[float, Field(ge=0, lt=1)]  # what a running average keeps of itself at every step
 
 
 class AdamWConfig(Settings):
@@ -15,10 +16,35 @@ class AdamWConfig(Settings):
 
     name: Literal["adamw"]
     lr: PositiveFloat
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    betas: tuple[Average, Average]
     eps: PositiveFloat
     weight_decay: NonNegativeFloat
     fused: bool | Literal["auto"]
+
+
+class MuonConfig(Settings):
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; see conf/optimizer/muon.yaml."""
+
+    name: Literal["muon"]
+    lr: PositiveFloat
+    momentum: Average
+    momentum_warmup_from: Average
+    momentum_warmup_steps: NonNegativeInt
+    ns_steps: Annotated[int, Field(ge=1, lt=100)]
+    ns_dtype: Literal["bfloat16", "float32"]
+    adjust_lr: Literal["original", "match_rms_adamw"]
+    weight_decay: NonNegativeFloat
+    cautious: bool
+    embedding_lr: PositiveFloat
+    head_lr: PositiveFloat
+    vector_lr: PositiveFloat
+    betas: tuple[Average, Average]
+    eps: PositiveFloat
+    adamw_weight_decay: NonNegativeFloat
+    fused: bool | Literal["auto"]
+
+
+OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="name")]
 
 
 class ConstantConfig(Settings):

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
-from gptlab.training.config import AdamWConfig, ScheduleConfig
+from gptlab.training.config import OptimizerConfig, ScheduleConfig
 from gptlab.training.fsdp import FSDP2Strategy
-from gptlab.training.optimizers import build_optimizer, skip_where_bad, with_names, with_numbers
+from gptlab.training.optimizers import build_optimizer, set_step, skip_where_bad, with_names, with_numbers
 from gptlab.training.schedules import learning_rate
 from gptlab.training.strategies import compile_in_place, data_rank, reduced
 
@@ -45,7 +45,7 @@ class GPTModule(L.LightningModule):
         self,
         model: GPT,
         *,
-        optimizer: AdamWConfig,
+        optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
         max_steps: int,
         grad_clip: float,
@@ -72,21 +72,21 @@ class GPTModule(L.LightningModule):
             strategy.shard(self.model)
 
     def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer; its learning rate is set before every step."""
+        """Build the optimizer; its learning rates are set before every step."""
         wanted = self.optimizer_config.fused
         fused = self.device.type in ("cuda", "cpu") if wanted == "auto" else wanted
         return build_optimizer(self.model, self.optimizer_config, fused=fused)
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimizer step ``step``, counted from 0."""
+        """Learning rate of optimizer step ``step``, counted from 0; of Muon's, that of the matrices."""
         return learning_rate(step, self.schedule_config, lr=self.optimizer_config.lr, max_steps=self.max_steps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Set the step's learning rate, and make what is random a function of (seed, step, share of the data)."""
+        """Set the step's learning rates, and make what is random a function of (seed, step, share of the data)."""
         step, micro = self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
-            for group in self.trainer.optimizers[0].param_groups:
-                group["lr"] = self.lr(step)
+            (optimizer,) = self.trainer.optimizers
+            set_step(optimizer, step, self.optimizer_config, self.schedule_config, max_steps=self.max_steps)
             self.step_loss = torch.zeros((), device=self.device)
         torch.manual_seed(derive_seed(self.seed, step, data_rank(self.trainer), micro))
 
@@ -138,7 +138,8 @@ class GPTModule(L.LightningModule):
         """Name the parameters as GPT-2 does, without the module's prefix, their moments too; the step says the rest."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
-        checkpoint["optimizer_states"] = [with_names(state, self.model) for state in checkpoint["optimizer_states"]]
+        states, config = checkpoint["optimizer_states"], self.optimizer_config
+        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -150,8 +151,8 @@ class GPTModule(L.LightningModule):
         epoch.batch_progress.total.load_state_dict(dict.fromkeys(epoch.batch_progress.total.state_dict(), done))
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {WEIGHTS + name: tensor for name, tensor in state.items()}
-        states = checkpoint.get("optimizer_states", [])
-        checkpoint["optimizer_states"] = [with_numbers(state, self.model) for state in states]
+        states, config = checkpoint.get("optimizer_states", []), self.optimizer_config
+        checkpoint["optimizer_states"] = [with_numbers(state, self.model, config) for state in states]
 
 
 def derive_seed(*parts: int) -> int:

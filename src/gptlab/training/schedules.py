@@ -1,8 +1,8 @@
-"""The learning rate as a pure function of the step."""
+"""The learning rate, and Muon's momentum, as pure functions of the step."""
 
 import math
 
-from gptlab.training.config import ConstantConfig, CosineConfig, LinearConfig, ScheduleConfig, WSDConfig
+from gptlab.training.config import ConstantConfig, CosineConfig, LinearConfig, MuonConfig, ScheduleConfig, WSDConfig
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: int) -> float:
@@ -36,6 +36,12 @@ def cosine(step: int, start: int, end: int, *, lr: float, min_lr: float) -> floa
 def linear(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
     """Fall from ``lr`` at ``start`` to ``min_lr`` at ``end`` along a line."""
     return lr + _progress(step, start, end) * (min_lr - lr)
+
+
+def momentum(step: int, config: MuonConfig) -> float:
+    """Return Muon's momentum at optimizer step ``step``, counted from 0: it rises along a line (modded-nanogpt)."""
+    first = config.momentum_warmup_from
+    return first + _progress(step, 0, config.momentum_warmup_steps) * (config.momentum - first)
 
 
 def _progress(step: int, start: int, end: int) -> float:
