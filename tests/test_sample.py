@@ -52,7 +52,8 @@ def test_a_text_ends_before_a_stop_string(user, run):
 
 def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
     screen, theirs = pty.openpty()
-    command = (sys.executable, "-m", "gptlab.sample", f"run={run}", "interactive=true", "max_new_tokens=1000000")
+    endless = ("max_new_tokens=1000000", "temperature=0")  # which here never comes to an end of text
+    command = (sys.executable, "-m", "gptlab.sample", f"run={run}", "interactive=true", *endless)
     process = subprocess.Popen(
         command, cwd=user.folder, env=user.environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
     )

@@ -5,8 +5,10 @@ python -m gptlab.experiments.benchmarks.generating <what to do, in JSON>
 
 import json
 import resource
+import statistics
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
 
 
 def cached(model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device: torch.device) -> tuple[float, float]:
-    """Return the seconds to the first token, and those of each step after it, of all rows together."""
+    """Return the seconds to the first token, and the median of the steps after it, each of all rows together."""
     prompt = torch.arange(bench.prompt_tokens).tolist()
     seeds = row_seeds(0, rows)
     many = bench.tokens if decoder.bucket > 1 else WARM  # a compiled step has been compiled for all lengths
@@ -55,7 +57,8 @@ def cached(model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device
         ):
             ids.tolist()  # as who shows the text
             times.append(time.perf_counter())
-    return times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)
+    steps = [later - earlier for earlier, later in pairwise(times)]
+    return steps[0], statistics.median(steps[1:])
 
 
 @torch.no_grad()

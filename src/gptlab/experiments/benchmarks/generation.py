@@ -53,9 +53,9 @@ def measure(bench: GenerateBench, rounds: int) -> Iterator[Part]:
     caption = (
         f"{bench.model.n_layer} layers of {bench.model.n_embd}, random weights; {bench.tokens} tokens after a prompt "
         f"of {bench.prompt_tokens}, drawn with temperature 0.8 and top_k 200, in a fresh process that has written "
-        "a few before. GB/s: weights and cache that a token reads; %: of the speed at which the same process sums up a "
-        f"large tensor. Recomputed is nanoGPT's way, timed at every {bench.recomputed_every}th token. Peak MB: of the "
-        "process, the making of the network in float32 included."
+        "a few before; the median of its tokens. GB/s: weights and cache that a token reads; %: of the speed at which "
+        "the same process sums up a large tensor. Recomputed is nanoGPT's way, timed at every "
+        f"{bench.recomputed_every}th token. Peak MB: of the process, the making of the network in float32 included."
     )
     columns = ("GB/s", "%", "ms to the first", "peak MB")
     yield Part("Generation", caption, "tokens/s", columns, in_turns(ways, rounds))
