@@ -72,7 +72,7 @@ def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
         for number in (1, 2):
             os.write(screen, f"line {number}\n".encode())
             # what was typed is echoed, then shown again as the beginning of the text, which grows
-            until(lambda text, number=number: len(text.rpartition(f"line {number}")[2]) > 50)
+            until(lambda text, number=number: len(text.partition(f"line {number}")[2]) > 50)
             process.send_signal(signal.SIGINT)
             until(lambda text: text.endswith("\r\n> "))
         os.write(screen, b"\x04")
