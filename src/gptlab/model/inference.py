@@ -16,9 +16,7 @@ from gptlab.model.generate import Decoder, plain_decoder
 from gptlab.model.gpt import GPT
 
 Precision = Literal["float32", "bfloat16"]
-FEW_ROWS = (
-    32  # up to so many, int8 weights are read as they are; for a prompt, turning them into numbers once is cheaper
-)
+FEW_ROWS = 32  # up to so many, int8 weights are read as they are; for more, turning them into numbers once is cheaper
 BUCKET = 256  # slots: a compiled step looks at a multiple of it
 
 
