@@ -55,7 +55,13 @@ def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
     endless = ("max_new_tokens=1000000", "temperature=0")  # which here never comes to an end of text
     command = (sys.executable, "-m", "gptlab.sample", f"run={run}", "interactive=true", *endless)
     process = subprocess.Popen(
-        command, cwd=user.folder, env=user.environment, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True
+        command,
+        cwd=user.folder,
+        env=user.environment,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who started the tests may have it ignored
     )
     shown = ""
 
