@@ -54,23 +54,26 @@ def kept(directory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("trainer", "fused"),
+    ("trainer", "optimizer"),
     [
-        (("trainer=cpu",), "true"),
-        (("trainer=ddp", *TWO), "true"),
-        (("trainer=fsdp", *TWO), "true"),
-        (("trainer=fsdp", *TWO), "false"),
+        (("trainer=cpu",), ("optimizer.fused=true",)),
+        (("trainer=ddp", *TWO), ("optimizer.fused=true",)),
+        (("trainer=fsdp", *TWO), ("optimizer.fused=true",)),
+        (("trainer=fsdp", *TWO), ("optimizer.fused=false",)),
+        (("trainer=cpu",), ("optimizer=muon", "optimizer.fused=true")),
+        (("trainer=fsdp", *TWO), ("optimizer=muon", "optimizer.fused=true")),
+        (("trainer=fsdp", *TWO), ("optimizer=muon", "optimizer.fused=false")),
     ],
 )
-def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, fused):
-    same = (*trainer, f"optimizer.fused={fused}", "train.eval_every=50", "callbacks=checkpoint")
+def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):
+    same = (*trainer, *optimizer, "train.eval_every=50", "callbacks=checkpoint")
     same = (*same, "train.micro_batch_size=3", "schedule.decay_steps=9")
     ran(user.train("name=before", "train.max_steps=3", *same, timeout=300))
     break_steps(user, "if step == 4 and rank == self.trainer.world_size - 1: loss = loss * float('nan')")
     ran(user.train("name=after", "train.max_steps=4", *same, timeout=300))
     before, after = (kept(user.only_run(name)) for name in ("before", "after"))
     assert before.keys() == after.keys()
-    assert len(before) > 60
+    assert len(before) > 50  # weights, and of each one moment or three
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert metrics(user.only_run("after"), "bad_steps") == {1: 0, 2: 0, 3: 0, 4: 1}

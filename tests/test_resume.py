@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from gptlab.experiments.exits import MISTAKEN
+from test_faults import newest_state, same_run
 from test_train import metrics, ran
 
 
@@ -26,6 +27,25 @@ def test_the_batches_and_losses_are_the_same_however_it_goes_on(user, halted, ch
     for name in ("train/loss", "val/loss"):
         assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
     assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [(), ("trainer=fsdp", "trainer.devices=2")], ids=["as it was", "sharded"])
+def test_so_it_is_with_muon(user, runs, change):
+    same = ("optimizer=muon", "optimizer.ns_dtype=float32", "schedule.decay_steps=9", "callbacks=checkpoint")
+    for name, steps in (("whole", 9), ("halted", 6)):
+        runs.give(user, f"{name}_muon", f"train.max_steps={steps}", *same)
+    whole, halted = (user.only_run(f"{name}_muon") for name in ("whole", "halted"))
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *change))
+    if not change:
+        same_run(whole, halted)
+    for name in ("train/loss", "val/loss"):
+        assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
+    (optimizer,) = newest_state(halted)["optimizer_states"]
+    kept = {name: set(moments) for name, moments in optimizer["state"].items()}
+    assert kept["h.1.mlp.c_fc.weight"] == {"momentum_buffer"}
+    assert kept["wte.weight"] == {"step", "exp_avg", "exp_avg_sq"}
+    assert len(kept) == 28  # all parameters of two blocks, by GPT-2's names
 
 
 def test_a_moved_run_keeps_its_best(user, halted):

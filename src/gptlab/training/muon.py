@@ -1,10 +1,10 @@
 """Muon for the matrices of the blocks, AdamW for all else, as one optimizer.
 
-Shapes: K matrices of one shape, m rows, n columns, m <= n.
+Shapes: K matrices of one shape, m rows, n columns.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim._muon import _adjust_lr
 
 Group = dict[str, Any]
+Matrices = list[tuple[Tensor, Tensor, Tensor]]  # each with its gradient and its momentum
+
+# Elements of a stack. A larger one leaves a CPU's cache and is slower; elsewhere there is only its memory to care for.
+CPU_STACK, STACK = 2**20, 2**26
 
 
 class StackedMuon(Muon):
@@ -46,29 +50,39 @@ class StackedMuon(Muon):
             gradients: list[Tensor] = []
             momenta: list[Tensor] = []
             self._init_group(group, parameters, gradients, momenta)
-            dtype = getattr(torch, group["ns_dtype"])
-            updates = [
-                gathered(self._direction(group, local(gradient), local(momentum)).to(dtype), parameter)
-                for parameter, gradient, momentum in zip(parameters, gradients, momenta, strict=True)
-            ]
-            for parameter, update in zip(parameters, orthogonalised(updates, group), strict=True):
-                self._apply(group, local(parameter), own_part(update, parameter), parameter.shape)
+            for stack in stacks(list(zip(parameters, gradients, momenta, strict=True))):
+                self._step_of(group, stack)
+
+    def _step_of(self, group: Group, stack: Matrices) -> None:
+        """Make a step of matrices of one shape."""
+        dtype = getattr(torch, group["ns_dtype"])
+        updates = torch.stack([gathered(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
+        updates = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        for (parameter, _, _), update in zip(stack, updates, strict=True):
+            self._apply(group, parameter, own_part(update, parameter))
 
     def _direction(self, group: Group, gradient: Tensor, momentum: Tensor) -> Tensor:
-        """Take a gradient into the momentum, and return it with Nesterov's; same shape."""
+        """Take a gradient into the momentum, and return it with Nesterov's: this device's part of it."""
+        gradient, momentum = local(gradient), local(momentum)
         new = momentum.lerp(gradient, 1 - group["momentum"])
         self._set(momentum, new)
-        return gradient.lerp(new, group["momentum"])
+        return torch.lerp(gradient, new, group["momentum"], out=new)
 
-    def _apply(self, group: Group, parameter: Tensor, update: Tensor, shape: torch.Size) -> None:
-        """Decay a matrix, or its part, and subtract the update; ``shape`` is that of the whole."""
-        decaying = parameter * (update * parameter >= 0) if group["cautious"] else parameter
-        new = parameter.sub(decaying, alpha=group["lr"] * group["weight_decay"])
-        self._set(parameter, new.sub_(update, alpha=_adjust_lr(group["lr"], group["adjust_lr_fn"], shape)))
+    def _apply(self, group: Group, parameter: Tensor, update: Tensor) -> None:
+        """Decay this device's part of a matrix, and subtract that of the update."""
+        part, rate, shape = local(parameter), group["lr"], parameter.shape
+        decaying: Tensor | float = 1.0
+        if group["cautious"]:
+            decaying = (update * part).ge_(0)  # 1 where they have one sign, else 0
+        new = part * (1 - rate * group["weight_decay"] * decaying)
+        self._set(part, new.sub_(update, alpha=_adjust_lr(rate, group["adjust_lr_fn"], shape)))
 
     def _set(self, target: Tensor, value: Tensor) -> None:
         """Overwrite a tensor, unless the step is a bad one; the device decides, and the host need not wait for it."""
-        target.copy_(value if self.found_inf is None else torch.where(self.found_inf.bool(), target, value))
+        if self.found_inf is None:
+            target.copy_(value)
+        else:
+            torch.where(self.found_inf.bool(), target, value, out=target)
 
 
 class MuonWithAdamW(Optimizer):
@@ -107,40 +121,32 @@ class MuonWithAdamW(Optimizer):
         self.muon.state = self.adamw.state = self.state
 
 
-def orthogonalised(matrices: list[Tensor], group: Group) -> list[Tensor]:
-    """Bring the singular values of every matrix near 1, and leave its singular vectors.
-
-    Those of one shape go together, a tall matrix as its transpose.
-    """
-    stacks: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, matrix in enumerate(matrices):
-        stacks[tuple(sorted(matrix.shape))].append(number)
-    found = dict[int, Tensor]()
-    for numbers in stacks.values():
-        stack = torch.stack([_laid(matrices[number], matrices[number]) for number in numbers])
-        found |= zip(
-            numbers, newton_schulz(stack, group["ns_coefficients"], group["ns_steps"], group["eps"]), strict=True
-        )
-    return [_laid(found[number], matrix) for number, matrix in enumerate(matrices)]
+def stacks(matrices: Matrices) -> Iterator[Matrices]:
+    """Put matrices of one shape together, as many as are fast at once."""
+    by_shape: dict[torch.Size, Matrices] = defaultdict(list)
+    for matrix in matrices:
+        by_shape[matrix[0].shape].append(matrix)
+    for shape, alike in by_shape.items():
+        elements = CPU_STACK if alike[0][0].device.type == "cpu" else STACK
+        count = max(1, elements // shape.numel())
+        yield from (alike[first : first + count] for first in range(0, len(alike), count))
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Apply an odd polynomial of degree five to the singular values of matrices (K, m, n), ``steps`` times; same shape.
+def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Bring the singular values of matrices (K, m, n) near 1, and leave their singular vectors; same shape.
 
-    They are divided by the matrix's norm first, so none is above 1, and end between about 0.7 and 1.2 with torch's
-    ``coefficients`` (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks).
+    A Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The values are divided by the
+    matrix's norm first, so none is above 1; with torch's ``coefficients`` those that are not tiny end between 0.6 and
+    1.3 after five steps (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks).
     """
     a, b, c = coefficients
+    is_tall = x.size(1) > x.size(2)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.mT  # (K, m, m)
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)  # of the shorter side
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
     return x
-
-
-def _laid(matrix: Tensor, original: Tensor) -> Tensor:
-    """Transpose a matrix where the original is tall."""
-    return matrix.mT if original.size(0) > original.size(1) else matrix
 
 
 def local(tensor: Tensor) -> Tensor:
