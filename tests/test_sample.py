@@ -39,6 +39,7 @@ def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
     assert re.search(r"decode    39 tokens in .* tokens/s, .*\nmemory    [\d.]+ GB/s measured", streamed.stdout)
 
 
+@pytest.mark.slow
 def test_a_text_ends_before_a_stop_string(user, run):
     arguments = (f"run={run}", "prompt=line", "max_new_tokens=20", "temperature=0", "precision=bfloat16", "int8=true")
     whole = user.python("gptlab.sample", *arguments)
