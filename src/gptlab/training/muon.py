@@ -27,7 +27,7 @@ class StackedMuon(Muon):
     gathers the whole update, orthogonalises it, as the others do, and keeps its own part.
 
     Attributes:
-        found_inf: 1 () where the step changes nothing, as for torch's fused optimizers; None where it always does.
+        found_inf: A tensor () that is 1 where the step is to change nothing, as for torch's fused optimizers; or None.
 
     Args:
         groups: As for torch.optim.Muon.
