@@ -241,8 +241,9 @@ def test_debug_options(user, option):
 
 
 @pytest.mark.slow
-def test_a_compiled_network_trains_the_same_and_keeps_its_names(user):
-    ran(user.train("name=compiled", "train.compile=true", timeout=300))
+@pytest.mark.parametrize("what", ["true", "blocks"])
+def test_a_compiled_network_trains_the_same_and_keeps_its_names(user, what):
+    ran(user.train("name=compiled", f"train.compile={what}", timeout=300))
     ran(user.train("name=eager", "train.compile=false"))
     compiled, eager = user.only_run("compiled"), user.only_run("eager")
     assert metrics(compiled, "train/loss") == pytest.approx(metrics(eager, "train/loss"), abs=1e-5)

@@ -83,6 +83,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
         seed=1,
         token_bytes=torch.ones(61, dtype=torch.int),
         compile=False,
+        compile_mode="default",
         loss_chunk=None,
     )
     trainer = L.Trainer(

@@ -31,14 +31,30 @@ def gpus(monkeypatch):
 
 def test_a_gpu_machine_uses_what_it_has(gpus):
     chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
-    assert chosen == Devices("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile=True)
+    assert chosen == Devices("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile="whole")
     assert chosen.peak_flops() == 989.4e12
 
 
 def test_what_is_named_is_what_is_used(gpus):
     named = AUTO | {"accelerator": "cpu", "devices": 2, "precision": "bf16-true"}
     chosen = choose_devices(TrainerConfig(**named), TRAIN.model_copy(update={"compile": True}), MODEL)
-    assert (chosen.accelerator, chosen.devices, chosen.precision, chosen.compile) == ("cpu", 2, "bf16-true", True)
+    assert (chosen.accelerator, chosen.devices, chosen.precision, chosen.compile) == ("cpu", 2, "bf16-true", "whole")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "wanted", "expected"),
+    [
+        ("ddp", "blocks", "blocks"),
+        ("fsdp", "auto", "blocks"),
+        ("fsdp", True, "blocks"),
+        ("fsdp", False, False),
+    ],
+)
+def test_blocks_are_compiled_by_themselves_where_that_is_asked_for_or_the_model_is_sharded(
+    gpus, strategy, wanted, expected
+):
+    trainer = TrainerConfig(**AUTO | {"strategy": strategy})
+    assert choose_devices(trainer, TRAIN.model_copy(update={"compile": wanted}), MODEL).compile == expected
 
 
 def test_more_gpus_than_there_are_are_refused(gpus):
@@ -120,9 +136,9 @@ def cpu(monkeypatch, *, bf16: bool, **changes):
 def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
     wide = {"n_embd": 768, "n_head": 12}
     chosen = cpu(monkeypatch, bf16=True, **wide)
-    assert (chosen.precision, chosen.compile) == ("bf16-mixed", True)
+    assert (chosen.precision, chosen.compile) == ("bf16-mixed", "whole")
     chosen = cpu(monkeypatch, bf16=False, **wide)
-    assert (chosen.precision, chosen.compile) == ("32-true", True)
+    assert (chosen.precision, chosen.compile) == ("32-true", "whole")
     chosen = cpu(monkeypatch, bf16=True)
     assert (chosen.precision, chosen.compile) == ("32-true", False)
     chosen = cpu(monkeypatch, bf16=True, trainer={"strategy": "ddp"}, **wide)

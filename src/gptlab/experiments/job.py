@@ -118,6 +118,7 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
         seed=config.seed,
         token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
         compile=devices.compile,
+        compile_mode=config.train.compile_mode,
         loss_chunk=loss_chunk(config.train.loss_chunk, config.model),
     )
 

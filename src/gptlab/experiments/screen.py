@@ -22,12 +22,14 @@ from gptlab.training.devices import Devices
 
 log = logging.getLogger(__name__)
 
+COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
+
 
 def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
     """Say what was decided."""
     block_size, batch = config.model.block_size, config.train.global_batch_size
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
-    precision = f"{devices.precision}{products}, {'compiled' if devices.compile else 'not compiled'}"
+    precision = f"{devices.precision}{products}, {COMPILED[devices.compile]}"
     parts = config.trainer.tensor_parallel
     over = f"{plan.world_size} device(s)" if parts == 1 else f"{plan.world_size} group(s) of {parts} devices"
     dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"

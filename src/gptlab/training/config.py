@@ -97,7 +97,8 @@ class TrainConfig(Settings):
     max_bad_steps: PositiveInt
     spike_sigma: PositiveFloat | None
     spike_window: Annotated[int, Field(ge=4)]
-    compile: bool | Literal["auto"]
+    compile: bool | Literal["auto", "blocks"]
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     loss_chunk: PositiveInt | Literal["auto"] | None
     log_every: PositiveInt
 

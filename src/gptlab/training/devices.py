@@ -51,7 +51,7 @@ class Devices(NamedTuple):
         devices: Processes of this node, one a device.
         num_nodes: Nodes.
         precision: A precision name of Lightning's.
-        compile: Whether the network is compiled.
+        compile: False, or what is compiled: the loss as a "whole", or each of the "blocks" by itself.
         float32_matmul: "default", or "onednn" on a CPU for which that has faster kernels than MKL.
     """
 
@@ -60,7 +60,7 @@ class Devices(NamedTuple):
     devices: int
     num_nodes: int
     precision: str
-    compile: bool
+    compile: Literal[False, "whole", "blocks"]
     float32_matmul: str = "default"
 
     @property
@@ -100,7 +100,7 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
         devices=devices,
         num_nodes=num_nodes,
         precision=_best_precision(trainer, model, on_gpu) if trainer.precision == "auto" else trainer.precision,
-        compile=_gains_by_compiling(trainer, model, on_gpu) if train.compile == "auto" else train.compile,
+        compile=_what_to_compile(trainer, train, model, on_gpu),
         float32_matmul=_best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
 
@@ -135,6 +135,15 @@ def _best_precision(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> s
     else:
         has_it = torch.cpu._is_avx512_bf16_supported() and _is_for_speed(trainer, model)
     return "bf16-mixed" if has_it else "32-true"
+
+
+def _what_to_compile(
+    trainer: TrainerConfig, train: TrainConfig, model: GPTConfig, on_gpu: bool
+) -> Literal[False, "whole", "blocks"]:
+    """Sharding runs hooks between the blocks, so that these alone can be compiled there."""
+    if not (_gains_by_compiling(trainer, model, on_gpu) if train.compile == "auto" else train.compile):
+        return False
+    return "blocks" if train.compile == "blocks" or trainer.strategy in ("fsdp", "fsdp_tp") else "whole"
 
 
 def _gains_by_compiling(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> bool:

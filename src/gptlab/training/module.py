@@ -3,7 +3,7 @@
 Shapes: B sequences of the micro-batch, T time, V vocabulary.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -35,7 +35,8 @@ class GPTModule(L.LightningModule):
         grad_clip: Largest gradient norm; 0 does not clip.
         seed: Of everything that is random while training.
         token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
-        compile: Compile the network.
+        compile: What of the network to compile, if anything; see ``gptlab.training.devices.Devices``.
+        compile_mode: One of torch.compile's.
         loss_chunk: Tokens whose logits are there at a time; None has those of a micro-batch at once.
     """
 
@@ -51,13 +52,15 @@ class GPTModule(L.LightningModule):
         grad_clip: float,
         seed: int,
         token_bytes: Tensor,
-        compile: bool,  # noqa: A002  (torch's own word)
+        compile: Literal[False, "whole", "blocks"],  # noqa: A002  (torch's own word)
+        compile_mode: str,
         loss_chunk: int | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config, self.schedule_config, self.max_steps = optimizer, schedule, max_steps
-        self.grad_clip, self.seed, self.compile_model, self.loss_chunk = grad_clip, seed, compile, loss_chunk
+        self.grad_clip, self.seed, self.loss_chunk = grad_clip, seed, loss_chunk
+        self.compile_what, self.compile_mode = compile, compile_mode
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
@@ -65,11 +68,10 @@ class GPTModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Compile and shard the network in place, so that parameters keep their names."""
-        strategy = self.trainer.strategy
-        if self.compile_model:
-            compile_in_place(self.model, by_block=isinstance(strategy, FSDP2Strategy))
-        if isinstance(strategy, FSDP2Strategy):
-            strategy.shard(self.model)
+        if self.compile_what:
+            compile_in_place(self.model, self.compile_what, self.compile_mode)
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            self.trainer.strategy.shard(self.model)
 
     def configure_optimizers(self) -> Optimizer:
         """Build the optimizer; its learning rates are set before every step."""
@@ -92,6 +94,8 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, in nats per token."""
+        if self.compile_mode != "default":
+            torch.compiler.cudagraph_mark_step_begin()  # what the graph returned before may be overwritten
         loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk)
         self.step_loss += loss.detach()
         return loss

@@ -1,6 +1,7 @@
 """How the network is spread over devices."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import lightning as L
 import torch
@@ -29,14 +30,20 @@ def build_strategy(
             return "auto"
 
 
-def compile_in_place(model: GPT, *, by_block: bool) -> None:
-    """Compile the loss as a whole, or each block by itself (which sharding needs, since its hooks run between them)."""
-    if by_block:
+def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str) -> None:
+    """Compile the loss as a whole, or each block by itself: blocks that are alike share what is compiled.
+
+    Args:
+        model: To be compiled; its parameters keep their names.
+        what: See there.
+        mode: Of torch.compile's.
+    """
+    if what == "blocks":
         for block in model.h:
-            block.compile()
+            block.compile(mode=mode)
     else:
         for name in ("loss", "nats"):
-            setattr(model, name, torch.compile(getattr(model, name)))
+            setattr(model, name, torch.compile(getattr(model, name), mode=mode))
 
 
 def gathered(strategy: Strategy) -> AbstractContextManager[None]:

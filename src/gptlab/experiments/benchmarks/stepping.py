@@ -104,6 +104,7 @@ def _module(bench: GuardsBench) -> _Module:
         seed=0,
         token_bytes=torch.ones(bench.model.vocab_size or 0),
         compile=False,
+        compile_mode="default",
         loss_chunk=None,
     )
 

@@ -82,7 +82,9 @@ def decided(shape: StepsOfModel, levers: Levers) -> Devices:
         return chosen
     if levers.float32_matmul == "onednn" and chosen.float32_matmul != "onednn":
         levers = levers._replace(float32_matmul="default")  # it is not for this processor
-    return chosen._replace(precision=levers.precision, compile=levers.compile, float32_matmul=levers.float32_matmul)
+    return chosen._replace(
+        precision=levers.precision, compile="whole" if levers.compile else False, float32_matmul=levers.float32_matmul
+    )
 
 
 def loss_of(model: GPT, idx: Tensor, targets: Tensor, devices: Devices, chunk: int | None) -> Callable[[], Tensor]:
