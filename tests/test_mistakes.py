@@ -42,6 +42,10 @@ MISTAKES = {
         ["trainer=fsdp_tp", "trainer.devices=3"],
         "trainer.tensor_parallel=2 has to divide the devices of a machine, and there are 3 (trainer.devices).",
     ),
+    "an average that cannot move": (
+        ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
+        "train.ema_decay=0.999 moves an average by less than bfloat16 can tell: trainer.precision=bf16-mixed keeps",
+    ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
         "trainer.tensor_parallel=3 has to divide model.n_head=4: the attention is split by heads.",

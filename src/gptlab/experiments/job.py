@@ -115,6 +115,7 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
         schedule=config.schedule,
         max_steps=config.steps,
         grad_clip=config.train.grad_clip,
+        ema_decay=config.train.ema_decay,
         seed=config.seed,
         token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
         compile=devices.compile,

@@ -94,6 +94,7 @@ class TrainConfig(Settings):
     eval_every: PositiveInt
     eval_windows: PositiveInt | None
     grad_clip: NonNegativeFloat
+    ema_decay: Average | None
     max_bad_steps: PositiveInt
     spike_sigma: PositiveFloat | None
     spike_window: Annotated[int, Field(ge=4)]

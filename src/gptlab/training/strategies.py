@@ -44,6 +44,12 @@ def gathered(strategy: Strategy) -> AbstractContextManager[None]:
     return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
 
 
+def weights_changed(strategy: Strategy) -> None:
+    """Let a sharded network, whose weights were written to, gather them anew."""
+    if isinstance(strategy, FSDP2Strategy):
+        strategy.reshard()
+
+
 def data_rank(trainer: L.Trainer) -> int:
     """Say which share of the data this rank reads: those that split one model between them read the same."""
     return (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
