@@ -110,16 +110,16 @@ SPREAD = [
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "two groups of two"])
 def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
-    one = runs.give(user, "averaged", *EMA, "trainer.precision=32-true")
-    ran(user.train("name=spread", *EMA, "trainer.precision=32-true", *LAYOUTS[layout], timeout=600))
+    same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # beside which the gradients' rounding is small
+    one = runs.give(user, "averaged", *same)
+    ran(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
     spread = user.only_run("spread")
     for name in ("train/loss", "val/loss"):
         assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
     found, expected = averages(spread), averages(one)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        if not name.endswith("c_attn.bias"):  # a key's has no gradient but rounding, which AdamW makes into steps
-            torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
     model = load_model(spread)
     assert all(torch.equal(parameter, found[name]) for name, parameter in model.named_parameters())
 

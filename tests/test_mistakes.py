@@ -37,6 +37,15 @@ MISTAKES = {
         ["trainer=ddp", "trainer.devices=8"],
         "train.global_batch_size=12 cannot be dealt out to 8 devices: it is no multiple of 8. The nearest: 8 and 16",
     ),
+    "an earlier batch and devices": (
+        ["train.batch_schedule=[[5,3]]", "trainer=ddp", "trainer.devices=2"],
+        "a batch of train.batch_schedule=3 cannot be dealt out to 2 devices x 1 accumulated: it is no multiple of 2. "
+        "The nearest: 2 and 4.",
+    ),
+    "batches that do not grow": (
+        ["train.batch_schedule=[[5,8],[9,4]]"],
+        "train: batch_schedule=[[5, 8], [9, 4]] should name growing batches, each with the last step that has it",
+    ),
     "devices without a strategy": (["trainer.devices=2"], "need a strategy for several devices: trainer=ddp"),
     "devices and groups": (
         ["trainer=fsdp_tp", "trainer.devices=3"],

@@ -84,6 +84,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
         seed=1,
         token_bytes=torch.ones(61, dtype=torch.int),
         compile=False,
+        micro_batch_sizes=1,
         loss_chunk=None,
     )
     trainer = L.Trainer(

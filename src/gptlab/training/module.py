@@ -38,6 +38,7 @@ class GPTModule(L.LightningModule):
         seed: Of everything that is random while training.
         token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
         compile: Compile the network.
+        micro_batch_sizes: How many sizes the micro-batches of the run have, for each of which it is compiled.
         loss_chunk: Tokens whose logits are there at a time; None has those of a micro-batch at once.
     """
 
@@ -55,13 +56,14 @@ class GPTModule(L.LightningModule):
         seed: int,
         token_bytes: Tensor,
         compile: bool,  # noqa: A002  (torch's own word)
+        micro_batch_sizes: int,
         loss_chunk: int | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config, self.schedule_config, self.max_steps = optimizer, schedule, max_steps
         self.grad_clip, self.ema_decay, self.seed = grad_clip, ema_decay, seed
-        self.compile_model, self.loss_chunk = compile, loss_chunk
+        self.compile_model, self.micro_batch_sizes, self.loss_chunk = compile, micro_batch_sizes, loss_chunk
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
@@ -72,7 +74,8 @@ class GPTModule(L.LightningModule):
         """Compile and shard the network in place, so that parameters keep their names."""
         strategy = self.trainer.strategy
         if self.compile_model:
-            compile_in_place(self.model, by_block=isinstance(strategy, FSDP2Strategy))
+            by_block = isinstance(strategy, FSDP2Strategy)
+            compile_in_place(self.model, by_block=by_block, shapes=self.micro_batch_sizes)
         if isinstance(strategy, FSDP2Strategy):
             strategy.shard(self.model)
 
@@ -162,7 +165,8 @@ class GPTModule(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
         states, config = checkpoint["optimizer_states"], self.optimizer_config
-        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states]
+        # a rank that does not write the one file that all are gathered into has none
+        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states if state]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """How the network is spread over devices."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,6 +13,8 @@ from gptlab.training.batch import BatchPlan
 from gptlab.training.config import TrainerConfig
 from gptlab.training.devices import Devices
 from gptlab.training.fsdp import FSDP2Strategy
+
+RECOMPILES = 8  # of one shape, as torch has it
 
 
 def build_strategy(
@@ -29,14 +32,22 @@ def build_strategy(
             return "auto"
 
 
-def compile_in_place(model: GPT, *, by_block: bool) -> None:
-    """Compile the loss as a whole, or each block by itself (which sharding needs, since its hooks run between them)."""
+def compile_in_place(model: GPT, *, by_block: bool, shapes: int) -> None:
+    """Compile the loss as a whole, or each block by itself (which sharding needs, since its hooks run between them).
+
+    Args:
+        model: The network.
+        by_block: Compile each block by itself.
+        shapes: How many shapes training has. Where it is more than one, each is compiled for itself: by itself torch
+            would, from the second on, compile for all at once, which is slower, and give up after the eighth.
+    """
+    options: dict[str, Any] = {"dynamic": False, "recompile_limit": RECOMPILES * shapes} if shapes > 1 else {}
     if by_block:
         for block in model.h:
-            block.compile()
+            block.compile(**options)
     else:
         for name in ("loss", "nats"):
-            setattr(model, name, torch.compile(getattr(model, name)))
+            setattr(model, name, torch.compile(getattr(model, name), **options))
 
 
 def gathered(strategy: Strategy) -> AbstractContextManager[None]:

@@ -105,6 +105,7 @@ def _module(bench: GuardsBench) -> _Module:
         seed=0,
         token_bytes=torch.ones(bench.model.vocab_size or 0),
         compile=False,
+        micro_batch_sizes=1,
         loss_chunk=None,
     )
 
