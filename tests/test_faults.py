@@ -162,9 +162,10 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit
 
 
 @pytest.mark.slow
-def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(user):
+@pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9",)], ids=["the weights", "their average"])
+def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(user, extra):
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
-    rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6")
+    rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
     ran(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
     run = user.begin("gptlab.train", *TINY, *rhythm, "name=stopped")
     run.until(lambda: last_step(user, "stopped") == 3)

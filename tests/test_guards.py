@@ -63,6 +63,8 @@ def kept(directory):
         (("trainer=cpu",), ("optimizer=muon", "optimizer.fused=true")),
         (("trainer=fsdp", *TWO), ("optimizer=muon", "optimizer.fused=true")),
         (("trainer=fsdp", *TWO), ("optimizer=muon", "optimizer.fused=false")),
+        (("trainer=fsdp", *TWO), ("train.ema_decay=0.9", "optimizer.fused=true")),
+        (("trainer=ddp", *TWO), ("train.ema_decay=0.9", "optimizer.fused=false")),
     ],
 )
 def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):

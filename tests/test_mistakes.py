@@ -37,10 +37,23 @@ MISTAKES = {
         ["trainer=ddp", "trainer.devices=8"],
         "train.global_batch_size=12 cannot be dealt out to 8 devices: it is no multiple of 8. The nearest: 8 and 16",
     ),
+    "an earlier batch and devices": (
+        ["train.batch_schedule=[[5,3]]", "trainer=ddp", "trainer.devices=2"],
+        "a batch of train.batch_schedule=3 cannot be dealt out to 2 devices x 1 accumulated: it is no multiple of 2. "
+        "The nearest: 2 and 4.",
+    ),
+    "batches that do not grow": (
+        ["train.batch_schedule=[[5,8],[9,4]]"],
+        "train: batch_schedule=[[5, 8], [9, 4]] should name growing batches, each with the last step that has it",
+    ),
     "devices without a strategy": (["trainer.devices=2"], "need a strategy for several devices: trainer=ddp"),
     "devices and groups": (
         ["trainer=fsdp_tp", "trainer.devices=3"],
         "trainer.tensor_parallel=2 has to divide the devices of a machine, and there are 3 (trainer.devices).",
+    ),
+    "an average that cannot move": (
+        ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
+        "train.ema_decay=0.999 moves an average by less than bfloat16 can tell: trainer.precision=bf16-mixed keeps",
     ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],

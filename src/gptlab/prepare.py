@@ -62,7 +62,7 @@ def _replay(directory: Path, step: int) -> None:
     config = load_config(directory)
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
-    print_batch(batch_texts(prepared, order, step, config.train.global_batch_size))
+    print_batch(batch_texts(prepared, order, step, config.train.stages))
 
 
 if __name__ == "__main__":

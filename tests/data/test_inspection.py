@@ -8,6 +8,7 @@ from gptlab.data.formats import describe
 from gptlab.data.inspection import batch_texts, first_documents, longest_document
 from gptlab.data.order import WindowOrder
 from gptlab.data.prepared import Prepared, verify
+from gptlab.data.stages import Stages
 from gptlab.data.streams import Folder
 from gptlab.data.tokenizers import BytesTokenizer
 from gptlab.errors import UserError
@@ -53,4 +54,4 @@ def test_the_batch_of_a_step_is_what_the_order_says(prepared):
     ids = prepared.stream("train").read([0], prepared.manifest.tokens("train"))[0]
     starts = order.starts(np.arange(6, 9))  # step 3 of batches of three
     expected = [(int(start), BytesTokenizer().decode(ids[start : start + 5].tolist())) for start in starts]
-    assert batch_texts(prepared, order, step=3, batch=3) == expected
+    assert batch_texts(prepared, order, step=3, stages=Stages(3)) == expected

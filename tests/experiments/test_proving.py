@@ -98,12 +98,20 @@ def test_a_short_run_saves_every_step_and_leaves_loggers_alone():
 
 
 def test_batches_are_dealt_out_in_micro_batches_no_larger_than_the_users():
-    assert deal(12, 2, 4) == (2, 3, 2)
-    assert deal(12, 1, 6) == (1, 6, 2)
-    assert deal(480, 4, 12) == (4, 12, 10)
-    assert deal(14, 2, 5) == (2, 1, 7)
+    def dealt(batch, *arguments, earlier=()):
+        train = resolved(f"train.global_batch_size={batch}", f"train.batch_schedule={[list(s) for s in earlier]}").train
+        return deal(train, *arguments)[:3]
+
+    assert dealt(12, 2, 4) == (2, 3, 2)
+    assert dealt(12, 1, 6) == (1, 6, 2)
+    assert dealt(480, 4, 12) == (4, 12, 10)
+    assert dealt(14, 2, 5) == (2, 1, 7)
     with pytest.raises(UserError, match="cannot be dealt out to 4 devices"):
-        deal(14, 4, 14)
+        dealt(14, 4, 14)
+    assert dealt(24, 2, 11, earlier=[(3, 8), (6, 16)]) == (2, 6, 2)  # 2 divides 4, 8 and 12, and 3 does not
+    assert dealt(24, 2, 5, earlier=[(3, 8), (6, 16)]) == (2, 3, 4)
+    with pytest.raises(UserError, match="too small for an accumulation of micro-batches up to 2"):
+        dealt(24, 2, 2, earlier=[(3, 8), (6, 16)])
 
 
 def stand_in(monkeypatch, code: str) -> None:

@@ -80,10 +80,12 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
         schedule=ConstantConfig(name="constant", warmup_steps=0),
         max_steps=STEPS,
         grad_clip=1.0,
+        ema_decay=None,
         seed=1,
         token_bytes=torch.ones(61, dtype=torch.int),
         compile=False,
         compile_mode="default",
+        micro_batch_sizes=1,
         loss_chunk=None,
     )
     trainer = L.Trainer(

@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from conftest import defaults
 from gptlab.errors import UserError
-from gptlab.training.config import TrainerConfig
+from gptlab.training.config import TrainConfig, TrainerConfig
 
 FSDP = defaults("trainer/auto.yaml") | {"devices": "auto", "strategy": "fsdp"}
 
@@ -36,3 +36,20 @@ def test_a_group_does_not_span_machines():
     config = TrainerConfig(**FSDP | {"strategy": "fsdp_tp", "tensor_parallel": 2})
     with pytest.raises(UserError, match="tensor_parallel=2 has to divide the devices of a machine, and there are 1 "):
         config.data_parallel(1, 2)
+
+
+TRAIN = defaults("train.yaml")["train"]
+
+
+@pytest.mark.parametrize("stages", [[(5, 4), (5, 8)], [(5, 8), (9, 8)], [(5, 8), (9, 4)], [(5, 12)], [(5, 24)]])
+def test_batches_grow(stages):
+    with pytest.raises(ValidationError, match="should name growing batches"):
+        TrainConfig(**TRAIN | {"batch_schedule": stages})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps"), [(1, 1), (2 * 4 * 32, 2), (2 * 4 * 32 + 1, 3), (24 * 32, 4), (25 * 32, 5)]
+)
+def test_a_length_in_tokens_is_that_of_growing_batches(tokens, steps):
+    length = {"max_steps": None, "max_tokens": tokens, "batch_schedule": [(2, 4), (4, 8)]}
+    assert TrainConfig(**TRAIN | length).steps(32) == steps

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gptlab.data.order import WindowOrder
+from gptlab.data.stages import Stages
 from gptlab.data.streams import TokenStream
 
 AT_ONCE = 1024  # windows whose places are computed together, which costs little more than those of one batch
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences."""
+    """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences, or fewer."""
 
     rank: int
     world_size: int
@@ -41,24 +42,37 @@ class Slice(NamedTuple):
 class TrainBatches(Dataset[Batch]):
     """Micro-batch number m of a rank, for any m >= 0.
 
-    With A of them in a step, it is micro-batch m % A of optimizer step m // A; its place does not depend on A.
+    With A of them in a step, it is micro-batch m % A of optimizer step m // A. A is the same in all steps, and follows
+    from the last stage; where there is but one, the place of a micro-batch does not depend on A.
 
     Args:
         stream: The tokens of train.
         order: Where the windows start.
-        part: Of which rank.
+        part: Of which rank, with the micro-batch of the last stage.
         border: The id that documents are told apart by; None leaves them packed.
+        stages: How many windows every step has; None: always the same number.
     """
 
-    def __init__(self, stream: TokenStream, order: WindowOrder, part: Slice, border: int | None = None) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        order: WindowOrder,
+        part: Slice,
+        border: int | None = None,
+        stages: Stages | None = None,
+    ) -> None:
         self.stream, self.order, self.part, self.border = stream, order, part, border
+        at_once = part.world_size * part.micro_batch_size
+        self.stages = stages or Stages(at_once)
+        self.accumulation = self.stages.sizes[-1] // at_once
         self.at_once = max(1, AT_ONCE // part.micro_batch_size)
-        self._latest: tuple[int, NDArray[np.int64]] | None = None
+        self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def positions(self, number: int) -> NDArray[np.int64]:
         """Global positions (B,) of micro-batch ``number``."""
-        rank, world_size, size = self.part
-        first = (number * world_size + rank) * size
+        step, micro = divmod(number, self.accumulation)
+        size = self.stages.batch(step) // (self.part.world_size * self.accumulation)
+        first = self.stages.first(step) + (micro * self.part.world_size + self.part.rank) * size
         return np.arange(first, first + size, dtype=np.int64)
 
     def __getitem__(self, number: int) -> Batch:
@@ -71,7 +85,8 @@ class TrainBatches(Dataset[Batch]):
         if self._latest is None or self._latest[0] != group:
             first = group * self.at_once
             positions = [self.positions(n) for n in range(first, first + self.at_once)]
-            self._latest = group, self.order.starts(np.concatenate(positions)).reshape(self.at_once, -1)
+            ends = np.cumsum([len(part) for part in positions])
+            self._latest = group, np.split(self.order.starts(np.concatenate(positions)), ends[:-1])
         return self._latest[1][place]
 
 

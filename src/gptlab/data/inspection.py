@@ -5,6 +5,7 @@ import numpy as np
 from gptlab.data.order import WindowOrder
 from gptlab.data.prepared import Prepared
 from gptlab.data.shards import Split
+from gptlab.data.stages import Stages
 from gptlab.data.streams import TokenStream
 
 BEGINNING = 2**22  # tokens looked at for the first documents
@@ -36,9 +37,9 @@ def first_documents(prepared: Prepared, split: Split, documents: int, tokens: in
     return [prepared.tokenizer.decode(text[:tokens].tolist()) for text in texts if len(text)][:documents]
 
 
-def batch_texts(prepared: Prepared, order: WindowOrder, step: int, batch: int) -> list[tuple[int, str]]:
-    """Decode the ``batch`` windows of step ``step`` (counted from 1, as in metrics.csv), each with its first token."""
+def batch_texts(prepared: Prepared, order: WindowOrder, step: int, stages: Stages) -> list[tuple[int, str]]:
+    """Decode the windows of step ``step`` (counted from 1, as in metrics.csv), each with its first token."""
     stream = prepared.stream("train")
-    starts = order.starts(np.arange((step - 1) * batch, step * batch, dtype=np.int64))
+    starts = order.starts(np.arange(stages.first(step - 1), stages.first(step), dtype=np.int64))
     rows = stream.read(starts, order.block_size + 1)
     return [(int(start), prepared.tokenizer.decode(row.tolist())) for start, row in zip(starts, rows, strict=True)]

@@ -1,7 +1,8 @@
 """The order of training: which window stands at each position, without an index.
 
 The window at global position p is a pure function of the data, the seed and p. Step s of a run with a global batch of G
-windows reads positions [s G, (s+1) G); devices, workers and micro-batches only slice that range.
+windows reads positions [s G, (s+1) G), or what ``gptlab.data.stages`` says where G is not always the same; devices,
+workers and micro-batches only slice that range.
 """
 
 import hashlib

@@ -19,7 +19,7 @@ from gptlab.experiments.screen import announce, replay_command, say_stopped, sum
 from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
-from gptlab.training.batch import BatchPlan, plan_batch
+from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.checkpoints import Checkpoints
 from gptlab.training.callbacks.guard import Guard
 from gptlab.training.callbacks.preemption import Preempted, Preemption
@@ -60,7 +60,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices, Path(config.data.cache_dir))
     shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
-    plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, shares)
+    plan = config.train.plan(shares)
     join_group(devices)
     checkpoint = on_first_rank(lambda: _checkpoint(config))
     module = build_module(config, prepared, devices)
@@ -115,10 +115,12 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
         schedule=config.schedule,
         max_steps=config.steps,
         grad_clip=config.train.grad_clip,
+        ema_decay=config.train.ema_decay,
         seed=config.seed,
         token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
         compile=devices.compile,
         compile_mode=config.train.compile_mode,
+        micro_batch_sizes=len(config.train.stages.sizes),
         loss_chunk=loss_chunk(config.train.loss_chunk, config.model),
     )
 
@@ -216,7 +218,8 @@ def _recorder(config: Config, devices: Devices) -> Recorder:
     return Recorder(
         log_every=config.train.log_every,
         max_steps=config.steps,
-        tokens_per_step=config.train.global_batch_size * config.model.block_size,
+        stages=config.train.stages,
+        block_size=config.model.block_size,
         flops_per_token=flops_per_token(config.model),
         peak_flops=peak * devices.world_size if peak else None,
     )

@@ -22,7 +22,6 @@ from gptlab.experiments.preparing import prepare_with_progress
 from gptlab.experiments.schema import Config
 from gptlab.experiments.signals import stoppable
 from gptlab.experiments.supervisor import supervise
-from gptlab.training.batch import plan_batch
 from gptlab.training.processes import started_from_outside
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     config = config.with_absolute_paths()
     if isinstance(config.trainer.devices, int) and not started_from_outside():
         shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
-        plan_batch(config.train.global_batch_size, config.train.micro_batch_size, shares)
+        config.train.plan(shares)
     for earlier in filter(None, (config.resume, config.init_from)):
         if earlier == config.init_from and is_foreign(Path(earlier)):
             check_foreign(Path(earlier), config.model)

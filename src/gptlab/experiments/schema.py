@@ -78,6 +78,15 @@ class Config(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _averages_are_fine(self) -> Self:
+        if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
+            raise ValueError(
+                f"train.ema_decay={self.train.ema_decay} moves an average by less than bfloat16 can tell: "
+                "trainer.precision=bf16-mixed keeps the weights, and their average, in float32"
+            )
+        return self
+
     @property
     def steps(self) -> int:
         """Length in optimizer steps."""

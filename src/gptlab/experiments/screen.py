@@ -27,7 +27,7 @@ COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled bloc
 
 def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
     """Say what was decided."""
-    block_size, batch = config.model.block_size, config.train.global_batch_size
+    block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
     precision = f"{devices.precision}{products}, {COMPILED[devices.compile]}"
     parts = config.trainer.tensor_parallel
@@ -39,8 +39,9 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
-        "batch": f"{batch} sequences of {block_size} tokens: {dealt}",
-        "length": f"{config.steps:,} steps, {config.steps * batch * block_size:,} tokens",
+        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {dealt}",
+        **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
+        "length": f"{config.steps:,} steps, {stages.first(config.steps) * block_size:,} tokens",
         "run": str(_shown(directory)),
     }
     for name, value in lines.items():
@@ -56,7 +57,7 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
             console.print(Panel(Text(callback.latest[0]), title=title, title_align="left", box=box.ROUNDED))
     rows = {
         "parameters": f"{parameter_count(config.model):,}",
-        "tokens seen": f"{trainer.global_step * recorder.tokens_per_step:,}",
+        "tokens seen": f"{recorder.tokens(trainer.global_step):,}",
         **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
         **_best(recorder.best),
         "wall time": str(timedelta(seconds=round(recorder.seconds))),

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptlab.errors import UserError
@@ -10,11 +11,11 @@ from gptlab.experiments.directory import best_checkpoint, load_config
 from gptlab.experiments.foreign import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
 from gptlab.model.foreign import load_renamed, renamed
 from gptlab.model.gpt import GPT
-from gptlab.training.checkpoints.reading import read, read_plain
+from gptlab.training.checkpoints.reading import averages, read, read_plain
 
 
 def load_weights(model: GPT, directory: Path) -> None:
-    """Load weights into ``model``, which they fit: the best of a run, or those of others.
+    """Load weights into ``model``, which they fit: the best of a run, their average if it kept one, or those of others.
 
     Raises:
         UserError: They cannot be read, or do not fit after all.
@@ -22,10 +23,15 @@ def load_weights(model: GPT, directory: Path) -> None:
     if is_foreign(directory):
         _load_foreign(model, directory)
         return
-    state = read(best_checkpoint(directory))["state_dict"]
-    if "wpe.weight" in state:
-        state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
-    model.load_state_dict(state)
+    checkpoint = read(best_checkpoint(directory))
+    for state in (checkpoint["state_dict"], average := averages(checkpoint)):
+        if "wpe.weight" in state:
+            state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
+    model.load_state_dict(checkpoint["state_dict"])
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in average.items():
+            parameters[name].copy_(tensor)
 
 
 def _load_foreign(model: GPT, path: Path) -> None:

@@ -1,11 +1,14 @@
 """How a model is trained, on what, and what is kept of it. Imports no torch."""
 
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from gptlab.data.stages import Stages
 from gptlab.errors import UserError
 from gptlab.settings import Settings
+from gptlab.training.batch import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Average = Annotated[float, Field(ge=0, lt=1)]  # what a running average keeps of itself at every step
@@ -91,9 +94,11 @@ class TrainConfig(Settings):
     max_tokens: PositiveInt | None
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
+    batch_schedule: list[tuple[PositiveInt, PositiveInt]]
     eval_every: PositiveInt
     eval_windows: PositiveInt | None
     grad_clip: NonNegativeFloat
+    ema_decay: Average | None
     max_bad_steps: PositiveInt
     spike_sigma: PositiveFloat | None
     spike_window: Annotated[int, Field(ge=4)]
@@ -111,12 +116,33 @@ class TrainConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _batches_grow(self) -> Self:
+        ends, sizes = ([stage[part] for stage in self.batch_schedule] for part in (0, 1))
+        sizes = [*sizes, self.global_batch_size]
+        if any(later <= earlier for numbers in (ends, sizes) for earlier, later in pairwise(numbers)):
+            raise ValueError(
+                f"batch_schedule={[list(stage) for stage in self.batch_schedule]} should name growing batches, each "
+                "with the last step that has it, and all of them smaller than "
+                f"global_batch_size={self.global_batch_size}, which follows"
+            )
+        return self
+
+    @property
+    def stages(self) -> Stages:
+        """How many sequences every step has."""
+        return Stages(self.global_batch_size, self.batch_schedule)
+
+    def plan(self, world_size: int) -> BatchPlan:
+        """Deal the batches out to so many ranks that read data of their own; UserError: it cannot be done."""
+        return plan_batch(self.global_batch_size, self.micro_batch_size, world_size, self.batch_schedule)
+
     def steps(self, block_size: int) -> int:
         """Length in optimizer steps: enough for ``max_tokens`` where that is what was named."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.max_tokens is not None  # noqa: S101  (what the validator guarantees)
-        return -(-self.max_tokens // (self.global_batch_size * block_size))
+        return self.stages.steps(-(-self.max_tokens // block_size))
 
 
 class TrainerConfig(Settings):

@@ -50,7 +50,9 @@ class TokenData(L.LightningDataModule):
     def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> DataLoader[Batch]:
         """A rank's micro-batches without end, from a step on, counted from 0; they need no trainer."""
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
-        batches = TrainBatches(self.prepared.stream("train"), order, self._slice(rank), self._border())
+        batches = TrainBatches(
+            self.prepared.stream("train"), order, self._slice(rank), self._border(), self.plan.stages
+        )
         return DataLoader(
             batches,
             batch_size=None,

@@ -32,6 +32,7 @@ from gptlab.training.checkpoints.reading import flatten, is_sharded, read_shards
 from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.config import TrainerConfig
 from gptlab.training.devices import Devices
+from gptlab.training.optimizers import check_groups
 from gptlab.training.tensor_parallel import split_over
 
 
@@ -111,8 +112,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         finally:
             for block in blocks:
                 block.set_reshard_after_forward(self.config.reshard_after_forward, recurse=False)
-                block.reshard()
-            cast(FSDPModule, self.network).reshard()
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Free what was gathered of the network."""
+        for part in (*self.network.h, self.network):
+            cast(FSDPModule, part).reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The parameters: this rank's parts of all, or, for one file, all of them on the first rank."""
@@ -138,6 +143,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         if is_sharded(place):
             options = StateDictOptions()
             groups = [state["param_groups"] for state in checkpoint.pop("optimizer_states")]
+            for optimizer, saved in zip(self.optimizers, groups, strict=True):
+                check_groups(saved, optimizer.param_groups)  # before its moments are looked for
             moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
             model = get_model_state_dict(self.network, options=options)
             state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}

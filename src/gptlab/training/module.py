@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
+from gptlab.training.averaging import keep_average, put_averages, put_back, set_decay
 from gptlab.training.config import OptimizerConfig, ScheduleConfig
 from gptlab.training.fsdp import FSDP2Strategy
 from gptlab.training.optimizers import build_optimizer, set_step, skip_where_bad, with_names, with_numbers
 from gptlab.training.schedules import learning_rate
-from gptlab.training.strategies import compile_in_place, data_rank, reduced
+from gptlab.training.strategies import compile_in_place, data_rank, reduced, weights_changed
 
 WEIGHTS = "model."  # where the network hangs in the module; no checkpoint carries it
 
@@ -33,10 +34,12 @@ class GPTModule(L.LightningModule):
         schedule: Which learning-rate schedule, and its values.
         max_steps: Length of the run in optimizer steps.
         grad_clip: Largest gradient norm; 0 does not clip.
+        ema_decay: Of the average of the weights; None keeps none.
         seed: Of everything that is random while training.
         token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
         compile: What of the network to compile, if anything; see ``gptlab.training.devices.Devices``.
         compile_mode: One of torch.compile's.
+        micro_batch_sizes: How many sizes the micro-batches of the run have, for each of which it is compiled.
         loss_chunk: Tokens whose logits are there at a time; None has those of a micro-batch at once.
     """
 
@@ -50,26 +53,29 @@ class GPTModule(L.LightningModule):
         schedule: ScheduleConfig,
         max_steps: int,
         grad_clip: float,
+        ema_decay: float | None,
         seed: int,
         token_bytes: Tensor,
         compile: Literal[False, "whole", "blocks"],  # noqa: A002  (torch's own word)
         compile_mode: str,
+        micro_batch_sizes: int,
         loss_chunk: int | None,
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_config, self.schedule_config, self.max_steps = optimizer, schedule, max_steps
-        self.grad_clip, self.seed, self.loss_chunk = grad_clip, seed, loss_chunk
-        self.compile_what, self.compile_mode = compile, compile_mode
+        self.grad_clip, self.ema_decay, self.seed, self.loss_chunk = grad_clip, ema_decay, seed, loss_chunk
+        self.compile_what, self.compile_mode, self.micro_batch_sizes = compile, compile_mode, micro_batch_sizes
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self.bad_step = torch.zeros(())  # 1 where that norm is not finite, and the step was skipped; else 0
+        self._trained: list[tuple[Tensor, Tensor]] = []  # the weights, while their averages are in their place
 
     def configure_model(self) -> None:
         """Compile and shard the network in place, so that parameters keep their names."""
         if self.compile_what:
-            compile_in_place(self.model, self.compile_what, self.compile_mode)
+            compile_in_place(self.model, self.compile_what, self.compile_mode, shapes=self.micro_batch_sizes)
         if isinstance(self.trainer.strategy, FSDP2Strategy):
             self.trainer.strategy.shard(self.model)
 
@@ -77,7 +83,10 @@ class GPTModule(L.LightningModule):
         """Build the optimizer; its learning rates are set before every step."""
         wanted = self.optimizer_config.fused
         fused = self.device.type in ("cuda", "cpu") if wanted == "auto" else wanted
-        return build_optimizer(self.model, self.optimizer_config, fused=fused)
+        optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
+        if self.ema_decay is not None:
+            keep_average(optimizer, self.ema_decay)
+        return optimizer
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0; of Muon's, that of the matrices."""
@@ -89,6 +98,8 @@ class GPTModule(L.LightningModule):
         if micro == 0:
             (optimizer,) = self.trainer.optimizers
             set_step(optimizer, step, self.optimizer_config, self.schedule_config, max_steps=self.max_steps)
+            if self.ema_decay is not None:
+                set_decay(optimizer, step, self.ema_decay)
             self.step_loss = torch.zeros((), device=self.device)
         torch.manual_seed(derive_seed(self.seed, step, data_rank(self.trainer), micro))
 
@@ -124,6 +135,19 @@ class GPTModule(L.LightningModule):
         """
         return reduced(self.step_loss / self.trainer.accumulate_grad_batches, self.trainer, "mean").item()
 
+    def on_validation_start(self) -> None:
+        """Evaluate, and sample, the average of the weights where one is kept."""
+        self._trained = put_averages(self.trainer.optimizers)
+        if self._trained:
+            weights_changed(self.trainer.strategy)
+
+    def on_validation_end(self) -> None:
+        """Go on with the trained weights; a checkpoint has done so before, since it has these and the average."""
+        put_back(self._trained)
+        if self._trained:
+            weights_changed(self.trainer.strategy)
+        self._trained = []
+
     def on_validation_epoch_start(self) -> None:
         """Begin the sums."""
         self.sums = LossSums(self.token_bytes)
@@ -143,7 +167,8 @@ class GPTModule(L.LightningModule):
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
         states, config = checkpoint["optimizer_states"], self.optimizer_config
-        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states]
+        # a rank that does not write the one file that all are gathered into has none
+        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states if state]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from gptlab.errors import UserError
+from gptlab.training.averaging import DECAY
 from gptlab.training.config import MuonConfig, OptimizerConfig, ScheduleConfig
 from gptlab.training.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.schedules import learning_rate, momentum
@@ -121,6 +122,17 @@ def _in_order(model: nn.Module, config: OptimizerConfig) -> list[str]:
     return [names[parameter] for group in parameter_groups(model, config) for parameter in group["params"]]
 
 
+def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
+    """See that the groups of a checkpoint are those of an optimizer, and have its moments; UserError: they have not."""
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
+        what = "The checkpoint has the moments of another optimizer, or of another network."
+    elif [DECAY in group for group in saved] != [DECAY in group for group in own]:
+        what = "A run keeps an average of its weights (train.ema_decay) from its beginning to its end, or not at all."
+    else:
+        return
+    raise UserError(f"{what} A new run can start from its weights: init_from=<run directory>")
+
+
 def _relabelled(state: State, labels: dict[Any, Any]) -> State:
     """Call the parameters of an optimizer's state otherwise; those that are called so already stay."""
     return {
@@ -133,15 +145,7 @@ def _relabelled(state: State, labels: dict[Any, Any]) -> State:
 
 
 def _with_own_settings(optimizer: Optimizer, state: State) -> State:
-    """Replace the settings in a state by the optimizer's own, which are the configuration's.
-
-    Raises:
-        UserError: The state is of other groups.
-    """
+    """Replace the settings in a state by the optimizer's own, the configuration's; UserError: it has others."""
     saved, own = state["param_groups"], optimizer.param_groups
-    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
-        raise UserError(
-            "The checkpoint has the moments of another optimizer, or of another network. A new run can start from its "
-            "weights: init_from=<run directory>"
-        )
+    check_groups(saved, own)
     return state | {"param_groups": [mine | {"params": its["params"]} for its, mine in zip(saved, own, strict=True)]}

@@ -1,7 +1,7 @@
 """How the network is spread over devices."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -13,6 +13,8 @@ from gptlab.training.batch import BatchPlan
 from gptlab.training.config import TrainerConfig
 from gptlab.training.devices import Devices
 from gptlab.training.fsdp import FSDP2Strategy
+
+RECOMPILES = 8  # of one shape, as torch has it
 
 
 def build_strategy(
@@ -30,25 +32,36 @@ def build_strategy(
             return "auto"
 
 
-def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str) -> None:
+def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *, shapes: int) -> None:
     """Compile the loss as a whole, or each block by itself: blocks that are alike share what is compiled.
 
     Args:
         model: To be compiled; its parameters keep their names.
         what: See there.
         mode: Of torch.compile's.
+        shapes: How many shapes training has. Where it is more than one, each is compiled for itself: by itself torch
+            would, from the second on, compile for all at once, which is slower, and give up after the eighth.
     """
+    options: dict[str, Any] = {"mode": mode}
+    if shapes > 1:
+        options |= {"dynamic": False, "recompile_limit": RECOMPILES * shapes}
     if what == "blocks":
         for block in model.h:
-            block.compile(mode=mode)
+            block.compile(**options)
     else:
         for name in ("loss", "nats"):
-            setattr(model, name, torch.compile(getattr(model, name), mode=mode))
+            setattr(model, name, torch.compile(getattr(model, name), **options))
 
 
 def gathered(strategy: Strategy) -> AbstractContextManager[None]:
     """Keep a sharded network whole between forward passes, for generation; nothing for any other network."""
     return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
+
+
+def weights_changed(strategy: Strategy) -> None:
+    """Let a sharded network, whose weights were written to, gather them anew."""
+    if isinstance(strategy, FSDP2Strategy):
+        strategy.reshard()
 
 
 def data_rank(trainer: L.Trainer) -> int:

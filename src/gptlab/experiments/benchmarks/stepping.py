@@ -101,10 +101,12 @@ def _module(bench: GuardsBench) -> _Module:
         schedule=ConstantConfig(name="constant", warmup_steps=0),
         max_steps=10**9,
         grad_clip=1.0,
+        ema_decay=None,
         seed=0,
         token_bytes=torch.ones(bench.model.vocab_size or 0),
         compile=False,
         compile_mode="default",
+        micro_batch_sizes=1,
         loss_chunk=None,
     )
 

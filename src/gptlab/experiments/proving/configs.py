@@ -1,5 +1,6 @@
 """The runs that a proof compares: the user's configuration, made short. Imports no torch."""
 
+import math
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +10,7 @@ from gptlab.errors import UserError
 from gptlab.experiments.resuming import plain, resolve
 from gptlab.experiments.schema import Config, LoggerConfig, check
 from gptlab.settings import Settings
-from gptlab.training.batch import BatchPlan, plan_batch
+from gptlab.training.batch import BatchPlan
 from gptlab.training.config import (
     CallbacksConfig,
     CheckpointConfig,
@@ -17,6 +18,7 @@ from gptlab.training.config import (
     SamplesConfig,
     ScheduleConfig,
     TraceConfig,
+    TrainConfig,
     WSDConfig,
 )
 
@@ -107,11 +109,15 @@ def spread(config: Config, strategy: str, plan: BatchPlan) -> Config:
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
 
 
-def deal(global_batch_size: int, ranks: int, at_most: int) -> BatchPlan:
-    """Deal a global batch out to so many ranks, in the largest micro-batches up to a size; UserError: it cannot be."""
-    share = plan_batch(global_batch_size, None, ranks).micro_batch_size
-    size = next(size for size in range(min(share, at_most), 0, -1) if share % size == 0)
-    return plan_batch(global_batch_size, size, ranks)
+def deal(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
+    """Deal a run's batches out to so many ranks, in the largest micro-batches up to a size; UserError: it cannot be."""
+    whole = _with(train, micro_batch_size=None).plan(ranks)
+    most = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # which the accumulation has to divide
+    for accumulation in range(1, most + 1):
+        size, rest = divmod(whole.micro_batch_size, accumulation)
+        if most % accumulation == rest == 0 and size <= at_most:
+            return _with(train, micro_batch_size=size).plan(ranks)
+    raise UserError(f"train.batch_schedule has batches too small for an accumulation of micro-batches up to {at_most}.")
 
 
 def _as_before(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConfig:

@@ -16,7 +16,6 @@ from gptlab.experiments.proving.report import Proof
 from gptlab.experiments.proving.runs import RunFailed, Runs
 from gptlab.experiments.proving.tokens import loaded_tokens
 from gptlab.experiments.schema import Config
-from gptlab.training.batch import plan_batch
 from gptlab.training.callbacks.trace import hash_tensor
 from gptlab.training.checkpoints.reading import read
 from gptlab.training.checkpoints.records import damage, place_of
@@ -35,10 +34,10 @@ class Case:
     """
 
     def __init__(self, config: Config, prepared: Prepared, wanted: ProveConfig) -> None:
-        self.prepared, self.wanted, self.batch = prepared, wanted, config.train.global_batch_size
+        self.prepared, self.wanted = prepared, wanted
         devices = choose_devices(config.trainer, config.train, config.model)
         shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
-        self.plan = plan_batch(self.batch, config.train.micro_batch_size, shares)
+        self.plan = config.train.plan(shares)
         self.config = shortened(config, wanted.steps)
 
 
@@ -76,7 +75,7 @@ def same_tokens(case: Case, runs: Runs) -> Iterator[Proof]:
     for ranks in case.wanted.ranks:
         name = f"tokens of {ranks} rank{'s' if ranks > 1 else ''}"
         try:
-            plan = deal(case.batch, ranks, case.plan.micro_batch_size)
+            plan = deal(case.config.train, ranks, case.plan.micro_batch_size)
         except UserError as error:
             yield _impossible(name, error)
             continue
@@ -106,7 +105,7 @@ def same_losses(case: Case, runs: Runs) -> Iterator[Proof]:
         try:
             if at_most == 0:
                 raise UserError("the micro-batch is one sequence, which cannot be halved.")
-            plan = deal(case.batch, ranks, at_most)
+            plan = deal(case.config.train, ranks, at_most)
         except UserError as error:
             yield _impossible(name, error)
             continue

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gptlab.training.checkpoints.records import Facts, place_of
 from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: L.Trainer, *, val_loss: float | None = None, evaluation_due: bool = False) -> None:
         """Save the step that was just made; every rank must call this."""
+        assert isinstance(trainer.lightning_module, GPTModule)  # noqa: S101
+        trainer.lightning_module.on_validation_end()  # an evaluation may have put other weights there
         self.evaluation_due = evaluation_due
         facts = Facts(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
         trainer.save_checkpoint(place_of(self.folder, facts.step), weights_only=False, storage_options=facts)

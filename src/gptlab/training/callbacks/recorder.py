@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from gptlab.data.stages import Stages
 from gptlab.training.callbacks.display import Display
 from gptlab.training.module import GPTModule
 
@@ -51,22 +52,34 @@ class Recorder(L.Callback):
     Args:
         log_every: Steps between rows.
         max_steps: Length of the run; the last step is always recorded and evaluated.
-        tokens_per_step: Tokens of the global batch.
+        stages: How many sequences every step has.
+        block_size: Tokens of a sequence.
         flops_per_token: Of the model, forward and backward.
         peak_flops: Of all devices together; None where it is not known, and then there is no mfu.
     """
 
     def __init__(
-        self, *, log_every: int, max_steps: int, tokens_per_step: int, flops_per_token: int, peak_flops: float | None
+        self,
+        *,
+        log_every: int,
+        max_steps: int,
+        stages: Stages,
+        block_size: int,
+        flops_per_token: int,
+        peak_flops: float | None,
     ) -> None:
-        self.log_every, self.max_steps = log_every, max_steps
-        self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
+        self.log_every, self.max_steps, self.stages, self.block_size = log_every, max_steps, stages, block_size
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.best: dict[str, float] = {}  # the evaluation with the lowest loss: step, val/loss, val/bits_per_byte
         self.counts: list[Callable[[], dict[str, float]]] = []  # asked at every row for what others have counted
         self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
         self.seconds = 0.0  # of training, evaluation included
         self._watch = Stopwatch()
         self._display: Display | None = None
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of so many steps, from the first on."""
+        return self.stages.first(steps) * self.block_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open the display and start the clocks."""
@@ -98,13 +111,13 @@ class Recorder(L.Callback):
     def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         assert isinstance(module, GPTModule)  # noqa: S101
         loss = module.global_step_loss()  # waits for the device, so the clock is right from here on
-        tokens_per_second = (step - self._last_step) * self.tokens_per_step / self._watch.read()
+        tokens_per_second = (self.tokens(step) - self.tokens(self._last_step)) / self._watch.read()
         self._last_step = step
         metrics = {
             "train/loss": loss,
             "lr": module.lr(step - 1),
             "grad_norm": module.grad_norm.item(),
-            "tokens": step * self.tokens_per_step,
+            "tokens": self.tokens(step),
             "tokens_per_second": tokens_per_second,
         }
         for count in self.counts:
@@ -125,7 +138,7 @@ class Recorder(L.Callback):
         """Record the evaluation."""
         step = trainer.global_step
         metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
-        _log(trainer, {**metrics, "tokens": step * self.tokens_per_step}, step)
+        _log(trainer, {**metrics, "tokens": self.tokens(step)}, step)
         is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
         if is_best:
             self.best = {"step": step, **metrics}

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from gptlab.errors import UserError
+from gptlab.training.averaging import AVERAGE
 from gptlab.training.checkpoints.records import STATE
 
 SHARDS = ".metadata"  # torch's description of the shards
@@ -37,6 +38,12 @@ def read(place: Path) -> Checkpoint:
         load(tensors, storage_reader=reader, no_dist=True)
         _unflatten(tensors, checkpoint)
     return checkpoint
+
+
+def averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the average of each parameter, a tied one once; nothing where the run kept none."""
+    states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
+    return {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
 
 
 def read_state(place: Path) -> Checkpoint:
