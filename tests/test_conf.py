@@ -18,6 +18,7 @@ GROUPS = (
     "callbacks",
     "logger",
     "experiment",
+    "without",
     "debug",
 )
 # what an option cannot know: it must be named
@@ -25,6 +26,8 @@ NEEDED = {
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
     "data=huggingface": ["data.path=x", "data.column=text"],
+    "without=decay": ["schedule=wsd"],
+    "without=untied_head": ["optimizer=muon"],
     "model=gpt": ["model.n_layer=1", "model.n_head=1", "model.n_embd=8", "model.block_size=8", "optimizer.lr=1"],
 }
 OPTIONS = [
@@ -55,6 +58,15 @@ def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
     assert (other.tokenizer.name, other.optimizer.lr) == ("bytes", 1)
     assert resolved("experiment=shakespeare_char", "model=gpt2").tokenizer.name == "gpt2"
     assert resolved("model=gpt2", "trainer=ddp").trainer.strategy == "ddp"
+
+
+@pytest.mark.parametrize("part", [o for o in OPTIONS if o.startswith("without=") and o != "without=nothing"])
+def test_a_recipe_without_a_part_is_another_one(part):
+    whole, other = resolved("experiment=speedrun_cpu"), resolved("experiment=speedrun_cpu", part)
+    groups = {key for key in Config.model_fields if getattr(whole, key) != getattr(other, key)}
+    assert groups
+    assert groups <= {"model", "optimizer", "schedule"}  # neither data nor length nor seed
+    assert resolved("experiment=speedrun_cpu", "without=nothing") == whole
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("model=", "experiment="))])
