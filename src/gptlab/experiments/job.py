@@ -21,6 +21,7 @@ from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan, plan_batch
 from gptlab.training.callbacks.checkpoints import Checkpoints
+from gptlab.training.callbacks.garbage import Garbage
 from gptlab.training.callbacks.guard import Guard
 from gptlab.training.callbacks.preemption import Preempted, Preemption
 from gptlab.training.callbacks.pulse import Pulse
@@ -179,7 +180,7 @@ def _callbacks(
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
         checkpoints = Checkpoints(files, directory / CHECKPOINTS, every=every, eval_every=eval_every)
         callbacks.append(checkpoints)
-    return [*callbacks, Preemption(pulse, checkpoints)]
+    return [*callbacks, Preemption(pulse, checkpoints), Garbage()]
 
 
 def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
