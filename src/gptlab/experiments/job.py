@@ -70,7 +70,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
     try:
         announce(config, prepared.manifest, devices, plan, directory)
-        recorder = _recorder(config, devices)
+        recorder = build_recorder(config, devices)
         trainer = build_trainer(config, prepared, devices, plan, directory, recorder, checkpoint)
         data = TokenData(
             prepared,
@@ -211,7 +211,8 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
     return config is not None and config.sharded in (True, "auto")
 
 
-def _recorder(config: Config, devices: Devices) -> Recorder:
+def build_recorder(config: Config, devices: Devices) -> Recorder:
+    """Build what records the run."""
     peak = devices.peak_flops()
     return Recorder(
         log_every=config.train.log_every,
