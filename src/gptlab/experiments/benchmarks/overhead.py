@@ -53,7 +53,7 @@ def _loops(title: str, run: LoopsOfRun, cache: str, rounds: int) -> Part:
     caption = (
         f"gptlab.train {' '.join(run.arguments)}: Lightning's loop with all that such a run has around its steps, a "
         "row of metrics every ten steps and the bar of a terminal included, evaluations and checkpoints not, beside a "
-        f"loop of nothing but the same steps. Each figure is the median of {run.turns} turns of ten steps, which the two "
+        f"loop of nothing but the same steps. Each figure is the median of {run.turns} turns of ten steps, which both "
         "have alternately in one process. On a machine that is busy with other things, the time of the CPU says more "
         "than that of the clock. Loss after the steps."
     )

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 log = logging.getLogger(__name__)
 
+REFRESHES = 2  # of the bar in a second; drawing it takes time from the steps
 LINES = 20  # progress lines a run writes into its log and, where there is no terminal, to the screen
 
 
@@ -36,6 +37,7 @@ class Display:
                 TextColumn("left"),
                 console=get_console(),
                 transient=True,
+                refresh_per_second=REFRESHES,
             )
             self._task = self._bar.add_task("", total=max_steps, completed=first_step, loss="–", speed="–")
             self._bar.start()
