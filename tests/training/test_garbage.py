@@ -1,6 +1,7 @@
 """Garbage is collected at steps that are the same everywhere, and at no other time."""
 
 import gc
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -45,6 +46,30 @@ def test_garbage_stays_until_its_turn(enabled):
         collects()
         assert left() is None
         del keep
+
+
+NO_CYCLES = """
+import gc, sys
+from gptlab.training.callbacks.garbage import Garbage
+takes_over = Garbage.on_train_batch_end
+def counts(self, trainer, *rest):
+    takes_over(self, trainer, *rest)
+    if trainer.global_step == 5:
+        gc.collect()
+    if trainer.global_step == 45:
+        print("unreachable:", gc.collect(), "enabled:", gc.isenabled())
+Garbage.on_train_batch_end = counts
+from gptlab.train import main
+main()
+"""
+
+
+def test_steps_leave_nothing_that_only_a_collection_takes_away(user):
+    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=50")
+    rare = ("train.eval_every=50", "train.eval_windows=10", "train.log_every=10")
+    done = user.run(sys.executable, "-c", NO_CYCLES, *small, *rare)
+    assert done.returncode == 0, done.stderr
+    assert "unreachable: 0 enabled: False\n" in done.stdout
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])

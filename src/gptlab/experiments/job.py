@@ -39,6 +39,7 @@ from gptlab.training.groups import join_group, on_first_rank
 from gptlab.training.module import GPTModule
 from gptlab.training.processes import is_first_rank
 from gptlab.training.strategies import build_strategy
+from gptlab.training.unprofiled import Unprofiled
 
 
 def run(config: Config, prepared: Prepared, place: Path | None) -> int:
@@ -223,7 +224,7 @@ def build_recorder(config: Config, devices: Devices) -> Recorder:
     )
 
 
-def _profiler(config: Config, directory: Path) -> Profiler | None:
+def _profiler(config: Config, directory: Path) -> Profiler:
     folder = directory / "profile"
     match config.trainer.profiler if is_first_rank() else None:
         case "simple":
@@ -231,4 +232,4 @@ def _profiler(config: Config, directory: Path) -> Profiler | None:
         case "pytorch":
             return PyTorchProfiler(dirpath=folder, filename="trace", emit_nvtx=False, export_to_chrome=True)
         case _:
-            return None
+            return Unprofiled()
