@@ -1,7 +1,7 @@
 # make train    the default job: a small GPT on real Python, about two minutes on two CPU cores
 # make test     the default tests (under 6 minutes on two cores, no network)
 # make test-all the slow ones as well
-# make bench    gptlab beside what people do without it: training, generation, preparation, loader, guards (about an hour)
+# make bench    gptlab beside what people do without it: training, generation, data, the loop and its guards (about an hour)
 # make lint     ruff, mypy, import-linter
 # Each makes .venv first when it is missing or older than what it is made from.
 
@@ -30,10 +30,7 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 
 bench: .venv/ready
-	$(BIN)/python -m gptlab.bench suite=train
-	$(BIN)/python -m gptlab.bench suite=generate
-	$(BIN)/python -m gptlab.bench suite=data
-	$(BIN)/python -m gptlab.bench suite=guards
+	$(BIN)/python -m gptlab.bench suite=all
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from conftest import tiny_config
+from gptlab import bench
 from gptlab.errors import UserError
 from gptlab.experiments.benchmarks.corpus import text_corpus
 from gptlab.experiments.benchmarks.measuring import Part, Row, Way, in_turns, timed, write_report
+from gptlab.experiments.command import configuration_folder
+from gptlab.experiments.exits import DONE
 from gptlab.model.config import flops_per_token
 from test_train import mistaken, ran
 
@@ -116,6 +120,42 @@ def test_the_guards_suite_measures_steps_with_them_and_without(user):
 
 
 @pytest.mark.slow
+def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(user):
+    run = "data=text data.source=text.txt model=tiny model.n_layer=1 model.block_size=16 train.global_batch_size=4"
+    runs = {
+        "characters": run,
+        "characters_large": f"{run} train.micro_batch_size=2",
+        "gpt2": f"{run} train.compile=true trainer.precision=bf16-mixed",
+    }
+    arguments = [f"""overhead.{name}.arguments=['{"','".join(run.split())}']""" for name, run in runs.items()]
+    few = [f"overhead.{name}.turns=2" for name in runs]
+    ran(user.python("gptlab.bench", "suite=overhead", "rounds=2", *arguments, *few, "out=measured", timeout=600))
+    parts = json.loads((user.folder / "measured" / "overhead.json").read_text())["parts"]
+    assert len(parts) == 3
+    for part in parts:
+        bare, whole = part["rows"]
+        assert whole["ratio"] == pytest.approx(whole["medians"]["steps/s"] / bare["medians"]["steps/s"])
+        for plain, sample in zip(bare["samples"], whole["samples"], strict=True):
+            assert sample["loss"] == plain["loss"]  # to the bit: these are the same steps
+            assert sample["% more ms"] == pytest.approx(100 * (sample["ms"] / plain["ms"] - 1))
+    losses = [part["rows"][0]["medians"]["loss"] for part in parts]
+    assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)  # the same run, in other micro-batches and precision
+    assert losses[0] < 5  # it has learnt: of 257 ids
+
+
+def test_all_suites_leave_a_report_each_in_one_folder(user, monkeypatch):
+    parts = {suite: [Part(suite, "caption", "x", (), [Row("", "plain", [{"x": 1.0}])])] for suite in bench.ALL}
+    monkeypatch.setattr(bench, "_measure", lambda suite, config: iter(parts[suite]))
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        values = compose("bench", ["suite=all", f"out='{user.folder}'"])
+    task = bench.main.__wrapped__  # without the command line around it
+    assert task(values) == DONE
+    reports = {path.stem: json.loads(path.read_text()) for path in user.folder.glob("*.json")}
+    assert set(reports) == {*bench.ALL, "environment"}
+    assert [reports[suite]["parts"][0]["title"] for suite in bench.ALL] == list(bench.ALL)
+
+
+@pytest.mark.slow
 def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_loss(user):
     parts = ("characters", "characters_large", "gpt2", "memory")
     shape = ["n_layer=1", "n_embd=32", "n_head=2", "block_size=16", "vocab_size=300", "pad_vocab_to_multiple_of=1"]
@@ -154,7 +194,7 @@ def test_the_generate_suite_measures_every_way(user):
 MISTAKES = {
     "an unknown suite": (
         ["suite=dat"],
-        "suite='dat' is not right: it should be 'train', 'data', 'generate' or 'guards'",
+        "suite='dat' is not right: it should be 'train', 'generate', 'data', 'overhead', 'guards' or 'all'",
     ),
     "an unknown key": (
         ["preparation.corpus=1"],

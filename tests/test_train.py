@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,22 @@ def test_metrics_and_evaluations_have_their_names_and_steps(user):
     ran(user.train("train.max_steps=7", "train.log_every=2"))
     directory = user.only_run()
     recorded = [1, 2, 4, 6, 7]  # the first, every second, the last
-    for name in ("train/loss", "lr", "grad_norm", "tokens_per_second"):
+    for name in ("train/loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "peak_memory_gb"):
         assert list(metrics(directory, name)) == recorded, name
+    # what is waited for before the first step and after an evaluation is no time of training
+    assert {step: share > 0 for step, share in metrics(directory, "data_wait").items()} == {
+        **dict.fromkeys((2, 4, 6), True),
+        **dict.fromkeys((1, 7), False),
+    }
+    assert max(metrics(directory, "data_wait").values()) < 1
+    memory = list(metrics(directory, "peak_memory_gb").values())
+    assert memory == sorted(memory)  # the most there ever was
+    assert 0.1 < memory[0] <= memory[-1] < 4
+    lines = [line for line in (directory / "train.log").read_text().splitlines() if " · loss " in line]
+    assert all(
+        re.search(r" tokens/s, \d+\.\d % waiting for data · \d\.\d\d GB · \d:\d\d:\d\d left$", line) for line in lines
+    )
+    assert len(lines) == len(recorded)
     assert list(metrics(directory, "val/loss")) == [3, 6, 7]  # every third, and once more at the end
     assert metrics(directory, "tokens") == {step: step * 12 * 32 for step in (1, 2, 3, 4, 6, 7)}
     loss, bits = metrics(directory, "val/loss"), metrics(directory, "val/bits_per_byte")

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data, generation, guards, training
+from gptlab.experiments.benchmarks import data, generation, guards, overhead, training
 from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import new_directory
@@ -18,17 +18,20 @@ from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import check, known_keys
 from gptlab.settings import Settings
 
+ALL = ("train", "generate", "data", "overhead", "guards")
+
 
 class BenchCommand(Settings):
     """What to measure, and how often; see conf/bench.yaml."""
 
-    suite: Literal["train", "data", "generate", "guards"]
+    suite: Literal["train", "generate", "data", "overhead", "guards", "all"]
     rounds: PositiveInt
     out: str | None
     cache_dir: str
     preparation: data.PreparationBench
     loader: data.LoaderBench
     generate: generation.GenerateBench
+    overhead: overhead.OverheadBench
     guards: guards.GuardsBench
     train: training.TrainBench
 
@@ -37,28 +40,33 @@ class BenchCommand(Settings):
 def main(values: DictConfig) -> int:
     """Measure, print a table a part, and keep the numbers and what machine they are of."""
     config = check(BenchCommand, plain(values))
-    measured = _measure(config)
+    measured = {suite: _measure(suite, config) for suite in (ALL if config.suite == "all" else [config.suite])}
     directory = _directory(config.out)
     record_environment(directory)
-    parts = []
-    for part in measured:
-        print_part(part)
-        parts.append(part)
-    print(f"Measured: {write_report(directory, config.suite, config.rounds, parts)}")
+    for suite, of_suite in measured.items():
+        parts = []
+        for part in of_suite:
+            print_part(part)
+            parts.append(part)
+        print(f"Measured: {write_report(directory, suite, config.rounds, parts)}")
     return DONE
 
 
-def _measure(config: BenchCommand) -> Iterator[Part]:
-    """Begin the suite that is asked for."""
-    match config.suite:
+def _measure(suite: str, config: BenchCommand) -> Iterator[Part]:
+    """Begin a suite."""
+    match suite:
         case "train":
             return training.measure(config.train, config.rounds)
         case "data":
             return data.measure(Path(config.cache_dir).expanduser(), config.preparation, config.loader, config.rounds)
         case "generate":
             return generation.measure(config.generate, config.rounds)
+        case "overhead":
+            return overhead.measure(config.overhead, config.cache_dir, config.rounds)
         case "guards":
             return guards.measure(config.guards, config.rounds)
+        case _:
+            raise ValueError(suite)
 
 
 def _directory(out: str | None) -> Path:

@@ -21,6 +21,7 @@ from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.checkpoints import Checkpoints
+from gptlab.training.callbacks.garbage import Garbage
 from gptlab.training.callbacks.guard import Guard
 from gptlab.training.callbacks.preemption import Preempted, Preemption
 from gptlab.training.callbacks.pulse import Pulse
@@ -38,6 +39,7 @@ from gptlab.training.groups import join_group, on_first_rank
 from gptlab.training.module import GPTModule
 from gptlab.training.processes import is_first_rank
 from gptlab.training.strategies import build_strategy
+from gptlab.training.unprofiled import Unprofiled
 
 
 def run(config: Config, prepared: Prepared, place: Path | None) -> int:
@@ -69,7 +71,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
     try:
         announce(config, prepared.manifest, devices, plan, directory)
-        recorder = _recorder(config, devices)
+        recorder = build_recorder(config, devices)
         trainer = build_trainer(config, prepared, devices, plan, directory, recorder, checkpoint)
         data = TokenData(
             prepared,
@@ -182,7 +184,7 @@ def _callbacks(
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
         checkpoints = Checkpoints(files, directory / CHECKPOINTS, every=every, eval_every=eval_every)
         callbacks.append(checkpoints)
-    return [*callbacks, Preemption(pulse, checkpoints)]
+    return [*callbacks, Preemption(pulse, checkpoints), Garbage()]
 
 
 def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
@@ -213,7 +215,8 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
     return config is not None and config.sharded in (True, "auto")
 
 
-def _recorder(config: Config, devices: Devices) -> Recorder:
+def build_recorder(config: Config, devices: Devices) -> Recorder:
+    """Build what records the run."""
     peak = devices.peak_flops()
     return Recorder(
         log_every=config.train.log_every,
@@ -225,7 +228,7 @@ def _recorder(config: Config, devices: Devices) -> Recorder:
     )
 
 
-def _profiler(config: Config, directory: Path) -> Profiler | None:
+def _profiler(config: Config, directory: Path) -> Profiler:
     folder = directory / "profile"
     match config.trainer.profiler if is_first_rank() else None:
         case "simple":
@@ -233,4 +236,4 @@ def _profiler(config: Config, directory: Path) -> Profiler | None:
         case "pytorch":
             return PyTorchProfiler(dirpath=folder, filename="trace", emit_nvtx=False, export_to_chrome=True)
         case _:
-            return None
+            return Unprofiled()

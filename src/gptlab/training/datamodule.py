@@ -10,6 +10,7 @@ from gptlab.data.config import DataConfig
 from gptlab.data.order import evaluation_starts, training_order
 from gptlab.data.prepared import Prepared
 from gptlab.training.batch import BatchPlan
+from gptlab.training.loader import TimedLoader
 from gptlab.training.strategies import data_rank
 
 
@@ -40,20 +41,26 @@ class TokenData(L.LightningDataModule):
         super().__init__()
         self.prepared, self.config, self.plan = prepared, config, plan
         self.block_size, self.seed, self.eval_windows = block_size, seed, eval_windows
+        self._loader: TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Micro-batches without end, from the run's step on."""
         assert self.trainer is not None  # noqa: S101
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
-        return self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
+        self._loader = self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
+        return self._loader
 
-    def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> DataLoader[Batch]:
+    def waited(self) -> float:
+        """Seconds in which this process has waited for micro-batches."""
+        return 0.0 if self._loader is None else self._loader.waited
+
+    def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> TimedLoader:
         """A rank's micro-batches without end, from a step on, counted from 0; they need no trainer."""
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
         batches = TrainBatches(
             self.prepared.stream("train"), order, self._slice(rank), self._border(), self.plan.stages
         )
-        return DataLoader(
+        return TimedLoader(
             batches,
             batch_size=None,
             sampler=count(first_step * self.plan.accumulation),  # endless: it has no length

@@ -1,7 +1,9 @@
 """What this machine can do, asked once: devices, precision, compilation, peak speed."""
 
 import os
+import resource
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -114,6 +116,13 @@ def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
 def loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
     """Tokens whose logits are there at a time; on "auto" as many as need a quarter of a GiB."""
     return LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that the device, or for the CPU this process, had in use at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _requested(trainer: TrainerConfig, available: int) -> tuple[int, int]:

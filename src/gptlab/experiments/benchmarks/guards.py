@@ -1,23 +1,14 @@
 """suite=guards: what the guards of a run cost a training step. Imports no torch before it measures."""
 
 from collections.abc import Iterator
-from statistics import median
-from typing import NamedTuple
 
 from pydantic import PositiveInt
 from rich import get_console
 
-from gptlab.experiments.benchmarks.measuring import Part, Row, Sample
+from gptlab.experiments.benchmarks.measuring import Part, Row, more, of_steps
 from gptlab.model.config import GPTConfig
 from gptlab.settings import Settings
 from gptlab.training.config import AdamWConfig
-
-
-class StepTime(NamedTuple):
-    """Seconds of one step: of the clock, and of all cores that this process has used."""
-
-    wall: float
-    cpu: float
 
 
 class GuardsBench(Settings):
@@ -36,10 +27,9 @@ def measure(bench: GuardsBench, rounds: int) -> Iterator[Part]:
     without, guarded = Row("", "without guards", []), Row("", "with guards", [])
     for number in range(rounds):
         with get_console().status(f"round {number + 1} of {rounds}"):
-            plain, with_guards = (_sample(steps) for steps in times_of_steps(bench))
-        more = {f"% more {unit}": 100 * (with_guards[unit] / plain[unit] - 1) for unit in ("ms", "CPU ms")}
+            plain, with_guards = map(of_steps, times_of_steps(bench))
         without.samples.append(plain)
-        guarded.samples.append(with_guards | more)
+        guarded.samples.append(with_guards | more(with_guards, plain))
     caption = (
         f"{bench.model.n_layer} layers of {bench.model.n_embd}, {bench.batch_size} sequences of "
         f"{bench.model.block_size} tokens, one process. Guards: the ranks' news of every step, the skipping of steps "
@@ -49,8 +39,3 @@ def measure(bench: GuardsBench, rounds: int) -> Iterator[Part]:
     )
     columns = ("CPU ms", "% more ms", "% more CPU ms")
     yield Part("Training steps", caption, "steps/s", columns, [without, guarded])
-
-
-def _sample(steps: list[StepTime]) -> Sample:
-    wall, cpu = median(step.wall for step in steps), median(step.cpu for step in steps)
-    return {"steps/s": 1 / wall, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu}

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rich import box, get_console
 from rich.table import Table
@@ -16,6 +16,29 @@ from gptlab.data.shards import write_durably
 from gptlab.errors import UserError
 
 Sample = dict[str, float]  # what one measurement gave, by its name and unit
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step: of the clock, and of all cores that this process has used."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Self:
+        """The time, as both have it."""
+        return cls(time.perf_counter(), time.process_time())
+
+
+def of_steps(steps: Iterable[StepTime]) -> Sample:
+    """Summarise steps by their medians."""
+    wall, cpu = (statistics.median(times) for times in zip(*steps, strict=True))
+    return {"steps/s": 1 / wall, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu}
+
+
+def more(sample: Sample, plain: Sample) -> Sample:
+    """Say how much longer steps take than plain ones."""
+    return {f"% more {unit}": 100 * (sample[unit] / plain[unit] - 1) for unit in ("ms", "CPU ms")}
 
 
 class Way(NamedTuple):

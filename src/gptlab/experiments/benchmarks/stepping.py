@@ -1,6 +1,5 @@
 """Training steps with and without guards, in turns, in one run."""
 
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -12,7 +11,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from gptlab.data.batches import Batch
-from gptlab.experiments.benchmarks.guards import GuardsBench, StepTime
+from gptlab.experiments.benchmarks.guards import GuardsBench
+from gptlab.experiments.benchmarks.measuring import StepTime
 from gptlab.experiments.directory import STACKS
 from gptlab.experiments.logs import quieten_lightning
 from gptlab.model.gpt import GPT
@@ -47,7 +47,7 @@ class _Turns(L.Callback):
     def __init__(self) -> None:
         self.guards: list[L.Callback] = []
         self.times: tuple[list[StepTime], list[StepTime]] = ([], [])
-        self._begun = _now()
+        self._begun = StepTime.now()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -55,18 +55,14 @@ class _Turns(L.Callback):
         """End the step before, and begin the next: all that Lightning does between two is in it."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        now = _now()
+        now = StepTime.now()
         assert isinstance(pl_module, _Module)  # noqa: S101
         if batch_idx % TURN > 1 or (batch_idx % TURN == 0 and batch_idx > 0):
             self.times[pl_module.guarded].append(StepTime(now.wall - self._begun.wall, now.cpu - self._begun.cpu))
         if batch_idx % TURN == 0:
             pl_module.guarded = batch_idx // TURN % 2 == 1
             trainer.callbacks = [self, *self.guards] if pl_module.guarded else [self]  # type: ignore[attr-defined]
-        self._begun = _now()
-
-
-def _now() -> StepTime:
-    return StepTime(time.perf_counter(), time.process_time())
+        self._begun = StepTime.now()
 
 
 def times_of_steps(bench: GuardsBench) -> tuple[list[StepTime], list[StepTime]]:

@@ -4,7 +4,6 @@ python -m gptlab.experiments.benchmarks.steps <what to do, in JSON>
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from gptlab.experiments.benchmarks.training import Levers, StepsOfModel
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.devices import Devices, choose_devices, loss_chunk, prepare_kernels
+from gptlab.training.devices import Devices, choose_devices, loss_chunk, peak_memory, prepare_kernels
 
 WARM_UP = 2  # steps; the first compiles
 SIDE = 2048  # of the matrices whose product is the ceiling
@@ -112,13 +111,6 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ b).sum().item()  # waits for it
         best = min(best, time.perf_counter() - begun)
     return 2 * SIDE**3 / best
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes that the device, or for the CPU this process, had in use at most."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

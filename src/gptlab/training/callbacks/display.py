@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 log = logging.getLogger(__name__)
 
+REFRESHES = 2  # of the bar in a second; drawing it takes time from the steps
 LINES = 20  # progress lines a run writes into its log and, where there is no terminal, to the screen
 
 
@@ -36,6 +37,7 @@ class Display:
                 TextColumn("left"),
                 console=get_console(),
                 transient=True,
+                refresh_per_second=REFRESHES,
             )
             self._task = self._bar.add_task("", total=max_steps, completed=first_step, loss="–", speed="–")
             self._bar.start()
@@ -45,16 +47,17 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def metrics(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show the loss and the speed at ``step``."""
+    def metrics(self, step: int, row: dict[str, float]) -> None:
+        """Show the loss and the speed at ``step``, and in a line what slows it down, from a row of metrics."""
+        loss, speed = f"{row['train/loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
         if self._bar is not None:
-            self._bar.update(self._task, loss=f"{loss:.4f}", speed=f"{tokens_per_second:,.0f}")
+            self._bar.update(self._task, loss=loss, speed=speed)
         if step % self.every == 0 or step in (1, self.max_steps):
             left = (time.monotonic() - self.began) / (step - self.first_step) * (self.max_steps - step)
             log.info(
-                "step %*d/%d · loss %.4f · %s tokens/s · %s left",
-                *(len(str(self.max_steps)), step, self.max_steps, loss, f"{tokens_per_second:,.0f}"),
-                timedelta(seconds=round(left)),
+                "step %*d/%d · loss %s · %s tokens/s, %.1f %% waiting for data · %.2f GB · %s left",
+                *(len(str(self.max_steps)), step, self.max_steps, loss, speed),
+                *(100 * row["data_wait"], row["peak_memory_gb"], timedelta(seconds=round(left))),
                 extra={"progress": True},  # a terminal has the bar for this
             )
 

@@ -14,26 +14,33 @@ import torch
 
 from gptlab.data.stages import Stages
 from gptlab.training.callbacks.display import Display
+from gptlab.training.datamodule import TokenData
+from gptlab.training.devices import peak_memory
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Seconds spent training since the last reading; evaluation, samples and checkpoints do not count."""
+    """Seconds spent training since the last reading; evaluation, samples and checkpoints do not count.
 
-    def __init__(self) -> None:
+    Args:
+        clock: What tells the seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._seconds, self._since = 0.0, None  # type: float, float | None
 
     def run(self) -> None:
         """Count from here."""
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = self._clock()
 
     def pause(self) -> None:
         """Count no further."""
         if self._since is not None:
-            self._seconds += time.perf_counter() - self._since
+            self._seconds += self._clock() - self._since
             self._since = None
 
     def read(self) -> float:
@@ -47,7 +54,7 @@ class Stopwatch:
 
 
 class Recorder(L.Callback):
-    """Writes train/loss, lr, grad_norm, tokens, tokens_per_second and mfu, and val/loss and val/bits_per_byte.
+    """Writes what the README calls the metrics of a run.
 
     Args:
         log_every: Steps between rows.
@@ -75,6 +82,7 @@ class Recorder(L.Callback):
         self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
         self.seconds = 0.0  # of training, evaluation included
         self._watch = Stopwatch()
+        self._waiting = Stopwatch(lambda: 0.0)  # for data
         self._display: Display | None = None
 
     def tokens(self, steps: int) -> int:
@@ -85,6 +93,9 @@ class Recorder(L.Callback):
         """Open the display and start the clocks."""
         self._last_step = trainer.global_step
         self._began = time.monotonic() - self.seconds
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TokenData)  # noqa: S101
+        self._waiting = Stopwatch(data.waited)
         if trainer.is_global_zero:
             self._display = Display(trainer.global_step, self.max_steps)
 
@@ -93,6 +104,7 @@ class Recorder(L.Callback):
     ) -> None:
         """Let the clock run."""
         self._watch.run()
+        self._waiting.run()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -111,7 +123,8 @@ class Recorder(L.Callback):
     def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         assert isinstance(module, GPTModule)  # noqa: S101
         loss = module.global_step_loss()  # waits for the device, so the clock is right from here on
-        tokens_per_second = (self.tokens(step) - self.tokens(self._last_step)) / self._watch.read()
+        seconds, waited = self._watch.read(), self._waiting.read()
+        tokens_per_second = (self.tokens(step) - self.tokens(self._last_step)) / seconds
         self._last_step = step
         metrics = {
             "train/loss": loss,
@@ -119,6 +132,8 @@ class Recorder(L.Callback):
             "grad_norm": module.grad_norm.item(),
             "tokens": self.tokens(step),
             "tokens_per_second": tokens_per_second,
+            "data_wait": waited / seconds,
+            "peak_memory_gb": peak_memory(module.device) / 1e9,
         }
         for count in self.counts:
             metrics |= count()
@@ -126,13 +141,14 @@ class Recorder(L.Callback):
             metrics["mfu"] = self.mfu = tokens_per_second * self.flops_per_token / self.peak_flops
         _log(trainer, metrics, step)
         if self._display:
-            self._display.metrics(step, loss, tokens_per_second)
+            self._display.metrics(step, metrics)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the training clock, once the device has done the steps it was given."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._watch.pause()
+        self._waiting.pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the evaluation."""
