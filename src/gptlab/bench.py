@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data, generation, guards, overhead, training
+from gptlab.experiments.benchmarks import data, generation, guards, overhead, speedrun, training
 from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
 from gptlab.experiments.command import command
 from gptlab.experiments.directory import new_directory
@@ -18,13 +18,13 @@ from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import check, known_keys
 from gptlab.settings import Settings
 
-ALL = ("train", "generate", "data", "overhead", "guards")
+ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
 
 
 class BenchCommand(Settings):
     """What to measure, and how often; see conf/bench.yaml."""
 
-    suite: Literal["train", "generate", "data", "overhead", "guards", "all"]
+    suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
     rounds: PositiveInt
     out: str | None
     cache_dir: str
@@ -33,6 +33,7 @@ class BenchCommand(Settings):
     generate: generation.GenerateBench
     overhead: overhead.OverheadBench
     guards: guards.GuardsBench
+    speedrun: speedrun.SpeedrunBench
     train: training.TrainBench
 
 
@@ -65,6 +66,10 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[Part]:
             return overhead.measure(config.overhead, config.cache_dir, config.rounds)
         case "guards":
             return guards.measure(config.guards, config.rounds)
+        case "speedrun":
+            return speedrun.to_a_loss(config.speedrun, config.cache_dir, config.rounds)
+        case "ladder":
+            return speedrun.ladder(config.speedrun, config.cache_dir, config.rounds)
         case _:
             raise ValueError(suite)
 

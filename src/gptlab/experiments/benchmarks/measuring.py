@@ -62,13 +62,17 @@ class Row(NamedTuple):
     name: str
     samples: list[Sample]
 
+    def measures(self) -> list[str]:
+        """Names of what every round has measured."""
+        return [measure for measure in self.samples[0] if all(measure in sample for sample in self.samples)]
+
     def median(self, measure: str) -> float:
         """The middle of the rounds."""
         return statistics.median(self._values(measure))
 
     def shown(self, measure: str, *, spread: bool = False) -> str:
         """Write the median, on request with the rounds' least and most; a dash for what was not measured."""
-        if not all(measure in sample for sample in self.samples):
+        if measure not in self.measures():
             return "–"
         median, values = self.median(measure), self._values(measure)
         digits = 0 if median >= 1000 else 1 if median >= 10 else 2
@@ -108,7 +112,7 @@ class Part(NamedTuple):
                 "group": row.group,
                 "name": row.name,
                 "ratio": self.ratio(row),
-                "medians": {measure: row.median(measure) for measure in row.samples[0]},
+                "medians": {measure: row.median(measure) for measure in row.measures()},
                 "samples": row.samples,
             }
             for row in self.rows
@@ -134,7 +138,7 @@ class Run(NamedTuple):
     printed: str
 
 
-def timed(*arguments: str, environment: dict[str, str] | None = None) -> Run:
+def timed(*arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None) -> Run:
     """Run this interpreter in a process of its own.
 
     Raises:
@@ -142,7 +146,13 @@ def timed(*arguments: str, environment: dict[str, str] | None = None) -> Run:
     """
     begun = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False, errors="replace"
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=folder,
+        check=False,
+        errors="replace",
     )
     seconds = time.perf_counter() - begun
     if done.returncode:
