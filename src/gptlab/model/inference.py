@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptlab.model.cache import KVCache, Place
+from gptlab.model.cache import KVCache, Place, cache_type
 from gptlab.model.generate import Decoder, plain_decoder
 from gptlab.model.gpt import GPT
 
@@ -107,20 +107,20 @@ def decoder(model: GPT, *, compiled: bool) -> Decoder:
     return Decoder(torch.compile(score, dynamic=False, options=options), BUCKET)  # type: ignore[arg-type]
 
 
-def bytes_per_token(model: GPT, rows: int, length: int, dtype: torch.dtype) -> int:
+def bytes_per_token(model: GPT, rows: int, length: int) -> int:
     """Bytes that scoring one token of each row reads: all matrices once, and the rows' keys and values.
 
     Args:
         model: Prepared by ``for_inference``.
         rows: That are scored at once.
         length: Tokens of each that the cache has.
-        dtype: Of the cache.
     """
     config = model.config
     layers = (nn.Linear, PackedLinear, Int8Linear)
     matrices: list[Tensor] = [part.weight for part in model.modules() if isinstance(part, layers)]
     weights = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
-    return weights + rows * length * 2 * config.n_layer * config.n_embd * dtype.itemsize
+    kept = cache_type(model.wte.weight.dtype, model.wte.weight.device)
+    return weights + rows * length * 2 * config.n_layer * config.n_embd * kept.itemsize
 
 
 def _replace_linear(model: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> None:
