@@ -62,7 +62,7 @@ def test_every_position_is_scored_as_without_a_cache_alone_and_among_others(opti
         for width in range(first, 17):  # a prefill of the first seven, then one token after the other
             slots = torch.arange(first if width == first else 1) + (0 if width == first else width - 1)
             visible = width if width == first else -(-width // bucket) * bucket
-            place = Place(slots, begins[at] if ragged else None, visible)
+            place = Place(slots, begins[at] if ragged else None, visible, ends=visible == width)
             found = model.next_logits(idx[at][:, slots], cache, place)
             for row in rows:
                 begin = begins[row] if ragged else 0

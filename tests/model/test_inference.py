@@ -8,9 +8,20 @@ from test_generate import CPU, extended, network, sampling
 from torch import nn
 
 from conftest import tiny_config
+from gptlab.model import inference
 from gptlab.model.generate import plain_decoder
 from gptlab.model.gpt import GPT
-from gptlab.model.inference import BUCKET, Int8Linear, PackedLinear, bytes_per_token, can_pack, decoder, for_inference
+from gptlab.model.inference import (
+    BUCKET,
+    Int8Linear,
+    PackedLinear,
+    SplitInt8Linear,
+    bytes_per_token,
+    can_pack,
+    can_split,
+    decoder,
+    for_inference,
+)
 
 PACKS = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="needs a CPU that computes in bfloat16")
 
@@ -28,6 +39,35 @@ def test_a_packed_layer_computes_what_the_plain_one_does(rows, bias):
         linear = nn.Linear(97, 61, bias=bias).to(dtype).requires_grad_(False)
         x = torch.randn(rows, 2, 97).to(dtype)
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=tolerance, rtol=tolerance)
+
+
+@PACKS
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_packed_layer_applies_gelu_as_torch_does(approximate):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(97, 61).requires_grad_(False), 3 * torch.randn(5, 97)
+    layer = PackedLinear(linear)
+    layer.with_gelu(approximate)
+    expected = nn.functional.gelu(x.double() @ linear.weight.double().T + linear.bias, approximate=approximate)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_a_split_int8_layer_multiplies_16_bits_of_each_row_by_the_rounded_weight(rows, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(3072, 64).to(dtype).requires_grad_(False)
+    linear.weight[3] = 0  # has no scale
+    x = (torch.randn(rows, 2, 3072) * torch.logspace(-6, 3, rows)[:, None, None]).to(dtype)
+    x[0, 1] = 0
+    found = SplitInt8Linear(linear)(x)
+    scale = linear.weight.double().abs().amax(1, keepdim=True) / 127
+    rounded = (linear.weight.double() / scale.clamp(min=1e-30)).round() * scale
+    expected = x.double() @ rounded.T + linear.bias.double()
+    off = x.double().abs().amax(-1, keepdim=True) / 65_024 * rounded.abs().sum(1)  # if every rounding went one way
+    assert found.dtype == dtype
+    assert ((found.double() - expected).abs() <= off + torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
 
 
 @pytest.mark.parametrize("rows", [1, 32, 33, 60])  # on both sides of the number where the way changes
@@ -56,6 +96,17 @@ def test_a_prepared_network_scores_as_the_plain_one(options):
     torch.testing.assert_close(prepared(model, "float32", int8=True)(idx), plain, atol=0.3, rtol=0)
 
 
+@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@torch.no_grad()
+def test_a_network_with_split_int8_layers_scores_as_one_with_plain_ones(monkeypatch):
+    model, idx = network(), torch.randint(61, (3, 16))
+    plain = prepared(model, "float32", int8=True)
+    monkeypatch.setattr(inference, "LARGE", 0)
+    split = prepared(model, "float32", int8=True)
+    assert isinstance(split.lm_head, SplitInt8Linear)
+    torch.testing.assert_close(split(idx), plain(idx), atol=2e-3, rtol=0)  # of logits that spread over 3
+
+
 @PACKS
 def test_a_prepared_network_writes_the_same():
     model, how = network(), sampling(top_k=20)
@@ -67,10 +118,10 @@ def test_the_bytes_that_a_token_reads():
     model = GPT(tiny_config())  # width 32, 2 layers, 61 ids
     matrices = 2 * 12 * 32 * 32 + 61 * 32
     cache = 3 * 10 * 2 * 2 * 32
-    assert bytes_per_token(model, 3, 10, torch.float32) == 4 * (matrices + cache)
+    assert bytes_per_token(model, 3, 10) == 4 * (matrices + cache)
     half = prepared(model, "bfloat16", packed=False)
-    assert bytes_per_token(half, 3, 10, torch.bfloat16) == 2 * (matrices + cache)
-    assert bytes_per_token(prepared(model, "bfloat16", int8=True), 1, 0, torch.bfloat16) == matrices
+    assert bytes_per_token(half, 3, 10) == 2 * matrices + 4 * cache  # the CPU keeps float32
+    assert bytes_per_token(prepared(model, "bfloat16", int8=True), 1, 0) == matrices
 
 
 @pytest.mark.slow

@@ -194,6 +194,15 @@ def test_attention_is_torch_s_whatever_the_length(length):
     mask = attention_mask(idx, None, 7, flex=False)
     expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     torch.testing.assert_close(attend(q, k, v, mask, 0.0).double(), expected, rtol=1e-4, atol=1e-5)
+    for rows in (q[:, :, -1:], q[:1, :, -1:]):  # the last token alone, of several rows and of one
+        many = len(rows)
+        found = attend(rows, k[:many], v[:many], mask[:1, :, -1:], 0.0)
+        torch.testing.assert_close(found.double(), expected[:many, :, -1:], rtol=1e-4, atol=1e-5)
+        unhidden = F.scaled_dot_product_attention(rows.double(), k[:many].double(), v[:many].double())
+        found = attend(rows, k[:many], v[:many], None, 0.0)
+        torch.testing.assert_close(found.double(), unhidden, rtol=1e-4, atol=1e-5)
+        coarse = attend(rows.bfloat16(), k[:many], v[:many], None, 0.0)  # as from a cache in float32
+        torch.testing.assert_close(coarse.double(), unhidden, rtol=0.02, atol=0.02)
     at = torch.arange(length)
     assert mask[0, 0].equal((at[:, None] >= at) & (at[:, None] - at < 7))
 

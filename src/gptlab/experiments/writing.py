@@ -141,7 +141,7 @@ class Writing:
         """How fast it was."""
         model, rows, prompt = self.prepared.model, len(self.seeds), max(map(len, self.ids))
         mean_length = min(prompt + self._steps // 2, model.config.block_size)
-        each = bytes_per_token(model, rows, mean_length, model.wte.weight.dtype)
+        each = bytes_per_token(model, rows, mean_length)
         return Speed(
             prompt_tokens=sum(map(len, self.ids)),
             prefill_seconds=self._first - self._begun,

@@ -81,9 +81,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
     """Attention of q (B, nh, T, hs) over k and v (B, nh, S, hs), through the kernel that takes the mask."""
     if isinstance(mask, BlockMask):
         return _flex(q.is_cuda)(q, k, v, block_mask=mask)
-    if not q.is_cuda and q.dtype == torch.float32 and k.size(2) <= SHORT:
-        return _in_products(q, k, v, mask, dropout)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+    if q.dtype != k.dtype:  # what the cache keeps is computed on in its type
+        return attend(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)
+    single = q.size(2) == 1  # which is the last: None hides nothing from it
+    if not q.is_cuda and q.dtype == torch.float32:
+        if single and q.size(0) > 1:
+            return _of_single_tokens(q, k, v, mask, dropout)
+        if not single and k.size(2) <= SHORT:
+            return _in_products(q, k, v, mask, dropout)
+    causal = mask is None and not single
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 
 def _in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -96,6 +103,14 @@ def _in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: 
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     weights = F.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
     return F.dropout(weights, dropout) @ v
+
+
+def _of_single_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The same for the last token of every row: products of a matrix with a vector, the cache not turned around."""
+    scores = (k @ (q * q.size(-1) ** -0.5).transpose(2, 3)).transpose(2, 3)  # (B, nh, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
 
 
 @cache
@@ -166,7 +181,7 @@ class CausalSelfAttention(nn.Module):
         config = self.config
         query, key, values = self.c_attn(x).chunk(3, dim=2)
         mixed = values if self.mix_values is None else self.mix_values(values, *others)
-        q, k, v = (part.unflatten(2, (-1, self.head_size)).transpose(1, 2) for part in (query, key, mixed))
+        q, k, v = (part.view(*x.shape[:2], -1, self.head_size).transpose(1, 2) for part in (query, key, mixed))
         if config.qk_norm:
             q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON) for part in (q, k))
         if config.positions != "learned":

@@ -16,11 +16,13 @@ class Place(NamedTuple):
         slots: Of the tokens (T,), the same in every row; they follow each other.
         begins: First slot (B,) of every row, where the rows begin at different ones; what lies before is not seen.
         visible: Slots that are looked at, from the first on; those behind the tokens are not seen all the same.
+        ends: Whether the tokens are the last of the visible ones, so that nothing is behind them.
     """
 
     slots: Tensor
     begins: Tensor | None
     visible: int
+    ends: bool
 
     @property
     def positions(self) -> Tensor:
@@ -31,7 +33,7 @@ class Place(NamedTuple):
 
     def mask(self, window: int | None) -> Tensor | None:
         """What the tokens see of the slots (B or 1, 1, T, visible); None is causal and no more."""
-        if window is None and self.begins is None and len(self.slots) == self.visible:
+        if window is None and self.begins is None and self.ends and len(self.slots) in {1, self.visible}:
             return None
         keys, tokens = torch.arange(self.visible, device=self.slots.device), self.slots[:, None]
         seen = keys <= tokens
@@ -43,8 +45,13 @@ class Place(NamedTuple):
         return ((seen & (keys >= self.begins[:, None, None])) | (keys == tokens))[:, None]
 
 
+def cache_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Type in which keys and values of ``dtype`` are kept: a CPU attends over float32 faster, and it holds the same."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
+
+
 class LayerCache:
-    """One block's keys and values (B, nh, S, hs), as they come from the block: its type, device and heads are theirs.
+    """One block's keys and values (B, nh, S, hs): their device and heads are those that come from the block.
 
     A plain class, since FSDP casts and copies the tensors that it finds in the tuples a block is called with.
 
@@ -60,10 +67,10 @@ class LayerCache:
     def extended(self, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor, Tensor]:
         """Add keys and values (B, nh, T, hs) at ``place``; return those of all slots that are visible from it."""
         if self.keys is None or self.values is None:
-            shape = (*k.shape[:2], self.slots, k.size(3))
-            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
-        self.keys.index_copy_(2, place.slots, k)
-        self.values.index_copy_(2, place.slots, v)
+            shape, dtype = (*k.shape[:2], self.slots, k.size(3)), cache_type(k.dtype, k.device)
+            self.keys, self.values = k.new_zeros(shape, dtype=dtype), v.new_zeros(shape, dtype=dtype)
+        self.keys.index_copy_(2, place.slots, k.to(self.keys.dtype))
+        self.values.index_copy_(2, place.slots, v.to(self.values.dtype))
         return self.keys[:, :, : place.visible], self.values[:, :, : place.visible]
 
     def repeated(self, times: int) -> "LayerCache":

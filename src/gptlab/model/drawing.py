@@ -37,13 +37,12 @@ def next_ids(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sampling: Sa
         uniforms: A number in [0, 1) for each row (B,); the only source of randomness.
         sampling: From what.
     """
-    logits = logits.float()
     if seen is not None:
-        logits = penalised(logits, seen, sampling.repetition_penalty)
+        logits = penalised(logits.float(), seen, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    values, ids = candidates(logits / sampling.temperature, sampling)
-    cumulated = probabilities(values, sampling).cumsum(dim=-1, dtype=torch.float64)
+    values, ids = candidates(logits, sampling)
+    cumulated = probabilities(values.float() / sampling.temperature, sampling).cumsum(dim=-1, dtype=torch.float64)
     # the first whose sum is above the drawn share: never one of probability 0, which adds nothing to the sum
     at = torch.searchsorted(cumulated, uniforms.double()[:, None] * cumulated[:, -1:], right=True)
     return (at if ids is None else ids.gather(1, at))[:, 0]

@@ -114,8 +114,9 @@ class _Rows:
             return logits.repeat_interleave(self.copies, dim=0)
         if self.next_slot == self.room:
             return self._prefilled(self.cache)
-        place = Place(self.slots[self.next_slot : self.next_slot + 1], self.begins, self._visible(self.next_slot + 1))
-        self.next_slot += 1
+        at, self.next_slot = self.next_slot, self.next_slot + 1
+        exactly = self.decoder.bucket == 1  # where it is not, that is the same for every token, as graphs want it
+        place = Place(self.slots[at : self.next_slot], self.begins, self._visible(self.next_slot), ends=exactly)
         return self.decoder.score(self.ids[:, self.end - 1 : self.end], self.cache, place)
 
     def append(self, ids: Tensor) -> None:
@@ -139,7 +140,7 @@ class _Rows:
         begins = torch.tensor([width - length for length in self.lengths])
         self.begins = begins.to(self.device) if begins.any() else None
         self.next_slot = width
-        place = Place(self.slots[:width], self.begins, width)
+        place = Place(self.slots[:width], self.begins, width, ends=True)
         return self.model.next_logits(self.ids[:, self.end - width : self.end], cache, place)
 
     def _repeat(self, times: int) -> None:

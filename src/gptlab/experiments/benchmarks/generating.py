@@ -39,7 +39,7 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
     measured = {"tokens/s": rows / seconds, "ms to the first": 1e3 * first, "peak MB": peak}
     if todo["cache"]:
         length = bench.prompt_tokens + bench.tokens // 2
-        read = bytes_per_token(model, rows, length, model.wte.weight.dtype) / seconds
+        read = bytes_per_token(model, rows, length) / seconds
         bandwidth = measured_bandwidth(device)
         measured |= {"GB/s": read / 1e9, "%": 100 * read / bandwidth, "memory GB/s": bandwidth / 1e9}
     return measured
