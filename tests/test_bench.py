@@ -124,14 +124,13 @@ def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(
     run = "data=text data.source=text.txt model=tiny model.n_layer=1 model.block_size=16 train.global_batch_size=4"
     runs = {
         "characters": run,
-        "characters_large": f"{run} train.micro_batch_size=2",
-        "gpt2": f"{run} train.compile=true trainer.precision=bf16-mixed",
+        "characters_large": f"{run} train.micro_batch_size=2 train.compile=true trainer.precision=bf16-mixed",
     }
     arguments = [f"""overhead.{name}.arguments=['{"','".join(run.split())}']""" for name, run in runs.items()]
     few = [f"overhead.{name}.turns=2" for name in runs]
     ran(user.python("gptlab.bench", "suite=overhead", "rounds=2", *arguments, *few, "out=measured", timeout=600))
     parts = json.loads((user.folder / "measured" / "overhead.json").read_text())["parts"]
-    assert len(parts) == 3
+    assert len(parts) == 2
     for part in parts:
         bare, whole = part["rows"]
         assert whole["ratio"] == pytest.approx(whole["medians"]["steps/s"] / bare["medians"]["steps/s"])
@@ -139,7 +138,7 @@ def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(
             assert sample["loss"] == plain["loss"]  # to the bit: these are the same steps
             assert sample["% more ms"] == pytest.approx(100 * (sample["ms"] / plain["ms"] - 1))
     losses = [part["rows"][0]["medians"]["loss"] for part in parts]
-    assert losses == pytest.approx([losses[0]] * 3, rel=2e-2)  # the same run, in other micro-batches and precision
+    assert losses == pytest.approx([losses[0]] * 2, rel=2e-2)  # the same run, in other micro-batches and precision
     assert losses[0] < 5  # it has learnt: of 257 ids
 
 

@@ -71,12 +71,13 @@ class _Bare:
         self.loss = torch.zeros((), device=self.device)
         for number in range(self.done * size, (self.done + 1) * size):
             loss = self._loss(self.batches[number])
+            if number % size == 0:
+                self.optimizer.zero_grad()  # where Lightning does it: when memory is freed decides what a step takes
             (loss / size).backward()
             self.loss += loss.detach()
         if config.train.grad_clip > 0:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.train.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.done += 1
 
     def _loss(self, batch: Batch) -> torch.Tensor:

@@ -29,7 +29,6 @@ class OverheadBench(Settings):
 
     characters: LoopsOfRun
     characters_large: LoopsOfRun
-    gpt2: LoopsOfRun
 
 
 def measure(bench: OverheadBench, cache: str, rounds: int) -> Iterator[Part]:
@@ -37,7 +36,6 @@ def measure(bench: OverheadBench, cache: str, rounds: int) -> Iterator[Part]:
     for title, run in (
         ("Small character model", bench.characters),
         ("Character model", bench.characters_large),
-        ("GPT-2", bench.gpt2),
     ):
         yield _loops(title, run, cache, rounds)
 
@@ -55,7 +53,7 @@ def _loops(title: str, run: LoopsOfRun, cache: str, rounds: int) -> Part:
         "row of metrics every ten steps and the bar of a terminal included, evaluations and checkpoints not, beside a "
         f"loop of nothing but the same steps. Each figure is the median of {run.turns} turns of ten steps, which both "
         "have alternately in one process. On a machine that is busy with other things, the time of the CPU says more "
-        "than that of the clock. Loss after the steps."
+        "than that of the clock."
     )
-    columns = ("ms", "CPU ms", "% more ms", "% more CPU ms", "loss")
+    columns = ("CPU ms", "% more ms", "% more CPU ms")
     return Part(f"{title}: the loop around a step", caption, "steps/s", columns, [bare, whole])
