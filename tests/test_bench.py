@@ -8,8 +8,9 @@ from hydra import compose, initialize_config_dir
 from conftest import tiny_config
 from gptlab import bench
 from gptlab.errors import UserError
+from gptlab.experiments.benchmarks import speedrun
 from gptlab.experiments.benchmarks.corpus import text_corpus
-from gptlab.experiments.benchmarks.measuring import Part, Row, Way, in_turns, timed, write_report
+from gptlab.experiments.benchmarks.measuring import Part, Row, Run, Way, in_turns, timed, write_report
 from gptlab.experiments.command import configuration_folder
 from gptlab.experiments.exits import DONE
 from gptlab.model.config import flops_per_token
@@ -190,14 +191,75 @@ def test_the_generate_suite_measures_every_way(user):
             assert medians["%"] == pytest.approx(100 * medians["GB/s"] / medians["memory GB/s"])
 
 
+METRICS = """step,tokens,train/loss,tokens_per_second,val/loss
+1,100,4.0,50.0,
+10,1000,3.0,100.0,
+20,2000,2.5,200.0,
+20,2000,,,2.4
+30,3000,2.1,400.0,
+30,3000,,,{loss}
+"""
+
+
+@pytest.fixture
+def made_runs(monkeypatch):
+    """Runs that are not made: each leaves METRICS behind, and the seed decides the loss. What was asked for."""
+    asked = []
+
+    def timed(*arguments, environment=None, folder=None):
+        asked.append(arguments)
+        if folder is not None:
+            seed = int(next(a for a in arguments if a.startswith("seed=")).removeprefix("seed="))
+            (folder / "outputs/name/time").mkdir(parents=True)
+            (folder / "outputs/name/time/metrics.csv").write_text(METRICS.format(loss=2.0 + seed / 100))
+        return Run(30.0, "")
+
+    monkeypatch.setattr(speedrun, "timed", timed)
+    return asked
+
+
+def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
+    config = speedrun.SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
+    (part,) = speedrun.to_a_loss(config, "cache", 3)
+    assert made_runs[0][:2] == ("-m", "gptlab.prepare")
+    assert [[a for a in asked if a.startswith("seed=")] for asked in made_runs[1:]] == [
+        [f"seed={seed}"] for seed in (1, 1, 2, 2, 3, 3)
+    ]
+    for row in part.rows:
+        assert [sample["val loss"] for sample in row.samples] == [2.01, 2.02, 2.03]
+        assert (row.median("reached"), row.median("seconds"), row.median("runs/min")) == (pytest.approx(2 / 3), 30, 2)
+
+
+def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
+    config = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
+    (part,) = speedrun.ladder(config, "cache", 2)
+    assert [row.name for row in part.rows] == ["the whole recipe", "without rotary"]
+    assert {a for asked in made_runs[1:] for a in asked if a.startswith("without=")} == {
+        "without=nothing",
+        "without=rotary",
+    }
+    for row in part.rows:
+        assert row.median("steps to it") == 20
+        assert row.median("s to it") == pytest.approx(100 / 50 + 900 / 100 + 1000 / 200)
+    late = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.015, parts=[])
+    (part,) = speedrun.ladder(late, "cache", 2)  # which the second seed does not reach
+    assert part.rows[0].shown("steps to it") == "–"
+    assert "steps to it" not in part.record()["rows"][0]["medians"]
+
+
 MISTAKES = {
     "an unknown suite": (
         ["suite=dat"],
-        "suite='dat' is not right: it should be 'train', 'generate', 'data', 'overhead', 'guards' or 'all'",
+        "suite='dat' is not right: it should be 'train', 'generate', 'data', 'overhead', 'guards', 'speedrun'",
     ),
     "an unknown key": (
         ["preparation.corpus=1"],
         "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",
+    ),
+    "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
+    "no nanoGPT": (
+        ["suite=speedrun", "speedrun.source=text.txt", "speedrun.nanogpt=."],
+        "is no checkout of nanoGPT with data/shakespeare_char/train.bin",
     ),
     "no room": (["preparation.corpus_mb=1000000000"], "make room, or name another cache_dir or a smaller corpus"),
     "no folder": (["cache_dir=text.txt"], "cache_dir=text.txt cannot be used"),

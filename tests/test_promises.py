@@ -1,11 +1,14 @@
 """What the README promises of whole runs; slow."""
 
+import json
 import math
 import os
 import re
 
 import pytest
 
+from gptlab.experiments.directory import load_config
+from gptlab.model.config import parameter_count
 from test_train import metrics, ran
 
 pytestmark = pytest.mark.slow
@@ -20,10 +23,33 @@ def test_the_default_job_learns_python(user):
     assert re.search(r"\b(def|self|import|return|class|if)\b", sample), sample
 
 
-def test_nanogpt_s_character_run_on_a_cpu(user):
-    source = os.environ.get("GPTLAB_TINYSHAKESPEARE")
-    if source is None:
+@pytest.fixture
+def source():
+    """The file with tinyshakespeare."""
+    if (named := os.environ.get("GPTLAB_TINYSHAKESPEARE")) is None:
         pytest.skip("needs the tinyshakespeare text: GPTLAB_TINYSHAKESPEARE=<input.txt>")
+    return named
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
+def test_the_speedrun_is_at_nanogpt_s_loss_with_fewer_parameters(user, source, seed):
+    ran(user.python("gptlab.train", "experiment=speedrun_cpu", f"data.source={source}", f"seed={seed}", timeout=300))
+    directory = user.only_run("speedrun_cpu")
+    assert metrics(directory, "val/loss")[220] <= 1.8857
+    assert parameter_count(load_config(directory).model) <= 804_096  # nanoGPT's, without its biases
+
+
+def test_the_ladder_runs_the_recipe_with_and_without_a_part(user, source):
+    todo = ("suite=ladder", f"speedrun.source={source}", "speedrun.parts=[muon]", "speedrun.target=3", "rounds=1")
+    ran(user.python("gptlab.bench", *todo, "out=measured", timeout=600))
+    (part,) = json.loads((user.folder / "measured" / "ladder.json").read_text())["parts"]
+    whole, without = (row["medians"] for row in part["rows"])
+    assert whole["steps to it"] == 20
+    assert whole["val loss"] < without["val loss"]
+    assert part["rows"][1]["ratio"] == pytest.approx(without["val loss"] / whole["val loss"])
+
+
+def test_nanogpt_s_character_run_on_a_cpu(user, source):
     del user.environment["OMP_NUM_THREADS"]
     ran(user.python("gptlab.train", "experiment=shakespeare_char_cpu", f"data.source={source}", timeout=900))
     directory = user.only_run("shakespeare_char_cpu")

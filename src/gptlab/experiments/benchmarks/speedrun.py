@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -53,31 +53,34 @@ class _Text(NamedTuple):
 
 
 def to_a_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
-    """Measure whole commands, from typing to their end, with another seed in each round."""
-    text = _Text(bench.source, cache)
+    """Measure whole commands, from typing to their end, with another seed in each round; UserError at once."""
+    plain = [] if bench.nanogpt is None else [_nanogpt(Path(bench.nanogpt).expanduser().absolute())]
+    text = _prepared(bench.source, cache)
     ways = [
+        *plain,
         Way("", "gptlab, nanoGPT's recipe", lambda seed: _run(["experiment=shakespeare_char_cpu"], seed, text)),
         Way("", "gptlab, experiment=speedrun_cpu", lambda seed: _run(["experiment=speedrun_cpu"], seed, text)),
     ]
-    if bench.nanogpt is not None:
-        ways.insert(0, Way("", "nanoGPT", _nanogpt(Path(bench.nanogpt).expanduser().absolute())))
     caption = (
         f"Whole commands, start-up and end included, with prepared data; seeds 1 to {rounds} (nanoGPT's is always the "
         "same). Val loss of gptlab is that of the whole val split, that of nanoGPT its own estimate. Reached: share of "
         f"the runs that end at {bench.target} or below."
     )
-    timed("-m", "gptlab.prepare", *text.arguments)
-    rows = in_turns(ways, rounds)
-    for row in rows:
-        reached = sum(sample["val loss"] <= bench.target for sample in row.samples) / rounds
-        for sample in row.samples:
-            sample["reached"] = reached
-    yield Part("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
+
+    def part() -> Part:
+        rows = in_turns(ways, rounds)
+        for row in rows:
+            reached = sum(sample["val loss"] <= bench.target for sample in row.samples) / rounds
+            for sample in row.samples:
+                sample["reached"] = reached
+        return Part("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
+
+    return (part() for _ in range(1))
 
 
 def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
-    """Leave out one part of the recipe after the other."""
-    text = _Text(bench.source, cache)
+    """Leave out one part of the recipe after the other; UserError at once."""
+    text = _prepared(bench.source, cache)
 
     def way(part: str) -> Way:
         arguments = ["experiment=speedrun_cpu", f"without={part}", "train.eval_every=20", "callbacks=none"]
@@ -94,9 +97,19 @@ def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
         f"{bench.target} or below, and the seconds of training until there, evaluations and start-up not counted; a "
         "dash: a run did not get there."
     )
+
+    def part() -> Part:
+        rows = in_turns([way(part) for part in (WHOLE, *bench.parts)], rounds)
+        return Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
+
+    return (part() for _ in range(1))
+
+
+def _prepared(source: str | None, cache: str) -> _Text:
+    """Prepare the text, so that no run has to."""
+    text = _Text(source, cache)
     timed("-m", "gptlab.prepare", *text.arguments)
-    rows = in_turns([way(part) for part in (WHOLE, *bench.parts)], rounds)
-    yield Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
+    return text
 
 
 def _run(arguments: list[str], number: int, text: _Text, *, target: float | None = None) -> Sample:
@@ -121,8 +134,8 @@ def _run(arguments: list[str], number: int, text: _Text, *, target: float | None
     return sample
 
 
-def _nanogpt(checkout: Path) -> Callable[[int], Sample]:
-    """Return what runs nanoGPT's command in its checkout."""
+def _nanogpt(checkout: Path) -> Way:
+    """Run nanoGPT's command in its checkout."""
     if not (checkout / "data/shakespeare_char/train.bin").is_file():
         raise UserError(
             f"nanogpt={checkout} is no checkout of nanoGPT with data/shakespeare_char/train.bin, which its "
@@ -134,4 +147,4 @@ def _nanogpt(checkout: Path) -> Callable[[int], Sample]:
         (loss,) = ITS_LOSS.findall(run.printed)
         return {"runs/min": 60 / run.seconds, "seconds": run.seconds, "val loss": float(loss)}
 
-    return measure
+    return Way("", "nanoGPT", measure)
