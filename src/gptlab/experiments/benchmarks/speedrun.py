@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
@@ -67,15 +68,15 @@ def to_a_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
         f"the runs that end at {bench.target} or below."
     )
 
-    def part() -> Part:
+    def parts() -> Iterator[Part]:
         rows = in_turns(ways, rounds)
         for row in rows:
             reached = sum(sample["val loss"] <= bench.target for sample in row.samples) / rounds
             for sample in row.samples:
                 sample["reached"] = reached
-        return Part("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
+        yield Part("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
 
-    return (part() for _ in range(1))
+    return parts()
 
 
 def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
@@ -98,11 +99,11 @@ def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
         "dash: a run did not get there."
     )
 
-    def part() -> Part:
+    def parts() -> Iterator[Part]:
         rows = in_turns([way(part) for part in (WHOLE, *bench.parts)], rounds)
-        return Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
+        yield Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
 
-    return (part() for _ in range(1))
+    return parts()
 
 
 def _prepared(source: str | None, cache: str) -> _Text:
@@ -124,7 +125,7 @@ def _run(arguments: list[str], number: int, text: _Text, *, target: float | None
     speeds = {int(row["step"]): float(row["tokens_per_second"]) for row in rows if row.get("tokens_per_second")}
     tokens = {int(row["step"]): float(row["tokens"]) for row in rows}
     sample = {"runs/min": 60 / seconds, "seconds": seconds, "val loss": losses[max(losses)]}
-    sample["tokens/s"] = sorted(speeds.values())[len(speeds) // 2]
+    sample["tokens/s"] = median(speeds.values())
     reached = [step for step, loss in losses.items() if target is not None and loss <= target]
     if reached:
         steps = sorted(step for step in speeds if step <= min(reached))
