@@ -139,6 +139,8 @@ def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
     assert (chosen.precision, chosen.compile) == ("bf16-mixed", "whole")
     chosen = cpu(monkeypatch, bf16=False, **wide)
     assert (chosen.precision, chosen.compile) == ("32-true", "whole")
+    chosen = cpu(monkeypatch, bf16=True, n_embd=384, n_head=6)
+    assert (chosen.precision, chosen.compile) == ("bf16-mixed", False)
     chosen = cpu(monkeypatch, bf16=True)
     assert (chosen.precision, chosen.compile) == ("32-true", False)
     chosen = cpu(monkeypatch, bf16=True, trainer={"strategy": "ddp"}, **wide)

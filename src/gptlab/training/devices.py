@@ -39,7 +39,8 @@ PEAK_BF16_FLOPS = {
 }
 
 
-WIDE = 512  # n_embd from which a CPU gains by bfloat16, and a run is long enough for compilation to pay
+WIDE = 384  # n_embd from which a CPU gains by bfloat16
+WIDER = 512  # and from which it gains by compilation, and a run is long enough for it to pay
 CPUINFO = Path("/proc/cpuinfo")
 LOGITS = 2**28  # bytes of float32 logits that may be there at a time
 
@@ -142,7 +143,7 @@ def _best_precision(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> s
     if on_gpu:
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_it = torch.cpu._is_avx512_bf16_supported() and _is_for_speed(trainer, model)
+        has_it = torch.cpu._is_avx512_bf16_supported() and _is_for_speed(trainer, model, WIDE)
     return "bf16-mixed" if has_it else "32-true"
 
 
@@ -157,13 +158,13 @@ def _what_to_compile(
 
 def _gains_by_compiling(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> bool:
     """torch.compile needs a C compiler; Triton, with which it writes GPU code, compute capability 7.0 as well."""
-    gains = torch.cuda.get_device_capability() >= (7, 0) if on_gpu else _is_for_speed(trainer, model)
+    gains = torch.cuda.get_device_capability() >= (7, 0) if on_gpu else _is_for_speed(trainer, model, WIDER)
     return gains and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
-def _is_for_speed(trainer: TrainerConfig, model: GPTConfig) -> bool:
+def _is_for_speed(trainer: TrainerConfig, model: GPTConfig, width: int) -> bool:
     """Whether a CPU is to train a large model; several processes on one only try out what GPUs will do."""
-    return trainer.strategy == "single" and model.n_embd >= WIDE
+    return trainer.strategy == "single" and model.n_embd >= width
 
 
 def _best_matmul(on_gpu: bool) -> str:

@@ -84,7 +84,7 @@ def measure(bench: TrainBench, rounds: int) -> Iterator[Part]:
     with TemporaryDirectory(prefix="gptlab-bench-") as compiled:
         for title, shape, levers in (
             ("Small character model", bench.characters, IN_FLOAT32),
-            ("Character model", bench.characters_large, IN_FLOAT32),
+            ("Character model", bench.characters_large, IN_BFLOAT16),
             ("GPT-2", bench.gpt2, IN_BFLOAT16),
         ):
             yield _steps(title, shape, levers, rounds, Path(compiled))
