@@ -26,7 +26,7 @@ from gptlab.experiments.launching import make_ready
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.resuming import resolve
 from gptlab.experiments.schema import Config
-from gptlab.training.batch import BatchPlan, plan_batch
+from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import Devices, choose_devices, prepare_kernels
@@ -140,7 +140,7 @@ def measured(config: Config, turns: int, folder: Path) -> dict[str, dict[str, fl
     config, prepared = make_ready(config)
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices, Path(config.data.cache_dir))
-    plan = plan_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
+    plan = config.train.plan(1)
     block_size = config.model.block_size
     data = TokenData(prepared, config.data, plan=plan, block_size=block_size, seed=config.seed, eval_windows=None)
     loop = _Bare(config, prepared, devices, data, plan)
