@@ -10,11 +10,12 @@ import yaml
 from gptlab.data.shards import Manifest, write_durably
 from gptlab.errors import UserError
 from gptlab.experiments.environment import record_environment
+from gptlab.experiments.records.runs import CONFIG
 from gptlab.experiments.schema import Config, check
 from gptlab.model.config import GPTConfig
 from gptlab.training.checkpoints.records import best, checkpoints, newest
 
-CONFIG, LOG, CHECKPOINTS, SAMPLES, TRACE = "config.yaml", "train.log", "checkpoints", "samples", "trace.jsonl"
+LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # of processes that made no progress
 
 

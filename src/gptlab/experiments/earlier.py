@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from gptlab.errors import UserError
-from gptlab.experiments.directory import CONFIG, has_checkpoint
+from gptlab.experiments.directory import has_checkpoint
+from gptlab.experiments.records.runs import CONFIG
 from gptlab.experiments.resuming import differences, goes_on
 from gptlab.experiments.schema import Config
 from gptlab.experiments.slurm import runs_of_this_job

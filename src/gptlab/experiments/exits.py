@@ -9,6 +9,7 @@ DONE = 0
 FAILED = 1  # as Python has it for an exception
 MISTAKEN = 2  # the command or its input
 DIVERGED = 3  # the loss or the gradient was not finite for too many steps in a row
+PRUNED = 4  # a sweep saw no future in the run: no failure, and no result
 PREEMPTED = 75  # a signal asked the run to stop: it is saved, and goes on when it is started again (EX_TEMPFAIL)
 HUNG = 124  # a process made no progress for too long (as timeout(1) has it)
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT

@@ -18,7 +18,8 @@ from typing import Any, Literal
 from safetensors import SafetensorError, safe_open
 
 from gptlab.errors import UserError
-from gptlab.experiments.directory import CONFIG, check_shape
+from gptlab.experiments.directory import check_shape
+from gptlab.experiments.records.runs import CONFIG
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 
 DESCRIPTION, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

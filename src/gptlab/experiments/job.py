@@ -10,10 +10,12 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.prepared import Prepared
-from gptlab.experiments.directory import CHECKPOINTS, LOG, SAMPLES, STACKS, TRACE, create, newest_checkpoint, record
+from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
 from gptlab.experiments.exits import DONE, PREEMPTED
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
+from gptlab.experiments.records.runs import SAMPLES
+from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
 from gptlab.experiments.weights import load_weights
@@ -86,10 +88,17 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
             _fit(trainer, module, data, checkpoint, directory)
         if is_first:
             summarise(config, directory, recorder, trainer)
+            end_state(directory, DONE)
         return DONE
     except Preempted:
         say_stopped("Stopped by a signal", directory, trainer.global_step)
+        if is_first:
+            end_state(directory, PREEMPTED)
         return PREEMPTED
+    except BaseException as error:
+        if is_first:
+            end_state(directory, status_of(error), str(error) or type(error).__name__)
+        raise
     finally:
         stop_log(handler)
 
