@@ -103,7 +103,7 @@ def find_runs(where: str) -> list[Run]:
     Raises:
         UserError: There is none.
     """
-    places = [Path(place) for place in sorted(glob.glob(str(Path(where).expanduser())))]
+    places = [Path(place) for place in sorted(glob.glob(str(Path(where).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
     found = list(dict.fromkeys(run for place in places for run in _runs_below(place)))
     if not found:
         there = "no such place" if not places else f"no run directory (one with a {CONFIG}) in it or below"

@@ -1,7 +1,7 @@
 """Sweeps as they lie in outputs/: what was asked, and what each trial came to. Imports no torch.
 
-<sweep directory>/sweep.json says what the sweep is; each trial has a folder named by its number, which is a run directory
-with trial.json beside the rest. trial.json has one writer, the process of the sweep.
+<sweep directory>/sweep.json says what the sweep is; each trial has a folder named by its number, which is a run
+directory with trial.json beside the rest. trial.json has one writer, the process of the sweep.
 """
 
 import json
