@@ -21,7 +21,7 @@ from gptlab.experiments.sweeping.config import ProcessesConfig
 from gptlab.training.config import TrainerConfig
 
 JOB, OUTPUT = "job.json", "output.log"
-TRIAL_PROCESS = "gptlab.experiments.sweeping.trial"
+COMMAND = (sys.executable, "-m", "gptlab.experiments.sweeping.trial")
 GRACE = 20.0  # seconds that trials have to end by themselves when the sweep is interrupted
 
 
@@ -40,7 +40,8 @@ class Pool:
 
     def __init__(self, config: ProcessesConfig, trainer: TrainerConfig) -> None:
         gpus = 0 if trainer.accelerator == "cpu" else count_gpus()
-        need = (gpus or 1) if trainer.devices == "auto" else trainer.devices
+        need = trainer.devices if trainer.strategy != "single" else 1
+        need = (gpus or 1) if need == "auto" else need
         fit = max(1, gpus // need)
         self.at_once = fit if config.at_once == "auto" else config.at_once
         # beyond what fits, trials share devices
@@ -70,8 +71,8 @@ class Pool:
         try:
             with (place / OUTPUT).open("ab") as output:
                 process = subprocess.Popen(
-                    (sys.executable, "-m", TRIAL_PROCESS, str(place / JOB)),
-                    env=self._environment(slot),
+                    (*COMMAND, str(place / JOB)),
+                    env=self.environment(slot),
                     stdin=subprocess.PIPE,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -126,7 +127,8 @@ class Pool:
             return PREEMPTED
         return 128 - returned if -returned in signal.valid_signals() else FAILED
 
-    def _environment(self, slot: int) -> dict[str, str]:
+    def environment(self, slot: int) -> dict[str, str]:
+        """The variables of the trial in a slot: its devices, or its share of the cores."""
         variables = dict(os.environ)
         if self._has_gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -115,7 +115,7 @@ class Search:
         seed = (self.config.seed * 1_000_003 + number) % 2**32
         match self.config.search:
             case "tpe":
-                return optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True)
             case "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+                return optuna.samplers.CmaEsSampler(seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)
