@@ -55,17 +55,11 @@ class Cluster:
     Args:
         config: What a job needs, and how many there may be at once.
         folder: The sweep's.
-
-    Raises:
-        UserError: There is no SLURM, or the partition takes no jobs.
     """
 
     def __init__(self, config: SlurmConfig, folder: Path) -> None:
-        if find_spec("submitit") is None:
-            raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
         import submitit
 
-        _check_partition(config.partition)
         self.at_once = config.at_once
         self._logs = folder / FOLDER
         self._executor = submitit.AutoExecutor(
@@ -162,8 +156,11 @@ def _states(jobs: list[str]) -> dict[str, str]:
     return {fields[0]: fields[1] for line in lines if len(fields := line.split()) == 2}
 
 
-def _check_partition(partition: str | None) -> None:
-    """See that there is a SLURM, and that the partition takes jobs."""
+def check_cluster(config: SlurmConfig) -> None:
+    """See that there is a SLURM, and that the partition takes jobs; UserError says what is not."""
+    if find_spec("submitit") is None:
+        raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
+    partition = config.partition
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=slurm: there is no SLURM on this machine (no sbatch on the PATH).")
     done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)

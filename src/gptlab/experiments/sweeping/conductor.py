@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from gptlab.errors import UserError
-from gptlab.experiments.exits import DIVERGED, DONE, FAILED, HUNG, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.experiments.exits import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
 from gptlab.experiments.records.runs import Run
 from gptlab.experiments.records.state import ENDS, load_state
 from gptlab.experiments.records.sweeps import ENDED, Trial
@@ -177,8 +177,8 @@ class Conductor:
         trials = self.ledger.trials.values()
         if any(trial.state not in ENDED for trial in trials) or len(trials) < self.search.n_trials:
             return PREEMPTED
-        statuses = {trial.status or DONE for trial in trials} - {PRUNED}
-        return max((FAILED if status >= 128 or status == HUNG else status for status in statuses), default=DONE)
+        statuses = {trial.status or DONE for trial in trials} - {PRUNED, DONE}
+        return max((status if status in (MISTAKEN, DIVERGED) else FAILED for status in statuses), default=DONE)
 
     def _summarise(self, status: int) -> None:
         trials = sorted(self.ledger.trials.values(), key=lambda trial: trial.number)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import HydraContext
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from gptlab.errors import UserError
 from gptlab.experiments.exits import DONE, SweepEnded
 from gptlab.experiments.records.sweeps import Sweep
 from gptlab.experiments.resuming import resolve
 from gptlab.experiments.schema import Config, check
-from gptlab.experiments.sweeping.cluster import Cluster
+from gptlab.experiments.sweeping.cluster import Cluster, check_cluster
 from gptlab.experiments.sweeping.conductor import Conductor, Runner
 from gptlab.experiments.sweeping.config import ProcessesConfig, SlurmConfig, SweeperConfig
 from gptlab.experiments.sweeping.ledger import Ledger, config_hash, digest, sweep_directory
@@ -23,7 +23,11 @@ from gptlab.experiments.sweeping.space import Point, Space
 
 
 def sweep(
-    context: HydraContext, composed: DictConfig, arguments: list[str], settings: dict[str, Any], launcher: Any
+    context: HydraContext,
+    composed: DictConfig,
+    arguments: list[str],
+    settings: dict[str, Any],
+    launcher: dict[str, Any],
 ) -> None:
     """Run a sweep, or go on with it.
 
@@ -39,11 +43,13 @@ def sweep(
         SweepEnded: Not every trial has come to a result.
     """
     wanted = check(SweeperConfig, settings)
-    space = Space(wanted.params, arguments)
+    space, where = Space(wanted.params, arguments), _where(launcher)
 
     def compose(point: Point) -> Config:
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
         values = context.config_loader.load_sweep_config(composed, overrides)
+        with open_dict(values):
+            del values["hydra"]  # which is Hydra's own, and of no job yet
         return resolve(values, overrides).with_absolute_paths()
 
     base = _checked(space, compose, is_grid=wanted.search == "grid")
@@ -53,7 +59,7 @@ def sweep(
     ledger = Ledger(directory, what)
     try:
         search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
-        runner = _runner(launcher, base, directory)
+        runner: Runner = Pool(where, base.trainer) if isinstance(where, ProcessesConfig) else Cluster(where, directory)
         status = Conductor(ledger, search, runner, compose, retry=wanted.retry).run()
     finally:
         ledger.close()
@@ -80,7 +86,7 @@ def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
     grid = space.grid() if wanted.search == "grid" else None
     chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
     return Sweep(
-        question=wanted.question or f"Which {', '.join(space.varied)} is best?",
+        question=wanted.question or _question(space),
         space=space.written,
         fixed=space.fixed,
         search=wanted.search,
@@ -92,13 +98,23 @@ def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
     )
 
 
-def _runner(launcher: Any, base: Config, directory: Path) -> Runner:
-    kind = str(launcher.pop("_target_")).rpartition(".")[2]
+def _question(space: Space) -> str:
+    """Ask what a sweep without a question of its own can only want to know."""
+    keys = [key for key in space.varied if key != "seed"]
+    return f"Which {' and '.join(keys)} is best?" if keys else "How much do seeds differ?"
+
+
+def _where(launcher: dict[str, Any]) -> ProcessesConfig | SlurmConfig:
+    """Check where trials are to run."""
+    kind = str(launcher["_target_"]).rpartition(".")[2]
+    settings = {key: value for key, value in launcher.items() if key != "_target_"}
     match kind:
         case "ProcessLauncher":
-            return Pool(check(ProcessesConfig, launcher), base.trainer)
+            return check(ProcessesConfig, settings)
         case "SlurmLauncher":
-            return Cluster(check(SlurmConfig, launcher), directory)
+            config = check(SlurmConfig, settings)
+            check_cluster(config)
+            return config
     raise UserError(
         f"hydra/launcher with {kind} runs no sweep of hydra/sweeper=gptlab; processes and slurm do, and "
         "hydra/sweeper=basic takes any launcher."
