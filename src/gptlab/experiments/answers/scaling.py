@@ -25,8 +25,8 @@ STARTS_AT = {
     "alpha": np.arange(0, 2.1, 0.5),
     "beta": np.arange(0, 2.1, 0.5),
 }
-FROM_GRID = 24  # of those 4,500 beginnings, the best so many are followed; of a resample, its law and the best two
-AGAIN = 2
+FROM_GRID = 24  # of those 4,500 beginnings, so many are followed: those with the least loss
+AGAIN = 1  # and resampled runs begin there, and at the law of all runs
 LIMITS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-13, "gtol": 1e-7, "maxcor": 20}  # of L-BFGS
 # Logs of the three terms at the middle of the runs, and the powers: beyond what runs can tell, near enough for floats.
 BOUNDS = [(-30, 10), (-30, 10), (-30, 10), (0.01, 5), (0.01, 5)]
@@ -151,7 +151,8 @@ def fit_with_intervals(
     law = fit(parameters, tokens, losses)
     runs = np.array([parameters, tokens, losses], dtype=np.float64)
     draws = _draws(runs, np.random.default_rng(seed))
-    resampled = [_fit_again(runs[:, next(draws)], law) for _ in range(resamples)]
+    starts = np.stack((_coordinates(law), *_best_starts(_logs(*runs), AGAIN)))
+    resampled = [_descend(_logs(*runs[:, next(draws)]), starts) for _ in range(resamples)]
     return Fit(law, resampled, len(losses), float(np.sqrt(np.mean(_residuals(_coordinates(law), _logs(*runs)) ** 2))))
 
 
@@ -242,11 +243,6 @@ def _descend(logs: Array, starts: Array) -> Law:
     at = min(found, key=lambda result: result.fun).x
     at[:2] += at[3:5] * means
     return _law(at)
-
-
-def _fit_again(runs: Array, law: Law) -> Law:
-    logs = _logs(*runs)
-    return _descend(logs, np.stack((_coordinates(law), *_best_starts(logs, AGAIN))))
 
 
 def _draws(runs: Array, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:

@@ -80,7 +80,7 @@ def _table(answers: Answers) -> Table:
         **{key: [row.settings.get(key, "") for row in answers.rows] for key in answers.keys},
         "seeds": [str(row.n) for row in answers.rows],
         f"{answers.metric}{f', {unit}' if unit else ''}": [_of(row.mean, row.se) for row in answers.rows],
-        "less the baseline": [_of(row.difference, row.difference_se) for row in answers.rows],
+        "difference": [_of(row.difference, row.difference_se) for row in answers.rows],
         **_counts(answers.rows),
         **_sizes(answers.rows),
         **_scores(answers.rows),
