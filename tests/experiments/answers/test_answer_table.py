@@ -182,7 +182,8 @@ def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
     trials[4] |= {"state": "failed", "message": "out of memory"}
     write_sweep(tmp_path, trials, BASELINE)
     for number, (predicted, mine) in enumerate([(10, 12), (20, 20)]):
-        score = {"score": {"time": {"predicted": predicted, "measured": mine}, "device": "cpu"}}
+        time = {"forecast": predicted, "measured": mine, "ratio": mine / predicted}
+        score = {"score": {"seconds": time, "parameters": {"ratio": None}, "device": "cpu"}}
         (tmp_path / str(number) / "forecast.json").write_text(json.dumps(score))
     found = conclude(tmp_path)
     assert Answers.model_validate_json((tmp_path / "answers.json").read_text()) == found
@@ -192,13 +193,15 @@ def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
     assert float(rows[0]["difference"]) == pytest.approx(-0.33)
     assert [row["verdict"] for row in rows] == [row.verdict for row in found.rows]
     assert (rows[0]["failed"], rows[1]["difference"]) == ("1", "")
-    assert (rows[1]["forecast.time.predicted"], rows[1]["forecast.time.measured"]) == ("15.0", "16.0")
-    assert (rows[0]["forecast.time.predicted"], "forecast.device" in rows[0]) == ("", False)
+    assert (rows[1]["forecast.seconds.forecast"], rows[1]["forecast.seconds.measured"]) == ("15.0", "16.0")
+    assert (rows[0]["forecast.seconds.forecast"], "forecast.device" in rows[0]) == ("", False)
     printed = capsys.readouterr().out
     for text in ("Which is best?", found.answer, found.notes[0], *(row.verdict for row in found.rows)):
         assert text in printed
     assert re.search(r"2e-3 +│? *2 +│? *1\.770 ± 0\.070", printed)
     assert "corrected for 3 comparisons" in printed
+    assert "seconds / forecast" in printed
+    assert re.search(r"1e-3 .* 1\.10 +baseline", printed)  # the mean of 1.2 and 1
 
 
 def test_models_of_several_sizes_are_told_by_their_parameters(tmp_path, capsys, console):

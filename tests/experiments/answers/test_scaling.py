@@ -93,7 +93,7 @@ def test_intervals_hold_the_truth_and_narrow_with_the_noise():
             low, high = fitted.interval(lambda law, name=name: getattr(law, name))
             assert low < getattr(SMALL, name) < high
         best = optimum(fitted, 1e15)
-        for (value, low, high), truth in zip(best[1:3], SMALL.optimum(1e15), strict=True):
+        for (value, low, high), truth in zip((best.parameters, best.tokens), SMALL.optimum(1e15), strict=True):
             assert low < truth < high
             assert low <= value <= high
         assert best.loss[1] < SMALL.loss(*SMALL.optimum(1e15)) < best.loss[2]
@@ -138,7 +138,7 @@ def test_a_sweep_over_sizes_and_tokens_gets_its_law(tmp_path, capsys):
     assert (len(runs), runs[0].tokens) == (24, 10**5)
     conclude(tmp_path)
     found = ScalingAnswer.model_validate_json((tmp_path / "scaling.json").read_text())
-    assert found.law == pytest.approx(SMALL, rel=0.02)
+    assert found.law == pytest.approx(SMALL._asdict(), rel=0.02)
     assert found.optima[0].flops == 6 * max(run.size.all * run.tokens for run in runs)
     low, high = found.intervals["alpha"]
     assert low < 0.3 < high

@@ -22,7 +22,7 @@ class ScalingAnswer(BaseModel):
     N are all parameters of a model: for small ones, laws in those without embeddings mislead (Pearce and Song 2024).
 
     Attributes:
-        law: Fitted to all runs.
+        law: Its coefficients by name, fitted to all runs.
         intervals: The 95 % interval of each coefficient, and of "a" and "b", the powers of the best N and D in C.
         residual: Root of the mean square of log(measured / predicted).
         runs: That it is fitted to.
@@ -32,7 +32,7 @@ class ScalingAnswer(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    law: Law
+    law: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     residual: float
     runs: list[Measured]
@@ -51,7 +51,7 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
     fitted = fit_with_intervals(sizes, tokens, [run.loss for run in runs], resamples=RESAMPLES, seed=SEED)
     largest = max(6 * n * d for n, d in zip(sizes, tokens, strict=True))
     return ScalingAnswer(
-        law=fitted.law,
+        law=fitted.law._asdict(),
         intervals={name: fitted.interval(lambda law: getattr(law, name)) for name in (*Law._fields, "a", "b")},  # noqa: B023
         residual=fitted.residual,
         runs=runs,
@@ -62,16 +62,19 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 
 def show_scaling(scaling: ScalingAnswer) -> None:
     """Print the coefficients, what is best for larger budgets, and the law in a line."""
-    console = get_console()
+    console, law = get_console(), Law(**scaling.law)
     table = Table("operations", "parameters", "tokens", "tokens a parameter", "loss", box=box.SIMPLE)
     for best in scaling.optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
-            f"{best.flops:.2e}", *(_interval(*of, ".3g") for of in best[1:3]), ratio, _interval(*best.loss, ".3f")
+            f"{best.flops:.2e}",
+            *(_interval(*of, ".3g") for of in (best.parameters, best.tokens)),
+            ratio,
+            _interval(*best.loss, ".3f"),
         )
     coefficients = Table("coefficient", "fitted", "95 %", box=box.SIMPLE)
     for name, (low, high) in scaling.intervals.items():
-        coefficients.add_row(name, f"{getattr(scaling.law, name):.4g}", f"{low:.4g} to {high:.4g}")
+        coefficients.add_row(name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}")
     console.print(coefficients, table)
     console.print(Text(scaling.answer, "bold"))
     made = f"{len(scaling.runs)} runs, {scaling.residual:.2%} off; intervals of 95 % by {RESAMPLES} resamples"

@@ -5,6 +5,7 @@ N are the parameters of a model, D the tokens that it is trained on, C = 6 N D t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -94,7 +95,8 @@ class Fit(NamedTuple):
         return float(low), float(high)
 
 
-class Optimum(NamedTuple):
+@dataclass(frozen=True)
+class Optimum:
     """What is best for a budget: each of the law that fits all runs, then the ends of its 95 % interval.
 
     Attributes:

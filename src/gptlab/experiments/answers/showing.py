@@ -17,6 +17,7 @@ from gptlab.experiments.answers.table import Answers, Row, answer
 from gptlab.experiments.answers.wording import UNITS, plus_minus
 
 CSV, JSON = "answers.csv", "answers.json"
+RATIO = ".ratio"  # of what was measured to what was forecast
 STATISTICS = (  # of a row, as columns of the CSV
     *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
     *("verdict", "is_baseline", "failed", "pruned", "unfinished", "tokens", "parameters"),
@@ -110,8 +111,14 @@ def _sizes(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def _scores(rows: list[Row]) -> dict[str, list[str]]:
-    names = dict.fromkeys(name for row in rows for name in row.forecast)
-    return {name: [f"{row.forecast[name]:.3g}" if name in row.forecast else "" for row in rows] for name in names}
+    """Write what was measured over what was forecast; the rest is in the files."""
+    names = dict.fromkeys(name for row in rows for name in row.forecast if name.endswith(RATIO))
+    return {
+        f"{name.removesuffix(RATIO)} / forecast": [
+            f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows
+        ]
+        for name in names
+    }
 
 
 def _of(value: float | None, se: float | None) -> str:

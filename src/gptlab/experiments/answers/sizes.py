@@ -1,7 +1,7 @@
 """How large the models of runs are, and what a sweep over sizes and tokens has measured. Imports no torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -14,7 +14,8 @@ from gptlab.model.config import GPTConfig, embedding_count, parameter_count
 LENGTHS = ("train.max_tokens", "train.max_steps")
 
 
-class Size(NamedTuple):
+@dataclass(frozen=True)
+class Size:
     """How large a model is.
 
     Attributes:
@@ -26,7 +27,8 @@ class Size(NamedTuple):
     non_embedding: int
 
 
-class Measured(NamedTuple):
+@dataclass(frozen=True)
+class Measured:
     """A run, as a scaling law sees it.
 
     Attributes:
