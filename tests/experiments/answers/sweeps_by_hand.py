@@ -8,7 +8,6 @@ from typing import Any
 import yaml
 
 from conftest import TINY
-from gptlab.experiments.records.sweeps import Sweep
 
 
 def trial(overrides: Mapping[str, Any], value: float | None = None, state: str = "done", **more: Any) -> dict[str, Any]:
@@ -17,9 +16,9 @@ def trial(overrides: Mapping[str, Any], value: float | None = None, state: str =
 
 
 def write_sweep(
-    directory: Path, trials: Sequence[dict[str, Any]], baseline: Mapping[str, Any] = {}, metric: str = "val/loss"
+    directory: Path, trials: Sequence[dict[str, Any]], baseline: Mapping[str, Any] = {}, missing: int = 0
 ) -> Path:
-    """Write sweep.json and every trial.json."""
+    """Write sweep.json and every trial.json; ``missing`` trials have not had their turn."""
     directory.mkdir(parents=True, exist_ok=True)
     keys = dict.fromkeys(key for trial in trials for key in trial["overrides"])
     sweep = {
@@ -27,14 +26,13 @@ def write_sweep(
         "space": {key: ",".join(dict.fromkeys(t["overrides"][key] for t in trials)) for key in keys},
         "fixed": [],
         "search": "grid",
-        "n_trials": len(trials),
-        "metric": metric,
+        "n_trials": len(trials) + missing,
+        "metric": "val/loss",
         "baseline": {key: str(value) for key, value in baseline.items()},
         "definition": "",
         "wandb_group": "",
     }
-    known = {key: value for key, value in sweep.items() if key in Sweep.model_fields}
-    (directory / "sweep.json").write_text(json.dumps(known))
+    (directory / "sweep.json").write_text(json.dumps(sweep))
     for number, values in enumerate(trials):
         (directory / str(number)).mkdir()
         (directory / str(number) / "trial.json").write_text(json.dumps({"number": number} | values))

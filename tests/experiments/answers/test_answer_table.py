@@ -142,6 +142,8 @@ def test_a_sweep_under_way_says_so_far(tmp_path):
     found = answer(write_sweep(tmp_path / "some", trials))
     assert found.answer.startswith("best so far: optimizer.lr=2, 1.5000 nats")
     assert (found.rows[0].unfinished, found.rows[0].n) == (1, 1)
+    begun = answer(write_sweep(tmp_path / "begun", trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)}), missing=2))
+    assert begun.answer.startswith("best so far: optimizer.lr=2, 1.450 ± 0.050 nats")
     waiting = [t | {"state": "waiting", "value": None} for t in trials]
     assert answer(write_sweep(tmp_path / "none", waiting)).answer == "no trial has come to a value: 4 unfinished"
     assert answer(write_sweep(tmp_path / "empty", [])).answer == "no trial has come to a value: none was begun"

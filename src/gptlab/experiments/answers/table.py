@@ -124,7 +124,7 @@ def answer(directory: Path, replicates: Sequence[str] = ()) -> Answers:
         metric=sweep.metric,
         keys=list(dict.fromkeys(key for point in points for key in point.settings)),
         rows=rows,
-        answer=_line(points, ranked, baseline, claims, sweep.metric),
+        answer=_line(sweep, points, ranked, baseline, claims),
         comparisons=sum(claim.p is not None for claim in claims.values()),
         notes=_notes(sweep, trials, baseline),
     )
@@ -175,16 +175,17 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
 
 
 def _line(
-    points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim], metric: str
+    sweep: Sweep, points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim]
 ) -> str:
     """Write the answer in a line."""
-    unfinished = sum(point.unfinished for point in points)
+    missing = sweep.n_trials - sum(len(point.trials) for point in points)  # their turn has not come
+    unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
         return f"no trial has come to a value: {counted({**states, 'unfinished': unfinished}) or 'none was begun'}"
     estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
     if len(points) == 1:
-        return spread_line(estimates[0], metric)
+        return spread_line(estimates[0], sweep.metric)
     names = [named(point.settings) for point in ranked]
     compared = baseline is not None and baseline.values
     of_baseline = named(baseline.settings) if baseline is not None and compared else None
@@ -193,7 +194,7 @@ def _line(
         following = claims[names[1]].reversed()
     return best_line(
         Best(names[0], estimates[0], of_baseline, claims.get(names[0]), (*names, None)[1], following),
-        metric,
+        sweep.metric,
         is_over=unfinished == 0,
     )
 
