@@ -1,5 +1,6 @@
 """The ready sweeps: each asks a question, has a baseline among its points and pairs its seeds."""
 
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -24,6 +25,7 @@ def options(params: dict[str, Any]) -> dict[str, list[str]]:
     return {key: str(value).split(",") for key, value in params.items()}
 
 
+@cache
 def configurations(name: str) -> dict[tuple[str, ...], Config]:
     """The points of a sweep with its first seed, by what is varied."""
     values, sweeper = read(name)
