@@ -89,7 +89,7 @@ def _table(answers: Answers) -> Table:
     }
     for name in columns:
         is_text = name in answers.keys or name == "verdict"
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
     for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
         style = "dim" if row.mean is None else "bold" if row is answers.rows[0] else None
         table.add_row(*(Text(cell) for cell in cells), style=style)
@@ -103,11 +103,13 @@ def _counts(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def _sizes(rows: list[Row]) -> dict[str, list[str]]:
-    """Write the tokens, and the parameters where they differ."""
-    columns = {"tokens": [f"{row.tokens:,}" for row in rows]}
-    if len({row.parameters for row in rows} - {None}) > 1:
-        columns["parameters"] = [f"{row.parameters:,}" if row.parameters else "" for row in rows]
-    return columns
+    """Write parameters and tokens, where they differ."""
+    columns = {name: [getattr(row, name) for row in rows] for name in ("parameters", "tokens")}
+    return {
+        name: [f"{size:,}" if size else "" for size in sizes]
+        for name, sizes in columns.items()
+        if len(set(sizes) - {None, 0}) > 1
+    }
 
 
 def _scores(rows: list[Row]) -> dict[str, list[str]]:
@@ -126,5 +128,9 @@ def _of(value: float | None, se: float | None) -> str:
 
 
 def _legend(answers: Answers) -> str:
+    tokens = {row.tokens for row in answers.rows} - {0}
+    seen = f"{tokens.pop():,} tokens a run. " if len(tokens) == 1 else ""
     corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""
-    return f"± is one standard error. A difference is shown where p is below {ALPHA}{corrected} (docs/answers.md)."
+    return (
+        f"{seen}± is one standard error. A difference is shown where p is below {ALPHA}{corrected} (docs/answers.md)."
+    )
