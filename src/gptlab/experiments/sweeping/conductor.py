@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from gptlab.errors import UserError
+from gptlab.experiments.answers.showing import conclude
 from gptlab.experiments.exits import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
 from gptlab.experiments.records.runs import Run
 from gptlab.experiments.records.state import ENDS, load_state
@@ -183,6 +184,8 @@ class Conductor:
     def _summarise(self, status: int) -> None:
         trials = sorted(self.ledger.trials.values(), key=lambda trial: trial.number)
         counts = Counter(trial.state for trial in trials)
+        if any(trial.state == "done" for trial in trials):
+            conclude(self.ledger.directory)
         log.info("%d trials: %s", self.search.n_trials, ", ".join(f"{n} {state}" for state, n in counts.items()))
         if status in (INTERRUPTED, PREEMPTED):
             log.info("The sweep goes on where it stopped with the same command.")
