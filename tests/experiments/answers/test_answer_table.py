@@ -153,7 +153,7 @@ def test_a_baseline_without_a_value_is_told(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4), "3": (1.6, 1.4)})
     other = answer(write_sweep(tmp_path / "other", trials, {LR: 9}))
     assert other.notes == ["The baseline, optimizer.lr=9, is no point of this sweep: nothing is compared with it."]
-    assert {row.verdict for row in other.rows} == {"no baseline to compare with"}
+    assert {row.verdict for row in other.rows} == {"no baseline"}
     assert other.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=3)")
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
     found = answer(write_sweep(tmp_path / "failed", failed, {LR: 1}))
@@ -215,6 +215,15 @@ def test_models_of_several_sizes_are_told_by_their_parameters(tmp_path, capsys, 
     assert [row.parameters for row in found.rows] == [77 * 32 + 64 + n * (128 + 12 * 1024 + 288) for n in (2, 4)]
     show(found)
     assert "27,936" in capsys.readouterr().out
+
+
+def test_a_narrow_screen_has_every_verdict_whole(tmp_path, capsys, console):
+    found = answer(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
+    rich.reconfigure(width=80)
+    show(found)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(row.verdict in line and row.settings[LR] in line for line in lines) for row in found.rows)
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_standard_error_decides_how_many_digits_count():

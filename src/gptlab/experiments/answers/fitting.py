@@ -63,12 +63,12 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 def show_scaling(scaling: ScalingAnswer) -> None:
     """Print the coefficients, what is best for larger budgets, and the law in a line."""
     console, law = get_console(), Law(**scaling.law)
-    table = Table("operations", "parameters", "tokens", "tokens a parameter", "loss", box=box.SIMPLE)
+    table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
     for best in scaling.optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
             f"{best.flops:.2e}",
-            *(_interval(*of, ".3g") for of in (best.parameters, best.tokens)),
+            *(_many(*of) for of in (best.parameters, best.tokens)),
             ratio,
             _interval(*best.loss, ".3f"),
         )
@@ -97,3 +97,15 @@ def _line(fitted: Fit) -> str:
 
 def _interval(value: float, low: float, high: float, form: str) -> str:
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _many(value: float, low: float, high: float) -> str:
+    """Write large numbers as 113k, 1.31M."""
+    return f"{_large(value)} ({_large(low)} to {_large(high)})"
+
+
+def _large(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import box, get_console
@@ -12,11 +13,12 @@ from gptlab.data.shards import write_durably
 from gptlab.errors import UserError
 from gptlab.experiments.answers.fitting import fit_sweep, show_scaling, write_scaling
 from gptlab.experiments.answers.paired import ALPHA
-from gptlab.experiments.answers.sizes import is_of_sizes
+from gptlab.experiments.answers.sizes import LENGTHS, is_of_sizes
 from gptlab.experiments.answers.table import Answers, Row, answer
 from gptlab.experiments.answers.wording import UNITS, plus_minus
 
 CSV, JSON = "answers.csv", "answers.json"
+WIDE = 100  # columns of a screen on which everything has its own
 RATIO = ".ratio"  # of what was measured to what was forecast
 STATISTICS = (  # of a row, as columns of the CSV
     *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
@@ -49,7 +51,7 @@ def conclude(directory: Path) -> Answers:
 def show(answers: Answers) -> None:
     """Print the question, the table, what went wrong and the answer."""
     console = get_console()
-    console.print(_table(answers))
+    console.print(_table(answers, console.width))
     for note in answers.notes:
         console.print(Text(note, "yellow"))
     console.print(Text(answers.answer, "bold"))
@@ -74,26 +76,36 @@ def write_csv(answers: Answers, path: Path) -> None:
     write_durably(path, text.getvalue())
 
 
-def _table(answers: Answers) -> Table:
+def _table(answers: Answers, width: int) -> Table:
+    """Make the table for a screen of so many columns; a narrow one has the differences in the verdicts alone."""
     table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
     unit = UNITS.get(answers.metric)
+    keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
+    is_told = width < WIDE and any(key in LENGTHS for key in answers.keys)  # how many tokens, by what is varied
+    differences = [_of(row.difference, row.difference_se) for row in answers.rows]
     columns = {
-        **{key: [row.settings.get(key, "") for row in answers.rows] for key in answers.keys},
+        **keys,
         "seeds": [str(row.n) for row in answers.rows],
         f"{answers.metric}{f', {unit}' if unit else ''}": [_of(row.mean, row.se) for row in answers.rows],
-        "difference": [_of(row.difference, row.difference_se) for row in answers.rows],
+        **({"difference": differences} if any(differences) and width >= WIDE else {}),
         **_counts(answers.rows),
-        **_sizes(answers.rows),
+        **_sizes(answers.rows, ("parameters",) if is_told else ("parameters", "tokens")),
         **_scores(answers.rows),
         "verdict": [row.verdict for row in answers.rows],
     }
     for name in columns:
-        is_text = name in answers.keys or name == "verdict"
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_text)
+        is_last, is_text = name == "verdict", name == "verdict" or name in keys
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_last)
     for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
         style = "dim" if row.mean is None else "bold" if row is answers.rows[0] else None
         table.add_row(*(Text(cell) for cell in cells), style=style)
     return table
+
+
+def _headings(keys: list[str]) -> dict[str, str]:
+    """Name what is varied by the last part of its name, where that is enough."""
+    short = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 
 
 def _counts(rows: list[Row]) -> dict[str, list[str]]:
@@ -102,9 +114,9 @@ def _counts(rows: list[Row]) -> dict[str, list[str]]:
     return {name: [str(count or "") for count in counts] for name, counts in columns.items() if any(counts)}
 
 
-def _sizes(rows: list[Row]) -> dict[str, list[str]]:
+def _sizes(rows: list[Row], names: Sequence[str]) -> dict[str, list[str]]:
     """Write parameters and tokens, where they differ."""
-    columns = {name: [getattr(row, name) for row in rows] for name in ("parameters", "tokens")}
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
     return {
         name: [f"{size:,}" if size else "" for size in sizes]
         for name, sizes in columns.items()

@@ -146,15 +146,13 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
     if point.values:
         n, mean, se = estimate(list(point.values.values()))
         known = {"mean": mean, "se": se}
-        if is_baseline:
-            words = BASELINE
-        else:
-            words = verdict(claim, metric) if claim is not None else "no baseline to compare with"
+        compared = verdict(claim, metric) if claim is not None else f"no {BASELINE}"
+        words = BASELINE if is_baseline else compared
     else:
         n, words = 0, counted({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
     if claim is not None:
-        method, compared, _, difference, se, p, low, high = claim.comparison
-        known |= {"comparison": method, "compared": compared, "difference": difference, "difference_se": se}
+        method, runs_of_it, _, difference, se, p, low, high = claim.comparison
+        known |= {"comparison": method, "compared": runs_of_it, "difference": difference, "difference_se": se}
         known |= {"p": p, "low": low, "high": high, "p_holm": claim.p}
     runs = [Run(directory / str(trial.number)) for trial in point.trials]
     return Row(
