@@ -4,7 +4,7 @@ Counted is what autograd saves of each operation in ``gptlab.model``; several th
 B sequences, T time, N = B T tokens, C channels, nh heads, hs head size, V vocabulary, R rows of the head.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gptlab.model.config import GPTConfig
 
@@ -68,11 +68,6 @@ class Pass(NamedTuple):
         """Bytes of one tensor (B, T, C) that a matrix product takes or gives."""
         return self.tokens * self.config.n_embd * self.kinds.product
 
-    @property
-    def statistics(self) -> int:
-        """Bytes that a norm keeps beside its input: LayerNorm two numbers a token, RMSNorm one."""
-        return (2 if self.config.norm == "layer" else 1) * self.tokens * STATISTIC
-
 
 def of_network(forward: Pass) -> int:
     """Bytes that are kept of all but the head, without logits."""
@@ -121,22 +116,27 @@ def of_block(forward: Pass, layer: int) -> int:
 def of_attention(forward: Pass, layer: int) -> int:
     """Bytes that are kept of a block's attention, from what ``c_attn`` gives to what ``c_proj`` takes."""
     config, each = forward.config, forward.product // forward.split
-    values = _of_values(forward, layer)
-    rotations = 0
+    turned = config.positions != "learned" or config.qk_norm  # queries and keys are made anew
+    whole = 3 * each  # what c_attn gives, of which queries, keys and values are parts
+    match _kernel(forward):
+        case "flash":
+            logarithms = forward.tokens * config.n_head // forward.split * STATISTIC
+            kept = whole + each + logarithms + (3 * each if turned else 0)  # turned, the result is copied for c_proj
+        case "products":
+            kept = 3 * each + each + _weights(forward) + config.block_size**2  # the mask
+            kept += whole if config.qk_norm or _others(forward, layer) else 0
+        case "plain":
+            kept = 3 * each * 4 // forward.kinds.product + each + _weights(forward)
+            kept += whole if config.qk_norm or _others(forward, layer) else 0
     if config.positions != "learned":
-        rotations = 2 * 2 * config.block_size * (config.head_size // 2) * STATISTIC  # cosines and sines, of q and of k
-    normalised = 0
+        kept += 2 * 2 * config.block_size * (config.head_size // 2) * STATISTIC  # cosines and sines, of q and of k
     if config.qk_norm:
-        normalised = _of_qk_norm(forward)
-    turned = config.positions != "learned" or config.qk_norm
-    weights = _weights(forward, layer)
-    # q, k and v are parts of one tensor, which is kept as a whole, unless q and k were made anew
-    qkv = (2 + 1 + 2 * _keeps_whole(forward, layer)) * each if turned and weights is None else 3 * each
-    if turned and weights is None and not _keeps_whole(forward, layer):
-        qkv = 2 * each + 3 * each  # v alone keeps the whole of what c_attn gave
-    result = each
-    logarithms = forward.tokens * config.n_head // forward.split * STATISTIC if weights is None else 0
-    return values + rotations + normalised + qkv + result + logarithms + (weights or 0)
+        kept += 2 * forward.tokens * config.n_head // forward.split * STATISTIC
+        if forward.kinds.product < 4 and not forward.on_gpu:
+            kept += 2 * each * 4 // forward.kinds.product  # computed in float32
+    if not forward.on_gpu and not config.sees_everything(layer) and _kernel(forward) != "products":
+        kept += config.block_size**2 * forward.kinds.product  # the mask, as numbers that are added
+    return kept + (each if _others(forward, layer) else 0)
 
 
 def of_mlp(forward: Pass) -> int:
@@ -150,6 +150,8 @@ def of_head(forward: Pass, chunk: int | None) -> int:
     config, tokens = forward.config, forward.tokens
     if chunk is not None and chunk < tokens:
         return forward.product + config.padded_vocab_size * config.n_embd * forward.kinds.weight
+    if forward.compiled:  # log-softmax is made again from the logits
+        return forward.product + tokens * INDEX + tokens * config.padded_vocab_size * forward.kinds.product
     capped = tokens * config.known_vocab_size * forward.kinds.product if config.logit_soft_cap else 0
     return forward.product + tokens * INDEX + capped + tokens * config.known_vocab_size * STATISTIC
 
@@ -165,7 +167,12 @@ def of_weights(forward: Pass, chunk: int | None) -> int:
 
 
 def _norm(forward: Pass) -> int:
-    return forward.stream + forward.statistics
+    """Bytes that a norm keeps: what it takes and, where RMSNorm is made of several operations, what that becomes."""
+    if forward.config.norm == "layer":
+        return forward.stream + 2 * forward.tokens * STATISTIC
+    if forward.on_gpu or forward.compiled:
+        return forward.stream + forward.tokens * STATISTIC
+    return 2 * forward.tokens * forward.config.n_embd * 4 + forward.tokens * STATISTIC
 
 
 def _mask_of_dropout(forward: Pass, numbers: int, size: int) -> int:
@@ -173,30 +180,23 @@ def _mask_of_dropout(forward: Pass, numbers: int, size: int) -> int:
     return numbers * (1 if forward.on_gpu else size)
 
 
-def _of_qk_norm(forward: Pass) -> int:
-    """Bytes that the norms of queries and keys keep, beside what c_attn gave: one number a head, and what they gave."""
-    heads = 2 * forward.tokens * forward.config.n_head // forward.split
-    return heads * STATISTIC
-
-
-def _of_values(forward: Pass, layer: int) -> int:
-    """Bytes of the values that are mixed into a block's own: what is made of them."""
+def _others(forward: Pass, layer: int) -> bool:
+    """Whether other values are mixed into a block's own, which makes new ones."""
     config = forward.config
-    others = (config.value_residual and layer > 0) + (config.value_embedding(layer) is not None)
-    return forward.product if others else 0
+    return (config.value_residual and layer > 0) or config.value_embedding(layer) is not None
 
 
-def _keeps_whole(forward: Pass, layer: int) -> bool:
-    return False
-
-
-def _weights(forward: Pass, layer: int) -> int | None:
-    """Bytes of the attention's weights (B, nh, T, T) where these are there at once; None where a kernel has no need."""
-    config, T = forward.config, forward.config.block_size  # noqa: N806
-    weights = forward.batch * config.n_head // forward.split * T * T
+def _kernel(forward: Pass) -> Literal["flash", "products", "plain"]:
+    """Say how ``gptlab.model.attention.attend`` attends."""
     if forward.on_gpu:
-        return None
-    if forward.kinds.product == 4 and T <= SHORT:
-        dropped = 2 * weights * 4 if config.dropout else 0
-        return weights * 4 + dropped + T * T  # and the mask
-    return None
+        return "flash"
+    if forward.kinds.product == 4 and forward.config.block_size <= SHORT:
+        return "products"
+    return "plain" if forward.config.dropout else "flash"  # torch's kernel for the CPU drops nothing
+
+
+def _weights(forward: Pass) -> int:
+    """Bytes of the weights of all heads, where they are there at once; with dropout what that draws and leaves, too."""
+    config = forward.config
+    weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4
+    return weights * (3 if config.dropout else 1)

@@ -7,16 +7,17 @@ of a micro-batch, C channels, V vocabulary, R rows of the head.
 
 from typing import NamedTuple
 
-from gptlab.experiments.planning.activations import KINDS, Pass, of_block, of_head, of_network, of_weights
+from gptlab.experiments.planning.activations import KINDS, Pass, of_block, of_head, of_mlp, of_network, of_weights
 from gptlab.experiments.planning.parameters import Shares, shares
 from gptlab.experiments.planning.target import Target
 from gptlab.experiments.schema import Config
 from gptlab.training.config import MuonConfig
 
-# Bytes of a process with everything imported, before it has a network: of Python 3.11, torch 2.13 (CPU) and lightning
-# 2.6, with what glibc's malloc keeps of what was freed; and what torch.compile adds.
-LIBRARIES, COMPILER = 560e6, 300e6
-BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sums at once, its bucket_cap_mb
+# Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
+# lightning 2.6; and what torch.compile adds.
+LIBRARIES, COMPILER = 500e6, 300e6
+# glibc's malloc keeps holes between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): measured, so much of them.
+HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.muon
 
 
@@ -56,6 +57,7 @@ class Memory(NamedTuple):
         copies: Of weights: in the type of the products, or gathered from the other devices.
         activations: What the backward pass needs.
         logits: Of the head and the loss, with what these need beside them.
+        holes: What malloc does not give back, on a CPU.
         buffers: What the optimizer and the summing of gradients need; the copy that an asynchronous checkpoint takes.
         moment: When that is.
     """
@@ -67,6 +69,7 @@ class Memory(NamedTuple):
     copies: float
     activations: float
     logits: float
+    holes: float
     buffers: float
     moment: str
 
@@ -122,38 +125,42 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
     parts = shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
+    network, head = of_network(forward), of_head(forward, chunk)
+    again = of_block(forward, 0) if config.model.activation_checkpointing else 0
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
         "weights": weights,
         "moments": _moments_of(config, parts, size) / divided,
+        "holes": 0.0 if forward.on_gpu else HOLES * (network + again - _mapped(forward)),
     }
-    activations = of_network(forward) + of_head(forward, chunk)
     copies = _copies(spread, forward, parts, chunk)
     making, learning = _logits(forward, chunk)
     waiting = 3 * weights if _copies_checkpoints(config) else 0.0
     # micro-batches add up in gradients that stay, and DDP sums them up in buckets that do
     stay = weights if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
-    again = of_block(forward, 0) if config.model.activation_checkpointing else 0
-    during = {"copies": copies, "activations": activations, "buffers": waiting}
-    head_gradient = config.model.padded_vocab_size * config.model.n_embd * size
-    first = Memory(**always, **during, gradients=weights, logits=making, moment="when the logits are there")
-    second = Memory(
-        **always,
-        **during | {"activations": activations + again},
-        gradients=max(stay, head_gradient / divided),
-        logits=max(learning, forward.stream * 4 if again else 0),
-        moment="when the backward pass begins",
-    )
-    third = Memory(
-        **always,
-        gradients=weights,
-        copies=0.0,
-        activations=0.0,
-        logits=0.0,
-        buffers=waiting + _stepping(config, forward, parts),
-        moment="in the optimizer's step",
-    )
-    return [first, second, third]
+    of_its_head = max(stay, config.model.padded_vocab_size * config.model.n_embd * size / divided)
+
+    def at(moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float) -> Memory:
+        numbers = {"gradients": gradients, "copies": copies, "activations": activations, "logits": logits}
+        return Memory(**always, **numbers, buffers=buffers + waiting, moment=moment)
+
+    return [
+        at("when the logits are there", weights, copies, network + head, making, 0.0),
+        at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
+        at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
+        at("in the optimizer's step", weights, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
+    ]
+
+
+def _between(forward: Pass) -> float:
+    """Bytes of the gradients within a block in the backward pass: of what its MLP is made of, and of the stream."""
+    return 8.0 * forward.product // forward.split + forward.stream
+
+
+def _mapped(forward: Pass) -> int:
+    """Bytes of the MLPs' tensors, where these are so large that malloc does give them back."""
+    are_large = 4 * forward.product // forward.split > MAPPED
+    return of_mlp(forward) * forward.config.n_layer if are_large and not forward.config.activation_checkpointing else 0
 
 
 def _moments_of(config: Config, parts: Shares, size: int) -> float:
@@ -190,12 +197,11 @@ def _logits(forward: Pass, chunk: int | None) -> tuple[float, float]:
     rows, vocabulary, tokens = config.padded_vocab_size, config.known_vocab_size, forward.tokens
     matrix = rows * config.n_embd
     if chunk is None or chunk >= tokens:
-        if forward.compiled:  # log-softmax is made again from what the head gave, which is kept in its stead
-            return 0.0, tokens * rows * size
+        if forward.compiled:
+            return 0.0, float(tokens * rows * size)  # the logits' gradient
         made = tokens * rows * size + (tokens * vocabulary * 4 if size < 4 else 0)
         return float(made), float(8 * tokens * vocabulary)  # two gradients in float32
-    # in turn: the product, logits, log p, p, whether it is the target, that as a number, the gradient
-    each = 2 * size + 4 if forward.compiled else size + 4 + 4 + 4 + 1 + 4 + 4
+    each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # the product, logits, log p
     copy = matrix * size if size < forward.kinds.weight else 0
     return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
 

@@ -20,6 +20,7 @@ KINDS = {
     "copies": "copies of weights",
     "activations": "activations",
     "logits": "logits and loss",
+    "holes": "holes of malloc",
     "buffers": "buffers",
 }
 
@@ -103,7 +104,7 @@ def _memory(plan: Plan) -> Table:
     rows = {
         name: bytes_shown(number)
         for key, name in KINDS.items()
-        if (number := getattr(plan.memory, key)) or key != "buffers"
+        if (number := getattr(plan.memory, key)) or key not in ("buffers", "holes")
     }
     rows["together"] = f"{bytes_shown(plan.memory.total)}{_of_all(plan)}"
     if plan.measured is not None:

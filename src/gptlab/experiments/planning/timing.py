@@ -64,8 +64,7 @@ def as_measured(length: Length, target: Target, measured: Measured) -> Time:
     """Forecast by what a run of this shape took here."""
     seconds = measured.first_step_seconds
     seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
-    each = measured.evaluation_seconds
-    if measured.evaluated and length.evaluated:
-        each *= length.evaluated / measured.evaluated
-    seconds += length.evaluations * each
+    speed = FORWARD * measured.tokens_per_second
+    around = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # the sample, the checkpoint
+    seconds += length.evaluations * (around + (length.evaluated or measured.evaluated) / speed)
     return Time(target.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")
