@@ -54,7 +54,8 @@ def test_parameters_are_those_of_the_network(user, arguments):
     with torch.device("meta"):
         network = sum(parameter.numel() for parameter in GPT(config.model).parameters())
     assert plan["parameters"].pop("total") == network == sum(plan["parameters"].values())
-    assert plan["memory"]["weights"] in (4 * network, pytest.approx(4 * network / 2, rel=0.3))
+    # shared by four devices in pairs, of which each pair has the blocks and both of a pair all else
+    assert plan["memory"]["weights"] == (4 * network if config.trainer.strategy != "fsdp_tp" else 698_880)
 
 
 def test_what_is_typed_for_a_run_is_planned(user):
@@ -109,7 +110,7 @@ def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     assert forecast["score"]["peak_memory_bytes"]["measured"] > 1e8
     second = user.train("name=second", "optimizer.lr=1e-3")
     ran(second)
-    assert "parameters exact; memory" in second.stdout
+    assert "parameters exact; time " in second.stdout
     forecast = json.loads((user.only_run("second") / "forecast.json").read_text())
     assert "measured here: 6 steps of quickstart" in forecast["why"]
     assert forecast["score"]["seconds"]["ratio"] > 0
@@ -119,8 +120,8 @@ def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["model=mini", "train.global_batch_size=16", "train.max_steps=30", "train.eval_every=15"],
-        ["model=nano", "model.block_size=512", "train.global_batch_size=24", "train.max_steps=60"],
+        ["model=mini", "train.global_batch_size=16", "train.max_steps=10", "train.eval_every=5"],
+        ["model=nano", "model.block_size=512", "train.global_batch_size=24", "train.max_steps=20"],
     ],
     ids=["mini", "nano"],
 )

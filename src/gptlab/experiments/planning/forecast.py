@@ -95,14 +95,13 @@ def _scored(forecast: Any, measured: float | None) -> dict[str, float | None]:
 
 def _rows(score: dict[str, dict[str, float | None]], expected: dict[str, Any]) -> dict[str, str]:
     memory, seconds, parameters = score["peak_memory_bytes"], score["seconds"], score["parameters"]
-    rows = {"peak memory": bytes_shown(memory["measured"] or 0)}
-    said = []
+    peak, said = bytes_shown(memory["measured"] or 0), []
+    if memory["ratio"]:
+        peak = f"{peak}; forecast {bytes_shown(memory['forecast'] or 0)} (x {memory['ratio']:.2f})"
     if parameters["ratio"]:
         said.append("parameters exact" if parameters["ratio"] == 1 else f"parameters x {parameters['ratio']:.3f}")
-    if memory["ratio"]:
-        said.append(f"memory {bytes_shown(memory['forecast'] or 0)} (x {memory['ratio']:.2f})")
     if seconds["ratio"]:
         said.append(f"time {time_shown(seconds['forecast'] or 0)} (x {seconds['ratio']:.2f})")
     elif not seconds["forecast"]:
         said.append(expected.get("why", UNKNOWN))
-    return rows | {"forecast": "; ".join(said)}
+    return {"peak memory": peak, "forecast": "; ".join(said)}

@@ -16,7 +16,8 @@ from gptlab.training.config import MuonConfig
 # Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
 # lightning 2.6; and what torch.compile adds.
 LIBRARIES, COMPILER = 500e6, 300e6
-# glibc's malloc keeps holes between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): measured, so much of them.
+# glibc's malloc keeps holes between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): measured, so much of what
+# the forward pass makes, kept or not.
 HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.muon
 
@@ -131,7 +132,7 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
         "weights": weights,
         "moments": _moments_of(config, parts, size) / divided,
-        "holes": 0.0 if forward.on_gpu else HOLES * (network + again - _mapped(forward)),
+        "holes": 0.0 if forward.on_gpu else _holes(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
     making, learning = _logits(forward, chunk)
@@ -146,6 +147,7 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
 
     return [
         at("when the logits are there", weights, copies, network + head, making, 0.0),
+        at("when the forward pass is in the last block", weights, copies, network + again, 0.0, 0.0),
         at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
         at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
         at("in the optimizer's step", weights, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
@@ -157,10 +159,12 @@ def _between(forward: Pass) -> float:
     return 8.0 * forward.product // forward.split + forward.stream
 
 
-def _mapped(forward: Pass) -> int:
-    """Bytes of the MLPs' tensors, where these are so large that malloc does give them back."""
+def _holes(forward: Pass) -> float:
+    """Bytes that malloc keeps; tensors that are large enough it gives back."""
+    config = forward.config
+    blocks = sum(of_block(forward, layer) for layer in range(config.n_layer))
     are_large = 4 * forward.product // forward.split > MAPPED
-    return of_mlp(forward) * forward.config.n_layer if are_large and not forward.config.activation_checkpointing else 0
+    return HOLES * (blocks - (config.n_layer * of_mlp(forward) if are_large else 0))
 
 
 def _moments_of(config: Config, parts: Shares, size: int) -> float:
