@@ -16,8 +16,8 @@ TEXT = ("data=text", "data.source=text.txt")
 SMALL = ("model=tiny", "model.block_size=32", "train.max_steps=30", "train.eval_every=15", "train.eval_windows=10")
 
 
-def planned(user, *arguments: str) -> dict:
-    done = user.python(PLAN, *arguments, "json=plan.json")
+def planned(user, *arguments: str, timeout: float = 120) -> dict:
+    done = user.python(PLAN, *arguments, "json=plan.json", timeout=timeout)
     ran(done)
     return json.loads((user.folder / "plan.json").read_text())
 
@@ -130,7 +130,7 @@ def test_a_calibrated_plan_is_near_what_happens(user, arguments):
     arguments = [*TEXT, *arguments, "train.eval_windows=40", "trainer=cpu"]
     before = planned(user, *arguments)
     assert before["measured"] is None
-    after = planned(user, *arguments, "calibrate=true")
+    after = planned(user, *arguments, "calibrate=true", timeout=900)
     ran(user.python("gptlab.train", *arguments, timeout=900))
     score = json.loads((user.only_run() / "forecast.json").read_text())["score"]
     assert before["memory"]["total"] == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)
