@@ -51,6 +51,7 @@ def test_a_run_leaves_its_record_and_says_where(user):
     assert written == {
         "config.yaml",
         "environment.json",
+        "forecast.json",
         "manifest.json",
         "metrics.csv",
         "state.json",

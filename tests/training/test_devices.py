@@ -7,6 +7,7 @@ from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
 from gptlab.training import devices
+from gptlab.training.automatic import loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 
@@ -175,7 +176,7 @@ def test_onednn_s_float32_products_are_float32(tmp_path):
 
 
 def test_logits_are_there_for_64_mib_at_a_time():
-    chunk = devices.loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
+    chunk = loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
     assert 2**26 - 4 * 50304 < chunk * 50304 * 4 <= 2**26
-    assert devices.loss_chunk(7, MODEL) == 7
-    assert devices.loss_chunk(None, MODEL) is None
+    assert loss_chunk(7, MODEL) == 7
+    assert loss_chunk(None, MODEL) is None

@@ -271,8 +271,13 @@ def _check_hash(text: bytes, origin: str) -> None:
         )
 
 
+def downloaded(cache_dir: str) -> Path:
+    """Name the place of tinyshakespeare in the cache."""
+    return Path(cache_dir).expanduser() / "downloads" / "tinyshakespeare.txt"
+
+
 def _download_tinyshakespeare(cache_dir: str) -> Path:
-    path = Path(cache_dir).expanduser() / "downloads" / "tinyshakespeare.txt"
+    path = downloaded(cache_dir)
     if path.exists():
         return path
     try:

@@ -19,10 +19,21 @@ from filelock import FileLock
 
 from gptlab.data.bulk import bulk_encoder, is_proven, until
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.corpora import Corpus, Task, open_corpus
+from gptlab.data.corpora import Corpus, Task, downloaded, open_corpus
 from gptlab.data.existing import open_shards, usable_cache
 from gptlab.data.prepared import Prepared, check_unchanged, remember
-from gptlab.data.shards import FORMAT, LOCK, MANIFEST, SPLITS, Manifest, Shard, Split, load_shards, write_durably
+from gptlab.data.shards import (
+    FORMAT,
+    LOCK,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    Shard,
+    Split,
+    load_manifest,
+    load_shards,
+    write_durably,
+)
 from gptlab.data.streams import Folder
 from gptlab.data.tasks import Work, do, do_all, dtype_of, expect_workers, record_path, workers
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
@@ -68,6 +79,20 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
     except UserError as error:
         raise UserError(f"{error} Delete {folder} to have it prepared again.") from error
     return Prepared(Folder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+
+
+def look_up(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
+    """Return the manifest of data that is prepared already; None where there is none.
+
+    Nothing is made, hashed or fetched: what is behind a URL, or is to be downloaded first, is not looked for.
+    """
+    if config.corpus == "shards":
+        folder = Path(config.path or "").expanduser()
+    elif config.corpus == "shakespeare" and not (config.source or downloaded(config.cache_dir).exists()):
+        return None
+    else:
+        folder = _cache_folder(config, tokenizer, open_corpus(config))
+    return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
 def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> Path:

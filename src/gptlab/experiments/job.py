@@ -12,6 +12,7 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from gptlab.data.prepared import Prepared
 from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
 from gptlab.experiments.exits import DONE, PREEMPTED, PRUNED
+from gptlab.experiments.expectation import Expectation
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.records.runs import SAMPLES
@@ -22,6 +23,7 @@ from gptlab.experiments.sweeping.ledger import is_pruned
 from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
+from gptlab.training.automatic import loss_chunk
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.checkpoints import Checkpoints
 from gptlab.training.callbacks.garbage import Garbage
@@ -37,7 +39,7 @@ from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.clusters import cluster_environment
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenData
-from gptlab.training.devices import Devices, choose_devices, loss_chunk, prepare_kernels
+from gptlab.training.devices import Devices, choose_devices, prepare_kernels
 from gptlab.training.groups import join_group, on_first_rank
 from gptlab.training.module import GPTModule
 from gptlab.training.processes import is_first_rank
@@ -74,6 +76,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
     try:
         announce(config, prepared.manifest, devices, plan, directory)
+        expected = Expectation(directory, config, prepared.manifest, devices) if is_first else None
         recorder = build_recorder(config, devices)
         trainer = build_trainer(config, prepared, devices, plan, directory, recorder, checkpoint)
         data = TokenData(
@@ -88,8 +91,8 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
             _fit(trainer, module, data, checkpoint, directory)
         status = PRUNED if _was_pruned(trainer) else DONE
-        if is_first:
-            summarise(config, directory, recorder, trainer)
+        if expected:
+            summarise(config, directory, recorder, trainer, expected.outcome(recorder, trainer))
             end_state(directory, status)
         return status
     except Preempted:

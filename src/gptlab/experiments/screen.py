@@ -48,8 +48,8 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
         log.info("%-9s %s", name, value)
 
 
-def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer) -> None:
-    """Print the last sample and the table that ends a run."""
+def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]) -> None:
+    """Print the last sample and the table that ends a run, with ``further`` rows."""
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Samples) and callback.latest:
@@ -63,6 +63,7 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
         "wall time": str(timedelta(seconds=round(recorder.seconds))),
         "run directory": str(_shown(directory)),
         "mfu": _mfu(recorder),
+        **further,
     }
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold")

@@ -11,38 +11,12 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
+from gptlab.training.automatic import WIDE, WIDER, is_for_speed, what_to_compile
 from gptlab.training.config import TrainConfig, TrainerConfig
+from gptlab.training.peaks import of_device
 from gptlab.training.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
 
-# Dense bfloat16 tensor-core FLOP/s with float32 accumulation, from NVIDIA's data sheets and architecture white papers
-# (H100, A100, L4, L40S, A10, A30, A40 data sheets; Blackwell, Ada and Ampere GA102 white papers, appendix A).
-# By the name that CUDA gives the device, whole: an RTX A1000 is no A100, and a MIG slice no whole GPU.
-PEAK_BF16_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989.4e12,
-    "H100 80GB HBM3": 989.4e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "A100-SXM4-40GB": 312e12,
-    "A100-SXM4-80GB": 312e12,
-    "A100-PCIE-40GB": 312e12,
-    "A100 80GB PCIe": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "GeForce RTX 4090": 165.2e12,
-    "GeForce RTX 3090": 71e12,
-}
-
-
-WIDE = 384  # n_embd from which a CPU gains by bfloat16
-WIDER = 512  # and from which it gains by compilation, and a run is long enough for it to pay
 CPUINFO = Path("/proc/cpuinfo")
-LOGITS = 2**26  # bytes of float32 logits that may be there at a time
 
 
 class Devices(NamedTuple):
@@ -75,7 +49,8 @@ class Devices(NamedTuple):
         """Peak FLOP/s of one device at this precision; None where it is not known for certain."""
         if self.accelerator != "cuda" or not self.precision.startswith("bf16"):
             return None
-        return PEAK_BF16_FLOPS.get(self.name.removeprefix("NVIDIA "))
+        gpu = of_device(self.name)
+        return gpu.flops if gpu else None
 
 
 def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Devices:
@@ -103,7 +78,7 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
         devices=devices,
         num_nodes=num_nodes,
         precision=_best_precision(trainer, model, on_gpu) if trainer.precision == "auto" else trainer.precision,
-        compile=_what_to_compile(trainer, train, model, on_gpu),
+        compile=what_to_compile(trainer, train, gains=_gains_by_compiling(trainer, model, on_gpu)),
         float32_matmul=_best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
 
@@ -112,11 +87,6 @@ def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
     """Set up this process for what was decided; what is compiled is kept in ``cache_dir`` for the next run."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
     _use_onednn("bf16" if devices.float32_matmul == "onednn" else "none")
-
-
-def loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
-    """Tokens whose logits are there at a time; on "auto" as many as need 64 MiB."""
-    return LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
 
 
 def peak_memory(device: torch.device) -> int:
@@ -143,28 +113,14 @@ def _best_precision(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> s
     if on_gpu:
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_it = torch.cpu._is_avx512_bf16_supported() and _is_for_speed(trainer, model, WIDE)
+        has_it = torch.cpu._is_avx512_bf16_supported() and is_for_speed(trainer, model, WIDE)
     return "bf16-mixed" if has_it else "32-true"
-
-
-def _what_to_compile(
-    trainer: TrainerConfig, train: TrainConfig, model: GPTConfig, on_gpu: bool
-) -> Literal[False, "whole", "blocks"]:
-    """Sharding runs hooks between the blocks, so that these alone can be compiled there."""
-    if not (_gains_by_compiling(trainer, model, on_gpu) if train.compile == "auto" else train.compile):
-        return False
-    return "blocks" if train.compile == "blocks" or trainer.strategy in ("fsdp", "fsdp_tp") else "whole"
 
 
 def _gains_by_compiling(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> bool:
     """torch.compile needs a C compiler; Triton, with which it writes GPU code, compute capability 7.0 as well."""
-    gains = torch.cuda.get_device_capability() >= (7, 0) if on_gpu else _is_for_speed(trainer, model, WIDER)
+    gains = torch.cuda.get_device_capability() >= (7, 0) if on_gpu else is_for_speed(trainer, model, WIDER)
     return gains and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
-
-
-def _is_for_speed(trainer: TrainerConfig, model: GPTConfig, width: int) -> bool:
-    """Whether a CPU is to train a large model; several processes on one only try out what GPUs will do."""
-    return trainer.strategy == "single" and model.n_embd >= width
 
 
 def _best_matmul(on_gpu: bool) -> str:

@@ -21,8 +21,9 @@ from torch.optim import AdamW
 from gptlab.experiments.benchmarks.training import Levers, StepsOfModel
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
+from gptlab.training.automatic import loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.devices import Devices, choose_devices, loss_chunk, peak_memory, prepare_kernels
+from gptlab.training.devices import Devices, choose_devices, peak_memory, prepare_kernels
 
 WARM_UP = 2  # steps; the first compiles
 SIDE = 2048  # of the matrices whose product is the ceiling

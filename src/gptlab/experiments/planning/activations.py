@@ -1,0 +1,202 @@
+"""What the forward pass keeps for the backward pass, in bytes: derived from the network. Imports no torch.
+
+Counted is what autograd saves of each operation in ``gptlab.model``; several that save one tensor keep it once. Shapes:
+B sequences, T time, N = B T tokens, C channels, nh heads, hs head size, V vocabulary, R rows of the head.
+"""
+
+from typing import Literal, NamedTuple
+
+from gptlab.model.config import GPTConfig
+
+SHORT = 256  # gptlab.model.attention.SHORT
+STATISTIC = 4  # bytes of a mean, a deviation, a softmax's logarithm of a sum
+INDEX = 8  # bytes of a token's number
+
+
+class Kinds(NamedTuple):
+    """Bytes of a number.
+
+    Attributes:
+        weight: Of parameters, gradients and moments.
+        stream: Of the residual stream.
+        product: Of what matrix products take and give.
+    """
+
+    weight: int
+    stream: int
+    product: int
+
+
+KINDS = {
+    "32-true": Kinds(4, 4, 4),
+    "bf16-mixed": Kinds(4, 4, 2),  # autocast: products alone are in bfloat16
+    "bf16-true": Kinds(2, 2, 2),
+}
+
+
+class Pass(NamedTuple):
+    """One forward pass on one device.
+
+    Attributes:
+        config: Of the network.
+        batch: B.
+        kinds: Bytes of its numbers.
+        on_gpu: Whether kernels are a GPU's.
+        split: Devices that share every block (tensor parallelism).
+        compiled: Whether torch.compile decides what is kept.
+    """
+
+    config: GPTConfig
+    batch: int
+    kinds: Kinds
+    on_gpu: bool
+    split: int = 1
+    compiled: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.batch * self.config.block_size
+
+    @property
+    def stream(self) -> int:
+        """Bytes of one tensor (B, T, C) of the residual stream."""
+        return self.tokens * self.config.n_embd * self.kinds.stream
+
+    @property
+    def product(self) -> int:
+        """Bytes of one tensor (B, T, C) that a matrix product takes or gives."""
+        return self.tokens * self.config.n_embd * self.kinds.product
+
+
+def of_network(forward: Pass) -> int:
+    """Bytes that are kept of all but the head, without logits."""
+    config = forward.config
+    layers = range(config.n_layer)
+    if config.activation_checkpointing:
+        blocks = config.n_layer * forward.stream
+    else:
+        blocks = sum(of_block(forward, layer) for layer in layers)
+        blocks += forward.stream * (config.unet_skips and config.n_layer % 2 == 0)  # a block's own input, as its skip
+    return of_embeddings(forward) + blocks + of_last_norm(forward)
+
+
+def of_embeddings(forward: Pass) -> int:
+    """Bytes that are kept of the lookups; their sum is the first block's input, and counts there."""
+    config = forward.config
+    kept = forward.tokens * INDEX
+    if config.positions == "learned":
+        kept += config.block_size * INDEX
+    if config.embedding_norm:
+        kept += _norm(forward)
+    if config.dropout:
+        kept += _mask_of_dropout(forward, forward.tokens * config.n_embd, forward.kinds.stream)
+    return kept + config.value_embeddings * forward.stream
+
+
+def of_last_norm(forward: Pass) -> int:
+    """Bytes that are kept of ``ln_f``; what it gives is the head's input, and counts there."""
+    return _norm(forward)
+
+
+def of_block(forward: Pass, layer: int) -> int:
+    """Bytes that are kept of a block, counted from 0."""
+    config = forward.config
+    mixed = forward.stream * config.x0_skips  # the input before the embedding is mixed in
+    norms = 2 * (_norm(forward) + forward.product)  # what they take, and what they give to the products
+    if forward.compiled:
+        norms -= 2 * forward.product  # made again from what they took
+    residual = 0
+    if config.dropout:
+        each = _mask_of_dropout(forward, forward.tokens * config.n_embd, forward.kinds.product)
+        residual = 2 * each
+    return mixed + norms + residual + of_attention(forward, layer) + of_mlp(forward)
+
+
+def of_attention(forward: Pass, layer: int) -> int:
+    """Bytes that are kept of a block's attention, from what ``c_attn`` gives to what ``c_proj`` takes."""
+    config, each = forward.config, forward.product // forward.split
+    turned = config.positions != "learned" or config.qk_norm  # queries and keys are made anew
+    whole = 3 * each  # what c_attn gives, of which queries, keys and values are parts
+    match _kernel(forward):
+        case "flash":
+            logarithms = forward.tokens * config.n_head // forward.split * STATISTIC
+            kept = whole + each + logarithms + (3 * each if turned else 0)  # turned, the result is copied for c_proj
+        case "products":
+            kept = 3 * each + each + _weights(forward) + config.block_size**2  # the mask
+            kept += whole if config.qk_norm or _others(forward, layer) else 0
+        case "plain":
+            kept = 3 * each * 4 // forward.kinds.product + each + _weights(forward)
+            kept += whole if config.qk_norm or _others(forward, layer) else 0
+    if config.positions != "learned":
+        kept += 2 * 2 * config.block_size * (config.head_size // 2) * STATISTIC  # cosines and sines, of q and of k
+    if config.qk_norm:
+        kept += 2 * forward.tokens * config.n_head // forward.split * STATISTIC
+        if forward.kinds.product < 4 and not forward.on_gpu:
+            kept += 2 * each * 4 // forward.kinds.product  # computed in float32
+    if not forward.on_gpu and not config.sees_everything(layer) and _kernel(forward) != "products":
+        kept += config.block_size**2 * forward.kinds.product  # the mask, as numbers that are added
+    return kept + (each if _others(forward, layer) else 0)
+
+
+def of_mlp(forward: Pass) -> int:
+    """Bytes that are kept of a block's MLP, from what ``c_fc`` gives to what its ``c_proj`` takes."""
+    inner = 4 * forward.product // forward.split
+    return inner if forward.compiled else 2 * inner  # the activation keeps what it took (GELU) or gave (ReLU) ...
+
+
+def of_head(forward: Pass, chunk: int | None) -> int:
+    """Bytes that are kept from the head's input to the loss."""
+    config, tokens = forward.config, forward.tokens
+    if chunk is not None and chunk < tokens:
+        return forward.product + config.padded_vocab_size * config.n_embd * forward.kinds.weight
+    if forward.compiled:  # log-softmax is made again from the logits
+        return forward.product + tokens * INDEX + tokens * config.padded_vocab_size * forward.kinds.product
+    capped = tokens * config.known_vocab_size * forward.kinds.product if config.logit_soft_cap else 0
+    return forward.product + tokens * INDEX + capped + tokens * config.known_vocab_size * STATISTIC
+
+
+def of_weights(forward: Pass, chunk: int | None) -> int:
+    """Bytes of the copies of weights in the type of the products, which autocast makes and the backward pass needs."""
+    config, kinds = forward.config, forward.kinds
+    if kinds.weight == kinds.product:
+        return 0
+    blocks = config.n_layer * 12 * config.n_embd**2 // forward.split
+    head = config.padded_vocab_size * config.n_embd if chunk is None or chunk >= forward.tokens else 0
+    return (blocks + head) * kinds.product
+
+
+def _norm(forward: Pass) -> int:
+    """Bytes that a norm keeps: what it takes and, where RMSNorm is made of several operations, what that becomes."""
+    if forward.config.norm == "layer":
+        return forward.stream + 2 * forward.tokens * STATISTIC
+    if forward.on_gpu or forward.compiled:
+        return forward.stream + forward.tokens * STATISTIC
+    return 2 * forward.tokens * forward.config.n_embd * 4 + forward.tokens * STATISTIC
+
+
+def _mask_of_dropout(forward: Pass, numbers: int, size: int) -> int:
+    """Bytes by which dropout remembers what it has left: one a number on a GPU, a factor on a CPU."""
+    return numbers * (1 if forward.on_gpu else size)
+
+
+def _others(forward: Pass, layer: int) -> bool:
+    """Whether other values are mixed into a block's own, which makes new ones."""
+    config = forward.config
+    return (config.value_residual and layer > 0) or config.value_embedding(layer) is not None
+
+
+def _kernel(forward: Pass) -> Literal["flash", "products", "plain"]:
+    """Say how ``gptlab.model.attention.attend`` attends."""
+    if forward.on_gpu:
+        return "flash"
+    if forward.kinds.product == 4 and forward.config.block_size <= SHORT:
+        return "products"
+    return "plain" if forward.config.dropout else "flash"  # torch's kernel for the CPU drops nothing
+
+
+def _weights(forward: Pass) -> int:
+    """Bytes of the weights of all heads, where they are there at once; with dropout what that draws and leaves, too."""
+    config = forward.config
+    weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4
+    return weights * (3 if config.dropout else 1)

@@ -1,0 +1,137 @@
+"""python -m gptlab.plan as it is typed, and the forecast of a run."""
+
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+
+from gptlab.experiments.schema import Config, check
+from gptlab.model.gpt import GPT
+from test_train import mistaken, ran
+
+PLAN = "gptlab.plan"
+TEXT = ("data=text", "data.source=text.txt")
+SMALL = ("model=tiny", "model.block_size=32", "train.max_steps=30", "train.eval_every=15", "train.eval_windows=10")
+
+
+def planned(user, *arguments: str, timeout: float = 120) -> dict:
+    done = user.python(PLAN, *arguments, "json=plan.json", timeout=timeout)
+    ran(done)
+    return json.loads((user.folder / "plan.json").read_text())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["budget=1e16"], ["gpu=h200", "model=gpt2"], ["gpu=x"]])
+def test_a_plan_imports_no_torch(user, arguments):
+    code = f"""
+import sys
+sys.argv[1:] = {[*arguments]!r}
+from gptlab.plan import main
+try:
+    main()
+except SystemExit as end:
+    print("status", end.code)
+print("torch" in sys.modules, "lightning" in sys.modules)
+"""
+    done = user.run(sys.executable, "-c", code)
+    assert done.stdout.splitlines()[-2:] == [f"status {2 if arguments == ['gpu=x'] else 0}", "False False"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["model=gpt2_modern"],
+        ["experiment=gpt2_openwebtext", "trainer.devices=8"],
+        ["experiment=speedrun_cpu", "tokenizer=bytes"],
+        ["without=rotary", "model.n_layer=3", "trainer=fsdp_tp", "trainer.devices=4", "gpu=[l4,b200]"],
+    ],
+)
+def test_parameters_are_those_of_the_network(user, arguments):
+    plan = planned(user, *arguments)
+    config = check(Config, plan["config"])
+    with torch.device("meta"):
+        network = sum(parameter.numel() for parameter in GPT(config.model).parameters())
+    assert plan["parameters"].pop("total") == network == sum(plan["parameters"].values())
+    # shared by four devices in pairs, of which each pair has the blocks and both of a pair all else
+    assert plan["memory"]["weights"] == (4 * network if config.trainer.strategy != "fsdp_tp" else 698_880)
+
+
+def test_what_is_typed_for_a_run_is_planned(user):
+    job = user.python(PLAN, *TEXT, *SMALL, "--cfg", "job")
+    ran(job)
+    assert "budget: null" in job.stdout
+    assert "n_embd: 64" in job.stdout or "n_layer" in job.stdout
+    plan = planned(user, *TEXT, *SMALL)
+    assert (plan["steps"], plan["tokens"], plan["evaluations"], plan["evaluated"]) == (30, 30 * 12 * 32, 2, 320)
+    assert not (user.folder / "outputs").exists()
+    assert not (user.folder / "cache").exists()  # nothing was prepared
+
+
+def test_the_command_for_a_budget_is_one_that_runs(user):
+    done = user.python(PLAN, *TEXT, "budget=1e12", "model.block_size=32", "json=plan.json")
+    ran(done)
+    command = shlex.split(done.stdout.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "gptlab.train"]
+    plan = json.loads((user.folder / "plan.json").read_text())
+    assert plan["flops"] == pytest.approx(1e12, rel=0.1)
+    again = planned(user, *command[3:])
+    assert again["config"] == plan["config"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["gpu=h10"], "gpu=h10: its speed and memory are not known here. Did you mean h100?"),
+        (["budget=5"], "budget=5 FLOPs is too small for any model of the ladder: at least"),
+        (["budget=-5"], "budget=-5 is not right: it should be greater than 0"),
+        (["mfu=2"], "mfu=2 is not right: it should be less than or equal to 1"),
+        (["budgt=5"], "budgt is no setting. Did you mean budget?"),
+        (["model.n_head=3"], "n_head=3 does not divide n_embd=128"),
+        (["data=text", "data.source=none.txt"], "data.source=none.txt: there is no such file or folder"),
+        (["tokenizer=characters"], "The vocabulary of tokenizer=characters is that of its text"),
+        (["json=/none/plan.json"], "json=/none/plan.json cannot be written"),
+        (["trainer=ddp", "trainer.devices=8"], "train.global_batch_size=12 cannot be dealt out to 8 devices"),
+    ],
+)
+def test_mistakes_get_a_sentence(user, arguments, sentence):
+    mistaken(user.python(PLAN, *arguments), sentence)
+
+
+def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
+    first = user.train()
+    ran(first)
+    assert "no forecast of time: not calibrated here" in first.stdout
+    directory = user.only_run()
+    forecast = json.loads((directory / "forecast.json").read_text())
+    assert forecast["score"]["parameters"]["ratio"] == 1
+    assert forecast["seconds"] is None
+    assert forecast["score"]["peak_memory_bytes"]["measured"] > 1e8
+    second = user.train("name=second", "optimizer.lr=1e-3")
+    ran(second)
+    assert "parameters exact; time " in second.stdout
+    forecast = json.loads((user.only_run("second") / "forecast.json").read_text())
+    assert "measured here: 6 steps of quickstart" in forecast["why"]
+    assert forecast["score"]["seconds"]["ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["model=mini", "train.global_batch_size=16", "train.max_steps=10", "train.eval_every=5"],
+        ["model=nano", "model.block_size=512", "train.global_batch_size=24", "train.max_steps=20"],
+    ],
+    ids=["mini", "nano"],
+)
+def test_a_calibrated_plan_is_near_what_happens(user, arguments):
+    """Peak memory within 10 %, before anything was measured; time within 25 %, after that."""
+    arguments = [*TEXT, *arguments, "train.eval_windows=40", "trainer=cpu"]
+    before = planned(user, *arguments)
+    assert before["measured"] is None
+    after = planned(user, *arguments, "calibrate=true", timeout=900)
+    ran(user.python("gptlab.train", *arguments, timeout=900))
+    score = json.loads((user.only_run() / "forecast.json").read_text())["score"]
+    assert before["memory"]["total"] == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)
+    assert after["times"][0]["seconds"] == pytest.approx(score["seconds"]["measured"], rel=0.25)
