@@ -58,10 +58,10 @@ def _serve(server: LiveServer) -> None:
 
 def _write(path: Path, text: str) -> int:
     """Write the page, whole or not at all; return its size in bytes."""
+    if path.is_dir():
+        raise UserError(f"out={path} is a folder: name a file in it, out={path / 'report.html'}.")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        if path.is_dir():
-            raise UserError(f"out={path} is a folder: name a file in it, out={path / 'report.html'}.")
         size = unfinished.write_bytes(text.encode())
         unfinished.replace(path)
     except OSError as error:

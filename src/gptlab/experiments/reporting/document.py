@@ -60,7 +60,7 @@ class Document:
 def _sweep(directory: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         sweep = load_sweep(directory)
-        return sweep and describe(directory, sweep, problems)
+        return None if sweep is None else describe(directory, sweep, problems)
     except UserError as error:
         problems.append(str(error))
         return None

@@ -57,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: LiveServer
     server_version, sys_version = "gptlab", ""
 
-    def do_GET(self) -> None:  # noqa: N802  (the library's name)
+    def do_GET(self) -> None:
         """Answer."""
         if self.headers.get("Host") not in self.server.hosts:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This is {self.server.url} and nothing else.\n")

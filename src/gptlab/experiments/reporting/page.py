@@ -16,8 +16,8 @@ SCRIPTS = ("tools", "filters", "curves", "loss", "varied", "scaling", "tables", 
 def page(document: dict[str, Any], poll: float | None) -> str:
     """Write the page.
 
-    Nothing of a run is ever read as HTML: it stands in a block of JSON without "<", and the scripts write it as text. The
-    policy in the page's head lets run these scripts and no other, and lets nothing be loaded.
+    Nothing of a run is ever read as HTML: it stands in a block of JSON without "<", and the scripts write it as text.
+    The policy in the page's head lets run these scripts and no other, and lets nothing be loaded.
 
     Args:
         document: See ``Document.gather``.

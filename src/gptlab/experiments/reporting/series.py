@@ -36,8 +36,8 @@ def thin(values: Sequence[float], points: int) -> list[int]:
 def training_seconds(rows: Sequence[Row]) -> list[float]:
     """Say for every row how long had been trained: the sum of tokens / tokens_per_second up to it.
 
-    Evaluations, samples and checkpoints do not count, as they do not in ``tokens_per_second``. A row without it is placed
-    by its tokens among those that have it.
+    Evaluations, samples and checkpoints do not count, as they do not in ``tokens_per_second``. A row without it is
+    placed by its tokens among those that have it.
     """
     tokens, seconds = [0.0], [0.0]
     for row in rows:
