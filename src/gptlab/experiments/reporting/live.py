@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -37,8 +38,8 @@ class LiveServer(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def __init__(self, gather: Callable[[], dict[str, Any]], port: int, poll: float) -> None:
-        self.gather, self.poll = gather, poll
-        self.turn = threading.Lock()  # the files are read once at a time, however many look
+        self.poll = poll
+        self._gather, self._turn = gather, threading.Lock()
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
@@ -46,6 +47,16 @@ class LiveServer(ThreadingHTTPServer):
             raise UserError(f"port={port} {why}: name another one; port=0 takes one that is free.") from None
         # other names come from a page elsewhere that had its name point here (DNS rebinding)
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def document(self) -> dict[str, Any]:
+        """Make the document anew; the files are read once at a time, however many look."""
+        with self._turn:
+            return self._gather()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing where a page was closed before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -61,23 +72,20 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer."""
         if self.headers.get("Host") not in self.server.hosts:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This is {self.server.url} and nothing else.\n")
-        elif self.path == "/":
-            with self.server.turn:
-                document = self.server.gather()
-            self._answer(HTTPStatus.OK, "text/html", page(document, self.server.poll))
-        elif self.path == "/data.json":
-            self._news()
-        else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is / and /data.json.\n")
-
-    def _news(self) -> None:
-        """Send the document, or say that it is still the one the page has."""
+            return
         try:
-            with self.server.turn:
-                document = self.server.gather()
+            match self.path:
+                case "/":
+                    self._answer(HTTPStatus.OK, "text/html", page(self.server.document(), self.server.poll))
+                case "/data.json":
+                    self._news(self.server.document())
+                case _:
+                    self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is / and /data.json.\n")
         except UserError as error:  # the runs are gone
             self._answer(HTTPStatus.GONE, "text/plain", f"{error}\n")
-            return
+
+    def _news(self, document: dict[str, Any]) -> None:
+        """Send the document, or say that it is still the one the page has."""
         same = as_json({**document, "made": None})
         tag = f'"{hashlib.sha256(same.encode()).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:

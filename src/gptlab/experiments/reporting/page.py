@@ -10,7 +10,10 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-SCRIPTS = ("tools", "filters", "curves", "loss", "varied", "scaling", "tables", "samples", "main")
+SCRIPTS = (
+    *("tools", "filters", "curves", "loss", "varied", "parallel", "scaling"),
+    *("heading", "runs", "tables", "samples", "main"),
+)
 
 
 def page(document: dict[str, Any], poll: float | None) -> str:

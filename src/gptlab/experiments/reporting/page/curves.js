@@ -1,16 +1,25 @@
 /* Curves of a metric: over which axis, and several seeds of one point as their mean with a band. */
 
-const TIME = [[172800, 86400, "days"], [7200, 3600, "hours"], [180, 60, "minutes"], [0, 1, "seconds"]];
+const TIME = [
+  [172800, 86400, "days"],
+  [7200, 3600, "hours"],
+  [180, 60, "minutes"],
+  [0, 1, "seconds"],
+];
 
 const AXES = {
   tokens: { label: "tokens", title: () => "tokens", of: (curve) => curve.tokens, layout: {} },
   step: { label: "steps", title: () => "optimizer steps", of: (curve) => curve.step, layout: {} },
   flops: {
-    label: "FLOPs", title: () => "training FLOPs (tokens × FLOPs a token)", layout: { exponentformat: "power" },
+    label: "FLOPs",
+    title: () => "training FLOPs (tokens × FLOPs a token)",
+    layout: { exponentformat: "power" },
     of: (curve, run) => curve.tokens.map((tokens) => (run.flops === null ? null : tokens * run.flops)),
   },
   time: {
-    label: "time", title: () => `training time, ${timeUnit()[2]}`, layout: {},
+    label: "time",
+    title: () => `training time, ${timeUnit()[2]}`,
+    layout: {},
     of: (curve) => {
       const unit = timeUnit()[1];
       return curve.seconds.map((seconds) => seconds / unit);
@@ -21,7 +30,8 @@ const AXES = {
 /** Seconds in the unit that suits the longest run, and its name. */
 function timeUnit() {
   let longest = 0;
-  for (const run of DATA.runs) for (const curve of Object.values(run.series)) longest = Math.max(longest, curve.seconds.at(-1) ?? 0);
+  for (const run of DATA.runs)
+    for (const curve of Object.values(run.series)) longest = Math.max(longest, curve.seconds.at(-1) ?? 0);
   return TIME.find(([from]) => longest >= from);
 }
 
@@ -81,7 +91,10 @@ function traces(metric, style) {
   const found = [];
   const shown = shownRuns();
   for (const point of distinct(shown.map((run) => run.point))) {
-    const curves = shown.filter((run) => run.point === point).map((run) => curveOf(run, metric)).filter(Boolean);
+    const curves = shown
+      .filter((run) => run.point === point)
+      .map((run) => curveOf(run, metric))
+      .filter(Boolean);
     if (!curves.length) continue;
     const { colour: own, dash } = look(point);
     const name = plain(DATA.points[point]);
@@ -90,16 +103,41 @@ function traces(metric, style) {
     const seeds = curves.filter((curve) => !NO_SEEDS.includes(stateOf(curve.run)));
     if (curves.length > 1 && CHOSEN.singles) {
       const line = { color: faded(own, style.faint ?? 0.4), width: 1, dash };
-      found.push({ ...about("runs"), ...joined(curves), mode: "lines", line, hovertemplate: `${hover}<br>%{text}<extra></extra>` });
+      found.push({
+        ...about("runs"),
+        ...joined(curves),
+        mode: "lines",
+        line,
+        hovertemplate: `${hover}<br>%{text}<extra></extra>`,
+      });
     }
     if (curves.length === 1 || seeds.length === 1) {
       const curve = seeds[0] ?? curves[0];
-      found.push({ ...about("run"), ...joined([curve]), ...lineOf(style, own, dash, curve.x.length), hovertemplate: `${hover}<br>%{text}<extra></extra>` });
+      found.push({
+        ...about("run"),
+        ...joined([curve]),
+        ...lineOf(style, own, dash, curve.x.length),
+        hovertemplate: `${hover}<br>%{text}<extra></extra>`,
+      });
     } else if (seeds.length > 1) {
       const { x, mean: middle, low, high } = together(seeds);
       const band = { x: [...x, ...[...x].reverse()], y: [...high, ...[...low].reverse()] };
-      found.push({ ...about("band"), ...band, mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: faded(own, 0.18), hoverinfo: "skip" });
-      found.push({ ...about("mean"), x, y: middle, ...lineOf(style, own, dash, x.length), hovertemplate: `${hover}<br>mean of ${seeds.length} seeds<extra></extra>` });
+      found.push({
+        ...about("band"),
+        ...band,
+        mode: "lines",
+        line: { width: 0 },
+        fill: "toself",
+        fillcolor: faded(own, 0.18),
+        hoverinfo: "skip",
+      });
+      found.push({
+        ...about("mean"),
+        x,
+        y: middle,
+        ...lineOf(style, own, dash, x.length),
+        hovertemplate: `${hover}<br>mean of ${seeds.length} seeds<extra></extra>`,
+      });
     }
   }
   return found;

@@ -13,12 +13,14 @@ function choices() {
   return found.filter(([key, values]) => values.length > 1 || CHOSEN.picked.has(key));
 }
 
-const picked = (run, key) => (key === "state" ? stateOf(run) : run.settings[key] ?? null);
+const picked = (run, key) => (key === "state" ? stateOf(run) : (run.settings[key] ?? null));
 
 /** All settings of a run whose name is, or ends in, a word. */
 function settingsNamed(run, name) {
   const all = { ...DATA.common, ...run.settings, ...run.varied, state: stateOf(run), parameters: run.parameters };
-  return Object.entries(all).filter(([key]) => key === name || key.endsWith(`.${name}`)).map(([, own]) => own);
+  return Object.entries(all)
+    .filter(([key]) => key === name || key.endsWith(`.${name}`))
+    .map(([, own]) => own);
 }
 
 const COMPARE = {
@@ -31,7 +33,13 @@ const COMPARE = {
 function fits(run, term) {
   const found = term.match(/^([\w.]+)(!=|=|<|>)(.*)$/);
   if (found) return settingsNamed(run, found[1]).some((own) => COMPARE[found[2]](own, found[3]));
-  const words = [run.name, run.directory, DATA.points[run.point], stateOf(run), ...Object.entries(run.settings).map((pair) => pair.join("="))];
+  const words = [
+    run.name,
+    run.directory,
+    DATA.points[run.point],
+    stateOf(run),
+    ...Object.entries(run.settings).map((pair) => pair.join("=")),
+  ];
   return words.join("\n").toLowerCase().includes(term.toLowerCase());
 }
 
@@ -39,7 +47,8 @@ function fits(run, term) {
 function filteredRuns() {
   const terms = CHOSEN.text.split(/\s+/).filter(Boolean);
   return DATA.runs.filter(
-    (run) => terms.every((term) => fits(run, term)) &&
+    (run) =>
+      terms.every((term) => fits(run, term)) &&
       [...CHOSEN.picked].every(([key, values]) => values.has(JSON.stringify(picked(run, key)))),
   );
 }
@@ -64,7 +73,11 @@ function renderPicks() {
       const boxes = values.map((each) => {
         const on = CHOSEN.picked.get(key)?.has(JSON.stringify(each)) ?? true;
         const id = `${key}=${each}`;
-        const box = make("input", { type: "checkbox", "data-pick": id, onchange: (event) => pick(key, values, each, event.target.checked) });
+        const box = make("input", {
+          type: "checkbox",
+          "data-pick": id,
+          onchange: (event) => pick(key, values, each, event.target.checked),
+        });
         box.checked = on;
         return make("label", {}, box, value(each));
       });
@@ -98,11 +111,18 @@ function renderLegend() {
       return make(
         "button",
         {
-          type: "button", "data-point": point, title: "click: hide or show; double-click: show alone",
+          type: "button",
+          "data-point": point,
+          title: "click: hide or show; double-click: show alone",
           onclick: (event) => event.detail < 2 && toggle(point),
-          ondblclick: () => { CHOSEN.hidden.delete(point); isolate(point, points); },
+          ondblclick: () => {
+            CHOSEN.hidden.delete(point);
+            isolate(point, points);
+          },
         },
-        swatch, DATA.points[point], number > 1 ? make("small", {}, ` × ${number}`) : null,
+        swatch,
+        DATA.points[point],
+        number > 1 ? make("small", {}, ` × ${number}`) : null,
       );
     }),
   );
@@ -119,7 +139,10 @@ function renderFilters() {
 }
 
 function listenToFilters() {
-  byId("search").addEventListener("input", (event) => { CHOSEN.text = event.target.value; render(); });
+  byId("search").addEventListener("input", (event) => {
+    CHOSEN.text = event.target.value;
+    render();
+  });
   byId("reset").addEventListener("click", () => {
     CHOSEN.text = byId("search").value = "";
     CHOSEN.picked.clear();

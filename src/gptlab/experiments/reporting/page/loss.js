@@ -12,10 +12,18 @@ const TITLES = {
 const LOSSES = { train: { width: 1.2, faint: 0.25, alpha: 0.6 }, val: { width: 2.4, markers: true } };
 
 function renderLoss() {
-  const drawn = Object.keys(LOSSES).filter((part) => CHOSEN[part]).flatMap((part) => traces(`${part}/loss`, LOSSES[part]));
-  const layout = { xaxis: xAxis(), yaxis: { title: { text: "loss, nats a token" }, type: CHOSEN.logY ? "log" : "linear" } };
+  const drawn = Object.keys(LOSSES)
+    .filter((part) => CHOSEN[part])
+    .flatMap((part) => traces(`${part}/loss`, LOSSES[part]));
+  const layout = {
+    xaxis: xAxis(),
+    yaxis: { title: { text: "loss, nats a token" }, type: CHOSEN.logY ? "log" : "linear" },
+  };
   draw("loss", drawn, layout, `${CHOSEN.axis} ${CHOSEN.logX} ${CHOSEN.logY}`);
-  byId("loss").setAttribute("aria-label", `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the lowest val losses stand in the table of runs`);
+  byId("loss").setAttribute(
+    "aria-label",
+    `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the lowest val losses stand in the table of runs`,
+  );
   byId("loss-caption").textContent = lossCaption(drawn);
 }
 
@@ -23,13 +31,19 @@ function lossCaption(drawn) {
   const said = [];
   if (CHOSEN.val && CHOSEN.train) said.push("Thick: val. Thin: train.");
   if (drawn.some((trace) => trace.meta.kind === "band")) {
-    said.push("Runs that differ in the seed alone are one line, their mean; the band is from the lowest to the highest, as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.");
+    said.push(
+      "Runs that differ in the seed alone are one line, their mean; the band is from the lowest to the highest, as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.",
+    );
   }
-  if (CHOSEN.axis === "time") said.push("Time is that of training alone: the sum of tokens / tokens_per_second. Evaluations, samples and checkpoints do not count.");
+  if (CHOSEN.axis === "time")
+    said.push(
+      "Time is that of training alone: the sum of tokens / tokens_per_second. Evaluations, samples and checkpoints do not count.",
+    );
   if (CHOSEN.axis === "flops") {
     said.push("FLOPs a token, forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).");
     const unknown = shownRuns().filter((run) => run.flops === null).length;
-    if (unknown) said.push(`${plural(unknown, "run")} whose model cannot be read ${unknown === 1 ? "is" : "are"} not drawn.`);
+    if (unknown)
+      said.push(`${plural(unknown, "run")} whose model cannot be read ${unknown === 1 ? "is" : "are"} not drawn.`);
   }
   if (!drawn.length) said.push("Nothing to draw: no run that is shown has a loss yet.");
   return said.join(" ");
@@ -39,7 +53,10 @@ function lossCaption(drawn) {
 function otherMetrics() {
   const there = new Set(DATA.runs.flatMap((run) => Object.keys(run.series)));
   const known = Object.keys(TITLES).filter((metric) => there.has(metric));
-  return [...known, ...[...there].filter((metric) => !(metric in TITLES) && !/^(train|val)\/loss$/.test(metric)).sort()];
+  return [
+    ...known,
+    ...[...there].filter((metric) => !(metric in TITLES) && !/^(train|val)\/loss$/.test(metric)).sort(),
+  ];
 }
 
 function renderTraining() {
@@ -47,26 +64,55 @@ function renderTraining() {
   byId("training-section").hidden = !metrics.length;
   fill(byId("training"), metrics, () =>
     metrics.map((metric, i) =>
-      make("figure", {}, make("h3", {}, TITLES[metric] ?? metric), make("div", { id: `metric-${i}`, class: "chart small", "data-metric": metric })),
+      make(
+        "figure",
+        {},
+        make("h3", {}, TITLES[metric] ?? metric),
+        make("div", { id: `metric-${i}`, class: "chart small", "data-metric": metric }),
+      ),
     ),
   );
   metrics.forEach((metric, i) => {
-    const layout = { xaxis: xAxis(), yaxis: { rangemode: metric === "tokens_per_second" || metric === "peak_memory_gb" ? "tozero" : "normal" } };
-    draw(`metric-${i}`, traces(metric, { width: 1.6, markers: metric.startsWith("val/") }), layout, `${CHOSEN.axis} ${CHOSEN.logX}`);
+    const layout = {
+      xaxis: xAxis(),
+      yaxis: { rangemode: metric === "tokens_per_second" || metric === "peak_memory_gb" ? "tozero" : "normal" },
+    };
+    draw(
+      `metric-${i}`,
+      traces(metric, { width: 1.6, markers: metric.startsWith("val/") }),
+      layout,
+      `${CHOSEN.axis} ${CHOSEN.logX}`,
+    );
     byId(`metric-${i}`).setAttribute("aria-label", `${TITLES[metric] ?? metric} over ${AXES[CHOSEN.axis].label}`);
   });
-  byId("training-caption").textContent = "Over the axis that is chosen for the loss. Throughput is that of training alone; memory is the GPU's, or on a CPU the process's.";
+  byId("training-caption").textContent =
+    "Over the axis that is chosen for the loss. Throughput is that of training alone; memory is the GPU's, or on a CPU the process's.";
 }
 
 function buildAxisControls() {
   for (const [name, axis] of Object.entries(AXES)) {
-    const radio = make("input", { type: "radio", name: "axis", value: name, onchange: () => { CHOSEN.axis = name; render(); } });
+    const radio = make("input", {
+      type: "radio",
+      name: "axis",
+      value: name,
+      onchange: () => {
+        CHOSEN.axis = name;
+        render();
+      },
+    });
     radio.checked = CHOSEN.axis === name;
     byId("axis").append(make("label", {}, radio, axis.label));
   }
   const switches = { val: "val", train: "train", singles: "single seeds", logX: "log x", logY: "log y" };
   for (const [name, label] of Object.entries(switches)) {
-    const box = make("input", { type: "checkbox", "data-part": name, onchange: (event) => { CHOSEN[name] = event.target.checked; render(); } });
+    const box = make("input", {
+      type: "checkbox",
+      "data-part": name,
+      onchange: (event) => {
+        CHOSEN[name] = event.target.checked;
+        render();
+      },
+    });
     box.checked = CHOSEN[name];
     byId("parts").append(make("label", {}, box, label));
   }

@@ -27,7 +27,10 @@ function renderNotes() {
     `A run's value is its lowest ${DATA.metric}, nats a token where that is a loss; runs that failed, diverged or were pruned have none in the charts of what was varied.`,
     "FLOPs are tokens × FLOPs a token of the configuration's model; time is the sum of tokens / tokens_per_second, which is training alone.",
   ];
-  if (DATA.thinned) notes.push(`Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than 50 runs), with the lowest and the highest of every stretch. metrics.csv has all.`);
+  if (DATA.thinned)
+    notes.push(
+      `Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than 50 runs), with the lowest and the highest of every stretch. metrics.csv has all.`,
+    );
   if (DATA.poll) notes.push(`While it is open the page asks for news every ${DATA.poll} s.`);
   fill(byId("notes"), notes, () => notes.map((note) => make("li", {}, note)));
 }

@@ -22,21 +22,35 @@ function renderScaling() {
     const runs = shown.filter((one) => one.N === size).sort((a, b) => a.C - b.C);
     const name = `${compact(size)} parameters`;
     const points = {
-      type: "scatter", mode: "markers", name, meta: { kind: "runs", size }, x: runs.map((one) => one.C), y: runs.map((one) => one.loss),
-      marker: { color: own, size: 9 }, text: runs.map((one) => `${plain(one.run.name)}<br>${compact(one.D)} tokens`), hovertemplate: "<b>%{fullData.name}</b><br>%{text}<br>%{x:.3e} FLOPs, %{y:.4f}<extra></extra>",
+      type: "scatter",
+      mode: "markers",
+      name,
+      meta: { kind: "runs", size },
+      x: runs.map((one) => one.C),
+      y: runs.map((one) => one.loss),
+      marker: { color: own, size: 9 },
+      text: runs.map((one) => `${plain(one.run.name)}<br>${compact(one.D)} tokens`),
+      hovertemplate: "<b>%{fullData.name}</b><br>%{text}<br>%{x:.3e} FLOPs, %{y:.4f}<extra></extra>",
     };
     const curve = coefficients(fit) && runs.length ? fitted(fit, runs, own, name) : [];
     return [points, ...curve];
   });
   if (coefficients(fit)) drawn.push(...frontier(fit, shown));
-  const layout = { xaxis: { type: "log", title: { text: "training FLOPs" }, exponentformat: "power" }, yaxis: { title: { text: plain(DATA.metric) } } };
+  const layout = {
+    xaxis: { type: "log", title: { text: "training FLOPs" }, exponentformat: "power" },
+    yaxis: { title: { text: plain(DATA.metric) } },
+  };
   draw("scaling", drawn, layout, "scaling");
   byId("scaling").setAttribute("aria-label", `Lowest ${DATA.metric} against training FLOPs for ${sizes.length} sizes`);
   const told = ["One point a run: its lowest loss, and the FLOPs up to there. A colour for each number of parameters."];
   const found = coefficients(fit);
-  told.push(found
-    ? `Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, approach 3) with ${Object.entries(found).map(([name, number]) => `${name} = ${value(+number.toPrecision(4))}`).join(", ")}. Dashed: the lowest loss that this form has for the FLOPs, at C = 6 N D.`
-    : "No fit was made of them.");
+  told.push(
+    found
+      ? `Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, approach 3) with ${Object.entries(found)
+          .map(([name, number]) => `${name} = ${value(+number.toPrecision(4))}`)
+          .join(", ")}. Dashed: the lowest loss that this form has for the FLOPs, at C = 6 N D.`
+      : "No fit was made of them.",
+  );
   byId("scaling-caption").textContent = told.join(" ");
 }
 
@@ -56,7 +70,18 @@ function fitted(fit, runs, own, name) {
   const { E, A, B, alpha, beta } = coefficients(fit);
   const tokens = spaced(Math.min(...runs.map((one) => one.D)) / 1.5, Math.max(...runs.map((one) => one.D)) * 1.5);
   const y = tokens.map((D) => E + A / runs[0].N ** alpha + B / D ** beta);
-  return [{ type: "scatter", mode: "lines", name: `${name}, fitted`, meta: { kind: "fit", size: runs[0].N }, x: tokens.map((D) => D * runs[0].run.flops), y, line: { color: own, width: 1.5 }, hoverinfo: "skip" }];
+  return [
+    {
+      type: "scatter",
+      mode: "lines",
+      name: `${name}, fitted`,
+      meta: { kind: "fit", size: runs[0].N },
+      x: tokens.map((D) => D * runs[0].run.flops),
+      y,
+      line: { color: own, width: 1.5 },
+      hoverinfo: "skip",
+    },
+  ];
 }
 
 /** The lowest loss for the compute: N = G (C/6)^a with a = β/(α+β), G = (αA / βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4). */
@@ -69,5 +94,16 @@ function frontier(fit, shown) {
     const N = G * (C / 6) ** (beta / (alpha + beta));
     return E + A / N ** alpha + B / (C / 6 / N) ** beta;
   });
-  return [{ type: "scatter", mode: "lines", name: "lowest for the compute", meta: { kind: "frontier" }, x: compute, y, line: { color: colour("text"), width: 1.5, dash: "dash" }, hoverinfo: "skip" }];
+  return [
+    {
+      type: "scatter",
+      mode: "lines",
+      name: "lowest for the compute",
+      meta: { kind: "frontier" },
+      x: compute,
+      y,
+      line: { color: colour("text"), width: 1.5, dash: "dash" },
+      hoverinfo: "skip",
+    },
+  ];
 }

@@ -5,9 +5,19 @@
 let DATA = JSON.parse(document.getElementById("data").textContent);
 
 const CHOSEN = {
-  axis: "tokens", logX: false, logY: false, train: true, val: true, singles: true, // of the curves
-  text: "", picked: new Map(), hidden: new Set(), // which runs, which points
-  sort: { column: null, up: true }, key: null, run: "", step: null,
+  axis: "tokens",
+  logX: false,
+  logY: false,
+  train: true,
+  val: true,
+  singles: true, // of the curves
+  text: "",
+  picked: new Map(),
+  hidden: new Set(), // which runs, which points
+  sort: { column: null, up: true },
+  key: null,
+  run: "",
+  step: null,
 };
 
 const byId = (id) => document.getElementById(id);
@@ -54,7 +64,9 @@ function value(any) {
   if (any === null || any === undefined) return "–";
   if (!isNumber(any)) return String(any);
   if (Number.isInteger(any) && Math.abs(any) < 1e15) return any.toLocaleString("en-US");
-  return Math.abs(any) >= 1e-4 && Math.abs(any) < 1e6 ? String(+any.toPrecision(6)) : any.toExponential().replace("+", "");
+  return Math.abs(any) >= 1e-4 && Math.abs(any) < 1e6
+    ? String(+any.toPrecision(6))
+    : any.toExponential().replace("+", "");
 }
 
 /** 3:25:07. */
@@ -86,7 +98,9 @@ function onScale(share) {
   const channel = (hex, at) => parseInt(hex.slice(at, at + 2), 16);
   const mixed = [1, 3, 5].map((at) => {
     const [from, to] = [channel(scale[low], at), channel(scale[low + 1], at)];
-    return Math.round(from + (to - from) * (place - low)).toString(16).padStart(2, "0");
+    return Math.round(from + (to - from) * (place - low))
+      .toString(16)
+      .padStart(2, "0");
   });
   return `#${mixed.join("")}`;
 }
@@ -117,27 +131,49 @@ function newLook(point) {
 }
 
 /** The colour with so much of it left. */
-const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+const faded = (hex, alpha) =>
+  hex +
+  Math.round(alpha * 255)
+    .toString(16)
+    .padStart(2, "0");
 
 /** Draw a chart anew, keeping the reader's zoom for as long as ``kept`` is the same. */
 function draw(id, traces, layout, kept) {
   const element = byId(id);
   const axis = {
-    gridcolor: colour("grid"), zerolinecolor: colour("grid"), linecolor: colour("line"), automargin: true,
-    exponentformat: "B", title: { standoff: 8 },
+    gridcolor: colour("grid"),
+    zerolinecolor: colour("grid"),
+    linecolor: colour("line"),
+    automargin: true,
+    exponentformat: "B",
+    title: { standoff: 8 },
   };
   const base = {
-    autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+    autosize: true,
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    showlegend: false,
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12, color: colour("text") },
-    margin: { l: 52, r: 12, t: 10, b: 42 }, hovermode: "closest", uirevision: kept,
+    margin: { l: 52, r: 12, t: 10, b: 42 },
+    hovermode: "closest",
+    uirevision: kept,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
-    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("text") }, align: "left" },
+    hoverlabel: {
+      bgcolor: colour("card"),
+      bordercolor: colour("line"),
+      font: { color: colour("text") },
+      align: "left",
+    },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
     ...layout,
     xaxis: { ...axis, ...layout.xaxis, title: { ...axis.title, ...layout.xaxis?.title } },
     yaxis: { ...axis, ...layout.yaxis, title: { ...axis.title, ...layout.yaxis?.title } },
   };
-  const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const options = {
+    responsive: true,
+    displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+  };
   element.setAttribute("role", "img");
   return Plotly.react(element, traces, base, options);
 }

@@ -1,4 +1,4 @@
-/* What was varied: the loss over one setting, and over all of them as parallel coordinates. */
+/* What was varied: the loss over one setting. */
 
 const valueOf = (run) => run.best?.value ?? null;
 
@@ -35,10 +35,17 @@ function renderVaried() {
   const several = distinct(DATA.runs.filter((run) => valueOf(run) !== null).map((run) => run.point)).length > 1;
   byId("varied-section").hidden = !(keys.length && several);
   if (byId("varied-section").hidden) return;
-  if (!keys.includes(CHOSEN.key)) CHOSEN.key = keys.find((key) => DATA.runs.every((run) => isNumber(run.varied[key]))) ?? keys[0];
+  if (!keys.includes(CHOSEN.key))
+    CHOSEN.key = keys.find((key) => DATA.runs.every((run) => isNumber(run.varied[key]))) ?? keys[0];
   fill(byId("varied-controls"), keys, () => {
     if (keys.length < 2) return [];
-    const select = make("select", { id: "curve-key", onchange: (event) => { CHOSEN.key = event.target.value; render(); } });
+    const select = make("select", {
+      id: "curve-key",
+      onchange: (event) => {
+        CHOSEN.key = event.target.value;
+        render();
+      },
+    });
     select.append(...keys.map((key) => make("option", { value: key }, key)));
     return [make("label", {}, "over ", select)];
   });
@@ -68,83 +75,85 @@ function renderCurve(keys) {
     const own = colour(`c${i % COLOURS}`);
     const sorted = axis.kind === "category" ? family : [...family].sort((a, b) => place(a) - place(b));
     const line = { color: own, width: 2, dash: DASHES[Math.floor(i / COLOURS) % DASHES.length] };
-    const dots = { x: sorted.flatMap((point) => point.values.map(() => place(point))), y: sorted.flatMap((point) => point.values) };
-    drawn.push({ type: "scatter", ...dots, mode: "markers", name: plain(name), meta: { kind: "runs" }, marker: { color: faded(own, 0.5), size: 5 }, text: sorted.flatMap((point) => point.runs.map((run) => plain(run.name))), hovertemplate: "%{text}<br>%{y:.5f}<extra></extra>" });
+    const dots = {
+      x: sorted.flatMap((point) => point.values.map(() => place(point))),
+      y: sorted.flatMap((point) => point.values),
+    };
     drawn.push({
-      type: "scatter", x: sorted.map(place), y: sorted.map((point) => point.mean), name: plain(name), meta: { kind: "mean" },
-      mode: axis.kind === "category" ? "markers" : "lines+markers", line, marker: { color: own, size: 9 },
-      error_y: { type: "data", symmetric: false, color: own, thickness: 1.5, width: 4, array: sorted.map((point) => Math.max(...point.values) - point.mean), arrayminus: sorted.map((point) => point.mean - Math.min(...point.values)) },
-      text: sorted.map((point) => plain(DATA.points[point.point])), hovertemplate: "<b>%{text}</b><br>%{y:.5f}<extra></extra>",
+      type: "scatter",
+      ...dots,
+      mode: "markers",
+      name: plain(name),
+      meta: { kind: "runs" },
+      marker: { color: faded(own, 0.5), size: 5 },
+      text: sorted.flatMap((point) => point.runs.map((run) => plain(run.name))),
+      hovertemplate: "%{text}<br>%{y:.5f}<extra></extra>",
+    });
+    drawn.push({
+      type: "scatter",
+      x: sorted.map(place),
+      y: sorted.map((point) => point.mean),
+      name: plain(name),
+      meta: { kind: "mean" },
+      mode: axis.kind === "category" ? "markers" : "lines+markers",
+      line,
+      marker: { color: own, size: 9 },
+      error_y: {
+        type: "data",
+        symmetric: false,
+        color: own,
+        thickness: 1.5,
+        width: 4,
+        array: sorted.map((point) => Math.max(...point.values) - point.mean),
+        arrayminus: sorted.map((point) => point.mean - Math.min(...point.values)),
+      },
+      text: sorted.map((point) => plain(DATA.points[point.point])),
+      hovertemplate: "<b>%{text}</b><br>%{y:.5f}<extra></extra>",
     });
   });
   const best = points.length ? points.reduce((a, b) => (b.mean < a.mean ? b : a)) : null;
   if (best) {
     const mark = { symbol: "star", size: 18, color: colour("accent"), line: { color: colour("card"), width: 1 } };
-    drawn.push({ type: "scatter", mode: "markers", x: [place(best)], y: [best.mean], name: "lowest", meta: { kind: "best" }, marker: mark, hoverinfo: "skip" });
+    drawn.push({
+      type: "scatter",
+      mode: "markers",
+      x: [place(best)],
+      y: [best.mean],
+      name: "lowest",
+      meta: { kind: "best" },
+      marker: mark,
+      hoverinfo: "skip",
+    });
   }
-  const ticks = axis.values.length <= 12 && axis.kind === "log" ? { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) } : {};
+  const ticks =
+    axis.values.length <= 12 && axis.kind === "log"
+      ? { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) }
+      : {};
   const order = axis.kind === "category" ? { categoryorder: "array", categoryarray: axis.values } : {};
-  const layout = { xaxis: { title: { text: plain(CHOSEN.key) }, type: axis.kind, ...ticks, ...order, tickangle: "auto" }, yaxis: { title: { text: plain(DATA.metric) } } };
+  const layout = {
+    xaxis: { title: { text: plain(CHOSEN.key) }, type: axis.kind, ...ticks, ...order, tickangle: "auto" },
+    yaxis: { title: { text: plain(DATA.metric) } },
+  };
   draw("curve", drawn, layout, CHOSEN.key);
   byId("curve").setAttribute("aria-label", `Lowest ${DATA.metric} over ${CHOSEN.key}`);
   byId("curve-caption").textContent = curveCaption(points, best, keys);
 }
 
 function curveCaption(points, best, keys) {
-  const said = [`The lowest ${DATA.metric} of every run; a line through the means of the seeds, with bars from the lowest to the highest.`];
+  const said = [
+    `The lowest ${DATA.metric} of every run; a line through the means of the seeds, with bars from the lowest to the highest.`,
+  ];
   if (keys.length > 1) said.push("One line for each choice of the other settings: point at it for its name.");
-  if (best) said.push(`★ the lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`);
+  if (best)
+    said.push(
+      `★ the lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
+    );
   const without = shownRuns().filter((run) => valueOf(run) === null || NO_SEEDS.includes(stateOf(run)));
   if (without.length) {
-    const states = distinct(without.map(stateOf)).map((state) => `${without.filter((run) => stateOf(run) === state).length} ${state}`);
+    const states = distinct(without.map(stateOf)).map(
+      (state) => `${without.filter((run) => stateOf(run) === state).length} ${state}`,
+    );
     said.push(`Left out: ${plural(without.length, "run")} (${states.join(", ")}).`);
   }
   return said.join(" ");
-}
-
-/** Parallel coordinates, a row a setting and the loss as the last; a line a point, coloured by its loss. */
-function renderParallel(keys) {
-  const points = valuedPoints().sort((a, b) => b.mean - a.mean); // the best on top
-  const rows = keys.map((key) => ({ key, ...spacing(distinct(DATA.runs.map((run) => run.varied[key]))), of: (point) => point.varied[key] }));
-  const means = points.map((point) => point.mean);
-  rows.push({ key: DATA.metric, kind: "linear", values: points.length ? [Math.min(...means), Math.max(...means)] : [], of: (point) => point.mean });
-  const lowest = Math.min(...means), range = Math.max(...means) - lowest || 1;
-  const drawn = points.map((point) => {
-    const own = onScale(1 - (point.mean - lowest) / range);
-    return {
-      type: "scatter", mode: "lines+markers", x: rows.map((row) => share(row, row.of(point))), y: rows.map((_, i) => i),
-      name: plain(DATA.points[point.point]), meta: { point: point.point, kind: "mean" }, line: { color: own, width: 2, shape: "spline", smoothing: 0.6 },
-      marker: { color: own, size: 7 }, text: rows.map((row) => `${plain(row.key)} = ${plain(value(row.of(point)))}`),
-      hovertemplate: `<b>%{fullData.name}</b><br>%{text}<br>${plain(DATA.metric)} ${fixed(point.mean)}<extra></extra>`,
-    };
-  });
-  const layout = {
-    height: 70 + 74 * rows.length, margin: { l: 16, r: 16, t: 34, b: 30 },
-    xaxis: { range: [-0.04, 1.04], visible: false, fixedrange: true },
-    yaxis: { range: [rows.length - 0.6, -0.4], tickvals: rows.map((_, i) => i), showticklabels: false, fixedrange: true, gridcolor: colour("line"), zeroline: false },
-    annotations: rows.flatMap((row, i) => [nameOf(row, i), ...ticksOf(row, i)]),
-  };
-  draw("parallel", drawn, layout, "parallel");
-  byId("parallel").setAttribute("aria-label", `Parallel coordinates of ${keys.join(", ")} and ${DATA.metric}`);
-  byId("parallel-caption").textContent = `A row for each setting that was varied, and ${DATA.metric} as the last: lower is further left there. One line a point, the mean of its seeds; ${isDark() ? "the brighter" : "the greener"}, the lower the loss.`;
-}
-
-/** Where on its row a value stands, from 0 to 1. */
-function share(row, any) {
-  if (row.kind === "category") return row.values.length < 2 ? 0.5 : row.values.indexOf(value(any)) / (row.values.length - 1);
-  const scaled = row.kind === "log" ? Math.log : (number) => number;
-  const [low, high] = [scaled(row.values[0]), scaled(row.values.at(-1))];
-  return high > low ? (scaled(any) - low) / (high - low) : 0.5;
-}
-
-const nameOf = (row, i) => ({ x: 0, y: i, xanchor: "left", yanchor: "bottom", yshift: 6, showarrow: false, text: `<b>${plain(row.key)}</b>`, font: { color: colour("text") } });
-
-function ticksOf(row, i) {
-  const all = row.values;
-  const told = all.length <= 5 ? all : [all[0], all[Math.floor((all.length - 1) / 2)], all.at(-1)];
-  return told.map((one) => {
-    const x = share(row, one);
-    const text = row.key === DATA.metric ? fixed(one) : value(one);
-    return { x, y: i, xanchor: x < 0.1 ? "left" : x > 0.9 ? "right" : "center", yanchor: "top", yshift: -5, showarrow: false, text: plain(text.length > 14 ? `${text.slice(0, 13)}…` : text), font: { color: colour("muted"), size: 11 } };
-  });
 }
