@@ -79,9 +79,9 @@ def seen(browser):
         return opened[-1].open(where)
 
     yield look
-    for page in opened:
-        page.page.close()
-        assert page.complaints == []
+    for one in opened:
+        one.page.close()
+        assert one.complaints == []
 
 
 def column(run: Path, name: str, over: str = "tokens") -> tuple[list[float], list[float]]:

@@ -150,7 +150,7 @@ COLOURS = """() => {
     [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
   const name = element => element.tagName + '.' + element.className;
   const found = texts.map(element => [name(element), getComputedStyle(element).color, ground(element)]);
-  const svg = [...document.querySelectorAll('#loss text, #curve text, #metric-1 text')].filter(one => one.textContent.trim());
+  const svg = [...document.querySelectorAll('#loss text, #curve text, #metric-1 text')].filter(one => one.textContent);
   const words = svg.map(text => ['text of a chart', getComputedStyle(text).fill, ground(text.closest('.chart'))]);
   const isVal = trace => trace.meta.kind === 'mean' && trace.meta.metric === 'val/loss';
   const lines = document.getElementById('loss').data.filter(isVal);
