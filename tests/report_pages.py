@@ -33,7 +33,7 @@ def sweep(tmp_path_factory) -> Path:
     directory = write_sweep(tmp_path_factory.mktemp("page") / "lr" / "now", RATES, SEEDS)
     write_run(
         directory / "9",
-        settings={"optimizer.lr": 1e-3, "seed": 4, "data.source": None},
+        settings={"optimizer.lr": 1e-3, "seed": 4},
         rows=rows_of(7, seed=4),
         state="diverged",
         message=HOSTILE,

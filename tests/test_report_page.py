@@ -118,19 +118,22 @@ def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, siz
     assert [len(trace["x"]) for trace in scaled] == [4, 4, 4]
     flops = page.page.evaluate("DATA.runs[0].flops")
     assert scaled[0]["x"] == pytest.approx([10 * TOKENS * flops] * 2 + [20 * TOKENS * flops] * 2)
-    assert "No fit was made of them." in page.text("#scaling-caption")
+    assert "No law was fitted to them." in page.text("#scaling-caption")
 
 
 def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):
     sweep = write_sweep(tmp_path / "scaling" / "now", (1e-3,), (1,))
     fit = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-    (sweep / "scaling.json").write_text(json.dumps({"coefficients": fit}))
+    law = {"law": list(fit.values()), "intervals": {"E": [1.6, 1.8]}, "answer": "the best N grows as C^0.45"}
+    (sweep / "scaling.json").write_text(json.dumps(law))  # as a sweep over sizes and tokens writes it
     page = seen(written(sweep))
     (curve,) = page.traces("scaling", "fit")
-    parameters, flops = page.page.evaluate("[DATA.runs[0].parameters, DATA.runs[0].flops]")
-    tokens = [x / flops for x in curve["x"]]
+    parameters = page.page.evaluate("DATA.runs[0].parameters")
+    tokens = [x / 6 / parameters for x in curve["x"]]
     expected = [1.69 + 406.4 / parameters**0.34 + 410.7 / count**0.28 for count in tokens]
     assert curve["y"] == pytest.approx(expected)
+    assert page.traces("scaling", "runs")[0]["x"] == [6 * parameters * 20 * TOKENS]
+    assert "E = 1.69 (1.6 to 1.8), A = 406.4, B = 410.7" in page.text("#scaling-caption")
     (frontier,) = page.traces("scaling", "frontier")
     for compute, loss in zip(frontier["x"], frontier["y"], strict=True):  # no size has a lower loss for the compute
         others = (10 ** (i / 20) for i in range(20, 240))

@@ -146,6 +146,38 @@ def test_answers_and_trials_without_a_run_stand_beside(tmp_path):
     assert any("scaling.json cannot be read" in problem for problem in found["problems"])
 
 
+def test_the_answers_of_a_sweep_are_told_as_in_the_terminal(tmp_path):
+    directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3,), seeds=(1,))
+    known = {
+        "settings": {"lr": "1e-3"},
+        "n": 2,
+        "mean": 1.7,
+        "se": 0.01,
+        "verdict": "the baseline",
+        "tokens": 9,
+        "failed": 0,
+    }
+    other = known | {
+        "settings": {"lr": "2e-3"},
+        "difference": -0.1,
+        "difference_se": None,
+        "verdict": "better",
+        "failed": 1,
+    }
+    found = {"metric": "val/loss", "answer": "lr=2e-3", "rows": [known, other], "notes": ["1 trial failed"]}
+    (directory / "answers.json").write_text(json.dumps(found))
+    answers = gathered(directory)["sweeps"][0]["answers"]
+    assert answers == {
+        "answer": "lr=2e-3",
+        "columns": ["lr", "seeds", "val/loss", "difference", "verdict", "tokens", "failed"],
+        "rows": [
+            ["1e-3", 2, "1.7000 ± 0.0100", None, "the baseline", 9, None],
+            ["2e-3", 2, "1.7000 ± 0.0100", "-0.1000", "better", 9, 1],
+        ],
+        "notes": ["1 trial failed"],
+    }
+
+
 def test_many_runs_have_fewer_points_each_and_many_samples_are_chosen_from(tmp_path):
     rows = rows_of(400, eval_every=400)
     for number in range(3):

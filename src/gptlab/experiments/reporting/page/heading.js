@@ -15,9 +15,7 @@ function renderHeader() {
   const finished = runs.filter((run) => stateOf(run) === "done").length;
   const valued = runs.filter((run) => valueOf(run) !== null);
   const best = valued.length ? valued.reduce((a, b) => (valueOf(b) < valueOf(a) ? b : a)) : null;
-  const tokens = runs.map(
-    (run) => run.state?.tokens || Math.max(0, ...Object.values(run.series).map((curve) => curve.tokens.at(-1) ?? 0)),
-  );
+  const tokens = runs.map(tokensOf);
   const seconds = runs.map((run) => run.state?.seconds ?? 0).reduce((a, b) => a + b, 0);
   const tiles = [
     ["runs", count(runs.length), `${finished} done`],
@@ -60,7 +58,9 @@ function renderAnswers() {
 }
 
 function answersTable({ columns, rows }) {
-  const numeric = columns.map((_, i) => rows.every((row) => row[i] === null || isNumber(row[i])));
+  const numeric = columns.map((_, i) =>
+    rows.every((row) => isNumber(row[i] ?? 0) || /^[+-]?[\d.]+( ± [\d.]+)?$/.test(row[i])),
+  );
   const head = columns.map((column, i) => make("th", { scope: "col", class: numeric[i] ? "number" : "" }, column));
   const cells = (row) => row.map((each, i) => make("td", { class: numeric[i] ? "number" : "" }, value(each)));
   const body = rows.map((row) => make("tr", {}, ...cells(row)));

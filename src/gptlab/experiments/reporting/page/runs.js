@@ -20,15 +20,15 @@ function table(id, columns, rows) {
   byId(id).replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
 }
 
-/** What a forecast came to, if it was scored. */
+/** What was measured for what was expected, if the forecast was scored. */
 function forecastScore(run) {
   const score = run.forecast?.score;
   if (score === undefined || score === null) return null;
   if (typeof score !== "object") return value(score);
-  return Object.entries(score)
-    .filter(([, own]) => typeof own !== "object")
-    .map(([name, own]) => `${name} ${value(own)}`)
-    .join(", ");
+  const names = { peak_memory_bytes: "memory", seconds: "time" };
+  const ratios = Object.entries(score).map(([name, own]) => [names[name] ?? name, isNumber(own) ? own : own?.ratio]);
+  const told = ratios.filter(([, ratio]) => isNumber(ratio)).map(([name, ratio]) => `${name} ×${+ratio.toFixed(3)}`);
+  return told.join(", ") || null;
 }
 
 const RUN_COLUMNS = {
@@ -52,9 +52,9 @@ const RUN_COLUMNS = {
     ],
   },
   tokens: {
-    of: (run) => run.state?.tokens ?? lastOf(run, "train/loss", "tokens"),
+    of: tokensOf,
     kind: "number",
-    shown: (run) => [compact(RUN_COLUMNS.tokens.of(run))],
+    shown: (run) => [compact(tokensOf(run))],
   },
   parameters: { of: (run) => run.parameters, kind: "number", shown: (run) => [compact(run.parameters)] },
   "train loss": {

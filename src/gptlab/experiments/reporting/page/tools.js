@@ -77,6 +77,12 @@ function clock(seconds) {
   return `${Math.floor(whole / 3600)}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}`;
 }
 
+/** Tokens that a run has seen. */
+function tokensOf(run) {
+  const last = Object.values(run.series).map((curve) => curve.tokens.at(-1) ?? 0);
+  return run.state?.tokens || Math.max(0, ...last);
+}
+
 /** A colour of the style sheet, as it is in the mode (light or dark) of the moment. */
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
