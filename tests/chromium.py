@@ -1,6 +1,7 @@
 """A headless Chromium for the tests that look at a page as a reader does."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,8 +60,15 @@ class Seen:
     def open(self, where: Path | str) -> "Seen":
         """Go to a file or an address, and wait until it is drawn."""
         self.page.goto(where.absolute().as_uri() if isinstance(where, Path) else where)
-        self.page.wait_for_function("document.querySelector('#loss .main-svg') !== null")
+        self.until("document.querySelector('#loss .main-svg') !== null")
         return self
+
+    def until(self, condition: str) -> None:
+        """Wait until something is so; playwright's own wait is refused by the page's policy against eval."""
+        limit = time.monotonic() + 30
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < limit, condition
+            self.page.wait_for_timeout(20)
 
     def traces(self, chart: str, kind: str | None = None) -> list[dict[str, Any]]:
         """What a chart draws: name, x, y and meta of its traces, as Plotly has them."""

@@ -28,29 +28,38 @@ def test_a_page_from_disk_asks_for_nothing(seen, report):
     assert "lr=0.002 is best: better by 0.05" in page.text("#answers")
 
 
-@pytest.mark.parametrize(("axis", "factor"), [("tokens", 1), ("step", 1 / TOKENS), ("flops", None)])
-def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, report, axis, factor):
+def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, report):
     page = seen(report)
-    page.page.check(f"input[name=axis][value={axis}]")
     flops = page.page.evaluate("DATA.runs[0].flops")
-    assert flops == pytest.approx(6 * 842_624, rel=0.5)  # the size that README names, times six
-    for metric in ("train/loss", "val/loss"):
-        for point in range(len(RATES)):
-            columns = [column(sweep / str(len(SEEDS) * point + seed), metric) for seed in range(len(SEEDS))]
-            x = [tokens * (factor or flops) for tokens in columns[0][0]]
-            values = list(zip(*(values for _, values in columns), strict=True))
-            (mean,) = (
-                t for t in page.traces("loss", "mean") if (t["meta"]["metric"], t["meta"]["point"]) == (metric, point)
+    for axis, factor in (("flops", flops), ("step", 1 / TOKENS), ("tokens", 1)):
+        page.page.check(f"input[name=axis][value={axis}]")
+        for metric in ("train/loss", "val/loss"):
+            means, bands = (
+                {t["meta"]["point"]: t for t in page.traces("loss", kind) if t["meta"]["metric"] == metric}
+                for kind in ("mean", "band")
             )
-            (band,) = (
-                t for t in page.traces("loss", "band") if (t["meta"]["metric"], t["meta"]["point"]) == (metric, point)
-            )
-            assert mean["name"] == f"lr={RATES[point]}"
-            assert mean["x"] == pytest.approx(x)
-            assert mean["y"] == pytest.approx([sum(at) / len(at) for at in values], rel=1e-6)
-            assert band["x"] == pytest.approx([*x, *reversed(x)])
-            high, low = [max(at) for at in values], [min(at) for at in values]
-            assert band["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
+            assert len(means) == len(bands) == len(RATES)
+            for point, rate in enumerate(RATES):
+                columns = [column(sweep / str(len(SEEDS) * point + seed), metric) for seed in range(len(SEEDS))]
+                x = [tokens * factor for tokens in columns[0][0]]
+                values = list(zip(*(values for _, values in columns), strict=True))
+                assert means[point]["name"] == f"lr={rate}"
+                assert means[point]["x"] == pytest.approx(x)
+                assert means[point]["y"] == pytest.approx([sum(at) / len(at) for at in values], rel=1e-6)
+                assert bands[point]["x"] == pytest.approx([*x, *reversed(x)])
+                high, low = [max(at) for at in values], [min(at) for at in values]
+                assert bands[point]["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
+
+
+def test_the_frame_begins_after_the_first_tenth(seen, sweep, report):
+    page = seen(report)
+    late = [loss for n in range(9) for loss in column(sweep / str(n), "train/loss")[1][2:]]  # of 20
+    late += [loss for n in range(9) for loss in column(sweep / str(n), "val/loss")[1]]
+    low, high = page.page.evaluate("document.getElementById('loss').layout.yaxis.range")
+    highest = max(loss for n in range(9) for loss in column(sweep / str(n), "train/loss")[1])
+    assert low < min(late) < max(late) < high < highest
+    page.page.check("[data-part=whole]")
+    assert page.page.evaluate("document.getElementById('loss').layout.yaxis.range")[1] > highest
 
 
 def test_time_is_that_of_training(seen, sweep, report):

@@ -83,11 +83,12 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
     found = gathered(tmp_path)
     (run,) = found["runs"]
     assert run["name"] == "quickstart/now"
-    # GPT-2's layout by hand: conf/model/nano.yaml without biases, a tied head of 257 rows
+    # GPT-2's layout by hand, with biases: two LayerNorms and four linear layers a block, a tied head of 257 rows
     model = GPTConfig.model_validate(Document(str(tmp_path), 10).reader.read([directory])[0][0].run.config["model"])
     C, L, V, T = model.n_embd, model.n_layer, 257, model.block_size
-    assert run["parameters"] == V * C + T * C + L * (12 * C * C + 2 * C) + C
-    assert run["flops"] == 6 * (V * C + L * (12 * C * C + 2 * C) + C) + 12 * L * C * T
+    blocks = L * (12 * C * C + 9 * C + 4 * C) + 2 * C
+    assert run["parameters"] == V * C + T * C + blocks
+    assert run["flops"] == 6 * (V * C + blocks) + 12 * L * C * T
     lowest = min((row for row in rows_of(20) if "val/loss" in row), key=lambda row: row["val/loss"])
     assert run["best"] == {
         "value": pytest.approx(lowest["val/loss"], rel=1e-6),
@@ -98,7 +99,7 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
     assert (run["state"]["state"], run["state"]["seconds"]) == ("done", 12.5)
     assert found["environments"][run["environment"]]["packages"] == ENVIRONMENT["packages"]
     assert (run["start"]["command"], found["keys"], found["points"]) == ("python -m gptlab.train", [], ["quickstart"])
-    assert found["common"]["optimizer.lr"] == 1e-3
+    assert found["common"]["optimizer.lr"] == 2e-3  # of conf/model/nano.yaml
 
 
 def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
@@ -112,7 +113,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
     metrics.mkdir()
     write_metrics(write_run(tmp_path / "runs" / "begun", settings={"seed": 3}), [])
     found = gathered(tmp_path / "runs")
-    assert [run["name"] for run in found["runs"]] == ["runs/begun", "runs/good"]
+    assert [run["name"] for run in found["runs"]] == ["begun", "good"]
     told = "\n".join(found["problems"])
     assert len(found["problems"]) == 5
     for name in ("bytes", "prose", "config", "folder"):

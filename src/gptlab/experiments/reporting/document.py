@@ -71,11 +71,13 @@ def _runs(entries: list[Entry]) -> dict[str, Any]:
     keys = differing([entry.settings for entry in entries])
     varied = _varied(entries, keys)
     point_of, labels = _points(entries, keys, varied)
+    names = _names(entries)
     places, environments = _distinct(entries, lambda entry: {**entry.environment, **dict.fromkeys(OF_A_START)})
     runs = [
         {
             "id": number,
             **entry.shown,
+            "name": names[number],
             "point": point_of[number],
             "seed": entry.settings.get("seed"),
             "settings": {key: entry.settings[key] for key in keys if key in entry.settings},
@@ -95,6 +97,19 @@ def _runs(entries: list[Entry]) -> dict[str, Any]:
         "environments": environments,
         "thinned": any(entry.thinned for entry in entries),
     }
+
+
+def _names(entries: list[Entry]) -> list[str]:
+    """Call runs by what their names do not share, and a trial of the one sweep that is shown by its number."""
+    parts = [entry.run.name.split("/") for entry in entries]
+    if len(entries) == 1:
+        return [entries[0].run.name]
+    levels = list(zip(*parts, strict=False))
+    shared = next((i for i, level in enumerate(levels) if len(set(level)) > 1), len(levels) - 1)
+    names = ["/".join(own[shared:]) for own in parts]
+    return [
+        f"trial {name}" if entry.trial and name.isdigit() else name for name, entry in zip(names, entries, strict=True)
+    ]
 
 
 def differing(settings: list[dict[str, Any]]) -> list[str]:

@@ -79,9 +79,10 @@ const NO_SEEDS = ["failed", "diverged", "pruned", "mistaken"]; // ended before t
 function joined(curves) {
   const trace = { x: [], y: [], text: [] };
   for (const curve of curves) {
-    trace.x.push(...curve.x, null);
-    trace.y.push(...curve.y, null);
-    trace.text.push(...curve.x.map(() => plain(curve.run.name)), "");
+    if (trace.x.length) for (const list of Object.values(trace)) list.push(null);
+    trace.x.push(...curve.x);
+    trace.y.push(...curve.y);
+    trace.text.push(...curve.x.map(() => plain(curve.run.name)));
   }
   return trace;
 }

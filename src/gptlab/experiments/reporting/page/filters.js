@@ -106,7 +106,8 @@ function renderLegend() {
   fill(byId("legend"), [points, looks, DATA.points], () =>
     points.map((point, i) => {
       const swatch = make("span", { class: "swatch" });
-      swatch.style.borderTop = `3px ${{ dash: "dashed", dot: "dotted", dashdot: "double" }[looks[i].dash] ?? "solid"} ${looks[i].colour}`;
+      const drawn = { dash: "dashed", dot: "dotted", dashdot: "double" }[looks[i].dash] ?? "solid";
+      swatch.style.borderTop = `3px ${drawn} ${looks[i].colour}`;
       const number = DATA.runs.filter((run) => run.point === point).length;
       return make(
         "button",

@@ -10,7 +10,8 @@ function renderHeader() {
   const times = runs.flatMap((run) => [run.state?.began, run.state?.updated].filter(Boolean)).sort((a, b) => a - b);
   const day = (seconds) =>
     new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
-  const when = times.length ? `${day(times[0])} to ${day(times.at(-1))}. ` : "";
+  const [from, to] = times.length ? [day(times[0]), day(times.at(-1))] : ["", ""];
+  const when = from && (from === to ? `${from}. ` : `${from} to ${to}. `);
   byId("subtitle").textContent = `${when}Written ${day(Date.parse(DATA.made) / 1000)}.`;
   const finished = runs.filter((run) => stateOf(run) === "done").length;
   const valued = runs.filter((run) => valueOf(run) !== null);
@@ -58,11 +59,13 @@ function renderAnswers() {
 }
 
 function answersTable({ columns, rows }) {
-  const numeric = columns.map((_, i) =>
-    rows.every((row) => isNumber(row[i] ?? 0) || /^[+-]?[\d.]+( ± [\d.]+)?$/.test(row[i])),
-  );
-  const head = columns.map((column, i) => make("th", { scope: "col", class: numeric[i] ? "number" : "" }, column));
-  const cells = (row) => row.map((each, i) => make("td", { class: numeric[i] ? "number" : "" }, value(each)));
+  const isAlways = (i, test) => rows.every((row) => row[i] === null || test(row[i]));
+  const kinds = columns.map((_, i) => {
+    if (isAlways(i, (each) => isNumber(each) || /^[+-]?[\d.]+( ± [\d.]+)?$/.test(each))) return "number";
+    return isAlways(i, (each) => String(each).length < 20) ? "" : "words";
+  });
+  const head = columns.map((column, i) => make("th", { scope: "col", class: kinds[i] }, column));
+  const cells = (row) => row.map((each, i) => make("td", { class: kinds[i] }, value(each)));
   const body = rows.map((row) => make("tr", {}, ...cells(row)));
   return make(
     "div",

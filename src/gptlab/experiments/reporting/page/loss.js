@@ -15,29 +15,48 @@ function renderLoss() {
   const drawn = Object.keys(LOSSES)
     .filter((part) => CHOSEN[part])
     .flatMap((part) => traces(`${part}/loss`, LOSSES[part]));
+  const range = frame(drawn);
   const layout = {
     xaxis: xAxis(),
-    yaxis: { title: { text: "loss, nats a token" }, type: CHOSEN.logY ? "log" : "linear" },
+    yaxis: { title: { text: "loss, nats a token" }, type: CHOSEN.logY ? "log" : "linear", ...(range ? { range } : {}) },
   };
-  draw("loss", drawn, layout, `${CHOSEN.axis} ${CHOSEN.logX} ${CHOSEN.logY}`);
+  draw("loss", drawn, layout, `${CHOSEN.axis} ${CHOSEN.logX} ${CHOSEN.logY} ${CHOSEN.whole}`);
   byId("loss").setAttribute(
     "aria-label",
-    `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the lowest val losses stand in the table of runs`,
+    `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the table of runs has the lowest`,
   );
-  byId("loss-caption").textContent = lossCaption(drawn);
+  byId("loss-caption").textContent = lossCaption(drawn, range);
 }
 
-function lossCaption(drawn) {
+/** Where the loss is after the first tenth of each curve: what comes before makes all else flat. Null: all of it. */
+function frame(drawn) {
+  if (CHOSEN.whole || CHOSEN.logX || CHOSEN.logY) return null;
+  let [low, high, highest] = [Infinity, -Infinity, -Infinity];
+  for (const { x, y } of drawn) {
+    const [first, last] = [x[0], x.reduce((a, b) => Math.max(a, b ?? a), x[0])];
+    y.forEach((loss, i) => {
+      if (loss === null) return;
+      [low, highest] = [Math.min(low, loss), Math.max(highest, loss)];
+      if (x[i] >= first + (last - first) / 10) high = Math.max(high, loss);
+    });
+  }
+  if (!(high > low) || high >= highest) return null;
+  return [low - 0.05 * (high - low), high + 0.08 * (high - low)];
+}
+
+function lossCaption(drawn, range) {
   const said = [];
   if (CHOSEN.val && CHOSEN.train) said.push("Thick: val. Thin: train.");
   if (drawn.some((trace) => trace.meta.kind === "band")) {
     said.push(
-      "Runs that differ in the seed alone are one line, their mean; the band is from the lowest to the highest, as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.",
+      "Runs that differ in the seed alone are one line, their mean; the band is from the lowest to the highest, " +
+        "as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.",
     );
   }
   if (CHOSEN.axis === "time")
     said.push(
-      "Time is that of training alone: the sum of tokens / tokens_per_second. Evaluations, samples and checkpoints do not count.",
+      "Time is that of training alone: the sum of tokens / tokens_per_second. " +
+        "Evaluations, samples and checkpoints do not count.",
     );
   if (CHOSEN.axis === "flops") {
     said.push("FLOPs a token, forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).");
@@ -45,6 +64,7 @@ function lossCaption(drawn) {
     if (unknown)
       said.push(`${plural(unknown, "run")} whose model cannot be read ${unknown === 1 ? "is" : "are"} not drawn.`);
   }
+  if (range) said.push("The first tenth may begin above the frame: a double click, or “all of y”, shows it.");
   if (!drawn.length) said.push("Nothing to draw: no run that is shown has a loss yet.");
   return said.join(" ");
 }
@@ -86,7 +106,8 @@ function renderTraining() {
     byId(`metric-${i}`).setAttribute("aria-label", `${TITLES[metric] ?? metric} over ${AXES[CHOSEN.axis].label}`);
   });
   byId("training-caption").textContent =
-    "Over the axis that is chosen for the loss. Throughput is that of training alone; memory is the GPU's, or on a CPU the process's.";
+    "Over the axis that is chosen for the loss. Throughput is that of training alone; " +
+    "memory is the GPU's, or on a CPU the process's.";
 }
 
 function buildAxisControls() {
@@ -103,7 +124,14 @@ function buildAxisControls() {
     radio.checked = CHOSEN.axis === name;
     byId("axis").append(make("label", {}, radio, axis.label));
   }
-  const switches = { val: "val", train: "train", singles: "single seeds", logX: "log x", logY: "log y" };
+  const switches = {
+    val: "val",
+    train: "train",
+    singles: "single seeds",
+    logX: "log x",
+    logY: "log y",
+    whole: "all of y",
+  };
   for (const [name, label] of Object.entries(switches)) {
     const box = make("input", {
       type: "checkbox",

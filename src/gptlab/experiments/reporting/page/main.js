@@ -23,13 +23,16 @@ function renderAll() {
 
 function renderNotes() {
   const notes = [
-    `${plural(DATA.runs.length, "run")} found at ${DATA.where}. Everything is in this page: it loads nothing, and reports to nobody.`,
-    `A run's value is its lowest ${DATA.metric}, nats a token where that is a loss; runs that failed, diverged or were pruned have none in the charts of what was varied.`,
-    "FLOPs are tokens × FLOPs a token of the configuration's model; time is the sum of tokens / tokens_per_second, which is training alone.",
+    `${plural(DATA.runs.length, "run")} found at ${DATA.where}. Everything is in this page: it loads nothing.`,
+    `A run's value is its lowest ${DATA.metric}, nats a token where that is a loss; runs that failed, diverged or ` +
+      "were pruned have none in the charts of what was varied.",
+    "FLOPs are tokens × FLOPs a token of the configuration's model; time is the sum of tokens / tokens_per_second, " +
+      "which is training alone.",
   ];
   if (DATA.thinned)
     notes.push(
-      `Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than 50 runs), with the lowest and the highest of every stretch. metrics.csv has all.`,
+      `Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than ` +
+        "50 runs), with the lowest and the highest of every stretch. metrics.csv has all.",
     );
   if (DATA.poll) notes.push(`While it is open the page asks for news every ${DATA.poll} s.`);
   fill(byId("notes"), notes, () => notes.map((note) => make("li", {}, note)));
@@ -64,6 +67,16 @@ function tell(status, kind, text) {
 buildAxisControls();
 listenToFilters();
 listenToSamples();
+byId("reference").addEventListener("change", (event) => {
+  CHOSEN.reference = event.target.value;
+  renderConfig();
+});
 renderAll();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", renderAll);
+let width = innerWidth;
+addEventListener("resize", () => {
+  if (innerWidth === width) return; // a phone's bar of addresses comes and goes
+  width = innerWidth;
+  requestAnimationFrame(render);
+});
 if (DATA.poll) follow();

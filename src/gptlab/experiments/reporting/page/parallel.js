@@ -15,8 +15,8 @@ function renderParallel(keys) {
     values: points.length ? [Math.min(...means), Math.max(...means)] : [],
     of: (point) => point.mean,
   });
-  const lowest = Math.min(...means),
-    range = Math.max(...means) - lowest || 1;
+  const lowest = Math.min(...means);
+  const range = Math.max(...means) - lowest || 1;
   const drawn = points.map((point) => {
     const own = onScale(1 - (point.mean - lowest) / range);
     return {
@@ -26,14 +26,14 @@ function renderParallel(keys) {
       y: rows.map((_, i) => i),
       name: plain(DATA.points[point.point]),
       meta: { point: point.point, kind: "mean" },
-      line: { color: own, width: 2, shape: "spline", smoothing: 0.6 },
+      line: { color: own, width: 2 },
       marker: { color: own, size: 7 },
       text: rows.map((row) => `${plain(row.key)} = ${plain(value(row.of(point)))}`),
       hovertemplate: `<b>%{fullData.name}</b><br>%{text}<br>${plain(DATA.metric)} ${fixed(point.mean)}<extra></extra>`,
     };
   });
   const layout = {
-    height: 70 + 74 * rows.length,
+    height: 70 + 90 * rows.length,
     margin: { l: 16, r: 16, t: 34, b: 30 },
     xaxis: { range: [-0.04, 1.04], visible: false, fixedrange: true },
     yaxis: {
@@ -42,6 +42,7 @@ function renderParallel(keys) {
       showticklabels: false,
       fixedrange: true,
       gridcolor: colour("line"),
+      showline: false,
       zeroline: false,
     },
     annotations: rows.flatMap((row, i) => [nameOf(row, i), ...ticksOf(row, i)]),
@@ -49,7 +50,8 @@ function renderParallel(keys) {
   draw("parallel", drawn, layout, "parallel");
   byId("parallel").setAttribute("aria-label", `Parallel coordinates of ${keys.join(", ")} and ${DATA.metric}`);
   byId("parallel-caption").textContent =
-    `A row for each setting that was varied, and ${DATA.metric} as the last: lower is further left there. One line a point, the mean of its seeds; ${isDark() ? "the brighter" : "the greener"}, the lower the loss.`;
+    `A row for each setting that was varied, and ${DATA.metric} as the last: there, lower is further left. ` +
+    "One line a point, the mean of its seeds, coloured by that loss.";
 }
 
 /** Where on its row a value stands, from 0 to 1. */
@@ -66,7 +68,8 @@ const nameOf = (row, i) => ({
   y: i,
   xanchor: "left",
   yanchor: "bottom",
-  yshift: 6,
+  yshift: 9,
+  bgcolor: colour("card"),
   showarrow: false,
   text: `<b>${plain(row.key)}</b>`,
   font: { color: colour("text") },
@@ -83,7 +86,8 @@ function ticksOf(row, i) {
       y: i,
       xanchor: x < 0.1 ? "left" : x > 0.9 ? "right" : "center",
       yanchor: "top",
-      yshift: -5,
+      yshift: -8,
+      bgcolor: colour("card"),
       showarrow: false,
       text: plain(text.length > 14 ? `${text.slice(0, 13)}…` : text),
       font: { color: colour("muted"), size: 11 },

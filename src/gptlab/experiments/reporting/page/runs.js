@@ -134,27 +134,17 @@ function renderRuns() {
   const focused = document.activeElement?.dataset?.sort;
   table("runs", columns, rows);
   if (focused) byId("runs").querySelector(`[data-sort="${focused}"]`)?.focus();
-  const missing = DATA.sweeps.flatMap((sweep) => sweep.without_run.map((trial) => ({ sweep, trial })));
-  fill(byId("without-run"), [missing], () =>
-    missing.length
-      ? [
-          make("p", { class: "hint" }, "Trials without a run:"),
-          make(
-            "ul",
-            {},
-            ...missing.map(({ sweep, trial }) =>
-              make(
-                "li",
-                {},
-                `${sweep.name}/${trial.number}: ${trial.state}${trial.message ? `, ${trial.message}` : ""} (${Object.entries(
-                  trial.overrides,
-                )
-                  .map((pair) => pair.join("="))
-                  .join(" ")})`,
-              ),
-            ),
-          ),
-        ]
-      : [],
+  renderWithoutRun();
+}
+
+/** The trials that never came to be a run. */
+function renderWithoutRun() {
+  const missing = DATA.sweeps.flatMap((sweep) => sweep.without_run.map((trial) => ({ ...trial, sweep: sweep.name })));
+  const told = ({ sweep, number, state, message, overrides }) => {
+    const settings = Object.entries(overrides).map((pair) => pair.join("="));
+    return make("li", {}, `${sweep}/${number}: ${state}${message ? `, ${message}` : ""} (${settings.join(" ")})`);
+  };
+  fill(byId("without-run"), missing, () =>
+    missing.length ? [make("p", { class: "hint" }, "Trials without a run:"), make("ul", {}, ...missing.map(told))] : [],
   );
 }

@@ -40,8 +40,14 @@ function renderScaling() {
   });
   if (fit && shown.length) drawn.push(frontier(fit.law, shown));
   const layout = {
-    xaxis: { type: "log", title: { text: fit ? "training FLOPs, 6 N D" : "training FLOPs" }, exponentformat: "power" },
+    xaxis: {
+      type: "log",
+      title: { text: fit ? "training FLOPs, 6 N D" : "training FLOPs" },
+      exponentformat: "power",
+      dtick: "D2",
+    },
     yaxis: { title: { text: plain(DATA.metric) } },
+    ...legendBelow("scaling", sizes.length, 400),
   };
   draw("scaling", drawn, layout, "scaling");
   byId("scaling").setAttribute("aria-label", `Lowest ${DATA.metric} against training FLOPs for ${sizes.length} sizes`);
@@ -76,11 +82,12 @@ function fitted({ E, A, B, alpha, beta }, runs, own, name) {
     x: tokens.map((D) => 6 * runs[0].N * D),
     y,
     line: { color: own, width: 1.5 },
+    showlegend: false,
     hoverinfo: "skip",
   };
 }
 
-/** The lowest loss for the FLOPs: N = G (C/6)^a, a = β/(α+β), G = (αA / βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4). */
+/** The lowest loss for C: N = G (C/6)^a, a = β/(α+β), G = (αA / βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4). */
 function frontier({ E, A, B, alpha, beta }, shown) {
   const budgets = spaced(Math.min(...shown.map((one) => one.C)) / 2, Math.max(...shown.map((one) => one.C)) * 2);
   const G = ((alpha * A) / (beta * B)) ** (1 / (alpha + beta));

@@ -1,39 +1,52 @@
 /* In what runs differ: their configurations, their environments. */
 
-/** The value that most runs have. */
-function usual(key) {
-  const found = new Map();
-  for (const run of DATA.runs) {
-    const own = JSON.stringify(run.settings[key] ?? null);
-    found.set(own, (found.get(own) ?? 0) + 1);
-  }
-  const [[own, number]] = [...found].sort((a, b) => b[1] - a[1]);
-  return number > 1 ? own : null;
+/** The run that the others are marked against: the one that was chosen, else the best, else the first. */
+function reference(runs) {
+  const chosen = runs.find((run) => String(run.id) === CHOSEN.reference);
+  const valued = runs.filter((run) => valueOf(run) !== null);
+  return chosen ?? (valued.length ? valued.reduce((a, b) => (valueOf(b) < valueOf(a) ? b : a)) : runs[0]);
+}
+
+function renderReference(runs) {
+  byId("config-controls").hidden = !DATA.keys.length;
+  const options = () => [
+    make("option", { value: "" }, `the lowest ${DATA.metric}`),
+    ...runs.map((run) => make("option", { value: run.id }, called(run))),
+  ];
+  fill(byId("reference"), runs.map(called), options);
+  if (!runs.some((run) => String(run.id) === CHOSEN.reference)) CHOSEN.reference = "";
+  byId("reference").value = CHOSEN.reference;
 }
 
 function renderConfig() {
   const runs = filteredRuns();
+  renderReference(runs);
+  const beside = reference(runs);
+  const alone = DATA.runs.length > 1 ? "All runs have the same configuration." : "";
   byId("config-caption").textContent = DATA.keys.length
-    ? "The settings in which runs differ; marked is what is not the value that most have."
-    : DATA.runs.length > 1
-      ? "All runs have the same configuration."
-      : "The configuration of the run:";
-  const common = Object.entries(DATA.common);
-  fill(byId("config"), [runs.map((run) => [run.name, run.settings]), DATA.keys], () => {
-    if (!DATA.keys.length) return [];
-    const most = Object.fromEntries(DATA.keys.map((key) => [key, usual(key)]));
-    const head = ["run", ...DATA.keys].map((key) => make("th", { scope: "col" }, key));
-    const cell = (run, key) =>
-      make(
-        "td",
-        { class: most[key] !== null && JSON.stringify(run.settings[key] ?? null) !== most[key] ? "diff" : "" },
-        key in run.settings ? value(run.settings[key]) : "–",
-      );
-    const rows = runs.map((run) =>
-      make("tr", {}, make("th", { scope: "row" }, run.name), ...DATA.keys.map((key) => cell(run, key))),
-    );
-    return [make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)];
+    ? `The settings in which runs differ${beside ? `; marked is what is not as in ★ ${beside.name}` : ""}.`
+    : alone;
+  fill(byId("config"), [runs.map((run) => [run.name, run.settings]), DATA.keys, beside?.id], () =>
+    DATA.keys.length && beside ? differences(runs, beside) : [],
+  );
+  renderCommon();
+}
+
+/** The table of the settings in which runs differ. */
+function differences(runs, beside) {
+  const head = ["run", ...DATA.keys].map((key) => make("th", { scope: "col" }, key));
+  const isOther = (run, key) => JSON.stringify(run.settings[key]) !== JSON.stringify(beside.settings[key]);
+  const told = (run, key) => (key in run.settings ? value(run.settings[key]) : "–");
+  const rows = runs.map((run) => {
+    const name = make("th", { scope: "row" }, run === beside ? `★ ${run.name}` : run.name);
+    const cells = DATA.keys.map((key) => make("td", { class: isOther(run, key) ? "diff" : "" }, told(run, key)));
+    return make("tr", {}, name, ...cells);
   });
+  return [make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)];
+}
+
+function renderCommon() {
+  const common = Object.entries(DATA.common);
   fill(byId("common-table"), common, () => [
     make(
       "tbody",

@@ -1,6 +1,6 @@
 "use strict";
 /* What all parts of the page share: the data, what the reader has chosen, elements, numbers, colours.
-   Strings of runs are written as text (textContent), never as HTML; Plotly, which reads some HTML, gets them by plain(). */
+   Strings of runs are written as text (textContent), never as HTML; Plotly, which reads some HTML, has them by plain(). */
 
 let DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -8,6 +8,7 @@ const CHOSEN = {
   axis: "tokens",
   logX: false,
   logY: false,
+  whole: false,
   train: true,
   val: true,
   singles: true, // of the curves
@@ -16,7 +17,8 @@ const CHOSEN = {
   hidden: new Set(), // which runs, which points
   sort: { column: null, up: true },
   key: null,
-  run: "",
+  run: "points",
+  reference: "",
   step: null,
 };
 
@@ -77,6 +79,9 @@ function clock(seconds) {
   return `${Math.floor(whole / 3600)}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}`;
 }
 
+/** What a run is called in a title: its name, and what was varied. */
+const called = (run) => (DATA.points.length > 1 ? `${run.name} · ${DATA.points[run.point]}` : run.name);
+
 /** Tokens that a run has seen. */
 function tokensOf(run) {
   const last = Object.values(run.series).map((curve) => curve.tokens.at(-1) ?? 0);
@@ -91,10 +96,10 @@ const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const COLOURS = 6;
 
-/** The colours of a scale from low (0) to high (1): viridis' (van der Walt and Smith 2015), without what the page's ground swallows. */
+/** Scales from low (0) to high (1) after plasma (van der Walt and Smith 2015), without what a ground would swallow. */
 const SCALES = {
-  light: ["#440154", "#46327e", "#365c8d", "#277f8e", "#1a8a63"],
-  dark: ["#7e6fd0", "#4a9fc9", "#2fb98f", "#86d549", "#fde725"],
+  light: ["#0d0887", "#6a00a8", "#b12a90", "#d8576b", "#e0702f"],
+  dark: ["#b450c8", "#d8576b", "#ed7953", "#fdb42f", "#f0f921"],
 };
 
 function onScale(share) {
@@ -142,6 +147,14 @@ const faded = (hex, alpha) =>
   Math.round(alpha * 255)
     .toString(16)
     .padStart(2, "0");
+
+/** The layout of a chart that has a legend of its own, below it; with too many entries there is none. */
+function legendBelow(id, entries, height) {
+  if (entries < 2 || entries > 12) return { height };
+  const rows = Math.ceil(entries / Math.max(1, Math.floor(byId(id).clientWidth / 240)));
+  const legend = { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" };
+  return { height: height + 22 * rows, margin: { l: 52, r: 12, t: 10, b: 56 + 22 * rows }, showlegend: true, legend };
+}
 
 /** Draw a chart anew, keeping the reader's zoom for as long as ``kept`` is the same. */
 function draw(id, traces, layout, kept) {

@@ -15,7 +15,7 @@ function valuedPoints() {
 /** The settings that have several values; among them the size, where the setting that makes it is a name. */
 const variedKeys = () => DATA.varied.filter((key) => distinct(DATA.runs.map((run) => run.varied[key])).length > 1);
 
-/** How to lay out values along an axis: by their size, by its logarithm where they are spaced so, or one after another. */
+/** How values lie along an axis: by their size, by its logarithm where they are spaced so, or one after another. */
 function spacing(values) {
   const sorted = [...values].sort((a, b) => a - b);
   if (!values.every(isNumber)) return { kind: "category", values: [...values].map(value) };
@@ -70,78 +70,68 @@ function renderCurve(keys) {
   const points = valuedPoints();
   const axis = spacing(distinct(DATA.runs.map((run) => run.varied[CHOSEN.key])));
   const place = (point) => (axis.kind === "category" ? value(point.varied[CHOSEN.key]) : point.varied[CHOSEN.key]);
-  const drawn = [];
-  families(points, keys).forEach(([name, family], i) => {
-    const own = colour(`c${i % COLOURS}`);
-    const sorted = axis.kind === "category" ? family : [...family].sort((a, b) => place(a) - place(b));
-    const line = { color: own, width: 2, dash: DASHES[Math.floor(i / COLOURS) % DASHES.length] };
-    const dots = {
-      x: sorted.flatMap((point) => point.values.map(() => place(point))),
-      y: sorted.flatMap((point) => point.values),
-    };
-    drawn.push({
-      type: "scatter",
-      ...dots,
-      mode: "markers",
-      name: plain(name),
-      meta: { kind: "runs" },
-      marker: { color: faded(own, 0.5), size: 5 },
-      text: sorted.flatMap((point) => point.runs.map((run) => plain(run.name))),
-      hovertemplate: "%{text}<br>%{y:.5f}<extra></extra>",
-    });
-    drawn.push({
-      type: "scatter",
-      x: sorted.map(place),
-      y: sorted.map((point) => point.mean),
-      name: plain(name),
-      meta: { kind: "mean" },
-      mode: axis.kind === "category" ? "markers" : "lines+markers",
-      line,
-      marker: { color: own, size: 9 },
-      error_y: {
-        type: "data",
-        symmetric: false,
-        color: own,
-        thickness: 1.5,
-        width: 4,
-        array: sorted.map((point) => Math.max(...point.values) - point.mean),
-        arrayminus: sorted.map((point) => point.mean - Math.min(...point.values)),
-      },
-      text: sorted.map((point) => plain(DATA.points[point.point])),
-      hovertemplate: "<b>%{text}</b><br>%{y:.5f}<extra></extra>",
-    });
-  });
+  const lines = families(points, keys);
+  const drawn = lines.flatMap(([name, family], i) => familyTraces(plain(name), family, i, axis, place));
   const best = points.length ? points.reduce((a, b) => (b.mean < a.mean ? b : a)) : null;
-  if (best) {
-    const mark = { symbol: "star", size: 18, color: colour("accent"), line: { color: colour("card"), width: 1 } };
-    drawn.push({
-      type: "scatter",
-      mode: "markers",
-      x: [place(best)],
-      y: [best.mean],
-      name: "lowest",
-      meta: { kind: "best" },
-      marker: mark,
-      hoverinfo: "skip",
-    });
-  }
-  const ticks =
-    axis.values.length <= 12 && axis.kind === "log"
-      ? { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) }
-      : {};
-  const order = axis.kind === "category" ? { categoryorder: "array", categoryarray: axis.values } : {};
+  if (best) drawn.push(star(place(best), best.mean));
+  const ticks = { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) };
+  const order = { categoryorder: "array", categoryarray: axis.values };
+  const own = { log: axis.values.length <= 12 ? ticks : {}, category: order, linear: {} }[axis.kind];
   const layout = {
-    xaxis: { title: { text: plain(CHOSEN.key) }, type: axis.kind, ...ticks, ...order, tickangle: "auto" },
+    xaxis: { title: { text: plain(CHOSEN.key) }, type: axis.kind, tickangle: "auto", ...own },
     yaxis: { title: { text: plain(DATA.metric) } },
+    ...legendBelow("curve", lines.length, 340),
   };
   draw("curve", drawn, layout, CHOSEN.key);
   byId("curve").setAttribute("aria-label", `Lowest ${DATA.metric} over ${CHOSEN.key}`);
   byId("curve-caption").textContent = curveCaption(points, best, keys);
 }
 
+/** The runs of a family as dots, and through the means of its points a line with bars. */
+function familyTraces(name, family, i, axis, place) {
+  const own = colour(`c${i % COLOURS}`);
+  const sorted = axis.kind === "category" ? family : [...family].sort((a, b) => place(a) - place(b));
+  const about = { type: "scatter", name, legendgroup: name };
+  const dots = {
+    ...about,
+    x: sorted.flatMap((point) => point.values.map(() => place(point))),
+    y: sorted.flatMap((point) => point.values),
+    mode: "markers",
+    meta: { kind: "runs" },
+    showlegend: false,
+    marker: { color: faded(own, 0.5), size: 5 },
+    text: sorted.flatMap((point) => point.runs.map((run) => plain(called(run)))),
+    hovertemplate: "%{text}<br>%{y:.5f}<extra></extra>",
+  };
+  const bars = {
+    array: sorted.map((point) => Math.max(...point.values) - point.mean),
+    arrayminus: sorted.map((point) => point.mean - Math.min(...point.values)),
+  };
+  const means = {
+    ...about,
+    x: sorted.map(place),
+    y: sorted.map((point) => point.mean),
+    mode: axis.kind === "category" ? "markers" : "lines+markers",
+    meta: { kind: "mean" },
+    line: { color: own, width: 2, dash: DASHES[Math.floor(i / COLOURS) % DASHES.length] },
+    marker: { color: own, size: 9 },
+    error_y: { type: "data", symmetric: false, color: own, thickness: 1.5, width: 4, ...bars },
+    text: sorted.map((point) => plain(DATA.points[point.point])),
+    hovertemplate: "<b>%{text}</b><br>%{y:.5f}<extra></extra>",
+  };
+  return [dots, means];
+}
+
+/** The mark of the lowest mean. */
+function star(x, y) {
+  const marker = { symbol: "star", size: 18, color: colour("accent"), line: { color: colour("card"), width: 1 } };
+  const about = { name: "lowest", meta: { kind: "best" }, showlegend: false, hoverinfo: "skip" };
+  return { type: "scatter", mode: "markers", x: [x], y: [y], marker, ...about };
+}
+
 function curveCaption(points, best, keys) {
   const said = [
-    `The lowest ${DATA.metric} of every run; a line through the means of the seeds, with bars from the lowest to the highest.`,
+    `The lowest ${DATA.metric} of every run; a line through the means of the seeds, bars from their lowest to highest.`,
   ];
   if (keys.length > 1) said.push("One line for each choice of the other settings: point at it for its name.");
   if (best)
