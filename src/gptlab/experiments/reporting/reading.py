@@ -16,7 +16,7 @@ from gptlab.experiments.reporting.series import curves, rounded
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 
 MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # of a run; characters of one
-FEWEST_POINTS, TOGETHER = 100, 50_000  # of a curve; of that curve in all runs
+FEWEST_POINTS, TOGETHER = 100, 30_000  # of a curve; of that curve in all runs
 
 
 @dataclass
@@ -109,7 +109,8 @@ def _read(run: Run, points: int, metric: str) -> Entry | str:
         "trial": trial and trial.number,
     }
     thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
-    return Entry(run, settings, shown, run.environment, trial, thinned, problems)
+    again = Run(run.directory)  # which has not kept all rows of metrics.csv
+    return Entry(again, settings, shown, run.environment, trial, thinned, problems)
 
 
 def _check_metrics(run: Run) -> None:

@@ -50,10 +50,11 @@ def training_seconds(rows: Sequence[Row]) -> list[float]:
 
 def curves(rows: Sequence[Row], points: int) -> dict[str, dict[str, list[Any]]]:
     """Return every metric as {"step", "tokens", "seconds", "value"}: lists of one length; no number is None."""
+    rows = [row for row in rows if all(axis in row for axis in AXES)]
     times = training_seconds(rows)
     found: dict[str, dict[str, list[Any]]] = {}
     for metric in dict.fromkeys(key for row in rows for key in row if key not in AXES):
-        places = [i for i, row in enumerate(rows) if metric in row and all(axis in row for axis in AXES)]
+        places = [i for i, row in enumerate(rows) if metric in row]
         places = [places[i] for i in thin([rows[place][metric] for place in places], points)]
         found[metric] = {
             "step": [int(rows[place]["step"]) for place in places],

@@ -140,9 +140,12 @@ function renderFilters() {
 }
 
 function listenToFilters() {
+  let waiting = null;
   byId("search").addEventListener("input", (event) => {
     CHOSEN.text = event.target.value;
-    render();
+    clearTimeout(waiting);
+    if (DATA.runs.length <= 50) render();
+    else waiting = setTimeout(render, 300); // for the next letter, as drawing takes its time
   });
   byId("reset").addEventListener("click", () => {
     CHOSEN.text = byId("search").value = "";

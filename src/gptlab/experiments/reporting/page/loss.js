@@ -53,6 +53,9 @@ function lossCaption(drawn, range) {
         "as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.",
     );
   }
+  if (orderedKey() === null && DATA.points.length > COLOURS * DASHES.length) {
+    said.push(`So many points have no colour each: theirs goes by their lowest ${DATA.metric}.`);
+  }
   if (CHOSEN.axis === "time")
     said.push(
       "Time is that of training alone: the sum of tokens / tokens_per_second. " +

@@ -32,7 +32,7 @@ function renderNotes() {
   if (DATA.thinned)
     notes.push(
       `Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than ` +
-        "50 runs), with the lowest and the highest of every stretch. metrics.csv has all.",
+        "30 runs), with the lowest and the highest of every stretch. metrics.csv has all.",
     );
   if (DATA.poll) notes.push(`While it is open the page asks for news every ${DATA.poll} s.`);
   fill(byId("notes"), notes, () => notes.map((note) => make("li", {}, note)));

@@ -138,7 +138,19 @@ function newLook(point) {
     const own = DATA.runs.find((run) => run.point === point).varied[key];
     return { colour: onScale(order.indexOf(own) / (order.length - 1)), dash: "solid" };
   }
+  if (DATA.points.length > COLOURS * DASHES.length) return { colour: onScale(rank(point)), dash: "solid" };
   return { colour: colour(`c${point % COLOURS}`), dash: DASHES[Math.floor(point / COLOURS) % DASHES.length] };
+}
+
+/** Where a point stands among all by its lowest value: the worst at 0, the best at 1. */
+function rank(point) {
+  const lowest = new Map();
+  for (const run of DATA.runs) {
+    const own = run.best?.value ?? Infinity;
+    lowest.set(run.point, Math.min(lowest.get(run.point) ?? Infinity, own));
+  }
+  const worse = [...lowest.values()].filter((other) => other > lowest.get(point)).length;
+  return worse / (lowest.size - 1);
 }
 
 /** The colour with so much of it left. */
