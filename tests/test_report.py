@@ -32,6 +32,13 @@ def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):  # no
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
 
+def test_help_says_what_there_is(without_torch):  # noqa: F811
+    done = without_torch.python(REPORT, "--help")
+    ran(done)
+    for told in ("points: 1000", "live: false", "Exit status: 0 done (also after Ctrl-C where live=true)"):
+        assert told in done.stdout
+
+
 MISTAKES = {
     "nothing there": (["runs=outputs/none"], "outputs/none: there is no such place"),
     "no run there": (["runs=elsewhere"], "elsewhere: there is no run directory"),
