@@ -41,8 +41,6 @@ def sweep(tmp_path_factory) -> Path:
     trial = json.loads((directory / "0" / "trial.json").read_text())
     trial |= {"number": 9, "overrides": {"optimizer.lr": "0.001", "seed": "4"}, "state": "diverged", "value": None}
     (directory / "9" / "trial.json").write_text(json.dumps(trial))
-    answers = {"answer": "lr=0.002 is best: better by 0.05", "rows": [{"lr": 0.002, "verdict": "best"}]}
-    (directory / "answers.json").write_text(json.dumps(answers))
     return directory
 
 

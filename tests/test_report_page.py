@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from gptlab.experiments.answers.fitting import ScalingAnswer, write_scaling
+from gptlab.experiments.answers.table import answer
 from report_pages import (  # noqa: F401
     HOSTILE,
     RATES,
@@ -20,12 +22,13 @@ from report_pages import (  # noqa: F401
 from run_directories import TOKENS, rows_of, write_metrics, write_run, write_sweep
 
 
-def test_a_page_from_disk_asks_for_nothing(seen, report):
+def test_a_page_from_disk_asks_for_nothing(seen, sweep, report):
     page = seen(report)
     page.page.wait_for_timeout(300)
     assert page.requests == [report.as_uri()]
     assert page.text("#title") == "lr/now"
-    assert "lr=0.002 is best: better by 0.05" in page.text("#answers")
+    assert answer(sweep).answer in page.text("#answers .answer")
+    assert len(page.page.query_selector_all("#answers tbody tr")) == len(RATES)
 
 
 def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, report):
@@ -133,8 +136,8 @@ def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, siz
 def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):
     sweep = write_sweep(tmp_path / "scaling" / "now", (1e-3,), (1,))
     fit = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-    law = {"law": list(fit.values()), "intervals": {"E": [1.6, 1.8]}, "answer": "the best N grows as C^0.45"}
-    (sweep / "scaling.json").write_text(json.dumps(law))  # as a sweep over sizes and tokens writes it
+    more = {"residual": 0.01, "runs": [], "optima": [], "answer": "the best N grows as C^0.45"}
+    write_scaling(ScalingAnswer(law=fit, intervals={"E": (1.6, 1.8)}, **more), sweep)
     page = seen(written(sweep))
     (curve,) = page.traces("scaling", "fit")
     parameters = page.page.evaluate("DATA.runs[0].parameters")
@@ -166,7 +169,11 @@ def test_what_runs_hold_is_text(seen, tmp_path):
     write_metrics(sweep / "2", rows)
     record = json.loads((sweep / "sweep.json").read_text())
     (sweep / "sweep.json").write_text(json.dumps(record | {"question": HOSTILE}))
-    (sweep / "answers.json").write_text(json.dumps({"answer": HOSTILE, "rows": [{HOSTILE: HOSTILE}]}))
+    trial = json.loads((sweep / "1" / "trial.json").read_text())
+    trial |= {"number": 2, "overrides": {HOSTILE: HOSTILE, "seed": "1"}, "message": HOSTILE}
+    (sweep / "2" / "trial.json").write_text(json.dumps(trial))
+    (sweep / "3").mkdir()
+    (sweep / "3" / "trial.json").write_text(json.dumps(trial | {"number": 3, "state": "mistaken", "value": None}))
     page = seen(written(sweep))
     assert page.page.evaluate("window.broken") is None
     assert page.page.evaluate("document.querySelectorAll('img, main b, #answers b, header b').length") == 0
