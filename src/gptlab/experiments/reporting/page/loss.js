@@ -8,6 +8,8 @@ const TITLES = {
   lr: "Learning rate",
   data_wait: "Share of the time that waits for data",
   mfu: "Model FLOPs utilisation",
+  bad_steps: "Steps skipped for their gradient",
+  loss_spikes: "Spikes of the loss",
 };
 const LOSSES = { train: { width: 1.2, faint: 0.25, alpha: 0.6 }, val: { width: 2.4, markers: true } };
 
