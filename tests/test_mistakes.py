@@ -1,5 +1,7 @@
 """What a user may get wrong: a sentence, exit status 2, nothing written, and torch is not even imported."""
 
+import os
+
 import pytest
 
 from test_train import mistaken
@@ -14,7 +16,8 @@ def without_torch(user):
     package = user.folder / "elsewhere" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
-    user.environment["PYTHONPATH"] = str(package.parent)
+    beside = os.environ.get("PYTHONPATH")  # where the tests look at another checkout than is installed
+    user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), beside)))
     return user
 
 

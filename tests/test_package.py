@@ -30,5 +30,10 @@ def test_the_wheel_works_outside_the_checkout(installed):
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == sources | sweeps
     ran(installed.train("train.max_steps=2"))
     assert list(installed.only_run().glob("checkpoints/*/state.pt"))
+    ran(installed.python("gptlab.report", "runs=outputs"))  # its page is put together of files of the package
+    report = (installed.folder / "report.html").read_text()
+    assert installed.only_run().name in report
+    assert "Plotly" in report
+    assert "renderLoss" in report
     shown = installed.python("gptlab.train", "--cfg", "job", "sweeps=lr")
     assert shown.returncode == 0, shown.stderr

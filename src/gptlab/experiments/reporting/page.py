@@ -1,0 +1,70 @@
+"""The page: its template, style and scripts put together with the data, in one file that needs no network."""
+
+import base64
+import hashlib
+import json
+import math
+import re
+from importlib import resources
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+SCRIPTS = (
+    *("tools", "filters", "curves", "loss", "varied", "parallel", "scaling"),
+    *("heading", "runs", "tables", "samples", "main"),
+)
+
+
+def page(document: dict[str, Any], poll: float | None) -> str:
+    """Write the page.
+
+    Nothing of a run is ever read as HTML: it stands in a block of JSON without "<", and the scripts write it as text.
+    The policy in the page's head lets run these scripts and no other, and lets nothing be loaded.
+
+    Args:
+        document: See ``Document.gather``.
+        poll: Seconds between two looks for news at the server that the page comes from; None where there is none.
+    """
+    parts = resources.files(__package__) / "page"
+    style = (parts / "style.css").read_text(encoding="utf-8")
+    script = "\n".join((parts / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    library = get_plotlyjs()
+    source = "'none'" if poll is None else "'self'"
+    policy = (
+        "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+        f"script-src {_hash(library)} {_hash(script)}; connect-src {source}"
+    )
+    pieces = {
+        "policy": policy,
+        "style": style,
+        "library": library,
+        "script": script,
+        "data": as_json(document | {"poll": poll}),
+    }
+    template = (parts / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda place: pieces[place[1]], template)
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """Write JSON that can stand in a script element whatever its strings are; NaN and infinity become null."""
+    text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "replace").decode()  # of half a surrogate pair, no page can be made
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case dict():
+            return {str(key): _finite(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_finite(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
+
+
+def _hash(script: str) -> str:
+    """Name a script by its content, as a Content Security Policy does."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

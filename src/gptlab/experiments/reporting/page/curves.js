@@ -1,0 +1,156 @@
+/* Curves of a metric: over which axis, and several seeds of one point as their mean with a band. */
+
+const TIME = [
+  [172800, 86400, "days"],
+  [7200, 3600, "hours"],
+  [180, 60, "minutes"],
+  [0, 1, "seconds"],
+];
+
+const AXES = {
+  tokens: { label: "tokens", title: () => "tokens", of: (curve) => curve.tokens, layout: {} },
+  step: { label: "steps", title: () => "optimizer steps", of: (curve) => curve.step, layout: {} },
+  flops: {
+    label: "FLOPs",
+    title: () => "training FLOPs (tokens × FLOPs a token)",
+    layout: { exponentformat: "power" },
+    of: (curve, run) => curve.tokens.map((tokens) => (run.flops === null ? null : tokens * run.flops)),
+  },
+  time: {
+    label: "time",
+    title: () => `training time, ${timeUnit()[2]}`,
+    layout: {},
+    of: (curve) => {
+      const unit = timeUnit()[1];
+      return curve.seconds.map((seconds) => seconds / unit);
+    },
+  },
+};
+
+/** Seconds in the unit that suits the longest run, and its name. */
+function timeUnit() {
+  let longest = 0;
+  for (const run of DATA.runs)
+    for (const curve of Object.values(run.series)) longest = Math.max(longest, curve.seconds.at(-1) ?? 0);
+  return TIME.find(([from]) => longest >= from);
+}
+
+/** What a run has of a metric, over the chosen axis: {x, y}; null where it has nothing. */
+function curveOf(run, metric) {
+  const curve = run.series[metric];
+  if (!curve) return null;
+  const x = AXES[CHOSEN.axis].of(curve, run);
+  return x.length && x[0] !== null ? { x, y: curve.value, run } : null;
+}
+
+/** A curve's value at a place between its points; null outside them. */
+function at(curve, place) {
+  let [low, high] = [0, curve.x.length - 1];
+  if (place < curve.x[0] || place > curve.x[high]) return null;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (curve.x[middle] <= place) low = middle;
+    else high = middle;
+  }
+  const [x0, x1, y0, y1] = [curve.x[low], curve.x[high], curve.y[low], curve.y[high]];
+  if (place === x0) return y0;
+  if (place === x1) return y1;
+  return y0 === null || y1 === null ? null : y0 + ((y1 - y0) * (place - x0)) / (x1 - x0);
+}
+
+/** The mean of curves and their lowest and highest, where all of them are. */
+function together(curves) {
+  const places = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
+  const found = { x: [], mean: [], low: [], high: [] };
+  for (const place of places) {
+    const values = curves.map((curve) => at(curve, place));
+    if (values.includes(null)) continue;
+    found.x.push(place);
+    found.mean.push(mean(values));
+    found.low.push(Math.min(...values));
+    found.high.push(Math.max(...values));
+  }
+  return found;
+}
+
+const NO_SEEDS = ["failed", "diverged", "pruned", "mistaken"]; // ended before their time: in no mean
+
+/** Curves behind one another in one trace, with gaps between them. */
+function joined(curves) {
+  const trace = { x: [], y: [], text: [] };
+  for (const curve of curves) {
+    if (trace.x.length) for (const list of Object.values(trace)) list.push(null);
+    trace.x.push(...curve.x);
+    trace.y.push(...curve.y);
+    trace.text.push(...curve.x.map(() => plain(curve.run.name)));
+  }
+  return trace;
+}
+
+/** The traces of a metric, of the runs that are shown. */
+function traces(metric, style) {
+  const found = [];
+  const shown = shownRuns();
+  for (const point of distinct(shown.map((run) => run.point))) {
+    const curves = shown
+      .filter((run) => run.point === point)
+      .map((run) => curveOf(run, metric))
+      .filter(Boolean);
+    if (!curves.length) continue;
+    const { colour: own, dash } = look(point);
+    const name = plain(DATA.points[point]);
+    const about = (kind) => ({ type: "scatter", name, meta: { point, metric, kind } });
+    const hover = `<b>%{fullData.name}</b><br>${plain(metric)} %{y:.5~g} at %{x:.4~s}`;
+    const seeds = curves.filter((curve) => !NO_SEEDS.includes(stateOf(curve.run)));
+    if (curves.length > 1 && CHOSEN.singles) {
+      const line = { color: faded(own, style.faint ?? 0.4), width: 1, dash };
+      found.push({
+        ...about("runs"),
+        ...joined(curves),
+        mode: "lines",
+        line,
+        hovertemplate: `${hover}<br>%{text}<extra></extra>`,
+      });
+    }
+    if (curves.length === 1 || seeds.length === 1) {
+      const curve = seeds[0] ?? curves[0];
+      found.push({
+        ...about("run"),
+        ...joined([curve]),
+        ...lineOf(style, own, dash, curve.x.length),
+        hovertemplate: `${hover}<br>%{text}<extra></extra>`,
+      });
+    } else if (seeds.length > 1) {
+      const { x, mean: middle, low, high } = together(seeds);
+      const band = { x: [...x, ...[...x].reverse()], y: [...high, ...[...low].reverse()] };
+      found.push({
+        ...about("band"),
+        ...band,
+        mode: "lines",
+        line: { width: 0 },
+        fill: "toself",
+        fillcolor: faded(own, 0.18),
+        hoverinfo: "skip",
+      });
+      found.push({
+        ...about("mean"),
+        x,
+        y: middle,
+        ...lineOf(style, own, dash, x.length),
+        hovertemplate: `${hover}<br>mean of ${seeds.length} seeds<extra></extra>`,
+      });
+    }
+  }
+  return found;
+}
+
+function lineOf(style, own, dash, length) {
+  const line = { color: style.alpha ? faded(own, style.alpha) : own, width: style.width, dash };
+  return { mode: style.markers && length <= 60 ? "lines+markers" : "lines", line, marker: { size: 5, color: own } };
+}
+
+/** The x-axis that was chosen. */
+function xAxis() {
+  const axis = AXES[CHOSEN.axis];
+  return { title: { text: axis.title() }, type: CHOSEN.logX ? "log" : "linear", ...axis.layout };
+}

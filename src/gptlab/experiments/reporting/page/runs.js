@@ -1,0 +1,150 @@
+/* The table of runs. */
+
+const SIGNS = {
+  done: "✓",
+  running: "▶",
+  pruned: "✂",
+  failed: "✕",
+  diverged: "✕",
+  mistaken: "✕",
+  lost: "?",
+  unknown: "?",
+};
+
+function table(id, columns, rows) {
+  const head = make(
+    "tr",
+    {},
+    ...columns.map((column) => make("th", { scope: "col", class: column.kind }, ...column.head)),
+  );
+  byId(id).replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
+}
+
+/** What was measured for what was expected, if the forecast was scored. */
+function forecastScore(run) {
+  const score = run.forecast?.score;
+  if (score === undefined || score === null) return null;
+  if (typeof score !== "object") return value(score);
+  const names = { peak_memory_bytes: "memory", seconds: "time" };
+  const ratios = Object.entries(score).map(([name, own]) => [names[name] ?? name, isNumber(own) ? own : own?.ratio]);
+  const told = ratios.filter(([, ratio]) => isNumber(ratio)).map(([name, ratio]) => `${name} ×${+ratio.toFixed(3)}`);
+  return told.join(", ") || null;
+}
+
+const RUN_COLUMNS = {
+  run: { of: (run) => run.name, kind: "" },
+  state: {
+    of: stateOf,
+    kind: "",
+    shown: (run) => [
+      make(
+        "span",
+        { class: `state ${stateOf(run)}`, title: run.state?.message ?? "" },
+        `${SIGNS[stateOf(run)] ?? "■"} ${stateOf(run)}`,
+      ),
+    ],
+  },
+  step: {
+    of: (run) => run.state?.step ?? lastOf(run, "train/loss", "step"),
+    kind: "number",
+    shown: (run) => [
+      `${count(RUN_COLUMNS.step.of(run))}${run.state?.max_steps ? `/${count(run.state.max_steps)}` : ""}`,
+    ],
+  },
+  tokens: {
+    of: tokensOf,
+    kind: "number",
+    shown: (run) => [compact(tokensOf(run))],
+  },
+  parameters: { of: (run) => run.parameters, kind: "number", shown: (run) => [compact(run.parameters)] },
+  "train loss": {
+    of: (run) => lastOf(run, "train/loss", "value"),
+    kind: "number",
+    shown: (run) => [fixed(lastOf(run, "train/loss", "value"))],
+  },
+  best: { of: valueOf, kind: "number", shown: (run) => [run.best ? make("strong", {}, fixed(valueOf(run))) : "–"] },
+  "at step": { of: (run) => run.best?.step ?? null, kind: "number", shown: (run) => [count(run.best?.step)] },
+  "tokens/s": {
+    of: (run) => lastOf(run, "tokens_per_second", "value"),
+    kind: "number",
+    shown: (run) => [count(lastOf(run, "tokens_per_second", "value"))],
+  },
+  time: { of: (run) => run.state?.seconds ?? null, kind: "number", shown: (run) => [clock(run.state?.seconds)] },
+  left: {
+    of: (run) => run.state?.seconds_left ?? null,
+    kind: "number",
+    shown: (run) => [clock(run.state?.seconds_left)],
+  },
+  forecast: { of: forecastScore, kind: "", shown: (run) => [forecastScore(run) ?? "–"] },
+};
+
+function lastOf(run, metric, what) {
+  return run.series[metric]?.[what].at(-1) ?? null;
+}
+
+function sortBy(name) {
+  CHOSEN.sort =
+    CHOSEN.sort.column !== name
+      ? { column: name, up: true }
+      : CHOSEN.sort.up
+        ? { column: name, up: false }
+        : { column: null, up: true };
+  render();
+}
+
+function sorted(runs) {
+  const column = RUN_COLUMNS[CHOSEN.sort.column];
+  if (!column) return runs;
+  const filled = runs.filter((run) => column.of(run) !== null);
+  filled.sort((a, b) => ((column.of(a) > column.of(b)) - (column.of(a) < column.of(b))) * (CHOSEN.sort.up ? 1 : -1));
+  return [...filled, ...runs.filter((run) => column.of(run) === null)]; // what is missing stands last, either way
+}
+
+function renderRuns() {
+  const runs = filteredRuns();
+  const wanted = Object.entries(RUN_COLUMNS).filter(
+    ([name, column]) => name === "run" || name === "state" || DATA.runs.some((run) => column.of(run) !== null),
+  );
+  const columns = wanted.map(([name, column]) => {
+    const up = CHOSEN.sort.column === name ? CHOSEN.sort.up : null;
+    const label = name === "best" ? `lowest ${DATA.metric}` : name;
+    return {
+      kind: column.kind,
+      head: [
+        make(
+          "button",
+          { type: "button", "data-sort": name, onclick: () => sortBy(name) },
+          label,
+          up === null ? null : up ? " ▲" : " ▼",
+        ),
+      ],
+    };
+  });
+  const rows = sorted(runs).map((run) => {
+    const dot = make("span", { class: "dot" });
+    dot.style.background = look(run.point).colour;
+    const first = make("th", { scope: "row", title: run.directory }, dot, run.name);
+    return make(
+      "tr",
+      {},
+      first,
+      ...wanted.slice(1).map(([, column]) => make("td", { class: column.kind }, ...column.shown(run))),
+    );
+  });
+  const focused = document.activeElement?.dataset?.sort;
+  table("runs", columns, rows);
+  if (focused) byId("runs").querySelector(`[data-sort="${focused}"]`)?.focus();
+  renderWithoutRun();
+}
+
+/** The trials that never came to be a run. */
+function renderWithoutRun() {
+  const missing = DATA.sweeps.flatMap((sweep) => sweep.without_run.map((trial) => ({ ...trial, sweep: sweep.name })));
+  const told = ({ sweep, number, state, message, overrides }) => {
+    const settings = Object.entries(overrides).map((pair) => pair.join("="));
+    return make("li", {}, `${sweep}/${number}: ${state}${message ? `, ${message}` : ""} (${settings.join(" ")})`);
+  };
+  fill(byId("without-run"), missing, () =>
+    missing.length ? [make("p", { class: "hint" }, "Trials without a run:"), make("ul", {}, ...missing.map(told))] : [],
+  );
+}

@@ -1,0 +1,108 @@
+/* Loss against compute, where runs differ in size and tokens: what was measured, and the fit if one was made. */
+
+/** The law that was fitted: {law: {E, A, B, alpha, beta}, intervals, answer}; null where none was. */
+const theFit = () => DATA.sweeps.map((sweep) => sweep.scaling).find((scaling) => scaling?.law) ?? null;
+
+/** FLOPs as the axis has them: beside a law 6 N D, as the law has them, else those of the model's configuration. */
+const compute = (run) => tokensOf(run) * (theFit() ? 6 * run.parameters : run.flops);
+
+/** Runs with a value, their size N, tokens D and FLOPs C. */
+function measured(runs) {
+  return runs
+    .filter((run) => valueOf(run) !== null && run.parameters && !NO_SEEDS.includes(stateOf(run)))
+    .map((run) => ({ run, N: run.parameters, D: tokensOf(run), C: compute(run), loss: valueOf(run) }));
+}
+
+function renderScaling() {
+  const all = measured(DATA.runs);
+  const sizes = distinct(all.map((one) => one.N)).sort((a, b) => a - b);
+  const lengths = distinct(all.map((one) => one.D));
+  const fit = theFit();
+  byId("scaling-section").hidden = !(all.length && (fit || (sizes.length > 1 && lengths.length > 1)));
+  if (byId("scaling-section").hidden) return;
+  const shown = measured(shownRuns());
+  const drawn = sizes.flatMap((size, i) => {
+    const own = onScale(sizes.length > 1 ? i / (sizes.length - 1) : 0.5);
+    const runs = shown.filter((one) => one.N === size).sort((a, b) => a.C - b.C);
+    const name = `${compact(size)} parameters`;
+    const points = {
+      type: "scatter",
+      mode: "markers",
+      name,
+      meta: { kind: "runs", size },
+      x: runs.map((one) => one.C),
+      y: runs.map((one) => one.loss),
+      marker: { color: own, size: 9 },
+      text: runs.map((one) => `${plain(one.run.name)}<br>${compact(one.D)} tokens`),
+      hovertemplate: "<b>%{fullData.name}</b><br>%{text}<br>%{x:.3e} FLOPs, %{y:.4f}<extra></extra>",
+    };
+    return fit && runs.length ? [points, fitted(fit.law, runs, own, name)] : [points];
+  });
+  if (fit && shown.length) drawn.push(frontier(fit.law, shown));
+  const layout = {
+    xaxis: {
+      type: "log",
+      title: { text: fit ? "training FLOPs, 6 N D" : "training FLOPs" },
+      exponentformat: "power",
+      dtick: "D2",
+    },
+    yaxis: { title: { text: plain(DATA.metric) } },
+    ...legendBelow("scaling", sizes.length, 400),
+  };
+  draw("scaling", drawn, layout, "scaling");
+  byId("scaling").setAttribute("aria-label", `Lowest ${DATA.metric} against training FLOPs for ${sizes.length} sizes`);
+  byId("scaling-caption").textContent = scalingCaption(fit);
+}
+
+function scalingCaption(fit) {
+  const told =
+    "One point a run: its lowest loss, over the FLOPs of its tokens. A colour for each number of parameters.";
+  if (!fit) return `${told} No law was fitted to them.`;
+  const numbers = Object.entries(fit.law).map(([name, number]) => {
+    const interval = fit.intervals[name]?.map((end) => value(+end.toPrecision(3))).join(" to ");
+    return `${name} = ${value(+number.toPrecision(4))}${interval ? ` (${interval})` : ""}`;
+  });
+  return (
+    `${told} Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, equation 2), fitted: ${numbers.join(", ")}. ` +
+    `Dashed: the lowest loss that it has for the FLOPs. ${fit.answer}`
+  );
+}
+
+/** 40 places from low to high, evenly in the logarithm. */
+const spaced = (low, high) => Array.from({ length: 40 }, (_, i) => low * (high / low) ** (i / 39));
+
+function fitted({ E, A, B, alpha, beta }, runs, own, name) {
+  const tokens = spaced(Math.min(...runs.map((one) => one.D)) / 1.5, Math.max(...runs.map((one) => one.D)) * 1.5);
+  const y = tokens.map((D) => E + A / runs[0].N ** alpha + B / D ** beta);
+  return {
+    type: "scatter",
+    mode: "lines",
+    name: `${name}, fitted`,
+    meta: { kind: "fit", size: runs[0].N },
+    x: tokens.map((D) => 6 * runs[0].N * D),
+    y,
+    line: { color: own, width: 1.5 },
+    showlegend: false,
+    hoverinfo: "skip",
+  };
+}
+
+/** The lowest loss for C: N = G (C/6)^a, a = β/(α+β), G = (αA / βB)^(1/(α+β)) (Hoffmann et al. 2022, equation 4). */
+function frontier({ E, A, B, alpha, beta }, shown) {
+  const budgets = spaced(Math.min(...shown.map((one) => one.C)) / 2, Math.max(...shown.map((one) => one.C)) * 2);
+  const G = ((alpha * A) / (beta * B)) ** (1 / (alpha + beta));
+  const y = budgets.map((C) => {
+    const N = G * (C / 6) ** (beta / (alpha + beta));
+    return E + A / N ** alpha + B / (C / 6 / N) ** beta;
+  });
+  return {
+    type: "scatter",
+    mode: "lines",
+    name: "lowest for the FLOPs",
+    meta: { kind: "frontier" },
+    x: budgets,
+    y,
+    line: { color: colour("text"), width: 1.5, dash: "dash" },
+    hoverinfo: "skip",
+  };
+}

@@ -1,0 +1,75 @@
+"""Runs and sweeps as one HTML page: python -m gptlab.report runs=<run, sweep or glob> [key=value ...]."""
+
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+from omegaconf import DictConfig
+from pydantic import Field, PositiveFloat
+
+from gptlab.errors import UserError
+from gptlab.experiments.command import command
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.reporting.document import Document
+from gptlab.experiments.reporting.live import LiveServer
+from gptlab.experiments.reporting.page import page
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.settings import Settings
+
+
+class ReportConfig(Settings):
+    """What to show, and where; see conf/report.yaml."""
+
+    runs: Annotated[str, Field(min_length=1)]
+    out: Annotated[str, Field(min_length=1)]
+    points: Annotated[int, Field(ge=10)]
+    live: bool
+    port: Annotated[int, Field(ge=0, lt=2**16)]
+    poll: PositiveFloat
+
+
+@command("report", keys=set(known_keys(ReportConfig)), literal=("runs", "out"))
+def main(values: DictConfig) -> int:
+    """Write the page, or serve it."""
+    config = check(ReportConfig, plain(values))
+    document = Document(config.runs, config.points)
+    found = document.gather()
+    for problem in found["problems"]:
+        print(f"gptlab: {problem}", file=sys.stderr)
+    if config.live:
+        _serve(LiveServer(document.gather, config.port, config.poll))
+        return DONE
+    path = Path(config.out).expanduser()
+    size = _write(path, page(found, poll=None))
+    number = len(found["runs"])
+    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB; it opens without a network.")
+    return DONE
+
+
+def _serve(server: LiveServer) -> None:
+    """Serve until Ctrl-C."""
+    print(f"{server.url} follows the runs; Ctrl-C ends it.", flush=True)
+    with server, suppress(KeyboardInterrupt):
+        server.serve_forever(poll_interval=0.2)
+
+
+def _write(path: Path, text: str) -> int:
+    """Write the page, whole or not at all; return its size in bytes."""
+    if path.is_dir():
+        raise UserError(f"out={path} is a folder: name a file in it, out={path / 'report.html'}.")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        size = unfinished.write_bytes(text.encode())
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise UserError(f"out={path} cannot be written: {error.strerror}.") from error
+    return size
+
+
+if __name__ == "__main__":
+    main()

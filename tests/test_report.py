@@ -1,0 +1,125 @@
+"""The report command: what it writes, how it is served, and its sentences."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+
+import pytest
+
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.reporting.document import Document
+from gptlab.experiments.reporting.live import LiveServer
+from report_pages import serving
+from run_directories import rows_of, running, write_metrics, write_run, write_sweep
+from test_mistakes import without_torch  # noqa: F401  (a fixture)
+from test_train import mistaken, ran
+
+REPORT = "gptlab.report"
+
+
+def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):  # noqa: F811
+    sweep = write_sweep(without_torch.folder / "outputs" / "lr" / "now", seeds=(1, 2))
+    (sweep / "3" / "metrics.csv").write_text("nothing\n")
+    done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
+    ran(done)
+    written = without_torch.folder / "lr=1.html"
+    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB; it opens without a network\.\n", done.stdout)
+    assert written.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
+    assert "lr/now/3 is left out" in done.stderr
+    assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
+
+
+def test_help_says_what_there_is(without_torch):  # noqa: F811
+    done = without_torch.python(REPORT, "--help")
+    ran(done)
+    for told in ("points: 1000", "live: false", "Exit status: 0 done (also after Ctrl-C where live=true)"):
+        assert told in done.stdout
+
+
+MISTAKES = {
+    "nothing there": (["runs=outputs/none"], "outputs/none: there is no such place"),
+    "no run there": (["runs=elsewhere"], "elsewhere: there is no run directory"),
+    "runs not named": ([], "runs is missing"),
+    "unknown key": (["run=x"], "run is no setting. Did you mean runs?"),
+    "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),
+    "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a folder: name a file in it, out=outputs/report"),
+    "too few points": (["runs=outputs", "points=2"], "points=2 is not right"),
+    "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not right"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_in_reports(without_torch, arguments, sentence):  # noqa: F811
+    write_run(without_torch.folder / "outputs" / "quickstart" / "now")
+    mistaken(without_torch.python(REPORT, *arguments), sentence)
+    assert not list(without_torch.folder.rglob("*.html*"))
+
+
+def test_a_port_in_use_is_a_sentence(user):
+    write_run(user.folder / "outputs" / "quickstart" / "now")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = user.python(REPORT, "runs=outputs", "live=true", f"port={port}")
+    mistaken(done, f"port={port} is in use: name another one; port=0 takes one that is free.")
+
+
+def test_the_command_serves_until_ctrl_c(user):
+    write_run(user.folder / "outputs" / "quickstart" / "now", **running())
+    command = user.begin(REPORT, "runs=outputs", "live=true", "port=0")
+    said = command.stdout.readline()
+    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ follows the runs; Ctrl-C ends it\.\n", said)[1])
+    status, _, body = asked(port, "/")
+    assert (status, b"gptlab report" in body) == (200, True)
+    os.kill(command.pid, signal.SIGINT)
+    command.ended(DONE)
+    with pytest.raises(ConnectionRefusedError):
+        asked(port, "/")
+    assert not (user.folder / "report.html").exists()
+
+
+def asked(port: int, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+def test_news_are_sent_when_there_are_some(tmp_path):
+    run = write_run(tmp_path / "runs" / "0", **running())
+    with serving(tmp_path / "runs") as server:
+        port = server.server_port
+        status, headers, body = asked(port, "/data.json")
+        assert (status, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
+        assert json.loads(body)["runs"][0]["series"]["train/loss"]["step"][-1] == 20
+        assert asked(port, "/data.json", If_None_Match=headers["ETag"])[0] == 304
+        write_metrics(run, rows_of(25))
+        write_run(tmp_path / "runs" / "1", settings={"seed": 5})
+        status, _, body = asked(port, "/data.json", If_None_Match=headers["ETag"])
+        assert status == 200
+        assert [run["series"]["train/loss"]["step"][-1] for run in json.loads(body)["runs"]] == [25, 20]
+        (tmp_path / "runs").rename(tmp_path / "gone")
+        status, _, body = asked(port, "/data.json")
+        assert (status, b"there is no such place" in body) == (410, True)
+
+
+@pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "127.0.0.1.example.org:{port}", "localhost:1"])
+def test_other_hosts_are_refused(tmp_path, host):
+    write_run(tmp_path / "runs" / "0")
+    with serving(tmp_path / "runs") as server:
+        port = server.server_port
+        for path in ("/", "/data.json"):
+            status, _, body = asked(port, path, Host=host.format(port=port))
+            assert (status, b"series" in body) == (403, False)
+        assert asked(port, "/data.json", Host=f"localhost:{port}")[0] == 200
+        assert asked(port, "/../conftest.py")[0] == 404
+
+
+def test_only_this_machine_is_served(tmp_path):
+    write_run(tmp_path / "runs" / "0")
+    with LiveServer(Document(str(tmp_path / "runs"), 1000).gather, port=0, poll=1) as server:
+        assert server.socket.getsockname()[0] == "127.0.0.1"

@@ -1,0 +1,183 @@
+# ruff: noqa: F811  (fixtures)
+"""What the report draws, in a browser: it is what the runs wrote, and nothing that they hold is more than text."""
+
+import json
+
+import pytest
+
+from gptlab.experiments.answers.fitting import ScalingAnswer, write_scaling
+from gptlab.experiments.answers.table import answer
+from report_pages import (  # noqa: F401
+    HOSTILE,
+    RATES,
+    SEEDS,
+    browser,
+    column,
+    report,
+    seen,
+    sizes,
+    sweep,
+    written,
+)
+from run_directories import TOKENS, rows_of, write_metrics, write_run, write_sweep
+
+
+def test_a_page_from_disk_asks_for_nothing(seen, sweep, report):
+    page = seen(report)
+    page.page.wait_for_timeout(300)
+    assert page.requests == [report.as_uri()]
+    assert page.text("#title") == "lr/now"
+    assert answer(sweep).answer in page.text("#answers .answer")
+    assert len(page.page.query_selector_all("#answers tbody tr")) == len(RATES)
+
+
+def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, report):
+    page = seen(report)
+    flops = page.page.evaluate("DATA.runs[0].flops")
+    for axis, factor in (("flops", flops), ("step", 1 / TOKENS), ("tokens", 1)):
+        page.page.check(f"input[name=axis][value={axis}]")
+        for metric in ("train/loss", "val/loss"):
+            means, bands = (
+                {t["meta"]["point"]: t for t in page.traces("loss", kind) if t["meta"]["metric"] == metric}
+                for kind in ("mean", "band")
+            )
+            assert len(means) == len(bands) == len(RATES)
+            for point, rate in enumerate(RATES):
+                columns = [column(sweep / str(len(SEEDS) * point + seed), metric) for seed in range(len(SEEDS))]
+                x = [tokens * factor for tokens in columns[0][0]]
+                values = list(zip(*(values for _, values in columns), strict=True))
+                assert means[point]["name"] == f"lr={rate}"
+                assert means[point]["x"] == pytest.approx(x)
+                assert means[point]["y"] == pytest.approx([sum(at) / len(at) for at in values], rel=1e-6)
+                assert bands[point]["x"] == pytest.approx([*x, *reversed(x)])
+                high, low = [max(at) for at in values], [min(at) for at in values]
+                assert bands[point]["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
+
+
+def test_the_frame_begins_after_the_first_tenth(seen, sweep, report):
+    page = seen(report)
+    late = [loss for n in range(9) for loss in column(sweep / str(n), "train/loss")[1][2:]]  # of 20
+    late += [loss for n in range(9) for loss in column(sweep / str(n), "val/loss")[1]]
+    low, high = page.page.evaluate("document.getElementById('loss').layout.yaxis.range")
+    highest = max(loss for n in range(9) for loss in column(sweep / str(n), "train/loss")[1])
+    assert low < min(late) < max(late) < high < highest
+    page.page.check("[data-part=whole]")
+    assert page.page.evaluate("document.getElementById('loss').layout.yaxis.range")[1] > highest
+
+
+def test_time_is_that_of_training(seen, sweep, report):
+    page = seen(report)
+    page.page.check("input[name=axis][value=time]")
+    tokens, speed = column(sweep / "0", "tokens_per_second")
+    seconds, total, before = [], 0.0, 0.0
+    for at, rate in zip(tokens, speed, strict=True):
+        total, before = total + (at - before) / rate, at
+        seconds.append(total)
+    singles = next(
+        t for t in page.traces("loss", "runs") if t["meta"] == {"point": 0, "metric": "train/loss", "kind": "runs"}
+    )
+    assert singles["x"][: len(seconds)] == pytest.approx(seconds, rel=1e-6)
+    assert singles["y"][: len(seconds)] == pytest.approx(column(sweep / "0", "train/loss")[1], rel=1e-6)
+    assert "training alone" in page.text("#loss-caption")
+
+
+def test_every_other_metric_has_its_chart(seen, sweep, report):
+    page = seen(report)
+    charts = page.page.eval_on_selector_all("#training .chart", "all => all.map(one => [one.id, one.dataset.metric])")
+    assert {metric for _, metric in charts} == {
+        *("val/bits_per_byte", "tokens_per_second", "peak_memory_gb", "grad_norm", "lr", "data_wait")
+    }
+    for chart, metric in charts:
+        singles = next(t for t in page.traces(chart, "runs") if t["meta"]["point"] == 2)
+        x, y = column(sweep / "6", metric)
+        assert singles["x"][: len(x)] == pytest.approx(x)
+        assert singles["y"][: len(x)] == pytest.approx(y, rel=1e-6)
+
+
+def test_what_was_varied_is_drawn_with_its_best(seen, sweep, report):
+    page = seen(report)
+    lowest = [
+        [min(column(sweep / str(len(SEEDS) * p + s), "val/loss")[1]) for s in range(len(SEEDS))] for p in range(3)
+    ]
+    (mean,) = page.traces("curve", "mean")
+    assert mean["x"] == list(RATES)
+    assert mean["y"] == pytest.approx([sum(values) / len(values) for values in lowest], rel=1e-6)
+    (singles,) = page.traces("curve", "runs")
+    assert singles["y"] == pytest.approx([value for values in lowest for value in values], rel=1e-6)
+    (best,) = page.traces("curve", "best")
+    assert best["x"] == [2e-3]
+    assert page.page.evaluate("document.getElementById('curve').layout.xaxis.type") == "log"
+    assert "★ the lowest mean" in page.text("#curve-caption")
+    assert "Left out: 1 run (1 diverged)." in page.text("#curve-caption")
+    assert not page.page.is_visible("#parallel-figure")
+    assert not page.page.is_visible("#scaling-section")
+
+
+def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, sizes):
+    page = seen(written(sizes))
+    drawn = page.traces("parallel")
+    assert len(drawn) == 12
+    assert {tuple(trace["y"]) for trace in drawn} == {(0, 1, 2, 3)}
+    of_first = next(
+        trace for trace in drawn if trace["meta"]["point"] == 0
+    )  # 1e-3, 32 wide, 10 steps: the lowest of each
+    assert of_first["x"][:3] == [0, 0, 0]
+    of_last = next(trace for trace in drawn if trace["meta"]["point"] == 11)
+    assert of_last["x"][:3] == [1, 1, 1]
+    page.page.select_option("#curve-key", "optimizer.lr")
+    assert len(page.traces("curve", "mean")) == 6
+    scaled = page.traces("scaling", "runs")
+    assert [len(trace["x"]) for trace in scaled] == [4, 4, 4]
+    flops = page.page.evaluate("DATA.runs[0].flops")
+    assert scaled[0]["x"] == pytest.approx([10 * TOKENS * flops] * 2 + [20 * TOKENS * flops] * 2)
+    assert "No law was fitted to them." in page.text("#scaling-caption")
+
+
+def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):
+    sweep = write_sweep(tmp_path / "scaling" / "now", (1e-3,), (1,))
+    fit = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    more = {"residual": 0.01, "runs": [], "optima": [], "answer": "the best N grows as C^0.45"}
+    write_scaling(ScalingAnswer(law=fit, intervals={"E": (1.6, 1.8)}, **more), sweep)
+    page = seen(written(sweep))
+    (curve,) = page.traces("scaling", "fit")
+    parameters = page.page.evaluate("DATA.runs[0].parameters")
+    tokens = [x / 6 / parameters for x in curve["x"]]
+    expected = [1.69 + 406.4 / parameters**0.34 + 410.7 / count**0.28 for count in tokens]
+    assert curve["y"] == pytest.approx(expected)
+    assert page.traces("scaling", "runs")[0]["x"] == [6 * parameters * 20 * TOKENS]
+    assert "E = 1.69 (1.6 to 1.8), A = 406.4, B = 410.7" in page.text("#scaling-caption")
+    (frontier,) = page.traces("scaling", "frontier")
+    for compute, loss in zip(frontier["x"], frontier["y"], strict=True):  # no size has a lower loss for the compute
+        others = (10 ** (i / 20) for i in range(20, 240))
+        lowest = min(1.69 + 406.4 / n**0.34 + 410.7 / (compute / 6 / n) ** 0.28 for n in others)
+        assert loss == pytest.approx(lowest, rel=1e-3)
+        assert loss <= lowest
+
+
+def test_what_runs_hold_is_text(seen, tmp_path):
+    sweep = write_sweep(tmp_path / f"{HOSTILE.replace('/', '')}" / "now", (1e-3, 2e-3), (1,))
+    rows = [{**row, f"<b>{HOSTILE}</b>": 1.0} for row in rows_of(6)]
+    settings = {"data.source": HOSTILE, "name": HOSTILE, "optimizer.lr": 3e-3}
+    write_run(
+        sweep / "2",
+        settings=settings,
+        samples={5: HOSTILE},
+        message=HOSTILE,
+        state="failed",
+        environment={"command": HOSTILE},
+    )
+    write_metrics(sweep / "2", rows)
+    record = json.loads((sweep / "sweep.json").read_text())
+    (sweep / "sweep.json").write_text(json.dumps(record | {"question": HOSTILE}))
+    trial = json.loads((sweep / "1" / "trial.json").read_text())
+    trial |= {"number": 2, "overrides": {HOSTILE: HOSTILE, "seed": "1"}, "message": HOSTILE}
+    (sweep / "2" / "trial.json").write_text(json.dumps(trial))
+    (sweep / "3").mkdir()
+    (sweep / "3" / "trial.json").write_text(json.dumps(trial | {"number": 3, "state": "mistaken", "value": None}))
+    page = seen(written(sweep))
+    assert page.page.evaluate("window.broken") is None
+    assert page.page.evaluate("document.querySelectorAll('img, main b, #answers b, header b').length") == 0
+    assert page.text("#answers h2") == HOSTILE
+    assert HOSTILE in page.text("#samples")
+    names = {trace["name"] for trace in page.traces("loss")}
+    assert all("<" not in name for name in names)
