@@ -18,6 +18,7 @@ from gptlab.experiments.records.runs import SAMPLES
 from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
+from gptlab.experiments.wandb.connecting import connect_wandb
 from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
@@ -85,6 +86,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         )
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
+            connect_wandb(trainer, recorder)
             _fit(trainer, module, data, checkpoint, directory)
         if is_first:
             summarise(config, directory, recorder, trainer)

@@ -6,24 +6,29 @@ beyond it is made up for.
 """
 
 import logging
-import os
-import secrets
-import shutil
-from collections.abc import Iterable, Mapping
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gptlab.errors import UserError
+from gptlab.experiments.exits import DONE, FAILED, PREEMPTED
+from gptlab.experiments.records.runs import Run
+from gptlab.experiments.records.state import status_of
 from gptlab.experiments.schema import Config, WandbConfig
-from gptlab.experiments.wandb_files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.experiments.wandb.alerts import Alerts
+from gptlab.experiments.wandb.artifacts import Artifacts
+from gptlab.experiments.wandb.beginning import begin
+from gptlab.experiments.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.training.callbacks.preemption import Preempted
+from gptlab.training.callbacks.samples import texts_of
 from gptlab.training.processes import is_first_rank
 
 log = logging.getLogger(__name__)
 
-ID = "wandb_id"  # the file that keeps a run's id
 Rows = Iterable[Mapping[str, str]]
 
 
@@ -34,14 +39,23 @@ class WandbRecord(WandbLogger):
         run: Of W&B, under way.
         directory: The run's.
         first_step: Rows of steps before it are there already.
+        best: The lowest val loss so far.
+
+    Attributes:
+        alerts: What tells W&B that something goes wrong; None tells nothing.
+        artifacts: What hands it checkpoints; None hands over none.
     """
 
-    def __init__(self, run: Any, directory: Path, first_step: int) -> None:
+    def __init__(self, run: Any, directory: Path, first_step: int, best: float = math.inf) -> None:
         super().__init__(experiment=run)
         self.directory, self.first_step, self.works = directory, first_step, True
+        self.best_before = best
+        self.alerts: Alerts | None = None
+        self.artifacts: Artifacts | None = None
+        self.finish_timeout = 0.0
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand W&B's client a row, which it merges with what it has of the same step."""
         if self.works and (step is None or step >= self.first_step):
             self._try(lambda: self.experiment.log(dict(metrics), step=step))
@@ -49,15 +63,38 @@ class WandbRecord(WandbLogger):
     def log_hyperparams(self, params: object = None) -> None:
         """Write nothing: the run began with its configuration."""
 
+    def log_samples(self, step: int, tokens: Callable[[int], int]) -> None:
+        """Write the table of all texts up to a step anew, those before a resume included.
+
+        Args:
+            step: That was just made.
+            tokens: Of so many steps.
+        """
+        if self.works:
+            self._try(lambda: self.log_metrics({"samples": self._samples(step, tokens), "tokens": tokens(step)}, step))
+
+    def alert(self, kind: str, sentence: str) -> None:
+        """Tell that something goes wrong."""
+        if self.works and self.alerts is not None:
+            alerts = self.alerts
+            self._try(lambda: alerts.send(kind, sentence))
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the record, as long as W&B takes no longer than logger.wandb.finish_timeout."""
         if self.works:
-            self._try(lambda: self._finish(0 if status == "success" else 1))
+            exit_code = _exit_code(status)
+            self._try(lambda: self._finish(exit_code))
             self.works = False
 
     def _finish(self, exit_code: int) -> None:
         run = self.experiment
+        if self.artifacts is not None:
+            self.artifacts.close(self.finish_timeout)
+        if math.isfinite(self.best_before):
+            self._keep_best(run)
+        if exit_code == PREEMPTED:
+            run.mark_preempting()  # W&B's agent starts it again
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
@@ -65,10 +102,24 @@ class WandbRecord(WandbLogger):
             return
         if run.offline:
             log.info("The W&B record is kept in the run directory. To send it: %s", self._command())
-        else:
-            mark_as_sent(_record(run))
+            return
+        mark_as_sent(_record(run))
+        if self.artifacts is not None:
+            self.artifacts.clear()
 
-    def _try(self, action: Any) -> None:
+    def _keep_best(self, run: Any) -> None:
+        """Say that the lowest val loss was before this start, if it was: W&B's client knows of no rows but its own."""
+        since = run.summary.get("val/loss", {}).get("min", math.inf)
+        run.summary.update({"val/loss": {"min": min(self.best_before, since)}})
+
+    def _samples(self, until: int, tokens: Callable[[int], int]) -> Any:
+        import wandb
+
+        written = [(step, texts_of(text)) for step, text in Run(self.directory).samples if step <= until]
+        rows = [[step, tokens(step), text] for step, texts in written for text in texts]
+        return wandb.Table(columns=["step", "tokens", "text"], data=rows)
+
+    def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except Exception as error:  # whatever it is, the run is worth more than its record
@@ -99,12 +150,18 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     for path, step in before.items():
         if step < 0:  # of a start that was killed: `wandb sync` gives up at a record with nothing in it
             mark_as_sent(path)
-    run = _begin(config, settings, directory)
+    run = begin(config, settings, directory)
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     run.define_metric("val/loss", summary="min", step_metric="tokens")
     first_step = max(before.values(), default=-1) + 1 if run.offline else run.starting_step
-    record = WandbRecord(run, directory, first_step)
+    losses = [loss for row in earlier if math.isfinite(loss := float(row.get("val/loss", math.inf)))]
+    record = WandbRecord(run, directory, first_step, min(losses, default=math.inf))
+    record.finish_timeout = settings.finish_timeout
+    if settings.alert_wait is not None:
+        record.alerts = Alerts(run, settings.alert_wait)
+    if settings.checkpoints != "none":
+        record.artifacts = Artifacts(run, directory, settings.checkpoints, record.best_before)
     for row in earlier:
         record.log_metrics({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
     if not run.offline:
@@ -114,60 +171,14 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     return record
 
 
-def _begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
-    """Start W&B's client, online if it may and can be."""
-    import wandb
-
-    before = wandb_records(directory)
-    try:
-        return _init(config, settings, directory, "offline" if settings.mode == "offline" else "online")
-    except Exception as error:
-        if settings.mode == "offline":
-            raise
-        reason = " ".join(str(error).split())
-    wandb.teardown()
-    for path in set(wandb_records(directory)) - set(before):  # nothing is in it
-        shutil.rmtree(path.parent)
-    if settings.mode == "online":
-        raise UserError(
-            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory: "
-            "logger.wandb.mode=offline, or auto for where W&B cannot be reached."
-        )
-    run = _init(config, settings, directory, "offline")
-    log.warning(
-        "W&B cannot be used (%s). The record is kept in the run directory; to send it: %s",
-        *(reason, how_to_send(directory)),
-    )
-    return run
-
-
-def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
-    os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
-    import wandb
-
-    id_file = directory / ID
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
-    wandb.setup(wandb.Settings(silent=True))  # before init, which else would ask a terminal for a login
-    return wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        group=settings.group,
-        tags=settings.tags,
-        name=f"{config.name}/{directory.name}",
-        id=id_file.read_text(),
-        resume="allow",
-        dir=directory,
-        mode=mode,
-        config=config.model_dump(mode="json"),
-        settings=wandb.Settings(
-            silent=True,
-            init_timeout=settings.init_timeout,
-            finish_timeout=settings.finish_timeout,
-            finish_timeout_raises=True,
-        ),
-    )
+def _exit_code(status: str) -> int:
+    """The exit status of a run that is ending, as the process will have it."""
+    error = sys.exception()  # Lightning ends its loggers where it has caught what ends the run
+    if status == "success":
+        return DONE
+    if isinstance(error, Preempted):
+        return PREEMPTED
+    return FAILED if error is None else status_of(error)
 
 
 def _record(run: Any) -> Path:
