@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,8 @@ def test_what_wandb_calls_is_a_run_of_the_sweep(name):
 def test_a_sweep_of_wandb_s_is_one_run(user):
     """With the arguments of its agent, `-m gptlab.train` makes no multirun, whatever the sweep's file says."""
     command = yaml.safe_load((SWEEPS / "wandb" / "lr.yaml").read_text())["command"][4:-1]
-    done = user.train(*command, "optimizer.lr=0.004", "logger=csv", "callbacks=none")
+    command.remove("logger=wandb")
+    done = user.train(*command, "optimizer.lr=0.004", "callbacks=none")
     ran(done)
     config = yaml.safe_load((user.only_run() / "config.yaml").read_text())
     assert config["optimizer"]["lr"] == 0.004
@@ -169,17 +169,12 @@ def test_a_space_is_the_same_at_wandb(tmp_path, space, method, parameter):
     assert sweep["command"][4:] == ["sweeps=x", "hydra.mode=RUN", "logger=wandb", "seed=3", "${args_no_hyphens}"]
     for value in parameter.get("values", []):  # the agent writes str(value), and Hydra reads what it was
         read = OverridesParser.create().parse_override(f"key={value}").value()
-        assert read in (
-            *OverridesParser.create().parse_override(f"key={space}").sweep_iterator(),
-            *([True] * (value == "True")),
-        )
+        assert read in list(OverridesParser.create().parse_override(f"key={space}").sweep_iterator())
 
 
 @pytest.mark.parametrize(("search", "method"), [("random", "random"), ("tpe", "bayes"), ("cmaes", "bayes")])
 def test_a_search_is_one_of_wandb_s(tmp_path, search, method):
-    sweep = made(
-        tmp_path, "{seed: '1,2'}", f"{{search: {search}, n_trials: 7, question: Is it?}}"[1:-1].replace(", ", "\n    ")
-    )
+    sweep = made(tmp_path, "{seed: '1,2'}", f"search: {search}\n    n_trials: 7\n    question: Is it?")
     assert (sweep["method"], sweep["run_cap"], sweep["description"]) == (method, 7, "Is it?")
 
 
@@ -187,4 +182,3 @@ def test_a_search_is_one_of_wandb_s(tmp_path, search, method):
 def test_a_space_without_values_is_refused(tmp_path, params):
     with pytest.raises(UserError, match=r"x\.yaml"):
         made(tmp_path, params)
-    shutil.rmtree(tmp_path)
