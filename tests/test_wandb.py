@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from conftest import Begun
-from gptlab.experiments.exits import INTERRUPTED, MISTAKEN
+from gptlab.experiments.exits import INTERRUPTED, MISTAKEN, PREEMPTED
 from test_train import ran
 from wandb_server import KEY, Server
 
@@ -74,9 +74,9 @@ def has_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-def begin(user, *arguments: str) -> Begun:
+def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
     """Start a run with W&B."""
-    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "callbacks=checkpoint")
+    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
     rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
     return user.begin("gptlab.train", *small, *rhythm, *arguments)
 
@@ -216,10 +216,12 @@ def test_wandb_s_own_process_may_die(user, server):
     assert "Next: python -m gptlab.sample" in output
 
 
-def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None) -> Path:
+def interrupted(
+    user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None, callbacks: str = "checkpoint"
+) -> Path:
     """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
     length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
-    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments)
+    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments, callbacks=callbacks)
     if silent:
         run.until(lambda: any(run.history for run in silent.runs.values()))
         silent.hangs = True
@@ -230,7 +232,8 @@ def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server |
 
     run.until(further_than_a_checkpoint)
     os.killpg(run.pid, by)
-    run.ended(INTERRUPTED if by == signal.SIGINT else -by, seconds=180)
+    statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+    run.ended(statuses.get(by, -by), seconds=180)
     return user.only_run()
 
 
@@ -250,7 +253,7 @@ def test_the_records_of_a_resumed_run_make_one(user, server, by):
     first, second = records(directory)
     assert before % 40  # so that some steps were done twice
     if by == signal.SIGINT:
-        assert exit_code(first) == 1
+        assert exit_code(first) == INTERRUPTED
         assert max(table(rows(first))) == before
     assert table(rows(first, second)).keys() == set(range(1, after + 1))
     assert exit_code(second) == 0
@@ -275,7 +278,7 @@ def check_sent(server: Server, directory: Path, after: int) -> None:
 @pytest.mark.slow
 def test_a_run_that_goes_on_online_is_one_run(user, server):
     directory = interrupted(user, "logger.wandb.mode=online")
-    assert next(iter(server.runs.values())).exit_code == 1
+    assert next(iter(server.runs.values())).exit_code == INTERRUPTED
     _, _, after = resumed(user, directory)
     check_sent(server, directory, after)
 

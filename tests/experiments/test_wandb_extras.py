@@ -1,7 +1,11 @@
 """Alerts, artifacts and samples, over a run that stands for W&B's."""
 
+import contextlib
+import json
 import logging
 import math
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +13,15 @@ from typing import Any
 import pytest
 import wandb
 
+from gptlab.errors import Diverged
 from gptlab.experiments.wandb.alerts import Alerts
 from gptlab.experiments.wandb.artifacts import Artifacts
 from gptlab.experiments.wandb.logger import WandbRecord
+from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.samples import HEADING, texts_of
 from gptlab.training.checkpoints.records import Facts
+
+WANDB = Path(sys.executable).parent / "wandb"
 
 
 class Run:
@@ -155,3 +163,39 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
     assert (step, row["tokens"]) == (10, 320)
     assert row["samples"].columns == ["step", "tokens", "text"]
     assert row["samples"].data == [[2, 64, "a"], [2, 64, "b"], [10, 320, "c"], [10, 320, "d"]]
+
+
+@pytest.mark.parametrize(("before", "expected"), [(1.5, 1.5), (3.0, 2.0), (math.inf, 2.0)])
+def test_the_lowest_loss_may_have_been_before_a_resume(tmp_path, before, expected):
+    run = wandb.init(dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True, console="off"))
+    run.define_metric("val/loss", summary="min")
+    record = WandbRecord(run, tmp_path, first_step=0, best=before)
+    for step, loss in enumerate((2.5, 2.0, 4.0), 1):
+        record.log_metrics({"val/loss": loss}, step)
+    record.finalize("success")
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    read = subprocess.run((WANDB, "leet", "inspect", "--summary", "--json", path), capture_output=True, check=True)
+    summary = json.loads(read.stdout)
+    assert summary["summary"]["val/loss"] == {"min": expected}
+    assert (summary["step"], summary["state"]) == (3, "finished")
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code"),
+    [(None, 1), (KeyboardInterrupt(), 130), (Diverged("nan"), 3), (Preempted(), 75), (ValueError("x"), 1)],
+)
+def test_the_exit_code_is_that_of_the_process(tmp_path, error, exit_code):
+    ended = []
+    run = SimpleNamespace(
+        offline=True,
+        finish=lambda exit_code: ended.append(exit_code),
+        mark_preempting=lambda: ended.append("preempting"),
+    )
+    record = WandbRecord(run, tmp_path, first_step=0)
+    with contextlib.suppress(BaseException):
+        try:
+            if error is not None:
+                raise error
+        finally:
+            record.finalize("failed")
+    assert ended == (["preempting"] if exit_code == 75 else []) + [exit_code]

@@ -73,6 +73,7 @@ def described(config: Config, directory: Path) -> dict[str, Any]:
 def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
     os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
     import wandb
 
     sweep = _sweep(directory)

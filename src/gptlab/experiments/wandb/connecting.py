@@ -5,7 +5,6 @@ from typing import cast
 
 import lightning as L
 
-from gptlab.experiments.wandb.alerts import STALL
 from gptlab.experiments.wandb.logger import WandbRecord
 from gptlab.training.callbacks.guard import Guard
 from gptlab.training.callbacks.recorder import Recorder
@@ -26,6 +25,6 @@ def connect_wandb(trainer: L.Trainer, recorder: Recorder) -> None:
                 case Samples():
                     callback.listeners.append(partial(record.log_samples, tokens=recorder.tokens))
                 case Watchdog():
-                    callback.listeners.append(partial(record.alert, STALL))
+                    callback.listeners.append(record.give_up)
         if record.artifacts is not None:
             cast(CheckpointFiles, trainer.strategy.checkpoint_io).listeners.append(record.artifacts.take)

@@ -15,11 +15,11 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gptlab.experiments.exits import DONE, FAILED, PREEMPTED
+from gptlab.experiments.exits import DONE, FAILED, HUNG, PREEMPTED
 from gptlab.experiments.records.runs import Run
 from gptlab.experiments.records.state import status_of
 from gptlab.experiments.schema import Config, WandbConfig
-from gptlab.experiments.wandb.alerts import Alerts
+from gptlab.experiments.wandb.alerts import STALL, Alerts
 from gptlab.experiments.wandb.artifacts import Artifacts
 from gptlab.experiments.wandb.beginning import begin
 from gptlab.experiments.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
@@ -79,6 +79,13 @@ class WandbRecord(WandbLogger):
             alerts = self.alerts
             self._try(lambda: alerts.send(kind, sentence))
 
+    def give_up(self, sentence: str) -> None:
+        """Tell that this process hangs, and end the record, which nobody else will."""
+        self.alert(STALL, sentence)
+        if self.works:
+            self._try(lambda: self._finish(HUNG))
+            self.works = False
+
     @rank_zero_only
     def finalize(self, status: str) -> None:
         """End the record, as long as W&B takes no longer than logger.wandb.finish_timeout."""
@@ -109,6 +116,7 @@ class WandbRecord(WandbLogger):
 
     def _keep_best(self, run: Any) -> None:
         """Say that the lowest val loss was before this start, if it was: W&B's client knows of no rows but its own."""
+        run.log({}, commit=True)  # what follows a summary of one's own is kept as it is
         since = run.summary.get("val/loss", {}).get("min", math.inf)
         run.summary.update({"val/loss": {"min": min(self.best_before, since)}})
 
