@@ -6,6 +6,7 @@ import logging
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -185,12 +186,9 @@ def test_the_lowest_loss_may_have_been_before_a_resume(tmp_path, before, expecte
     [(None, 1), (KeyboardInterrupt(), 130), (Diverged("nan"), 3), (Preempted(), 75), (ValueError("x"), 1)],
 )
 def test_the_exit_code_is_that_of_the_process(tmp_path, error, exit_code):
-    ended = []
-    run = SimpleNamespace(
-        offline=True,
-        finish=lambda exit_code: ended.append(exit_code),
-        mark_preempting=lambda: ended.append("preempting"),
-    )
+    ended: list[Any] = []
+    preempting = partial(ended.append, "preempting")
+    run = SimpleNamespace(offline=True, finish=lambda exit_code: ended.append(exit_code), mark_preempting=preempting)
     record = WandbRecord(run, tmp_path, first_step=0)
     with contextlib.suppress(BaseException):
         try:
