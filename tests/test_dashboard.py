@@ -153,13 +153,17 @@ def made(folder: Path, params: str, search: str = "seed: 0") -> dict[str, Any]:
     ("space", "method", "parameter"),
     [
         ("1e-3,2", "grid", {"values": [0.001, 2]}),
-        ("choice(null,true,a)", "grid", {"values": ["null", "True", "a"]}),
+        ("null,true,a", "grid", {"values": ["null", "True", "a"]}),
         ("[[4,8]],[]", "grid", {"values": ["[[4,8]]", "[]"]}),
         ("range(1,6,2)", "grid", {"values": [1, 3, 5]}),
         ("interval(0.1,1.0)", "bayes", {"distribution": "uniform", "min": 0.1, "max": 1.0}),
-        ("interval(1,8)", "bayes", {"distribution": "int_uniform", "min": 1, "max": 8}),
+        ("int(interval(1,8))", "bayes", {"distribution": "int_uniform", "min": 1, "max": 8}),
         ("tag(log,interval(1e-4,1e-1))", "bayes", {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}),
-        ("tag(log,interval(1,64))", "bayes", {"distribution": "q_log_uniform_values", "q": 1, "min": 1, "max": 64}),
+        (
+            "int(tag(log,interval(1,64)))",
+            "bayes",
+            {"distribution": "q_log_uniform_values", "q": 1, "min": 1, "max": 64},
+        ),
     ],
 )
 def test_a_space_is_the_same_at_wandb(tmp_path, space, method, parameter):
