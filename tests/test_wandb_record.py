@@ -103,7 +103,7 @@ def test_everything_of_a_run_is_in_its_record(user):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "state", "status"),
-    [(signal.SIGINT, "failed", INTERRUPTED), (signal.SIGTERM, "failed", PREEMPTED), (signal.SIGKILL, "unknown", None)],
+    [(signal.SIGINT, "failed", INTERRUPTED), (signal.SIGTERM, "failed", PREEMPTED), (signal.SIGKILL, "running", None)],
 )
 def test_a_run_that_goes_on_has_everything_once(user, by, state, status):
     directory = interrupted(user, *OFFLINE[1:], "callbacks.samples.max_new_tokens=8", by=by, callbacks="default")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptlab.errors import UserError
+from gptlab.experiments.directory import as_new
 from gptlab.experiments.environment import ENVIRONMENT
 from gptlab.experiments.records.sweeps import Sweep, load_sweep
 from gptlab.experiments.schema import Config, WandbConfig
@@ -67,7 +68,7 @@ def described(config: Config, directory: Path) -> dict[str, Any]:
         "python": values["python"].split()[0],
         **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
     }
-    return {**config.model_dump(mode="json"), "environment": environment}
+    return {**as_new(config), "environment": environment}
 
 
 def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
