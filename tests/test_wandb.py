@@ -42,7 +42,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """Rows of W&B by their step, each of which is there once."""
     steps = [row["_step"] for row in rows]
     assert len(set(steps)) == len(steps)
-    return {row["_step"]: {name: row[name] for name in row if not name.startswith("_")} for row in rows}
+    return {row["_step"]: {name: row[name] for name in row if not name.startswith(("_", "samples"))} for row in rows}
 
 
 def records(directory: Path, kind: str = "*run-2*") -> list[list[dict[str, Any]]]:
@@ -157,7 +157,7 @@ def test_online_means_online(user, tmp_path, silence, login):
 
 @pytest.mark.slow
 def test_a_server_that_answers_has_every_row(user, server):
-    done = user.train("logger=wandb", "logger.wandb.mode=online")
+    done = user.train("logger=wandb", "logger.wandb.mode=online", "logger.wandb.checkpoints=best")
     ran(done)
     directory = user.only_run()
     ((name, run),) = server.runs.items()
@@ -165,6 +165,9 @@ def test_a_server_that_answers_has_every_row(user, server):
     assert table(run.history) == metrics_file(directory)
     assert run.exit_code == 0
     assert run.config["optimizer"]["value"]["lr"] == 3e-3
+    models = [aliases for artifact, aliases in server.artifacts if artifact == f"model-{name}"]
+    assert models == [{"latest", f"step-{step}", "best"} for step in (3, 6)]
+    assert not (directory / "wandb" / "checkpoints").exists()  # which the server has
     assert done.stdout.count(f"/runs/{name}") == 1
     assert "wandb:" not in done.stdout + done.stderr
     assert has_secret(user.folder) == []

@@ -18,6 +18,7 @@ from gptlab.errors import Diverged
 from gptlab.experiments.wandb.alerts import Alerts
 from gptlab.experiments.wandb.artifacts import Artifacts
 from gptlab.experiments.wandb.logger import WandbRecord
+from gptlab.experiments.wandb.sending import Sender
 from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.samples import HEADING, texts_of
 from gptlab.training.checkpoints.records import Facts
@@ -33,7 +34,7 @@ class Run:
     def __init__(self) -> None:
         self.alerts: list[dict[str, Any]] = []
         self.artifacts: list[tuple[wandb.Artifact, list[str]]] = []
-        self.rows: list[tuple[int | None, dict[str, Any]]] = []
+        self.rows: list[tuple[int | None, bool | None, dict[str, Any]]] = []
         self.error: Exception | None = None
 
     def alert(self, **values: Any) -> None:
@@ -46,8 +47,8 @@ class Run:
             raise self.error
         self.artifacts.append((artifact, aliases))
 
-    def log(self, row: dict[str, Any], step: int | None) -> None:
-        self.rows.append((step, row))
+    def log(self, row: dict[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        self.rows.append((step, commit, row))
 
 
 def test_a_second_alert_of_a_kind_waits():
@@ -85,10 +86,11 @@ def checkpoint(tmp_path, step: int) -> Any:
 
 def taken(tmp_path, which: Any, losses: list[float | None], best: float = math.inf) -> Run:
     run = Run()
-    artifacts = Artifacts(run, tmp_path, which, best)
+    sender = Sender()
+    artifacts = Artifacts(run, tmp_path, sender, which, best)
     for step, loss in enumerate(losses, 1):
         artifacts.take(checkpoint(tmp_path, step), Facts(step=step, val_loss=loss, evaluation_due=False))
-    artifacts.close(60)
+    sender.close(60)
     return run
 
 
@@ -127,10 +129,11 @@ def test_what_is_sent_is_there_when_the_checkpoint_is_gone(tmp_path):
 
 def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
     run = Run()
-    artifacts = Artifacts(run, tmp_path, "all")
+    sender = Sender()
+    artifacts = Artifacts(run, tmp_path, sender, "all")
     for loss in (None, 2.0):  # saved before its evaluation, and after it
         artifacts.take(checkpoint(tmp_path, 1), Facts(step=1, val_loss=loss, evaluation_due=loss is None))
-    artifacts.close(60)
+    sender.close(60)
     paths = {artifact.manifest.entries["state.pt"].local_path for artifact, _ in run.artifacts}
     assert len(paths) == 2
 
@@ -138,10 +141,11 @@ def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
 def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "gptlab")
     run = Run()
-    artifacts = Artifacts(run, tmp_path, "all")
+    sender = Sender()
+    artifacts = Artifacts(run, tmp_path, sender, "all")
     artifacts.take(tmp_path / "nowhere", Facts(step=1, val_loss=None, evaluation_due=False))
     artifacts.take(checkpoint(tmp_path, 2), Facts(step=2, val_loss=None, evaluation_due=False))
-    artifacts.close(60)
+    sender.close(60)
     assert [aliases for _, aliases in run.artifacts] == [["latest", "step-2"]]
     assert len(caplog.messages) == 1
     assert "checkpoint of step 1" in caplog.messages[0]
@@ -159,9 +163,14 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
         text = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
         (tmp_path / "samples" / f"step_{step:06d}.txt").write_text(text + "\n")
     run = Run()
-    WandbRecord(run, tmp_path, first_step=0).log_samples(10, lambda step: 32 * step)
-    ((step, row),) = run.rows
-    assert (step, row["tokens"]) == (10, 320)
+    record = WandbRecord(run, tmp_path, first_step=0)
+    record.sender = Sender()
+    record.log_samples(2, lambda step: 32 * step)  # before the first row, to which it could be added
+    record.log_metrics({"val/loss": 1.0}, 10)
+    record.log_samples(10, lambda step: 32 * step)
+    record.sender.close(60)
+    _, (step, commit, row) = run.rows
+    assert (step, commit) == (None, False)  # into the row that is being written
     assert row["samples"].columns == ["step", "tokens", "text"]
     assert row["samples"].data == [[2, 64, "a"], [2, 64, "b"], [10, 320, "c"], [10, 320, "d"]]
 

@@ -4,12 +4,12 @@ import itertools
 import logging
 import math
 import os
-import queue
 import shutil
-import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from gptlab.experiments.wandb.sending import Sender
 from gptlab.training.checkpoints.records import Facts
 
 log = logging.getLogger(__name__)
@@ -18,23 +18,24 @@ FOLDER = "wandb/checkpoints"  # in the run directory
 
 
 class Artifacts:
-    """Hands W&B's client checkpoints, in a thread of its own.
+    """Hands W&B's client checkpoints; training waits for none of it.
 
-    Training waits for none of it. The files are linked into ``<run>/wandb/checkpoints``, so that they are there until
-    they are sent, whatever becomes of the checkpoint; that takes room only when the checkpoint itself is gone.
+    The files are linked into ``<run>/wandb/checkpoints``, so that they are there until they are sent, whatever becomes
+    of the checkpoint; that takes room only when the checkpoint itself is gone.
 
     Args:
         run: Of W&B.
         directory: The run's.
+        sender: What sends them.
         which: All checkpoints, or those that were the best when they were made.
         best: The lowest val loss so far.
     """
 
-    def __init__(self, run: Any, directory: Path, which: Literal["best", "all"], best: float = math.inf) -> None:
-        self.run, self.folder, self.which, self.best = run, directory / FOLDER, which, best
-        self._waiting: queue.Queue[tuple[Path, Facts, list[str]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._send_all, name="artifacts", daemon=True)
-        self._thread.start()
+    def __init__(
+        self, run: Any, directory: Path, sender: Sender, which: Literal["best", "all"], best: float = math.inf
+    ) -> None:
+        self.run, self.folder, self.sender = run, directory / FOLDER, sender
+        self.which, self.best = which, best
 
     def take(self, place: Path, facts: Facts) -> None:
         """Take a checkpoint that is there, whole."""
@@ -43,17 +44,11 @@ class Artifacts:
             self.best = facts.val_loss
         if is_best or self.which == "all":
             aliases = ["latest", f"step-{facts.step}", *(["best"] if is_best else [])]
+            what = f"the checkpoint of step {facts.step}"
             try:
-                self._waiting.put((self._linked(place), facts, aliases))
+                self.sender.put(what, partial(self._send, self._linked(place), facts, aliases))
             except OSError as error:
-                log.warning("W&B does not get the checkpoint of step %d: %s.", facts.step, error)
-
-    def close(self, seconds: float) -> None:
-        """Wait so long for those that were taken."""
-        self._waiting.put(None)
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            log.warning("W&B does not get the last checkpoints: they could not be hashed in %g seconds.", seconds)
+                log.warning("W&B does not get %s: %s", what, error)
 
     def clear(self) -> None:
         """Remove what W&B has."""
@@ -69,13 +64,6 @@ class Artifacts:
             except OSError:
                 shutil.copyfile(path, folder / path.name)
         return folder
-
-    def _send_all(self) -> None:
-        while (taken := self._waiting.get()) is not None:
-            try:
-                self._send(*taken)
-            except Exception as error:  # whatever it is, the run is worth more
-                log.warning("W&B does not get the checkpoint of step %d: %s", taken[1].step, error)
 
     def _send(self, folder: Path, facts: Facts, aliases: list[str]) -> None:
         import wandb

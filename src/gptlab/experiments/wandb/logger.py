@@ -23,6 +23,7 @@ from gptlab.experiments.wandb.alerts import STALL, Alerts
 from gptlab.experiments.wandb.artifacts import Artifacts
 from gptlab.experiments.wandb.beginning import begin
 from gptlab.experiments.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.experiments.wandb.sending import Sender
 from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.samples import texts_of
 from gptlab.training.processes import is_first_rank
@@ -42,6 +43,8 @@ class WandbRecord(WandbLogger):
         best: The lowest val loss so far.
 
     Attributes:
+        sender: What sends samples and checkpoints; None sends none.
+        finish_timeout: Seconds that it has at the end.
         alerts: What tells W&B that something goes wrong; None tells nothing.
         artifacts: What hands it checkpoints; None hands over none.
     """
@@ -49,15 +52,17 @@ class WandbRecord(WandbLogger):
     def __init__(self, run: Any, directory: Path, first_step: int, best: float = math.inf) -> None:
         super().__init__(experiment=run)
         self.directory, self.first_step, self.works = directory, first_step, True
-        self.best_before = best
+        self.best_before, self._has_rows = best, False
         self.alerts: Alerts | None = None
         self.artifacts: Artifacts | None = None
+        self.sender: Sender | None = None
         self.finish_timeout = 0.0
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Hand W&B's client a row, which it merges with what it has of the same step."""
         if self.works and (step is None or step >= self.first_step):
+            self._has_rows = True
             self._try(lambda: self.experiment.log(dict(metrics), step=step))
 
     def log_hyperparams(self, params: object = None) -> None:
@@ -66,12 +71,14 @@ class WandbRecord(WandbLogger):
     def log_samples(self, step: int, tokens: Callable[[int], int]) -> None:
         """Write the table of all texts up to a step anew, those before a resume included.
 
+        It comes into the row that is being written by then: W&B takes nothing for an earlier one.
+
         Args:
             step: That was just made.
             tokens: Of so many steps.
         """
-        if self.works:
-            self._try(lambda: self.log_metrics({"samples": self._samples(step, tokens), "tokens": tokens(step)}, step))
+        if self.works and self.sender is not None and self._has_rows:
+            self.sender.put(f"the samples of step {step}", lambda: self._send_samples(step, tokens))
 
     def alert(self, kind: str, sentence: str) -> None:
         """Tell that something goes wrong."""
@@ -96,8 +103,8 @@ class WandbRecord(WandbLogger):
 
     def _finish(self, exit_code: int) -> None:
         run = self.experiment
-        if self.artifacts is not None:
-            self.artifacts.close(self.finish_timeout)
+        if self.sender is not None:
+            self.sender.close(self.finish_timeout)
         if math.isfinite(self.best_before):
             self._keep_best(run)
         if exit_code == PREEMPTED:
@@ -120,12 +127,13 @@ class WandbRecord(WandbLogger):
         since = run.summary.get("val/loss", {}).get("min", math.inf)
         run.summary.update({"val/loss": {"min": min(self.best_before, since)}})
 
-    def _samples(self, until: int, tokens: Callable[[int], int]) -> Any:
+    def _send_samples(self, until: int, tokens: Callable[[int], int]) -> None:
         import wandb
 
         written = [(step, texts_of(text)) for step, text in Run(self.directory).samples if step <= until]
         rows = [[step, tokens(step), text] for step, texts in written for text in texts]
-        return wandb.Table(columns=["step", "tokens", "text"], data=rows)
+        table = wandb.Table(columns=["step", "tokens", "text"], data=rows)
+        self.experiment.log({"samples": table}, commit=False)
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
@@ -165,11 +173,11 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     first_step = max(before.values(), default=-1) + 1 if run.offline else run.starting_step
     losses = [loss for row in earlier if math.isfinite(loss := float(row.get("val/loss", math.inf)))]
     record = WandbRecord(run, directory, first_step, min(losses, default=math.inf))
-    record.finish_timeout = settings.finish_timeout
+    record.finish_timeout, record.sender = settings.finish_timeout, Sender()
     if settings.alert_wait is not None:
         record.alerts = Alerts(run, settings.alert_wait)
     if settings.checkpoints != "none":
-        record.artifacts = Artifacts(run, directory, settings.checkpoints, record.best_before)
+        record.artifacts = Artifacts(run, directory, record.sender, settings.checkpoints, record.best_before)
     for row in earlier:
         record.log_metrics({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
     if not run.offline:
