@@ -6,8 +6,8 @@ from conftest import User
 
 # Python imports sitecustomize as it starts; the processes that do not train are spared the import of torch
 PATCH = """
-import sys
-if {"gptlab.train", "gptlab.experiments.worker"} & set(sys.orig_argv):
+import os, sys
+if {"gptlab.train", "gptlab.experiments.worker", "gptlab.experiments.sweeping.trial"} & set(sys.orig_argv):
     import torch
     from gptlab.training.module import GPTModule
     plain = GPTModule.training_step

@@ -97,4 +97,4 @@ def test_a_sweep_over_processes_runs_each_job_once(user):
     assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs
     for job in jobs[1:]:
         assert metrics(job, "train/loss") == pytest.approx(metrics(jobs[0], "train/loss"), abs=1e-5)
-    assert done.stdout.count("of the sweep:") == 3
+    assert done.stdout.count("done · ") == 3

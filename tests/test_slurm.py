@@ -1,6 +1,7 @@
 """On a real SLURM: srun starts one run, a stopped job goes on by itself, jobs of a sweep are jobs of the cluster."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from gptlab.experiments.exits import MISTAKEN
 from slurm_cluster import Cluster, why_not
-from test_train import metrics, ran
+from test_train import metrics, mistaken, ran
 
 pytestmark = pytest.mark.slow
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
@@ -101,7 +102,6 @@ SWEEP = ("-m", "hydra/launcher=slurm", "trainer=ddp", "trainer.devices=2")
 
 
 def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     ran(user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2,3", *SMALL, timeout=400))
     directory = user.only_run("sweep")
     jobs = sorted(path for path in directory.iterdir() if path.is_dir() and path.name != ".submitit")
@@ -113,14 +113,12 @@ def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
 
 
 def test_a_job_of_a_sweep_that_fails_is_told(slurm, user):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     done = user.python("gptlab.train", *SWEEP, "name=sweep", "train.global_batch_size=7,12", *SMALL, timeout=400)
     assert done.returncode == MISTAKEN
     assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
 
 
 def test_a_job_of_a_sweep_goes_on_in_its_directory(slurm, user):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     sweep = (sys.executable, "-m", "gptlab.train", *SWEEP, *LONG)
     launcher = subprocess.Popen(sweep, cwd=user.folder, env=user.environment, stderr=subprocess.DEVNULL)
     try:
@@ -136,3 +134,28 @@ def test_a_job_of_a_sweep_goes_on_in_its_directory(slurm, user):
         launcher.kill()
         launcher.wait()
         slurm.run("scancel", "--user=root")
+
+
+def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
+    length = ("train.max_steps=300", "train.eval_every=5", "train.eval_windows=4")
+    sweep = ("-m", "hydra/launcher=slurm", "name=sweep", "seed=1,2", *SMALL[:3], *length)
+    run = user.begin("gptlab.train", *sweep)
+    run.until(lambda: list(user.folder.glob("outputs/sweep/*/0/metrics.csv")))
+    run.kill()
+    run.ended(-signal.SIGKILL)
+    jobs = [json.loads((user.only_run("sweep") / number / "trial.json").read_text())["job"] for number in ("0", "1")]
+    ran(user.python("gptlab.train", *sweep, timeout=400))
+    directory = user.only_run("sweep")
+    found = [json.loads((directory / number / "trial.json").read_text()) for number in ("0", "1")]
+    assert [(trial["state"], trial["starts"], trial["job"]) for trial in found] == [("done", 1, job) for job in jobs]
+    assert [(directory / number / "train.log").read_text().count("model ") for number in ("0", "1")] == [1, 1]
+
+
+def test_a_partition_that_takes_no_jobs_is_named(slurm, user):
+    sweep = ("-m", "hydra/launcher=slurm", "seed=1,2", *SMALL)
+    mistaken(user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition; there are tests")
+    assert slurm.run("scontrol", "update", "PartitionName=tests", "State=DOWN").returncode == 0
+    try:
+        mistaken(user.python("gptlab.train", *sweep), "takes no jobs now: it is down")
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=tests", "State=UP")

@@ -53,6 +53,7 @@ def test_a_run_leaves_its_record_and_says_where(user):
         "environment.json",
         "manifest.json",
         "metrics.csv",
+        "state.json",
         "train.log",
         *(f"checkpoints/step_{step:06d}/{name}" for step in (3, 6) for name in ("record.json", "state.pt")),
         "samples/step_000003.txt",

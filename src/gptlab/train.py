@@ -23,7 +23,7 @@ def main(values: DictConfig) -> int:
     if hydra.mode != RunMode.MULTIRUN:
         return launch(config, place=None)
     log.info("job %s of the sweep: %s", hydra.job.num, " ".join(hydra.overrides.task))
-    return launch(config, place=Path(hydra.runtime.output_dir))
+    return launch(config, place=Path(hydra.runtime.output_dir), alone=False)  # hydra/sweeper=basic
 
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def test_onednn_s_float32_products_are_float32(tmp_path):
     torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
 
 
-def test_logits_are_there_for_a_quarter_of_a_gib_at_a_time():
+def test_logits_are_there_for_64_mib_at_a_time():
     chunk = devices.loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
-    assert 2**28 - 4 * 50304 < chunk * 50304 * 4 <= 2**28
+    assert 2**26 - 4 * 50304 < chunk * 50304 * 4 <= 2**26
     assert devices.loss_chunk(7, MODEL) == 7
     assert devices.loss_chunk(None, MODEL) is None

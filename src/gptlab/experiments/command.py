@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import gptlab
 from gptlab.errors import Diverged, UserError, did_you_mean
-from gptlab.experiments.exits import DONE, INTERRUPTED, PREEMPTED, tell
+from gptlab.experiments.exits import DONE, INTERRUPTED, PREEMPTED, SweepEnded, tell
 from gptlab.experiments.logs import log_to_screen
 from gptlab.experiments.schema import no_setting
 from gptlab.experiments.targets import checked_targets
@@ -91,7 +91,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
                 if wants_traceback:
                     raise
                 statuses.append(tell(_explain(error, keys)))
-            except JobFailed as error:
+            except (JobFailed, SweepEnded) as error:
                 statuses.append(error.status)
             except _Ended as error:
                 sys.exit(error.status)

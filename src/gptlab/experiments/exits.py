@@ -15,6 +15,14 @@ HUNG = 124  # a process made no progress for too long (as timeout(1) has it)
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
+class SweepEnded(Exception):  # noqa: N818  (what it has done)
+    """A sweep is over, and not every trial has come to a result."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 def tell(error: Exception) -> int:
     """Print what is wrong, once and not once a process; return the exit status."""
     if is_first_rank():

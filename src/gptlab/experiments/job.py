@@ -11,13 +11,14 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 
 from gptlab.data.prepared import Prepared
 from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
-from gptlab.experiments.exits import DONE, PREEMPTED
+from gptlab.experiments.exits import DONE, PREEMPTED, PRUNED
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.records.runs import SAMPLES
 from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
+from gptlab.experiments.sweeping.ledger import is_pruned
 from gptlab.experiments.wandb.connecting import connect_wandb
 from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
@@ -88,10 +89,11 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
             connect_wandb(trainer, recorder)
             _fit(trainer, module, data, checkpoint, directory)
+        status = PRUNED if _was_pruned(trainer) else DONE
         if is_first:
             summarise(config, directory, recorder, trainer)
-            end_state(directory, DONE)
-        return DONE
+            end_state(directory, status)
+        return status
     except Preempted:
         say_stopped("Stopped by a signal", directory, trainer.global_step)
         if is_first:
@@ -195,7 +197,16 @@ def _callbacks(
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
         checkpoints = Checkpoints(files, directory / CHECKPOINTS, every=every, eval_every=eval_every)
         callbacks.append(checkpoints)
+    if is_pruned(directory):
+        from gptlab.experiments.sweeping.pruning import Pruning  # with Optuna
+
+        callbacks.append(Pruning(directory, recorder))
     return [*callbacks, Preemption(pulse, checkpoints), Garbage()]
+
+
+def _was_pruned(trainer: L.Trainer) -> bool:
+    """Whether its sweep has ended the run."""
+    return any(getattr(callback, "pruned", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:

@@ -27,19 +27,20 @@ from gptlab.training.processes import started_from_outside
 log = logging.getLogger(__name__)
 
 
-def launch(config: Config, place: Path | None) -> int:
+def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
     """Run a checked configuration to its end.
 
     Args:
         config: From ``gptlab.experiments.schema.check``.
         place: The run directory that a sweep has set apart; None names one by the time.
+        alone: Whether this process runs nothing else.
 
     Returns:
         The exit status.
     """
     config, place = go_on(config, place)
     config, prepared = make_ready(config)
-    if started_from_outside() or (config.trainer.strategy == "single" and place is None):
+    if started_from_outside() or (config.trainer.strategy == "single" and alone):
         from gptlab.experiments.job import run  # torch is needed from here on
 
         return stoppable(lambda: run(config, prepared, place))

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from gptlab.experiments.environment import COMMAND
-from gptlab.experiments.exits import DIVERGED, DONE, INTERRUPTED, PREEMPTED
+from gptlab.experiments.exits import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.experiments.handover import write_job
 from gptlab.experiments.schema import Config
 from gptlab.experiments.signals import STOPS, Stops, hold_back
@@ -28,7 +28,7 @@ from gptlab.training.processes import MOST_PROCESSES_PER_CORE, RENDEZVOUS
 
 WORKER = "gptlab.experiments.worker"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-ORDERLY = {DONE, PREEMPTED, DIVERGED}  # of which all ranks know: they end together, each in its time
+ORDERLY = {DONE, PRUNED, PREEMPTED, DIVERGED}  # of which all ranks know: they end together, each in its time
 GRACE = 5.0  # seconds that workers have to end by themselves, and once more when they are told to
 PAUSE = 0.05  # seconds between looks at them
 COUNT = "import torch; print(torch.cuda.device_count())"
@@ -138,13 +138,13 @@ def _number_of_workers(trainer: TrainerConfig) -> int:
     most = MOST_PROCESSES_PER_CORE * (os.cpu_count() or 1)
     if trainer.devices != "auto" and trainer.devices <= most:
         return trainer.devices
-    gpus = 0 if trainer.accelerator == "cpu" else _gpus()
+    gpus = 0 if trainer.accelerator == "cpu" else count_gpus()
     if trainer.devices == "auto":
         return gpus or 1
     return trainer.devices if trainer.devices <= gpus else 1
 
 
 @cache
-def _gpus() -> int:
+def count_gpus() -> int:
     """Ask torch for the GPUs of this machine, in a process of its own."""
     return int(subprocess.run((sys.executable, "-c", COUNT), stdout=subprocess.PIPE, check=True).stdout)

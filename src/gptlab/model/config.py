@@ -156,6 +156,14 @@ def parameter_count(config: GPTConfig) -> int:
     return _looked_up(config) + _head(config) + L * block + norm * (1 + config.embedding_norm) + _mixed(config)
 
 
+def embedding_count(config: GPTConfig) -> int:
+    """Count the parameters of embeddings and of an untied head, which "non-embedding parameters" are without.
+
+    Source: Kaplan et al. 2020, section 2.1.
+    """
+    return _looked_up(config) + _head(config)
+
+
 def flops_per_token(config: GPTConfig) -> int:
     """Floating-point operations of one training token, forward and backward.
 

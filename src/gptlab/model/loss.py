@@ -54,7 +54,13 @@ def mean_loss(x: Tensor, weight: Tensor, targets: Tensor, head: Head, chunk: int
         return F.cross_entropy(head.logits(x, weight).float(), targets, ignore_index=IGNORED)
     if torch.is_autocast_enabled(x.device.type):  # which does not reach into a function that has its own gradient
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _ChunkedLoss.apply(x, weight, targets, head, chunk)
+    return _in_chunks(x, weight, targets, head, chunk)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would be unrolled, chunk after chunk, and kept at once
+def _in_chunks(x: Tensor, weight: Tensor, targets: Tensor, head: Head, chunk: int) -> Tensor:
+    loss: Tensor = _ChunkedLoss.apply(x, weight, targets, head, chunk)
+    return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -74,7 +80,7 @@ class _ChunkedLoss(torch.autograd.Function):
             loss, gradient = _chunk(part @ matrix.T, target, head, count)
             total = total + loss
             to_x.append(gradient @ matrix)
-            to_weight = to_weight + gradient.T @ part
+            to_weight += gradient.T @ part
         ctx.save_for_backward(torch.cat(to_x), to_weight.to(weight.dtype))
         return total
 
@@ -86,14 +92,15 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _chunk(raw: Tensor, targets: Tensor, head: Head, count: Tensor) -> tuple[Tensor, Tensor]:
     """Sum of the losses of a chunk over ``count``, and its gradient to the products (N, R), in their precision."""
-    padding = torch.arange(raw.size(1), device=raw.device) >= head.vocab_size
-    logits = head.capped(raw.float()).masked_fill(padding, -torch.inf)
+    logits = head.capped(raw.float())
+    logits[:, head.vocab_size :] = -torch.inf
     log_p = F.log_softmax(logits, dim=1)
+    bent = None if head.soft_cap is None else 1 - (logits.nan_to_num(neginf=0) / head.soft_cap).square()
+    del logits  # no more than two tensors of this size are there at a time
     scored = (targets != IGNORED)[:, None]
     ids = targets.clamp(min=0)[:, None]
     loss = -(log_p.gather(1, ids) * scored).sum() / count
-    is_target = torch.arange(raw.size(1), device=raw.device) == ids
-    gradient = (log_p.exp() - is_target.float()) * scored / count
-    if head.soft_cap is not None:
-        gradient = gradient * (1 - (logits.masked_fill(padding, 0) / head.soft_cap).square())
-    return loss, gradient.to(raw.dtype)
+    gradient = log_p.exp_()
+    gradient.scatter_add_(1, ids, torch.full_like(ids, -1, dtype=gradient.dtype))
+    gradient.mul_(scored / count)
+    return loss, (gradient if bent is None else gradient.mul_(bent)).to(raw.dtype)

@@ -42,7 +42,7 @@ PEAK_BF16_FLOPS = {
 WIDE = 384  # n_embd from which a CPU gains by bfloat16
 WIDER = 512  # and from which it gains by compilation, and a run is long enough for it to pay
 CPUINFO = Path("/proc/cpuinfo")
-LOGITS = 2**28  # bytes of float32 logits that may be there at a time
+LOGITS = 2**26  # bytes of float32 logits that may be there at a time
 
 
 class Devices(NamedTuple):
@@ -115,7 +115,7 @@ def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
 
 
 def loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
-    """Tokens whose logits are there at a time; on "auto" as many as need a quarter of a GiB."""
+    """Tokens whose logits are there at a time; on "auto" as many as need 64 MiB."""
     return LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
 
 

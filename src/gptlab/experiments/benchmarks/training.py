@@ -73,9 +73,12 @@ IN_BFLOAT16 = {
     "+ compiled": Levers(precision="bf16-mixed", fused=True, compile=True),
     "gptlab, by itself": Levers(own=True),
 }
+EAGER = Levers(precision="bf16-mixed", fused=True)
 WITH_CHUNKS = {
-    "logits at once": Levers(precision="bf16-mixed", fused=True, compile=True),
-    "logits in chunks": Levers(precision="bf16-mixed", fused=True, compile=True, chunked=True),
+    "logits at once": EAGER,
+    "logits in chunks": EAGER._replace(chunked=True),
+    "compiled, at once": EAGER._replace(compile=True),
+    "compiled, in chunks": EAGER._replace(compile=True, chunked=True),
 }
 
 

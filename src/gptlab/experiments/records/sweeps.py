@@ -33,6 +33,7 @@ class Trial(BaseModel):
         value: The sweep's metric (lower is better); None where there is none.
         tokens: That it has seen.
         starts: How often it was started.
+        job: Of a cluster, where it runs as one.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -46,6 +47,11 @@ class Trial(BaseModel):
     value: float | None = None
     tokens: int = 0
     starts: int = 0
+    job: str | None = None
+
+    def to(self, state: TrialState, **changes: Any) -> "Trial":
+        """Return it in another state."""
+        return self.model_copy(update={"state": state, **changes})
 
     def save(self, sweep: Path) -> None:
         """Write trial.json."""
@@ -61,6 +67,7 @@ class Sweep(BaseModel):
         space: What is varied, as it is written: {"optimizer.lr": "1e-3,2e-3"}.
         fixed: The other overrides of the command line.
         search: "grid", or how points are chosen: "random", "tpe", "cmaes".
+        n_trials: How many points there are to be.
         metric: Of metrics.csv, whose lowest value counts.
         baseline: The overrides that the others are compared with; empty: the first point.
         definition: Hash of what makes the sweep this one; a sweep that is started again has the same.
@@ -73,6 +80,7 @@ class Sweep(BaseModel):
     space: dict[str, str]
     fixed: list[str]
     search: str
+    n_trials: int
     metric: str = "val/loss"
     baseline: dict[str, str]
     definition: str

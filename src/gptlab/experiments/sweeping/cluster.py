@@ -1,0 +1,180 @@
+"""Trials as jobs of SLURM, through submitit. They go on when the sweep's process has ended. Imports no torch."""
+
+import logging
+import shutil
+import subprocess
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import UserError
+from gptlab.experiments.exits import FAILED, PREEMPTED
+from gptlab.experiments.handover import end_with, write_job
+from gptlab.experiments.records.sweeps import Trial
+from gptlab.experiments.schema import Config
+from gptlab.experiments.sweeping.config import SlurmConfig
+from gptlab.experiments.sweeping.pool import JOB
+from gptlab.experiments.sweeping.trial import run_file
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".submitit"
+ASK_EVERY = 5.0  # seconds
+PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
+OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+class TrialJob:
+    """What a job of the cluster runs; submitit pickles it.
+
+    Args:
+        file: Where the configuration and its place are written down.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self) -> int:
+        """Run the trial, and return its exit status."""
+        try:
+            end_with(lambda: run_file(self.file))
+        except SystemExit as end:
+            return int(end.code or 0)
+
+    def checkpoint(self) -> Any:
+        """Queue the job again: it was saved, and goes on. submitit calls this."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class Cluster:
+    """Runs trials as jobs of SLURM.
+
+    Args:
+        config: What a job needs, and how many there may be at once.
+        folder: The sweep's.
+    """
+
+    def __init__(self, config: SlurmConfig, folder: Path) -> None:
+        import submitit
+
+        self.at_once = config.at_once
+        self._logs = folder / FOLDER
+        self._executor = submitit.AutoExecutor(
+            folder=self._logs / "%j", cluster="slurm", slurm_max_num_timeout=config.max_num_timeout
+        )
+        resources = config.model_dump(exclude={"at_once", "max_num_timeout", "partition"}, exclude_none=True)
+        general = ("timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb")
+        self._executor.update_parameters(
+            name="gptlab",
+            **{key if key in general else f"slurm_{key}": value for key, value in resources.items()},
+            **({"slurm_partition": config.partition} if config.partition else {}),
+        )
+        self._running: dict[int, Any] = {}
+        self._unknown: dict[int, int] = {}
+        self._asked = 0.0
+        self._told = False
+        self._stopped = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another trial can be submitted."""
+        return len(self._running) < self.at_once and not self._stopped
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a job to wait for."""
+        return bool(self._running) and not self._stopped
+
+    def start(self, trial: Trial, config: Config, place: Path) -> Trial:
+        """Submit a trial; UserError has SLURM's reason where it is not taken."""
+        import submitit
+
+        place.mkdir(parents=True, exist_ok=True)
+        write_job(place / JOB, config, place)
+        try:
+            job = self._executor.submit(TrialJob(place / JOB))
+        except submitit.core.utils.FailedJobError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"SLURM does not take the job of trial {trial.number}: {reason}") from None
+        self._running[trial.number] = job
+        return trial.model_copy(update={"job": str(job.job_id)})
+
+    def take_up(self, trial: Trial, place: Path) -> bool:
+        """Whether the job of a trial is there still, from an earlier start of the sweep, and is waited for."""
+        import submitit
+
+        if trial.job is None or trial.job not in _states([trial.job]):
+            return False
+        self._running[trial.number] = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
+        return True
+
+    def ended(self) -> list[tuple[int, int]]:
+        """Return (number, exit status) of the trials that have ended since the last time."""
+        done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
+        gone = [] if done or time.monotonic() - self._asked < ASK_EVERY else self._gone()
+        statuses = [(number, self._status(self._running.pop(number))) for number in done]
+        for number in gone:
+            del self._running[number]
+        return [*statuses, *((number, PREEMPTED) for number in gone)]  # cancelled, or its node is: it may begin again
+
+    def hand_on(self, number: int) -> None:
+        """Leave the jobs alone, and no longer wait for them."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Say what goes on."""
+        if self._running and not self._told:
+            self._told = True
+            jobs = " ".join(str(job.job_id) for job in self._running.values())
+            log.info("%d jobs go on in SLURM. To watch them again: the same command. To end them: scancel %s",
+                     len(self._running), jobs)  # fmt: skip
+
+    def _gone(self) -> list[int]:
+        """Find the trials of whose jobs SLURM knows nothing, though they have left no result."""
+        self._asked = time.monotonic()
+        states = _states([str(job.job_id) for job in self._running.values()])
+        for number, job in self._running.items():
+            lives = str(job.job_id) in states and states[str(job.job_id)] not in OVER
+            self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
+        return [number for number in self._running if self._unknown[number] >= PATIENCE]
+
+    def _status(self, job: Any) -> int:
+        try:
+            return int(job.result())
+        except Exception as error:  # whatever ended the process
+            log.warning("SLURM job %s has failed: %s", job.job_id, str(error).strip().splitlines()[-1])
+            return FAILED
+
+
+def _states(jobs: list[str]) -> dict[str, str]:
+    """Ask SLURM for the states of jobs; those it has forgotten are missing."""
+    command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}")
+    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return {fields[0]: fields[1] for line in lines if len(fields := line.split()) == 2}
+
+
+def check_cluster(config: SlurmConfig) -> None:
+    """See that there is a SLURM, and that the partition takes jobs; UserError says what is not."""
+    if find_spec("submitit") is None:
+        raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
+    partition = config.partition
+    if shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=slurm: there is no SLURM on this machine (no sbatch on the PATH).")
+    done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"SLURM does not answer: {' '.join(done.stderr.split())}")
+    rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
+    names = sorted({name for name, _, _ in rows})
+    asked = [state for name, state, starred in rows if name == partition or (not partition and starred.endswith("*"))]
+    if partition and not asked:
+        raise UserError(
+            f"hydra.launcher.partition={partition}: SLURM has no such partition; there are {', '.join(names)}."
+        )
+    if asked and not any(state == "up" for state in asked):
+        raise UserError(
+            f"SLURM's partition {partition or '(its default)'} takes no jobs now: it is {asked[0]}. "
+            "Another one: hydra.launcher.partition=<name>"
+        )

@@ -1,0 +1,104 @@
+"""What a sweep varies: the points of a grid, or the distributions that a search draws from. Imports no torch."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from gptlab.errors import UserError
+
+Point = dict[str, str]  # what a trial changes, as it is written on a command line
+
+
+class Space:
+    """The overrides of a sweep, told apart.
+
+    Args:
+        params: Of hydra.sweeper.params; what the command line says of a key comes before it.
+        arguments: The overrides of the command line.
+
+    Attributes:
+        varied: The overrides with several values, by key.
+        fixed: All the others, as they are written.
+
+    Raises:
+        UserError: Nothing is varied, or a value is none.
+    """
+
+    def __init__(self, params: Mapping[str, Any], arguments: list[str]) -> None:
+        parser = OverridesParser.create()
+        typed = parser.parse_overrides(arguments)
+        named = {override.get_key_element() for override in typed}
+        ready = [o for o in parser.parse_overrides([f"{k}={v}" for k, v in params.items()]) if _key(o) not in named]
+        overrides = [*ready, *typed]
+        self.varied = {_key(override): override for override in overrides if override.is_sweep_override()}
+        self.fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        if not self.varied:
+            raise UserError(
+                "The sweep varies nothing: -m needs a key with several values, optimizer.lr=1e-3,2e-3, or a sweep that "
+                "has them, sweeps=lr."
+            )
+
+    @property
+    def written(self) -> dict[str, str]:
+        """What is varied, as it is written."""
+        return {key: str(override.get_value_string()) for key, override in self.varied.items()}
+
+    def grid(self) -> list[Point]:
+        """Every combination of the values, the last key varying fastest; UserError for a key with infinitely many."""
+        values = []
+        for key, override in self.varied.items():
+            if not override.is_discrete_sweep():
+                raise UserError(
+                    f"{key}={override.get_value_string()} has infinitely many values: a grid needs them one by one "
+                    f"({key}=1,2,3), and a search draws from them (hydra.sweeper.search=tpe hydra.sweeper.n_trials=20)."
+                )
+            values.append([str(value) for value in override.sweep_string_iterator()])
+        empty = [key for key, found in zip(self.varied, values, strict=True) if not found]
+        if empty:
+            raise UserError(f"{empty[0]}={self.written[empty[0]]} has no value: the sweep would be empty.")
+        return [dict(zip(self.varied, point, strict=True)) for point in itertools.product(*values)]
+
+    def example(self) -> Point:
+        """A point that a search might draw."""
+        return {key: _first(distribution) for key, distribution in self.distributions().items()}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """What a search draws from, by key."""
+        return {key: _distribution(override) for key, override in self.varied.items()}
+
+
+def _first(distribution: BaseDistribution) -> str:
+    """The first value of a distribution."""
+    if isinstance(distribution, CategoricalDistribution):
+        return str(distribution.choices[0])
+    assert isinstance(distribution, FloatDistribution | IntDistribution)  # noqa: S101
+    return written(distribution.low)
+
+
+def written(value: Any) -> str:
+    """Write a value that was drawn as one would on a command line."""
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _key(override: Override) -> str:
+    return str(override.get_key_element())
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    sweep, key = override.value(), _key(override)
+    if isinstance(sweep, IntervalSweep):
+        low, high = sweep.start, sweep.end
+        if low is None or high is None or not low < high:
+            raise UserError(f"{key}={override.get_value_string()} is empty: it has to begin before its end.")
+        is_log = "log" in sweep.tags
+        if isinstance(low, int) and isinstance(high, int):
+            return IntDistribution(low, high, log=is_log)
+        return FloatDistribution(float(low), float(high), log=is_log)
+    values = [str(value) for value in override.sweep_string_iterator()]
+    if not values:
+        raise UserError(f"{key}={override.get_value_string()} has no value: the sweep would be empty.")
+    return CategoricalDistribution(values)

@@ -1,0 +1,121 @@
+"""A sweep, as Hydra hands it over. Imports no torch."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.types import HydraContext
+from omegaconf import DictConfig, open_dict
+
+from gptlab.errors import UserError
+from gptlab.experiments.exits import DONE, SweepEnded
+from gptlab.experiments.records.sweeps import Sweep
+from gptlab.experiments.resuming import resolve
+from gptlab.experiments.schema import Config, check
+from gptlab.experiments.sweeping.cluster import Cluster, check_cluster
+from gptlab.experiments.sweeping.conductor import Conductor, Runner
+from gptlab.experiments.sweeping.config import ProcessesConfig, SlurmConfig, SweeperConfig
+from gptlab.experiments.sweeping.ledger import Ledger, config_hash, digest, sweep_directory
+from gptlab.experiments.sweeping.pool import Pool
+from gptlab.experiments.sweeping.search import Search
+from gptlab.experiments.sweeping.space import Point, Space
+
+
+def sweep(
+    context: HydraContext,
+    composed: DictConfig,
+    arguments: list[str],
+    settings: dict[str, Any],
+    launcher: dict[str, Any],
+) -> None:
+    """Run a sweep, or go on with it.
+
+    Args:
+        context: Hydra's, with which a trial's configuration is composed.
+        composed: Of the sweep itself.
+        arguments: The overrides of the command line.
+        settings: Of hydra.sweeper.
+        launcher: Of hydra.launcher.
+
+    Raises:
+        UserError: What is asked for cannot be run at all.
+        SweepEnded: Not every trial has come to a result.
+    """
+    wanted = check(SweeperConfig, settings)
+    space, where = Space(wanted.params, arguments), _where(launcher)
+
+    def compose(point: Point) -> Config:
+        overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
+        values = context.config_loader.load_sweep_config(composed, overrides)
+        with open_dict(values):
+            del values["hydra"]  # which is Hydra's own, and of no job yet
+        return resolve(values, overrides).with_absolute_paths()
+
+    base = _checked(space, compose, is_grid=wanted.search == "grid")
+    what = _describe(wanted, space, base)
+    named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
+    directory = Path(composed.hydra.sweep.dir) if named else sweep_directory(base.name, what)
+    ledger = Ledger(directory, what)
+    try:
+        search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
+        runner: Runner = Pool(where, base.trainer) if isinstance(where, ProcessesConfig) else Cluster(where, directory)
+        status = Conductor(ledger, search, runner, compose, retry=wanted.retry).run()
+    finally:
+        ledger.close()
+    if status != DONE:
+        raise SweepEnded(status)
+
+
+def _checked(space: Space, compose: Callable[[Point], Config], *, is_grid: bool) -> Config:
+    """See that there is something to run before anything is made; return what all trials have in common."""
+    mistakes = []
+    for point in space.grid() if is_grid else [space.example()]:
+        try:
+            compose(point)
+            break
+        except UserError as error:
+            mistakes.append(error)
+    else:
+        raise mistakes[0]
+    return compose({})
+
+
+def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
+    """Say what a sweep is, by everything that would make it another one."""
+    grid = space.grid() if wanted.search == "grid" else None
+    chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
+    return Sweep(
+        question=wanted.question or _question(space),
+        space=space.written,
+        fixed=space.fixed,
+        search=wanted.search,
+        n_trials=len(grid) if grid is not None else wanted.n_trials or 0,
+        metric=wanted.metric,
+        baseline={key: str(value) for key, value in wanted.baseline.items()},
+        definition=digest({"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | chosen),
+        wandb_group=f"{base.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+    )
+
+
+def _question(space: Space) -> str:
+    """Ask what a sweep without a question of its own can only want to know."""
+    keys = [key for key in space.varied if key != "seed"]
+    return f"Which {' and '.join(keys)} is best?" if keys else "How much do seeds differ?"
+
+
+def _where(launcher: dict[str, Any]) -> ProcessesConfig | SlurmConfig:
+    """Check where trials are to run."""
+    kind = str(launcher["_target_"]).rpartition(".")[2]
+    settings = {key: value for key, value in launcher.items() if key != "_target_"}
+    match kind:
+        case "ProcessLauncher":
+            return check(ProcessesConfig, settings)
+        case "SlurmLauncher":
+            config = check(SlurmConfig, settings)
+            check_cluster(config)
+            return config
+    raise UserError(
+        f"hydra/launcher with {kind} runs no sweep of hydra/sweeper=gptlab; processes and slurm do, and "
+        "hydra/sweeper=basic takes any launcher."
+    )

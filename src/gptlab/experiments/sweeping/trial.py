@@ -1,0 +1,32 @@
+"""The process of one trial: python -m gptlab.experiments.sweeping.trial <file>. Started by ``pool``."""
+
+import sys
+from pathlib import Path
+
+from gptlab.experiments.handover import end_with, read_job
+from gptlab.experiments.launching import launch
+from gptlab.experiments.logs import log_to_screen
+from gptlab.experiments.signals import let_in
+from gptlab.experiments.supervisor import end_with_supervisor
+
+
+def main() -> None:
+    """Run what the file says."""
+    end_with_supervisor()
+    log_to_screen()
+    end_with(_work)
+
+
+def _work() -> int:
+    let_in()
+    return run_file(Path(sys.argv[1]))
+
+
+def run_file(path: Path) -> int:
+    """Run the configuration in a file, in the run directory that it names; return the exit status."""
+    config, place = read_job(path)
+    return launch(config, place)
+
+
+if __name__ == "__main__":
+    main()

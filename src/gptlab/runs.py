@@ -1,0 +1,59 @@
+"""List the runs that there are: python -m gptlab.runs [key=value ...]."""
+
+import sys
+import time
+from typing import Literal
+
+from omegaconf import DictConfig
+from pydantic import PositiveFloat, PositiveInt
+from rich import get_console
+
+from gptlab.errors import UserError
+from gptlab.experiments.command import command
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.records.listing import COLUMNS, Condition, as_csv, as_json, listed, table
+from gptlab.experiments.records.runs import find_runs
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.settings import Settings
+
+
+class RunsCommand(Settings):
+    """What to list, and how; see conf/runs.yaml."""
+
+    runs: str
+    filter: str | None
+    sort: str
+    descending: bool
+    columns: list[str]
+    limit: PositiveInt | None
+    watch: PositiveFloat | None
+    format: Literal["table", "csv", "json"]
+
+
+@command("runs", keys=set(known_keys(RunsCommand)), literal=("filter",))
+def main(values: DictConfig) -> int:
+    """Print a line a run."""
+    config = check(RunsCommand, plain(values))
+    conditions = [Condition.parse(part) for part in (config.filter or "").split(",") if part.strip()]
+    if config.watch is not None and not get_console().is_terminal:
+        raise UserError(f"watch={config.watch:g} draws the list anew in a terminal, and this is none.")
+    while True:
+        lines = listed(find_runs(config.runs), conditions, config.sort, descending=config.descending)
+        shown = lines[: config.limit]
+        match config.format:
+            case "table":
+                if config.watch is not None:
+                    get_console().clear()
+                get_console().print(table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown)))
+            case "csv":
+                sys.stdout.write(as_csv(shown, [*COLUMNS, *config.columns]))
+            case "json":
+                sys.stdout.write(as_json(shown, [*COLUMNS, *config.columns]))
+        if config.watch is None:
+            return DONE
+        time.sleep(config.watch)
+
+
+if __name__ == "__main__":
+    main()
