@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from conftest import Begun
-from gptlab.experiments.exits import INTERRUPTED, MISTAKEN
+from gptlab.experiments.exits import INTERRUPTED, MISTAKEN, PREEMPTED
 from test_train import ran
 from wandb_server import KEY, Server
 
@@ -42,7 +42,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     """Rows of W&B by their step, each of which is there once."""
     steps = [row["_step"] for row in rows]
     assert len(set(steps)) == len(steps)
-    return {row["_step"]: {name: row[name] for name in row if not name.startswith("_")} for row in rows}
+    return {row["_step"]: {name: row[name] for name in row if not name.startswith(("_", "samples"))} for row in rows}
 
 
 def records(directory: Path, kind: str = "*run-2*") -> list[list[dict[str, Any]]]:
@@ -74,9 +74,9 @@ def has_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-def begin(user, *arguments: str) -> Begun:
+def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
     """Start a run with W&B."""
-    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "callbacks=checkpoint")
+    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
     rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
     return user.begin("gptlab.train", *small, *rhythm, *arguments)
 
@@ -157,7 +157,7 @@ def test_online_means_online(user, tmp_path, silence, login):
 
 @pytest.mark.slow
 def test_a_server_that_answers_has_every_row(user, server):
-    done = user.train("logger=wandb", "logger.wandb.mode=online")
+    done = user.train("logger=wandb", "logger.wandb.mode=online", "logger.wandb.checkpoints=best")
     ran(done)
     directory = user.only_run()
     ((name, run),) = server.runs.items()
@@ -165,6 +165,9 @@ def test_a_server_that_answers_has_every_row(user, server):
     assert table(run.history) == metrics_file(directory)
     assert run.exit_code == 0
     assert run.config["optimizer"]["value"]["lr"] == 3e-3
+    models = [aliases for artifact, aliases in server.artifacts if artifact == f"model-{name}"]
+    assert models == [{"latest", f"step-{step}", "best"} for step in (3, 6)]
+    assert not (directory / "wandb" / "checkpoints").exists()  # which the server has
     assert done.stdout.count(f"/runs/{name}") == 1
     assert "wandb:" not in done.stdout + done.stderr
     assert has_secret(user.folder) == []
@@ -216,10 +219,12 @@ def test_wandb_s_own_process_may_die(user, server):
     assert "Next: python -m gptlab.sample" in output
 
 
-def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None) -> Path:
+def interrupted(
+    user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None, callbacks: str = "checkpoint"
+) -> Path:
     """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
     length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
-    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments)
+    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments, callbacks=callbacks)
     if silent:
         run.until(lambda: any(run.history for run in silent.runs.values()))
         silent.hangs = True
@@ -230,7 +235,8 @@ def interrupted(user, *arguments: str, by: int = signal.SIGINT, silent: Server |
 
     run.until(further_than_a_checkpoint)
     os.killpg(run.pid, by)
-    run.ended(INTERRUPTED if by == signal.SIGINT else -by, seconds=180)
+    statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
+    run.ended(statuses.get(by, -by), seconds=180)
     return user.only_run()
 
 
@@ -250,7 +256,7 @@ def test_the_records_of_a_resumed_run_make_one(user, server, by):
     first, second = records(directory)
     assert before % 40  # so that some steps were done twice
     if by == signal.SIGINT:
-        assert exit_code(first) == 1
+        assert exit_code(first) == INTERRUPTED
         assert max(table(rows(first))) == before
     assert table(rows(first, second)).keys() == set(range(1, after + 1))
     assert exit_code(second) == 0
@@ -275,7 +281,7 @@ def check_sent(server: Server, directory: Path, after: int) -> None:
 @pytest.mark.slow
 def test_a_run_that_goes_on_online_is_one_run(user, server):
     directory = interrupted(user, "logger.wandb.mode=online")
-    assert next(iter(server.runs.values())).exit_code == 1
+    assert next(iter(server.runs.values())).exit_code == INTERRUPTED
     _, _, after = resumed(user, directory)
     check_sent(server, directory, after)
 

@@ -60,6 +60,7 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         runs: By their ids.
+        artifacts: The name of each that was announced, and its aliases; their files are not asked for.
     """
 
     daemon_threads = True
@@ -68,6 +69,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, runs: dict[str, Run] | None = None, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.runs = {} if runs is None else runs
+        self.artifacts: list[tuple[str, set[str]]] = []
         self.hangs = False
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -118,6 +120,16 @@ class _Handler(BaseHTTPRequestHandler):
                 count = len(run.history)
                 bucket = {"id": "id", "name": variables["name"], "project": project, "historyLineCount": count}
                 return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+            case "CreateArtifact":
+                new = variables["input"]
+                aliases = {alias["alias"] for alias in new["aliases"] or ()}
+                self.server.artifacts.append((new["artifactCollectionName"], aliases))
+                sequence = {"id": "id", "latestArtifact": {"id": "id", "versionIndex": 0}}
+                return {
+                    "createArtifact": {"artifact": {"id": "id", "state": "COMMITTED", "artifactSequence": sequence}}
+                }
+            case "":  # whether an artifact is there already
+                return {"project": {"artifact": None}}
             case "CreateRunFiles":
                 host = self.headers["Host"]
                 files = [{"name": name, "uploadUrl": f"http://{host}/upload"} for name in variables["files"]]

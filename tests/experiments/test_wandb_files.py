@@ -10,7 +10,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from gptlab.experiments.wandb_files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.experiments.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
 
 WANDB = Path(sys.executable).parent / "wandb"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.experiments.wandb_logger import WandbRecord
+from gptlab.experiments.wandb.logger import WandbRecord
 
 
 class Run:

@@ -38,6 +38,21 @@ def test_bad_steps_are_counted_and_told_with_their_batch(caplog: pytest.LogCaptu
     assert "2 in a row" in second
 
 
+def test_listeners_hear_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    one, heard = guard(max_bad_steps=1), []
+    one.listeners.append(lambda kind, sentence: heard.append((kind, sentence)))
+    for step, loss in enumerate((2.0, 2.5, 2.0, 2.5, 2.0, 9.0), 1):
+        one.judge(Beat(step, loss, False))
+    one.judge(Beat(7, math.nan, True))
+    with pytest.raises(Diverged) as caught:
+        after_step(one)
+    assert heard == [
+        ("Loss spike", caplog.messages[0]),
+        ("Step skipped", caplog.messages[1]),
+        ("Run diverged", str(caught.value)),
+    ]
+
+
 def test_so_many_bad_steps_in_a_row_end_the_run() -> None:
     one = guard()
     for step, is_bad in enumerate([True, True, False, True, True], 1):  # a good step begins the row anew

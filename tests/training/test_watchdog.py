@@ -17,6 +17,7 @@ from gptlab.training.callbacks.watchdog import Watchdog
 trainer = SimpleNamespace(callbacks=[], global_rank=3)
 with Watchdog(trainer, 2.0, Path(sys.argv[1])) as watchdog:
     assert trainer.callbacks == [watchdog]
+    watchdog.listeners += [lambda sentence: time.sleep(60), lambda sentence: print("heard:", sentence, flush=True)]
     print("begun", flush=True)
     {what}
 """
@@ -48,6 +49,8 @@ def test_a_process_that_hangs_says_where_and_ends(tmp_path: Path, what: str, sta
         assert frame in done.stderr
         assert "rank 3 made no progress for 2 seconds (trainer.hang_timeout), and ends. " in done.stderr
         assert str(stacks) in done.stderr
+        (heard,) = [line for line in done.stdout.splitlines() if line.startswith("heard: ")]
+        assert heard.removeprefix("heard: ") in done.stderr
 
 
 @pytest.mark.slow

@@ -39,9 +39,13 @@ def create(config: Config, manifest: Manifest, place: Path | None) -> Path:
 
 def record(config: Config, directory: Path) -> None:
     """Write the configuration and the environment of a run, anew when it goes on with others."""
-    values = config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
-    write_durably(directory / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_durably(directory / CONFIG, yaml.safe_dump(as_new(config), sort_keys=False, allow_unicode=True))
     record_environment(directory)
+
+
+def as_new(config: Config) -> dict[str, Any]:
+    """Return the values of a run, whether it goes on or begins."""
+    return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
 
 
 def new_directory(parent: Path) -> Path:

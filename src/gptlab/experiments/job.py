@@ -20,6 +20,7 @@ from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
 from gptlab.experiments.sweeping.ledger import is_pruned
+from gptlab.experiments.wandb.connecting import connect_wandb
 from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
@@ -89,6 +90,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         )
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
+            connect_wandb(trainer, recorder)
             _fit(trainer, module, data, checkpoint, directory)
         status = PRUNED if _was_pruned(trainer) else DONE
         if expected:

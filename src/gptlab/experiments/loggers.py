@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gptlab.experiments.records.runs import METRICS
 from gptlab.experiments.records.state import RunState, load_state, new_state
 from gptlab.experiments.schema import Config
-from gptlab.experiments.wandb_logger import wandb_logger
+from gptlab.experiments.wandb.logger import wandb_logger
 from gptlab.training.processes import is_first_rank
 
 

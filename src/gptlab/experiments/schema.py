@@ -23,10 +23,13 @@ class WandbConfig(Settings):
     project: str
     entity: str | None
     group: str | None
+    job_type: str | None
     tags: list[str]
     mode: Literal["auto", "online", "offline"]
     init_timeout: PositiveFloat
     finish_timeout: PositiveFloat
+    alert_wait: PositiveFloat | None
+    checkpoints: Literal["none", "best", "all"]
 
 
 class TensorBoardConfig(Settings):

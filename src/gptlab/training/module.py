@@ -18,7 +18,7 @@ from gptlab.model.gpt import GPT
 from gptlab.training.averaging import keep_average, put_averages, put_back, set_decay
 from gptlab.training.config import OptimizerConfig, ScheduleConfig
 from gptlab.training.fsdp import FSDP2Strategy
-from gptlab.training.optimizers import build_optimizer, set_step, skip_where_bad, with_names, with_numbers
+from gptlab.training.optimizers import build_optimizer, group_names, set_step, skip_where_bad, with_names, with_numbers
 from gptlab.training.schedules import learning_rate
 from gptlab.training.strategies import compile_in_place, data_rank, reduced, weights_changed
 
@@ -70,6 +70,7 @@ class GPTModule(L.LightningModule):
         self.step_loss = torch.zeros(())  # sum of the losses of the micro-batches of this step, on this rank
         self.grad_norm = torch.zeros(())  # of the last step, before clipping
         self.bad_step = torch.zeros(())  # 1 where that norm is not finite, and the step was skipped; else 0
+        self.group_names: list[str] = []  # of the optimizer, where its groups have learning rates of their own
         self._trained: list[tuple[Tensor, Tensor]] = []  # the weights, while their averages are in their place
 
     def configure_model(self) -> None:
@@ -84,6 +85,7 @@ class GPTModule(L.LightningModule):
         wanted = self.optimizer_config.fused
         fused = self.device.type in ("cuda", "cpu") if wanted == "auto" else wanted
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
+        self.group_names = group_names(self.model, self.optimizer_config)
         if self.ema_decay is not None:
             keep_average(optimizer, self.ema_decay)
         return optimizer
@@ -91,6 +93,18 @@ class GPTModule(L.LightningModule):
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step ``step``, counted from 0; of Muon's, that of the matrices."""
         return learning_rate(step, self.schedule_config, lr=self.optimizer_config.lr, max_steps=self.max_steps)
+
+    def group_lrs(self) -> dict[str, float]:
+        """Learning rates of the groups at the step that was just made, where they have rates of their own."""
+        (optimizer,) = self.trainer.optimizers
+        groups = optimizer.param_groups[: len(self.group_names)]
+        return {f"lr/{name}": group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
+
+    @torch.no_grad()
+    def weight_norm(self) -> float:
+        """Norm of all weights together, each counted once; every rank must ask."""
+        norm = torch.nn.utils.get_total_norm(list(self.model.parameters()))
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Set the step's learning rates, and make what is random a function of (seed, step, share of the data)."""

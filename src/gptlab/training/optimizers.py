@@ -12,6 +12,7 @@ from gptlab.training.config import MuonConfig, OptimizerConfig, ScheduleConfig
 from gptlab.training.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.schedules import learning_rate, momentum
 
+KINDS = ("matrix", "embedding", "head", "vector")  # of parameters, to which Muon's run has a learning rate each
 State = dict[str, Any]  # of an optimizer: of each parameter its moments, and the groups
 
 
@@ -66,6 +67,13 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [group for group in groups if group["params"]]
 
 
+def group_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
+    """Name the groups of ``parameter_groups``, in their order, where they have learning rates of their own."""
+    if not isinstance(config, MuonConfig):
+        return []
+    return [kind for kind, group in zip(KINDS, muon_groups(model, config), strict=True) if group["params"]]
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the parameters as GPT-2 does: matrices and embeddings decay, biases and LayerNorms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -81,20 +89,17 @@ def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
     An embedding that is the head as well is trained as one. Vectors do not decay.
     """
     decay = config.adamw_weight_decay
-    groups: dict[str, dict[str, Any]] = {
-        "matrix": {"lr": config.lr, "weight_decay": config.weight_decay},
-        "embedding": {"lr": config.embedding_lr, "weight_decay": decay},
-        "head": {"lr": config.head_lr, "weight_decay": decay},
-        "vector": {"lr": config.vector_lr, "weight_decay": 0.0},
-    }
+    rates = (config.lr, config.embedding_lr, config.head_lr, config.vector_lr)
+    decays = (config.weight_decay, decay, decay, 0.0)
     heads = {
         parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")
     }
-    parts: dict[str, list[Parameter]] = {kind: [] for kind in groups}
+    parts: dict[str, list[Parameter]] = {kind: [] for kind in KINDS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts[_kind(name, parameter, is_head=parameter in heads)].append(parameter)
-    return [{"params": parts[kind]} | settings for kind, settings in groups.items()]
+    settings = zip(KINDS, rates, decays, strict=True)
+    return [{"params": parts[kind], "lr": rate, "weight_decay": decay} for kind, rate, decay in settings]
 
 
 def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:

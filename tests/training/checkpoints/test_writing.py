@@ -61,6 +61,14 @@ def test_what_is_read_is_what_was_written_and_anybody_can_read_it(files, tmp_pat
     assert same(torch.load(place / "state.pt", weights_only=True), 3)
 
 
+def test_listeners_hear_of_a_checkpoint_that_is_whole_while_the_older_ones_are_there(files, tmp_path):
+    heard = []
+    files.listeners.append(lambda place, facts: heard.append((facts.step, damage(place), len(checkpoints(tmp_path)))))
+    for step in (1, 2, 3, 4):
+        save(files, tmp_path, step)
+    assert heard == [(1, None, 1), (2, None, 2), (3, None, 3), (4, None, 3)]  # two are kept
+
+
 def test_killed_at_any_change_of_its_folder_a_save_leaves_a_whole_checkpoint(files, tmp_path):
     """The process dies before the n-th file that it opens, renames, makes or removes, for every n.
 

@@ -1,6 +1,7 @@
 """What is told of a run that goes wrong: steps without a finite gradient, and loss spikes."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,6 +14,9 @@ from gptlab.training.spikes import SpikeDetector
 
 log = logging.getLogger(__name__)
 
+# kinds of trouble that listeners hear of
+BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
+
 
 class Guard(L.Callback):
     """Counts and tells bad steps and loss spikes, and ends a run that has nothing but bad steps.
@@ -23,11 +27,15 @@ class Guard(L.Callback):
         pulse: Which tells how every step went.
         config: The limits: ``max_bad_steps`` in a row, ``spike_sigma`` and ``spike_window``.
         replay: The command that shows the batch of a step, but for " step=<n>".
+
+    Attributes:
+        listeners: Called, on the first rank, with what kind of thing went wrong and a sentence on it.
     """
 
     def __init__(self, pulse: Pulse, config: TrainConfig, replay: str) -> None:
         self.pulse, self.max_bad_steps, self.replay = pulse, config.max_bad_steps, replay
         self.bad_steps = self.in_a_row = self.loss_spikes = 0
+        self.listeners: list[Callable[[str, str], None]] = []
         self._latest = 0  # the last step that is known of
         sigma = config.spike_sigma
         self._detector = SpikeDetector(sigma, config.spike_window) if sigma is not None else None
@@ -40,6 +48,7 @@ class Guard(L.Callback):
         self.bad_steps += beat.is_bad
         if beat.is_bad:
             self._warn(
+                BAD_STEP,
                 f"step {beat.step}: the gradient is not finite (the loss is {beat.loss:.4f}), so the step was skipped: "
                 f"{self.in_a_row} in a row, of at most {self.max_bad_steps}.",
                 beat.step,
@@ -47,14 +56,21 @@ class Guard(L.Callback):
         elif self._detector and (expected := self._detector.expected(beat.loss)) is not None:
             self.loss_spikes += 1
             self._warn(
+                SPIKE,
                 f"step {beat.step}: the loss is {beat.loss:.4f}, where {expected:.4f} was expected: more than "
                 f"{self._detector.sigma:g} standard deviations above the mean of the steps before.",
                 beat.step,
             )
 
-    def _warn(self, what: str, step: int) -> None:
+    def _warn(self, kind: str, what: str, step: int) -> None:
+        sentence = f"{what} Its batch: {self.replay} step={step}"
         if is_first_rank():
-            log.warning("%s Its batch: %s step=%d", what, self.replay, step)
+            log.warning("%s", sentence)
+        self._tell(kind, sentence)
+
+    def _tell(self, kind: str, sentence: str) -> None:
+        for listener in self.listeners if is_first_rank() else ():
+            listener(kind, sentence)
 
     def counts(self) -> dict[str, float]:
         """The totals so far, for a row of metrics; every rank must ask at the same step."""
@@ -67,10 +83,12 @@ class Guard(L.Callback):
     ) -> None:
         """End the run where it learns nothing any more; all ranks do so at the same step."""
         if self.in_a_row >= self.max_bad_steps:
-            raise Diverged(
+            sentence = (
                 f"The gradient was not finite for {self.in_a_row} steps in a row (train.max_bad_steps), up to step "
                 f"{self._latest}. The batch of the first of them: {self.replay} step={self._latest - self.in_a_row + 1}"
             )
+            self._tell(DIVERGED, sentence)
+            raise Diverged(sentence)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Tell of the last step, too."""

@@ -129,7 +129,9 @@ class Recorder(L.Callback):
         metrics = {
             "train/loss": loss,
             "lr": module.lr(step - 1),
+            **module.group_lrs(),
             "grad_norm": module.grad_norm.item(),
+            "weight_norm": module.weight_norm(),
             "tokens": self.tokens(step),
             "tokens_per_second": tokens_per_second,
             "data_wait": waited / seconds,

@@ -1,5 +1,7 @@
 """Samples as the model learns."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -14,6 +16,8 @@ from gptlab.training.config import SamplesConfig
 from gptlab.training.module import GPTModule, derive_seed
 from gptlab.training.strategies import gathered
 
+HEADING = "--- sample {} ---\n"
+
 
 class Samples(L.Callback):
     """Writes <folder>/step_<step>.txt after every evaluation.
@@ -23,6 +27,10 @@ class Samples(L.Callback):
         tokenizer: To read the prompt and write the text.
         folder: Made when it is needed.
         seed: With the step, the seed of the samples; the training's own randomness is not touched.
+
+    Attributes:
+        latest: The texts of the latest evaluation.
+        listeners: Called with the step, on the first rank, when its texts are written.
     """
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
@@ -31,6 +39,7 @@ class Samples(L.Callback):
             temperature=config.temperature, top_k=config.top_k, top_p=None, min_p=None, repetition_penalty=1
         )
         self.latest: list[str] = []
+        self.listeners: list[Callable[[int], None]] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate on every rank alike (a sharded network needs them all), write on the first."""
@@ -53,5 +62,13 @@ class Samples(L.Callback):
         self.latest = [self.tokenizer.decode(prompt + text).removeprefix(END_OF_TEXT) for text in texts]
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            text = "\n\n".join(f"--- sample {i} ---\n{sample}" for i, sample in enumerate(self.latest, 1))
+            text = "\n\n".join(f"{HEADING.format(i)}{sample}" for i, sample in enumerate(self.latest, 1))
             (self.folder / f"step_{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+            for listener in self.listeners:
+                listener(step)
+
+
+def texts_of(written: str) -> list[str]:
+    """Take the texts of one evaluation out of its file."""
+    _, *texts = re.split(f"^{HEADING.format('[0-9]+')}", written, flags=re.MULTILINE)
+    return [text.removesuffix("\n\n") for text in texts[:-1]] + [text.removesuffix("\n") for text in texts[-1:]]

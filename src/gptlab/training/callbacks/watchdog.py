@@ -5,6 +5,7 @@ import faulthandler
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,11 +32,15 @@ class Watchdog(L.Callback):
         trainer: Which is watched.
         timeout: Seconds without progress.
         folder: For the stacks; made when it is needed.
+
+    Attributes:
+        listeners: Called with a sentence, in threads that nobody waits for, before the process ends.
     """
 
     def __init__(self, trainer: L.Trainer, timeout: float, folder: Path) -> None:
         self.trainer, self.timeout = trainer, timeout
         self.folder = folder
+        self.listeners: list[Callable[[str], None]] = []
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
@@ -82,5 +87,7 @@ class Watchdog(L.Callback):
             f"Where its threads stand is {where}\n"
         )
         os.write(STDERR, sentence.encode())  # no logging: whoever hangs may hold its lock
+        for listener in self.listeners:
+            threading.Thread(target=listener, args=(sentence.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))
         os._exit(STATUS)

@@ -34,11 +34,16 @@ class CheckpointFiles(CheckpointIO):
         keep_last: How many of the newest are kept.
         keep_best: Whether the one with the lowest val loss is kept as well.
         asynchronous: Write in a thread while training goes on; ``check`` and ``wait`` raise what went wrong there.
+
+    Attributes:
+        listeners: Called with every checkpoint that is whole, and its facts, on the first rank, before older ones are
+            removed; in the thread, where there is one.
     """
 
     def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.listeners: list[Callable[[Path, Facts], None]] = []
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -96,6 +101,8 @@ class CheckpointFiles(CheckpointIO):
             hashes = write(unfinished, state)
             if hashes is not None:  # on the first rank
                 seal(unfinished, place, facts, hashes)
+                for listener in self.listeners:
+                    listener(place, facts)
                 prune(place.parent, facts.step, self.keep_last, self.keep_best)
         except (OSError, CheckpointException) as error:
             if not _is_full(error):

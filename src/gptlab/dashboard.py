@@ -1,0 +1,57 @@
+"""What W&B shows of runs, as code: python -m gptlab.dashboard entity=<entity> project=<project> [key=value ...]."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from gptlab.errors import UserError
+from gptlab.experiments.command import command, configuration_folder
+from gptlab.experiments.dashboards.spaces import write_wandb_sweeps
+from gptlab.experiments.dashboards.workspace import as_json, build_workspace, save
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.settings import Settings
+
+
+class DashboardConfig(Settings):
+    """Which workspace to build, and where it goes; see conf/dashboard.yaml."""
+
+    entity: str | None
+    project: str | None
+    name: str
+    dry_run: bool
+    out: str
+    wandb_sweeps: str | None
+
+
+@command("dashboard", keys=set(known_keys(DashboardConfig)))
+def main(values: DictConfig) -> int:
+    """Write W&B's sweep files, or build the workspace and save it."""
+    config = check(DashboardConfig, plain(values))
+    if config.wandb_sweeps is not None:
+        conf = configuration_folder()
+        folder = Path(config.wandb_sweeps).expanduser()
+        for path in write_wandb_sweeps(conf / "sweeps", conf / "logger" / "wandb.yaml", folder):
+            print(f"Written: {path}")
+        return DONE
+    if not config.entity or not config.project:
+        raise UserError(
+            "A workspace belongs to a project: name both, entity=<user or team> project=<project>, as they stand in "
+            "the project's address, wandb.ai/<entity>/<project>."
+        )
+    workspace = build_workspace(config.entity, config.project, config.name)
+    if not config.dry_run:
+        print(f"Saved: {save(workspace)}")
+        return DONE
+    out = Path(config.out).expanduser()
+    try:
+        out.write_text(as_json(workspace), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"out={config.out} cannot be written: {error}.") from error
+    print(f"Written: {out}")
+    return DONE
+
+
+if __name__ == "__main__":
+    main()

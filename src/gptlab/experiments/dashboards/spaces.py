@@ -1,0 +1,112 @@
+"""The sweeps of sweeps/ as W&B has them: files for `wandb sweep`, made from the same spaces. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
+from hydra.errors import HydraException
+
+from gptlab.errors import UserError
+
+METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # W&B's for our searches
+METRIC = "val/loss"
+
+
+def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
+    """Write a file for `wandb sweep` for each sweep.
+
+    Args:
+        sweeps: The folder of the sweeps.
+        logger: conf/logger/wandb.yaml, which names the project.
+        folder: For the files; made when it is needed.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: A space cannot be read or is empty, or nothing can be written.
+    """
+    project = yaml.safe_load(logger.read_text(encoding="utf-8"))["wandb"]["project"]
+    texts = {path.name: wandb_sweep(path, project) for path in sorted(sweeps.glob("*.yaml"))}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"wandb_sweeps={folder} cannot be written: {error}.") from error
+    return [folder / name for name in texts]
+
+
+def wandb_sweep(path: Path, project: str) -> str:
+    """Return what `wandb sweep` is to read for a sweep."""
+    text = path.read_text(encoding="utf-8")
+    sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
+    overrides = [_parsed(path, key, value) for key, value in (sweeper.get("params") or {}).items()]
+    varied = [override for override in overrides if override.is_sweep_override()]
+    if not varied:
+        raise UserError(f"{path} varies nothing: hydra.sweeper.params has no key with several values.")
+    fixed = [f"{o.get_key_element()}={o.get_value_string()}" for o in overrides if not o.is_sweep_override()]
+    search = sweeper.get("search") or ("grid" if all(o.is_discrete_sweep() for o in varied) else "tpe")
+    values: dict[str, Any] = {
+        "name": path.stem,
+        "description": sweeper.get("question") or _question(text),
+        "project": project,
+        "program": "gptlab.train",
+        "method": METHODS[search],
+        "metric": {"name": sweeper.get("metric") or METRIC, "goal": "minimize"},
+        "parameters": {override.get_key_element(): _parameter(path, override) for override in varied},
+        **({"run_cap": sweeper["n_trials"]} if sweeper.get("n_trials") else {}),
+        # the rest of the sweep's file is composed as ever, but one run at a time
+        "command": [
+            *("${env}", "${interpreter}", "-m", "gptlab.train"),
+            *(f"sweeps={path.stem}", "hydra.mode=RUN", "logger=wandb", *fixed, "${args_no_hyphens}"),
+        ],
+    }
+    header = (
+        f"# Made from sweeps/{path.name} by python -m gptlab.dashboard wandb_sweeps=sweeps/wandb, not by hand.\n"
+        f"# wandb sweep sweeps/wandb/{path.name}, and on any number of machines the `wandb agent` that it names.\n"
+    )
+    return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _parsed(path: Path, key: str, value: object) -> Override:
+    try:
+        return OverridesParser.create().parse_override(f"{key}={value}")
+    except HydraException as error:
+        raise UserError(f"{path}: hydra.sweeper.params has {key}={value}, which cannot be read: {error}") from None
+
+
+def _parameter(path: Path, override: Override) -> dict[str, Any]:
+    """Return what W&B draws a key's values from."""
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        low, high = sweep.start, sweep.end
+        is_whole = isinstance(low, int) and isinstance(high, int)
+        if "log" in sweep.tags:
+            kind: dict[str, Any] = {"distribution": "log_uniform_values"}
+            if is_whole:
+                kind = {"distribution": "q_log_uniform_values", "q": 1}
+        else:
+            kind = {"distribution": "int_uniform" if is_whole else "uniform"}
+        return {**kind, "min": low, "max": high}
+    try:
+        values = [_plain(value) for value in override.sweep_iterator()]
+    except HydraException:  # of a glob, which only the command line resolves
+        values = []
+    if not values:
+        raise UserError(f"{path}: {override.input_line} has no values that could be written down one by one.")
+    return {"values": values}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that W&B's agent writes as Hydra reads it: numbers as they are, all else as Hydra writes it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number else Transformer.str(value)
+
+
+def _question(text: str) -> str:
+    """Take the question out of a sweep's comment, which ends with the command that asks it."""
+    comment = " ".join(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# "))
+    return comment.partition("python -m")[0].rstrip(": ")

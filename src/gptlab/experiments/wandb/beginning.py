@@ -1,0 +1,121 @@
+"""How a run's record at W&B begins: online where it may and can be, else in the run directory alone."""
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from gptlab.errors import UserError
+from gptlab.experiments.directory import as_new
+from gptlab.experiments.environment import ENVIRONMENT
+from gptlab.experiments.records.sweeps import Sweep, load_sweep
+from gptlab.experiments.schema import Config, WandbConfig
+from gptlab.experiments.wandb.files import how_to_send, wandb_records
+
+log = logging.getLogger(__name__)
+
+ID = "wandb_id"  # the file that keeps a run's id
+
+
+def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
+    """Start W&B's client, online if it may and can be; return its run.
+
+    Raises:
+        UserError: logger.wandb.mode=online, and W&B does not answer or there is no login.
+    """
+    import wandb
+
+    before = wandb_records(directory)
+    try:
+        return _init(config, settings, directory, "offline" if settings.mode == "offline" else "online")
+    except Exception as error:
+        if settings.mode == "offline":
+            raise
+        reason = " ".join(str(error).split())
+    wandb.teardown()
+    for path in set(wandb_records(directory)) - set(before):  # nothing is in it
+        shutil.rmtree(path.parent)
+    if settings.mode == "online":
+        raise UserError(
+            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory: "
+            "logger.wandb.mode=offline, or auto for where W&B cannot be reached."
+        )
+    run = _init(config, settings, directory, "offline")
+    log.warning(
+        "W&B cannot be used (%s). The record is kept in the run directory; to send it: %s",
+        *(reason, how_to_send(directory)),
+    )
+    return run
+
+
+def described(config: Config, directory: Path) -> dict[str, Any]:
+    """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
+
+    No variable of the environment is in it, and no command line: they may hold secrets.
+    """
+    values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
+    git, machine, packages = values["git"], values["machine"], values["packages"]
+    environment = {
+        "git_commit": git["commit"],
+        "git_uncommitted": len(git["uncommitted"]),  # files
+        **{key: machine[key] for key in ("host", "system", "processor", "cores", "gpus")},
+        "memory_gb": round(machine["memory_bytes"] / 1e9, 1),
+        "slurm_job": values["slurm_job"],
+        "python": values["python"].split()[0],
+        **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
+    }
+    return {**as_new(config), "environment": environment}
+
+
+def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
+    os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
+    import wandb
+
+    sweep = _sweep(directory)
+    wandb.setup(wandb.Settings(silent=True))  # before init, which else would ask a terminal for a login
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        group=settings.group or (sweep.wandb_group if sweep else None),
+        job_type=settings.job_type or ("sweep" if sweep or _agent() else "train"),
+        tags=settings.tags,
+        name=f"{config.name}/{directory.name}",
+        id=_id(directory),
+        resume="allow",
+        dir=directory,
+        mode=mode,
+        config=described(config, directory),
+        settings=wandb.Settings(
+            silent=True,
+            init_timeout=settings.init_timeout,
+            finish_timeout=settings.finish_timeout,
+            finish_timeout_raises=True,
+        ),
+    )
+
+
+def _sweep(directory: Path) -> Sweep | None:
+    """The sweep whose job a run is."""
+    with contextlib.suppress(UserError):  # damaged: no reason not to train
+        return load_sweep(directory.parent)
+    return None
+
+
+def _agent() -> bool:
+    """Whether `wandb agent` has started this run, as one of a sweep of W&B's own."""
+    return "WANDB_SWEEP_ID" in os.environ
+
+
+def _id(directory: Path) -> str:
+    """The run's id at W&B: the one it has, or that of W&B's agent, or a new one."""
+    file = directory / ID
+    if not file.exists():
+        given = os.environ.get("WANDB_RUN_ID") if _agent() else None
+        file.write_text(given or secrets.token_hex(4))
+    return file.read_text()

@@ -1,0 +1,35 @@
+"""What a run records of its weights and rates, beside what its checkpoint and its configuration say."""
+
+import pytest
+import torch
+
+from conftest import defaults
+from test_train import metrics, ran, weights
+
+MUON = defaults("optimizer/muon.yaml")
+SPREAD = [(f"trainer={name}", "trainer.devices=2") for name in ("ddp", "fsdp", "fsdp_tp")]
+
+
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), *(pytest.param(t, marks=pytest.mark.slow) for t in SPREAD)])
+def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
+    ran(user.train(*trainer, "callbacks=checkpoint", "callbacks.checkpoint.sharded=false"))
+    directory = user.only_run()
+    found = weights(directory)
+    found.pop("lm_head.weight", None)  # wte once more
+    tensors = [tensor.double() for tensor in found.values()]
+    expected = torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
+    norms = metrics(directory, "weight_norm")
+    assert list(norms) == [1, 2, 3, 4, 5, 6]
+    assert norms[6] == pytest.approx(expected, rel=1e-6)
+    assert len(set(norms.values())) == 6
+
+
+def test_the_rates_of_muon_s_groups_are_recorded_one_by_one(user):
+    ran(user.train("optimizer=muon", "callbacks=none"))
+    directory = user.only_run()
+    rate = metrics(directory, "lr")
+    assert metrics(directory, "lr/matrix") == rate
+    for group, key in {"head": "head_lr", "embedding": "embedding_lr", "vector": "vector_lr"}.items():
+        expected = {step: value * MUON[key] / MUON["lr"] for step, value in rate.items()}
+        assert metrics(directory, f"lr/{group}") == pytest.approx(expected, rel=1e-12)
+    assert len(set(rate.values())) == 6
