@@ -131,7 +131,7 @@ def test_a_sweep_of_wandb_s_is_one_run(user):
     command.remove("logger=wandb")
     done = user.train(*command, "optimizer.lr=0.004", "callbacks=none")
     ran(done)
-    config = yaml.safe_load((user.only_run() / "config.yaml").read_text())
+    config = yaml.safe_load((user.only_run("lr") / "config.yaml").read_text())
     assert config["optimizer"]["lr"] == 0.004
 
 

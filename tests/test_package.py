@@ -26,7 +26,7 @@ def test_the_wheel_works_outside_the_checkout(installed):
     assert where.stdout.startswith(str(installed.folder / "site"))
     packaged = installed.folder / "site" / "gptlab" / "conf"
     sources = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("**/*.yaml")}
-    sweeps = {Path("sweeps") / path.name for path in (ROOT / "sweeps").glob("*.yaml")}
+    sweeps = {path.relative_to(ROOT) for path in (ROOT / "sweeps").rglob("*.yaml")}
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == sources | sweeps
     ran(installed.train("train.max_steps=2"))
     assert list(installed.only_run().glob("checkpoints/*/state.pt"))

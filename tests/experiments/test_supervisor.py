@@ -258,6 +258,6 @@ def test_a_signal_is_noticed_whoever_answers_it():
     ],
 )
 def test_the_number_of_workers(monkeypatch, trainer, number):
-    monkeypatch.setattr(supervisor, "_gpus", lambda: 4)
+    monkeypatch.setattr(supervisor, "count_gpus", lambda: 4)
     usual = {"strategy": "ddp", "num_nodes": 1, "accelerator": "auto"}
     assert supervisor._number_of_workers(SimpleNamespace(**usual | trainer)) == number

@@ -41,7 +41,7 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The resolved configuration, as nested plain data; UserError where it cannot be read."""
         try:
-            values = yaml.load((self.directory / CONFIG).read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+            values = _Loader((self.directory / CONFIG).read_text(encoding="utf-8")).get_single_data()
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{self.directory / CONFIG} cannot be read: {error}") from None
         if not isinstance(values, dict):
