@@ -55,6 +55,7 @@ def test_every_step_has_its_tokens_and_the_record_says_so(user, grown):
     assert shown.stdout.count("from token") == SIZES[2]
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_resume_at_a_border_change_nothing(user, grown):
     ran(user.train("name=halted", *GROWING, "train.max_steps=4", "train.eval_every=2"))
     halted = user.only_run("halted")

@@ -78,6 +78,7 @@ def test_a_sharded_run_goes_on_bit_for_bit(user, strategy, optimizer):
     assert metrics(halted, "train/loss") == metrics(whole, "train/loss")
 
 
+@pytest.mark.slow
 def test_torchrun_starts_one_run(user):
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "gptlab.train", "trainer=ddp")
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")

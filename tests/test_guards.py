@@ -18,6 +18,7 @@ TWO = ("trainer.devices=2",)
 NAN_FROM = "if step >= {first}: self.step_loss.fill_(float('nan')); loss = loss * float('nan')"
 
 
+@pytest.mark.slow
 def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
     break_steps(user, NAN_FROM.format(first=4))
     done = user.train("train.max_steps=50", "train.max_bad_steps=2", "train.eval_every=2", "callbacks=checkpoint")

@@ -44,6 +44,7 @@ def evaluated(user, directory, *, cut: bool) -> float:
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 def test_masked_documents_are_read_as_if_each_were_alone(author):
     ran(author.train(*MASKED))
     run = author.only_run()

@@ -98,6 +98,7 @@ def test_more_gpus_than_there_are(user):
     assert not (user.folder / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_more_processes_than_make_sense(user):
     done = user.train("trainer=ddp", "trainer.devices=100000", "train.global_batch_size=100000")
     mistaken(done, "at most")

@@ -24,6 +24,7 @@ def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
     assert len(set(norms.values())) == 6
 
 
+@pytest.mark.slow
 def test_the_rates_of_muon_s_groups_are_recorded_one_by_one(user):
     ran(user.train("optimizer=muon", "callbacks=none"))
     directory = user.only_run()

@@ -99,6 +99,7 @@ def test_mistakes_get_a_sentence(user, arguments, sentence):
     mistaken(user.python(PLAN, *arguments), sentence)
 
 
+@pytest.mark.slow
 def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     first = user.train()
     ran(first)

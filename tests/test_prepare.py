@@ -71,6 +71,7 @@ def test_converted_shards_train_as_the_originals(user, form):
     ran(user.python("gptlab.train", "data=shards", "data.path=theirs/*.bin", *small))
 
 
+@pytest.mark.slow
 def test_a_trained_tokenizer_trains_and_samples(user):
     ran(user.train("tokenizer=bpe", "tokenizer.vocab_size=300", "train.max_steps=2"))
     sampled = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=the cat é", "max_new_tokens=3")

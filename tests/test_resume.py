@@ -63,6 +63,7 @@ def test_a_moved_run_keeps_its_best(user, halted):
     assert [path.name for path in sorted(moved.glob("checkpoints/*"))] == [f"step_0000{n}" for n in ("06", "09", "12")]
 
 
+@pytest.mark.slow
 def test_a_run_from_other_weights_goes_on_and_a_shorter_block_takes_them(user, halted):
     ran(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
     second = user.only_run("second")
@@ -77,6 +78,7 @@ def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
     assert (halted / "metrics.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_groups_and_lengths_that_the_run_did_not_have_can_be_named(user, halted):
     named = ("callbacks=default", "callbacks.samples.num_samples=2", "train.max_steps=null", "train.max_tokens=2700")
     ran(user.python("gptlab.train", f"resume={halted}", *named))

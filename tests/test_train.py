@@ -150,6 +150,7 @@ def test_the_command_trains_as_a_plain_loop_does(user, first):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
     runs.give(user, "a", "seed=1", "model.dropout=0.1")
     for name, seed in (("b", 1), ("c", 2)):
@@ -202,6 +203,7 @@ def test_a_resume_cannot_become_another_run(user, first):
     assert "optimizer.lr cannot change when a run is resumed" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_can_start_from_another_s_weights(user, first):
     ran(
         user.train(

@@ -120,6 +120,7 @@ def check_kept(user, done) -> None:
     assert KEY not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_server_that_refuses_leaves_the_record_here(user):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

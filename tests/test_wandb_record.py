@@ -117,6 +117,7 @@ def test_a_run_that_goes_on_has_everything_once(user, by, state, status):
     assert set(steps) == metrics_file(directory).keys()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_an_alert(user):
     break_steps(user, "if step >= 4: loss = loss * float('nan')")
     done = user.train("train.max_steps=50", "train.max_bad_steps=3", "callbacks=none", *OFFLINE)
