@@ -186,6 +186,9 @@ class Conductor:
         counts = Counter(trial.state for trial in trials)
         if any(trial.state == "done" for trial in trials):
             conclude(self.ledger.directory)
+        for trial in trials:
+            if trial.state in FAILURES:  # in an earlier start of the sweep, too
+                self.screen.ended(trial)
         log.info("%d trials: %s", self.search.n_trials, ", ".join(f"{n} {state}" for state, n in counts.items()))
         if status in (INTERRUPTED, PREEMPTED):
             log.info("The sweep goes on where it stopped with the same command.")
