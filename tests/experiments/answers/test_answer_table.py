@@ -202,7 +202,7 @@ def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
         assert text in printed
     assert re.search(r"2e-3 +│? *2 +│? *1\.770 ± 0\.070", printed)
     assert "corrected for 3 comparisons" in printed
-    assert "seconds / forecast" in printed
+    assert "time / forecast" in printed
     assert re.search(r"1e-3 .* 1\.10 +baseline", printed)  # the mean of 1.2 and 1
 
 

@@ -90,7 +90,7 @@ def _table(answers: Answers, width: int) -> Table:
         **({"difference": differences} if any(differences) and width >= WIDE else {}),
         **_counts(answers.rows),
         **_sizes(answers.rows, ("parameters",) if is_told else ("parameters", "tokens")),
-        **_scores(answers.rows),
+        **(_scores(answers.rows) if width >= WIDE else {}),
         "verdict": [row.verdict for row in answers.rows],
     }
     for name in columns:
@@ -126,13 +126,14 @@ def _sizes(rows: list[Row], names: Sequence[str]) -> dict[str, list[str]]:
 
 def _scores(rows: list[Row]) -> dict[str, list[str]]:
     """Write what was measured over what was forecast; the rest is in the files."""
-    names = dict.fromkeys(name for row in rows for name in row.forecast if name.endswith(RATIO))
-    return {
-        f"{name.removesuffix(RATIO)} / forecast": [
-            f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows
-        ]
-        for name in names
+    columns = {
+        heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
+        for name, heading in (
+            (f"seconds{RATIO}", "time / forecast"),
+            (f"peak_memory_bytes{RATIO}", "memory / forecast"),
+        )
     }
+    return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
 def _of(value: float | None, se: float | None) -> str:

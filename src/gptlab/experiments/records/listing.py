@@ -21,7 +21,7 @@ from gptlab.experiments.records.runs import Run
 from gptlab.experiments.records.sweeps import trial_of
 
 COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
-HEADS = {"val_loss": "best val loss", "tokens_per_second": "tokens/s"}
+HEADS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
 STYLES = {"done": "green", "running": "cyan", "pruned": "yellow", "stopped": "yellow", "interrupted": "yellow"}
 UNKNOWN = "?"  # the state of runs older than state.json
 
@@ -100,7 +100,8 @@ def table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> Render
     drawn = Table(box=box.SIMPLE)
     for column in columns:
         is_text = column in ("run", "state")
-        drawn.add_column(HEADS.get(column, column), justify="left" if is_text else "right", overflow="fold")
+        heading = HEADS.get(column, column.rpartition(".")[2])
+        drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=column == "run")
     for line in lines:
         drawn.add_row(*(_cell(column, line.get(column), line) for column in columns))
     return Group(drawn, Text(f"  and {left_out} more (limit)")) if left_out else drawn
