@@ -7,7 +7,6 @@ import operator
 import re
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple, Self
 
 import yaml
@@ -97,6 +96,7 @@ def listed(runs: Sequence[Run], conditions: list[Condition], sort: str, *, desce
 
 def table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
     """Draw lines as a table."""
+    columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
     drawn = Table(box=box.SIMPLE)
     for column in columns:
         is_text = column in ("run", "state")
@@ -153,12 +153,20 @@ def _cell(column: str, value: Any, line: Line) -> Text:
         case "step" if line.get("max_steps"):
             return Text(f"{value:,}/{line['max_steps']:,}")
         case "left" | "age" if value is not None:
-            return Text(str(timedelta(seconds=round(value))))
+            return Text(_short(value))
         case "tokens_per_second" if value is not None:
             return Text(f"{value:,.0f}")
         case "loss" | "val_loss" if value is not None:
             return Text(f"{value:.4f}")
     return Text("" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _short(seconds: float) -> str:
+    """Write a length of time in its largest unit: 45s, 12m, 5h, 3d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
 
 
 def _value(text: str) -> Any:
