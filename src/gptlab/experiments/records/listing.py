@@ -97,7 +97,7 @@ def listed(runs: Sequence[Run], conditions: list[Condition], sort: str, *, desce
 def table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
     """Draw lines as a table."""
     columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
-    drawn = Table(box=box.SIMPLE)
+    drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in columns:
         is_text = column in ("run", "state")
         heading = HEADS.get(column, column.rpartition(".")[2])
