@@ -13,7 +13,6 @@ from gptlab.experiments.supervisor import end_with_supervisor
 def main() -> None:
     """Run what the file says."""
     end_with_supervisor()
-    log_to_screen()
     end_with(_work)
 
 
@@ -24,6 +23,7 @@ def _work() -> int:
 
 def run_file(path: Path) -> int:
     """Run the configuration in a file, in the run directory that it names; return the exit status."""
+    log_to_screen()
     config, place = read_job(path)
     return launch(config, place)
 
