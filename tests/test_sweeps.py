@@ -79,7 +79,7 @@ def test_a_sweep_runs_every_point_and_keeps_its_record(user):
         (("optimizer.lrr=1e-3,2e-3",), "optimizer.lrr is no setting. Did you mean optimizer.lr?"),
         (("model=nani,tinny",), "model=nani: there is no such option. Did you mean"),
         (("seed=range(3,3)",), "seed=range(3,3) has no value: the sweep would be empty."),
-        (("train.max_steps=3",), "The sweep varies nothing"),
+        (("hydra.sweeper.search=tpe", "hydra.sweeper.n_trials=3"), "The sweep varies nothing that could be searched"),
         (("model.n_head=5,7",), "n_head=5 does not divide"),
         (("seed=1,2", "hydra.sweeper.search=tpe"), "n_trials says how many points it may try"),
         (("seed=1,2", "hydra.sweeper.serch=tpe"), "hydra.sweeper.serch"),

@@ -24,8 +24,6 @@ class Space:
         varied: The overrides with several values, by key.
         fixed: All the others, as they are written.
 
-    Raises:
-        UserError: Nothing is varied, or a value is none.
     """
 
     def __init__(self, params: Mapping[str, Any], arguments: list[str]) -> None:
@@ -36,11 +34,6 @@ class Space:
         overrides = [*ready, *typed]
         self.varied = {_key(override): override for override in overrides if override.is_sweep_override()}
         self.fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-        if not self.varied:
-            raise UserError(
-                "The sweep varies nothing: -m needs a key with several values, optimizer.lr=1e-3,2e-3, or a sweep that "
-                "has them, sweeps=lr."
-            )
 
     @property
     def written(self) -> dict[str, str]:
@@ -48,7 +41,11 @@ class Space:
         return {key: str(override.get_value_string()) for key, override in self.varied.items()}
 
     def grid(self) -> list[Point]:
-        """Every combination of the values, the last key varying fastest; UserError for a key with infinitely many."""
+        """Every combination of the values, the last key varying fastest, and one point where nothing is varied.
+
+        Raises:
+            UserError: A key has infinitely many values, or none.
+        """
         values = []
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
@@ -67,7 +64,12 @@ class Space:
         return {key: _first(distribution) for key, distribution in self.distributions().items()}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What a search draws from, by key."""
+        """What a search draws from, by key; UserError where there is nothing to draw."""
+        if not self.varied:
+            raise UserError(
+                "The sweep varies nothing that could be searched: it needs a key with several values or an interval, "
+                "optimizer.lr='tag(log, interval(1e-4, 1e-2))'."
+            )
         return {key: _distribution(override) for key, override in self.varied.items()}
 
 

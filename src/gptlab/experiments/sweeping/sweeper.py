@@ -101,7 +101,9 @@ def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
 def _question(space: Space) -> str:
     """Ask what a sweep without a question of its own can only want to know."""
     keys = [key for key in space.varied if key != "seed"]
-    return f"Which {' and '.join(keys)} is best?" if keys else "How much do seeds differ?"
+    if not keys:
+        return "How much do seeds differ?" if space.varied else "How good is this configuration?"
+    return f"Which {' and '.join(keys)} is best?"
 
 
 def _where(launcher: dict[str, Any]) -> ProcessesConfig | SlurmConfig:
