@@ -126,13 +126,11 @@ def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     ],
     ids=["mini", "nano"],
 )
-def test_a_calibrated_plan_is_near_what_happens(user, arguments):
-    """Peak memory within 10 %, before anything was measured; time within 25 %, after that."""
+def test_a_plan_s_memory_is_near_what_a_run_has(user, arguments):
+    """Within 10 %, before anything was measured."""
     arguments = [*TEXT, *arguments, "train.eval_windows=40", "trainer=cpu"]
     before = planned(user, *arguments)
     assert before["measured"] is None
-    after = planned(user, *arguments, "calibrate=true", timeout=900)
     ran(user.python("gptlab.train", *arguments, timeout=900))
     score = json.loads((user.only_run() / "forecast.json").read_text())["score"]
     assert before["memory"]["total"] == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)
-    assert after["times"][0]["seconds"] == pytest.approx(score["seconds"]["measured"], rel=0.25)
