@@ -174,7 +174,12 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
             found = row["medians"]
             flops = found["% of ceiling"] / 100 * found["ceiling GFLOP/s"] * 1e9 / found["tokens/s"]
             assert flops == pytest.approx(flops_per_token(config), rel=1e-6)
-    assert [row["name"] for row in memory["rows"]] == ["logits at once", "logits in chunks"]
+    assert [row["name"] for row in memory["rows"]] == [
+        "logits at once",
+        "logits in chunks",
+        "compiled, at once",
+        "compiled, in chunks",
+    ]
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Decisions about devices, and the MFU: never a wrong number."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 
 MODEL = tiny_config()
+MB = 10**6
 TRAIN = TrainConfig(**defaults("train.yaml")["train"])
 AUTO = defaults("trainer/auto.yaml") | {"devices": "auto", "strategy": "ddp"}
 
@@ -180,3 +184,14 @@ def test_logits_are_there_for_64_mib_at_a_time():
     assert 2**26 - 4 * 50304 < chunk * 50304 * 4 <= 2**26
     assert loss_chunk(7, MODEL) == 7
     assert loss_chunk(None, MODEL) is None
+
+
+def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():
+    """The kernel's ``ru_maxrss`` begins with the parent's: the child of a process of 800 MB would have had 800 MB."""
+    ballast = bytearray(800 * MB)  # written, so resident
+    child = "import torch; from gptlab.training.devices import peak_memory; print(peak_memory(torch.device('cpu')))"
+    before = int(subprocess.check_output((sys.executable, "-c", child)))
+    grown = child.replace("print", f"ballast = bytes(1) * {200 * MB}; print")
+    assert len(ballast) == 800 * MB
+    assert before < 600 * MB
+    assert int(subprocess.check_output((sys.executable, "-c", grown))) - before == pytest.approx(200 * MB, abs=10 * MB)

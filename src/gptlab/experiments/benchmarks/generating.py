@@ -4,7 +4,6 @@ python -m gptlab.experiments.benchmarks.generating <what to do, in JSON>
 """
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from gptlab.model.generate import Decoder, generate
 from gptlab.model.gpt import GPT
 from gptlab.model.inference import bytes_per_token, decoder, for_inference
 from gptlab.model.sampling import Sampling
+from gptlab.training.devices import peak_memory
 
 DRAWN = Sampling(temperature=0.8, top_k=200, top_p=None, min_p=None, repetition_penalty=1)
 WARM = 4  # tokens
@@ -35,8 +35,7 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
         first, seconds = cached(model, bench, rows, decoder(model, compiled=todo["compiled"]), device)
     else:
         first, seconds = recomputed(model, bench, device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-    measured = {"tokens/s": rows / seconds, "ms to the first": 1e3 * first, "peak MB": peak}
+    measured = {"tokens/s": rows / seconds, "ms to the first": 1e3 * first, "peak MB": peak_memory(device) / 1e6}
     if todo["cache"]:
         length = bench.prompt_tokens + bench.tokens // 2
         read = bytes_per_token(model, rows, length) / seconds
