@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from gptlab.experiments.weights import load_model
+from gptlab.experiments.sources.weights import load_model
 from gptlab.model.config import GPTConfig
 from gptlab.model.drawing import row_seeds
 from gptlab.model.generate import continued, generate, plain_decoder

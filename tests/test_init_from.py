@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptlab.experiments.exits import MISTAKEN
-from gptlab.experiments.weights import load_model
+from gptlab.experiments.sources.weights import load_model
 from test_train import ran
 
 STANDING = ("optimizer.lr=1e-30", "train.max_steps=1", "callbacks=checkpoint")  # the weights stay where they are

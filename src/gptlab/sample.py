@@ -1,4 +1,4 @@
-"""Let a trained model write: python -m gptlab.sample run=<run directory> [key=value ...]."""
+"""Let a trained model write: python -m gptlab.sample run=<model> [key=value ...]."""
 
 import sys
 from pathlib import Path
@@ -9,10 +9,10 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gptlab.errors import UserError
 from gptlab.experiments.command import command
-from gptlab.experiments.directory import load_config
 from gptlab.experiments.exits import DONE
 from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import Seed, check, known_keys
+from gptlab.experiments.sources.source import Source, open_source
 from gptlab.model.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -61,10 +61,9 @@ class SampleConfig(Sampling):
 def main(values: DictConfig) -> int:
     """Load the run's best weights, continue the prompts, print the texts."""
     config = check(SampleConfig, plain(values))
-    directory = Path(config.run).expanduser()
-    load_config(directory)  # says what is wrong before torch is imported
+    source = open_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
-    prepared = _prepared(config, directory)
+    prepared = _prepared(config, source)
     if config.interactive:
         _converse(config, prepared)
     elif config.stream:
@@ -85,15 +84,14 @@ def _lines(path: Path) -> list[str]:
     return [line.replace(r"\n", "\n") for line in lines]
 
 
-def _prepared(config: SampleConfig, directory: Path) -> "Prepared":
-    from gptlab.data.shards import load_manifest
-    from gptlab.data.tokenizers import load_tokenizer
-    from gptlab.experiments.weights import load_model
+def _prepared(config: SampleConfig, source: Source) -> "Prepared":
+    from gptlab.experiments.sources.weights import load_model
     from gptlab.experiments.writing import prepare
 
+    tokenizer = source.tokenizer()
     return prepare(
-        load_model(directory),
-        load_tokenizer(load_manifest(directory).tokenizer, load_config(directory).tokenizer.vocab_dir),
+        load_model(source),
+        tokenizer,
         precision=config.precision,
         int8=config.int8,
         compile=config.compile,

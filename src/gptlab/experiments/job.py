@@ -19,9 +19,10 @@ from gptlab.experiments.records.runs import SAMPLES
 from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
+from gptlab.experiments.sources.source import path_of
+from gptlab.experiments.sources.weights import load_weights
 from gptlab.experiments.sweeping.ledger import is_pruned
 from gptlab.experiments.wandb.connecting import connect_wandb
-from gptlab.experiments.weights import load_weights
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.training.automatic import loss_chunk
@@ -126,7 +127,7 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     if config.init_from:
-        load_weights(model, Path(config.init_from))
+        load_weights(model, path_of(config.init_from))
     return GPTModule(
         model,
         optimizer=config.optimizer,

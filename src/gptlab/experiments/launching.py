@@ -17,10 +17,11 @@ from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
 from gptlab.experiments.directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
 from gptlab.experiments.earlier import go_on
-from gptlab.experiments.foreign import check_foreign, is_foreign
 from gptlab.experiments.preparing import prepare_with_progress
 from gptlab.experiments.schema import Config
 from gptlab.experiments.signals import stoppable
+from gptlab.experiments.sources.foreign import check_foreign, is_foreign
+from gptlab.experiments.sources.source import path_of
 from gptlab.experiments.supervisor import supervise
 from gptlab.training.processes import started_from_outside
 
@@ -53,13 +54,13 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     if isinstance(config.trainer.devices, int) and not started_from_outside():
         shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
         config.train.plan(shares)
-    for earlier in filter(None, (config.resume, config.init_from)):
-        if earlier == config.init_from and is_foreign(Path(earlier)):
-            check_foreign(Path(earlier), config.model)
-            continue
-        load_config(Path(earlier))
-        if not has_checkpoint(Path(earlier)):
-            raise UserError(f"{earlier} has no checkpoint yet: nothing is in {Path(earlier) / CHECKPOINTS}.")
+    origin = path_of(config.init_from) if config.init_from else None
+    if origin and is_foreign(origin):
+        check_foreign(origin, config.model)
+    elif earlier := Path(config.resume) if config.resume else origin:
+        load_config(earlier)
+        if not has_checkpoint(earlier):
+            raise UserError(f"{earlier} has no checkpoint yet: nothing is in {earlier / CHECKPOINTS}.")
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
@@ -77,11 +78,11 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
             )
     _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)
-    if config.init_from and is_foreign(Path(config.init_from)):
-        check_foreign(Path(config.init_from), config.model)  # with the vocabulary
-    elif config.init_from:
-        _check_same_tokens(prepared, Path(config.init_from))
-        check_fit(Path(config.init_from), config.model)
+    if origin and is_foreign(origin):
+        check_foreign(origin, config.model)  # with the vocabulary
+    elif origin:
+        _check_same_tokens(prepared, origin)
+        check_fit(origin, config.model)
     return config, prepared
 
 

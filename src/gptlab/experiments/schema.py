@@ -9,6 +9,7 @@ from pydantic_core import ErrorDetails
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError, did_you_mean
+from gptlab.experiments.sources.hub import is_on_hub
 from gptlab.model.config import GPTConfig
 from gptlab.settings import Settings
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
@@ -111,7 +112,9 @@ class Config(Settings):
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
         vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
-        init_from = self.init_from and _absolute(self.init_from)
+        init_from = self.init_from
+        if init_from and not is_on_hub(init_from):
+            init_from = _absolute(init_from)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update=data),

@@ -28,8 +28,8 @@ def renamed(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tenso
     return {name: tensor.transpose(0, -1) if CONV1D.search(name) else tensor for name, tensor in named.items()}
 
 
-def load_renamed(model: GPT, state: dict[str, Tensor]) -> None:
-    """Load parameters of ``renamed`` into ``model``.
+def fitted(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make of parameters of ``renamed`` those of ``model``.
 
     Positions beyond its block and rows beyond its vocabulary are left out; rows that only pad its own embedding stay as
     they were.
@@ -54,11 +54,11 @@ def load_renamed(model: GPT, state: dict[str, Tensor]) -> None:
         if tensor.shape != own[name].shape or not tensor.is_floating_point():
             found, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (tensor, own[name]))
             raise ValueError(f"{name} is {found}, not {wanted}")
-    model.load_state_dict(state)
+    return state
 
 
 def _with_rows(there: Tensor, own: Tensor, rows: int) -> Tensor:
     """Return ``own`` (R, C) with the first rows of ``there``, where that has so many of the same width."""
     if there.shape[1:] != own.shape[1:] or len(there) < rows or not there.is_floating_point():
         return there
-    return torch.cat((there[:rows].to(own.dtype), own[rows:]))
+    return there[:rows] if rows == len(own) else torch.cat((there[:rows].to(own.dtype), own[rows:]))

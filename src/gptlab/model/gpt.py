@@ -105,8 +105,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = _norm(config)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
-        if config.tie_weights:
-            self.lm_head.weight = self.wte.weight
+        self.tie_weights()
         self._initialise()
 
     def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -194,6 +193,11 @@ class GPT(nn.Module):
         """The head's (R, C), where devices share the network the whole of it on each."""
         weight = self.lm_head.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight
+
+    def tie_weights(self) -> None:
+        """Let the head have the embedding's matrix, where they share one."""
+        if self.config.tie_weights:
+            self.lm_head.weight = self.wte.weight
 
     def crop_block_size(self, block_size: int) -> None:
         """Forget the positions from ``block_size`` on; ValueError where there are not that many."""

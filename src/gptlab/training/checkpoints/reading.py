@@ -7,6 +7,7 @@ torch.distributed.checkpoint's files have the tensors of the last two, and state
 
 import io
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ SHARDS = ".metadata"  # torch's description of the shards
 Checkpoint = dict[str, Any]
 
 
-def read(place: Path) -> Checkpoint:
-    """Read the whole of a checkpoint onto the CPU; UserError where it holds anything but plain data."""
+def read(place: Path, wanted: Callable[[str], bool] = lambda key: True) -> Checkpoint:
+    """Read a checkpoint onto the CPU; UserError where it holds anything but plain data.
+
+    Args:
+        place: Of the checkpoint.
+        wanted: Which tensors of a sharded one, by the names of ``flatten``; state.pt is read as its tensors are used.
+    """
     checkpoint = read_state(place)
     if is_sharded(place):
         reader = PlainReader(place)
@@ -33,17 +39,19 @@ def read(place: Path) -> Checkpoint:
         tensors = {
             key: torch.empty(about.size, dtype=about.properties.dtype)
             for key, about in described.items()
-            if isinstance(about, TensorStorageMetadata)
+            if isinstance(about, TensorStorageMetadata) and wanted(key)
         }
         load(tensors, storage_reader=reader, no_dist=True)
         _unflatten(tensors, checkpoint)
     return checkpoint
 
 
-def averages(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the average of each parameter, a tied one once; nothing where the run kept none."""
+def read_weights(place: Path) -> dict[str, Tensor]:
+    """Read the parameters of a checkpoint, or their averages where the run kept such; a tied matrix has one by wte."""
+    checkpoint = read(place, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
     states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
-    return {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
+    averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
+    return {**checkpoint["state_dict"], **averages}
 
 
 def read_state(place: Path) -> Checkpoint:

@@ -54,7 +54,7 @@ def check_foreign(path: Path, model: GPTConfig) -> None:
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
         return
-    check_foreign_shape(path, _described_shape(path / DESCRIPTION), model)
+    check_foreign_shape(path, described_shape(path), model)
     for file in weight_files(path):
         with opened(file, "numpy"):
             pass  # its header is right, and it is as long as that says
@@ -106,8 +106,9 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _described_shape(path: Path) -> dict[str, Any]:
+def described_shape(folder: Path) -> dict[str, Any]:
     """Say in gptlab's names what config.json says of a GPT-2."""
+    path = folder / DESCRIPTION
     config = _json(path)
     if (kind := config.get("model_type")) != "gpt2":
         raise UserError(f"{path} describes a model of type {kind}; gptlab reads gpt2.")

@@ -11,8 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from canary import Canary
 from conftest import tiny_config
 from gptlab.errors import UserError
-from gptlab.experiments.foreign import check_foreign
-from gptlab.experiments.weights import load_weights
+from gptlab.experiments.sources.foreign import check_foreign
+from gptlab.experiments.sources.weights import load_weights
 from gptlab.model.gpt import GPT
 from gptlab.training.checkpoints.reading import read_plain
 

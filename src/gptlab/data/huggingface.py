@@ -1,0 +1,96 @@
+"""Tokenizers as transformers keeps them: tokenizer.json, or the older vocab.json with merges.txt.
+
+| tokenizer  | what is written into tokenizer.json                                                                   |
+|------------|-------------------------------------------------------------------------------------------------------|
+| gpt2, bpe  | a byte-level BPE                                                                                      |
+| bytes      | the same without merges: a token for every byte                                                       |
+| characters | a table of words, before which the text is cut into characters                                        |
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gptlab.data.tokenizers import END_OF_TEXT
+from gptlab.data.vocabulary import spelled_bytes
+from gptlab.errors import UserError
+
+TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+# of GPT-2's 50,257 tokens in the order of their ids, one a line
+GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+IGNORED_PARTS = ("post_processor", "truncation", "padding")  # none of them changes the ids of a text
+
+
+def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
+    """Make of a folder's tokenizer the record of one of gptlab's.
+
+    Args:
+        folder: Of a model.
+        rows: Of its embedding; without any file, those of GPT-2 mean GPT-2's tokenizer.
+
+    Returns:
+        The record; None where there is no file.
+
+    Raises:
+        UserError: The tokenizer is none of gptlab's.
+    """
+    if (folder / TOKENIZER).is_file():
+        return _record(folder / TOKENIZER, _read(folder / TOKENIZER))
+    if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+        from tokenizers.models import BPE
+
+        vocabulary, merges = BPE.read_file(str(folder / VOCABULARY), str(folder / MERGES))
+        return _byte_level(folder / VOCABULARY, vocabulary, [list(pair) for pair in merges])
+    return {"name": "gpt2"} if rows in (50257, 50304) else None
+
+
+def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    model = described.get("model")
+    if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
+        raise UserError(f"{path} does not describe a tokenizer that gptlab has: it has no model with a vocab.")
+    if model.get("type") == "WordLevel" and all(len(token) == 1 for token in vocabulary if token != END_OF_TEXT):
+        return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
+    cut = described.get("pre_tokenizer") or {}
+    ours = (
+        model.get("type") in ("BPE", None)
+        and described.get("normalizer") is None
+        and (cut.get("type"), cut.get("add_prefix_space"), cut.get("use_regex", True)) == ("ByteLevel", False, True)
+    )
+    added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+    if not ours or any(token != END_OF_TEXT for token in added):
+        raise UserError(
+            f"{path} is a tokenizer that gptlab has not: it has byte-level BPE as GPT-2's is, with {END_OF_TEXT} "
+            "as the only special token."
+        )
+    return _byte_level(path, {**vocabulary, **added}, model.get("merges", []))
+
+
+def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> dict[str, Any]:
+    """Make the record of a byte-level BPE, whose last id is the end of text."""
+    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_SHA256:
+        return {"name": "gpt2"}
+    if sorted(vocabulary.values()) != list(range(len(tokens))) or tokens[-1] != END_OF_TEXT:
+        raise UserError(f"{path} has not {END_OF_TEXT} as the last of its ids, or they have gaps.")
+    if not merges and [spelled_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
+        return {"name": "bytes"}
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    del vocabulary[END_OF_TEXT]
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+    bpe = Tokenizer(models.BPE(vocabulary, pairs))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return {"name": "bpe", "trained": bpe.to_str()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{path} is not a JSON object.")
+    return described
