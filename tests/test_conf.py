@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from gptlab.experiments.command import configuration_folder
 from gptlab.experiments.resuming import resolve
 from gptlab.experiments.schema import Config
+from gptlab.training.schedules import learning_rate
 
 GROUPS = (
     "model",
@@ -17,6 +18,7 @@ GROUPS = (
     "trainer",
     "callbacks",
     "logger",
+    "lora",
     "experiment",
     "without",
     "debug",
@@ -94,6 +96,15 @@ def test_experiments_have_nanogpt_s_values():
         (0.1, 1.0, 0.1)
     }
     assert {(c.model.bias, c.model.activation) for c in (cpu, gpu, owt)} == {(False, "gelu")}
+
+
+def test_fine_tuning_has_nanogpt_s_values():
+    tuned = resolved("experiment=finetune_shakespeare")
+    assert (tuned.init_from, tuned.model.n_layer, tuned.tokenizer.name) == ("gpt2-xl", 48, "gpt2")
+    assert (tuned.train.max_steps, tuned.train.global_batch_size, tuned.train.eval_every) == (20, 32, 5)
+    assert {learning_rate(step, tuned.schedule, lr=tuned.optimizer.lr, max_steps=20) for step in range(20)} == {3e-5}
+    smaller = resolved("experiment=finetune_shakespeare", "model=gpt2", "init_from=gpt2")
+    assert (smaller.model.n_layer, smaller.optimizer.lr) == (12, 3e-5)
 
 
 def test_several_options_of_a_group_at_once():

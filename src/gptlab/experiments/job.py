@@ -25,6 +25,7 @@ from gptlab.experiments.sweeping.ledger import is_pruned
 from gptlab.experiments.wandb.connecting import connect_wandb
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
+from gptlab.model.lora import adapt
 from gptlab.training.automatic import loss_chunk
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.checkpoints import Checkpoints
@@ -128,6 +129,8 @@ def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTMod
     model = GPT(config.model)
     if config.init_from:
         load_weights(model, path_of(config.init_from))
+    if config.lora:
+        adapt(model, config.lora)
     return GPTModule(
         model,
         optimizer=config.optimizer,
@@ -243,7 +246,8 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
 
 def build_recorder(config: Config, devices: Devices) -> Recorder:
     """Build what records the run."""
-    peak = devices.peak_flops()
+    # adapted, a network has no gradients of its weights, and the formula of the FLOPs does not hold
+    peak = devices.peak_flops() if config.lora is None else None
     return Recorder(
         log_every=config.train.log_every,
         max_steps=config.steps,

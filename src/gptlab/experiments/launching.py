@@ -61,6 +61,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         load_config(earlier)
         if not has_checkpoint(earlier):
             raise UserError(f"{earlier} has no checkpoint yet: nothing is in {earlier / CHECKPOINTS}.")
+    if config.lora and not (origin or config.resume):
+        raise UserError("lora adapts weights that are learnt already, and there are none: name them with init_from=.")
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())

@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError, did_you_mean
 from gptlab.experiments.sources.hub import is_on_hub
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import GPTConfig, LoRAConfig
 from gptlab.settings import Settings
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
@@ -53,6 +53,7 @@ class Config(Settings):
     force_resume: bool
     init_from: str | None
     model: GPTConfig
+    lora: LoRAConfig | None = None
     data: DataConfig
     tokenizer: TokenizerConfig
     optimizer: OptimizerConfig
@@ -79,6 +80,19 @@ class Config(Settings):
         if heads % parts:
             raise ValueError(
                 f"trainer.tensor_parallel={parts} has to divide model.n_head={heads}: the attention is split by heads"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapts_with_adamw(self) -> Self:
+        if self.lora and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"lora trains thin matrices, which optimizer={self.optimizer.name} is not for: optimizer=adamw"
+            )
+        if self.lora and self.trainer.tensor_parallel > 1:
+            raise ValueError(
+                f"trainer.tensor_parallel={self.trainer.tensor_parallel} splits matrices that lora has none of its own "
+                "parts for; trainer=fsdp and trainer=ddp have them"
             )
         return self
 

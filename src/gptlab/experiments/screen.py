@@ -14,7 +14,7 @@ from gptlab.data.shards import Manifest
 from gptlab.experiments.directory import has_checkpoint
 from gptlab.experiments.logs import FILE_ONLY
 from gptlab.experiments.schema import Config
-from gptlab.model.config import parameter_count
+from gptlab.model.config import lora_count, parameter_count
 from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
@@ -35,7 +35,7 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
     dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
-        "model": f"{parameter_count(config.model):,} parameters",
+        "model": f"{parameter_count(config.model):,} parameters{_adapted(config)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
@@ -46,6 +46,13 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
     }
     for name, value in lines.items():
         log.info("%-9s %s", name, value)
+
+
+def _adapted(config: Config) -> str:
+    """Say what of a network is trained, where that is not all of it."""
+    if config.lora is None:
+        return ""
+    return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
 
 
 def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]) -> None:

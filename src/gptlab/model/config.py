@@ -146,6 +146,27 @@ class GPTConfig(Settings):
         return -(-self.known_vocab_size // multiple) * multiple
 
 
+class LoRAConfig(Settings):
+    """Low-rank adaptation (Hu et al. 2022, section 4.1), of a network whose weights are learnt already.
+
+    Attributes:
+        rank: Of what is learnt, r.
+        alpha: What is learnt counts alpha / r times.
+        targets: Linear layers of every block.
+    """
+
+    rank: PositiveInt
+    alpha: PositiveFloat
+    targets: Annotated[list[Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]], Field(min_length=1)]
+
+
+def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
+    """Count the parameters that LoRA trains."""
+    widths = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
+    sides = sum(sum(widths[target]) for target in set(lora.targets))
+    return config.n_layer * lora.rank * config.n_embd * sides
+
+
 def parameter_count(config: GPTConfig) -> int:
     """Count every trainable parameter, the padding of the vocabulary included and a tied head once."""
     C, L = config.n_embd, config.n_layer  # noqa: N806

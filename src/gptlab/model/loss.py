@@ -75,19 +75,24 @@ class _ChunkedLoss(torch.autograd.Function):
         matrix = weight.to(x.dtype)
         count = (targets != IGNORED).sum()
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        to_x, to_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        to_x: list[Tensor] = []
+        is_learnt = ctx.needs_input_grad[1]  # an adapted network's is not
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if is_learnt else None
         for part, target in zip(x.split(chunk), targets.split(chunk), strict=True):
             loss, gradient = _chunk(part @ matrix.T, target, head, count)
             total = total + loss
             to_x.append(gradient @ matrix)
-            to_weight += gradient.T @ part
-        ctx.save_for_backward(torch.cat(to_x), to_weight.to(weight.dtype))
+            if to_weight is not None:
+                to_weight += gradient.T @ part
+        ctx.save_for_backward(torch.cat(to_x), None if to_weight is None else to_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         to_x, to_weight = ctx.saved_tensors
-        return to_x * upstream[0].to(to_x.dtype), to_weight * upstream[0].to(to_weight.dtype), None, None, None
+        if to_weight is not None:
+            to_weight = to_weight * upstream[0].to(to_weight.dtype)
+        return to_x * upstream[0].to(to_x.dtype), to_weight, None, None, None
 
 
 def _chunk(raw: Tensor, targets: Tensor, head: Head, count: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from gptlab.experiments.planning.activations import KINDS, Pass, of_block, of_he
 from gptlab.experiments.planning.parameters import Shares, shares
 from gptlab.experiments.planning.target import Target
 from gptlab.experiments.schema import Config
+from gptlab.model.config import lora_count
 from gptlab.training.config import MuonConfig
 
 # Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
@@ -126,31 +127,32 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
     parts = shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
+    learnt = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
     network, head = of_network(forward), of_head(forward, chunk)
     again = of_block(forward, 0) if config.model.activation_checkpointing else 0
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
         "weights": weights,
-        "moments": _moments_of(config, parts, size) / divided,
+        "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * learnt,
         "holes": 0.0 if forward.on_gpu else _holes(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
     making, learning = _logits(forward, chunk)
-    waiting = 3 * weights if _copies_checkpoints(config) else 0.0
+    waiting = weights + 2 * learnt if _copies_checkpoints(config) else 0.0
     # micro-batches add up in gradients that stay, and DDP sums them up in buckets that do
-    stay = weights if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
-    of_its_head = max(stay, config.model.padded_vocab_size * config.model.n_embd * size / divided)
+    stay = learnt if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
+    of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
 
     def at(moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float) -> Memory:
         numbers = {"gradients": gradients, "copies": copies, "activations": activations, "logits": logits}
         return Memory(**always, **numbers, buffers=buffers + waiting, moment=moment)
 
     return [
-        at("when the logits are there", weights, copies, network + head, making, 0.0),
-        at("when the forward pass is in the last block", weights, copies, network + again, 0.0, 0.0),
+        at("when the logits are there", learnt, copies, network + head, making, 0.0),
+        at("when the forward pass is in the last block", learnt, copies, network + again, 0.0, 0.0),
         at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
         at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
-        at("in the optimizer's step", weights, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
+        at("in the optimizer's step", learnt, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
     ]
 
 

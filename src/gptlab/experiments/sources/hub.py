@@ -41,9 +41,8 @@ def folder_of(name: str) -> Path:
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"{name} is neither in the cache of the Hugging Face hub ({home}) nor to be had through the network: "
-            f"{_first_line(error)}\nTo get it: on a machine with internet, hf download {repository} "
-            "--include config.json model.safetensors tokenizer.json --local-dir gpt2-files; copy that folder here, and "
-            "name it instead."
+            f"{_first_line(error)}\nTo get it: on a machine with internet, hf download {repository} config.json "
+            "model.safetensors tokenizer.json --local-dir <folder>; copy that folder here, and name it instead."
         ) from error
 
 

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import UserError
-from gptlab.experiments.directory import best_checkpoint
+from gptlab.experiments.directory import best_checkpoint, load_config
 from gptlab.experiments.sources.foreign import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
 from gptlab.experiments.sources.source import Source, open_source
 from gptlab.model.foreign import fitted, renamed
 from gptlab.model.gpt import GPT
+from gptlab.model.lora import merged
 from gptlab.training.checkpoints.reading import read_plain, read_weights
 
 
@@ -54,6 +55,8 @@ def _weights(model: GPT, path: Path) -> dict[str, Tensor]:
     if is_foreign(path):
         return _foreign(model, path)
     state = read_weights(best_checkpoint(path))
+    if (lora := load_config(path).lora) is not None:
+        state = merged(state, lora)
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
     if model.config.tie_weights:

@@ -1,0 +1,89 @@
+"""LoRA computes what the peft library computes, and merged, the weights give the same."""
+
+import peft
+import pytest
+import torch
+
+from conftest import tiny_config
+from gptlab.model.config import LoRAConfig, lora_count
+from gptlab.model.gpt import GPT
+from gptlab.model.lora import LoRALinear, adapt, merged
+
+ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+def adapted(targets: list[str], *, bias: bool = True) -> tuple[GPT, GPT, LoRAConfig]:
+    """A network, and the same one adapted, with something learnt."""
+    torch.manual_seed(0)
+    plain = GPT(tiny_config(bias=bias)).double()
+    other = GPT(plain.config).double()
+    other.load_state_dict(plain.state_dict())
+    config = LoRAConfig(rank=3, alpha=7.0, targets=targets)
+    adapt(other, config)
+    return plain, other, config
+
+
+def learn(model: GPT) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B, std=0.3)
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    return torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("targets", [ALL, ["attn.c_attn"], ["mlp.c_proj", "attn.c_proj"]], ids=len)
+def test_it_begins_as_the_network_that_it_was_and_then_gives_what_peft_gives(idx, targets):
+    plain, ours, _ = adapted(targets)
+    assert torch.equal(ours(idx), plain(idx))
+    learn(ours)
+    logits = ours(idx)
+    theirs = peft.inject_adapter_in_model(
+        peft.LoraConfig(r=3, lora_alpha=7.0, target_modules=rf"h\.\d+\.({'|'.join(targets)})"), plain
+    )
+    layers = 0
+    for name, layer in ours.named_modules():
+        if isinstance(layer, LoRALinear):
+            other = theirs.get_submodule(name)
+            other.lora_A["default"].weight.data.copy_(layer.lora_A)
+            other.lora_B["default"].weight.data.copy_(layer.lora_B)
+            layers += 1
+    assert layers == 2 * len(targets)
+    torch.testing.assert_close(logits, theirs(idx), rtol=0, atol=1e-12)
+
+
+def test_merged_weights_give_the_same_and_have_the_names_of_a_plain_network(idx):
+    plain, ours, config = adapted(ALL, bias=False)
+    learn(ours)
+    assert not torch.allclose(ours(idx), plain(idx), atol=1e-3)
+    logits = ours(idx)
+    plain.load_state_dict(merged(ours.state_dict(), config))
+    torch.testing.assert_close(plain(idx), logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [None, 5], ids=["at once", "in chunks"])
+def test_only_what_lora_adds_has_a_gradient(idx, chunk):
+    plain, ours, config = adapted(ALL)
+    learn(ours)
+    ours.loss(idx, idx.roll(-1, 1), None, chunk).backward()
+    trained = {name for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, _ in ours.named_parameters() if ".lora_" in name}
+    assert trained == {name for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert sum(parameter.numel() for parameter in ours.parameters() if parameter.requires_grad) == lora_count(
+        ours.config, config
+    )
+    assert set(ours.state_dict()) - trained == set(plain.state_dict())
+
+
+def test_the_gradient_in_chunks_is_that_at_once(idx):
+    gradients = []
+    for chunk in (None, 5):
+        _, ours, _ = adapted(ALL)
+        torch.manual_seed(1)
+        learn(ours)
+        ours.loss(idx, idx.roll(-1, 1), None, chunk).backward()
+        gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-8)
