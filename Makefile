@@ -19,7 +19,10 @@ test: .venv/ready
 	$(TEST_ENV) $(BIN)/python -m pytest
 
 test-slow: .venv/ready
-	$(TEST_ENV) $(BIN)/python -m pytest -m slow -n 0
+	status=0; \
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not alone" --durations=15 || status=$$?; \
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and alone" -n 0 --durations=40 || status=$$?; \
+	exit $$status
 
 test-all: test test-slow
 

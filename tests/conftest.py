@@ -46,6 +46,20 @@ TINY: dict[str, Any] = {
 }
 
 
+# Their slow tests time something, send signals, or fill the machine with processes: no other runs beside them.
+ALONE = {
+    *("test_bench", "test_faults", "test_guards", "test_interrupts", "test_launching", "test_plan", "test_promises"),
+    *("test_prove", "test_slurm", "test_supervisor", "test_sweeps", "test_tasks", "test_urls", "test_wandb"),
+    *("test_wandb_record", "test_watchdog"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in ALONE:
+            item.add_marker(pytest.mark.alone)
+
+
 def tiny_config(**changes: Any) -> GPTConfig:
     return GPTConfig(**TINY | changes)
 

@@ -49,6 +49,7 @@ def test_a_missing_part_is_told(user):
     assert "merge=true" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
     ran(user.train("train.max_steps=2", "train.global_batch_size=2", "trainer=cpu"))
     shown = user.python("gptlab.prepare", f"replay={user.only_run()}", "step=2")
@@ -57,6 +58,7 @@ def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
     assert "window 1, from token " in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["llmc", pytest.param("nanogpt", marks=pytest.mark.slow)])
 def test_converted_shards_train_as_the_originals(user, form):
     ran(user.python("gptlab.prepare", *SMALL))

@@ -48,6 +48,7 @@ def test_so_it_is_with_muon(user, runs, change):
     assert len(kept) == 28  # all parameters of two blocks, by GPT-2's names
 
 
+@pytest.mark.slow
 def test_a_moved_run_keeps_its_best(user, halted):
     moved = user.folder / "moved"
     shutil.copytree(halted, moved)

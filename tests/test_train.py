@@ -178,6 +178,7 @@ def test_micro_batches_and_workers_change_nothing(user, first):
     assert metrics(parts, "val/loss") == pytest.approx(metrics(first, "val/loss"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_length_in_tokens(user):
     ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000"))
     assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first multiple of a step >= 4000

@@ -1,1 +1,17 @@
 """gptlab: a Lightning + Hydra experiment framework for GPT-2 class language models."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptlab.experiments.loaded import LanguageModel, load
+
+__all__ = ["LanguageModel", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: torch takes seconds, and most commands begin without it."""
+    if name in __all__:
+        from gptlab.experiments import loaded
+
+        return getattr(loaded, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,6 +64,7 @@ main()
 """
 
 
+@pytest.mark.slow
 def test_steps_leave_nothing_that_only_a_collection_takes_away(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=50")
     rare = ("train.eval_every=50", "train.eval_windows=10", "train.log_every=10")

@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import gptlab
 from gptlab.errors import Diverged, UserError, did_you_mean
 from gptlab.experiments.exits import DONE, INTERRUPTED, PREEMPTED, SweepEnded, tell
 from gptlab.experiments.logs import log_to_screen
@@ -43,7 +42,7 @@ class _Ended(BaseException):
 
 def configuration_folder() -> Path:
     """Return conf/: the package's own in a wheel, else the one at the top of the checkout."""
-    package = Path(gptlab.__file__).parent
+    package = Path(__file__).parents[1]
     return next(folder / "conf" for folder in (package, package.parents[1]) if (folder / "conf").is_dir())
 
 

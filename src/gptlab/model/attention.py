@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
 from gptlab.model.cache import LayerCache, Place
 from gptlab.model.config import NORM_EPSILON, GPTConfig
@@ -178,6 +178,15 @@ class CausalSelfAttention(nn.Module):
         Returns:
             The output, and the values before anything is mixed into them; both (B, T, C).
         """
+        q, k, v, values = self.heads(x, seen, others)
+        if cache is not None and place is not None:
+            k, v = cache.extended(k, v, place)
+        mask = seen.everything if self.sees_everything else seen.window
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2))), values
+
+    def heads(self, x: Tensor, seen: Sight, others: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Make queries, keys and values of every head (B, nh, T, hs); and values (B, T, C) before they are mixed."""
         config = self.config
         query, key, values = self.c_attn(x).chunk(3, dim=2)
         mixed = values if self.mix_values is None else self.mix_values(values, *others)
@@ -187,8 +196,15 @@ class CausalSelfAttention(nn.Module):
         if config.positions != "learned":
             half = config.positions == "rotary_half"
             q, k = (rotate(part, seen.positions, config.rope_base, half=half) for part in (q, k))
-        if cache is not None and place is not None:
-            k, v = cache.extended(k, v, place)
+        return q, k, v, values
+
+    def weights(self, x: Tensor, seen: Sight, others: tuple[Tensor, ...]) -> Tensor:
+        """How much each position looks at each (B, nh, T, T), which the kernels of ``forward`` never write down."""
+        q, k, _, _ = self.heads(x, seen, others)
         mask = seen.everything if self.sees_everything else seen.window
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2))), values
+        if isinstance(mask, BlockMask):
+            mask = create_mask(mask.mask_mod, mask.shape[0], None, x.size(1), x.size(1), device=x.device)
+        if mask is None:
+            mask = torch.ones(x.size(1), x.size(1), dtype=torch.bool, device=x.device).tril()
+        scores = q @ k.transpose(2, 3) * self.head_size**-0.5
+        return F.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)

@@ -1,0 +1,101 @@
+"""Activations by name are what the network computes with, and what is put in their place is what it goes on with."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import tiny_config
+from gptlab.errors import UserError
+from gptlab.model.attention import attention_mask, sight
+from gptlab.model.capture import captured, changed, names_of
+from gptlab.model.gpt import GPT
+
+OPTIONS = {
+    "GPT-2's": {},
+    "rotary, QK-norm": {"positions": "rotary", "qk_norm": True, "norm": "rms"},
+    "a window": {"attention_window": 4, "global_every": 2, "n_layer": 3},
+    "mixed values": {"value_residual": True, "value_embeddings": 1, "x0_skips": True},
+}
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    return torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def network(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(tiny_config(**changes)).double()
+    for parameter in model.parameters():  # so that attention is not nearly even
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
+def test_attention_s_weights_give_what_its_kernel_gives(idx, changes):
+    model = network(**changes)
+    names = ["*.attn.weights", "*.attn", "*.attn.c_attn", *["*.attn.mix_values"] * ("value_residual" in changes)]
+    with captured(model, names) as found:
+        model(idx)
+    for layer in range(model.config.n_layer):
+        weights = found[f"h.{layer}.attn.weights"]
+        assert weights.shape == (2, 2, 16, 16)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 16, dtype=torch.float64))
+        assert weights.triu(1).abs().max() == 0
+        own = found[f"h.{layer}.attn.c_attn"].chunk(3, dim=2)[2]
+        values = found.get(f"h.{layer}.attn.mix_values", own).view(2, 16, 2, -1).transpose(1, 2)
+        mixed = (weights @ values).transpose(1, 2).flatten(2)
+        expected = model.h[layer].attn.c_proj(mixed)
+        torch.testing.assert_close(found[f"h.{layer}.attn"], expected, rtol=0, atol=1e-10)
+
+
+def test_a_mask_of_flex_attention_s_is_seen_as_well(idx):
+    model = network(attention_window=4, global_every=2, n_layer=3)
+    x, attention = torch.randn(2, 16, 32, dtype=torch.float64), model.h[0].attn
+    plain, flex = (attention.weights(x, sight(model.config, idx, None, flex=flex), ()) for flex in (False, True))
+    assert torch.equal(plain, flex)
+    assert torch.equal(plain > 0, attention_mask(idx, None, 4, flex=False).expand(2, 2, 16, 16))
+
+
+def test_the_stream_adds_up_from_block_to_block(idx):
+    model = network()
+    with captured(model, ["drop", "h.?", "h.*.attn", "h.*.mlp", "ln_f"]) as found:
+        logits = model(idx)
+    x = found["drop"]
+    for layer in range(2):
+        x = x + found[f"h.{layer}.attn"] + found[f"h.{layer}.mlp"]
+        torch.testing.assert_close(found[f"h.{layer}"], x, rtol=0, atol=1e-12)
+    assert torch.equal(F.linear(found["ln_f"], model.wte.weight), logits)
+    with captured(model, ["ln_f"]) as later:
+        pass
+    assert later == {}  # nothing ran within
+
+
+def test_gradients_flow_through_what_was_captured(idx):
+    model = network()
+    with captured(model, ["h.0"]) as found:
+        model(idx)[0, -1, 5].backward(inputs=[model.wte.weight])
+    assert found["h.0"].requires_grad
+
+
+def test_what_is_changed_is_what_the_network_goes_on_with(idx):
+    model, source = network(), idx.flip(0)
+    with captured(model, ["h.0"]) as found:
+        other = model(source)
+    with changed(model, {"h.0": lambda x: found["h.0"]}):  # the whole stream of the other texts after the first block
+        assert torch.equal(model(idx), other)
+    with changed(model, {"*.attn": torch.zeros_like, "*.mlp": torch.zeros_like}):
+        without = model(idx)
+    embedded = model.wte(idx) + model.wpe.weight[:16]
+    assert torch.equal(without, F.linear(model.ln_f(embedded), model.wte.weight))
+    assert not torch.equal(model(idx), without)  # the hooks are gone
+
+
+def test_a_name_that_is_not_there_and_weights_that_cannot_be_changed(idx):
+    model = network()
+    assert {"wte", "h.1.attn.weights", "h.1.mlp.act", "ln_f", "lm_head"} <= set(names_of(model))
+    with pytest.raises(UserError, match=r"h\.0\.atn is nothing in this network\. Did you mean h\.0\.attn\?"):
+        captured(model, ["h.0.atn"]).__enter__()
+    with pytest.raises(UserError, match=r"h\.0\.attn\.weights can be captured, not changed"):
+        changed(model, {"h.0.attn.weights": torch.zeros_like}).__enter__()
+    assert not any(module._forward_hooks for module in model.modules())
