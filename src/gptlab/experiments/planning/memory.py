@@ -1,8 +1,9 @@
 """How much memory a device needs at its fullest, by kind. Imports no torch.
 
-There are three moments at which it may be fullest: when the head has made the logits, and the gradients of the step
-before are still there; when the backward pass begins with the head; and in the step of the optimizer. Shapes: N tokens
-of a micro-batch, C channels, V vocabulary, R rows of the head.
+There are five moments at which it may be fullest: when the head has made the logits, or the forward pass is in the last
+block, and the gradients of the step before are still there; when the backward pass begins with the head, or is in the
+last block; and in the step of the optimizer. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows of the
+head.
 """
 
 from typing import NamedTuple
