@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptlab.experiments.exits import MISTAKEN
 from gptlab.experiments.sources.weights import load_model
-from test_train import ran
+from gptlab.model.gpt import GPT
+from test_train import metrics, mistaken, plain_training, ran, weights
 
 STANDING = ("optimizer.lr=1e-30", "train.max_steps=1", "callbacks=checkpoint")  # the weights stay where they are
 
@@ -58,3 +59,39 @@ def test_nanogpt_s_character_data_is_trained_on_and_written_in(user):
     done = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=line", "max_new_tokens=20")
     ran(done)
     assert set(done.stdout.partition("---")[0]) <= set(characters)
+
+
+SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 257, "bias": True, "dropout": 0.0}
+AS_IN_NANOGPT = ("model.activation=gelu", "optimizer.weight_decay=0.1", "name=taken", "callbacks=checkpoint")
+
+
+def nanogpt_run(user, directory, path) -> GPT:
+    """Train six steps as nanoGPT does, saving as it does when it has made three."""
+
+    def save(step: int, model: GPT, optimizer: torch.optim.AdamW) -> None:
+        if step == 3:
+            state = {f"transformer.{name}": t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+            state["lm_head.weight"] = model.wte.weight
+            whole = {"model": state, "optimizer": optimizer.state_dict(), "model_args": SHAPE, "iter_num": step}
+            torch.save(whole | {"best_val_loss": torch.tensor(3.0), "config": {}}, path)
+
+    _, model = plain_training(user, directory, 6, save, activation="gelu")
+    return model
+
+
+@pytest.mark.slow
+def test_a_run_of_nanogpt_goes_on_with_its_moments_as_it_would_have_there(user, runs):
+    torch.set_num_threads(1)
+    path = user.folder / "ckpt.pt"
+    model = nanogpt_run(user, runs.give(user, "first"), path)
+    ran(user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT))
+    directory = user.only_run("taken")
+    assert list(metrics(directory, "train/loss")) == [4, 5, 6]
+    for name, tensor in weights(directory).items():
+        torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
+    again = user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT, "name=again", "optimizer.lr=1e-4")
+    mistaken(again, f"resume_from_nanogpt={path} cannot go on exactly: the learning rate at step 3")
+    assert not (user.folder / "outputs" / "again").exists()
+    path.rename(user.folder / "elsewhere")
+    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=7"))  # it has all of it
+    assert list(metrics(directory, "train/loss")) == [4, 5, 6, 7]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -99,8 +100,17 @@ def test_metrics_and_evaluations_have_their_names_and_steps(user):
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-3)
 
 
-def plain_training(user, directory: Path, steps: int) -> tuple[list[float], GPT]:
-    """The same training written as anyone would, from the text file on: an oracle for the whole command."""
+def plain_training(
+    user,
+    directory: Path,
+    steps: int,
+    before: Callable[[int, GPT, torch.optim.AdamW], None] = lambda *_: None,
+    **changes,
+) -> tuple[list[float], GPT]:
+    """The same training written as anyone would, from the text file on: an oracle for the whole command.
+
+    ``before`` is called with every step that comes; ``changes`` are of the model.
+    """
     text = (user.folder / "text.txt").read_text()
     cut = int(len(text) * 0.9)
     tokens, val = [*text[:cut].encode(), 256], [*text[cut:].encode(), 256]
@@ -109,7 +119,7 @@ def plain_training(user, directory: Path, steps: int) -> tuple[list[float], GPT]
     order = WindowOrder([len(tokens)], 32, 1337, fingerprint, "shuffled", 1, None)
     torch.manual_seed(1337)
     settings = yaml.safe_load((directory / "config.yaml").read_text())
-    model = GPT(GPTConfig(**settings["model"]))
+    model = GPT(GPTConfig(**settings["model"] | changes))
     decay = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -118,6 +128,8 @@ def plain_training(user, directory: Path, steps: int) -> tuple[list[float], GPT]
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (step + 1) / 101  # the tiny model's rate, warming up over 100 steps
+        if before:
+            before(step, model, optimizer)
         starts = order.starts(np.arange(step * 12, step * 12 + 12))
         windows = torch.tensor([tokens[start : start + 33] for start in starts])
         loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())

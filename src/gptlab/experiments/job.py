@@ -19,6 +19,7 @@ from gptlab.experiments.records.runs import SAMPLES
 from gptlab.experiments.records.state import end_state, status_of
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
+from gptlab.experiments.sources.nanogpt import taken_over
 from gptlab.experiments.sources.source import path_of
 from gptlab.experiments.sources.weights import load_weights
 from gptlab.experiments.sweeping.ledger import is_pruned
@@ -37,7 +38,7 @@ from gptlab.training.callbacks.recorder import Recorder
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.callbacks.trace import Trace
 from gptlab.training.callbacks.watchdog import Watchdog
-from gptlab.training.checkpoints.records import clear, step_of
+from gptlab.training.checkpoints.records import Facts, clear, place_of, step_of
 from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.clusters import cluster_environment
 from gptlab.training.config import CheckpointConfig
@@ -74,7 +75,9 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
     join_group(devices)
     checkpoint = on_first_rank(lambda: _checkpoint(config))
     module = build_module(config, prepared, devices)
-    directory = on_first_rank(lambda: _directory(config, prepared, place))
+    directory = on_first_rank(lambda: _directory(config, prepared, place, module.model))
+    if config.resume_from_nanogpt:
+        checkpoint = on_first_rank(lambda: newest_checkpoint(directory))
     is_first = is_first_rank()
     handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
     try:
@@ -216,12 +219,18 @@ def _was_pruned(trainer: L.Trainer) -> bool:
     return any(getattr(callback, "pruned", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _directory(config: Config, prepared: Prepared, place: Path | None) -> Path:
+def _directory(config: Config, prepared: Prepared, place: Path | None, model: GPT) -> Path:
     """Make the run directory, or write down with what an earlier one goes on."""
     if config.resume:
         record(config, Path(config.resume))
         return Path(config.resume)
-    return create(config, prepared.manifest, place)
+    if config.resume_from_nanogpt is None:
+        return create(config, prepared.manifest, place)
+    checkpoint = taken_over(Path(config.resume_from_nanogpt), config, model)
+    directory = create(config, prepared.manifest, place)
+    facts = Facts(step=checkpoint["global_step"], val_loss=None, evaluation_due=False)
+    _checkpoint_files(None).save_checkpoint(checkpoint, place_of(directory / CHECKPOINTS, facts.step), facts)
+    return directory
 
 
 def _checkpoint(config: Config) -> Path | None:

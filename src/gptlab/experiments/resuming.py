@@ -31,6 +31,7 @@ CHANGEABLE = (
     "callbacks",
     "logger",
 )
+BEGINNINGS = dict.fromkeys(("init_from", "resume_from_nanogpt"))  # of a new run, which one that goes on has behind it
 FIXED = ("trainer.precision",)  # but not this, within those
 AUTO = "auto"
 
@@ -80,7 +81,7 @@ def differences(config: Config, directory: Path) -> list[str]:
 def _changes(config: Config, directory: Path) -> list[str]:
     """Name the settings that a configuration and an earlier run do not share; the vocabulary is the tokenizer's."""
     values, earlier = (c.with_absolute_paths().model_dump(mode="json") for c in (config, load_config(directory)))
-    keys = {*_leaves(values), *_leaves(earlier)} - {"init_from"}
+    keys = {*_leaves(values), *_leaves(earlier)} - BEGINNINGS.keys()
     if values["model"]["vocab_size"] is None:
         keys.remove("model.vocab_size")
     return sorted(key for key in keys if _at(values, key) != _at(earlier, key))
@@ -102,7 +103,7 @@ def _going_on(values: dict[str, Any], named: list[str], directory: Path) -> Conf
     if "trainer" in named and "trainer.precision" not in named:
         earlier["trainer"]["precision"] = precision  # the devices were named, not what is computed on them
     forced = bool(values.get("force_resume"))
-    return check(Config, earlier | {"resume": str(directory), "init_from": None, "force_resume": forced})
+    return check(Config, earlier | {"resume": str(directory), "force_resume": forced, **BEGINNINGS})
 
 
 def plain(values: DictConfig) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Config(Settings):
     resume: str | None
     force_resume: bool
     init_from: str | None
+    resume_from_nanogpt: str | None = None
     model: GPTConfig
     lora: LoRAConfig | None = None
     data: DataConfig
@@ -65,8 +66,11 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.resume and self.init_from:
-            raise ValueError("resume and init_from exclude each other: a run goes on, or it starts from other weights")
+        named = [key for key in ("resume", "init_from", "resume_from_nanogpt") if getattr(self, key)]
+        if len(named) > 1:
+            raise ValueError(
+                f"{' and '.join(named)} exclude each other: a run goes on, or it starts from other weights"
+            )
         return self
 
     @model_validator(mode="after")
@@ -129,11 +133,13 @@ class Config(Settings):
         init_from = self.init_from
         if init_from and not is_on_hub(init_from):
             init_from = _absolute(init_from)
+        nanogpt = self.resume_from_nanogpt and _absolute(self.resume_from_nanogpt)
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update=data),
                 "tokenizer": self.tokenizer.model_copy(update={"vocab_dir": vocab_dir}),
                 "init_from": init_from,
+                "resume_from_nanogpt": nanogpt,
             }
         )
 
