@@ -109,7 +109,8 @@ def test_more_processes_than_make_sense(user):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run=text.txt"], "text.txt is not a run directory"),
+        (["run=text.txt"], "text.txt is not a checkpoint of nanoGPT"),
+        (["run=nowhere"], "nowhere: there is no such run directory"),
         (["rum=x"], "rum is no setting. Did you mean run?"),
         ([], "run is missing"),
         (["run=x", "temperature=-1"], "temperature=-1 is not right"),

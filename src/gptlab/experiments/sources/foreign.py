@@ -51,13 +51,18 @@ def check_foreign(path: Path, model: GPTConfig) -> None:
         UserError: Names the file, and what is wrong with it.
     """
     if path.is_file():
-        if not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
+        check_archive(path)
         return
     check_foreign_shape(path, described_shape(path), model)
     for file in weight_files(path):
         with opened(file, "numpy"):
             pass  # its header is right, and it is as long as that says
+
+
+def check_archive(path: Path) -> None:
+    """See that a file could be a checkpoint of nanoGPT; UserError where it could not."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
 
 
 def check_foreign_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:

@@ -12,6 +12,7 @@ from gptlab.experiments.directory import best_checkpoint, load_config
 from gptlab.experiments.records.runs import CONFIG
 from gptlab.experiments.sources.foreign import (
     ROUNDED_TO,
+    check_archive,
     check_foreign,
     described_shape,
     is_foreign,
@@ -110,6 +111,7 @@ def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
 
 
 def _nanogpt(path: Path) -> dict[str, Any]:
+    check_archive(path)
     from gptlab.experiments.sources.weights import nanogpt_checkpoint  # torch
 
     return nanogpt_shape(path, nanogpt_checkpoint(path).get("model_args"))
