@@ -247,3 +247,19 @@ def test_at_most_8_of_100_sweeps_without_any_difference_claim_one(tmp_path):
         uncorrected += any(row.p is not None and row.p < 0.05 for row in found.rows)
     assert claimed <= 8
     assert uncorrected > 8  # which is what the correction is for
+
+
+def test_the_best_at_the_edge_of_what_was_tried_is_told(tmp_path):
+    def notes(name: str, key: str, **values: float) -> list[str]:
+        runs = [trial({key: setting.replace("_", "."), "seed": 1}, value) for setting, value in values.items()]
+        return answer(write_sweep(tmp_path / name, runs)).notes[:1]
+
+    largest = notes("largest", LR, **{"1e-3": 3.0, "2e-3": 2.0, "1e-2": 1.5})
+    assert largest == ["The best optimizer.lr is the largest that was tried, 1e-2: a larger one may be better."]
+    smallest = notes("smallest", LR, **{"1e-3": 1.0, "2e-3": 2.0, "1e-2": 3.5})
+    assert smallest == ["The best optimizer.lr is the smallest that was tried, 1e-3: a smaller one may be better."]
+    within = notes("within", LR, **{"1e-3": 3.0, "2e-3": 2.0, "1e-2": 3.5})
+    two = notes("two", LR, **{"1e-3": 3.0, "2e-3": 2.0})
+    words = notes("words", "schedule", cosine=3.0, linear=2.0, wsd=1.0)
+    sizes = notes("sizes", "model.n_layer", **{"1": 3.0, "2": 2.0, "3": 1.0})
+    assert not any("was tried" in note for note in (*within, *two, *words, *sizes))

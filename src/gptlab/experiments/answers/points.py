@@ -57,6 +57,12 @@ def has_value(trial: Trial) -> bool:
     return trial.state == "done" and trial.value is not None and math.isfinite(trial.value)
 
 
+def as_number(setting: str) -> float | None:
+    """Read a setting as a finite number; None where it is none."""
+    number = _parsed(setting)
+    return number if isinstance(number, float) and math.isfinite(number) else None
+
+
 def is_failed(trial: Trial) -> bool:
     """Whether a trial ended without a number, by itself."""
     return trial.state in FAILED or (trial.state == "done" and not has_value(trial))

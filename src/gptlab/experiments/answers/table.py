@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gptlab.errors import UserError
 from gptlab.experiments.answers.paired import Claim, compare_all, estimate
-from gptlab.experiments.answers.points import SEED, Point, find, group, is_failed
+from gptlab.experiments.answers.points import SEED, Point, as_number, find, group, is_failed
 from gptlab.experiments.answers.sizes import size_of
 from gptlab.experiments.answers.wording import BASELINE, Best, best_line, counted, named, spread_line, verdict
 from gptlab.experiments.records.runs import Run, flatten
@@ -126,7 +126,7 @@ def answer(directory: Path, replicates: Sequence[str] = ()) -> Answers:
         rows=rows,
         answer=_line(sweep, points, ranked, baseline, claims),
         comparisons=sum(claim.p is not None for claim in claims.values()),
-        notes=_notes(sweep, trials, baseline),
+        notes=[*_edges(ranked), *_notes(sweep, trials, baseline)],
     )
 
 
@@ -195,6 +195,23 @@ def _line(
         sweep.metric,
         is_over=unfinished == 0,
     )
+
+
+def _edges(ranked: list[Point]) -> list[str]:
+    """Say of which settings the best has the smallest or the largest value that was tried, of three or more.
+
+    Sizes of the model are left out: a larger one is better as a rule, and at another price.
+    """
+    notes = []
+    for key in ranked[0].settings if ranked else ():
+        values = {number for point in ranked if (number := as_number(point.settings[key])) is not None}
+        best = as_number(ranked[0].settings[key])
+        if key.startswith("model.") or len(values) < 3 or best not in (min(values), max(values)):
+            continue
+        end, beyond = ("smallest", "smaller") if best == min(values) else ("largest", "larger")
+        shown = ranked[0].settings[key]
+        notes.append(f"The best {key} is the {end} that was tried, {shown}: a {beyond} one may be better.")
+    return notes
 
 
 def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[str]:
