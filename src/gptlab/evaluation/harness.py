@@ -107,6 +107,7 @@ class HarnessModel(TemplateLM):
                 raise UserError(
                     f"A continuation has {len(continuation)} tokens, more than the model's block of {self.max_length}."
                 )
+            context = context or [self.prefix_token_id]  # it was of spaces, which have gone over to the continuation
             asked[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
         rows = sorted(asked, key=lambda row: (-len(row), row))
         answers: list[Answer] = [(0.0, False)] * len(requests)

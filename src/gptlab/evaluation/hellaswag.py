@@ -140,5 +140,5 @@ def _example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
     told = isinstance(context, str) and context and isinstance(endings, list) and isinstance(label, int)
     if not told or not 0 <= label < len(endings) or not all(isinstance(ending, str) for ending in endings):
         raise ValueError(f"line {number} has no ctx, endings and label that go together")
-    encoded = [tokenizer.encode(f" {ending}").tolist() for ending in endings]
-    return Example(tokenizer.encode(context).tolist(), encoded, label)
+    beginning = tokenizer.encode(context).tolist()
+    return Example(beginning, [tokenizer.encode(f" {ending}").tolist() for ending in endings], label)

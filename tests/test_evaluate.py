@@ -1,0 +1,195 @@
+"""The command that scores a trained model: its numbers, what it leaves, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_config
+from data.preparing import data_config, prepare_text, text_values
+from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
+from gptlab.errors import UserError
+from gptlab.evaluation.hellaswag import Example, read_examples
+from gptlab.experiments.scoring.corpora import corpus_of
+from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
+from gptlab.experiments.sources.source import Source
+from gptlab.model.gpt import GPT
+from test_train import metrics, mistaken, ran, weights
+
+NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
+ENDINGS = ("has 12 of 3", "a", "the cow is here and here", "z z z")
+
+
+def asked(**values) -> EvaluateConfig:
+    plain = dict.fromkeys(NOTHING) | {"run": "x", "split": "val", "tasks": [], "precision": "auto"}
+    return EvaluateConfig.model_validate(plain | values)
+
+
+def examples_file(folder: Path, number: int) -> Path:
+    path = folder / "hellaswag.jsonl"
+    lines = [{"ctx": f"line {n}: the cat", "endings": ENDINGS, "label": n * n % 4} for n in range(number)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def found(directory: Path, what: str) -> dict:
+    """The only results of that kind."""
+    (path,) = directory.glob(f"evaluations/{what}_*.json")
+    return json.loads(path.read_text())
+
+
+def trained(directory: Path) -> GPT:
+    """The network of a run of the tiny model, by an independent reader."""
+    shape = {"vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32}
+    state = weights(directory)
+    layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
+    bias = "ln_f.bias" in state
+    shape |= {"n_embd": state["wte.weight"].size(1), "n_layer": layers, "bias": bias}
+    model = GPT(tiny_config(**shape, activation="gelu"))
+    model.load_state_dict(state, strict=False)
+    return model.tie_weights() or model.eval()
+
+
+def choices(model: GPT, examples: list[Example], block: int = 32) -> list[tuple[int, int]]:
+    """The endings with the lowest sum and mean of losses, one text at a time."""
+    chosen = []
+    for example in examples:
+        losses = []
+        for ending in example.endings:
+            ids = torch.tensor([(example.context + ending)[-(block + 1) :]])
+            with torch.no_grad():
+                chances = model(ids[:, :-1])[0].double().log_softmax(dim=-1)
+            each = -chances[range(ids.size(1) - 1), ids[0, 1:]]
+            losses.append(each[-len(ending) :])
+        sums, means = [each.sum() for each in losses], [each.mean() for each in losses]
+        chosen.append((sums.index(min(sums)), means.index(min(means))))
+    return chosen
+
+
+def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    done = user.python("gptlab.evaluate", f"run={directory}", "windows=10")
+    ran(done)
+    results = found(directory, "loss")
+    in_training = metrics(directory, "val/loss")
+    assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # of the same ten windows
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]), rel=1e-12)
+    assert results["bits_per_byte"] == pytest.approx(min(metrics(directory, "val/bits_per_byte").values()), rel=1e-6)
+    assert (results["tokens"], results["split"], results["block_size"], results["stride"]) == (320, "val", 32, 32)
+    assert (results["documents"], results["processes"], results["precision"]) == ("packed", 1, "float32")
+    assert f"loss            {results['loss']:.4f} nats per token" in done.stdout
+
+    path = examples_file(user.folder, 12)
+    ran(user.python("gptlab.evaluate", f"run={directory}", f"hellaswag={path}", "limit=9", "out=here/evaluations"))
+    results = found(user.folder / "here", "hellaswag")
+    examples = read_examples(path, BytesTokenizer(), 9)
+    chosen = choices(trained(directory), examples)
+    right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
+    assert results["acc"] == sum(by_sum for by_sum, _ in right) / 9
+    assert results["acc_norm"] == sum(by_mean for _, by_mean in right) / 9
+    assert results["examples"] == 9
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    path = examples_file(user.folder, 13)
+    (user.folder / "text.json").write_text("\n".join(json.dumps({"text": f"line {n}: the cow"}) for n in range(5)))
+    (user.folder / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {user.folder}/text.json}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    asked = {
+        "loss": ("stride=9", "batch_size=5", "split=all"),
+        "hellaswag": (f"hellaswag={path}", "batch_size=2"),
+        "tasks": ("tasks=[rolling]", f"task_dir={user.folder}"),
+    }
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "gptlab.evaluate")
+    for what, arguments in asked.items():
+        ran(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
+        ran(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
+        one, two = (found(user.folder / number, what) for number in ("one", "two"))
+        assert (one["processes"], two["processes"]) == (1, 2)
+        for key in {"loss", "bits_per_byte", "tokens", "bytes", "acc", "acc_norm", "examples"} & set(one):
+            assert two[key] == pytest.approx(one[key], rel=1e-12)
+    results = [result["results"]["rolling"]["bits_per_byte,none"] for result in (one, two)]
+    assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches are others
+    assert found(user.folder / "two", "loss")["tokens"] > 50_000
+
+
+def source_of(tokenizer: Tokenizer) -> Source:
+    """A model that is no run."""
+    shape = tiny_config(vocab_size=tokenizer.vocab_size)
+    return Source("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
+
+
+def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    config = asked(data=data_config(**text_values(tmp_path / "text.txt")))
+    bpe = BPETokenizer.train(["ab ab abc bad " * 30], 270)
+    for tokenizer in (BytesTokenizer(), bpe, CharactersTokenizer("\n ,abcdefg")):
+        for _ in range(2):  # made, and found again
+            corpus = corpus_of(config, source_of(tokenizer), tokenizer_is_named=False)
+            assert corpus.prepared.manifest.tokenizer == tokenizer.record()
+            stream = corpus.prepared.stream("val")
+            text = tokenizer.decode(stream.read([0], len(stream))[0].tolist())
+            assert text.removesuffix("<|endoftext|>") == ("a bad cab, a cad\n" * 50)[765:]
+            assert corpus.border is None
+    with pytest.raises(UserError, match="The character '\\\\n' is not among the 3"):
+        corpus_of(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
+    masked = asked(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
+    assert corpus_of(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).border == 256
+    with pytest.raises(UserError, match="has no end of text that documents could be told apart by"):
+        corpus_of(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
+
+
+def test_other_tokens_than_the_model_s_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    theirs = prepare_text(tmp_path / "text.txt", "bpe", vocab_size=265, train_mb=1).folder
+    ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
+    shards = data_config(corpus="shards", path=str(theirs), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"is prepared in other tokens \(tokenizer=bpe\) than those of x \(tokenizer=bpe"):
+        corpus_of(asked(data=shards), ours, tokenizer_is_named=False)
+    with pytest.raises(UserError, match="holds tokens of tokenizer=bpe, not of tokenizer=bytes"):
+        corpus_of(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
+    named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
+    with pytest.raises(UserError, match="tokenizer=gpt2 is not that of x, which is bpe"):
+        corpus_of(named, ours, tokenizer_is_named=True)
+    with pytest.raises(UserError, match="run=x was not trained here, so nothing says what it is to be scored on"):
+        corpus_of(asked(), ours, tokenizer_is_named=False)
+
+
+def test_what_does_not_go_together_is_told(monkeypatch):
+    for values, sentence in (
+        ({"tasks": ["a"], "stride": 3, "windows": 4}, "bring their own texts: windows and stride would mean nothing"),
+        ({"hellaswag": "x", "num_fewshot": 3}, "num_fewshot would mean nothing without tasks"),
+        ({"limit": 3}, "limit is of tasks and hellaswag; of a corpus, windows=<number> scores a part"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            asked(**values)
+    source = source_of(BytesTokenizer())
+    with pytest.raises(UserError, match="stride=17 would leave tokens out: the model's block has 16"):
+        check_request(asked(stride=17), source)
+    with pytest.raises(UserError, match=r"task_dir=nowhere is no folder \(looked from"):
+        check_request(asked(tasks=["a"], task_dir="nowhere"), source)
+    monkeypatch.setattr("gptlab.experiments.scoring.settings.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tasks= needs the lm_eval package: pip install 'gptlab\[harness\]'"):
+        check_request(asked(tasks=["a"]), source)
+
+
+def test_mistakes_are_told_before_torch_is_imported(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    package = user.folder / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
+    user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
+    for arguments, sentence in (
+        ([f"run={directory}", "split=test"], "split='test' is not right: it should be 'val', 'train' or 'all'"),
+        ([f"run={directory}", "hellaswag=none.jsonl"], "cannot be read from none.jsonl"),
+        (["run=none", "taskz=[a]"], "taskz is no setting. Did you mean tasks?"),
+    ):
+        mistaken(user.python("gptlab.evaluate", *arguments), sentence)
+    assert not (directory / "evaluations").exists()
