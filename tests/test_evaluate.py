@@ -16,6 +16,8 @@ from gptlab.experiments.scoring.corpora import corpus_of
 from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
 from gptlab.experiments.sources.source import Source
 from gptlab.model.gpt import GPT
+from gptlab.training.callbacks.hellaswag import HellaSwag
+from gptlab.training.config import HellaSwagConfig
 from test_train import metrics, mistaken, ran, weights
 
 NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
@@ -102,15 +104,15 @@ def test_two_processes_find_what_one_does(user, runs):
         "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: bits_per_byte}]\n"
     )
-    asked = {
-        "loss": ("stride=9", "batch_size=5", "split=all"),
-        "hellaswag": (f"hellaswag={path}", "batch_size=2"),
-        "tasks": ("tasks=[rolling]", f"task_dir={user.folder}"),
-    }
+    runs_of = (
+        ("stride=9", "batch_size=5", "split=all"),
+        (f"hellaswag={path}", "batch_size=2", "tasks=[rolling]", f"task_dir={user.folder}"),
+    )
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "gptlab.evaluate")
-    for what, arguments in asked.items():
+    for arguments in runs_of:
         ran(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
         ran(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
+    for what in ("loss", "hellaswag", "tasks"):
         one, two = (found(user.folder / number, what) for number in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
         for key in {"loss", "bits_per_byte", "tokens", "bytes", "acc", "acc_norm", "examples"} & set(one):
@@ -118,6 +120,48 @@ def test_two_processes_find_what_one_does(user, runs):
     results = [result["results"]["rolling"]["bits_per_byte,none"] for result in (one, two)]
     assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches are others
     assert found(user.folder / "two", "loss")["tokens"] > 50_000
+
+
+def with_hellaswag(user, name: str, *arguments: str) -> Path:
+    path = examples_file(user.folder, 11)
+    hellaswag = (f"callbacks.hellaswag.path={path.name}", "callbacks.hellaswag.batch_size=2")
+    ran(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *hellaswag, *arguments))
+    return user.only_run(name)
+
+
+def test_hellaswag_as_the_model_learns(user, runs):
+    without = runs.give(user, "first", "callbacks=checkpoint")
+    directory = with_hellaswag(user, "with")
+    mine, others = weights(directory), weights(without)
+    assert all(torch.equal(mine[name], others[name]) for name in others)  # nothing of the training has changed
+    examples = read_examples(user.folder / "hellaswag.jsonl", BytesTokenizer(), None)
+    chosen = choices(trained(directory), examples)
+    by_sum, by_mean = (sum(c[i] == e.label for c, e in zip(chosen, examples, strict=True)) for i in (0, 1))
+    acc, acc_norm = (metrics(directory, f"hellaswag/{name}") for name in ("acc", "acc_norm"))
+    assert list(acc) == list(acc_norm) == [3, 6]
+    assert (acc[6], acc_norm[6]) == (by_sum / 11, by_mean / 11)
+    done = user.train("callbacks=[checkpoint,hellaswag]", "callbacks.hellaswag.path=none.jsonl", "name=never")
+    mistaken(done, "none.jsonl: [Errno 2] No such file or directory")
+    assert not (user.folder / "outputs" / "never").exists()
+
+
+@pytest.mark.slow
+def test_hellaswag_is_the_same_on_two_processes(user):
+    settings = ("callbacks.hellaswag.every=4", "train.ema_decay=0.9")  # what is scored is the average
+    alone = with_hellaswag(user, "alone", *settings)
+    for strategy in ("ddp", "fsdp"):
+        two = with_hellaswag(user, strategy, *settings, f"trainer={strategy}", "trainer.devices=2")
+        for name in ("hellaswag/acc", "hellaswag/acc_norm"):
+            assert list(metrics(alone, name)) == [6]  # of the evaluations at 3 and 6, the first since 4
+            assert metrics(two, name) == metrics(alone, name)
+
+
+def test_evaluations_that_are_scored(tmp_path):
+    config = HellaSwagConfig(path="x", every=100, limit=None, batch_size=1)
+    callback = HellaSwag(config, [], eval_every=30, max_steps=310, tokens=lambda step: step)
+    assert [step for step in [*range(30, 310, 30), 310] if callback.is_due(step)] == [120, 210, 300, 310]
+    always = HellaSwag(config.model_copy(update={"every": None}), [], 30, 310, lambda step: step)
+    assert all(always.is_due(step) for step in range(30, 310, 30))
 
 
 def source_of(tokenizer: Tokenizer) -> Source:
@@ -138,7 +182,7 @@ def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
             text = tokenizer.decode(stream.read([0], len(stream))[0].tolist())
             assert text.removesuffix("<|endoftext|>") == ("a bad cab, a cad\n" * 50)[765:]
             assert corpus.border is None
-    with pytest.raises(UserError, match="The character '\\\\n' is not among the 3"):
+    with pytest.raises(UserError, match="The character ' ' is not among the 3"):
         corpus_of(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
     masked = asked(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
     assert corpus_of(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).border == 256
@@ -151,7 +195,9 @@ def test_other_tokens_than_the_model_s_are_refused(tmp_path):
     theirs = prepare_text(tmp_path / "text.txt", "bpe", vocab_size=265, train_mb=1).folder
     ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
     shards = data_config(corpus="shards", path=str(theirs), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"is prepared in other tokens \(tokenizer=bpe\) than those of x \(tokenizer=bpe"):
+    with pytest.raises(
+        UserError, match=r"is prepared in other tokens \(tokenizer=bpe\) than those of x \(tokenizer=bpe"
+    ):
         corpus_of(asked(data=shards), ours, tokenizer_is_named=False)
     with pytest.raises(UserError, match="holds tokens of tokenizer=bpe, not of tokenizer=bytes"):
         corpus_of(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)

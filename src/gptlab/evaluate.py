@@ -47,6 +47,7 @@ def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, 
     from gptlab.experiments.scoring.machine import this_machine
     from gptlab.experiments.scoring.running import corpus_loss, hellaswag
     from gptlab.experiments.sources.weights import load_model
+    from gptlab.experiments.wandb.evaluations import send_evaluation
 
     if config.tasks:
         from gptlab.experiments.scoring.tasks import find_tasks, score_tasks
@@ -77,6 +78,8 @@ def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, 
         if outcome is not None:
             show(outcome)
             print(keep(outcome, facts, folder_of(config.out, source)))
+            if source.is_run:
+                send_evaluation(source.path, outcome.what, outcome.metrics)
 
 
 if __name__ == "__main__":

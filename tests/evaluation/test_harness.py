@@ -69,7 +69,12 @@ QUESTIONS = [
 
 def document(number: int, question: str) -> dict:
     choices = ["because", f"it is {number} times\nso", " never", "über Öl 🙂"]
-    return {"question": question, "choices": choices, "answer": number % 4, "text": f"{question}{' and so on' * 9 * number}"}
+    return {
+        "question": question,
+        "choices": choices,
+        "answer": number % 4,
+        "text": f"{question}{' and so on' * 9 * number}",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +245,9 @@ def test_what_a_model_cannot_answer_is_told(ours, folder, tmp_path):
     with pytest.raises(UserError, match="has the model write 256 tokens, which leaves no room for a context in its bl"):
         without_end.generate_until([request("generate_until", "a", {"until": ["b"]})])
     with pytest.raises(UserError, match="generation_kwargs have num_beams, which gptlab does not have"):
-        without_end.generate_until([request("generate_until", "a", {"until": ["b"], "max_gen_toks": 4, "num_beams": 4})])
+        without_end.generate_until(
+            [request("generate_until", "a", {"until": ["b"], "max_gen_toks": 4, "num_beams": 4})]
+        )
     (folder / "gone.yaml").write_text(
         f"task: gone\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/none.json}}}}\n"
         "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: text\n"

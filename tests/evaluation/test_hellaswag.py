@@ -77,7 +77,9 @@ def damaged(path, place: int, value: int) -> None:
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 5, 9, 22])
 def test_a_damaged_file_is_told(tmp_path, place):
     damaged(tmp_path / "x.bin", place, 999)
-    with pytest.raises(UserError, match=r"x\.bin: the record of example [01] .* is damaged\. It should be hellaswag_val"):
+    with pytest.raises(
+        UserError, match=r"x\.bin: the record of example [01] .* is damaged\. It should be hellaswag_val"
+    ):
         read_examples(tmp_path / "x.bin", load_tokenizer({"name": "gpt2"}, None), None)
 
 
@@ -124,9 +126,7 @@ class Bigrams:
 
 
 def losses_of(examples, block_size=100, model=None):
-    return ending_losses(
-        model or Bigrams(), examples, block_size=block_size, device=torch.device("cpu"), chunk=None
-    )
+    return ending_losses(model or Bigrams(), examples, block_size=block_size, device=torch.device("cpu"), chunk=None)
 
 
 # After 0: [1] has 1/4; [0, 0] has 1/4 in all and 1/2 a token; [2, 2, 2] 1/4 · 49/64 in all; [1, 0] 1/32.
@@ -164,9 +164,7 @@ def test_what_is_longer_than_the_block_loses_its_beginning():
 
 def test_examples_are_dealt_out_once_and_in_equally_many_batches():
     generator = np.random.default_rng(0)
-    examples = [
-        Example([0] * int(generator.integers(1, 9)), [[1, number], [2], [0], [1]], 0) for number in range(11)
-    ]
+    examples = [Example([0] * int(generator.integers(1, 9)), [[1, number], [2], [0], [1]], 0) for number in range(11)]
     for ranks in (1, 2, 3, 5, 11):
         for batch_size in (1, 2, 4, 20):
             shares = [share(examples, rank, ranks, batch_size) for rank in range(ranks)]
