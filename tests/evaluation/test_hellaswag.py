@@ -100,10 +100,10 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path):
     path.write_text("")
     with pytest.raises(UserError, match="holds no example"):
         read_examples(path, gpt2, None)
+    path.write_text(json.dumps(LINE))
     with pytest.raises(UserError, match="The character 'A' is not among the 2 that"):
-        path.write_text(json.dumps(LINE))
         read_examples(path, CharactersTokenizer("ab"), None)
-    with pytest.raises(UserError, match="example 0 has 3 endings, and llm.c's have 4"):
+    with pytest.raises(UserError, match=r"example 0 has 3 endings, and llm\.c's have 4"):
         write_bin(path, [EXAMPLES[0]._replace(endings=[[1], [2], [3]])])
     with pytest.raises(UserError, match="example 0 does not fit"):
         write_bin(path, [EXAMPLES[0]._replace(context=[65535])])
