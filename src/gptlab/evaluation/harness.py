@@ -6,7 +6,7 @@ its export to Hugging Face give the same answers. Shapes: B rows, T time, N scor
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,6 +17,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
+from tqdm import tqdm
 
 from gptlab.data.text_stream import TextStream
 from gptlab.data.tokenizers import END_OF_TEXT, Tokenizer, prompt_ids
@@ -111,7 +112,7 @@ class HarnessModel(TemplateLM):
             asked[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
         rows = sorted(asked, key=lambda row: (-len(row), row))
         answers: list[Answer] = [(0.0, False)] * len(requests)
-        for first in range(0, len(rows), self.batch_size):
+        for first in self._watched(range(0, len(rows), self.batch_size), "scoring"):
             batch = rows[first : first + self.batch_size]
             counts = [max(len(requests[number][2]) for number in asked[row]) for row in batch]
             for row, logits in zip(batch, self._logits(batch, counts), strict=True):
@@ -141,7 +142,7 @@ class HarnessModel(TemplateLM):
         for numbers in alike.values():
             ids = {number: self.tok_encode(requests[number].args[0]) for number in numbers}
             numbers.sort(key=lambda number, ids=ids: -len(ids[number]))  # type: ignore[misc]
-            for first in range(0, len(numbers), self.batch_size):
+            for first in self._watched(range(0, len(numbers), self.batch_size), "writing"):
                 batch = numbers[first : first + self.batch_size]
                 settings = requests[batch[0]].args[1]
                 for number, text in zip(batch, self._continued([ids[n] for n in batch], settings, first), strict=True):
@@ -183,6 +184,11 @@ class HarnessModel(TemplateLM):
                     if all(stream.ended for stream in streams):
                         break
         return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
+
+    def _watched(self, batches: range, what: str) -> Iterable[int]:
+        """Show a bar on the first process, where there is a terminal."""
+        bar: Iterable[int] = tqdm(batches, desc=what, unit="batch", disable=True if self._rank else None)
+        return bar
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Put together one number of every rank."""
