@@ -68,8 +68,8 @@ def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
         assert config.on_corpus
 
 
-@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("data=")])
-def test_every_corpus_can_be_what_a_model_is_scored_on(option):
+@pytest.mark.parametrize("option", ["data=text", "data=shakespeare", "data=shards"])
+def test_a_corpus_can_be_what_a_model_is_scored_on(option):
     data = asked("run=x", option, *NEEDED.get(option, [])).data
     assert data == resolved(option, *NEEDED.get(option, [])).data
 

@@ -13,14 +13,18 @@ from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, CharactersToken
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.experiments.scoring.corpora import corpus_of
+from gptlab.experiments.scoring.machine import Machine
+from gptlab.experiments.scoring.running import hellaswag
 from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
 from gptlab.experiments.sources.source import Source
+from gptlab.experiments.sources.weights import load_model
 from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
 from test_train import metrics, mistaken, ran, weights
 
 NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
+ALONE = Machine(torch.device("cpu"), "float32", rank=0, world_size=1)
 ENDINGS = ("has 12 of 3", "a", "the cow is here and here", "z z z")
 
 
@@ -83,15 +87,12 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
     assert (results["documents"], results["processes"], results["precision"]) == ("packed", 1, "float32")
     assert f"loss            {results['loss']:.4f} nats per token" in done.stdout
 
-    path = examples_file(user.folder, 12)
-    ran(user.python("gptlab.evaluate", f"run={directory}", f"hellaswag={path}", "limit=9", "out=here/evaluations"))
-    results = found(user.folder / "here", "hellaswag")
-    examples = read_examples(path, BytesTokenizer(), 9)
+    examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
     chosen = choices(trained(directory), examples)
     right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
-    assert results["acc"] == sum(by_sum for by_sum, _ in right) / 9
-    assert results["acc_norm"] == sum(by_mean for _, by_mean in right) / 9
-    assert results["examples"] == 9
+    outcome = hellaswag(load_model(directory), examples, asked(hellaswag="x"), ALONE)
+    assert outcome.metrics == {"acc": sum(s for s, _ in right) / 9, "acc_norm": sum(m for _, m in right) / 9}
+    assert outcome.values["examples"] == 9
 
 
 def check_record_at_wandb(user, server, directory: Path, run) -> None:
@@ -139,8 +140,8 @@ def test_two_processes_find_what_one_does(user, runs):
 
 def with_hellaswag(user, name: str, *arguments: str) -> Path:
     path = examples_file(user.folder, 11)
-    hellaswag = (f"callbacks.hellaswag.path={path.name}", "callbacks.hellaswag.batch_size=2")
-    ran(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *hellaswag, *arguments))
+    settings = (f"callbacks.hellaswag.path={path.name}", "callbacks.hellaswag.batch_size=2")
+    ran(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *settings, *arguments))
     return user.only_run(name)
 
 
@@ -216,6 +217,9 @@ def test_other_tokens_than_the_model_s_are_refused(tmp_path):
         corpus_of(asked(data=shards), ours, tokenizer_is_named=False)
     with pytest.raises(UserError, match="holds tokens of tokenizer=bpe, not of tokenizer=bytes"):
         corpus_of(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
+    kept = json.loads((theirs / "manifest.json").read_text())["tokenizer"]["trained"]
+    theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same one, spelled otherwise
+    assert corpus_of(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).border is None
     named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
     with pytest.raises(UserError, match="tokenizer=gpt2 is not that of x, which is bpe"):
         corpus_of(named, ours, tokenizer_is_named=True)

@@ -1,7 +1,8 @@
 """The corpus that a model is scored on, in the model's own tokens. Imports no torch."""
 
+import json
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepared import Prepared
@@ -61,7 +62,7 @@ def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: boo
         data, tokenizer = config.data, _settings(record, source, config.tokenizer)
         trained = model if record["name"] in ("characters", "bpe") else None
     prepared = prepare_with_progress(data, tokenizer, Work(), trained)
-    if prepared.manifest.tokenizer != record:
+    if not _mean_the_same(prepared.manifest.tokenizer, record):
         raise UserError(
             f"{prepared.manifest.origin} is prepared in other tokens (tokenizer="
             f"{prepared.manifest.tokenizer['name']}) than those of {config.run} (tokenizer={record['name']}, "
@@ -79,6 +80,14 @@ def _settings(record: dict[str, str], source: Source, named: TokenizerConfig | N
     made = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
     values = {"name": record["name"], "vocab_dir": vocab_dir, "vocab_size": None, "train_mb": None, **made}
     return TokenizerConfig.model_validate(values)
+
+
+def _mean_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records give the same ids; a BPE that went through another program's files is spelled otherwise."""
+    if one == other or (one["name"], other["name"]) != ("bpe", "bpe"):
+        return one == other
+    pieces = [json.loads(record["trained"])["model"] for record in (one, other)]
+    return all(pieces[0][key] == pieces[1][key] for key in ("vocab", "merges"))
 
 
 def _border(prepared: Prepared, data: DataConfig) -> int | None:

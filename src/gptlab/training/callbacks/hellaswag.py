@@ -1,5 +1,6 @@
 """HellaSwag as the model learns."""
 
+import logging
 from collections.abc import Callable
 
 import lightning as L
@@ -13,6 +14,8 @@ from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import HellaSwagConfig
 from gptlab.training.module import GPTModule
 from gptlab.training.strategies import data_rank, gathered, reduced
+
+log = logging.getLogger(__name__)
 
 
 class HellaSwag(L.Callback):
@@ -56,6 +59,9 @@ class HellaSwag(L.Callback):
         self.latest = self._score(trainer, pl_module)
         metrics = {"hellaswag/acc": self.latest.acc, "hellaswag/acc_norm": self.latest.acc_norm}
         log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+        if trainer.is_global_zero:
+            shares = f"acc {self.latest.acc:.2%}, acc_norm {self.latest.acc_norm:.2%}"
+            log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", shares, f"{self.latest.examples:,}")
 
     def _score(self, trainer: L.Trainer, module: GPTModule) -> Tally:
         assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
