@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from conftest import tiny_config
 from data.preparing import data_config, prepare_text, text_values
@@ -18,6 +19,7 @@ from gptlab.experiments.scoring.running import hellaswag
 from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
 from gptlab.experiments.sources.source import Source
 from gptlab.experiments.sources.weights import load_model
+from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
@@ -48,14 +50,9 @@ def found(directory: Path, what: str) -> dict:
 
 def trained(directory: Path) -> GPT:
     """The network of a run of the tiny model, by an independent reader."""
-    shape = {"vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32}
-    state = weights(directory)
-    layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
-    bias = "ln_f.bias" in state
-    shape |= {"n_embd": state["wte.weight"].size(1), "n_layer": layers, "bias": bias}
-    model = GPT(tiny_config(**shape, activation="gelu"))
-    model.load_state_dict(state, strict=False)
-    return model.tie_weights() or model.eval()
+    model = GPT(GPTConfig(**yaml.safe_load((directory / "config.yaml").read_text())["model"]))
+    model.load_state_dict(weights(directory))
+    return model.eval()
 
 
 def choices(model: GPT, examples: list[Example], block: int = 32) -> list[tuple[int, int]]:
@@ -85,6 +82,7 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
     assert results["bits_per_byte"] == pytest.approx(min(metrics(directory, "val/bits_per_byte").values()), rel=1e-6)
     assert (results["tokens"], results["split"], results["block_size"], results["stride"]) == (320, "val", 32, 32)
     assert (results["documents"], results["processes"], results["precision"]) == ("packed", 1, "float32")
+    assert results["checkpoint"] == f"step_{min(in_training, key=in_training.__getitem__):06d}"
     assert f"loss            {results['loss']:.4f} nats per token" in done.stdout
 
     examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.experiments.command import command
+from gptlab.experiments.directory import best_checkpoint
 from gptlab.experiments.exits import DONE
 from gptlab.experiments.resuming import plain
 from gptlab.experiments.schema import check, known_keys
@@ -67,6 +68,7 @@ def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, 
     facts = {
         "run": config.run,
         "path": str(source.path.absolute()),
+        "checkpoint": best_checkpoint(source.path).name if source.is_run else None,
         "precision": machine.precision,
         "device": str(machine.device),
         "processes": machine.world_size,

@@ -216,6 +216,7 @@ def test_answers_are_kept_for_the_same_model_alone(ours, folder, tmp_path, monke
     torch.manual_seed(1)
     other = GPT(ours.model.config)
     assert fingerprint(other) != fingerprint(ours.model)
+    assert [path.name for path in tmp_path.iterdir()] == [f"kept-{fingerprint(ours.model)}-float32_rank0.db"]
 
 
 MACHINE = Machine(torch.device("cpu"), "float32", 0, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from gptlab.experiments.directory import load_config
 from gptlab.experiments.records.state import load_state
 from gptlab.experiments.wandb.beginning import ID
+from gptlab.experiments.wandb.files import SENT, wandb_records
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
         metrics: What was found, by name.
     """
     settings = load_config(directory).logger.wandb
-    if settings is None or settings.mode == "offline" or not (directory / ID).is_file():
+    if settings is None or settings.mode == "offline" or not _is_online(directory):
         return
     if (state := load_state(directory)) is not None and state.state == "running":
         log.warning("The run is under way, and its record on W&B its own: W&B does not get what was found.")
@@ -51,3 +52,9 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
             run.finish()
     except Exception as error:  # whatever it is, the results are kept
         log.warning("W&B does not get what was found: %s", " ".join(str(error).split()))
+
+
+def _is_online(directory: Path) -> bool:
+    """Whether W&B has a record of the run, or had a part of it at least."""
+    records = wandb_records(directory)
+    return any(not path.parent.name.startswith("offline") or path.with_suffix(SENT).exists() for path in records)
