@@ -168,6 +168,7 @@ def test_hellaswag_is_the_same_on_two_processes(user):
         for name in ("hellaswag/acc", "hellaswag/acc_norm"):
             assert list(metrics(alone, name)) == [6]  # of the evaluations at 3 and 6, the first since 4
             assert metrics(two, name) == metrics(alone, name)
+        assert "of 11 examples" in (two / "train.log").read_text()  # each was scored once
 
 
 def test_evaluations_that_are_scored(tmp_path):
