@@ -5,8 +5,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.resuming import resolve
-from gptlab.experiments.schema import Config
+from gptlab.experiments.resuming import plain, resolve
+from gptlab.experiments.schema import Config, check
+from gptlab.experiments.scoring.settings import EvaluateConfig
+from gptlab.experiments.sources.hub import REPOSITORIES
 from gptlab.training.schedules import learning_rate
 
 GROUPS = (
@@ -27,6 +29,7 @@ GROUPS = (
 NEEDED = {
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
+    "callbacks=hellaswag": ["callbacks.hellaswag.path=x"],
     "data=huggingface": ["data.path=x", "data.column=text"],
     "without=decay": ["schedule=wsd"],
     "without=untied_head": ["optimizer=muon"],
@@ -36,7 +39,9 @@ OPTIONS = [
     f"{group}={path.stem}"
     for group in (*GROUPS, "sweeps")
     for path in sorted((configuration_folder() / group).glob("*.yaml"))
+    if not path.stem.startswith("eval_")
 ]
+EVALUATIONS = sorted(path.stem for path in (configuration_folder() / "experiment").glob("eval_*.yaml"))
 
 
 def resolved(*overrides: str) -> Config:
@@ -47,6 +52,28 @@ def resolved(*overrides: str) -> Config:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_makes_a_valid_configuration(option):
     assert resolved(option, *NEEDED.get(option, [])).seed == 1337
+
+
+def asked(*overrides: str) -> EvaluateConfig:
+    """What a command line of gptlab.evaluate asks for."""
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        return check(EvaluateConfig, plain(compose("evaluate", overrides=list(overrides))))
+
+
+def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
+    assert EVALUATIONS == ["eval_gpt2", "eval_gpt2_large", "eval_gpt2_medium", "eval_gpt2_xl"]
+    for name in EVALUATIONS:
+        config = asked(f"experiment={name}")
+        assert config.run == name.removeprefix("eval_").replace("_", "-")
+        assert config.run in REPOSITORIES
+        assert config.data == resolved("data=openwebtext").data
+        assert config.on_corpus
+
+
+@pytest.mark.parametrize("option", ["data=text", "data=shakespeare", "data=shards"])
+def test_a_corpus_can_be_what_a_model_is_scored_on(option):
+    data = asked("run=x", option, *NEEDED.get(option, [])).data
+    assert data == resolved(option, *NEEDED.get(option, [])).data
 
 
 def test_every_folder_is_a_group_that_is_tested():

@@ -21,6 +21,7 @@ import yaml
 
 from conftest import Begun
 from gptlab.experiments.exits import INTERRUPTED, MISTAKEN, PREEMPTED
+from test_evaluate import check_record_at_wandb
 from test_train import ran
 from wandb_server import KEY, Server
 
@@ -172,6 +173,7 @@ def test_a_server_that_answers_has_every_row(user, server):
     assert done.stdout.count(f"/runs/{name}") == 1
     assert "wandb:" not in done.stdout + done.stderr
     assert has_secret(user.folder) == []
+    check_record_at_wandb(user, server, directory, run)
 
 
 @pytest.mark.slow

@@ -47,10 +47,21 @@ PLACES = 8  # of the corpus, at most, on which a faster encoder is tried
 TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
 
-def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work()) -> Prepared:  # noqa: B008  (a constant)
+def prepare(
+    config: DataConfig,
+    tokenizer: TokenizerConfig,
+    work: Work = Work(),  # noqa: B008  (a constant)
+    trained: Tokenizer | None = None,
+) -> Prepared:
     """Return the prepared data that the configuration names, making it where the cache does not have it.
 
     Processes that ask at the same time, on one file system, wait for the one that makes it.
+
+    Args:
+        config: The corpus.
+        tokenizer: Its tokenizer.
+        work: Who prepares.
+        trained: A tokenizer of that name that another corpus has made; None makes it of this one.
 
     Raises:
         UserError: The corpus, the vocabulary or the shards are missing, empty or damaged, the disk is full, or other
@@ -66,11 +77,11 @@ def prepare(config: DataConfig, tokenizer: TokenizerConfig, work: Work = Work())
         return open_shards(config, tokenizer)
     usable_cache(config)
     corpus = open_corpus(config)
-    folder = _cache_folder(config, tokenizer, corpus)
+    folder = _cache_folder(config, tokenizer, corpus, trained)
     # machines that share a preparation do different tasks, and need not wait for each other
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
-            _make(folder, config, tokenizer, corpus, work)
+            _make(folder, config, tokenizer, corpus, work, trained)
         elif (folder / TOKENIZER).exists():  # killed before all was cleared up
             _clear(folder)
     try:
@@ -95,16 +106,25 @@ def look_up(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _cache_folder(config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> Path:
+def _cache_folder(
+    config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus, trained: Tokenizer | None = None
+) -> Path:
     """Name the folder by everything that its content depends on."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
-    trained = [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
-    key = json.dumps([FORMAT, corpus.fingerprint(), trained, cut])
+    made = trained.record() if trained else [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
+    key = json.dumps([FORMAT, corpus.fingerprint(), made, cut])
     name = f"{config.corpus}-{tokenizer.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return Path(config.cache_dir).expanduser() / name
 
 
-def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, corpus: Corpus, work: Work) -> None:
+def _make(
+    folder: Path,
+    config: DataConfig,
+    tokenizer_config: TokenizerConfig,
+    corpus: Corpus,
+    work: Work,
+    trained: Tokenizer | None,
+) -> None:
     """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
@@ -113,7 +133,7 @@ def _make(folder: Path, config: DataConfig, tokenizer_config: TokenizerConfig, c
     expect_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
-        tokenizer = _tokenizer(folder, tokenizer_config, corpus, tasks)
+        tokenizer = trained or _tokenizer(folder, tokenizer_config, corpus, tasks)
         if done:
             log.info("%d of %d tasks were done before.", len(done), len(mine))
         earlier = sum(shard.tokens for shards in _splits(folder, done).values() for shard in shards)

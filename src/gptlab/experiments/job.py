@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.prepared import Prepared
+from gptlab.evaluation.hellaswag import read_examples
 from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
 from gptlab.experiments.exits import DONE, PREEMPTED, PRUNED
 from gptlab.experiments.expectation import Expectation
@@ -32,6 +33,7 @@ from gptlab.training.batch import BatchPlan
 from gptlab.training.callbacks.checkpoints import Checkpoints
 from gptlab.training.callbacks.garbage import Garbage
 from gptlab.training.callbacks.guard import Guard
+from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.callbacks.preemption import Preempted, Preemption
 from gptlab.training.callbacks.pulse import Pulse
 from gptlab.training.callbacks.recorder import Recorder
@@ -199,6 +201,9 @@ def _callbacks(
         callbacks.append(Trace(directory / TRACE, wanted.trace.every))
     if wanted.samples:
         callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
+    if wanted.hellaswag:
+        examples = read_examples(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
+        callbacks.append(HellaSwag(wanted.hellaswag, examples, config.train.eval_every, config.steps, recorder.tokens))
     if wanted.early_stopping:
         patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
         callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))

@@ -15,6 +15,7 @@ from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
+from gptlab.evaluation.hellaswag import read_examples
 from gptlab.experiments.directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
 from gptlab.experiments.earlier import go_on
 from gptlab.experiments.preparing import prepare_with_progress
@@ -68,6 +69,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
+    if (wanted := config.callbacks.hellaswag) is not None:
+        read_examples(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
     if config.resume:
         _check_same_run(config, prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest

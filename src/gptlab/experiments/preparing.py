@@ -19,10 +19,13 @@ from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared
 from gptlab.data.shards import SPLITS
 from gptlab.data.tasks import Work
+from gptlab.data.tokenizers import Tokenizer
 from gptlab.settings import Settings
 
 
-def prepare_with_progress(data: DataConfig, tokenizer: TokenizerConfig, work: Work) -> Prepared:
+def prepare_with_progress(
+    data: DataConfig, tokenizer: TokenizerConfig, work: Work, trained: Tokenizer | None = None
+) -> Prepared:
     """Prepare as ``gptlab.data.preparation.prepare`` does, with a bar: MB/s, tokens, time left."""
     with _bar() as bar:
         task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
@@ -34,7 +37,7 @@ def prepare_with_progress(data: DataConfig, tokenizer: TokenizerConfig, work: Wo
             speed = (done - earlier) / (bar.tasks[task].elapsed or 1e-9) / 1e6
             bar.update(task, completed=done, tokens=tokens, speed=f"{speed:.1f}")
 
-        return prepare(data, tokenizer, work._replace(report=report))
+        return prepare(data, tokenizer, work._replace(report=report), trained)
 
 
 @contextmanager

@@ -130,6 +130,10 @@ class Config(Settings):
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
         vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
+        callbacks = self.callbacks
+        if (wanted := callbacks.hellaswag) is not None:
+            placed = wanted.model_copy(update={"path": _absolute(wanted.path)})
+            callbacks = callbacks.model_copy(update={"hellaswag": placed})
         init_from = self.init_from
         if init_from and not is_on_hub(init_from):
             init_from = _absolute(init_from)
@@ -138,6 +142,7 @@ class Config(Settings):
             update={
                 "data": self.data.model_copy(update=data),
                 "tokenizer": self.tokenizer.model_copy(update={"vocab_dir": vocab_dir}),
+                "callbacks": callbacks,
                 "init_from": init_from,
                 "resume_from_nanogpt": nanogpt,
             }

@@ -143,6 +143,10 @@ class GPT(nn.Module):
         x = self._states(idx, documents).flatten(0, 1)
         return nats(x, self._matrix(), targets.flatten(), self.head, chunk).view_as(targets)
 
+    def logits_at(self, idx: Tensor, places: Tensor) -> Tensor:
+        """Score the next token where ``places`` (B, T) is true, row after row: logits (N, V)."""
+        return self.head.logits(self._states(idx, None)[places], self._matrix())
+
     def next_logits(self, idx: Tensor, cache: KVCache, place: Place) -> Tensor:
         """Score what follows the last of some tokens, whose predecessors the cache has.
 

@@ -221,6 +221,15 @@ class SamplesConfig(Settings):
     top_k: PositiveInt | None
 
 
+class HellaSwagConfig(Settings):
+    """What is scored as the model learns; see conf/callbacks/hellaswag.yaml."""
+
+    path: str
+    every: PositiveInt | None
+    limit: PositiveInt | None
+    batch_size: PositiveInt
+
+
 class EarlyStoppingConfig(Settings):
     """Stop after ``patience`` evaluations that improve val loss by no more than ``min_delta``."""
 
@@ -239,5 +248,6 @@ class CallbacksConfig(Settings):
 
     checkpoint: CheckpointConfig | None = None
     samples: SamplesConfig | None = None
+    hellaswag: HellaSwagConfig | None = None
     early_stopping: EarlyStoppingConfig | None = None
     trace: TraceConfig | None = None

@@ -79,7 +79,7 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
         num_nodes=num_nodes,
         precision=_best_precision(trainer, model, on_gpu) if trainer.precision == "auto" else trainer.precision,
         compile=what_to_compile(trainer, train, gains=_gains_by_compiling(trainer, model, on_gpu)),
-        float32_matmul=_best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
+        float32_matmul=best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
 
 
@@ -87,6 +87,12 @@ def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
     """Set up this process for what was decided; what is compiled is kept in ``cache_dir`` for the next run."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
     _use_onednn("bf16" if devices.float32_matmul == "onednn" else "none")
+
+
+def use_best_matmul(device: torch.device) -> None:
+    """Let this process multiply in float32 as it is fastest on the device, and exact; for what is not a training."""
+    if device.type == "cpu" and best_matmul(on_gpu=False) == "onednn":
+        _use_onednn("bf16")
 
 
 def peak_memory(device: torch.device) -> int:
@@ -126,7 +132,7 @@ def _gains_by_compiling(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) 
     return gains and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
-def _best_matmul(on_gpu: bool) -> str:
+def best_matmul(on_gpu: bool) -> str:
     """MKL uses no AVX-512 on AMD's processors, where oneDNN is twice as fast in float32."""
     if on_gpu or torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return "default"

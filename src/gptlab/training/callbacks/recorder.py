@@ -141,7 +141,7 @@ class Recorder(L.Callback):
             metrics |= count()
         if self.peak_flops is not None:
             metrics["mfu"] = self.mfu = tokens_per_second * self.flops_per_token / self.peak_flops
-        _log(trainer, metrics, step)
+        log_metrics(trainer, metrics, step)
         if self._display:
             self._display.metrics(step, metrics)
 
@@ -156,7 +156,7 @@ class Recorder(L.Callback):
         """Record the evaluation."""
         step = trainer.global_step
         metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
-        _log(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+        log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
         is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
         if is_best:
             self.best = {"step": step, **metrics}
@@ -189,7 +189,8 @@ class Recorder(L.Callback):
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
 
-def _log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Add a row to every logger."""
     with uninterrupted():  # a row stands with all loggers or with none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)

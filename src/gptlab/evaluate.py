@@ -1,0 +1,88 @@
+"""Score a trained model: python -m gptlab.evaluate run=<model> [group=option ...] [key=value ...]."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from gptlab.evaluation.hellaswag import Example, read_examples
+from gptlab.experiments.command import command
+from gptlab.experiments.directory import best_checkpoint
+from gptlab.experiments.exits import DONE
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.experiments.scoring.corpora import ScoredCorpus, corpus_of
+from gptlab.experiments.scoring.results import folder_of, keep, show
+from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
+from gptlab.experiments.sources.source import Source, open_source
+
+if TYPE_CHECKING:
+    from gptlab.experiments.scoring.running import Outcome
+
+
+@command("evaluate", keys=set(known_keys(EvaluateConfig)))
+def main(values: DictConfig) -> int:
+    """Load the model, score it, print and keep what was found."""
+    config = check(EvaluateConfig, plain(values))
+    source = open_source(config.run)  # says what is wrong before torch is imported, as the next three do
+    check_request(config, source)
+    corpus = corpus_of(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None
+    examples = _examples(config, source) if config.hellaswag is not None else None
+    _score(config, source, corpus, examples)
+    return DONE
+
+
+def _names_tokenizer() -> bool:
+    """Whether a tokenizer stands on the command line."""
+    return any(override.startswith("tokenizer") for override in HydraConfig.get().overrides.task)
+
+
+def _examples(config: EvaluateConfig, source: Source) -> list[Example]:
+    assert config.hellaswag is not None  # noqa: S101
+    return read_examples(Path(config.hellaswag).expanduser(), source.tokenizer(), config.limit)
+
+
+def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, examples: list[Example] | None) -> None:
+    """Do all that is asked for, one thing after the other."""
+    from gptlab.experiments.scoring.machine import this_machine
+    from gptlab.experiments.scoring.running import corpus_loss, hellaswag
+    from gptlab.experiments.sources.weights import load_model
+    from gptlab.experiments.wandb.evaluations import send_evaluation
+
+    if config.tasks:
+        from gptlab.experiments.scoring.tasks import find_tasks, score_tasks
+
+        tasks = find_tasks(config)
+    machine = this_machine(config.precision)
+    model = load_model(source).to(machine.device)
+    outcomes: list[Outcome | None] = []
+    if corpus is not None:
+        outcomes.append(corpus_loss(model, corpus, config, machine))
+    if examples is not None:
+        outcomes.append(hellaswag(model, examples, config, machine))
+    if config.tasks:
+        outcomes.append(score_tasks(model, source.tokenizer(), tasks, config, machine))
+    if machine.rank > 0:
+        return
+    facts = {
+        "run": config.run,
+        "path": str(source.path.absolute()),
+        "checkpoint": best_checkpoint(source.path).name if source.is_run else None,
+        "precision": machine.precision,
+        "device": str(machine.device),
+        "processes": machine.world_size,
+        "batch_size": config.rows(source.model.block_size),
+        "limit": config.limit,
+        "num_fewshot": config.num_fewshot,
+    }
+    for outcome in outcomes:
+        if outcome is not None:
+            show(outcome)
+            print(keep(outcome, facts, folder_of(config.out, source)))
+            if source.is_run:
+                send_evaluation(source.path, outcome.what, outcome.metrics)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Which ending a model finds likeliest: the score of HellaSwag that GPT-2's trainers quote.
+
+The loss of an ending after its context is summed over its tokens (acc), or their mean is taken (acc_norm); the model
+chooses the ending with the lowest (llm.c, dev/data/hellaswag.py). The harness encodes the same texts in another way and
+divides by characters, so that its figures are others.
+
+Shapes: B rows, T time.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gptlab.data.batches import IGNORED
+from gptlab.evaluation.hellaswag import Example
+
+
+class Scorer(Protocol):
+    """What of a network is asked; see ``gptlab.model.gpt.GPT``."""
+
+    def nats(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
+        """Loss of every token (B, T), 0 where it is not scored."""
+        ...
+
+
+class Loss(NamedTuple):
+    """Of one ending: its nats, and of how many tokens."""
+
+    nats: float
+    tokens: int
+
+
+class Tally(NamedTuple):
+    """Examples, and how many of them were answered rightly by the lowest sum and by the lowest mean."""
+
+    by_sum: int
+    by_mean: int
+    examples: int
+
+    @property
+    def acc(self) -> float:
+        """Share that the lowest sum gets right."""
+        return self.by_sum / self.examples
+
+    @property
+    def acc_norm(self) -> float:
+        """Share that the lowest mean gets right."""
+        return self.by_mean / self.examples
+
+
+def share(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
+    """Deal out examples: a rank's batches, of which all ranks have equally many, and some may have an empty last one.
+
+    Examples of about one length are together.
+    """
+    mine = sorted(examples[rank::world_size], key=_length, reverse=True)
+    most = -(-len(examples) // world_size)
+    return [mine[first : first + batch_size] for first in range(0, most, batch_size)]
+
+
+@torch.no_grad()
+def ending_losses(
+    model: Scorer, examples: Sequence[Example], *, block_size: int, device: torch.device, chunk: int | None
+) -> list[list[Loss]]:
+    """Score the endings of examples, all at once; what is longer than the block loses its beginning."""
+    rows, counts = [], []
+    for example in examples:
+        for ending in example.endings:
+            row = (example.context + ending)[-(block_size + 1) :]
+            rows.append(row)
+            counts.append(min(len(ending), len(row) - 1))
+    longest = max(map(len, rows))
+    padded = torch.zeros((len(rows), longest), dtype=torch.long)
+    targets = torch.full((len(rows), longest - 1), IGNORED)
+    for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        padded[number, : len(row)] = torch.tensor(row)
+        targets[number, len(row) - 1 - count : len(row) - 1] = torch.tensor(row[-count:])
+    nats = model.nats(padded[:, :-1].contiguous().to(device), targets.to(device), None, chunk)  # (B, T)
+    sums = iter(nats.double().sum(dim=1).tolist())
+    tokens = iter(counts)
+    return [[Loss(next(sums), next(tokens)) for _ in example.endings] for example in examples]
+
+
+def tally(losses: Sequence[Sequence[Loss]], labels: Sequence[int]) -> Tally:
+    """Count right answers; of endings that are equally likely, the first one is the answer."""
+    by_sum = by_mean = 0
+    for endings, label in zip(losses, labels, strict=True):
+        sums, means = [loss.nats for loss in endings], [loss.nats / loss.tokens for loss in endings]
+        by_sum += sums.index(min(sums)) == label
+        by_mean += means.index(min(means)) == label
+    return Tally(by_sum, by_mean, len(labels))
+
+
+def _length(example: Example) -> int:
+    return len(example.context) + max(map(len, example.endings))

@@ -1,0 +1,144 @@
+"""HellaSwag's examples (Zellers et al. 2019): read and written as GPT-2's trainers keep them. Imports no torch.
+
+| file   | layout                                                                                               |
+|--------|------------------------------------------------------------------------------------------------------|
+| .jsonl | an object a line, with ctx, endings and label (hellaswag_val.jsonl of the data set itself)             |
+| .bin   | of llm.c: 256 int32 (20240522, 1, examples, bytes of the longest), then a record of uint16 an example:  |
+|        | 65535, its bytes, its number, label, 4, then the context and the endings, each after its length        |
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptlab.data.tokenizers import Tokenizer
+from gptlab.errors import UserError
+
+MAGIC, VERSION, HEADER_INTS = 20240522, 1, 256
+BEGIN = 2**16 - 1  # of a record: no token of GPT-2's has this id
+ENDINGS = 4  # which llm.c expects
+PREFIX = 5  # numbers of a record before its context
+
+
+class Example(NamedTuple):
+    """A beginning and what may come after it, as token ids, and which of the endings is the right one."""
+
+    context: list[int]
+    endings: list[list[int]]
+    label: int
+
+
+def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
+    """Read examples, the first ``limit`` of them or all.
+
+    An ending is encoded by itself, after a space, as llm.c and build-nanogpt do it.
+
+    Raises:
+        UserError: The file is missing or damaged, or its tokens are not those of ``tokenizer``.
+    """
+    try:
+        with path.open("rb") as file:
+            is_bin = int.from_bytes(file.read(4), "little") == MAGIC
+        if is_bin:
+            if (name := tokenizer.record()["name"]) != "gpt2":
+                raise UserError(
+                    f"{path} holds GPT-2's tokens, and the model's are of tokenizer={name}: take the .jsonl."
+                )
+            examples = _of_bin(path)
+        else:
+            examples = _of_jsonl(path, tokenizer, limit)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(
+            f"The examples of HellaSwag cannot be read from {path}: {error}. It should be hellaswag_val.jsonl "
+            "(github.com/rowanz/hellaswag, in data/), or the .bin that llm.c makes of it."
+        ) from error
+    if not examples:
+        raise UserError(f"{path} holds no example.")
+    return examples[:limit]
+
+
+def write_bin(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples, in GPT-2's tokens, as llm.c reads them.
+
+    Raises:
+        UserError: They do not fit the format.
+    """
+    if len(examples) >= BEGIN:
+        raise UserError(f"{path}: {len(examples):,} examples, and their numbers have 16 bits.")
+    records = [_record(path, number, example) for number, example in enumerate(examples)]
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:4] = (MAGIC, VERSION, len(records), max((record.nbytes for record in records), default=0))
+    path.write_bytes(header.tobytes() + b"".join(record.tobytes() for record in records))
+
+
+def _record(path: Path, number: int, example: Example) -> NDArray[np.uint16]:
+    if len(example.endings) != ENDINGS:
+        raise UserError(f"{path}: example {number} has {len(example.endings)} endings, and llm.c's have {ENDINGS}.")
+    parts = [value for ids in (example.context, *example.endings) for value in (len(ids), *ids)]
+    size = 2 * (PREFIX + len(parts))
+    if size >= BEGIN or max(parts) >= BEGIN:
+        raise UserError(f"{path}: example {number} does not fit: its size and its ids should be below {BEGIN}.")
+    return np.array([BEGIN, size, number, example.label, ENDINGS, *parts], dtype="<u2")
+
+
+def _of_bin(path: Path) -> list[Example]:
+    content = path.read_bytes()
+    if len(content) < 4 * HEADER_INTS or len(content) % 2:
+        raise ValueError(f"{len(content):,} bytes are no whole file")
+    version, number = np.frombuffer(content, dtype="<i4", count=3).tolist()[1:]
+    if version != VERSION:
+        raise ValueError(f"it is of version {version}, not {VERSION}")
+    stream = np.frombuffer(content, dtype="<u2", offset=4 * HEADER_INTS).tolist()
+    examples, place = [], 0
+    for count in range(number):
+        begin, size, _, label, endings = (*stream[place : place + PREFIX], *[-1] * PREFIX)[:PREFIX]
+        record = stream[place + PREFIX : place + size // 2]
+        texts = _texts(record)
+        if begin != BEGIN or len(record) != size // 2 - PREFIX or len(texts) != 1 + endings or not 0 <= label < endings:
+            raise ValueError(f"the record of example {count} (uint16 number {place:,}) is damaged")
+        examples.append(Example(texts[0], texts[1:], label))
+        place += size // 2
+    return examples
+
+
+def _texts(record: list[int]) -> list[list[int]]:
+    """Cut a record into its context and its endings; nothing where a length is 0 or leads beyond the end."""
+    texts, place = [], 0
+    while place < len(record):
+        end = place + 1 + record[place]
+        if not place + 1 < end <= len(record):
+            return []
+        texts.append(record[place + 1 : end])
+        place = end
+    return texts
+
+
+def _of_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
+    examples: list[Example] = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if len(examples) == limit:
+                break
+            if line.strip():
+                examples.append(_example(json.loads(line), tokenizer, number))
+    return examples
+
+
+def _example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
+    """Encode one line; the hub's copy of the data set has the label as text."""
+    values: dict[str, Any] = fields if isinstance(fields, dict) else {}
+    context: Any
+    endings: Any
+    label: Any
+    context, endings, label = (values.get(key) for key in ("ctx", "endings", "label"))
+    if isinstance(label, str) and label.isdecimal():
+        label = int(label)
+    told = isinstance(context, str) and context and isinstance(endings, list) and isinstance(label, int)
+    if not told or not 0 <= label < len(endings) or not all(isinstance(ending, str) for ending in endings):
+        raise ValueError(f"line {number} has no ctx, endings and label that go together")
+    beginning = tokenizer.encode(context).tolist()
+    return Example(beginning, [tokenizer.encode(f" {ending}").tolist() for ending in endings], label)

@@ -1,0 +1,60 @@
+"""Evaluations of a run that is over, in the summary of its record on Weights & Biases."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from gptlab.experiments.directory import load_config
+from gptlab.experiments.records.state import load_state
+from gptlab.experiments.wandb.beginning import ID
+from gptlab.experiments.wandb.files import SENT, wandb_records
+
+log = logging.getLogger(__name__)
+
+
+def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) -> None:
+    """Add "evaluations/<what>/<metric>" to the summary of a run's record, if it has one online.
+
+    The record of a run that is under way is its own process' alone, and gets nothing. W&B being away stops nothing: the
+    results are in the run directory.
+
+    Args:
+        directory: The run's.
+        what: Of the results' file.
+        metrics: What was found, by name.
+    """
+    settings = load_config(directory).logger.wandb
+    if settings is None or settings.mode == "offline" or not _is_online(directory):
+        return
+    if (state := load_state(directory)) is not None and state.state == "running":
+        log.warning("The run is under way, and its record on W&B its own: W&B does not get what was found.")
+        return
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
+    try:
+        # in a folder of its own: what lies in the run's is the record of the training
+        with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
+            limits = {"init_timeout": settings.init_timeout, "finish_timeout": settings.finish_timeout}
+            wandb.setup(wandb.Settings(silent=True))
+            run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                id=(directory / ID).read_text(),
+                resume="must",
+                dir=folder,
+                settings=wandb.Settings(silent=True, finish_timeout_raises=True, **limits),
+            )
+            run.summary.update(summary)
+            run.finish()
+    except Exception as error:  # whatever it is, the results are kept
+        log.warning("W&B does not get what was found: %s", " ".join(str(error).split()))
+
+
+def _is_online(directory: Path) -> bool:
+    """Whether W&B has a record of the run, or had a part of it at least."""
+    records = wandb_records(directory)
+    return any(not path.parent.name.startswith("offline") or path.with_suffix(SENT).exists() for path in records)

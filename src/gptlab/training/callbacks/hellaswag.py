@@ -1,0 +1,91 @@
+"""HellaSwag as the model learns."""
+
+import logging
+from collections.abc import Callable
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.precision import Precision
+
+from gptlab.evaluation.completions import Tally, ending_losses, share, tally
+from gptlab.evaluation.hellaswag import Example
+from gptlab.training.callbacks.recorder import log_metrics
+from gptlab.training.callbacks.watchdog import Watchdog
+from gptlab.training.config import HellaSwagConfig
+from gptlab.training.module import GPTModule
+from gptlab.training.strategies import data_rank, gathered, reduced
+
+log = logging.getLogger(__name__)
+
+
+class HellaSwag(L.Callback):
+    """Logs hellaswag/acc and hellaswag/acc_norm after evaluations, of the weights that these evaluate.
+
+    Nothing here is random, and the network's state is left as it was. The ranks share the examples.
+
+    Args:
+        config: How often, and how many at a time.
+        examples: All of them, the same ones on every rank.
+        eval_every: Steps between evaluations.
+        max_steps: Of the run, at whose end there is always a score.
+        tokens: Tells how many tokens so many steps have.
+
+    Attributes:
+        latest: What was found last.
+    """
+
+    def __init__(
+        self,
+        config: HellaSwagConfig,
+        examples: list[Example],
+        eval_every: int,
+        max_steps: int,
+        tokens: Callable[[int], int],
+    ) -> None:
+        self.config, self.examples, self.tokens = config, examples, tokens
+        self.eval_every, self.max_steps = eval_every, max_steps
+        self.latest: Tally | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the evaluation at a step is the first one since ``every`` steps were full, or the run's last."""
+        every = self.config.every
+        return every is None or step % every < self.eval_every or step == self.max_steps
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score this rank's share, and record that of all."""
+        assert isinstance(pl_module, GPTModule)  # noqa: S101
+        if not self.is_due(step := trainer.global_step):
+            return
+        self.latest = self._score(trainer, pl_module)
+        metrics = {"hellaswag/acc": self.latest.acc, "hellaswag/acc_norm": self.latest.acc_norm}
+        log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+        if trainer.is_global_zero:
+            shares = f"acc {self.latest.acc:.2%}, acc_norm {self.latest.acc_norm:.2%}"
+            log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", shares, f"{self.latest.examples:,}")
+
+    def _score(self, trainer: L.Trainer, module: GPTModule) -> Tally:
+        assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
+        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
+        ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        block_size, training = module.model.config.block_size, module.model.training
+        counts = torch.zeros(3, dtype=torch.long, device=module.device)
+        eager = torch.compiler.set_stance("force_eager")  # a compiled network would be compiled anew for every length
+        module.model.eval()
+        try:
+            with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
+                for batch in share(self.examples, data_rank(trainer), ranks, self.config.batch_size):
+                    # a sharded network needs all ranks, and so those too that have no more examples
+                    losses = ending_losses(
+                        module.model,
+                        batch or self.examples[:1],
+                        block_size=block_size,
+                        device=module.device,
+                        chunk=module.loss_chunk,
+                    )
+                    if batch:
+                        counts += torch.tensor(tally(losses, [e.label for e in batch]), device=module.device)
+                    for watchdog in watchdogs:
+                        watchdog.note()
+        finally:
+            module.model.train(training)
+        return Tally(*reduced(counts, trainer, "sum").tolist())

@@ -1,0 +1,259 @@
+"""The command that scores a trained model: its numbers, what it leaves, and what it refuses."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import tiny_config
+from data.preparing import data_config, prepare_text, text_values
+from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
+from gptlab.errors import UserError
+from gptlab.evaluation.hellaswag import Example, read_examples
+from gptlab.experiments.scoring.corpora import corpus_of
+from gptlab.experiments.scoring.machine import Machine
+from gptlab.experiments.scoring.running import hellaswag
+from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
+from gptlab.experiments.sources.source import Source
+from gptlab.experiments.sources.weights import load_model
+from gptlab.model.config import GPTConfig
+from gptlab.model.gpt import GPT
+from gptlab.training.callbacks.hellaswag import HellaSwag
+from gptlab.training.config import HellaSwagConfig
+from test_train import metrics, mistaken, ran, weights
+
+NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
+ALONE = Machine(torch.device("cpu"), "float32", rank=0, world_size=1)
+ENDINGS = ("has 12 of 3", "a", "the cow is here and here", "z z z")
+
+
+def asked(**values) -> EvaluateConfig:
+    plain = dict.fromkeys(NOTHING) | {"run": "x", "split": "val", "tasks": [], "precision": "auto"}
+    return EvaluateConfig.model_validate(plain | values)
+
+
+def examples_file(folder: Path, number: int) -> Path:
+    path = folder / "hellaswag.jsonl"
+    lines = [{"ctx": f"line {n}: the cat", "endings": ENDINGS, "label": n * n % 4} for n in range(number)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def found(directory: Path, what: str) -> dict:
+    """The only results of that kind."""
+    (path,) = directory.glob(f"evaluations/{what}_*.json")
+    return json.loads(path.read_text())
+
+
+def trained(directory: Path) -> GPT:
+    """The network of a run of the tiny model, by an independent reader."""
+    model = GPT(GPTConfig(**yaml.safe_load((directory / "config.yaml").read_text())["model"]))
+    model.load_state_dict(weights(directory))
+    return model.eval()
+
+
+def choices(model: GPT, examples: list[Example], block: int = 32) -> list[tuple[int, int]]:
+    """The endings with the lowest sum and mean of losses, one text at a time."""
+    chosen = []
+    for example in examples:
+        losses = []
+        for ending in example.endings:
+            ids = torch.tensor([(example.context + ending)[-(block + 1) :]])
+            with torch.no_grad():
+                chances = model(ids[:, :-1])[0].double().log_softmax(dim=-1)
+            each = -chances[range(ids.size(1) - 1), ids[0, 1:]]
+            losses.append(each[-len(ending) :])
+        sums, means = [each.sum() for each in losses], [each.mean() for each in losses]
+        chosen.append((sums.index(min(sums)), means.index(min(means))))
+    return chosen
+
+
+def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    done = user.python("gptlab.evaluate", f"run={directory}", "windows=10")
+    ran(done)
+    results = found(directory, "loss")
+    in_training = metrics(directory, "val/loss")
+    assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # of the same ten windows
+    assert results["perplexity"] == pytest.approx(math.exp(results["loss"]), rel=1e-12)
+    assert results["bits_per_byte"] == pytest.approx(min(metrics(directory, "val/bits_per_byte").values()), rel=1e-6)
+    assert (results["tokens"], results["split"], results["block_size"], results["stride"]) == (320, "val", 32, 32)
+    assert (results["documents"], results["processes"], results["precision"]) == ("packed", 1, "float32")
+    assert results["checkpoint"] == f"step_{min(in_training, key=in_training.__getitem__):06d}"
+    assert f"loss            {results['loss']:.4f} nats per token" in done.stdout
+
+    examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
+    chosen = choices(trained(directory), examples)
+    right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
+    outcome = hellaswag(load_model(directory), examples, asked(hellaswag="x"), ALONE)
+    assert outcome.metrics == {"acc": sum(s for s, _ in right) / 9, "acc_norm": sum(m for _, m in right) / 9}
+    assert outcome.values["examples"] == 9
+
+
+def check_record_at_wandb(user, server, directory: Path, run) -> None:
+    """What a later evaluation finds comes into the summary, and changes nothing else; W&B may be away."""
+    kept, history = sorted(directory.glob("wandb/**/*")), run.history
+    ran(user.python("gptlab.evaluate", f"run={directory}"))
+    summary = json.loads(run.lines["wandb-summary.json"][0])
+    assert summary["evaluations/loss/loss"] == found(directory, "loss")["loss"]
+    assert summary["val/loss"]["min"] == min(row["val/loss"] for row in history if "val/loss" in row)
+    assert (sorted(directory.glob("wandb/**/*")), run.history) == (kept, history)
+    server.die()
+    done = user.python("gptlab.evaluate", f"run={directory}", "out=elsewhere")
+    ran(done)
+    assert "W&B does not get what was found" in done.stdout
+    assert len(list((user.folder / "elsewhere").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    path = examples_file(user.folder, 13)
+    (user.folder / "text.json").write_text("\n".join(json.dumps({"text": f"line {n}: the cow"}) for n in range(5)))
+    (user.folder / "rolling.yaml").write_text(
+        f"task: rolling\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {user.folder}/text.json}}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]\n"
+    )
+    runs_of = (
+        ("stride=9", "batch_size=5", "split=all"),
+        (f"hellaswag={path}", "batch_size=2", "tasks=[rolling]", f"task_dir={user.folder}"),
+    )
+    torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "gptlab.evaluate")
+    for arguments in runs_of:
+        ran(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
+        ran(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
+    for what in ("loss", "hellaswag", "tasks"):
+        one, two = (found(user.folder / number, what) for number in ("one", "two"))
+        assert (one["processes"], two["processes"]) == (1, 2)
+        for key in {"loss", "bits_per_byte", "tokens", "bytes", "acc", "acc_norm", "examples"} & set(one):
+            assert two[key] == pytest.approx(one[key], rel=1e-12)
+    results = [result["results"]["rolling"]["bits_per_byte,none"] for result in (one, two)]
+    assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches are others
+    assert found(user.folder / "two", "loss")["tokens"] > 50_000
+
+
+def with_hellaswag(user, name: str, *arguments: str) -> Path:
+    path = examples_file(user.folder, 11)
+    settings = (f"callbacks.hellaswag.path={path.name}", "callbacks.hellaswag.batch_size=2")
+    ran(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *settings, *arguments))
+    return user.only_run(name)
+
+
+def test_hellaswag_as_the_model_learns(user, runs):
+    without = runs.give(user, "first", "callbacks=checkpoint")
+    directory = with_hellaswag(user, "with")
+    mine, others = weights(directory), weights(without)
+    assert all(torch.equal(mine[name], others[name]) for name in others)  # nothing of the training has changed
+    examples = read_examples(user.folder / "hellaswag.jsonl", BytesTokenizer(), None)
+    chosen = choices(trained(directory), examples)
+    by_sum, by_mean = (sum(c[i] == e.label for c, e in zip(chosen, examples, strict=True)) for i in (0, 1))
+    acc, acc_norm = (metrics(directory, f"hellaswag/{name}") for name in ("acc", "acc_norm"))
+    assert list(acc) == list(acc_norm) == [3, 6]
+    assert (acc[6], acc_norm[6]) == (by_sum / 11, by_mean / 11)
+    done = user.train("callbacks=[checkpoint,hellaswag]", "callbacks.hellaswag.path=none.jsonl", "name=never")
+    mistaken(done, "none.jsonl: [Errno 2] No such file or directory")
+    assert not (user.folder / "outputs" / "never").exists()
+
+
+@pytest.mark.slow
+def test_hellaswag_is_the_same_on_two_processes(user):
+    settings = ("callbacks.hellaswag.every=4", "train.ema_decay=0.9")  # what is scored is the average
+    alone = with_hellaswag(user, "alone", *settings)
+    for strategy in ("ddp", "fsdp"):
+        two = with_hellaswag(user, strategy, *settings, f"trainer={strategy}", "trainer.devices=2")
+        for name in ("hellaswag/acc", "hellaswag/acc_norm"):
+            assert list(metrics(alone, name)) == [6]  # of the evaluations at 3 and 6, the first since 4
+            assert metrics(two, name) == metrics(alone, name)
+        assert "of 11 examples" in (two / "train.log").read_text()  # each was scored once
+
+
+def test_evaluations_that_are_scored(tmp_path):
+    config = HellaSwagConfig(path="x", every=100, limit=None, batch_size=1)
+    callback = HellaSwag(config, [], eval_every=30, max_steps=310, tokens=lambda step: step)
+    assert [step for step in [*range(30, 310, 30), 310] if callback.is_due(step)] == [120, 210, 300, 310]
+    always = HellaSwag(config.model_copy(update={"every": None}), [], 30, 310, lambda step: step)
+    assert all(always.is_due(step) for step in range(30, 310, 30))
+
+
+def source_of(tokenizer: Tokenizer) -> Source:
+    """A model that is no run."""
+    shape = tiny_config(vocab_size=tokenizer.vocab_size)
+    return Source("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
+
+
+def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    config = asked(data=data_config(**text_values(tmp_path / "text.txt")))
+    bpe = BPETokenizer.train(["ab ab abc bad " * 30], 270)
+    for tokenizer in (BytesTokenizer(), bpe, CharactersTokenizer("\n ,abcdefg")):
+        for _ in range(2):  # made, and found again
+            corpus = corpus_of(config, source_of(tokenizer), tokenizer_is_named=False)
+            assert corpus.prepared.manifest.tokenizer == tokenizer.record()
+            stream = corpus.prepared.stream("val")
+            text = tokenizer.decode(stream.read([0], len(stream))[0].tolist())
+            assert text.removesuffix("<|endoftext|>") == ("a bad cab, a cad\n" * 50)[765:]
+            assert corpus.border is None
+    with pytest.raises(UserError, match="The character ' ' is not among the 3"):
+        corpus_of(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
+    masked = asked(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
+    assert corpus_of(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).border == 256
+    with pytest.raises(UserError, match="has no end of text that documents could be told apart by"):
+        corpus_of(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
+
+
+def test_other_tokens_than_the_model_s_are_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    theirs = prepare_text(tmp_path / "text.txt", "bpe", vocab_size=265, train_mb=1).folder
+    ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
+    shards = data_config(corpus="shards", path=str(theirs), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(
+        UserError, match=r"is prepared in other tokens \(tokenizer=bpe\) than those of x \(tokenizer=bpe"
+    ):
+        corpus_of(asked(data=shards), ours, tokenizer_is_named=False)
+    with pytest.raises(UserError, match="holds tokens of tokenizer=bpe, not of tokenizer=bytes"):
+        corpus_of(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
+    kept = json.loads((theirs / "manifest.json").read_text())["tokenizer"]["trained"]
+    theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same one, spelled otherwise
+    assert corpus_of(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).border is None
+    named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
+    with pytest.raises(UserError, match="tokenizer=gpt2 is not that of x, which is bpe"):
+        corpus_of(named, ours, tokenizer_is_named=True)
+    with pytest.raises(UserError, match="run=x was not trained here, so nothing says what it is to be scored on"):
+        corpus_of(asked(), ours, tokenizer_is_named=False)
+
+
+def test_what_does_not_go_together_is_told(monkeypatch):
+    for values, sentence in (
+        ({"tasks": ["a"], "stride": 3, "windows": 4}, "bring their own texts: windows and stride would mean nothing"),
+        ({"hellaswag": "x", "num_fewshot": 3}, "num_fewshot would mean nothing without tasks"),
+        ({"limit": 3}, "limit is of tasks and hellaswag; of a corpus, windows=<number> scores a part"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            asked(**values)
+    source = source_of(BytesTokenizer())
+    with pytest.raises(UserError, match="stride=17 would leave tokens out: the model's block has 16"):
+        check_request(asked(stride=17), source)
+    with pytest.raises(UserError, match=r"task_dir=nowhere is no folder \(looked from"):
+        check_request(asked(tasks=["a"], task_dir="nowhere"), source)
+    monkeypatch.setattr("gptlab.experiments.scoring.settings.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"tasks= needs the lm_eval package: pip install 'gptlab\[harness\]'"):
+        check_request(asked(tasks=["a"]), source)
+
+
+def test_mistakes_are_told_before_torch_is_imported(user, runs):
+    directory = runs.give(user, "first", "callbacks=checkpoint")
+    package = user.folder / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
+    user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
+    for arguments, sentence in (
+        ([f"run={directory}", "split=test"], "split='test' is not right: it should be 'val', 'train' or 'all'"),
+        ([f"run={directory}", "hellaswag=none.jsonl"], "cannot be read from none.jsonl"),
+        (["run=none", "taskz=[a]"], "taskz is no setting. Did you mean tasks?"),
+    ):
+        mistaken(user.python("gptlab.evaluate", *arguments), sentence)
+    assert not (directory / "evaluations").exists()
