@@ -21,7 +21,7 @@ print(write("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])"""
     "nanogpt": """import torch
 
 checkpoint = torch.load("ckpt.pt", weights_only=True)  # model, model_args; python sample.py --out_dir=<this folder>""",
-    "llmc": """./test_gpt2 and ./train_gpt2cu -e model.bin read it""",
+    "llmc": "./train_gpt2cu -e model.bin",
     "gguf": """llama-completion -m model.gguf -p "Once" -n 50 --temp 0""",
     "onnx": """import numpy as np
 import onnxruntime
@@ -61,7 +61,7 @@ def _facts(job: "Job") -> dict[str, str]:
     told = {
         "architecture": f"{size}; {options}; {'with' if model.bias else 'without'} biases; "
         f"head {'tied to the embedding' if model.tie_weights else 'of its own'}",
-        "parameters": f"{parameter_count(model):,}",
+        "parameters": f"{parameter_count(model.model_copy(update={'pad_vocab_to_multiple_of': 1})):,}",
         "tokenizer": f"{tokenizer}, {model.vocab_size:,} ids",
         "trained on": facts.dataset,
         "steps": f"{facts.step:,}" if facts.step is not None else None,

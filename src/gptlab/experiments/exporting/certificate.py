@@ -1,6 +1,7 @@
 """What was compared of an exported model, and with what result."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +58,11 @@ class Certificate(NamedTuple):
         """One a comparison, for people."""
         done = [f"{check.what} by {check.by}: {check.result}" for check in self.checks]
         rounded = self.reference.rounding
-        told = [] if rounded is None else [f"storing in {self.about['dtype']} itself moves the logits by up to {rounded:.2g}"]
+        told = (
+            []
+            if rounded is None
+            else [f"storing in {self.about['dtype']} itself moves the logits by up to {rounded:.2g}"]
+        )
         return done + [f"not checked: {text}" for text in self.unchecked] + told
 
     def save(self, folder: Path) -> None:
@@ -77,7 +82,8 @@ class Certificate(NamedTuple):
                 "tensors_sha256": reference.tensors,
             },
         }
-        (folder / CERTIFICATE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        text = re.sub(r"\n\s+(?=[\d\]])", " ", json.dumps(values, indent=2))  # a list of numbers in one line
+        (folder / CERTIFICATE).write_text(text + "\n", encoding="utf-8")
 
 
 def version(package: str) -> str:
@@ -117,7 +123,9 @@ def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relativ
     """
     ids = _until(reference.greedy.ids, reference.end_of_text)
     other = _until(theirs, reference.end_of_text)
-    at = next((i for i, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), min(len(ids), len(other)))
+    at = next(
+        (i for i, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), min(len(ids), len(other))
+    )
     what = f"continuation by the likeliest token of {len(reference.beginning)} tokens"
     if ids == other:
         return Check(what, by, f"the same {len(ids)} tokens", passed=True)
@@ -136,7 +144,9 @@ def compare_tensors(theirs: Iterator[tuple[str, Tensor]], reference: Reference, 
         by: Who reads them.
     """
     found = {name: fingerprint(tensor) for name, tensor in theirs}
-    wrong = sorted(name for name in reference.tensors.keys() | found.keys() if found.get(name) != reference.tensors.get(name))
+    wrong = sorted(
+        name for name in reference.tensors.keys() | found.keys() if found.get(name) != reference.tensors.get(name)
+    )
     right = len(reference.tensors.keys() - set(wrong))
     result = f"{right} of {len(reference.tensors)} bit-equal"
     named = f", but not {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}" if wrong else ""

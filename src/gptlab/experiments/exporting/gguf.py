@@ -1,8 +1,9 @@
 """A file for llama.cpp, as its convert_hf_to_gguf.py writes it of a GPT2LMHeadModel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from gptlab.experiments.exporting.reference import Reference
 from gptlab.model.config import NORM_EPSILON
 from gptlab.model.foreign import exported
 from gptlab.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 FILE = "model.gguf"
 ARCHITECTURE = "gpt2"
@@ -61,22 +65,22 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     return Checked([*checks, *compared], [])
 
 
-def _add_tokenizer(writer: "gguf.GGUFWriter", job: Job) -> None:  # type: ignore[name-defined]  # noqa: F821
-    import gguf
+def _add_tokenizer(writer: "GGUFWriter", job: Job) -> None:
+    from gguf import TokenType
 
     bpe = byte_level(job.tokenizer) if job.tokenizer is not None else None
     assert bpe is not None  # noqa: S101  (what check_format guarantees)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(bpe.tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * (len(bpe.tokens) - 1) + [gguf.TokenType.CONTROL])
+    writer.add_token_types([TokenType.NORMAL] * (len(bpe.tokens) - 1) + [TokenType.CONTROL])
     writer.add_token_merges([" ".join(pair) for pair in bpe.merges] or [NO_MERGE])
     writer.add_bos_token_id(len(bpe.tokens) - 1)
     writer.add_eos_token_id(len(bpe.tokens) - 1)
     writer.add_add_bos_token(False)
 
 
-def _names(layers: int):  # type: ignore[no-untyped-def]
+def _names(layers: int) -> Callable[[str], str]:
     """Return what names a tensor of ``exported`` in the file."""
     import gguf
 

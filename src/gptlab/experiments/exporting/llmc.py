@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.experiments.exporting.certificate import compare_scores, compare_tensors, version
@@ -20,6 +20,7 @@ MAGIC, TOKENS_MAGIC, TOKENS_VERSION = 20240326, 20240328, 2
 VERSIONS = {"float32": 3, "bfloat16": 5}
 HEADER = 256  # int32
 ROWS = 128  # the vocabulary is padded to a multiple of this, with zeros
+RELATIVE = 2e-6  # difference of logits, since biases of zero are added where there were none
 # the parameters of all blocks, one kind after the other
 OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
@@ -54,14 +55,14 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     return Checked(checks, ["what llm.c itself makes of it, which is no package"])
 
 
-RELATIVE = 2e-6  # of logits, where biases of zero are added
-
-
 def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
     """Name the tensors of the file in their order, with their shapes."""
     C = config.n_embd  # noqa: N806
     width = {"ln_1": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "ln_2": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (rows, C), "transformer.wpe.weight": (config.block_size, C)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (rows, C),
+        "transformer.wpe.weight": (config.block_size, C),
+    }
     for part in OF_BLOCKS:
         inner = () if part.startswith("ln") else (4 * C,) if part == "mlp.c_proj" else (C,)
         for kind, shape in (("weight", (width[part], *inner)), ("bias", (width[part],))):

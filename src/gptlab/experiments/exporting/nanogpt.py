@@ -22,7 +22,7 @@ NO_LOSS = 1e9  # what nanoGPT's train.py begins with
 
 
 def write(model: GPT, job: Job, folder: Path) -> None:
-    """Write what nanoGPT's train.py saves, but for the optimizer, and what its data/shakespeare_char/prepare.py does."""
+    """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
     config, facts = model.config, Facts.of(job.source)
     state = exported(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]

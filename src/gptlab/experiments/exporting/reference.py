@@ -58,7 +58,9 @@ class Reference(NamedTuple):
 
 
 @torch.no_grad()
-def make_reference(model: GPT, stored: Mapping[str, torch.dtype], *, biases: bool, end_of_text: int | None) -> Reference:
+def make_reference(
+    model: GPT, stored: Mapping[str, torch.dtype], *, biases: bool, end_of_text: int | None
+) -> Reference:
     """Round the weights as the format will have them, and compute what the exported model has to say, too.
 
     Args:
@@ -88,8 +90,9 @@ def greedy(score: Score, beginning: Sequence[int], tokens: int) -> Greedy:
     """Add ``tokens`` to a text, each time the likeliest."""
     ids, margins = list(beginning), []
     for _ in range(tokens):
-        best = score(torch.tensor([ids]))[0, -1].topk(2)
-        margins.append((best.values[0] - best.values[1]).item())
+        logits = score(torch.tensor([ids]))[0, -1]
+        best = logits.topk(min(2, len(logits)))
+        margins.append((best.values[0] - best.values[-1]).item())
         ids.append(int(best.indices[0]))
     return Greedy(ids[len(beginning) :], margins)
 
