@@ -73,6 +73,7 @@ class _Server:
 
         settings = xllamacpp.CommonParams()
         settings.model.path = str(path)
+        settings.hostnames, settings.port = ["127.0.0.1"], 0
         settings.n_ctx = context
         settings.n_batch = settings.n_ubatch = 64
         settings.n_gpu_layers = settings.cache_ram_mib = settings.verbosity = 0

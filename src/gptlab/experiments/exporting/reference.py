@@ -115,6 +115,5 @@ def _round(model: GPT, stored: Mapping[str, torch.dtype]) -> bool:
     for name, parameter in model.named_parameters():
         dtype = less.get(name) or less.get(f"transformer.{name}")
         if dtype is not None:
-            parameter.data = parameter.data.to(dtype).float()
-    model.tie_weights()
+            parameter.copy_(parameter.to(dtype))  # where it is a file's own page, that becomes a page of this process
     return bool(less)

@@ -35,7 +35,11 @@ def export(source: Source, form: FormatName, dtype: DtypeName, out: Path) -> Cer
     with made_whole(out) as folder:
         reference = _write(job, folder)
         gc.collect()  # our model is gone before another library loads its own
-        checked = WRITERS[form].check(job, folder, reference)
+        try:
+            checked = WRITERS[form].check(job, folder, reference)
+        except Exception as error:  # whatever another library raises for a file that it cannot read
+            why = str(error).strip() or type(error).__name__
+            raise Differs(f"{out} is not written: what was exported cannot be loaded again. {why}") from error
         about = {"gptlab": metadata.version("gptlab"), "model": job.title, "format": form, "dtype": dtype}
         certificate = Certificate(about, reference, checked.checks, checked.unchecked)
         if failed := certificate.failed:
