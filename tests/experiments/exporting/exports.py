@@ -12,7 +12,7 @@ from gptlab.experiments.exporting.certificate import Certificate
 from gptlab.experiments.sources.source import Source
 from gptlab.model.gpt import GPT
 
-TEXT = "the cat, the dog and 3 cows; it's é\n\tand  more\n"
+TEXT = "the cat, the dog and 3 cows; it's é\n\n\tand  more\n"
 
 
 def random_model(**changes) -> GPT:

@@ -53,7 +53,9 @@ def test_ours_is_the_same_network_there(tmp_path, monkeypatch, changes, block):
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
     assert theirs.config.n_positions == theirs.config.n_ctx == block
     assert theirs.transformer.wte.weight.shape == (61, 32)
-    assert (theirs.transformer.h[0].attn.c_attn.bias == 0).all() == (not model.config.bias)
+    there = load_file(tmp_path / "out" / "model.safetensors")
+    assert (there["transformer.h.0.attn.c_attn.bias"] == 0).all() == (not model.config.bias)
+    assert (there["transformer.ln_f.bias"] == 0).all() == (not model.config.bias)
     assert theirs.config.eos_token_id is None
     with torch.no_grad():
         ours = model.double()(IDX[:, :block])

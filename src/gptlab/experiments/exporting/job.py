@@ -59,4 +59,6 @@ def types_of(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
 
 def texts_of(tokenizer: Tokenizer) -> Sequence[str]:
     """Texts that a tokenizer knows, to compare it by."""
-    return (tokenizer.characters,) if isinstance(tokenizer, CharactersTokenizer) else TEXTS
+    if isinstance(tokenizer, CharactersTokenizer):
+        return ("".join(2 * character for character in tokenizer.characters),)
+    return TEXTS

@@ -32,7 +32,7 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     if model.config.tie_weights:
         tensors[HEAD] = tensors[EMBEDDING]
     with _quiet():
-        program = _traced(model)
+        program = traced(model)
         for value in program.model.graph.initializers.values():
             value.const_value = None  # there is nothing in it, so nothing to be folded into another
         program.optimize()
@@ -80,7 +80,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _traced(model: GPT) -> Any:
+def traced(model: GPT) -> Any:
+    """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
     with torch.device("meta"):
         hollow = GPT(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
         example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long)
