@@ -42,7 +42,9 @@ def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folde
     user.environment |= {"HF_TOKEN": "hf_secret"}
     done = export(user, "format=gguf", "push=me/model")
     ran(done)
-    assert re.search(r"logits by llama\.cpp of .*: largest difference .* allowed\n", done.stdout)
+    assert re.search(
+        r"log probabilities of the 257 likeliest tokens by llama\.cpp of .*: largest difference .* allowed", done.stdout
+    )
     assert "the same 16 tokens" in done.stdout
     size = (user.folder / "out" / "model.gguf").stat().st_size
     assert f"{size:,} bytes  model.gguf\n" in done.stdout

@@ -108,12 +108,13 @@ def compare_scores(score: Score, reference: Reference, by: str, relative: float)
     ]
 
 
-def compare_logits(difference: float, reference: Reference, by: str, relative: float) -> Check:
-    """Judge the largest difference of logits."""
+def compare_logits(difference: float, reference: Reference, by: str, relative: float, *, of: str = "logits") -> Check:
+    """Judge the largest difference of logits, or ``of`` what else is compared in their place."""
     tolerance = relative * reference.scale
     shape = "x".join(map(str, reference.prompts.shape))
-    result = f"largest difference {difference:.2g} of logits up to {reference.scale:.3g} on {shape} tokens"
-    return Check("logits", by, f"{result}; {tolerance:.2g} allowed", difference <= tolerance, difference, tolerance)
+    where = f"prompts of {shape} tokens, whose logits reach {reference.scale:.3g}"
+    result = f"largest difference {difference:.2g}, {tolerance:.2g} allowed; {where}"
+    return Check(of, by, result, difference <= tolerance, difference, tolerance)
 
 
 def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relative: float) -> Check:
@@ -126,7 +127,7 @@ def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relativ
     at = next(
         (i for i, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), min(len(ids), len(other))
     )
-    what = f"continuation by the likeliest token of {len(reference.beginning)} tokens"
+    what = f"greedy continuation of {len(reference.beginning)} tokens"
     if ids == other:
         return Check(what, by, f"the same {len(ids)} tokens", passed=True)
     margin = reference.greedy.margins[at] if at < len(ids) else None
