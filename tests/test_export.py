@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -14,12 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gptlab.data.huggingface import to_huggingface
 from gptlab.data.tokenizers import BytesTokenizer
 from gptlab.errors import UserError
-from gptlab.experiments.exits import FAILED, MISTAKEN
+from gptlab.experiments.exits import DONE, FAILED, MISTAKEN
 from gptlab.experiments.exporting import llmc, pushing
 from gptlab.export import main
 from test_mistakes import without_torch  # noqa: F401  (a fixture)
 from test_train import ran
 
+VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
 END = {"bos_token_id": 256, "eos_token_id": 256}
 
 
@@ -64,8 +66,7 @@ def test_an_export_that_differs_fails_and_leaves_nothing(user, folder, monkeypat
 
     monkeypatch.setattr(llmc, "write", tampered)
     monkeypatch.chdir(user.folder)
-    values = {"run": "gpt2", "format": "llmc", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
-    assert main.__wrapped__(OmegaConf.create(values)) == FAILED
+    assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "llmc"})) == FAILED
     told = capsys.readouterr().err
     assert "gptlab: out is not written: what was exported is not gpt2. tensors by numpy" in told
     assert "27 of 28 bit-equal, but not transformer.wte.weight" in told
@@ -102,11 +103,13 @@ class Hub:
         self.asked.append(("upload", settings["repo_id"], settings["folder_path"]))
 
 
-def test_a_folder_is_uploaded_to_a_repository(tmp_path, monkeypatch):
+def test_a_folder_is_uploaded_to_a_repository(user, folder, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "asked", [])
-    assert pushing.push(tmp_path, "me/model") == "https://hub/me/model"
-    assert Hub.asked == [("create", "me/model", {"exist_ok": True}), ("upload", "me/model", tmp_path)]
+    monkeypatch.chdir(user.folder)
+    assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "hf", "push": "me/model", "dry_run": False})) == DONE
+    assert "Uploaded: https://hub/me/model\n" in capsys.readouterr().out
+    assert Hub.asked == [("create", "me/model", {"exist_ok": True}), ("upload", "me/model", Path("out"))]
 
 
 def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):

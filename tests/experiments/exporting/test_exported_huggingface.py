@@ -109,6 +109,7 @@ def test_the_certificate_says_what_transformers_found(tmp_path, monkeypatch):
     assert logits["by"].startswith("transformers 5")
     assert 0 <= logits["difference"] <= logits["tolerance"]
     assert continuation["result"] == "the same 8 tokens"  # the block of 16 is full then
+    assert saved["not_checked"] == ["the tokenizer: nothing says what this model's ids mean, so none is written"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert all(line in card for line in certificate.lines())

@@ -18,7 +18,7 @@ from gptlab.experiments.exporting.certificate import (
     compare_texts,
     version,
 )
-from gptlab.experiments.exporting.job import Checked, Job, texts_of, types_of
+from gptlab.experiments.exporting.job import NO_TOKENIZER, Checked, Job, texts_of, types_of
 from gptlab.experiments.exporting.reference import Reference
 from gptlab.experiments.sources.foreign import DESCRIPTION, WEIGHTS, opened
 from gptlab.model.config import NORM_EPSILON, GPTConfig
@@ -51,7 +51,8 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
         return Checked(checks, ["logits and continuation, since transformers is not installed"])
-    return Checked([*checks, *_by_transformers(job, folder, reference)], [])
+    unchecked = [NO_TOKENIZER] if job.tokenizer is None else []
+    return Checked([*checks, *_by_transformers(job, folder, reference)], unchecked)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:

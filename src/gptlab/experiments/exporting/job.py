@@ -14,6 +14,8 @@ from gptlab.experiments.sources.source import Source
 # of English, code, white space, and scripts beyond Latin
 TEXTS = ("It was 1984, wasn't it? They'd never know.", "\tdef f(x):  return x**2\r\n\n  # end  ", "naïve 東京 🙂 x²\n")
 
+NO_TOKENIZER = "the tokenizer: nothing says what this model's ids mean, so none is written"
+
 
 class Job(NamedTuple):
     """One export.
@@ -55,6 +57,15 @@ class Checked(NamedTuple):
 def types_of(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Type in which each of some tensors is stored."""
     return {name: job.stored(name, tensor) for name, tensor in tensors.items()}
+
+
+def left_out(job: Job, known: tuple[type, ...], whose: str) -> list[str]:
+    """Say that a tokenizer is not in the files, where it is none of those that the other side has."""
+    if job.tokenizer is None:
+        return [NO_TOKENIZER]
+    if isinstance(job.tokenizer, known):
+        return []
+    return [f"the tokenizer: {whose}, so this one is left out"]
 
 
 def texts_of(tokenizer: Tokenizer) -> Sequence[str]:

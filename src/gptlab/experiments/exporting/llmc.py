@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gptlab.data.tokenizers import GPT2Tokenizer
 from gptlab.experiments.exporting.certificate import compare_scores, compare_tensors, version
-from gptlab.experiments.exporting.job import Checked, Job
+from gptlab.experiments.exporting.job import Checked, Job, left_out
 from gptlab.experiments.exporting.reference import Reference
 from gptlab.model.config import GPTConfig
 from gptlab.model.foreign import exported, fitted, renamed
@@ -52,7 +52,8 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     model.tie_weights()
     with torch.no_grad():
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
-    return Checked(checks, ["what llm.c itself makes of it, which is no package"])
+    no_package = "what llm.c itself makes of it, which is no package"
+    return Checked(checks, [no_package, *left_out(job, (GPT2Tokenizer,), "llm.c has GPT-2's alone")])
 
 
 def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,7 @@ from gptlab.data.meta import META
 from gptlab.data.tokenizers import CharactersTokenizer, GPT2Tokenizer
 from gptlab.experiments.exporting.certificate import compare_scores, compare_tensors, version
 from gptlab.experiments.exporting.facts import Facts
-from gptlab.experiments.exporting.job import Checked, Job
+from gptlab.experiments.exporting.job import Checked, Job, left_out
 from gptlab.experiments.exporting.reference import Reference
 from gptlab.experiments.sources.source import open_source
 from gptlab.experiments.sources.weights import load_model
@@ -51,7 +51,6 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
     with torch.no_grad():
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
-    unchecked = ["what nanoGPT itself makes of it, which is no package"]
-    if job.tokenizer is not None and not isinstance(job.tokenizer, CharactersTokenizer | GPT2Tokenizer):
-        unchecked.append("the tokenizer: nanoGPT has characters and GPT-2's, so this one is left out")
-    return Checked(checks, unchecked)
+    no_package = "what nanoGPT itself makes of it, which is no package"
+    whose = "nanoGPT has characters and GPT-2's"
+    return Checked(checks, [no_package, *left_out(job, (CharactersTokenizer, GPT2Tokenizer), whose)])

@@ -1,6 +1,5 @@
 """One export: the reference, the files, the certificate."""
 
-import gc
 from importlib import metadata
 from pathlib import Path
 
@@ -33,8 +32,7 @@ def export(source: Source, form: FormatName, dtype: DtypeName, out: Path) -> Cer
     tokenizer = source.tokenizer() if source.record is not None else None
     job = Job(source, form, dtype, tokenizer, title_of(source))
     with made_whole(out) as folder:
-        reference = _write(job, folder)
-        gc.collect()  # our model is gone before another library loads its own
+        reference = _write(job, folder)  # our model is gone before another library loads its own
         try:
             checked = WRITERS[form].check(job, folder, reference)
         except Exception as error:  # whatever another library raises for a file that it cannot read
