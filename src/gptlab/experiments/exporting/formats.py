@@ -1,12 +1,12 @@
 """The formats, and what each can hold. Imports no torch.
 
-| format  | for                                             | its network                                           |
-|---------|-------------------------------------------------|-------------------------------------------------------|
-| hf      | transformers, and every server that loads it    | transformers, modeling_gpt2.py                        |
-| nanogpt | karpathy/nanoGPT                                | nanoGPT, model.py                                     |
-| llmc    | karpathy/llm.c                                  | llm.c, train_gpt2.c: one head with ``wte``, GELU by tanh |
-| gguf    | llama.cpp                                       | llama.cpp, LLM_ARCH_GPT2: GELU by tanh                |
-| onnx    | onnxruntime, and what else runs a graph         | this one's own graph                                  |
+| format  | for                                          | its network                                             |
+|---------|----------------------------------------------|---------------------------------------------------------|
+| hf      | transformers, and every server that loads it | transformers, modeling_gpt2.py                          |
+| nanogpt | karpathy/nanoGPT                             | nanoGPT, model.py: one matrix with ``wte``, exact GELU  |
+| llmc    | karpathy/llm.c                               | llm.c, train_gpt2.c: one matrix with ``wte``, tanh GELU |
+| gguf    | llama.cpp                                    | llama.cpp, LLM_ARCH_GPT2: tanh GELU                     |
+| onnx    | onnxruntime, and what else runs a graph      | gptlab's own                                            |
 """
 
 from importlib.util import find_spec
