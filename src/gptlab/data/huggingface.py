@@ -5,19 +5,29 @@
 | gpt2, bpe  | a byte-level BPE                                                                                      |
 | bytes      | the same without merges: a token for every byte                                                       |
 | characters | a table of words, before which the text is cut into characters                                        |
+
+Transformers takes the end of text out of a text as one token, where gptlab reads it as the characters that it is.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gptlab.data.tokenizers import END_OF_TEXT
-from gptlab.data.vocabulary import spelled_bytes
+from gptlab.data.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    BytesTokenizer,
+    CharactersTokenizer,
+    GPT2Tokenizer,
+    Tokenizer,
+)
+from gptlab.data.vocabulary import spelled, spelled_bytes
 from gptlab.errors import UserError
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+SETTINGS = "tokenizer_config.json"
 # of GPT-2's 50,257 tokens in the order of their ids, one a line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 IGNORED_PARTS = ("post_processor", "truncation", "padding")  # none of them changes the ids of a text
@@ -44,6 +54,78 @@ def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
         vocabulary, merges = BPE.read_file(str(folder / VOCABULARY), str(folder / MERGES))
         return _byte_level(folder / VOCABULARY, vocabulary, [list(pair) for pair in merges])
     return {"name": "gpt2"} if rows in (50257, 50304) else None
+
+
+class ByteLevel(NamedTuple):
+    """A byte-level BPE: its tokens, spelled, in the order of their ids, and the pairs that merge, the first ones first.
+
+    The end of text is the last token.
+    """
+
+    tokens: list[str]
+    merges: list[tuple[str, str]]
+
+
+def byte_level(tokenizer: Tokenizer) -> ByteLevel | None:
+    """See a tokenizer as a byte-level BPE; None where it is none."""
+    if isinstance(tokenizer, BytesTokenizer):
+        return ByteLevel([*(spelled(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
+    if isinstance(tokenizer, GPT2Tokenizer):
+        ranks = tokenizer.merges
+        tokens = sorted(ranks, key=lambda token: ranks[token])
+        pairs = (_merged(token, ranks) for token in tokens if len(token) > 1)
+        merges = [(spelled(first), spelled(second)) for first, second in pairs]
+        return ByteLevel([*map(spelled, tokens), END_OF_TEXT], merges)
+    if isinstance(tokenizer, BPETokenizer):
+        model = json.loads(tokenizer.trained)["model"]
+        vocabulary = model["vocab"]
+        pairs_there = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+        tokens_there = sorted(vocabulary, key=lambda token: vocabulary[token])
+        return ByteLevel([*tokens_there, END_OF_TEXT], [(first, second) for first, second in pairs_there])
+    return None
+
+
+def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
+    """Write a tokenizer as transformers' AutoTokenizer loads it.
+
+    Args:
+        tokenizer: Any but for those of other programs.
+        block_size: Of the model that it is for.
+
+    Returns:
+        What goes into each JSON file; ``tokenizer_record`` makes the tokenizer's record of it again.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Written
+
+    end = END_OF_TEXT if tokenizer.end_of_text is not None else None
+    bpe = byte_level(tokenizer)
+    if bpe is not None:
+        written = Written(models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges))
+        written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        written.decoder = decoders.ByteLevel()
+        written.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
+    else:
+        assert isinstance(tokenizer, CharactersTokenizer)  # noqa: S101  (there is no other)
+        written = Written(models.WordLevel({token: i for i, token in enumerate(tokenizer.characters)}, "<unk>"))
+        written.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        written.decoder = decoders.Fuse()
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # it takes tokenizer.json as it is
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,
+        **({"bos_token": end, "eos_token": end, "unk_token": end} if end else {}),
+    }
+    return {TOKENIZER: json.loads(written.to_str()), SETTINGS: settings}
+
+
+def _merged(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """Find the two tokens that merge into one: those that are left when all merges before it are done."""
+    parts = [bytes((byte,)) for byte in token]
+    while len(parts) > 2:
+        at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
 
 
 def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,14 @@ def spelled_bytes(token: str) -> bytes:
     return bytes(_BYTE_OF[character] for character in token)
 
 
+def spelled(token: bytes) -> str:
+    """Spell the bytes of a token as a byte-level BPE does: the inverse of ``spelled_bytes``."""
+    return "".join(_CHARACTER_OF[byte] for byte in token)
+
+
 # In a byte-level vocabulary, printable Latin-1 stands for itself and the other bytes for U+0100 and what follows
 # (openai/gpt-2, encoder.py, bytes_to_unicode).
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}

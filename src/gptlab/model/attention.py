@@ -84,7 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tenso
     if q.dtype != k.dtype:  # what the cache keeps is computed on in its type
         return attend(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)
     single = q.size(2) == 1  # which is the last: None hides nothing from it
-    if not q.is_cuda and q.dtype == torch.float32:
+    if q.device.type == "cpu" and q.dtype == torch.float32:
         if single and q.size(0) > 1:
             return _of_single_tokens(q, k, v, mask, dropout)
         if not single and k.size(2) <= SHORT:

@@ -13,6 +13,8 @@ PREFIX = re.compile(r"^(_orig_mod\.)?(transformer\.)?")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older versions store
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 EMBEDDING, POSITIONS, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
+BY_TOKEN = re.compile(r"^(wte|lm_head|value_embeds\.\d+)\.weight$")  # one row an id
+WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # in GPT-2
 
 
 def renamed(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
@@ -55,6 +57,33 @@ def fitted(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
             found, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (tensor, own[name]))
             raise ValueError(f"{name} is {found}, not {wanted}")
     return state
+
+
+def unpadded(model: GPT) -> dict[str, Tensor]:
+    """Return the parameters without the rows that only pad the vocabulary; a tied head has none. They are views."""
+    rows = model.config.known_vocab_size
+    named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return {name: tensor[:rows] if BY_TOKEN.match(name) else tensor for name, tensor in named}
+
+
+def exported(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tensor]:
+    """Give parameters the names and shapes of nanoGPT and transformers: the inverse of ``renamed`` and ``fitted``.
+
+    Args:
+        model: A GPT-2: what has been found since has no name there.
+        transposed: As in ``renamed``.
+        biases: Whether there are zeros where the model has no biases.
+
+    Returns:
+        Views, but for the zeros; a tied head has none.
+    """
+    named: dict[str, Tensor] = {}
+    for name, tensor in unpadded(model).items():
+        prefix = "" if name == HEAD else "transformer."
+        named[prefix + name] = tensor.transpose(0, -1) if transposed and CONV1D.search(name) else tensor
+        if biases and not model.config.bias and WITH_BIAS.match(name):
+            named[prefix + name.removesuffix("weight") + "bias"] = tensor.new_zeros(len(tensor))
+    return named
 
 
 def _with_rows(there: Tensor, own: Tensor, rows: int) -> Tensor:

@@ -1,0 +1,66 @@
+"""Write a trained model for other programs: python -m gptlab.export run=<model> format=<format> out=<folder>."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Self
+
+from omegaconf import DictConfig
+from pydantic import Field, model_validator
+
+from gptlab.experiments.command import command
+from gptlab.experiments.exits import DONE, FAILED
+from gptlab.experiments.exporting.folder import check_free
+from gptlab.experiments.exporting.formats import DtypeName, FormatName, check_format
+from gptlab.experiments.exporting.pushing import listed, push
+from gptlab.experiments.resuming import plain
+from gptlab.experiments.schema import check, known_keys
+from gptlab.experiments.sources.source import open_source
+from gptlab.settings import Settings
+
+PUSHED = ("hf", "gguf")
+
+
+class ExportConfig(Settings):
+    """What to export, to which format, and where to; see conf/export.yaml."""
+
+    run: Annotated[str, Field(min_length=1)]
+    format: FormatName
+    out: Annotated[str, Field(min_length=1)]
+    dtype: DtypeName
+    push: Annotated[str, Field(min_length=1)] | None
+    dry_run: bool
+
+    @model_validator(mode="after")
+    def _is_shared(self) -> Self:
+        if self.push is not None and self.format not in PUSHED:
+            raise ValueError(f"push uploads what others load from the hub: format={' or format='.join(PUSHED)}")
+        return self
+
+
+@command("export", keys=set(known_keys(ExportConfig)))
+def main(values: DictConfig) -> int:
+    """Write the model, compare what is written with it, and upload it if that is asked for."""
+    config = check(ExportConfig, plain(values))
+    out = Path(config.out).expanduser()
+    check_free(out)
+    source = open_source(config.run)
+    check_format(config.format, config.dtype, source.model, source.record)  # what is wrong is said without torch
+    from gptlab.experiments.exporting.running import Differs, export
+
+    try:
+        certificate = export(source, config.format, config.dtype, out)
+    except Differs as error:
+        print(f"gptlab: {error}", file=sys.stderr)
+        return FAILED
+    print(f"{out}: {config.run} as format={config.format}, {config.dtype}")
+    print("\n".join(f"  {line}" for line in certificate.lines()))
+    print(listed(out))
+    if config.push is not None and config.dry_run:
+        print(f"Not uploaded: dry_run=true. To upload it: hf upload {config.push} {out}")
+    elif config.push is not None:
+        print(f"Uploaded: {push(out, config.push)}")
+    return DONE
+
+
+if __name__ == "__main__":
+    main()

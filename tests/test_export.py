@@ -1,0 +1,177 @@
+"""The command that exports, as users type it, and what it takes of a machine."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gptlab.data.huggingface import to_huggingface
+from gptlab.data.tokenizers import BytesTokenizer
+from gptlab.errors import UserError
+from gptlab.experiments.exits import DONE, FAILED, MISTAKEN
+from gptlab.experiments.exporting import llmc, pushing
+from gptlab.export import main
+from test_mistakes import without_torch  # noqa: F401  (a fixture)
+from test_train import ran
+
+VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
+END = {"bos_token_id": 256, "eos_token_id": 256}
+
+
+@pytest.fixture
+def folder(user):
+    """A GPT-2 of bytes, as transformers saves it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**sizes, **END)).save_pretrained(user.folder / "gpt2")
+    for name, values in to_huggingface(BytesTokenizer(), 32).items():
+        (user.folder / "gpt2" / name).write_text(json.dumps(values))
+    return user.folder / "gpt2"
+
+
+def export(user, *arguments):
+    return user.python("gptlab.export", "run=gpt2", "out=out", *arguments)
+
+
+def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folder):
+    user.environment |= {"HF_TOKEN": "hf_secret"}
+    done = export(user, "format=gguf", "push=me/model")
+    ran(done)
+    assert re.search(
+        r"log probabilities of the 257 likeliest tokens by llama\.cpp of .*: largest difference .* allowed", done.stdout
+    )
+    assert "the same 16 tokens" in done.stdout
+    size = (user.folder / "out" / "model.gguf").stat().st_size
+    assert f"{size:,} bytes  model.gguf\n" in done.stdout
+    assert "Not uploaded: dry_run=true. To upload it: hf upload me/model out" in done.stdout
+    assert "hf_secret" not in done.stdout + done.stderr
+    assert {path.name for path in (user.folder / "out").iterdir()} == {"model.gguf", "README.md", "certificate.json"}
+
+
+def test_an_export_that_differs_fails_and_leaves_nothing(user, folder, monkeypatch, capsys):
+    write = llmc.write
+
+    def tampered(model, job, folder):
+        write(model, job, folder)
+        with (folder / "model.bin").open("r+b") as file:
+            file.seek(1024)
+            file.write(b"1234")
+
+    monkeypatch.setattr(llmc, "write", tampered)
+    monkeypatch.chdir(user.folder)
+    assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "llmc"})) == FAILED
+    told = capsys.readouterr().err
+    assert "gptlab: out is not written: what was exported is not gpt2. tensors by numpy" in told
+    assert "27 of 28 bit-equal, but not transformer.wte.weight" in told
+    assert not [path for path in user.folder.iterdir() if "out" in path.name]
+
+
+MISTAKES = {
+    "an option": (["format=nanogpt"], "format=nanogpt has no model.activation=gelu_tanh"),
+    "pushed": (
+        ["format=onnx", "push=me/model"],
+        "push uploads what others load from the hub: format=hf or format=gguf",
+    ),
+    "there already": (["format=hf", "out=gpt2"], "out=gpt2 is there already"),
+}
+
+
+def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torch):  # noqa: F811
+    for arguments, sentence in MISTAKES.values():
+        done = export(without_torch, *arguments)
+        assert (done.returncode, sentence in done.stderr) == (MISTAKEN, True), done.stderr
+        assert not (without_torch.folder / "out").exists()
+
+
+class Hub:
+    """In the place of huggingface_hub's HfApi."""
+
+    asked: ClassVar[list] = []
+
+    def create_repo(self, repository, **settings):
+        self.asked.append(("create", repository, settings))
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, **settings):
+        self.asked.append(("upload", settings["repo_id"], settings["folder_path"]))
+
+
+def test_a_folder_is_uploaded_to_a_repository(user, folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.chdir(user.folder)
+    assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "hf", "push": "me/model", "dry_run": False})) == DONE
+    assert "Uploaded: https://hub/me/model\n" in capsys.readouterr().out
+    assert Hub.asked == [("create", "me/model", {"exist_ok": True}), ("upload", "me/model", Path("out"))]
+
+
+def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    with pytest.raises(
+        UserError, match=r"push=me/model failed: no route to host\nTo upload it later: hf auth login, and"
+    ):
+        pushing.push(tmp_path, "me/model")
+
+
+@pytest.fixture(scope="session")
+def gpt2_124m(tmp_path_factory):
+    """GPT-2 124M as transformers saves it, with random weights."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    with torch.device("meta"):
+        names = {name: tensor.shape for name, tensor in GPT2LMHeadModel(GPT2Config()).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    state = {name: torch.empty(shape).normal_(std=0.02, generator=generator) for name, shape in names.items()}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+MEASURED_IN = [*((form, "float32") for form in ("hf", "nanogpt", "llmc", "gguf", "onnx")), ("hf", "bfloat16")]
+LIBRARIES = {
+    "hf": "transformers.models.gpt2.modeling_gpt2, transformers.generation.utils, transformers.models.auto",
+    "nanogpt": "tiktoken_ext.openai_public",
+    "llmc": "tiktoken_ext.openai_public",
+    "gguf": "gguf, xllamacpp",
+    "onnx": "onnx, onnxscript.optimizer, onnxruntime, torch.onnx._internal.exporter._core",
+}
+MEASURED = """
+import json, sys, time
+from pathlib import Path
+import {libraries}
+import torch, gptlab.experiments.exporting.running as running
+from gptlab.experiments.sources.source import open_source
+from gptlab.training.devices import peak_memory
+
+source, form, dtype = sys.argv[1:]
+imports, begun = peak_memory(torch.device("cpu")), time.time()
+running.export(open_source(source), form, dtype, Path("out"))
+print(json.dumps([imports, peak_memory(torch.device("cpu")), time.time() - begun]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "dtype"), MEASURED_IN)
+def test_gpt2_124m_takes_little_more_memory_than_twice_its_weights(user, gpt2_124m, form, dtype, record_property):
+    config = GPT2Config(
+        activation_function="gelu" if form == "nanogpt" else "gelu_new", architectures=["GPT2LMHeadModel"]
+    )
+    config.save_pretrained(gpt2_124m)
+    script = MEASURED.format(libraries=LIBRARIES[form])
+    done = user.run(sys.executable, "-c", script, str(gpt2_124m), form, dtype, timeout=300)
+    ran(done)
+    imports, peak, seconds = json.loads(done.stdout.splitlines()[-1])
+    size = (gpt2_124m / "model.safetensors").stat().st_size
+    times = (peak - imports) / size
+    told = f"{form} {dtype}: {peak / 1e6:.0f} MB, {times:.2f} x the weights beyond imports, {seconds:.1f} s"
+    record_property("measured", told)
+    print(told)
+    assert peak - imports <= 2.2 * size, told
