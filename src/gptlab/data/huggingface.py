@@ -47,7 +47,7 @@ def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
         UserError: The tokenizer is none of gptlab's.
     """
     if (folder / TOKENIZER).is_file():
-        return _record(folder / TOKENIZER, _read(folder / TOKENIZER))
+        return _record(folder / TOKENIZER, read_json(folder / TOKENIZER))
     if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
         from tokenizers.models import BPE
 
@@ -168,7 +168,8 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
     return {"name": "bpe", "trained": bpe.to_str()}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; UserError where there is none."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

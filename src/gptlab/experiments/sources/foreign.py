@@ -8,7 +8,6 @@
 Files that could only be read by running what they say (pytorch_model.bin) are refused.
 """
 
-import json
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
+from gptlab.data.huggingface import read_json
 from gptlab.errors import UserError
 from gptlab.experiments.directory import check_shape
 from gptlab.experiments.records.runs import CONFIG
@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "where it is trusted: transformers' save_pretrained writes them."
             )
         raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}.")
-    table = _json(folder / INDEX).get("weight_map")
+    table = read_json(folder / INDEX).get("weight_map")
     names = list(table.values()) if isinstance(table, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{folder / INDEX} does not list files of its own folder in weight_map.")
@@ -114,7 +114,7 @@ def weight_files(folder: Path) -> list[Path]:
 def described_shape(folder: Path) -> dict[str, Any]:
     """Say in gptlab's names what config.json says of a GPT-2."""
     path = folder / DESCRIPTION
-    config = _json(path)
+    config = read_json(path)
     if (kind := config.get("model_type")) != "gpt2":
         raise UserError(f"{path} describes a model of type {kind}; gptlab reads gpt2.")
     sizes = _sizes(str(path), config, "n_positions")
@@ -139,14 +139,3 @@ def _sizes(origin: str, values: Any, block_size: str) -> dict[str, int]:
     if missing := [names[key] for key in found if key not in sizes]:
         raise UserError(f"{origin} does not give {', '.join(missing)} as whole numbers.")
     return sizes
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return values
