@@ -91,6 +91,7 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
     assert written != sample(directory, model_of(directory, steps[5]), 6)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
     changed = ("train.ema_decay=0.9", "train.max_steps=9")
     done = user.python("gptlab.train", f"resume={halted}", *changed)

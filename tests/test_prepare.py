@@ -34,6 +34,7 @@ def test_prepare_inspect_verify_and_a_flipped_byte(user):
     assert "train_000002.bin is not what was written" in found.stderr
 
 
+@pytest.mark.slow
 def test_parts_on_several_machines_are_merged(user):
     for part in (2, 0, 1):
         done = user.python("gptlab.prepare", *SMALL, f"prepare.part={part}", "prepare.parts=3")
@@ -81,6 +82,7 @@ def test_a_trained_tokenizer_trains_and_samples(user):
     assert sampled.stdout.startswith("the cat é")
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_data(user):
     ran(user.train())
     directory = user.only_run()

@@ -69,6 +69,7 @@ def check_whole(directory: Path, *found: list[dict[str, Any]]) -> None:
     assert table(directory, summary["summary"]) == written_samples(directory)
 
 
+@pytest.mark.slow
 def test_everything_of_a_run_is_in_its_record(user):
     for command in (("init", "-q"), ("add", "text.txt"), ("commit", "-qm", "c")):
         subprocess.run(("git", "-c", "user.name=a", "-c", "user.email=b", *command), check=True, cwd=user.folder)

@@ -289,7 +289,10 @@ def values_of(source: Path, **values) -> dict:
     return data_config(**text_values(source, **ROWS | values)).model_dump()
 
 
-@pytest.mark.parametrize(("tokenizer", "kills"), [("bytes", 20), pytest.param("gpt2", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tokenizer", "kills"),
+    [("bytes", 6), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bytes", 20), ("gpt2", 4)))],
+)
 def test_killed_at_any_time_with_all_its_workers_a_preparation_goes_on_to_the_same_bytes(
     source, script, tokenizer, kills
 ):

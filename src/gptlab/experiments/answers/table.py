@@ -204,7 +204,7 @@ def _edges(ranked: list[Point]) -> list[str]:
     """
     notes = []
     for key in ranked[0].settings if ranked else ():
-        values = {number for point in ranked if (number := as_number(point.settings[key])) is not None}
+        values = {number for point in ranked if (number := as_number(point.settings.get(key, ""))) is not None}
         best = as_number(ranked[0].settings[key])
         if key.startswith("model.") or len(values) < 3 or best not in (min(values), max(values)):
             continue
