@@ -72,6 +72,7 @@ def test_other_devices_must_fit_all_batches(user, grown):
     assert done.returncode == 2
 
 
+@pytest.mark.slow
 def test_a_length_in_tokens_ends_where_the_batches_have_come_to(user):
     ran(user.train("train.max_steps=null", "train.max_tokens=700", *GROWING, "callbacks=none"))
     assert max(metrics(user.only_run(), "tokens").items()) == (4, 768)  # 128, 256, 512 and 768

@@ -231,6 +231,7 @@ def test_a_run_can_start_from_another_s_weights(user, first):
     assert "model.n_embd is 64 there and 32 here" in done.stderr
 
 
+@pytest.mark.slow
 def test_early_stopping_by_name(user):
     # a rate at which nothing is learnt: the first evaluation stays the best
     rate = ("optimizer.lr=1e-12", "train.max_steps=50", "callbacks.early_stopping.patience=2")
