@@ -18,6 +18,11 @@ class Diverged(Exception):  # noqa: N818  (what a run has done)
     """
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of another library says, as far as it fits a sentence; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean <nearest>?" for the known word nearest to ``word``, or "" where none is near."""
     nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)

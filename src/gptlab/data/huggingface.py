@@ -22,6 +22,7 @@ from gptlab.data.tokenizers import (
     CharactersTokenizer,
     GPT2Tokenizer,
     Tokenizer,
+    empty_bpe,
 )
 from gptlab.data.vocabulary import spelled, spelled_bytes
 from gptlab.errors import UserError
@@ -30,7 +31,6 @@ TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 SETTINGS = "tokenizer_config.json"
 # of GPT-2's 50,257 tokens in the order of their ids, one a line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-IGNORED_PARTS = ("post_processor", "truncation", "padding")  # none of them changes the ids of a text
 
 
 def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
@@ -79,9 +79,8 @@ def byte_level(tokenizer: Tokenizer) -> ByteLevel | None:
     if isinstance(tokenizer, BPETokenizer):
         model = json.loads(tokenizer.trained)["model"]
         vocabulary = model["vocab"]
-        pairs_there = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
         tokens_there = sorted(vocabulary, key=lambda token: vocabulary[token])
-        return ByteLevel([*tokens_there, END_OF_TEXT], [(first, second) for first, second in pairs_there])
+        return ByteLevel([*tokens_there, END_OF_TEXT], _pairs(model["merges"]))
     return None
 
 
@@ -101,9 +100,8 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
     end = END_OF_TEXT if tokenizer.end_of_text is not None else None
     bpe = byte_level(tokenizer)
     if bpe is not None:
-        written = Written(models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges))
-        written.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        written.decoder = decoders.ByteLevel()
+        written = empty_bpe()
+        written.model = models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges)
         written.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     else:
         assert isinstance(tokenizer, CharactersTokenizer)  # noqa: S101  (there is no other)
@@ -158,14 +156,18 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
         raise UserError(f"{path} has not {END_OF_TEXT} as the last of its ids, or they have gaps.")
     if not merges and [spelled_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
         return {"name": "bytes"}
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import models
 
     del vocabulary[END_OF_TEXT]
-    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-    bpe = Tokenizer(models.BPE(vocabulary, pairs))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    bpe = empty_bpe()
+    bpe.model = models.BPE(vocabulary, _pairs(merges))
     return {"name": "bpe", "trained": bpe.to_str()}
+
+
+def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
+    """Read merges, which older files have as text with a space between the two."""
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
+    return [(first, second) for first, second in pairs]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -179,6 +179,15 @@ def write_durably(path: Path, text: str) -> None:
         raise
 
 
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _unfinished(path: Path) -> Path:
     """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

@@ -190,12 +190,9 @@ class BPETokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Train on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
-        from tokenizers import Tokenizer as Trained
-        from tokenizers import decoders, models, pre_tokenizers, trainers
+        from tokenizers import pre_tokenizers, trainers
 
-        bpe = Trained(models.BPE())
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        bpe.decoder = decoders.ByteLevel()
+        bpe = empty_bpe()
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
         bpe.train_from_iterator(
             (encodable(text) for text in texts),
@@ -223,6 +220,17 @@ class BPETokenizer:
         """Bytes of each id but the last."""
         ids = self._bpe.get_vocab()
         return [spelled_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
+
+
+def empty_bpe() -> Any:
+    """Build a byte-level BPE of the tokenizers library that has no tokens yet."""
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers
+
+    bpe = Trained(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:

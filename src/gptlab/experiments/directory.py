@@ -98,10 +98,16 @@ def best_checkpoint(directory: Path) -> Path:
     return _found(directory, best(directory / CHECKPOINTS))
 
 
+def check_saved(directory: Path) -> None:
+    """See that a run was saved, without reading what was; UserError where it was not."""
+    if not has_checkpoint(directory):
+        raise UserError(f"{directory} has no checkpoint: nothing is in {directory / CHECKPOINTS}.")
+
+
 def _found(directory: Path, place: Path | None) -> Path:
     if place is None:
-        damaged = "only damaged ones are" if has_checkpoint(directory) else "nothing is"
-        raise UserError(f"{directory} has no checkpoint: {damaged} in {directory / CHECKPOINTS}.")
+        check_saved(directory)
+        raise UserError(f"{directory} has no checkpoint: only damaged ones are in {directory / CHECKPOINTS}.")
     return place
 
 

@@ -4,7 +4,9 @@ Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size, V voca
 """
 
 import math
+from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -198,6 +200,11 @@ class GPT(nn.Module):
         weight = self.lm_head.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights by their names as they are, and not a copy of them."""
+        self.load_state_dict(weights, assign=True)
+        self.tie_weights()
+
     def tie_weights(self) -> None:
         """Let the head have the embedding's matrix, where they share one."""
         if self.config.tie_weights:
@@ -226,6 +233,12 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, 0.0, INIT_STD / math.sqrt(2 * config.n_layer) if residual else INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+
+
+def hollow(config: GPTConfig) -> GPT:
+    """Build a network whose weights take no memory and have no values, for ``GPT.fill``."""
+    with torch.device("meta"):
+        return GPT(config)
 
 
 def _norm(config: GPTConfig) -> nn.Module:

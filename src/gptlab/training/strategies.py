@@ -1,10 +1,12 @@
 """How the network is spread over devices."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
 
@@ -56,6 +58,15 @@ def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *,
 def gathered(strategy: Strategy) -> AbstractContextManager[None]:
     """Keep a sharded network whole between forward passes, for generation; nothing for any other network."""
     return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
+
+
+@contextmanager
+def at_any_length(trainer: L.Trainer) -> Iterator[None]:
+    """Run the network on inputs of any length, in the training's precision: whole, and not compiled anew for each."""
+    assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
+        yield
 
 
 def weights_changed(strategy: Strategy) -> None:

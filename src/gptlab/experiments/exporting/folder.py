@@ -1,12 +1,12 @@
 """The folder that an export makes: whole, or not there. Imports no torch."""
 
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gptlab.data.shards import sync
 from gptlab.errors import UserError
 
 
@@ -32,10 +32,10 @@ def made_whole(out: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.iterdir():
-            _sync(file)
+            sync(file)
         check_free(out)  # it may have been made in the meantime
         beside.rename(out)  # over an empty folder, too
-        _sync(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -43,11 +43,3 @@ def made_whole(out: Path) -> Iterator[Path]:
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file in a folder."""
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ from gptlab.experiments.exporting.job import Checked, Job, left_out
 from gptlab.experiments.exporting.reference import Reference
 from gptlab.model.config import GPTConfig
 from gptlab.model.foreign import exported, fitted, renamed
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, hollow
 
 WEIGHTS, TOKENS = "model.bin", "gpt2_tokenizer.bin"
 MAGIC, TOKENS_MAGIC, TOKENS_VERSION = 20240326, 20240328, 2
@@ -45,11 +45,9 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     """Read the file by its header, and run the network that it describes."""
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
-    with torch.device("meta"):
-        model = GPT(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
+    model = hollow(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
     state = fitted(model, renamed({name: tensor.float() for name, tensor in _read(path, config)}, transposed=False))
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    model.fill(state)
     with torch.no_grad():
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
     no_package = "what llm.c itself makes of it, which is no package"

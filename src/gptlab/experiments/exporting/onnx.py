@@ -16,7 +16,7 @@ from gptlab.experiments.exporting.job import Checked, Job
 from gptlab.experiments.exporting.reference import Reference
 from gptlab.model.config import GPTConfig
 from gptlab.model.foreign import EMBEDDING, HEAD, unpadded
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, hollow
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 INPUT, OUTPUT = "input_ids", "logits"
@@ -82,14 +82,12 @@ def _quiet() -> Iterator[None]:
 
 def traced(model: GPT) -> Any:
     """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
-    with torch.device("meta"):
-        hollow = GPT(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
-        example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long)
-    hollow.tie_weights()
+    network = hollow(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
+    example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")
     batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE)
     time = torch.export.Dim("time", min=1, max=model.config.block_size)
     return torch.onnx.export(
-        hollow,
+        network,
         (example,),
         input_names=[INPUT],
         output_names=[OUTPUT],

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, first_line
 from gptlab.experiments.exporting.folder import sizes
 
 
@@ -29,9 +29,8 @@ def push(folder: Path, repository: str) -> str:
         address = hub.create_repo(repository, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export from gptlab")
     except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder} is written, but push={repository} failed: {why}\n"
+            f"{folder} is written, but push={repository} failed: {first_line(error)}\n"
             f"To upload it later: hf auth login, and hf upload {repository} {folder}"
         ) from error
     return str(address)

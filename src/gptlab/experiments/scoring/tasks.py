@@ -12,7 +12,7 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from gptlab.data.tokenizers import Tokenizer
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError, did_you_mean, first_line
 from gptlab.evaluation.harness import HarnessModel, fingerprint
 from gptlab.experiments.scoring.machine import Machine
 from gptlab.experiments.scoring.running import Outcome
@@ -30,12 +30,11 @@ class Tasks(TaskManager):
         try:
             return super().load(task_list)
         except Exception as error:  # whatever datasets, the network or a task's own code raises
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
             home = os.environ.get("HF_HOME", "~/.cache/huggingface")
             raise UserError(
-                f"tasks={','.join(map(str, task_list))} cannot be loaded: {type(error).__name__}: {first}\nWhere it is "
-                "the data set that cannot be had: load it once on a machine with internet (the same command does), and "
-                f"copy the cache of the Hugging Face hub here ({home}; HF_HOME names another)."
+                f"tasks={','.join(map(str, task_list))} cannot be loaded: {type(error).__name__}: {first_line(error)}\n"
+                "Where it is the data set that cannot be had: load it once on a machine with internet (the same "
+                f"command does), and copy the cache of the Hugging Face hub here ({home}; HF_HOME names another)."
             ) from error
 
 

@@ -68,9 +68,14 @@ def check_archive(path: Path) -> None:
 def check_foreign_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
     """See that weights of such a shape fit a model, and be it with rows that only pad the vocabulary."""
     wanted = model.vocab_size
-    if wanted is None or there["vocab_size"] in (-(-wanted // multiple) * multiple for multiple in ROUNDED_TO):
+    if wanted is None or is_for(there["vocab_size"], wanted):
         there = {**there, "vocab_size": wanted}
     check_shape(path, {**GPT2_OPTIONS, **there}, model)
+
+
+def is_for(rows: int, vocab_size: int) -> bool:
+    """Whether an embedding of so many rows is that of a vocabulary: of its size, or padded."""
+    return rows in (-(-vocab_size // multiple) * multiple for multiple in ROUNDED_TO)
 
 
 def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:

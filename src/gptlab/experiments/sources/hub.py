@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, first_line
 
 # OpenAI's four (Radford et al. 2019, table 2), by the names under which nanoGPT and transformers know them
 REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -41,10 +41,6 @@ def folder_of(name: str) -> Path:
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"{name} is neither in the cache of the Hugging Face hub ({home}) nor to be had through the network: "
-            f"{_first_line(error)}\nTo get it: on a machine with internet, hf download {repository} config.json "
+            f"{first_line(error)}\nTo get it: on a machine with internet, hf download {repository} config.json "
             "model.safetensors tokenizer.json --local-dir <folder>; copy that folder here, and name it instead."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

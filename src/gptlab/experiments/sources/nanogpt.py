@@ -13,14 +13,12 @@ from torch import Tensor
 from gptlab.errors import UserError
 from gptlab.experiments.schema import Config
 from gptlab.experiments.sources.weights import nanogpt_checkpoint
-from gptlab.model.foreign import renamed
+from gptlab.model.foreign import EMBEDDING, HEAD, renamed
 from gptlab.model.gpt import GPT
 from gptlab.training.checkpoints.reading import Checkpoint
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optimizers import parameter_groups
 from gptlab.training.schedules import learning_rate
-
-HEAD = "lm_head.weight"  # tied, so that the optimizer has it as wte
 
 
 def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
@@ -60,7 +58,7 @@ def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
         "pytorch-lightning_version": "2.6.5",
         "callbacks": {},
         "lr_schedulers": [],
-        "state_dict": {name: (weights["wte.weight"] if name == HEAD else weights[name]) for name in model.state_dict()},
+        "state_dict": {name: (weights[EMBEDDING] if name == HEAD else weights[name]) for name in model.state_dict()},
         "optimizer_states": [{"state": moments, "param_groups": groups}],
     }
 

@@ -8,13 +8,13 @@ from gptlab.data.meta import META, read_meta
 from gptlab.data.shards import load_manifest
 from gptlab.data.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer
 from gptlab.errors import UserError
-from gptlab.experiments.directory import best_checkpoint, load_config
+from gptlab.experiments.directory import check_saved, load_config
 from gptlab.experiments.records.runs import CONFIG
 from gptlab.experiments.sources.foreign import (
-    ROUNDED_TO,
     check_archive,
     check_foreign,
     described_shape,
+    is_for,
     is_foreign,
     nanogpt_shape,
 )
@@ -91,7 +91,7 @@ def open_source(name: str) -> Source:
                 f"models {', '.join(REPOSITORIES)} have names of their own; any other is hf://<owner>/<name>."
             )
         config = load_config(path)
-        best_checkpoint(path)
+        check_saved(path)
         return Source(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
     shape = _nanogpt(path) if path.is_file() else described_shape(path)
     record = _meta(path, shape["vocab_size"]) if path.is_file() else tokenizer_record(path, shape["vocab_size"])
@@ -105,7 +105,7 @@ def open_source(name: str) -> Source:
 def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
     """Count the ids of a tokenizer; UserError where an embedding of so many ``rows`` is not for it."""
     size = GPT2Tokenizer.vocab_size if record["name"] == "gpt2" else load_tokenizer(record, None).vocab_size
-    if rows not in (-(-size // multiple) * multiple for multiple in ROUNDED_TO):
+    if not is_for(rows, size):
         raise UserError(f"{name} has an embedding of {rows} ids, and its tokenizer {size}: one of them is another's.")
     return size
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gptlab.errors import UserError
@@ -11,7 +10,7 @@ from gptlab.experiments.directory import best_checkpoint, load_config
 from gptlab.experiments.sources.foreign import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
 from gptlab.experiments.sources.source import Source, open_source
 from gptlab.model.foreign import fitted, renamed
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, hollow
 from gptlab.model.lora import merged
 from gptlab.training.checkpoints.reading import read_plain, read_weights
 
@@ -31,11 +30,9 @@ def load_model(source: Source | Path) -> GPT:
     Its weights are the file's own pages where the file has them as they are needed: they take memory once.
     """
     source = source if isinstance(source, Source) else open_source(str(source))
-    with torch.device("meta"):
-        model = GPT(source.model)
+    model = hollow(source.model)
     weights = {name: tensor.float().contiguous() for name, tensor in _weights(model, source.path).items()}
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
+    model.fill(weights)
     return model.requires_grad_(True).eval()
 
 

@@ -91,12 +91,19 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
         dir=directory,
         mode=mode,
         config=described(config, directory),
-        settings=wandb.Settings(
-            silent=True,
-            init_timeout=settings.init_timeout,
-            finish_timeout=settings.finish_timeout,
-            finish_timeout_raises=True,
-        ),
+        settings=limits(settings),
+    )
+
+
+def limits(settings: WandbConfig) -> Any:
+    """Say how long W&B is waited for, and that it prints nothing."""
+    import wandb
+
+    return wandb.Settings(
+        silent=True,
+        init_timeout=settings.init_timeout,
+        finish_timeout=settings.finish_timeout,
+        finish_timeout_raises=True,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptlab.experiments.directory import load_config
 from gptlab.experiments.records.state import load_state
-from gptlab.experiments.wandb.beginning import ID
+from gptlab.experiments.wandb.beginning import ID, limits
 from gptlab.experiments.wandb.files import SENT, wandb_records
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
     try:
         # in a folder of its own: what lies in the run's is the record of the training
         with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
-            limits = {"init_timeout": settings.init_timeout, "finish_timeout": settings.finish_timeout}
             wandb.setup(wandb.Settings(silent=True))
             run = wandb.init(
                 project=settings.project,
@@ -46,7 +45,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
                 id=(directory / ID).read_text(),
                 resume="must",
                 dir=folder,
-                settings=wandb.Settings(silent=True, finish_timeout_raises=True, **limits),
+                settings=limits(settings),
             )
             run.summary.update(summary)
             run.finish()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import Precision
 
 from gptlab.evaluation.completions import Tally, ending_losses, share, tally
 from gptlab.evaluation.hellaswag import Example
@@ -13,7 +12,7 @@ from gptlab.training.callbacks.recorder import log_metrics
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import HellaSwagConfig
 from gptlab.training.module import GPTModule
-from gptlab.training.strategies import data_rank, gathered, reduced
+from gptlab.training.strategies import at_any_length, data_rank, reduced
 
 log = logging.getLogger(__name__)
 
@@ -64,15 +63,13 @@ class HellaSwag(L.Callback):
             log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", shares, f"{self.latest.examples:,}")
 
     def _score(self, trainer: L.Trainer, module: GPTModule) -> Tally:
-        assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
         watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
         ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         block_size, training = module.model.config.block_size, module.model.training
         counts = torch.zeros(3, dtype=torch.long, device=module.device)
-        eager = torch.compiler.set_stance("force_eager")  # a compiled network would be compiled anew for every length
         module.model.eval()
         try:
-            with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
+            with at_any_length(trainer):
                 for batch in share(self.examples, data_rank(trainer), ranks, self.config.batch_size):
                     # a sharded network needs all ranks, and so those too that have no more examples
                     losses = ending_losses(

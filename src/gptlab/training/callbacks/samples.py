@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
-import torch
-from lightning.pytorch.plugins.precision import Precision
 
 from gptlab.data.tokenizers import END_OF_TEXT, Tokenizer, prompt_ids
 from gptlab.model.drawing import row_seeds
@@ -14,7 +12,7 @@ from gptlab.model.generate import continued, generate, plain_decoder
 from gptlab.model.sampling import Sampling
 from gptlab.training.config import SamplesConfig
 from gptlab.training.module import GPTModule, derive_seed
-from gptlab.training.strategies import gathered
+from gptlab.training.strategies import at_any_length
 
 HEADING = "--- sample {} ---\n"
 
@@ -44,11 +42,9 @@ class Samples(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate on every rank alike (a sharded network needs them all), write on the first."""
         assert isinstance(pl_module, GPTModule)  # noqa: S101
-        assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
         device, step = pl_module.device, trainer.global_step
         prompt = prompt_ids(self.tokenizer, self.config.prompt)
-        eager = torch.compiler.set_stance("force_eager")  # a compiled network would be compiled anew for every length
-        with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
+        with at_any_length(trainer):
             rows = generate(
                 pl_module.model,
                 [prompt],

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from gptlab.data.shards import write_durably
+from gptlab.data.shards import sync, write_durably
 from gptlab.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -109,18 +109,18 @@ def seal(unfinished: Path, place: Path, facts: Facts, written: dict[str, str]) -
     """
     names = sorted(path.name for path in unfinished.iterdir())
     for name in names:
-        _sync(unfinished / name)
+        sync(unfinished / name)
     files = _hashes(unfinished, names)
     for name, sha256 in written.items():
         if files[name].sha256 != sha256:
             raise OSError(f"{unfinished / name} is not on the disk as it was written")
     write_durably(unfinished / RECORD, Record(format=FORMAT, facts=facts, files=files).model_dump_json(indent=2) + "\n")
-    _sync(unfinished)
+    sync(unfinished)
     replaced = place.with_name(REPLACED + place.name)
     if place.exists():
         place.rename(replaced)
     unfinished.rename(place)
-    _sync(place.parent)
+    sync(place.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -190,11 +190,3 @@ def _hash(path: Path) -> SavedFile:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return SavedFile(bytes=file.tell(), sha256=digest)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
