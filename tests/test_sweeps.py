@@ -94,7 +94,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(user, argumen
 
 @pytest.mark.slow
 def test_twelve_jobs_with_a_crash_and_a_nan_killed_twice(user):
-    """The sweep of issue's promise: ten results, two failures, the right rate, whatever happens to its process."""
+    """Ten results, two failures, the right rate, whatever happens to the process of the sweep."""
     # of the best rate, so that it has to win with one seed less each than the others
     fault = "rate, seed = self.optimizer_config.lr, self.seed\n        "
     break_steps(user, f"{fault}if rate == 1e-5 and seed == 2 and step == 7: os._exit(9)\n        "
@@ -158,7 +158,7 @@ def test_asha_finds_the_winner_of_the_grid_with_half_of_its_tokens(user):
 def test_a_sweep_that_is_asked_to_stop_goes_on_from_its_checkpoints(user, number, status):
     sweep = ("-m", "name=stopped", "seed=1,2", *SMALL, "train.max_steps=400", "hydra.launcher.at_once=2")
     run = user.begin("gptlab.train", *sweep)
-    run.until(lambda: len(list(user.folder.glob("outputs/stopped/*/*/checkpoints/step_*"))) >= 2)
+    run.until(lambda: all(list(user.folder.glob(f"outputs/stopped/*/{job}/checkpoints/step_*")) for job in (0, 1)))
     run.send_signal(number)
     output = run.ended(status).stdout
     assert "The sweep goes on where it stopped with the same command." in output
