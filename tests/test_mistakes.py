@@ -126,3 +126,30 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
     done = without_torch.python(module, flag)
     assert done.returncode == 0, done.stderr
     assert "seed: 1337" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "own", "other", "sentence"),
+    [
+        (
+            TRAIN,
+            "speedrun_cpu",
+            "eval_gpt2",
+            "is for python -m gptlab.evaluate: it sets run, which gptlab.train has not.",
+        ),
+        (
+            "gptlab.evaluate",
+            "eval_gpt2",
+            "quickstart",
+            "is for python -m gptlab.train: it sets name, which gptlab.evaluate",
+        ),
+    ],
+)
+def test_a_command_has_its_own_experiments(without_torch, module, own, other, sentence):
+    mistaken(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
+    done = without_torch.python(module, "--help")
+    (listed,) = (
+        line.split(": ")[1].split(", ") for line in done.stdout.splitlines() if line.startswith("experiment: ")
+    )
+    assert own in listed
+    assert other not in listed

@@ -13,11 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.errors import Diverged, UserError, did_you_mean
 from gptlab.experiments.exits import DONE, INTERRUPTED, PREEMPTED, SweepEnded, tell
+from gptlab.experiments.groups import Groups
 from gptlab.experiments.logs import log_to_screen
 from gptlab.experiments.schema import no_setting
 from gptlab.experiments.targets import checked_targets
@@ -78,7 +79,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints for itself, and exits with 1
             try:
                 sys.argv[1:] = [_quoted(argument, literal) for argument in sys.argv[1:]]
-                _refuse_pickles()
+                groups = _looked_over(config_name)
                 around = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
@@ -89,7 +90,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
                     raise
-                statuses.append(tell(_explain(error, keys)))
+                statuses.append(tell(_explain(error, keys, groups)))
             except (JobFailed, SweepEnded) as error:
                 statuses.append(error.status)
             except _Ended as error:
@@ -109,13 +110,23 @@ def _is_elsewhere() -> bool:
     return config.mode == RunMode.MULTIRUN and not config.launcher["_target_"].endswith(".BasicLauncher")
 
 
-def _refuse_pickles() -> None:
-    """Refuse the one flag of Hydra's that unpickles a file."""
-    if (path := get_args_parser().parse_args().experimental_rerun) is not None:
+def _looked_over(config_name: str) -> Groups:
+    """Look at the command line before Hydra does; return what can be chosen, which --help lists by ${groups:}.
+
+    Raises:
+        UserError: It has an experiment of another command, or the one flag of Hydra's that unpickles a file.
+    """
+    flags = get_args_parser().parse_args()
+    if flags.experimental_rerun is not None:
         raise UserError(
-            f"--experimental-rerun={path} is refused: it would unpickle the file, which can run any code. "
-            "A run goes on with resume=<run directory>."
+            f"--experimental-rerun={flags.experimental_rerun} is refused: it would unpickle the file, which can run "
+            "any code. A run goes on with resume=<run directory>."
         )
+    folders = [configuration_folder()] if flags.config_dir is None else [Path(flags.config_dir), configuration_folder()]
+    groups = Groups(config_name, folders)
+    groups.check(flags.overrides)
+    OmegaConf.register_new_resolver("groups", groups.table, replace=True)
+    return groups
 
 
 def _quoted(argument: str, literal: tuple[str, ...]) -> str:
@@ -136,13 +147,14 @@ def _quoted(argument: str, literal: tuple[str, ...]) -> str:
     return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
 
 
-def _explain(error: Exception, keys: set[str]) -> UserError:
+def _explain(error: Exception, keys: set[str], groups: Groups) -> UserError:
     """Say in a sentence what Hydra says of a command line."""
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        nearest = did_you_mean(option, error.options)
-        return UserError(f"{group}={option}: there is no such option.{nearest} There are {', '.join(error.options)}.")
+        options = groups.own(group, error.options)
+        nearest = did_you_mean(option, options)
+        return UserError(f"{group}={option}: there is no such option.{nearest} There are {', '.join(options)}.")
     if isinstance(error, OverrideParseException):
         return UserError(f"{error.override} cannot be read: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
