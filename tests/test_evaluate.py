@@ -13,6 +13,8 @@ from data.preparing import data_config, prepare_text, text_values
 from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
+from gptlab.experiments.job import build_recorder, build_trainer
+from gptlab.experiments.launching import make_ready
 from gptlab.experiments.scoring.corpora import corpus_of
 from gptlab.experiments.scoring.machine import Machine
 from gptlab.experiments.scoring.running import hellaswag
@@ -23,6 +25,8 @@ from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
+from gptlab.training.devices import choose_devices
+from test_conf import resolved
 from test_train import metrics, mistaken, ran, weights
 
 NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
@@ -157,6 +161,21 @@ def test_hellaswag_as_the_model_learns(user, runs):
     done = user.train("callbacks=[checkpoint,hellaswag]", "callbacks.hellaswag.path=none.jsonl", "name=never")
     mistaken(done, "none.jsonl: [Errno 2] No such file or directory")
     assert not (user.folder / "outputs" / "never").exists()
+
+
+def test_hellaswag_is_read_once_in_the_process_that_trains(user):
+    path = examples_file(user.folder, 3)
+    text = ("data=text", f"data.source={user.folder}/text.txt", f"data.cache_dir={user.folder}/cache", "trainer=cpu")
+    asked_for = resolved("callbacks=hellaswag", f"callbacks.hellaswag.path={path}", *text)
+    config, prepared = make_ready(asked_for)
+    examples = read_examples(path, prepared.tokenizer, None)
+    path.unlink()
+    devices, plan = choose_devices(config.trainer, config.train, config.model), config.train.plan(1)
+    recorder = build_recorder(config, devices)
+    trainer = build_trainer(config, prepared, devices, plan, user.folder, recorder, None)
+    assert [c.examples for c in trainer.callbacks if isinstance(c, HellaSwag)] == [examples]
+    with pytest.raises(UserError, match="No such file"):
+        make_ready(asked_for)  # of another run nothing is remembered
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, Self
@@ -30,7 +30,7 @@ def encodable(text: str) -> str:
     return text
 
 
-class Tokenizer(Protocol):
+class Tokenizer(Hashable, Protocol):
     """What every tokenizer can do."""
 
     @property

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.prepared import Prepared
-from gptlab.evaluation.hellaswag import read_examples
 from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
 from gptlab.experiments.exits import DONE, PREEMPTED, PRUNED
 from gptlab.experiments.expectation import Expectation
+from gptlab.experiments.launching import read_once
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.records.runs import SAMPLES
@@ -202,7 +202,7 @@ def _callbacks(
     if wanted.samples:
         callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
     if wanted.hellaswag:
-        examples = read_examples(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
+        examples = read_once(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
         callbacks.append(HellaSwag(wanted.hellaswag, examples, config.train.eval_every, config.steps, recorder.tokens))
     if wanted.early_stopping:
         patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta

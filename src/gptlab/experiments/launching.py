@@ -6,6 +6,7 @@ not asked twice.
 """
 
 import logging
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from gptlab.experiments.supervisor import supervise
 from gptlab.training.processes import started_from_outside
 
 log = logging.getLogger(__name__)
+# HellaSwag's file is checked before the start, and scored in the same process with the same tokenizer
+read_once = lru_cache(maxsize=1)(read_examples)
 
 
 def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
@@ -46,6 +49,7 @@ def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
         from gptlab.experiments.job import run  # torch is needed from here on
 
         return stoppable(lambda: run(config, prepared, place))
+    read_once.cache_clear()  # the workers have their own
     return supervise(config, place)
 
 
@@ -70,7 +74,7 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
     if (wanted := config.callbacks.hellaswag) is not None:
-        read_examples(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
+        read_once(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
     if config.resume:
         _check_same_run(config, prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest
