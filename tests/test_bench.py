@@ -252,6 +252,19 @@ def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
     assert "steps to it" not in part.record()["rows"][0]["medians"]
 
 
+def test_the_ladder_leaves_out_every_part_that_there_is(made_runs):
+    config = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=None)
+    (part,) = speedrun.ladder(config, "cache", 1)
+    there_are = {path.stem for path in (configuration_folder() / "without").glob("*.yaml")}
+    asked = [a.removeprefix("without=") for arguments in made_runs for a in arguments if a.startswith("without=")]
+    assert asked[0] == "nothing"
+    assert sorted(asked) == sorted(there_are)
+    assert [row.name for row in part.rows] == [
+        "the whole recipe",
+        *(f"without {a.replace('_', ' ')}" for a in asked[1:]),
+    ]
+
+
 MISTAKES = {
     "an unknown suite": (
         ["suite=dat"],

@@ -8,10 +8,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import yaml
 from pydantic import PositiveFloat
 
 from gptlab.errors import UserError
 from gptlab.experiments.benchmarks.measuring import Part, Sample, Way, in_turns, timed
+from gptlab.experiments.command import configuration_folder
 from gptlab.settings import Settings
 
 WHOLE = "nothing"  # of the parts that can be left out
@@ -31,13 +33,13 @@ class SpeedrunBench(Settings):
         source: The file with tinyshakespeare; None fetches it.
         nanogpt: A checkout of nanoGPT in which data/shakespeare_char/prepare.py was run; None leaves it out.
         target: Val loss, in nats per token.
-        parts: That are left out of the recipe, one at a time.
+        parts: That are left out of the recipe, one at a time; None takes those of sweeps=ladder.
     """
 
     source: str | None
     nanogpt: str | None
     target: PositiveFloat
-    parts: list[str]
+    parts: list[str] | None
 
 
 class _Text(NamedTuple):
@@ -81,6 +83,7 @@ def to_a_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
 
 def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
     """Leave out one part of the recipe after the other; UserError at once."""
+    left_out = _parts_of_the_sweep() if bench.parts is None else bench.parts
     text = _prepared(bench.source, cache)
 
     def way(part: str) -> Way:
@@ -100,10 +103,16 @@ def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
     )
 
     def parts() -> Iterator[Part]:
-        rows = in_turns([way(part) for part in (WHOLE, *bench.parts)], rounds)
+        rows = in_turns([way(part) for part in (WHOLE, *left_out)], rounds)
         yield Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
 
     return parts()
+
+
+def _parts_of_the_sweep() -> list[str]:
+    """Name what sweeps=ladder leaves out."""
+    sweep = yaml.safe_load((configuration_folder() / "sweeps/ladder.yaml").read_text(encoding="utf-8"))
+    return [part for part in sweep["hydra"]["sweeper"]["params"]["without"].split(",") if part != WHOLE]
 
 
 def _prepared(source: str | None, cache: str) -> _Text:
