@@ -91,7 +91,7 @@ def test_torchrun_starts_one_run(user):
 @pytest.mark.slow
 def test_a_sweep_over_processes_runs_each_job_once(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
-    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=ddp", "trainer.devices=1,2,3", *small)
+    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=ddp", "trainer.devices=1,2,3", *small, timeout=400)
     ran(done)
     directory = user.only_run("sweep")
     jobs = [directory / job for job in ("0", "1", "2")]

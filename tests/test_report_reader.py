@@ -179,7 +179,7 @@ def test_light_and_dark_are_both_readable(seen, report):
     grounds = []
     for scheme in ("light", "dark"):
         page.page.emulate_media(color_scheme=scheme)
-        page.page.wait_for_timeout(200)
+        page.until("document.getElementById('loss').layout.font.color === colour('text')")  # drawn anew
         texts, lines = page.page.evaluate(COLOURS)
         assert len(texts) > 100
         assert len(lines) == 3

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.experiments.exits import MISTAKEN
+from gptlab.training.checkpoints.records import checkpoints, step_of
 from slurm_cluster import Cluster, why_not
 from test_train import metrics, mistaken, ran
 
@@ -38,6 +39,14 @@ def wait_for(is_so, seconds: float = 180) -> None:
     while not is_so():
         assert time.monotonic() < until
         time.sleep(0.2)
+
+
+def evaluated(directory: Path) -> int:
+    """The last step that was evaluated; 0 while a run that goes on writes its metrics anew."""
+    try:
+        return max(metrics(directory, "val/loss"), default=0)
+    except FileNotFoundError:
+        return 0
 
 
 def submit(user, *arguments: str, options: str = "") -> str:
@@ -88,8 +97,8 @@ def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_directory(slurm, user
     assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # as --signal=USR1@<seconds> does
     wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it has begun again
     assert "SLURM job" in (user.folder / "job.log").read_text()
-    before = max(metrics(directory, "val/loss"))
-    wait_for(lambda: max(metrics(directory, "val/loss")) > before)
+    before = max(map(step_of, checkpoints(directory / "checkpoints")))
+    wait_for(lambda: evaluated(directory) > before)
     steps = list(metrics(directory, "train/loss"))
     assert steps == sorted(set(steps))
     assert directory == user.only_run()
@@ -127,8 +136,8 @@ def test_a_job_of_a_sweep_goes_on_in_its_directory(slurm, user):
         job = json.loads((directory / "environment.json").read_text())["slurm_job"]
         assert slurm.run("scancel", "--signal=USR2", job).returncode == 0
         wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)
-        before = max(metrics(directory, "val/loss"))
-        wait_for(lambda: max(metrics(directory, "val/loss")) > before)
+        before = max(map(step_of, checkpoints(directory / "checkpoints")))
+        wait_for(lambda: evaluated(directory) > before)
         assert [path.name for path in Path(directory.parent).iterdir() if path.is_dir()].count("0") == 1
     finally:
         launcher.kill()

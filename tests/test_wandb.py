@@ -135,7 +135,7 @@ def test_a_server_that_never_answers_leaves_the_record_here(user, silence):
     began = time.monotonic()
     done = user.train(*unreachable(user, silence))
     check_kept(user, done)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 80  # W&B itself would wait for 90
 
 
 @pytest.mark.slow
@@ -185,9 +185,11 @@ def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
         server.die()
     else:
         server.hangs = True
-    done = run.ended(seconds=180)
+    done = run.ended(seconds=600)
     output = done.stdout + done.stderr
     directory = user.only_run()
+    after_training = time.time() - (directory / "metrics.csv").stat().st_mtime
+    assert after_training < 30  # finish_timeout, and some time to end
     (record,) = records(directory)
     assert list(metrics_file(directory)) == list(range(1, 5001))
     assert table(rows(record)) == metrics_file(directory)
@@ -197,8 +199,6 @@ def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
     assert output.count("W&B has not taken the whole record in time") == 1
     assert "wandb:" not in output
     assert has_secret(user.folder) == []
-    ended = (directory / "metrics.csv").stat().st_mtime
-    assert time.time() - ended < 30  # finish_timeout, and some time to end
 
     again = Server(server.runs, server.server_port) if end == "dies" else server
     server.hangs = False
@@ -215,7 +215,7 @@ def test_wandb_s_own_process_may_die(user, server):
     run.until(lambda: any(run.history for run in server.runs.values()))
     (core,) = (pid for pid in run.children() if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text())
     os.kill(core, signal.SIGKILL)
-    done = run.ended(seconds=180)
+    done = run.ended(seconds=600)
     output = done.stdout + done.stderr
     assert output.count("W&B has failed, and gets no more rows") == 1
     assert list(metrics_file(user.only_run())) == list(range(1, 3001))
@@ -227,14 +227,14 @@ def interrupted(
 ) -> Path:
     """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
     length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
-    run = begin(user, *length, "logger.wandb.finish_timeout=3", *arguments, callbacks=callbacks)
+    run = begin(user, *length, f"logger.wandb.finish_timeout={3 if silent else 60}", *arguments, callbacks=callbacks)
     if silent:
         run.until(lambda: any(run.history for run in silent.runs.values()))
         silent.hangs = True
 
     def further_than_a_checkpoint() -> bool:
         saved = list(user.folder.glob("outputs/*/*/checkpoints/step_*"))
-        return bool(saved) and max(metrics_file(saved[0].parents[1]), default=0) % 40 > 10
+        return bool(saved) and max(metrics_file(saved[0].parents[1]), default=0) % 40 in range(11, 25)
 
     run.until(further_than_a_checkpoint)
     os.killpg(run.pid, by)
@@ -248,7 +248,7 @@ def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
     before = max(metrics_file(directory))
     after = before // 40 * 40 + 80
     run = user.begin("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments)
-    return run.ended(seconds=180).stdout, before, after
+    return run.ended(seconds=600).stdout, before, after
 
 
 @pytest.mark.slow

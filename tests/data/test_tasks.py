@@ -380,7 +380,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(source, script, tmp_path
         wait_until(lambda: any(tmp_path.glob("cache/text-*/task_*.json")), seconds=30)
         process.kill()
         process.wait()
-        wait_until(lambda: not group_exists(process.pid), seconds=5)
+        wait_until(lambda: not group_exists(process.pid), seconds=30)
         assert not any(tmp_path.glob("cache/text-*/manifest.json"))
     finally:
         if group_exists(process.pid):
@@ -404,6 +404,7 @@ def wait_until(condition, seconds: float) -> None:
 
 
 def test_a_worker_that_is_killed_is_told_and_what_is_done_is_kept(source):
+    source.write_text(lines(3000))  # so that there is work left when the first task is done
     expected = hashes(prepare_text(source, **ROWS, cache_dir=str(source.parent / "expected")).folder)
 
     def kill_a_worker(done: int, *_) -> None:
@@ -446,6 +447,6 @@ def test_an_interrupt_does_not_wait_for_workers_and_what_they_left_is_cleared_aw
 
     with pytest.raises(KeyboardInterrupt):
         prepare_text(source, **ROWS, work=Work(workers=2, report=interrupt))
-    wait_until(lambda: not multiprocessing.active_children(), seconds=5)
+    wait_until(lambda: not multiprocessing.active_children(), seconds=30)
     prepare_text(source, **ROWS)
     assert hashes(only_folder(source.parent / "cache")) == expected

@@ -31,6 +31,11 @@ def work():
 
 sys.exit(stoppable(work))
 """
+FIRST = """
+while rank and not (here / "first").exists():  # rank 0 is as far
+    time.sleep(0.02)
+(here / "first").touch()
+"""
 
 
 class Team:
@@ -80,7 +85,7 @@ class Team:
 
     def is_gone(self) -> bool:
         """Whether all are, a moment after they were killed."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + 30
         while self.left() and time.monotonic() < until:
             time.sleep(0.02)
         return not self.left()
@@ -104,7 +109,8 @@ def team(tmp_path, monkeypatch):
         ("sys.exit(75 if rank else 0)", PREEMPTED),
         ("time.sleep(rank); sys.exit(3)", DIVERGED),  # all of them know: the last one has its time
         ("if rank: sys.exit(5)\ntime.sleep(60)", 5),
-        ("time.sleep(0.5 * rank); sys.exit(5 - 4 * rank)", 5),  # the first to fail, not what the other made of it
+        # the first to fail, not what the other made of it
+        (FIRST + "time.sleep(0.5 * rank); sys.exit(5 - 4 * rank)", 5),
         ("if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 128 + signal.SIGKILL),
         ("if rank: raise OSError('full')\ntime.sleep(60)", 1),
     ],
@@ -120,11 +126,11 @@ def test_the_status_is_that_of_the_first_that_failed(team, deeds, status):
 def test_what_the_others_make_of_a_failure_is_not_told(team, monkeypatch):
     monkeypatch.setattr(supervisor, "GRACE", 10)
     team.config.trainer.devices = 3
-    assert team.run("time.sleep(rank)\nsys.exit((5, 124, 0)[rank])") == 5
+    assert team.run(FIRST + "time.sleep(rank)\nsys.exit((5, 124, 0)[rank])") == 5
     monkeypatch.setattr(supervisor, "PAUSE", 3)  # two have ended when it looks again
-    assert (
-        team.run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(4 * (rank == 2))\nsys.exit(1)") == 137
-    )
+    killed = "if rank == 1:\n    (here / 'killed').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    after = "while not (here / 'killed').exists(): time.sleep(0.02)\n"
+    assert team.run(f"{killed}{after}time.sleep(4 * (rank == 2))\nsys.exit(1)") == 128 + signal.SIGKILL
 
 
 def test_nothing_is_left_of_a_worker_that_does_not_listen(team):

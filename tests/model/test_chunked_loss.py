@@ -57,6 +57,17 @@ def test_in_bfloat16_chunks_are_as_exact_as_the_whole():
     assert errors[1] < 1.5 * errors[0]
 
 
+def test_a_share_of_an_accumulated_batch_is_that_share_in_bfloat16_too():
+    _, weight, targets = tensors(torch.float32)
+    gradients = []
+    for share in (1, 12):  # 1/12 in bfloat16 is 0.2 % too much
+        x = tensors(torch.bfloat16)[0]
+        (mean_loss(x, weight.detach(), targets, Head(V, None), 8) / share).backward()
+        gradients.append(share * x.grad.double())
+    ratio = gradients[1].norm() / gradients[0].norm()
+    assert ratio.item() == pytest.approx(1, abs=2e-4)
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 8, 40])
 def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
     x, weight, targets = tensors(torch.float32)

@@ -55,6 +55,7 @@ class Watchdog(L.Callback):
 
     def __enter__(self) -> Self:
         self.note()
+        self._put_off()
         self._thread.start()
         return self
 
@@ -63,9 +64,12 @@ class Watchdog(L.Callback):
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
+    def _put_off(self) -> None:
+        faulthandler.dump_traceback_later(1.5 * self.timeout, exit=True, file=STDERR)
+
     def _watch(self) -> None:
         while True:
-            faulthandler.dump_traceback_later(1.5 * self.timeout, exit=True, file=STDERR)
+            self._put_off()
             left = self._noted + self.timeout - time.monotonic()
             if left <= 0:
                 self._give_up()
