@@ -58,6 +58,10 @@ def test_a_run_may_end_inside_its_warm_up():
             WSDConfig(name="wsd", warmup_steps=4, decay_fraction=0.2, min_lr_ratio=0.0),
             {0: 0.2, 4: 1.0, 79: 1.0, 80: 1.0, 90: 0.5, 95: 0.25, 100: 0.0, 101: 0.0},
         ),
+        (
+            WSDConfig(name="wsd", warmup_steps=4, decay_fraction=0.0, min_lr_ratio=0.0),
+            {0: 0.2, 4: 1.0, 50: 1.0, 99: 1.0},
+        ),
     ],
 )
 def test_other_schedules_by_hand(schedule, expected):

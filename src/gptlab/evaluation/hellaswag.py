@@ -9,6 +9,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,10 @@ def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[E
     if not examples:
         raise UserError(f"{path} holds no example.")
     return examples[:limit]
+
+
+# what is checked before a run starts is scored in the same process, with the same tokenizer
+read_once = lru_cache(maxsize=1)(read_examples)
 
 
 def write_bin(path: Path, examples: Sequence[Example]) -> None:

@@ -60,9 +60,8 @@ class Groups:
             return None
         commands = {path.stem: self._set_by(path.stem) for path in self.folders[-1].glob("*.yaml")}
         fitting = [name for name, has in commands.items() if EXPERIMENT in has and sets <= has]
-        return min(
-            fitting, key=lambda name: (len(commands[name]), name), default=None
-        )  # not one that takes what it takes
+        # the one with the fewest settings: others may take all that it takes, and more
+        return min(fitting, key=lambda name: (len(commands[name]), name), default=None)
 
     def _set_by(self, file: str) -> set[str]:
         """Name the groups and settings of the first level that a file has; none where Hydra could not read it."""

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.data.prepared import Prepared
+from gptlab.evaluation.hellaswag import read_once
 from gptlab.experiments.directory import CHECKPOINTS, LOG, STACKS, TRACE, create, newest_checkpoint, record
 from gptlab.experiments.exits import DONE, PREEMPTED, PRUNED
 from gptlab.experiments.expectation import Expectation
-from gptlab.experiments.launching import read_once
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.records.runs import SAMPLES

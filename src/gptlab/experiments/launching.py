@@ -6,7 +6,6 @@ not asked twice.
 """
 
 import logging
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from gptlab.data.shards import SPLITS, Split, load_manifest
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
-from gptlab.evaluation.hellaswag import read_examples
+from gptlab.evaluation.hellaswag import read_once
 from gptlab.experiments.directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
 from gptlab.experiments.earlier import go_on
 from gptlab.experiments.preparing import prepare_with_progress
@@ -28,8 +27,6 @@ from gptlab.experiments.supervisor import supervise
 from gptlab.training.processes import started_from_outside
 
 log = logging.getLogger(__name__)
-# HellaSwag's file is checked before the start, and scored in the same process with the same tokenizer
-read_once = lru_cache(maxsize=1)(read_examples)
 
 
 def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:

@@ -45,7 +45,7 @@ def momentum(step: int, config: MuonConfig) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Share of the way from ``start`` to ``end``: 0 before, 1 from the end on."""
+    """Share of the way from ``start`` to ``end``: 0 before, 1 from the end on, also where they are one."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - start) / (end - start))
+    return max(0.0, (step - start) / max(end - start, 1))
