@@ -12,6 +12,7 @@ import pytest
 
 from faults import break_steps
 from gptlab.experiments.exits import DIVERGED, DONE, INTERRUPTED, PREEMPTED
+from test_sweep_files import read
 from test_train import metrics, mistaken, ran
 
 # a model that has learnt the text's letters after twenty steps, if its rate is right
@@ -174,6 +175,18 @@ def test_a_sweep_that_is_asked_to_stop_goes_on_from_its_checkpoints(user, number
         assert (directory / job / "train.log").read_text().count("model ") == 2  # it did not begin anew
     other = user.python("gptlab.train", *sweep, f"hydra.sweep.dir={directory}", "optimizer.lr=1")
     mistaken(other, "holds another sweep")
+
+
+@pytest.mark.slow
+def test_every_part_of_the_recipe_can_be_left_out(user):
+    short = ("train.max_steps=2", "train.eval_every=2", "train.eval_windows=4", "seed=1", "hydra.launcher.at_once=2")
+    done = user.python("gptlab.train", "-m", "sweeps=ladder", "data=text", "data.source=text.txt", *short, timeout=400)
+    ran(done)
+    directory = user.only_run("ladder")
+    asked = read("ladder")[1]["params"]["without"].split(",")
+    assert [trial["overrides"]["without"] for trial in trials(directory)] == asked
+    assert states(directory) == {"done": len(asked)}
+    assert len({trial["value"] for trial in trials(directory)}) >= len(asked) - 2  # two steps do not tell all apart
 
 
 @pytest.mark.slow

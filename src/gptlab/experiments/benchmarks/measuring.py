@@ -167,7 +167,7 @@ def print_part(part: Part) -> None:
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
     for column in (part.metric, "ratio", *part.others):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     group = ""
     for row in part.rows:
         if row.group != group:
