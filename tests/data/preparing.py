@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib.metadata
+import os
 import tempfile
 from pathlib import Path
 
@@ -116,3 +117,26 @@ def write_shards(folder: Path, train, val=(), dtype: str = "uint16", header: byt
     )
     manifest.save(folder)
     return manifest
+
+
+class DiskEvents(list[tuple[str, int, int]]):
+    """What is synced and renamed from now on: the event, the file's inode, its size."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fsync(descriptor: int, fsync=os.fsync) -> None:
+            self.note("synced", os.fstat(descriptor))
+            fsync(descriptor)
+
+        def replace(path: Path, target: Path, replace=Path.replace) -> Path:
+            self.note("renamed", path.stat())
+            return replace(path, target)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(Path, "replace", replace)
+
+    def note(self, event: str, file: os.stat_result) -> None:
+        self.append((event, file.st_ino, file.st_size))
+
+    def of(self, file: os.stat_result) -> list[tuple[str, int]]:
+        """Those of one file: the event and the size that it had."""
+        return [(event, size) for event, inode, size in self if inode == file.st_ino]

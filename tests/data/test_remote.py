@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import data_config, tokenizer_config, write_shards
+from preparing import DiskEvents, data_config, tokenizer_config, write_shards
 from torch.utils.data import DataLoader
 
 from gptlab.data import remote
@@ -138,22 +138,10 @@ def test_what_is_there_is_not_fetched_again(server, cache):
 
 
 def test_a_fetched_shard_is_whole_and_on_the_disk_before_it_has_its_name(server, cache, monkeypatch):
-    events = []
-
-    def fsync(descriptor, fsync=os.fsync):
-        events.append(("synced", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
-        return fsync(descriptor)
-
-    def replace(path, target, replace=Path.replace):
-        events.append(("renamed", path.stat().st_ino, path.stat().st_size))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
+    events = DiskEvents(monkeypatch)
     store = RemoteFolder(server.url, cache, ROOM)
     with store.open(store.manifest.splits["train"][0]) as file:
-        of_file = [(event, size) for event, inode, size in events if inode == os.fstat(file.fileno()).st_ino]
-    assert of_file == [("synced", SIZE), ("renamed", SIZE)]
+        assert events.of(os.fstat(file.fileno())) == [("synced", SIZE), ("renamed", SIZE)]
 
 
 def test_shards_with_a_header_are_read_behind_it_and_hashed_without_it(tmp_path, cache):

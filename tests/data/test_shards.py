@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import DiskEvents
 
 from gptlab.data.shards import Manifest, ShardWriter, load_manifest, load_shards
 from gptlab.errors import UserError
@@ -74,22 +75,11 @@ def test_a_shard_without_tokens_or_abandoned_leaves_nothing(tmp_path):
 
 
 def test_a_shard_and_a_manifest_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
-    events = []
-
-    def fsync(descriptor, fsync=os.fsync):
-        events.append(("synced", os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
-        return fsync(descriptor)
-
-    def replace(path, target, replace=Path.replace):
-        events.append(("renamed", path.stat().st_ino, path.stat().st_size))
-        return replace(path, target)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(Path, "replace", replace)
+    events = DiskEvents(monkeypatch)
     write(tmp_path)
     for path in tmp_path.iterdir():
-        of_file = [(event, size) for event, inode, size in events if inode == path.stat().st_ino]
-        assert of_file == [("synced", path.stat().st_size), ("renamed", path.stat().st_size)]
+        size = path.stat().st_size
+        assert events.of(path.stat()) == [("synced", size), ("renamed", size)]
     assert len(list(tmp_path.iterdir())) == 10
 
 
