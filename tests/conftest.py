@@ -46,11 +46,10 @@ TINY: dict[str, Any] = {
 }
 
 
-# Their slow tests time something, send signals, or fill the machine with processes: no other runs beside them.
+# Their slow tests have something end in time, or fill the machine with processes: no other runs beside them.
 ALONE = {
-    *("test_bench", "test_faults", "test_guards", "test_interrupts", "test_launching", "test_plan", "test_promises"),
-    *("test_prove", "test_slurm", "test_supervisor", "test_sweeps", "test_tasks", "test_urls", "test_wandb"),
-    *("test_wandb_record", "test_watchdog"),
+    *("test_bench", "test_guards", "test_interrupts", "test_launching", "test_plan", "test_slurm", "test_supervisor"),
+    *("test_sweeps", "test_tasks", "test_urls", "test_wandb", "test_wandb_record", "test_watchdog"),
 }
 
 
