@@ -62,6 +62,7 @@ def sample(directory, model: GPT, step: int) -> str:
     return f"--- sample 1 ---\nline{bytes(min(token, 255) for token in text).decode(errors='replace')}\n"
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_sampled_and_loaded(user):
     every = ("callbacks.checkpoint.every=1", "callbacks.checkpoint.keep_last=9")
     ran(user.train(*EMA, *every, *SAMPLES, "train.eval_windows=null"))

@@ -86,7 +86,8 @@ def flip(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("harm", [truncate, pytest.param(flip, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [truncate, flip])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halted, harm):
     harm(halted / "checkpoints" / "step_000006" / "state.pt")
     unfinished = halted / "checkpoints" / ".unfinished-step_000009"

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 from gptlab import load
@@ -10,6 +11,7 @@ from gptlab import load
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_on_the_newest_run_and_shows_its_numbers(user, runs):
     directory = runs.give(user, "quickstart", "callbacks=checkpoint")
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -17,7 +17,7 @@ from test_train import metrics, ran
     [
         ("train.micro_batch_size=3",),
         pytest.param(("trainer=ddp", "trainer.devices=2"), marks=pytest.mark.slow),
-        ("trainer=fsdp", "trainer.devices=2", "train.micro_batch_size=2"),
+        pytest.param(("trainer=fsdp", "trainer.devices=2", "train.micro_batch_size=2"), marks=pytest.mark.slow),
     ],
     ids=["smaller micro-batches", "two processes", "sharded"],
 )
