@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -68,7 +68,8 @@ class Stops:
             if callable(owner):
                 owner(number, None)
             elif number == signal.SIGUSR1:
-                slurm.requeue()
+                with held_back():  # SLURM ends the job at once: first this is said
+                    slurm.requeue()
 
 
 def stoppable(run: Callable[[], int]) -> int:
@@ -82,9 +83,14 @@ def stoppable(run: Callable[[], int]) -> int:
     return status
 
 
-def hold_back() -> set[int]:
-    """Let signals wait for ``let_in``, in this thread and in what it starts; return what waited before."""
-    return signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGINT))
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let signals wait until this is done; in a process that is started here they wait for its ``let_in``."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def let_in() -> None:

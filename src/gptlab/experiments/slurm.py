@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ def requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # SLURM ends the job at once: first this is said
     try:
         done = subprocess.run(("scontrol", "requeue", job), capture_output=True, text=True, check=False)
         problem = done.stderr.strip()
@@ -31,7 +29,6 @@ def requeue() -> None:
         log.warning("SLURM job %s is not in the queue again: %s", job, problem)
     else:
         log.info("SLURM job %s is in the queue again, and goes on by itself.", job)
-    signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def runs_of_this_job(folder: Path) -> Iterator[Path]:

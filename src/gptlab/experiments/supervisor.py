@@ -22,7 +22,7 @@ from gptlab.experiments.environment import COMMAND
 from gptlab.experiments.exits import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.experiments.handover import write_job
 from gptlab.experiments.schema import Config
-from gptlab.experiments.signals import STOPS, Stops, hold_back
+from gptlab.experiments.signals import STOPS, Stops, held_back
 from gptlab.training.config import TrainerConfig
 from gptlab.training.processes import MOST_PROCESSES_PER_CORE, RENDEZVOUS
 
@@ -54,11 +54,8 @@ def supervise(config: Config, place: Path | None) -> int:
         # leaving, it closes the workers' pipes and waits for them
         with stops, contextlib.ExitStack() as stack:
             number = _number_of_workers(config.trainer)
-            held = hold_back()  # until they can answer, and until all are there to hear
-            try:
+            with held_back():  # until they can answer, and until all are there to hear
                 workers.extend(stack.enter_context(_start(rank, number, folder)) for rank in range(number))
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, held)
             try:
                 status = _watch(workers, stops)
             finally:

@@ -15,7 +15,7 @@ from gptlab.experiments.exits import FAILED, INTERRUPTED, PREEMPTED
 from gptlab.experiments.handover import write_job
 from gptlab.experiments.records.sweeps import Trial
 from gptlab.experiments.schema import Config
-from gptlab.experiments.signals import STOPS, hold_back
+from gptlab.experiments.signals import STOPS, held_back
 from gptlab.experiments.supervisor import count_gpus
 from gptlab.experiments.sweeping.config import ProcessesConfig
 from gptlab.training.config import TrainerConfig
@@ -67,19 +67,15 @@ class Pool:
         write_job(place / JOB, config, place)
         taken = {running.slot for running in self._running.values()}
         slot = next(slot for slot in range(self.at_once) if slot not in taken)
-        held = hold_back()  # until it can answer
-        try:
-            with (place / OUTPUT).open("ab") as output:
-                process = subprocess.Popen(
-                    (*COMMAND, str(place / JOB)),
-                    env=self.environment(slot),
-                    stdin=subprocess.PIPE,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        with held_back(), (place / OUTPUT).open("ab") as output:  # until it can answer
+            process = subprocess.Popen(
+                (*COMMAND, str(place / JOB)),
+                env=self.environment(slot),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         self._running[trial.number] = _Process(process, slot)
         return trial
 
