@@ -135,7 +135,7 @@ def test_a_server_that_never_answers_leaves_the_record_here(user, silence):
     began = time.monotonic()
     done = user.train(*unreachable(user, silence))
     check_kept(user, done)
-    assert time.monotonic() - began < 80  # W&B itself would wait for 90
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.slow

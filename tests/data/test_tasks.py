@@ -380,7 +380,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(source, script, tmp_path
         wait_until(lambda: any(tmp_path.glob("cache/text-*/task_*.json")), seconds=30)
         process.kill()
         process.wait()
-        wait_until(lambda: not group_exists(process.pid), seconds=30)
+        wait_until(lambda: not group_exists(process.pid), seconds=5)
         assert not any(tmp_path.glob("cache/text-*/manifest.json"))
     finally:
         if group_exists(process.pid):
@@ -447,6 +447,6 @@ def test_an_interrupt_does_not_wait_for_workers_and_what_they_left_is_cleared_aw
 
     with pytest.raises(KeyboardInterrupt):
         prepare_text(source, **ROWS, work=Work(workers=2, report=interrupt))
-    wait_until(lambda: not multiprocessing.active_children(), seconds=30)
+    wait_until(lambda: not multiprocessing.active_children(), seconds=5)
     prepare_text(source, **ROWS)
     assert hashes(only_folder(source.parent / "cache")) == expected

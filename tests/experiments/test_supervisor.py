@@ -85,7 +85,7 @@ class Team:
 
     def is_gone(self) -> bool:
         """Whether all are, a moment after they were killed."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 5
         while self.left() and time.monotonic() < until:
             time.sleep(0.02)
         return not self.left()
