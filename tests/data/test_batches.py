@@ -1,4 +1,4 @@
-from itertools import count, islice
+from itertools import count, islice, product
 
 import numpy as np
 import pytest
@@ -91,21 +91,11 @@ def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, ord
             assert torch.equal(batch.documents, expected.documents)
 
 
-@pytest.mark.parametrize(
-    ("windows", "world_size", "micro_batch_size"),
-    [
-        (1, 1, 1),
-        (1, 4, 2),
-        (3, 4, 1),
-        (12, 3, 4),
-        (13, 3, 4),
-        (50, 1, 8),
-        (50, 8, 3),
-        (64, 8, 8),
-        (65, 8, 8),
-        (0, 2, 4),
-    ],
-)
+SHARES = [(50, 1, 8), (50, 8, 3), (64, 8, 8), (65, 8, 8), (0, 2, 4), (13, 3, 4)]
+SHARES += list(product(range(1, 10), range(1, 5), range(1, 4)))
+
+
+@pytest.mark.parametrize(("windows", "world_size", "micro_batch_size"), SHARES)
 def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
     tokens, tmp_path, windows, world_size, micro_batch_size
 ):
@@ -122,6 +112,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
             for inputs, following in zip(idx.tolist(), targets.tolist(), strict=True):
                 if set(following) == {-100}:
                     unscored += 1
+                    assert inputs == tokens[:BLOCK_SIZE].tolist()  # a window that a model can read
                 else:
                     scored.append((*inputs, following[-1]))
                     assert following[:-1] == inputs[1:]

@@ -8,6 +8,8 @@ import torch
 
 from conftest import tiny_config
 from data.preparing import prepare_text
+from gptlab.data.batches import EvaluationBatches, Slice
+from gptlab.data.order import evaluation_starts
 from gptlab.evaluation.corpus import WindowBatches, add_batches, windows_of
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
@@ -131,3 +133,29 @@ def test_processes_and_batches_change_nothing(model, prepared):
     for batch_size in (1, 4, 100):
         other = sums_of(model, prepared, stride=7, batch_size=batch_size)
         torch.testing.assert_close(other, alone, rtol=1e-7, atol=0)  # losses are rounded to float32
+
+
+@torch.no_grad()
+def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch_size: int) -> torch.Tensor:
+    """Sums over all ranks of an evaluation during training."""
+    stream = prepared.stream("val")
+    starts = evaluation_starts(len(stream), BLOCK, windows)
+    sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
+    for rank in range(world_size):
+        batches = EvaluationBatches(stream, starts, BLOCK, Slice(rank, world_size, micro_batch_size))
+        for number in range(len(batches)):
+            idx, targets, _ = batches[number]
+            sums.add(model.nats(idx, targets, None, None), targets)
+    return sums.sums
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_an_evaluation_in_training_does_not_depend_on_ranks_and_micro_batches(
+    model, prepared, world_size, micro_batch_size
+):
+    for windows in range(1, 10):
+        expected = sums_in_training(model, prepared, windows, 1, windows)
+        assert expected[1] == windows * BLOCK
+        found = sums_in_training(model, prepared, windows, world_size, micro_batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

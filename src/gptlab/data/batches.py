@@ -122,6 +122,8 @@ class EvaluationBatches(Dataset[Batch]):
 
 def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, border: int | None) -> Batch:
     rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
-    idx = rows[:, :-1].contiguous()
+    # clone(), not contiguous(): of a single row that is a view, and what is written into targets would change idx
+    idx = rows[:, :-1].clone(memory_format=torch.contiguous_format)
+    targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)
     documents = None if border is None else (idx == border).cumsum(dim=1)
-    return Batch(idx, rows[:, 1:].contiguous(), documents)
+    return Batch(idx, targets, documents)
