@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch import BatchPlan
-from gptlab.training.checkpoints.reading import flatten, is_sharded, read_shards, read_state
+from gptlab.training.checkpoints.reading import flatten, is_sharded, read_state
+from gptlab.training.checkpoints.shards import load_shards
 from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.config import TrainerConfig
 from gptlab.training.devices import Devices
@@ -148,7 +149,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
             model = get_model_state_dict(self.network, options=options)
             state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}
-            read_shards(place, flatten(state))
+            load_shards(place, flatten(state))
             for found, saved in zip(moments, groups, strict=True):
                 found["param_groups"] = saved
         else:

@@ -16,8 +16,9 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.training.checkpoints import writing
-from gptlab.training.checkpoints.reading import PlainReader, flatten, read
+from gptlab.training.checkpoints.reading import flatten, read
 from gptlab.training.checkpoints.records import Facts, checkpoints, clear, damage, newest, place_of, step_of
+from gptlab.training.checkpoints.shards import read_metadata
 from gptlab.training.checkpoints.writing import CheckpointFiles
 
 
@@ -246,7 +247,7 @@ def test_the_description_of_shards_executes_nothing(tmp_path):
     payload = pickle.dumps(Payload(canary))
     (tmp_path / ".metadata").write_bytes(payload)
     with pytest.raises(UserError, match=r"cannot be read as the description of shards: it names \w+\.mkdir"):
-        PlainReader(tmp_path).read_metadata()
+        read_metadata(tmp_path / ".metadata")
     assert not canary.exists()
     pickle.loads(payload)  # noqa: S301  (which it would have done)
     assert canary.exists()

@@ -5,7 +5,6 @@ A checkpoint has ``global_step``, ``callbacks``, ``state_dict`` under GPT-2's ow
 torch.distributed.checkpoint's files have the tensors of the last two, and state.pt the rest.
 """
 
-import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -13,15 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from gptlab.errors import UserError
 from gptlab.training.averaging import AVERAGE
 from gptlab.training.checkpoints.records import STATE
+from gptlab.training.checkpoints.shards import METADATA, read_tensors
 
-SHARDS = ".metadata"  # torch's description of the shards
 Checkpoint = dict[str, Any]
 
 
@@ -34,15 +30,7 @@ def read(place: Path, wanted: Callable[[str], bool] = lambda key: True) -> Check
     """
     checkpoint = read_state(place)
     if is_sharded(place):
-        reader = PlainReader(place)
-        described = reader.read_metadata().state_dict_metadata
-        tensors = {
-            key: torch.empty(about.size, dtype=about.properties.dtype)
-            for key, about in described.items()
-            if isinstance(about, TensorStorageMetadata) and wanted(key)
-        }
-        load(tensors, storage_reader=reader, no_dist=True)
-        _unflatten(tensors, checkpoint)
+        _unflatten(read_tensors(place, wanted), checkpoint)
     return checkpoint
 
 
@@ -77,12 +65,7 @@ def read_plain(path: Path) -> Any:
 
 def is_sharded(place: Path) -> bool:
     """Whether a checkpoint is of shards."""
-    return (place / SHARDS).exists()
-
-
-def read_shards(place: Path, tensors: dict[str, Tensor]) -> None:
-    """Load, on every rank, its part of the shards into ``tensors``, which have the names of ``flatten``."""
-    load(tensors, storage_reader=PlainReader(place))
+    return (place / METADATA).exists()
 
 
 def flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -107,41 +90,3 @@ def _unflatten(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
             number, _, name = name.partition(".")
             name, _, moment = name.rpartition(".")
             checkpoint["optimizer_states"][int(number)]["state"].setdefault(name, {})[moment] = tensor
-
-
-class PlainReader(FileSystemReader):
-    """torch's reader, except that the description of the shards, a pickle, may hold nothing but a description."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read which shard has what."""
-        path = Path(self.path) / SHARDS
-        try:
-            metadata = _Description(io.BytesIO(path.read_bytes())).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read as the description of shards: {error}.") from error
-        if not isinstance(metadata, Metadata):
-            raise UserError(f"{path} is not the description of shards.")
-        return metadata
-
-
-class _Description(pickle.Unpickler):
-    """Unpickles what torch.distributed.checkpoint writes of shards; any other name is refused, not looked up."""
-
-    ALLOWED = frozenset(
-        {("torch", "Size"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
-        | {("torch.distributed.checkpoint.filesystem", "_StorageInfo")}
-        | {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-                *("BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-            )
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return a class that descriptions are made of."""
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if (module, name) not in self.ALLOWED and not is_dtype:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)

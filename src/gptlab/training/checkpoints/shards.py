@@ -1,0 +1,232 @@
+"""Reading the shards of torch.distributed.checkpoint (DCP) without running anything that they contain.
+
+DCP describes its shards in a pickle, ``.metadata``, and stores whatever is not a tensor as pickles, too. A checkpoint
+may come from a stranger, so neither is unpickled: the description is read into placeholders, which know no class and no
+function of any library, and a fresh ``Metadata`` is built from those that describe tensors. Anything else is refused.
+"""
+
+import io
+import math
+import pickle
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from gptlab.errors import UserError
+
+METADATA = ".metadata"
+
+
+def read_tensors(place: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Read whole tensors onto the CPU, in this process alone.
+
+    Args:
+        place: The checkpoint.
+        wanted: Which tensors, by their names in the checkpoint.
+
+    Raises:
+        UserError: A shard is missing or damaged, or holds anything but tensors.
+    """
+    reader = ShardReader(place)
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in described.items()
+        if isinstance(about, TensorStorageMetadata) and wanted(name)
+    }
+    _load(reader, tensors, no_dist=True)
+    return tensors
+
+
+def load_shards(place: Path, tensors: dict[str, Tensor]) -> None:
+    """Load each rank's part of the checkpoint into its distributed ``tensors``, in place; every rank must call this.
+
+    Raises:
+        UserError: As ``read_tensors``.
+    """
+    reader = ShardReader(place)
+    reader.read_metadata()  # DCP would wrap its error in others
+    _load(reader, tensors, no_dist=False)
+
+
+def _load(reader: "ShardReader", tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+    try:
+        load(tensors, storage_reader=reader, planner=_TensorPlanner(), no_dist=no_dist)
+    except CheckpointException as error:
+        reasons = {f"{type(reason).__name__}: {reason}" for reason, _ in error.failures.values()}
+        raise UserError(f"The shards of {reader.path} cannot be read: {'; '.join(sorted(reasons))}") from error
+
+
+class ShardReader(FileSystemReader):
+    """DCP's reader of a folder, except that ``.metadata`` is read once and not unpickled."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the description of the shards."""
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        return read_metadata(Path(self.path) / METADATA)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read DCP's description of tensors; UserError where the file is damaged or describes anything else."""
+    try:
+        return _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
+    except Exception as error:  # pickle raises many kinds for a file that is damaged
+        raise UserError(f"{path} cannot be read as the description of shards: {error}.") from error
+
+
+class _TensorPlanner(DefaultLoadPlanner):
+    """Plans the loading of tensors alone; DCP's own unpickles everything else."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Refuse what is stored as a pickle."""
+        raise UserError(f"{read_item.dest_index.fqn} is not stored as a tensor")
+
+
+class _Placeholder:
+    """Stands for an object of the pickle: what it would be made with, and its state."""
+
+    has_state = False
+    args: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *args: Any) -> Self:
+        self = super().__new__(cls)
+        self.args, self.state = args, None
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        if not self.has_state or self.state is not None:
+            raise pickle.UnpicklingError(f"it gives {type(self).__name__} a state")
+        self.state = state
+
+
+def _placeholder(name: str, *, has_state: bool) -> type[_Placeholder]:
+    return type(name, (_Placeholder,), {"has_state": has_state})
+
+
+# By the module and the name that a pickle has them under
+_OF_DCP = "torch.distributed.checkpoint."
+_PLACEHOLDERS = {
+    **{
+        (f"{_OF_DCP}{module}", name): _placeholder(name, has_state=True)
+        for module, name in (
+            ("metadata", "Metadata"),
+            ("metadata", "MetadataIndex"),
+            ("metadata", "TensorStorageMetadata"),
+            ("metadata", "TensorProperties"),
+            ("metadata", "ChunkStorageMetadata"),
+            ("metadata", "StorageMeta"),
+            ("filesystem", "_StorageInfo"),
+        )
+    },
+    **{
+        (module, name): _placeholder(name, has_state=False)
+        for module, name in (
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            (f"{_OF_DCP}metadata", "_MEM_FORMAT_ENCODING"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),  # of Python 3.13
+        )
+    },
+}
+
+
+class _PlaceholderUnpickler(pickle.Unpickler):
+    """Unpickles placeholders; a name that descriptions of tensors do not have is refused, not looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the placeholder of a name, or a dtype."""
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) not in _PLACEHOLDERS:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _PLACEHOLDERS[module, name]
+
+
+def _metadata(found: Any) -> Metadata:
+    """Build the description of tensors anew, from placeholders and plain data; ValueError for anything else."""
+    state = _state(found, "Metadata")
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
+        _plain(key, str): _tensor(entry) for key, entry in state["state_dict_metadata"].items()
+    }
+    stored = {_index(index): _storage(info) for index, info in state["storage_data"].items()}
+    for index in stored:
+        if index.fqn not in described:
+            raise ValueError(f"it stores {index.fqn}, which it does not describe")
+    return Metadata(described, storage_data=stored, storage_meta=StorageMeta(), version=state.get("version"))
+
+
+def _tensor(found: Any) -> TensorStorageMetadata:
+    state = _state(found, "TensorStorageMetadata")
+    dtype = _properties(state["properties"])
+    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in _plain(state["chunks"], list)]
+    return TensorStorageMetadata(
+        TensorProperties(dtype=dtype),
+        _size(state["size"]),
+        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _properties(found: Any) -> torch.dtype:
+    """Return the dtype, which is all that is used of a tensor's properties."""
+    if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}metadata", "TensorProperties"]):
+        raise ValueError(f"it has {found!r:.40} for the properties of a tensor")
+    return _plain(_plain(found.state, tuple)[0], torch.dtype)
+
+
+def _index(found: Any) -> MetadataIndex:
+    state = _state(found, "MetadataIndex")
+    index = state.get("index")
+    return MetadataIndex(_plain(state["fqn"], str), _size(state["offset"]), index and _plain(index, int))
+
+
+def _storage(found: Any) -> _StorageInfo:
+    state = _state(found, "_StorageInfo", "filesystem")
+    name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
+    if PurePath(name).name != name or state.get("transform_descriptors"):
+        raise ValueError(f"it has shards elsewhere than beside it, or transformed: {name}")
+    return _StorageInfo(name, _plain(offset, int), _plain(length, int))
+
+
+def _size(found: Any) -> torch.Size:
+    if not isinstance(found, _PLACEHOLDERS["torch", "Size"]):
+        raise ValueError(f"it has {found!r:.40} for a size")
+    sizes = [_plain(size, int) for size in _plain(found.args[0], tuple)]
+    if min(sizes, default=0) < 0 or math.prod(sizes) > 2**62:
+        raise ValueError(f"it has the size {sizes}")
+    return torch.Size(sizes)
+
+
+def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
+    """Return the fields of an object of DCP's."""
+    if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}{module}", name]):
+        raise ValueError(f"it has {found!r:.40} where {name} belongs")
+    return _plain(found.state, dict)
+
+
+def _plain(value: Any, kind: type[Any]) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"it has {value!r:.40} where {kind.__name__} belongs")
+    return value
