@@ -9,7 +9,7 @@ import yaml
 
 from gptlab.experiments.exits import MISTAKEN
 from test_faults import newest_state, same_run
-from test_train import metrics, ran
+from test_train import metrics, mistaken, ran
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,18 @@ def test_a_killed_worker_is_no_success(user):
     (worker,) = run.children()
     os.kill(worker, signal.SIGKILL)
     run.ended(128 + signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_run_has_one_writer(user, halted):
+    """A second process that resumes a run ends with status 2, and leaves no row; when the first is killed, it may."""
+    command = (f"resume={halted}", "train.max_steps=100000", "train.eval_every=1000")
+    first = user.begin("gptlab.train", *command)
+    first.until(lambda: (halted / "metrics.csv").exists() and max(metrics(halted, "train/loss")) > 8)
+    second = user.python("gptlab.train", *command)
+    mistaken(second, f"{halted} is being written by process {first.pid} on ")
+    assert first.poll() is None
+    first.kill()
+    first.wait()
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
+    assert list(metrics(halted, "train/loss")) == list(range(1, 10))

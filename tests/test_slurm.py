@@ -1,8 +1,8 @@
 """On a real SLURM: srun starts one run, a stopped job goes on by itself, jobs of a sweep are jobs of the cluster."""
 
 import json
+import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -127,22 +127,26 @@ def test_a_job_of_a_sweep_that_fails_is_told(slurm, user):
     assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
 
 
-def test_a_job_of_a_sweep_goes_on_in_its_directory(slurm, user):
-    sweep = (sys.executable, "-m", "gptlab.train", *SWEEP, *LONG)
-    launcher = subprocess.Popen(sweep, cwd=user.folder, env=user.environment, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: list(user.folder.glob("outputs/*/*/0/checkpoints/*")))
-        directory = user.only_run() / "0"
-        job = json.loads((directory / "environment.json").read_text())["slurm_job"]
-        assert slurm.run("scancel", "--signal=USR2", job).returncode == 0
-        wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)
-        before = max(map(step_of, checkpoints(directory / "checkpoints")))
-        wait_for(lambda: evaluated(directory) > before)
-        assert [path.name for path in Path(directory.parent).iterdir() if path.is_dir()].count("0") == 1
-    finally:
-        launcher.kill()
-        launcher.wait()
-        slurm.run("scancel", "--user=root")
+@pytest.mark.parametrize("by", ["submitit", "SLURM"])
+def test_a_sweep_waits_for_a_trial_that_is_requeued(slurm, user, by):
+    """submitit requeues a job whose time is over, which SIGUSR2 announces; SLURM one that is pre-empted."""
+    length = ("train.max_steps=1500", "train.eval_every=100", "train.eval_windows=4", "callbacks=checkpoint")
+    sweep = user.begin("gptlab.train", *SWEEP, "name=sweep", *SMALL[:3], *length)
+    sweep.until(lambda: list(user.folder.glob("outputs/sweep/*/0/checkpoints/step_*")))
+    directory = user.only_run("sweep") / "0"
+    job = json.loads((directory / "environment.json").read_text())["slurm_job"]
+    requeue = ("scancel", "--signal=USR2") if by == "submitit" else ("scontrol", "requeue")
+    assert slurm.run(*requeue, job).returncode == 0
+    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # the trial has begun again
+    assert sweep.poll() is None
+    assert json.loads((directory / "trial.json").read_text())["state"] == "running"
+    done = sweep.ended(seconds=300)
+    assert "failed" not in done.stdout + done.stderr
+    trial = json.loads((directory / "trial.json").read_text())
+    assert (trial["state"], trial["status"], trial["starts"], trial["job"]) == ("done", 0, 1, job)
+    again = (directory / "train.log").read_text().split("model ")[2]
+    assert int(re.search(r"step +(\d+)/1500", again)[1]) > 100  # it was resumed
+    assert list(metrics(directory, "val/loss")) == list(range(100, 1501, 100))
 
 
 def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):

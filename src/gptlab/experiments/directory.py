@@ -11,6 +11,7 @@ from gptlab.data.shards import Manifest, write_durably
 from gptlab.errors import UserError
 from gptlab.experiments.environment import record_environment
 from gptlab.experiments.records.runs import CONFIG
+from gptlab.experiments.run_lock import RunLock
 from gptlab.experiments.schema import Config, check
 from gptlab.model.config import GPTConfig
 from gptlab.training.checkpoints.records import best, checkpoints, newest
@@ -19,19 +20,25 @@ LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # of processes that made no progress
 
 
-def create(config: Config, manifest: Manifest, place: Path | None) -> Path:
-    """Make the directory of a new run, with its configuration, data manifest and environment.
+def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
+    """Create and lock the directory of a new run, with its configuration, data manifest and environment.
 
     Args:
         config: Complete: what is written is enough to run it again.
         manifest: Of the data, with the tokenizer.
         place: The directory, where it is not to be named by the time.
+        lock: Acquired before anything is written.
     """
     try:
         directory = new_directory(Path("outputs") / config.name) if place is None else place
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
+    lock.acquire(directory)
+    if has_checkpoint(directory):  # of the process that held the lock until now
+        raise UserError(
+            f"{directory} was written by another process in the meantime. The same command resumes that run."
+        )
     manifest.save(directory)
     record(config, directory)
     return directory.absolute()

@@ -23,11 +23,16 @@ def read_job(path: Path) -> tuple[Config, Path | None]:
     return check(Config, job["config"]), job["place"] and Path(job["place"])
 
 
-def end_with(work: Callable[[], int]) -> Never:
-    """End this process with the status that ``work`` returns; a user's mistake and an interrupt have theirs."""
+def status_of_work(work: Callable[[], int]) -> int:
+    """Return the exit status of ``work``; a user's mistake and an interrupt have theirs."""
     try:
-        sys.exit(work())
+        return work()
     except (UserError, Diverged) as error:
-        sys.exit(tell(error))
+        return tell(error)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
+
+
+def end_with(work: Callable[[], int]) -> Never:
+    """End this process with the exit status of ``work``."""
+    sys.exit(status_of_work(work))

@@ -18,6 +18,7 @@ from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.logs import log_to_file, quieten_lightning, stop_log
 from gptlab.experiments.records.runs import SAMPLES
 from gptlab.experiments.records.state import end_state, status_of
+from gptlab.experiments.run_lock import RunLock
 from gptlab.experiments.schema import Config
 from gptlab.experiments.screen import announce, replay_command, say_stopped, summarise
 from gptlab.experiments.sources.nanogpt import taken_over
@@ -67,17 +68,22 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         The exit status.
 
     Raises:
-        UserError: What is asked for is not there: devices, a checkpoint, a login.
+        UserError: What is asked for is not there: devices, a checkpoint, a login; or another process writes the run.
     """
+    with RunLock() as lock:
+        return _run(config, prepared, place, lock)
+
+
+def _run(config: Config, prepared: Prepared, place: Path | None, lock: RunLock) -> int:
     quieten_lightning()
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices, Path(config.data.cache_dir))
     shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
     plan = config.train.plan(shares)
     join_group(devices)
-    checkpoint = on_first_rank(lambda: _checkpoint(config))
+    checkpoint = on_first_rank(lambda: _checkpoint(config, lock))
     module = build_module(config, prepared, devices)
-    directory = on_first_rank(lambda: _directory(config, prepared, place, module.model))
+    directory = on_first_rank(lambda: _directory(config, prepared, place, module.model, lock))
     if config.resume_from_nanogpt:
         checkpoint = on_first_rank(lambda: newest_checkpoint(directory))
     is_first = is_first_rank()
@@ -224,24 +230,25 @@ def _was_pruned(trainer: L.Trainer) -> bool:
     return any(getattr(callback, "pruned", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def _directory(config: Config, prepared: Prepared, place: Path | None, model: GPT) -> Path:
-    """Make the run directory, or write down with what an earlier one goes on."""
+def _directory(config: Config, prepared: Prepared, place: Path | None, model: GPT, lock: RunLock) -> Path:
+    """Create and lock the run directory, or record the configuration with which an earlier run is resumed."""
     if config.resume:
         record(config, Path(config.resume))
         return Path(config.resume)
     if config.resume_from_nanogpt is None:
-        return create(config, prepared.manifest, place)
+        return create(config, prepared.manifest, place, lock)
     checkpoint = taken_over(Path(config.resume_from_nanogpt), config, model)
-    directory = create(config, prepared.manifest, place)
+    directory = create(config, prepared.manifest, place, lock)
     facts = Facts(step=checkpoint["global_step"], val_loss=None, evaluation_due=False)
     _checkpoint_files(None).save_checkpoint(checkpoint, place_of(directory / CHECKPOINTS, facts.step), facts)
     return directory
 
 
-def _checkpoint(config: Config) -> Path | None:
-    """Find where a run goes on, if it is one that does."""
+def _checkpoint(config: Config, lock: RunLock) -> Path | None:
+    """Lock an earlier run and find its newest checkpoint; None for a new run."""
     if config.resume is None:
         return None
+    lock.acquire(Path(config.resume))
     clear(Path(config.resume) / CHECKPOINTS)
     return newest_checkpoint(Path(config.resume))
 

@@ -1,8 +1,10 @@
 """Trials as jobs of SLURM, through submitit. They go on when the sweep's process has ended. Imports no torch."""
 
 import logging
+import os
 import shutil
 import subprocess
+import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 from gptlab.errors import UserError
 from gptlab.experiments.exits import FAILED, PREEMPTED
-from gptlab.experiments.handover import end_with, write_job
+from gptlab.experiments.handover import status_of_work, write_job
 from gptlab.experiments.records.sweeps import Trial
 from gptlab.experiments.schema import Config
 from gptlab.experiments.sweeping.config import SlurmConfig
@@ -36,11 +38,15 @@ class TrialJob:
         self.file = file
 
     def __call__(self) -> int:
-        """Run the trial, and return its exit status."""
-        try:
-            end_with(lambda: run_file(self.file))
-        except SystemExit as end:
-            return int(end.code or 0)
+        """Run the trial and return its exit status, which submitit stores as the result of the job.
+
+        A trial that a signal has stopped has no result yet: SystemExit, of submitit's handler or of this method, ends
+        the process without one. The job may be in the queue again; if it is not, the sweep finds out from SLURM.
+        """
+        status = status_of_work(lambda: run_file(self.file))
+        if status == PREEMPTED:
+            sys.exit(status)
+        return status
 
     def checkpoint(self) -> Any:
         """Queue the job again: it was saved, and goes on. submitit calls this."""
@@ -103,13 +109,33 @@ class Cluster:
         return trial.model_copy(update={"job": str(job.job_id)})
 
     def take_up(self, trial: Trial, place: Path) -> bool:
-        """Whether the job of a trial is there still, from an earlier start of the sweep, and is waited for."""
+        """Wait for the job of a trial from an earlier start of the sweep; False where that is over, without a result.
+
+        Raises:
+            UserError: SLURM does not answer. A second job might write the run directory of the first.
+        """
         import submitit
 
-        if trial.job is None or trial.job not in _states([trial.job]):
+        if trial.job is None:
             return False
-        self._running[trial.number] = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
+        job = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
+        has_result = trial.state == "running" and job.paths.result_pickle.exists()
+        if not has_result and not self._lives(trial):
+            return False
+        self._running[trial.number] = job
         return True
+
+    def _lives(self, trial: Trial) -> bool:
+        """Whether SLURM has the job of a trial still running or in the queue."""
+        for attempt in range(PATIENCE):
+            if attempt:
+                time.sleep(ASK_EVERY)
+            if (states := _states()) is not None:
+                return trial.job in states and states[trial.job] not in OVER
+        raise UserError(
+            f"SLURM does not answer (squeue), so it is unknown whether job {trial.job} of trial {trial.number} still "
+            "runs. When it answers again: the same command."
+        )
 
     def ended(self) -> list[tuple[int, int]]:
         """Return (number, exit status) of the trials that have ended since the last time."""
@@ -135,7 +161,8 @@ class Cluster:
     def _gone(self) -> list[int]:
         """Find the trials of whose jobs SLURM knows nothing, though they have left no result."""
         self._asked = time.monotonic()
-        states = _states([str(job.job_id) for job in self._running.values()])
+        if (states := _states()) is None:
+            return []
         for number, job in self._running.items():
             lives = str(job.job_id) in states and states[str(job.job_id)] not in OVER
             self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
@@ -149,11 +176,17 @@ class Cluster:
             return FAILED
 
 
-def _states(jobs: list[str]) -> dict[str, str]:
-    """Ask SLURM for the states of jobs; those it has forgotten are missing."""
-    command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(jobs)}")
-    lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
-    return {fields[0]: fields[1] for line in lines if len(fields := line.split()) == 2}
+def _states() -> dict[str, str] | None:
+    """Ask SLURM for the states of this user's jobs; None where it does not answer.
+
+    Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
+    forgotten as it does when the controller is away.
+    """
+    command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    return {fields[0]: fields[1] for line in done.stdout.splitlines() if len(fields := line.split()) == 2}
 
 
 def check_cluster(config: SlurmConfig) -> None:

@@ -138,7 +138,8 @@ class Conductor:
 
     def _begin(self, ready: _Ready) -> None:
         trial, place = ready.trial, self.ledger.place(ready.trial)
-        if trial.state == "running" and self.runner.take_up(trial, place):
+        if self.runner.take_up(trial, place):  # whatever was taken for its end: two jobs must not write one run
+            self.ledger.write(trial.to("running", status=None, message=None))
             return
         self.search.prepare(trial, place)
         trial = self.ledger.write(trial.to("running", starts=trial.starts + 1, status=None, message=None))

@@ -1,0 +1,129 @@
+"""A run directory has one writer; a dead owner's lock is taken over."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.experiments import run_lock
+from gptlab.experiments.exits import FAILED
+from gptlab.experiments.run_lock import LOCK, RunLock
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from gptlab.experiments import run_lock
+run_lock.LEASE = float(sys.argv[2])
+with run_lock.RunLock() as lock:
+    lock.acquire(Path(sys.argv[1]))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold(tmp_path) -> Iterator:
+    """Start processes that hold the lock of tmp_path until their standard input is closed."""
+    held = []
+
+    def start(lease: float = run_lock.LEASE) -> subprocess.Popen:
+        command = (sys.executable, "-c", HOLDER, str(tmp_path), str(lease))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        held.append(process)
+        assert process.stdout.readline() == b"held\n"
+        return process
+
+    yield start
+    for process in held:
+        process.kill()
+        process.communicate()
+
+
+def acquire(folder) -> None:
+    with RunLock() as lock:
+        lock.acquire(folder)
+        lock.acquire(folder)  # once is enough
+        assert (folder / LOCK).exists()
+    assert not (folder / LOCK).exists()
+
+
+def on_another_host(folder) -> None:
+    text = (folder / LOCK).read_text().replace(f"host={socket.gethostname()}", "host=elsewhere")
+    assert "host=elsewhere" in text
+    (folder / LOCK).write_text(text)
+
+
+def test_a_live_owner_keeps_its_run_and_is_named(tmp_path, hold, monkeypatch):
+    owner = hold()
+    monkeypatch.setattr(run_lock, "WAIT", 0.3)
+    with pytest.raises(
+        UserError, match=rf"{tmp_path} is being written by process {owner.pid} on {os.uname().nodename}"
+    ):
+        acquire(tmp_path)
+    assert owner.poll() is None
+    owner.communicate()
+    acquire(tmp_path)
+
+
+def test_the_lock_of_a_killed_owner_is_taken_over_at_once(tmp_path, hold):
+    owner = hold()
+    owner.kill()
+    owner.wait()
+    assert (tmp_path / LOCK).exists()
+    began = time.monotonic()
+    acquire(tmp_path)
+    assert time.monotonic() - began < run_lock.WAIT  # not by the lease
+
+
+def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path, hold):
+    owner = hold()
+    threading.Timer(0.5, lambda: (owner.kill(), owner.wait())).start()
+    began = time.monotonic()
+    acquire(tmp_path)
+    assert 0.5 <= time.monotonic() - began < run_lock.WAIT
+
+
+def test_a_process_id_that_was_given_out_again_is_no_owner(tmp_path, hold):
+    hold()
+    text = (tmp_path / LOCK).read_text()
+    start = next(line for line in text.splitlines() if line.startswith("start="))
+    (tmp_path / LOCK).write_text(text.replace(start, f"start={int(start.removeprefix('start=')) - 1}"))
+    acquire(tmp_path)
+
+
+def test_an_owner_on_another_host_is_dead_when_it_is_silent(tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(run_lock, "LEASE", 0.6)
+    monkeypatch.setattr(run_lock, "WAIT", 0.6)
+    owner = hold(lease=0.6)
+    on_another_host(tmp_path)
+    with pytest.raises(UserError, match=rf"is being written by process {owner.pid} on elsewhere"):
+        acquire(tmp_path)
+    owner.kill()
+    owner.wait()
+    acquire(tmp_path)
+
+
+def test_an_owner_whose_run_was_taken_over_ends(tmp_path, hold, monkeypatch):
+    monkeypatch.setattr(run_lock, "LEASE", 0.6)
+    suspended = hold(lease=0.6)
+    os.kill(suspended.pid, signal.SIGSTOP)
+    on_another_host(tmp_path)
+    with RunLock() as lock:
+        lock.acquire(tmp_path)
+        os.kill(suspended.pid, signal.SIGCONT)
+        assert suspended.wait(timeout=20) == FAILED
+        assert (tmp_path / LOCK).exists()
+        assert b"has taken over the run" in suspended.stderr.read()
+
+
+def test_a_directory_in_which_nothing_can_be_created_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nothing cannot be locked for writing: .*Not a directory"):
+        acquire(tmp_path / "file" / "nothing")
