@@ -15,6 +15,7 @@ from gptlab.experiments.environment import ENVIRONMENT
 from gptlab.experiments.records.sweeps import Sweep, load_sweep
 from gptlab.experiments.schema import Config, WandbConfig
 from gptlab.experiments.wandb.files import how_to_send, wandb_records
+from gptlab.experiments.wandb.optouts import opt_out
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,18 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
     import wandb
 
     before = wandb_records(directory)
+    if settings.mode == "offline":
+        return _init(config, settings, directory, "offline")
+    if forbidden := opt_out():
+        run = _init(config, settings, directory, "offline")
+        log.info(
+            "W&B is offline because of %s. The record is kept in the run directory; to send it: %s",
+            *(forbidden.source, how_to_send(directory)),
+        )
+        return run
     try:
-        return _init(config, settings, directory, "offline" if settings.mode == "offline" else "online")
+        return _init(config, settings, directory, "online")
     except Exception as error:
-        if settings.mode == "offline":
-            raise
         reason = " ".join(str(error).split())
     wandb.teardown()
     for path in set(wandb_records(directory)) - set(before):  # nothing is in it
@@ -73,12 +81,11 @@ def described(config: Config, directory: Path) -> dict[str, Any]:
 
 def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
     os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
     os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
     import wandb
 
     sweep = _sweep(directory)
-    wandb.setup(wandb.Settings(silent=True))  # before init, which else would ask a terminal for a login
+    start_client()
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -93,6 +100,15 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
         config=described(config, directory),
         settings=limits(settings),
     )
+
+
+def start_client() -> Any:
+    """Start W&B's client before wandb.init, which else would ask a terminal for a login; return its settings."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
+    os.environ.setdefault("WANDB_SILENT", "true")  # it prints the settings files that it reads
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True)).settings
 
 
 def limits(settings: WandbConfig) -> Any:
