@@ -19,6 +19,7 @@ from gptlab.experiments.environment import ENVIRONMENT, record_environment
 from gptlab.experiments.launching import make_ready
 from gptlab.experiments.loggers import build_loggers
 from gptlab.experiments.schema import Config
+from gptlab.experiments.wandb.beginning import begin
 from gptlab.experiments.wandb.evaluations import send_evaluation
 from gptlab.experiments.wandb.logger import WandbRecord
 from gptlab.training.checkpoints.records import Facts
@@ -197,6 +198,28 @@ def test_a_workspace_is_not_saved(server, monkeypatch, how):
     with pytest.raises(UserError, match=f"because of {how}.*dry_run=true"):
         save(build_workspace("me", "models", "gptlab"))
     assert server.connections == 0
+
+
+CODE, MACHINE = {"git_commit", "git_uncommitted"}, {"host", "system", "processor", "cores", "gpus", "memory_gb"}
+
+
+@pytest.mark.parametrize(
+    ("how", "hidden"),
+    [
+        ("WANDB_DISABLE_GIT=true", CODE),
+        ("WANDB__DISABLE_META=true", MACHINE),
+        ("WANDB__DISABLE_MACHINE_INFO=true", CODE | MACHINE),
+    ],
+)
+def test_code_and_machine_may_be_left_out(server, monkeypatch, how, hidden):
+    forbid(monkeypatch, f"{how} WANDB_HOST=anonymous WANDB_MODE=offline")
+    directory = run_directory(config := config_of())
+    assert config.logger.wandb is not None
+    run = begin(config, config.logger.wandb, directory)
+    sent = run.config["environment"]
+    run.finish()
+    assert sent.keys() & (CODE | MACHINE) == (CODE | MACHINE) - hidden
+    assert sent.get("host", "anonymous") == "anonymous"
 
 
 @pytest.fixture

@@ -60,18 +60,25 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
     return run
 
 
-def described(config: Config, directory: Path) -> dict[str, Any]:
+def described(config: Config, directory: Path, client: Any) -> dict[str, Any]:
     """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
 
     No variable of the environment is in it, and no command line: they may hold secrets.
+
+    Args:
+        config: Of the run.
+        directory: The run's.
+        client: Settings of W&B's client: what they forbid of the code and the machine is left out.
     """
     values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
     git, machine, packages = values["git"], values["machine"], values["packages"]
-    environment = {
-        "git_commit": git["commit"],
-        "git_uncommitted": len(git["uncommitted"]),  # files
-        **{key: machine[key] for key in ("host", "system", "processor", "cores", "gpus")},
-        "memory_gb": round(machine["memory_bytes"] / 1e9, 1),
+    environment: dict[str, Any] = {}
+    if not (client.disable_git or client.x_disable_machine_info):
+        environment |= {"git_commit": git["commit"], "git_uncommitted": len(git["uncommitted"])}  # files
+    if not (client.x_disable_meta or client.x_disable_machine_info):
+        environment |= {key: machine[key] for key in ("system", "processor", "cores", "gpus")}
+        environment |= {"host": client.host, "memory_gb": round(machine["memory_bytes"] / 1e9, 1)}
+    environment |= {
         "slurm_job": values["slurm_job"],
         "python": values["python"].split()[0],
         **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
@@ -85,7 +92,7 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
     import wandb
 
     sweep = _sweep(directory)
-    start_client()
+    client = start_client()
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -97,7 +104,7 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
         resume="allow",
         dir=directory,
         mode=mode,
-        config=described(config, directory),
+        config=described(config, directory, client),
         settings=limits(settings),
     )
 
