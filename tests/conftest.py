@@ -102,6 +102,8 @@ class User:
         self.folder = folder
         self.begun: list[Begun] = []
         self.environment = os.environ | {"GPTLAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+        for name in ("WANDB_MODE", "WANDB_DISABLED"):  # which would turn off what is tested
+            self.environment.pop(name, None)
         # varied enough that a model learns something, and as much of it as the tests need
         lines = (f"line {i}: the {['cat', 'dog', 'cow'][i % 3]} has {i * i % 97} of {i % 7}\n" for i in range(2000))
         (folder / "text.txt").write_text("".join(lines))

@@ -61,6 +61,7 @@ class Server(ThreadingHTTPServer):
     Attributes:
         runs: By their ids.
         artifacts: The name of each that was announced, and its aliases; their files are not asked for.
+        connections: How many there were, whatever was asked.
     """
 
     daemon_threads = True
@@ -71,12 +72,18 @@ class Server(ThreadingHTTPServer):
         self.runs = {} if runs is None else runs
         self.artifacts: list[tuple[str, set[str]]] = []
         self.hangs = False
+        self.connections = 0
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def environment(self) -> dict[str, str]:
         """What leads W&B's client here."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_port}", "WANDB_API_KEY": KEY}
+
+    def verify_request(self, *_: Any) -> bool:
+        """Count a connection."""
+        self.connections += 1
+        return True
 
     def handle_error(self, *_: Any) -> None:
         """Stay silent when a client has left."""

@@ -24,6 +24,7 @@ from gptlab.experiments.signals import stoppable
 from gptlab.experiments.sources.foreign import check_foreign, is_foreign
 from gptlab.experiments.sources.source import path_of
 from gptlab.experiments.supervisor import supervise
+from gptlab.experiments.wandb.optouts import check_mode
 from gptlab.training.processes import started_from_outside
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         raise UserError("lora adapts weights that are learnt already, and there are none: name them with init_from=.")
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
+    if config.logger.wandb is not None:
+        check_mode(config.logger.wandb)
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode

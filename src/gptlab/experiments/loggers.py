@@ -114,6 +114,7 @@ def build_loggers(config: Config, directory: Path, keep_until: int | None) -> li
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     if config.logger.wandb is not None:
         earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
-        loggers.append(wandb_logger(config, config.logger.wandb, directory, earlier))
+        record = wandb_logger(config, config.logger.wandb, directory, earlier)
+        loggers += [record] if record is not None else []
     # the last, so that nothing that can be refused stands after it has touched the file
     return [*loggers, MetricsFile(directory, keep_until), StateFile(directory, _state(config, directory, keep_until))]

@@ -4,6 +4,8 @@ import json
 from typing import TYPE_CHECKING
 
 from gptlab.errors import UserError
+from gptlab.experiments.wandb.beginning import start_client
+from gptlab.experiments.wandb.optouts import opt_out
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import LinePlot
@@ -50,11 +52,14 @@ def save(workspace: "Workspace") -> str:
     """Send a workspace to W&B; return where it is.
 
     Raises:
-        UserError: There is no login, or W&B does not take it.
+        UserError: There is no login, W&B does not take it, or W&B's own settings forbid a connection.
     """
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))  # which else would ask a terminal for a login
+    if forbidden := opt_out():
+        raise UserError(
+            f"The workspace cannot be saved: W&B is {forbidden.mode} because of {forbidden.source}. Remove that "
+            "setting, or write the workspace into a file: dry_run=true."
+        )
+    start_client()
     try:
         workspace.save()
         return str(workspace.url)

@@ -20,6 +20,7 @@ from gptlab.experiments.sweeping.ledger import Ledger, config_hash, digest, swee
 from gptlab.experiments.sweeping.pool import Pool
 from gptlab.experiments.sweeping.search import Search
 from gptlab.experiments.sweeping.space import Point, Space
+from gptlab.experiments.wandb.optouts import check_mode
 
 
 def sweep(
@@ -53,6 +54,8 @@ def sweep(
         return resolve(values, overrides).with_absolute_paths()
 
     base = _checked(space, compose, is_grid=wanted.search == "grid")
+    if base.logger.wandb is not None:
+        check_mode(base.logger.wandb)
     what = _describe(wanted, space, base)
     named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
     directory = Path(composed.hydra.sweep.dir) if named else sweep_directory(base.name, what)

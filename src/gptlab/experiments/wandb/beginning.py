@@ -15,6 +15,7 @@ from gptlab.experiments.environment import ENVIRONMENT
 from gptlab.experiments.records.sweeps import Sweep, load_sweep
 from gptlab.experiments.schema import Config, WandbConfig
 from gptlab.experiments.wandb.files import how_to_send, wandb_records
+from gptlab.experiments.wandb.optouts import opt_out
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +31,18 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
     import wandb
 
     before = wandb_records(directory)
+    if settings.mode == "offline":
+        return _init(config, settings, directory, "offline")
+    if forbidden := opt_out():
+        run = _init(config, settings, directory, "offline")
+        log.info(
+            "W&B is offline because of %s. The record is kept in the run directory; to send it: %s",
+            *(forbidden.source, how_to_send(directory)),
+        )
+        return run
     try:
-        return _init(config, settings, directory, "offline" if settings.mode == "offline" else "online")
+        return _init(config, settings, directory, "online")
     except Exception as error:
-        if settings.mode == "offline":
-            raise
         reason = " ".join(str(error).split())
     wandb.teardown()
     for path in set(wandb_records(directory)) - set(before):  # nothing is in it
@@ -52,18 +60,25 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
     return run
 
 
-def described(config: Config, directory: Path) -> dict[str, Any]:
+def described(config: Config, directory: Path, client: Any) -> dict[str, Any]:
     """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
 
     No variable of the environment is in it, and no command line: they may hold secrets.
+
+    Args:
+        config: Of the run.
+        directory: The run's.
+        client: Settings of W&B's client: what they forbid of the code and the machine is left out.
     """
     values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
     git, machine, packages = values["git"], values["machine"], values["packages"]
-    environment = {
-        "git_commit": git["commit"],
-        "git_uncommitted": len(git["uncommitted"]),  # files
-        **{key: machine[key] for key in ("host", "system", "processor", "cores", "gpus")},
-        "memory_gb": round(machine["memory_bytes"] / 1e9, 1),
+    environment: dict[str, Any] = {}
+    if not (client.disable_git or client.x_disable_machine_info):
+        environment |= {"git_commit": git["commit"], "git_uncommitted": len(git["uncommitted"])}  # files
+    if not (client.x_disable_meta or client.x_disable_machine_info):
+        environment |= {key: machine[key] for key in ("system", "processor", "cores", "gpus")}
+        environment |= {"host": client.host, "memory_gb": round(machine["memory_bytes"] / 1e9, 1)}
+    environment |= {
         "slurm_job": values["slurm_job"],
         "python": values["python"].split()[0],
         **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
@@ -73,12 +88,11 @@ def described(config: Config, directory: Path) -> dict[str, Any]:
 
 def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
     os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
     os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
     import wandb
 
     sweep = _sweep(directory)
-    wandb.setup(wandb.Settings(silent=True))  # before init, which else would ask a terminal for a login
+    client = start_client()
     return wandb.init(
         project=settings.project,
         entity=settings.entity,
@@ -90,9 +104,18 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
         resume="allow",
         dir=directory,
         mode=mode,
-        config=described(config, directory),
+        config=described(config, directory, client),
         settings=limits(settings),
     )
+
+
+def start_client() -> Any:
+    """Start W&B's client before wandb.init, which else would ask a terminal for a login; return its settings."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
+    os.environ.setdefault("WANDB_SILENT", "true")  # it prints the settings files that it reads
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True)).settings
 
 
 def limits(settings: WandbConfig) -> Any:

@@ -1,15 +1,15 @@
 """Evaluations of a run that is over, in the summary of its record on Weights & Biases."""
 
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from gptlab.experiments.directory import load_config
 from gptlab.experiments.records.state import load_state
-from gptlab.experiments.wandb.beginning import ID, limits
+from gptlab.experiments.wandb.beginning import ID, limits, start_client
 from gptlab.experiments.wandb.files import SENT, wandb_records
+from gptlab.experiments.wandb.optouts import opt_out
 
 log = logging.getLogger(__name__)
 
@@ -31,14 +31,16 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
     if (state := load_state(directory)) is not None and state.state == "running":
         log.warning("The run is under way, and its record on W&B its own: W&B does not get what was found.")
         return
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:
+        if forbidden := opt_out():
+            log.info("W&B does not get what was found, because of %s.", forbidden.source)
+            return
         # in a folder of its own: what lies in the run's is the record of the training
         with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
-            wandb.setup(wandb.Settings(silent=True))
+            start_client()
             run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,

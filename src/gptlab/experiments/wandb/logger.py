@@ -23,6 +23,7 @@ from gptlab.experiments.wandb.alerts import STALL, Alerts
 from gptlab.experiments.wandb.artifacts import Artifacts
 from gptlab.experiments.wandb.beginning import begin
 from gptlab.experiments.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.experiments.wandb.optouts import opt_out
 from gptlab.experiments.wandb.sending import Sender
 from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.samples import texts_of
@@ -146,8 +147,8 @@ class WandbRecord(WandbLogger):
         return how_to_send(self.directory)
 
 
-def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger:
-    """Begin the record of a run, or go on with it.
+def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
+    """Begin the record of a run, or go on with it; None where W&B's own settings allow no record.
 
     Args:
         config: Of the run.
@@ -158,6 +159,9 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     Raises:
         UserError: logger.wandb.mode=online, and W&B does not answer or there is no login.
     """
+    if (forbidden := opt_out()) and forbidden.mode == "disabled":
+        log.info("W&B is off because of %s.", forbidden.source)
+        return None
     if not is_first_rank():
         return WandbLogger(offline=True)  # never starts a run: Lightning logs on the first rank only
     for path in wandb_records(directory):

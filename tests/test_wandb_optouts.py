@@ -1,0 +1,251 @@
+"""What W&B's own settings forbid is not sent: with a key and a reachable server, that server hears nothing."""
+
+import functools
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+import yaml
+from click.testing import CliRunner
+from wandb.cli import cli
+
+from gptlab.errors import UserError
+from gptlab.experiments.dashboards.workspace import build_workspace, save
+from gptlab.experiments.directory import CONFIG
+from gptlab.experiments.environment import ENVIRONMENT, record_environment
+from gptlab.experiments.launching import make_ready
+from gptlab.experiments.loggers import build_loggers
+from gptlab.experiments.schema import Config
+from gptlab.experiments.wandb.beginning import begin
+from gptlab.experiments.wandb.evaluations import send_evaluation
+from gptlab.experiments.wandb.logger import WandbRecord
+from gptlab.training.checkpoints.records import Facts
+from test_conf import resolved
+from test_train import mistaken, ran
+from wandb_server import Server
+
+TEXT = ("data=text", "data.source=text.txt", "model=tiny")
+OF_THE_PROCESS = ("WANDB_DATA_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT", "WANDB_SERVICE")  # set by what is tested
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, caplog) -> Iterator[Server]:
+    """A server that W&B's client would use: the folder of the user, empty, is `tmp_path`."""
+    server = Server()
+    for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_CONFIG_DIR", "WANDB_DIR", *OF_THE_PROCESS):
+        monkeypatch.setenv(name, "")  # and as it was, afterwards
+        monkeypatch.delenv(name)
+    for name, value in (server.environment | {"HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, "gptlab")
+    wandb.teardown()
+    yield server
+    wandb.teardown()
+    server.die()
+
+
+def forbid(monkeypatch, how: str) -> None:
+    """Set variables ("A=b C=d"), with which a command of W&B's is typed, or a settings file is written."""
+    *variables, last = how.split(" ")
+    if "=" in last:
+        variables, last = [*variables, last], ""
+    for variable in variables:
+        monkeypatch.setenv(*variable.split("="))
+    if last in ("offline", "disabled"):
+        assert CliRunner().invoke(getattr(cli, last)).exit_code == 0
+    elif last:
+        Path(last).parent.mkdir(parents=True, exist_ok=True)
+        Path(last).write_text("[default]\nmode = disabled\nunknown = 1\n")
+    wandb.teardown()  # which the process of the user's command never knew
+
+
+def config_of(*overrides: str) -> Config:
+    Path("text.txt").write_text("a line\n" * 500)
+    return resolved(*TEXT, "logger=wandb", *overrides)
+
+
+@functools.cache
+def environment() -> str:
+    """What is recorded once, as it takes a while."""
+    record_environment(Path.cwd())
+    return Path(ENVIRONMENT).read_text()
+
+
+def run_directory(config: Config) -> Path:
+    directory = Path("run")
+    directory.mkdir()
+    (directory / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (directory / ENVIRONMENT).write_text(environment())
+    return directory
+
+
+def record_of(config: Config, directory: Path, keep_until: int | None = None) -> WandbRecord | None:
+    """The record that a run has, among its loggers."""
+    records = [one for one in build_loggers(config, directory, keep_until) if isinstance(one, WandbRecord)]
+    return records[0] if records else None
+
+
+@pytest.mark.parametrize(
+    ("how", "mode", "source"),
+    [
+        ("WANDB_MODE=disabled", "auto", "WANDB_MODE=disabled"),
+        ("WANDB_MODE=disabled", "offline", "WANDB_MODE=disabled"),
+        ("WANDB_DISABLED=true WANDB_MODE=online", "auto", "WANDB_DISABLED=true"),
+        ("WANDB_DISABLED=YES", "auto", "WANDB_DISABLED=YES"),
+        ("disabled", "auto", "mode=disabled in {cwd}/wandb/settings"),
+        ("WANDB_DIR=elsewhere disabled", "auto", "mode=disabled in elsewhere/wandb/settings"),
+        ("home/.config/wandb/settings", "auto", "mode=disabled in {cwd}/home/.config/wandb/settings"),
+        ("WANDB_CONFIG_DIR=conf conf/settings", "auto", "mode=disabled in conf/settings"),
+    ],
+)
+def test_what_is_disabled_leaves_nothing_anywhere(server, monkeypatch, caplog, how, mode, source):
+    forbid(monkeypatch, how)
+    directory = run_directory(config := config_of(f"logger.wandb.mode={mode}"))
+    assert record_of(config, directory) is None
+    assert server.connections == 0
+    assert list(directory.glob("wandb*")) == []
+    assert [line for line in caplog.messages if "W&B" in line] == [
+        f"W&B is off because of {source.format(cwd=Path.cwd())}."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("how", "source"),
+    [
+        ("WANDB_MODE=offline", "WANDB_MODE=offline"),
+        ("WANDB_MODE=dryrun", "WANDB_MODE=dryrun"),
+        ("offline", "mode=offline in {cwd}/wandb/settings"),
+    ],
+)
+def test_what_is_offline_stays_here(server, monkeypatch, caplog, capfd, how, source):
+    forbid(monkeypatch, how)
+    capfd.readouterr()
+    directory = run_directory(config := config_of("logger.wandb.checkpoints=all"))
+    record = record_of(config, directory)
+    use(record, directory, step=1)
+    assert server.connections == 0
+    (kept,) = directory.glob("wandb/offline-run-*")
+    (line,) = (line for line in caplog.messages if line.startswith("W&B is offline"))
+    assert source.format(cwd=Path.cwd()) in line
+    assert line.endswith(f": wandb sync --include-online {kept}")
+    assert "wandb:" not in "".join(capfd.readouterr())
+
+
+def use(record: WandbRecord | None, directory: Path, step: int) -> None:
+    """All that a run tells its record, and its end."""
+    assert record is not None
+    assert record.artifacts is not None
+    checkpoint = directory / "checkpoints" / f"step_{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").write_bytes(b"weights")
+    (directory / "samples").mkdir(exist_ok=True)
+    (directory / "samples" / f"step_{step}.txt").write_text("--- sample 1 ---\na\n")
+    record.log_metrics({"train/loss": 1.0, "tokens": step}, step)
+    record.artifacts.take(checkpoint, Facts(step=step, val_loss=1.0, evaluation_due=False))
+    record.log_samples(step, lambda step: step)
+    record.alert("No progress", "It hangs.")
+    record.finalize("success")
+
+
+def test_a_run_that_was_online_goes_on_offline(server, monkeypatch):
+    directory = run_directory(config := config_of("logger.wandb.checkpoints=all"))
+    use(record_of(config, directory), directory, step=1)
+    (run,) = server.runs.values()
+    assert len(run.history) == 1
+    heard = server.connections
+    forbid(monkeypatch, "WANDB_MODE=offline")
+    use(record_of(config, directory, keep_until=1), directory, step=2)
+    assert server.connections == heard
+    assert len(list(directory.glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("how", ["WANDB_MODE=offline", "WANDB_DISABLED=true", "disabled"])
+def test_online_contradicts_what_is_forbidden(server, monkeypatch, how):
+    forbid(monkeypatch, how)
+    config = config_of("logger.wandb.mode=online")
+    with pytest.raises(UserError, match=rf"logger\.wandb\.mode=online contradicts .*{how}"):
+        make_ready(config)
+
+
+@pytest.mark.parametrize("mode", ["off", ""])
+def test_an_unknown_mode_is_a_mistake(server, monkeypatch, mode):
+    forbid(monkeypatch, f"WANDB_MODE={mode}")
+    config = config_of()
+    with pytest.raises(UserError, match=f"WANDB_MODE={mode} is none of W&B's modes"):
+        make_ready(config)
+
+
+@pytest.mark.parametrize("how", ["WANDB_DISABLED=true", "WANDB_MODE=offline"])
+def test_an_evaluation_is_not_sent(server, monkeypatch, caplog, how):
+    directory = run_directory(config_of())
+    (directory / "wandb_id").write_text("r1")
+    (directory / "wandb" / "run-20260101_000000-r1").mkdir(parents=True)
+    (directory / "wandb" / "run-20260101_000000-r1" / "run-r1.wandb").touch()
+    forbid(monkeypatch, how)
+    send_evaluation(directory, "loss", {"loss": 1.0})
+    assert server.connections == 0
+    (line,) = caplog.messages
+    assert how in line
+
+
+@pytest.mark.parametrize("how", ["WANDB_DISABLED=true", "WANDB_MODE=offline"])
+def test_a_workspace_is_not_saved(server, monkeypatch, how):
+    forbid(monkeypatch, how)
+    with pytest.raises(UserError, match=f"because of {how}.*dry_run=true"):
+        save(build_workspace("me", "models", "gptlab"))
+    assert server.connections == 0
+
+
+CODE, MACHINE = {"git_commit", "git_uncommitted"}, {"host", "system", "processor", "cores", "gpus", "memory_gb"}
+
+
+@pytest.mark.parametrize(
+    ("how", "hidden"),
+    [
+        ("WANDB_DISABLE_GIT=true", CODE),
+        ("WANDB__DISABLE_META=true", MACHINE),
+        ("WANDB__DISABLE_MACHINE_INFO=true", CODE | MACHINE),
+    ],
+)
+def test_code_and_machine_may_be_left_out(server, monkeypatch, how, hidden):
+    forbid(monkeypatch, f"{how} WANDB_HOST=anonymous WANDB_MODE=offline")
+    directory = run_directory(config := config_of())
+    assert config.logger.wandb is not None
+    run = begin(config, config.logger.wandb, directory)
+    sent = run.config["environment"]
+    run.finish()
+    assert sent.keys() & (CODE | MACHINE) == (CODE | MACHINE) - hidden
+    assert sent.get("host", "anonymous") == "anonymous"
+
+
+@pytest.fixture
+def typed(user, server, tmp_path) -> Server:
+    """The server, for commands."""
+    user.environment |= server.environment | {"HOME": str(tmp_path)}
+    return server
+
+
+@pytest.mark.slow
+def test_processes_without_wandb_train_as_ever(user, typed):
+    user.environment["WANDB_MODE"] = "disabled"
+    done = user.train("logger=wandb", "trainer=ddp", "trainer.devices=2")
+    ran(done)
+    assert typed.connections == 0
+    assert done.stdout.count("W&B") == 1
+    directory = user.only_run()
+    assert list(directory.glob("wandb*")) == []
+    assert json.loads((directory / "state.json").read_text())["step"] == 6
+
+
+@pytest.mark.slow
+def test_a_sweep_is_refused_as_a_whole(user, typed):
+    user.environment["WANDB_DISABLED"] = "true"
+    online = ("logger=wandb", "logger.wandb.mode=online")
+    done = user.python("gptlab.train", "-m", *TEXT, "optimizer.lr=1e-3,2e-3", "train.max_steps=1", *online)
+    mistaken(done, "logger.wandb.mode=online contradicts WANDB_DISABLED=true")
+    assert typed.connections == 0
+    assert not (user.folder / "outputs").exists()
