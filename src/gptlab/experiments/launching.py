@@ -84,7 +84,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         if (tokens := manifest.tokens(split)) < needed[split]:
             raise UserError(
                 f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
-                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
+                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do"
+                f"{', or a larger data.val_fraction' if split == 'val' and config.data.corpus != 'shards' else ''}."
             )
     _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)
