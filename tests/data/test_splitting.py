@@ -13,7 +13,7 @@ from preparing import ALONE, data_config, hashes, is_in_val, prepare_text, token
 from conftest import defaults
 from gptlab.data import preparation
 from gptlab.data.prepared import Prepared
-from gptlab.data.splitting import check_val_split
+from gptlab.data.splitting import check_val_split, resolve_val_split
 from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 
@@ -82,11 +82,13 @@ def test_by_default_one_single_text_is_cut_at_its_end(tmp_path, kind):
     assert prepared.folder == cut.folder
 
 
-def test_shakespeare_is_one_text_and_the_plays_are_documents():
-    assert (
-        defaults("data/shakespeare.yaml")["val_split"] == defaults("data/shakespeare_char.yaml")["val_split"] == "tail"
-    )
-    assert defaults("data/shakespeare_plays.yaml")["val_split"] == "documents"
+@pytest.mark.parametrize(
+    ("option", "split"), [("shakespeare", "tail"), ("shakespeare_char", "tail"), ("shakespeare_plays", "documents")]
+)
+def test_shakespeare_is_one_text_and_the_plays_are_documents(option, split):
+    values = defaults("data/text.yaml") | defaults(f"data/{option}.yaml")
+    config = data_config(corpus=values["corpus"], val_split=values["val_split"])
+    assert resolve_val_split(config).val_split == split
 
 
 # --- few documents
