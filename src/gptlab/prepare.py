@@ -9,6 +9,7 @@ from gptlab.data.inspection import batch_texts
 from gptlab.data.order import training_order
 from gptlab.data.preparation import prepare
 from gptlab.data.prepared import Prepared, verify
+from gptlab.data.splitting import check_val_split
 from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 from gptlab.experiments.command import command
@@ -36,6 +37,7 @@ def main(values: DictConfig) -> int:
     elif config.inspect is not None:
         _inspect(existing_shards(config, config.inspect), verified=config.verify)
     else:
+        check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
         work = Work(workers=config.prepare.workers or Work().workers, part=part, parts=parts)
         print_prepared(prepare_with_progress(config.data, config.tokenizer, work))

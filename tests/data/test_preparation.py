@@ -151,12 +151,7 @@ def test_documents_are_given_to_val_by_their_names_alone(source):
     assert named(prepare_text(source, **settings, split_seed=2).folder, "val") != named(second, "val")
 
 
-def test_a_split_without_documents_is_refused(tmp_path):
-    write(tmp_path, {"a.txt": "one", "x": ""})
-    with pytest.raises(
-        UserError, match=r"a\.txt leaves no document for (train|val) .*val_fraction=0\.1.*val_split=tail"
-    ):
-        prepare_text(tmp_path / "a.txt", val_split="documents")
+def test_a_text_that_is_too_short_for_both_splits_is_refused(tmp_path):
     write(tmp_path, {"b.txt": "1"})
     for _ in range(2):
         with pytest.raises(UserError, match=r"b\.txt is empty or too short: it leaves no text for train"):

@@ -20,9 +20,9 @@ class DataConfig(Settings):
         streaming: Read the data set as it comes instead of storing it first (huggingface).
         column: The column or field that holds the text (huggingface, .parquet, .jsonl).
         cache_dir: Where prepared shards are kept and looked for.
-        val_split: "documents" gives whole documents to val, chosen by a hash of their names; "tail" gives it the end of
-            every document.
-        val_fraction: Share of val: of the documents, or of the characters of each.
+        val_split: "documents" gives whole documents to val, drawn by a hash of their names, and at least one; "tail"
+            gives it the end of one single text; "auto" is "tail" for one single text and "documents" for all else.
+        val_fraction: Share of val: of the documents, or of the characters of the text.
         split_seed: Chooses the documents of val.
         separator: Whether the end of text stands after each document or before it.
         undecodable: What becomes of bytes that are no UTF-8: "replace" by U+FFFD, or "refuse" the file.
@@ -46,7 +46,7 @@ class DataConfig(Settings):
     streaming: bool
     column: str | None
     cache_dir: str
-    val_split: Literal["documents", "tail"]
+    val_split: Literal["auto", "documents", "tail"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: int
     separator: Literal["after", "before"]

@@ -9,12 +9,12 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gptlab.data.config import DataConfig
-from gptlab.data.readers import Decoding, Document, Span, check_text, documents, no_column, spans
+from gptlab.data.readers import Decoding, Document, Span, check_text, documents, kind_of, no_column, spans
 from gptlab.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -231,15 +231,31 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Files(source.parent, [source], decoding)
 
 
+def is_missing(config: DataConfig) -> bool:
+    """Whether ``data=text`` names no file or folder that is there."""
+    return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
+
+
+def is_one_text(config: DataConfig) -> bool:
+    """Whether a corpus is one text file, compressed or not, and no other that is not empty; no file is read."""
+    if config.corpus != "text":
+        return config.corpus == "shakespeare"
+    source = Path(config.source or "").expanduser()
+    paths = _paths_below(source, "*", set()) if source.is_dir() else iter([source])
+    first = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
+    return [kind_of(path) for path in first] == ["text"]
+
+
+def _paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
+    """Find files in no order; hidden files and folders (.git) are no text of a corpus."""
+    for path in root.rglob(pattern):
+        parts = path.relative_to(root).parts
+        if path.is_file() and not excluded.intersection(parts) and not any(part.startswith(".") for part in parts):
+            yield path
+
+
 def _files_below(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> Files:
-    paths = sorted(
-        path
-        for path in root.rglob(pattern)
-        if path.is_file()
-        and not excluded.intersection(parts := path.relative_to(root).parts)
-        # hidden files and folders (.git) are no text of the corpus
-        and not any(part.startswith(".") for part in parts)
-    )
+    paths = sorted(_paths_below(root, pattern, excluded))
     if not any(path.stat().st_size for path in paths):
         raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
     return Files(root, paths, decoding)

@@ -34,6 +34,7 @@ from gptlab.data.shards import (
     load_shards,
     write_durably,
 )
+from gptlab.data.splitting import DRAWS, resolve_val_split, val_threshold
 from gptlab.data.streams import Folder
 from gptlab.data.tasks import Work, do, do_all, dtype_of, expect_workers, record_path, workers
 from gptlab.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
@@ -76,7 +77,7 @@ def prepare(
     if config.corpus == "shards":
         return open_shards(config, tokenizer)
     usable_cache(config)
-    corpus = open_corpus(config)
+    corpus, config = open_corpus(config), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
     # machines that share a preparation do different tasks, and need not wait for each other
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
@@ -102,7 +103,7 @@ def look_up(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     elif config.corpus == "shakespeare" and not (config.source or downloaded(config.cache_dir).exists()):
         return None
     else:
-        folder = _cache_folder(config, tokenizer, open_corpus(config))
+        folder = _cache_folder(resolve_val_split(config), tokenizer, open_corpus(config))
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
@@ -128,6 +129,9 @@ def _make(
     """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
+    threshold = val_threshold(config, corpus, tasks)
+    if threshold not in (None, config.val_fraction * DRAWS):
+        _forget_others(folder, tasks, threshold)
     mine = [task for task in tasks if task.number % work.parts == work.part]
     done, todo = _parted(folder, mine)
     expect_workers(work, todo)
@@ -140,7 +144,7 @@ def _make(
         record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
         with workers(work, todo, tokenizer, vocab_dir) as pool:
             fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
-            work_on = functools.partial(do, folder, corpus, config, record, vocab_dir, fast)
+            work_on = functools.partial(do, folder, corpus, config, record, vocab_dir, fast, threshold)
             do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
         if waiting := _parted(folder, tasks)[1]:
             raise UserError(
@@ -150,7 +154,7 @@ def _make(
         # parts that end at the same time would take away each other's files
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
-                manifest = _write_manifest(folder, config, corpus, tasks, tokenizer)
+                manifest = _write_manifest(folder, corpus, tasks, tokenizer)
                 if len(todo) == len(tasks):  # all were written, and hashed, just now
                     remember(folder, manifest, folder.parent)
     except BrokenProcessPool as error:
@@ -188,20 +192,26 @@ def _parted(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     return [task for task in tasks if task.number in done], [task for task in tasks if task.number not in done]
 
 
+def _forget_others(folder: Path, tasks: list[Task], threshold: float | None) -> None:
+    """Have tasks done again that were split otherwise: by a gptlab that left a split of few documents empty."""
+    for task in _parted(folder, tasks)[0]:
+        path = record_path(folder, task)
+        if json.loads(path.read_text()).get("threshold") != threshold:
+            path.unlink()
+
+
 def _splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
     """Put the records of tasks together."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
     return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
 
 
-def _write_manifest(
-    folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer
-) -> Manifest:
+def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> Manifest:
     """Write the manifest, and take away what was only needed on the way."""
     splits = _splits(folder, tasks)
     for split in SPLITS:
         if not splits[split]:
-            raise UserError(_nothing_in(split, corpus, config))
+            raise UserError(f"{corpus.origin} is empty or too short: it leaves no text for {split}.")
     manifest = Manifest(
         format=FORMAT,
         origin=corpus.origin,
@@ -245,12 +255,3 @@ def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> 
         return True
     log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")
     return False
-
-
-def _nothing_in(split: Split, corpus: Corpus, config: DataConfig) -> str:
-    if config.val_split == "documents":
-        return (
-            f"{corpus.origin} leaves no document for {split} at data.val_fraction={config.val_fraction}: "
-            "give a larger fraction, or cut every document with data.val_split=tail."
-        )
-    return f"{corpus.origin} is empty or too short: it leaves no text for {split}."

@@ -73,7 +73,7 @@ class Decoding(NamedTuple):
 
 def spans(path: Path, size: int) -> Iterator[Span]:
     """Cut a file into spans of about ``size`` bytes, the same ones every time."""
-    kind, length = _kind(path), path.stat().st_size
+    kind, length = kind_of(path), path.stat().st_size
     if kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -97,7 +97,7 @@ def spans(path: Path, size: int) -> Iterator[Span]:
 def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read the documents of one span; UserError names the file and the place of what cannot be read."""
     try:
-        match _kind(path):
+        match kind_of(path):
             case "parquet":
                 yield from _rows(path, name, span, decoding)
             case "jsonl":
@@ -110,7 +110,8 @@ def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator
         raise UserError(f"{path} is damaged or not what its name says: {error}") from error
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Tell by a file's name whether it is parquet, jsonl or text, compressed or not."""
     suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
 

@@ -1,7 +1,6 @@
 """The tasks of a preparation: tokenized one by one, by as many workers as there are, each into shards of its own."""
 
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -21,8 +20,8 @@ import numpy as np
 from gptlab.data.bulk import Encode, bulk_encoder
 from gptlab.data.config import DataConfig
 from gptlab.data.corpora import Corpus, Task
-from gptlab.data.readers import Document
-from gptlab.data.shards import SPLITS, ShardWriter, Split, write_durably
+from gptlab.data.shards import SPLITS, ShardWriter, write_durably
+from gptlab.data.splitting import split_document
 from gptlab.data.tokenizers import Tokenizer, load_tokenizer
 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
@@ -129,6 +128,7 @@ def do(
     record: dict[str, Any],
     vocab_dir: str | None,
     fast: bool,
+    threshold: float | None,
     task: Task,
 ) -> int:
     """Tokenize one task into its shards, then write its record; return its tokens."""
@@ -139,7 +139,8 @@ def do(
     try:
         for document in corpus.documents(task):
             mended = int(document.mended)  # counted once
-            for split, text, begins, finishes in _split(document, config):
+            parts = split_document(document, config.val_fraction, config.split_seed, threshold)
+            for split, text, begins, finishes in parts:
                 if not text:
                     continue
                 ids = encode(text)
@@ -153,7 +154,7 @@ def do(
             writer.abandon()
         raise
     content = {split: [shard.model_dump() for shard in shards[split]] for split in SPLITS}
-    write_durably(record_path(folder, task), json.dumps(content))
+    write_durably(record_path(folder, task), json.dumps(content | {"threshold": threshold}))
     return sum(writer.tokens for writer in writers.values())
 
 
@@ -172,31 +173,3 @@ def dtype_of(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
 def record_path(folder: Path, task: Task) -> Path:
     """Where a task's record stands once its shards do."""
     return folder / f"task_{task.number:06d}.json"
-
-
-class Part(NamedTuple):
-    """What of a document a split gets, and whether that part begins and finishes there."""
-
-    split: Split
-    text: str
-    begins: bool
-    finishes: bool
-
-
-def _split(document: Document, config: DataConfig) -> Iterator[Part]:
-    """Give a document, or the two parts of it, to train and val."""
-    name, text, begin, end, _ = document
-    if config.val_split == "documents":
-        drawn = hashlib.sha256(f"{config.split_seed}\0{name}".encode()).digest()[:8]
-        in_val = int.from_bytes(drawn) < config.val_fraction * 2**64
-        yield Part("val" if in_val else "train", text, begin == 0, end == 1)
-        return
-    border = 1 - config.val_fraction
-    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
-    cut = int(len(text) * ((border - begin) / (end - begin)))
-    # where train began in a part before, it ends in this one, be it with one character
-    cut = min(max(cut, int(0 < begin < border)), len(text))
-    if begin < border:
-        yield Part("train", text[:cut], begin == 0, border <= end)
-    if border < end:
-        yield Part("val", text[cut:], begin <= border, end == 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from gptlab.data.order import training_order
 from gptlab.data.prepared import Prepared
 from gptlab.data.shards import SPLITS, Split, load_manifest
+from gptlab.data.splitting import check_val_split
 from gptlab.data.tasks import Work
 from gptlab.data.tokenizers import prompt_ids
 from gptlab.errors import UserError
@@ -19,6 +20,7 @@ from gptlab.evaluation.hellaswag import read_once
 from gptlab.experiments.directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
 from gptlab.experiments.earlier import go_on
 from gptlab.experiments.preparing import prepare_with_progress
+from gptlab.experiments.resuming import with_val_split
 from gptlab.experiments.schema import Config
 from gptlab.experiments.signals import stoppable
 from gptlab.experiments.sources.foreign import check_foreign, is_foreign
@@ -53,7 +55,7 @@ def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
 
 def make_ready(config: Config) -> tuple[Config, Prepared]:
     """Prepare the data and complete the configuration; UserError for what can be known without torch."""
-    config = config.with_absolute_paths()
+    config = with_val_split(config.with_absolute_paths())
     if isinstance(config.trainer.devices, int) and not started_from_outside():
         shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
         config.train.plan(shares)
@@ -70,6 +72,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     if config.logger.wandb is not None:
         check_mode(config.logger.wandb)
+    if not config.resume:
+        check_val_split(config.data)
     prepared = prepare_with_progress(config.data, config.tokenizer, Work())
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
@@ -83,7 +87,8 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         if (tokens := manifest.tokens(split)) < needed[split]:
             raise UserError(
                 f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
-                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do."
+                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do"
+                f"{', or a larger data.val_fraction' if split == 'val' and config.data.corpus != 'shards' else ''}."
             )
     _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)

@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from gptlab.data.splitting import resolve_val_split
 from gptlab.errors import UserError
 from gptlab.experiments.directory import load_config, newest_run
 from gptlab.experiments.schema import Config, check
@@ -73,17 +74,24 @@ def goes_on(config: Config, directory: Path) -> Config:
     return _going_on(config.with_absolute_paths().model_dump(mode="json"), _changes(config, directory), directory)
 
 
+def with_val_split(config: Config) -> Config:
+    """Resolve ``data.val_split=auto``, which is for new runs: a run that is resumed keeps its own."""
+    return config.model_copy(update={"data": resolve_val_split(config.data)})
+
+
 def differences(config: Config, directory: Path) -> list[str]:
     """Name the settings that make a configuration another run than an earlier one."""
     return [key for key in _changes(config, directory) if not _is_free(key)]
 
 
 def _changes(config: Config, directory: Path) -> list[str]:
-    """Name the settings that a configuration and an earlier run do not share; the vocabulary is the tokenizer's."""
+    """Name the settings that differ from an earlier run's, except those that are left to the tokenizer or the data."""
     values, earlier = (c.with_absolute_paths().model_dump(mode="json") for c in (config, load_config(directory)))
     keys = {*_leaves(values), *_leaves(earlier)} - BEGINNINGS.keys()
     if values["model"]["vocab_size"] is None:
         keys.remove("model.vocab_size")
+    if config.data.val_split == "auto":
+        keys.remove("data.val_split")
     return sorted(key for key in keys if _at(values, key) != _at(earlier, key))
 
 
@@ -91,6 +99,8 @@ def _going_on(values: dict[str, Any], named: list[str], directory: Path) -> Conf
     """Apply the values that are named to the configuration of an earlier run; UserError for one that cannot change."""
     earlier = load_config(directory).model_dump(mode="json")
     precision = earlier["trainer"]["precision"]
+    if _at(values, "data.val_split") == "auto":
+        values["data"]["val_split"] = earlier["data"]["val_split"]
     for key in named:
         if not _is_free(key) and not values.get("force_resume") and _at(values, key, key) != _at(earlier, key):
             raise UserError(

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveFloat
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.preparation import look_up
 from gptlab.data.shards import Manifest
+from gptlab.data.splitting import check_val_split
 from gptlab.data.tokenizers import BytesTokenizer, GPT2Tokenizer
 from gptlab.errors import UserError
 from gptlab.experiments.resuming import plain, resolve
@@ -49,8 +50,10 @@ def with_data(config: Config) -> tuple[Config, Manifest | None]:
     """Complete a configuration with its vocabulary, from the data where it is prepared; nothing is prepared for it.
 
     Raises:
-        UserError: The vocabulary is known only when the data is.
+        UserError: The vocabulary is known only when the data is, or the data is not to be split so.
     """
+    if not config.resume:
+        check_val_split(config.data)
     manifest = look_up(config.data, config.tokenizer)
     if manifest is not None:
         return config.with_vocabulary(manifest.vocab_size), manifest

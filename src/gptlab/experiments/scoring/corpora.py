@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepared import Prepared
 from gptlab.data.shards import load_manifest
+from gptlab.data.splitting import check_val_split
 from gptlab.data.tasks import Work
 from gptlab.errors import UserError
 from gptlab.experiments.directory import load_config
@@ -41,7 +42,7 @@ def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: boo
         tokenizer_is_named: Whether a tokenizer stands on the command line, and not just in an option of ``data``.
 
     Raises:
-        UserError: No corpus is named, it cannot be had, or it holds other tokens than the model's.
+        UserError: No corpus is named, it cannot be had or split so, or it holds other tokens than the model's.
     """
     model = source.tokenizer()
     record = model.record()
@@ -59,6 +60,7 @@ def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: boo
             )
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
+        check_val_split(config.data)
         data, tokenizer = config.data, _settings(record, source, config.tokenizer)
         trained = model if record["name"] in ("characters", "bpe") else None
     prepared = prepare_with_progress(data, tokenizer, Work(), trained)

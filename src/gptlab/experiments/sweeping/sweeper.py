@@ -11,7 +11,7 @@ from omegaconf import DictConfig, open_dict
 from gptlab.errors import UserError
 from gptlab.experiments.exits import DONE, SweepEnded
 from gptlab.experiments.records.sweeps import Sweep
-from gptlab.experiments.resuming import resolve
+from gptlab.experiments.resuming import resolve, with_val_split
 from gptlab.experiments.schema import Config, check
 from gptlab.experiments.sweeping.cluster import Cluster, check_cluster
 from gptlab.experiments.sweeping.conductor import Conductor, Runner
@@ -51,7 +51,7 @@ def sweep(
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):
             del values["hydra"]  # which is Hydra's own, and of no job yet
-        return resolve(values, overrides).with_absolute_paths()
+        return with_val_split(resolve(values, overrides).with_absolute_paths())
 
     base = _checked(space, compose, is_grid=wanted.search == "grid")
     if base.logger.wandb is not None:

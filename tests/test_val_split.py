@@ -1,0 +1,132 @@
+"""data.val_split from the command to the run directory, and runs of before, which keep theirs."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from gptlab.data.preparation import prepare
+from gptlab.data.shards import load_manifest
+from gptlab.errors import UserError
+from gptlab.experiments.command import configuration_folder
+from gptlab.experiments.directory import create
+from gptlab.experiments.earlier import go_on
+from gptlab.experiments.launching import make_ready
+from gptlab.experiments.resuming import differences, resolve
+from gptlab.experiments.schema import Config
+from test_train import mistaken, ran
+
+REFUSED = "data.val_split=tail would cut each document"
+RECORDS = ("data=text", "data.source=docs.jsonl", "data.column=text")
+SMALL = ("model=tiny", "model.block_size=32", "train.max_steps=6", "trainer=cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPTLAB_CACHE", str(tmp_path / "cache"))
+    write_records(tmp_path)
+    (tmp_path / "book.txt").write_text("it was a dark and stormy night\n" * 200)
+    return tmp_path
+
+
+def write_records(folder: Path) -> None:
+    texts = [f"{n}: the {['cat', 'dog'][n % 2]} has a fish END" for n in range(400)]
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def composed(*arguments: str) -> Config:
+    """What ``gptlab.train`` makes of these arguments."""
+    overrides = list(arguments)
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        return resolve(compose("train", overrides), overrides)
+
+
+def run_of(config: Config, directory: Path) -> Path:
+    """A run directory with a checkpoint, of a configuration that is not looked at."""
+    config = config.with_absolute_paths()
+    prepared = prepare(config.data, config.tokenizer)
+    create(config.with_vocabulary(prepared.manifest.vocab_size), prepared.manifest, directory)
+    (directory / "checkpoints" / "step_000006").mkdir(parents=True)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "split"),
+    [(RECORDS, "documents"), (("data=text", "data.source=book.txt"), "tail"), (("data=python_stdlib",), "documents")],
+)
+def test_a_run_records_the_split_that_the_default_means(folder, arguments, split):
+    config = composed(*SMALL, *arguments)
+    assert make_ready(config)[0].data.val_split == split
+    earlier = run_of(composed(*SMALL, *arguments, f"data.val_split={split}"), folder / "run")
+    assert differences(config, earlier) == []
+    assert go_on(config, earlier)[0].resume == str(earlier)
+
+
+def test_a_run_of_before_that_cut_every_document_is_resumed_as_it_was(folder):
+    new = (*SMALL, *RECORDS)
+    earlier = run_of(composed(*new, "data.val_split=tail"), folder / "run")
+    shutil.rmtree(folder / "cache")
+    for arguments in (
+        (f"resume={earlier}",),
+        (f"resume={earlier}", "data.val_split=auto"),
+        new,  # in the place of a trial, or of a job that is requeued
+        (*new, "data.val_split=tail"),
+    ):
+        config, prepared = make_ready(go_on(composed(*arguments), earlier)[0])
+        assert (config.resume, config.data.val_split) == (str(earlier), "tail")
+        assert prepared.manifest == load_manifest(earlier)
+    assert differences(composed(*new, "data.val_split=documents"), earlier) == ["data.val_split"]
+
+
+@pytest.mark.parametrize("extra", [(), ("init_from",)], ids=["", "init_from"])
+def test_a_new_run_may_not_cut_every_document(folder, extra):
+    tail = (*SMALL, *RECORDS, "data.val_split=tail")
+    extra = [f"init_from={run_of(composed(*tail), folder / 'run')}" for _ in extra]
+    config = composed(*tail, "data.cache_dir=unwritten", *extra)
+    with pytest.raises(UserError, match=REFUSED):
+        make_ready(config)
+    assert not (folder / "unwritten").exists()
+    assert make_ready(composed(*SMALL, "data=text", "data.source=book.txt", "data.val_split=tail", *extra))
+
+
+@pytest.mark.parametrize("module", ["prepare", "plan", "train"])
+def test_a_command_that_would_cut_every_document_ends_before_anything_is_written(user, module):
+    write_records(user.folder)
+    mistaken(user.python(f"gptlab.{module}", *RECORDS, "data.val_split=tail"), REFUSED)
+    assert not list(user.folder.glob("cache")) + list(user.folder.glob("outputs"))
+
+
+# gptlab.train of before: nothing is refused
+OF_BEFORE = """
+import runpy
+from gptlab.experiments import launching
+launching.check_val_split = lambda config: None
+runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_before_is_resumed_and_evaluated_and_its_split_not_taken_over(user):
+    write_records(user.folder)
+    old = (*SMALL, *RECORDS, "callbacks=checkpoint", "train.eval_every=3", "train.eval_windows=4")
+    ran(user.run(sys.executable, "-c", OF_BEFORE, *old, "data.val_split=tail"))
+    run = user.only_run()
+    shutil.rmtree(user.folder / "cache")
+    done = user.python("gptlab.evaluate", f"run={run}")
+    ran(done)
+    assert "not any more" not in done.stdout + done.stderr
+    ran(user.python("gptlab.train", f"resume={run}", "train.max_steps=9"))
+    ran(user.python("gptlab.train", *old, "resume=auto", "train.max_steps=12"))
+    assert run == user.only_run()
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["val_split"] == "tail"
+    mistaken(user.python("gptlab.evaluate", f"run={run}", *RECORDS, "data.val_split=tail"), REFUSED)
+    ran(user.python("gptlab.train", *old, f"init_from={run}", "name=new"))
+    assert yaml.safe_load((user.only_run("new") / "config.yaml").read_text())["data"]["val_split"] == "documents"
+    done = user.python("gptlab.train", "-m", *old, "data.val_split=tail", "seed=1,2", "name=swept")
+    assert done.returncode != 0
+    assert done.stdout.count(REFUSED) >= 2
