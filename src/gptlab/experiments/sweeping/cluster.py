@@ -118,7 +118,7 @@ class Cluster:
 
         if trial.job is None:
             return False
-        job = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
+        job: Any = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
         has_result = trial.state == "running" and job.paths.result_pickle.exists()
         if not has_result and not self._lives(trial):
             return False
