@@ -5,10 +5,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from gptlab.experiments.command import configuration_folder
+from gptlab.experiments.hub_names import REPOSITORIES
 from gptlab.experiments.resuming import plain, resolve
 from gptlab.experiments.schema import Config, check
 from gptlab.experiments.scoring.settings import EvaluateConfig
-from gptlab.experiments.sources.hub import REPOSITORIES
 from gptlab.training.schedules import learning_rate
 
 GROUPS = (

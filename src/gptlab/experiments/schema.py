@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError, did_you_mean
-from gptlab.experiments.sources.hub import is_on_hub
+from gptlab.experiments.hub_names import is_on_hub
 from gptlab.model.config import GPTConfig, LoRAConfig
 from gptlab.settings import Settings
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig

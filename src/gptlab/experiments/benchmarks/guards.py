@@ -27,7 +27,10 @@ def measure(bench: GuardsBench, rounds: int) -> Iterator[Part]:
     without, guarded = Row("", "without guards", []), Row("", "with guards", [])
     for number in range(rounds):
         with get_console().status(f"round {number + 1} of {rounds}"):
-            plain, with_guards = map(of_steps, times_of_steps(bench))
+            plain, with_guards = map(
+                of_steps,
+                times_of_steps(bench.model, bench.optimizer, batch_size=bench.batch_size, steps=bench.steps),
+            )
         without.samples.append(plain)
         guarded.samples.append(with_guards | more(with_guards, plain))
     caption = (

@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from gptlab.data.batches import Batch
-from gptlab.experiments.benchmarks.guards import GuardsBench
 from gptlab.experiments.benchmarks.measuring import StepTime
 from gptlab.experiments.directory import STACKS
 from gptlab.experiments.logs import quieten_lightning
+from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.guard import Guard
 from gptlab.training.callbacks.pulse import Pulse
 from gptlab.training.callbacks.watchdog import Watchdog
-from gptlab.training.config import ConstantConfig, TrainConfig
+from gptlab.training.config import AdamWConfig, ConstantConfig, TrainConfig
 from gptlab.training.module import GPTModule
 
 TURN = 10  # steps; the first of each is not counted, as it ends what the other way has begun
@@ -65,17 +65,19 @@ class _Turns(L.Callback):
         self._begun = StepTime.now()
 
 
-def times_of_steps(bench: GuardsBench) -> tuple[list[StepTime], list[StepTime]]:
-    """Train on random tokens; return the times of every step without guards, and with them."""
+def times_of_steps(
+    model: GPTConfig, optimizer: AdamWConfig, *, batch_size: int, steps: int
+) -> tuple[list[StepTime], list[StepTime]]:
+    """Train on random tokens; return the times of ``steps`` steps without guards, and of as many with them."""
     quieten_lightning()
     torch.manual_seed(0)
     turns, pulse = _Turns(), Pulse()
     turns.guards = [pulse, Guard(pulse, cast(TrainConfig, LIMITS), "")]
-    module = _module(bench)
+    module = _module(model, optimizer)
     trainer = L.Trainer(
         accelerator="auto",
         devices=1,
-        max_steps=(2 * -(-bench.steps // (TURN - 1)) + 1) * TURN,
+        max_steps=(2 * -(-steps // (TURN - 1)) + 1) * TURN,
         max_epochs=-1,
         callbacks=[turns],
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
@@ -86,20 +88,20 @@ def times_of_steps(bench: GuardsBench) -> tuple[list[StepTime], list[StepTime]]:
     )
     with TemporaryDirectory() as folder, Watchdog(trainer, TIMEOUT, Path(folder) / STACKS) as watchdog:
         turns.guards.append(watchdog)
-        trainer.fit(module, _batches(bench))
-    return turns.times[0][: bench.steps], turns.times[1][: bench.steps]
+        trainer.fit(module, _batches(model, batch_size))
+    return turns.times[0][:steps], turns.times[1][:steps]
 
 
-def _module(bench: GuardsBench) -> _Module:
+def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
     return _Module(
-        GPT(bench.model),
-        optimizer=bench.optimizer,
+        GPT(model),
+        optimizer=optimizer,
         schedule=ConstantConfig(name="constant", warmup_steps=0),
         max_steps=10**9,
         grad_clip=1.0,
         ema_decay=None,
         seed=0,
-        token_bytes=torch.ones(bench.model.vocab_size or 0),
+        token_bytes=torch.ones(model.vocab_size or 0),
         compile=False,
         compile_mode="default",
         micro_batch_sizes=1,
@@ -107,8 +109,8 @@ def _module(bench: GuardsBench) -> _Module:
     )
 
 
-def _batches(bench: GuardsBench) -> DataLoader[Batch]:
-    assert bench.model.vocab_size is not None  # noqa: S101  (conf/bench.yaml has it)
-    tokens = torch.randint(bench.model.vocab_size, (bench.batch_size, bench.model.block_size + 1))
+def _batches(model: GPTConfig, batch_size: int) -> DataLoader[Batch]:
+    assert model.vocab_size is not None  # noqa: S101  (conf/bench.yaml has it)
+    tokens = torch.randint(model.vocab_size, (batch_size, model.block_size + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], None)
     return DataLoader(cast(Any, [batch] * 10**6), batch_size=None)

@@ -4,19 +4,12 @@ import os
 from pathlib import Path
 
 from gptlab.errors import UserError, first_line
+from gptlab.experiments.hub_names import ADDRESS, REPOSITORIES
 
-# OpenAI's four (Radford et al. 2019, table 2), by the names under which nanoGPT and transformers know them
-REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-ADDRESS = "hf://"  # of any other: hf://<owner>/<name>
 FILES = [
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
 ]
-
-
-def is_on_hub(name: str) -> bool:
-    """Whether ``name`` is a model of the hub; a folder or a file of that name comes first."""
-    return (name in REPOSITORIES or name.startswith(ADDRESS)) and not Path(name).exists()
 
 
 def folder_of(name: str) -> Path:

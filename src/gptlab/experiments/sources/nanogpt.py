@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptlab.errors import UserError
 from gptlab.experiments.schema import Config
-from gptlab.experiments.sources.weights import nanogpt_checkpoint
+from gptlab.experiments.sources.nanogpt_file import nanogpt_checkpoint
 from gptlab.model.foreign import EMBEDDING, HEAD, renamed
 from gptlab.model.gpt import GPT
 from gptlab.training.checkpoints.reading import Checkpoint

@@ -9,6 +9,7 @@ from gptlab.data.shards import load_manifest
 from gptlab.data.tokenizers import GPT2Tokenizer, Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 from gptlab.experiments.directory import check_saved, load_config
+from gptlab.experiments.hub_names import REPOSITORIES, is_on_hub
 from gptlab.experiments.records.runs import CONFIG
 from gptlab.experiments.sources.foreign import (
     check_archive,
@@ -18,7 +19,7 @@ from gptlab.experiments.sources.foreign import (
     is_foreign,
     nanogpt_shape,
 )
-from gptlab.experiments.sources.hub import REPOSITORIES, folder_of, is_on_hub
+from gptlab.experiments.sources.hub import folder_of
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 
 # What no file of another program says, since it changes nothing in a network that is trained
@@ -112,7 +113,7 @@ def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
 
 def _nanogpt(path: Path) -> dict[str, Any]:
     check_archive(path)
-    from gptlab.experiments.sources.weights import nanogpt_checkpoint  # torch
+    from gptlab.experiments.sources.nanogpt_file import nanogpt_checkpoint  # torch
 
     return nanogpt_shape(path, nanogpt_checkpoint(path).get("model_args"))
 

@@ -1,18 +1,18 @@
 """Weights out of run directories, and those of others. Nothing is unpickled but plain tensors and numbers."""
 
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from gptlab.errors import UserError
 from gptlab.experiments.directory import best_checkpoint, load_config
 from gptlab.experiments.sources.foreign import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
+from gptlab.experiments.sources.nanogpt_file import nanogpt_checkpoint
 from gptlab.experiments.sources.source import Source, open_source
 from gptlab.model.foreign import fitted, renamed
 from gptlab.model.gpt import GPT, hollow
 from gptlab.model.lora import merged
-from gptlab.training.checkpoints.reading import read_plain, read_weights
+from gptlab.training.checkpoints.reading import read_weights
 
 
 def load_weights(model: GPT, path: Path) -> None:
@@ -34,17 +34,6 @@ def load_model(source: Source | Path) -> GPT:
     weights = {name: tensor.float().contiguous() for name, tensor in _weights(model, source.path).items()}
     model.fill(weights)
     return model.requires_grad_(True).eval()
-
-
-def nanogpt_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint of nanoGPT; its tensors stay on disk until they are used. UserError where it is none."""
-    checkpoint = read_plain(path)
-    if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("model", {})):
-        raise UserError(
-            f"{path} is not a checkpoint of nanoGPT: it has no model of named tensors. A run of gptlab is named by "
-            "its directory."
-        )
-    return checkpoint
 
 
 def _weights(model: GPT, path: Path) -> dict[str, Tensor]:
@@ -76,8 +65,3 @@ def _foreign(model: GPT, path: Path) -> dict[str, Tensor]:
         return fitted(model, renamed(state, transposed=path.is_dir()))
     except ValueError as error:
         raise UserError(f"The weights of {path} do not fit this model: {error}.") from error
-
-
-def _are_tensors(state: Any) -> bool:
-    tensors = state.items() if isinstance(state, dict) else ()
-    return bool(tensors) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors)
