@@ -108,7 +108,7 @@ def check_record_at_wandb(user, server, directory: Path, run) -> None:
     server.die()
     done = user.python("gptlab.evaluate", f"run={directory}", "out=elsewhere")
     ran(done)
-    assert "W&B does not get what was found" in done.stdout
+    assert "The evaluation is not sent to W&B" in done.stdout
     assert len(list((user.folder / "elsewhere").iterdir())) == 1
 
 

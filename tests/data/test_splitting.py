@@ -170,8 +170,8 @@ def test_a_preparation_that_left_val_empty_before_is_completed_with_a_document_i
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("a.txt", "some text", r"only one document.* data\.val_split=tail would cut it"),
-        ("a.jsonl", '{"text": "some text"}\n{"text": ""}\n', r"only one document.* data\.val_split=tail would cut it"),
+        ("a.txt", "some text", r"only one document.* data\.val_split=tail to split it"),
+        ("a.jsonl", '{"text": "some text"}\n{"text": ""}\n', r"only one document.* data\.val_split=tail to split it"),
         ("a.jsonl", '{"text": ""}\n', "no document with text"),
     ],
 )
@@ -194,15 +194,19 @@ def test_tail_is_refused_for_several_documents(tmp_path, kind):
     source = write_answers(tmp_path, "parquet" if kind == "datasets" else kind)
     values = {"corpus": "huggingface", "path": str(source.parent)} if kind == "datasets" else {"source": str(source)}
     config = data_config(**values, column="text", val_split="tail")
-    with pytest.raises(UserError, match=r"data\.val_split=tail .* one single text\. data\.val_split=documents"):
+    with pytest.raises(UserError, match=r"data\.val_split=tail needs a single document.*Use data\.val_split=documents"):
         check_val_split(config)
     check_val_split(config.model_copy(update={"val_split": "auto"}))
 
 
 def test_tail_and_the_default_report_a_missing_source(tmp_path):
-    for split, tell in (
-        ("tail", check_val_split),
-        ("auto", lambda config: prepare_text(Path(config.source), val_split="auto")),
-    ):
+    for split in ("tail", "auto"):
+        check_val_split(data_config(source=str(tmp_path / "none.jsonl"), val_split=split))
         with pytest.raises(UserError, match="there is no such file or folder"):
-            tell(data_config(source=str(tmp_path / "none.jsonl"), val_split=split))
+            prepare_text(tmp_path / "none.jsonl", val_split=split)
+
+
+def test_a_single_record_is_split_at_its_end_by_default(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "0123456789"}\n{"text": ""}\n')
+    prepared = prepare_text(tmp_path / "one.jsonl", column="text", val_split="auto")
+    assert documents(prepared, "train") + documents(prepared, "val") == ["012345678", "9"]

@@ -236,14 +236,26 @@ def is_missing(config: DataConfig) -> bool:
     return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
 
 
-def is_one_text(config: DataConfig) -> bool:
-    """Whether a corpus is one text file, compressed or not, and no other that is not empty; no file is read."""
+def has_several_documents(config: DataConfig) -> bool:
+    """Whether a corpus has more than one document. Of a file of records two are read, and else nothing.
+
+    Raises:
+        UserError: A file of records is damaged, or does not have the column.
+    """
     if config.corpus != "text":
-        return config.corpus == "shakespeare"
+        return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
     source = Path(config.source or "").expanduser()
     paths = _paths_below(source, "*", set()) if source.is_dir() else iter([source])
-    first = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
-    return [kind_of(path) for path in first] == ["text"]
+    files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
+    if len(files) != 1 or kind_of(files[0]) == "text":
+        return len(files) > 1
+    corpus = open_corpus(config)
+    return len(set(islice(names_of_documents(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
+
+
+def names_of_documents(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
+    """Yield the names of the documents that have text, in order; for each part where one comes in several."""
+    return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
 def _paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:

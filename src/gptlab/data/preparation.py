@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 TASKS = 64  # a small corpus is cut into so many, for all cores to have some; but not into ...
 LEAST_TASK = 2**24  # ... less than so many bytes
+UNEQUAL = 3  # times data.val_fraction, or a third of it: more or less is warned of
 PLACES = 8  # of the corpus, at most, on which a faster encoder is tried
 TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
@@ -155,6 +156,7 @@ def _make(
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
                 manifest = _write_manifest(folder, corpus, tasks, tokenizer)
+                _warn_of_unequal_split(manifest, config)
                 if len(todo) == len(tasks):  # all were written, and hashed, just now
                     remember(folder, manifest, folder.parent)
     except BrokenProcessPool as error:
@@ -193,11 +195,12 @@ def _parted(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
 
 
 def _forget_others(folder: Path, tasks: list[Task], threshold: float | None) -> None:
-    """Have tasks done again that were split otherwise: by a gptlab that left a split of few documents empty."""
+    """Delete the records of tasks that were split with another threshold, so that they are redone."""
     for task in _parted(folder, tasks)[0]:
         path = record_path(folder, task)
-        if json.loads(path.read_text()).get("threshold") != threshold:
-            path.unlink()
+        with suppress(FileNotFoundError):  # another machine's part has deleted it
+            if json.loads(path.read_text()).get("threshold") != threshold:
+                path.unlink()
 
 
 def _splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
@@ -229,6 +232,18 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
         )
     _clear(folder)
     return manifest
+
+
+def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
+    """Warn where few documents make val much larger or smaller than ``data.val_fraction``."""
+    sizes = {split: sum(shard.bytes for shard in manifest.splits[split]) for split in SPLITS}
+    share = sizes["val"] / max(1, sum(sizes.values()))
+    if not config.val_fraction / UNEQUAL <= share <= config.val_fraction * UNEQUAL:
+        log.warning(
+            "%.1f %% of %s is val, with data.val_fraction=%s: it has few documents, or they differ much in length. "
+            "Another data.split_seed chooses others.",
+            *(100 * share, manifest.origin, config.val_fraction),
+        )
 
 
 def _clear(folder: Path) -> None:

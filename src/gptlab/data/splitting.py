@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
-from gptlab.data.corpora import Corpus, Task, is_missing, is_one_text, open_corpus
+from gptlab.data.corpora import Corpus, Task, has_several_documents, is_missing, names_of_documents
 from gptlab.data.readers import Document
 from gptlab.data.shards import Split
 from gptlab.errors import UserError
@@ -14,34 +14,26 @@ DRAWS = 2**64  # a document draws a whole number below this
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
-    """Replace ``data.val_split=auto`` by "tail" for one single text and by "documents" for all else.
+    """Replace ``data.val_split=auto`` by "tail" for a single document and by "documents" for several.
 
     It stays where the source is missing, which opening the corpus reports.
     """
     if config.val_split != "auto" or is_missing(config):
         return config
-    return config.model_copy(update={"val_split": "tail" if is_one_text(config) else "documents"})
+    return config.model_copy(update={"val_split": "documents" if has_several_documents(config) else "tail"})
 
 
 def check_val_split(config: DataConfig) -> None:
-    """Refuse ``data.val_split=tail`` for several documents, which a new run or preparation would cut one by one.
+    """Refuse ``data.val_split=tail`` for several documents, each of which would be split in two.
 
     Raises:
-        UserError: There are several documents, or the corpus is missing or damaged.
+        UserError: There are several documents, or a file of records is damaged.
     """
-    if config.val_split != "tail" or config.corpus == "shards" or is_one_text(config):
-        return
-    if config.corpus == "huggingface":  # not loaded for this
-        several, origin = True, f"data.path={config.path}"
-    else:
-        corpus = open_corpus(config)
-        names = _names(corpus, corpus.tasks(config.task_bytes))
-        first, origin = next(names, None), corpus.origin
-        several = any(name != first for name in names)
-    if several:
+    if config.val_split == "tail" and not is_missing(config) and has_several_documents(config):
+        origin = config.source or config.path or f"data={config.corpus}"
         raise UserError(
-            f"data.val_split=tail would cut each document of {origin} in two: tail is for one single text. "
-            "data.val_split=documents gives whole documents to val."
+            f"data.val_split=tail needs a single document, but {origin} has several, and each would be split in two. "
+            "Use data.val_split=documents."
         )
 
 
@@ -64,14 +56,14 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
         return None
     threshold = config.val_fraction * DRAWS
     smallest, largest = DRAWS, -1
-    for name in _names(corpus, tasks):
+    for name in names_of_documents(corpus, tasks):
         drawn = draw(name, config.split_seed)
         smallest, largest = min(smallest, drawn), max(largest, drawn)
         if smallest < threshold <= largest:
             return threshold
     if smallest >= largest:
         number = "no" if largest < 0 else "only one"
-        hint = "" if largest < 0 or config.corpus == "huggingface" else " data.val_split=tail would cut it in two."
+        hint = "" if largest < 0 or config.corpus == "huggingface" else " Use data.val_split=tail to split it."
         raise UserError(
             f"data.val_split=documents: {corpus.origin} holds {number} document with text, and train and val need one "
             f"each.{hint}"
@@ -82,11 +74,6 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
 def draw(name: str, seed: int) -> int:
     """Return what a document draws, from its name and ``data.split_seed`` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
-
-
-def _names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
-    """Yield the names of the documents that have text, in order, of each part where a document comes in several."""
-    return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
 class Part(NamedTuple):

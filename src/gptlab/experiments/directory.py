@@ -35,7 +35,7 @@ def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock
     except OSError as error:
         raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
     lock.acquire(directory)
-    if has_checkpoint(directory):  # of the process that held the lock until now
+    if (directory / CONFIG).is_file() and has_checkpoint(directory):  # of the process that held the lock until now
         raise UserError(
             f"{directory} was written by another process in the meantime. The same command resumes that run."
         )

@@ -44,6 +44,11 @@ def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
         The exit status.
     """
     config, place = go_on(config, place)
+    if config.resume:
+        try:
+            check_val_split(config.data)
+        except UserError as error:
+            log.warning("This run keeps the split that it began with. %s", error)
     config, prepared = make_ready(config)
     if started_from_outside() or (config.trainer.strategy == "single" and alone):
         from gptlab.experiments.job import run  # torch is needed from here on

@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-import socket
+import sys
+import time
 from pathlib import Path
 from typing import Self
 
@@ -15,16 +16,19 @@ from gptlab.experiments.exits import FAILED
 log = logging.getLogger(__name__)
 
 LOCK = ".run.lock"  # names its owner's host, process and start time
-LEASE = 60.0  # seconds without a refresh after which an owner on another host counts as dead
-WAIT = 5.0  # seconds in which an owner on this host may end; workers outlive a killed supervisor by a moment
+REFRESH = 5.0  # seconds between the owner's refreshes
+LEASE = 120.0  # seconds without a refresh after which the owner counts as dead; shared file systems may stall
+WAIT = 5.0  # seconds that a live owner has to end: workers outlive a killed supervisor by a moment
+POLL = 0.1  # seconds
 
 
 class RunLock:
     """Lock of a run directory, held by the process that writes there.
 
-    The lock of an owner that is dead is taken over: at once on the host of that owner, elsewhere when the owner has
-    not refreshed it for ``LEASE`` seconds. A process whose lock was taken over (it was suspended, or cut off from the
-    file system) ends as soon as it notices.
+    The owner refreshes the lock every ``REFRESH`` seconds. A lock is taken over at once where its owner is a process of
+    this host that has ended, and elsewhere after ``LEASE`` seconds without a refresh, by the waiting process's clock.
+    An owner that loses its lock (it was suspended, cut off from the file system, or the file was deleted) exits when
+    its next refresh fails.
     """
 
     def __init__(self) -> None:
@@ -38,59 +42,59 @@ class RunLock:
             self._lease.release()
 
     def acquire(self, directory: Path) -> None:
-        """Acquire the lock of ``directory``, once.
+        """Acquire the lock of ``directory``, unless this object holds a lock already.
 
         Raises:
             UserError: Another process holds it, or no file can be created there.
         """
         if self._lease is not None:
             return
-        path = directory / LOCK
-        lease = SoftFileLease(path, lease_duration=LEASE, on_compromise=_end)
+        path, began = directory / LOCK, time.monotonic()
+        lease = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=REFRESH, on_compromise=_exit)
+        refreshed = _refreshed(path)
         try:
-            self._lease = _acquired(lease, path, 0) or _acquired(lease, path, _patience(path))
+            while not _acquired(lease):
+                waited = time.monotonic() - began
+                if waited > LEASE + WAIT or (waited > WAIT and _refreshed(path) not in (refreshed, None)):
+                    raise UserError(
+                        f"{directory} is being written by {_owner(path)}. Two processes would mix their rows and "
+                        "checkpoints: wait for the other one or end it, then run the same command again."
+                    )
+                if waited < POLL:
+                    log.info("Waiting for %s, which writes %s ...", _owner(path), directory)
+                time.sleep(POLL)
         except OSError as error:
             raise UserError(f"{directory} cannot be locked for writing: {error}.") from error
-        if self._lease is None:
-            raise UserError(
-                f"{directory} is being written by {_owner(path)}. Two processes would mix their rows and checkpoints: "
-                "wait for the other one or end it, then run the same command again."
-            )
+        self._lease = lease
 
 
-def _acquired(lease: SoftFileLease, path: Path, timeout: float) -> SoftFileLease | None:
-    if timeout:
-        log.info("Waiting up to %.0f s for %s, which holds %s", timeout, _owner(path), path)
+def _acquired(lease: SoftFileLease) -> bool:
     with contextlib.suppress(Timeout):
-        lease.acquire(timeout=timeout, poll_interval=0.1)
-        return lease
+        lease.acquire(timeout=0)
+        return True
+    return False
+
+
+def _refreshed(path: Path) -> tuple[int, int] | None:
+    """Return what changes with each refresh of a lock; None if it does not exist."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_mtime_ns
     return None
 
 
-def _patience(path: Path) -> float:
-    """Return how many seconds to wait for the owner of a lock; on another host only its silence shows that it is dead.
-
-    A lease is not shortened by clocks that differ: who waits watches for refreshes.
-    """
-    host = _fields(path).get("host", "").partition("?")[0]  # filelock appends a container's namespace
-    return WAIT if host == socket.gethostname() else LEASE + WAIT
-
-
 def _owner(path: Path) -> str:
-    fields = _fields(path)
+    """Name the process that a lock file names."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        fields = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
     return f"process {fields.get('pid', '(unknown)')} on {fields.get('host', '(unknown)')}"
 
 
-def _fields(path: Path) -> dict[str, str]:
-    """Read what a lock names; empty where it is gone."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
-    return {}
-
-
-def _end(loss: LeaseCompromise) -> None:
-    """End this process where another one has taken over the run; filelock calls this from its own thread."""
-    if loss.reason == "owner-changed":
-        log.critical("%s has taken over the run that this process wrote; it ends.", _owner(Path(loss.lock_file)))
-        os._exit(FAILED)
-    log.warning("The lock %s is no longer refreshed: %s.", loss.lock_file, loss.error or loss.reason)
+def _exit(loss: LeaseCompromise) -> None:
+    """End this process, whose lock is lost: another process may write the run. filelock calls this from its thread."""
+    path = Path(loss.lock_file)
+    reason = f"{_owner(path)} took over this run" if loss.reason == "owner-changed" else f"{loss.error or loss.reason}"
+    # not logged: train.log may be another process's by now
+    print(f"gptlab: The lock {path} is lost ({reason}). Exiting.", file=sys.stderr, flush=True)
+    os._exit(FAILED)

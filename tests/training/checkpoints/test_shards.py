@@ -151,6 +151,23 @@ def of_text(description: Metadata) -> None:
     description.state_dict_metadata[NAME] = "tensor"
 
 
+def without_chunks(description: Metadata) -> None:
+    description.state_dict_metadata[NAME].chunks.clear()
+
+
+def larger_than_its_chunks(description: Metadata) -> None:
+    description.state_dict_metadata[NAME].size = torch.Size([2**30, 2])
+
+
+def larger_than_its_bytes(description: Metadata) -> None:
+    larger_than_its_chunks(description)
+    description.state_dict_metadata[NAME].chunks[0].sizes = torch.Size([2**30, 2])
+
+
+def beyond_its_file(description: Metadata) -> None:
+    description.storage_data[MetadataIndex(NAME, (0, 0))].length = 10**9
+
+
 def of_nothing(description: Metadata) -> None:
     del description.state_dict_metadata[NAME]
 
@@ -160,7 +177,11 @@ def of_nothing(description: Metadata) -> None:
     [
         (of_another_size, r"size \[-3, 2\]"),
         (beside_its_place, r"\.\./step_000002"),
-        (of_text, "TensorStorageMetadata"),
+        (of_text, "expected TensorStorageMetadata, got 'tensor'"),
+        (without_chunks, f"chunks of {NAME} do not fill it"),
+        (larger_than_its_chunks, f"chunks of {NAME} do not fill it"),
+        (larger_than_its_bytes, f"a chunk of {NAME} is not stored"),
+        (beyond_its_file, f"a chunk of {NAME} lies outside of __0_0.distcp"),
         (of_nothing, f"stores {NAME}"),
     ],
 )
@@ -170,6 +191,13 @@ def test_a_description_that_is_wrong_is_refused(place, change, reason):
     (place / ".metadata").write_bytes(pickle.dumps(description))
     with pytest.raises(UserError, match=rf"\.metadata cannot be read as the description of shards: .*{reason}"):
         read_metadata(place / ".metadata")
+
+
+def test_a_tensor_of_an_optimizer_that_is_not_there_is_refused(place):
+    state = torch.load(place / "state.pt", weights_only=True)
+    torch.save(state | {"optimizer_states": []}, place / "state.pt")
+    with pytest.raises(UserError, match=r"shards of .* do not belong to its state\.pt"):
+        read(place)
 
 
 def test_damaged_bytes_raise_no_other_error(place):
@@ -182,4 +210,4 @@ def test_damaged_bytes_raise_no_other_error(place):
         for kind in (content[:cut], bytes(damaged)):
             (place / ".metadata").write_bytes(kind)
             with contextlib.suppress(UserError):
-                read_metadata(place / ".metadata")
+                assert len(read_metadata(place / ".metadata").state_dict_metadata) <= len(TENSORS)

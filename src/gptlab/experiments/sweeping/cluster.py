@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".submitit"
 ASK_EVERY = 5.0  # seconds
+SLURM_TIMEOUT = 60.0  # seconds that squeue may take; it gives up by itself after MessageTimeout, 10 by default
 PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
 OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -40,8 +41,8 @@ class TrialJob:
     def __call__(self) -> int:
         """Run the trial and return its exit status, which submitit stores as the result of the job.
 
-        A trial that a signal has stopped has no result yet: SystemExit, of submitit's handler or of this method, ends
-        the process without one. The job may be in the queue again; if it is not, the sweep finds out from SLURM.
+        A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
+        submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
         """
         status = status_of_work(lambda: run_file(self.file))
         if status == PREEMPTED:
@@ -82,6 +83,7 @@ class Cluster:
         self._unknown: dict[int, int] = {}
         self._asked = 0.0
         self._told = False
+        self._warned = False
         self._stopped = False
 
     @property
@@ -119,9 +121,9 @@ class Cluster:
         if trial.job is None:
             return False
         job: Any = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
-        has_result = trial.state == "running" and job.paths.result_pickle.exists()
-        if not has_result and not self._lives(trial):
-            return False
+        has_result = job.paths.result_pickle.exists()
+        if trial.state != "running" if has_result else not self._lives(trial):
+            return False  # its result was recorded, and it is to be run again
         self._running[trial.number] = job
         return True
 
@@ -134,7 +136,7 @@ class Cluster:
                 return trial.job in states and states[trial.job] not in OVER
         raise UserError(
             f"SLURM does not answer (squeue), so it is unknown whether job {trial.job} of trial {trial.number} still "
-            "runs. When it answers again: the same command."
+            "runs. Run the same command again once squeue works."
         )
 
     def ended(self) -> list[tuple[int, int]]:
@@ -162,7 +164,11 @@ class Cluster:
         """Find the trials of whose jobs SLURM knows nothing, though they have left no result."""
         self._asked = time.monotonic()
         if (states := _states()) is None:
+            if not self._warned:
+                log.warning("SLURM does not answer (squeue). The sweep waits for its jobs.")
+            self._warned = True
             return []
+        self._warned = False
         for number, job in self._running.items():
             lives = str(job.job_id) in states and states[str(job.job_id)] not in OVER
             self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
@@ -183,8 +189,9 @@ def _states() -> dict[str, str] | None:
     forgotten as it does when the controller is away.
     """
     command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SLURM_TIMEOUT)
+    except (OSError, subprocess.SubprocessError):
         return None
     return {fields[0]: fields[1] for line in done.stdout.splitlines() if len(fields := line.split()) == 2}
 

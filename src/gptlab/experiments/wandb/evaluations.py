@@ -29,14 +29,14 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
     if settings is None or settings.mode == "offline" or not _is_online(directory):
         return
     if (state := load_state(directory)) is not None and state.state == "running":
-        log.warning("The run is under way, and its record on W&B its own: W&B does not get what was found.")
+        log.warning("The evaluation is not sent to W&B: the run is in progress and writes its own record there.")
         return
     import wandb
 
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:
         if forbidden := opt_out():
-            log.info("W&B does not get what was found, because of %s.", forbidden.source)
+            log.info("The evaluation is not sent to W&B, because of %s.", forbidden.source)
             return
         # in a folder of its own: what lies in the run's is the record of the training
         with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
@@ -52,7 +52,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
             run.summary.update(summary)
             run.finish()
     except Exception as error:  # whatever it is, the results are kept
-        log.warning("W&B does not get what was found: %s", " ".join(str(error).split()))
+        log.warning("The evaluation is not sent to W&B: %s", " ".join(str(error).split()))
 
 
 def _is_online(directory: Path) -> bool:

@@ -15,7 +15,7 @@ class OptOut(NamedTuple):
 
     Attributes:
         mode: offline: no connection. disabled: no record either.
-        source: The setting, and where it stands.
+        source: The setting and its origin: "mode=offline in ~/.config/wandb/settings".
     """
 
     mode: Literal["offline", "disabled"]
@@ -30,7 +30,7 @@ def opt_out() -> OptOut | None:
     that `wandb offline` writes to WANDB_DIR, which W&B's client does not read.
 
     Raises:
-        UserError: The mode is none of W&B's.
+        UserError: The mode is not one of W&B's.
     """
     disabled, mode = os.environ.get("WANDB_DISABLED", ""), os.environ.get("WANDB_MODE")
     if disabled.lower() not in FALSE:
@@ -45,7 +45,7 @@ def check_mode(settings: WandbConfig) -> None:
     """Refuse logger.wandb.mode=online where W&B's own settings forbid a connection.
 
     Raises:
-        UserError: They do, or the mode is none of W&B's.
+        UserError: They do, or the mode is not one of W&B's.
     """
     forbidden = opt_out()
     if forbidden and settings.mode == "online":
@@ -61,7 +61,7 @@ def _checked(mode: str, source: str) -> OptOut | None:
 
     known = get_args(wandb.Settings.model_fields["mode"].annotation)
     if mode not in known:
-        raise UserError(f"{source} is none of W&B's modes, which are {', '.join(known)}.")
+        raise UserError(f"{source} is not a mode of W&B. Valid modes: {', '.join(known)}.")
     if mode == "disabled":
         return OptOut("disabled", source)
     return OptOut("offline", source) if mode in ("offline", "dryrun") else None

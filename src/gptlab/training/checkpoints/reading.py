@@ -30,7 +30,10 @@ def read(place: Path, wanted: Callable[[str], bool] = lambda key: True) -> Check
     """
     checkpoint = read_state(place)
     if is_sharded(place):
-        _unflatten(read_tensors(place, wanted), checkpoint)
+        try:
+            _unflatten(read_tensors(place, wanted), checkpoint)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"The shards of {place} do not belong to its {STATE}: {error!r}.") from error
     return checkpoint
 
 

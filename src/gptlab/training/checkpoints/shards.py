@@ -48,7 +48,7 @@ def read_tensors(place: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor
     reader = ShardReader(place)
     described = reader.read_metadata().state_dict_metadata
     tensors = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
+        name: torch.zeros(about.size, dtype=about.properties.dtype)
         for name, about in described.items()
         if isinstance(about, TensorStorageMetadata) and wanted(name)
     }
@@ -88,11 +88,19 @@ class ShardReader(FileSystemReader):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read DCP's description of tensors; UserError where the file is damaged or describes anything else."""
+    """Read DCP's description of tensors.
+
+    Raises:
+        UserError: The file is damaged, or describes anything but tensors that lie whole in the files beside it.
+    """
     try:
-        return _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
+        metadata = _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
+        sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}
+        sizes = {name: (path.parent / name).stat().st_size for name in sizes}
+        _check_storage(metadata, sizes)
     except Exception as error:  # pickle raises many kinds for a file that is damaged
         raise UserError(f"{path} cannot be read as the description of shards: {error}.") from error
+    return metadata
 
 
 class _TensorPlanner(DefaultLoadPlanner):
@@ -178,6 +186,26 @@ def _metadata(found: Any) -> Metadata:
     return Metadata(described, storage_data=stored, storage_meta=StorageMeta(), version=state.get("version"))
 
 
+def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
+    """See that every tensor is stored whole: in chunks that fill it, whose bytes are in files of these sizes."""
+    for name, tensor in metadata.state_dict_metadata.items():
+        assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
+        filled = 0
+        for chunk in tensor.chunks:
+            numel = math.prod(chunk.sizes)
+            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
+            if info is None or info.length < numel * tensor.properties.dtype.itemsize:
+                raise ValueError(f"a chunk of {name} is not stored")
+            if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
+                raise ValueError(f"a chunk of {name} lies outside of {info.relative_path}")
+            ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
+            if any(end > size for end, size in zip(ends, tensor.size, strict=True)):
+                raise ValueError(f"a chunk of {name} lies outside of it")
+            filled += numel
+        if filled != math.prod(tensor.size):
+            raise ValueError(f"the chunks of {name} do not fill it")
+
+
 def _tensor(found: Any) -> TensorStorageMetadata:
     state = _state(found, "TensorStorageMetadata")
     dtype = _properties(state["properties"])
@@ -192,7 +220,7 @@ def _tensor(found: Any) -> TensorStorageMetadata:
 def _properties(found: Any) -> torch.dtype:
     """Return the dtype, which is all that is used of a tensor's properties."""
     if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}metadata", "TensorProperties"]):
-        raise ValueError(f"it has {found!r:.40} for the properties of a tensor")
+        raise ValueError(f"expected the properties of a tensor, got {found!r:.40}")
     return _plain(_plain(found.state, tuple)[0], torch.dtype)
 
 
@@ -205,14 +233,14 @@ def _index(found: Any) -> MetadataIndex:
 def _storage(found: Any) -> _StorageInfo:
     state = _state(found, "_StorageInfo", "filesystem")
     name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
-    if PurePath(name).name != name or state.get("transform_descriptors"):
+    if PurePath(name).name != name or name == ".." or state.get("transform_descriptors"):
         raise ValueError(f"it has shards elsewhere than beside it, or transformed: {name}")
     return _StorageInfo(name, _plain(offset, int), _plain(length, int))
 
 
 def _size(found: Any) -> torch.Size:
     if not isinstance(found, _PLACEHOLDERS["torch", "Size"]):
-        raise ValueError(f"it has {found!r:.40} for a size")
+        raise ValueError(f"expected a size, got {found!r:.40}")
     sizes = [_plain(size, int) for size in _plain(found.args[0], tuple)]
     if min(sizes, default=0) < 0 or math.prod(sizes) > 2**62:
         raise ValueError(f"it has the size {sizes}")
@@ -222,11 +250,11 @@ def _size(found: Any) -> torch.Size:
 def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
     """Return the fields of an object of DCP's."""
     if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}{module}", name]):
-        raise ValueError(f"it has {found!r:.40} where {name} belongs")
+        raise ValueError(f"expected {name}, got {found!r:.40}")
     return _plain(found.state, dict)
 
 
 def _plain(value: Any, kind: type[Any]) -> Any:
     if type(value) is not kind:
-        raise ValueError(f"it has {value!r:.40} where {kind.__name__} belongs")
+        raise ValueError(f"expected {kind.__name__}, got {value!r:.40}")
     return value
