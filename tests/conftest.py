@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from forkserver import ForkServer
 from gptlab.experiments.command import configuration_folder
 from gptlab.experiments.exits import DONE
 from gptlab.model.config import GPTConfig
@@ -57,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in ALONE:
             item.add_marker(pytest.mark.alone)
+
+
+FORKS = ForkServer()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to import what commands need, if there will be commands and this is the process that runs them."""
+    controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
+    if not controls_workers and any({"user", "runs"} & {*item.fixturenames} for item in session.items):
+        FORKS.start()
 
 
 def tiny_config(**changes: Any) -> GPTConfig:
@@ -107,12 +118,16 @@ class User:
         (folder / "text.txt").write_text("".join(lines))
 
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, in a new process."""
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def python(self, module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", module, *arguments, **options)
+    def python(self, module: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run ``python -m module`` to its end: where possible in a fork of a process that has imported torch."""
+        command = (sys.executable, "-m", module, *arguments)
+        done = FORKS.run(command, self.folder, self.environment, timeout)
+        return self.run(*command, timeout=timeout) if done is None else done
 
     def begin(self, module: str, *arguments: str) -> Begun:
         """Start a command that ends with the test, if not before."""
