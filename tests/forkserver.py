@@ -8,6 +8,7 @@ A command that needs a new interpreter is refused, and the caller starts one: se
 """
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -26,10 +27,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-PRELOADED = (
-    *("numpy", "torch", "lightning.pytorch", "hydra", "omegaconf"),
-    *("gptlab.experiments.command", "gptlab.experiments.launching", "gptlab.experiments.job"),
-)
+WITHOUT_TORCH = ("hydra", "gptlab.experiments.command", "gptlab.experiments.launching")
+WITH_TORCH = ("numpy", "torch", "lightning.pytorch", *WITHOUT_TORCH, "gptlab.experiments.job")
 # beginnings of the variables that the interpreter and the preloaded modules read while they start
 READ_AT_START = (
     *("PYTHON", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "TORCH", "PYTORCH", "HF_", "HUGGINGFACE_", "TRANSFORMERS_"),
@@ -59,9 +58,13 @@ class ForkServer:
     """Runs commands in forks of a server process, one at a time.
 
     The server starts at the first call of ``start`` or ``run``, and ends with this process.
+
+    Args:
+        modules: What the server imports.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, modules: tuple[str, ...]) -> None:
+        self._modules = modules
         self._connection: socket.socket | None = None
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +74,7 @@ class ForkServer:
             self._connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with other:
                 self._server = subprocess.Popen(
-                    (sys.executable, __file__, str(other.fileno())),
+                    (sys.executable, __file__, str(other.fileno()), *self._modules),
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -142,7 +145,8 @@ def _serve(connection: socket.socket) -> Request:
                 return request
             connection.send(str(pid).encode())
             _, status = os.waitpid(pid, 0)
-            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         else:
             if (between := os.fork()) == 0:
                 if os.fork():
@@ -212,11 +216,11 @@ def _forget_the_server() -> None:
     import multiprocessing.process
 
     import numpy as np
-    from lightning.fabric.utilities import rank_zero
 
     multiprocessing.process.ORIGINAL_DIR = str(Path.cwd())
     np.random.seed()  # Python's own generator does so itself, and torch begins with a constant
-    rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
+    if rank_zero := sys.modules.get("lightning.fabric.utilities.rank_zero"):
+        rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
 
 
 def _fork_children() -> Request | None:
@@ -266,7 +270,7 @@ def _fork_children() -> Request | None:
 
 def main() -> None:
     """Serve; in a fork, run its command, and end as an interpreter does."""
-    for module in PRELOADED:
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         request: Request | None = _serve(connection)
