@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.experiments.command import configuration_folder
@@ -52,17 +53,25 @@ TINY: dict[str, Any] = {
 
 # Slow tests with limits of a few seconds, or that have to be faster than what they stop: no other runs beside them.
 ALONE = {"test_supervisor", "test_tasks", "test_watchdog"}
-# Modules whose tests wait more than they compute, or share a fixture that takes long: one worker runs them in turn.
+# Modules of tests that wait more than they compute, or share a fixture that takes long: one worker runs them in turn.
 GROUPS = {"test_slurm": "slurm", "test_wandb": "wandb", "test_wandb_record": "wandb"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in ALONE:
             item.add_marker(pytest.mark.alone)
-        if item.get_closest_marker("slow") and item.path.stem in GROUPS:
-            item.add_marker(pytest.mark.xdist_group(GROUPS[item.path.stem]))
+
+
+class Scheduling(LoadScopeScheduling):
+    """Gives tests to workers one by one, and ``GROUPS`` as a whole and first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
 
 
 FORKS = ForkServer(WITH_TORCH)

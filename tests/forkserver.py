@@ -8,7 +8,6 @@ A command that needs a new interpreter is refused, and the caller starts one: se
 """
 
 import atexit
-import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -129,6 +128,13 @@ def _ask(connection: socket.socket, request: Request) -> int | None:
     return json.loads(connection.recv(MOST_BYTES))
 
 
+def _reply(connection: socket.socket, answer: int | None) -> None:
+    try:
+        connection.send(json.dumps(answer).encode())
+    except BrokenPipeError:  # nobody waits any more
+        os._exit(0)
+
+
 def _serve(connection: socket.socket) -> Request:
     """Fork for every request; returns in the forks alone."""
     while True:
@@ -137,16 +143,15 @@ def _serve(connection: socket.socket) -> Request:
             os._exit(0)
         request = Request(**json.loads(asked))._replace(stdio=list(stdio))
         if _needs_interpreter(request):
-            connection.send(b"null")
+            _reply(connection, None)
         elif request.parent is None:
             if (pid := os.fork()) == 0:
                 connection.close()
                 _become(request)
                 return request
-            connection.send(str(pid).encode())
+            _reply(connection, pid)
             _, status = os.waitpid(pid, 0)
-            with contextlib.suppress(BrokenPipeError):  # nobody waits any more
-                connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            _reply(connection, os.waitstatus_to_exitcode(status))
         else:
             if (between := os.fork()) == 0:
                 if os.fork():
@@ -154,7 +159,7 @@ def _serve(connection: socket.socket) -> Request:
                 _become(request)
                 while os.getppid() != request.parent:
                     time.sleep(0.001)
-                connection.send(str(os.getpid()).encode())
+                _reply(connection, os.getpid())
                 connection.close()
                 return request
             os.waitpid(between, 0)

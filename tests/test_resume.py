@@ -49,8 +49,8 @@ def halted_and_whole(user, runs, options: str, strategy: str) -> tuple[Path, Pat
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(user, runs, options, strategy):
     halted, whole = halted_and_whole(user, runs, options, strategy)
     resumed = (sys.executable, "-m", "gptlab.train", f"resume={halted}", "train.max_steps=9")
-    # on one device in an interpreter of its own, which has other hashes and addresses than the forks
-    ran(user.run(*resumed) if strategy == "one device" else user.python(*resumed[2:]))
+    # once in an interpreter of its own, which has other hashes and addresses than the forks
+    ran(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
     same_run(whole, halted)
     (optimizer,) = newest_state(halted)["optimizer_states"]
     assert len(optimizer["state"]) == 28  # all parameters of two blocks, by GPT-2's names
