@@ -80,8 +80,11 @@ LIGHT_FORKS = ForkServer(WITHOUT_TORCH)  # for users whose torch cannot be impor
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begin to import what commands need, if there will be commands and this is the process that runs them."""
-    controls_workers = session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput")
-    if not controls_workers and any({"user", "runs"} & {*item.fixturenames} for item in session.items):
+    options = session.config.option
+    controls_workers = options.numprocesses and not hasattr(session.config, "workerinput")
+    if controls_workers or options.collectonly:
+        return
+    if any({"user", "runs"} & {*item.fixturenames} for item in session.items):
         FORKS.start()
 
 

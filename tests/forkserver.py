@@ -91,7 +91,7 @@ class ForkServer:
         connection = self.start()
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors, Path(os.devnull).open() as nothing:
             stdio = [file.fileno() for file in (nothing, output, errors)]
-            connection.settimeout(120)  # for the imports
+            connection.settimeout(300)  # for the imports
             pid = _ask(connection, Request([*command], str(folder), {**environment}, [], [], True, None, stdio))
             if pid is None:
                 return None
