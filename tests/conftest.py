@@ -109,7 +109,7 @@ class Begun(subprocess.Popen[str]):
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait for what has to happen while the command runs."""
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300  # far more than it takes: other processes may fill the machine
         while not happened():
             assert self.poll() is None, "".join(self.communicate())
             assert time.monotonic() < limit
