@@ -68,7 +68,7 @@ class ForkServer:
         self._server: subprocess.Popen[bytes] | None = None
 
     def start(self) -> socket.socket:
-        """Start the server, without waiting for its imports."""
+        """Starts the server, without waiting for its imports."""
         if self._connection is None:
             self._connection, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with other:
@@ -85,7 +85,7 @@ class ForkServer:
     def run(
         self, command: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str] | None:
-        """Run a command to its end as ``subprocess.run`` does; None if it needs an interpreter of its own."""
+        """Runs a command to its end as ``subprocess.run`` does; returns None if it needs an interpreter of its own."""
         if not _is_ours(command):
             return None
         connection = self.start()
@@ -122,7 +122,7 @@ def _is_ours(command: Any) -> bool:
 
 
 def _ask(connection: socket.socket, request: Request) -> int | None:
-    """Send a request; return the process's id, or None if it is refused."""
+    """Sends a request; returns the id of the process, or None if the server refuses."""
     asked = json.dumps(request._replace(stdio=[])._asdict()).encode()
     socket.send_fds(connection, [asked], request.stdio)
     return json.loads(connection.recv(MOST_BYTES))
@@ -136,7 +136,7 @@ def _reply(connection: socket.socket, answer: int | None) -> None:
 
 
 def _serve(connection: socket.socket) -> Request:
-    """Fork for every request; returns in the forks alone."""
+    """Forks for every request; returns only in the forks, the request to run."""
     while True:
         asked, stdio, _, _ = socket.recv_fds(connection, MOST_BYTES, 3)
         if not asked:  # the other end is closed
@@ -154,10 +154,13 @@ def _serve(connection: socket.socket) -> Request:
             _reply(connection, os.waitstatus_to_exitcode(status))
         else:
             if (between := os.fork()) == 0:
+                between = os.getpid()
                 if os.fork():
                     os._exit(0)  # so that the one who asks, a subreaper, becomes the parent
                 _become(request)
-                while os.getppid() != request.parent:
+                while (parent := os.getppid()) != request.parent:
+                    if parent != between:  # the one who asks is gone
+                        os._exit(1)
                     time.sleep(0.001)
                 _reply(connection, os.getpid())
                 connection.close()
@@ -168,7 +171,7 @@ def _serve(connection: socket.socket) -> Request:
 
 
 def _needs_interpreter(request: Request) -> bool:
-    """Whether a fork would differ from a new process: other variables at the start, or other modules to import."""
+    """Whether a fork would differ from a new process: other variables at start-up, or other modules to import."""
     asked, changes = request.environment, _set_by_imports()
     names = {name for name in asked.keys() | AT_START.keys() if name.startswith(READ_AT_START)} - {PATH}
     if any(asked.get(name) not in (AT_START.get(name), changes.get(name)) for name in names):
@@ -182,19 +185,19 @@ def _needs_interpreter(request: Request) -> bool:
 
 @functools.cache
 def _set_by_imports() -> dict[str, str]:
-    """Variables that the preloaded modules have set; first called by the server, before it is anything else."""
+    """Environment variables set by the preloaded modules; cached by the first call, which is the server's."""
     return {name: value for name, value in os.environ.items() if AT_START.get(name) != value}
 
 
 def _added_folders(environment: Mapping[str, str]) -> list[str] | None:
-    """Folders in front of those that PYTHONPATH names here; None if it differs in another way."""
+    """Folders that PYTHONPATH has in front of the server's; None if it differs in another way."""
     asked, here = ([*filter(None, where.get(PATH, "").split(os.pathsep))] for where in (environment, AT_START))
     added = len(asked) - len(here)
     return asked[:added] if added >= 0 and asked[added:] == here else None
 
 
 def _become(request: Request) -> None:
-    """Make this fork what a new process with this command would be."""
+    """Gives this fork the state that a new process with this command would have."""
     if request.new_session:
         os.setsid()
     os.chdir(request.folder)
@@ -217,7 +220,7 @@ def _become(request: Request) -> None:
 
 
 def _forget_the_server() -> None:
-    """Set anew what the preloaded modules have taken from the process that imported them."""
+    """Resets what the preloaded modules have read from, or drawn in, the process that imported them."""
     import multiprocessing.process
 
     import numpy as np
@@ -229,12 +232,12 @@ def _forget_the_server() -> None:
 
 
 def _fork_children() -> Request | None:
-    """Have ``subprocess`` fork, from here on, what need not be a new interpreter.
+    """Patches ``subprocess`` so that it forks gptlab's commands wherever a new interpreter is not needed.
 
-    These processes come from a fork that is made here, before the command has done anything.
+    Their parent is a server forked here, before the command has run: nothing of this process's state is theirs.
 
     Returns:
-        What to do in such a process; None in this one.
+        The request to run in such a fork; None in this process.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     if os.fork() == 0:
@@ -274,7 +277,7 @@ def _fork_children() -> Request | None:
 
 
 def main() -> None:
-    """Serve; in a fork, run its command, and end as an interpreter does."""
+    """Serves requests; in a fork, runs its command and ends as an interpreter does."""
     for module in sys.argv[2:]:
         importlib.import_module(module)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
@@ -286,7 +289,7 @@ def main() -> None:
 
 
 def _run(module: str) -> int:
-    """Do what ``python -m`` does with a module; return the exit status, or -SIGINT after an unhandled Ctrl-C."""
+    """Runs a module as ``python -m`` does; returns the exit status, or -SIGINT after an unhandled Ctrl-C."""
     try:
         if importlib.util.find_spec("sitecustomize"):
             importlib.import_module("sitecustomize")
@@ -303,7 +306,7 @@ def _run(module: str) -> int:
 
 
 def _end_with(status: int) -> NoReturn:
-    """End as an interpreter does, but for taking all modules apart, which takes a second in a fork."""
+    """Ends this process as an interpreter does, without the module teardown, which takes a second in a fork."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
