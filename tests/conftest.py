@@ -1,6 +1,8 @@
 """What tests share: a small model's configuration, and commands run as a user runs them."""
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,10 @@ from typing import Any
 
 import pytest
 import yaml
+from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
+from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.experiments.command import configuration_folder
 from gptlab.experiments.exits import DONE
 from gptlab.model.config import GPTConfig
@@ -46,17 +51,41 @@ TINY: dict[str, Any] = {
 }
 
 
-# Their slow tests have something end in time, or fill the machine with processes: no other runs beside them.
-ALONE = {
-    *("test_bench", "test_guards", "test_interrupts", "test_launching", "test_plan", "test_slurm", "test_supervisor"),
-    *("test_sweeps", "test_tasks", "test_urls", "test_wandb", "test_wandb_record", "test_watchdog"),
-}
+# Slow tests with limits of a few seconds, or that have to be faster than what they stop: no other runs beside them.
+ALONE = {"test_supervisor", "test_tasks", "test_watchdog"}
+# Modules of tests that wait more than they compute, or share a fixture that takes long: one worker runs them in turn.
+GROUPS = {"test_slurm": "slurm", "test_wandb": "wandb", "test_wandb_record": "wandb"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in ALONE:
             item.add_marker(pytest.mark.alone)
+
+
+class Scheduling(LoadScopeScheduling):
+    """Gives tests to workers one by one, and ``GROUPS`` as a whole and first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+FORKS = ForkServer(WITH_TORCH)
+LIGHT_FORKS = ForkServer(WITHOUT_TORCH)  # for users whose torch cannot be imported
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begin to import what commands need, if there will be commands and this is the process that runs them."""
+    options = session.config.option
+    controls_workers = options.numprocesses and not hasattr(session.config, "workerinput")
+    if controls_workers or options.collectonly:
+        return
+    if any({"user", "runs"} & {*item.fixturenames} for item in session.items):
+        FORKS.start()
 
 
 def tiny_config(**changes: Any) -> GPTConfig:
@@ -68,12 +97,19 @@ def defaults(file: str) -> dict[str, Any]:
     return yaml.safe_load((configuration_folder() / file).read_text())
 
 
+# A tiny model on the text of a ``User``, quickly.
+SMALL = (
+    *("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=6"),
+    *("train.eval_every=3", "train.eval_windows=10", "train.log_every=1"),
+)
+
+
 class Begun(subprocess.Popen[str]):
     """A command under way, which leads a group of processes."""
 
     def until(self, happened: Callable[[], object]) -> None:
         """Wait for what has to happen while the command runs."""
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300  # far more than it takes: other processes may fill the machine
         while not happened():
             assert self.poll() is None, "".join(self.communicate())
             assert time.monotonic() < limit
@@ -109,12 +145,18 @@ class User:
         (folder / "text.txt").write_text("".join(lines))
 
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, in a new process."""
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
         )
 
-    def python(self, module: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        return self.run(sys.executable, "-m", module, *arguments, **options)
+    def python(self, module: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Run ``python -m module`` to its end: in a fork of a process that has imported torch if that can be."""
+        command = (sys.executable, "-m", module, *arguments)
+        for server in (FORKS, LIGHT_FORKS):
+            if done := server.run(command, self.folder, self.environment, timeout):
+                return done
+        return self.run(*command, timeout=timeout)
 
     def begin(self, module: str, *arguments: str) -> Begun:
         """Start a command that ends with the test, if not before."""
@@ -133,10 +175,8 @@ class User:
         return run
 
     def train(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Train a tiny model on the text, quickly; ``arguments`` come after the small settings."""
-        small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=6")
-        rhythm = ("train.eval_every=3", "train.eval_windows=10", "train.log_every=1")
-        return self.python("gptlab.train", *small, *rhythm, *arguments, **options)
+        """Train with ``SMALL``; ``arguments`` come after it."""
+        return self.python("gptlab.train", *SMALL, *arguments, **options)
 
     def only_run(self, name: str = "quickstart") -> Path:
         """The one run directory there is under a name."""
@@ -155,24 +195,34 @@ def user(tmp_path: Path) -> Iterator[User]:
 
 
 class Runs:
-    """Runs that several tests begin with: each is made once, and copied into a user's folder."""
+    """Runs that several tests begin with: each is made once, and copied into a user's folder.
+
+    Args:
+        folder: Where they are made; shared by the processes that run tests.
+    """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.user = User(folder)
+        self.folder = folder
 
     def give(self, user: User, name: str, *arguments: str) -> Path:
-        """The run of the tiny model with these arguments; the tests that share a name name the same ones."""
-        if not (made := self.user.folder / "outputs" / name).exists():
-            done = self.user.train(f"name={name}", *arguments)
-            assert done.returncode == 0, done.stdout + done.stderr
+        """The run of the tiny model with this name and these arguments."""
+        place = self.folder / hashlib.sha256(json.dumps((name, *arguments)).encode()).hexdigest()[:16]
+        made = place / "outputs" / name
+        with FileLock(f"{place}.lock"):
+            if not place.exists():
+                place.mkdir()
+                done = User(place).train(f"name={name}", *arguments, timeout=600)
+                assert done.returncode == 0, done.stdout + done.stderr
         shutil.copytree(made, user.folder / "outputs" / name)
         return user.only_run(name)
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs") / "user")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    folder.mkdir(exist_ok=True)
+    return Runs(folder)
 
 
 @pytest.fixture

@@ -15,17 +15,12 @@ from gptlab.model.gpt import GPT
 from gptlab.model.sampling import Sampling
 from gptlab.training.module import derive_seed
 from test_distributed import LAYOUTS
-from test_faults import newest_state, same_run
+from test_faults import averages
 from test_mistakes import mistaken
 from test_train import metrics, ran
 
 EMA = ("train.ema_decay=0.3", "schedule=constant", "schedule.warmup_steps=0")
 SAMPLES = ("callbacks.samples.prompt=line", "callbacks.samples.max_new_tokens=30", "callbacks.samples.num_samples=1")
-
-
-def averages(directory) -> dict[str, torch.Tensor]:
-    (optimizer,) = newest_state(directory)["optimizer_states"]
-    return {name: moments["average"] for name, moments in optimizer["state"].items()}
 
 
 def model_of(directory, weights: dict[str, torch.Tensor]) -> GPT:
@@ -102,15 +97,8 @@ def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
     assert list(metrics(halted, "val/loss")) == [3, 6]
 
 
-SPREAD = [
-    ("trainer=ddp", "trainer.devices=2"),
-    ("trainer=fsdp", "trainer.devices=2"),
-    ("trainer=fsdp", "trainer.devices=2", "callbacks.checkpoint.sharded=false"),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "two groups of two"])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("two groups of two", "fsdp, compiled")])
 def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
     same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # beside which the gradients' rounding is small
     one = runs.give(user, "averaged", *same)
@@ -124,27 +112,6 @@ def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
     model = load_model(spread)
     assert all(torch.equal(parameter, found[name]) for name, parameter in model.named_parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("spread", [(), *SPREAD])
-def test_a_run_that_goes_on_has_the_average_that_it_would_have_had(user, spread):
-    ran(user.train("name=whole", "train.max_steps=9", *EMA, *spread, timeout=300))
-    ran(user.train("name=halted", *EMA, *spread, timeout=300))
-    whole, halted = user.only_run("whole"), user.only_run("halted")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", timeout=300))
-    same_run(whole, halted)  # moments included
-    assert len(averages(halted)) == 28
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("change", SPREAD)
-def test_on_other_devices_it_goes_on_as_well(user, change):
-    ran(user.train("name=whole", "train.max_steps=9", *EMA))
-    ran(user.train("name=halted", *EMA))
-    whole, halted = user.only_run("whole"), user.only_run("halted")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *change, timeout=300))
-    assert metrics(halted, "val/loss") == pytest.approx(metrics(whole, "val/loss"), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import torch
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
 from gptlab.training.callbacks.trace import as_text, hash_windows
-from test_faults import same_run
 from test_train import metrics, ran
 
 GROWING = ("train.batch_schedule=[[2,4],[4,8]]", "schedule.decay_steps=6", "callbacks=[checkpoint,trace]")
@@ -86,14 +85,6 @@ def test_on_several_devices_and_compiled_the_losses_are_the_same(user, grown, sp
     assert traced(directory) == traced(grown)
     for name in ("train/loss", "val/loss"):
         assert metrics(directory, name) == pytest.approx(metrics(grown, name), abs=1e-5), name
-
-
-@pytest.mark.slow
-def test_it_goes_on_bit_for_bit_within_a_stage(user, grown):
-    ran(user.train("name=halted", *GROWING, "train.max_steps=3"))
-    halted = user.only_run("halted")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=6"))
-    same_run(grown, halted)
 
 
 @pytest.mark.slow

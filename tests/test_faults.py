@@ -36,6 +36,12 @@ def newest_state(directory: Path) -> dict:
     return read(sorted(directory.glob("checkpoints/step_*"))[-1])
 
 
+def averages(directory: Path) -> dict[str, torch.Tensor]:
+    """The averages of the weights in the newest checkpoint of a run."""
+    (optimizer,) = newest_state(directory)["optimizer_states"]
+    return {name: moments["average"] for name, moments in optimizer["state"].items()}
+
+
 def same_run(one: Path, other: Path) -> None:
     """Two runs have the same rows, each once, and bit-equal weights and moments."""
     for name in COMPARED:

@@ -78,18 +78,6 @@ def test_nothing_listens_to_the_network(user, strategy):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_sharded_runs_with_other_devices_in_each_job(user):
-    done = user.python("gptlab.train", "-m", "name=sweep", "trainer=fsdp", "trainer.devices=2,1", *SMALL, timeout=240)
-    ran(done)
-    directory = user.only_run("sweep")
-    jobs = [directory / "0", directory / "1"]
-    assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs
-    assert metrics(jobs[0], "train/loss") == pytest.approx(metrics(jobs[1], "train/loss"), abs=1e-5)
-    assert "2 device(s) x" in (jobs[0] / "train.log").read_text()
-    assert "1 device(s) x" in (jobs[1] / "train.log").read_text()
-
-
-@pytest.mark.slow
 def test_a_job_that_fails_does_not_stop_the_others(user):
     done = user.python("gptlab.train", "-m", "name=some", "trainer=cpu", "train.micro_batch_size=7,3,4", *SMALL)
     assert done.returncode == MISTAKEN  # 7 does not divide the batch of 12

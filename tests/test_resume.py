@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,41 +13,78 @@ from gptlab.experiments.exits import MISTAKEN
 from test_faults import newest_state, same_run
 from test_train import metrics, mistaken, ran
 
+DECAY = "schedule.decay_steps=9"
+OPTIONS = {
+    "none": (DECAY,),
+    "dropout": (DECAY, "model.dropout=0.1"),
+    "muon": (DECAY, "optimizer=muon", "optimizer.ns_dtype=float32"),
+    "average": ("schedule=constant", "schedule.warmup_steps=0", "train.ema_decay=0.3"),
+    "growing": (DECAY, "train.batch_schedule=[[4,4],[8,8]]"),  # the halted run ends within a stage
+}
+STRATEGIES = {
+    "one device": (),
+    "ddp": ("trainer=ddp", "trainer.devices=2"),
+    "fsdp": ("trainer=fsdp", "trainer.devices=2"),
+    "fsdp, one file": ("trainer=fsdp", "trainer.devices=2", "callbacks.checkpoint.sharded=false"),
+    "fsdp_tp": ("trainer=fsdp_tp", "trainer.devices=2"),
+}
+TENSORS = {"dropout": 3, "muon": 1, "average": 4, "growing": 3}  # a matrix's moments, step and average
+RESUMED = [
+    *((options, "one device") for options in ("dropout", "muon", "average", "growing")),
+    *(("average", strategy) for strategy in STRATEGIES if strategy != "one device"),
+    *((options, strategy) for strategy in ("fsdp", "fsdp_tp") for options in ("dropout", "muon")),
+]
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("train.micro_batch_size=3",),
-        pytest.param(("trainer=ddp", "trainer.devices=2"), marks=pytest.mark.slow),
-        pytest.param(("trainer=fsdp", "trainer.devices=2", "train.micro_batch_size=2"), marks=pytest.mark.slow),
-    ],
-    ids=["smaller micro-batches", "two processes", "sharded"],
-)
-def test_the_batches_and_losses_are_the_same_however_it_goes_on(user, halted, change):
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *change))
-    whole = user.only_run("whole")
-    for name in ("train/loss", "val/loss"):
-        assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
-    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
+
+def halted_and_whole(user, runs, options: str, strategy: str) -> tuple[Path, Path]:
+    """A run of six steps, and the same run of nine that was never interrupted."""
+    same = (*OPTIONS[options], "callbacks=checkpoint", *STRATEGIES[strategy])
+    kind = "" if options == "none" else f"_{options}_{strategy}".replace(",", "").replace(" ", "_")  # as in conftest
+    halted = runs.give(user, f"halted{kind}", "train.max_steps=6", *same)
+    return halted, runs.give(user, f"whole{kind}", "train.max_steps=9", *same)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [(), ("trainer=fsdp", "trainer.devices=2")], ids=["as it was", "sharded"])
-def test_so_it_is_with_muon(user, runs, change):
-    same = ("optimizer=muon", "optimizer.ns_dtype=float32", "schedule.decay_steps=9", "callbacks=checkpoint")
-    for name, steps in (("whole", 9), ("halted", 6)):
-        runs.give(user, f"{name}_muon", f"train.max_steps={steps}", *same)
-    whole, halted = (user.only_run(f"{name}_muon") for name in ("whole", "halted"))
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *change))
-    if not change:
-        same_run(whole, halted)
+@pytest.mark.parametrize(("options", "strategy"), RESUMED)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(user, runs, options, strategy):
+    halted, whole = halted_and_whole(user, runs, options, strategy)
+    resumed = (sys.executable, "-m", "gptlab.train", f"resume={halted}", "train.max_steps=9")
+    # once in an interpreter of its own, which has other hashes and addresses than the forks
+    ran(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
+    same_run(whole, halted)
+    (optimizer,) = newest_state(halted)["optimizer_states"]
+    assert len(optimizer["state"]) == 28  # all parameters of two blocks, by GPT-2's names
+    assert len(optimizer["state"]["h.1.mlp.c_fc.weight"]) == TENSORS[options]
+    assert len(list(halted.parent.iterdir())) == 1  # it goes on in its directory
+
+
+CHANGES = {
+    "smaller micro-batches": ("train.micro_batch_size=3",),
+    **{name: STRATEGIES[name] for name in ("ddp", "fsdp", "fsdp, one file")},
+    "fsdp, smaller micro-batches": ("trainer=fsdp", "trainer.devices=2", "train.micro_batch_size=2"),
+}
+CHANGED = [
+    *(("none", change) for change in ("smaller micro-batches", "ddp", "fsdp, smaller micro-batches")),
+    ("muon", "fsdp"),
+    *(("average", change) for change in ("ddp", "fsdp", "fsdp, one file")),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "change"),
+    [pytest.param(*case, marks=() if case == CHANGED[0] else pytest.mark.slow) for case in CHANGED],
+)
+def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options, change):
+    halted, whole = halted_and_whole(user, runs, options, "one device")
+    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *CHANGES[change]))
     for name in ("train/loss", "val/loss"):
         assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
+    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
     (optimizer,) = newest_state(halted)["optimizer_states"]
-    kept = {name: set(moments) for name, moments in optimizer["state"].items()}
-    assert kept["h.1.mlp.c_fc.weight"] == {"momentum_buffer"}
-    assert kept["wte.weight"] == {"step", "exp_avg", "exp_avg_sq"}
-    assert len(kept) == 28  # all parameters of two blocks, by GPT-2's names
+    if options == "muon":
+        kept = {name: set(moments) for name, moments in optimizer["state"].items()}
+        assert kept["h.1.mlp.c_fc.weight"] == {"momentum_buffer"}
+        assert kept["wte.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.slow

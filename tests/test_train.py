@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from conftest import SMALL
 from gptlab.data.order import WindowOrder
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
@@ -164,9 +166,10 @@ def test_the_command_trains_as_a_plain_loop_does(user, first):
 
 @pytest.mark.slow
 def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
-    runs.give(user, "a", "seed=1", "model.dropout=0.1")
-    for name, seed in (("b", 1), ("c", 2)):
-        ran(user.train(f"name={name}", f"seed={seed}", "model.dropout=0.1"))
+    for name, seed in (("a", 1), ("c", 2)):
+        runs.give(user, name, f"seed={seed}", "model.dropout=0.1")
+    # in an interpreter of its own, which has other hashes and addresses than the forks
+    ran(user.run(sys.executable, "-m", "gptlab.train", *SMALL, "name=b", "seed=1", "model.dropout=0.1"))
     a, b, c = (metrics(user.only_run(name), "train/loss") for name in "abc")
     assert a == b
     assert a != c
@@ -194,20 +197,6 @@ def test_micro_batches_and_workers_change_nothing(user, first):
 def test_a_length_in_tokens(user):
     ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000"))
     assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first multiple of a step >= 4000
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_the_uninterrupted_one(user):
-    same = ("model.dropout=0.1", "schedule.decay_steps=9")
-    ran(user.train("name=whole", "train.max_steps=9", *same))
-    ran(user.train("name=halted", "train.max_steps=6", *same))
-    whole, halted = user.only_run("whole"), user.only_run("halted")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
-    for name in ("train/loss", "val/loss", "grad_norm", "lr", "tokens"):
-        assert metrics(halted, name) == metrics(whole, name), name
-    states = [weights(d) for d in (whole, halted)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    assert len(list((user.folder / "outputs" / "halted").iterdir())) == 1
 
 
 def test_a_resume_cannot_become_another_run(user, first):

@@ -247,8 +247,9 @@ def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
     """Go on to some steps further: what was said, the steps of the interrupted run, and those of the whole."""
     before = max(metrics_file(directory))
     after = before // 40 * 40 + 80
-    run = user.begin("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments)
-    return run.ended(seconds=600).stdout, before, after
+    done = user.python("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments, timeout=600)
+    ran(done)
+    return done.stdout, before, after
 
 
 @pytest.mark.slow

@@ -133,9 +133,7 @@ def prepare_long(folder: Path, text: str, val_fraction: float = 0.1) -> Prepared
     return prepare_text(folder / "long.txt", "gpt2", task_bytes=10**6, val_fraction=val_fraction)
 
 
-@pytest.mark.parametrize(
-    ("kind", "size"), [("han", SIZE), ("letters", SIZE // 10), pytest.param("letters", SIZE, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("kind", "size"), [("han", SIZE), ("letters", SIZE // 10)])
 def test_megabytes_without_a_space_have_tiktoken_s_ids(tmp_path, encoder, kind, size):
     text = WITHOUT_SPACE[kind](size)
     assert len(text.encode()) == pytest.approx(size, abs=3)

@@ -268,5 +268,5 @@ def test_what_is_sampled_is_a_function_of_the_question(ours):
 @pytest.mark.slow
 def test_a_task_that_there_is_not_is_told_with_the_nearest(folder):
     with pytest.raises(UserError, match=r"has no such task\. Did you mean lambada_openai\? All are listed"):
-        find_tasks(asked(folder, tasks=["lambada_opnai"]))
+        find_tasks(asked(folder, tasks=["choices", "lambada_opnai"]))
     assert find_tasks(asked(folder, tasks=["choices", "lambada_openai"])).match_tasks(["hellaswag"]) == ["hellaswag"]
