@@ -19,8 +19,8 @@ from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.exits import DONE
+from gptlab.config.command import configuration_folder
+from gptlab.exit_codes import DONE
 from gptlab.model.config import GPTConfig
 
 TINY: dict[str, Any] = {

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from gptlab.experiments.sources.weights import load_model
 from gptlab.model.config import GPTConfig
-from gptlab.model.drawing import row_seeds
-from gptlab.model.generate import continued, generate, plain_decoder
+from gptlab.model.generation.generate import continued, generate, plain_decoder
+from gptlab.model.generation.sampler import row_seeds
+from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
-from gptlab.model.sampling import Sampling
+from gptlab.pretrained.weights import load_model
 from gptlab.training.module import derive_seed
 from test_distributed import LAYOUTS
 from test_faults import averages

@@ -10,7 +10,7 @@ import torch
 
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
-from gptlab.training.callbacks.trace import as_text, hash_windows
+from gptlab.training.callbacks.determinism_trace import as_text, hash_windows
 from test_train import metrics, ran
 
 GROWING = ("train.batch_schedule=[[2,4],[4,8]]", "schedule.decay_steps=6", "callbacks=[checkpoint,trace]")

@@ -7,12 +7,12 @@ from hydra import compose, initialize_config_dir
 
 from conftest import tiny_config
 from gptlab import bench
+from gptlab.benchmarks import speedrun
+from gptlab.benchmarks.corpus import text_corpus
+from gptlab.benchmarks.measuring import Part, Row, Run, Way, in_turns, timed, write_report
+from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import speedrun
-from gptlab.experiments.benchmarks.corpus import text_corpus
-from gptlab.experiments.benchmarks.measuring import Part, Row, Run, Way, in_turns, timed, write_report
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.exits import DONE
+from gptlab.exit_codes import DONE
 from gptlab.model.config import flops_per_token
 from test_train import mistaken, ran
 
@@ -69,7 +69,7 @@ def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monke
     root.mkdir()
     for name, text in {"a.py": "a" * 300_000, "b.txt": "é" * 150_000, "same.md": "a" * 300_000, "c.bin": "c"}.items():
         (root / name).write_text(text)
-    monkeypatch.setattr("gptlab.experiments.benchmarks.corpus._roots", lambda: [root])
+    monkeypatch.setattr("gptlab.benchmarks.corpus._roots", lambda: [root])
     corpus = text_corpus(tmp_path, 1)
     texts = [json.loads(line)["text"] for line in corpus.path.read_text().splitlines()]
     assert len(texts) == corpus.documents == 4

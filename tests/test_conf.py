@@ -4,12 +4,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.hub_names import REPOSITORIES
-from gptlab.experiments.resuming import plain, resolve
-from gptlab.experiments.schema import Config, check
-from gptlab.experiments.scoring.settings import EvaluateConfig
-from gptlab.training.schedules import learning_rate
+from gptlab.config.command import configuration_folder
+from gptlab.config.hub_names import REPOSITORIES
+from gptlab.config.resume import plain, resolve
+from gptlab.config.schema import Config, check
+from gptlab.evaluators.settings import EvaluateConfig
+from gptlab.training.optim.schedules import learning_rate
 
 GROUPS = (
     "model",

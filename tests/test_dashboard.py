@@ -11,10 +11,10 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from gptlab.config.command import configuration_folder
+from gptlab.dashboards.spaces import wandb_sweep
 from gptlab.errors import UserError
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.dashboards.spaces import wandb_sweep
-from gptlab.experiments.records.runs import flatten
+from gptlab.tracking.run_store.runs import flatten
 from test_conf import resolved
 from test_train import mistaken, ran
 

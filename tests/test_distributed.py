@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from gptlab.experiments.sources.weights import load_model
+from gptlab.pretrained.weights import load_model
 from test_faults import averages, newest_state
 from test_train import metrics, ran
 

@@ -9,23 +9,23 @@ import torch
 import yaml
 
 from conftest import tiny_config
-from data.preparing import data_config, prepare_text, text_values
-from gptlab.data.tokenizers import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
+from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.experiments.job import build_recorder, build_trainer
-from gptlab.experiments.launching import make_ready
-from gptlab.experiments.scoring.corpora import corpus_of
-from gptlab.experiments.scoring.machine import Machine
-from gptlab.experiments.scoring.running import hellaswag
-from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
-from gptlab.experiments.sources.source import Source
-from gptlab.experiments.sources.weights import load_model
+from gptlab.evaluators.context import Machine
+from gptlab.evaluators.corpora import corpus_of
+from gptlab.evaluators.evaluator import hellaswag
+from gptlab.evaluators.settings import EvaluateConfig, check_request
+from gptlab.launch.launcher import make_ready
+from gptlab.launch.train_run import build_recorder, build_trainer
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
+from gptlab.pretrained.source import Source
+from gptlab.pretrained.weights import load_model
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
 from gptlab.training.devices import choose_devices
+from preparing import data_config, prepare_text, text_values
 from test_conf import resolved
 from test_train import metrics, mistaken, ran, weights
 
@@ -258,7 +258,7 @@ def test_what_does_not_go_together_is_told(monkeypatch):
         check_request(asked(stride=17), source)
     with pytest.raises(UserError, match=r"task_dir=nowhere is no folder \(looked from"):
         check_request(asked(tasks=["a"], task_dir="nowhere"), source)
-    monkeypatch.setattr("gptlab.experiments.scoring.settings.find_spec", lambda name: None)
+    monkeypatch.setattr("gptlab.evaluators.settings.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tasks= needs the lm_eval package: pip install 'gptlab\[harness\]'"):
         check_request(asked(tasks=["a"]), source)
 

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptlab.data.huggingface import to_huggingface
-from gptlab.data.tokenizers import BytesTokenizer
+from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
-from gptlab.experiments.exits import DONE, FAILED, MISTAKEN
-from gptlab.experiments.exporting import llmc, pushing
+from gptlab.exit_codes import DONE, FAILED, MISTAKEN
 from gptlab.export import main
+from gptlab.exporters import llmc, push
 from test_mistakes import without_torch  # noqa: F401  (a fixture)
 from test_train import ran
 
@@ -120,7 +120,7 @@ def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"push=me/model failed: no route to host\nTo upload it later: hf auth login, and"
     ):
-        pushing.push(tmp_path, "me/model")
+        push.push(tmp_path, "me/model")
 
 
 @pytest.fixture(scope="session")
@@ -147,8 +147,8 @@ MEASURED = """
 import json, sys, time
 from pathlib import Path
 import {libraries}
-import torch, gptlab.experiments.exporting.running as running
-from gptlab.experiments.sources.source import open_source
+import torch, gptlab.exporters.exporter as running
+from gptlab.pretrained.source import open_source
 from gptlab.training.devices import peak_memory
 
 source, form, dtype = sys.argv[1:]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlab.experiments.exits import DONE, PREEMPTED
+from gptlab.exit_codes import DONE, PREEMPTED
 from gptlab.training.checkpoints.reading import read
 from test_train import metrics, ran
 

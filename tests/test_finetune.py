@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gptlab.experiments.directory import newest_checkpoint
-from gptlab.experiments.sources.source import open_source
-from gptlab.experiments.sources.weights import load_model
+from gptlab.pretrained.source import open_source
+from gptlab.pretrained.weights import load_model
+from gptlab.tracking.run_directory import newest_checkpoint
 from gptlab.training.checkpoints.reading import read
 from test_train import metrics, mistaken, ran
 

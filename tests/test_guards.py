@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from faults import break_steps
-from gptlab.experiments.exits import DIVERGED, HUNG
+from gptlab.exit_codes import DIVERGED, HUNG
 from test_faults import newest_state
 from test_interrupts import processes_of
 from test_train import metrics, ran

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptlab.experiments.exits import MISTAKEN
-from gptlab.experiments.sources.weights import load_model
+from gptlab.exit_codes import MISTAKEN
 from gptlab.model.gpt import GPT
+from gptlab.pretrained.weights import load_model
 from test_train import metrics, mistaken, plain_training, ran, weights
 
 STANDING = ("optimizer.lr=1e-30", "train.max_steps=1", "callbacks=checkpoint")  # the weights stay where they are

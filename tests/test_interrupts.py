@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Begun
-from gptlab.experiments.exits import INTERRUPTED
+from gptlab.exit_codes import INTERRUPTED
 from test_train import metrics, ran
 
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")

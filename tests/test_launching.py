@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.experiments.exits import MISTAKEN
+from gptlab.exit_codes import MISTAKEN
 from test_interrupts import TWO, processes_of, training
 from test_train import metrics, ran
 

@@ -10,12 +10,12 @@ import yaml
 
 import gptlab
 from canary import Canary
-from gptlab.data.shards import load_manifest
-from gptlab.data.vocabulary import SHA256, gpt2_merges
+from gptlab.config.command import configuration_folder
+from gptlab.data.shards.manifest import load_manifest
+from gptlab.data.tokenizers.gpt2_vocabulary import SHA256, gpt2_merges
 from gptlab.errors import UserError
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.directory import load_config
-from gptlab.experiments.exits import MISTAKEN
+from gptlab.exit_codes import MISTAKEN
+from gptlab.tracking.run_directory import load_config
 
 SOURCES = sorted(Path(gptlab.__file__).parent.rglob("*.py"))
 RUNS_WHAT_IT_READS = {

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from gptlab.experiments.schema import Config, check
+from gptlab.config.schema import Config, check
 from gptlab.model.gpt import GPT
 from test_train import mistaken, ran
 

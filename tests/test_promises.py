@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from gptlab.experiments.directory import load_config
 from gptlab.model.config import parameter_count
+from gptlab.tracking.run_directory import load_config
 from test_train import metrics, ran
 
 pytestmark = pytest.mark.slow

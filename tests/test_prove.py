@@ -84,7 +84,7 @@ def test_a_proof_that_is_told_to_end_leaves_no_process(user):
 
 PERTURBED = """
 import sys
-if "gptlab.experiments.proving.run" in sys.orig_argv:
+if "gptlab.verification.process" in sys.orig_argv:
     from gptlab.training.checkpoints import writing
     read = writing.read
     def perturbed(place):

@@ -9,9 +9,9 @@ import socket
 
 import pytest
 
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.reporting.document import Document
-from gptlab.experiments.reporting.live import LiveServer
+from gptlab.exit_codes import DONE
+from gptlab.reporting.document import Document
+from gptlab.reporting.live import LiveServer
 from report_pages import serving
 from run_directories import rows_of, running, write_metrics, write_run, write_sweep
 from test_mistakes import without_torch  # noqa: F401  (a fixture)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from gptlab.experiments.answers.fitting import ScalingAnswer, write_scaling
-from gptlab.experiments.answers.table import answer
+from gptlab.sweeps.analysis.fitting import ScalingAnswer, write_scaling
+from gptlab.sweeps.analysis.table import answer
 from report_pages import (  # noqa: F401
     HOSTILE,
     RATES,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptlab.experiments.exits import MISTAKEN
+from gptlab.exit_codes import MISTAKEN
 from test_faults import newest_state, same_run
 from test_train import metrics, mistaken, ran
 

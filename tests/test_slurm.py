@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.experiments.exits import MISTAKEN
+from gptlab.exit_codes import MISTAKEN
 from gptlab.training.checkpoints.records import checkpoints, step_of
 from slurm_cluster import Cluster, why_not
 from test_train import metrics, mistaken, ran

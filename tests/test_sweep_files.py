@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.schema import Config
+from gptlab.config.command import configuration_folder
+from gptlab.config.schema import Config
 from gptlab.model.config import parameter_count
 from test_conf import resolved
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from faults import break_steps
-from gptlab.experiments.exits import DIVERGED, DONE, INTERRUPTED, PREEMPTED
+from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED
 from test_sweep_files import read
 from test_train import metrics, mistaken, ran
 

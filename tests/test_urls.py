@@ -49,7 +49,7 @@ def test_shards_that_do_not_fit_are_refused_before_they_are_fetched(user, server
 
 
 ONE_ATTEMPT = """
-from gptlab.data import remote
+from gptlab.data.shards import remote
 from gptlab.train import main
 
 remote.ATTEMPTS = 1

@@ -9,16 +9,16 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from gptlab.data.preparation import prepare
-from gptlab.data.shards import load_manifest
+from gptlab.config.command import configuration_folder
+from gptlab.config.resume import differences, resolve
+from gptlab.config.schema import Config
+from gptlab.data.prepare.prepare import prepare
+from gptlab.data.shards.manifest import load_manifest
 from gptlab.errors import UserError
-from gptlab.experiments.command import configuration_folder
-from gptlab.experiments.directory import create
-from gptlab.experiments.earlier import go_on
-from gptlab.experiments.launching import make_ready
-from gptlab.experiments.resuming import differences, resolve
-from gptlab.experiments.run_lock import RunLock
-from gptlab.experiments.schema import Config
+from gptlab.launch.launcher import make_ready
+from gptlab.launch.requeued import go_on
+from gptlab.tracking.run_directory import create
+from gptlab.tracking.run_lock import RunLock
 from test_train import mistaken, ran
 
 REFUSED = "data.val_split=tail needs a single document"
@@ -106,8 +106,8 @@ def test_a_command_that_would_cut_every_document_ends_before_anything_is_written
 # gptlab.train of before: nothing is refused
 OF_BEFORE = """
 import runpy
-from gptlab.experiments import launching
-launching.check_val_split = lambda config: None
+from gptlab.launch import launcher
+launcher.check_val_split = lambda config: None
 runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
 """
 

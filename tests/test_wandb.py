@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from conftest import Begun
-from gptlab.experiments.exits import INTERRUPTED, MISTAKEN, PREEMPTED
+from gptlab.exit_codes import INTERRUPTED, MISTAKEN, PREEMPTED
 from test_evaluate import check_record_at_wandb
 from test_train import ran
 from wandb_server import KEY, Server

@@ -12,16 +12,16 @@ import yaml
 from click.testing import CliRunner
 from wandb.cli import cli
 
+from gptlab.config.schema import Config
+from gptlab.dashboards.workspace import build_workspace, save
 from gptlab.errors import UserError
-from gptlab.experiments.dashboards.workspace import build_workspace, save
-from gptlab.experiments.directory import CONFIG
-from gptlab.experiments.environment import ENVIRONMENT, record_environment
-from gptlab.experiments.launching import make_ready
-from gptlab.experiments.loggers import build_loggers
-from gptlab.experiments.schema import Config
-from gptlab.experiments.wandb.beginning import begin
-from gptlab.experiments.wandb.evaluations import send_evaluation
-from gptlab.experiments.wandb.logger import WandbRecord
+from gptlab.launch.launcher import make_ready
+from gptlab.tracking.environment import ENVIRONMENT, record_environment
+from gptlab.tracking.loggers import build_loggers
+from gptlab.tracking.run_directory import CONFIG
+from gptlab.tracking.wandb.evaluations import send_evaluation
+from gptlab.tracking.wandb.init import begin
+from gptlab.tracking.wandb.logger import WandbRecord
 from gptlab.training.checkpoints.records import Facts
 from test_conf import resolved
 from test_train import mistaken, ran

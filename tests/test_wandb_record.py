@@ -12,10 +12,10 @@ import wandb
 import yaml
 
 from faults import break_steps
-from gptlab.experiments.environment import record_environment
-from gptlab.experiments.exits import DIVERGED, HUNG, INTERRUPTED, PREEMPTED
-from gptlab.experiments.records.sweeps import Sweep
-from gptlab.experiments.wandb.beginning import begin
+from gptlab.exit_codes import DIVERGED, HUNG, INTERRUPTED, PREEMPTED
+from gptlab.tracking.environment import record_environment
+from gptlab.tracking.run_store.sweeps import Sweep
+from gptlab.tracking.wandb.init import begin
 from test_conf import resolved
 from test_train import metrics, ran
 from test_wandb import SCRIPTS, exit_code, has_secret, interrupted, metrics_file, records, resumed, rows

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptlab.experiments.loaded import LanguageModel, load
+    from gptlab.pretrained.language_model import LanguageModel, load
 
 __all__ = ["LanguageModel", "load"]
 
@@ -11,7 +11,7 @@ __all__ = ["LanguageModel", "load"]
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is: torch takes seconds, and most commands begin without it."""
     if name in __all__:
-        from gptlab.experiments import loaded
+        from gptlab.pretrained import language_model
 
-        return getattr(loaded, name)
+        return getattr(language_model, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

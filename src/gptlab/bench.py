@@ -7,16 +7,16 @@ from typing import Literal
 from omegaconf import DictConfig
 from pydantic import PositiveInt
 
+from gptlab.benchmarks import data, generation, guards, overhead, speedrun, training
+from gptlab.benchmarks.measuring import Part, print_part, write_report
+from gptlab.config.base import Settings
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
-from gptlab.experiments.benchmarks import data, generation, guards, overhead, speedrun, training
-from gptlab.experiments.benchmarks.measuring import Part, print_part, write_report
-from gptlab.experiments.command import command
-from gptlab.experiments.directory import new_directory
-from gptlab.experiments.environment import record_environment
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.settings import Settings
+from gptlab.exit_codes import DONE
+from gptlab.tracking.environment import record_environment
+from gptlab.tracking.run_directory import new_directory
 
 ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from gptlab.config.base import Settings
+from gptlab.config.command import command, configuration_folder
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
+from gptlab.dashboards.spaces import write_wandb_sweeps
+from gptlab.dashboards.workspace import as_json, build_workspace, save
 from gptlab.errors import UserError
-from gptlab.experiments.command import command, configuration_folder
-from gptlab.experiments.dashboards.spaces import write_wandb_sweeps
-from gptlab.experiments.dashboards.workspace import as_json, build_workspace, save
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.settings import Settings
+from gptlab.exit_codes import DONE
 
 
 class DashboardConfig(Settings):

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.experiments.command import command
-from gptlab.experiments.directory import best_checkpoint
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.experiments.scoring.corpora import ScoredCorpus, corpus_of
-from gptlab.experiments.scoring.results import folder_of, keep, show
-from gptlab.experiments.scoring.settings import EvaluateConfig, check_request
-from gptlab.experiments.sources.source import Source, open_source
+from gptlab.evaluators.corpora import ScoredCorpus, corpus_of
+from gptlab.evaluators.results import folder_of, keep, show
+from gptlab.evaluators.settings import EvaluateConfig, check_request
+from gptlab.exit_codes import DONE
+from gptlab.pretrained.source import Source, open_source
+from gptlab.tracking.run_directory import best_checkpoint
 
 if TYPE_CHECKING:
-    from gptlab.experiments.scoring.running import Outcome
+    from gptlab.evaluators.evaluator import Outcome
 
 
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
@@ -45,13 +45,13 @@ def _examples(config: EvaluateConfig, source: Source) -> list[Example]:
 
 def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, examples: list[Example] | None) -> None:
     """Do all that is asked for, one thing after the other."""
-    from gptlab.experiments.scoring.machine import this_machine
-    from gptlab.experiments.scoring.running import corpus_loss, hellaswag
-    from gptlab.experiments.sources.weights import load_model
-    from gptlab.experiments.wandb.evaluations import send_evaluation
+    from gptlab.evaluators.context import this_machine
+    from gptlab.evaluators.evaluator import corpus_loss, hellaswag
+    from gptlab.pretrained.weights import load_model
+    from gptlab.tracking.wandb.evaluations import send_evaluation
 
     if config.tasks:
-        from gptlab.experiments.scoring.tasks import find_tasks, score_tasks
+        from gptlab.evaluators.tasks import find_tasks, score_tasks
 
         tasks = find_tasks(config)
     machine = this_machine(config.precision)

@@ -7,15 +7,15 @@ from typing import Annotated, Self
 from omegaconf import DictConfig
 from pydantic import Field, model_validator
 
-from gptlab.experiments.command import command
-from gptlab.experiments.exits import DONE, FAILED
-from gptlab.experiments.exporting.folder import check_free
-from gptlab.experiments.exporting.formats import DtypeName, FormatName, check_format
-from gptlab.experiments.exporting.pushing import listed, push
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.experiments.sources.source import open_source
-from gptlab.settings import Settings
+from gptlab.config.base import Settings
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
+from gptlab.exit_codes import DONE, FAILED
+from gptlab.exporters.folder import check_free
+from gptlab.exporters.formats import DtypeName, FormatName, check_format
+from gptlab.exporters.push import listed, push
+from gptlab.pretrained.source import open_source
 
 PUSHED = ("hf", "gguf")
 
@@ -45,7 +45,7 @@ def main(values: DictConfig) -> int:
     check_free(out)
     source = open_source(config.run)
     check_format(config.format, config.dtype, source.model, source.record)  # what is wrong is said without torch
-    from gptlab.experiments.exporting.running import Differs, export
+    from gptlab.exporters.exporter import Differs, export
 
     try:
         certificate = export(source, config.format, config.dtype, out)

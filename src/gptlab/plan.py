@@ -7,15 +7,15 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from gptlab.data.shards import write_durably
+from gptlab.config.command import command
+from gptlab.config.schema import Config, known_keys
+from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.planning.calibration import calibrate
-from gptlab.experiments.planning.plans import Plan, as_json, choose_for, make_plan
-from gptlab.experiments.planning.report import print_choice, print_plan
-from gptlab.experiments.planning.settings import KEYS, of_run, resolve_both, with_data
-from gptlab.experiments.schema import Config, known_keys
+from gptlab.exit_codes import DONE
+from gptlab.planning.calibration import calibrate
+from gptlab.planning.plans import Plan, as_json, choose_for, make_plan
+from gptlab.planning.report import print_choice, print_plan
+from gptlab.planning.settings import KEYS, of_run, resolve_both, with_data
 
 
 @command("plan", keys={*known_keys(Config), *KEYS})

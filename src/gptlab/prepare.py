@@ -4,26 +4,26 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gptlab.data.formats import convert
-from gptlab.data.inspection import batch_texts
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
 from gptlab.data.order import training_order
-from gptlab.data.preparation import prepare
-from gptlab.data.prepared import Prepared, verify
-from gptlab.data.splitting import check_val_split
-from gptlab.data.tasks import Work
+from gptlab.data.prepare.prepare import prepare
+from gptlab.data.prepare.splitting import check_val_split
+from gptlab.data.prepare.tasks import Work
+from gptlab.data.shards.formats import convert
+from gptlab.data.shards.inspection import batch_texts
+from gptlab.data.shards.token_dataset import Prepared, verify
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.directory import load_config
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.preparing import (
+from gptlab.exit_codes import DONE
+from gptlab.launch.prepare_data import (
     PrepareCommand,
     existing_shards,
     prepare_with_progress,
     print_batch,
     print_prepared,
 )
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
+from gptlab.tracking.run_directory import load_config
 
 
 @command("prepare", keys=set(known_keys(PrepareCommand)))

@@ -8,17 +8,17 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from gptlab.config.command import command
+from gptlab.config.schema import Config, known_keys
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.directory import new_directory
-from gptlab.experiments.exits import DONE, FAILED
-from gptlab.experiments.launching import make_ready
-from gptlab.experiments.logs import quieten_lightning
-from gptlab.experiments.proving.configs import Beside, resolve_both
-from gptlab.experiments.proving.report import passed, print_proofs, write_report
-from gptlab.experiments.proving.runs import Runs
-from gptlab.experiments.schema import Config, known_keys
-from gptlab.training.processes import started_from_outside
+from gptlab.exit_codes import DONE, FAILED
+from gptlab.launch.launcher import make_ready
+from gptlab.tracking.logs import quieten_lightning
+from gptlab.tracking.run_directory import new_directory
+from gptlab.training.distributed.processes import started_from_outside
+from gptlab.verification.configs import Beside, resolve_both
+from gptlab.verification.report import passed, print_proofs, write_report
+from gptlab.verification.runs import Runs
 
 
 @command("prove", keys={*known_keys(Config), *known_keys(Beside)})
@@ -28,7 +28,7 @@ def main(values: DictConfig) -> int:
         raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
     config, wanted = resolve_both(values, list(HydraConfig.get().overrides.task))
     config, prepared = make_ready(config)
-    from gptlab.experiments.proving.proofs import Case, prove_all  # torch is needed from here on
+    from gptlab.verification.proofs import Case, prove_all  # torch is needed from here on
 
     quieten_lightning()
     case = Case(config, prepared, wanted)

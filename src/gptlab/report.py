@@ -9,15 +9,15 @@ from typing import Annotated
 from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat
 
+from gptlab.config.base import Settings
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.reporting.document import Document
-from gptlab.experiments.reporting.live import LiveServer
-from gptlab.experiments.reporting.page import page
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.settings import Settings
+from gptlab.exit_codes import DONE
+from gptlab.reporting.document import Document
+from gptlab.reporting.live import LiveServer
+from gptlab.reporting.page import page
 
 
 class ReportConfig(Settings):

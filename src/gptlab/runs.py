@@ -8,14 +8,14 @@ from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 from rich import get_console
 
+from gptlab.config.base import Settings
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.records.listing import COLUMNS, Condition, as_csv, as_json, listed, table
-from gptlab.experiments.records.runs import find_runs
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import check, known_keys
-from gptlab.settings import Settings
+from gptlab.exit_codes import DONE
+from gptlab.tracking.run_store.listing import COLUMNS, Condition, as_csv, as_json, listed, table
+from gptlab.tracking.run_store.runs import find_runs
 
 
 class RunsCommand(Settings):

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt, model_validator
 
+from gptlab.config.command import command
+from gptlab.config.resume import plain
+from gptlab.config.schema import Seed, check, known_keys
 from gptlab.errors import UserError
-from gptlab.experiments.command import command
-from gptlab.experiments.exits import DONE
-from gptlab.experiments.resuming import plain
-from gptlab.experiments.schema import Seed, check, known_keys
-from gptlab.experiments.sources.source import Source, open_source
-from gptlab.model.sampling import Sampling
+from gptlab.exit_codes import DONE
+from gptlab.model.generation.sampling_config import Sampling
+from gptlab.pretrained.source import Source, open_source
 
 if TYPE_CHECKING:
-    from gptlab.experiments.writing import Prepared, Writing
+    from gptlab.pretrained.text_generator import Prepared, Writing
 
 
 class SampleConfig(Sampling):
-    """What to write, and how; see conf/sample.yaml and ``gptlab.model.generate``."""
+    """What to write, and how; see conf/sample.yaml and ``gptlab.model.generation.generate``."""
 
     run: Annotated[str, Field(min_length=1)]
     prompt: str
@@ -85,8 +85,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _prepared(config: SampleConfig, source: Source) -> "Prepared":
-    from gptlab.experiments.sources.weights import load_model
-    from gptlab.experiments.writing import prepare
+    from gptlab.pretrained.text_generator import prepare
+    from gptlab.pretrained.weights import load_model
 
     tokenizer = source.tokenizer()
     return prepare(
@@ -100,8 +100,8 @@ def _prepared(config: SampleConfig, source: Source) -> "Prepared":
 
 
 def _writing(config: SampleConfig, prepared: "Prepared", prompts: list[str], seed: int) -> "Writing":
-    from gptlab.experiments.writing import AT_ONCE, Writing
-    from gptlab.model.drawing import row_seeds
+    from gptlab.model.generation.sampler import row_seeds
+    from gptlab.pretrained.text_generator import AT_ONCE, Writing
 
     writing = Writing(
         prepared,
@@ -139,7 +139,7 @@ def _print_stream(writing: "Writing", config: SampleConfig) -> None:
 
 
 def _report(writing: "Writing", config: SampleConfig) -> None:
-    from gptlab.experiments.writing import report
+    from gptlab.pretrained.text_generator import report
 
     if config.report:
         print(report(writing.speed(), writing.prepared.device))
@@ -147,7 +147,7 @@ def _report(writing: "Writing", config: SampleConfig) -> None:
 
 def _converse(config: SampleConfig, prepared: "Prepared") -> None:
     """Continue what is typed, until Ctrl-D; Ctrl-C ends a text."""
-    from gptlab.model.drawing import row_seeds
+    from gptlab.model.generation.sampler import row_seeds
 
     print("Type how a text begins; Ctrl-D ends this, and Ctrl-C a text.")
     number = 0

@@ -7,10 +7,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from gptlab.experiments.command import command
-from gptlab.experiments.launching import launch
-from gptlab.experiments.resuming import resolve
-from gptlab.experiments.schema import Config, known_keys
+from gptlab.config.command import command
+from gptlab.config.resume import resolve
+from gptlab.config.schema import Config, known_keys
+from gptlab.launch.launcher import launch
 
 log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" here
 

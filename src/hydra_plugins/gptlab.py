@@ -1,4 +1,4 @@
-"""Where Hydra looks for plugins. What they do is in gptlab.experiments.sweeping."""
+"""Where Hydra looks for plugins. What they do is in gptlab.sweeps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +23,7 @@ class GptlabSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every trial that has not ended yet, and tell what came of it."""
-        from gptlab.experiments.sweeping.sweeper import sweep  # Hydra imports this module for every command
+        from gptlab.sweeps.sweeper import sweep  # Hydra imports this module for every command
 
         launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
         sweep(self.hydra_context, self.config, arguments, self.settings, launcher)

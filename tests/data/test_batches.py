@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 
 from gptlab.data.batches import EvaluationBatches, Slice, TrainBatches
 from gptlab.data.order import WindowOrder, evaluation_starts
-from gptlab.data.shards import Manifest, Shard, ShardWriter
-from gptlab.data.streams import Folder, TokenStream
+from gptlab.data.shards.manifest import Manifest, Shard, ShardWriter
+from gptlab.data.shards.streams import Folder, TokenStream
 
 BLOCK_SIZE = 16
 

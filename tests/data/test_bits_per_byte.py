@@ -7,12 +7,12 @@ import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
-from preparing import is_in_val, prepare_text, tiktoken_gpt2
 
 from gptlab.data.batches import EvaluationBatches, Slice
 from gptlab.data.order import evaluation_starts
-from gptlab.data.prepared import Prepared
+from gptlab.data.shards.token_dataset import Prepared
 from gptlab.evaluation.loss import LossSums
+from preparing import is_in_val, prepare_text, tiktoken_gpt2
 
 TEXTS = {
     f"{n:02d}.txt": f"Document {n}: naïve 👍🏽 世界。\n" * (n % 5) + "the cat and the dog. " * n for n in range(30)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import data_config, is_in_val, prepare_text, tiktoken_gpt2, tokenizer_config
 
-from gptlab.data.preparation import prepare
-from gptlab.data.prepared import Prepared
-from gptlab.data.tasks import Work
+from gptlab.data.prepare.prepare import prepare
+from gptlab.data.prepare.tasks import Work
+from gptlab.data.shards.token_dataset import Prepared
+from preparing import data_config, is_in_val, prepare_text, tiktoken_gpt2, tokenizer_config
 
 END = 50256
 BY_DOCUMENTS = {"val_split": "documents", "val_fraction": 0.2}
@@ -23,7 +23,7 @@ def encoder(request, monkeypatch, caplog):
     if request.param == "gigatoken":
         pytest.importorskip("gigatoken")
     else:
-        monkeypatch.setattr("gptlab.data.preparation.bulk_encoder", lambda tokenizer: None)
+        monkeypatch.setattr("gptlab.data.prepare.prepare.bulk_encoder", lambda tokenizer: None)
     caplog.set_level(logging.INFO, "gptlab")
     yield request.param
     told = [record.message for record in caplog.get_records("call") if "gigatoken" in record.message]

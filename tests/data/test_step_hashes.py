@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from preparing import data_config
 
 from gptlab.data.batches import Batch, Slice, TrainBatches
 from gptlab.data.order import training_order
-from gptlab.data.prepared import Prepared
-from gptlab.data.shards import Manifest, Shard, ShardWriter
-from gptlab.data.streams import Folder
-from gptlab.data.tokenizers import BytesTokenizer
-from gptlab.training.batch import BatchPlan
+from gptlab.data.shards.manifest import Manifest, Shard, ShardWriter
+from gptlab.data.shards.streams import Folder
+from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer
+from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.datamodule import TokenData
+from preparing import data_config
 
 T, STEPS, SEED = 16, 1000, 7
 SHARDS = [61_000, 7_000, 40_003, 12, 33_000, 50_001, 29_000, 90_000, 18_000, 75_000]  # tokens; one without a window

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from data.preparing import prepare_text
 from gptlab.data.batches import EvaluationBatches, Slice
 from gptlab.data.order import evaluation_starts
 from gptlab.evaluation.corpus import WindowBatches, add_batches, windows_of
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
+from preparing import prepare_text
 
 BLOCK = 16  # of the tiny model
 END = 256  # of text, in bytes

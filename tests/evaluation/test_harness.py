@@ -14,15 +14,15 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
 from conftest import tiny_config
-from gptlab.data.tokenizers import CharactersTokenizer
+from gptlab.data.tokenizers.tokenizer import CharactersTokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.harness import HarnessModel, fingerprint
-from gptlab.experiments.scoring.machine import Machine
-from gptlab.experiments.scoring.settings import EvaluateConfig
-from gptlab.experiments.scoring.tasks import find_tasks, score_tasks
-from gptlab.experiments.sources.source import open_source
-from gptlab.experiments.sources.weights import load_model
+from gptlab.evaluators.context import Machine
+from gptlab.evaluators.settings import EvaluateConfig
+from gptlab.evaluators.tasks import find_tasks, score_tasks
 from gptlab.model.gpt import GPT
+from gptlab.pretrained.source import open_source
+from gptlab.pretrained.weights import load_model
 
 BLOCK = 48
 TASKS = {

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptlab.data.tokenizers import BytesTokenizer, CharactersTokenizer, load_tokenizer
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer, CharactersTokenizer, load_tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.completions import Loss, Tally, ending_losses, share, tally
 from gptlab.evaluation.hellaswag import Example, read_examples, write_bin

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_config
-from gptlab.experiments.command import configuration_folder
+from gptlab.config.command import configuration_folder
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.model.gpt import GPT
 

@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_config
 from gptlab.model.gpt import GPT
-from gptlab.training.strategies import compile_in_place
+from gptlab.training.distributed.strategies import compile_in_place
 
 SHAPES = 11  # more than torch compiles a function for by itself
 

@@ -10,7 +10,7 @@ from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
 from gptlab.training import devices
-from gptlab.training.automatic import loss_chunk
+from gptlab.training.auto import loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 

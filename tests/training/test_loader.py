@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptlab.training.callbacks.recorder import Stopwatch
+from gptlab.training.callbacks.metrics import Stopwatch
 from gptlab.training.loader import TimedLoader
 
 

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gptlab.data.batch_size_schedule import Stages
 from gptlab.data.order import WindowOrder
-from gptlab.data.stages import Stages
-from gptlab.data.streams import TokenStream
+from gptlab.data.shards.streams import TokenStream
 
 AT_ONCE = 1024  # windows whose places are computed together, which costs little more than those of one batch
 IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored

@@ -4,14 +4,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.settings import Settings
+from gptlab.config.base import Settings
 
 
 class DataConfig(Settings):
     """A corpus and how it is split, stored and ordered.
 
     Attributes:
-        corpus: The reader: see ``gptlab.data.corpora``.
+        corpus: The reader: see ``gptlab.data.sources.corpora``.
         source: A file or folder (text, shakespeare): .parquet and .jsonl hold records, all else is text; .gz and .zst
             are decompressed.
         path: Prepared shards: a folder, its URL, or a glob of others' token files (shards); the name of a data set on

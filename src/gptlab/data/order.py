@@ -1,8 +1,8 @@
 """The order of training: which window stands at each position, without an index.
 
 The window at global position p is a pure function of the data, the seed and p. Step s of a run with a global batch of G
-windows reads positions [s G, (s+1) G), or what ``gptlab.data.stages`` says where G is not always the same; devices,
-workers and micro-batches only slice that range.
+windows reads positions [s G, (s+1) G), or what ``gptlab.data.batch_size_schedule`` says where G is not always the same;
+devices, workers and micro-batches only slice that range.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptlab.data.config import DataConfig
-from gptlab.data.shards import Manifest
+from gptlab.data.shards.manifest import Manifest
 
 ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
 

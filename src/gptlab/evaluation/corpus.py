@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from gptlab.data.batches import IGNORED, Batch
-from gptlab.data.streams import TokenStream
+from gptlab.data.shards.streams import TokenStream
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
 

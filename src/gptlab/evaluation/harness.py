@@ -19,13 +19,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from gptlab.data.text_stream import TextStream
-from gptlab.data.tokenizers import END_OF_TEXT, Tokenizer, prompt_ids
+from gptlab.data.tokenizers.text_stream import TextStream
+from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
 from gptlab.errors import UserError
-from gptlab.model.drawing import row_seeds
-from gptlab.model.generate import generate, plain_decoder
+from gptlab.model.generation.generate import generate, plain_decoder
+from gptlab.model.generation.sampler import row_seeds
+from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
-from gptlab.model.sampling import Sampling
 
 Request = tuple[Any, list[int], list[int]]  # its texts, the ids of its context and those of its continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether every token of it is the likeliest

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.tokenizers import Tokenizer
+from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
 MAGIC, VERSION, HEADER_INTS = 20240522, 1, 256

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 
-from gptlab.model.cache import LayerCache, Place
 from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.generation.kv_cache import LayerCache, Place
 
 SHORT = 256  # keys; up to here the weights of a head fit a core's cache
 Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's own; None is causal and no more

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.settings import Settings
+from gptlab.config.base import Settings
 
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 GPT2_OPTIONS = {  # of what was found since, which a GPT-2 that is trained already has or has not

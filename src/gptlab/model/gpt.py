@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from gptlab.model.attention import CausalSelfAttention, Mix, Sight, sight
-from gptlab.model.cache import KVCache, LayerCache, Place
 from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.generation.kv_cache import KVCache, LayerCache, Place
 from gptlab.model.loss import Head, mean_loss, nats
 
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1

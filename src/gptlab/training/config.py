@@ -5,10 +5,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.data.stages import Stages
+from gptlab.config.base import Settings
+from gptlab.data.batch_size_schedule import Stages
 from gptlab.errors import UserError
-from gptlab.settings import Settings
-from gptlab.training.batch import BatchPlan, plan_batch
+from gptlab.training.batch_plan import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Average = Annotated[float, Field(ge=0, lt=1)]  # what a running average keeps of itself at every step
@@ -212,7 +212,7 @@ class CheckpointConfig(Settings):
 
 
 class SamplesConfig(Settings):
-    """What is written as the model learns; see ``gptlab.model.generate``."""
+    """What is written as the model learns; see ``gptlab.model.generation.generate``."""
 
     prompt: str
     num_samples: PositiveInt
@@ -238,7 +238,7 @@ class EarlyStoppingConfig(Settings):
 
 
 class TraceConfig(Settings):
-    """Hashes of every so many steps; see ``gptlab.training.callbacks.trace``."""
+    """Hashes of every so many steps; see ``gptlab.training.callbacks.determinism_trace``."""
 
     every: PositiveInt
 

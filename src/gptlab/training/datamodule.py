@@ -8,10 +8,10 @@ from torch.utils.data import DataLoader
 from gptlab.data.batches import Batch, EvaluationBatches, Slice, TrainBatches
 from gptlab.data.config import DataConfig
 from gptlab.data.order import evaluation_starts, training_order
-from gptlab.data.prepared import Prepared
-from gptlab.training.batch import BatchPlan
+from gptlab.data.shards.token_dataset import Prepared
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.distributed.strategies import data_rank
 from gptlab.training.loader import TimedLoader
-from gptlab.training.strategies import data_rank
 
 
 class TokenData(L.LightningDataModule):

@@ -11,10 +11,10 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
-from gptlab.training.automatic import WIDE, WIDER, is_for_speed, what_to_compile
+from gptlab.training.auto import WIDE, WIDER, is_for_speed, what_to_compile
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.peaks import of_device
-from gptlab.training.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
+from gptlab.training.distributed.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
+from gptlab.training.gpu_specs import of_device
 
 CPUINFO = Path("/proc/cpuinfo")
 

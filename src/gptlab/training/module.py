@@ -15,12 +15,19 @@ from torch.optim import Optimizer
 from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
-from gptlab.training.averaging import keep_average, put_averages, put_back, set_decay
 from gptlab.training.config import OptimizerConfig, ScheduleConfig
-from gptlab.training.fsdp import FSDP2Strategy
-from gptlab.training.optimizers import build_optimizer, group_names, set_step, skip_where_bad, with_names, with_numbers
-from gptlab.training.schedules import learning_rate
-from gptlab.training.strategies import compile_in_place, data_rank, reduced, weights_changed
+from gptlab.training.distributed.fsdp import FSDP2Strategy
+from gptlab.training.distributed.strategies import compile_in_place, data_rank, reduced, weights_changed
+from gptlab.training.optim.averaging import keep_average, put_averages, put_back, set_decay
+from gptlab.training.optim.optimizers import (
+    build_optimizer,
+    group_names,
+    set_step,
+    skip_where_bad,
+    with_names,
+    with_numbers,
+)
+from gptlab.training.optim.schedules import learning_rate
 
 WEIGHTS = "model."  # where the network hangs in the module; no checkpoint carries it
 

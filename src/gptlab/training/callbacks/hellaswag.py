@@ -8,11 +8,11 @@ import torch
 
 from gptlab.evaluation.completions import Tally, ending_losses, share, tally
 from gptlab.evaluation.hellaswag import Example
-from gptlab.training.callbacks.recorder import log_metrics
+from gptlab.training.callbacks.metrics import log_metrics
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import HellaSwagConfig
+from gptlab.training.distributed.strategies import at_any_length, data_rank, reduced
 from gptlab.training.module import GPTModule
-from gptlab.training.strategies import at_any_length, data_rank, reduced
 
 log = logging.getLogger(__name__)
 

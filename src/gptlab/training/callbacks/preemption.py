@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from gptlab.training.agreement import Agreement
-from gptlab.training.callbacks.checkpoints import Checkpoints
-from gptlab.training.callbacks.pulse import Pulse
+from gptlab.training.callbacks.run_checkpoint import Checkpoints
+from gptlab.training.callbacks.step_sync import Pulse
+from gptlab.training.distributed.delayed_all_reduce import Agreement
 
 log = logging.getLogger(__name__)
 

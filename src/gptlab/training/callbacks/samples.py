@@ -6,13 +6,13 @@ from pathlib import Path
 
 import lightning as L
 
-from gptlab.data.tokenizers import END_OF_TEXT, Tokenizer, prompt_ids
-from gptlab.model.drawing import row_seeds
-from gptlab.model.generate import continued, generate, plain_decoder
-from gptlab.model.sampling import Sampling
+from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
+from gptlab.model.generation.generate import continued, generate, plain_decoder
+from gptlab.model.generation.sampler import row_seeds
+from gptlab.model.generation.sampling_config import Sampling
 from gptlab.training.config import SamplesConfig
+from gptlab.training.distributed.strategies import at_any_length
 from gptlab.training.module import GPTModule, derive_seed
-from gptlab.training.strategies import at_any_length
 
 HEADING = "--- sample {} ---\n"
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from gptlab.errors import UserError
-from gptlab.training.averaging import AVERAGE
 from gptlab.training.checkpoints.records import STATE
 from gptlab.training.checkpoints.shards import METADATA, read_tensors
+from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
 

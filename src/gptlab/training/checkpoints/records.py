@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from gptlab.data.shards import sync, write_durably
-from gptlab.settings import Settings
+from gptlab.config.base import Settings
+from gptlab.data.shards.manifest import sync, write_durably
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""``gptlab.bench``: speed as ratios of alternating runs."""

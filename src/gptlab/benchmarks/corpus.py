@@ -1,0 +1,80 @@
+"""Real text that every machine has: the files of text that came with Python and its packages, a document each."""
+
+import hashlib
+import json
+import os
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from gptlab.data.shards.manifest import write_durably
+from gptlab.errors import UserError
+
+CODE = {".py", ".pyi", ".pyx", ".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh", ".js", ".ts", ".css"}
+SUFFIXES = CODE | {".html", ".md", ".rst", ".txt", ".json", ".csv", ".xml", ".toml", ".yaml", ".ipynb"}
+LARGEST = 2**20  # bytes; larger files are tables
+
+
+class TextCorpus(NamedTuple):
+    """A file of JSON lines, {"text": ...}, and what is in it.
+
+    Attributes:
+        path: The file.
+        bytes: Of UTF-8, in all texts.
+        documents: Their number.
+        distinct: Bytes of texts that differ; less than ``bytes`` where this machine has too little text.
+    """
+
+    path: Path
+    bytes: int
+    documents: int
+    distinct: int
+
+
+def text_corpus(folder: Path, megabytes: int) -> TextCorpus:
+    """Return a corpus of at least so many MB, making it where ``folder`` does not have it."""
+    path, about = folder / f"text-{megabytes}MB.jsonl", folder / f"text-{megabytes}MB.json"
+    if path.exists() and about.exists():
+        return TextCorpus(path, **json.loads(about.read_text()))
+    wanted, size, documents, distinct = megabytes * 10**6, 0, 0, 0
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".jsonl", encoding="utf-8", delete=False) as file:
+        unfinished = Path(file.name)
+        try:
+            while size < wanted:
+                before = size
+                for text in _texts():
+                    file.write(json.dumps({"text": text}) + "\n")
+                    size, documents = size + len(text.encode()), documents + 1
+                    if size >= wanted:
+                        break
+                if size == before:
+                    raise UserError(f"There are no files of text in {' or '.join(map(str, _roots()))}.")
+                distinct = distinct or size
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    write_durably(about, json.dumps({"bytes": size, "documents": documents, "distinct": distinct}))
+    return TextCorpus(path, size, documents, distinct)
+
+
+def _roots() -> list[Path]:
+    return sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
+
+
+def _texts() -> Iterator[str]:
+    """Yield every text once, packages mixed."""
+    walks = ((folder, name) for root in _roots() for folder, _, names in os.walk(root) for name in names)
+    paths = {Path(folder, name) for folder, name in walks if Path(name).suffix in SUFFIXES}
+    seen = set()
+    for path in sorted(paths, key=lambda path: hashlib.sha256(os.fsencode(path)).digest()):
+        try:
+            content = path.read_bytes() if path.stat().st_size <= LARGEST else b""
+            text = content.decode("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        digest = hashlib.sha256(content).digest()
+        if text and digest not in seen:
+            seen.add(digest)
+            yield text

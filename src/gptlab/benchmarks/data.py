@@ -1,0 +1,194 @@
+"""suite=data: a corpus to shards, and batches from shards."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field, PositiveInt
+
+from gptlab.benchmarks.corpus import TextCorpus, text_corpus
+from gptlab.benchmarks.measuring import Part, Run, Sample, Way, in_turns, timed
+from gptlab.config.base import Settings
+from gptlab.data.prepare.tasks import Work
+from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
+from gptlab.errors import UserError
+
+ROOM = 12  # bytes of disk for a byte of text: the corpus, and all that the plain way keeps of it on the way
+CORES = Work().workers
+
+# gptlab.prepare as it runs where gigatoken is not installed: a module that is None is one that is not found
+WITHOUT_GIGATOKEN = """
+import runpy, sys
+if __name__ == "__main__":
+    sys.modules["gigatoken"] = None
+    runpy.run_module("gptlab.prepare", run_name="__main__", alter_sys=True)
+"""
+
+
+class PreparationBench(Settings):
+    """The corpus to prepare; see conf/bench.yaml."""
+
+    corpus_mb: PositiveInt
+    val_fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+class LoaderBench(Settings):
+    """The batches to load; see conf/bench.yaml."""
+
+    block_size: PositiveInt
+    micro_batch_sizes: list[PositiveInt]
+    batches: PositiveInt
+    many_tokens: Annotated[int, Field(ge=2**20)]
+
+
+def measure(cache: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[Part]:
+    """Return an iterator that measures one part after the other; UserError, at once, where there is no room."""
+    return _parts(_place(cache, preparation.corpus_mb), preparation, loader, rounds)
+
+
+def _place(cache: Path, megabytes: int) -> Path:
+    """Make the folder where corpora are kept."""
+    kept = cache / "bench"
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(kept).free
+    except OSError as error:
+        raise UserError(f"cache_dir={cache} cannot be used: {error}.") from error
+    if free < (needed := ROOM * megabytes * 10**6):
+        raise UserError(
+            f"{kept} has {free / 1e9:,.1f} GB free and preparation.corpus_mb={megabytes} needs {needed / 1e9:,.1f}: "
+            "make room, or name another cache_dir or a smaller corpus."
+        )
+    return kept
+
+
+def _parts(place: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[Part]:
+    with TemporaryDirectory(dir=place, prefix="work-") as folder:
+        work = Path(folder)
+        bench = _Preparation(text_corpus(place, preparation.corpus_mb), preparation.val_fraction, work)
+        yield bench.part(rounds)
+        yield _loading(loader, bench.prepared, _many_tokens(work / "many", loader.many_tokens), rounds)
+
+
+class _Preparation:
+    """Prepares one corpus in several ways: whole commands in processes of their own, into folders of their own."""
+
+    def __init__(self, corpus: TextCorpus, val_fraction: float, work: Path) -> None:
+        self.corpus, self.val_fraction, self.work = corpus, val_fraction, work
+        self.prepared = work / "prepared"
+
+    def part(self, rounds: int) -> Part:
+        """Measure all ways that there are here."""
+        path, total, documents, distinct = self.corpus
+        repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
+        caption = (
+            f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands, start-up "
+            f"included, with {CORES} processes each; inside: without the start of Python and its imports. "
+            "nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
+        )
+        ways = [Way("", "nanoGPT's way", self.plain), Way("", "gptlab, tiktoken", self.without_gigatoken)]
+        if importlib.util.find_spec("gigatoken"):
+            ways.append(Way("", "gptlab, gigatoken", self.with_gigatoken))
+        rows = in_turns(ways, rounds)
+        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
+
+    def plain(self, _: int) -> Sample:
+        """Datasets' way, with nothing in its cache."""
+        module, folder = "gptlab.benchmarks.plain", self.work / "plain"
+        environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+        arguments = (str(self.corpus.path), str(folder), str(self.val_fraction), str(CORES))
+        folder.mkdir()
+        run = timed("-m", module, *arguments, environment=environment)
+        start = timed("-c", f"import {module}", environment=environment)
+        shutil.rmtree(folder)
+        return self._sample(run, start, sum(json.loads(run.printed.splitlines()[-1]).values()))
+
+    def without_gigatoken(self, _: int) -> Sample:
+        """As where gigatoken is not installed."""
+        return self._gptlab("-c", WITHOUT_GIGATOKEN)
+
+    def with_gigatoken(self, _: int) -> Sample:
+        """As where it is."""
+        return self._gptlab("-m", "gptlab.prepare")
+
+    def _gptlab(self, *program: str) -> Sample:
+        shutil.rmtree(self.prepared, ignore_errors=True)
+        cache = self.work / "gptlab"
+        run = timed(
+            *program,
+            *("data=text", f"data.source='{self.corpus.path}'", "data.column=text", "tokenizer=gpt2"),
+            *("data.val_split=documents", f"data.val_fraction={self.val_fraction}", f"data.cache_dir='{cache}'"),
+        )
+        (folder,) = (path.parent for path in cache.glob("*/manifest.json"))
+        folder.rename(self.prepared)
+        shutil.rmtree(cache)
+        start = timed("-c", "import gptlab.prepare")
+        manifest = load_manifest(self.prepared)
+        return self._sample(run, start, manifest.tokens("train") + manifest.tokens("val"))
+
+    def _sample(self, run: Run, start: Run, tokens: int) -> Sample:
+        return {
+            "MB/s": self.corpus.bytes / 1e6 / run.seconds,
+            "seconds": run.seconds,
+            "inside": run.seconds - start.seconds,
+            "tokens": tokens,
+        }
+
+
+def _many_tokens(folder: Path, tokens: int) -> Path:
+    """Make a folder of one shard with so many tokens, all 0: a file with nothing in it, which takes no room."""
+    folder.mkdir()
+    file = folder / "train_000000.bin"
+    try:
+        file.touch()
+        os.truncate(file, tokens * np.dtype("uint16").itemsize)
+    except OSError as error:
+        raise UserError(f"{file} cannot have loader.many_tokens={tokens:,} tokens: {error}.") from error
+    digest = hashlib.sha256(str(tokens).encode()).hexdigest()
+    shard = Shard(file=file.name, tokens=tokens, bytes=tokens, documents=1, sha256=digest)
+    Manifest(
+        format=FORMAT,
+        origin="nothing",
+        tokenizer={"name": "gpt2"},
+        vocab_size=50257,
+        dtype="uint16",
+        splits={"train": [shard], "val": []},
+    ).save(folder)
+    return folder
+
+
+def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Part:
+    """Measure batches from a small corpus and from a large one."""
+
+    def way(name: str, folder: Path, size: int) -> Way:
+        tokens, cold = load_manifest(folder).tokens("train"), folder == many
+        todo = {"way": name, "folder": str(folder), "micro_batch_size": size, "cold": cold} | shape
+
+        def run(number: int) -> Sample:
+            values = json.dumps(todo | {"seed": number})
+            return json.loads(timed("-m", "gptlab.benchmarks.loading", values).printed)
+
+        where = "cold" if cold else "warm"
+        return Way(f"batch {size}, {tokens:,} tokens, {where}", name, run)
+
+    shape = {"block_size": config.block_size, "batches": config.batches}
+    ways = [
+        way(name, folder, size)
+        for folder in (prepared, many)
+        for size in config.micro_batch_sizes
+        for name in ("nanoGPT's way", "gptlab")
+    ]
+    caption = (
+        f"{config.batches:,} batches of windows of {config.block_size:,} tokens in shuffled order, in a fresh process "
+        "without workers; the larger file is sparse, and cold: the kernel forgets it before each. Memory is that "
+        "of the process after them, pages of mapped files included."
+    )
+    rows = in_turns(ways, rounds)
+    return Part("Loader: shards to batches", caption, "million tokens/s", ("resident MB",), rows)

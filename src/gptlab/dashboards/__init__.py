@@ -1,0 +1,1 @@
+"""W&B workspaces and sweep files, made from the configuration. Imports no torch."""

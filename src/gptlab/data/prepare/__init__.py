@@ -1,0 +1,1 @@
+"""From a corpus to token shards: splitting, tokenization by workers, the cache."""

@@ -1,0 +1,175 @@
+"""The tasks of a preparation: tokenized one by one, by as many workers as there are, each into shards of its own."""
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gptlab.data.config import DataConfig
+from gptlab.data.prepare.splitting import split_document
+from gptlab.data.shards.manifest import SPLITS, ShardWriter, write_durably
+from gptlab.data.sources.corpora import Corpus, Task
+from gptlab.data.tokenizers.bulk import Encode, bulk_encoder
+from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+
+FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
+
+
+class Work(NamedTuple):
+    """Who prepares, and who hears of it.
+
+    Attributes:
+        workers: Processes; the bytes are the same with any number.
+        part: Which of the tasks this machine does, of ``parts`` that share them out.
+        parts: 1 does them all.
+        report: Called with bytes done, bytes in all and tokens done, at the beginning and after every task.
+    """
+
+    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    part: int = 0
+    parts: int = 1
+    report: Callable[[int, int, int], None] = lambda done, of, tokens: None
+
+
+def expect_workers(work: Work, tasks: list[Task]) -> None:
+    """Have what workers need imported while this process goes on, by the one that they are forked from."""
+    if min(work.workers, len(tasks)) > 1 and FORKSERVER:
+        forkserver.set_forkserver_preload(_imports())
+        forkserver.ensure_running()
+
+
+@contextmanager
+def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None) -> Iterator[Executor | None]:
+    """Start processes, which load the tokenizer while this one goes on; None where this one is enough."""
+    number = min(work.workers, len(tasks))
+    if number <= 1:
+        yield None
+        return
+    context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
+    life, ours = context.Pipe(duplex=False)
+    about = (life, json.dumps(tokenizer.record()), vocab_dir)
+    with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:
+        try:
+            # a process starts when there is something to do, and whoever starts it waits for it
+            threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
+            yield pool
+        except Exception:
+            pool.shutdown(wait=True, cancel_futures=True)  # what is begun is finished, or taken away
+            raise
+        except BaseException:  # an interrupt does not wait: what is begun is done anew
+            pool.shutdown(wait=False, cancel_futures=True)
+            ours.close()
+            raise
+
+
+def _imports() -> list[str]:
+    """Name what workers are to have imported: what they need, and what else of ours the program that runs has.
+
+    A worker imports that program again (multiprocessing's programming guidelines). torch is left out: no task needs it.
+    """
+    ours = [name for name in sys.modules if name.startswith("gptlab.")]
+    return [__name__] if "torch" in sys.modules else ours
+
+
+def _begin_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
+    """Leave Ctrl-C to the parent, and end when its end of ``life`` is closed: by itself, or by its death."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        life.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    _loaded(record, vocab_dir)
+
+
+def do_all(
+    work_on: Callable[[Task], int], tasks: list[Task], total: int, tokens: int, work: Work, pool: Executor | None
+) -> None:
+    """Do the tasks, and report each.
+
+    Args:
+        work_on: Does one, and returns its tokens.
+        tasks: What is left to do.
+        total: Bytes of these tasks and of those that were done before.
+        tokens: Of those that were done before.
+        work: Who hears of it.
+        pool: From ``workers``; None does them in this process.
+    """
+    done = total - sum(task.bytes for task in tasks)
+    work.report(done, total, tokens)
+    if pool is None:
+        for task in tasks:
+            tokens, done = tokens + work_on(task), done + task.bytes
+            work.report(done, total, tokens)
+        return
+    futures: dict[Future[int], Task] = {pool.submit(work_on, task): task for task in tasks}
+    for future in as_completed(futures):
+        tokens, done = tokens + future.result(), done + futures[future].bytes
+        work.report(done, total, tokens)
+
+
+def do(
+    folder: Path,
+    corpus: Corpus,
+    config: DataConfig,
+    record: dict[str, Any],
+    vocab_dir: str | None,
+    fast: bool,
+    threshold: float | None,
+    task: Task,
+) -> int:
+    """Tokenize one task into its shards, then write its record; return its tokens."""
+    tokenizer, bulk = _loaded(json.dumps(record), vocab_dir)
+    encode = bulk if fast and bulk else tokenizer.encode
+    ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
+    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", dtype_of(tokenizer)) for s in SPLITS}
+    try:
+        for document in corpus.documents(task):
+            mended = int(document.mended)  # counted once
+            parts = split_document(document, config.val_fraction, config.split_seed, threshold)
+            for split, text, begins, finishes in parts:
+                if not text:
+                    continue
+                ids = encode(text)
+                if ends and (begins if config.separator == "before" else finishes):
+                    ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
+                writers[split].add(ids, len(text.encode()), int(finishes), mended)
+                mended = 0
+        shards = {split: writer.finish() for split, writer in writers.items()}
+    except BaseException:
+        for writer in writers.values():
+            writer.abandon()
+        raise
+    content = {split: [shard.model_dump() for shard in shards[split]] for split in SPLITS}
+    write_durably(record_path(folder, task), json.dumps(content | {"threshold": threshold}))
+    return sum(writer.tokens for writer in writers.values())
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
+    """Keep a worker's tokenizer, and the faster encoder where there is one, from task to task."""
+    tokenizer = load_tokenizer(json.loads(record), vocab_dir)
+    return tokenizer, bulk_encoder(tokenizer)
+
+
+def dtype_of(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+    """Two bytes where all ids fit, else four."""
+    return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+
+
+def record_path(folder: Path, task: Task) -> Path:
+    """Where a task's record stands once its shards do."""
+    return folder / f"task_{task.number:06d}.json"

@@ -1,0 +1,1 @@
+"""Token shards: manifests, streams over local and remote files, other programs' formats."""

@@ -1,0 +1,193 @@
+"""Token shards: raw little-endian uint16 or uint32 files, described by a manifest beside them."""
+
+import hashlib
+import json
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import NonNegativeInt, field_validator
+
+from gptlab.config.base import Settings
+from gptlab.errors import UserError
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
+SUFFIXES = (".bin", ".npy")  # of files of tokens
+FORMAT = 1
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+
+
+class Shard(Settings):
+    """One file of tokens.
+
+    Attributes:
+        file: Its name in the folder, or its place elsewhere.
+        offset: Bytes before the tokens.
+        tokens: How many there are.
+        bytes: Of UTF-8 that they stand for; the end of text stands for none.
+        documents: That end here.
+        mended: Documents, or parts of them, in which U+FFFD stands for bytes that are no UTF-8.
+        sha256: Of the tokens.
+    """
+
+    file: str
+    offset: NonNegativeInt = 0
+    tokens: NonNegativeInt
+    bytes: NonNegativeInt
+    documents: NonNegativeInt
+    mended: NonNegativeInt = 0
+    sha256: str
+
+
+class Manifest(Settings):
+    """What a folder of shards holds.
+
+    Attributes:
+        format: Version of this layout.
+        origin: Where the text came from, for people.
+        tokenizer: The tokenizer's record; see ``gptlab.data.tokenizers.tokenizer``.
+        vocab_size: Number of ids V.
+        dtype: Of the files, little-endian.
+        splits: The shards of train and val, in order.
+    """
+
+    format: Literal[1]
+    origin: str
+    tokenizer: dict[str, Any]
+    vocab_size: int
+    dtype: Literal["uint16", "uint32"]
+    splits: dict[Split, list[Shard]]
+
+    @field_validator("splits")
+    @classmethod
+    def _both_splits(cls, splits: dict[Split, list[Shard]]) -> dict[Split, list[Shard]]:
+        if missing := [split for split in SPLITS if split not in splits]:
+            raise ValueError(f"there is no {' and no '.join(missing)}")
+        return splits
+
+    def shards(self) -> list[Shard]:
+        """All shards, those of train first."""
+        return [shard for split in SPLITS for shard in self.splits[split]]
+
+    def file_size(self, shard: Shard) -> int:
+        """Bytes of a shard's file."""
+        return shard.offset + shard.tokens * np.dtype(self.dtype).itemsize
+
+    def tokens(self, split: Split) -> int:
+        """Count the tokens of a split."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def bytes(self, split: Split) -> int:
+        """Count the bytes of text, in UTF-8, that the tokens of a split stand for: what bits per byte are per."""
+        return sum(shard.bytes for shard in self.splits[split])
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens and what they mean; where the files lie does not matter."""
+        hashes = {split: [shard.sha256 for shard in self.splits[split]] for split in SPLITS}
+        return hashlib.sha256(json.dumps([self.tokenizer, hashes], sort_keys=True).encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write it into ``folder``."""
+        write_durably(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read the manifest of ``folder``; UserError where there is none or it is not one."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # pydantic's own, or that it is no text
+        raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
+
+
+def load_shards(folder: Path) -> Manifest:
+    """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
+    manifest = load_manifest(folder)
+    for shard in manifest.shards():
+        file, expected = folder / shard.file, manifest.file_size(shard)
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size:,}"
+            raise UserError(f"{file} should have {expected:,} bytes and {found}.")
+    return manifest
+
+
+class ShardWriter:
+    """Writes one shard: beside its final name, hashed as it goes, synced, then renamed.
+
+    Args:
+        path: Final name.
+        dtype: Of the tokens.
+    """
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
+        self.tokens = self.bytes = self.documents = self.mended = 0
+        self._digest = hashlib.sha256()
+        self._unfinished = _unfinished(path)
+        self._file = self._unfinished.open("wb")
+
+    def add(self, ids: NDArray[Any], text_bytes: int, documents: int, mended: int = 0) -> None:
+        """Append ``ids``, which stand for so many bytes of UTF-8 and complete, or mend, so many documents."""
+        data = np.ascontiguousarray(ids, dtype=self.dtype).data
+        self._file.write(data)
+        self._digest.update(data)
+        self.tokens += len(ids)
+        self.bytes += text_bytes
+        self.documents += documents
+        self.mended += mended
+
+    def finish(self) -> list[Shard]:
+        """Put the shard in its place; a shard without tokens leaves nothing, and is none."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if not self.tokens:
+            self._unfinished.unlink()
+            return []
+        self._unfinished.replace(self.path)
+        counts = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "mended": self.mended}
+        return [Shard(file=self.path.name, sha256=self._digest.hexdigest(), **counts)]
+
+    def abandon(self) -> None:
+        """Take an unfinished shard away."""
+        self._unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # of a full disk, which would be written to once more
+            self._file.close()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    unfinished = _unfinished(path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unfinished(path: Path) -> Path:
+    """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

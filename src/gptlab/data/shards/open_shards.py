@@ -1,0 +1,113 @@
+"""Shards that are there already: prepared before, on this machine or behind a URL, or written by other programs."""
+
+import logging
+from glob import glob, has_magic
+from pathlib import Path
+
+from filelock import FileLock
+
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.shards.formats import describe
+from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, load_shards
+from gptlab.data.shards.remote import RemoteFolder, fetch_files
+from gptlab.data.shards.streams import Folder, Store
+from gptlab.data.shards.token_dataset import Prepared, check_unchanged, remember
+from gptlab.data.sources.corpora import Files
+from gptlab.data.sources.readers import Decoding
+from gptlab.data.tokenizers.nanogpt_meta import META, read_meta
+from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gptlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> Prepared:
+    """Open what data.path names.
+
+    Args:
+        config: Names the shards.
+        tokenizer: Of their tokens; token files of others do not say it themselves.
+        whatever: Take prepared shards with the tokenizer that they bring, be it another.
+
+    Raises:
+        UserError: It is not there, not whole, or in other tokens.
+    """
+    if config.path is None:
+        raise UserError(
+            "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
+        )
+    cache_dir = usable_cache(config)
+    store: Store
+    if config.is_remote and not has_magic(config.path):
+        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
+        manifest = store.manifest
+    else:
+        path = str(fetch_files(config.path, cache_dir)) if config.is_remote else config.path
+        folder = _folder(path, cache_dir, tokenizer)
+        manifest = load_shards(folder)
+        check_unchanged(folder, manifest, cache_dir)
+        store = Folder(folder)
+    if (name := manifest.tokenizer["name"]) != tokenizer.name and not whatever:
+        raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
+    return Prepared(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+
+
+def usable_cache(config: DataConfig) -> Path:
+    """Make the folder for what is kept; UserError where that cannot be."""
+    cache_dir = Path(config.cache_dir).expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
+    return cache_dir
+
+
+def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
+    """Find the prepared folder that ``path`` names or, for token files of others, describe them in the cache."""
+    named = Path(path).expanduser()  # a folder's own name may look like a glob
+    matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
+    folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
+    prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
+    if len(folders) == 1 and prepared:
+        return folders.pop()
+    if not matches or prepared or len(folders) > 1:
+        found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
+        raise UserError(f"data.path={path} {found}; it should name one folder of shards (looked from {Path.cwd()}).")
+    inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
+    files = [path for path in inside if path.suffix in SUFFIXES]
+    if not files:
+        raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
+    meta = files[0].with_name(META)
+    if meta.exists() and tokenizer.name != "characters":
+        raise UserError(
+            f"{meta} says that the tokens beside it are characters, not those of tokenizer={tokenizer.name}; "
+            "tokenizer=characters reads it."
+        )
+    read = [*files, meta] if meta.exists() else files
+    listing = Files(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
+    return _described(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
+
+
+def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
+    """Keep a manifest of token files that lie elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}{LOCK}"):
+        if not (folder / MANIFEST).exists():
+            known = _tokenizer(files[0], tokenizer)
+            log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
+            manifest = describe(files, known)
+            remember(folder, manifest, folder.parent)
+            manifest.save(folder)
+    return folder
+
+
+def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
+    """Build the tokenizer that is named for a file of tokens, of its characters if a meta.pkl beside it lists them."""
+    if config.name in ("gpt2", "bytes"):
+        return load_tokenizer({"name": config.name}, config.vocab_dir)
+    if config.name == "characters" and (meta := file.with_name(META)).exists():
+        return read_meta(meta)
+    raise UserError(
+        f"{file} does not say which tokens tokenizer={config.name} means; gpt2 or bytes would, and characters with "
+        f"nanoGPT's {META} beside it."
+    )

@@ -1,0 +1,1 @@
+"""Corpora, and the readers of their files."""

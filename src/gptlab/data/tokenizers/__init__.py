@@ -1,0 +1,1 @@
+"""Tokenizers, their vocabularies, and text from streams of ids."""

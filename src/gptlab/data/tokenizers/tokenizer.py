@@ -1,0 +1,277 @@
+"""Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
+
+import functools
+import re
+from collections.abc import Hashable, Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gptlab.data.config import TokenizerConfig
+from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, spelled_bytes
+from gptlab.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Much of Unicode's white space, and then something else.
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
+
+
+def encodable(text: str) -> str:
+    """Replace by "?" what UTF-8 cannot hold: lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode(errors="replace").decode()
+    return text
+
+
+class Tokenizer(Hashable, Protocol):
+    """What every tokenizer can do."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids V, the end of text included."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id that separates documents; None where there is none."""
+        ...
+
+    def encode(self, text: str) -> NDArray[np.uint32]:
+        """Ids of ``text``, which is ordinary text throughout: no part of it becomes a special token."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, and the end of text is spelled out."""
+        ...
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:
+        """Bytes of ``ids``, which may begin and end within a character."""
+        ...
+
+    def token_bytes(self) -> NDArray[np.int32]:
+        """UTF-8 bytes that each id stands for (V,); 0 for the end of text."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Plain data from which ``load_tokenizer`` builds it again."""
+        ...
+
+
+class BytesTokenizer:
+    """UTF-8 bytes, and one id more for the end of text."""
+
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else bytes((i,)) for i in ids)
+
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([1] * 256 + [0], dtype=np.int32)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "bytes"}
+
+
+class CharactersTokenizer:
+    """The distinct characters of one corpus in code point order, as in nanoGPT's character data."""
+
+    end_of_text = None
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+        self._id = {character: i for i, character in enumerate(characters)}
+
+    @property
+    def vocab_size(self) -> int:  # noqa: D102
+        return len(self.characters)
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        try:
+            return np.fromiter((self._id[character] for character in text), dtype=np.uint32, count=len(text))
+        except KeyError as error:
+            raise UserError(
+                f"The character {error.args[0]!r} is not among the {len(self.characters)} that this tokenizer knows: "
+                f"{self.characters!r}"
+            ) from None
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return "".join(self.characters[i] for i in ids)
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return self.decode(ids).encode()
+
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([len(character.encode()) for character in self.characters], dtype=np.int32)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "characters", "characters": self.characters}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), run by tiktoken.
+
+    Raises:
+        UserError: The vocabulary is not to be had; see ``gptlab.data.tokenizers.gpt2_vocabulary``.
+    """
+
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def __init__(self, vocab_dir: str | None) -> None:
+        self.merges = gpt2_merges(vocab_dir)
+        import tiktoken  # slow to import, so after what can be wrong
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        self._encoding = tiktoken.Encoding(
+            "gpt2",
+            pat_str=r50k_pat_str,
+            mergeable_ranks=self.merges,
+            special_tokens={END_OF_TEXT: self.end_of_text},
+            explicit_n_vocab=self.vocab_size,
+        )
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        text = encodable(text)
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # tiktoken does not go back over a million characters of white space
+            # GPT-2's pattern never takes the last one together with those before it
+            cuts = [0, *(space.end() - 1 for space in LONG_SPACE.finditer(text)), len(text)]
+            parts = (text[begin:end] for begin, end in pairwise(cuts))
+            return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return self._encoding.decode(list(ids))
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return self._encoding.decode_bytes(list(ids))
+
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        tokens = self._encoding.token_byte_values()
+        lengths = np.zeros(self.vocab_size, dtype=np.int32)
+        lengths[[self._encoding.encode_single_token(token) for token in tokens]] = [len(token) for token in tokens]
+        return lengths
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "gpt2"}
+
+
+class BPETokenizer:
+    """A byte-level BPE of a corpus' own (Sennrich et al. 2016, over bytes as in Radford et al. 2019, section 2.2).
+
+    The last id is the end of text, which no text is encoded as.
+
+    Args:
+        trained: The tokenizers library's own JSON.
+    """
+
+    def __init__(self, trained: str) -> None:
+        from tokenizers import Tokenizer as Trained  # slow to import, and needed by this tokenizer alone
+
+        self.trained = trained
+        self._bpe = Trained.from_str(trained)
+        self.end_of_text = self._bpe.get_vocab_size()
+        self.vocab_size = self.end_of_text + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+        """Train on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
+        from tokenizers import pre_tokenizers, trainers
+
+        bpe = empty_bpe()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
+        bpe.train_from_iterator(
+            (encodable(text) for text in texts),
+            trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
+        )
+        return cls(bpe.to_str())
+
+    def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
+        return np.array(self._bpe.encode(encodable(text)).ids, dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
+        return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
+        return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self._bytes_of[i] for i in ids)
+
+    def token_bytes(self) -> NDArray[np.int32]:  # noqa: D102
+        return np.array([*(len(token) for token in self._bytes_of), 0], dtype=np.int32)
+
+    def record(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": "bpe", "trained": self.trained}
+
+    @cached_property
+    def _bytes_of(self) -> list[bytes]:
+        """Bytes of each id but the last."""
+        ids = self._bpe.get_vocab()
+        return [spelled_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
+
+
+def empty_bpe() -> Any:
+    """Build a byte-level BPE of the tokenizers library that has no tokens yet."""
+    from tokenizers import Tokenizer as Trained
+    from tokenizers import decoders, models, pre_tokenizers
+
+    bpe = Trained(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids to continue from: those of ``prompt`` or, where it is empty, of the start of a new document."""
+    if prompt:
+        return tokenizer.encode(prompt).tolist()
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode("\n").tolist()  # a line ends, and another begins
+    except UserError:
+        return [0]  # a corpus without lines: something has to come first
+
+
+def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Build the tokenizer that ``config`` names.
+
+    Args:
+        config: Which.
+        texts: Of the corpus: all for "characters", those to train on for "bpe"; the others do not read them.
+    """
+    if config.name == "characters":
+        found: set[str] = set()
+        for text in texts:
+            found.update(text)
+        return CharactersTokenizer("".join(sorted(found)))
+    if config.name == "bpe":
+        assert config.vocab_size is not None  # noqa: S101  (what the settings guarantee)
+        return BPETokenizer.train(texts, config.vocab_size)
+    return load_tokenizer({"name": config.name}, config.vocab_dir)
+
+
+def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
+    """Build a tokenizer again from its record; UserError where its vocabulary is missing."""
+    if record["name"] == "bytes":
+        return BytesTokenizer()
+    if record["name"] == "characters":
+        return CharactersTokenizer(record["characters"])
+    if record["name"] == "bpe":
+        return BPETokenizer(record["trained"])
+    return _gpt2(vocab_dir)
+
+
+_gpt2 = functools.lru_cache(maxsize=1)(GPT2Tokenizer)  # asked for several times, and a tenth of a second each

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: corpora, HellaSwag and the tasks of lm-evaluation-harness."""

@@ -1,0 +1,75 @@
+"""What ``python -m gptlab.evaluate`` is asked for, and what of it can be refused without torch. Imports no torch."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from gptlab.config.base import Settings
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.errors import UserError
+from gptlab.pretrained.source import Source
+
+TOKENS = 8192  # of a batch whose size is not named
+Split = Literal["val", "train", "all"]
+
+
+class EvaluateConfig(Settings):
+    """What to score, on what, and how; see conf/evaluate.yaml."""
+
+    run: Annotated[str, Field(min_length=1)]
+    data: DataConfig | None = None
+    tokenizer: TokenizerConfig | None = None
+    split: Split
+    windows: PositiveInt | None
+    stride: PositiveInt | None
+    tasks: list[Annotated[str, Field(min_length=1)]]
+    task_dir: str | None
+    num_fewshot: NonNegativeInt | None
+    cache: str | None
+    hellaswag: str | None
+    limit: PositiveInt | None
+    batch_size: PositiveInt | None
+    precision: Literal["auto", "float32", "bfloat16"]
+    out: str | None
+
+    @property
+    def on_corpus(self) -> bool:
+        """Whether the loss on a corpus is asked for: it is where nothing else is."""
+        return not self.tasks and self.hellaswag is None
+
+    def _named(self, keys: tuple[str, ...]) -> str:
+        return " and ".join(key for key in keys if getattr(self, key) is not None)
+
+    def rows(self, block_size: int) -> int:
+        """How many windows, texts or examples are scored at a time, by a model of this block."""
+        return self.batch_size or max(1, TOKENS // block_size)
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        corpus, tasks = ("data", "windows", "stride"), ("task_dir", "num_fewshot", "cache")
+        if not self.on_corpus and (idle := self._named(corpus)):
+            raise ValueError(f"tasks and hellaswag bring their own texts: {idle} would mean nothing")
+        if not self.tasks and (idle := self._named(tasks)):
+            raise ValueError(f"{idle} would mean nothing without tasks")
+        if self.on_corpus and self.limit is not None:
+            raise ValueError("limit is of tasks and hellaswag; of a corpus, windows=<number> scores a part")
+        return self
+
+
+def check_request(config: EvaluateConfig, source: Source) -> None:
+    """See what can be seen before anything is loaded.
+
+    Raises:
+        UserError: A package or a folder is missing, or the stride is longer than the model's block.
+    """
+    if config.stride is not None and config.stride > source.model.block_size:
+        raise UserError(
+            f"stride={config.stride} would leave tokens out: the model's block has {source.model.block_size}, and the "
+            "stride is at most as long."
+        )
+    if config.tasks and find_spec("lm_eval") is None:
+        raise UserError("tasks= needs the lm_eval package: pip install 'gptlab[harness]'")
+    if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
+        raise UserError(f"task_dir={config.task_dir} is no folder (looked from {Path.cwd()}).")

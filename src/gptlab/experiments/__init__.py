@@ -1,1 +1,0 @@
-"""Configuration, run directories, launching, loggers: one experiment from command line to record."""

@@ -1,1 +1,0 @@
-"""Measurements of gptlab beside what people do without it: python -m gptlab.bench."""

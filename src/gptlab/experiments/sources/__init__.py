@@ -1,1 +1,0 @@
-"""Trained models to start from and to use: of runs, and of other programs."""

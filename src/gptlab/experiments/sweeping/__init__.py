@@ -1,1 +1,0 @@
-"""Sweeps: points of a space, each run in a process or a cluster's job of its own, whatever happens to the others."""

@@ -1,0 +1,1 @@
+"""Exports to other formats, each checked by the format's own reader."""

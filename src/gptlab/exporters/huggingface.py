@@ -1,0 +1,128 @@
+"""A folder that transformers' ``from_pretrained`` loads, and every server with it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.exporters.certificate import (
+    Check,
+    compare_greedy,
+    compare_logits,
+    compare_tensors,
+    compare_texts,
+    version,
+)
+from gptlab.exporters.reference import Reference
+from gptlab.exporters.request import NO_TOKENIZER, Checked, Job, texts_of, types_of
+from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.external import CONV1D, exported
+from gptlab.model.gpt import GPT
+from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, opened
+
+GENERATION = "generation_config.json"
+ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+RELATIVE = 2e-5  # difference of logits: both compute in float32
+
+
+def write(model: GPT, job: Job, folder: Path) -> None:
+    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
+    end = job.end_of_text
+    files: dict[str, Any] = {
+        DESCRIPTION: _description(model.config, end, job.dtype),
+        GENERATION: {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end},
+    }
+    if job.tokenizer is not None:
+        files |= to_huggingface(job.tokenizer, model.config.block_size)
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tensors = exported(model, transposed=True, biases=True)
+    write_safetensors(tensors, types_of(job, tensors), folder / WEIGHTS)
+
+
+def check(job: Job, folder: Path, reference: Reference) -> Checked:
+    """Load it with safetensors, and with transformers where that is installed."""
+    checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
+    if find_spec("transformers") is None:
+        return Checked(checks, ["logits and continuation, since transformers is not installed"])
+    unchecked = [NO_TOKENIZER] if job.tokenizer is None else []
+    return Checked([*checks, *_by_transformers(job, folder, reference)], unchecked)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:
+    """Write a safetensors file one tensor after the other, as its own library cannot: a copy of one is there at a time.
+
+    The layout (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes; the header, JSON, with
+    each tensor's type, shape and place; the tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * stored[name].itemsize
+        place = [begin, end]
+        header[name] = {"dtype": SAFETENSORS[stored[name]], "shape": list(tensor.shape), "data_offsets": place}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            file.write(tensor.to(stored[name]).contiguous().view(torch.uint8).numpy().data)
+
+
+def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[str, Any]:
+    """Say what transformers' GPT2Config says; n_ctx is for llama.cpp's converter, which reads it."""
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": model.vocab_size,
+        "n_positions": model.block_size,
+        "n_ctx": model.block_size,
+        "n_embd": model.n_embd,
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "n_inner": None,
+        "activation_function": ACTIVATIONS[model.activation],
+        "layer_norm_epsilon": NORM_EPSILON,
+        "tie_word_embeddings": model.tie_weights,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        **{f"{part}_pdrop": 0.0 for part in ("attn", "embd", "resid")},
+        "scale_attn_weights": True,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+
+
+def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    with opened(folder / WEIGHTS, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  (no mapping)
+            tensor = tensors.get_tensor(name)
+            yield name, tensor.transpose(0, -1) if CONV1D.search(name) else tensor
+
+
+@torch.no_grad()
+def _by_transformers(job: Job, folder: Path, reference: Reference) -> Iterator[Check]:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    by = version("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    difference = (theirs(reference.prompts).logits - reference.logits).abs().max().item()
+    yield compare_logits(difference, reference, by, RELATIVE)
+    tokens, beginning = len(reference.greedy.ids), torch.tensor([reference.beginning])
+    if tokens:
+        mask = torch.ones_like(beginning)
+        more = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, "use_cache": True}
+        ids = theirs.generate(beginning, attention_mask=mask, **more)[0, len(reference.beginning) :].tolist()
+        yield compare_greedy(ids, reference, by, RELATIVE)
+    if job.tokenizer is not None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        texts = texts_of(job.tokenizer)
+        ours = [job.tokenizer.encode(text).tolist() for text in texts]
+        yield compare_texts([tokenizer(text, verbose=False).input_ids for text in texts], ours, by)

@@ -1,0 +1,98 @@
+"""Weights, and GPT-2's tokens, as llm.c reads them (karpathy/llm.c, train_gpt2.py: write_model, write_tokenizer)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
+from gptlab.exporters.certificate import compare_scores, compare_tensors, version
+from gptlab.exporters.reference import Reference
+from gptlab.exporters.request import Checked, Job, left_out
+from gptlab.model.config import GPTConfig
+from gptlab.model.external import exported, fitted, renamed
+from gptlab.model.gpt import GPT, hollow
+
+WEIGHTS, TOKENS = "model.bin", "gpt2_tokenizer.bin"
+MAGIC, TOKENS_MAGIC, TOKENS_VERSION = 20240326, 20240328, 2
+VERSIONS = {"float32": 3, "bfloat16": 5}
+HEADER = 256  # int32
+ROWS = 128  # the vocabulary is padded to a multiple of this, with zeros
+RELATIVE = 2e-6  # difference of logits, since biases of zero are added where there were none
+# the parameters of all blocks, one kind after the other
+OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
+
+
+def write(model: GPT, job: Job, folder: Path) -> None:
+    """Write model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
+    config, dtype = model.config, getattr(torch, job.dtype)
+    tensors = exported(model, transposed=False, biases=True)
+    rows = config.known_vocab_size
+    padded = -(-rows // ROWS) * ROWS
+    sizes = (config.block_size, rows, config.n_layer, config.n_head, config.n_embd, padded)
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(_header(MAGIC, VERSIONS[job.dtype], *sizes))
+        for name, shape in _layout(config, padded).items():
+            file.write(tensors[name].to(dtype).contiguous().view(torch.uint8).numpy().data)
+            file.write(bytes((shape[0] - len(tensors[name])) * tensors[name][0].numel() * dtype.itemsize))
+    if isinstance(job.tokenizer, GPT2Tokenizer):
+        _write_tokens(job.tokenizer, folder / TOKENS)
+
+
+def check(job: Job, folder: Path, reference: Reference) -> Checked:
+    """Read the file by its header, and run the network that it describes."""
+    path, config = folder / WEIGHTS, job.source.model
+    checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
+    model = hollow(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
+    state = fitted(model, renamed({name: tensor.float() for name, tensor in _read(path, config)}, transposed=False))
+    model.fill(state)
+    with torch.no_grad():
+        checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
+    no_package = "what llm.c itself makes of it, which is no package"
+    return Checked(checks, [no_package, *left_out(job, (GPT2Tokenizer,), "llm.c has GPT-2's alone")])
+
+
+def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Name the tensors of the file in their order, with their shapes."""
+    C = config.n_embd  # noqa: N806
+    width = {"ln_1": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "ln_2": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
+    shapes: dict[str, tuple[int, ...]] = {
+        "transformer.wte.weight": (rows, C),
+        "transformer.wpe.weight": (config.block_size, C),
+    }
+    for part in OF_BLOCKS:
+        inner = () if part.startswith("ln") else (4 * C,) if part == "mlp.c_proj" else (C,)
+        for kind, shape in (("weight", (width[part], *inner)), ("bias", (width[part],))):
+            shapes |= {f"transformer.h.{layer}.{part}.{kind}": shape for layer in range(config.n_layer)}
+    return shapes | {"transformer.ln_f.weight": (C,), "transformer.ln_f.bias": (C,)}
+
+
+def _read(path: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors one after the other, as views of the file."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER)
+    _, block, rows, layers, heads, width, padded = header[1:8].tolist()
+    sizes = {"block_size": block, "n_layer": layers, "n_head": heads, "n_embd": width}
+    kind = torch.float32 if header[1] == VERSIONS["float32"] else torch.bfloat16
+    elements = torch.from_file(str(path), size=path.stat().st_size // kind.itemsize, dtype=kind)
+    at = HEADER * 4 // kind.itemsize
+    for name, shape in _layout(config.model_copy(update=sizes), padded).items():
+        end = at + int(np.prod(shape))
+        tensor = elements[at:end].view(shape)
+        yield name, tensor[:rows] if name == "transformer.wte.weight" else tensor
+        at = end
+
+
+def _header(*numbers: int) -> bytes:
+    header = np.zeros(HEADER, dtype="<i4")
+    header[: len(numbers)] = numbers
+    return header.tobytes()
+
+
+def _write_tokens(tokenizer: GPT2Tokenizer, path: Path) -> None:
+    """Write the bytes of every token, each after their number in one byte."""
+    tokens = [tokenizer.to_bytes([i]) for i in range(tokenizer.vocab_size)]
+    with path.open("wb") as file:
+        file.write(_header(TOKENS_MAGIC, TOKENS_VERSION, len(tokens), tokenizer.end_of_text))
+        file.writelines(bytes((len(token),)) + token for token in tokens)

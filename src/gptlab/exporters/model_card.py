@@ -1,0 +1,72 @@
+"""README.md of an export: a model card as the Hugging Face hub shows it, with the certificate. Imports no torch."""
+
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from gptlab.exporters.formats import FormatName
+from gptlab.exporters.model_card_info import Facts
+from gptlab.model.config import parameter_count
+
+if TYPE_CHECKING:
+    from gptlab.exporters.certificate import Certificate
+    from gptlab.exporters.request import Job
+
+CARD = "README.md"
+LIBRARIES: dict[FormatName, str] = {"hf": "transformers", "gguf": "llama.cpp", "onnx": "onnx"}
+USES: dict[FormatName, str] = {
+    "hf": """from transformers import pipeline
+
+write = pipeline("text-generation", "<this folder>")
+print(write("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
+    "nanogpt": """import torch
+
+checkpoint = torch.load("ckpt.pt", weights_only=True)  # model, model_args; python sample.py --out_dir=<this folder>""",
+    "llmc": "./train_gpt2cu -e model.bin",
+    "gguf": """llama-completion -m model.gguf -p "Once" -n 50 --temp 0""",
+    "onnx": """import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(["logits"], {"input_ids": np.array([[1, 2, 3]])})  # (batch, time, vocabulary)""",
+}
+
+
+def card(job: "Job", certificate: "Certificate") -> str:
+    """Write what the model is, how it is used, and what was compared."""
+    front = ["---", *_front(job), "---"]
+    uses = "python" if job.format in ("hf", "nanogpt", "onnx") else "sh"
+    parts = [
+        "\n".join(front),
+        f"# {job.title}",
+        f"A GPT-2 class language model, exported by gptlab {metadata.version('gptlab')} "
+        f"(format={job.format}, {job.dtype}).",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(job).items())]),
+        f"## Use\n\n```{uses}\n{USES[job.format]}\n```",
+        "## Certificate\n\nWhat was exported was loaded again and compared with the model that it was made of; "
+        "certificate.json has the numbers.\n\n" + "\n".join(f"- {line}" for line in certificate.lines()),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(job: "Job") -> list[str]:
+    library = [f"library_name: {LIBRARIES[job.format]}"] if job.format in LIBRARIES else []
+    return [*library, "pipeline_tag: text-generation", "tags:", "  - gptlab", "  - gpt2"]
+
+
+def _facts(job: "Job") -> dict[str, str]:
+    model, facts = job.source.model, Facts.of(job.source)
+    size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, block of {model.block_size:,} tokens"
+    options = f"positions {model.positions}, norm {model.norm}, activation {model.activation}"
+    tokenizer = job.source.record["name"] if job.source.record is not None else "unknown"
+    told = {
+        "architecture": f"{size}; {options}; {'with' if model.bias else 'without'} biases; "
+        f"head {'tied to the embedding' if model.tie_weights else 'of its own'}",
+        "parameters": f"{parameter_count(model.model_copy(update={'pad_vocab_to_multiple_of': 1})):,}",
+        "tokenizer": f"{tokenizer}, {model.vocab_size:,} ids",
+        "trained on": facts.dataset,
+        "steps": f"{facts.step:,}" if facts.step is not None else None,
+        "tokens seen": f"{facts.tokens:,}" if facts.tokens is not None else None,
+        "val loss": f"{facts.val_loss:.4f} nats per token" if facts.val_loss is not None else None,
+        "bits per byte": f"{facts.bits_per_byte:.4f}" if facts.bits_per_byte is not None else None,
+    }
+    return {name: value for name, value in told.items() if value is not None}

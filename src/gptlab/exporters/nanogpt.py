@@ -1,0 +1,56 @@
+"""A checkpoint of nanoGPT: ckpt.pt, and meta.pkl with the characters that its ids are."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptlab.data.tokenizers.nanogpt_meta import META
+from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, GPT2Tokenizer
+from gptlab.exporters.certificate import compare_scores, compare_tensors, version
+from gptlab.exporters.model_card_info import Facts
+from gptlab.exporters.reference import Reference
+from gptlab.exporters.request import Checked, Job, left_out
+from gptlab.model.external import EMBEDDING, HEAD, exported
+from gptlab.model.gpt import GPT
+from gptlab.pretrained.source import open_source
+from gptlab.pretrained.weights import load_model
+
+CHECKPOINT = "ckpt.pt"
+NO_LOSS = 1e9  # what nanoGPT's train.py begins with
+
+
+def write(model: GPT, job: Job, folder: Path) -> None:
+    """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
+    config, facts = model.config, Facts.of(job.source)
+    state = exported(model, transposed=False, biases=False)
+    state[HEAD] = state[f"transformer.{EMBEDDING}"]
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    checkpoint: dict[str, Any] = {
+        "model": state,
+        "optimizer": None,
+        "model_args": {name: getattr(config, name) for name in names},
+        "iter_num": facts.step or 0,
+        "best_val_loss": NO_LOSS if facts.val_loss is None else facts.val_loss,
+        "config": {"out_dir": "out", "dataset": facts.dataset or "gptlab", "init_from": "resume", "compile": False},
+    }
+    torch.save(checkpoint, folder / CHECKPOINT)
+    if isinstance(job.tokenizer, CharactersTokenizer):
+        characters = job.tokenizer.characters
+        stoi = {character: i for i, character in enumerate(characters)}
+        meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
+        (folder / META).write_bytes(pickle.dumps(meta))
+
+
+def check(job: Job, folder: Path, reference: Reference) -> Checked:
+    """Read it as a source of gptlab's; nanoGPT is no package that could be installed."""
+    source = open_source(str(folder / CHECKPOINT))
+    model = load_model(source)
+    named = exported(model, transposed=False, biases=False)
+    checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
+    with torch.no_grad():
+        checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
+    no_package = "what nanoGPT itself makes of it, which is no package"
+    whose = "nanoGPT has characters and GPT-2's"
+    return Checked(checks, [no_package, *left_out(job, (CharactersTokenizer, GPT2Tokenizer), whose)])

@@ -1,0 +1,111 @@
+"""A graph for onnxruntime, of every network that gptlab has; its weights lie beside it under their own names."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlab.exporters.certificate import compare_scores, compare_tensors, version
+from gptlab.exporters.reference import Reference
+from gptlab.exporters.request import Checked, Job
+from gptlab.model.config import GPTConfig
+from gptlab.model.external import EMBEDDING, HEAD, unpadded
+from gptlab.model.gpt import GPT, hollow
+
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+INPUT, OUTPUT = "input_ids", "logits"
+MOST_AT_ONCE = 2**16  # sequences; the tracer wants a bound
+RELATIVE = 2e-5  # difference of logits: both compute in float32
+
+
+def write(model: GPT, job: Job, folder: Path) -> None:
+    """Trace the network without its weights, and write these one after the other: no copy of all is made."""
+    import onnx_ir
+
+    tensors = {name: tensor.contiguous() for name, tensor in unpadded(model).items()}
+    if model.config.tie_weights:
+        tensors[HEAD] = tensors[EMBEDDING]
+    with _quiet():
+        program = traced(model)
+        for value in program.model.graph.initializers.values():
+            value.const_value = None  # there is nothing in it, so nothing to be folded into another
+        program.optimize()
+    graph, end = program.model.graph, 0
+    with (folder / WEIGHTS).open("wb") as file:
+        for name, value in graph.initializers.items():
+            if name in tensors:
+                begin, end = end, end + tensors[name].nbytes
+                file.write(tensors[name].view(torch.uint8).numpy().data)
+                about = {"shape": value.shape, "name": name, "base_dir": str(folder)}
+                value.const_value = onnx_ir.ExternalTensor(WEIGHTS, begin, end - begin, onnx_ir.DataType.FLOAT, **about)
+    for node in graph.all_nodes():
+        node.metadata_props.clear()  # the lines of gptlab that it comes from, on this machine
+        node.doc_string = None
+    onnx_ir.save(program.model, folder / GRAPH)
+
+
+def check(job: Job, folder: Path, reference: Reference) -> Checked:
+    """Read the weights, and run the graph by onnxruntime where that is installed."""
+    checks = [compare_tensors(_read(folder, job.source.model), reference, version("onnx"))]
+    if find_spec("onnxruntime") is None:
+        return Checked(checks, ["logits and continuation, since onnxruntime is not installed"])
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of the weights
+    options.enable_cpu_mem_arena = False
+    session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
+
+    def score(ids: Tensor) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT], {INPUT: ids.numpy()})[0])
+
+    return Checked([*checks, *compare_scores(score, reference, version("onnxruntime"), RELATIVE)], [])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Let the exporter keep to itself what torchvision is, and that the weights are not there yet."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def traced(model: GPT) -> Any:
+    """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
+    network = hollow(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
+    example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")
+    batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE)
+    time = torch.export.Dim("time", min=1, max=model.config.block_size)
+    return torch.onnx.export(
+        network,
+        (example,),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: batch, 1: time},),
+        dynamo=True,
+        verbose=False,
+        optimize=False,  # it would want the weights
+    )
+
+
+def _read(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """Read the weights one after the other by the names of ``exported``."""
+    import numpy as np
+    import onnx
+
+    for tensor in onnx.load(folder / GRAPH, load_external_data=False).graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            data = np.memmap(folder / place["location"], "<f4", "c", int(place["offset"]), tuple(tensor.dims))
+            name = EMBEDDING if tensor.name == HEAD and config.tie_weights else tensor.name
+            yield name if name == HEAD else f"transformer.{name}", torch.from_numpy(data)

@@ -1,0 +1,1 @@
+"""From a checked configuration to the processes that train: preflight, launcher, supervisor, workers, SLURM."""

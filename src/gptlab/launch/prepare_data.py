@@ -1,0 +1,118 @@
+"""Preparation with its progress on the screen. Imports no torch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Self
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+from rich import box, get_console
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.config.base import Settings
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.prepare.prepare import prepare
+from gptlab.data.prepare.tasks import Work
+from gptlab.data.shards.formats import Format
+from gptlab.data.shards.inspection import first_documents, longest_document
+from gptlab.data.shards.manifest import SPLITS
+from gptlab.data.shards.open_shards import open_shards
+from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.tokenizers.tokenizer import Tokenizer
+
+
+def prepare_with_progress(
+    data: DataConfig, tokenizer: TokenizerConfig, work: Work, trained: Tokenizer | None = None
+) -> Prepared:
+    """Prepare as ``gptlab.data.prepare.prepare.prepare`` does, with a bar: MB/s, tokens, time left."""
+    with _bar() as bar:
+        task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
+
+        def report(done: int, of: int, tokens: int) -> None:
+            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # what is done at the beginning took no time
+                bar.reset(task, completed=done, total=of, visible=True, tokens=tokens, speed="–", earlier=done)
+                return
+            speed = (done - earlier) / (bar.tasks[task].elapsed or 1e-9) / 1e6
+            bar.update(task, completed=done, tokens=tokens, speed=f"{speed:.1f}")
+
+        return prepare(data, tokenizer, work._replace(report=report), trained)
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    columns = (
+        TextColumn("preparing"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} % · {task.fields[speed]} MB/s · {task.fields[tokens]:,} tokens ·"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=get_console(), transient=True) as bar:
+        yield bar
+
+
+class WorkConfig(Settings):
+    """Who prepares; see ``gptlab.data.prepare.prepare.Work``."""
+
+    workers: PositiveInt | None
+    part: NonNegativeInt
+    parts: PositiveInt
+
+    @model_validator(mode="after")
+    def _one_of_the_parts(self) -> Self:
+        if self.part >= self.parts:
+            raise ValueError(f"prepare.part={self.part}: the parts are counted from 0, so the last is {self.parts - 1}")
+        return self
+
+
+class PrepareCommand(Settings):
+    """What ``python -m gptlab.prepare`` is asked for; see conf/prepare.yaml."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    prepare: WorkConfig
+    merge: bool
+    inspect: str | None
+    verify: bool
+    replay: str | None
+    step: PositiveInt
+    convert: str | None
+    format: Format
+    out: str | None
+
+
+def existing_shards(config: PrepareCommand, path: str) -> Prepared:
+    """Open a prepared folder or its URL, or token files of others, in the tokens that they are in."""
+    data = config.data.model_copy(update={"corpus": "shards", "path": path})
+    return open_shards(data, config.tokenizer, whatever=True)
+
+
+def print_prepared(prepared: Prepared) -> None:
+    """Print what is in prepared data, and how its first documents begin."""
+    manifest, console = prepared.manifest, get_console()
+    table = Table(box=box.SIMPLE)
+    for column in ("", "shards", "tokens", "documents", "MB of text", "bytes per token", "longest document"):
+        table.add_column(column, justify="left" if not column else "right")
+    for split in SPLITS:
+        shards = manifest.splits[split]
+        tokens, text = manifest.tokens(split), manifest.bytes(split)
+        longest = longest_document(prepared.stream(split), prepared.tokenizer.end_of_text)
+        documents = sum(shard.documents for shard in shards)
+        numbers = (len(shards), tokens, documents)
+        table.add_row(
+            split, *(f"{number:,}" for number in numbers), f"{text / 1e6:,.1f}", f"{text / tokens:.3f}", f"{longest:,}"
+        )
+    console.print(f"{manifest.origin}\n{manifest.tokenizer['name']}, {manifest.vocab_size:,} ids, {manifest.dtype}")
+    console.print(table)
+    for beginning in first_documents(prepared, "train", documents=3, tokens=60):
+        console.print(Panel(Text(beginning), box=box.ROUNDED, title="a document of train begins", title_align="left"))
+    console.print(f"Prepared: {prepared.folder}", soft_wrap=True)
+
+
+def print_batch(windows: list[tuple[int, str]]) -> None:
+    """Print the windows of a batch, each with the place of its first token."""
+    for number, (start, text) in enumerate(windows):
+        title = f"window {number}, from token {start:,}"
+        get_console().print(Panel(Text(text), box=box.ROUNDED, title=title, title_align="left"))

@@ -1,0 +1,1 @@
+"""Text generation: KV cache, sampling, and models prepared for inference."""

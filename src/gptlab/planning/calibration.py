@@ -1,0 +1,167 @@
+"""What runs took on this machine, kept for the plans of others of their shape. Imports no torch.
+
+Every run leaves its speed and its memory in the cache when it ends, under a hash of the machine and of everything that
+decides how fast a step is.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from gptlab.config.base import Settings
+from gptlab.config.schema import Config, LoggerConfig
+from gptlab.data.shards.manifest import write_durably
+from gptlab.errors import UserError
+from gptlab.launch.job_file import write_job
+from gptlab.planning.target import Target, chunk_of
+from gptlab.tracking.run_store.runs import Row
+from gptlab.training.config import CallbacksConfig
+
+log = logging.getLogger(__name__)
+
+FOLDER = "measured"
+RUN = (sys.executable, "-m", "gptlab.verification.process")
+STEPS = 24  # of a run that only measures
+EVAL_WINDOWS = 32
+
+
+class Measured(Settings):
+    """What a run took.
+
+    Attributes:
+        tokens_per_second: Of training, all devices together, the first step left out.
+        first_step_seconds: With what is compiled and allocated in it.
+        evaluation_seconds: Of an evaluation, with the sample and the checkpoint that follow it.
+        evaluated: Tokens of each evaluation.
+        peak_memory_bytes: Of the first rank's device.
+        steps: That were measured.
+        source: The run.
+    """
+
+    tokens_per_second: PositiveFloat
+    first_step_seconds: NonNegativeFloat
+    evaluation_seconds: NonNegativeFloat
+    evaluated: int
+    peak_memory_bytes: PositiveFloat
+    steps: PositiveInt
+    source: str
+
+
+def known(config: Config, target: Target) -> Measured | None:
+    """Return what was measured of such a run on this machine; None where there is nothing."""
+    if not target.is_here:
+        return None
+    try:
+        return Measured.model_validate_json(_path(config, target).read_text(encoding="utf-8"))
+    except (OSError, ValidationError, UnicodeDecodeError):
+        return None
+
+
+def keep(config: Config, target: Target, measured: Measured) -> None:
+    """Keep what a run took. That it cannot be written down ends no run."""
+    path = _path(config, target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, measured.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        log.warning("What the run took is not kept for plans: %s", error)
+
+
+def of_run(
+    rows: list[Row], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
+) -> Measured | None:
+    """Read a run's speed from its metrics; None where it was too short to tell.
+
+    Args:
+        rows: Of metrics.csv.
+        seconds: Of the whole run.
+        evaluations: That it made.
+        evaluated: Tokens of each.
+        peak_memory: Bytes.
+        source: What to call it.
+    """
+    speeds = [row for row in rows if row.get("tokens_per_second")]
+    if len(speeds) < 2 or speeds[0]["step"] != 1:
+        return None
+    first = speeds[0]["tokens"] / speeds[0]["tokens_per_second"]
+    spans = [(b["tokens"] - a["tokens"], b["tokens_per_second"]) for a, b in pairwise(speeds)]
+    trained = sum(tokens / speed for tokens, speed in spans)
+    others = max(0.0, seconds - first - trained)
+    return Measured(
+        tokens_per_second=sum(tokens for tokens, _ in spans) / trained,
+        first_step_seconds=first,
+        evaluation_seconds=others / max(1, evaluations),
+        evaluated=evaluated,
+        peak_memory_bytes=peak_memory,
+        steps=round(speeds[-1]["step"]) - 1,
+        source=source,
+    )
+
+
+def calibrate(config: Config) -> None:
+    """Run the first steps of a configuration in a process of its own, which keeps what it took; UserError: it fails."""
+    with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
+        job, place, said = (Path(folder) / name for name in ("job.json", "run", "said.txt"))
+        write_job(job, _shortened(config), place)
+        with said.open("wb") as output:
+            done = subprocess.run((*RUN, str(job)), stdout=output, stderr=subprocess.STDOUT, check=False)
+        if done.returncode:
+            lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise UserError(
+                f"calibrate=true: the run that was to be measured ended with status {done.returncode}. It said: "
+                + "\n".join(lines[-5:])
+            )
+
+
+def _shortened(config: Config) -> Config:
+    """Make of a run one that is long enough to be measured, and leaves nothing elsewhere."""
+    steps = min(STEPS, config.steps)
+    windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
+    changes = {"max_steps": steps, "max_tokens": None, "eval_every": steps, "eval_windows": windows, "log_every": 1}
+    return config.model_copy(
+        update={
+            "resume": None,
+            "force_resume": False,
+            "train": config.train.model_copy(update=changes),
+            "logger": LoggerConfig(),
+            "callbacks": CallbacksConfig(checkpoint=config.callbacks.checkpoint, samples=config.callbacks.samples),
+        }
+    )
+
+
+def _path(config: Config, target: Target) -> Path:
+    folder = Path(config.data.cache_dir).expanduser() / FOLDER
+    key = json.dumps(_key(config, target), sort_keys=True)
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _key(config: Config, target: Target) -> dict[str, Any]:
+    """Everything that decides how fast a step is, and what memory it needs."""
+    train, trainer = config.train, config.trainer
+    return {
+        "machine": [target.accelerator, target.name, target.devices, target.nodes, _threads()],
+        "torch": version("torch"),
+        "model": config.model.model_dump(mode="json"),
+        "precision": [target.precision, target.compile, trainer.float32_matmul],
+        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, chunk_of(config)],
+        "spread": [trainer.strategy, trainer.tensor_parallel, trainer.reshard_after_forward, trainer.cpu_offload],
+        "optimizer": [config.optimizer.name, train.ema_decay],
+        "data": [config.data.num_workers, config.data.documents],
+        "compile_mode": train.compile_mode,
+    }
+
+
+def _threads() -> int:
+    """Threads that torch will use on a CPU."""
+    named = os.environ.get("OMP_NUM_THREADS", "")
+    return int(named) if named.isdigit() else len(os.sched_getaffinity(0))

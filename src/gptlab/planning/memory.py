@@ -1,0 +1,223 @@
+"""How much memory a device needs at its fullest, by kind. Imports no torch.
+
+There are five moments at which it may be fullest: when the head has made the logits, or the forward pass is in the last
+block, and the gradients of the step before are still there; when the backward pass begins with the head, or is in the
+last block; and in the step of the optimizer. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows of the
+head.
+"""
+
+from typing import NamedTuple
+
+from gptlab.config.schema import Config
+from gptlab.model.config import lora_count
+from gptlab.planning.activations import KINDS, Pass, of_block, of_head, of_mlp, of_network, of_weights
+from gptlab.planning.parameters import Shares, shares
+from gptlab.planning.target import Target
+from gptlab.training.config import MuonConfig
+
+# Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
+# lightning 2.6; and what torch.compile adds.
+LIBRARIES, COMPILER = 500e6, 300e6
+# glibc's malloc keeps holes between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): measured, so much of what
+# the forward pass makes, kept or not.
+HOLES, MAPPED = 0.35, 32 * 2**20
+CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
+
+
+class Spread(NamedTuple):
+    """How a model is spread.
+
+    Attributes:
+        strategy: "single", "ddp", "fsdp" or "fsdp_tp".
+        devices: Over all nodes.
+        split: Devices that share every block.
+    """
+
+    strategy: str
+    devices: int
+    split: int = 1
+
+    @property
+    def copies(self) -> int:
+        """Devices, or groups that share a model, that read data of their own."""
+        return self.devices // self.split
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters, gradients and moments are divided."""
+        return self.strategy in ("fsdp", "fsdp_tp")
+
+
+class Memory(NamedTuple):
+    """Bytes of one device at its fullest, by kind.
+
+    Attributes:
+        libraries: Python and the libraries: of a process on a CPU; of none on a GPU, where what CUDA takes is no part
+            of what torch counts.
+        weights: Parameters, or this device's part of them.
+        gradients: As far as they are there at that moment.
+        moments: Of the optimizer, and the average of the weights.
+        copies: Of weights: in the type of the products, or gathered from the other devices.
+        activations: What the backward pass needs.
+        logits: Of the head and the loss, with what these need beside them.
+        holes: What malloc does not give back, on a CPU.
+        buffers: What the optimizer and the summing of gradients need; the copy that an asynchronous checkpoint takes.
+        moment: When that is.
+    """
+
+    libraries: float
+    weights: float
+    gradients: float
+    moments: float
+    copies: float
+    activations: float
+    logits: float
+    holes: float
+    buffers: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(part for part in self if not isinstance(part, str))
+
+
+def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chunk: int | None) -> Memory:
+    """Add up what one device needs at its fullest.
+
+    Args:
+        config: With the vocabulary.
+        target: What it runs on: kernels and precision.
+        spread: How the model is spread.
+        micro_batch: Sequences that a device holds at once.
+        chunk: Tokens whose logits are there at a time; None has all.
+    """
+    forward = Pass(
+        config.model,
+        micro_batch,
+        KINDS[target.precision],
+        on_gpu=target.accelerator == "cuda",
+        split=spread.split,
+        compiled=target.compile is not False,
+    )
+    return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
+
+
+def largest_micro_batch(config: Config, target: Target, spread: Spread, chunk: int | None) -> int | None:
+    """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
+    room = target.memory
+    if room is None:
+        return None
+
+    def fits(batch: int) -> bool:
+        return memory(config, target, spread, batch, chunk).total <= room
+
+    if not fits(1):
+        return 0
+    most = 1
+    while fits(2 * most):
+        most *= 2
+    step = most
+    while step := step // 2:
+        most += step * fits(most + step)
+    return most
+
+
+def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chunk: int | None) -> list[Memory]:
+    """Add up the moments at which the memory may be fullest."""
+    parts = shares(config.model, spread.split)
+    size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
+    weights = parts.all * size / divided
+    learnt = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
+    network, head = of_network(forward), of_head(forward, chunk)
+    again = of_block(forward, 0) if config.model.activation_checkpointing else 0
+    always = {
+        "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
+        "weights": weights,
+        "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * learnt,
+        "holes": 0.0 if forward.on_gpu else _holes(forward),
+    }
+    copies = _copies(spread, forward, parts, chunk)
+    making, learning = _logits(forward, chunk)
+    waiting = weights + 2 * learnt if _copies_checkpoints(config) else 0.0
+    # micro-batches add up in gradients that stay, and DDP sums them up in buckets that do
+    stay = learnt if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
+    of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
+
+    def at(moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float) -> Memory:
+        numbers = {"gradients": gradients, "copies": copies, "activations": activations, "logits": logits}
+        return Memory(**always, **numbers, buffers=buffers + waiting, moment=moment)
+
+    return [
+        at("when the logits are there", learnt, copies, network + head, making, 0.0),
+        at("when the forward pass is in the last block", learnt, copies, network + again, 0.0, 0.0),
+        at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
+        at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
+        at("in the optimizer's step", learnt, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
+    ]
+
+
+def _between(forward: Pass) -> float:
+    """Bytes of the gradients within a block in the backward pass: of what its MLP is made of, and of the stream."""
+    return 8.0 * forward.product // forward.split + forward.stream
+
+
+def _holes(forward: Pass) -> float:
+    """Bytes that malloc keeps; tensors that are large enough it gives back."""
+    config = forward.config
+    blocks = sum(of_block(forward, layer) for layer in range(config.n_layer))
+    are_large = 4 * forward.product // forward.split > MAPPED
+    return HOLES * (blocks - (config.n_layer * of_mlp(forward) if are_large else 0))
+
+
+def _moments_of(config: Config, parts: Shares, size: int) -> float:
+    """Bytes of the moments: two of each parameter with AdamW, one of the blocks' matrices with Muon; and an average."""
+    numbers = 2 * parts.all
+    if isinstance(config.optimizer, MuonConfig):
+        numbers -= parts.matrices
+    if config.train.ema_decay is not None:
+        numbers += parts.all
+    return numbers * size
+
+
+def _copies(spread: Spread, forward: Pass, parts: Shares, chunk: int | None) -> float:
+    """Bytes of weights that are there once more."""
+    if not spread.is_sharded:
+        return of_weights(forward, chunk)
+    # what is no block is gathered for the whole step; of the blocks one, and the next ahead of it
+    blocks = forward.config.n_layer
+    return (parts.rest + 2 * parts.blocks / blocks) * forward.kinds.product
+
+
+def _accumulates(config: Config, spread: Spread, forward: Pass) -> bool:
+    return config.train.global_batch_size > forward.batch * spread.copies
+
+
+def _copies_checkpoints(config: Config) -> bool:
+    wanted = config.callbacks.checkpoint
+    return wanted is not None and wanted.asynchronous
+
+
+def _logits(forward: Pass, chunk: int | None) -> tuple[float, float]:
+    """Bytes that the head needs beside what is kept: when it makes the logits, and when it learns from them."""
+    config, size = forward.config, forward.kinds.product
+    rows, vocabulary, tokens = config.padded_vocab_size, config.known_vocab_size, forward.tokens
+    matrix = rows * config.n_embd
+    if chunk is None or chunk >= tokens:
+        if forward.compiled:
+            return 0.0, float(tokens * rows * size)  # the logits' gradient
+        made = tokens * rows * size + (tokens * vocabulary * 4 if size < 4 else 0)
+        return float(made), float(8 * tokens * vocabulary)  # two gradients in float32
+    each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # the product, logits, log p
+    copy = matrix * size if size < forward.kinds.weight else 0
+    return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
+
+
+def _stepping(config: Config, forward: Pass, parts: Shares) -> float:
+    """Bytes that a step needs: none for AdamW's fused kernel, for Muon the stacks that are orthogonalised at once."""
+    if not isinstance(config.optimizer, MuonConfig):
+        return 0.0
+    largest = 4 * config.model.n_embd**2
+    stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest), parts.matrices)
+    size = 2 if config.optimizer.ns_dtype == "bfloat16" else 4
+    return float(stack * 4 * size + largest * 2 * forward.kinds.weight)

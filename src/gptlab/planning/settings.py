@@ -1,0 +1,77 @@
+"""What a plan is asked for, beside the run that it is of. Imports no torch."""
+
+from typing import Annotated
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, PositiveFloat
+
+from gptlab.config.base import Settings
+from gptlab.config.resume import plain, resolve
+from gptlab.config.schema import Config, check
+from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.prepare.prepare import look_up
+from gptlab.data.prepare.splitting import check_val_split
+from gptlab.data.shards.manifest import Manifest
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer, GPT2Tokenizer
+from gptlab.errors import UserError
+
+
+class PlanConfig(Settings):
+    """See conf/plan.yaml."""
+
+    gpu: list[str] | str | None
+    mfu: Annotated[float, Field(gt=0, le=1)]
+    budget: PositiveFloat | None
+    calibrate: bool
+    json_file: Annotated[str | None, Field(alias="json")]
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that were named."""
+        return [self.gpu] if isinstance(self.gpu, str) else list(self.gpu or ())
+
+
+KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
+
+
+def resolve_both(values: DictConfig, overrides: list[str]) -> tuple[Config, PlanConfig]:
+    """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and what is asked about it."""
+    run = OmegaConf.masked_copy(values, [str(key) for key in values if key not in KEYS])
+    wanted = OmegaConf.masked_copy(values, list(KEYS))
+    return resolve(run, of_run(overrides)), check(PlanConfig, plain(wanted))
+
+
+def of_run(overrides: list[str]) -> list[str]:
+    """Leave out what is the plan's own."""
+    return [override for override in overrides if override.lstrip("+").partition("=")[0] not in KEYS]
+
+
+def with_data(config: Config) -> tuple[Config, Manifest | None]:
+    """Complete a configuration with its vocabulary, from the data where it is prepared; nothing is prepared for it.
+
+    Raises:
+        UserError: The vocabulary is known only when the data is, or the data is not to be split so.
+    """
+    if not config.resume:
+        check_val_split(config.data)
+    manifest = look_up(config.data, config.tokenizer)
+    if manifest is not None:
+        return config.with_vocabulary(manifest.vocab_size), manifest
+    size = _vocabulary(config.tokenizer, config.data)
+    return (config.with_vocabulary(size) if size is not None else config), None
+
+
+def _vocabulary(tokenizer: TokenizerConfig, data: DataConfig) -> int | None:
+    match tokenizer.name:
+        case "bytes":
+            return BytesTokenizer.vocab_size
+        case "gpt2":
+            return GPT2Tokenizer.vocab_size
+        case "bpe":
+            return tokenizer.vocab_size
+    if data.corpus == "shakespeare":
+        return 65  # characters of tinyshakespeare
+    raise UserError(
+        f"The vocabulary of tokenizer={tokenizer.name} is that of its text, which is not prepared: python -m "
+        "gptlab.prepare with the same data= and tokenizer= does that."
+    )

@@ -1,0 +1,70 @@
+"""How long a run takes. Imports no torch."""
+
+from typing import NamedTuple
+
+from gptlab.config.schema import Config
+from gptlab.model.config import flops_per_token
+from gptlab.planning.calibration import Measured
+from gptlab.planning.target import Target
+
+FORWARD = 3  # an evaluated token costs a third of a trained one (Kaplan et al. 2020, section 2.1)
+
+
+class Length(NamedTuple):
+    """How much there is to do.
+
+    Attributes:
+        steps: Of the optimizer.
+        tokens: That are trained on.
+        evaluations: One at the end included.
+        evaluated: Tokens of each; None where that is the whole val split, which is not known yet.
+    """
+
+    steps: int
+    tokens: int
+    evaluations: int
+    evaluated: int | None
+
+
+class Time(NamedTuple):
+    """How long a run takes on something.
+
+    Attributes:
+        what: It runs on.
+        tokens_per_second: Of training, all devices together.
+        seconds: Of the whole run.
+        why: Where the speed is from.
+    """
+
+    what: str
+    tokens_per_second: float
+    seconds: float
+    why: str
+
+
+def length(config: Config, val_tokens: int | None) -> Length:
+    """Count what a run does; ``val_tokens`` are those of val, where they are known."""
+    block, steps, windows = config.model.block_size, config.steps, config.train.eval_windows
+    whole = None if val_tokens is None else (val_tokens - 1) // block
+    scored = whole if windows is None else min(windows, whole or windows)
+    tokens = config.train.stages.first(steps) * block
+    return Length(steps, tokens, -(-steps // config.train.eval_every), scored and scored * block)
+
+
+def at_mfu(config: Config, length: Length, target: Target, mfu: float) -> Time:
+    """Forecast by the share of its peak that a GPU reaches in training (Chowdhery et al. 2022, appendix B)."""
+    assert target.gpu is not None  # noqa: S101
+    speed = mfu * target.gpu.flops * target.world_size / flops_per_token(config.model)
+    evaluated = length.evaluations * (length.evaluated or 0) / FORWARD
+    what = target.gpu.name if target.world_size == 1 else f"{target.world_size} x {target.gpu.name}"
+    return Time(what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {target.gpu.flops / 1e12:g} TFLOP/s")
+
+
+def as_measured(length: Length, target: Target, measured: Measured) -> Time:
+    """Forecast by what a run of this shape took here."""
+    seconds = measured.first_step_seconds
+    seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
+    speed = FORWARD * measured.tokens_per_second
+    around = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # the sample, the checkpoint
+    seconds += length.evaluations * (around + (length.evaluated or measured.evaluated) / speed)
+    return Time(target.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")

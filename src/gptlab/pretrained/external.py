@@ -1,0 +1,146 @@
+"""Weights of other programs, for init_from=: a GPT-2 of Hugging Face, a checkpoint of nanoGPT. Imports no torch.
+
+| what         | layout                                                                                            |
+|--------------|---------------------------------------------------------------------------------------------------|
+| Hugging Face | a folder: config.json, and model.safetensors or the files that model.safetensors.index.json lists |
+| nanoGPT      | a file of ``torch.save``: a dict with model (the parameters) and model_args (their shape)         |
+
+Files that could only be read by running what they say (pytorch_model.bin) are refused.
+"""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from gptlab.data.tokenizers.huggingface import read_json
+from gptlab.errors import UserError
+from gptlab.model.config import GPT2_OPTIONS, GPTConfig
+from gptlab.tracking.run_directory import check_shape
+from gptlab.tracking.run_store.runs import CONFIG
+
+DESCRIPTION, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # the same names everywhere
+ROUNDED_TO = (1, 64, 128)  # rows of an embedding, by those who pad it: nanoGPT has 50304 for 50257
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# What else a GPT-2 of transformers may be, with what it is here; a config.json that does not say means the same
+# (transformers, configuration_gpt2.py).
+FIXED = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "n_inner": None,
+}
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether ``path`` is no run directory but weights of others."""
+    names = (DESCRIPTION, WEIGHTS, INDEX, *PICKLED)
+    return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
+
+
+def check_foreign(path: Path, model: GPTConfig) -> None:
+    """See, as far as that needs no torch, that weights can be read and fit a model; its vocabulary may be unknown yet.
+
+    Raises:
+        UserError: Names the file, and what is wrong with it.
+    """
+    if path.is_file():
+        check_archive(path)
+        return
+    check_foreign_shape(path, described_shape(path), model)
+    for file in weight_files(path):
+        with opened(file, "numpy"):
+            pass  # its header is right, and it is as long as that says
+
+
+def check_archive(path: Path) -> None:
+    """See that a file could be a checkpoint of nanoGPT; UserError where it could not."""
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
+
+
+def check_foreign_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
+    """See that weights of such a shape fit a model, and be it with rows that only pad the vocabulary."""
+    wanted = model.vocab_size
+    if wanted is None or is_for(there["vocab_size"], wanted):
+        there = {**there, "vocab_size": wanted}
+    check_shape(path, {**GPT2_OPTIONS, **there}, model)
+
+
+def is_for(rows: int, vocab_size: int) -> bool:
+    """Whether an embedding of so many rows is that of a vocabulary: of its size, or padded."""
+    return rows in (-(-vocab_size // multiple) * multiple for multiple in ROUNDED_TO)
+
+
+def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
+    """Say in gptlab's names what model_args says; nanoGPT's head is always tied and its GELU exact."""
+    bias = arguments.get("bias", True) if isinstance(arguments, dict) else None  # it was no choice at first
+    sizes = _sizes(f"model_args of {path}", arguments, "block_size")
+    return {**sizes, "bias": bias, "tie_weights": True, "activation": "gelu"}
+
+
+@contextmanager
+def opened(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+    """Open a safetensors file for its tensors; UserError where it is none, or not whole."""
+    try:
+        with safe_open(file, framework=framework) as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a whole safetensors file: {error}.") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Find the safetensors files of a Hugging Face folder; UserError where there are none, or not all."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        if pickled := [name for name in PICKLED if (folder / name).exists()]:
+            raise UserError(
+                f"{folder / pickled[0]} is a pickle, which can run any code when it is read; convert it to safetensors "
+                "where it is trusted: transformers' save_pretrained writes them."
+            )
+        raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}.")
+    table = read_json(folder / INDEX).get("weight_map")
+    names = list(table.values()) if isinstance(table, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise UserError(f"{folder / INDEX} does not list files of its own folder in weight_map.")
+    files = [folder / name for name in sorted(set(names))]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists.")
+    return files
+
+
+def described_shape(folder: Path) -> dict[str, Any]:
+    """Say in gptlab's names what config.json says of a GPT-2."""
+    path = folder / DESCRIPTION
+    config = read_json(path)
+    if (kind := config.get("model_type")) != "gpt2":
+        raise UserError(f"{path} describes a model of type {kind}; gptlab reads gpt2.")
+    sizes = _sizes(str(path), config, "n_positions")
+    activation = config.get("activation_function", "gelu_new")
+    if config.get("n_inner") == 4 * sizes["n_embd"]:  # which None means
+        del config["n_inner"]
+    other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
+    if activation not in ACTIVATIONS:
+        other["activation_function"] = activation
+    if other:
+        named = ", ".join(f"{key}={value}" for key, value in other.items())
+        raise UserError(f"{path} has {named}, which gptlab's GPT cannot be.")
+    tied = config.get("tie_word_embeddings", True)
+    return {**sizes, "bias": True, "tie_weights": tied, "activation": ACTIVATIONS[activation]}
+
+
+def _sizes(origin: str, values: Any, block_size: str) -> dict[str, int]:
+    """Read whole numbers, the block size under its name there; UserError names what is missing."""
+    names = {key: key for key in SIZES} | {"block_size": block_size}
+    found = {key: values.get(name) if isinstance(values, dict) else None for key, name in names.items()}
+    sizes = {key: size for key, size in found.items() if isinstance(size, int)}
+    if missing := [names[key] for key in found if key not in sizes]:
+        raise UserError(f"{origin} does not give {', '.join(missing)} as whole numbers.")
+    return sizes

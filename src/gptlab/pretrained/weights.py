@@ -1,0 +1,67 @@
+"""Weights out of run directories, and those of others. Nothing is unpickled but plain tensors and numbers."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from gptlab.errors import UserError
+from gptlab.model.external import fitted, renamed
+from gptlab.model.gpt import GPT, hollow
+from gptlab.model.lora import merged
+from gptlab.pretrained.external import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
+from gptlab.pretrained.nanogpt_file import nanogpt_checkpoint
+from gptlab.pretrained.source import Source, open_source
+from gptlab.tracking.run_directory import best_checkpoint, load_config
+from gptlab.training.checkpoints.reading import read_weights
+
+
+def load_weights(model: GPT, path: Path) -> None:
+    """Load weights into ``model``, which they fit: the best of a run, their average if it kept one, or those of others.
+
+    Raises:
+        UserError: They cannot be read, or do not fit after all.
+    """
+    model.load_state_dict(_weights(model, path))
+
+
+def load_model(source: Source | Path) -> GPT:
+    """Build a trained model on the CPU, for evaluation, in float32.
+
+    Its weights are the file's own pages where the file has them as they are needed: they take memory once.
+    """
+    source = source if isinstance(source, Source) else open_source(str(source))
+    model = hollow(source.model)
+    weights = {name: tensor.float().contiguous() for name, tensor in _weights(model, source.path).items()}
+    model.fill(weights)
+    return model.requires_grad_(True).eval()
+
+
+def _weights(model: GPT, path: Path) -> dict[str, Tensor]:
+    """Read the parameters of ``model`` by its own names."""
+    if is_foreign(path):
+        return _foreign(model, path)
+    state = read_weights(best_checkpoint(path))
+    if (lora := load_config(path).lora) is not None:
+        state = merged(state, lora)
+    if "wpe.weight" in state:
+        state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
+    if model.config.tie_weights:
+        state["lm_head.weight"] = state["wte.weight"]
+    return state
+
+
+def _foreign(model: GPT, path: Path) -> dict[str, Tensor]:
+    """Read what ``gptlab.pretrained.external`` describes."""
+    state: dict[str, Tensor] = {}
+    if path.is_file():
+        checkpoint = nanogpt_checkpoint(path)
+        check_foreign_shape(path, nanogpt_shape(path, checkpoint.get("model_args")), model.config)
+        state = checkpoint["model"]
+    else:
+        for file in weight_files(path):
+            with opened(file, "pt") as tensors:
+                state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
+    try:
+        return fitted(model, renamed(state, transposed=path.is_dir()))
+    except ValueError as error:
+        raise UserError(f"The weights of {path} do not fit this model: {error}.") from error

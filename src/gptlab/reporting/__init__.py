@@ -1,0 +1,1 @@
+"""The report of runs as one HTML page, and its live server. Imports no torch."""

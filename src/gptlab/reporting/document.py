@@ -1,0 +1,181 @@
+"""What the page shows, as one piece of plain data: runs, points, differences, sweeps, environments."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+from gptlab.errors import UserError
+from gptlab.reporting.reading import Entry, Reader
+from gptlab.reporting.sweeps import describe
+from gptlab.tracking.run_store.runs import find_runs
+from gptlab.tracking.run_store.sweeps import load_sweep
+
+NO_DIFFERENCE = ("seed", "name", "resume", "force_resume", "logger.")  # between runs of one point; a prefix ends in "."
+LONGEST_LABEL = 4  # settings; runs that differ in more are called by their names
+OF_A_START = ("time", "command", "folder", "slurm_job")  # of the environment, what is another one for every run
+LOSS = "val/loss"
+
+
+class Document:
+    """Gathers what is found at a place, as often as it is asked.
+
+    Args:
+        where: A run directory, a folder with runs below it, or a glob of either.
+        points: A curve's at most.
+    """
+
+    def __init__(self, where: str, points: int) -> None:
+        self.where, self.reader = where, Reader(points, LOSS)
+
+    def gather(self) -> dict[str, Any]:
+        """Return everything the page needs.
+
+        Raises:
+            UserError: There is no run, or none that can be read.
+        """
+        found = find_runs(self.where)
+        problems: list[str] = []
+        parents = dict.fromkeys(run.directory.parent for run in found)
+        sweeps = [sweep for parent in parents if (sweep := _sweep(parent, problems)) is not None]
+        metrics = {sweep["metric"] for sweep in sweeps}
+        self.reader.metric = metrics.pop() if len(metrics) == 1 else LOSS
+        entries, told = self.reader.read([run.directory for run in found])
+        problems += told
+        if not entries:
+            raise UserError("\n".join((f"{self.where}: no run there can be read.", *problems)))
+        return {
+            "where": self.where,
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "metric": self.reader.metric,
+            "points_a_curve": self.reader.points,
+            "problems": problems,
+            "sweeps": sweeps,
+            **_runs(entries),
+        }
+
+
+def _sweep(directory: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        sweep = load_sweep(directory)
+        return None if sweep is None else describe(directory, sweep, problems)
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _runs(entries: list[Entry]) -> dict[str, Any]:
+    """Put the runs side by side: what they share is said once, and of each what is its own."""
+    keys = differing([entry.settings for entry in entries])
+    varied = _varied(entries, keys)
+    point_of, labels = _points(entries, keys, varied)
+    names = _names(entries)
+    places, environments = _distinct(entries, lambda entry: {**entry.environment, **dict.fromkeys(OF_A_START)})
+    runs = [
+        {
+            "id": number,
+            **entry.shown,
+            "name": names[number],
+            "point": point_of[number],
+            "seed": entry.settings.get("seed"),
+            "settings": {key: entry.settings[key] for key in keys if key in entry.settings},
+            "varied": {key: _value(entry, key) for key in varied},
+            "environment": places[number],
+            "start": {key: entry.environment.get(key) for key in OF_A_START},
+        }
+        for number, entry in enumerate(entries)
+    ]
+    common = {key: value for key, value in entries[0].settings.items() if key not in keys}
+    return {
+        "runs": runs,
+        "points": labels,
+        "keys": keys,
+        "varied": varied,
+        "common": common,
+        "environments": environments,
+        "thinned": any(entry.thinned for entry in entries),
+    }
+
+
+def _names(entries: list[Entry]) -> list[str]:
+    """Call runs by what their names do not share, and a trial of the one sweep that is shown by its number."""
+    parts = [entry.run.name.split("/") for entry in entries]
+    if len(entries) == 1:
+        return [entries[0].run.name]
+    levels = list(zip(*parts, strict=False))
+    shared = next((i for i, level in enumerate(levels) if len(set(level)) > 1), len(levels) - 1)
+    names = ["/".join(own[shared:]) for own in parts]
+    return [
+        f"trial {name}" if entry.trial and name.isdigit() else name for name, entry in zip(names, entries, strict=True)
+    ]
+
+
+def differing(settings: list[dict[str, Any]]) -> list[str]:
+    """Name the settings that are not the same in all runs, in the order of the configuration."""
+    names = dict.fromkeys(key for one in settings for key in one)
+    missing = object()
+    return [key for key in names if len({repr(one.get(key, missing)) for one in settings}) > 1]
+
+
+def _varied(entries: list[Entry], keys: list[str]) -> list[str]:
+    """Name what was changed on purpose: the overrides of the trials of sweeps, else what differs.
+
+    The seed is none: runs that differ in it alone are one point.
+    """
+    if all(entry.trial is not None for entry in entries):
+        named = dict.fromkeys(key for entry in entries if entry.trial for key in entry.trial.overrides)
+        several = [key for key in named if len({repr(_value(entry, key)) for entry in entries}) > 1]
+    else:
+        several = keys
+    return [key for key in several if not _is_no_difference(key)]
+
+
+def _is_no_difference(key: str) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in NO_DIFFERENCE)
+
+
+def _value(entry: Entry, key: str) -> Any:
+    """Return what a run has for a setting, or for a group, of which only its trial knows the option."""
+    if key in entry.settings:
+        return entry.settings[key]
+    return entry.trial.overrides.get(key) if entry.trial else None
+
+
+def _points(entries: list[Entry], keys: list[str], varied: list[str]) -> tuple[list[int], list[str]]:
+    """Say which runs are the same but for the seed, and call each of these points by what was varied."""
+    compared = [key for key in keys if not _is_no_difference(key)]
+    places, points = _distinct(entries, lambda entry: {key: entry.settings.get(key) for key in compared})
+    first = [entries[places.index(point)] for point in range(len(points))]
+    short = _short(varied)
+    if not 0 < len(varied) <= LONGEST_LABEL:
+        labels = [entry.run.name if len(points) > 1 else str(entry.settings.get("name")) for entry in first]
+    else:
+        labels = [" · ".join(f"{short[key]}={_value(entry, key)}" for key in varied) for entry in first]
+    often = Counter(labels)
+    return places, [
+        label if often[label] == 1 else f"{label} ({entry.run.name})"
+        for label, entry in zip(labels, first, strict=True)
+    ]
+
+
+def _short(keys: Iterable[str]) -> dict[str, str]:
+    """Call settings by the last part of their names, where that says which."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: part if last[part := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def _distinct(entries: list[Entry], what: Callable[[Entry], Any]) -> tuple[list[int], list[Any]]:
+    """Return the different things that entries have, and for every entry which of them."""
+    places: dict[Hashable, int] = {}
+    values: list[Any] = []
+    found = []
+    for entry in entries:
+        value = what(entry)
+        name = json.dumps(value, sort_keys=True, default=str)
+        if name not in places:
+            places[name] = len(values)
+            values.append(value)
+        found.append(places[name])
+    return found, values

@@ -1,0 +1,110 @@
+"""The page on loopback, following runs as they go."""
+
+import errno
+import hashlib
+import sys
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from gptlab.errors import UserError
+from gptlab.reporting.page import as_json, page
+
+ADDRESS = "127.0.0.1"
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Serves the page at / and its data at /data.json, to this machine alone.
+
+    Args:
+        gather: Makes the document anew.
+        port: To listen at; 0: a free one.
+        poll: Seconds between two looks of the page.
+
+    Raises:
+        UserError: The port cannot be had.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, gather: Callable[[], dict[str, Any]], port: int, poll: float) -> None:
+        self.poll = poll
+        self._gather, self._turn = gather, threading.Lock()
+        try:
+            super().__init__((ADDRESS, port), _Handler)
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+            raise UserError(f"port={port} {why}: name another one; port=0 takes one that is free.") from None
+        # other names come from a page elsewhere that had its name point here (DNS rebinding)
+        self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
+
+    def document(self) -> dict[str, Any]:
+        """Make the document anew; the files are read once at a time, however many look."""
+        with self._turn:
+            return self._gather()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing where a page was closed before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{ADDRESS}:{self.server_port}/"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LiveServer
+    server_version, sys_version = "gptlab", ""
+
+    def do_GET(self) -> None:
+        """Answer."""
+        if self.headers.get("Host") not in self.server.hosts:
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This is {self.server.url} and nothing else.\n")
+            return
+        try:
+            match self.path:
+                case "/":
+                    self._answer(HTTPStatus.OK, "text/html", page(self.server.document(), self.server.poll))
+                case "/data.json":
+                    self._news(self.server.document())
+                case _:
+                    self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is / and /data.json.\n")
+        except UserError as error:  # the runs are gone
+            self._answer(HTTPStatus.GONE, "text/plain", f"{error}\n")
+
+    def _news(self, document: dict[str, Any]) -> None:
+        """Send the document, or say that it is still the one the page has."""
+        same = as_json({**document, "made": None})
+        tag = f'"{hashlib.sha256(same.encode()).hexdigest()}"'
+        if self.headers.get("If-None-Match") == tag:
+            self._answer(HTTPStatus.NOT_MODIFIED, "application/json", "")
+        else:
+            self._answer(HTTPStatus.OK, "application/json", as_json({**document, "poll": self.server.poll}), tag)
+
+    def _answer(self, status: HTTPStatus, kind: str, text: str, tag: str | None = None) -> None:
+        body = text.encode()
+        self.send_response(status)
+        for name, value in HEADERS.items():
+            self.send_header(name, value)
+        if tag is not None:
+            self.send_header("ETag", tag)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        if status != HTTPStatus.NOT_MODIFIED:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing of every look."""

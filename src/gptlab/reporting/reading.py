@@ -1,0 +1,166 @@
+"""One run as plain data for the page. A run that cannot be read is told of, and the others are shown."""
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gptlab.errors import UserError
+from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
+from gptlab.reporting.series import curves, rounded
+from gptlab.tracking.environment import ENVIRONMENT
+from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
+from gptlab.tracking.run_store.sweeps import TRIAL, Trial, trial_of
+
+MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # of a run; characters of one
+FEWEST_POINTS, TOGETHER = 100, 30_000  # of a curve; of that curve in all runs
+
+
+@dataclass
+class Entry:
+    """What the page knows of a run.
+
+    Attributes:
+        run: Where it lies.
+        settings: Its configuration, flat.
+        shown: The rest, as plain data.
+        environment: Machine, packages and commit.
+        trial: Which trial of a sweep it is.
+        thinned: Whether a curve has fewer points than metrics.csv.
+        problems: What could not be read, in sentences.
+    """
+
+    run: Run
+    settings: dict[str, Any]
+    shown: dict[str, Any]
+    environment: dict[str, Any]
+    trial: Trial | None
+    thinned: bool
+    problems: list[str] = field(default_factory=list)
+
+
+class Reader:
+    """Reads runs, and each again only when a file of it has changed.
+
+    Args:
+        points: A curve's at most; fewer where there are many runs.
+        metric: Whose lowest value a run is judged by.
+    """
+
+    def __init__(self, points: int, metric: str) -> None:
+        self.points, self.metric = points, metric
+        self._known: dict[Path, tuple[Any, Entry | str]] = {}
+
+    def read(self, directories: list[Path]) -> tuple[list[Entry], list[str]]:
+        """Return the runs that can be read, and sentences about the others."""
+        points = max(FEWEST_POINTS, min(self.points, TOGETHER // max(1, len(directories))))
+        entries, problems = [], []
+        for directory in directories:
+            signature = (points, self.metric, *(_touched(directory / name) for name in _FILES))
+            if self._known.get(directory, (None, ""))[0] != signature:
+                self._known[directory] = signature, _read(Run(directory), points, self.metric)
+            entry = self._known[directory][1]
+            if isinstance(entry, str):
+                problems.append(entry)
+            else:
+                entry.shown["state"] = _state(entry)  # a process that is gone touches no file
+                entries.append(entry)
+                problems += entry.problems
+        return entries, problems
+
+
+_FILES = (CONFIG, METRICS, ENVIRONMENT, FORECAST, SAMPLES, TRIAL)
+
+
+def _touched(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _read(run: Run, points: int, metric: str) -> Entry | str:
+    """Read a run; or say why it is left out."""
+    try:
+        settings = {key: _simple(value) for key, value in run.settings.items()}
+        trial = trial_of(run)
+        _check_metrics(run)
+        series = curves(run.rows, points)
+    except UserError as error:
+        return f"{run.name} is left out: {error}"
+    except (OSError, ValueError, csv.Error) as error:
+        return f"{run.name} is left out: {run.directory / METRICS} cannot be read: {error}"
+    samples, problems = _samples(run)
+    parameters, flops = _size(run)
+    shown = {
+        "name": run.name,
+        "directory": str(run.directory),
+        "parameters": parameters,
+        "flops": flops,
+        "rows": len(run.rows),
+        "series": series,
+        "best": _best(run, metric),
+        "samples": samples,
+        "forecast": run.forecast,
+        "trial": trial and trial.number,
+    }
+    thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
+    again = Run(run.directory)  # which has not kept all rows of metrics.csv
+    return Entry(again, settings, shown, run.environment, trial, thinned, problems)
+
+
+def _check_metrics(run: Run) -> None:
+    """See that metrics.csv, where there is one, is what the name says."""
+    path = run.directory / METRICS
+    if path.exists() and path.read_bytes()[:1024].strip():
+        with path.open(newline="", encoding="utf-8") as file:
+            if "step" not in (csv.DictReader(file).fieldnames or ()):
+                raise UserError(f"{path} cannot be read: its first line names no column step")
+
+
+def _simple(value: Any) -> Any:
+    """Leave numbers, words and None; write the rest as JSON."""
+    if isinstance(value, float):
+        return rounded(value) if rounded(value) is not None else str(value)
+    return value if value is None or isinstance(value, str | int) else json.dumps(value, default=str)
+
+
+def _state(entry: Entry) -> dict[str, Any] | None:
+    state = entry.run.state
+    if state is None:
+        return {"state": entry.trial.state, "message": entry.trial.message} if entry.trial else None
+    shown = state.model_dump(mode="json", exclude={"pid"})
+    if entry.trial is not None and entry.trial.state == "pruned":  # which only its sweep knows
+        shown["state"] = "pruned"
+    return shown
+
+
+def _best(run: Run, metric: str) -> dict[str, Any] | None:
+    """Find where the metric was lowest."""
+    value = run.value(metric)
+    row = next((row for row in run.rows if value is not None and row.get(metric) == value), None)
+    return row and {"value": rounded(row[metric]), "step": int(row["step"]), "tokens": int(row.get("tokens", 0))}
+
+
+def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
+    try:
+        samples = run.samples
+    except (OSError, ValueError) as error:
+        return [], [f"{run.name}: a file in {run.directory / SAMPLES} cannot be read: {error}"]
+    if len(samples) > MOST_SAMPLES:  # spread evenly, with the first and the last
+        last = len(samples) - 1
+        samples = [samples[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
+    return [(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …") for step, text in samples], []
+
+
+def _size(run: Run) -> tuple[int | None, int | None]:
+    """Count parameters, and FLOPs a token; None where the configuration does not say what the model is."""
+    try:
+        model = GPTConfig.model_validate(run.config.get("model"))
+        return parameter_count(model), flops_per_token(model)
+    except (ValidationError, ValueError):
+        return None, None

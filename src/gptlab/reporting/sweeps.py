@@ -1,0 +1,69 @@
+"""A sweep as plain data for the page: its question, its answers, and the trials that left no run."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gptlab.sweeps.analysis.fitting import SCALING, ScalingAnswer
+from gptlab.sweeps.analysis.phrases import plus_minus
+from gptlab.sweeps.analysis.table import Row, answer
+from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.tracking.run_store.sweeps import Sweep, load_trials
+
+
+def describe(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, Any]:
+    """Return what the page says of a sweep; sentences about what cannot be read are added to ``problems``."""
+    trials = load_trials(directory)
+    return {
+        "name": "/".join(directory.absolute().parts[-2:]),
+        "directory": str(directory),
+        **sweep.model_dump(mode="json", include={"question", "space", "search", "metric", "baseline"}),
+        "trials": len(trials),
+        "without_run": [
+            trial.model_dump(mode="json", include={"number", "state", "message", "overrides"})
+            for trial in trials
+            if not (directory / str(trial.number) / CONFIG).is_file()
+        ],
+        "answers": _answers(directory, "".join(trial.model_dump_json() for trial in trials)),
+        "scaling": _scaling(directory / SCALING, problems),
+    }
+
+
+@lru_cache(maxsize=64)
+def _answers(directory: Path, _trials: str) -> dict[str, Any]:
+    """Tell what a sweep has shown so far, as the terminal does; worked out again when a trial has changed."""
+    found = answer(directory)
+    told = [_told(row, found.metric) for row in found.rows]
+    columns = list(dict.fromkeys(column for row in told for column in row))
+    rows = [[row.get(column) for column in columns] for row in told]
+    return {"answer": found.answer, "columns": columns, "rows": rows, "notes": found.notes}
+
+
+def _told(row: Row, metric: str) -> dict[str, Any]:
+    """Tell a point of a sweep."""
+    counts = {"failed": row.failed, "pruned": row.pruned, "unfinished": row.unfinished}
+    return {
+        **row.settings,
+        "seeds": row.n,
+        metric: _with_error(row.mean, row.se),
+        "difference": _with_error(row.difference, row.difference_se),
+        "verdict": row.verdict,
+        **{name: count for name, count in counts.items() if count},
+        "tokens": row.tokens,
+    }
+
+
+def _with_error(value: float | None, error: float | None) -> str | None:
+    return None if value is None else plus_minus(value, error)
+
+
+def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Read the scaling law that was fitted to a sweep over sizes and tokens."""
+    try:
+        found = ScalingAnswer.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{path} cannot be read: {error}")
+        return None
+    return found.model_dump(mode="json", include={"law", "intervals", "answer"})

@@ -1,0 +1,111 @@
+"""The scaling law of a sweep over sizes and tokens: fitted, in words, as a table. Imports no torch."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from rich import box, get_console
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.data.shards.manifest import write_durably
+from gptlab.sweeps.analysis.scaling import Fit, Law, Optimum, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.sizes import Measured, measured
+
+SCALING = "scaling.json"
+RESAMPLES, SEED = 200, 0  # of the intervals
+BUDGETS = (1, 10, 100)  # that are spoken of, in those of the largest run
+
+
+class ScalingAnswer(BaseModel):
+    """What a sweep over sizes and tokens says of larger ones.
+
+    N are all parameters of a model: for small ones, laws in those without embeddings mislead (Pearce and Song 2024).
+
+    Attributes:
+        law: Its coefficients by name, fitted to all runs.
+        intervals: The 95 % interval of each coefficient, and of "a" and "b", the powers of the best N and D in C.
+        residual: Root of the mean square of log(measured / predicted).
+        runs: That it is fitted to.
+        optima: What is best for the budget of the largest run, and for larger ones.
+        answer: In one line.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    law: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    residual: float
+    runs: list[Measured]
+    optima: list[Optimum]
+    answer: str
+
+
+def fit_sweep(directory: Path) -> ScalingAnswer:
+    """Fit a scaling law to the trials of a sweep that came to their end.
+
+    Raises:
+        UserError: They are too few to tell one.
+    """
+    runs = measured(directory)
+    sizes, tokens = [run.size.all for run in runs], [run.tokens for run in runs]
+    fitted = fit_with_intervals(sizes, tokens, [run.loss for run in runs], resamples=RESAMPLES, seed=SEED)
+    largest = max(6 * n * d for n, d in zip(sizes, tokens, strict=True))
+    return ScalingAnswer(
+        law=fitted.law._asdict(),
+        intervals={name: fitted.interval(lambda law: getattr(law, name)) for name in (*Law._fields, "a", "b")},  # noqa: B023
+        residual=fitted.residual,
+        runs=runs,
+        optima=[optimum(fitted, factor * largest) for factor in BUDGETS],
+        answer=_line(fitted),
+    )
+
+
+def show_scaling(scaling: ScalingAnswer) -> None:
+    """Print the coefficients, what is best for larger budgets, and the law in a line."""
+    console, law = get_console(), Law(**scaling.law)
+    table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
+    for best in scaling.optima:
+        ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
+        table.add_row(
+            f"{best.flops:.2e}",
+            *(_many(*of) for of in (best.parameters, best.tokens)),
+            ratio,
+            _interval(*best.loss, ".3f"),
+        )
+    coefficients = Table("coefficient", "fitted", "95 %", box=box.SIMPLE)
+    for name, (low, high) in scaling.intervals.items():
+        coefficients.add_row(name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}")
+    console.print(coefficients, table)
+    console.print(Text(scaling.answer, "bold"))
+    made = f"{len(scaling.runs)} runs, {scaling.residual:.2%} off; intervals of 95 % by {RESAMPLES} resamples"
+    console.print(Text(f"{made} (docs/answers.md).", "dim"))
+
+
+def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
+    """Write scaling.json."""
+    write_durably(directory / SCALING, scaling.model_dump_json(indent=1) + "\n")
+
+
+def _line(fitted: Fit) -> str:
+    law = fitted.law
+    loss = f"loss = {law.E:.3g} + {law.A:.3g} / N^{law.alpha:.3g} + {law.B:.3g} / D^{law.beta:.3g}"
+    return (
+        f"{loss}; the best N grows as C^{_interval(law.a, *fitted.interval(lambda law: law.a), '.2f')}, "
+        f"the best D as C^{_interval(law.b, *fitted.interval(lambda law: law.b), '.2f')}"
+    )
+
+
+def _interval(value: float, low: float, high: float, form: str) -> str:
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def _many(value: float, low: float, high: float) -> str:
+    """Write large numbers as 113k, 1.31M."""
+    return f"{_large(value)} ({_large(low)} to {_large(high)})"
+
+
+def _large(number: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"

@@ -1,0 +1,103 @@
+"""The trials of a sweep by point: what differs in nothing but the seed belongs together. Imports no torch."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from gptlab.sweeps.analysis.significance import Replicate
+from gptlab.tracking.run_store.sweeps import Trial
+
+SEED = "seed"
+FAILED = ("failed", "diverged", "mistaken")
+NAMES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
+
+
+class Point(NamedTuple):
+    """One point of a sweep.
+
+    Attributes:
+        settings: What it sets, but for the replicate.
+        trials: Its trials, in their order.
+        values: Of those that came to their end with a number, by replicate.
+    """
+
+    settings: dict[str, str]
+    trials: list[Trial]
+    values: dict[Replicate, float]
+
+    @property
+    def failed(self) -> int:
+        """How many trials ended without a number."""
+        return sum(is_failed(trial) for trial in self.trials)
+
+    @property
+    def pruned(self) -> int:
+        """How many trials were ended by the sweep; what they came to says nothing of the end."""
+        return sum(trial.state == "pruned" for trial in self.trials)
+
+    @property
+    def unfinished(self) -> int:
+        """How many trials have not come to their end."""
+        return sum(trial.state not in ("done", "pruned", *FAILED) for trial in self.trials)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a run of it has seen; the one that saw most."""
+        done = [trial.tokens for trial in self.trials if has_value(trial)]
+        return max(done or [trial.tokens for trial in self.trials])
+
+    @property
+    def name(self) -> str:
+        """What it sets, in a line."""
+        return " ".join(f"{key}={value}" for key, value in self.settings.items())
+
+
+def has_value(trial: Trial) -> bool:
+    """Whether a trial came to its end with a number."""
+    return trial.state == "done" and trial.value is not None and math.isfinite(trial.value)
+
+
+def as_number(setting: str) -> float | None:
+    """Read a setting as a finite number; None where it is none."""
+    number = _parsed(setting)
+    return number if isinstance(number, float) and math.isfinite(number) else None
+
+
+def is_failed(trial: Trial) -> bool:
+    """Whether a trial ended without a number, by itself."""
+    return trial.state in FAILED or (trial.state == "done" and not has_value(trial))
+
+
+def group(trials: Sequence[Trial], replicates: Collection[str]) -> list[Point]:
+    """Put together the trials that differ in nothing but the replicates, in the order of the trials.
+
+    Args:
+        trials: Of a sweep.
+        replicates: Keys that tell the runs of a point apart.
+    """
+    points: dict[tuple[tuple[str, str], ...], Point] = {}
+    for trial in trials:
+        settings = {key: value for key, value in trial.overrides.items() if key not in replicates}
+        point = points.setdefault(tuple(sorted(settings.items())), Point(settings, [], {}))
+        point.trials.append(trial)
+        if has_value(trial) and trial.value is not None:
+            replicate = tuple(trial.overrides[key] for key in replicates if key in trial.overrides)
+            point.values.setdefault(replicate, trial.value)  # the same run twice is one run
+    return list(points.values())
+
+
+def find(points: Sequence[Point], settings: Mapping[str, str], replicates: Collection[str]) -> Point | None:
+    """Find the point with such settings, the first of several; the first of all where none are named."""
+    wanted = {key: _parsed(value) for key, value in settings.items() if key not in replicates}
+    for point in points:
+        if all(key in point.settings and _parsed(point.settings[key]) == value for key, value in wanted.items()):
+            return point
+    return None
+
+
+def _parsed(value: str) -> str | float | bool | None:
+    """Read a value so that 1e-3 is 0.001."""
+    try:
+        return float(value)
+    except ValueError:
+        return NAMES.get(value.lower(), value)

@@ -1,0 +1,149 @@
+"""Answers on the screen and in files. Imports no torch."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box, get_console
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.data.shards.manifest import write_durably
+from gptlab.errors import UserError
+from gptlab.sweeps.analysis.fitting import fit_sweep, show_scaling, write_scaling
+from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
+from gptlab.sweeps.analysis.significance import ALPHA
+from gptlab.sweeps.analysis.sizes import LENGTHS, is_of_sizes
+from gptlab.sweeps.analysis.table import Answers, Row, answer
+
+CSV, JSON = "answers.csv", "answers.json"
+WIDE = 100  # columns of a screen on which everything has its own
+RATIO = ".ratio"  # of what was measured to what was forecast
+STATISTICS = (  # of a row, as columns of the CSV
+    *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
+    *("verdict", "is_baseline", "failed", "pruned", "unfinished", "tokens", "parameters"),
+)
+
+
+def conclude(directory: Path) -> Answers:
+    """Do what a sweep ends with: show its answers, and write them beside its trials.
+
+    A sweep over sizes and tokens gets its scaling law as well, or is told why there is none.
+
+    Raises:
+        UserError: It is the directory of no sweep, or damaged.
+    """
+    answers = answer(directory)
+    show(answers)
+    write(answers, directory)
+    if is_of_sizes(directory):
+        try:
+            scaling = fit_sweep(directory)
+        except UserError as error:
+            get_console().print(Text(str(error), "yellow"))
+        else:
+            show_scaling(scaling)
+            write_scaling(scaling, directory)
+    return answers
+
+
+def show(answers: Answers) -> None:
+    """Print the question, the table, what went wrong and the answer."""
+    console = get_console()
+    console.print(_table(answers, console.width))
+    for note in answers.notes:
+        console.print(Text(note, "yellow"))
+    console.print(Text(answers.answer, "bold"))
+    console.print(Text(_legend(answers), "dim"))
+
+
+def write(answers: Answers, directory: Path) -> None:
+    """Write answers.csv and answers.json, each whole or not at all."""
+    write_csv(answers, directory / CSV)
+    write_durably(directory / JSON, answers.model_dump_json(indent=1) + "\n")
+
+
+def write_csv(answers: Answers, path: Path) -> None:
+    """Write the table, a line a point: what it sets, its statistics, and its forecast where there is one."""
+    scores = list(dict.fromkeys(name for row in answers.rows for name in row.forecast))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*answers.keys, *STATISTICS, *(f"forecast.{name}" for name in scores)])
+    for row in answers.rows:
+        settings = [row.settings.get(key) for key in answers.keys]
+        writer.writerow([*settings, *(getattr(row, name) for name in STATISTICS), *map(row.forecast.get, scores)])
+    write_durably(path, text.getvalue())
+
+
+def _table(answers: Answers, width: int) -> Table:
+    """Make the table for a screen of so many columns; a narrow one has the differences in the verdicts alone."""
+    table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
+    unit = UNITS.get(answers.metric)
+    keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
+    is_told = width < WIDE and any(key in LENGTHS for key in answers.keys)  # how many tokens, by what is varied
+    differences = [_of(row.difference, row.difference_se) for row in answers.rows]
+    columns = {
+        **keys,
+        "seeds": [str(row.n) for row in answers.rows],
+        f"{answers.metric}{f', {unit}' if unit else ''}": [_of(row.mean, row.se) for row in answers.rows],
+        **({"difference": differences} if any(differences) and width >= WIDE else {}),
+        **_counts(answers.rows),
+        **_sizes(answers.rows, ("parameters",) if is_told else ("parameters", "tokens")),
+        **(_scores(answers.rows) if width >= WIDE else {}),
+        "verdict": [row.verdict for row in answers.rows],
+    }
+    for name in columns:
+        is_last, is_text = name == "verdict", name == "verdict" or name in keys
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_last)
+    for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
+        style = "dim" if row.mean is None else "bold" if row is answers.rows[0] else None
+        table.add_row(*(Text(cell) for cell in cells), style=style)
+    return table
+
+
+def _headings(keys: list[str]) -> dict[str, str]:
+    """Name what is varied by the last part of its name, where that is enough."""
+    short = {key: key.rpartition(".")[2] for key in keys}
+    return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+
+
+def _counts(rows: list[Row]) -> dict[str, list[str]]:
+    """Give a column to each way in which trials have no value, where there is one."""
+    columns = {name: [getattr(row, name) for row in rows] for name in ("failed", "pruned", "unfinished")}
+    return {name: [str(count or "") for count in counts] for name, counts in columns.items() if any(counts)}
+
+
+def _sizes(rows: list[Row], names: Sequence[str]) -> dict[str, list[str]]:
+    """Write parameters and tokens, where they differ."""
+    columns = {name: [getattr(row, name) for row in rows] for name in names}
+    return {
+        name: [f"{size:,}" if size else "" for size in sizes]
+        for name, sizes in columns.items()
+        if len(set(sizes) - {None, 0}) > 1
+    }
+
+
+def _scores(rows: list[Row]) -> dict[str, list[str]]:
+    """Write what was measured over what was forecast; the rest is in the files."""
+    columns = {
+        heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
+        for name, heading in (
+            (f"seconds{RATIO}", "time / forecast"),
+            (f"peak_memory_bytes{RATIO}", "memory / forecast"),
+        )
+    }
+    return {heading: cells for heading, cells in columns.items() if any(cells)}
+
+
+def _of(value: float | None, se: float | None) -> str:
+    return "" if value is None else plus_minus(value, se)
+
+
+def _legend(answers: Answers) -> str:
+    tokens = {row.tokens for row in answers.rows} - {0}
+    seen = f"{tokens.pop():,} tokens a run. " if len(tokens) == 1 else ""
+    corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""
+    return (
+        f"{seen}± is one standard error. A difference is shown where p is below {ALPHA}{corrected} (docs/answers.md)."
+    )

@@ -1,0 +1,63 @@
+"""The settings of the sweeper and of its launchers; see conf/hydra/sweeper/ and conf/hydra/launcher/."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from gptlab.config.base import Settings
+
+Amount = PositiveInt | None
+
+
+class PruneConfig(Settings):
+    """Ends trials that fall behind: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018), counted in tokens seen."""
+
+    method: Literal["asha", "hyperband"]
+    min_tokens: PositiveInt
+    reduction_factor: Annotated[int, Field(ge=2)]
+
+
+class SweeperConfig(Settings):
+    """What a sweep asks, and how its points are chosen."""
+
+    question: str
+    search: Literal["grid", "random", "tpe", "cmaes"]
+    n_trials: Amount
+    seed: NonNegativeInt
+    metric: str
+    baseline: dict[str, str | int | float | bool | None]
+    prune: PruneConfig | None
+    retry: bool
+    params: dict[str, str | int | float | bool]
+
+    @model_validator(mode="after")
+    def _searches_end(self) -> Self:
+        if self.search != "grid" and self.n_trials is None:
+            raise ValueError(f"search={self.search} goes on for ever: n_trials says how many points it may try")
+        if self.search == "grid" and self.n_trials is not None:
+            raise ValueError("search=grid tries every point: n_trials belongs to random, tpe and cmaes")
+        return self
+
+
+class ProcessesConfig(Settings):
+    """Trials on this machine."""
+
+    at_once: PositiveInt | Literal["auto"]
+
+
+class SlurmConfig(Settings):
+    """Trials as jobs of SLURM."""
+
+    at_once: PositiveInt
+    timeout_min: PositiveInt
+    signal_delay_s: PositiveInt
+    max_num_timeout: NonNegativeInt
+    nodes: PositiveInt
+    tasks_per_node: PositiveInt
+    cpus_per_task: Amount
+    gpus_per_node: Amount
+    mem_gb: Amount
+    partition: str | None
+    account: str | None
+    qos: str | None
+    additional_parameters: dict[str, str | int]

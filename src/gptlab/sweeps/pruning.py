@@ -1,0 +1,58 @@
+"""In the process of a trial: asks after every evaluation whether it has a future beside the others."""
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import lightning as L
+import optuna
+
+from gptlab.sweeps.config import PruneConfig
+from gptlab.sweeps.search import STUDY, open_storage, pruner
+from gptlab.sweeps.sweep_store import PRUNE
+from gptlab.training.callbacks.metrics import Recorder
+
+log = logging.getLogger(__name__)
+
+
+class Pruning(L.Callback):
+    """Ends a trial that has fallen behind, at the same step on all ranks.
+
+    Args:
+        place: The trial's run directory, in that of its sweep.
+        recorder: Which knows the tokens.
+
+    Attributes:
+        pruned: Whether it has.
+    """
+
+    def __init__(self, place: Path, recorder: Recorder) -> None:
+        values = json.loads((place / PRUNE).read_text(encoding="utf-8"))
+        self.number, max_tokens = values.pop("number"), values.pop("max_tokens")
+        self.folder, self.recorder = place.parent, recorder
+        self.pruner = pruner(PruneConfig(**values), max_tokens)
+        self.pruned = False
+        self._trial: optuna.Trial | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Report the loss, and stop where the pruner says so."""
+        step = trainer.global_step
+        if trainer.sanity_checking or step == self.recorder.max_steps:
+            return
+        hopeless = False
+        if trainer.is_global_zero:
+            hopeless = self._is_hopeless(trainer.callback_metrics["val/loss"].item(), self.recorder.tokens(step))
+        self.pruned = trainer.strategy.broadcast(hopeless)
+        if self.pruned:
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                log.info("Pruned at step %d: others were better at this number of tokens.", step)
+
+    def _is_hopeless(self, loss: float, tokens: int) -> bool:
+        if self._trial is None:
+            study = optuna.load_study(study_name=STUDY, storage=open_storage(self.folder), pruner=self.pruner)
+            trials = study.get_trials(deepcopy=False)
+            self._trial = optuna.Trial(study, trials[self.number]._trial_id)
+        self._trial.report(loss if math.isfinite(loss) else math.inf, tokens)
+        return self._trial.should_prune()

@@ -1,0 +1,121 @@
+"""Where the points of a sweep come from: a grid, or Optuna, which is also asked whether a trial has a future.
+
+Optuna's record is a journal in the sweep's directory, which the trials' own processes read and write (``pruning``). The
+trials of the sweep are the ledger's; Optuna's have the same numbers.
+"""
+
+import json
+import logging
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState as OptunaState
+
+from gptlab.sweeps.config import PruneConfig, SweeperConfig
+from gptlab.sweeps.space import Point, Space, written
+from gptlab.sweeps.sweep_store import PRUNE
+from gptlab.tracking.run_store.sweeps import Trial
+
+JOURNAL, STUDY = "optuna.journal", "sweep"
+log = logging.getLogger(__name__)
+
+
+def open_storage(folder: Path) -> optuna.storages.JournalStorage:
+    """Open the journal; its lock also holds between machines that share the folder (Optuna's documentation)."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    backend = JournalFileBackend(str(folder / JOURNAL))
+    return optuna.storages.JournalStorage(backend)
+
+
+def pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
+    """Build what ends trials early; tokens seen are its resource."""
+    if config is None:
+        return optuna.pruners.NopPruner()
+    if config.method == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=config.min_tokens, reduction_factor=config.reduction_factor
+        )
+    return optuna.pruners.HyperbandPruner(
+        min_resource=config.min_tokens, max_resource=max_tokens, reduction_factor=config.reduction_factor
+    )
+
+
+class Search:
+    """Proposes the points of a sweep one by one, and is told what became of them.
+
+    Args:
+        config: How points are chosen.
+        space: What is varied.
+        folder: The sweep's.
+        max_tokens: Of a trial that is not ended early.
+    """
+
+    def __init__(self, config: SweeperConfig, space: Space, folder: Path, max_tokens: int) -> None:
+        self.config, self.space, self.max_tokens = config, space, max_tokens
+        self.folder = folder
+        self.grid = space.grid() if config.search == "grid" else None
+        self.distributions = space.distributions() if self.grid is None else {}
+        self.study: optuna.Study | None = None
+        if self.grid is not None and config.prune is not None:
+            random.Random(config.seed).shuffle(self.grid)  # noqa: S311  (else the best might come last, again and again)
+        if self.grid is None or config.prune is not None:
+            self.study = optuna.create_study(
+                storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction="minimize"
+            )
+            self.study.pruner = pruner(config.prune, max_tokens)
+
+    @property
+    def n_trials(self) -> int:
+        """How many points there will be."""
+        return len(self.grid) if self.grid is not None else self.config.n_trials or 0
+
+    def propose(self, number: int) -> Point:
+        """Choose the point of a trial that is new; the trials before it are there already."""
+        if self.study is None:
+            assert self.grid is not None  # noqa: S101
+            return self.grid[number]
+        known = self.study.get_trials(deepcopy=False)
+        if len(known) > number:  # asked for, and then the process ended before the ledger had it
+            trial: Any = known[number]
+        else:
+            self.study.sampler = self._sampler(number)
+            if self.grid is not None:
+                self.study.enqueue_trial({}, user_attrs={"point": self.grid[number]})
+            trial = self.study.ask(self.distributions)
+        if self.grid is not None:
+            return self.grid[number]
+        return {key: written(trial.params[key]) for key in self.distributions}
+
+    def prepare(self, trial: Trial, place: Path) -> None:
+        """Let the process of a trial know the study, where that may end it."""
+        if self.config.prune is None:
+            return
+        place.mkdir(parents=True, exist_ok=True)
+        values = {"number": trial.number, "max_tokens": self.max_tokens, **self.config.prune.model_dump()}
+        (place / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    def tell(self, trial: Trial) -> None:
+        """Hand on what became of a trial that has ended."""
+        if self.study is None:
+            return
+        value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+        states = {"done": OptunaState.COMPLETE, "pruned": OptunaState.PRUNED}
+        state = states.get(trial.state, OptunaState.FAIL)
+        if state == OptunaState.COMPLETE and value is None:
+            state = OptunaState.FAIL
+        values = value if state == OptunaState.COMPLETE else None
+        self.study.tell(trial.number, values, state=state, skip_if_finished=True)
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        """A sampler for each point, seeded by its number: a sweep that was killed draws what it would have drawn."""
+        seed = (self.config.seed * 1_000_003 + number) % 2**32
+        match self.config.search:
+            case "tpe":
+                return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+            case "cmaes":
+                return optuna.samplers.CmaEsSampler(seed=seed)
+        return optuna.samplers.RandomSampler(seed=seed)

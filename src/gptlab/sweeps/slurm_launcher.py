@@ -1,0 +1,220 @@
+"""Trials as jobs of SLURM, through submitit. They go on when the sweep's process has ended. Imports no torch."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from gptlab.config.schema import Config
+from gptlab.errors import UserError
+from gptlab.exit_codes import FAILED, PREEMPTED
+from gptlab.launch.job_file import status_of_work, write_job
+from gptlab.sweeps.config import SlurmConfig
+from gptlab.sweeps.local_launcher import JOB
+from gptlab.sweeps.trial import run_file
+from gptlab.tracking.run_store.sweeps import Trial
+
+log = logging.getLogger(__name__)
+
+FOLDER = ".submitit"
+ASK_EVERY = 5.0  # seconds
+SLURM_TIMEOUT = 60.0  # seconds that squeue may take; it gives up by itself after MessageTimeout, 10 by default
+PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
+OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+
+class TrialJob:
+    """What a job of the cluster runs; submitit pickles it.
+
+    Args:
+        file: Where the configuration and its place are written down.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self) -> int:
+        """Run the trial and return its exit status, which submitit stores as the result of the job.
+
+        A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
+        submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
+        """
+        status = status_of_work(lambda: run_file(self.file))
+        if status == PREEMPTED:
+            sys.exit(status)
+        return status
+
+    def checkpoint(self) -> Any:
+        """Queue the job again: it was saved, and goes on. submitit calls this."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+class Cluster:
+    """Runs trials as jobs of SLURM.
+
+    Args:
+        config: What a job needs, and how many there may be at once.
+        folder: The sweep's.
+    """
+
+    def __init__(self, config: SlurmConfig, folder: Path) -> None:
+        import submitit
+
+        self.at_once = config.at_once
+        self._logs = folder / FOLDER
+        self._executor = submitit.AutoExecutor(
+            folder=self._logs / "%j", cluster="slurm", slurm_max_num_timeout=config.max_num_timeout
+        )
+        resources = config.model_dump(exclude={"at_once", "max_num_timeout", "partition"}, exclude_none=True)
+        general = ("timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb")
+        self._executor.update_parameters(
+            name="gptlab",
+            **{key if key in general else f"slurm_{key}": value for key, value in resources.items()},
+            **({"slurm_partition": config.partition} if config.partition else {}),
+        )
+        self._running: dict[int, Any] = {}
+        self._unknown: dict[int, int] = {}
+        self._asked = 0.0
+        self._told = False
+        self._warned = False
+        self._stopped = False
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another trial can be submitted."""
+        return len(self._running) < self.at_once and not self._stopped
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is a job to wait for."""
+        return bool(self._running) and not self._stopped
+
+    def start(self, trial: Trial, config: Config, place: Path) -> Trial:
+        """Submit a trial; UserError has SLURM's reason where it is not taken."""
+        import submitit
+
+        place.mkdir(parents=True, exist_ok=True)
+        write_job(place / JOB, config, place)
+        try:
+            job = self._executor.submit(TrialJob(place / JOB))
+        except submitit.core.utils.FailedJobError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"SLURM does not take the job of trial {trial.number}: {reason}") from None
+        self._running[trial.number] = job
+        return trial.model_copy(update={"job": str(job.job_id)})
+
+    def take_up(self, trial: Trial, place: Path) -> bool:
+        """Wait for the job of a trial from an earlier start of the sweep; False where that is over, without a result.
+
+        Raises:
+            UserError: SLURM does not answer. A second job might write the run directory of the first.
+        """
+        import submitit
+
+        if trial.job is None:
+            return False
+        job: Any = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
+        has_result = job.paths.result_pickle.exists()
+        if trial.state != "running" if has_result else not self._lives(trial):
+            return False  # its result was recorded, and it is to be run again
+        self._running[trial.number] = job
+        return True
+
+    def _lives(self, trial: Trial) -> bool:
+        """Whether SLURM has the job of a trial still running or in the queue."""
+        for attempt in range(PATIENCE):
+            if attempt:
+                time.sleep(ASK_EVERY)
+            if (states := _states()) is not None:
+                return trial.job in states and states[trial.job] not in OVER
+        raise UserError(
+            f"SLURM does not answer (squeue), so it is unknown whether job {trial.job} of trial {trial.number} still "
+            "runs. Run the same command again once squeue works."
+        )
+
+    def ended(self) -> list[tuple[int, int]]:
+        """Return (number, exit status) of the trials that have ended since the last time."""
+        done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
+        gone = [] if done or time.monotonic() - self._asked < ASK_EVERY else self._gone()
+        statuses = [(number, self._status(self._running.pop(number))) for number in done]
+        for number in gone:
+            del self._running[number]
+        return [*statuses, *((number, PREEMPTED) for number in gone)]  # cancelled, or its node is: it may begin again
+
+    def hand_on(self, number: int) -> None:
+        """Leave the jobs alone, and no longer wait for them."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Say what goes on."""
+        if self._running and not self._told:
+            self._told = True
+            jobs = " ".join(str(job.job_id) for job in self._running.values())
+            log.info("%d jobs go on in SLURM. To watch them again: the same command. To end them: scancel %s",
+                     len(self._running), jobs)  # fmt: skip
+
+    def _gone(self) -> list[int]:
+        """Find the trials of whose jobs SLURM knows nothing, though they have left no result."""
+        self._asked = time.monotonic()
+        if (states := _states()) is None:
+            if not self._warned:
+                log.warning("SLURM does not answer (squeue). The sweep waits for its jobs.")
+            self._warned = True
+            return []
+        self._warned = False
+        for number, job in self._running.items():
+            lives = str(job.job_id) in states and states[str(job.job_id)] not in OVER
+            self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
+        return [number for number in self._running if self._unknown[number] >= PATIENCE]
+
+    def _status(self, job: Any) -> int:
+        try:
+            return int(job.result())
+        except Exception as error:  # whatever ended the process
+            log.warning("SLURM job %s has failed: %s", job.job_id, str(error).strip().splitlines()[-1])
+            return FAILED
+
+
+def _states() -> dict[str, str] | None:
+    """Ask SLURM for the states of this user's jobs; None where it does not answer.
+
+    Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
+    forgotten as it does when the controller is away.
+    """
+    command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SLURM_TIMEOUT)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {fields[0]: fields[1] for line in done.stdout.splitlines() if len(fields := line.split()) == 2}
+
+
+def check_cluster(config: SlurmConfig) -> None:
+    """See that there is a SLURM, and that the partition takes jobs; UserError says what is not."""
+    if find_spec("submitit") is None:
+        raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
+    partition = config.partition
+    if shutil.which("sbatch") is None:
+        raise UserError("hydra/launcher=slurm: there is no SLURM on this machine (no sbatch on the PATH).")
+    done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"SLURM does not answer: {' '.join(done.stderr.split())}")
+    rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
+    names = sorted({name for name, _, _ in rows})
+    asked = [state for name, state, starred in rows if name == partition or (not partition and starred.endswith("*"))]
+    if partition and not asked:
+        raise UserError(
+            f"hydra.launcher.partition={partition}: SLURM has no such partition; there are {', '.join(names)}."
+        )
+    if asked and not any(state == "up" for state in asked):
+        raise UserError(
+            f"SLURM's partition {partition or '(its default)'} takes no jobs now: it is {asked[0]}. "
+            "Another one: hydra.launcher.partition=<name>"
+        )

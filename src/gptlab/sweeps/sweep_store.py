@@ -1,0 +1,110 @@
+"""The directory of a sweep: its own, or that of the same sweep which did not come to its end. Imports no torch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gptlab.config.schema import Config
+from gptlab.errors import UserError
+from gptlab.tracking.run_directory import new_directory
+from gptlab.tracking.run_store.sweeps import ENDED, SWEEP, Sweep, Trial, load_sweep, load_trials
+
+LOCK = ".lock"
+PRUNE = "prune.json"  # in the run directory of a trial that may be ended early: how its process finds the others
+# of a configuration, what does not make it another trial: where things are, and what is kept of it
+ELSEWHERE = {
+    "resume": True,
+    "force_resume": True,
+    "logger": True,
+    "data": {"cache_dir", "cache_limit_gb", "num_workers"},
+    "tokenizer": {"vocab_dir"},
+}
+
+
+def config_hash(config: Config) -> str:
+    """Name a configuration by what it computes."""
+    return digest(config.model_dump(mode="json", exclude=ELSEWHERE))  # type: ignore[arg-type]
+
+
+def digest(values: Any) -> str:
+    """Hash plain data."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Ledger:
+    """What is known of the trials of a sweep, on disk at every moment.
+
+    Args:
+        directory: The sweep's.
+        sweep: What it is.
+
+    Raises:
+        UserError: Another sweep is in the directory, or a process is at work on this one.
+    """
+
+    def __init__(self, directory: Path, sweep: Sweep) -> None:
+        self.directory, self.sweep = directory, sweep
+        earlier = load_sweep(directory)
+        if earlier is not None and earlier.definition != sweep.definition:
+            raise UserError(
+                f"{directory} holds another sweep, over {_told(earlier.space)}; this one is over {_told(sweep.space)}, "
+                "or another setting differs. What can be done: another hydra.sweep.dir."
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(directory / LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{directory} is the directory of this sweep, and a process is at work on it. For another one beside "
+                "it: hydra.sweep.dir=<directory>"
+            ) from None
+        if earlier is None:
+            sweep.save(directory)
+        self.trials = {trial.number: trial for trial in load_trials(directory)}
+        self.is_new = earlier is None
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._lock.release()
+
+    def place(self, trial: Trial) -> Path:
+        """The run directory of a trial."""
+        return (self.directory / str(trial.number)).absolute()
+
+    def write(self, trial: Trial) -> Trial:
+        """Keep a trial as it stands."""
+        trial.save(self.directory)
+        self.trials[trial.number] = trial
+        return trial
+
+
+def is_pruned(place: Path) -> bool:
+    """Whether a run is a trial of a sweep that ends those without a future."""
+    return (place / PRUNE).is_file()
+
+
+def sweep_directory(name: str, sweep: Sweep) -> Path:
+    """Find the newest directory of the same sweep that has not come to its end, or make a new one."""
+    found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
+    for directory in found:
+        try:
+            earlier = load_sweep(directory)
+        except UserError:  # damaged, and no reason not to begin another
+            continue
+        if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
+            return directory
+    return new_directory(Path("outputs") / name)
+
+
+def _is_complete(directory: Path, sweep: Sweep) -> bool:
+    """Whether every trial has ended; those that a search had not thought of yet are missing."""
+    trials = load_trials(directory)
+    return len(trials) >= sweep.n_trials and all(trial.state in ENDED for trial in trials)
+
+
+def _told(space: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in space.items())

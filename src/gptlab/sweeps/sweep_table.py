@@ -1,0 +1,90 @@
+"""All trials of a sweep on one screen, as they run. Imports no torch."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+from rich import box, get_console
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.tracking.run_store.state import load_state
+from gptlab.tracking.run_store.sweeps import Trial
+
+log = logging.getLogger(__name__)
+
+ROWS = 20  # trials shown at most: those at work, and the latest that have ended
+COLOURS = {"done": "green", "running": "cyan", "pruned": "yellow", "waiting": "dim"}
+
+
+class Screen:
+    """A table in a terminal; elsewhere a line when a trial begins or ends.
+
+    Args:
+        trials: Gives them all, as they stand.
+        place: Gives the run directory of one.
+    """
+
+    def __init__(self, trials: Callable[[], list[Trial]], place: Callable[[Trial], Path]) -> None:
+        self.trials, self.place = trials, place
+        self._live = Live(get_renderable=self._table, console=get_console(), refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "Screen":
+        if get_console().is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def began(self, trial: Trial) -> None:
+        """Say that a trial has begun."""
+        again = " (again)" if trial.starts > 1 else ""
+        self._say(f"trial {trial.number} begins{again}: {_written(trial)}")
+
+    def ended(self, trial: Trial) -> None:
+        """Say how a trial has ended."""
+        value = "" if trial.value is None else f" · {trial.value:.4f}"
+        reason = f": {trial.message}" if trial.message and trial.state not in ("done", "pruned") else ""
+        self._say(f"trial {trial.number} {trial.state}{value} · {_written(trial)}{reason}")
+
+    def _say(self, what: str) -> None:
+        log.info("%s", what)
+
+    def _table(self) -> Group:
+        table = Table(box=box.SIMPLE)
+        for name, justify in (("trial", "right"), ("state", "left"), ("step", "right"), ("loss", "right"),
+                              ("val loss", "right"), ("left", "right"), ("what it changes", "left")):  # fmt: skip
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        trials = self.trials()
+        active = [trial for trial in trials if trial.state == "running"]
+        others = [trial for trial in trials if trial.state not in ("running", "waiting")]
+        shown = [*others[-max(0, ROWS - len(active)) :], *active][-ROWS:] if len(active) < ROWS else active[:ROWS]
+        for trial in sorted(shown, key=lambda trial: trial.number):
+            table.add_row(*self._row(trial))
+        counts = Counter(trial.state for trial in trials)
+        return Group(table, Text("  " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))))
+
+    def _row(self, trial: Trial) -> list[str | Text]:
+        state = load_state(self.place(trial))
+        name = Text(trial.state, style=COLOURS.get(trial.state, "red"))
+        if state is None:
+            return [str(trial.number), name, "", "", "", "", _written(trial)]
+        left = state.seconds_left if trial.state == "running" else None
+        return [
+            *(str(trial.number), name, f"{state.step:,}/{state.max_steps:,}", _loss(state.loss)),
+            _loss(trial.value if trial.value is not None else state.best_val_loss),
+            *("" if left is None else str(timedelta(seconds=round(left))), _written(trial)),
+        ]
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _written(trial: Trial) -> str:
+    return " ".join(f"{key}={value}" for key, value in trial.overrides.items())

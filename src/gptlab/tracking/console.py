@@ -1,0 +1,114 @@
+"""What a run says of itself at its start and at its end."""
+
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+from rich import box, get_console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.config.schema import Config
+from gptlab.data.shards.manifest import Manifest
+from gptlab.model.config import lora_count, parameter_count
+from gptlab.tracking.logs import FILE_ONLY
+from gptlab.tracking.run_directory import has_checkpoint
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.callbacks.metrics import Recorder
+from gptlab.training.callbacks.samples import Samples
+from gptlab.training.devices import Devices
+
+log = logging.getLogger(__name__)
+
+COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
+
+
+def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+    """Say what was decided."""
+    block_size, stages = config.model.block_size, config.train.stages
+    products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
+    precision = f"{devices.precision}{products}, {COMPILED[devices.compile]}"
+    parts = config.trainer.tensor_parallel
+    over = f"{plan.world_size} device(s)" if parts == 1 else f"{plan.world_size} group(s) of {parts} devices"
+    dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
+    train, val = manifest.tokens("train"), manifest.tokens("val")
+    lines = {
+        "model": f"{parameter_count(config.model):,} parameters{_adapted(config)}",
+        "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
+        "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
+        "device": f"{devices.accelerator}, {devices.name}; {precision}",
+        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {dealt}",
+        **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
+        "length": f"{config.steps:,} steps, {stages.first(config.steps) * block_size:,} tokens",
+        "run": str(_shown(directory)),
+    }
+    for name, value in lines.items():
+        log.info("%-9s %s", name, value)
+
+
+def _adapted(config: Config) -> str:
+    """Say what of a network is trained, where that is not all of it."""
+    if config.lora is None:
+        return ""
+    return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
+
+
+def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]) -> None:
+    """Print the last sample and the table that ends a run, with ``further`` rows."""
+    console = get_console()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Samples) and callback.latest:
+            title = f"sample at step {trainer.global_step:,}"
+            console.print(Panel(Text(callback.latest[0]), title=title, title_align="left", box=box.ROUNDED))
+    rows = {
+        "parameters": f"{parameter_count(config.model):,}",
+        "tokens seen": f"{recorder.tokens(trainer.global_step):,}",
+        **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
+        **_best(recorder.best),
+        "wall time": str(timedelta(seconds=round(recorder.seconds))),
+        "run directory": str(_shown(directory)),
+        "mfu": _mfu(recorder),
+        **further,
+    }
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold")
+    for name, value in rows.items():
+        table.add_row(name, Text(value, overflow="fold"))
+        log.info("%-13s %s", name, value, extra=FILE_ONLY)
+    console.print(table)
+    following = f"python -m gptlab.sample run={_shown(directory)}"
+    log.info("Next: %s", following)
+
+
+def say_stopped(why: str, directory: Path, step: int) -> None:
+    """Say where a run stands that has not come to its end, and how it goes on."""
+    if has_checkpoint(directory):
+        log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _shown(directory))
+    else:
+        log.info("%s at step %d, before the first checkpoint.", why, step)
+
+
+def replay_command(directory: Path) -> str:
+    """Write the command that shows the batch of a step of a run, but for the step."""
+    return f"python -m gptlab.prepare replay={_shown(directory)}"
+
+
+def _best(best: dict[str, float]) -> dict[str, str]:
+    if not best:
+        return {"best val loss": "none: no evaluation gave a number"}
+    return {
+        "best val loss": f"{best['val/loss']:.4f} at step {best['step']:,}",
+        "bits per byte": f"{best['val/bits_per_byte']:.4f}",
+    }
+
+
+def _mfu(recorder: Recorder) -> str:
+    """Model FLOPs utilisation at the last record, or why there is none."""
+    return f"{recorder.mfu:.1%}" if recorder.mfu is not None else "unknown (no published peak for this device)"
+
+
+def _shown(directory: Path) -> Path:
+    """Write a path as a person here would."""
+    return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

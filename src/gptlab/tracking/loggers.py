@@ -1,0 +1,120 @@
+"""The loggers of a run."""
+
+import csv
+import time
+from collections.abc import Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from gptlab.config.schema import Config
+from gptlab.tracking.run_store.runs import METRICS
+from gptlab.tracking.run_store.state import RunState, load_state, new_state
+from gptlab.tracking.wandb.logger import wandb_logger
+from gptlab.training.distributed.processes import is_first_rank
+
+
+class MetricsFile(CSVLogger):
+    """metrics.csv at the top of the run directory; a resumed run adds to it.
+
+    Args:
+        directory: The run's.
+        keep_until: On a resume, the step up to which earlier rows stand; None for a new run.
+    """
+
+    def __init__(self, directory: Path, keep_until: int | None) -> None:
+        super().__init__(directory, name="", version="", flush_logs_every_n_steps=1)
+        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
+        if earlier:
+            self.experiment.metrics.extend(earlier)
+            self.experiment.save()  # at once: Lightning's writer has removed the old file
+
+    def log_hyperparams(self, params: object = None) -> None:
+        """Write nothing: config.yaml has them."""
+
+
+def _state(config: Config, directory: Path, keep_until: int | None) -> RunState:
+    """Begin the state of a run, or on a resume go on with what it was at that step."""
+    state, earlier = new_state(config.steps), load_state(directory)
+    if keep_until is None or earlier is None:
+        return state
+    rows = _rows(directory / METRICS, keep_until)
+    losses = [float(row["val/loss"]) for row in rows if "val/loss" in row]
+    known = {
+        "step": keep_until,
+        "seconds": earlier.seconds,
+        "best_val_loss": min(filter(isfinite, losses), default=None),
+    }
+    return state.model_copy(update=known | ({"val_loss": losses[-1]} if losses else {}))
+
+
+def _rows(path: Path, until: int) -> list[dict[str, Any]]:
+    """Read the rows up to a step, their values as they stand there."""
+    if not is_first_rank() or not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if int(row["step"]) <= until]
+
+
+class StateFile(Logger):
+    """state.json at the top of the run directory, written anew with every row, but at most once a second.
+
+    Args:
+        directory: The run's.
+        state: Where it stands.
+    """
+
+    name = version = None
+
+    def __init__(self, directory: Path, state: RunState) -> None:
+        super().__init__()
+        self.directory, self.state = directory, state
+        self._first_step, self._seconds = state.step, state.seconds  # before this start
+        self._saved = 0.0
+        if is_first_rank():
+            state.save(directory)
+
+    def log_hyperparams(self, params: object = None) -> None:
+        """Write nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Take from a row what tells where the run stands."""
+        now, before, step = time.time(), self.state, step or 0
+        elapsed = now - before.began
+        ahead = (before.max_steps - step) / max(1, step - self._first_step)
+        val_loss = metrics.get("val/loss")
+        known = [loss for loss in (before.best_val_loss, val_loss) if loss is not None and isfinite(loss)]
+        self.state = before.model_copy(
+            update={
+                "step": step,
+                "tokens": int(metrics.get("tokens", before.tokens)),
+                "loss": metrics.get("train/loss", before.loss),
+                "val_loss": before.val_loss if val_loss is None else val_loss,
+                "best_val_loss": min(known, default=None),
+                "tokens_per_second": metrics.get("tokens_per_second", before.tokens_per_second),
+                "seconds": self._seconds + elapsed,
+                "seconds_left": elapsed * ahead,
+                "updated": now,
+            }
+        )
+        if now - self._saved > 1 or step == before.max_steps or val_loss is not None:
+            self._saved = now
+            self.state.save(self.directory)
+
+
+def build_loggers(config: Config, directory: Path, keep_until: int | None) -> list[Logger]:
+    """Build metrics.csv, state.json and whatever else the configuration names."""
+    loggers: list[Logger] = []
+    if config.logger.tensorboard is not None:
+        loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
+    if config.logger.wandb is not None:
+        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
+        record = wandb_logger(config, config.logger.wandb, directory, earlier)
+        loggers += [record] if record is not None else []
+    # the last, so that nothing that can be refused stands after it has touched the file
+    return [*loggers, MetricsFile(directory, keep_until), StateFile(directory, _state(config, directory, keep_until))]

@@ -1,0 +1,142 @@
+"""Run directories: outputs/<name>/<time>/, which hold everything that is kept of one run. Imports no torch."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gptlab.config.schema import Config, check
+from gptlab.data.shards.manifest import Manifest, write_durably
+from gptlab.errors import UserError
+from gptlab.model.config import GPTConfig
+from gptlab.tracking.environment import record_environment
+from gptlab.tracking.run_lock import RunLock
+from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.training.checkpoints.records import best, checkpoints, newest
+
+LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
+STACKS = "stacks"  # of processes that made no progress
+
+
+def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
+    """Create and lock the directory of a new run, with its configuration, data manifest and environment.
+
+    Args:
+        config: Complete: what is written is enough to run it again.
+        manifest: Of the data, with the tokenizer.
+        place: The directory, where it is not to be named by the time.
+        lock: Acquired before anything is written.
+    """
+    try:
+        directory = new_directory(Path("outputs") / config.name) if place is None else place
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
+    lock.acquire(directory)
+    if (directory / CONFIG).is_file() and has_checkpoint(directory):  # of the process that held the lock until now
+        raise UserError(
+            f"{directory} was written by another process in the meantime. The same command resumes that run."
+        )
+    manifest.save(directory)
+    record(config, directory)
+    return directory.absolute()
+
+
+def record(config: Config, directory: Path) -> None:
+    """Write the configuration and the environment of a run, anew when it goes on with others."""
+    write_durably(directory / CONFIG, yaml.safe_dump(as_new(config), sort_keys=False, allow_unicode=True))
+    record_environment(directory)
+
+
+def as_new(config: Config) -> dict[str, Any]:
+    """Return the values of a run, whether it goes on or begins."""
+    return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
+
+
+def new_directory(parent: Path) -> Path:
+    """Claim a directory that nobody else has, named by the time."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
+        try:
+            (parent / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return parent / name
+    raise UserError(f"{parent} already holds a thousand runs of {stamp}.")
+
+
+def load_config(directory: Path) -> Config:
+    """Read the configuration of a run; UserError where ``directory`` is none."""
+    path = directory / CONFIG
+    if not path.is_file():
+        missing = f"there is no {CONFIG} in it" if directory.is_dir() else "there is no such directory"
+        raise UserError(f"{directory} is not a run directory: {missing} (looked from {Path.cwd()}).")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not the configuration of a run.")
+    return check(Config, values)
+
+
+def newest_run(name: str) -> Path | None:
+    """Find the run of a name that was saved last, and whole; None where there is none."""
+    places = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
+    saved = {path.absolute(): checkpoints(path / CHECKPOINTS) for path in places}
+    runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
+    return next((path for path in reversed(runs) if newest(path / CHECKPOINTS)), None)
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run was saved; what was may be damaged."""
+    return bool(checkpoints(directory / CHECKPOINTS))
+
+
+def newest_checkpoint(directory: Path) -> Path:
+    """Find the newest checkpoint of a run that is whole; UserError where there is none."""
+    return _found(directory, newest(directory / CHECKPOINTS))
+
+
+def best_checkpoint(directory: Path) -> Path:
+    """Find the checkpoint of a run with the lowest val loss that is whole; UserError where there is none."""
+    return _found(directory, best(directory / CHECKPOINTS))
+
+
+def check_saved(directory: Path) -> None:
+    """See that a run was saved, without reading what was; UserError where it was not."""
+    if not has_checkpoint(directory):
+        raise UserError(f"{directory} has no checkpoint: nothing is in {directory / CHECKPOINTS}.")
+
+
+def _found(directory: Path, place: Path | None) -> Path:
+    if place is None:
+        check_saved(directory)
+        raise UserError(f"{directory} has no checkpoint: only damaged ones are in {directory / CHECKPOINTS}.")
+    return place
+
+
+# What decides which parameters there are, and their shapes; a longer block can be cropped to a shorter one.
+SHAPING = (
+    *("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_weights", "pad_vocab_to_multiple_of", "norm"),
+    *("positions", "embedding_norm", "value_residual", "value_embeddings", "x0_skips", "unet_skips"),
+)
+
+
+def check_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
+    """See that the weights of a run fit a model, whose block may be shorter; UserError names what differs."""
+    shape = load_config(directory).model.model_dump(include={*SHAPING, "block_size"})
+    check_shape(directory, shape, model, cropped=cropped)
+
+
+def check_shape(path: Path, there: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
+    """See that weights of such a shape fit a model; UserError names what differs, and ``path``, where they are."""
+    here = model.model_dump()
+    differences = [key for key in there if key != "block_size" and there[key] != here[key]]
+    if there["block_size"] < model.block_size or (there["block_size"] > model.block_size and not cropped):
+        differences.append("block_size")
+    if differences:
+        named = (f"model.{key} is {there[key]} there and {here[key]} here" for key in differences)
+        raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.")

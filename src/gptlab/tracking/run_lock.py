@@ -1,0 +1,100 @@
+"""One writer per run directory. Imports no torch."""
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
+from gptlab.errors import UserError
+from gptlab.exit_codes import FAILED
+
+log = logging.getLogger(__name__)
+
+LOCK = ".run.lock"  # names its owner's host, process and start time
+REFRESH = 5.0  # seconds between the owner's refreshes
+LEASE = 120.0  # seconds without a refresh after which the owner counts as dead; shared file systems may stall
+WAIT = 5.0  # seconds that a live owner has to end: workers outlive a killed supervisor by a moment
+POLL = 0.1  # seconds
+
+
+class RunLock:
+    """Lock of a run directory, held by the process that writes there.
+
+    The owner refreshes the lock every ``REFRESH`` seconds. A lock is taken over at once where its owner is a process of
+    this host that has ended, and elsewhere after ``LEASE`` seconds without a refresh, by the waiting process's clock.
+    An owner that loses its lock (it was suspended, cut off from the file system, or the file was deleted) exits when
+    its next refresh fails.
+    """
+
+    def __init__(self) -> None:
+        self._lease: SoftFileLease | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+    def acquire(self, directory: Path) -> None:
+        """Acquire the lock of ``directory``, unless this object holds a lock already.
+
+        Raises:
+            UserError: Another process holds it, or no file can be created there.
+        """
+        if self._lease is not None:
+            return
+        path, began = directory / LOCK, time.monotonic()
+        lease = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=REFRESH, on_compromise=_exit)
+        refreshed = _refreshed(path)
+        try:
+            while not _acquired(lease):
+                waited = time.monotonic() - began
+                if waited > LEASE + WAIT or (waited > WAIT and _refreshed(path) not in (refreshed, None)):
+                    raise UserError(
+                        f"{directory} is being written by {_owner(path)}. Two processes would mix their rows and "
+                        "checkpoints: wait for the other one or end it, then run the same command again."
+                    )
+                if waited < POLL:
+                    log.info("Waiting for %s, which writes %s ...", _owner(path), directory)
+                time.sleep(POLL)
+        except OSError as error:
+            raise UserError(f"{directory} cannot be locked for writing: {error}.") from error
+        self._lease = lease
+
+
+def _acquired(lease: SoftFileLease) -> bool:
+    with contextlib.suppress(Timeout):
+        lease.acquire(timeout=0)
+        return True
+    return False
+
+
+def _refreshed(path: Path) -> tuple[int, int] | None:
+    """Return what changes with each refresh of a lock; None if it does not exist."""
+    with contextlib.suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_mtime_ns
+    return None
+
+
+def _owner(path: Path) -> str:
+    """Name the process that a lock file names."""
+    fields: dict[str, str] = {}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        fields = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
+    return f"process {fields.get('pid', '(unknown)')} on {fields.get('host', '(unknown)')}"
+
+
+def _exit(loss: LeaseCompromise) -> None:
+    """End this process, whose lock is lost: another process may write the run. filelock calls this from its thread."""
+    path = Path(loss.lock_file)
+    reason = f"{_owner(path)} took over this run" if loss.reason == "owner-changed" else f"{loss.error or loss.reason}"
+    # not logged: train.log may be another process's by now
+    print(f"gptlab: The lock {path} is lost ({reason}). Exiting.", file=sys.stderr, flush=True)
+    os._exit(FAILED)

@@ -1,0 +1,1 @@
+"""Reading past runs and sweeps. Imports no torch."""

@@ -1,0 +1,182 @@
+"""Runs as lines of a table: filtered by their configuration, sorted, written. Imports no torch."""
+
+import csv
+import io
+import json
+import operator
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
+
+import yaml
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.errors import UserError, did_you_mean
+from gptlab.tracking.run_store.runs import Run
+from gptlab.tracking.run_store.sweeps import trial_of
+
+COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
+HEADS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
+STYLES = {"done": "green", "running": "cyan", "pruned": "yellow", "stopped": "yellow", "interrupted": "yellow"}
+UNKNOWN = "?"  # the state of runs older than state.json
+
+Line = dict[str, Any]
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    **{"<=": operator.le, ">=": operator.ge, "!=": operator.ne},
+    **{"=": operator.eq, "<": operator.lt, ">": operator.gt},
+}
+
+
+class Condition(NamedTuple):
+    """What a run has to be, to be listed: model.n_layer>=6.
+
+    Attributes:
+        key: Of its configuration, or a column.
+        symbol: One of = != < <= > >=.
+        value: What it is compared with.
+    """
+
+    key: str
+    symbol: str
+    value: Any
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read a condition; UserError where it is none."""
+        found = re.fullmatch(r"\s*([A-Za-z_][\w./]*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", text)
+        if found is None:
+            raise UserError(
+                f"filter={text}: a condition is a key, one of {' '.join(_OPERATORS)} and a value, optimizer.lr>=1e-3; "
+                "several have commas between them."
+            )
+        return cls(found[1], found[2], _value(found[3]))
+
+    def holds(self, line: Line, settings: dict[str, Any]) -> bool:
+        """Whether it does; a key that a run does not have, or that cannot be compared, is no match."""
+        missing = object()
+        there = line[self.key] if self.key in line else settings.get(self.key, missing)
+        if there is missing:
+            return self.symbol == "!="
+        try:
+            return _OPERATORS[self.symbol](there, self.value)
+        except TypeError:
+            return False
+
+
+def listed(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
+    """Make a line of every run that meets all conditions, and sort them.
+
+    Args:
+        runs: Which there are.
+        conditions: Joined by "and".
+        sort: A column, or a key of the configuration; what has no value comes last.
+        descending: The largest first.
+
+    Raises:
+        UserError: No run has such a key.
+    """
+    everything = [(_line(run), run.settings) for run in runs]
+    known = {key for line, settings in everything for key in (*line, *settings)}
+    for key in (sort, *(condition.key for condition in conditions)):
+        if key not in known:
+            raise UserError(f"{key} is neither a column nor a key of a configuration here.{did_you_mean(key, known)}")
+    kept = [
+        settings | line
+        for line, settings in everything
+        if all(condition.holds(line, settings) for condition in conditions)
+    ]
+    there = [line for line in kept if line.get(sort) is not None]
+    there.sort(key=lambda line: _comparable(line[sort]), reverse=descending)
+    return [*there, *(line for line in kept if line.get(sort) is None)]
+
+
+def table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
+    """Draw lines as a table."""
+    columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
+    drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for column in columns:
+        is_text = column in ("run", "state")
+        heading = HEADS.get(column, column.rpartition(".")[2])
+        drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=column == "run")
+    for line in lines:
+        drawn.add_row(*(_cell(column, line.get(column), line) for column in columns))
+    return Group(drawn, Text(f"  and {left_out} more (limit)")) if left_out else drawn
+
+
+def as_csv(lines: list[Line], columns: Sequence[str]) -> str:
+    """Write lines as CSV: seconds, tokens and nats as numbers."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
+
+
+def as_json(lines: list[Line], columns: Sequence[str]) -> str:
+    """Write lines as a list of objects."""
+    return json.dumps([{column: line.get(column) for column in columns} for line in lines], indent=1) + "\n"
+
+
+def _line(run: Run) -> Line:
+    state = run.state
+    if state is None:
+        steps, losses = run.series("train/loss")
+        values = {
+            "state": UNKNOWN,
+            "step": int(steps[-1]) if steps else 0,
+            "max_steps": run.settings.get("train.max_steps"),
+            "loss": losses[-1] if losses else None,
+            "val_loss": run.value(),
+            "tokens_per_second": run.value("tokens_per_second", "last"),
+            "left": None,
+            "age": time.time() - run.directory.stat().st_mtime,
+        }
+    else:
+        left = state.seconds_left if state.state == "running" else None
+        values = {
+            **{"state": state.state, "step": state.step, "max_steps": state.max_steps, "loss": state.loss},
+            **{"val_loss": state.best_val_loss, "tokens_per_second": state.tokens_per_second},
+            **{"left": left, "age": time.time() - state.updated},
+        }
+    trial = trial_of(run)
+    return {"run": run.name, **values, "trial": trial and trial.number, "directory": str(run.directory)}
+
+
+def _cell(column: str, value: Any, line: Line) -> Text:
+    match column:
+        case "state":
+            return Text(str(value), style=STYLES.get(value, "dim" if value == UNKNOWN else "red"))
+        case "step" if line.get("max_steps"):
+            return Text(f"{value:,}/{line['max_steps']:,}")
+        case "left" | "age" if value is not None:
+            return Text(_short(value))
+        case "tokens_per_second" if value is not None:
+            return Text(f"{value:,.0f}")
+        case "loss" | "val_loss" if value is not None:
+            return Text(f"{value:.4f}")
+    return Text("" if value is None else f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _short(seconds: float) -> str:
+    """Write a length of time in its largest unit: 45s, 12m, 5h, 3d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.0f}s"
+
+
+def _value(text: str) -> Any:
+    """Read a value as a configuration would; 1e-3 is a number, which YAML 1.1 does not know."""
+    try:
+        return float(text)
+    except ValueError:
+        return yaml.safe_load(text) if text else ""
+
+
+def _comparable(value: Any) -> tuple[bool, Any]:
+    """Numbers before text."""
+    return (False, value) if isinstance(value, int | float) else (True, str(value))

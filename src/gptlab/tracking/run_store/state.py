@@ -1,0 +1,133 @@
+"""state.json of a run directory: where the run stands, for those who look at it from outside. Imports no torch."""
+
+import json
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gptlab.errors import Diverged, UserError
+from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+
+STATE = "state.json"
+SILENT = 900.0  # seconds without news after which a run on another machine is taken for lost
+
+StateName = Literal["running", "done", "pruned", "stopped", "interrupted", "diverged", "mistaken", "failed", "lost"]
+ENDS: dict[int, StateName] = {
+    DONE: "done",
+    PRUNED: "pruned",
+    PREEMPTED: "stopped",
+    INTERRUPTED: "interrupted",
+    DIVERGED: "diverged",
+    MISTAKEN: "mistaken",
+}
+
+
+class RunState(BaseModel):
+    """Where a run stands.
+
+    Attributes:
+        state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; it
+            goes on when started again), "interrupted" (by the user), "diverged", "mistaken" (the user's configuration),
+            "failed" (an error), "lost" (its process is no longer there and has not said why).
+        status: Exit status; None while it runs.
+        message: What went wrong, in a sentence.
+        step: Optimizer steps done.
+        max_steps: Length of the run.
+        tokens: Seen so far.
+        loss: Latest train loss, nats per token.
+        val_loss: Latest val loss, nats per token.
+        best_val_loss: Lowest val loss, nats per token.
+        tokens_per_second: At the latest row.
+        seconds: Of work on the run so far, over all its starts.
+        seconds_left: Estimated.
+        began: When this start of the run began, seconds since the epoch.
+        updated: When this was written, likewise.
+        pid: Process that writes it.
+        host: Machine that it runs on.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    state: StateName = "running"
+    status: int | None = None
+    message: str | None = None
+    step: int = 0
+    max_steps: int = 0
+    tokens: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    best_val_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float = 0.0
+    seconds_left: float | None = None
+    began: float = 0.0
+    updated: float = 0.0
+    pid: int = 0
+    host: str = ""
+
+    def save(self, directory: Path) -> None:
+        """Write state.json, whole or not at all; it is news, not a record, so it is not synced."""
+        unfinished = directory / f".{STATE}.{os.getpid()}"
+        unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(directory / STATE)
+
+
+def new_state(max_steps: int) -> RunState:
+    """Begin the record of a run in this process."""
+    now = time.time()
+    return RunState(max_steps=max_steps, began=now, updated=now, pid=os.getpid(), host=platform.node())
+
+
+def load_state(directory: Path) -> RunState | None:
+    """Read where a run stands; None where nothing says so. One whose process is gone is "lost"."""
+    try:
+        state = RunState.model_validate(json.loads((directory / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+    if state.state == "running" and not _is_alive(state):
+        return state.model_copy(update={"state": "lost", "seconds_left": None})
+    return state
+
+
+def end_state(directory: Path, status: int, message: str | None = None) -> None:
+    """Write down how a run ended, if it is one that had begun."""
+    state = load_state(directory)
+    if state is not None:
+        changes: dict[str, Any] = {"state": ENDS.get(status, "failed"), "status": status, "message": message}
+        state.model_copy(update={**changes, "seconds_left": None, "updated": time.time()}).save(directory)
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status of a run that ends with an error."""
+    match error:
+        case KeyboardInterrupt():
+            return INTERRUPTED
+        case Diverged():
+            return DIVERGED
+        case UserError():
+            return MISTAKEN
+    return FAILED
+
+
+def _is_alive(state: RunState) -> bool:
+    """Whether the process is there, as far as one can see from here."""
+    if state.host != platform.node():
+        return time.time() - state.updated < SILENT
+    with suppress(PermissionError):
+        try:
+            os.kill(state.pid, 0)
+        except ProcessLookupError:
+            return False
+    return not _is_zombie(state.pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False

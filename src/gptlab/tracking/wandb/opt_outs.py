@@ -1,0 +1,81 @@
+"""What W&B's own settings forbid. The stricter of them and of logger.wandb.mode holds."""
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+from gptlab.config.schema import WandbConfig
+from gptlab.errors import UserError
+
+FALSE = ("", "0", "f", "false", "n", "no", "off")
+
+
+class OptOut(NamedTuple):
+    """What the environment or a settings file of W&B forbids.
+
+    Attributes:
+        mode: offline: no connection. disabled: no record either.
+        source: The setting and its origin: "mode=offline in ~/.config/wandb/settings".
+    """
+
+    mode: Literal["offline", "disabled"]
+    source: str
+
+
+def opt_out() -> OptOut | None:
+    """Return what W&B's own settings forbid; None where they allow a connection.
+
+    As in W&B, WANDB_MODE comes before the settings files. WANDB_DISABLED, which W&B's client no longer reads, comes
+    before both. A file that W&B ignores because another of its settings is wrong counts as well, and so does the one
+    that `wandb offline` writes to WANDB_DIR, which W&B's client does not read.
+
+    Raises:
+        UserError: The mode is not one of W&B's.
+    """
+    disabled, mode = os.environ.get("WANDB_DISABLED", ""), os.environ.get("WANDB_MODE")
+    if disabled.lower() not in FALSE:
+        return OptOut("disabled", f"WANDB_DISABLED={disabled}")
+    if mode is not None:
+        return _checked(mode, f"WANDB_MODE={mode}")
+    found = [_checked(mode, f"mode={mode} in {path}") for path, mode in _modes_in_files()]
+    return min((one for one in found if one), key=lambda one: one.mode, default=None)  # "disabled" < "offline"
+
+
+def check_mode(settings: WandbConfig) -> None:
+    """Refuse logger.wandb.mode=online where W&B's own settings forbid a connection.
+
+    Raises:
+        UserError: They do, or the mode is not one of W&B's.
+    """
+    forbidden = opt_out()
+    if forbidden and settings.mode == "online":
+        raise UserError(
+            f"logger.wandb.mode=online contradicts {forbidden.source}: W&B is {forbidden.mode} here. Remove that "
+            "setting (in a settings file: `wandb enabled`), or leave the choice to it: logger.wandb.mode=auto."
+        )
+
+
+def _checked(mode: str, source: str) -> OptOut | None:
+    """Return what a mode of W&B's forbids."""
+    import wandb
+
+    known = get_args(wandb.Settings.model_fields["mode"].annotation)
+    if mode not in known:
+        raise UserError(f"{source} is not a mode of W&B. Valid modes: {', '.join(known)}.")
+    if mode == "disabled":
+        return OptOut("disabled", source)
+    return OptOut("offline", source) if mode in ("offline", "dryrun") else None
+
+
+def _modes_in_files() -> list[tuple[Path, str]]:
+    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them."""
+    import wandb
+    from wandb.sdk.lib.settings_file import SettingsFiles
+
+    def modes(*paths: str | Path) -> list[tuple[Path, str]]:
+        files = {Path(path): SettingsFiles(global_settings=None, local_settings=Path(path)).all() for path in paths}
+        return [(path, values["mode"]) for path, values in files.items() if "mode" in values]
+
+    folders = (Path.cwd(), os.environ.get("WANDB_DIR") or Path.cwd())
+    user = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings"
+    return modes(*(wandb.Settings(root_dir=folder).settings_workspace for folder in folders)) or modes(user)

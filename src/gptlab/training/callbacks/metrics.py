@@ -1,0 +1,215 @@
+"""The record of a run: metrics to every logger, progress to the screen, and the run's end."""
+
+import contextlib
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+
+from gptlab.data.batch_size_schedule import Stages
+from gptlab.training.callbacks.progress import Display
+from gptlab.training.datamodule import TokenData
+from gptlab.training.devices import peak_memory
+from gptlab.training.module import GPTModule
+
+log = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Seconds spent training since the last reading; evaluation, samples and checkpoints do not count.
+
+    Args:
+        clock: What tells the seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds, self._since = 0.0, None  # type: float, float | None
+
+    def run(self) -> None:
+        """Count from here."""
+        if self._since is None:
+            self._since = self._clock()
+
+    def pause(self) -> None:
+        """Count no further."""
+        if self._since is not None:
+            self._seconds += self._clock() - self._since
+            self._since = None
+
+    def read(self) -> float:
+        """Return the seconds counted, and begin again."""
+        running = self._since is not None
+        self.pause()
+        seconds, self._seconds = self._seconds, 0.0
+        if running:
+            self.run()
+        return seconds
+
+
+class Recorder(L.Callback):
+    """Writes what the README calls the metrics of a run.
+
+    Args:
+        log_every: Steps between rows.
+        max_steps: Length of the run; the last step is always recorded and evaluated.
+        stages: How many sequences every step has.
+        block_size: Tokens of a sequence.
+        flops_per_token: Of the model, forward and backward.
+        peak_flops: Of all devices together; None where it is not known, and then there is no mfu.
+    """
+
+    def __init__(
+        self,
+        *,
+        log_every: int,
+        max_steps: int,
+        stages: Stages,
+        block_size: int,
+        flops_per_token: int,
+        peak_flops: float | None,
+    ) -> None:
+        self.log_every, self.max_steps, self.stages, self.block_size = log_every, max_steps, stages, block_size
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.best: dict[str, float] = {}  # the evaluation with the lowest loss: step, val/loss, val/bits_per_byte
+        self.counts: list[Callable[[], dict[str, float]]] = []  # asked at every row for what others have counted
+        self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
+        self.seconds = 0.0  # of training, evaluation included
+        self._watch = Stopwatch()
+        self._waiting = Stopwatch(lambda: 0.0)  # for data
+        self._display: Display | None = None
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of so many steps, from the first on."""
+        return self.stages.first(steps) * self.block_size
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the display and start the clocks."""
+        self._last_step = trainer.global_step
+        self._began = time.monotonic() - self.seconds
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, TokenData)  # noqa: S101
+        self._waiting = Stopwatch(data.waited)
+        if trainer.is_global_zero:
+            self._display = Display(trainer.global_step, self.max_steps)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the clock run."""
+        self._watch.run()
+        self._waiting.run()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record the step that this micro-batch completed, if it did and its turn has come."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if self._display:
+            self._display.step(step)
+        if step == 1 or step % self.log_every == 0 or step == self.max_steps:
+            self._record_step(trainer, pl_module, step)
+        if step == self.max_steps:
+            trainer.should_stop = True  # makes Lightning evaluate once more, wherever its interval stands
+
+    def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        assert isinstance(module, GPTModule)  # noqa: S101
+        loss = module.global_step_loss()  # waits for the device, so the clock is right from here on
+        seconds, waited = self._watch.read(), self._waiting.read()
+        tokens_per_second = (self.tokens(step) - self.tokens(self._last_step)) / seconds
+        self._last_step = step
+        metrics = {
+            "train/loss": loss,
+            "lr": module.lr(step - 1),
+            **module.group_lrs(),
+            "grad_norm": module.grad_norm.item(),
+            "weight_norm": module.weight_norm(),
+            "tokens": self.tokens(step),
+            "tokens_per_second": tokens_per_second,
+            "data_wait": waited / seconds,
+            "peak_memory_gb": peak_memory(module.device) / 1e9,
+        }
+        for count in self.counts:
+            metrics |= count()
+        if self.peak_flops is not None:
+            metrics["mfu"] = self.mfu = tokens_per_second * self.flops_per_token / self.peak_flops
+        log_metrics(trainer, metrics, step)
+        if self._display:
+            self._display.metrics(step, metrics)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the training clock, once the device has done the steps it was given."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self._watch.pause()
+        self._waiting.pause()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the evaluation."""
+        step = trainer.global_step
+        metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
+        log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+        is_best = metrics["val/loss"] < self.best.get("val/loss", math.inf)
+        if is_best:
+            self.best = {"step": step, **metrics}
+        self.seconds = time.monotonic() - self._began
+        log.info(
+            "step %*d/%d · val loss %.4f · %.4f bits per byte%s",
+            *(len(str(self.max_steps)), step, self.max_steps, metrics["val/loss"], metrics["val/bits_per_byte"]),
+            " · the best so far" if is_best else "",
+        )
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave the screen as it was."""
+        self._close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the screen as it was, and the time as it is."""
+        self.seconds = time.monotonic() - self._began
+        self._close()
+
+    def _close(self) -> None:
+        if self._display:
+            self._display.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know."""
+        return {"best": self.best, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+
+
+def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Add a row to every logger."""
+    with uninterrupted():  # a row stands with all loggers or with none
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the first Ctrl-C wait until this is done."""
+    waiting: list[FrameType | None] = []
+
+    def hold_back(number: int, frame: FrameType | None) -> None:
+        if waiting and callable(owner):
+            owner(number, frame)
+        waiting.append(frame)
+
+    owner = signal.signal(signal.SIGINT, hold_back)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, owner)
+    if waiting and callable(owner):
+        owner(signal.SIGINT, waiting[0])

@@ -1,0 +1,1 @@
+"""Several processes: process groups, DDP, FSDP2 and tensor parallelism, and what the launchers set."""

@@ -1,0 +1,165 @@
+"""FSDP2: parameters, gradients and moments sharded over devices."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.optim import Optimizer
+
+from gptlab.model.gpt import GPT
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.checkpoints.reading import flatten, is_sharded, read_state
+from gptlab.training.checkpoints.shards import load_shards
+from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.config import TrainerConfig
+from gptlab.training.devices import Devices
+from gptlab.training.distributed.tensor_parallel import split_over
+from gptlab.training.optim.optimizers import check_groups
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's FSDP2, with tensor parallelism inside of it where several devices share one batch.
+
+    Checkpoints are ours: they name the network's parameters, without the LightningModule's prefix, whole or in shards.
+
+    Args:
+        config: How the model is spread.
+        plan: How many ranks read data of their own.
+        devices: What the run computes on.
+        sharded_checkpoints: Whether each rank writes its part of a checkpoint.
+    """
+
+    def __init__(self, config: TrainerConfig, plan: BatchPlan, devices: Devices, *, sharded_checkpoints: bool) -> None:
+        super().__init__(
+            data_parallel_size=plan.world_size,
+            tensor_parallel_size=config.tensor_parallel,
+            save_distributed_checkpoint=sharded_checkpoints,
+        )
+        self.config, self.devices = config, devices
+
+    @property
+    def network(self) -> GPT:
+        """The network that is trained."""
+        assert self.lightning_module is not None  # noqa: S101
+        return cast(GPT, self.lightning_module.model)
+
+    def shard(self, model: GPT) -> None:
+        """Shard every block by itself, and what remains as one (Zhao et al. 2023, section 3).
+
+        Mixed precision gathers parameters and computes in bfloat16, and sums gradients in float32.
+        """
+        assert self.lightning_module is not None  # noqa: S101
+        if self.config.cpu_offload:
+            self.lightning_module.to(self.root_device)  # all of it, before the parameters are sent back
+        if self.config.tensor_parallel > 1:
+            split_over(model, self.device_mesh["tensor_parallel"])
+        on_gpu = self.root_device.type == "cuda"  # without one, nothing is pinned, and offloading moves nothing
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        wrap = partial(
+            fully_shard,
+            mesh=self.device_mesh["data_parallel"],
+            mp_policy=mixed if self.devices.precision == "bf16-mixed" else MixedPrecisionPolicy(),
+            offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if self.config.cpu_offload else OffloadPolicy(),
+        )
+        for block in model.h:
+            wrap(block, reshard_after_forward=self.config.reshard_after_forward)
+        wrap(model, reshard_after_forward=False)  # the backward pass begins with it
+        for name in ("loss", "nats", "next_logits"):
+            register_fsdp_forward_method(model, name)
+
+    def model_to_device(self) -> None:
+        """Leave parameters on the CPU where that is their place."""
+        if not self.config.cpu_offload:
+            super().model_to_device()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Keep gradients whole on their rank until the last micro-batch of a step, which reduces them once."""
+        network = cast(FSDPModule, self.network)
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep the blocks whole between forward passes."""
+        blocks = cast(list[FSDPModule], list(self.network.h))
+        for block in blocks:
+            block.set_reshard_after_forward(False, recurse=False)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.set_reshard_after_forward(self.config.reshard_after_forward, recurse=False)
+            self.reshard()
+
+    def reshard(self) -> None:
+        """Free what was gathered of the network."""
+        for part in (*self.network.h, self.network):
+            cast(FSDPModule, part).reshard()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The parameters: this rank's parts of all, or, for one file, all of them on the first rank."""
+        return get_model_state_dict(self.network, options=self._options())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The moments, as the parameters."""
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return cast(dict[str, Any], get_optimizer_state_dict(self.network, plain, options=self._options()))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write the shards of all ranks, or one file on the first."""
+        files = cast(CheckpointFiles, self.checkpoint_io)
+        if self._save_distributed_checkpoint:
+            files.save_shards(checkpoint, Path(filepath), storage_options)
+        elif self.is_global_zero:
+            files.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load into the network and the optimizers what any strategy has saved; return the rest."""
+        place = Path(checkpoint_path)
+        checkpoint = read_state(place)
+        if is_sharded(place):
+            options = StateDictOptions()
+            groups = [state["param_groups"] for state in checkpoint.pop("optimizer_states")]
+            for optimizer, saved in zip(self.optimizers, groups, strict=True):
+                check_groups(saved, optimizer.param_groups)  # before its moments are looked for
+            moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
+            model = get_model_state_dict(self.network, options=options)
+            state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}
+            load_shards(place, flatten(state))
+            for found, saved in zip(moments, groups, strict=True):
+                found["param_groups"] = saved
+        else:
+            options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+            state = {key: checkpoint.pop(key) for key in ("state_dict", "optimizer_states")}
+        set_model_state_dict(self.network, state["state_dict"], options=options)
+        for optimizer, found in zip(self.optimizers, state["optimizer_states"], strict=True):
+            set_optimizer_state_dict(self.network, optimizer, found, options=options)
+        return checkpoint
+
+    def _options(self) -> StateDictOptions:
+        whole = not self._save_distributed_checkpoint
+        return StateDictOptions(full_state_dict=whole, cpu_offload=whole)

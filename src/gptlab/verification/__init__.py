@@ -1,0 +1,1 @@
+"""``gptlab.prove``: order, resume and equality of ranks, verified on the user's own configuration."""

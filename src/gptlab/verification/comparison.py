@@ -1,0 +1,76 @@
+"""What two traces say of each other. Imports no torch."""
+
+import json
+import math
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """A step of a trace, as ``gptlab.training.callbacks.determinism_trace`` writes it."""
+
+    step: int
+    tokens: str
+    loss: str
+    grad_norm: str
+    tensors: dict[str, str]
+
+
+class Difference(NamedTuple):
+    """Where two traces part.
+
+    Attributes:
+        step: The first step that is not the same in both.
+        values: Which of its tokens, loss and gradient norm differ, and how.
+        tensors: Which parameters and moments differ after it, in the order of the network.
+        of: How many of them there are.
+    """
+
+    step: int
+    values: list[str]
+    tensors: list[str]
+    of: int
+
+    def __str__(self) -> str:
+        parts = list(self.values)
+        if self.tensors:
+            parts.append(f"{len(self.tensors)} of {self.of} tensors, the first of them {self.tensors[0]}")
+        return f"first at step {self.step}: {'; '.join(parts)}"
+
+
+def read_trace(path: Path) -> list[Line]:
+    """Read a trace; there are no lines where there is no file."""
+    if not path.exists():
+        return []
+    return [Line(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def first_difference(expected: list[Line], found: list[Line]) -> Difference | None:
+    """Find the first step at which two traces are not the same to the last bit."""
+    for ours, theirs in zip_longest(expected, found):
+        if ours == theirs:
+            continue
+        if ours is None or theirs is None:
+            return Difference((ours or theirs).step, ["one of the runs has no such step"], [], 0)
+        values = [
+            f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}"
+            for name in ("step", "tokens", "loss", "grad_norm")
+            if getattr(ours, name) != getattr(theirs, name)
+        ]
+        names = list(ours.tensors | theirs.tensors)
+        tensors = [name for name in names if ours.tensors.get(name) != theirs.tensors.get(name)]
+        return Difference(ours.step, values, tensors, len(names))
+    return None
+
+
+def largest_difference(expected: list[Line], found: list[Line]) -> tuple[float, int]:
+    """Return the largest difference of the losses of two traces, and its step.
+
+    It is infinite where a loss is not a number, or one of the traces has no such step.
+    """
+    differences = []
+    for step, (ours, theirs) in enumerate(zip_longest(expected, found), 1):
+        distance = math.inf if ours is None or theirs is None else abs(float(ours.loss) - float(theirs.loss))
+        differences.append((math.inf if math.isnan(distance) else distance, step))
+    return max(differences, key=lambda found: found[0], default=(math.inf, 1))

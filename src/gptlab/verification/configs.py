@@ -1,0 +1,152 @@
+"""The runs that a proof compares: the user's configuration, made short. Imports no torch."""
+
+import math
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+from gptlab.config.base import Settings
+from gptlab.config.resume import plain, resolve
+from gptlab.config.schema import Config, LoggerConfig, check
+from gptlab.errors import UserError
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.config import (
+    CallbacksConfig,
+    CheckpointConfig,
+    ConstantConfig,
+    SamplesConfig,
+    ScheduleConfig,
+    TraceConfig,
+    TrainConfig,
+    WSDConfig,
+)
+
+S = TypeVar("S", bound=Settings)
+
+EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # evaluations and samples are made, but no longer than that takes
+LONGER = 100  # steps by which a run that is killed would be too long, were it not
+
+
+class ProveConfig(Settings):
+    """How much is proven; see conf/prove.yaml."""
+
+    steps: Annotated[int, Field(ge=2)]
+    kill_after: PositiveInt
+    ranks: Annotated[list[PositiveInt], Field(min_length=1)]
+    workers: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    tolerance: NonNegativeFloat
+    keep: bool
+    out: str | None
+
+    @model_validator(mode="after")
+    def _killed_before_the_end(self) -> Self:
+        if self.kill_after >= self.steps:
+            raise ValueError(
+                f"kill_after={self.kill_after} leaves nothing to go on with: it should be less than steps={self.steps}"
+            )
+        return self
+
+
+class Beside(Settings):
+    """What the command takes beside a training run's configuration."""
+
+    prove: ProveConfig
+
+
+def resolve_both(values: DictConfig, overrides: list[str]) -> tuple[Config, ProveConfig]:
+    """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and how much of it is proven."""
+    run = OmegaConf.masked_copy(values, [str(key) for key in values if key != "prove"])
+    config = resolve(run, [override for override in overrides if not override.startswith("prove.")])
+    return config, check(Beside, {"prove": plain(values.prove)}).prove
+
+
+def shortened(config: Config, steps: int) -> Config:
+    """Return the first steps of a run: the learning rates are its own, and it evaluates, samples, saves and is traced.
+
+    Raises:
+        UserError: The run cannot be cut off there without changing what its steps are.
+    """
+    train = config.train
+    windows = min(train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
+    cut = {"max_steps": steps, "max_tokens": None, "eval_every": max(1, steps // 2), "eval_windows": windows}
+    return _with(
+        config,
+        train=_with(train, **cut, log_every=1),
+        trainer=_with(config.trainer, profiler=None),
+        schedule=_as_before(config.schedule, steps, config.steps),
+        callbacks=CallbacksConfig(
+            checkpoint=_every_step(config.callbacks.checkpoint),
+            samples=_few(config.callbacks.samples),
+            trace=TraceConfig(every=1),
+        ),
+        logger=LoggerConfig(),
+    )
+
+
+def to_be_killed(short: Config) -> Config:
+    """Return the same run, longer and with all its checkpoints: at work when it is killed, however fast it is."""
+    steps = short.steps + LONGER
+    callbacks = _with(short.callbacks, checkpoint=_with(_every_step(short.callbacks.checkpoint), keep_last=steps))
+    return _with(short, train=_with(short.train, max_steps=steps), callbacks=callbacks)
+
+
+def comparable(short: Config, accelerator: Literal["cpu", "gpu"]) -> Config:
+    """Return a run in one process whose losses differ from those of other processes by no more than rounding."""
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
+    return _with(
+        short,
+        model=_with(short.model, dropout=0.0),
+        train=_with(short.train, compile=False),
+        trainer=_with(short.trainer, accelerator=accelerator, precision="32-true", **alone),
+        callbacks=CallbacksConfig(trace=TraceConfig(every=1)),
+    )
+
+
+def spread(config: Config, strategy: str, plan: BatchPlan) -> Config:
+    """Return the same run on the processes of a plan."""
+    trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
+    return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
+
+
+def deal(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
+    """Deal a run's batches out to so many ranks, in the largest micro-batches up to a size; UserError: it cannot be."""
+    whole = _with(train, micro_batch_size=None).plan(ranks)
+    most = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # which the accumulation has to divide
+    for accumulation in range(1, most + 1):
+        size, rest = divmod(whole.micro_batch_size, accumulation)
+        if most % accumulation == rest == 0 and size <= at_most:
+            return _with(train, micro_batch_size=size).plan(ranks)
+    raise UserError(f"train.batch_schedule has batches too small for an accumulation of micro-batches up to {at_most}.")
+
+
+def _as_before(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConfig:
+    """Name the length of the whole run where a schedule takes it from that of the run, which is now shorter."""
+    if isinstance(schedule, ConstantConfig):
+        return schedule
+    if not isinstance(schedule, WSDConfig):
+        return _with(schedule, decay_steps=schedule.decay_steps or whole)
+    stable = round(whole * (1 - schedule.decay_fraction))
+    if steps > max(stable, schedule.warmup_steps):
+        raise UserError(
+            f"prove.steps={steps}: in a run of {whole} steps, schedule=wsd begins to decay after {stable}, and cannot "
+            "be told to in a shorter one. Fewer steps, or a longer run (train.max_steps), would do."
+        )
+    return ConstantConfig(name="constant", warmup_steps=schedule.warmup_steps)  # until it decays
+
+
+def _every_step(config: CheckpointConfig | None) -> CheckpointConfig:
+    """Save every step, in the way of the user."""
+    if config is not None:
+        return _with(config, every=1)
+    return CheckpointConfig(every=1, keep_last=1, keep_best=False, sharded="auto", asynchronous=False)
+
+
+def _few(config: SamplesConfig | None) -> SamplesConfig | None:
+    if config is None:
+        return None
+    return _with(config, num_samples=1, max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS))
+
+
+def _with(settings: S, **changes: Any) -> S:
+    return settings.model_copy(update=changes)

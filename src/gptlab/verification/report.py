@@ -1,0 +1,67 @@
+"""What was proven, as a table and as JSON. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box, get_console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gptlab.config.schema import Config
+from gptlab.data.shards.manifest import write_durably
+from gptlab.tracking.environment import ENVIRONMENT, record_environment
+
+REPORT = "prove.json"
+SIGNS = {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("–")}
+
+
+class Proof(NamedTuple):
+    """What a proof found.
+
+    Attributes:
+        name: What was to be proven.
+        passed: Whether it is so; None where it cannot be tried here.
+        what: A sentence.
+        details: Plain data.
+    """
+
+    name: str
+    passed: bool | None
+    what: str
+    details: dict[str, Any]
+
+
+def print_proofs(config: Config, steps: int, proofs: list[Proof]) -> None:
+    """Print a row a proof, and below them what failed runs said last."""
+    console = get_console()
+    table = Table(box=box.SIMPLE)
+    table.add_column("promise", no_wrap=True)
+    table.add_column("kept")
+    table.add_column(f"{steps} steps of {config.name}, {config.trainer.strategy}")
+    for proof in proofs:
+        table.add_row(proof.name, SIGNS[proof.passed], Text(proof.what, overflow="fold"))
+    console.print(table)
+    for proof in proofs:
+        if tail := proof.details.get("tail"):
+            console.print(Panel(Text(tail), title=proof.name, title_align="left", box=box.ROUNDED))
+
+
+def write_report(folder: Path, config: Config, proofs: list[Proof]) -> Path:
+    """Write prove.json; the environment in it stands beside it, too."""
+    record_environment(folder)
+    report: dict[str, Any] = {
+        "passed": passed(proofs),
+        "proofs": [proof._asdict() for proof in proofs],
+        "config": config.model_dump(mode="json"),
+        "environment": json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")),
+    }
+    path = folder / REPORT
+    write_durably(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def passed(proofs: list[Proof]) -> bool:
+    """Whether no promise is broken; one that cannot be tried here is not."""
+    return all(proof.passed is not False for proof in proofs)

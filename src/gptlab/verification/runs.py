@@ -1,0 +1,144 @@
+"""The runs of a proof, each a process of its own with a log of what it says. Imports no torch."""
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich import get_console
+
+from gptlab.config.schema import Config
+from gptlab.launch.job_file import write_job
+from gptlab.tracking.run_directory import CHECKPOINTS, TRACE
+from gptlab.training.checkpoints.records import checkpoints, remove, step_of
+from gptlab.verification.comparison import Line, read_trace
+
+log = logging.getLogger(__name__)
+
+TAIL = 30  # lines of what a failed run said
+COMMAND = (sys.executable, "-m", "gptlab.verification.process")
+POLL = 0.02  # seconds
+
+
+class RunFailed(Exception):  # noqa: N818  (it is what a proof finds)
+    """A run did not come to its end.
+
+    Attributes:
+        tail: The last of what it said.
+    """
+
+    def __init__(self, sentence: str, tail: str) -> None:
+        super().__init__(sentence)
+        self.tail = tail
+
+
+class Run:
+    """A checked configuration that runs; ``kill`` ends all its processes, and waits until none of them is left.
+
+    Args:
+        config: What to run.
+        place: Its run directory, unless it goes on in another.
+        output: The file for what it says.
+    """
+
+    def __init__(self, config: Config, place: Path, output: Path) -> None:
+        job = output.with_suffix(".json")
+        write_job(job, config, place)
+        self.process = subprocess.Popen(
+            (*COMMAND, str(job)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._copying = threading.Thread(target=self._copy, args=(output,))
+        self._copying.start()
+
+    def kill(self) -> None:
+        """Kill what is left of it; its workers, which lead sessions of their own, end with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._copying.join()
+
+    def _copy(self, output: Path) -> None:
+        """Copy what it says until its last process has ended."""
+        assert self.process.stdout is not None  # noqa: S101
+        with output.open("wb", buffering=0) as file, self.process.stdout as said:
+            while data := os.read(said.fileno(), 2**16):
+                file.write(data)
+
+
+class Runs:
+    """Runs configurations, each once, in folders of their names.
+
+    Args:
+        folder: Holds them all.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self._known: dict[str, list[Line] | RunFailed] = {}
+
+    def place(self, name: str) -> Path:
+        """The run directory of a name."""
+        return self.folder / name
+
+    def trace(self, name: str, config: Config) -> list[Line]:
+        """Run to the end and return the trace; RunFailed for any other end."""
+        if name not in self._known:
+            try:
+                self._known[name] = self._traced(name, config)
+            except RunFailed as error:
+                self._known[name] = error
+        known = self._known[name]
+        if isinstance(known, RunFailed):
+            raise known
+        return known
+
+    def kill(self, name: str, config: Config, after: int) -> Path:
+        """Run until a step is saved, kill all its processes at once, and return the run directory.
+
+        What was saved later than that before the signal came is taken away: it goes on from that step.
+        """
+        with self._running(name, config) as run:
+            while not any(step_of(place) >= after for place in checkpoints(self.place(name) / CHECKPOINTS)):
+                if (status := run.process.poll()) is not None:
+                    raise self._failed(name, status)
+                time.sleep(POLL)
+        for place in checkpoints(self.place(name) / CHECKPOINTS):
+            if step_of(place) > after:
+                remove(place)
+        return self.place(name)
+
+    def _traced(self, name: str, config: Config) -> list[Line]:
+        with self._running(name, config) as run:
+            if status := run.process.wait():
+                raise self._failed(name, status)
+        return read_trace((Path(config.resume) if config.resume else self.place(name)) / TRACE)
+
+    @contextmanager
+    def _running(self, name: str, config: Config) -> Iterator[Run]:
+        """Start a run; whatever happens, none of its processes is left."""
+        begun = time.monotonic()
+        with get_console().status(f"running: {name}"):
+            run = Run(config, self.place(name), self._log(name))
+            try:
+                yield run
+            finally:
+                run.kill()
+        log.info("ran: %-28s %5.1f s", name, time.monotonic() - begun)
+
+    def _failed(self, name: str, status: int) -> RunFailed:
+        lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        end = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return RunFailed(f"the run '{name}' {end}: {self._log(name)}", "\n".join(lines[-TAIL:]))
+
+    def _log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"

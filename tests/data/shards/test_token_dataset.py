@@ -1,0 +1,146 @@
+"""Shards that changed after they were written are found, and those that nobody touched cost nothing."""
+
+import hashlib
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from gptlab.data.shards.streams import Folder
+from gptlab.data.shards.token_dataset import check_unchanged, verify
+from gptlab.errors import UserError
+from preparing import write_shards
+
+PIECES = [np.random.default_rng(n).integers(0, 60_000, size=50) for n in range(4)]
+NAMES = ["train_000000.bin", "train_000001.bin", "train_000002.bin", "val_000000.bin"]
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files that are hashed, in this order."""
+    names = []
+
+    def file_digest(file, algorithm, digest=hashlib.file_digest):
+        names.append(os.path.basename(file.name))  # noqa: PTH119  (a string)
+        return digest(file, algorithm)
+
+    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    return names
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def check(tmp_path, folder):
+    """The check of the shards, whose manifest it holds from now on, in one cache."""
+    manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
+    return lambda: check_unchanged(folder, manifest, tmp_path / "cache")
+
+
+def flip(path, place=7) -> tuple[str, str]:
+    """Flip a bit and keep the size; return the hashes of the tokens before and after."""
+    data = bytearray(path.read_bytes())
+    before = hashlib.sha256(data[4:]).hexdigest()
+    data[place] ^= 0x10
+    path.write_bytes(data)
+    return before, hashlib.sha256(data[4:]).hexdigest()
+
+
+def damaged(path, before: str, after: str):
+    sentence = f"{path} is not what was written: its SHA-256 is {after}, not {before}."
+    return pytest.raises(UserError, match=f"^{re.escape(sentence)}$")
+
+
+def test_verifying_hashes_every_shard_and_names_the_first_that_is_damaged(folder, hashed):
+    manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
+    assert verify(Folder(folder), manifest.shards()) == 4
+    assert hashed == NAMES
+    flip(folder / NAMES[0], place=3)  # the header holds no tokens
+    flip(folder / NAMES[3], place=-1)
+    hashes = flip(folder / NAMES[2], place=4)
+    with damaged(folder / NAMES[2], *hashes):
+        verify(Folder(folder), manifest.shards())
+
+
+def test_what_nobody_touched_is_hashed_once(check, folder, hashed):
+    check()
+    assert hashed == NAMES
+    for path in folder.iterdir():
+        path.read_bytes()
+    check()
+    assert hashed == NAMES
+    os.utime(folder / NAMES[1])
+    for _ in range(2):
+        check()
+    assert hashed == [*NAMES, NAMES[1]]
+
+
+def test_each_folder_is_remembered_by_itself(check, folder, hashed, tmp_path):
+    check()
+    manifest = write_shards(tmp_path / "other", PIECES[:1])
+    check_unchanged(tmp_path / "other", manifest, tmp_path / "cache")
+    check()
+    assert hashed == [*NAMES, NAMES[0]]
+
+
+def test_a_flipped_bit_is_found_each_time_until_it_is_put_right(check, folder):
+    check()
+    before, after = flip(folder / NAMES[1])
+    for _ in range(2):
+        with damaged(folder / NAMES[1], before, after):
+            check()
+    flip(folder / NAMES[1])
+    check()
+
+
+def test_a_shard_that_was_damaged_before_it_was_first_used_is_found(check, folder):
+    with damaged(folder / NAMES[3], *flip(folder / NAMES[3], place=-1)):
+        check()
+
+
+def test_two_shards_that_changed_places_are_found(check, folder):
+    check()
+    one, other = folder / NAMES[0], folder / NAMES[1]
+    one.rename(folder / "aside")
+    other.rename(one)
+    (folder / "aside").rename(other)
+    hashes = [hashlib.sha256(path.read_bytes()[4:]).hexdigest() for path in (other, one)]
+    with damaged(one, *hashes):
+        check()
+
+
+def test_a_file_of_the_same_size_and_time_in_the_place_of_another_is_found(check, folder):
+    check()
+    path, was = folder / NAMES[2], (folder / NAMES[2]).stat()
+    (folder / "new").write_bytes(path.read_bytes())
+    hashes = flip(folder / "new")
+    os.utime(folder / "new", ns=(was.st_atime_ns, was.st_mtime_ns))
+    (folder / "new").rename(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (was.st_size, was.st_mtime_ns)
+    with damaged(path, *hashes):
+        check()
+
+
+def test_another_manifest_of_the_same_files_is_not_taken_on_trust(check, folder, tmp_path):
+    check()
+    path = folder / "manifest.json"
+    right = hashlib.sha256((folder / NAMES[0]).read_bytes()[4:]).hexdigest()
+    changed = json.loads(path.read_text().replace(right, "0" * 64))
+    manifest = write_shards(tmp_path / "other", PIECES[:1]).model_validate(changed)
+    with damaged(folder / NAMES[0], "0" * 64, right):
+        check_unchanged(folder, manifest, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"train_000000.bin": 3}'])
+def test_a_broken_memory_is_as_good_as_none(check, hashed, tmp_path, content):
+    check()
+    (memory,) = (tmp_path / "cache" / "verified").glob("*.json")
+    memory.write_bytes(content)
+    for _ in range(2):
+        check()
+    assert hashed == [*NAMES, *NAMES]

@@ -1,0 +1,44 @@
+"""The graph for onnxruntime, of every option that there is."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from exports import export, random_model
+from gptlab.exporters.onnx import traced
+
+ALL = {
+    **{"positions": "rotary", "norm": "rms", "qk_norm": True, "embedding_norm": True, "bias": False},
+    **{"value_residual": True, "value_embeddings": 1, "x0_skips": True, "unet_skips": True, "logit_soft_cap": 15.0},
+    **{"attention_window": 4, "global_every": 2, "activation": "relu_squared"},
+    "pad_vocab_to_multiple_of": 64,
+}
+
+
+UNTIED = pytest.param({"tie_weights": False, "pad_vocab_to_multiple_of": 64}, marks=pytest.mark.slow, id="untied")
+
+
+@pytest.mark.parametrize("changes", [pytest.param(ALL, id="everything"), UNTIED])
+def test_onnxruntime_gives_the_same_logits_at_any_shape(tmp_path, monkeypatch, changes):
+    model = random_model(**changes, block_size=300)  # longer than what this one computes in another way
+    export(monkeypatch, tmp_path / "out", model, "onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    (given,), (told,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.shape, told.name) == ("input_ids", ["batch", "time"], "logits")
+    for shape in ((1, 1), (2, 5), (2, 300)):
+        idx = torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+        (logits,) = session.run(["logits"], {"input_ids": idx.numpy()})
+        np.testing.assert_allclose(logits, model(idx).numpy(), atol=1e-5, rtol=0)
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    assert str(tmp_path).encode() not in content
+    assert b".py" not in content  # nor the lines of code that it was traced through
+    weights = {tensor.name for tensor in onnx.load_model_from_string(content).graph.initializer}
+    assert weights >= {name for name, _ in model.named_parameters()} - {"wte.weight"}
+
+
+@pytest.mark.slow
+def test_a_graph_is_traced_for_the_whole_block_and_not_for_what_is_short_here():
+    time, batch = sorted(map(str, traced(random_model(block_size=300)).exported_program.range_constraints.values()))
+    assert (batch, time) == ("VR[1, 65536]", "VR[1, 300]")

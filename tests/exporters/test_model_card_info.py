@@ -1,0 +1,29 @@
+"""What a model card knows of a run, and what it does not tell."""
+
+import pytest
+
+from conftest import tiny_config
+from gptlab.data.shards.manifest import Manifest
+from gptlab.exporters.model_card_info import Facts, title_of
+from gptlab.pretrained.source import Source
+from run_directories import rows_of, write_run
+
+
+@pytest.mark.parametrize(("origin", "told"), [("/home/someone/secret/text.txt", "text.txt"), ("a/b, c", "a/b, c")])
+def test_a_card_has_the_best_row_and_no_path_of_this_machine(tmp_path, origin, told):
+    rows = rows_of(20)
+    rows[[row["step"] for row in rows].index(10) + 1]["val/loss"] = 1.0  # the best is not the last
+    run = write_run(tmp_path / "outputs" / "first" / "2026-11-25", rows=rows)
+    splits = {"train": [], "val": []}
+    about = {"format": 1, "tokenizer": {"name": "bytes"}, "vocab_size": 257, "dtype": "uint16", "splits": splits}
+    Manifest(**about, origin=origin).save(run)
+    source = Source(str(run), run, tiny_config(), None, None)
+    assert title_of(source) == "first/2026-11-25"
+    best = next(row for row in rows if row.get("val/loss") == 1.0)
+    assert Facts.of(source) == Facts(told, 10, 10 * 768, 1.0, best["val/bits_per_byte"])
+
+
+def test_a_model_of_another_origin_has_its_name(tmp_path):
+    for name, title in (("gpt2", "gpt2"), ("hf://someone/model", "model"), (str(tmp_path / "folder"), "folder")):
+        source = Source(name, tmp_path, tiny_config(), None, None)
+        assert (title_of(source), Facts.of(source)) == (title, Facts())

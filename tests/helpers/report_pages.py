@@ -1,0 +1,102 @@
+"""What the tests of the report's page share: the sweeps that are reported, a browser, and a server."""
+
+import csv
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from chromium import Seen, chromium, why_not
+from gptlab.reporting.document import Document
+from gptlab.reporting.live import LiveServer
+from gptlab.reporting.page import page
+from run_directories import rows_of, write_run, write_sweep
+
+RATES, SEEDS = (1e-3, 2e-3, 4e-3), (1, 2, 3)
+HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken = 2'><b>bold</b>"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if reason := why_not():
+        pytest.skip(reason)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    """A sweep over three rates with three seeds, of which one trial has diverged, and its report."""
+    directory = write_sweep(tmp_path_factory.mktemp("page") / "lr" / "now", RATES, SEEDS)
+    write_run(
+        directory / "9",
+        settings={"optimizer.lr": 1e-3, "seed": 4},
+        rows=rows_of(7, seed=4),
+        state="diverged",
+        message=HOSTILE,
+    )
+    trial = json.loads((directory / "0" / "trial.json").read_text())
+    trial |= {"number": 9, "overrides": {"optimizer.lr": "0.001", "seed": "4"}, "state": "diverged", "value": None}
+    (directory / "9" / "trial.json").write_text(json.dumps(trial))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def report(sweep) -> Path:
+    return written(sweep)
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory) -> Path:
+    """Runs of three sizes, two lengths and two rates."""
+    place = tmp_path_factory.mktemp("sizes") / "runs"
+    for number, (width, steps, rate) in enumerate(
+        (w, s, r) for w in (32, 64, 128) for s in (10, 20) for r in (1e-3, 2e-3)
+    ):
+        settings = {"model.n_embd": width, "train.max_steps": steps, "optimizer.lr": rate}
+        write_run(place / str(number), settings=settings, rows=rows_of(steps, lr=rate))
+    return place
+
+
+def written(where: Path) -> Path:
+    path = where / "report.html"
+    path.write_text(page(Document(str(where), 1000).gather(), poll=None))
+    return path
+
+
+@pytest.fixture
+def seen(browser):
+    """Opens pages, and sees in the end that their browser had nothing to complain of."""
+    opened = []
+
+    def look(where, **options) -> Seen:
+        opened.append(Seen(browser, **options))
+        return opened[-1].open(where)
+
+    yield look
+    for one in opened:
+        one.page.close()
+        assert one.complaints == []
+
+
+def column(run: Path, name: str, over: str = "tokens") -> tuple[list[float], list[float]]:
+    """A column of metrics.csv, as anybody could read it."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row[name]]
+    return [float(row[over]) for row in rows], [float(row[name]) for row in rows]
+
+
+@contextmanager
+def serving(where: Path) -> Iterator[LiveServer]:
+    """A server of a report, in a thread."""
+    with LiveServer(Document(str(where), 1000).gather, port=0, poll=0.1) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

@@ -1,0 +1,146 @@
+"""Trains a tiny network in two processes in every way there is, and says what was communicated: run by torchrun."""
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+
+from conftest import defaults, tiny_config
+from gptlab.data.batches import Batch
+from gptlab.model.gpt import GPT
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.config import AdamWConfig, ConstantConfig, TrainerConfig
+from gptlab.training.devices import Devices
+from gptlab.training.distributed.strategies import build_strategy, gathered
+from gptlab.training.module import GPTModule
+
+STEPS, MICRO_BATCHES = 2, 3
+ADAMW = AdamWConfig(name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
+
+
+def main() -> None:
+    """Print what came of it, in JSON, from the first process."""
+    found = {name: trained(name) for name in ("ddp", "fsdp", "fsdp_tp")}
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def trained(strategy: str) -> dict[str, Any]:
+    """Train for two steps of three micro-batches, then run three forward passes as sampling does."""
+    parts = 2 if strategy == "fsdp_tp" else 1
+    trainer, module = built(strategy, parts)
+    generator = torch.Generator().manual_seed(1)
+    batches = [Batch(*torch.randint(61, (2, 2, 16), generator=generator), None) for _ in range(STEPS * MICRO_BATCHES)]
+    with profile(activities=[ProfilerActivity.CPU]) as training:
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+    with profile(activities=[ProfilerActivity.CPU]) as sampling, gathered(trainer.strategy), torch.no_grad():
+        for _ in range(3):
+            module.model(batches[0].idx)
+    return {
+        "reduced": trainer.callbacks[0].buckets or counted(training)["c10d::_reduce_scatter_base_"],
+        "gathered": counted(sampling)["c10d::_allgather_base_"],
+        "held": held(module.model),
+        "alike": alike(local(module.model.ln_f.weight)),
+        "split": split_s_error(module) if parts > 1 else None,
+    }
+
+
+class Buckets(L.Callback):
+    """Counts the buckets of gradients that DDP reduces."""
+
+    buckets = 0
+
+    def on_train_start(self, trainer, pl_module):
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.model.register_comm_hook(None, self._reduce)
+
+    def _reduce(self, _, bucket):
+        self.buckets += 1
+        return allreduce_hook(None, bucket)
+
+
+def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
+    """Build what trains, with dropout."""
+    named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
+    config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
+    devices = Devices("cpu", "", 2, 1, "32-true", compile=False)
+    torch.manual_seed(0)
+    module = GPTModule(
+        GPT(tiny_config(dropout=0.1)),
+        optimizer=ADAMW,
+        schedule=ConstantConfig(name="constant", warmup_steps=0),
+        max_steps=STEPS,
+        grad_clip=1.0,
+        ema_decay=None,
+        seed=1,
+        token_bytes=torch.ones(61, dtype=torch.int),
+        compile=False,
+        compile_mode="default",
+        micro_batch_sizes=1,
+        loss_chunk=None,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), devices, sharded_checkpoints=False),
+        max_steps=STEPS,
+        accumulate_grad_batches=MICRO_BATCHES,
+        callbacks=[Buckets()],
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, module
+
+
+def split_s_error(module: GPTModule) -> dict[str, float]:
+    """Largest difference of a split network's logits and gradients from those of the whole one with its weights."""
+    model = module.model.eval()
+    module.trainer.optimizers[0].zero_grad()
+    whole = GPT(tiny_config()).eval()
+    whole.load_state_dict({name: p.full_tensor().detach() for name, p in model.named_parameters()}, strict=False)
+    idx = torch.arange(32).view(2, 16)
+    found, expected = model(idx), whole(idx)
+    for logits in (found, expected):
+        logits.square().mean().backward()
+    gradients = zip(model.parameters(), whole.parameters(), strict=True)
+    return {
+        "logits": (found - expected).abs().max().item(),
+        "gradients": max((p.grad.full_tensor() - q.grad).abs().max().item() for p, q in gradients),
+    }
+
+
+def held(model: GPT) -> float:
+    """The fraction of the blocks' weights that this process holds."""
+    weights = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() > 1]
+    return sum(local(p).numel() for p in weights) / sum(p.numel() for p in weights)
+
+
+def alike(tensor: torch.Tensor) -> bool:
+    """Whether both processes hold the same, bit for bit."""
+    both = [torch.empty_like(tensor) for _ in range(2)]
+    dist.all_gather(both, tensor.detach().contiguous())
+    return torch.equal(*both)
+
+
+def local(parameter: Any) -> torch.Tensor:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def counted(profiled: profile) -> Counter[str]:
+    return Counter({event.key: event.count for event in profiled.key_averages()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

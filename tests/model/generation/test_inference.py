@@ -1,0 +1,137 @@
+"""Networks that are made to be read fast, against the plain ones."""
+
+import copy
+
+import pytest
+import torch
+from test_generate import CPU, extended, network, sampling
+from torch import nn
+
+from conftest import tiny_config
+from gptlab.model.generation import inference
+from gptlab.model.generation.generate import plain_decoder
+from gptlab.model.generation.inference import (
+    BUCKET,
+    Int8Linear,
+    PackedLinear,
+    SplitInt8Linear,
+    bytes_per_token,
+    can_pack,
+    can_split,
+    decoder,
+    for_inference,
+)
+from gptlab.model.gpt import GPT
+
+PACKS = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="needs a CPU that computes in bfloat16")
+
+
+def prepared(model: GPT, precision: str, **options) -> GPT:
+    return for_inference(copy.deepcopy(model), precision, CPU, **{"int8": False, "packed": True} | options)
+
+
+@PACKS
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_computes_what_the_plain_one_does(rows, bias):
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):  # bfloat16 has 8 bits
+        linear = nn.Linear(97, 61, bias=bias).to(dtype).requires_grad_(False)
+        x = torch.randn(rows, 2, 97).to(dtype)
+        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=tolerance, rtol=tolerance)
+
+
+@PACKS
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_a_packed_layer_applies_gelu_as_torch_does(approximate):
+    torch.manual_seed(0)
+    linear, x = nn.Linear(97, 61).requires_grad_(False), 3 * torch.randn(5, 97)
+    layer = PackedLinear(linear)
+    layer.with_gelu(approximate)
+    expected = nn.functional.gelu(x.double() @ linear.weight.double().T + linear.bias, approximate=approximate)
+    torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_a_split_int8_layer_multiplies_16_bits_of_each_row_by_the_rounded_weight(rows, dtype):
+    torch.manual_seed(0)
+    linear = nn.Linear(3072, 64).to(dtype).requires_grad_(False)
+    linear.weight[3] = 0  # has no scale
+    x = (torch.randn(rows, 2, 3072) * torch.logspace(-6, 3, rows)[:, None, None]).to(dtype)
+    x[0, 1] = 0
+    found = SplitInt8Linear(linear)(x)
+    scale = linear.weight.double().abs().amax(1, keepdim=True) / 127
+    rounded = (linear.weight.double() / scale.clamp(min=1e-30)).round() * scale
+    expected = x.double() @ rounded.T + linear.bias.double()
+    off = x.double().abs().amax(-1, keepdim=True) / 65_024 * rounded.abs().sum(1)  # if every rounding went one way
+    assert found.dtype == dtype
+    assert ((found.double() - expected).abs() <= off + torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize("rows", [1, 32, 33, 60])  # on both sides of the number where the way changes
+def test_an_int8_layer_multiplies_by_the_rounded_weight(rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 64).requires_grad_(False)
+    linear.weight[3] = 0  # has no scale
+    layer, x = Int8Linear(linear), torch.randn(rows, 96)
+    scale = linear.weight.abs().amax(1, keepdim=True) / 127
+    rounded = (linear.weight / scale.clamp(min=1e-30)).round() * scale
+    assert (rounded - linear.weight).abs().max() <= scale.max() / 2 * 1.001
+    torch.testing.assert_close(layer(x), x @ rounded.T + linear.bias, atol=1e-5, rtol=1e-5)
+
+
+@PACKS
+@pytest.mark.parametrize("options", [{}, {"bias": False, "tie_weights": False, "positions": "rotary"}])
+@torch.no_grad()
+def test_a_prepared_network_scores_as_the_plain_one(options):
+    model, idx = network(**options), torch.randint(61, (3, 16))
+    plain = model(idx)
+    torch.testing.assert_close(prepared(model, "float32")(idx), plain, atol=1e-5, rtol=1e-5)
+    coarse = prepared(model, "bfloat16", packed=False)(idx)
+    # of the spread of the logits, which is 3 here: rounding to 8 bits at every layer adds up to no more than this
+    torch.testing.assert_close(prepared(model, "bfloat16")(idx), coarse, atol=0.1, rtol=0)
+    torch.testing.assert_close(coarse.float(), plain, atol=0.15, rtol=0)
+    torch.testing.assert_close(prepared(model, "float32", int8=True)(idx), plain, atol=0.3, rtol=0)
+
+
+@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@torch.no_grad()
+def test_a_network_with_split_int8_layers_scores_as_one_with_plain_ones(monkeypatch):
+    model, idx = network(), torch.randint(61, (3, 16))
+    plain = prepared(model, "float32", int8=True)
+    monkeypatch.setattr(inference, "LARGE", 0)
+    split = prepared(model, "float32", int8=True)
+    assert isinstance(split.lm_head, SplitInt8Linear)
+    torch.testing.assert_close(split(idx), plain(idx), atol=2e-3, rtol=0)  # of logits that spread over 3
+
+
+@PACKS
+def test_a_prepared_network_writes_the_same():
+    model, how = network(), sampling(top_k=20)
+    packed = prepared(model, "float32")
+    assert extended(packed, [[1, 2, 3], [4]], how, many=40) == extended(model, [[1, 2, 3], [4]], how, many=40)
+
+
+def test_the_bytes_that_a_token_reads():
+    model = GPT(tiny_config())  # width 32, 2 layers, 61 ids
+    matrices = 2 * 12 * 32 * 32 + 61 * 32
+    cache = 3 * 10 * 2 * 2 * 32
+    assert bytes_per_token(model, 3, 10) == 4 * (matrices + cache)
+    half = prepared(model, "bfloat16", packed=False)
+    assert bytes_per_token(half, 3, 10) == 2 * matrices + 4 * cache  # the CPU keeps float32
+    assert bytes_per_token(prepared(model, "bfloat16", int8=True), 1, 0) == matrices
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_writes_the_same_from_few_graphs():
+    model = network(block_size=2 * BUCKET)
+    torch._dynamo.reset()
+    counter = torch._dynamo.utils.counters
+    counter.clear()
+    fast = decoder(for_inference(copy.deepcopy(model), "float32", CPU, int8=False, packed=False), compiled=True)
+    found = extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20, decoder=fast)
+    assert found == extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20)
+    assert counter["stats"]["unique_graphs"] == 2
+    assert plain_decoder(model).bucket == 1

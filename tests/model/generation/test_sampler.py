@@ -1,0 +1,74 @@
+"""Drawing, against transformers' filters and the distribution itself."""
+
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gptlab.model.generation.sampler import next_ids, row_seeds, uniform_numbers
+from gptlab.model.generation.sampling_config import Sampling
+
+PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
+SETTINGS = {
+    "plain": {},
+    "temperature": {"temperature": 2.0},
+    "top_k": {"top_k": 5},
+    "top_k above the vocabulary": {"top_k": 500},
+    "top_p": {"top_p": 0.7},
+    "top_k and top_p": {"top_k": 6, "top_p": 0.8, "temperature": 1.5},
+    "min_p": {"min_p": 0.1, "temperature": 1.3},
+    "repetition_penalty": {"repetition_penalty": 1.7},
+    "all": {"repetition_penalty": 1.3, "temperature": 1.4, "top_k": 9, "top_p": 0.95, "min_p": 0.05},
+}
+
+
+def expected_distribution(logits: torch.Tensor, seen: list[int], settings: dict) -> torch.Tensor:
+    """What transformers draws from."""
+    ids, scores = torch.tensor([seen]), logits[None]
+    processors = [
+        RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]),
+        TemperatureLogitsWarper(float(settings["temperature"])),
+        *([TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []),
+        *([TopPLogitsWarper(settings["top_p"])] if settings["top_p"] else []),
+        *([MinPLogitsWarper(settings["min_p"])] if settings["min_p"] else []),
+    ]
+    for processor in processors:
+        scores = processor(ids, scores)
+    return scores[0].softmax(-1)
+
+
+@pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
+def test_draws_follow_the_distribution_that_transformers_makes(changes):
+    settings, many = PLAIN | changes, 100_000
+    logits = torch.linspace(-2, 3, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    expected = expected_distribution(logits, [3, 7, 7], settings)
+    seen = torch.zeros(many, 12, dtype=torch.bool)
+    seen[:, [3, 7]] = True
+    uniforms = uniform_numbers([0], many)[0]
+    drawn = next_ids(logits.expand(many, 12), seen, uniforms, Sampling(**settings)).bincount(minlength=12) / many
+    assert torch.equal(drawn > 0, expected > 0)
+    errors = (expected * (1 - expected) / many).sqrt()
+    assert ((drawn - expected).abs() <= 4.5 * errors).all()  # 4.5 standard errors of each share
+
+
+def test_the_least_and_the_greatest_number_draw_what_can_be_drawn():
+    logits = torch.tensor([[-1000.0, 0.0, 1.0, -1000.0]])
+    uniforms = torch.tensor([0.0, 1 - 2**-24])  # all that float32 has from 0 to 1 lies between them
+    drawn = next_ids(logits.expand(2, 4), None, uniforms, Sampling(**PLAIN))
+    assert drawn.tolist() == [1, 2]
+    assert next_ids(logits, None, uniforms[:1], Sampling(**PLAIN | {"temperature": 0})).tolist() == [2]
+
+
+def test_the_numbers_of_a_row_are_its_own():
+    seeds = row_seeds(7, 3)
+    assert row_seeds(7, 5)[:3] == seeds
+    assert len({*seeds, *row_seeds(8, 3)}) == 6
+    numbers = uniform_numbers(seeds, 40)
+    assert torch.equal(uniform_numbers(seeds[1:], 20), numbers[1:, :20])
+    # the mean of many is a half, within four standard errors
+    assert abs(uniform_numbers([1], 10_000).mean() - 0.5) < 4 / (12 * 10_000) ** 0.5

@@ -1,0 +1,78 @@
+"""What autograd really saves, tensor by tensor, against what a plan says."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from conftest import tiny_config
+from gptlab.model import attention
+from gptlab.model.gpt import GPT
+from gptlab.planning.activations import KINDS, SHORT, Pass, of_head, of_network, of_weights
+
+WIDE = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 97}
+MODERN = {  # conf/model/gpt2_modern.yaml
+    **{"block_size": 300, "n_layer": 4, "bias": False, "activation": "relu_squared", "norm": "rms"},
+    **{"positions": "rotary_half", "qk_norm": True, "embedding_norm": True, "logit_soft_cap": 15},
+    **{"value_residual": True, "x0_skips": True, "unet_skips": True, "tie_weights": False},
+}
+
+
+def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, int]:
+    """Bytes of what autograd saves of a training loss: of all but the weights, and of copies of the weights."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    if precision == "bf16-true":
+        model = model.bfloat16()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in own:
+            kept[place] = tensor
+        return tensor
+
+    idx = torch.randint(config.vocab_size, (batch, config.block_size))
+    targets = idx.roll(-1, 1).contiguous()
+    mixed = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), mixed:
+        model.loss(idx, targets, None, chunk)
+    copies = [
+        tensor.nbytes
+        for tensor in kept.values()
+        if precision == "bf16-mixed" and tensor.dtype == torch.bfloat16 and tuple(tensor.shape) in shapes
+    ]
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - sum(copies), sum(copies)
+
+
+@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize(
+    ("changes", "chunk"),
+    [
+        pytest.param({}, None, id="short"),
+        pytest.param({"block_size": 300}, None, id="long"),
+        pytest.param({"block_size": 300, "bias": False, "activation": "gelu"}, 100, id="chunks"),
+        pytest.param({"block_size": 300, "activation": "relu_squared", "tie_weights": False}, None, id="relu"),
+        pytest.param({"block_size": 300, "activation_checkpointing": True}, 100, id="checkpointed"),
+        pytest.param({"norm": "rms", "positions": "rotary", "qk_norm": True}, None, id="short, turned"),
+        pytest.param({"block_size": 300, "positions": "rotary_half", "bias": False}, None, id="long, turned"),
+        pytest.param({"dropout": 0.1}, None, id="short, dropout"),
+        pytest.param({"block_size": 300, "dropout": 0.1}, None, id="long, dropout"),
+        pytest.param({"block_size": 300, "attention_window": 64}, None, id="window"),
+        pytest.param({"block_size": 300, "value_embeddings": 1, "value_residual": True}, None, id="values"),
+        pytest.param(MODERN, None, id="modern"),
+    ],
+)
+def test_activations_are_what_autograd_saves(precision, changes, chunk):
+    config = tiny_config(**WIDE | changes)
+    forward = Pass(config, 3, KINDS[precision], on_gpu=False)
+    activations, copies = saved(config, 3, precision, chunk)
+    assert of_network(forward) + of_head(forward, chunk) == pytest.approx(activations, rel=0.01)
+    if not config.activation_checkpointing:
+        assert of_weights(forward, chunk) == copies
+
+
+def test_a_short_sequence_is_what_the_attention_takes_for_one():
+    assert SHORT == attention.SHORT

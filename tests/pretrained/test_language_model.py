@@ -1,0 +1,76 @@
+"""What a notebook is given computes what the commands compute."""
+
+import math
+
+import pytest
+import torch
+
+import gptlab
+from gptlab.errors import UserError
+from gptlab.pretrained.language_model import load
+from test_train import ran
+
+TEXT = "line 12: the cat has 4"
+
+
+@pytest.fixture
+def directory(user, runs):
+    return runs.give(user, "begun", "callbacks=checkpoint")
+
+
+def test_a_model_scores_continues_and_shows_what_is_within(user, directory):
+    assert gptlab.load is load
+    model, tokenizer = load(str(directory))
+    ids = torch.tensor([tokenizer.encode(TEXT).tolist()])
+    assert torch.equal(model.logits(TEXT), model.network(ids)[0])
+    assert torch.equal(model.logits(ids[0]), model.logits(ids[0].tolist()))
+    log_p = model.logits(TEXT).log_softmax(-1)
+    expected = [-log_p[t, i].item() for t, i in enumerate(ids[0, 1:].tolist())]
+    loss = model.loss(TEXT)
+    assert loss.nats.tolist() == pytest.approx(expected, rel=1e-5)
+    assert loss.loss == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+    assert loss.bits_per_byte == pytest.approx(loss.loss / math.log(2), rel=1e-6)  # a token is a byte here
+    assert model.tokens(TEXT) == list(TEXT)
+    found = model.capture(TEXT, "h.*.attn.weights", "h.1.mlp.act")
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
+        "h.0.attn.weights": (2, len(TEXT), len(TEXT)),
+        "h.1.attn.weights": (2, len(TEXT), len(TEXT)),
+        "h.1.mlp.act": (len(TEXT), 256),
+    }
+    with model.change({"lm_head": torch.zeros_like}):
+        assert model.loss(TEXT).loss == pytest.approx(math.log(257), rel=1e-6)
+    model.logits(TEXT)[-1, 7].backward()
+    assert model.network.h[0].attn.c_attn.weight.grad.abs().sum() > 0
+    done = user.python(
+        "gptlab.sample", f"run={directory}", f"prompt={TEXT}", "max_new_tokens=9", "num_samples=2", "seed=5"
+    )
+    ran(done)
+    assert model.generate(TEXT, num_samples=2, max_new_tokens=9, seed=5) == [
+        text.strip("\n") for text in done.stdout.split("-" * 80)[:2]
+    ]
+    assert model.generate("", max_new_tokens=4, temperature=0) == model.generate("", max_new_tokens=4, top_k=1)
+    assert repr(model).startswith("LanguageModel(118,")
+
+
+@pytest.mark.parametrize(
+    ("ask", "sentence"),
+    [
+        (lambda model: model.logits("x" * 33), r"A text of 33 tokens does not fit: there can be 1 to 32"),
+        (lambda model: model.logits([]), "A text of 0 tokens does not fit"),
+        (lambda model: model.logits([3, 257]), "The ids are from 0 to 256; one of these is not"),
+        (lambda model: model.loss("x"), "A loss needs a text of two tokens or more"),
+        (lambda model: model.generate("x", temprature=1), "temprature is no setting. Did you mean temperature"),
+        (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl is nothing in this network\. Did you mean h\.0\.mlp"),
+    ],
+    ids=range(6),
+)
+def test_a_mistake_gets_a_sentence(directory, ask, sentence):
+    model, _ = load(str(directory))
+    with pytest.raises(UserError, match=sentence):
+        ask(model)
+
+
+def test_the_package_says_what_it_has():
+    assert [getattr(gptlab, name).__name__ for name in gptlab.__all__] == gptlab.__all__
+    with pytest.raises(AttributeError, match="module 'gptlab' has no attribute 'laod'"):
+        _ = gptlab.laod

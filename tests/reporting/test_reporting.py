@@ -1,0 +1,239 @@
+"""What a report gathers: curves that keep what stands out, runs that belong together, and what could not be read."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.model.config import GPTConfig
+from gptlab.reporting import reading
+from gptlab.reporting.document import Document
+from gptlab.reporting.page import as_json, page
+from gptlab.reporting.series import curves, thin, training_seconds
+from gptlab.tracking.run_store.sweeps import Trial
+from run_directories import ENVIRONMENT, TOKENS, rows_of, write_metrics, write_run, write_sweep
+
+
+def gathered(where, points: int = 1000):
+    return Document(str(where), points).gather()
+
+
+def test_a_thinned_curve_keeps_its_ends_and_every_extreme():
+    values = [math.sin(i / 700) + (5 if i == 3333 else -5 if i == 7777 else 0) for i in range(10_000)]
+    places = thin(values, 100)
+    assert len(places) <= 100
+    assert places == sorted(set(places))
+    assert {0, 3333, 7777, 9999} <= set(places)
+    for start in range(0, 10_000, 1000):  # of any stretch that is much longer than those it was cut into
+        kept = [values[place] for place in places if start <= place < start + 1000]
+        assert max(kept) == pytest.approx(max(values[start : start + 1000]), abs=0.25)
+        assert min(kept) == pytest.approx(min(values[start : start + 1000]), abs=0.25)
+    assert thin([3.0, 1.0, 2.0], 4) == [0, 1, 2]
+
+
+def test_what_is_no_number_hides_nothing_that_is():
+    values = [math.nan if i % 3 else float(i) for i in range(1000)]
+    places = thin(values, 50)
+    assert sum(math.isfinite(values[place]) for place in places) >= 48
+    assert len(thin([math.nan] * 1000, 50)) == 26  # one of each stretch, and the ends
+
+
+def test_time_is_tokens_over_throughput():
+    rows = [
+        {"step": 1, "tokens": 100, "tokens_per_second": 50.0},
+        {"step": 2, "tokens": 200, "tokens_per_second": 200.0},
+        {"step": 3, "tokens": 300, "val/loss": 1.0},  # half-way to the next that is timed
+        {"step": 4, "tokens": 400, "tokens_per_second": 20.0},
+        {"step": 4, "tokens": 400, "val/loss": 1.0},
+    ]
+    assert training_seconds(rows) == pytest.approx([2.0, 2.5, 7.5, 12.5, 12.5])
+
+
+def test_curves_are_the_rows_and_nan_is_nothing():
+    rows = rows_of(10)
+    rows[3]["train/loss"] = math.nan
+    found = curves(rows, 1000)
+    train = [row for row in rows if "train/loss" in row]
+    assert found["train/loss"]["step"] == [row["step"] for row in train]
+    assert found["train/loss"]["tokens"] == [row["tokens"] for row in train]
+    assert found["train/loss"]["value"][3] is None
+    others = [value for i, value in enumerate(found["train/loss"]["value"]) if i != 3]
+    assert others == pytest.approx([row["train/loss"] for i, row in enumerate(train) if i != 3], rel=1e-6)
+    assert found["val/loss"]["step"] == [5, 10]
+    assert not {"step", "tokens"} & set(found)
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_point(tmp_path):
+    write_sweep(tmp_path / "lr" / "now", rates=(1e-3, 2e-3), seeds=(1, 2, 3))
+    found = gathered(tmp_path / "lr" / "now")
+    assert found["keys"] == ["seed", "optimizer.lr"]
+    assert found["varied"] == ["optimizer.lr"]
+    assert found["points"] == ["lr=0.001", "lr=0.002"]
+    assert [run["point"] for run in found["runs"]] == [0, 0, 0, 1, 1, 1]
+    assert [run["seed"] for run in found["runs"]] == [1, 2, 3] * 2
+    (sweep,) = found["sweeps"]
+    assert (sweep["question"], sweep["trials"], sweep["without_run"]) == ("Which learning rate is best?", 6, [])
+
+
+def test_a_run_is_described_by_its_own_files(tmp_path):
+    directory = write_run(tmp_path / "quickstart" / "now", samples={5: "early", 10: "late"})
+    found = gathered(tmp_path)
+    (run,) = found["runs"]
+    assert run["name"] == "quickstart/now"
+    # GPT-2's layout by hand, with biases: two LayerNorms and four linear layers a block, a tied head of 257 rows
+    model = GPTConfig.model_validate(Document(str(tmp_path), 10).reader.read([directory])[0][0].run.config["model"])
+    C, L, V, T = model.n_embd, model.n_layer, 257, model.block_size
+    blocks = L * (12 * C * C + 9 * C + 4 * C) + 2 * C
+    assert run["parameters"] == V * C + T * C + blocks
+    assert run["flops"] == 6 * (V * C + blocks) + 12 * L * C * T
+    lowest = min((row for row in rows_of(20) if "val/loss" in row), key=lambda row: row["val/loss"])
+    assert run["best"] == {
+        "value": pytest.approx(lowest["val/loss"], rel=1e-6),
+        "step": lowest["step"],
+        "tokens": lowest["step"] * TOKENS,
+    }
+    assert run["samples"] == [(5, "early"), (10, "late")]
+    assert (run["state"]["state"], run["state"]["seconds"]) == ("done", 12.5)
+    assert found["environments"][run["environment"]]["packages"] == ENVIRONMENT["packages"]
+    assert (run["start"]["command"], found["keys"], found["points"]) == ("python -m gptlab.train", [], ["quickstart"])
+    assert found["common"]["optimizer.lr"] == 2e-3  # of conf/model/nano.yaml
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
+    good = write_run(tmp_path / "runs" / "good", samples={5: "text"})
+    (good / "samples" / "step_000009.txt").write_bytes(b"\xff\xfe\xff")
+    (write_run(tmp_path / "runs" / "bytes") / "metrics.csv").write_bytes(b"\x89PNG\xff\x00")
+    (write_run(tmp_path / "runs" / "prose") / "metrics.csv").write_text("once upon a time\n")
+    (write_run(tmp_path / "runs" / "config") / "config.yaml").write_text("{")
+    metrics = write_run(tmp_path / "runs" / "folder") / "metrics.csv"
+    metrics.unlink()
+    metrics.mkdir()
+    write_metrics(write_run(tmp_path / "runs" / "begun", settings={"seed": 3}), [])
+    found = gathered(tmp_path / "runs")
+    assert [run["name"] for run in found["runs"]] == ["begun", "good"]
+    told = "\n".join(found["problems"])
+    assert len(found["problems"]) == 5
+    for name in ("bytes", "prose", "config", "folder"):
+        assert re.search(rf"runs/{name} is left out: .*{name}.* cannot be read", told), told
+    assert re.search("runs/good: a file in .* cannot be read", told)
+
+
+def test_with_no_run_that_can_be_read_there_is_no_report(tmp_path):
+    (write_run(tmp_path / "runs" / "one") / "config.yaml").write_text("{")
+    with pytest.raises(UserError, match=r"no run there can be read\.\nruns/one is left out"):
+        gathered(tmp_path / "runs")
+    with pytest.raises(UserError, match="there is no such place"):
+        gathered(tmp_path / "nothing")
+
+
+def test_answers_and_trials_without_a_run_stand_beside(tmp_path):
+    directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3,), seeds=(1,))
+    (directory / "scaling.json").write_text("no json")
+    Trial(number=1, overrides={"optimizer.lr": "9"}, config_hash="x", state="mistaken", message="too large").save(
+        directory
+    )
+    found = gathered(directory)
+    (sweep,) = found["sweeps"]
+    assert [(trial["number"], trial["message"]) for trial in sweep["without_run"]] == [(1, "too large")]
+    assert any("scaling.json cannot be read" in problem for problem in found["problems"])
+
+
+def test_the_answers_of_a_sweep_are_told_as_in_the_terminal(tmp_path):
+    directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3, 2e-3), seeds=(1, 2))
+    answers = gathered(directory)["sweeps"][0]["answers"]
+    assert answers["columns"] == ["optimizer.lr", "seeds", "val/loss", "difference", "verdict", "tokens"]
+    (best, *_), (other, *_) = answers["rows"]
+    assert (best, other) == ("0.002", "0.001")
+    lowest = [
+        [min(row.get("val/loss", 9) for row in rows_of(20, lr=lr, seed=seed)) for seed in (1, 2)] for lr in (2e-3, 1e-3)
+    ]
+    means = [sum(values) / 2 for values in lowest]
+    told = [row[2] for row in answers["rows"]]
+    assert [float(text.split(" ± ")[0]) for text in told] == pytest.approx(means, abs=1e-3)
+    assert [float(text.split(" ± ")[1]) for text in told] == pytest.approx(
+        [abs(one - another) / 2 for one, another in lowest], rel=0.1
+    )
+    trial = json.loads((directory / "0" / "trial.json").read_text())
+    (directory / "0" / "trial.json").write_text(json.dumps(trial | {"state": "failed", "value": None}))
+    answers = gathered(directory)["sweeps"][0]["answers"]
+    failed = answers["columns"].index("failed")
+    assert [row[failed] for row in answers["rows"]] == [None, 1]
+
+
+def test_many_runs_have_fewer_points_each_and_many_samples_are_chosen_from(tmp_path):
+    rows = rows_of(400, eval_every=400)
+    for number in range(3):
+        write_run(
+            tmp_path / "many" / str(number),
+            settings={"seed": number},
+            rows=rows,
+            samples=dict.fromkeys(range(60), "x" * 9000),
+        )
+    found = gathered(tmp_path / "many", points=100)
+    assert found["thinned"]
+    assert {len(run["series"]["train/loss"]["value"]) for run in found["runs"]} == {100}
+    assert [step for step, _ in found["runs"][0]["samples"]] == sorted({round(i * 59 / 23) for i in range(24)})
+    assert all(len(text) == reading.LONGEST_SAMPLE + 2 for _, text in found["runs"][0]["samples"])
+    assert not gathered(tmp_path / "many", points=1000)["thinned"]
+
+
+def test_a_run_is_read_again_only_when_it_has_gone_on(tmp_path, monkeypatch):
+    first, second = (write_run(tmp_path / "runs" / str(i), settings={"seed": i}) for i in range(2))
+    read = []
+    monkeypatch.setattr(
+        reading, "_read", lambda run, *rest, was=reading._read: read.append(run.directory) or was(run, *rest)
+    )
+    document = Document(str(tmp_path / "runs"), 1000)
+    document.gather()
+    document.gather()
+    assert read == [first, second]
+    write_metrics(second, rows_of(30))
+    assert document.gather()["runs"][1]["series"]["train/loss"]["step"][-1] == 30
+    assert read == [first, second, second]
+
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&<!--\u2028"
+
+
+class Scripts(HTMLParser):
+    """Reads a page as a browser does: its elements, and what stands in its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scripts: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.lasttag == "script" and self.scripts:
+            self.scripts[-1] += data
+
+
+def test_what_runs_hold_cannot_leave_the_data(tmp_path):
+    write_run(tmp_path / "runs" / "0", settings={"data.source": HOSTILE}, samples={5: HOSTILE}, message=HOSTILE)
+    write_run(tmp_path / "runs" / "1", settings={"seed": 9}, environment={"command": HOSTILE})
+    document = gathered(tmp_path / "runs")
+    seen = Scripts()
+    seen.feed(page(document, poll=None))
+    scripts = [attributes for tag, attributes in seen.elements if tag == "script"]
+    assert [attributes.get("id") for attributes in scripts] == ["data", None, None]
+    assert "img" not in {tag for tag, _ in seen.elements}
+    assert json.loads(seen.scripts[0])["runs"][0]["samples"] == [[5, HOSTILE]]
+    (policy,) = (attributes["content"] for tag, attributes in seen.elements if attributes.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert "connect-src 'none'" in policy
+    assert "script-src 'sha256-" in policy
+    assert "unsafe" not in policy.partition("script-src")[2]
+
+
+def test_json_has_no_markup_and_no_number_that_json_lacks():
+    text = as_json({"a": [HOSTILE, math.nan, {"b": -math.inf}], "c": "\ud800"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": [HOSTILE, None, {"b": None}], "c": "?"}

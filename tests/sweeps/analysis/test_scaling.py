@@ -1,0 +1,154 @@
+"""Scaling laws, beside data whose law is known, other minimisers and published figures."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize
+
+from gptlab.errors import UserError
+from gptlab.sweeps.analysis.fitting import ScalingAnswer, fit_sweep
+from gptlab.sweeps.analysis.report import conclude
+from gptlab.sweeps.analysis.scaling import Law, fit, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.sizes import Size, measured
+from sweeps_by_hand import trial, write_model, write_sweep
+
+# Hoffmann et al. 2022, equation 10, as nanoGPT's scaling_laws.ipynb has it
+CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+SMALL = Law(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)  # for runs of a laptop
+
+
+def runs_of(law, sizes, lengths, noise=0.0, seed=0):
+    n, d = (grid.ravel() for grid in np.meshgrid(np.logspace(*sizes), np.logspace(*lengths)))
+    errors = np.random.default_rng(seed).normal(0, noise, len(n)) if noise else 0
+    return n, d, law.loss(n, d) * np.exp(errors)
+
+
+@pytest.mark.parametrize(
+    ("law", "sizes", "lengths"),
+    [(CHINCHILLA, (7, 11, 9), (9, 12, 9)), (SMALL, (4.5, 7, 6), (5, 7.5, 6))],
+    ids=["chinchilla", "small"],
+)
+@pytest.mark.parametrize(("noise", "within"), [(0, 1e-4), (3e-4, 0.02)])
+def test_known_coefficients_are_recovered(law, sizes, lengths, noise, within):
+    assert fit(*runs_of(law, sizes, lengths, noise)) == pytest.approx(law, rel=within)
+
+
+def huber(law, n, d, losses):
+    """The objective of appendix D.2, as it is written there."""
+    errors = np.abs(np.log(law.loss(n, d)) - np.log(losses))
+    return np.where(errors <= 1e-3, errors**2 / 2, 1e-3 * (errors - 1e-3 / 2)).sum()
+
+
+def test_it_is_the_minimum_of_the_huber_loss_which_outliers_hardly_move():
+    n, d, losses = runs_of(CHINCHILLA, (7, 11, 7), (9, 12, 7), noise=1e-3)
+    losses[[3, 20, 40]] *= 1.2
+    found = fit(n, d, losses)
+
+    def residuals(at):
+        return np.log(Law(*np.exp(at[:3]), *at[3:]).loss(n, d)) - np.log(losses)
+
+    begin = [*np.log(CHINCHILLA[:3]), *CHINCHILLA[3:]]
+    options = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15, "max_nfev": 5000}
+    at = optimize.least_squares(residuals, begin, loss="huber", f_scale=1e-3, x_scale="jac", **options).x
+    other = Law(*np.exp(at[:3]), *at[3:])
+    assert huber(found, n, d, losses) <= huber(other, n, d, losses) * (1 + 1e-9)
+    assert found == pytest.approx(other, rel=0.01)
+    assert (found.alpha, found.beta) == pytest.approx((0.34, 0.28), rel=0.02)
+
+
+@pytest.mark.parametrize("law", [CHINCHILLA, SMALL, Law(0.5, 3.0, 4000.0, 0.2, 0.7)])
+@pytest.mark.parametrize("flops", [1e14, 5.76e23])
+def test_the_frontier_is_where_a_minimiser_finds_it(law, flops):
+    def along(log_n):
+        return law.loss(math.exp(log_n), flops / 6 / math.exp(log_n))
+
+    lowest = optimize.minimize_scalar(along, bracket=(5, 30), options={"xtol": 1e-12})
+    n, d = law.optimum(flops)
+    assert 6 * n * d == pytest.approx(flops)
+    assert law.loss(n, d) == pytest.approx(lowest.fun, rel=1e-12)
+    assert math.log(n) == pytest.approx(lowest.x, abs=1e-4)
+
+
+def test_it_agrees_with_nanogpts_table():
+    """karpathy/nanoGPT, scaling_laws.ipynb: found there on grids, of a sixteenth and of a 256th of a decade."""
+    grid = runs_of(CHINCHILLA, (7, 11, 17), (9, 12, 13))  # the sizes and lengths of its table of losses
+    law = fit(*grid)
+    n, d = law.optimum(2.21e19)  # "best model size: 316.23M, best dataset size: 11.65B"
+    sixteenth = 10 ** (1 / 16)
+    assert 316.23e6 / sixteenth < n < 316.23e6 * sixteenth
+    assert 11.65e9 / sixteenth < d < 11.65e9 * sixteenth
+    n, d = law.optimum(3.459892e19)  # "model size: 399.54M, dataset size: 14.43B, flops: 3.459892e+19, loss: 2.76"
+    step = 10 ** (1 / 256) - 1
+    assert (n, d) == pytest.approx((399.54e6, 14.43e9), rel=step)
+    assert f"{law.loss(n, d):.2f}" == "2.76"
+
+
+def test_intervals_hold_the_truth_and_narrow_with_the_noise():
+    widths = []
+    for noise in (3e-3, 3e-4):
+        fitted = fit_with_intervals(*runs_of(SMALL, (4.5, 7, 5), (5, 7.5, 5), noise), resamples=60, seed=1)
+        for name in ("E", "alpha", "beta", "a", "b"):
+            low, high = fitted.interval(lambda law, name=name: getattr(law, name))
+            assert low < getattr(SMALL, name) < high
+        best = optimum(fitted, 1e15)
+        for (value, low, high), truth in zip((best.parameters, best.tokens), SMALL.optimum(1e15), strict=True):
+            assert low < truth < high
+            assert low <= value <= high
+        assert best.loss[1] < SMALL.loss(*SMALL.optimum(1e15)) < best.loss[2]
+        assert fitted.residual == pytest.approx(noise, rel=0.4)
+        low, high = fitted.interval(lambda law: law.alpha)
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 3
+
+
+def test_a_seed_draws_the_same_runs():
+    runs = runs_of(SMALL, (4.5, 7, 4), (5, 7.5, 4), 1e-3)
+    first, again, other = (fit_with_intervals(*runs, resamples=3, seed=seed).resampled for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_too_few_runs_are_refused():
+    with pytest.raises(UserError, match="4 runs of 2 sizes and 2 lengths cannot tell them"):
+        fit([1e6, 1e6, 2e6, 2e6], [1e7, 2e7, 1e7, 2e7], [2.0, 1.9, 1.8, 1.7])
+
+
+def scaling_sweep(directory, widths, lengths):
+    """A sweep over widths and lengths, with two seeds, whose losses are those of a law."""
+    points = [(w, t, s) for w in widths for t in lengths for s in (1, 2)]
+    trials = [trial({"model.n_embd": w, "train.max_tokens": t, "seed": s}, 1.0, tokens=t) for w, t, s in points]
+    write_sweep(directory, trials)
+    for number, (width, tokens, seed) in enumerate(points):
+        place = directory / str(number)
+        write_model(place, n_embd=width)
+        (run,) = (run for run in measured(directory) if run.trial == number)
+        noise = 1 + 1e-4 * (2 * seed - 3) * (-1) ** (number // 2)
+        values = json.loads((place / "trial.json").read_text())
+        (place / "trial.json").write_text(json.dumps(values | {"value": SMALL.loss(run.size.all, tokens) * noise}))
+    return directory
+
+
+def test_a_sweep_over_sizes_and_tokens_gets_its_law(tmp_path, capsys):
+    scaling_sweep(tmp_path, (32, 64, 128, 256), (10**5, 10**6, 10**7))
+    runs = measured(tmp_path)
+    # 61 + 16 embeddings of 32, a norm of 64; two blocks of two norms, 12 · 32² weights and 9 · 32 biases
+    assert runs[0].size == Size(all=27_936, non_embedding=27_936 - 77 * 32)
+    assert (len(runs), runs[0].tokens) == (24, 10**5)
+    conclude(tmp_path)
+    found = ScalingAnswer.model_validate_json((tmp_path / "scaling.json").read_text())
+    assert found.law == pytest.approx(SMALL._asdict(), rel=0.02)
+    assert found.optima[0].flops == 6 * max(run.size.all * run.tokens for run in runs)
+    low, high = found.intervals["alpha"]
+    assert low < 0.3 < high
+    assert found.answer in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_sweep_too_small_for_a_law_is_told(tmp_path, capsys):
+    scaling_sweep(tmp_path, (32, 64), (10**5, 10**6))
+    with pytest.raises(UserError, match="8 runs of 2 sizes and 2 lengths"):
+        fit_sweep(tmp_path)
+    conclude(tmp_path)
+    assert "8 runs of 2 sizes and 2 lengths" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "scaling.json").exists()

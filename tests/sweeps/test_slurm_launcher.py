@@ -1,0 +1,131 @@
+"""Trials on SLURM, without a SLURM: what is a job's result, and which jobs are waited for."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.exit_codes import DONE, FAILED, MISTAKEN, PREEMPTED
+from gptlab.sweeps import slurm_launcher
+from gptlab.sweeps.config import SlurmConfig
+from gptlab.sweeps.slurm_launcher import Cluster, TrialJob
+from gptlab.tracking.run_store.sweeps import Trial
+
+CONFIG = {
+    **{"at_once": 2, "timeout_min": 60, "signal_delay_s": 60, "max_num_timeout": 3, "nodes": 1, "tasks_per_node": 1},
+    **{"cpus_per_task": None, "gpus_per_node": None, "mem_gb": None, "partition": None, "account": None, "qos": None},
+    "additional_parameters": {},
+}
+
+
+@pytest.mark.parametrize("status", [DONE, FAILED])
+def test_the_result_of_a_job_is_the_exit_status_of_its_trial(monkeypatch, status):
+    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: status)
+    assert TrialJob(Path("job.json"))() == status
+
+
+def test_a_mistake_is_a_result(monkeypatch, capsys):
+    def refused(path):
+        raise UserError("no data")
+
+    monkeypatch.setattr(slurm_launcher, "run_file", refused)
+    assert TrialJob(Path("job.json"))() == MISTAKEN
+    assert "no data" in capsys.readouterr().err
+
+
+def test_a_trial_that_was_stopped_leaves_no_result(monkeypatch):
+    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: PREEMPTED)
+    with pytest.raises(SystemExit, match=rf"^{PREEMPTED}$"):
+        TrialJob(Path("job.json"))()
+
+
+def test_nor_does_one_that_submitit_has_put_back_into_the_queue(monkeypatch):
+    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: sys.exit(-1))  # as submitit's handler ends the process
+    with pytest.raises(SystemExit, match=r"^-1$"):
+        TrialJob(Path("job.json"))()
+
+
+class Slurm:
+    """Programs named as SLURM's; squeue says what it is told to."""
+
+    def __init__(self, folder: Path, monkeypatch) -> None:
+        self.folder = folder / "bin"
+        self.folder.mkdir()
+        for name in ("squeue", "sbatch", "srun"):
+            self.say(name, "exit 1")
+        monkeypatch.setenv("PATH", f"{self.folder}:{os.environ['PATH']}")
+        monkeypatch.setattr(slurm_launcher, "ASK_EVERY", 0.0)
+
+    def say(self, name: str, line: str) -> None:
+        (self.folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (self.folder / name).chmod(0o755)
+
+    def queue(self, *rows: str) -> None:
+        self.say("squeue", "; ".join(f"echo {row}" for row in rows) or "true")
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Slurm:
+    return Slurm(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def trials(tmp_path, slurm) -> Cluster:
+    return Cluster(SlurmConfig(**CONFIG), tmp_path)
+
+
+def trial(state: str = "running", job: str | None = "7") -> Trial:
+    return Trial(number=3, overrides={}, config_hash="", state=state, job=job)
+
+
+def leave_result(trials: Cluster, folder: Path, status: int) -> None:
+    import cloudpickle
+
+    path = folder / slurm_launcher.FOLDER / "7" / "7_0_result.pkl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(cloudpickle.dumps(("success", status)))
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+@pytest.mark.parametrize("of_slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
+def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(trials, slurm, tmp_path, state, of_slurm):
+    slurm.queue("6 RUNNING", f"7 {of_slurm}")
+    assert trials.take_up(trial(state), tmp_path)
+    assert trials.is_busy
+    assert [trials.ended() for _ in range(5)] == [[]] * 5
+
+
+@pytest.mark.parametrize("rows", [("7 CANCELLED",), ("7 TIMEOUT", "6 RUNNING"), ()])
+def test_a_job_that_is_over_is_not(trials, slurm, tmp_path, rows):
+    slurm.queue(*rows)
+    assert not trials.take_up(trial(), tmp_path)
+    assert not trials.is_busy
+
+
+def test_a_trial_without_a_job_is_not_asked_about(trials, tmp_path):
+    assert not trials.take_up(trial(job=None), tmp_path)
+
+
+def test_a_result_that_was_left_while_the_sweep_was_away_counts(trials, slurm, tmp_path):
+    slurm.queue()
+    leave_result(trials, tmp_path, DONE)
+    assert trials.take_up(trial(), tmp_path)
+    assert trials.ended() == [(3, DONE)]
+    assert not trials.take_up(trial("failed"), tmp_path)  # it is to be run again
+
+
+def test_no_second_job_is_submitted_while_slurm_does_not_answer(trials, slurm, tmp_path):
+    with pytest.raises(UserError, match=r"SLURM does not answer .* whether job 7 of trial 3 still"):
+        trials.take_up(trial(), tmp_path)
+
+
+def test_a_job_is_not_given_up_while_slurm_does_not_answer(trials, slurm, tmp_path):
+    slurm.queue("7 RUNNING")
+    assert trials.take_up(trial(), tmp_path)
+    slurm.say("squeue", "exit 1")
+    assert [trials.ended() for _ in range(5)] == [[]] * 5
+    slurm.queue()
+    ended = [status for _ in range(3) for status in trials.ended()]
+    assert ended == [(3, PREEMPTED)]

@@ -1,0 +1,231 @@
+"""The conductor, with trials that are only numbers: whatever ends when, every trial is run once and none is lost."""
+
+import contextlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.sweeps import sweep_runner
+from gptlab.sweeps.config import SweeperConfig
+from gptlab.sweeps.search import Search
+from gptlab.sweeps.space import Space
+from gptlab.sweeps.sweep_runner import Conductor
+from gptlab.sweeps.sweep_store import Ledger, sweep_directory
+from gptlab.tracking.run_store.state import RunState
+from gptlab.tracking.run_store.sweeps import Sweep, load_trials
+
+SETTINGS = {
+    "question": "",
+    "search": "grid",
+    "n_trials": None,
+    "seed": 0,
+    "metric": "val/loss",
+    "baseline": {},
+    "prune": None,
+    "retry": False,
+    "params": {},
+}
+GRID = ["x=1,2,3,4,5,6", "seed=1,2"]
+
+
+class Killed(BaseException):
+    """The process of the sweep is gone, without a word."""
+
+
+class FakeRunner:
+    """Ends trials in the order of their start, two at a time; ``statuses`` says how, by number."""
+
+    at_once = 2
+
+    def __init__(self, statuses=None, dies_after=math.inf):
+        self.statuses, self.dies_after = statuses or {}, dies_after
+        self.running, self.started, self.finished = {}, [], []
+        self.heard = False
+
+    @property
+    def has_room(self):
+        return len(self.running) < self.at_once and not self.heard
+
+    @property
+    def is_busy(self):
+        return bool(self.running)
+
+    def start(self, trial, config, place):
+        self.started.append(trial.number)
+        self.running[trial.number] = (config, place)
+        return trial
+
+    def take_up(self, trial, place):
+        return False
+
+    def ended(self):
+        if not self.running:
+            return []
+        if len(self.finished) >= self.dies_after:
+            raise Killed
+        number = next(iter(self.running))
+        config, place = self.running.pop(number)
+        status = self.statuses.get(number, DONE)
+        place.mkdir(parents=True, exist_ok=True)
+        if status in (DONE, PRUNED):
+            (place / "metrics.csv").write_text(f"step,val/loss\n1,{config.loss}\n")
+        RunState(state="running", pid=1, tokens=100, message=f"because {number}").save(place)
+        self.finished.append(number)
+        return [(number, status)]
+
+    def hand_on(self, number):
+        self.heard = True
+
+    def close(self):
+        pass
+
+
+class Values(SimpleNamespace):
+    def model_dump(self, **options):
+        return {"x": self.x, "seed": self.seed}
+
+
+def compose(point):
+    if point["x"] == "mistake":
+        raise UserError("x=mistake is no number.")
+    x, seed = float(point["x"]), int(point.get("seed", 0))
+    return Values(x=x, seed=seed, loss=(x - 4) ** 2 + seed / 100)
+
+
+def swept(folder: Path, arguments, runner, **changes):
+    settings = SweeperConfig(**SETTINGS | changes)
+    space = Space({}, list(arguments))
+    n_trials = len(space.grid()) if settings.search == "grid" else settings.n_trials
+    what = Sweep(
+        question="", space=space.written, fixed=[], search=settings.search, n_trials=n_trials, baseline={},
+        definition=" ".join(arguments), wandb_group="",
+    )  # fmt: skip
+    ledger = Ledger(folder, what)
+    try:
+        return Conductor(ledger, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
+    finally:
+        ledger.close()
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(sweep_runner, "PAUSE", 0)
+
+
+def test_every_point_is_run_and_its_value_kept(tmp_path):
+    runner = FakeRunner()
+    assert swept(tmp_path, GRID, runner) == DONE
+    trials = load_trials(tmp_path)
+    assert [trial.number for trial in trials] == list(range(12)) == sorted(runner.started)
+    assert {trial.state for trial in trials} == {"done"}
+    best = min(trials, key=lambda trial: trial.value)
+    assert best.overrides == {"x": "4", "seed": "1"}
+    assert [trial.value for trial in trials] == pytest.approx(
+        [(x - 4) ** 2 + s / 100 for x in range(1, 7) for s in (1, 2)]
+    )
+
+
+def test_failures_are_told_and_the_others_go_on(tmp_path):
+    runner = FakeRunner({3: FAILED, 5: DIVERGED, 7: 137, 8: PRUNED})
+    assert swept(tmp_path, GRID, runner) == DIVERGED
+    trials = {trial.number: trial for trial in load_trials(tmp_path)}
+    assert Counter(trial.state for trial in trials.values()) == {"done": 8, "failed": 2, "diverged": 1, "pruned": 1}
+    assert trials[3].message == "because 3"
+    assert trials[3].value is trials[5].value is None
+    assert trials[8].value is not None
+    assert trials[8].tokens == 100
+
+
+@pytest.mark.parametrize("first", range(13))
+def test_a_sweep_that_is_killed_twice_runs_every_trial_once(tmp_path, first):
+    statuses, finished = {3: FAILED, 5: DIVERGED}, []
+    for dies_after in (first, 2, math.inf):
+        runner = FakeRunner(statuses, dies_after)
+        with contextlib.suppress(Killed):
+            assert swept(tmp_path, GRID, runner) == DIVERGED
+        finished += runner.finished
+    assert sorted(finished) == list(range(12))
+    assert Counter(trial.state for trial in load_trials(tmp_path)) == {"done": 10, "failed": 1, "diverged": 1}
+
+
+def test_what_was_stopped_is_run_again_and_what_failed_only_where_that_is_asked_for(tmp_path):
+    assert swept(tmp_path, GRID, FakeRunner({0: PREEMPTED, 1: INTERRUPTED, 2: FAILED})) == PREEMPTED
+    again = FakeRunner()
+    assert swept(tmp_path, GRID, again) == FAILED
+    assert again.started == [0, 1]
+    once_more = FakeRunner()
+    assert swept(tmp_path, GRID, once_more, retry=True) == DONE
+    assert once_more.started == [2]
+
+
+def test_a_point_that_cannot_be_is_one_mistaken_trial(tmp_path):
+    runner = FakeRunner()
+    assert swept(tmp_path, ["x=1,mistake,3"], runner) == MISTAKEN
+    assert [trial.state for trial in load_trials(tmp_path)] == ["done", "mistaken", "done"]
+    assert load_trials(tmp_path)[1].message == "x=mistake is no number."
+
+
+def test_the_same_configuration_is_run_once(tmp_path):
+    runner = FakeRunner()
+    runner.at_once = 1
+    assert swept(tmp_path, ["x=1,1.0,2"], runner) == DONE
+    assert runner.started == [0, 2]
+    assert [trial.value for trial in load_trials(tmp_path)] == [9, 9, 4]
+
+
+@pytest.mark.parametrize("search", ["random", "tpe", "cmaes"])
+def test_a_search_that_is_killed_finds_what_it_would_have_found(tmp_path, search):
+    space = ["x=interval(0.0,10.0)"]
+    options = {"search": search, "n_trials": 12}
+    whole, parts = FakeRunner(), []
+    whole.at_once = 1
+    assert swept(tmp_path / "whole", space, whole, **options) == DONE
+    for dies_after in (5, math.inf):
+        runner = FakeRunner(dies_after=dies_after)
+        runner.at_once = 1
+        with contextlib.suppress(Killed):
+            swept(tmp_path / "killed", space, runner, **options)
+        parts += runner.finished
+    assert parts == list(range(12))
+    points = [[trial.overrides for trial in load_trials(tmp_path / name)] for name in ("whole", "killed")]
+    assert points[0] == points[1]
+    if search != "random":
+        best = min(load_trials(tmp_path / "whole"), key=lambda trial: trial.value)
+        assert abs(float(best.overrides["x"]) - 4) < 1
+
+
+def test_another_sweep_in_the_directory_is_refused(tmp_path):
+    swept(tmp_path, ["x=1,2"], FakeRunner())
+    with pytest.raises(UserError, match=r"holds another sweep, over x=1,2; this one is over x=1,3"):
+        swept(tmp_path, ["x=1,3"], FakeRunner())
+
+
+def test_two_processes_cannot_be_at_work_on_one_sweep(tmp_path):
+    class Second(FakeRunner):
+        def start(self, trial, config, place):
+            with pytest.raises(UserError, match="a process is at work on it"):
+                swept(tmp_path, ["x=1,2"], FakeRunner())
+            return super().start(trial, config, place)
+
+    assert swept(tmp_path, ["x=1,2"], Second()) == DONE
+
+
+def test_the_newest_unfinished_sweep_of_the_same_definition_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    what = Sweep(question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, definition="a",
+                 wandb_group="")  # fmt: skip
+    first = sweep_directory("name", what)
+    what.save(first)
+    assert sweep_directory("name", what) == first
+    assert sweep_directory("name", what.model_copy(update={"definition": "b"})) != first
+    ledger = Ledger(first, what)
+    for number in range(2):
+        trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
+        ledger.write(sweep_runner.Trial(**trial))
+    assert sweep_directory("name", what) != first

@@ -1,0 +1,63 @@
+"""state.json: where a run stands, also of one that can no longer say so itself."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gptlab.errors import Diverged, UserError
+from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.tracking.run_store.state import SILENT, RunState, end_state, load_state, new_state, status_of
+
+
+def test_a_run_of_this_process_is_running(tmp_path):
+    new_state(100).save(tmp_path)
+    state = load_state(tmp_path)
+    assert (state.state, state.max_steps, state.pid) == ("running", 100, os.getpid())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+@pytest.mark.parametrize("is_reaped", [True, False], ids=["gone", "a zombie"])
+def test_a_run_whose_process_is_gone_is_lost(tmp_path, is_reaped):
+    process = subprocess.Popen((sys.executable, "-c", ""))
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
+    if is_reaped:
+        process.wait()
+    new_state(100).model_copy(update={"pid": process.pid, "seconds_left": 5.0}).save(tmp_path)
+    state = load_state(tmp_path)
+    process.wait()
+    assert (state.state, state.seconds_left) == ("lost", None)
+
+
+@pytest.mark.parametrize(("age", "expected"), [(SILENT / 2, "running"), (SILENT * 2, "lost")])
+def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected):
+    RunState(state="running", pid=1, host="elsewhere", updated=time.time() - age).save(tmp_path)
+    assert load_state(tmp_path).state == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        *((DONE, "done"), (PRUNED, "pruned"), (PREEMPTED, "stopped"), (INTERRUPTED, "interrupted")),
+        *((DIVERGED, "diverged"), (MISTAKEN, "mistaken"), (FAILED, "failed"), (137, "failed")),
+    ],
+)
+def test_an_end_is_written_down(tmp_path, status, state):
+    new_state(10).model_copy(update={"step": 7, "loss": 2.5}).save(tmp_path)
+    end_state(tmp_path, status, "why")
+    found = load_state(tmp_path)
+    assert (found.state, found.status, found.message, found.step, found.loss) == (state, status, "why", 7, 2.5)
+
+
+def test_errors_have_the_status_that_commands_end_with():
+    errors = [KeyboardInterrupt(), Diverged(), UserError(), RuntimeError()]
+    assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, MISTAKEN, FAILED]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x"}'])
+def test_what_is_no_state_is_none(tmp_path, text):
+    assert load_state(tmp_path) is None
+    (tmp_path / "state.json").write_text(text)
+    assert load_state(tmp_path) is None

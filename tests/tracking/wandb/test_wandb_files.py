@@ -1,0 +1,123 @@
+"""The records that W&B's client leaves, read as W&B's own reader reads them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from zlib import crc32
+
+import pytest
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+from gptlab.tracking.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+
+WANDB = Path(sys.executable).parent / "wandb"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A run directory with a record of rows from one byte to several blocks long."""
+    directory = tmp_path_factory.mktemp("run")
+    settings = wandb.Settings(silent=True, x_disable_stats=True, console="off")
+    run = wandb.init(project="p", id="abc", dir=directory, mode="offline", settings=settings)
+    for step in range(2, 40):
+        run.log({"text": "x" * (step * 1777 if step % 7 else 100_000)}, step=step)
+    run.finish()
+    return directory
+
+
+def steps(record: Path) -> list[int]:
+    """What W&B's reader finds."""
+    printed = subprocess.run((WANDB, "leet", "inspect", "--json", record), capture_output=True, check=True).stdout
+    return [record["history"]["step"]["num"] for record in map(json.loads, printed.splitlines()) if "history" in record]
+
+
+def test_the_last_step_is_that_of_wandb_s_reader(directory):
+    (record,) = wandb_records(directory)
+    assert steps(record)[-1] == 39
+    assert last_step(record) == 39
+
+
+@pytest.mark.parametrize("kept", [0, 100, 32768, 1_000_003])
+def test_a_record_that_was_cut_off_counts_up_to_there(directory, tmp_path, kept):
+    (whole,) = wandb_records(directory)
+    assert whole.stat().st_size > 1_000_003
+    record = tmp_path / "run-abc.wandb"
+    record.write_bytes(whole.read_bytes()[:kept])
+    found = steps(record) if kept > 7 else []
+    assert last_step(record) == max(found, default=-1)
+
+
+@pytest.mark.parametrize("kept", [100, 32768, 1_000_003])
+def test_a_record_that_was_cut_off_is_mended_without_losing_a_row(directory, tmp_path, kept):
+    (whole,) = wandb_records(directory)
+    record = tmp_path / "run-abc.wandb"
+    record.write_bytes(whole.read_bytes()[:kept])
+    found = steps(record)
+    mend(record)
+    assert steps(record) == found
+    mended = record.stat().st_size
+    assert mended < kept
+    read = subprocess.run((WANDB, "leet", "inspect", "--json", record), capture_output=True, text=True, check=True)
+    assert "unexpected EOF" not in read.stderr
+    mend(record)
+    assert record.stat().st_size == mended  # what is whole stays
+
+
+def test_a_whole_record_is_left_alone(directory):
+    (whole,) = wandb_records(directory)
+    before = whole.read_bytes()
+    mend(whole)
+    assert whole.read_bytes() == before
+
+
+def row(step: int, length: int) -> bytes:
+    """A row of a step, as a message of so many bytes."""
+    message = Record()
+    message.history.step.num = step
+    item = message.history.item.add(key="text", value_json='""')
+    for _ in range(3):  # the length is written before the text, in up to three bytes
+        item.value_json = f'"{"x" * (len(item.value_json) - 2 + length - message.ByteSize())}"'
+    assert message.ByteSize() == length
+    return message.SerializeToString()
+
+
+@pytest.mark.parametrize("left", [0, 1, 6, 7, 8])
+def test_the_end_of_a_block_may_be_left_empty(tmp_path, left):
+    """Two records, written by LevelDB's rules: the first leaves so many bytes of its block."""
+    record, one, two = tmp_path / "run-abc.wandb", row(1, 32768 - 7 - 7 - left), row(2, 100)
+    content = b":W&B\xe1\xbe\x00" + piece(1, one)
+    if left < 7:
+        content += bytes(left) + piece(1, two)
+    else:
+        content += piece(2, two[: left - 7]) + piece(4, two[left - 7 :])
+    record.write_bytes(content)
+    assert steps(record) == [1, 2]
+    assert last_step(record) == 2
+
+
+def test_a_damaged_record_counts_up_to_there(tmp_path):
+    record, damaged = tmp_path / "run-abc.wandb", bytearray(piece(1, row(2, 100)))
+    damaged[50] ^= 255
+    record.write_bytes(b":W&B\xe1\xbe\x00" + piece(1, row(1, 100)) + damaged)
+    assert last_step(record) == 1
+    assert steps(record) == [1]
+
+
+def piece(kind: int, data: bytes) -> bytes:
+    return crc32(bytes([kind]) + data).to_bytes(4, "little") + len(data).to_bytes(2, "little") + bytes([kind]) + data
+
+
+def test_what_is_unsent_is_named_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("run-20260102_000000-a", "offline-run-20260101_000000-a", "offline-run-20260103_000000-a")
+    for name in names:
+        folder = Path("run/wandb") / name
+        folder.mkdir(parents=True)
+        (folder / "run-a.wandb").touch()
+    (Path("run/wandb") / "latest-run").symlink_to(names[0])
+    in_order = [f"run/wandb/{names[i]}" for i in (1, 0, 2)]
+    assert [str(record.parent) for record in wandb_records(Path("run"))] == in_order
+    mark_as_sent(wandb_records(Path("run"))[1])
+    assert how_to_send(Path("run")) == f"wandb sync --include-online {in_order[0]} {in_order[2]}"

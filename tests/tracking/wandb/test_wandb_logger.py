@@ -1,0 +1,80 @@
+"""The logger alone, over a run that does what W&B may do."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from gptlab.tracking.wandb.logger import WandbRecord
+
+
+class Run:
+    """Stands for W&B's; ``error`` is what it raises from then on."""
+
+    offline, id, sync_dir = False, "abc", ""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+        self.exit_code: int | None = None
+        self.error: Exception | None = None
+        self.sync_dir = str(folder)
+
+    def log(self, row: dict[str, float], step: int | None) -> None:
+        if self.error:
+            raise self.error
+        self.rows.append((step, row))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "wandb" / "run-20260101_000000-abc"
+    folder.mkdir(parents=True)
+    (folder / "run-abc.wandb").touch()
+    return Run(folder)
+
+
+@pytest.fixture
+def told(caplog):
+    caplog.set_level(logging.INFO, "gptlab")
+    return lambda: [record.message for record in caplog.records]
+
+
+def test_rows_that_are_there_already_are_not_written_again(run, tmp_path):
+    logger = WandbRecord(run, tmp_path, first_step=5)
+    for step in range(3, 8):
+        logger.log_metrics({"loss": step}, step)
+    assert run.rows == [(step, {"loss": step}) for step in (5, 6, 7)]
+
+
+def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
+    logger = WandbRecord(run, tmp_path, first_step=0)
+    logger.log_metrics({"loss": 1.0}, 1)
+    run.error = ConnectionResetError("Connection lost")
+    for step in range(2, 9):
+        logger.log_metrics({"loss": 1.0}, step)
+    logger.finalize("success")
+    assert run.rows == [(1, {"loss": 1.0})]
+    assert told() == ["W&B has failed, and gets no more rows: Connection lost. metrics.csv has them all."]
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])
+def test_a_record_that_was_taken_is_marked_so(run, tmp_path, told, status, exit_code):
+    logger = WandbRecord(run, tmp_path, first_step=0)
+    logger.finalize(status)
+    assert run.exit_code == exit_code
+    assert (Path(run.sync_dir) / "run-abc.wandb.synced").exists()  # the name under which W&B looks for it
+    assert told() == []
+
+
+def test_a_record_that_was_not_taken_in_time_is_named(run, tmp_path, told, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run.error = TimeoutError("Timed out finishing run.")
+    WandbRecord(run, tmp_path, first_step=0).finalize("success")
+    assert not (Path(run.sync_dir) / "run-abc.wandb.synced").exists()
+    (message,) = told()
+    assert message.endswith("to send it: wandb sync --include-online wandb/run-20260101_000000-abc")

@@ -1,0 +1,37 @@
+import signal
+
+import pytest
+
+from gptlab.training.callbacks.metrics import uninterrupted
+
+
+@pytest.fixture(autouse=True)
+def interrupts_arrive():
+    """Who started the tests may have them ignored."""
+    owner = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, owner)
+
+
+def interrupted(times: int) -> list[str]:
+    """What is written by somebody who is interrupted before it."""
+    written = []
+
+    def write() -> None:
+        with uninterrupted():
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+            written.append("row")
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return written
+
+
+def test_an_interrupt_waits_until_the_row_is_written():
+    assert interrupted(1) == ["row"]
+
+
+def test_a_second_interrupt_does_not_wait():
+    assert interrupted(2) == []

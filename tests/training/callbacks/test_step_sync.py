@@ -1,0 +1,66 @@
+"""What the ranks know of a step, one step later."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from gptlab.training.callbacks.health_monitor import Guard
+from gptlab.training.callbacks.step_sync import Beat, Pulse
+from gptlab.training.module import GPTModule
+
+LIMITS: Any = SimpleNamespace(max_bad_steps=3, spike_sigma=6.0, spike_window=8)
+
+
+class Steps:
+    """Ends micro-batches, two a step, as a Trainer with one process would."""
+
+    def __init__(self, pulse: Pulse) -> None:
+        self.pulse, self.module = pulse, GPTModule.__new__(GPTModule)
+        torch.nn.Module.__init__(self.module)
+        self.module._device = torch.device("cpu")
+
+    def take(self, step: int, loss: float, bad: float = 0.0) -> None:
+        trainer: Any = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_step=step - 1)
+        for micro in range(2):
+            self.module.step_loss = torch.tensor(loss * (micro + 1))  # the sum over the micro-batches so far
+            self.module.bad_step = torch.tensor(bad)
+            trainer.global_step += micro
+            self.pulse.on_train_batch_end(trainer, self.module, None, None, 2 * (step - 1) + micro)
+
+
+def test_a_step_is_known_one_step_later() -> None:
+    pulse, known = Pulse(), list[Beat]()
+    pulse.listeners.append(known.append)
+    steps = Steps(pulse)
+    steps.take(1, 2.5)
+    assert known == []
+    steps.take(2, 1.5, bad=1.0)
+    assert known == [Beat(1, 2.5, False)]
+    pulse.collect()
+    assert known == [Beat(1, 2.5, False), Beat(2, 1.5, True)]
+    pulse.collect()
+    steps.take(3, 0.5)
+    assert len(known) == 2
+
+
+def test_a_stop_is_agreed_on_one_step_later_and_for_good() -> None:
+    pulse = Pulse()
+    steps = Steps(pulse)
+    pulse.stop_requested = True
+    steps.take(1, 1.0)
+    assert not pulse.agreed_stop
+    pulse.stop_requested = False
+    steps.take(2, float("nan"))  # which does not hide it
+    assert pulse.agreed_stop
+    steps.take(3, 1.0)
+    assert pulse.agreed_stop
+
+
+def test_a_checkpoint_knows_of_the_step_before_it() -> None:
+    pulse = Pulse()
+    guard, steps = Guard(pulse, LIMITS, ""), Steps(pulse)
+    steps.take(1, 2.0)
+    steps.take(2, 4.0, bad=1.0)
+    state = guard.state_dict()
+    assert (state["bad_steps"], state["in_a_row"], state["spikes"]["losses"]) == (1, 1, [2.0])

@@ -1,0 +1,42 @@
+"""Sums over ranks, one call late."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from gptlab.training.distributed.delayed_all_reduce import Agreement
+
+
+def test_one_process_knows_its_numbers_one_call_later() -> None:
+    agreement = Agreement()
+    assert agreement.collect() is None
+    assert agreement.add(torch.tensor([1.0, 2.0])) is None
+    assert agreement.add(torch.tensor([3.0, 4.0])) == [1.0, 2.0]
+    assert agreement.collect() == [3.0, 4.0]
+    assert agreement.collect() is None  # once
+    assert agreement.add(torch.tensor([5.0, 6.0])) is None
+
+
+def test_values_changed_afterwards_do_not_count() -> None:
+    agreement, values = Agreement(), torch.tensor([1.0], dtype=torch.float64)
+    agreement.add(values)
+    values.zero_()
+    assert agreement.collect() == [1.0]
+
+
+def _rank(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    agreement = Agreement()
+    got = [agreement.add(torch.tensor([float(rank), 10.0 * step + rank, 1e-9])) for step in range(3)]
+    got.append(agreement.collect())
+    torch.save(got, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_know_the_same_sums_one_call_later(tmp_path: Path) -> None:
+    mp.spawn(_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    expected = [None, *([1.0, 20.0 * step + 1, 2 * float(torch.tensor(1e-9))] for step in range(3))]
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == expected

@@ -1,0 +1,122 @@
+"""The average of the weights against sums written by hand."""
+
+import math
+
+import pytest
+import torch
+
+from conftest import defaults, tiny_config
+from gptlab.errors import UserError
+from gptlab.model.gpt import GPT
+from gptlab.training.config import AdamWConfig, MuonConfig
+from gptlab.training.optim.averaging import keep_average, put_averages, put_back, set_decay
+from gptlab.training.optim.optimizers import build_optimizer, skip_where_bad
+
+ADAMW = AdamWConfig(name="adamw", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
+MUON = MuonConfig(**defaults("optimizer/muon.yaml") | {"ns_dtype": "float32"})
+DECAY = 0.4  # which the warm-up, 2/11, 3/12, 4/13, 5/14 and 6/15, comes to at the sixth step
+
+
+def built(config=ADAMW, *, fused: bool = True):
+    torch.manual_seed(0)
+    model = GPT(tiny_config())
+    optimizer = build_optimizer(model, config, fused=fused)
+    keep_average(optimizer, DECAY)
+    return model, optimizer
+
+
+def make_step(model, optimizer, step: int, *, bad: bool = False) -> None:
+    optimizer.zero_grad()
+    set_decay(optimizer, step, DECAY)
+    model(torch.arange(16)[None] + step).square().sum().backward()
+    if bad:
+        model.wpe.weight.grad[3, 5] = float("nan")
+    skip_where_bad(optimizer, torch.tensor(float(bad)))
+    optimizer.step()
+
+
+def averages(model, optimizer) -> dict[str, torch.Tensor]:
+    return {name: optimizer.state[parameter]["average"].clone() for name, parameter in model.named_parameters()}
+
+
+def by_hand(weights: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
+    """The first weights, and every later ones, each by its share of the whole; in float64."""
+    shares = [(1 - decay) * math.prod(decays[later + 1 :]) for later, decay in enumerate(decays)]
+    assert sum(shares) == pytest.approx(1)
+    return sum(share * weight.double() for share, weight in zip(shares, weights, strict=True))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_the_average_is_that_of_all_steps_by_their_shares(config, fused):
+    model, optimizer = built(config, fused=fused)
+    history = []
+    for step in range(8):
+        make_step(model, optimizer, step)
+        history.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    decays = [0, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 0.4, 0.4]
+    found = averages(model, optimizer)
+    assert found.keys() == history[0].keys()
+    assert "lm_head.weight" not in found  # it is wte.weight
+    for name, average in found.items():
+        expected = by_hand([weights[name] for weights in history], decays)
+        torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=0, msg=name)
+        assert (average - history[-1][name]).abs().max() > 1e-4, name
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
+def test_a_bad_step_leaves_it_alone_and_the_next_moves_it(config, fused):
+    model, optimizer = built(config, fused=fused)
+    for step in range(3):
+        make_step(model, optimizer, step)
+    before = averages(model, optimizer)
+    make_step(model, optimizer, 3, bad=True)
+    assert all(torch.equal(average, before[name]) for name, average in averages(model, optimizer).items())
+    make_step(model, optimizer, 4)
+    for name, parameter in model.named_parameters():
+        expected = before[name].double() * 5 / 14 + parameter.detach().double() * 9 / 14
+        torch.testing.assert_close(optimizer.state[parameter]["average"].double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_bad_first_step_is_no_obstacle(fused):
+    model, optimizer = built(fused=fused)
+    initial = model.wte.weight.detach().clone()
+    make_step(model, optimizer, 0, bad=True)
+    assert torch.equal(model.wte.weight, initial)
+    make_step(model, optimizer, 1)
+    state = optimizer.state[model.wte.weight]
+    assert state["step"] == 1
+    kept = 2 / 11 if fused else 0  # otherwise it begins here
+    expected = kept * initial.double() + (1 - kept) * model.wte.weight.detach().double()
+    torch.testing.assert_close(state["average"].double(), expected, atol=1e-6, rtol=0)
+
+
+def test_put_in_place_and_back_the_weights_stay_where_they_are():
+    model, optimizer = built()
+    for step in range(3):
+        make_step(model, optimizer, step)
+    names = dict(model.named_parameters())
+    trained = {name: p.detach().clone() for name, p in names.items()}
+    places = {name: p.data_ptr() for name, p in names.items()}
+    kept = put_averages([optimizer])
+    assert all(torch.equal(names[name], average) for name, average in averages(model, optimizer).items())
+    assert model.lm_head.weight is model.wte.weight
+    put_back(kept)
+    assert all(torch.equal(names[name], weights) for name, weights in trained.items())
+    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
+
+
+def test_without_an_average_a_state_is_what_it_was_and_does_not_become_one():
+    model, optimizer = built()
+    plain = build_optimizer(model, ADAMW, fused=True)
+    for one, others in ((plain, optimizer), (optimizer, plain)):
+        with pytest.raises(UserError, match=r"keeps an average of its weights \(train.ema_decay\)"):
+            one.load_state_dict(others.state_dict())
+    make_step(model, optimizer, 0)
+    plain.step()
+    assert put_averages([plain]) == []
+    state = plain.state_dict()
+    assert {moment for moments in state["state"].values() for moment in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all("ema_decay" not in group for group in state["param_groups"])

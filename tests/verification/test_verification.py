@@ -1,0 +1,207 @@
+"""What the proofs compare, by hand: traces, short configurations, runs that are killed or fail."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gptlab.errors import UserError
+from gptlab.training.optim.schedules import learning_rate
+from gptlab.verification import runs as proving_runs
+from gptlab.verification.comparison import Line, first_difference, largest_difference, read_trace
+from gptlab.verification.configs import ProveConfig, deal, shortened, to_be_killed
+from gptlab.verification.proofs import Case, compare_losses, killed_and_resumed, prove_all
+from gptlab.verification.report import Proof, passed
+from gptlab.verification.runs import RunFailed, Runs
+from test_conf import resolved
+from test_prove import is_alive
+
+
+def trace(*losses: float, **changes: str) -> list[Line]:
+    """A trace with these losses, and tensors of other hashes at the last step."""
+    lines = [
+        Line(step, f"t{step}", repr(loss), "1.0", {"wte": f"a{step}", "wte.step": f"b{step}", "h.0": f"c{step}"})
+        for step, loss in enumerate(losses, 1)
+    ]
+    return [*lines[:-1], lines[-1]._replace(tensors=lines[-1].tensors | changes)]
+
+
+def test_the_first_difference_is_named_by_its_step_and_tensor():
+    same = trace(3.0, 2.0, 1.0)
+    assert first_difference(same, trace(3.0, 2.0, 1.0)) is None
+    found = first_difference(same, trace(3.0, 2.0, 1.0, **{"h.0": "x", "wte.step": "x"}))
+    assert (found.step, found.values, found.tensors) == (3, [], ["wte.step", "h.0"])
+    assert str(found) == "first at step 3: 2 of 3 tensors, the first of them wte.step"
+    assert str(first_difference(same, trace(3.0, 2.5, 1.0))) == "first at step 2: loss 2.5 instead of 2.0"
+    assert str(first_difference(same, same[:2])) == "first at step 3: one of the runs has no such step"
+    assert first_difference(trace(math.nan), trace(math.nan)) is None
+    without = [same[0]._replace(tensors={"wte": "a1", "h.0": "c1"}), *same[1:]]
+    assert first_difference(same, without).tensors == ["wte.step"]
+
+
+def test_the_largest_difference_of_losses_is_found_and_what_is_no_number_is_infinite():
+    assert largest_difference(trace(3.0, 2.0, 1.0), trace(3.0, 1.5, 1.25)) == (0.5, 2)
+    assert largest_difference(trace(3.0, 2.0), trace(3.0, math.nan)) == (math.inf, 2)
+    assert largest_difference(trace(3.0, 2.0), trace(3.0)) == (math.inf, 2)
+    assert largest_difference(trace(3.0), trace(3.0)) == (0.0, 1)
+
+
+def test_what_is_not_possible_breaks_no_promise():
+    kept, broken, impossible = (Proof("p", kept, "", {}) for kept in (True, False, None))
+    assert passed([kept, impossible])
+    assert not passed([kept, broken, impossible])
+
+
+def test_a_trace_is_read_as_it_is_written(tmp_path):
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line._asdict()) + "\n" for line in trace(2.0, 1.0)))
+    assert read_trace(tmp_path / "trace.jsonl") == trace(2.0, 1.0)
+    assert read_trace(tmp_path / "nothing") == []
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ("schedule=cosine", "schedule.warmup_steps=2"),
+        ("schedule=linear", "schedule.warmup_steps=2", "schedule.decay_steps=9"),
+        ("schedule=wsd", "schedule.warmup_steps=3"),
+        ("schedule=constant", "schedule.warmup_steps=9"),
+    ],
+    ids=["cosine", "linear", "wsd", "constant"],
+)
+@pytest.mark.parametrize("length", ["train.max_steps=20", "train.max_tokens=30000"])
+def test_a_short_run_has_the_learning_rates_of_the_whole_one(schedule, length):
+    config = resolved(*schedule, length)
+    for short in (shortened(config, 6), to_be_killed(shortened(config, 6))):
+        for step in range(6):
+            expected = learning_rate(step, config.schedule, lr=1.0, max_steps=config.steps)
+            assert learning_rate(step, short.schedule, lr=1.0, max_steps=short.steps) == expected
+    assert shortened(config, 6).steps == 6
+
+
+def test_a_run_that_cannot_be_shortened_is_refused():
+    config = resolved("schedule=wsd", "schedule.warmup_steps=1", "train.max_steps=6")
+    with pytest.raises(UserError, match="Fewer steps, or a longer run"):
+        shortened(config, 6)
+
+
+def test_a_short_run_saves_every_step_and_leaves_loggers_alone():
+    short = shortened(
+        resolved("logger=[csv,wandb]", "callbacks=early_stopping", "callbacks.early_stopping.patience=1"), 6
+    )
+    assert short.callbacks.checkpoint.every == 1
+    assert (short.callbacks.early_stopping, short.logger.wandb) == (None, None)
+    kept = shortened(resolved("callbacks.checkpoint.asynchronous=true"), 6)
+    assert (kept.callbacks.checkpoint.every, kept.callbacks.checkpoint.asynchronous) == (1, True)  # as the user saves
+
+
+def test_batches_are_dealt_out_in_micro_batches_no_larger_than_the_users():
+    def dealt(batch, *arguments, earlier=()):
+        train = resolved(f"train.global_batch_size={batch}", f"train.batch_schedule={[list(s) for s in earlier]}").train
+        return deal(train, *arguments)[:3]
+
+    assert dealt(12, 2, 4) == (2, 3, 2)
+    assert dealt(12, 1, 6) == (1, 6, 2)
+    assert dealt(480, 4, 12) == (4, 12, 10)
+    assert dealt(14, 2, 5) == (2, 1, 7)
+    with pytest.raises(UserError, match="cannot be dealt out to 4 devices"):
+        dealt(14, 4, 14)
+    assert dealt(24, 2, 11, earlier=[(3, 8), (6, 16)]) == (2, 6, 2)  # 2 divides 4, 8 and 12, and 3 does not
+    assert dealt(24, 2, 5, earlier=[(3, 8), (6, 16)]) == (2, 3, 4)
+    with pytest.raises(UserError, match="too small for an accumulation of micro-batches up to 2"):
+        dealt(24, 2, 2, earlier=[(3, 8), (6, 16)])
+
+
+def stand_in(monkeypatch, code: str) -> None:
+    """Run code in the place of a run: it is given the run directory."""
+
+    given = "import json, sys; sys.argv[1] = json.load(open(sys.argv[1]))['place']\n"
+    monkeypatch.setattr(proving_runs, "COMMAND", (sys.executable, "-c", given + code))
+
+
+def test_a_run_that_fails_is_told_once_with_the_last_it_said(tmp_path, monkeypatch):
+    stand_in(monkeypatch, "print('hello\\nwhat went wrong'); raise SystemExit(3)")
+    runs, config = Runs(tmp_path), resolved()
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="the run 'whole' ended with status 3") as failure:
+            runs.trace("whole", config)
+        assert failure.value.tail == "hello\nwhat went wrong"
+        stand_in(monkeypatch, "")  # it is not run again
+
+
+def test_a_killed_run_leaves_no_process_and_goes_on_from_the_step_that_is_named(tmp_path, monkeypatch):
+    code = """
+import pathlib, subprocess, sys, time
+place = pathlib.Path(sys.argv[1])
+child = subprocess.Popen((sys.executable, '-c', 'import time; time.sleep(60)'))
+(place.parent / 'child').write_text(str(child.pid))
+for step in range(1, 6):
+    (place / 'checkpoints' / f'step_{step:06d}').mkdir(parents=True)
+time.sleep(60)
+"""
+    stand_in(monkeypatch, code)
+    place = Runs(tmp_path).kill("killed", resolved(), after=3)
+    left = sorted(path.name for path in (place / "checkpoints").iterdir())
+    assert left == ["step_000001", "step_000002", "step_000003"]
+    child, until = int((tmp_path / "child").read_text()), time.monotonic() + 20
+    while is_alive(child):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_run_that_ends_before_it_is_saved_is_told(tmp_path, monkeypatch):
+    stand_in(monkeypatch, "print('no')")
+    with pytest.raises(RunFailed, match="'killed' ended with status 0"):
+        Runs(tmp_path).kill("killed", resolved(), after=3)
+
+
+def test_losses_are_compared_only_where_the_tokens_are_the_same():
+    expected = trace(3.0, 2.0)
+    found = [compare_losses("", expected, trace(3.0, 2.5), tolerance, {"on": "cpu"}) for tolerance in (0.5, 0.4)]
+    assert [proof.passed for proof in found] == [True, False]
+    assert [(proof.details["largest_difference"], proof.details["step"]) for proof in found] == [(0.5, 2), (0.5, 2)]
+    other = [expected[0], expected[1]._replace(tokens="others")]
+    proof = compare_losses("", expected, other, 1.0, {"on": "cpu"})
+    assert (proof.passed, proof.what) == (False, "trained on other tokens, first at step 2")
+
+
+class Told:
+    """Runs that are not made, but told: their traces, or that they fail."""
+
+    def __init__(self, **traces: list[Line]) -> None:
+        self.traces = traces
+
+    def trace(self, name, config):
+        if name not in self.traces:
+            raise RunFailed(f"no {name}", "its last words")
+        return self.traces[name]
+
+    def kill(self, name, config, after):
+        return Path(name)
+
+
+@pytest.fixture
+def case():
+    values = {"steps": 2, "kill_after": 1, "ranks": [1], "workers": [0], "tolerance": 1e-5, "keep": False, "out": None}
+    return Case(resolved(), None, ProveConfig(**values))
+
+
+def test_a_difference_that_killing_has_not_made_is_told_apart(case):
+    same, other, third = trace(3.0, 2.0), trace(3.0, 2.0, wte="x"), trace(3.0, 2.5)
+    (kept,) = killed_and_resumed(case, Told(uninterrupted=same, resumed=same))
+    assert (kept.passed, kept.details["difference"]) == (True, None)
+    (broken,) = killed_and_resumed(case, Told(uninterrupted=same, resumed=other, repeated=same))
+    assert (broken.passed, broken.details["difference"]["tensors"]) == (False, ["wte"])
+    assert "never killed" not in broken.what
+    (broken,) = killed_and_resumed(case, Told(uninterrupted=same, resumed=other, repeated=third))
+    assert not broken.passed
+    assert "Two runs that were never killed differ, too, first at step 2: loss 2.5" in broken.what
+
+
+def test_runs_that_fail_break_every_promise_that_needs_them(case):
+    proofs = list(prove_all(case, Told()))
+    assert [proof.passed for proof in proofs] == [False] * 6
+    assert [proof.what for proof in proofs] == ["no uninterrupted"] * 2 + ["no one-process"] * 3 + ["no uninterrupted"]
+    assert {proof.details["tail"] for proof in proofs} == {"its last words"}
