@@ -98,7 +98,7 @@ def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("two groups of two", "fsdp, compiled")])
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "two groups of two"])
 def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
     same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # beside which the gradients' rounding is small
     one = runs.give(user, "averaged", *same)
