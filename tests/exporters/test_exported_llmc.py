@@ -24,14 +24,14 @@ def as_bfloat16(values: np.ndarray) -> bytes:
 @pytest.mark.parametrize(
     ("dtype", "version", "written"), [("float32", 3, as_float32), ("bfloat16", 5, as_bfloat16)], ids=["3", "5"]
 )
-@pytest.mark.parametrize("bias", [True, False], ids=["with biases", "without"])
-def test_weights_are_where_llm_c_looks_for_them(tmp_path, monkeypatch, dtype, version, written, bias):
-    model = random_model(bias=bias, pad_vocab_to_multiple_of=64)
+@pytest.mark.parametrize(("bias", "vocab_size"), [(True, 61), (False, 61), (True, 128)])
+def test_weights_are_where_llm_c_looks_for_them(tmp_path, monkeypatch, dtype, version, written, bias, vocab_size):
+    model = random_model(bias=bias, vocab_size=vocab_size, pad_vocab_to_multiple_of=64)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     export(monkeypatch, tmp_path / "out", model, "llmc", dtype)
-    header = struct.pack("<256i", 20240326, version, 16, 61, 2, 2, 32, 128, *[0] * 248)
+    header = struct.pack("<256i", 20240326, version, 16, vocab_size, 2, 2, 32, 128, *[0] * 248)
     wte = np.zeros((128, 32), dtype=np.float32)
-    wte[:61] = state["wte.weight"][:61]
+    wte[:vocab_size] = state["wte.weight"][:vocab_size]
     tensors = [wte, state["wpe.weight"]]
     for part in BLOCK:
         weights = [state[f"h.{layer}.{part}.weight"] for layer in range(2)]
