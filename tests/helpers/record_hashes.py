@@ -26,6 +26,7 @@ from typing import Any
 
 # Columns and keys that measure time or memory, or name a place or a version
 MEASURED = {"tokens_per_second", "data_wait", "peak_memory_gb", "mfu", "time", "seconds", "path", "gptlab"}
+FINGERPRINT = re.compile(r"-[0-9a-f]{12}(?=/)")  # of a cache entry, made from the path and time of its source
 TIME = re.compile(rb"\d{4}-\d\d-\d\d[T_]\d\d[:-]\d\d[:-]\d\d([+-]\d{4})?")
 
 SMALL = (
@@ -115,10 +116,11 @@ class Recorder:
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache" / "inductor"),
         }
         lines = (f"line {i}: the {['cat', 'dog', 'cow'][i % 3]} has {i * i % 97} of {i % 7}\n" for i in range(2000))
-        (self.folder / "text.txt").write_text("".join(lines))
         texts = (f"{i}: the {['cat', 'dog'][i % 2]} has " + "a fish and " * (i % 5) for i in range(800))
-        documents = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (self.folder / "documents.jsonl").write_text(documents)
+        documents = (json.dumps({"text": text}) + "\n" for text in texts)
+        for name, parts in {"text.txt": lines, "documents.jsonl": documents}.items():
+            if not (path := self.folder / name).exists():  # whose time is part of the cache's key
+                path.write_text("".join(parts))
 
     def record(self, name: str) -> Any:
         """Runs one entry anew and returns its record."""
@@ -216,7 +218,9 @@ class Recorder:
         """Returns the hashes of the files below a folder, without what only the cache uses."""
         paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
         return {
-            str(path.relative_to(folder)): self.hash_of(path) for path in paths if "verified" not in path.parent.name
+            FINGERPRINT.sub("", path.relative_to(folder).as_posix()): self.hash_of(path)
+            for path in paths
+            if path.parent.name != "verified"
         }
 
     def hash_of(self, path: Path) -> str:
