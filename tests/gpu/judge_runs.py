@@ -214,6 +214,8 @@ def judge_correctness() -> None:
 
 
 def judge_speed() -> None:
+    succeeded("unit")
+    succeeded("profile")
     for name in ("gpt2", "gpt2_best", "speedrun"):
         check_speed(name)
     compare_with_nanogpt()
