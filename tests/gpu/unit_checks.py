@@ -1,0 +1,361 @@
+"""Checks within one process: python unit_checks.py [name ...]. Each prints lines of PASS, FAIL or INFO.
+
+A check that fails does not stop the others. Without a GPU they run on the CPU with small sizes, to test the script.
+Shapes: B batch, T time, N = B x T tokens, C channels.
+"""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from gptlab.config.command import configuration_folder
+from gptlab.model.attention import attend, attention_mask
+from gptlab.model.generation.generate import continued, generate
+from gptlab.model.generation.inference import Int8Linear, decoder, for_inference
+from gptlab.model.generation.kv_cache import KVCache, Place
+from gptlab.model.generation.sampler import row_seeds
+from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.gpt import GPT
+from gptlab.model.loss import Head, mean_loss
+from gptlab.training.config import AdamWConfig, MuonConfig
+from gptlab.training.distributed.delayed_all_reduce import Agreement
+from gptlab.training.gpu_specs import of_device
+from gptlab.training.module import seed_generators
+from gptlab.training.optim.muon import StackedMuon
+from gptlab.training.optim.optimizers import build_optimizer, skip_where_bad
+from measuring import CUDA, DEVICE, NAME, SMALL, config, milliseconds, peak_memory
+
+BF16 = torch.bfloat16
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    """Register a check under its name."""
+    CHECKS[function.__name__] = function
+    return function
+
+
+def report(verdict: str, name: str, text: str) -> None:
+    print(f"{verdict:4} unit.{name}: {text}", flush=True)
+
+
+def expect(ok: bool, name: str, text: str) -> None:
+    report("PASS" if ok else "FAIL", name, text)
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    return ((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-12)).item()
+
+
+def worst_difference(results: list[list[Tensor]]) -> float:
+    """Return the largest relative difference between two lists of tensors."""
+    return max(relative_difference(a, b) for a, b in zip(*results, strict=True))
+
+
+@check
+def ceilings() -> None:
+    n = 8192 if CUDA else 256
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
+    product = milliseconds(lambda: a @ b)
+    source = torch.empty(2**30 if CUDA else 2**22, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    copy = milliseconds(lambda: target.copy_(source))
+    flops, rate = 2 * n**3 / product / 1e9, 2 * source.numel() / copy / 1e6
+    report("INFO", "ceilings", f"bf16 product {flops:.0f} TFLOP/s; copy {rate:.0f} GB/s read+written")
+
+
+@check
+def device() -> None:
+    known = of_device(NAME) is not None
+    text = f"{NAME!r}, torch {torch.__version__}, its peak is {'known' if known else 'NOT known'}"
+    report(("PASS" if known else "FAIL") if CUDA else "INFO", "device", text)
+
+
+@check
+def norms_under_autocast() -> None:
+    x = torch.randn(2, 64, device=DEVICE, dtype=BF16)
+    with torch.autocast(DEVICE.type, BF16):
+        dtype = F.rms_norm(x, (64,)).dtype
+    report("INFO", "norms_under_autocast", f"rms_norm gives {dtype} (float32 from torch 2.12 on)")
+
+
+@check
+def flex_is_sdpa() -> None:
+    """FlexAttention beside scaled_dot_product_attention: outputs and gradients."""
+    F32 = torch.float32
+    for length, dtype, limit in ((512, F32, 2e-3), (512, BF16, 2e-2), (64, F32, 2e-3), (200, BF16, 2e-2)):
+        T = length if CUDA else min(length, 100)
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(3, 4, T, 64, device=DEVICE, dtype=dtype) for _ in range(3))
+        documents = (torch.rand(3, T, device=DEVICE) < 0.02).long().cumsum(1)
+        for window in (None, 48):
+            results = []
+            for flex in (CUDA, False):
+                leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+                y = attend(*leaves, attention_mask(documents, documents, window, flex=flex), 0.0)
+                y.square().sum().backward()
+                results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+            worst = worst_difference(results)
+            text = f"T={T} {dtype} window={window}: worst relative difference {worst:.1e}"
+            expect(worst < limit, "flex_is_sdpa", text)
+    B, T = (32, 1024) if CUDA else (2, 128)
+    documents = (torch.rand(B, T, device=DEVICE) < 0.003).long().cumsum(1)
+    took = milliseconds(lambda: attention_mask(documents, documents, None, flex=True), times=5)
+    report("INFO", "flex_is_sdpa", f"the mask of {B} x {T} documents takes {took:.2f} ms a micro-batch, made eagerly")
+
+
+@check
+def causal_uses_flash() -> None:
+    if not CUDA:
+        report("INFO", "causal_uses_flash", "no GPU")
+        return
+    q, k, v = (torch.randn(8, 12, 1024, 64, device=DEVICE, dtype=BF16) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attend(q, k, v, None, 0.0)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    expect(any("flash" in n.lower() or "cudnn" in n.lower() for n in names), "causal_uses_flash", str(names)[:150])
+
+
+@check
+def loss_in_chunks() -> None:
+    head = Head(50257 if CUDA else 500, None)
+    rows = 50304 if CUDA else 512
+    N, C = (4096, 768) if CUDA else (64, 32)
+    for dtype, limit in ((torch.float32, 1e-4), (BF16, 2e-2)):
+        torch.manual_seed(0)
+        x, w = torch.randn(N, C, device=DEVICE), 0.05 * torch.randn(rows, C, device=DEVICE)
+        targets = torch.randint(head.vocab_size, (N,), device=DEVICE)
+        results = []
+        for chunk in (None, N // 7):
+            leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
+            with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
+                loss = mean_loss(*leaves, targets, head, chunk)
+            loss.backward()
+            results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+        worst = worst_difference(results)
+        text = f"{dtype}: in chunks and all at once, worst relative difference {worst:.1e}"
+        expect(worst < limit, "loss_in_chunks", text)
+
+
+@check
+def loss_speed() -> None:
+    """Head and loss of GPT-2, forward and backward: the cost of chunks and of an unpadded vocabulary."""
+    compiled = torch.compile(mean_loss) if CUDA else mean_loss
+    for label, rows, chunk, function in (
+        ("50257 rows, chunk auto (333)", 50257, 333, mean_loss),
+        ("50304 rows, chunk 333", 50304, 333, mean_loss),
+        ("50304 rows, chunk 2048", 50304, 2048, mean_loss),
+        ("50304 rows, chunk 8192", 50304, 8192, mean_loss),
+        ("50304 rows, at once, compiled", 50304, None, compiled),
+        ("50257 rows, at once, compiled", 50257, None, compiled),
+    ):
+        try:
+            report("INFO", "loss_speed", f"{label}: {measured_loss(rows, chunk, function)}")
+        except Exception as error:
+            report("FAIL", "loss_speed", f"{label}: {type(error).__name__} {str(error)[:120]}")
+
+
+def measured_loss(rows: int, chunk: int | None, function: Callable[..., Tensor]) -> str:
+    N, C = (32768, 768) if CUDA else (256, 32)
+    if not CUDA:
+        rows, chunk = 512, chunk and 64
+    head = Head(min(rows, 50257), None)
+    x = torch.randn(N, C, device=DEVICE, requires_grad=True)
+    w = (0.02 * torch.randn(rows, C, device=DEVICE)).requires_grad_()
+    targets = torch.randint(head.vocab_size, (N,), device=DEVICE)
+
+    def step() -> None:
+        x.grad = w.grad = None
+        with torch.autocast(DEVICE.type, BF16):
+            loss = function(x, w, targets, head, chunk)
+        loss.backward()
+
+    step()
+    took, memory = milliseconds(step, times=7, warmup=2), peak_memory(step)
+    flops = 6 * N * C * (50304 if CUDA else 512)
+    return f"{took:.1f} ms for {N} tokens ({flops / took / 1e9:.0f} TFLOP/s), {memory:.0f} MiB"
+
+
+@check
+def muon() -> None:
+    """Two updates of StackedMuon beside torch.optim.Muon's, which computes in bfloat16."""
+    shapes = [(64, 64), (192, 64), (64, 256), (256, 64)] * 2
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        initial = [torch.randn(shape, device=DEVICE) for shape in shapes]
+        gradients = [torch.randn(shape, device=DEVICE) for shape in shapes]
+        results = []
+        for kind in ("gptlab", "torch"):
+            parameters = [torch.nn.Parameter(p.clone()) for p in initial]
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient.clone()
+            if kind == "gptlab":
+                groups = [{"params": parameters, "lr": 0.02, "weight_decay": 0.1}]
+                optimizer = StackedMuon(groups, ns_dtype=dtype, cautious=False)
+            else:
+                optimizer = torch.optim.Muon(parameters, lr=0.02, weight_decay=0.1)
+            optimizer.step()
+            optimizer.step()
+            results.append([p.detach() - before for p, before in zip(parameters, initial, strict=True)])
+        worst = worst_difference(results)
+        text = f"{dtype}: updates beside torch.optim.Muon's, worst relative difference {worst:.1e}"
+        expect(worst < 5e-2, "muon", text)
+
+
+@check
+def optimizers_speed() -> None:
+    """A skipped step changes nothing, and the time of a step, on the device and on the host."""
+    model = GPT(config() if CUDA else config(**SMALL | {"n_layer": 1, "n_head": 2, "n_embd": 128})).to(DEVICE)
+    for name, kind in (("adamw", AdamWConfig), ("muon", MuonConfig)):
+        values = yaml.safe_load((configuration_folder() / "optimizer" / f"{name}.yaml").read_text())
+        values |= {"lr": 1e-3} if name == "adamw" else {}
+        optimizer = build_optimizer(model, kind(**values), fused=True)
+
+        def step(bad: bool, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
+            skip_where_bad(optimizer, torch.full((), float(bad), device=DEVICE))
+            optimizer.step()
+
+        def state(optimizer: torch.optim.Optimizer = optimizer) -> list[Tensor]:
+            return [*model.parameters(), *(m for s in optimizer.state.values() for m in s.values())]
+
+        step(bad=False)
+        before = [tensor.detach().clone() for tensor in state()]
+        step(bad=True)
+        kept = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        expect(kept, "optimizers_speed", f"{name}: a bad step changes neither weights nor moments nor step counts")
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        skip_where_bad(optimizer, torch.zeros((), device=DEVICE))
+        begun = time.perf_counter()
+        optimizer.step()
+        host = 1e3 * (time.perf_counter() - begun)
+        took, what = milliseconds(optimizer.step, times=5), "GPT-2 124M" if CUDA else "a small model"
+        report(
+            "INFO", "optimizers_speed", f"{name} of {what}: {took:.1f} ms a step; the host took {host:.1f} to launch it"
+        )
+
+
+@check
+def seeds() -> None:
+    torch.manual_seed(0)
+    model = GPT(config(**SMALL, dropout=0.2)).to(DEVICE).train()
+    idx = torch.randint(512, (4 if CUDA else 2, 256), device=DEVICE)
+    functions = {"eager": model.loss} | ({"compiled": torch.compile(model.loss)} if CUDA else {})
+    for name, loss in functions.items():
+        losses = []
+        for seed in (1, 2, 1):
+            seed_generators(2**63 + seed)
+            with torch.autocast(DEVICE.type, BF16):
+                losses.append(loss(idx, idx, None, None).item())
+        expect(losses[0] == losses[2] != losses[1], "seeds", f"{name}: dropout follows the seed: {losses}")
+
+
+@check
+def cached_generation() -> None:
+    """The KV cache beside whole passes, in float32; then the speed of one text in bfloat16 and int8."""
+    torch.manual_seed(0)
+    for name in ("gpt2", "gpt2_modern"):
+        worst = cache_error(name)
+        text = f"{name}, float32: token by token and all at once differ by {worst:.1e}"
+        expect(worst < 5e-3, "cached_generation", text)
+    for label, int8, compiled in (
+        ("bfloat16", False, False),
+        ("int8", True, False),
+        ("bfloat16, compiled", False, True),
+    ):
+        if compiled and not CUDA:
+            continue
+        try:
+            speed = generation_speed(int8=int8, compiled=compiled)
+            report("INFO", "cached_generation", f"{label}, one text: {speed:.0f} tokens/s")
+        except Exception as error:
+            report("FAIL", "cached_generation", f"{label}: {type(error).__name__} {str(error)[:150]}")
+
+
+@torch.no_grad()
+def cache_error(name: str) -> float:
+    """Return the largest difference of logits with and without the cache, over 40 tokens."""
+    model = GPT(config(name, **SMALL)).to(DEVICE).eval()
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    idx, cache = torch.randint(512, (2, 40), device=DEVICE), KVCache(4, 40)
+    whole, slots, worst = model(idx), torch.arange(40, device=DEVICE), 0.0
+    for at in range(40):
+        place = Place(slots[at : at + 1], None, at + 1, ends=True)
+        logits = model.next_logits(idx[:, at : at + 1], cache, place)
+        worst = max(worst, (logits - whole[:, at]).abs().max().item())
+    return worst
+
+
+def generation_speed(*, int8: bool = False, compiled: bool = False) -> float:
+    """Return tokens per second of greedy generation, after a first text that warms up."""
+    greedy = Sampling(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    many = 200 if CUDA else 4
+    model = GPT(config() if CUDA else config(**SMALL))
+    model = for_inference(model, "bfloat16", DEVICE, int8=int8, packed=True)
+    options = {"decoder": decoder(model, compiled=compiled), "device": DEVICE}
+    took = 0.0
+    for tokens in (many if compiled else 4, many):
+        begun = time.perf_counter()
+        rows = generate(model, [[1, 2, 3]], greedy, seeds=row_seeds(0, 1), max_new_tokens=tokens, **options)
+        continued(rows).tolist()
+        took = time.perf_counter() - begun
+    return many / took
+
+
+@check
+def int8_products() -> None:
+    torch.manual_seed(0)
+    width = 768 if CUDA else 128
+    linear = torch.nn.Linear(width, 4 * width).to(DEVICE, BF16)
+    int8 = Int8Linear(linear)
+    for rows in (1, 16, 64):
+        x = torch.randn(rows, width, device=DEVICE, dtype=BF16)
+        error = relative_difference(int8(x), linear(x))
+        times = [milliseconds(lambda layer=layer, x=x: layer(x)) for layer in (int8, linear)]
+        text = f"{rows} rows: relative difference {error:.1e}, {times[0]:.3f} ms; {times[1]:.3f} in bfloat16"
+        expect(error < 2e-2, "int8_products", text)
+
+
+@check
+def agreement() -> None:
+    sums = Agreement()
+    got = [sums.add(torch.full((3,), float(i), device=DEVICE)) for i in range(3)] + [sums.collect()]
+    expect(got == [None, [0.0] * 3, [1.0] * 3, [2.0] * 3], "agreement", f"sums come one step later: {got}")
+
+
+@check
+def mixed_devices() -> None:
+    """torch.stack of tensors of the GPU and of the CPU, as ``Pulse`` calls it with trainer.cpu_offload=true."""
+    try:
+        torch.stack([torch.zeros((), device=DEVICE), torch.zeros(())])
+        report("INFO", "mixed_devices", "torch.stack takes both")
+    except RuntimeError as error:
+        text = f"training/callbacks/step_sync.py would fail with trainer.cpu_offload=true: {str(error)[:90]}"
+        report("FAIL", "mixed_devices", text)
+
+
+def main() -> None:
+    for name in sys.argv[1:] or CHECKS:
+        begun = time.perf_counter()
+        try:
+            CHECKS[name]()
+        except Exception as error:
+            report("FAIL", name, f"{type(error).__name__}: {str(error)[:200]}")
+            traceback.print_exc()
+        print(f"     ({name}: {time.perf_counter() - begun:.0f} s)", flush=True)
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
