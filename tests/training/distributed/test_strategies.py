@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import spread
 from spread import MICRO_BATCHES, STEPS
 
 BLOCKS = 2
@@ -17,7 +18,7 @@ GROUPS = BLOCKS + 1  # what FSDP handles at once: each block, and what remains
 @pytest.fixture(scope="module")
 def found():
     """What the script has found, by strategy."""
-    script = Path(__file__).parent / "spread.py"
+    script = Path(spread.__file__)
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script))
     paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
