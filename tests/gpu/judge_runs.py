@@ -39,13 +39,13 @@ def selected(name: str) -> bool:
 
 
 def run_dir(name: str) -> Path | None:
-    """Return the newest run directory of a check; None where it has not come so far."""
+    """Return the newest run directory of a check, or None if it has made none."""
     found = sorted((WORK / name).glob("outputs/*/*/config.yaml"))
     return found[-1].parent if found else None
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """Return the rows of metrics.csv, none where there is no such file."""
+    """Return the rows of metrics.csv, or an empty list if it does not exist."""
     directory = run_dir(name)
     if directory is None or not (directory / "metrics.csv").exists():
         return []

@@ -48,7 +48,7 @@ def test_nor_does_one_that_submitit_has_put_back_into_the_queue(monkeypatch):
 
 
 class Slurm:
-    """Programs named as SLURM's; squeue says what it is told to."""
+    """Fakes of SLURM's programs on the PATH; ``queue`` sets the output of squeue."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder = folder / "bin"

@@ -68,7 +68,7 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         The exit status.
 
     Raises:
-        UserError: What is asked for is not there: devices, a checkpoint, a login; or another process writes the run.
+        UserError: Devices, a checkpoint or a login are missing, or another process writes the run.
     """
     with RunLock() as lock:
         return _run(config, prepared, place, lock)

@@ -111,7 +111,7 @@ class Cluster:
         return trial.model_copy(update={"job": str(job.job_id)})
 
     def take_up(self, trial: Trial, place: Path) -> bool:
-        """Wait for the job of a trial from an earlier start of the sweep; False where that is over, without a result.
+        """Wait for the job of a trial from an earlier start of the sweep; return whether there is one to wait for.
 
         Raises:
             UserError: SLURM does not answer. A second job might write the run directory of the first.
@@ -122,8 +122,10 @@ class Cluster:
             return False
         job: Any = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
         has_result = job.paths.result_pickle.exists()
-        if trial.state != "running" if has_result else not self._lives(trial):
+        if has_result and trial.state != "running":
             return False  # its result was recorded, and it is to be run again
+        if not has_result and not self._lives(trial):
+            return False
         self._running[trial.number] = job
         return True
 
@@ -183,7 +185,7 @@ class Cluster:
 
 
 def _states() -> dict[str, str] | None:
-    """Ask SLURM for the states of this user's jobs; None where it does not answer.
+    """Return the states of this user's jobs by their ids, or None if SLURM does not answer.
 
     Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
     forgotten as it does when the controller is away.

@@ -2,15 +2,34 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Split
-from gptlab.data.sources.corpora import Corpus, Task, has_several_documents, is_missing, names_of_documents
-from gptlab.data.sources.readers import Document
+from gptlab.data.sources.corpora import Corpus, Task, open_corpus, paths_below
+from gptlab.data.sources.readers import Document, kind_of
 from gptlab.errors import UserError
 
 DRAWS = 2**64  # a document draws a whole number below this
+
+
+def has_several_documents(config: DataConfig) -> bool:
+    """Whether a corpus has more than one document. Of a file of records two are read, and else nothing.
+
+    Raises:
+        UserError: A file of records is damaged, or does not have the column.
+    """
+    if config.corpus != "text":
+        return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
+    source = Path(config.source or "").expanduser()
+    paths = paths_below(source, "*", set()) if source.is_dir() else iter([source])
+    files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
+    if len(files) != 1 or kind_of(files[0]) == "text":
+        return len(files) > 1
+    corpus = open_corpus(config)
+    return len(set(islice(_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
@@ -18,7 +37,7 @@ def resolve_val_split(config: DataConfig) -> DataConfig:
 
     It stays where the source is missing, which opening the corpus reports.
     """
-    if config.val_split != "auto" or is_missing(config):
+    if config.val_split != "auto" or _is_missing(config):
         return config
     return config.model_copy(update={"val_split": "documents" if has_several_documents(config) else "tail"})
 
@@ -29,7 +48,7 @@ def check_val_split(config: DataConfig) -> None:
     Raises:
         UserError: There are several documents, or a file of records is damaged.
     """
-    if config.val_split == "tail" and not is_missing(config) and has_several_documents(config):
+    if config.val_split == "tail" and not _is_missing(config) and has_several_documents(config):
         origin = config.source or config.path or f"data={config.corpus}"
         raise UserError(
             f"data.val_split=tail needs a single document, but {origin} has several, and each would be split in two. "
@@ -38,7 +57,7 @@ def check_val_split(config: DataConfig) -> None:
 
 
 def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> float | None:
-    """Return the number below which a document's draw puts it in val; None where each is cut (val_split=tail).
+    """Return the number below which a document's draw puts it in val, or None for ``val_split=tail``.
 
     It is ``val_fraction`` of all draws, except where that leaves a split empty, as it may with few documents: then the
     document with the smallest draw goes to val, or the one with the largest to train. As many documents are read as it
@@ -56,7 +75,7 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
         return None
     threshold = config.val_fraction * DRAWS
     smallest, largest = DRAWS, -1
-    for name in names_of_documents(corpus, tasks):
+    for name in _names(corpus, tasks):
         drawn = draw(name, config.split_seed)
         smallest, largest = min(smallest, drawn), max(largest, drawn)
         if smallest < threshold <= largest:
@@ -74,6 +93,16 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
 def draw(name: str, seed: int) -> int:
     """Return what a document draws, from its name and ``data.split_seed`` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
+
+
+def _is_missing(config: DataConfig) -> bool:
+    """Whether ``data=text`` names a file or folder that does not exist, or none."""
+    return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
+
+
+def _names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
+    """Yield the names of the documents that have text, in order; for each part where one comes in several."""
+    return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
 class Part(NamedTuple):

@@ -9,12 +9,12 @@ import urllib.request
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gptlab.data.config import DataConfig
-from gptlab.data.sources.readers import Decoding, Document, Span, check_text, documents, kind_of, no_column, spans
+from gptlab.data.sources.readers import Decoding, Document, Span, check_text, documents, no_column, spans
 from gptlab.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -231,34 +231,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Files(source.parent, [source], decoding)
 
 
-def is_missing(config: DataConfig) -> bool:
-    """Whether ``data=text`` names no file or folder that is there."""
-    return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
-
-
-def has_several_documents(config: DataConfig) -> bool:
-    """Whether a corpus has more than one document. Of a file of records two are read, and else nothing.
-
-    Raises:
-        UserError: A file of records is damaged, or does not have the column.
-    """
-    if config.corpus != "text":
-        return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
-    source = Path(config.source or "").expanduser()
-    paths = _paths_below(source, "*", set()) if source.is_dir() else iter([source])
-    files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
-    if len(files) != 1 or kind_of(files[0]) == "text":
-        return len(files) > 1
-    corpus = open_corpus(config)
-    return len(set(islice(names_of_documents(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
-
-
-def names_of_documents(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
-    """Yield the names of the documents that have text, in order; for each part where one comes in several."""
-    return (document.name for task in tasks for document in corpus.documents(task) if document.text)
-
-
-def _paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
+def paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
     """Find files in no order; hidden files and folders (.git) are no text of a corpus."""
     for path in root.rglob(pattern):
         parts = path.relative_to(root).parts
@@ -267,7 +240,7 @@ def _paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]
 
 
 def _files_below(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> Files:
-    paths = sorted(_paths_below(root, pattern, excluded))
+    paths = sorted(paths_below(root, pattern, excluded))
     if not any(path.stat().st_size for path in paths):
         raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
     return Files(root, paths, decoding)

@@ -148,7 +148,7 @@ class WandbRecord(WandbLogger):
 
 
 def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
-    """Begin the record of a run, or go on with it; None where W&B's own settings allow no record.
+    """Begin or resume the record of a run; return None if W&B's own settings disable it.
 
     Args:
         config: Of the run.

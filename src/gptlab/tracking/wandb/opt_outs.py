@@ -1,4 +1,4 @@
-"""What W&B's own settings forbid. The stricter of them and of logger.wandb.mode holds."""
+"""Opt-outs in W&B's own settings. The stricter of them and of logger.wandb.mode holds."""
 
 import os
 from pathlib import Path
@@ -23,7 +23,7 @@ class OptOut(NamedTuple):
 
 
 def opt_out() -> OptOut | None:
-    """Return what W&B's own settings forbid; None where they allow a connection.
+    """Return the opt-out that W&B's own settings have, or None if they allow a connection.
 
     As in W&B, WANDB_MODE comes before the settings files. WANDB_DISABLED, which W&B's client no longer reads, comes
     before both. A file that W&B ignores because another of its settings is wrong counts as well, and so does the one
