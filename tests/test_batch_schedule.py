@@ -10,7 +10,7 @@ import torch
 
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
-from gptlab.training.callbacks.determinism_trace import as_text, hash_windows
+from gptlab.training.callbacks.determinism_trace import format_sums, hash_windows
 from test_train import metrics, ran
 
 GROWING = ("train.batch_schedule=[[2,4],[4,8]]", "schedule.decay_steps=6", "callbacks=[checkpoint,trace]")
@@ -32,7 +32,7 @@ def expected(user) -> list[str]:
     order = WindowOrder([len(splits["train"])], 32, 1337, fingerprint, "shuffled", 1, None)
     starts = np.split(order.starts(np.arange(sum(SIZES))), np.cumsum(SIZES)[:-1])
     windows = [torch.tensor([splits["train"][start : start + 33] for start in step]) for step in starts]
-    return [as_text(hash_windows(Batch(step[:, :-1], step[:, 1:], None))) for step in windows]
+    return [format_sums(hash_windows(Batch(step[:, :-1], step[:, 1:], None))) for step in windows]
 
 
 @pytest.fixture

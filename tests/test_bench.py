@@ -9,7 +9,15 @@ from conftest import tiny_config
 from gptlab import bench
 from gptlab.benchmarks import speedrun
 from gptlab.benchmarks.corpus import text_corpus
-from gptlab.benchmarks.measuring import Part, Row, Run, Way, in_turns, timed, write_report
+from gptlab.benchmarks.measuring import (
+    Result,
+    ResultTable,
+    TimedRun,
+    Variant,
+    measure_in_turns,
+    run_timed,
+    write_report,
+)
 from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
@@ -35,12 +43,12 @@ def test_ways_are_measured_in_turns_and_compared_by_their_medians():
             calls.append((number, group, name))
             return {"MB/s": values[number]}
 
-        return Way(group, name, measure)
+        return Variant(group, name, measure)
 
     ways = [way("a", "plain", [4.0, 1.0, 2.0]), way("a", "ours", [6.0, 5.0, 90.0]), way("b", "plain", [7.0, 7.0, 7.0])]
-    rows = in_turns(ways, 3)
+    rows = measure_in_turns(ways, 3)
     assert calls == [(n, *way) for n in range(3) for way in (("a", "plain"), ("a", "ours"), ("b", "plain"))]
-    part = Part("title", "caption", "MB/s", (), rows)
+    part = ResultTable("title", "caption", "MB/s", (), rows)
     assert [row.median("MB/s") for row in rows] == [2.0, 6.0, 7.0]
     assert [part.ratio(row) for row in rows] == [1.0, 3.0, 1.0]
     assert [row.shown("MB/s") for row in rows] == ["2.00", "6.00", "7.00"]
@@ -48,8 +56,11 @@ def test_ways_are_measured_in_turns_and_compared_by_their_medians():
 
 
 def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
-    rows = [Row("", "plain", [{"x": 2.0, "y": 1.0}, {"x": 4.0, "y": 3.0}]), Row("", "ours", [{"x": 9.0}, {"x": 6.0}])]
-    path = write_report(tmp_path, "data", 2, [Part("title", "caption", "x", ("y",), rows)])
+    rows = [
+        Result("", "plain", [{"x": 2.0, "y": 1.0}, {"x": 4.0, "y": 3.0}]),
+        Result("", "ours", [{"x": 9.0}, {"x": 6.0}]),
+    ]
+    path = write_report(tmp_path, "data", 2, [ResultTable("title", "caption", "x", ("y",), rows)])
     report = json.loads(path.read_text())
     assert (path.name, report["suite"], report["rounds"]) == ("data.json", "data", 2)
     first, second = report["parts"][0]["rows"]
@@ -59,9 +70,9 @@ def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
 
 
 def test_a_program_that_fails_is_told():
-    assert timed("-c", "print(7)").printed == "7\n"
+    assert run_timed("-c", "print(7)").printed == "7\n"
     with pytest.raises(UserError, match=r"status 3:\nno"):
-        timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
+        run_timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
 
 
 def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monkeypatch):
@@ -144,7 +155,9 @@ def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(
 
 
 def test_all_suites_leave_a_report_each_in_one_folder(user, monkeypatch):
-    parts = {suite: [Part(suite, "caption", "x", (), [Row("", "plain", [{"x": 1.0}])])] for suite in bench.ALL}
+    parts = {
+        suite: [ResultTable(suite, "caption", "x", (), [Result("", "plain", [{"x": 1.0}])])] for suite in bench.ALL
+    }
     monkeypatch.setattr(bench, "_measure", lambda suite, config: iter(parts[suite]))
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         values = compose("bench", ["suite=all", f"out='{user.folder}'"])
@@ -217,15 +230,15 @@ def made_runs(monkeypatch):
             seed = int(next(a for a in arguments if a.startswith("seed=")).removeprefix("seed="))
             (folder / "outputs/name/time").mkdir(parents=True)
             (folder / "outputs/name/time/metrics.csv").write_text(METRICS.format(loss=2.0 + seed / 100))
-        return Run(30.0, "")
+        return TimedRun(30.0, "")
 
-    monkeypatch.setattr(speedrun, "timed", timed)
+    monkeypatch.setattr(speedrun, "run_timed", timed)
     return asked
 
 
 def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
     config = speedrun.SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
-    (part,) = speedrun.to_a_loss(config, "cache", 3)
+    (part,) = speedrun.time_to_loss(config, "cache", 3)
     assert made_runs[0][:2] == ("-m", "gptlab.prepare")
     assert [[a for a in asked if a.startswith("seed=")] for asked in made_runs[1:]] == [
         [f"seed={seed}"] for seed in (1, 1, 2, 2, 3, 3)

@@ -12,15 +12,15 @@ from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.evaluators.context import Machine
-from gptlab.evaluators.corpora import corpus_of
-from gptlab.evaluators.evaluator import hellaswag
+from gptlab.evaluators.context import EvalContext
+from gptlab.evaluators.corpora import open_scored_corpus
+from gptlab.evaluators.evaluator import evaluate_hellaswag
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.launch.launcher import make_ready
 from gptlab.launch.train_run import build_recorder, build_trainer
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 from gptlab.pretrained.weights import load_model
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
@@ -30,7 +30,7 @@ from test_conf import resolved
 from test_train import metrics, mistaken, ran, weights
 
 NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
-ALONE = Machine(torch.device("cpu"), "float32", rank=0, world_size=1)
+ALONE = EvalContext(torch.device("cpu"), "float32", rank=0, world_size=1)
 ENDINGS = ("has 12 of 3", "a", "the cow is here and here", "z z z")
 
 
@@ -92,7 +92,7 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
     examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
     chosen = choices(trained(directory), examples)
     right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
-    outcome = hellaswag(load_model(directory), examples, asked(hellaswag="x"), ALONE)
+    outcome = evaluate_hellaswag(load_model(directory), examples, asked(hellaswag="x"), ALONE)
     assert outcome.metrics == {"acc": sum(s for s, _ in right) / 9, "acc_norm": sum(m for _, m in right) / 9}
     assert outcome.values["examples"] == 9
 
@@ -198,10 +198,10 @@ def test_evaluations_that_are_scored(tmp_path):
     assert all(always.is_due(step) for step in range(30, 310, 30))
 
 
-def source_of(tokenizer: Tokenizer) -> Source:
+def source_of(tokenizer: Tokenizer) -> ModelSource:
     """A model that is no run."""
     shape = tiny_config(vocab_size=tokenizer.vocab_size)
-    return Source("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
+    return ModelSource("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
 
 
 def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
@@ -210,18 +210,18 @@ def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
     bpe = BPETokenizer.train(["ab ab abc bad " * 30], 270)
     for tokenizer in (BytesTokenizer(), bpe, CharactersTokenizer("\n ,abcdefg")):
         for _ in range(2):  # made, and found again
-            corpus = corpus_of(config, source_of(tokenizer), tokenizer_is_named=False)
+            corpus = open_scored_corpus(config, source_of(tokenizer), tokenizer_is_named=False)
             assert corpus.prepared.manifest.tokenizer == tokenizer.record()
             stream = corpus.prepared.stream("val")
             text = tokenizer.decode(stream.read([0], len(stream))[0].tolist())
             assert text.removesuffix("<|endoftext|>") == ("a bad cab, a cad\n" * 50)[765:]
-            assert corpus.border is None
+            assert corpus.eot_id is None
     with pytest.raises(UserError, match="The character ' ' is not among the 3"):
-        corpus_of(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
+        open_scored_corpus(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
     masked = asked(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
-    assert corpus_of(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).border == 256
+    assert open_scored_corpus(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).eot_id == 256
     with pytest.raises(UserError, match="has no end of text that documents could be told apart by"):
-        corpus_of(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
+        open_scored_corpus(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
 
 
 def test_other_tokens_than_the_model_s_are_refused(tmp_path):
@@ -232,17 +232,17 @@ def test_other_tokens_than_the_model_s_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"is prepared in other tokens \(tokenizer=bpe\) than those of x \(tokenizer=bpe"
     ):
-        corpus_of(asked(data=shards), ours, tokenizer_is_named=False)
+        open_scored_corpus(asked(data=shards), ours, tokenizer_is_named=False)
     with pytest.raises(UserError, match="holds tokens of tokenizer=bpe, not of tokenizer=bytes"):
-        corpus_of(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
+        open_scored_corpus(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
     kept = json.loads((theirs / "manifest.json").read_text())["tokenizer"]["trained"]
     theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same one, spelled otherwise
-    assert corpus_of(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).border is None
+    assert open_scored_corpus(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).eot_id is None
     named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
     with pytest.raises(UserError, match="tokenizer=gpt2 is not that of x, which is bpe"):
-        corpus_of(named, ours, tokenizer_is_named=True)
+        open_scored_corpus(named, ours, tokenizer_is_named=True)
     with pytest.raises(UserError, match="run=x was not trained here, so nothing says what it is to be scored on"):
-        corpus_of(asked(), ours, tokenizer_is_named=False)
+        open_scored_corpus(asked(), ours, tokenizer_is_named=False)
 
 
 def test_what_does_not_go_together_is_told(monkeypatch):

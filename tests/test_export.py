@@ -148,12 +148,12 @@ import json, sys, time
 from pathlib import Path
 import {libraries}
 import torch, gptlab.exporters.exporter as running
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.training.devices import peak_memory
 
 source, form, dtype = sys.argv[1:]
 imports, begun = peak_memory(torch.device("cpu")), time.time()
-running.export(open_source(source), form, dtype, Path("out"))
+running.export_model(open_model_source(source), form, dtype, Path("out"))
 print(json.dumps([imports, peak_memory(torch.device("cpu")), time.time() - begun]))
 """
 

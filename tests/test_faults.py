@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gptlab.exit_codes import DONE, PREEMPTED
-from gptlab.training.checkpoints.reading import read
+from gptlab.training.checkpoints.reading import read_checkpoint
 from test_train import metrics, ran
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
@@ -33,7 +33,7 @@ def last_step(user, name: str) -> int:
 
 def newest_state(directory: Path) -> dict:
     """All that the newest checkpoint of a run holds; put together, where it is in shards."""
-    return read(sorted(directory.glob("checkpoints/step_*"))[-1])
+    return read_checkpoint(sorted(directory.glob("checkpoints/step_*"))[-1])
 
 
 def averages(directory: Path) -> dict[str, torch.Tensor]:
@@ -111,12 +111,12 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halt
 def test_an_error_of_the_thread_that_writes_ends_the_run_within_a_step_and_removes_nothing(user):
     (user.folder / "sitecustomize.py").write_text(
         "import gptlab.training.checkpoints.writing as writing\n"
-        "write = writing._write_whole\n"
+        "write = writing._write_state\n"
         "def failing(folder, state):\n"
         "    if state['global_step'] >= 6:\n"
         "        raise RuntimeError('the writer fails')\n"
         "    return write(folder, state)\n"
-        "writing._write_whole = failing\n"
+        "writing._write_state = failing\n"
     )
     user.environment["PYTHONPATH"] = os.pathsep.join((str(user.folder), user.environment.get("PYTHONPATH", "")))
     thread = ("callbacks.checkpoint.asynchronous=true", "callbacks.checkpoint.keep_last=1")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.tracking.run_directory import newest_checkpoint
-from gptlab.training.checkpoints.reading import read
+from gptlab.training.checkpoints.reading import read_checkpoint
 from test_train import metrics, mistaken, ran
 
 IDS = torch.arange(32)[None] * 8
@@ -23,7 +23,7 @@ def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun)
     done = user.train(f"init_from={begun}", *TUNED, "callbacks=checkpoint")
     ran(done)
     assert "16,384 more trained (LoRA, rank 8)" in user.only_run("tuned").joinpath("train.log").read_text()
-    before, after = (read(newest_checkpoint(directory)) for directory in (begun, user.only_run("tuned")))
+    before, after = (read_checkpoint(newest_checkpoint(directory)) for directory in (begun, user.only_run("tuned")))
     for name, tensor in before["state_dict"].items():
         assert torch.equal(after["state_dict"][name], tensor), name
     (optimizer,) = after["optimizer_states"]
@@ -31,7 +31,7 @@ def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun)
     assert all(".lora_" in name for name in optimizer["state"])
     losses = metrics(user.only_run("tuned"), "val/loss")
     assert losses[6] < metrics(begun, "val/loss")[6] - 0.05
-    merged = load_model(open_source(str(user.only_run("tuned"))))
+    merged = load_model(open_model_source(str(user.only_run("tuned"))))
     assert set(merged.state_dict()) == set(before["state_dict"])
     weight, learnt = (before["state_dict"]["h.0.mlp.c_fc.weight"], after["state_dict"])
     expected = weight + 16 / 8 * learnt["h.0.mlp.c_fc.lora_B"] @ learnt["h.0.mlp.c_fc.lora_A"]
@@ -44,9 +44,9 @@ def test_it_learns_the_same_on_two_devices_and_when_it_goes_on(user, begun, devi
     ran(user.train(f"init_from={begun}", *TUNED, "train.max_steps=6"))
     ran(user.train(f"init_from={begun}", *TUNED, "name=two", "train.max_steps=3", *devices, "trainer.devices=2"))
     ran(user.python("gptlab.train", f"resume={user.only_run('two')}", "train.max_steps=6"))
-    one, two = (load_model(open_source(str(user.only_run(name))))(IDS) for name in ("tuned", "two"))
+    one, two = (load_model(open_model_source(str(user.only_run(name))))(IDS) for name in ("tuned", "two"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
-    assert (one - load_model(open_source(str(begun)))(IDS)).abs().max() > 0.1
+    assert (one - load_model(open_model_source(str(begun)))(IDS)).abs().max() > 0.1
 
 
 def test_what_lora_needs_is_said(user, begun):

@@ -130,7 +130,9 @@ def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
         (told,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
         (again,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
         assert told.partition(" Its batch")[0] == again.partition(" Its batch")[0]
-    states = [newest_state(directory)["callbacks"]["Guard"] for directory in (halted, user.only_run("whole"))]
+    states = [
+        newest_state(directory)["callbacks"]["TrainingHealthMonitor"] for directory in (halted, user.only_run("whole"))
+    ]
     assert states[0] == states[1]
     assert states[0]["loss_spikes"] == 2
     assert len(states[0]["spikes"]["losses"]) == 12

@@ -86,13 +86,13 @@ PERTURBED = """
 import sys
 if "gptlab.verification.process" in sys.orig_argv:
     from gptlab.training.checkpoints import writing
-    read = writing.read
+    read = writing.read_checkpoint
     def perturbed(place):
         checkpoint = read(place)
         moments = checkpoint["optimizer_states"][0]["state"]["h.1.ln_2.bias"]
         moments["exp_avg"] = moments["exp_avg"] + 1e-3
         return checkpoint
-    writing.read = perturbed
+    writing.read_checkpoint = perturbed
 """
 
 

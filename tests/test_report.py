@@ -10,7 +10,7 @@ import socket
 import pytest
 
 from gptlab.exit_codes import DONE
-from gptlab.reporting.document import Document
+from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
 from report_pages import serving
 from run_directories import rows_of, running, write_metrics, write_run, write_sweep
@@ -121,5 +121,5 @@ def test_other_hosts_are_refused(tmp_path, host):
 
 def test_only_this_machine_is_served(tmp_path):
     write_run(tmp_path / "runs" / "0")
-    with LiveServer(Document(str(tmp_path / "runs"), 1000).gather, port=0, poll=1) as server:
+    with LiveServer(ReportDocument(str(tmp_path / "runs"), 1000).gather, port=0, poll=1) as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"

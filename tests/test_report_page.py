@@ -6,7 +6,7 @@ import json
 import pytest
 
 from gptlab.sweeps.analysis.fitting import ScalingAnswer, write_scaling
-from gptlab.sweeps.analysis.table import answer
+from gptlab.sweeps.analysis.table import analyze_sweep
 from report_pages import (  # noqa: F401
     HOSTILE,
     RATES,
@@ -27,7 +27,7 @@ def test_a_page_from_disk_asks_for_nothing(seen, sweep, report):
     page.page.wait_for_timeout(300)
     assert page.requests == [report.as_uri()]
     assert page.text("#title") == "lr/now"
-    assert answer(sweep).answer in page.text("#answers .answer")
+    assert analyze_sweep(sweep).answer in page.text("#answers .answer")
     assert len(page.page.query_selector_all("#answers tbody tr")) == len(RATES)
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from gptlab.exit_codes import MISTAKEN
-from gptlab.training.checkpoints.records import checkpoints, step_of
+from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from test_faults import newest_state, same_run
 from test_train import metrics, mistaken, ran
 
@@ -148,6 +148,6 @@ def test_a_run_has_one_writer(user, halted):
     assert first.poll() is None
     first.kill()
     first.wait()
-    last = max(map(step_of, checkpoints(halted / "checkpoints"))) + 3
+    last = max(map(checkpoint_step, list_checkpoints(halted / "checkpoints"))) + 3
     ran(user.python("gptlab.train", f"resume={halted}", f"train.max_steps={last}"))
     assert list(metrics(halted, "train/loss")) == list(range(1, last + 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.exit_codes import MISTAKEN
-from gptlab.training.checkpoints.records import checkpoints, step_of
+from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, why_not
 from test_train import metrics, mistaken, ran
 
@@ -97,7 +97,7 @@ def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_directory(slurm, user
     assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # as --signal=USR1@<seconds> does
     wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it has begun again
     assert "SLURM job" in (user.folder / "job.log").read_text()
-    before = max(map(step_of, checkpoints(directory / "checkpoints")))
+    before = max(map(checkpoint_step, list_checkpoints(directory / "checkpoints")))
     wait_for(lambda: evaluated(directory) > before)
     steps = list(metrics(directory, "train/loss"))
     assert steps == sorted(set(steps))

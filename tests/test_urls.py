@@ -52,7 +52,7 @@ ONE_ATTEMPT = """
 from gptlab.data.shards import remote
 from gptlab.train import main
 
-remote.ATTEMPTS = 1
+remote.MAX_ATTEMPTS = 1
 main()
 """
 

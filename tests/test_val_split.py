@@ -17,7 +17,7 @@ from gptlab.data.shards.manifest import load_manifest
 from gptlab.errors import UserError
 from gptlab.launch.launcher import make_ready
 from gptlab.launch.requeued import go_on
-from gptlab.tracking.run_directory import create
+from gptlab.tracking.run_directory import create_run_dir
 from gptlab.tracking.run_lock import RunLock
 from test_train import mistaken, ran
 
@@ -52,7 +52,7 @@ def run_of(config: Config, directory: Path) -> Path:
     config = config.with_absolute_paths()
     prepared = prepare(config.data, config.tokenizer)
     with RunLock() as lock:
-        create(config.with_vocabulary(prepared.manifest.vocab_size), prepared.manifest, directory, lock)
+        create_run_dir(config.with_vocabulary(prepared.manifest.vocab_size), prepared.manifest, directory, lock)
     (directory / "checkpoints" / "step_000006").mkdir(parents=True)
     return directory
 

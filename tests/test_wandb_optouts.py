@@ -13,16 +13,16 @@ from click.testing import CliRunner
 from wandb.cli import cli
 
 from gptlab.config.schema import Config
-from gptlab.dashboards.workspace import build_workspace, save
+from gptlab.dashboards.workspace import build_workspace, save_workspace
 from gptlab.errors import UserError
 from gptlab.launch.launcher import make_ready
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.loggers import build_loggers
 from gptlab.tracking.run_directory import CONFIG
 from gptlab.tracking.wandb.evaluations import send_evaluation
-from gptlab.tracking.wandb.init import begin
-from gptlab.tracking.wandb.logger import WandbRecord
-from gptlab.training.checkpoints.records import Facts
+from gptlab.tracking.wandb.init import init_run
+from gptlab.tracking.wandb.logger import RunWandbLogger
+from gptlab.training.checkpoints.records import CheckpointMetadata
 from test_conf import resolved
 from test_train import mistaken, ran
 from wandb_server import Server
@@ -83,9 +83,9 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def record_of(config: Config, directory: Path, keep_until: int | None = None) -> WandbRecord | None:
+def record_of(config: Config, directory: Path, keep_until: int | None = None) -> RunWandbLogger | None:
     """The record that a run has, among its loggers."""
-    records = [one for one in build_loggers(config, directory, keep_until) if isinstance(one, WandbRecord)]
+    records = [one for one in build_loggers(config, directory, keep_until) if isinstance(one, RunWandbLogger)]
     return records[0] if records else None
 
 
@@ -134,7 +134,7 @@ def test_what_is_offline_stays_here(server, monkeypatch, caplog, capfd, how, sou
     assert "wandb:" not in "".join(capfd.readouterr())
 
 
-def use(record: WandbRecord | None, directory: Path, step: int) -> None:
+def use(record: RunWandbLogger | None, directory: Path, step: int) -> None:
     """All that a run tells its record, and its end."""
     assert record is not None
     assert record.artifacts is not None
@@ -144,7 +144,7 @@ def use(record: WandbRecord | None, directory: Path, step: int) -> None:
     (directory / "samples").mkdir(exist_ok=True)
     (directory / "samples" / f"step_{step}.txt").write_text("--- sample 1 ---\na\n")
     record.log_metrics({"train/loss": 1.0, "tokens": step}, step)
-    record.artifacts.take(checkpoint, Facts(step=step, val_loss=1.0, evaluation_due=False))
+    record.artifacts.take(checkpoint, CheckpointMetadata(step=step, val_loss=1.0, evaluation_due=False))
     record.log_samples(step, lambda step: step)
     record.alert("No progress", "It hangs.")
     record.finalize("success")
@@ -195,7 +195,7 @@ def test_an_evaluation_is_not_sent(server, monkeypatch, caplog, how):
 def test_a_workspace_is_not_saved(server, monkeypatch, how):
     forbid(monkeypatch, how)
     with pytest.raises(UserError, match=f"because of {how}.*dry_run=true"):
-        save(build_workspace("me", "models", "gptlab"))
+        save_workspace(build_workspace("me", "models", "gptlab"))
     assert server.connections == 0
 
 
@@ -214,7 +214,7 @@ def test_code_and_machine_may_be_left_out(server, monkeypatch, how, hidden):
     forbid(monkeypatch, f"{how} WANDB_HOST=anonymous WANDB_MODE=offline")
     directory = run_directory(config := config_of())
     assert config.logger.wandb is not None
-    run = begin(config, config.logger.wandb, directory)
+    run = init_run(config, config.logger.wandb, directory)
     sent = run.config["environment"]
     run.finish()
     assert sent.keys() & (CODE | MACHINE) == (CODE | MACHINE) - hidden

@@ -15,7 +15,7 @@ from faults import break_steps
 from gptlab.exit_codes import DIVERGED, HUNG, INTERRUPTED, PREEMPTED
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_store.sweeps import Sweep
-from gptlab.tracking.wandb.init import begin
+from gptlab.tracking.wandb.init import init_run
 from test_conf import resolved
 from test_train import metrics, ran
 from test_wandb import SCRIPTS, exit_code, has_secret, interrupted, metrics_file, records, resumed, rows
@@ -168,7 +168,7 @@ def test_a_job_of_a_sweep_is_in_its_group(tmp_path, monkeypatch, named, in_sweep
         monkeypatch.setenv(name, str(tmp_path))  # and as it was, afterwards
     wandb.teardown()
     config = resolved("logger=wandb", "logger.wandb.mode=offline")
-    run = begin(config, config.logger.wandb.model_copy(update=named), directory)
+    run = init_run(config, config.logger.wandb.model_copy(update=named), directory)
     group, job_type = run.group, run.settings.run_job_type
     run.finish()
     wandb.teardown()

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from pydantic import PositiveInt
 
 from gptlab.benchmarks import data, generation, guards, overhead, speedrun, training
-from gptlab.benchmarks.measuring import Part, print_part, write_report
+from gptlab.benchmarks.measuring import ResultTable, print_result_table, write_report
 from gptlab.config.base import Settings
 from gptlab.config.command import command
 from gptlab.config.resume import plain
@@ -16,7 +16,7 @@ from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.tracking.environment import record_environment
-from gptlab.tracking.run_directory import new_directory
+from gptlab.tracking.run_directory import claim_directory
 
 ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
 
@@ -47,13 +47,13 @@ def main(values: DictConfig) -> int:
     for suite, of_suite in measured.items():
         parts = []
         for part in of_suite:
-            print_part(part)
+            print_result_table(part)
             parts.append(part)
         print(f"Measured: {write_report(directory, suite, config.rounds, parts)}")
     return DONE
 
 
-def _measure(suite: str, config: BenchCommand) -> Iterator[Part]:
+def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
     """Begin a suite."""
     match suite:
         case "train":
@@ -67,7 +67,7 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[Part]:
         case "guards":
             return guards.measure(config.guards, config.rounds)
         case "speedrun":
-            return speedrun.to_a_loss(config.speedrun, config.cache_dir, config.rounds)
+            return speedrun.time_to_loss(config.speedrun, config.cache_dir, config.rounds)
         case "ladder":
             return speedrun.ladder(config.speedrun, config.cache_dir, config.rounds)
         case _:
@@ -78,7 +78,7 @@ def _directory(out: str | None) -> Path:
     """Make the folder for the numbers."""
     try:
         if out is None:
-            return new_directory(Path("outputs/bench"))
+            return claim_directory(Path("outputs/bench"))
         directory = Path(out).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

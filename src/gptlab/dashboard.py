@@ -9,7 +9,7 @@ from gptlab.config.command import command, configuration_folder
 from gptlab.config.resume import plain
 from gptlab.config.schema import check, known_keys
 from gptlab.dashboards.spaces import write_wandb_sweeps
-from gptlab.dashboards.workspace import as_json, build_workspace, save
+from gptlab.dashboards.workspace import build_workspace, save_workspace, workspace_json
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 
@@ -42,11 +42,11 @@ def main(values: DictConfig) -> int:
         )
     workspace = build_workspace(config.entity, config.project, config.name)
     if not config.dry_run:
-        print(f"Saved: {save(workspace)}")
+        print(f"Saved: {save_workspace(workspace)}")
         return DONE
     out = Path(config.out).expanduser()
     try:
-        out.write_text(as_json(workspace), encoding="utf-8")
+        out.write_text(workspace_json(workspace), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={config.out} cannot be written: {error}.") from error
     print(f"Written: {out}")

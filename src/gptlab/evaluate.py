@@ -10,24 +10,24 @@ from gptlab.config.command import command
 from gptlab.config.resume import plain
 from gptlab.config.schema import check, known_keys
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.evaluators.corpora import ScoredCorpus, corpus_of
-from gptlab.evaluators.results import folder_of, keep, show
+from gptlab.evaluators.corpora import ScoredCorpus, open_scored_corpus
+from gptlab.evaluators.results import print_result, results_folder, write_result
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.exit_codes import DONE
-from gptlab.pretrained.source import Source, open_source
+from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.tracking.run_directory import best_checkpoint
 
 if TYPE_CHECKING:
-    from gptlab.evaluators.evaluator import Outcome
+    from gptlab.evaluators.evaluator import EvalResult
 
 
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
 def main(values: DictConfig) -> int:
     """Load the model, score it, print and keep what was found."""
     config = check(EvaluateConfig, plain(values))
-    source = open_source(config.run)  # says what is wrong before torch is imported, as the next three do
+    source = open_model_source(config.run)  # says what is wrong before torch is imported, as the next three do
     check_request(config, source)
-    corpus = corpus_of(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None
+    corpus = open_scored_corpus(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None
     examples = _examples(config, source) if config.hellaswag is not None else None
     _score(config, source, corpus, examples)
     return DONE
@@ -38,31 +38,33 @@ def _names_tokenizer() -> bool:
     return any(override.startswith("tokenizer") for override in HydraConfig.get().overrides.task)
 
 
-def _examples(config: EvaluateConfig, source: Source) -> list[Example]:
+def _examples(config: EvaluateConfig, source: ModelSource) -> list[Example]:
     assert config.hellaswag is not None  # noqa: S101
     return read_examples(Path(config.hellaswag).expanduser(), source.tokenizer(), config.limit)
 
 
-def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, examples: list[Example] | None) -> None:
+def _score(
+    config: EvaluateConfig, source: ModelSource, corpus: ScoredCorpus | None, examples: list[Example] | None
+) -> None:
     """Do all that is asked for, one thing after the other."""
-    from gptlab.evaluators.context import this_machine
-    from gptlab.evaluators.evaluator import corpus_loss, hellaswag
+    from gptlab.evaluators.context import create_eval_context
+    from gptlab.evaluators.evaluator import evaluate_corpus, evaluate_hellaswag
     from gptlab.pretrained.weights import load_model
     from gptlab.tracking.wandb.evaluations import send_evaluation
 
     if config.tasks:
-        from gptlab.evaluators.tasks import find_tasks, score_tasks
+        from gptlab.evaluators.tasks import evaluate_tasks, find_tasks
 
         tasks = find_tasks(config)
-    machine = this_machine(config.precision)
+    machine = create_eval_context(config.precision)
     model = load_model(source).to(machine.device)
-    outcomes: list[Outcome | None] = []
+    outcomes: list[EvalResult | None] = []
     if corpus is not None:
-        outcomes.append(corpus_loss(model, corpus, config, machine))
+        outcomes.append(evaluate_corpus(model, corpus, config, machine))
     if examples is not None:
-        outcomes.append(hellaswag(model, examples, config, machine))
+        outcomes.append(evaluate_hellaswag(model, examples, config, machine))
     if config.tasks:
-        outcomes.append(score_tasks(model, source.tokenizer(), tasks, config, machine))
+        outcomes.append(evaluate_tasks(model, source.tokenizer(), tasks, config, machine))
     if machine.rank > 0:
         return
     facts = {
@@ -78,8 +80,8 @@ def _score(config: EvaluateConfig, source: Source, corpus: ScoredCorpus | None, 
     }
     for outcome in outcomes:
         if outcome is not None:
-            show(outcome)
-            print(keep(outcome, facts, folder_of(config.out, source)))
+            print_result(outcome)
+            print(write_result(outcome, facts, results_folder(config.out, source)))
             if source.is_run:
                 send_evaluation(source.path, outcome.what, outcome.metrics)
 

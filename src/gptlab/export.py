@@ -12,10 +12,10 @@ from gptlab.config.command import command
 from gptlab.config.resume import plain
 from gptlab.config.schema import check, known_keys
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.exporters.folder import check_free
+from gptlab.exporters.folder import check_output_free
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
-from gptlab.exporters.push import listed, push
-from gptlab.pretrained.source import open_source
+from gptlab.exporters.push import list_upload, push
+from gptlab.pretrained.source import open_model_source
 
 PUSHED = ("hf", "gguf")
 
@@ -42,19 +42,19 @@ def main(values: DictConfig) -> int:
     """Write the model, compare what is written with it, and upload it if that is asked for."""
     config = check(ExportConfig, plain(values))
     out = Path(config.out).expanduser()
-    check_free(out)
-    source = open_source(config.run)
+    check_output_free(out)
+    source = open_model_source(config.run)
     check_format(config.format, config.dtype, source.model, source.record)  # what is wrong is said without torch
-    from gptlab.exporters.exporter import Differs, export
+    from gptlab.exporters.exporter import ExportMismatch, export_model
 
     try:
-        certificate = export(source, config.format, config.dtype, out)
-    except Differs as error:
+        certificate = export_model(source, config.format, config.dtype, out)
+    except ExportMismatch as error:
         print(f"gptlab: {error}", file=sys.stderr)
         return FAILED
     print(f"{out}: {config.run} as format={config.format}, {config.dtype}")
     print("\n".join(f"  {line}" for line in certificate.lines()))
-    print(listed(out))
+    print(list_upload(out))
     if config.push is not None and config.dry_run:
         print(f"Not uploaded: dry_run=true. To upload it: hf upload {config.push} {out}")
     elif config.push is not None:

@@ -10,10 +10,10 @@ from gptlab.config.schema import check, known_keys
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import convert
 from gptlab.data.shards.inspection import batch_texts
-from gptlab.data.shards.token_dataset import Prepared, verify
+from gptlab.data.shards.token_dataset import TokenDataset, verify_shards
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (
@@ -39,14 +39,14 @@ def main(values: DictConfig) -> int:
     else:
         check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
-        work = Work(workers=config.prepare.workers or Work().workers, part=part, parts=parts)
+        work = PrepareOptions(workers=config.prepare.workers or PrepareOptions().workers, part=part, parts=parts)
         print_prepared(prepare_with_progress(config.data, config.tokenizer, work))
     return DONE
 
 
-def _inspect(prepared: Prepared, *, verified: bool) -> None:
+def _inspect(prepared: TokenDataset, *, verified: bool) -> None:
     if verified:
-        number = verify(prepared.store, prepared.manifest.shards())
+        number = verify_shards(prepared.store, prepared.manifest.shards())
         print(f"{number} shards are what was written.")
     print_prepared(prepared)
 

@@ -13,31 +13,31 @@ from gptlab.config.schema import Config, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, FAILED
 from gptlab.launch.launcher import make_ready
-from gptlab.tracking.logs import quieten_lightning
-from gptlab.tracking.run_directory import new_directory
-from gptlab.training.distributed.processes import started_from_outside
-from gptlab.verification.configs import Beside, resolve_both
-from gptlab.verification.report import passed, print_proofs, write_report
-from gptlab.verification.runs import Runs
+from gptlab.tracking.logs import quiet_lightning
+from gptlab.tracking.run_directory import claim_directory
+from gptlab.training.distributed.processes import launched_externally
+from gptlab.verification.configs import ProveArguments, resolve_proof
+from gptlab.verification.report import all_passed, print_proofs, write_report
+from gptlab.verification.runs import ProofRuns
 
 
-@command("prove", keys={*known_keys(Config), *known_keys(Beside)})
+@command("prove", keys={*known_keys(Config), *known_keys(ProveArguments)})
 def main(values: DictConfig) -> int:
     """Check the configuration, run it in several ways, and say which of its promises it keeps."""
-    if values.resume is not None or started_from_outside():
+    if values.resume is not None or launched_externally():
         raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
-    config, wanted = resolve_both(values, list(HydraConfig.get().overrides.task))
+    config, wanted = resolve_proof(values, list(HydraConfig.get().overrides.task))
     config, prepared = make_ready(config)
-    from gptlab.verification.proofs import Case, prove_all  # torch is needed from here on
+    from gptlab.verification.proofs import ProofCase, prove_all  # torch is needed from here on
 
-    quieten_lightning()
-    case = Case(config, prepared, wanted)
+    quiet_lightning()
+    case = ProofCase(config, prepared, wanted)
     folder = _folder(wanted.out)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends what is running
-    proofs = list(prove_all(case, Runs(folder / "runs")))
+    proofs = list(prove_all(case, ProofRuns(folder / "runs")))
     print_proofs(config, wanted.steps, proofs)
     path = write_report(folder, config, proofs)
-    if not passed(proofs):
+    if not all_passed(proofs):
         print(f"Not proved: {path}\nWhat was run is in {folder / 'runs'}")
         return FAILED
     if not wanted.keep:
@@ -49,7 +49,7 @@ def main(values: DictConfig) -> int:
 def _folder(out: str | None) -> Path:
     """Make the folder for the report and the runs."""
     try:
-        folder = new_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
+        folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)
     except OSError as error:
         raise UserError(f"prove.out={out} cannot be made, or holds the runs of another proof: {error}.") from error

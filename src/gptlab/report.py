@@ -15,9 +15,9 @@ from gptlab.config.resume import plain
 from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
-from gptlab.reporting.document import Document
+from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
-from gptlab.reporting.page import page
+from gptlab.reporting.page import render_page
 
 
 class ReportConfig(Settings):
@@ -35,7 +35,7 @@ class ReportConfig(Settings):
 def main(values: DictConfig) -> int:
     """Write the page, or serve it."""
     config = check(ReportConfig, plain(values))
-    document = Document(config.runs, config.points)
+    document = ReportDocument(config.runs, config.points)
     found = document.gather()
     for problem in found["problems"]:
         print(f"gptlab: {problem}", file=sys.stderr)
@@ -43,7 +43,7 @@ def main(values: DictConfig) -> int:
         _serve(LiveServer(document.gather, config.port, config.poll))
         return DONE
     path = Path(config.out).expanduser()
-    size = _write(path, page(found, poll=None))
+    size = _write(path, render_page(found, poll=None))
     number = len(found["runs"])
     print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB; it opens without a network.")
     return DONE

@@ -14,7 +14,7 @@ from gptlab.config.resume import plain
 from gptlab.config.schema import check, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
-from gptlab.tracking.run_store.listing import COLUMNS, Condition, as_csv, as_json, listed, table
+from gptlab.tracking.run_store.listing import COLUMNS, Condition, format_csv, format_json, format_table, list_runs
 from gptlab.tracking.run_store.runs import find_runs
 
 
@@ -39,17 +39,17 @@ def main(values: DictConfig) -> int:
     if config.watch is not None and not get_console().is_terminal:
         raise UserError(f"watch={config.watch:g} draws the list anew in a terminal, and this is none.")
     while True:
-        lines = listed(find_runs(config.runs), conditions, config.sort, descending=config.descending)
+        lines = list_runs(find_runs(config.runs), conditions, config.sort, descending=config.descending)
         shown = lines[: config.limit]
         match config.format:
             case "table":
                 if config.watch is not None:
                     get_console().clear()
-                get_console().print(table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown)))
+                get_console().print(format_table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown)))
             case "csv":
-                sys.stdout.write(as_csv(shown, [*COLUMNS, *config.columns]))
+                sys.stdout.write(format_csv(shown, [*COLUMNS, *config.columns]))
             case "json":
-                sys.stdout.write(as_json(shown, [*COLUMNS, *config.columns]))
+                sys.stdout.write(format_json(shown, [*COLUMNS, *config.columns]))
         if config.watch is None:
             return DONE
         time.sleep(config.watch)

@@ -13,7 +13,7 @@ from gptlab.config.schema import Seed, check, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.model.generation.sampling_config import Sampling
-from gptlab.pretrained.source import Source, open_source
+from gptlab.pretrained.source import ModelSource, open_model_source
 
 if TYPE_CHECKING:
     from gptlab.pretrained.text_generator import Prepared, Writing
@@ -61,7 +61,7 @@ class SampleConfig(Sampling):
 def main(values: DictConfig) -> int:
     """Load the run's best weights, continue the prompts, print the texts."""
     config = check(SampleConfig, plain(values))
-    source = open_source(config.run)  # says what is wrong before torch is imported
+    source = open_model_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
     prepared = _prepared(config, source)
     if config.interactive:
@@ -84,7 +84,7 @@ def _lines(path: Path) -> list[str]:
     return [line.replace(r"\n", "\n") for line in lines]
 
 
-def _prepared(config: SampleConfig, source: Source) -> "Prepared":
+def _prepared(config: SampleConfig, source: ModelSource) -> "Prepared":
     from gptlab.pretrained.text_generator import prepare
     from gptlab.pretrained.weights import load_model
 

@@ -23,10 +23,10 @@ class GptlabSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Run every trial that has not ended yet, and tell what came of it."""
-        from gptlab.sweeps.sweeper import sweep  # Hydra imports this module for every command
+        from gptlab.sweeps.sweeper import run_sweep  # Hydra imports this module for every command
 
         launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
-        sweep(self.hydra_context, self.config, arguments, self.settings, launcher)
+        run_sweep(self.hydra_context, self.config, arguments, self.settings, launcher)
 
 
 class _OfSweeper(Launcher):

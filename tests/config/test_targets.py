@@ -48,7 +48,10 @@ def test_what_hydra_itself_brings_is_allowed(overrides):
         # by a name under which a module has imported it, and not one that it defines
         (["+hydra.callbacks.x._target_=gptlab.config.command.os.mkdir"], "gptlab.config.command.os.mkdir"),
         (["+hydra.callbacks.x._target_=gptlab.config.targets.Callback"], "gptlab.config.targets.Callback"),
-        (["+hydra.callbacks.x._target_=gptlab.data.shards.manifest.sync"], "gptlab.data.shards.manifest.sync"),
+        (
+            ["+hydra.callbacks.x._target_=gptlab.data.shards.manifest.fsync_path"],
+            "gptlab.data.shards.manifest.fsync_path",
+        ),
         (["+hydra.callbacks.x._target_=gptlab.nothing.here"], "gptlab.nothing.here"),
         (["+hydra.callbacks.x._target_=hydra.utils.get_method"], "hydra.utils.get_method"),
         (["+hydra.callbacks.x._target_=null"], "hydra.callbacks.x._target_=None"),

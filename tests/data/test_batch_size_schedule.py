@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_batches import BLOCK_SIZE, stream_of
 
-from gptlab.data.batch_size_schedule import Stages
-from gptlab.data.batches import Slice, TrainBatches
+from gptlab.data.batch_size_schedule import BatchSizeSchedule
+from gptlab.data.batches import RankSlice, TrainBatches
 from gptlab.data.order import WindowOrder
 
 EARLIER = [(3, 4), (5, 8), (6, 12)]
@@ -16,7 +16,7 @@ FIRSTS = [0, *accumulate(SIZES)]
 
 
 def test_every_step_begins_where_the_one_before_ends():
-    stages = Stages(24, EARLIER)
+    stages = BatchSizeSchedule(24, EARLIER)
     assert [stages.batch(step) for step in range(26)] == SIZES
     assert [stages.first(step) for step in range(27)] == FIRSTS
     assert stages.first(10**12) == FIRSTS[6] + (10**12 - 6) * 24
@@ -26,7 +26,7 @@ def test_every_step_begins_where_the_one_before_ends():
 
 
 def test_a_batch_that_never_changes_is_a_product():
-    stages = Stages(7)
+    stages = BatchSizeSchedule(7)
     assert [(stages.batch(step), stages.first(step)) for step in range(5)] == [(7, 7 * step) for step in range(5)]
     assert [stages.steps(windows) for windows in (1, 7, 8, 70)] == [1, 1, 2, 10]
 
@@ -37,7 +37,7 @@ def test_a_step_reads_its_windows_however_it_is_dealt_out(tmp_path, world_size, 
     order = WindowOrder([5000], BLOCK_SIZE, 3, "data", "shuffled", 1, None)
     stream, held = stream_of(tokens, tmp_path), 24 // (world_size * accumulation)
     ranks = [
-        TrainBatches(stream, order, Slice(rank, world_size, held), None, Stages(24, EARLIER))
+        TrainBatches(stream, order, RankSlice(rank, world_size, held), None, BatchSizeSchedule(24, EARLIER))
         for rank in range(world_size)
     ]
     for step in (20, *range(12)):  # an epoch has 311 windows and ends in step 17

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gptlab.data.batches import EvaluationBatches, Slice, TrainBatches
+from gptlab.data.batches import EvaluationBatches, RankSlice, TrainBatches
 from gptlab.data.order import WindowOrder, evaluation_starts
 from gptlab.data.shards.manifest import Manifest, Shard, ShardWriter
-from gptlab.data.shards.streams import Folder, TokenStream
+from gptlab.data.shards.streams import LocalFolder, TokenStream
 
 BLOCK_SIZE = 16
 
@@ -22,7 +22,7 @@ def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStrea
         shards += writer.finish()
     splits: dict[str, list[Shard]] = {"train": shards, "val": []}
     manifest = Manifest(format=1, origin="", tokenizer={}, vocab_size=2**32, dtype="uint32", splits=splits)
-    return TokenStream(Folder(folder), manifest, "train")
+    return TokenStream(LocalFolder(folder), manifest, "train")
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
     tokens, order, tmp_path, world_size, accumulation, micro_batch_size
 ):
     stream, global_batch = stream_of(tokens, tmp_path), 24
-    ranks = [TrainBatches(stream, order, Slice(rank, world_size, micro_batch_size)) for rank in range(world_size)]
+    ranks = [TrainBatches(stream, order, RankSlice(rank, world_size, micro_batch_size)) for rank in range(world_size)]
     for step in (0, 1, 12, 13):  # an epoch has 311 windows and ends in step 12
         numbers = range(step * accumulation, (step + 1) * accumulation)
         batches = [rank[number] for number in numbers for rank in ranks]
@@ -56,14 +56,14 @@ def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
 
 
 def test_a_thousand_ranks_share_a_step_without_gap_or_overlap():
-    parts = [Slice(rank, world_size=1024, micro_batch_size=4) for rank in range(1024)]
+    parts = [RankSlice(rank, world_size=1024, micro_batch_size=4) for rank in range(1024)]
     for step in (0, 7, 10**9):
         positions = [TrainBatches(None, None, part).positions(2 * step + micro) for micro in range(2) for part in parts]
         np.testing.assert_array_equal(np.sort(np.concatenate(positions)), np.arange(8192 * step, 8192 * (step + 1)))
 
 
 def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
-    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(1, 2, 8))
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, RankSlice(1, 2, 8))
     for number in (0, 1, 30):
         idx, targets, documents = batches[number]
         assert documents is None
@@ -75,7 +75,7 @@ def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
 def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, order, tmp_path):
-    batches = TrainBatches(stream_of(tokens, tmp_path), order, Slice(0, 2, 4), border=int(tokens[1000]))
+    batches = TrainBatches(stream_of(tokens, tmp_path), order, RankSlice(0, 2, 4), eot_id=int(tokens[1000]))
     batches[0]  # the files that this process has open are no hindrance
 
     def first(workers):
@@ -104,7 +104,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
     stream = stream_of(tokens, tmp_path)
     scored, unscored = [], 0
     for rank in range(world_size):
-        batches = EvaluationBatches(stream, starts, BLOCK_SIZE, Slice(rank, world_size, micro_batch_size))
+        batches = EvaluationBatches(stream, starts, BLOCK_SIZE, RankSlice(rank, world_size, micro_batch_size))
         assert len(batches) == -(-windows // (world_size * micro_batch_size))
         for idx, targets, documents in DataLoader(batches, batch_size=None):
             assert documents is None
@@ -125,26 +125,26 @@ def test_documents_are_numbered_by_the_borders_of_each_sequence(tmp_path, evalua
     tokens = np.random.default_rng(1).integers(0, 6, size=2000).astype(np.uint32)  # every sixth is a border
     stream = stream_of(tokens, tmp_path)
     order = WindowOrder([2000], BLOCK_SIZE, 3, "data", "shuffled", 1, None)
-    for border in (4, 17):  # the second is nowhere
+    for eot_id in (4, 17):  # the second is nowhere
         if evaluation:
             batches = EvaluationBatches(
-                stream, evaluation_starts(2000, BLOCK_SIZE, 15), BLOCK_SIZE, Slice(0, 1, 8), border
+                stream, evaluation_starts(2000, BLOCK_SIZE, 15), BLOCK_SIZE, RankSlice(0, 1, 8), eot_id
             )
         else:
-            batches = TrainBatches(stream, order, Slice(1, 2, 8), border)
+            batches = TrainBatches(stream, order, RankSlice(1, 2, 8), eot_id)
         for number in range(2):
             idx, _, documents = batches[number]
             for row, found in zip(idx.tolist(), documents.tolist(), strict=True):
                 expected, document = [], 0
                 for token in row:
-                    document += token == border  # which begins the next
+                    document += token == eot_id  # which begins the next
                     expected.append(document)
                 assert found == expected
     assert batches[0].documents.max() == 0
 
 
 def test_evaluation_batches_end(tokens, tmp_path):
-    batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, Slice(0, 1, 2))
+    batches = EvaluationBatches(stream_of(tokens, tmp_path), np.array([0, 16]), BLOCK_SIZE, RankSlice(0, 1, 2))
     assert len(list(islice(iter(batches), 5))) == 1
     with pytest.raises(IndexError):
         batches[1]

@@ -8,9 +8,9 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 
-from gptlab.data.batches import EvaluationBatches, Slice
+from gptlab.data.batches import EvaluationBatches, RankSlice
 from gptlab.data.order import evaluation_starts
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.loss import LossSums
 from preparing import is_in_val, prepare_text, tiktoken_gpt2
 
@@ -21,7 +21,7 @@ BY_DOCUMENTS = {"val_split": "documents", "val_fraction": 0.4}
 
 
 @pytest.fixture(params=["gpt2", "bytes", "bpe"])
-def prepared(request, tmp_path) -> Prepared:
+def prepared(request, tmp_path) -> TokenDataset:
     (tmp_path / "source").mkdir()
     for name, text in TEXTS.items():
         (tmp_path / "source" / name).write_bytes(text.encode())
@@ -46,7 +46,7 @@ def nats_of(ids: list[int], end: int) -> list[float]:
     return nats[torch.tensor([end, *ids[:-1]]) % 7, torch.tensor(ids)].tolist()
 
 
-def ids_from_files(prepared: Prepared) -> tuple[list[int], int]:
+def ids_from_files(prepared: TokenDataset) -> tuple[list[int], int]:
     """Ids of val as the tokenizers' own libraries give them, each document ended, and the bytes of its text."""
     record, end = prepared.manifest.tokenizer, prepared.manifest.vocab_size - 1
     ids, size = [], 0
@@ -84,7 +84,7 @@ def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluat
     assert by_manifest == pytest.approx(directly, rel=1e-9)
 
     # by the evaluation, in windows of one token, which have all targets but the first token, which nothing precedes
-    batches = EvaluationBatches(stream, evaluation_starts(len(stream), 1, None), 1, Slice(0, 1, 100))
+    batches = EvaluationBatches(stream, evaluation_starts(len(stream), 1, None), 1, RankSlice(0, 1, 100))
     model, sums = model_of(end + 1), LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
     for number in range(len(batches)):
         batch = batches[number]

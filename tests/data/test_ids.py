@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.prepare.tasks import Work
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.prepare.tasks import PrepareOptions
+from gptlab.data.shards.token_dataset import TokenDataset
 from preparing import data_config, is_in_val, prepare_text, tiktoken_gpt2, tokenizer_config
 
 END = 50256
@@ -31,7 +31,7 @@ def encoder(request, monkeypatch, caplog):
     assert told == (proven if request.param == "gigatoken" else [])
 
 
-def ids_of(prepared: Prepared, split: str) -> np.ndarray:
+def ids_of(prepared: TokenDataset, split: str) -> np.ndarray:
     return np.concatenate([np.fromfile(path, "<u2") for path in sorted(prepared.folder.glob(f"{split}_*.bin"))])
 
 
@@ -60,7 +60,7 @@ def standard_library() -> dict[str, np.ndarray]:
 
 def test_the_standard_library_has_tiktoken_s_ids_from_its_first_token_to_its_last(tmp_path, standard_library, encoder):
     config = data_config(corpus="python_stdlib", cache_dir=str(tmp_path), task_bytes=100_000, **BY_DOCUMENTS)
-    prepared = prepare(config, tokenizer_config("gpt2"), Work(workers=2))
+    prepared = prepare(config, tokenizer_config("gpt2"), PrepareOptions(workers=2))
     assert len(prepared.manifest.splits["train"]) > 50
     assert any(shard.documents == 0 for shard in prepared.manifest.shards())  # the middle of a module that was cut up
     for split, expected in standard_library.items():
@@ -128,7 +128,7 @@ SIZE = 10**7
 WITHOUT_SPACE = {"letters": letters, "han": han}
 
 
-def prepare_long(folder: Path, text: str, val_fraction: float = 0.1) -> Prepared:
+def prepare_long(folder: Path, text: str, val_fraction: float = 0.1) -> TokenDataset:
     (folder / "long.txt").write_text(text)
     return prepare_text(folder / "long.txt", "gpt2", task_bytes=10**6, val_fraction=val_fraction)
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from gptlab.data.batches import Batch, Slice, TrainBatches
+from gptlab.data.batches import Batch, RankSlice, TrainBatches
 from gptlab.data.order import training_order
 from gptlab.data.shards.manifest import Manifest, Shard, ShardWriter
-from gptlab.data.shards.streams import Folder
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.streams import LocalFolder
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.datamodule import TokenData
@@ -27,7 +27,7 @@ def tokens() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def prepared(tokens, tmp_path_factory) -> Prepared:
+def prepared(tokens, tmp_path_factory) -> TokenDataset:
     folder = tmp_path_factory.mktemp("shards")
     shards: list[Shard] = []
     for number, part in enumerate(np.split(tokens, np.cumsum(SHARDS)[:-1])):
@@ -37,7 +37,7 @@ def prepared(tokens, tmp_path_factory) -> Prepared:
     record = BytesTokenizer().record()
     splits: dict[str, list[Shard]] = {"train": shards, "val": []}
     manifest = Manifest(format=1, origin="", tokenizer=record, vocab_size=257, dtype="uint16", splits=splits)
-    return Prepared(Folder(folder), manifest, BytesTokenizer())
+    return TokenDataset(LocalFolder(folder), manifest, BytesTokenizer())
 
 
 @pytest.fixture(scope="module", params=["shuffled", "block"])
@@ -69,7 +69,7 @@ def rows_of(batch: Batch) -> np.ndarray:
     return torch.cat((batch.idx, batch.targets[:, -1:]), dim=1).numpy()
 
 
-def loaded(prepared: Prepared, order: str, plan: BatchPlan, rank: int, num_workers: int):
+def loaded(prepared: TokenDataset, order: str, plan: BatchPlan, rank: int, num_workers: int):
     """Micro-batches of a rank, as its trainer gets them."""
     config = data_config(order=order, num_workers=num_workers)
     data = TokenData(prepared, config, plan=plan, block_size=T, seed=SEED, eval_windows=None)
@@ -101,7 +101,7 @@ def test_the_loaders_of_all_ranks_give_every_step_the_same_ids(prepared, order, 
 def test_1024_ranks_give_every_step_the_same_ids(prepared, order, expected):
     windows = training_order(prepared.manifest, data_config(order=order), T, SEED)
     stream = prepared.stream("train")
-    ranks = [TrainBatches(stream, windows, Slice(rank, 1024, 1)) for rank in range(1024)]
+    ranks = [TrainBatches(stream, windows, RankSlice(rank, 1024, 1)) for rank in range(1024)]
     for step in range(STEPS):
         positions = np.concatenate([rank.positions(step) for rank in ranks])
         assert hash_of(stream.read(windows.starts(positions), T + 1)) == expected[1024][step]

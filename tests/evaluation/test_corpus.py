@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from gptlab.data.batches import EvaluationBatches, Slice
+from gptlab.data.batches import EvaluationBatches, RankSlice
 from gptlab.data.order import evaluation_starts
-from gptlab.evaluation.corpus import WindowBatches, add_batches, windows_of
+from gptlab.evaluation.corpus import WindowBatches, accumulate_losses, cut_windows
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
 from preparing import prepare_text
@@ -42,14 +42,16 @@ def tokens(prepared) -> list[int]:
     return stream.read([0], len(stream))[0].tolist()
 
 
-def sums_of(model, prepared, *, stride=BLOCK, limit=None, batch_size=3, border=None, ranks=1) -> torch.Tensor:
+def sums_of(model, prepared, *, stride=BLOCK, limit=None, batch_size=3, eot_id=None, ranks=1) -> torch.Tensor:
     """What the processes of an evaluation have together."""
     stream = prepared.stream("val")
-    windows = windows_of(len(stream), BLOCK, stride, limit)
+    windows = cut_windows(len(stream), BLOCK, stride, limit)
     total = torch.zeros(4, dtype=torch.float64)
     for rank in range(ranks):
         sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
-        add_batches(sums, model, WindowBatches(stream, windows, BLOCK, batch_size, border, rank, ranks), chunk=None)
+        accumulate_losses(
+            sums, model, WindowBatches(stream, windows, BLOCK, batch_size, eot_id, rank, ranks), chunk=None
+        )
         total += sums.sums
     return total
 
@@ -77,21 +79,21 @@ def naive(model: GPT, tokens: list[int], stride: int, *, masked: bool = False) -
 
 
 def test_windows_by_hand():
-    windows = windows_of(12, 4, 2, None)  # predicts tokens 1 to 11
+    windows = cut_windows(12, 4, 2, None)  # predicts tokens 1 to 11
     assert windows.begins.tolist() == [0, 2, 4, 6, 8]
     assert windows.lengths.tolist() == [4, 4, 4, 4, 3]
     assert windows.scored.tolist() == [4, 2, 2, 2, 1]
-    assert [part.tolist() for part in windows_of(10, 4, 4, None)] == [[0, 4, 8], [4, 4, 1], [4, 4, 1]]
-    assert [part.tolist() for part in windows_of(3, 4, 1, None)] == [[0], [2], [2]]
-    assert windows_of(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 whole ones, as evaluation_starts has them
+    assert [part.tolist() for part in cut_windows(10, 4, 4, None)] == [[0, 4, 8], [4, 4, 1], [4, 4, 1]]
+    assert [part.tolist() for part in cut_windows(3, 4, 1, None)] == [[0], [2], [2]]
+    assert cut_windows(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 whole ones, as evaluation_starts has them
     with pytest.raises(ValueError, match="1 tokens: the first of a text is not predicted"):
-        windows_of(1, 4, 4, None)
+        cut_windows(1, 4, 4, None)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 8])
 def test_every_token_is_scored_once_after_enough_context(stride):
     for tokens in range(2, 40):
-        windows = windows_of(tokens, 8, stride, None)
+        windows = cut_windows(tokens, 8, stride, None)
         scored = []
         for begin, length, count in zip(*windows, strict=True):
             targets = range(begin + 1, begin + length + 1)
@@ -122,7 +124,7 @@ def test_bits_per_byte_count_text_alone(model, prepared, tokens):
 def test_documents_that_are_told_apart_are_scored_within_themselves(model, prepared, tokens):
     nats = naive(model, tokens, 5, masked=True)
     assert math.fsum(nats) != pytest.approx(math.fsum(naive(model, tokens, 5)), rel=1e-4)
-    sums = sums_of(model, prepared, stride=5, border=END)
+    sums = sums_of(model, prepared, stride=5, eot_id=END)
     assert sums[0].item() == pytest.approx(math.fsum(nats), rel=1e-6)
 
 
@@ -142,7 +144,7 @@ def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch
     starts = evaluation_starts(len(stream), BLOCK, windows)
     sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
     for rank in range(world_size):
-        batches = EvaluationBatches(stream, starts, BLOCK, Slice(rank, world_size, micro_batch_size))
+        batches = EvaluationBatches(stream, starts, BLOCK, RankSlice(rank, world_size, micro_batch_size))
         for number in range(len(batches)):
             idx, targets, _ = batches[number]
             sums.add(model.nats(idx, targets, None, None), targets)

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Tokeniz
 from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer
 from gptlab.errors import UserError
-from gptlab.evaluation.harness import HarnessModel, fingerprint
-from gptlab.evaluators.context import Machine
+from gptlab.evaluation.harness import HarnessModel, model_fingerprint
+from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.settings import EvaluateConfig
-from gptlab.evaluators.tasks import find_tasks, score_tasks
+from gptlab.evaluators.tasks import evaluate_tasks, find_tasks
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 BLOCK = 48
@@ -103,7 +103,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder) -> HarnessModel:
-    source = open_source(str(folder / "gpt2"))
+    source = open_model_source(str(folder / "gpt2"))
     return adapter(load_model(source), source.tokenizer())
 
 
@@ -199,7 +199,7 @@ def test_batches_do_not_change_answers(ours, our_results, folder):
 
 def test_answers_are_kept_for_the_same_model_alone(ours, folder, tmp_path, monkeypatch):
     tasks = asked(folder, tasks=["choices", "rolling", "writing"], cache=str(tmp_path / "kept"))
-    outcome = score_tasks(ours.model, ours.encoding, find_tasks(tasks), tasks, MACHINE)
+    outcome = evaluate_tasks(ours.model, ours.encoding, find_tasks(tasks), tasks, MACHINE)
     assert set(outcome.metrics) == {
         *("choices/acc", "choices/acc_norm", "writing/exact_match"),
         *("rolling/word_perplexity", "rolling/byte_perplexity", "rolling/bits_per_byte"),
@@ -211,15 +211,15 @@ def test_answers_are_kept_for_the_same_model_alone(ours, folder, tmp_path, monke
 
     for name in ("logits_at", "next_logits"):
         monkeypatch.setattr(ours.model, name, never)
-    again = score_tasks(ours.model, ours.encoding, find_tasks(tasks), tasks, MACHINE)
+    again = evaluate_tasks(ours.model, ours.encoding, find_tasks(tasks), tasks, MACHINE)
     assert again.metrics == outcome.metrics
     torch.manual_seed(1)
     other = GPT(ours.model.config)
-    assert fingerprint(other) != fingerprint(ours.model)
-    assert [path.name for path in tmp_path.iterdir()] == [f"kept-{fingerprint(ours.model)}-float32_rank0.db"]
+    assert model_fingerprint(other) != model_fingerprint(ours.model)
+    assert [path.name for path in tmp_path.iterdir()] == [f"kept-{model_fingerprint(ours.model)}-float32_rank0.db"]
 
 
-MACHINE = Machine(torch.device("cpu"), "float32", 0, 1)
+MACHINE = EvalContext(torch.device("cpu"), "float32", 0, 1)
 
 
 def asked(folder: Path, **changes) -> EvaluateConfig:
@@ -254,7 +254,7 @@ def test_what_a_model_cannot_answer_is_told(ours, folder, tmp_path):
     )
     config = asked(folder, tasks=["gone"])
     with pytest.raises(UserError, match=r"tasks=gone cannot be loaded: FileNotFoundError: .*none\.json(.|\n)*HF_HOME"):
-        score_tasks(ours.model, ours.encoding, find_tasks(config), config, MACHINE)
+        evaluate_tasks(ours.model, ours.encoding, find_tasks(config), config, MACHINE)
 
 
 def test_what_is_sampled_is_a_function_of_the_question(ours):

@@ -9,7 +9,7 @@ import torch
 
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer, CharactersTokenizer, load_tokenizer
 from gptlab.errors import UserError
-from gptlab.evaluation.completions import Loss, Tally, ending_losses, share, tally
+from gptlab.evaluation.completions import AccuracyCounts, EndingLoss, count_correct, ending_losses, rank_batches
 from gptlab.evaluation.hellaswag import Example, read_examples, write_bin
 
 LINE = {
@@ -143,10 +143,10 @@ def test_losses_of_endings_by_hand():
 def test_both_accuracies_where_they_differ():
     # sums: the first two endings are equally likely, so the first is the answer; means: 1.386, 0.693, 0.551, 1.733
     for label, by_sum, by_mean in ((0, 1, 0), (1, 0, 0), (2, 0, 1), (3, 0, 0)):
-        assert tally(losses_of([KNOWN]), [label]) == Tally(by_sum, by_mean, 1)
-    found = tally(losses_of([KNOWN] * 5), [0, 2, 2, 2, 1])
+        assert count_correct(losses_of([KNOWN]), [label]) == AccuracyCounts(by_sum, by_mean, 1)
+    found = count_correct(losses_of([KNOWN] * 5), [0, 2, 2, 2, 1])
     assert (found.acc, found.acc_norm) == (1 / 5, 3 / 5)
-    assert tally([[Loss(4.0, 4), Loss(3.0, 1)]], [1]) == Tally(1, 0, 1)
+    assert count_correct([[EndingLoss(4.0, 4), EndingLoss(3.0, 1)]], [1]) == AccuracyCounts(1, 0, 1)
 
 
 def test_what_is_longer_than_the_block_loses_its_beginning():
@@ -167,7 +167,7 @@ def test_examples_are_dealt_out_once_and_in_equally_many_batches():
     examples = [Example([0] * int(generator.integers(1, 9)), [[1, number], [2], [0], [1]], 0) for number in range(11)]
     for ranks in (1, 2, 3, 5, 11):
         for batch_size in (1, 2, 4, 20):
-            shares = [share(examples, rank, ranks, batch_size) for rank in range(ranks)]
+            shares = [rank_batches(examples, rank, ranks, batch_size) for rank in range(ranks)]
             assert len({len(batches) for batches in shares}) == 1
             dealt = [example for batches in shares for batch in batches for example in batch]
             assert sorted(dealt) == sorted(examples)

@@ -13,7 +13,7 @@ from gptlab.exporters.certificate import (
     compare_tensors,
     compare_texts,
 )
-from gptlab.exporters.reference import Greedy, Reference, fingerprint
+from gptlab.exporters.reference import GreedyContinuation, Reference, tensor_hash
 
 
 def reference(**changes) -> Reference:
@@ -21,8 +21,8 @@ def reference(**changes) -> Reference:
         prompts=torch.tensor([[1, 2]]),
         logits=torch.tensor([[[0.0, 50.0, -1.0], [4.0, 0.0, 2.0]]]),
         beginning=[1],
-        greedy=Greedy([2, 0, 1], [1.0, 0.002, 0.5]),
-        tensors={"a": fingerprint(torch.tensor([1.0, 2.0])), "b": fingerprint(torch.tensor([3.0]))},
+        greedy=GreedyContinuation([2, 0, 1], [1.0, 0.002, 0.5]),
+        tensors={"a": tensor_hash(torch.tensor([1.0, 2.0])), "b": tensor_hash(torch.tensor([3.0]))},
         rounding=None,
         end_of_text=None,
     )
@@ -109,7 +109,7 @@ def test_nothing_is_left_of_an_export_that_differs(tmp_path, monkeypatch, tamper
         path.write_bytes(tampered(bytearray(path.read_bytes())))
 
     monkeypatch.setattr(llmc, "write", write_and_tamper)
-    with pytest.raises(exporter.Differs, match=f"out is not written: {sentence}"):
+    with pytest.raises(exporter.ExportMismatch, match=f"out is not written: {sentence}"):
         export(monkeypatch, tmp_path / "out", random_model(), "llmc")
     assert list(tmp_path.iterdir()) == []
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from exports import export, random_model, tokenizer_of
-from gptlab.exporters.reference import greedy
+from gptlab.exporters.reference import greedy_continuation
 
 NAMES = {
     "transformer.wte.weight": "token_embd.weight",
@@ -83,7 +83,7 @@ def test_llama_cpp_writes_the_same(tmp_path, monkeypatch, kind, dtype):
     server = xllamacpp.Server(settings)
     told = server.handle_completions({"prompt": "the cow", "max_tokens": 12, "temperature": 0})
     prompt = tokenizer.encode("the cow").tolist()
-    assert told["choices"][0]["text"] == tokenizer.decode(greedy(model, prompt, 12).ids)
+    assert told["choices"][0]["text"] == tokenizer.decode(greedy_continuation(model, prompt, 12).ids)
 
 
 def test_without_llama_cpp_the_certificate_says_so(tmp_path, monkeypatch):

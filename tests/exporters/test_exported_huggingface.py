@@ -12,7 +12,7 @@ from gptlab.data.tokenizers.huggingface import tokenizer_record
 from gptlab.exporters import exporter
 from gptlab.model.generation.generate import continued, generate, plain_decoder
 from gptlab.model.generation.sampling_config import Sampling
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 IDX = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(1))
@@ -27,8 +27,8 @@ def test_a_gpt2_of_transformers_comes_back_bit_by_bit(tmp_path, variant):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
-    source = open_source(str(tmp_path / "theirs"))
-    exporter.export(source, "hf", "float32", tmp_path / "out")
+    source = open_model_source(str(tmp_path / "theirs"))
+    exporter.export_model(source, "hf", "float32", tmp_path / "out")
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from exports import export, random_model, tokenizer_of
 from gptlab.model.external import CONV1D
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_the_same_network(tmp_path, monkeypatch, bias):
     assert bool(missing) == (not bias)
     with torch.no_grad():  # the formulas, and what gptlab makes of the file
         torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=0)
-        assert torch.equal(load_model(open_source(str(path)))(idx), model(idx))
+        assert torch.equal(load_model(open_model_source(str(path)))(idx), model(idx))
 
 
 def test_characters_go_with_it(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_characters_go_with_it(tmp_path, monkeypatch):
     meta = pickle.loads((tmp_path / "out" / "meta.pkl").read_bytes())  # noqa: S301  (as nanoGPT does)
     assert meta["vocab_size"] == len(meta["stoi"]) == len(meta["itos"]) == tokenizer.vocab_size
     assert [meta["itos"][i] for i in range(meta["vocab_size"])] == sorted(meta["stoi"])
-    assert open_source(str(tmp_path / "out" / "ckpt.pt")).record == tokenizer.record()
+    assert open_model_source(str(tmp_path / "out" / "ckpt.pt")).record == tokenizer.record()
 
 
 def test_another_tokenizer_is_said_to_be_left_out(tmp_path, monkeypatch):

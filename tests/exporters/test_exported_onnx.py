@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exports import export, random_model
-from gptlab.exporters.onnx import traced
+from gptlab.exporters.onnx import trace_model
 
 ALL = {
     **{"positions": "rotary", "norm": "rms", "qk_norm": True, "embedding_norm": True, "bias": False},
@@ -40,5 +40,7 @@ def test_onnxruntime_gives_the_same_logits_at_any_shape(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 def test_a_graph_is_traced_for_the_whole_block_and_not_for_what_is_short_here():
-    time, batch = sorted(map(str, traced(random_model(block_size=300)).exported_program.range_constraints.values()))
+    time, batch = sorted(
+        map(str, trace_model(random_model(block_size=300)).exported_program.range_constraints.values())
+    )
     assert (batch, time) == ("VR[1, 65536]", "VR[1, 300]")

@@ -4,8 +4,8 @@ import pytest
 
 from conftest import tiny_config
 from gptlab.data.shards.manifest import Manifest
-from gptlab.exporters.model_card_info import Facts, title_of
-from gptlab.pretrained.source import Source
+from gptlab.exporters.model_card_info import ModelCardInfo, model_title
+from gptlab.pretrained.source import ModelSource
 from run_directories import rows_of, write_run
 
 
@@ -17,13 +17,13 @@ def test_a_card_has_the_best_row_and_no_path_of_this_machine(tmp_path, origin, t
     splits = {"train": [], "val": []}
     about = {"format": 1, "tokenizer": {"name": "bytes"}, "vocab_size": 257, "dtype": "uint16", "splits": splits}
     Manifest(**about, origin=origin).save(run)
-    source = Source(str(run), run, tiny_config(), None, None)
-    assert title_of(source) == "first/2026-11-25"
+    source = ModelSource(str(run), run, tiny_config(), None, None)
+    assert model_title(source) == "first/2026-11-25"
     best = next(row for row in rows if row.get("val/loss") == 1.0)
-    assert Facts.of(source) == Facts(told, 10, 10 * 768, 1.0, best["val/bits_per_byte"])
+    assert ModelCardInfo.of(source) == ModelCardInfo(told, 10, 10 * 768, 1.0, best["val/bits_per_byte"])
 
 
 def test_a_model_of_another_origin_has_its_name(tmp_path):
     for name, title in (("gpt2", "gpt2"), ("hf://someone/model", "model"), (str(tmp_path / "folder"), "folder")):
-        source = Source(name, tmp_path, tiny_config(), None, None)
-        assert (title_of(source), Facts.of(source)) == (title, Facts())
+        source = ModelSource(name, tmp_path, tiny_config(), None, None)
+        assert (model_title(source), ModelCardInfo.of(source)) == (title, ModelCardInfo())

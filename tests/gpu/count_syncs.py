@@ -1,7 +1,7 @@
 """Counts host-device synchronizations within training steps: python count_syncs.py <arguments of gptlab.train>.
 
 Counts the warnings of torch.cuda.set_sync_debug_mode from step 4 on, by the line of gptlab, Lightning or torch that
-caused them. A copy to the host whose event is waited for (``Agreement``) causes no warning and is not counted.
+caused them. A copy to the host whose event is waited for (``DelayedAllReduce``) causes no warning and is not counted.
 """
 
 import logging

@@ -7,7 +7,7 @@ import torch
 
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
-from gptlab.training.gpu_specs import of_device
+from gptlab.training.gpu_specs import gpu_from_cuda_name
 from measuring import CUDA, DEVICE, NAME, SMALL, config, synchronize
 
 STEPS, PROFILED_STEPS, KERNELS = 10, 3, 14
@@ -44,7 +44,7 @@ def main() -> None:
     seconds(3)
     took = seconds(STEPS)
     speed = idx.numel() / took
-    gpu = of_device(NAME)
+    gpu = gpu_from_cuda_name(NAME)
     mfu = f"{100 * speed * flops_per_token(shape) / gpu.flops:.1f} % MFU" if gpu else "MFU unknown"
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0
     print(

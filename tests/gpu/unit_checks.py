@@ -24,11 +24,11 @@ from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.model.loss import Head, mean_loss
 from gptlab.training.config import AdamWConfig, MuonConfig
-from gptlab.training.distributed.delayed_all_reduce import Agreement
-from gptlab.training.gpu_specs import of_device
+from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
+from gptlab.training.gpu_specs import gpu_from_cuda_name
 from gptlab.training.module import seed_generators
 from gptlab.training.optim.muon import StackedMuon
-from gptlab.training.optim.optimizers import build_optimizer, skip_where_bad
+from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 from measuring import CUDA, DEVICE, NAME, SMALL, config, milliseconds, peak_memory
 
 BF16 = torch.bfloat16
@@ -72,7 +72,7 @@ def ceilings() -> None:
 
 @check
 def device() -> None:
-    known = of_device(NAME) is not None
+    known = gpu_from_cuda_name(NAME) is not None
     text = f"{NAME!r}, torch {torch.__version__}, its peak is {'known' if known else 'NOT known'}"
     report(("PASS" if known else "FAIL") if CUDA else "INFO", "device", text)
 
@@ -221,7 +221,7 @@ def optimizers_speed() -> None:
         def step(bad: bool, optimizer: torch.optim.Optimizer = optimizer) -> None:
             for p in model.parameters():
                 p.grad = torch.full_like(p, float("nan")) if bad else torch.randn_like(p)
-            skip_where_bad(optimizer, torch.full((), float(bad), device=DEVICE))
+            skip_step_if(optimizer, torch.full((), float(bad), device=DEVICE))
             optimizer.step()
 
         def state(optimizer: torch.optim.Optimizer = optimizer) -> list[Tensor]:
@@ -234,7 +234,7 @@ def optimizers_speed() -> None:
         expect(kept, "optimizers_speed", f"{name}: a bad step changes neither weights nor moments nor step counts")
         for p in model.parameters():
             p.grad = torch.randn_like(p)
-        skip_where_bad(optimizer, torch.zeros((), device=DEVICE))
+        skip_step_if(optimizer, torch.zeros((), device=DEVICE))
         begun = time.perf_counter()
         optimizer.step()
         host = 1e3 * (time.perf_counter() - begun)
@@ -328,14 +328,14 @@ def int8_products() -> None:
 
 @check
 def agreement() -> None:
-    sums = Agreement()
+    sums = DelayedAllReduce()
     got = [sums.add(torch.full((3,), float(i), device=DEVICE)) for i in range(3)] + [sums.collect()]
     expect(got == [None, [0.0] * 3, [1.0] * 3, [2.0] * 3], "agreement", f"sums come one step later: {got}")
 
 
 @check
 def mixed_devices() -> None:
-    """torch.stack of tensors of the GPU and of the CPU, as ``Pulse`` calls it with trainer.cpu_offload=true."""
+    """torch.stack of tensors of the GPU and of the CPU, as ``StepSync`` calls it with trainer.cpu_offload=true."""
     try:
         torch.stack([torch.zeros((), device=DEVICE), torch.zeros(())])
         report("INFO", "mixed_devices", "torch.stack takes both")

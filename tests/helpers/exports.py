@@ -10,7 +10,7 @@ from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, Chara
 from gptlab.exporters import exporter
 from gptlab.exporters.certificate import Certificate
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 
 TEXT = "the cat, the dog and 3 cows; it's é\n\n\tand  more\n"
 
@@ -40,4 +40,4 @@ def export(
     """Export ``model`` as if it came from a file."""
     monkeypatch.setattr(exporter, "load_model", lambda _: copy.deepcopy(model))
     record = tokenizer.record() if tokenizer is not None else None
-    return exporter.export(Source("model", out.parent, model.config, record, None), form, dtype, out)
+    return exporter.export_model(ModelSource("model", out.parent, model.config, record, None), form, dtype, out)

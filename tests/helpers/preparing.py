@@ -14,11 +14,11 @@ from tiktoken_ext import openai_public
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import Manifest, Shard
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 
-ALONE = Work(workers=1)  # in this process, where tests can change things
+ALONE = PrepareOptions(workers=1)  # in this process, where tests can change things
 
 SETTINGS = {
     "corpus": "text",
@@ -55,11 +55,11 @@ def text_values(source: Path, **values) -> dict:
 def prepare_text(
     source: Path,
     tokenizer: str = "bytes",
-    work: Work = ALONE,
+    work: PrepareOptions = ALONE,
     vocab_size: int | None = None,
     train_mb: float | None = None,
     **values,
-) -> Prepared:
+) -> TokenDataset:
     return prepare(
         data_config(**text_values(source, **values)), tokenizer_config(tokenizer, vocab_size, train_mb), work
     )

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from chromium import Seen, chromium, why_not
-from gptlab.reporting.document import Document
+from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
-from gptlab.reporting.page import page
+from gptlab.reporting.page import render_page
 from run_directories import rows_of, write_run, write_sweep
 
 RATES, SEEDS = (1e-3, 2e-3, 4e-3), (1, 2, 3)
@@ -63,7 +63,7 @@ def sizes(tmp_path_factory) -> Path:
 
 def written(where: Path) -> Path:
     path = where / "report.html"
-    path.write_text(page(Document(str(where), 1000).gather(), poll=None))
+    path.write_text(render_page(ReportDocument(str(where), 1000).gather(), poll=None))
     return path
 
 
@@ -92,7 +92,7 @@ def column(run: Path, name: str, over: str = "tokens") -> tuple[list[float], lis
 @contextmanager
 def serving(where: Path) -> Iterator[LiveServer]:
     """A server of a report, in a thread."""
-    with LiveServer(Document(str(where), 1000).gather, port=0, poll=0.1) as server:
+    with LiveServer(ReportDocument(str(where), 1000).gather, port=0, poll=0.1) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

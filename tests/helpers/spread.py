@@ -19,7 +19,7 @@ from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import AdamWConfig, ConstantConfig, TrainerConfig
 from gptlab.training.devices import Devices
-from gptlab.training.distributed.strategies import build_strategy, gathered
+from gptlab.training.distributed.strategies import build_strategy, gathered_weights
 from gptlab.training.module import GPTModule
 
 STEPS, MICRO_BATCHES = 2, 3
@@ -42,7 +42,7 @@ def trained(strategy: str) -> dict[str, Any]:
     batches = [Batch(*torch.randint(61, (2, 2, 16), generator=generator), None) for _ in range(STEPS * MICRO_BATCHES)]
     with profile(activities=[ProfilerActivity.CPU]) as training:
         trainer.fit(module, DataLoader(batches, batch_size=None))
-    with profile(activities=[ProfilerActivity.CPU]) as sampling, gathered(trainer.strategy), torch.no_grad():
+    with profile(activities=[ProfilerActivity.CPU]) as sampling, gathered_weights(trainer.strategy), torch.no_grad():
         for _ in range(3):
             module.model(batches[0].idx)
     return {

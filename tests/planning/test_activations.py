@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_config
 from gptlab.model import attention
 from gptlab.model.gpt import GPT
-from gptlab.planning.activations import KINDS, SHORT, Pass, of_head, of_network, of_weights
+from gptlab.planning.activations import NUMBER_SIZES, SHORT, ForwardPass, head_bytes, network_bytes, weight_copy_bytes
 
 WIDE = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 97}
 MODERN = {  # conf/model/gpt2_modern.yaml
@@ -47,7 +47,7 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - sum(copies), sum(copies)
 
 
-@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("precision", NUMBER_SIZES)
 @pytest.mark.parametrize(
     ("changes", "chunk"),
     [
@@ -67,11 +67,11 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
 )
 def test_activations_are_what_autograd_saves(precision, changes, chunk):
     config = tiny_config(**WIDE | changes)
-    forward = Pass(config, 3, KINDS[precision], on_gpu=False)
+    forward = ForwardPass(config, 3, NUMBER_SIZES[precision], on_gpu=False)
     activations, copies = saved(config, 3, precision, chunk)
-    assert of_network(forward) + of_head(forward, chunk) == pytest.approx(activations, rel=0.01)
+    assert network_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
     if not config.activation_checkpointing:
-        assert of_weights(forward, chunk) == copies
+        assert weight_copy_bytes(forward, chunk) == copies
 
 
 def test_a_short_sequence_is_what_the_attention_takes_for_one():

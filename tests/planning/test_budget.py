@@ -4,7 +4,7 @@ import pytest
 
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token, parameter_count
-from gptlab.planning.budget import batch_tokens, choose, ladder, learning_rate
+from gptlab.planning.budget import choose_compute_optimal, model_ladder, optimal_batch_tokens, optimal_learning_rate
 from test_conf import resolved
 
 GPT2 = ("tokenizer=gpt2", "model.block_size=1024")
@@ -18,19 +18,19 @@ def with_vocabulary(*overrides: str):
 def test_batch_and_rate_are_those_of_deepseek(parameters, batch, rate):
     # Bi et al. 2024, table 2: two trillion tokens, sequences of 4096; 6 N FLOPs a token
     budget = 6 * parameters * 2e12
-    assert batch_tokens(budget) == pytest.approx(batch * 4096, rel=0.03)
-    assert learning_rate(budget) == pytest.approx(rate, rel=0.02)
+    assert optimal_batch_tokens(budget) == pytest.approx(batch * 4096, rel=0.03)
+    assert optimal_learning_rate(budget) == pytest.approx(rate, rel=0.02)
 
 
 def test_the_ladder_has_gpt2_s_sizes():
-    shapes = {(size.n_layer, size.n_head, size.n_embd) for size in ladder(with_vocabulary(*GPT2).model)}
+    shapes = {(size.n_layer, size.n_head, size.n_embd) for size in model_ladder(with_vocabulary(*GPT2).model)}
     assert {(12, 12, 768), (24, 16, 1024), (36, 20, 1280)} <= shapes
 
 
 @pytest.mark.parametrize("budget", [1e15, 1e17, 1e19, 1e21])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_run_that_is_chosen_takes_the_budget(budget, devices):
-    choice = choose(with_vocabulary(*GPT2), budget, devices)
+    choice = choose_compute_optimal(with_vocabulary(*GPT2), budget, devices)
     composed = with_vocabulary(*GPT2, *choice.overrides)
     assert composed == choice.config
     tokens = composed.steps * composed.train.global_batch_size * 1024
@@ -41,14 +41,14 @@ def test_the_run_that_is_chosen_takes_the_budget(budget, devices):
 
 def test_chinchilla_s_own_budget_gives_its_size():
     # Hoffmann et al. 2022, table 1: Chinchilla, 70B parameters and 1.4T tokens, 5.76e23 FLOPs; table 3: 1B for 1.21e20
-    choice = choose(with_vocabulary(*GPT2), 1.21e20, 1)
+    choice = choose_compute_optimal(with_vocabulary(*GPT2), 1.21e20, 1)
     assert parameter_count(choice.config.model) == pytest.approx(1e9, rel=0.25)
 
 
 def test_muon_keeps_its_rate_and_what_was_named_otherwise_gives_way():
     named = ("optimizer=muon", "train.micro_batch_size=6", "train.batch_schedule=[[4,6]]", "train.max_steps=null")
     config = with_vocabulary(*GPT2, *named, "train.max_tokens=1e6")
-    choice = choose(config, 1e17, 1)
+    choice = choose_compute_optimal(config, 1e17, 1)
     assert not any(override.startswith("optimizer.lr") for override in choice.overrides)
     assert with_vocabulary(*GPT2, *named, "train.max_tokens=1e6", *choice.overrides) == choice.config
 
@@ -59,4 +59,4 @@ def test_muon_keeps_its_rate_and_what_was_named_otherwise_gives_way():
 )
 def test_what_no_size_fits_is_refused(budget, sentence):
     with pytest.raises(UserError, match=sentence):
-        choose(with_vocabulary(*GPT2), budget, 1)
+        choose_compute_optimal(with_vocabulary(*GPT2), budget, 1)

@@ -5,16 +5,16 @@ import torch
 
 from gptlab.model.config import parameter_count
 from gptlab.planning import target as targets
-from gptlab.planning.memory import Spread, largest_micro_batch, memory
+from gptlab.planning.memory import ParallelLayout, estimate_memory, largest_micro_batch
 from gptlab.planning.plans import make_plan
-from gptlab.planning.target import chunk_of, target_here, target_on
+from gptlab.planning.target import gpu_hardware, local_hardware, logits_chunk
 from gptlab.training.devices import choose_devices
 from gptlab.training.gpu_specs import GPUS
 from test_conf import resolved
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760
-H100 = target_on(GPT2, GPUS["h100"])
+H100 = gpu_hardware(GPT2, GPUS["h100"])
 
 
 @pytest.mark.parametrize("model", ["nano", "mini", "gpt2"])
@@ -22,47 +22,47 @@ H100 = target_on(GPT2, GPUS["h100"])
 def test_a_plan_decides_as_a_run_does(model, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-    monkeypatch.setattr(targets, "gpus_here", lambda: ())
+    monkeypatch.setattr(targets, "list_gpus", lambda: ())
     monkeypatch.setattr(targets, "_cpu_flags", lambda: {"avx512_bf16"} if bf16 else set())
     for spread in ("trainer=auto", "trainer=ddp", "trainer=fsdp"):
         config = resolved(f"model={model}", spread, "tokenizer=bytes").with_vocabulary(257)
-        planned, chosen = target_here(config), choose_devices(config.trainer, config.train, config.model)
+        planned, chosen = local_hardware(config), choose_devices(config.trainer, config.train, config.model)
         assert planned[-5:-1] == (chosen.devices, chosen.num_nodes, chosen.precision, chosen.compile)
 
 
 def test_weights_gradients_and_moments_by_hand():
-    adamw = memory(GPT2, H100, Spread("ddp", 8), 12, chunk_of(GPT2))
+    adamw = estimate_memory(GPT2, H100, ParallelLayout("ddp", 8), 12, logits_chunk(GPT2))
     assert (adamw.weights, adamw.moments, adamw.gradients) == (4 * N, 8 * N, 4 * N)
     assert adamw.libraries == 0  # which are not in the GPU
-    assert memory(GPT2, target_here(GPT2), Spread("ddp", 8), 12, None).libraries > 0
-    sharded = memory(GPT2, H100, Spread("fsdp", 8), 12, chunk_of(GPT2))
+    assert estimate_memory(GPT2, local_hardware(GPT2), ParallelLayout("ddp", 8), 12, None).libraries > 0
+    sharded = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 8), 12, logits_chunk(GPT2))
     assert (sharded.weights, sharded.moments) == (4 * N / 8, N)
     muon = resolved("experiment=gpt2_openwebtext", "optimizer=muon", "train.ema_decay=0.99").with_vocabulary(50257)
-    assert memory(muon, H100, Spread("ddp", 8), 12, None).moments == 4 * (3 * N - 12 * 12 * 768**2)
+    assert estimate_memory(muon, H100, ParallelLayout("ddp", 8), 12, None).moments == 4 * (3 * N - 12 * 12 * 768**2)
     pure = H100._replace(precision="bf16-true")
-    assert memory(GPT2, pure, Spread("ddp", 8), 12, None).weights == 2 * N
+    assert estimate_memory(GPT2, pure, ParallelLayout("ddp", 8), 12, None).weights == 2 * N
 
 
 def test_each_measure_saves_what_it_is_for():
     plain = resolved("experiment=gpt2_openwebtext", "train.loss_chunk=null").with_vocabulary(50257)
     model = plain.model.model_copy(update={"activation_checkpointing": True})
     checkpointed = plain.model_copy(update={"model": model})
-    spread = Spread("ddp", 8)
-    whole = memory(plain, H100, spread, 12, None)
-    assert memory(checkpointed, H100, spread, 12, None).activations < whole.activations / 2
-    assert memory(plain, H100, spread, 12, 1024).total < whole.total - 12 * 1024 * 50257 * 2
-    split = memory(plain, H100, Spread("fsdp_tp", 8, 2), 12, None)
-    assert split.activations < memory(plain, H100, Spread("fsdp", 8), 12, None).activations
+    spread = ParallelLayout("ddp", 8)
+    whole = estimate_memory(plain, H100, spread, 12, None)
+    assert estimate_memory(checkpointed, H100, spread, 12, None).activations < whole.activations / 2
+    assert estimate_memory(plain, H100, spread, 12, 1024).total < whole.total - 12 * 1024 * 50257 * 2
+    split = estimate_memory(plain, H100, ParallelLayout("fsdp_tp", 8, 2), 12, None)
+    assert split.activations < estimate_memory(plain, H100, ParallelLayout("fsdp", 8), 12, None).activations
 
 
 @pytest.mark.parametrize("gpu", ["h100", "l4"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(gpu):
-    target, spread, chunk = target_on(GPT2, GPUS[gpu]), Spread("single", 1), chunk_of(GPT2)
+    target, spread, chunk = gpu_hardware(GPT2, GPUS[gpu]), ParallelLayout("single", 1), logits_chunk(GPT2)
     largest = largest_micro_batch(GPT2, target, spread, chunk)
-    assert memory(GPT2, target, spread, largest, chunk).total <= GPUS[gpu].memory
-    assert memory(GPT2, target, spread, largest + 1, chunk).total > GPUS[gpu].memory
+    assert estimate_memory(GPT2, target, spread, largest, chunk).total <= GPUS[gpu].memory
+    assert estimate_memory(GPT2, target, spread, largest + 1, chunk).total > GPUS[gpu].memory
     xl = resolved("model=gpt2-xl").with_vocabulary(50257)
-    assert largest_micro_batch(xl, target_on(xl, GPUS["l4"]), spread, chunk) == 0  # 16 bytes of each of 1.6 billion
+    assert largest_micro_batch(xl, gpu_hardware(xl, GPUS["l4"]), spread, chunk) == 0  # 16 bytes of each of 1.6 billion
 
 
 def test_a_plan_counts_what_the_run_will():

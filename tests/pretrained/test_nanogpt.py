@@ -8,7 +8,7 @@ import torch
 from gptlab.config.schema import Config
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.nanogpt import taken_over
+from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.training.optim.optimizers import build_optimizer
 from test_conf import resolved
 
@@ -41,7 +41,7 @@ def path(tmp_path) -> Path:
 
 def test_every_moment_is_its_parameter_s(path):
     config, model = own()
-    taken = taken_over(path, config, model)
+    taken = import_nanogpt_checkpoint(path, config, model)
     assert taken["global_step"] == 3
     theirs = torch.load(path, weights_only=True)
     order = [name for name, p in model.named_parameters() if p.dim() > 1]
@@ -73,7 +73,7 @@ def test_every_moment_is_its_parameter_s(path):
 )
 def test_a_setting_that_would_make_another_step_of_it_is_named(path, changes, sentence):
     with pytest.raises(UserError, match=rf"resume_from_nanogpt=.*ckpt\.pt cannot go on exactly: {sentence}"):
-        taken_over(path, *own(*changes))
+        import_nanogpt_checkpoint(path, *own(*changes))
 
 
 def _exchanged(checkpoint):
@@ -107,4 +107,4 @@ def test_moments_that_are_not_those_of_the_step_are_refused(path, change, senten
     change(checkpoint)
     torch.save(checkpoint, path)
     with pytest.raises(UserError, match=sentence):
-        taken_over(path, *own())
+        import_nanogpt_checkpoint(path, *own())

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gptlab.data.tokenizers.gpt2_vocabulary import SHA256, gpt2_merges
 from gptlab.errors import UserError
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 TEXT = "The quick brown fox, and 1234 lazy dogs: naïve Ünïcode — 漢字.\n\n  indented"
@@ -43,7 +43,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_folder_of_hugging_face_is_a_model_with_its_tokenizer(folder):
-    source = open_source(str(folder))
+    source = open_model_source(str(folder))
     assert (source.is_run, source.record, source.path) == (False, {"name": "gpt2"}, folder)
     assert source.model.model_dump(include={"n_layer", "n_embd", "block_size", "bias", "activation"}) == {
         "n_layer": 1,
@@ -61,7 +61,7 @@ def test_a_folder_of_hugging_face_is_a_model_with_its_tokenizer(folder):
 @pytest.mark.parametrize("rows", [50257, 50304], ids=["exact", "padded"])
 def test_without_files_of_a_tokenizer_gpt2_s_ids_are_gpt2_s(tmp_path, rows):
     save_gpt2(tmp_path / "model", rows)
-    source = open_source(str(tmp_path / "model"))
+    source = open_model_source(str(tmp_path / "model"))
     assert (source.record, source.model.vocab_size) == ({"name": "gpt2"}, 50257)
     assert load_model(source).wte.weight.shape == (50257, 16)  # what only pads is left out
 
@@ -79,7 +79,7 @@ def test_a_bpe_of_the_tokenizers_library_is_one_of_ours(tmp_path, files):
         vocabulary = json.loads((tmp_path / "model" / "vocab.json").read_text())
         vocabulary["<|endoftext|>"] = len(vocabulary)
         (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocabulary))
-    ours = open_source(str(tmp_path / "model")).tokenizer()
+    ours = open_model_source(str(tmp_path / "model")).tokenizer()
     assert ours.encode(TEXT).tolist() == theirs.encode(TEXT).ids
     assert ours.decode(ours.encode(TEXT).tolist()) == TEXT
     assert (ours.vocab_size, ours.end_of_text) == (theirs.get_vocab_size(), theirs.get_vocab_size() - 1)
@@ -88,11 +88,11 @@ def test_a_bpe_of_the_tokenizers_library_is_one_of_ours(tmp_path, files):
 def test_a_tokenizer_of_another_kind_and_one_of_another_size_are_refused(folder):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": {"a": 0}}}))
     with pytest.raises(UserError, match=r"tokenizer\.json is a tokenizer that gptlab has not"):
-        open_source(str(folder))
+        open_model_source(str(folder))
     (folder / "tokenizer.json").unlink()
     save_gpt2(folder, 60)
     with pytest.raises(UserError, match=r"has an embedding of 60 ids, and its tokenizer 50257"):
-        open_source(str(folder))
+        open_model_source(str(folder))
 
 
 def write_nanogpt(path: Path, vocab_size: int) -> None:
@@ -107,13 +107,13 @@ def write_nanogpt(path: Path, vocab_size: int) -> None:
 
 def test_a_checkpoint_of_nanogpt_has_the_characters_of_the_meta_pkl_beside_it(tmp_path):
     write_nanogpt(tmp_path / "ckpt.pt", 5)
-    source = open_source(str(tmp_path / "ckpt.pt"))
+    source = open_model_source(str(tmp_path / "ckpt.pt"))
     with pytest.raises(UserError, match=r"Nothing says what the 5 ids of .*ckpt\.pt mean: put nanoGPT's meta\.pkl"):
         source.tokenizer()
     characters = "\n abc"
     meta = {"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    source = open_source(str(tmp_path / "ckpt.pt"))
+    source = open_model_source(str(tmp_path / "ckpt.pt"))
     assert source.tokenizer().encode("cab\n").tolist() == [4, 2, 3, 0]
     assert source.model.activation == "gelu"
 
@@ -154,7 +154,7 @@ def test_the_loss_of_nanogpt_s_checkpoint_is_that_of_the_formula(tmp_path):
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
     scores = logits_of_the_paper(state, ids[:-1], n_head=2)
     expected = torch.stack([scores[t].exp().sum().log() - scores[t, target] for t, target in enumerate(ids[1:])]).mean()
-    model = load_model(open_source(str(tmp_path / "ckpt.pt"))).double()
+    model = load_model(open_model_source(str(tmp_path / "ckpt.pt"))).double()
     found = model.loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]), None, None)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)  # the loss itself is in float32
 
@@ -181,4 +181,4 @@ def test_gpt2_is_taken_from_the_hub_s_cache_and_said_to_be_missing_where_it_is_n
 @pytest.mark.parametrize("name", ["nowhere", "gpt3", "outputs/quickstart/never"])
 def test_what_is_not_there_is_said_with_what_there_could_be(name):
     with pytest.raises(UserError, match=rf"{name}: there is no such run directory.* gpt2, gpt2-medium"):
-        open_source(name)
+        open_model_source(name)

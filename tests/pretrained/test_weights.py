@@ -12,7 +12,7 @@ from canary import Canary
 from conftest import tiny_config
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.external import check_foreign
+from gptlab.pretrained.external import check_external
 from gptlab.pretrained.weights import load_weights
 from gptlab.training.checkpoints.reading import read_plain
 
@@ -33,7 +33,7 @@ def transformers_gpt2(activation: str = "gelu_new", dtype: torch.dtype = torch.f
 def loaded(path: Path, dtype: torch.dtype = torch.float32, **changes) -> GPT:
     """Our model with the weights of ``path``, after the checks that a command makes."""
     config = tiny_config(**SHAPE | changes)
-    check_foreign(path, config)
+    check_external(path, config)
     model = GPT(config).to(dtype)
     load_weights(model, path)
     return model.eval()
@@ -140,11 +140,11 @@ def test_a_longer_block_of_nanogpt_is_cropped(tmp_path, idx):
 )
 def test_another_model_is_told_from_a_description_without_torch(folder, changes, sentence):
     with pytest.raises(UserError, match=rf"The weights of .*gpt2 do not fit this model: {sentence}\."):
-        check_foreign(folder, tiny_config(**SHAPE | changes))
+        check_external(folder, tiny_config(**SHAPE | changes))
 
 
 def test_a_vocabulary_that_is_not_known_yet_is_not_compared(folder):
-    check_foreign(folder, tiny_config(**SHAPE | {"vocab_size": None}))
+    check_external(folder, tiny_config(**SHAPE | {"vocab_size": None}))
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_what_a_checkpoint_lacks_is_said(tmp_path, more, sentence):
 def test_what_is_no_gpt2_of_ours_is_told_by_its_description(folder, changes, sentence):
     edit(folder / "config.json", **changes)
     with pytest.raises(UserError, match=sentence):
-        check_foreign(folder, tiny_config(**SHAPE))
+        check_external(folder, tiny_config(**SHAPE))
 
 
 def test_an_inner_width_that_is_the_usual_one_may_be_named(folder):
     edit(folder / "config.json", n_inner=4 * 48)
-    check_foreign(folder, tiny_config(**SHAPE))
+    check_external(folder, tiny_config(**SHAPE))
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -233,7 +233,7 @@ def test_a_truncated_file_is_named_without_torch(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
-        check_foreign(folder, tiny_config(**SHAPE))
+        check_external(folder, tiny_config(**SHAPE))
 
 
 @pytest.mark.parametrize(
@@ -250,16 +250,16 @@ def test_an_index_lists_files_of_its_own_folder(folder, table, sentence):
     (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     with pytest.raises(UserError, match=sentence):
-        check_foreign(folder, tiny_config(**SHAPE))
+        check_external(folder, tiny_config(**SHAPE))
 
 
 def test_an_empty_folder_of_weights_and_a_missing_description(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
-        check_foreign(folder, tiny_config(**SHAPE))
+        check_external(folder, tiny_config(**SHAPE))
     (folder / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        check_foreign(folder, tiny_config(**SHAPE))
+        check_external(folder, tiny_config(**SHAPE))
 
 
 @pytest.fixture

@@ -10,20 +10,20 @@ import pytest
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.reporting import reading
-from gptlab.reporting.document import Document
-from gptlab.reporting.page import as_json, page
-from gptlab.reporting.series import curves, thin, training_seconds
+from gptlab.reporting.document import ReportDocument
+from gptlab.reporting.page import render_page, to_script_json
+from gptlab.reporting.series import curves, downsample, training_seconds
 from gptlab.tracking.run_store.sweeps import Trial
 from run_directories import ENVIRONMENT, TOKENS, rows_of, write_metrics, write_run, write_sweep
 
 
 def gathered(where, points: int = 1000):
-    return Document(str(where), points).gather()
+    return ReportDocument(str(where), points).gather()
 
 
 def test_a_thinned_curve_keeps_its_ends_and_every_extreme():
     values = [math.sin(i / 700) + (5 if i == 3333 else -5 if i == 7777 else 0) for i in range(10_000)]
-    places = thin(values, 100)
+    places = downsample(values, 100)
     assert len(places) <= 100
     assert places == sorted(set(places))
     assert {0, 3333, 7777, 9999} <= set(places)
@@ -31,14 +31,14 @@ def test_a_thinned_curve_keeps_its_ends_and_every_extreme():
         kept = [values[place] for place in places if start <= place < start + 1000]
         assert max(kept) == pytest.approx(max(values[start : start + 1000]), abs=0.25)
         assert min(kept) == pytest.approx(min(values[start : start + 1000]), abs=0.25)
-    assert thin([3.0, 1.0, 2.0], 4) == [0, 1, 2]
+    assert downsample([3.0, 1.0, 2.0], 4) == [0, 1, 2]
 
 
 def test_what_is_no_number_hides_nothing_that_is():
     values = [math.nan if i % 3 else float(i) for i in range(1000)]
-    places = thin(values, 50)
+    places = downsample(values, 50)
     assert sum(math.isfinite(values[place]) for place in places) >= 48
-    assert len(thin([math.nan] * 1000, 50)) == 26  # one of each stretch, and the ends
+    assert len(downsample([math.nan] * 1000, 50)) == 26  # one of each stretch, and the ends
 
 
 def test_time_is_tokens_over_throughput():
@@ -84,7 +84,9 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
     (run,) = found["runs"]
     assert run["name"] == "quickstart/now"
     # GPT-2's layout by hand, with biases: two LayerNorms and four linear layers a block, a tied head of 257 rows
-    model = GPTConfig.model_validate(Document(str(tmp_path), 10).reader.read([directory])[0][0].run.config["model"])
+    model = GPTConfig.model_validate(
+        ReportDocument(str(tmp_path), 10).reader.read([directory])[0][0].run.config["model"]
+    )
     C, L, V, T = model.n_embd, model.n_layer, 257, model.block_size
     blocks = L * (12 * C * C + 9 * C + 4 * C) + 2 * C
     assert run["parameters"] == V * C + T * C + blocks
@@ -186,7 +188,7 @@ def test_a_run_is_read_again_only_when_it_has_gone_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         reading, "_read", lambda run, *rest, was=reading._read: read.append(run.directory) or was(run, *rest)
     )
-    document = Document(str(tmp_path / "runs"), 1000)
+    document = ReportDocument(str(tmp_path / "runs"), 1000)
     document.gather()
     document.gather()
     assert read == [first, second]
@@ -221,7 +223,7 @@ def test_what_runs_hold_cannot_leave_the_data(tmp_path):
     write_run(tmp_path / "runs" / "1", settings={"seed": 9}, environment={"command": HOSTILE})
     document = gathered(tmp_path / "runs")
     seen = Scripts()
-    seen.feed(page(document, poll=None))
+    seen.feed(render_page(document, poll=None))
     scripts = [attributes for tag, attributes in seen.elements if tag == "script"]
     assert [attributes.get("id") for attributes in scripts] == ["data", None, None]
     assert "img" not in {tag for tag, _ in seen.elements}
@@ -234,6 +236,6 @@ def test_what_runs_hold_cannot_leave_the_data(tmp_path):
 
 
 def test_json_has_no_markup_and_no_number_that_json_lacks():
-    text = as_json({"a": [HOSTILE, math.nan, {"b": -math.inf}], "c": "\ud800"})
+    text = to_script_json({"a": [HOSTILE, math.nan, {"b": -math.inf}], "c": "\ud800"})
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {"a": [HOSTILE, None, {"b": None}], "c": "?"}

@@ -10,8 +10,8 @@ import pytest
 from conftest import defaults
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED
 from gptlab.sweeps import local_launcher
-from gptlab.sweeps.config import ProcessesConfig
-from gptlab.sweeps.local_launcher import Pool
+from gptlab.sweeps.config import LocalLauncherConfig
+from gptlab.sweeps.local_launcher import LocalLauncher
 from gptlab.tracking.run_store.sweeps import Trial
 from gptlab.training.config import TrainerConfig
 
@@ -43,7 +43,7 @@ def on_gpus(monkeypatch, number, visible=None):
 def test_trials_have_devices_of_their_own(monkeypatch, gpus, devices, at_once, visible, expected):
     on_gpus(monkeypatch, gpus, visible)
     strategy = "single" if devices == 1 else "ddp"
-    made = Pool(ProcessesConfig(at_once=at_once), trainer(devices=devices, strategy=strategy))
+    made = LocalLauncher(LocalLauncherConfig(at_once=at_once), trainer(devices=devices, strategy=strategy))
     assert made.at_once == len(expected)
     assert [made.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(made.at_once)] == expected
 
@@ -52,10 +52,10 @@ def test_on_a_cpu_one_at_a_time_and_several_share_the_cores(monkeypatch):
     on_gpus(monkeypatch, 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    one = Pool(ProcessesConfig(at_once="auto"), trainer())
+    one = LocalLauncher(LocalLauncherConfig(at_once="auto"), trainer())
     assert one.at_once == 1
     assert "OMP_NUM_THREADS" not in one.environment(0)
-    four = Pool(ProcessesConfig(at_once=4), trainer())
+    four = LocalLauncher(LocalLauncherConfig(at_once=4), trainer())
     assert four.environment(3)["OMP_NUM_THREADS"] == "2"
 
 
@@ -68,7 +68,7 @@ class NoConfig:
 def begun(tmp_path, monkeypatch):
     """A pool, and what starts a process in it that runs a line of Python."""
     on_gpus(monkeypatch, 0)
-    made = Pool(ProcessesConfig(at_once=2), trainer())
+    made = LocalLauncher(LocalLauncherConfig(at_once=2), trainer())
 
     def begin(number, code):
         script = tmp_path / f"trial_{number}.py"
@@ -121,7 +121,7 @@ def test_a_killed_trial_has_failed(begun):
 def test_signals_are_handed_on_and_nothing_begins_any_more(begun, number, status):
     made, begin = begun
     wait_for("ready", begin(0, "signal.pthread_sigmask(signal.SIG_SETMASK, [])\ntime.sleep(60)"))
-    made.hand_on(number)
+    made.forward_signal(number)
     assert not made.has_room
     assert ends(made, 0) == status
 
@@ -131,5 +131,5 @@ def test_what_does_not_end_after_an_interrupt_is_killed(begun, monkeypatch):
     monkeypatch.setattr(local_launcher, "GRACE", 0.2)
     output = begin(0, "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)")
     wait_for("deaf", output)
-    made.hand_on(signal.SIGINT)
+    made.forward_signal(signal.SIGINT)
     assert ends(made, 0) == INTERRUPTED

@@ -9,8 +9,8 @@ import pytest
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, FAILED, MISTAKEN, PREEMPTED
 from gptlab.sweeps import slurm_launcher
-from gptlab.sweeps.config import SlurmConfig
-from gptlab.sweeps.slurm_launcher import Cluster, TrialJob
+from gptlab.sweeps.config import SlurmLauncherConfig
+from gptlab.sweeps.slurm_launcher import SlurmLauncher, TrialJob
 from gptlab.tracking.run_store.sweeps import Trial
 
 CONFIG = {
@@ -56,7 +56,7 @@ class Slurm:
         for name in ("squeue", "sbatch", "srun"):
             self.say(name, "exit 1")
         monkeypatch.setenv("PATH", f"{self.folder}:{os.environ['PATH']}")
-        monkeypatch.setattr(slurm_launcher, "ASK_EVERY", 0.0)
+        monkeypatch.setattr(slurm_launcher, "POLL_SECONDS", 0.0)
 
     def say(self, name: str, line: str) -> None:
         (self.folder / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -72,15 +72,15 @@ def slurm(tmp_path, monkeypatch) -> Slurm:
 
 
 @pytest.fixture
-def trials(tmp_path, slurm) -> Cluster:
-    return Cluster(SlurmConfig(**CONFIG), tmp_path)
+def trials(tmp_path, slurm) -> SlurmLauncher:
+    return SlurmLauncher(SlurmLauncherConfig(**CONFIG), tmp_path)
 
 
 def trial(state: str = "running", job: str | None = "7") -> Trial:
     return Trial(number=3, overrides={}, config_hash="", state=state, job=job)
 
 
-def leave_result(trials: Cluster, folder: Path, status: int) -> None:
+def leave_result(trials: SlurmLauncher, folder: Path, status: int) -> None:
     import cloudpickle
 
     path = folder / slurm_launcher.FOLDER / "7" / "7_0_result.pkl"
@@ -92,7 +92,7 @@ def leave_result(trials: Cluster, folder: Path, status: int) -> None:
 @pytest.mark.parametrize("of_slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
 def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(trials, slurm, tmp_path, state, of_slurm):
     slurm.queue("6 RUNNING", f"7 {of_slurm}")
-    assert trials.take_up(trial(state), tmp_path)
+    assert trials.reattach(trial(state), tmp_path)
     assert trials.is_busy
     assert [trials.ended() for _ in range(5)] == [[]] * 5
 
@@ -100,30 +100,30 @@ def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(tria
 @pytest.mark.parametrize("rows", [("7 CANCELLED",), ("7 TIMEOUT", "6 RUNNING"), ()])
 def test_a_job_that_is_over_is_not(trials, slurm, tmp_path, rows):
     slurm.queue(*rows)
-    assert not trials.take_up(trial(), tmp_path)
+    assert not trials.reattach(trial(), tmp_path)
     assert not trials.is_busy
 
 
 def test_a_trial_without_a_job_is_not_asked_about(trials, tmp_path):
-    assert not trials.take_up(trial(job=None), tmp_path)
+    assert not trials.reattach(trial(job=None), tmp_path)
 
 
 def test_a_result_that_was_left_while_the_sweep_was_away_counts(trials, slurm, tmp_path):
     slurm.queue()
     leave_result(trials, tmp_path, DONE)
-    assert trials.take_up(trial(), tmp_path)
+    assert trials.reattach(trial(), tmp_path)
     assert trials.ended() == [(3, DONE)]
-    assert not trials.take_up(trial("failed"), tmp_path)  # it is to be run again
+    assert not trials.reattach(trial("failed"), tmp_path)  # it is to be run again
 
 
 def test_no_second_job_is_submitted_while_slurm_does_not_answer(trials, slurm, tmp_path):
     with pytest.raises(UserError, match=r"SLURM does not answer .* whether job 7 of trial 3 still"):
-        trials.take_up(trial(), tmp_path)
+        trials.reattach(trial(), tmp_path)
 
 
 def test_a_job_is_not_given_up_while_slurm_does_not_answer(trials, slurm, tmp_path):
     slurm.queue("7 RUNNING")
-    assert trials.take_up(trial(), tmp_path)
+    assert trials.reattach(trial(), tmp_path)
     slurm.say("squeue", "exit 1")
     assert [trials.ended() for _ in range(5)] == [[]] * 5
     slurm.queue()

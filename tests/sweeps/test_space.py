@@ -4,11 +4,11 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from gptlab.errors import UserError
-from gptlab.sweeps.space import Space
+from gptlab.sweeps.space import SearchSpace
 
 
 def test_a_grid_has_every_combination_the_last_key_fastest():
-    space = Space({}, ["optimizer.lr=1e-3,2e-3", "train.max_steps=4", "seed=range(1,4)"])
+    space = SearchSpace({}, ["optimizer.lr=1e-3,2e-3", "train.max_steps=4", "seed=range(1,4)"])
     assert space.fixed == ["train.max_steps=4"]
     assert space.written == {"optimizer.lr": "1e-3,2e-3", "seed": "range(1,4)"}
     points = [(point["optimizer.lr"], point["seed"]) for point in space.grid()]
@@ -16,19 +16,19 @@ def test_a_grid_has_every_combination_the_last_key_fastest():
 
 
 def test_the_command_line_comes_before_the_file():
-    space = Space({"optimizer.lr": "1,2,3", "seed": "1,2"}, ["seed=7", "sweeps=lr"])
+    space = SearchSpace({"optimizer.lr": "1,2,3", "seed": "1,2"}, ["seed=7", "sweeps=lr"])
     assert list(space.varied) == ["optimizer.lr"]
     assert space.fixed == ["seed=7", "sweeps=lr"]
 
 
 def test_groups_and_additions_are_varied_like_values():
-    space = Space({}, ["model=nano,tiny", "+data.x=1,2", "~debug"])
+    space = SearchSpace({}, ["model=nano,tiny", "+data.x=1,2", "~debug"])
     assert next(list(point.items()) for point in space.grid()) == [("model", "nano"), ("+data.x", "1")]
     assert space.fixed == ["~debug"]
 
 
 def test_a_search_draws_from_what_is_written():
-    space = Space(
+    space = SearchSpace(
         {},
         ["optimizer.lr=tag(log, interval(1e-4, 1e-2))", "model.n_layer=int(interval(2, 8))", "model.norm=layer,rms"],
     )
@@ -49,11 +49,11 @@ def test_a_search_draws_from_what_is_written():
 )
 def test_what_is_no_grid_is_refused(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
-        Space({}, arguments).grid()
+        SearchSpace({}, arguments).grid()
 
 
 def test_one_point_is_a_grid_and_no_search():
-    space = Space({}, ["train.max_steps=3"])
+    space = SearchSpace({}, ["train.max_steps=3"])
     assert space.grid() == [{}]
     with pytest.raises(UserError, match="varies nothing that could be searched"):
         space.distributions()
@@ -61,4 +61,4 @@ def test_one_point_is_a_grid_and_no_search():
 
 def test_an_empty_interval_is_refused():
     with pytest.raises(UserError, match="begin before its end"):
-        Space({}, ["optimizer.lr=interval(2, 1)"]).distributions()
+        SearchSpace({}, ["optimizer.lr=interval(2, 1)"]).distributions()

@@ -14,9 +14,9 @@ from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PRE
 from gptlab.sweeps import sweep_runner
 from gptlab.sweeps.config import SweeperConfig
 from gptlab.sweeps.search import Search
-from gptlab.sweeps.space import Space
-from gptlab.sweeps.sweep_runner import Conductor
-from gptlab.sweeps.sweep_store import Ledger, sweep_directory
+from gptlab.sweeps.space import SearchSpace
+from gptlab.sweeps.sweep_runner import SweepRunner
+from gptlab.sweeps.sweep_store import SweepStore, find_or_create_sweep_dir
 from gptlab.tracking.run_store.state import RunState
 from gptlab.tracking.run_store.sweeps import Sweep, load_trials
 
@@ -56,12 +56,12 @@ class FakeRunner:
     def is_busy(self):
         return bool(self.running)
 
-    def start(self, trial, config, place):
+    def start(self, trial, config, run_dir):
         self.started.append(trial.number)
-        self.running[trial.number] = (config, place)
+        self.running[trial.number] = (config, run_dir)
         return trial
 
-    def take_up(self, trial, place):
+    def reattach(self, trial, run_dir):
         return False
 
     def ended(self):
@@ -70,16 +70,16 @@ class FakeRunner:
         if len(self.finished) >= self.dies_after:
             raise Killed
         number = next(iter(self.running))
-        config, place = self.running.pop(number)
+        config, run_dir = self.running.pop(number)
         status = self.statuses.get(number, DONE)
-        place.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         if status in (DONE, PRUNED):
-            (place / "metrics.csv").write_text(f"step,val/loss\n1,{config.loss}\n")
-        RunState(state="running", pid=1, tokens=100, message=f"because {number}").save(place)
+            (run_dir / "metrics.csv").write_text(f"step,val/loss\n1,{config.loss}\n")
+        RunState(state="running", pid=1, tokens=100, message=f"because {number}").save(run_dir)
         self.finished.append(number)
         return [(number, status)]
 
-    def hand_on(self, number):
+    def forward_signal(self, number):
         self.heard = True
 
     def close(self):
@@ -100,22 +100,22 @@ def compose(point):
 
 def swept(folder: Path, arguments, runner, **changes):
     settings = SweeperConfig(**SETTINGS | changes)
-    space = Space({}, list(arguments))
+    space = SearchSpace({}, list(arguments))
     n_trials = len(space.grid()) if settings.search == "grid" else settings.n_trials
     what = Sweep(
         question="", space=space.written, fixed=[], search=settings.search, n_trials=n_trials, baseline={},
         definition=" ".join(arguments), wandb_group="",
     )  # fmt: skip
-    ledger = Ledger(folder, what)
+    ledger = SweepStore(folder, what)
     try:
-        return Conductor(ledger, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
+        return SweepRunner(ledger, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
     finally:
         ledger.close()
 
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch):
-    monkeypatch.setattr(sweep_runner, "PAUSE", 0)
+    monkeypatch.setattr(sweep_runner, "POLL_SECONDS", 0)
 
 
 def test_every_point_is_run_and_its_value_kept(tmp_path):
@@ -208,10 +208,10 @@ def test_another_sweep_in_the_directory_is_refused(tmp_path):
 
 def test_two_processes_cannot_be_at_work_on_one_sweep(tmp_path):
     class Second(FakeRunner):
-        def start(self, trial, config, place):
+        def start(self, trial, config, run_dir):
             with pytest.raises(UserError, match="a process is at work on it"):
                 swept(tmp_path, ["x=1,2"], FakeRunner())
-            return super().start(trial, config, place)
+            return super().start(trial, config, run_dir)
 
     assert swept(tmp_path, ["x=1,2"], Second()) == DONE
 
@@ -220,12 +220,12 @@ def test_the_newest_unfinished_sweep_of_the_same_definition_goes_on(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     what = Sweep(question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, definition="a",
                  wandb_group="")  # fmt: skip
-    first = sweep_directory("name", what)
+    first = find_or_create_sweep_dir("name", what)
     what.save(first)
-    assert sweep_directory("name", what) == first
-    assert sweep_directory("name", what.model_copy(update={"definition": "b"})) != first
-    ledger = Ledger(first, what)
+    assert find_or_create_sweep_dir("name", what) == first
+    assert find_or_create_sweep_dir("name", what.model_copy(update={"definition": "b"})) != first
+    ledger = SweepStore(first, what)
     for number in range(2):
         trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
         ledger.write(sweep_runner.Trial(**trial))
-    assert sweep_directory("name", what) != first
+    assert find_or_create_sweep_dir("name", what) != first

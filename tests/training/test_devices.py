@@ -10,7 +10,7 @@ from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
 from gptlab.training import devices
-from gptlab.training.auto import loss_chunk
+from gptlab.training.auto import resolve_loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices
 
@@ -180,10 +180,10 @@ def test_onednn_s_float32_products_are_float32(tmp_path):
 
 
 def test_logits_are_there_for_64_mib_at_a_time():
-    chunk = loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
+    chunk = resolve_loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
     assert 2**26 - 4 * 50304 < chunk * 50304 * 4 <= 2**26
-    assert loss_chunk(7, MODEL) == 7
-    assert loss_chunk(None, MODEL) is None
+    assert resolve_loss_chunk(7, MODEL) == 7
+    assert resolve_loss_chunk(None, MODEL) is None
 
 
 def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():

@@ -11,19 +11,19 @@ import pytest
 from gptlab.errors import UserError
 from gptlab.training.optim.schedules import learning_rate
 from gptlab.verification import runs as proving_runs
-from gptlab.verification.comparison import Line, first_difference, largest_difference, read_trace
-from gptlab.verification.configs import ProveConfig, deal, shortened, to_be_killed
-from gptlab.verification.proofs import Case, compare_losses, killed_and_resumed, prove_all
-from gptlab.verification.report import Proof, passed
-from gptlab.verification.runs import RunFailed, Runs
+from gptlab.verification.comparison import TraceStep, first_difference, largest_difference, read_trace
+from gptlab.verification.configs import ProveConfig, extended, plan_ranks, shortened
+from gptlab.verification.proofs import ProofCase, compare_losses, killed_and_resumed, prove_all
+from gptlab.verification.report import ProofResult, all_passed
+from gptlab.verification.runs import ProofRuns, RunFailed
 from test_conf import resolved
 from test_prove import is_alive
 
 
-def trace(*losses: float, **changes: str) -> list[Line]:
+def trace(*losses: float, **changes: str) -> list[TraceStep]:
     """A trace with these losses, and tensors of other hashes at the last step."""
     lines = [
-        Line(step, f"t{step}", repr(loss), "1.0", {"wte": f"a{step}", "wte.step": f"b{step}", "h.0": f"c{step}"})
+        TraceStep(step, f"t{step}", repr(loss), "1.0", {"wte": f"a{step}", "wte.step": f"b{step}", "h.0": f"c{step}"})
         for step, loss in enumerate(losses, 1)
     ]
     return [*lines[:-1], lines[-1]._replace(tensors=lines[-1].tensors | changes)]
@@ -50,9 +50,9 @@ def test_the_largest_difference_of_losses_is_found_and_what_is_no_number_is_infi
 
 
 def test_what_is_not_possible_breaks_no_promise():
-    kept, broken, impossible = (Proof("p", kept, "", {}) for kept in (True, False, None))
-    assert passed([kept, impossible])
-    assert not passed([kept, broken, impossible])
+    kept, broken, impossible = (ProofResult("p", kept, "", {}) for kept in (True, False, None))
+    assert all_passed([kept, impossible])
+    assert not all_passed([kept, broken, impossible])
 
 
 def test_a_trace_is_read_as_it_is_written(tmp_path):
@@ -74,7 +74,7 @@ def test_a_trace_is_read_as_it_is_written(tmp_path):
 @pytest.mark.parametrize("length", ["train.max_steps=20", "train.max_tokens=30000"])
 def test_a_short_run_has_the_learning_rates_of_the_whole_one(schedule, length):
     config = resolved(*schedule, length)
-    for short in (shortened(config, 6), to_be_killed(shortened(config, 6))):
+    for short in (shortened(config, 6), extended(shortened(config, 6))):
         for step in range(6):
             expected = learning_rate(step, config.schedule, lr=1.0, max_steps=config.steps)
             assert learning_rate(step, short.schedule, lr=1.0, max_steps=short.steps) == expected
@@ -100,7 +100,7 @@ def test_a_short_run_saves_every_step_and_leaves_loggers_alone():
 def test_batches_are_dealt_out_in_micro_batches_no_larger_than_the_users():
     def dealt(batch, *arguments, earlier=()):
         train = resolved(f"train.global_batch_size={batch}", f"train.batch_schedule={[list(s) for s in earlier]}").train
-        return deal(train, *arguments)[:3]
+        return plan_ranks(train, *arguments)[:3]
 
     assert dealt(12, 2, 4) == (2, 3, 2)
     assert dealt(12, 1, 6) == (1, 6, 2)
@@ -123,7 +123,7 @@ def stand_in(monkeypatch, code: str) -> None:
 
 def test_a_run_that_fails_is_told_once_with_the_last_it_said(tmp_path, monkeypatch):
     stand_in(monkeypatch, "print('hello\\nwhat went wrong'); raise SystemExit(3)")
-    runs, config = Runs(tmp_path), resolved()
+    runs, config = ProofRuns(tmp_path), resolved()
     for _ in range(2):
         with pytest.raises(RunFailed, match="the run 'whole' ended with status 3") as failure:
             runs.trace("whole", config)
@@ -142,7 +142,7 @@ for step in range(1, 6):
 time.sleep(60)
 """
     stand_in(monkeypatch, code)
-    place = Runs(tmp_path).kill("killed", resolved(), after=3)
+    place = ProofRuns(tmp_path).kill("killed", resolved(), after=3)
     left = sorted(path.name for path in (place / "checkpoints").iterdir())
     assert left == ["step_000001", "step_000002", "step_000003"]
     child, until = int((tmp_path / "child").read_text()), time.monotonic() + 20
@@ -154,7 +154,7 @@ time.sleep(60)
 def test_a_run_that_ends_before_it_is_saved_is_told(tmp_path, monkeypatch):
     stand_in(monkeypatch, "print('no')")
     with pytest.raises(RunFailed, match="'killed' ended with status 0"):
-        Runs(tmp_path).kill("killed", resolved(), after=3)
+        ProofRuns(tmp_path).kill("killed", resolved(), after=3)
 
 
 def test_losses_are_compared_only_where_the_tokens_are_the_same():
@@ -170,7 +170,7 @@ def test_losses_are_compared_only_where_the_tokens_are_the_same():
 class Told:
     """Runs that are not made, but told: their traces, or that they fail."""
 
-    def __init__(self, **traces: list[Line]) -> None:
+    def __init__(self, **traces: list[TraceStep]) -> None:
         self.traces = traces
 
     def trace(self, name, config):
@@ -185,7 +185,7 @@ class Told:
 @pytest.fixture
 def case():
     values = {"steps": 2, "kill_after": 1, "ranks": [1], "workers": [0], "tolerance": 1e-5, "keep": False, "out": None}
-    return Case(resolved(), None, ProveConfig(**values))
+    return ProofCase(resolved(), None, ProveConfig(**values))
 
 
 def test_a_difference_that_killing_has_not_made_is_told_apart(case):

@@ -14,14 +14,14 @@ import numpy as np
 from pydantic import Field, PositiveInt
 
 from gptlab.benchmarks.corpus import TextCorpus, text_corpus
-from gptlab.benchmarks.measuring import Part, Run, Sample, Way, in_turns, timed
+from gptlab.benchmarks.measuring import ResultTable, Sample, TimedRun, Variant, measure_in_turns, run_timed
 from gptlab.config.base import Settings
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
 from gptlab.errors import UserError
 
 ROOM = 12  # bytes of disk for a byte of text: the corpus, and all that the plain way keeps of it on the way
-CORES = Work().workers
+CORES = PrepareOptions().workers
 
 # gptlab.prepare as it runs where gigatoken is not installed: a module that is None is one that is not found
 WITHOUT_GIGATOKEN = """
@@ -48,7 +48,7 @@ class LoaderBench(Settings):
     many_tokens: Annotated[int, Field(ge=2**20)]
 
 
-def measure(cache: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[Part]:
+def measure(cache: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
     """Return an iterator that measures one part after the other; UserError, at once, where there is no room."""
     return _parts(_place(cache, preparation.corpus_mb), preparation, loader, rounds)
 
@@ -69,7 +69,7 @@ def _place(cache: Path, megabytes: int) -> Path:
     return kept
 
 
-def _parts(place: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[Part]:
+def _parts(place: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
     with TemporaryDirectory(dir=place, prefix="work-") as folder:
         work = Path(folder)
         bench = _Preparation(text_corpus(place, preparation.corpus_mb), preparation.val_fraction, work)
@@ -84,7 +84,7 @@ class _Preparation:
         self.corpus, self.val_fraction, self.work = corpus, val_fraction, work
         self.prepared = work / "prepared"
 
-    def part(self, rounds: int) -> Part:
+    def part(self, rounds: int) -> ResultTable:
         """Measure all ways that there are here."""
         path, total, documents, distinct = self.corpus
         repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
@@ -93,11 +93,11 @@ class _Preparation:
             f"included, with {CORES} processes each; inside: without the start of Python and its imports. "
             "nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
         )
-        ways = [Way("", "nanoGPT's way", self.plain), Way("", "gptlab, tiktoken", self.without_gigatoken)]
+        ways = [Variant("", "nanoGPT's way", self.plain), Variant("", "gptlab, tiktoken", self.without_gigatoken)]
         if importlib.util.find_spec("gigatoken"):
-            ways.append(Way("", "gptlab, gigatoken", self.with_gigatoken))
-        rows = in_turns(ways, rounds)
-        return Part("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
+            ways.append(Variant("", "gptlab, gigatoken", self.with_gigatoken))
+        rows = measure_in_turns(ways, rounds)
+        return ResultTable("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
 
     def plain(self, _: int) -> Sample:
         """Datasets' way, with nothing in its cache."""
@@ -105,8 +105,8 @@ class _Preparation:
         environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         arguments = (str(self.corpus.path), str(folder), str(self.val_fraction), str(CORES))
         folder.mkdir()
-        run = timed("-m", module, *arguments, environment=environment)
-        start = timed("-c", f"import {module}", environment=environment)
+        run = run_timed("-m", module, *arguments, environment=environment)
+        start = run_timed("-c", f"import {module}", environment=environment)
         shutil.rmtree(folder)
         return self._sample(run, start, sum(json.loads(run.printed.splitlines()[-1]).values()))
 
@@ -121,7 +121,7 @@ class _Preparation:
     def _gptlab(self, *program: str) -> Sample:
         shutil.rmtree(self.prepared, ignore_errors=True)
         cache = self.work / "gptlab"
-        run = timed(
+        run = run_timed(
             *program,
             *("data=text", f"data.source='{self.corpus.path}'", "data.column=text", "tokenizer=gpt2"),
             *("data.val_split=documents", f"data.val_fraction={self.val_fraction}", f"data.cache_dir='{cache}'"),
@@ -129,11 +129,11 @@ class _Preparation:
         (folder,) = (path.parent for path in cache.glob("*/manifest.json"))
         folder.rename(self.prepared)
         shutil.rmtree(cache)
-        start = timed("-c", "import gptlab.prepare")
+        start = run_timed("-c", "import gptlab.prepare")
         manifest = load_manifest(self.prepared)
         return self._sample(run, start, manifest.tokens("train") + manifest.tokens("val"))
 
-    def _sample(self, run: Run, start: Run, tokens: int) -> Sample:
+    def _sample(self, run: TimedRun, start: TimedRun, tokens: int) -> Sample:
         return {
             "MB/s": self.corpus.bytes / 1e6 / run.seconds,
             "seconds": run.seconds,
@@ -164,19 +164,19 @@ def _many_tokens(folder: Path, tokens: int) -> Path:
     return folder
 
 
-def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Part:
+def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> ResultTable:
     """Measure batches from a small corpus and from a large one."""
 
-    def way(name: str, folder: Path, size: int) -> Way:
+    def way(name: str, folder: Path, size: int) -> Variant:
         tokens, cold = load_manifest(folder).tokens("train"), folder == many
         todo = {"way": name, "folder": str(folder), "micro_batch_size": size, "cold": cold} | shape
 
         def run(number: int) -> Sample:
             values = json.dumps(todo | {"seed": number})
-            return json.loads(timed("-m", "gptlab.benchmarks.loading", values).printed)
+            return json.loads(run_timed("-m", "gptlab.benchmarks.loading", values).printed)
 
         where = "cold" if cold else "warm"
-        return Way(f"batch {size}, {tokens:,} tokens, {where}", name, run)
+        return Variant(f"batch {size}, {tokens:,} tokens, {where}", name, run)
 
     shape = {"block_size": config.block_size, "batches": config.batches}
     ways = [
@@ -190,5 +190,5 @@ def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> Pa
         "without workers; the larger file is sparse, and cold: the kernel forgets it before each. Memory is that "
         "of the process after them, pages of mapped files included."
     )
-    rows = in_turns(ways, rounds)
-    return Part("Loader: shards to batches", caption, "million tokens/s", ("resident MB",), rows)
+    rows = measure_in_turns(ways, rounds)
+    return ResultTable("Loader: shards to batches", caption, "million tokens/s", ("resident MB",), rows)

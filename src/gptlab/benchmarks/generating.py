@@ -21,7 +21,7 @@ from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.training.devices import peak_memory
 
-DRAWN = Sampling(temperature=0.8, top_k=200, top_p=None, min_p=None, repetition_penalty=1)
+SAMPLING = Sampling(temperature=0.8, top_k=200, top_p=None, min_p=None, repetition_penalty=1)
 WARM = 4  # tokens
 
 
@@ -32,9 +32,9 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
     torch.manual_seed(0)
     model = for_inference(GPT(bench.model), todo["precision"], device, int8=todo["int8"], packed=todo["packed"])
     if todo["cache"]:
-        first, seconds = cached(model, bench, rows, decoder(model, compiled=todo["compiled"]), device)
+        first, seconds = time_cached(model, bench, rows, decoder(model, compiled=todo["compiled"]), device)
     else:
-        first, seconds = recomputed(model, bench, device)
+        first, seconds = time_recomputed(model, bench, device)
     measured = {"tokens/s": rows / seconds, "ms to the first": 1e3 * first, "peak MB": peak_memory(device) / 1e6}
     if todo["cache"]:
         length = bench.prompt_tokens + bench.tokens // 2
@@ -44,7 +44,9 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
     return measured
 
 
-def cached(model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device: torch.device) -> tuple[float, float]:
+def time_cached(
+    model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device: torch.device
+) -> tuple[float, float]:
     """Return the seconds to the first token, and the median of the steps after it, each of all rows together."""
     prompt = torch.arange(bench.prompt_tokens).tolist()
     seeds = row_seeds(0, rows)
@@ -52,7 +54,7 @@ def cached(model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device
     for tokens in (many, bench.tokens):
         times = [time.perf_counter()]
         for ids in generate(
-            model, [prompt] * rows, DRAWN, seeds=seeds, max_new_tokens=tokens, decoder=decoder, device=device
+            model, [prompt] * rows, SAMPLING, seeds=seeds, max_new_tokens=tokens, decoder=decoder, device=device
         ):
             ids.tolist()  # as who shows the text
             times.append(time.perf_counter())
@@ -61,14 +63,14 @@ def cached(model: GPT, bench: GenerateBench, rows: int, decoder: Decoder, device
 
 
 @torch.no_grad()
-def recomputed(model: GPT, bench: GenerateBench, device: torch.device) -> tuple[float, float]:
+def time_recomputed(model: GPT, bench: GenerateBench, device: torch.device) -> tuple[float, float]:
     """Return the seconds of the first token, and the mean of later ones: each by a pass over all that came before."""
     times = []
     uniforms = uniform_numbers([0], bench.tokens)[0].to(device)
     for added in (0, 0, *range(0, bench.tokens, bench.recomputed_every)):
         idx = torch.arange(bench.prompt_tokens + added, device=device)[None]
         begun = time.perf_counter()
-        next_ids(model(idx)[:, -1], None, uniforms[added : added + 1], DRAWN).tolist()
+        next_ids(model(idx)[:, -1], None, uniforms[added : added + 1], SAMPLING).tolist()
         times.append(time.perf_counter() - begun)
     return times[1], sum(times[2:]) / len(times[2:])
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from pydantic import PositiveInt
 
-from gptlab.benchmarks.measuring import Part, Sample, Way, in_turns, timed
+from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
 from gptlab.config.base import Settings
 from gptlab.model.config import GPTConfig
 
@@ -23,17 +23,17 @@ class GenerateBench(Settings):
     compiled: bool
 
 
-def measure(bench: GenerateBench, rounds: int) -> Iterator[Part]:
+def measure(bench: GenerateBench, rounds: int) -> Iterator[ResultTable]:
     """Measure every way in processes of its own."""
 
-    def way(group: str, name: str, **changes: bool | int | str) -> Way:
+    def way(group: str, name: str, **changes: bool | int | str) -> Variant:
         plain = {"cache": True, "precision": "float32", "int8": False, "packed": True, "compiled": False, "rows": 1}
         values = json.dumps({"bench": bench.model_dump(mode="json")} | plain | changes)
 
         def run(_: int) -> Sample:
-            return json.loads(timed("-m", "gptlab.benchmarks.generating", values).printed.splitlines()[-1])
+            return json.loads(run_timed("-m", "gptlab.benchmarks.generating", values).printed.splitlines()[-1])
 
-        return Way(group, name, run)
+        return Variant(group, name, run)
 
     fast = {"precision": "bfloat16"}
     many = f"{bench.batch_size} {MANY}"
@@ -58,4 +58,4 @@ def measure(bench: GenerateBench, rounds: int) -> Iterator[Part]:
         f"{bench.recomputed_every}th token. Peak MB: of the process, the making of the network in float32 included."
     )
     columns = ("GB/s", "%", "ms to the first", "peak MB")
-    yield Part("Generation", caption, "tokens/s", columns, in_turns(ways, rounds))
+    yield ResultTable("Generation", caption, "tokens/s", columns, measure_in_turns(ways, rounds))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pydantic import PositiveInt
 from rich import get_console
 
-from gptlab.benchmarks.measuring import Part, Row, more, of_steps
+from gptlab.benchmarks.measuring import Result, ResultTable, relative_overhead, summarize_steps
 from gptlab.config.base import Settings
 from gptlab.model.config import GPTConfig
 from gptlab.training.config import AdamWConfig
@@ -20,19 +20,19 @@ class GuardsBench(Settings):
     steps: PositiveInt
 
 
-def measure(bench: GuardsBench, rounds: int) -> Iterator[Part]:
+def measure(bench: GuardsBench, rounds: int) -> Iterator[ResultTable]:
     """Measure one run a round, in which steps with and without guards take turns."""
-    from gptlab.benchmarks.stepping import times_of_steps
+    from gptlab.benchmarks.stepping import time_steps
 
-    without, guarded = Row("", "without guards", []), Row("", "with guards", [])
+    without, guarded = Result("", "without guards", []), Result("", "with guards", [])
     for number in range(rounds):
         with get_console().status(f"round {number + 1} of {rounds}"):
             plain, with_guards = map(
-                of_steps,
-                times_of_steps(bench.model, bench.optimizer, batch_size=bench.batch_size, steps=bench.steps),
+                summarize_steps,
+                time_steps(bench.model, bench.optimizer, batch_size=bench.batch_size, steps=bench.steps),
             )
         without.samples.append(plain)
-        guarded.samples.append(with_guards | more(with_guards, plain))
+        guarded.samples.append(with_guards | relative_overhead(with_guards, plain))
     caption = (
         f"{bench.model.n_layer} layers of {bench.model.n_embd}, {bench.batch_size} sequences of "
         f"{bench.model.block_size} tokens, one process. Guards: the ranks' news of every step, the skipping of steps "
@@ -41,4 +41,4 @@ def measure(bench: GuardsBench, rounds: int) -> Iterator[Part]:
         "time of the CPU says more than that of the clock."
     )
     columns = ("CPU ms", "% more ms", "% more CPU ms")
-    yield Part("Training steps", caption, "steps/s", columns, [without, guarded])
+    yield ResultTable("Training steps", caption, "steps/s", columns, [without, guarded])

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gptlab.config.base import Settings
-from gptlab.data.batches import Batch, Slice, TrainBatches
+from gptlab.data.batches import Batch, RankSlice, TrainBatches
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import load_manifest
-from gptlab.data.shards.streams import Folder, TokenStream
+from gptlab.data.shards.streams import LocalFolder, TokenStream
 
 WARM_UP = 10  # batches before the clock starts
 
@@ -41,9 +41,9 @@ def gptlab_batches(todo: Loading) -> Callable[[int], Batch]:
     """As a training run without workers gets them."""
     folder = Path(todo.folder)
     manifest = load_manifest(folder)
-    stream = TokenStream(Folder(folder), manifest, "train")
+    stream = TokenStream(LocalFolder(folder), manifest, "train")
     order = WindowOrder([len(stream)], todo.block_size, todo.seed, manifest.fingerprint(), "shuffled", 1, None)
-    return TrainBatches(stream, order, Slice(0, 1, todo.micro_batch_size)).__getitem__
+    return TrainBatches(stream, order, RankSlice(0, 1, todo.micro_batch_size)).__getitem__
 
 
 def plain_batches(todo: Loading) -> Callable[[int], Pair]:
@@ -61,14 +61,14 @@ def plain_batches(todo: Loading) -> Callable[[int], Pair]:
     return batch
 
 
-def forget(path: Path) -> None:
+def drop_page_cache(path: Path) -> None:
     """Let the kernel drop what it keeps of a file in memory, where it can be told to."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def recall(folder: Path) -> None:
+def fill_page_cache(folder: Path) -> None:
     """Have the kernel keep all of a corpus in memory, some of which it may have dropped since it was written."""
     for shard in load_manifest(folder).splits["train"]:
         with (folder / shard.file).open("rb") as file:
@@ -93,9 +93,9 @@ def resident_mb() -> float | None:
 def main(todo: Loading) -> None:
     """Load, and print the measures."""
     if todo.cold:
-        forget(first_shard(todo))
+        drop_page_cache(first_shard(todo))
     else:
-        recall(Path(todo.folder))
+        fill_page_cache(Path(todo.folder))
     batch = gptlab_batches(todo) if todo.way == "gptlab" else plain_batches(todo)
     for number in range(WARM_UP):
         batch(number)

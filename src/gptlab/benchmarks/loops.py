@@ -16,35 +16,37 @@ import rich
 import torch
 from hydra import compose, initialize_config_dir
 
-from gptlab.benchmarks.measuring import StepTime, more, of_steps
+from gptlab.benchmarks.measuring import StepTime, relative_overhead, summarize_steps
 from gptlab.config.command import configuration_folder
 from gptlab.config.resume import resolve
 from gptlab.config.schema import Config
 from gptlab.data.batches import Batch
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.launch.launcher import make_ready
 from gptlab.launch.train_run import build_module, build_recorder, build_trainer
-from gptlab.tracking.logs import log_to_file, quieten_lightning, stop_log
+from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import LOG, STACKS
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import Devices, choose_devices, prepare_kernels
 from gptlab.training.distributed.strategies import compile_in_place
-from gptlab.training.optim.optimizers import build_optimizer, set_step
+from gptlab.training.optim.optimizers import build_optimizer, set_step_hyperparameters
 
 TIMED = 10  # steps of a turn; one more comes before them, as it pays for what the other loop has displaced
 TURN = 1 + TIMED
 
 
-class _Enough(Exception):  # noqa: N818
+class _TurnsDone(Exception):  # noqa: N818
     """All turns have been taken."""
 
 
-class _Bare:
+class _BareLoop:
     """What anyone would write around the steps of a run: no checks, no records, no one who could stop it."""
 
-    def __init__(self, config: Config, prepared: Prepared, devices: Devices, data: TokenData, plan: BatchPlan) -> None:
+    def __init__(
+        self, config: Config, prepared: TokenDataset, devices: Devices, data: TokenData, plan: BatchPlan
+    ) -> None:
         module = build_module(config, prepared, devices)
         self.config, self.plan, self.chunk = config, plan, module.loss_chunk
         self.device = torch.device(devices.accelerator)
@@ -67,7 +69,7 @@ class _Bare:
 
     def _step(self) -> None:
         config, size = self.config, self.plan.accumulation
-        set_step(self.optimizer, self.done, config.optimizer, config.schedule, max_steps=config.steps)
+        set_step_hyperparameters(self.optimizer, self.done, config.optimizer, config.schedule, max_steps=config.steps)
         self.loss = torch.zeros((), device=self.device)
         for number in range(self.done * size, (self.done + 1) * size):
             loss = self._loss(self.batches[number])
@@ -87,7 +89,7 @@ class _Bare:
             return self.model.loss(idx, targets, documents, self.chunk)
 
 
-class _Turns(L.Callback):
+class _AlternatingLoops(L.Callback):
     """Has the bare loop make its steps between those of the run, and takes the time of both.
 
     Attributes:
@@ -95,7 +97,7 @@ class _Turns(L.Callback):
         bare: The same of the bare loop.
     """
 
-    def __init__(self, loop: _Bare, turns: int) -> None:
+    def __init__(self, loop: _BareLoop, turns: int) -> None:
         self.loop, self.turns = loop, turns
         self.whole: list[StepTime] = []
         self.bare: list[StepTime] = []
@@ -110,7 +112,7 @@ class _Turns(L.Callback):
             if batch_idx:
                 self.whole.append(_mean(self._begun, _now(pl_module.device)))
             if len(self.whole) == self.turns:
-                raise _Enough
+                raise _TurnsDone
             self.bare.append(self.loop.turn())
         elif place == self.loop.plan.accumulation:
             self._begun = _now(pl_module.device)
@@ -126,7 +128,7 @@ def _mean(begun: StepTime, ended: StepTime) -> StepTime:
     return StepTime((ended.wall - begun.wall) / TIMED, (ended.cpu - begun.cpu) / TIMED)
 
 
-def composed(arguments: list[str], turns: int) -> Config:
+def compose_config(arguments: list[str], turns: int) -> Config:
     """Return the configuration that ``gptlab.train`` makes of these arguments, as long as it takes."""
     length = turns * TURN + 1  # the last step, which would be evaluated, is not made
     overrides = [*arguments, f"train.max_steps={length}", f"train.eval_every={length}", f"train.log_every={TIMED}"]
@@ -134,28 +136,28 @@ def composed(arguments: list[str], turns: int) -> Config:
         return resolve(compose("train", overrides), overrides)
 
 
-def measured(config: Config, turns: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure_loops(config: Config, turns: int, folder: Path) -> dict[str, dict[str, float]]:
     """Train in both loops, on one device; return what ``overhead`` shows of each."""
-    quieten_lightning()
+    quiet_lightning()
     config, prepared = make_ready(config)
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices, Path(config.data.cache_dir))
     plan = config.train.plan(1)
     block_size = config.model.block_size
     data = TokenData(prepared, config.data, plan=plan, block_size=block_size, seed=config.seed, eval_windows=None)
-    loop = _Bare(config, prepared, devices, data, plan)
-    module, turns_taken = build_module(config, prepared, devices), _Turns(loop, turns)
+    loop = _BareLoop(config, prepared, devices, data, plan)
+    module, turns_taken = build_module(config, prepared, devices), _AlternatingLoops(loop, turns)
     trainer = build_trainer(config, prepared, devices, plan, folder, build_recorder(config, devices), None)
     trainer.callbacks.insert(0, turns_taken)  # type: ignore[attr-defined]
     handler, timeout = log_to_file(folder / LOG), config.trainer.hang_timeout
-    with suppress(_Enough), Watchdog(trainer, timeout, folder / STACKS) if timeout else nullcontext():
+    with suppress(_TurnsDone), Watchdog(trainer, timeout, folder / STACKS) if timeout else nullcontext():
         trainer.fit(module, data)
-    stop_log(handler)
-    bare, whole = of_steps(turns_taken.bare), of_steps(turns_taken.whole)
+    close_log(handler)
+    bare, whole = summarize_steps(turns_taken.bare), summarize_steps(turns_taken.whole)
     losses = [loss.item() / plan.accumulation for loss in (loop.loss, module.step_loss)]
     return {
         "bare": bare | {"loss": losses[0]},
-        "whole": whole | more(whole, bare) | {"loss": losses[1]},
+        "whole": whole | relative_overhead(whole, bare) | {"loss": losses[1]},
     }
 
 
@@ -164,7 +166,7 @@ def main() -> None:
     todo = json.loads(sys.argv[1])
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         rich.reconfigure(file=nowhere, force_terminal=True)  # the bar is drawn, where nobody sees it
-        print(json.dumps(measured(composed(todo["arguments"], todo["turns"]), todo["turns"], Path(folder))))
+        print(json.dumps(measure_loops(compose_config(todo["arguments"], todo["turns"]), todo["turns"], Path(folder))))
 
 
 if __name__ == "__main__":

@@ -30,18 +30,18 @@ class StepTime(NamedTuple):
         return cls(time.perf_counter(), time.process_time())
 
 
-def of_steps(steps: Iterable[StepTime]) -> Sample:
+def summarize_steps(steps: Iterable[StepTime]) -> Sample:
     """Summarise steps by their medians."""
     wall, cpu = (statistics.median(times) for times in zip(*steps, strict=True))
     return {"steps/s": 1 / wall, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu}
 
 
-def more(sample: Sample, plain: Sample) -> Sample:
+def relative_overhead(sample: Sample, plain: Sample) -> Sample:
     """Say how much longer steps take than plain ones."""
     return {f"% more {unit}": 100 * (sample[unit] / plain[unit] - 1) for unit in ("ms", "CPU ms")}
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """One way to do a thing.
 
     Attributes:
@@ -55,7 +55,7 @@ class Way(NamedTuple):
     measure: Callable[[int], Sample]
 
 
-class Row(NamedTuple):
+class Result(NamedTuple):
     """A way and its samples, one a round."""
 
     group: str
@@ -83,7 +83,7 @@ class Row(NamedTuple):
         return [sample[measure] for sample in self.samples]
 
 
-class Part(NamedTuple):
+class ResultTable(NamedTuple):
     """Rows that belong in one table.
 
     Attributes:
@@ -98,9 +98,9 @@ class Part(NamedTuple):
     caption: str
     metric: str
     others: tuple[str, ...]
-    rows: list[Row]
+    rows: list[Result]
 
-    def ratio(self, row: Row) -> float:
+    def ratio(self, row: Result) -> float:
         """How many times the baseline of its group a row reaches, by the medians."""
         baseline = next(other for other in self.rows if other.group == row.group)
         return row.median(self.metric) / baseline.median(self.metric)
@@ -120,9 +120,9 @@ class Part(NamedTuple):
         return {"title": self.title, "caption": self.caption, "metric": self.metric, "rows": rows}
 
 
-def in_turns(ways: Iterable[Way], rounds: int) -> list[Row]:
+def measure_in_turns(ways: Iterable[Variant], rounds: int) -> list[Result]:
     """Measure every way once a round, so that what slows the machine down for a while slows down all of them."""
-    rows = [(way, Row(way.group, way.name, [])) for way in ways]
+    rows = [(way, Result(way.group, way.name, [])) for way in ways]
     for number in range(rounds):
         for way, row in rows:
             what = f"round {number + 1} of {rounds} · {row.group} {row.name}"
@@ -131,14 +131,14 @@ def in_turns(ways: Iterable[Way], rounds: int) -> list[Row]:
     return [row for _, row in rows]
 
 
-class Run(NamedTuple):
+class TimedRun(NamedTuple):
     """A process that has ended: its seconds from start to end, and what it printed."""
 
     seconds: float
     printed: str
 
 
-def timed(*arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None) -> Run:
+def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None) -> TimedRun:
     """Run this interpreter in a process of its own.
 
     Raises:
@@ -158,10 +158,10 @@ def timed(*arguments: str, environment: dict[str, str] | None = None, folder: Pa
     if done.returncode:
         told = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise UserError(f"python {' '.join(arguments)[:200]} failed with status {done.returncode}:\n{told}")
-    return Run(seconds, done.stdout)
+    return TimedRun(seconds, done.stdout)
 
 
-def print_part(part: Part) -> None:
+def print_result_table(part: ResultTable) -> None:
     """Print one table."""
     get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (and from–to).", highlight=False)
     table = Table(box=box.SIMPLE)
@@ -178,7 +178,7 @@ def print_part(part: Part) -> None:
     get_console().print(table)
 
 
-def write_report(folder: Path, suite: str, rounds: int, parts: list[Part]) -> Path:
+def write_report(folder: Path, suite: str, rounds: int, parts: list[ResultTable]) -> Path:
     """Write what was measured into ``<folder>/<suite>.json``."""
     path = folder / f"{suite}.json"
     report = {"suite": suite, "rounds": rounds, "parts": [part.record() for part in parts]}

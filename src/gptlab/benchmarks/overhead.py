@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pydantic import PositiveInt
 from rich import get_console
 
-from gptlab.benchmarks.measuring import Part, Row, timed
+from gptlab.benchmarks.measuring import Result, ResultTable, run_timed
 from gptlab.config.base import Settings
 
 LOOPS = "gptlab.benchmarks.loops"
@@ -31,7 +31,7 @@ class OverheadBench(Settings):
     characters_large: LoopsOfRun
 
 
-def measure(bench: OverheadBench, cache: str, rounds: int) -> Iterator[Part]:
+def measure(bench: OverheadBench, cache: str, rounds: int) -> Iterator[ResultTable]:
     """Measure one run after the other; every round is a process of its own, in which the two loops take turns."""
     for title, run in (
         ("Small character model", bench.characters),
@@ -40,12 +40,12 @@ def measure(bench: OverheadBench, cache: str, rounds: int) -> Iterator[Part]:
         yield _loops(title, run, cache, rounds)
 
 
-def _loops(title: str, run: LoopsOfRun, cache: str, rounds: int) -> Part:
-    bare, whole = Row("", "bare loop", []), Row("", "training run", [])
+def _loops(title: str, run: LoopsOfRun, cache: str, rounds: int) -> ResultTable:
+    bare, whole = Result("", "bare loop", []), Result("", "training run", [])
     todo = json.dumps({"arguments": [*run.arguments, f"data.cache_dir='{cache}'"], "turns": run.turns})
     for number in range(rounds):
         with get_console().status(f"round {number + 1} of {rounds} · {title}"):
-            measured = json.loads(timed("-m", LOOPS, todo).printed.splitlines()[-1])
+            measured = json.loads(run_timed("-m", LOOPS, todo).printed.splitlines()[-1])
         bare.samples.append(measured["bare"])
         whole.samples.append(measured["whole"])
     caption = (
@@ -56,4 +56,4 @@ def _loops(title: str, run: LoopsOfRun, cache: str, rounds: int) -> Part:
         "than that of the clock."
     )
     columns = ("CPU ms", "% more ms", "% more CPU ms")
-    return Part(f"{title}: the loop around a step", caption, "steps/s", columns, [bare, whole])
+    return ResultTable(f"{title}: the loop around a step", caption, "steps/s", columns, [bare, whole])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import yaml
 from pydantic import PositiveFloat
 
-from gptlab.benchmarks.measuring import Part, Sample, Way, in_turns, timed
+from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
 from gptlab.config.base import Settings
 from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
@@ -23,7 +23,7 @@ NANOGPT = (
     *("--log_interval=1", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4", "--n_embd=128"),
     *("--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0"),
 )
-ITS_LOSS = re.compile(r"^step 2000: .*val loss ([0-9.]+)$", re.MULTILINE)
+NANOGPT_LOSS = re.compile(r"^step 2000: .*val loss ([0-9.]+)$", re.MULTILINE)
 
 
 class SpeedrunBench(Settings):
@@ -55,14 +55,14 @@ class _Text(NamedTuple):
         return ["data=shakespeare_char", f"data.cache_dir='{Path(self.cache).expanduser().absolute()}'", *named]
 
 
-def to_a_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
+def time_to_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
     """Measure whole commands, from typing to their end, with another seed in each round; UserError at once."""
     plain = [] if bench.nanogpt is None else [_nanogpt(Path(bench.nanogpt).expanduser().absolute())]
     text = _prepared(bench.source, cache)
     ways = [
         *plain,
-        Way("", "gptlab, nanoGPT's recipe", lambda seed: _run(["experiment=shakespeare_char_cpu"], seed, text)),
-        Way("", "gptlab, experiment=speedrun_cpu", lambda seed: _run(["experiment=speedrun_cpu"], seed, text)),
+        Variant("", "gptlab, nanoGPT's recipe", lambda seed: _run(["experiment=shakespeare_char_cpu"], seed, text)),
+        Variant("", "gptlab, experiment=speedrun_cpu", lambda seed: _run(["experiment=speedrun_cpu"], seed, text)),
     ]
     caption = (
         f"Whole commands, start-up and end included, with prepared data; seeds 1 to {rounds} (nanoGPT's is always the "
@@ -70,30 +70,30 @@ def to_a_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
         f"the runs that end at {bench.target} or below."
     )
 
-    def parts() -> Iterator[Part]:
-        rows = in_turns(ways, rounds)
+    def parts() -> Iterator[ResultTable]:
+        rows = measure_in_turns(ways, rounds)
         for row in rows:
             reached = sum(sample["val loss"] <= bench.target for sample in row.samples) / rounds
             for sample in row.samples:
                 sample["reached"] = reached
-        yield Part("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
+        yield ResultTable("Time to a loss", caption, "runs/min", ("seconds", "val loss", "reached"), rows)
 
     return parts()
 
 
-def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
+def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
     """Leave out one part of the recipe after the other; UserError at once."""
     left_out = _parts_of_the_sweep() if bench.parts is None else bench.parts
     text = _prepared(bench.source, cache)
 
-    def way(part: str) -> Way:
+    def way(part: str) -> Variant:
         arguments = ["experiment=speedrun_cpu", f"without={part}", "train.eval_every=20", "callbacks=none"]
 
         def measure(seed: int) -> Sample:
             sample = _run(arguments, seed, text, target=bench.target)
             return {name: sample[name] for name in sample if name not in ("seconds", "runs/min")}
 
-        return Way("", "the whole recipe" if part == WHOLE else f"without {part.replace('_', ' ')}", measure)
+        return Variant("", "the whole recipe" if part == WHOLE else f"without {part.replace('_', ' ')}", measure)
 
     caption = (
         f"experiment=speedrun_cpu with one part left out, at equal tokens, with seeds 1 to {rounds}. The ratio is that "
@@ -102,9 +102,11 @@ def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Part]:
         "dash: a run did not get there."
     )
 
-    def parts() -> Iterator[Part]:
-        rows = in_turns([way(part) for part in (WHOLE, *left_out)], rounds)
-        yield Part("The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows)
+    def parts() -> Iterator[ResultTable]:
+        rows = measure_in_turns([way(part) for part in (WHOLE, *left_out)], rounds)
+        yield ResultTable(
+            "The recipe, one part left out", caption, "val loss", ("steps to it", "s to it", "tokens/s"), rows
+        )
 
     return parts()
 
@@ -118,7 +120,7 @@ def _parts_of_the_sweep() -> list[str]:
 def _prepared(source: str | None, cache: str) -> _Text:
     """Prepare the text, so that no run has to."""
     text = _Text(source, cache)
-    timed("-m", "gptlab.prepare", *text.arguments)
+    run_timed("-m", "gptlab.prepare", *text.arguments)
     return text
 
 
@@ -126,7 +128,7 @@ def _run(arguments: list[str], number: int, text: _Text, *, target: float | None
     """Run gptlab.train in a folder of its own; say how long it took, and what it came to."""
     with TemporaryDirectory(prefix="gptlab-bench-") as folder:
         todo = (*arguments, f"seed={number + 1}", *text.arguments[1:])
-        seconds = timed("-m", "gptlab.train", *todo, folder=Path(folder)).seconds
+        seconds = run_timed("-m", "gptlab.train", *todo, folder=Path(folder)).seconds
         (metrics,) = Path(folder).glob("outputs/*/*/metrics.csv")
         with metrics.open(newline="") as file:
             rows = list(csv.DictReader(file))
@@ -144,7 +146,7 @@ def _run(arguments: list[str], number: int, text: _Text, *, target: float | None
     return sample
 
 
-def _nanogpt(checkout: Path) -> Way:
+def _nanogpt(checkout: Path) -> Variant:
     """Run nanoGPT's command in its checkout."""
     if not (checkout / "data/shakespeare_char/train.bin").is_file():
         raise UserError(
@@ -153,8 +155,8 @@ def _nanogpt(checkout: Path) -> Way:
         )
 
     def measure(_: int) -> Sample:
-        run = timed(*NANOGPT, folder=checkout)
-        (loss,) = ITS_LOSS.findall(run.printed)
+        run = run_timed(*NANOGPT, folder=checkout)
+        (loss,) = NANOGPT_LOSS.findall(run.printed)
         return {"runs/min": 60 / run.seconds, "seconds": run.seconds, "val loss": float(loss)}
 
-    return Way("", "nanoGPT", measure)
+    return Variant("", "nanoGPT", measure)

@@ -14,10 +14,10 @@ from gptlab.benchmarks.measuring import StepTime
 from gptlab.data.batches import Batch
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from gptlab.tracking.logs import quieten_lightning
+from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import STACKS
-from gptlab.training.callbacks.health_monitor import Guard
-from gptlab.training.callbacks.step_sync import Pulse
+from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
+from gptlab.training.callbacks.step_sync import StepSync
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import AdamWConfig, ConstantConfig, TrainConfig
 from gptlab.training.module import GPTModule
@@ -37,7 +37,7 @@ class _Module(GPTModule):
             optimizer.found_inf = None  # type: ignore[attr-defined]
 
 
-class _Turns(L.Callback):
+class _AlternatingGuards(L.Callback):
     """Gives the guards and their absence turns, and takes the time of every step.
 
     Attributes:
@@ -65,14 +65,14 @@ class _Turns(L.Callback):
         self._begun = StepTime.now()
 
 
-def times_of_steps(
+def time_steps(
     model: GPTConfig, optimizer: AdamWConfig, *, batch_size: int, steps: int
 ) -> tuple[list[StepTime], list[StepTime]]:
     """Train on random tokens; return the times of ``steps`` steps without guards, and of as many with them."""
-    quieten_lightning()
+    quiet_lightning()
     torch.manual_seed(0)
-    turns, pulse = _Turns(), Pulse()
-    turns.guards = [pulse, Guard(pulse, cast(TrainConfig, LIMITS), "")]
+    turns, pulse = _AlternatingGuards(), StepSync()
+    turns.guards = [pulse, TrainingHealthMonitor(pulse, cast(TrainConfig, LIMITS), "")]
     module = _module(model, optimizer)
     trainer = L.Trainer(
         accelerator="auto",

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from gptlab.benchmarks.training import Levers, StepsOfModel
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
-from gptlab.training.auto import loss_chunk
+from gptlab.training.auto import resolve_loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices, peak_memory, prepare_kernels
 
@@ -33,12 +33,12 @@ def main() -> None:
     """Measure, and print what came out as JSON."""
     values = json.loads(sys.argv[1])
     levers, compiled = Levers(**values.pop("levers")), Path(values.pop("compiled"))
-    print(json.dumps(measured(StepsOfModel.model_validate(values), levers, compiled)))
+    print(json.dumps(measure_steps(StepsOfModel.model_validate(values), levers, compiled)))
 
 
-def measured(shape: StepsOfModel, levers: Levers, compiled: Path) -> dict[str, float]:
+def measure_steps(shape: StepsOfModel, levers: Levers, compiled: Path) -> dict[str, float]:
     """Train on random tokens, the same in every process."""
-    devices = decided(shape, levers)
+    devices = choose_settings(shape, levers)
     prepare_kernels(devices, compiled)
     device = torch.device(devices.accelerator)
     dtype = torch.bfloat16 if devices.precision == "bf16-mixed" else torch.float32
@@ -48,7 +48,7 @@ def measured(shape: StepsOfModel, levers: Levers, compiled: Path) -> dict[str, f
     size = (shape.batch_size, shape.model.block_size + 1)
     tokens = torch.randint(shape.model.known_vocab_size, size, device=device)
     optimizer = AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=levers.fused or levers.own)
-    chunk = loss_chunk("auto", shape.model) if levers.chunked or levers.own else None
+    chunk = resolve_loss_chunk("auto", shape.model) if levers.chunked or levers.own else None
     loss = loss_of(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), devices, chunk)
     seconds, last = [], 0.0
     for _ in range(WARM_UP + shape.steps):
@@ -71,7 +71,7 @@ def measured(shape: StepsOfModel, levers: Levers, compiled: Path) -> dict[str, f
     }
 
 
-def decided(shape: StepsOfModel, levers: Levers) -> Devices:
+def choose_settings(shape: StepsOfModel, levers: Levers) -> Devices:
     """What is computed on, and how: as gptlab chooses, or as the levers say."""
     trainer = SimpleNamespace(
         accelerator="auto", strategy="single", devices=1, num_nodes=1, precision="auto", float32_matmul="auto"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pydantic import PositiveInt
 
-from gptlab.benchmarks.measuring import Part, Sample, Way, in_turns, timed
+from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
 from gptlab.config.base import Settings
 from gptlab.model.config import GPTConfig
 
@@ -82,7 +82,7 @@ WITH_CHUNKS = {
 }
 
 
-def measure(bench: TrainBench, rounds: int) -> Iterator[Part]:
+def measure(bench: TrainBench, rounds: int) -> Iterator[ResultTable]:
     """Measure one model after the other; every sample is a process of its own."""
     with TemporaryDirectory(prefix="gptlab-bench-") as compiled:
         for title, shape, levers in (
@@ -94,35 +94,35 @@ def measure(bench: TrainBench, rounds: int) -> Iterator[Part]:
         yield _memory(bench.memory, rounds, Path(compiled))
 
 
-def _steps(title: str, shape: StepsOfModel, levers: dict[str, Levers], rounds: int, compiled: Path) -> Part:
+def _steps(title: str, shape: StepsOfModel, levers: dict[str, Levers], rounds: int, compiled: Path) -> ResultTable:
     caption = (
         f"{_shape(shape)} Tokens/s by the median of {shape.steps} steps. The ceiling is that of matrix products in the "
         "precision of the row, measured by the same process; beside it what the row reaches of it (6 N + 12 L C T "
         "operations a token). Loss after the steps, on random tokens; peak: of the process' memory."
     )
     columns = ("% of ceiling", "loss", "peak MB")
-    return Part(f"{title}: training", caption, "tokens/s", columns, _rows(shape, levers, rounds, compiled))
+    return ResultTable(f"{title}: training", caption, "tokens/s", columns, _rows(shape, levers, rounds, compiled))
 
 
-def _memory(shape: StepsOfModel, rounds: int, compiled: Path) -> Part:
+def _memory(shape: StepsOfModel, rounds: int, compiled: Path) -> ResultTable:
     caption = f"{_shape(shape)} Memory that the process has at most, weights, gradients and moments included."
     rows = _rows(shape, WITH_CHUNKS, rounds, compiled)
     for row in rows:
         for sample, whole in zip(row.samples, rows[0].samples, strict=True):
             sample["% less"] = 100 * (1 - sample["peak MB"] / whole["peak MB"])
-    return Part("GPT-2: memory of a step", caption, "tokens/s", ("peak MB", "% less", "loss"), rows)
+    return ResultTable("GPT-2: memory of a step", caption, "tokens/s", ("peak MB", "% less", "loss"), rows)
 
 
 def _rows(shape: StepsOfModel, levers: dict[str, Levers], rounds: int, compiled: Path) -> Any:
-    def way(name: str, chosen: Levers) -> Way:
+    def way(name: str, chosen: Levers) -> Variant:
         todo = {"levers": chosen._asdict(), "compiled": str(compiled), **shape.model_dump(mode="json")}
 
         def run(_: int) -> Sample:
-            return json.loads(timed("-m", STEPS, json.dumps(todo)).printed.splitlines()[-1])
+            return json.loads(run_timed("-m", STEPS, json.dumps(todo)).printed.splitlines()[-1])
 
-        return Way("", name, run)
+        return Variant("", name, run)
 
-    return in_turns([way(name, chosen) for name, chosen in levers.items()], rounds)
+    return measure_in_turns([way(name, chosen) for name, chosen in levers.items()], rounds)
 
 
 def _shape(shape: StepsOfModel) -> str:

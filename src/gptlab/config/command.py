@@ -21,7 +21,7 @@ from gptlab.config.schema import no_setting
 from gptlab.config.targets import checked_targets
 from gptlab.errors import Diverged, UserError, did_you_mean
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepEnded, tell
-from gptlab.tracking.logs import log_to_screen
+from gptlab.tracking.logs import log_to_console
 
 Task = Callable[[DictConfig], int]
 
@@ -61,7 +61,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
 
         @functools.wraps(task)
         def told(config: DictConfig) -> None:
-            log_to_screen()  # a launcher's process has not come through main
+            log_to_console()  # a launcher's process has not come through main
             try:
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:
@@ -74,7 +74,7 @@ def command(config_name: str, *, keys: set[str], literal: tuple[str, ...] = ()) 
 
         @functools.wraps(task)
         def main() -> None:
-            log_to_screen()
+            log_to_console()
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints for itself, and exits with 1
             try:

@@ -40,7 +40,7 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
     )
 
 
-def as_json(workspace: "Workspace") -> str:
+def workspace_json(workspace: "Workspace") -> str:
     """Write a workspace as W&B is sent it."""
     view = workspace._to_model()
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
@@ -48,7 +48,7 @@ def as_json(workspace: "Workspace") -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def save(workspace: "Workspace") -> str:
+def save_workspace(workspace: "Workspace") -> str:
     """Send a workspace to W&B; return where it is.
 
     Raises:

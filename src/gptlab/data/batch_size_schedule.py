@@ -4,10 +4,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
-Stage = tuple[int, int]  # the last step of a stage, counted from 1, and the windows of each of its steps
+BatchSizeStage = tuple[int, int]  # the last step of a stage, counted from 1, and the windows of each of its steps
 
 
-class Stages:
+class BatchSizeSchedule:
     """The global batch of every step: smaller ones at first, where the noise of a gradient matters less.
 
     What a batch averages out grows in importance as the loss falls (McCandlish et al. 2018, An Empirical Model of
@@ -19,7 +19,7 @@ class Stages:
         earlier: The stages before, in their order.
     """
 
-    def __init__(self, batch: int, earlier: Sequence[Stage] = ()) -> None:
+    def __init__(self, batch: int, earlier: Sequence[BatchSizeStage] = ()) -> None:
         self.sizes = [*(size for _, size in earlier), batch]
         self._begins = [0, *(end for end, _ in earlier)]  # steps before each stage
         lengths = [end - begin for begin, (end, _) in zip(self._begins, earlier, strict=False)]

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gptlab.data.batch_size_schedule import Stages
+from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.streams import TokenStream
 
 AT_ONCE = 1024  # windows whose places are computed together, which costs little more than those of one batch
-IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
+IGNORE_INDEX = -100  # cross_entropy's own ignore_index: a target that is not scored
 
 
 class Batch(NamedTuple):
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
     documents: Tensor | None
 
 
-class Slice(NamedTuple):
+class RankSlice(NamedTuple):
     """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences, or fewer."""
 
     rank: int
@@ -49,7 +49,7 @@ class TrainBatches(Dataset[Batch]):
         stream: The tokens of train.
         order: Where the windows start.
         part: Of which rank, with the micro-batch of the last stage.
-        border: The id that documents are told apart by; None leaves them packed.
+        eot_id: The id that documents are told apart by; None leaves them packed.
         stages: How many windows every step has; None: always the same number.
     """
 
@@ -57,13 +57,13 @@ class TrainBatches(Dataset[Batch]):
         self,
         stream: TokenStream,
         order: WindowOrder,
-        part: Slice,
-        border: int | None = None,
-        stages: Stages | None = None,
+        part: RankSlice,
+        eot_id: int | None = None,
+        stages: BatchSizeSchedule | None = None,
     ) -> None:
-        self.stream, self.order, self.part, self.border = stream, order, part, border
+        self.stream, self.order, self.part, self.eot_id = stream, order, part, eot_id
         at_once = part.world_size * part.micro_batch_size
-        self.stages = stages or Stages(at_once)
+        self.stages = stages or BatchSizeSchedule(at_once)
         self.accumulation = self.stages.sizes[-1] // at_once
         self.at_once = max(1, AT_ONCE // part.micro_batch_size)
         self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
@@ -77,7 +77,7 @@ class TrainBatches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         self.stream.expect(self.order.ahead(int(self.positions(number)[0])))
-        return _batch(self.stream, self._starts(number), self.order.block_size, self.border)
+        return _batch(self.stream, self._starts(number), self.order.block_size, self.eot_id)
 
     def _starts(self, number: int) -> NDArray[np.int64]:
         """First tokens (B,) of the windows of micro-batch ``number``."""
@@ -98,10 +98,10 @@ class EvaluationBatches(Dataset[Batch]):
         stream: TokenStream,
         starts: NDArray[np.int64],
         block_size: int,
-        part: Slice,
-        border: int | None = None,
+        part: RankSlice,
+        eot_id: int | None = None,
     ) -> None:
-        self.stream, self.block_size, self.border = stream, block_size, border
+        self.stream, self.block_size, self.eot_id = stream, block_size, eot_id
         rows = -(-len(starts) // (part.world_size * part.micro_batch_size)) * part.micro_batch_size
         share = np.full(rows, -1, dtype=np.int64)
         mine = starts[part.rank :: part.world_size]
@@ -115,15 +115,15 @@ class EvaluationBatches(Dataset[Batch]):
         if number >= len(self):
             raise IndexError(number)
         starts = self.starts[number]
-        batch = _batch(self.stream, np.maximum(starts, 0), self.block_size, self.border)
-        batch.targets[torch.from_numpy(starts < 0)] = IGNORED
+        batch = _batch(self.stream, np.maximum(starts, 0), self.block_size, self.eot_id)
+        batch.targets[torch.from_numpy(starts < 0)] = IGNORE_INDEX
         return batch
 
 
-def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, border: int | None) -> Batch:
+def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, eot_id: int | None) -> Batch:
     rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
     # clone(), not contiguous(): of a single row that is a view, and what is written into targets would change idx
     idx = rows[:, :-1].clone(memory_format=torch.contiguous_format)
     targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)
-    documents = None if border is None else (idx == border).cumsum(dim=1)
+    documents = None if eot_id is None else (idx == eot_id).cumsum(dim=1)
     return Batch(idx, targets, documents)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gptlab.data.batches import IGNORED
+from gptlab.data.batches import IGNORE_INDEX
 from gptlab.evaluation.hellaswag import Example
 
 
@@ -25,14 +25,14 @@ class Scorer(Protocol):
         ...
 
 
-class Loss(NamedTuple):
+class EndingLoss(NamedTuple):
     """Of one ending: its nats, and of how many tokens."""
 
     nats: float
     tokens: int
 
 
-class Tally(NamedTuple):
+class AccuracyCounts(NamedTuple):
     """Examples, and how many of them were answered rightly by the lowest sum and by the lowest mean."""
 
     by_sum: int
@@ -50,7 +50,7 @@ class Tally(NamedTuple):
         return self.by_mean / self.examples
 
 
-def share(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
+def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
     """Deal out examples: a rank's batches, of which all ranks have equally many, and some may have an empty last one.
 
     Examples of about one length are together.
@@ -63,7 +63,7 @@ def share(examples: Sequence[Example], rank: int, world_size: int, batch_size: i
 @torch.no_grad()
 def ending_losses(
     model: Scorer, examples: Sequence[Example], *, block_size: int, device: torch.device, chunk: int | None
-) -> list[list[Loss]]:
+) -> list[list[EndingLoss]]:
     """Score the endings of examples, all at once; what is longer than the block loses its beginning."""
     rows, counts = [], []
     for example in examples:
@@ -73,24 +73,24 @@ def ending_losses(
             counts.append(min(len(ending), len(row) - 1))
     longest = max(map(len, rows))
     padded = torch.zeros((len(rows), longest), dtype=torch.long)
-    targets = torch.full((len(rows), longest - 1), IGNORED)
+    targets = torch.full((len(rows), longest - 1), IGNORE_INDEX)
     for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
         padded[number, : len(row)] = torch.tensor(row)
         targets[number, len(row) - 1 - count : len(row) - 1] = torch.tensor(row[-count:])
     nats = model.nats(padded[:, :-1].contiguous().to(device), targets.to(device), None, chunk)  # (B, T)
     sums = iter(nats.double().sum(dim=1).tolist())
     tokens = iter(counts)
-    return [[Loss(next(sums), next(tokens)) for _ in example.endings] for example in examples]
+    return [[EndingLoss(next(sums), next(tokens)) for _ in example.endings] for example in examples]
 
 
-def tally(losses: Sequence[Sequence[Loss]], labels: Sequence[int]) -> Tally:
+def count_correct(losses: Sequence[Sequence[EndingLoss]], labels: Sequence[int]) -> AccuracyCounts:
     """Count right answers; of endings that are equally likely, the first one is the answer."""
     by_sum = by_mean = 0
     for endings, label in zip(losses, labels, strict=True):
         sums, means = [loss.nats for loss in endings], [loss.nats / loss.tokens for loss in endings]
         by_sum += sums.index(min(sums)) == label
         by_mean += means.index(min(means)) == label
-    return Tally(by_sum, by_mean, len(labels))
+    return AccuracyCounts(by_sum, by_mean, len(labels))
 
 
 def _length(example: Example) -> int:

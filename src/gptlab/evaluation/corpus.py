@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gptlab.data.batches import IGNORED, Batch
+from gptlab.data.batches import IGNORE_INDEX, Batch
 from gptlab.data.shards.streams import TokenStream
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
 
 
-class Windows(NamedTuple):
+class EvalWindows(NamedTuple):
     """What is read, and what of it is scored: an array (N,) each.
 
     Attributes:
@@ -30,7 +30,7 @@ class Windows(NamedTuple):
     scored: NDArray[np.int64]
 
 
-def windows_of(tokens: int, block_size: int, stride: int, limit: int | None) -> Windows:
+def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) -> EvalWindows:
     """Cut a stream into windows that begin ``stride`` tokens after each other.
 
     The first window scores all of its predictions, every other one those that no window before it has made, which are
@@ -53,13 +53,13 @@ def windows_of(tokens: int, block_size: int, stride: int, limit: int | None) -> 
     number = 1 + max(0, -(-(targets - block_size) // stride))
     begins = np.arange(number, dtype=np.int64) * stride
     lengths = np.minimum(block_size, targets - begins)
-    every = Windows(begins, lengths, lengths - np.where(begins == 0, 0, block_size - stride))
+    every = EvalWindows(begins, lengths, lengths - np.where(begins == 0, 0, block_size - stride))
     if limit is None:
         return every
     whole = max(1, int((lengths == block_size).sum()))
     count = min(limit, whole)
     chosen = np.arange(count, dtype=np.int64) * whole // count
-    return Windows(*(part[chosen] for part in every))
+    return EvalWindows(*(part[chosen] for part in every))
 
 
 class WindowBatches:
@@ -72,7 +72,7 @@ class WindowBatches:
         windows: Of the stream.
         block_size: T.
         batch_size: B; the last batch may have fewer.
-        border: The id that documents are told apart by; None leaves them packed.
+        eot_id: The id that documents are told apart by; None leaves them packed.
         rank: Of this process.
         world_size: Processes among which the batches are dealt out.
     """
@@ -80,14 +80,14 @@ class WindowBatches:
     def __init__(
         self,
         stream: TokenStream,
-        windows: Windows,
+        windows: EvalWindows,
         block_size: int,
         batch_size: int,
-        border: int | None,
+        eot_id: int | None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.stream, self.windows, self.block_size, self.border = stream, windows, block_size, border
+        self.stream, self.windows, self.block_size, self.eot_id = stream, windows, block_size, eot_id
         firsts = range(0, len(windows.begins), batch_size)
         self.parts = [slice(first, first + batch_size) for first in firsts[rank::world_size]]
 
@@ -106,14 +106,14 @@ class WindowBatches:
                 rows[row, : lengths[row] + 1] = self.stream.read(begins[row : row + 1], lengths[row] + 1)[0]
             place = np.arange(self.block_size)
             unscored = (place < (lengths - scored)[:, None]) | (place >= lengths[:, None])
-            targets = np.where(unscored, IGNORED, rows[:, 1:])
+            targets = np.where(unscored, IGNORE_INDEX, rows[:, 1:])
             idx = torch.from_numpy(rows[:, :-1]).contiguous()
-            documents = None if self.border is None else (idx == self.border).cumsum(dim=1)
+            documents = None if self.eot_id is None else (idx == self.eot_id).cumsum(dim=1)
             yield Batch(idx, torch.from_numpy(targets), documents)
 
 
 @torch.no_grad()
-def add_batches(sums: LossSums, model: GPT, batches: Iterable[Batch], chunk: int | None) -> None:
+def accumulate_losses(sums: LossSums, model: GPT, batches: Iterable[Batch], chunk: int | None) -> None:
     """Add the losses of batches to ``sums``, on its device; ``chunk`` is that of ``GPT.nats``."""
     device = sums.token_bytes.device
     for batch in batches:

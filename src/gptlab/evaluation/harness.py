@@ -31,8 +31,8 @@ Request = tuple[Any, list[int], list[int]]  # its texts, the ids of its context 
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether every token of it is the likeliest
 MAX_GEN_TOKS = 256  # where a task does not say: HFLM.max_gen_toks
 SEED = 1234  # simple_evaluate's own default, of what is not greedy
-AT_ONCE = 8  # tokens between two looks at whether all texts have ended
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+GENERATION_BATCH = 8  # tokens between two looks at whether all texts have ended
+SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
@@ -118,7 +118,7 @@ class HarnessModel(TemplateLM):
             for row, logits in zip(batch, self._logits(batch, counts), strict=True):
                 for number in asked[row]:
                     texts, _, continuation = requests[number]
-                    answers[number] = _answer(logits[-len(continuation) :], continuation)
+                    answers[number] = _score_continuation(logits[-len(continuation) :], continuation)
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, answers[number])
         return answers
@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):
         streams = [TextStream(self.encoding, [stop for stop in stops if stop]) for _ in prompts]
         texts, waiting = [""] * len(prompts), []
         seeds = row_seeds(SEED + self._rank, first + len(prompts))[first:]
-        sampling = _sampling(kwargs)
+        sampling = _sampling_config(kwargs)
         with self.context():
             rows = generate(
                 self.model,
@@ -177,7 +177,7 @@ class HarnessModel(TemplateLM):
             )
             for step, ids in enumerate(rows, 1):
                 waiting.append(ids)
-                if step % AT_ONCE == 0 or step == most:
+                if step % GENERATION_BATCH == 0 or step == most:
                     pieces = torch.stack(waiting, dim=1).tolist()
                     texts = [text + s.push(piece) for text, s, piece in zip(texts, streams, pieces, strict=True)]
                     waiting = []
@@ -212,7 +212,7 @@ class HarnessModel(TemplateLM):
             dist.barrier()
 
 
-def fingerprint(model: GPT) -> str:
+def model_fingerprint(model: GPT) -> str:
     """A hash of a model: the harness keeps answers by their questions alone, whoever has given them."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for parameter in model.parameters():
@@ -220,7 +220,7 @@ def fingerprint(model: GPT) -> str:
     return digest.hexdigest()[:12]
 
 
-def _answer(logits: Tensor, continuation: list[int]) -> Answer:
+def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
     """Score a continuation (N) by the logits (N, V) before its tokens."""
     targets = torch.tensor(continuation, device=logits.device)
     chances = torch.log_softmax(logits.float(), dim=-1)
@@ -228,10 +228,10 @@ def _answer(logits: Tensor, continuation: list[int]) -> Answer:
     return value.item(), bool((logits.argmax(dim=-1) == targets).all())
 
 
-def _sampling(kwargs: dict[str, Any]) -> Sampling:
+def _sampling_config(kwargs: dict[str, Any]) -> Sampling:
     """Make settings of what a task says; UserError for what there is no counterpart for."""
     sampled = kwargs.pop("do_sample")
-    if unknown := set(kwargs) - SAMPLING:
+    if unknown := set(kwargs) - SAMPLING_KEYS:
         raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which gptlab does not have.")
     given = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, **kwargs}
     return Sampling(**(given if sampled else {**given, "temperature": 0.0}))

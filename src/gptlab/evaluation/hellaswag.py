@@ -20,7 +20,7 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
 MAGIC, VERSION, HEADER_INTS = 20240522, 1, 256
-BEGIN = 2**16 - 1  # of a record: no token of GPT-2's has this id
+EXAMPLE_MARKER = 2**16 - 1  # of a record: no token of GPT-2's has this id
 ENDINGS = 4  # which llm.c expects
 PREFIX = 5  # numbers of a record before its context
 
@@ -49,9 +49,9 @@ def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[E
                 raise UserError(
                     f"{path} holds GPT-2's tokens, and the model's are of tokenizer={name}: take the .jsonl."
                 )
-            examples = _of_bin(path)
+            examples = _read_bin(path)
         else:
-            examples = _of_jsonl(path, tokenizer, limit)
+            examples = _read_jsonl(path, tokenizer, limit)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"The examples of HellaSwag cannot be read from {path}: {error}. It should be hellaswag_val.jsonl "
@@ -63,7 +63,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[E
 
 
 # what is checked before a run starts is scored in the same process, with the same tokenizer
-read_once = lru_cache(maxsize=1)(read_examples)
+read_examples_cached = lru_cache(maxsize=1)(read_examples)
 
 
 def write_bin(path: Path, examples: Sequence[Example]) -> None:
@@ -72,25 +72,27 @@ def write_bin(path: Path, examples: Sequence[Example]) -> None:
     Raises:
         UserError: They do not fit the format.
     """
-    if len(examples) >= BEGIN:
+    if len(examples) >= EXAMPLE_MARKER:
         raise UserError(f"{path}: {len(examples):,} examples, and their numbers have 16 bits.")
-    records = [_record(path, number, example) for number, example in enumerate(examples)]
+    records = [_bin_record(path, number, example) for number, example in enumerate(examples)]
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:4] = (MAGIC, VERSION, len(records), max((record.nbytes for record in records), default=0))
     path.write_bytes(header.tobytes() + b"".join(record.tobytes() for record in records))
 
 
-def _record(path: Path, number: int, example: Example) -> NDArray[np.uint16]:
+def _bin_record(path: Path, number: int, example: Example) -> NDArray[np.uint16]:
     if len(example.endings) != ENDINGS:
         raise UserError(f"{path}: example {number} has {len(example.endings)} endings, and llm.c's have {ENDINGS}.")
     parts = [value for ids in (example.context, *example.endings) for value in (len(ids), *ids)]
     size = 2 * (PREFIX + len(parts))
-    if size >= BEGIN or max(parts) >= BEGIN:
-        raise UserError(f"{path}: example {number} does not fit: its size and its ids should be below {BEGIN}.")
-    return np.array([BEGIN, size, number, example.label, ENDINGS, *parts], dtype="<u2")
+    if size >= EXAMPLE_MARKER or max(parts) >= EXAMPLE_MARKER:
+        raise UserError(
+            f"{path}: example {number} does not fit: its size and its ids should be below {EXAMPLE_MARKER}."
+        )
+    return np.array([EXAMPLE_MARKER, size, number, example.label, ENDINGS, *parts], dtype="<u2")
 
 
-def _of_bin(path: Path) -> list[Example]:
+def _read_bin(path: Path) -> list[Example]:
     content = path.read_bytes()
     if len(content) < 4 * HEADER_INTS or len(content) % 2:
         raise ValueError(f"{len(content):,} bytes are no whole file")
@@ -102,15 +104,20 @@ def _of_bin(path: Path) -> list[Example]:
     for count in range(number):
         begin, size, _, label, endings = (*stream[place : place + PREFIX], *[-1] * PREFIX)[:PREFIX]
         record = stream[place + PREFIX : place + size // 2]
-        texts = _texts(record)
-        if begin != BEGIN or len(record) != size // 2 - PREFIX or len(texts) != 1 + endings or not 0 <= label < endings:
+        texts = _split_record(record)
+        if (
+            begin != EXAMPLE_MARKER
+            or len(record) != size // 2 - PREFIX
+            or len(texts) != 1 + endings
+            or not 0 <= label < endings
+        ):
             raise ValueError(f"the record of example {count} (uint16 number {place:,}) is damaged")
         examples.append(Example(texts[0], texts[1:], label))
         place += size // 2
     return examples
 
 
-def _texts(record: list[int]) -> list[list[int]]:
+def _split_record(record: list[int]) -> list[list[int]]:
     """Cut a record into its context and its endings; nothing where a length is 0 or leads beyond the end."""
     texts, place = [], 0
     while place < len(record):
@@ -122,18 +129,18 @@ def _texts(record: list[int]) -> list[list[int]]:
     return texts
 
 
-def _of_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
+def _read_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
     examples: list[Example] = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if len(examples) == limit:
                 break
             if line.strip():
-                examples.append(_example(json.loads(line), tokenizer, number))
+                examples.append(_parse_example(json.loads(line), tokenizer, number))
     return examples
 
 
-def _example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
+def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
     """Encode one line; the hub's copy of the data set has the label as text."""
     values: dict[str, Any] = fields if isinstance(fields, dict) else {}
     context: Any

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from gptlab.data.batches import IGNORED
+from gptlab.data.batches import IGNORE_INDEX
 
 
 class LossSums:
@@ -27,7 +27,7 @@ class LossSums:
     def add(self, nats: Tensor, targets: Tensor) -> None:
         """Add the tokens of one batch: the losses (B, T) of ``targets`` (B, T), which are -100 where not scored."""
         nats, targets = nats.flatten().double(), targets.flatten()
-        scored = targets != IGNORED
+        scored = targets != IGNORE_INDEX
         lengths = torch.where(scored, self.token_bytes[targets.clamp(min=0)].long(), 0)
         text_nats = torch.where(lengths > 0, nats, 0)
         self.sums += torch.stack((nats.sum(), scored.sum(), text_nats.sum(), lengths.sum()))

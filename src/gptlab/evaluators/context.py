@@ -8,10 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gptlab.training.devices import Devices, use_best_matmul
-from gptlab.training.distributed.processes import devices_from_outside, started_from_outside
+from gptlab.training.distributed.processes import external_devices, launched_externally
 
 
-class Machine(NamedTuple):
+class EvalContext(NamedTuple):
     """A process of an evaluation.
 
     Attributes:
@@ -39,14 +39,14 @@ class Machine(NamedTuple):
         return numbers
 
 
-def this_machine(precision: Literal["auto", "float32", "bfloat16"]) -> Machine:
+def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> EvalContext:
     """Take the GPU if there is one, and join the other processes if there are some."""
     cuda = torch.cuda.is_available()
     rank, world_size = 0, 1
-    if started_from_outside():
+    if launched_externally():
         from gptlab.training.distributed.process_group import join_group  # with Lightning, for those alone who need it
 
-        devices, nodes = devices_from_outside()
+        devices, nodes = external_devices()
         join_group(Devices("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -54,4 +54,4 @@ def this_machine(precision: Literal["auto", "float32", "bfloat16"]) -> Machine:
     use_best_matmul(device)
     if precision == "auto":
         precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return Machine(device, precision, rank, world_size)
+    return EvalContext(device, precision, rank, world_size)

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import check_val_split
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import load_manifest
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.launch.prepare_data import prepare_with_progress
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_directory import load_config
 
 log = logging.getLogger(__name__)
@@ -23,14 +23,14 @@ class ScoredCorpus(NamedTuple):
 
     Attributes:
         prepared: The data.
-        border: The id that documents are told apart by; None where each window is read as one text.
+        eot_id: The id that documents are told apart by; None where each window is read as one text.
     """
 
-    prepared: Prepared
-    border: int | None
+    prepared: TokenDataset
+    eot_id: int | None
 
 
-def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: bool) -> ScoredCorpus:
+def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer_is_named: bool) -> ScoredCorpus:
     """Prepare the corpus that is asked for: one that is named, or what the run was trained on.
 
     It is prepared in the model's own tokenizer, since a model has a loss in no other: a BPE or a table of characters is
@@ -61,10 +61,10 @@ def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: boo
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
         check_val_split(config.data)
-        data, tokenizer = config.data, _settings(record, source, config.tokenizer)
+        data, tokenizer = config.data, _tokenizer_settings(record, source, config.tokenizer)
         trained = model if record["name"] in ("characters", "bpe") else None
-    prepared = prepare_with_progress(data, tokenizer, Work(), trained)
-    if not _mean_the_same(prepared.manifest.tokenizer, record):
+    prepared = prepare_with_progress(data, tokenizer, PrepareOptions(), trained)
+    if not _are_equivalent(prepared.manifest.tokenizer, record):
         raise UserError(
             f"{prepared.manifest.origin} is prepared in other tokens (tokenizer="
             f"{prepared.manifest.tokenizer['name']}) than those of {config.run} (tokenizer={record['name']}, "
@@ -73,10 +73,10 @@ def corpus_of(config: EvaluateConfig, source: Source, *, tokenizer_is_named: boo
     if config.data is None and load_manifest(source.path).fingerprint() != prepared.manifest.fingerprint():
         log.warning("%s is not any more what %s was trained on.", prepared.manifest.origin, config.run)
     masked = "masked" in {data.documents, run.data.documents if run else data.documents}
-    return ScoredCorpus(prepared, _border(prepared, data) if masked else None)
+    return ScoredCorpus(prepared, _eot_id(prepared, data) if masked else None)
 
 
-def _settings(record: dict[str, str], source: Source, named: TokenizerConfig | None) -> TokenizerConfig:
+def _tokenizer_settings(record: dict[str, str], source: ModelSource, named: TokenizerConfig | None) -> TokenizerConfig:
     """Settings that mean the model's tokenizer; of one that was trained, the size and the text do not matter here."""
     vocab_dir = (named.vocab_dir if named else None) or source.vocab_dir
     made = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
@@ -84,7 +84,7 @@ def _settings(record: dict[str, str], source: Source, named: TokenizerConfig | N
     return TokenizerConfig.model_validate(values)
 
 
-def _mean_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _are_equivalent(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two records give the same ids; a BPE that went through another program's files is spelled otherwise."""
     if one == other or (one["name"], other["name"]) != ("bpe", "bpe"):
         return one == other
@@ -92,7 +92,7 @@ def _mean_the_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(pieces[0][key] == pieces[1][key] for key in ("vocab", "merges"))
 
 
-def _border(prepared: Prepared, data: DataConfig) -> int | None:
+def _eot_id(prepared: TokenDataset, data: DataConfig) -> int | None:
     if prepared.tokenizer.end_of_text is None:
         raise UserError(
             f"data.documents={data.documents}: the tokenizer has no end of text that documents could be told apart by."

@@ -12,20 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gptlab.data.shards.manifest import SPLITS
 from gptlab.errors import UserError
-from gptlab.evaluation.completions import Tally, ending_losses, share, tally
-from gptlab.evaluation.corpus import WindowBatches, add_batches, windows_of
+from gptlab.evaluation.completions import AccuracyCounts, count_correct, ending_losses, rank_batches
+from gptlab.evaluation.corpus import WindowBatches, accumulate_losses, cut_windows
 from gptlab.evaluation.hellaswag import Example
 from gptlab.evaluation.loss import LossSums
-from gptlab.evaluators.context import Machine
+from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.corpora import ScoredCorpus
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
-from gptlab.training.auto import loss_chunk
+from gptlab.training.auto import resolve_loss_chunk
 
 T = TypeVar("T")
 
 
-class Outcome(NamedTuple):
+class EvalResult(NamedTuple):
     """What an evaluation has found.
 
     Attributes:
@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     rows: Sequence[tuple[str, ...]]
 
 
-def corpus_loss(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machine: Machine) -> Outcome:
+def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machine: EvalContext) -> EvalResult:
     """Score a model on the split of a corpus that is asked for; every process gets the numbers of all of them."""
     prepared, block_size = corpus.prepared, model.config.block_size
     stride = config.stride or block_size
@@ -51,14 +51,14 @@ def corpus_loss(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machin
     for split in splits:
         stream = prepared.stream(split)
         try:
-            windows = windows_of(len(stream), block_size, stride, config.windows)
+            windows = cut_windows(len(stream), block_size, stride, config.windows)
         except ValueError as error:
             raise UserError(f"{prepared.manifest.origin}, {split}: {error}.") from None
         place = (machine.rank, machine.world_size)
-        parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.border, *place))
-    with machine.context(), shown("scoring", machine, sum(map(len, parts))) as watched:
+        parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.eot_id, *place))
+    with machine.context(), track_progress("scoring", machine, sum(map(len, parts))) as watched:
         for part in parts:
-            add_batches(sums, model, watched(part), loss_chunk("auto", model.config))
+            accumulate_losses(sums, model, watched(part), resolve_loss_chunk("auto", model.config))
     sums.sums = machine.summed(sums.sums)
     loss, bits_per_byte = sums.result()
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
@@ -68,7 +68,7 @@ def corpus_loss(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machin
         "data": prepared.manifest.origin,
         "fingerprint": prepared.manifest.fingerprint(),
         "split": config.split,
-        "documents": "packed" if corpus.border is None else "masked",
+        "documents": "packed" if corpus.eot_id is None else "masked",
         "windows": config.windows,
         "block_size": block_size,
         "stride": stride,
@@ -87,21 +87,21 @@ def corpus_loss(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machin
         ("bits per byte", f"{bits_per_byte:.4f}"),
     ]
     metrics = {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-    return Outcome("loss", values, metrics, rows)
+    return EvalResult("loss", values, metrics, rows)
 
 
-def hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, machine: Machine) -> Outcome:
+def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, machine: EvalContext) -> EvalResult:
     """Let a model choose endings; every process gets the numbers of all of them."""
     device, block_size = machine.device, model.config.block_size
-    chunk, begun = loss_chunk("auto", model.config), time.perf_counter()
+    chunk, begun = resolve_loss_chunk("auto", model.config), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)
-    batches = share(examples, machine.rank, machine.world_size, config.rows(block_size))
-    with machine.context(), shown("HellaSwag", machine, len(batches)) as watched:
+    batches = rank_batches(examples, machine.rank, machine.world_size, config.rows(block_size))
+    with machine.context(), track_progress("HellaSwag", machine, len(batches)) as watched:
         for batch in watched(batches):
             if batch:
                 losses = ending_losses(model, batch, block_size=block_size, device=device, chunk=chunk)
-                counts += torch.tensor(tally(losses, [example.label for example in batch]), device=device)
-    found = Tally(*machine.summed(counts).tolist())
+                counts += torch.tensor(count_correct(losses, [example.label for example in batch]), device=device)
+    found = AccuracyCounts(*machine.summed(counts).tolist())
     values = {
         "data": config.hellaswag,
         "examples": found.examples,
@@ -114,11 +114,11 @@ def hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, machi
         ("acc", f"{found.acc:.2%}, by the sum of an ending's losses"),
         ("acc_norm", f"{found.acc_norm:.2%}, by their mean"),
     ]
-    return Outcome("hellaswag", values, {"acc": found.acc, "acc_norm": found.acc_norm}, rows)
+    return EvalResult("hellaswag", values, {"acc": found.acc, "acc_norm": found.acc_norm}, rows)
 
 
 @contextmanager
-def shown(what: str, machine: Machine, total: int) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+def track_progress(what: str, machine: EvalContext, total: int) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
     """Show a bar of so many batches on the first process while what goes through it is used up."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("batches ·"), TimeRemainingColumn())
     hidden = machine.rank > 0 or not get_console().is_terminal

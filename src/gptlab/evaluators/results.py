@@ -14,13 +14,13 @@ from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 
 FOLDER = "evaluations"
 
 
-class Found(Protocol):
-    """See ``gptlab.evaluators.evaluator.Outcome``."""
+class Reportable(Protocol):
+    """See ``gptlab.evaluators.evaluator.EvalResult``."""
 
     @property
     def what(self) -> str: ...  # noqa: D102
@@ -30,7 +30,7 @@ class Found(Protocol):
     def rows(self) -> Sequence[tuple[str, ...]]: ...  # noqa: D102
 
 
-def folder_of(out: str | None, source: Source) -> Path:
+def results_folder(out: str | None, source: ModelSource) -> Path:
     """Make the folder for results: the one named, or evaluations/ in the run, or here for a model that is no run.
 
     Raises:
@@ -44,16 +44,16 @@ def folder_of(out: str | None, source: Source) -> Path:
     return folder
 
 
-def keep(found: Found, facts: dict[str, Any], folder: Path) -> Path:
+def write_result(found: Reportable, facts: dict[str, Any], folder: Path) -> Path:
     """Write <what>_<time>.json: what was found and under what conditions."""
     named = f"{found.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     path = next(p for n in range(1, 10**6) if not (p := folder / f"{named}{f'-{n}' if n > 1 else ''}.json").exists())
     told = {"what": found.what, "gptlab": metadata.version("gptlab"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_durably(path, json.dumps(_plain(told | facts | found.values), indent=2) + "\n")
+    write_durably(path, json.dumps(_to_json(told | facts | found.values), indent=2) + "\n")
     return path
 
 
-def show(found: Found) -> None:
+def print_result(found: Reportable) -> None:
     """Print the table."""
     headed = len(found.rows[0]) > 2
     table = Table(box=box.SIMPLE, show_header=headed)
@@ -65,12 +65,12 @@ def show(found: Found) -> None:
     get_console().print(table)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """Make of the harness' values what JSON has; numbers that are none become null."""
     if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
+        return {str(key): _to_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [_to_json(part) for part in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if isinstance(value, bool | int | str | None) else str(value)

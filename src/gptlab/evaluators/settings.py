@@ -9,9 +9,9 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from gptlab.config.base import Settings
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 
-TOKENS = 8192  # of a batch whose size is not named
+TOKENS_PER_BATCH = 8192  # of a batch whose size is not named
 Split = Literal["val", "train", "all"]
 
 
@@ -44,7 +44,7 @@ class EvaluateConfig(Settings):
 
     def rows(self, block_size: int) -> int:
         """How many windows, texts or examples are scored at a time, by a model of this block."""
-        return self.batch_size or max(1, TOKENS // block_size)
+        return self.batch_size or max(1, TOKENS_PER_BATCH // block_size)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
@@ -58,7 +58,7 @@ class EvaluateConfig(Settings):
         return self
 
 
-def check_request(config: EvaluateConfig, source: Source) -> None:
+def check_request(config: EvaluateConfig, source: ModelSource) -> None:
     """See what can be seen before anything is loaded.
 
     Raises:

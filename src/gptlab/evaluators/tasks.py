@@ -13,16 +13,23 @@ from lm_eval.tasks import TaskManager
 
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError, did_you_mean, first_line
-from gptlab.evaluation.harness import HarnessModel, fingerprint
-from gptlab.evaluators.context import Machine
-from gptlab.evaluators.evaluator import Outcome
+from gptlab.evaluation.harness import HarnessModel, model_fingerprint
+from gptlab.evaluators.context import EvalContext
+from gptlab.evaluators.evaluator import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 
-KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")  # of what the harness returns
+RESULT_KEYS = (
+    "results",
+    "groups",
+    "versions",
+    "n-shot",
+    "n-samples",
+    "higher_is_better",
+)  # of what the harness returns
 
 
-class Tasks(TaskManager):
+class HarnessTasks(TaskManager):
     """The harness' tasks and those of a folder; says in a sentence what cannot be had."""
 
     def load(self, task_list: Any) -> Any:
@@ -38,18 +45,18 @@ class Tasks(TaskManager):
             ) from error
 
 
-def find_tasks(config: EvaluateConfig) -> Tasks:
+def find_tasks(config: EvaluateConfig) -> HarnessTasks:
     """Find the tasks that are asked for; UserError for one that there is not.
 
     The harness' own are thousands of files, which are not looked through where a folder of one's own has all of them.
     """
     folder = Path(config.task_dir).expanduser() if config.task_dir else None
-    with _quiet():
+    with _quiet_harness():
         if folder is not None:
-            own = Tasks(include_path=folder, include_defaults=False)
+            own = HarnessTasks(include_path=folder, include_defaults=False)
             if set(config.tasks) <= set(own.all_subtasks):
                 return own
-        every = Tasks(include_path=folder)
+        every = HarnessTasks(include_path=folder)
     for task in config.tasks:
         if not every.match_tasks([task]):
             raise UserError(
@@ -59,15 +66,17 @@ def find_tasks(config: EvaluateConfig) -> Tasks:
     return every
 
 
-def score_tasks(
-    model: GPT, tokenizer: Tokenizer, tasks: Tasks, config: EvaluateConfig, machine: Machine
-) -> Outcome | None:
+def evaluate_tasks(
+    model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, machine: EvalContext
+) -> EvalResult | None:
     """Run tasks; the first process gets what came of it."""
     rows = config.rows(model.config.block_size)
     adapter = HarnessModel(model, tokenizer, batch_size=rows, device=machine.device, context=machine.context)
-    cache = f"{Path(config.cache).expanduser()}-{fingerprint(model)}-{machine.precision}" if config.cache else None
+    cache = (
+        f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{machine.precision}" if config.cache else None
+    )
     begun = time.perf_counter()
-    with _quiet():
+    with _quiet_harness():
         found = simple_evaluate(
             adapter,
             tasks=config.tasks,
@@ -79,7 +88,7 @@ def score_tasks(
         )
     if found is None:  # not the first
         return None
-    values = {key: found[key] for key in KEPT if key in found} | {"seconds": time.perf_counter() - begun}
+    values = {key: found[key] for key in RESULT_KEYS if key in found} | {"seconds": time.perf_counter() - begun}
     metrics: dict[str, float] = {}
     table: list[tuple[str, ...]] = [("task", "shots", "metric", "value", "± standard error")]
     for task, results in found["results"].items():
@@ -92,11 +101,11 @@ def score_tasks(
             shown = metric if kind == "none" else f"{metric}, {kind}"
             table.append((task, shots, shown, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else ""))
             metrics[f"{task}/{metric}" if kind == "none" else f"{task}/{metric}/{kind}"] = value
-    return Outcome("tasks", values, metrics, table)
+    return EvalResult("tasks", values, metrics, table)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_harness() -> Iterator[None]:
     """Let the harness say what is wrong, and no more."""
     logger = logging.getLogger("lm_eval")
     before = logger.level

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gptlab.exporters.reference import Reference, Score, fingerprint, greedy
+from gptlab.exporters.reference import Reference, ScoreFunction, greedy_continuation, tensor_hash
 
 CERTIFICATE = "certificate.json"
 
@@ -91,7 +91,7 @@ def version(package: str) -> str:
     return f"{package} {metadata.version(package)}"
 
 
-def compare_scores(score: Score, reference: Reference, by: str, relative: float) -> list[Check]:
+def compare_scores(score: ScoreFunction, reference: Reference, by: str, relative: float) -> list[Check]:
     """Compare logits and a continuation with those of a network that ``score`` runs.
 
     Args:
@@ -101,7 +101,7 @@ def compare_scores(score: Score, reference: Reference, by: str, relative: float)
         relative: Largest difference of logits, in parts of the largest logit.
     """
     difference = (score(reference.prompts) - reference.logits).abs().max().item()
-    theirs = greedy(score, reference.beginning, len(reference.greedy.ids)).ids
+    theirs = greedy_continuation(score, reference.beginning, len(reference.greedy.ids)).ids
     return [
         compare_logits(difference, reference, by, relative),
         compare_greedy(theirs, reference, by, relative),
@@ -144,7 +144,7 @@ def compare_tensors(theirs: Iterator[tuple[str, Tensor]], reference: Reference, 
         reference: Ours.
         by: Who reads them.
     """
-    found = {name: fingerprint(tensor) for name, tensor in theirs}
+    found = {name: tensor_hash(tensor) for name, tensor in theirs}
     wrong = sorted(
         name for name in reference.tensors.keys() | found.keys() if found.get(name) != reference.tensors.get(name)
     )

@@ -5,24 +5,24 @@ from pathlib import Path
 
 from gptlab.exporters import gguf, huggingface, llmc, nanogpt, onnx
 from gptlab.exporters.certificate import Certificate
-from gptlab.exporters.folder import made_whole
+from gptlab.exporters.folder import atomic_folder
 from gptlab.exporters.formats import FORMATS, DtypeName, FormatName
-from gptlab.exporters.model_card import CARD, card
-from gptlab.exporters.model_card_info import title_of
+from gptlab.exporters.model_card import CARD_FILE, render_model_card
+from gptlab.exporters.model_card_info import model_title
 from gptlab.exporters.reference import Reference, make_reference
-from gptlab.exporters.request import Job, types_of
+from gptlab.exporters.request import ExportRequest, tensor_dtypes
 from gptlab.model.external import exported
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 from gptlab.pretrained.weights import load_model
 
 WRITERS = {"hf": huggingface, "nanogpt": nanogpt, "llmc": llmc, "gguf": gguf, "onnx": onnx}
 
 
-class Differs(Exception):  # noqa: N818  (what an export does)
+class ExportMismatch(Exception):  # noqa: N818  (what an export does)
     """What was exported is not the model that it was made of. The message says in what."""
 
 
-def export(source: Source, form: FormatName, dtype: DtypeName, out: Path) -> Certificate:
+def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: Path) -> Certificate:
     """Write a model to ``out``, and compare what is there with it.
 
     Raises:
@@ -30,29 +30,29 @@ def export(source: Source, form: FormatName, dtype: DtypeName, out: Path) -> Cer
         UserError: The folder cannot be made, or the source cannot be read.
     """
     tokenizer = source.tokenizer() if source.record is not None else None
-    job = Job(source, form, dtype, tokenizer, title_of(source))
-    with made_whole(out) as folder:
+    job = ExportRequest(source, form, dtype, tokenizer, model_title(source))
+    with atomic_folder(out) as folder:
         reference = _write(job, folder)  # our model is gone before another library loads its own
         try:
             checked = WRITERS[form].check(job, folder, reference)
         except Exception as error:  # whatever another library raises for a file that it cannot read
             why = str(error).strip() or type(error).__name__
-            raise Differs(f"{out} is not written: what was exported cannot be loaded again. {why}") from error
+            raise ExportMismatch(f"{out} is not written: what was exported cannot be loaded again. {why}") from error
         about = {"gptlab": metadata.version("gptlab"), "model": job.title, "format": form, "dtype": dtype}
         certificate = Certificate(about, reference, checked.checks, checked.unchecked)
         if failed := certificate.failed:
             told = "; ".join(f"{check.what} by {check.by}: {check.result}" for check in failed)
-            raise Differs(f"{out} is not written: what was exported is not {source.name}. {told}.")
+            raise ExportMismatch(f"{out} is not written: what was exported is not {source.name}. {told}.")
         certificate.save(folder)
-        (folder / CARD).write_text(card(job, certificate), encoding="utf-8")
+        (folder / CARD_FILE).write_text(render_model_card(job, certificate), encoding="utf-8")
     return certificate
 
 
-def _write(job: Job, folder: Path) -> Reference:
+def _write(job: ExportRequest, folder: Path) -> Reference:
     """Compute what the model says, and write it."""
     model = load_model(job.source).requires_grad_(False)
     biases = FORMATS[job.format].biases
-    stored = types_of(job, exported(model, transposed=False, biases=biases))
+    stored = tensor_dtypes(job, exported(model, transposed=False, biases=biases))
     reference = make_reference(model, stored, biases=biases, end_of_text=job.end_of_text)
     WRITERS[job.format].write(model, job, folder)
     return reference

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptlab.data.shards.manifest import sync
+from gptlab.data.shards.manifest import fsync_path
 from gptlab.errors import UserError
 
 
-def check_free(out: Path) -> None:
+def check_output_free(out: Path) -> None:
     """See that nothing is in the way; UserError where there is something."""
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"out={out} is there already: an export makes a new folder, or fills an empty one.")
 
 
 @contextmanager
-def made_whole(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside ``out``, which gets that name at the end; after an exception nothing of it is left.
 
     Raises:
@@ -32,14 +32,14 @@ def made_whole(out: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in beside.iterdir():
-            sync(file)
-        check_free(out)  # it may have been made in the meantime
+            fsync_path(file)
+        check_output_free(out)  # it may have been made in the meantime
         beside.rename(out)  # over an empty folder, too
-        sync(out.parent)
+        fsync_path(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file in a folder."""
     return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}

@@ -19,7 +19,7 @@ FormatName = Literal["hf", "nanogpt", "llmc", "gguf", "onnx"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
-class Format(NamedTuple):
+class FormatCapabilities(NamedTuple):
     """What a format can hold.
 
     Attributes:
@@ -39,11 +39,11 @@ class Format(NamedTuple):
     packages: tuple[str, ...] = ()
 
 
-FORMATS: dict[FormatName, Format] = {
-    "hf": Format(("float32", "bfloat16", "float16"), ("gelu", "gelu_tanh"), tied_only=False, biases=True),
-    "nanogpt": Format(("float32",), ("gelu",), tied_only=True, biases=False),
-    "llmc": Format(("float32", "bfloat16"), ("gelu_tanh",), tied_only=True, biases=True),
-    "gguf": Format(
+FORMATS: dict[FormatName, FormatCapabilities] = {
+    "hf": FormatCapabilities(("float32", "bfloat16", "float16"), ("gelu", "gelu_tanh"), tied_only=False, biases=True),
+    "nanogpt": FormatCapabilities(("float32",), ("gelu",), tied_only=True, biases=False),
+    "llmc": FormatCapabilities(("float32", "bfloat16"), ("gelu_tanh",), tied_only=True, biases=True),
+    "gguf": FormatCapabilities(
         ("float32", "float16"),
         ("gelu_tanh",),
         tied_only=False,
@@ -51,7 +51,7 @@ FORMATS: dict[FormatName, Format] = {
         tokenizers=("gpt2", "bytes", "bpe"),
         packages=("gguf",),
     ),
-    "onnx": Format(("float32",), None, tied_only=False, biases=False, packages=("onnx", "onnxscript")),
+    "onnx": FormatCapabilities(("float32",), None, tied_only=False, biases=False, packages=("onnx", "onnxscript")),
 }
 
 
@@ -75,7 +75,7 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
         )
     if dtype not in form.dtypes:
         raise UserError(f"dtype={dtype}: format={name} has weights in {' or '.join(form.dtypes)}.")
-    if foreign := _without_counterpart(form, model):
+    if foreign := _unsupported_options(form, model):
         raise UserError(
             f"format={name} has no {', no '.join(foreign)}: this model would be another one there. "
             "format=onnx holds every option."
@@ -87,7 +87,7 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
         )
 
 
-def _without_counterpart(form: Format, model: GPTConfig) -> list[str]:
+def _unsupported_options(form: FormatCapabilities, model: GPTConfig) -> list[str]:
     """Name the options of a model that a format has not, with their values."""
     if form.activations is None:
         return []

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.huggingface import byte_level
+from gptlab.data.tokenizers.huggingface import as_byte_level_bpe
 from gptlab.exporters.certificate import Check, compare_tensors, version
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import Checked, Job, types_of
+from gptlab.exporters.request import CheckResult, ExportRequest, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON
 from gptlab.model.external import exported
 from gptlab.model.gpt import GPT
@@ -25,7 +25,7 @@ ARCHITECTURE = "gpt2"
 NO_MERGE = "<|endoftext|> <|endoftext|>"
 
 
-def write(model: GPT, job: Job, folder: Path) -> None:
+def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write the weights one after the other, after what describes them and the tokenizer."""
     import gguf
 
@@ -42,7 +42,7 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     writer.add_file_type(half if job.dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, job)
     tensors = exported(model, transposed=False, biases=True)
-    stored, names = types_of(job, tensors), _names(config.n_layer)
+    stored, names = tensor_dtypes(job, tensors), _names(config.n_layer)
     for name, tensor in tensors.items():
         like = torch.empty(0, dtype=stored[name])
         writer.add_tensor_info(names(name), tensor.shape, like.numpy().dtype, tensor.numel() * like.itemsize)
@@ -54,21 +54,21 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     writer.close()
 
 
-def check(job: Job, folder: Path, reference: Reference) -> Checked:
+def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
     """Read it with the gguf library, and with llama.cpp where xllamacpp is installed, which has that in a wheel."""
     checks = [compare_tensors(_read(folder / FILE, job, list(reference.tensors)), reference, version("gguf"))]
     if find_spec("xllamacpp") is None:
-        return Checked(checks, ["logits, continuation and tokenizer, since xllamacpp (llama.cpp) is not installed"])
-    from gptlab.exporters.llama_cpp import by_llama_cpp
+        return CheckResult(checks, ["logits, continuation and tokenizer, since xllamacpp (llama.cpp) is not installed"])
+    from gptlab.exporters.llama_cpp import check_with_llama_cpp
 
-    compared: list[Check] = list(by_llama_cpp(job, folder / FILE, reference))
-    return Checked([*checks, *compared], [])
+    compared: list[Check] = list(check_with_llama_cpp(job, folder / FILE, reference))
+    return CheckResult([*checks, *compared], [])
 
 
-def _add_tokenizer(writer: "GGUFWriter", job: Job) -> None:
+def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
     from gguf import TokenType
 
-    bpe = byte_level(job.tokenizer) if job.tokenizer is not None else None
+    bpe = as_byte_level_bpe(job.tokenizer) if job.tokenizer is not None else None
     assert bpe is not None  # noqa: S101  (what check_format guarantees)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -94,7 +94,7 @@ def _names(layers: int) -> Callable[[str], str]:
     return name_of
 
 
-def _read(path: Path, job: Job, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+def _read(path: Path, job: ExportRequest, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     import gguf
 
     there = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "c").tensors}

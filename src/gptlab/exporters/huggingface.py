@@ -19,11 +19,11 @@ from gptlab.exporters.certificate import (
     version,
 )
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import NO_TOKENIZER, Checked, Job, texts_of, types_of
+from gptlab.exporters.request import NO_TOKENIZER, CheckResult, ExportRequest, comparison_texts, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON, GPTConfig
 from gptlab.model.external import CONV1D, exported
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, opened
+from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, open_safetensors
 
 GENERATION = "generation_config.json"
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
@@ -31,7 +31,7 @@ SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 RELATIVE = 2e-5  # difference of logits: both compute in float32
 
 
-def write(model: GPT, job: Job, folder: Path) -> None:
+def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
     end = job.end_of_text
     files: dict[str, Any] = {
@@ -43,16 +43,16 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tensors = exported(model, transposed=True, biases=True)
-    write_safetensors(tensors, types_of(job, tensors), folder / WEIGHTS)
+    write_safetensors(tensors, tensor_dtypes(job, tensors), folder / WEIGHTS)
 
 
-def check(job: Job, folder: Path, reference: Reference) -> Checked:
+def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
     """Load it with safetensors, and with transformers where that is installed."""
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
-        return Checked(checks, ["logits and continuation, since transformers is not installed"])
+        return CheckResult(checks, ["logits and continuation, since transformers is not installed"])
     unchecked = [NO_TOKENIZER] if job.tokenizer is None else []
-    return Checked([*checks, *_by_transformers(job, folder, reference)], unchecked)
+    return CheckResult([*checks, *_by_transformers(job, folder, reference)], unchecked)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:
@@ -100,14 +100,14 @@ def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[
 
 
 def _read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    with opened(folder / WEIGHTS, "pt") as tensors:
+    with open_safetensors(folder / WEIGHTS, "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118  (no mapping)
             tensor = tensors.get_tensor(name)
             yield name, tensor.transpose(0, -1) if CONV1D.search(name) else tensor
 
 
 @torch.no_grad()
-def _by_transformers(job: Job, folder: Path, reference: Reference) -> Iterator[Check]:
+def _by_transformers(job: ExportRequest, folder: Path, reference: Reference) -> Iterator[Check]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -123,6 +123,6 @@ def _by_transformers(job: Job, folder: Path, reference: Reference) -> Iterator[C
         yield compare_greedy(ids, reference, by, RELATIVE)
     if job.tokenizer is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        texts = texts_of(job.tokenizer)
+        texts = comparison_texts(job.tokenizer)
         ours = [job.tokenizer.encode(text).tolist() for text in texts]
         yield compare_texts([tokenizer(text, verbose=False).input_ids for text in texts], ours, by)

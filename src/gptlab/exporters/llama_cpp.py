@@ -19,31 +19,31 @@ from gptlab.exporters.certificate import (
     version,
 )
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import Job, texts_of
+from gptlab.exporters.request import ExportRequest, comparison_texts
 
 # Differences of logits. llama.cpp's GELU is a table of float16, and with weights in float16 so are the inputs of a
 # product (ggml-cpu, GGML_GELU_FP16 and vec_dot_f16).
 RELATIVE = {"float32": 2e-3, "float16": 5e-3}
-LIKELIEST = 1000  # tokens of which it tells the probability
+TOP_TOKENS = 1000  # tokens of which it tells the probability
 SURE = 1e9  # added to a logit: the token is drawn
 
 
-def by_llama_cpp(job: Job, path: Path, reference: Reference) -> Iterator[Check]:
+def check_with_llama_cpp(job: ExportRequest, path: Path, reference: Reference) -> Iterator[Check]:
     """Compare log probabilities, a continuation by the likeliest token, and the tokenizer."""
     by, relative = f"llama.cpp of {version('xllamacpp')}", RELATIVE[job.dtype]
     server = _Server(path, context=job.source.model.block_size)
-    of = f"log probabilities of the {min(LIKELIEST, job.source.model.known_vocab_size):,} likeliest tokens"
+    of = f"log probabilities of the {min(TOP_TOKENS, job.source.model.known_vocab_size):,} likeliest tokens"
     yield compare_logits(_difference(server, job, reference), reference, by, relative, of=of)
     if tokens := len(reference.greedy.ids):
         ids = server.ask("completion", prompt=reference.beginning, n_predict=tokens, return_tokens=True)["tokens"]
         yield compare_greedy(ids, reference, by, relative)
     assert job.tokenizer is not None  # noqa: S101  (what check_format guarantees)
-    texts = texts_of(job.tokenizer)
+    texts = comparison_texts(job.tokenizer)
     theirs = [server.ask("tokenize", content=text)["tokens"] for text in texts]
     yield compare_texts(theirs, [job.tokenizer.encode(text).tolist() for text in texts], by)
 
 
-def _difference(server: "_Server", job: Job, reference: Reference) -> float:
+def _difference(server: "_Server", job: ExportRequest, reference: Reference) -> float:
     """Find the largest difference of log probabilities near the end and in the middle of each prompt.
 
     It tells them of whole characters alone, so that one is made to be drawn; they are from before it is.
@@ -52,7 +52,7 @@ def _difference(server: "_Server", job: Job, reference: Reference) -> float:
     whole = _whole_character(job)
     for prompt, logits in zip(reference.prompts, reference.logits, strict=True):
         for length in {len(prompt) // 2, len(prompt) - 1} - {0}:  # the block has to have room for what is drawn
-            drawn = {"n_predict": 1, "n_probs": LIKELIEST, "logit_bias": [[whole, SURE]]}
+            drawn = {"n_predict": 1, "n_probs": TOP_TOKENS, "logit_bias": [[whole, SURE]]}
             told = server.ask("completion", prompt=prompt[:length].tolist(), **drawn)["completion_probabilities"][0]
             ours = logits[length - 1].log_softmax(-1)
             theirs = {entry["id"]: entry["logprob"] for entry in told["top_logprobs"]}
@@ -61,7 +61,7 @@ def _difference(server: "_Server", job: Job, reference: Reference) -> float:
     return worst
 
 
-def _whole_character(job: Job) -> int:
+def _whole_character(job: ExportRequest) -> int:
     assert job.tokenizer is not None  # noqa: S101
     return int(job.tokenizer.encode("e")[0])
 

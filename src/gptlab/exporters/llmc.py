@@ -10,7 +10,7 @@ from torch import Tensor
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
 from gptlab.exporters.certificate import compare_scores, compare_tensors, version
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import Checked, Job, left_out
+from gptlab.exporters.request import CheckResult, ExportRequest, omitted_tokenizer
 from gptlab.model.config import GPTConfig
 from gptlab.model.external import exported, fitted, renamed
 from gptlab.model.gpt import GPT, hollow
@@ -25,7 +25,7 @@ RELATIVE = 2e-6  # difference of logits, since biases of zero are added where th
 OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
-def write(model: GPT, job: Job, folder: Path) -> None:
+def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
     config, dtype = model.config, getattr(torch, job.dtype)
     tensors = exported(model, transposed=False, biases=True)
@@ -41,7 +41,7 @@ def write(model: GPT, job: Job, folder: Path) -> None:
         _write_tokens(job.tokenizer, folder / TOKENS)
 
 
-def check(job: Job, folder: Path, reference: Reference) -> Checked:
+def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
     """Read the file by its header, and run the network that it describes."""
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
@@ -51,7 +51,7 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     with torch.no_grad():
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
     no_package = "what llm.c itself makes of it, which is no package"
-    return Checked(checks, [no_package, *left_out(job, (GPT2Tokenizer,), "llm.c has GPT-2's alone")])
+    return CheckResult(checks, [no_package, *omitted_tokenizer(job, (GPT2Tokenizer,), "llm.c has GPT-2's alone")])
 
 
 def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:

@@ -4,16 +4,16 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from gptlab.exporters.formats import FormatName
-from gptlab.exporters.model_card_info import Facts
+from gptlab.exporters.model_card_info import ModelCardInfo
 from gptlab.model.config import parameter_count
 
 if TYPE_CHECKING:
     from gptlab.exporters.certificate import Certificate
-    from gptlab.exporters.request import Job
+    from gptlab.exporters.request import ExportRequest
 
-CARD = "README.md"
+CARD_FILE = "README.md"
 LIBRARIES: dict[FormatName, str] = {"hf": "transformers", "gguf": "llama.cpp", "onnx": "onnx"}
-USES: dict[FormatName, str] = {
+USAGE: dict[FormatName, str] = {
     "hf": """from transformers import pipeline
 
 write = pipeline("text-generation", "<this folder>")
@@ -31,7 +31,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 }
 
 
-def card(job: "Job", certificate: "Certificate") -> str:
+def render_model_card(job: "ExportRequest", certificate: "Certificate") -> str:
     """Write what the model is, how it is used, and what was compared."""
     front = ["---", *_front(job), "---"]
     uses = "python" if job.format in ("hf", "nanogpt", "onnx") else "sh"
@@ -41,20 +41,20 @@ def card(job: "Job", certificate: "Certificate") -> str:
         f"A GPT-2 class language model, exported by gptlab {metadata.version('gptlab')} "
         f"(format={job.format}, {job.dtype}).",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(job).items())]),
-        f"## Use\n\n```{uses}\n{USES[job.format]}\n```",
+        f"## Use\n\n```{uses}\n{USAGE[job.format]}\n```",
         "## Certificate\n\nWhat was exported was loaded again and compared with the model that it was made of; "
         "certificate.json has the numbers.\n\n" + "\n".join(f"- {line}" for line in certificate.lines()),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front(job: "Job") -> list[str]:
+def _front(job: "ExportRequest") -> list[str]:
     library = [f"library_name: {LIBRARIES[job.format]}"] if job.format in LIBRARIES else []
     return [*library, "pipeline_tag: text-generation", "tags:", "  - gptlab", "  - gpt2"]
 
 
-def _facts(job: "Job") -> dict[str, str]:
-    model, facts = job.source.model, Facts.of(job.source)
+def _facts(job: "ExportRequest") -> dict[str, str]:
+    model, facts = job.source.model, ModelCardInfo.of(job.source)
     size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, block of {model.block_size:,} tokens"
     options = f"positions {model.positions}, norm {model.norm}, activation {model.activation}"
     tokenizer = job.source.record["name"] if job.source.record is not None else "unknown"

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from gptlab.data.shards.manifest import load_manifest
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_store.runs import Run
 
 
-class Facts(NamedTuple):
+class ModelCardInfo(NamedTuple):
     """Of a run, where its weights are the best; all None for a model of another origin.
 
     Attributes:
@@ -26,7 +26,7 @@ class Facts(NamedTuple):
     bits_per_byte: float | None = None
 
     @classmethod
-    def of(cls, source: Source) -> Self:
+    def of(cls, source: ModelSource) -> Self:
         """Gather what the run directory holds."""
         if not source.is_run:
             return cls()
@@ -40,6 +40,6 @@ class Facts(NamedTuple):
         return cls(dataset, step, tokens, best["val/loss"], best.get("val/bits_per_byte"))
 
 
-def title_of(source: Source) -> str:
+def model_title(source: ModelSource) -> str:
     """Name a model without the place where it lies."""
     return Run(source.path).name if source.is_run else Path(source.name.removeprefix("hf://")).name

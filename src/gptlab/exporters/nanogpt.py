@@ -6,24 +6,24 @@ from typing import Any
 
 import torch
 
-from gptlab.data.tokenizers.nanogpt_meta import META
+from gptlab.data.tokenizers.nanogpt_meta import META_FILE
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, GPT2Tokenizer
 from gptlab.exporters.certificate import compare_scores, compare_tensors, version
-from gptlab.exporters.model_card_info import Facts
+from gptlab.exporters.model_card_info import ModelCardInfo
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import Checked, Job, left_out
+from gptlab.exporters.request import CheckResult, ExportRequest, omitted_tokenizer
 from gptlab.model.external import EMBEDDING, HEAD, exported
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 CHECKPOINT = "ckpt.pt"
 NO_LOSS = 1e9  # what nanoGPT's train.py begins with
 
 
-def write(model: GPT, job: Job, folder: Path) -> None:
+def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
-    config, facts = model.config, Facts.of(job.source)
+    config, facts = model.config, ModelCardInfo.of(job.source)
     state = exported(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -40,12 +40,12 @@ def write(model: GPT, job: Job, folder: Path) -> None:
         characters = job.tokenizer.characters
         stoi = {character: i for i, character in enumerate(characters)}
         meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters)), "stoi": stoi}
-        (folder / META).write_bytes(pickle.dumps(meta))
+        (folder / META_FILE).write_bytes(pickle.dumps(meta))
 
 
-def check(job: Job, folder: Path, reference: Reference) -> Checked:
+def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
     """Read it as a source of gptlab's; nanoGPT is no package that could be installed."""
-    source = open_source(str(folder / CHECKPOINT))
+    source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
     named = exported(model, transposed=False, biases=False)
     checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
@@ -53,4 +53,4 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
     no_package = "what nanoGPT itself makes of it, which is no package"
     whose = "nanoGPT has characters and GPT-2's"
-    return Checked(checks, [no_package, *left_out(job, (CharactersTokenizer, GPT2Tokenizer), whose)])
+    return CheckResult(checks, [no_package, *omitted_tokenizer(job, (CharactersTokenizer, GPT2Tokenizer), whose)])

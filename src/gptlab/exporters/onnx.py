@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptlab.exporters.certificate import compare_scores, compare_tensors, version
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import Checked, Job
+from gptlab.exporters.request import CheckResult, ExportRequest
 from gptlab.model.config import GPTConfig
 from gptlab.model.external import EMBEDDING, HEAD, unpadded
 from gptlab.model.gpt import GPT, hollow
@@ -24,15 +24,15 @@ MOST_AT_ONCE = 2**16  # sequences; the tracer wants a bound
 RELATIVE = 2e-5  # difference of logits: both compute in float32
 
 
-def write(model: GPT, job: Job, folder: Path) -> None:
+def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Trace the network without its weights, and write these one after the other: no copy of all is made."""
     import onnx_ir
 
     tensors = {name: tensor.contiguous() for name, tensor in unpadded(model).items()}
     if model.config.tie_weights:
         tensors[HEAD] = tensors[EMBEDDING]
-    with _quiet():
-        program = traced(model)
+    with _quiet_exporter():
+        program = trace_model(model)
         for value in program.model.graph.initializers.values():
             value.const_value = None  # there is nothing in it, so nothing to be folded into another
         program.optimize()
@@ -50,11 +50,11 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     onnx_ir.save(program.model, folder / GRAPH)
 
 
-def check(job: Job, folder: Path, reference: Reference) -> Checked:
+def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
     """Read the weights, and run the graph by onnxruntime where that is installed."""
     checks = [compare_tensors(_read(folder, job.source.model), reference, version("onnx"))]
     if find_spec("onnxruntime") is None:
-        return Checked(checks, ["logits and continuation, since onnxruntime is not installed"])
+        return CheckResult(checks, ["logits and continuation, since onnxruntime is not installed"])
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -65,11 +65,11 @@ def check(job: Job, folder: Path, reference: Reference) -> Checked:
     def score(ids: Tensor) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT], {INPUT: ids.numpy()})[0])
 
-    return Checked([*checks, *compare_scores(score, reference, version("onnxruntime"), RELATIVE)], [])
+    return CheckResult([*checks, *compare_scores(score, reference, version("onnxruntime"), RELATIVE)], [])
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet_exporter() -> Iterator[None]:
     """Let the exporter keep to itself what torchvision is, and that the weights are not there yet."""
     logging.disable(logging.WARNING)
     try:
@@ -80,7 +80,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def traced(model: GPT) -> Any:
+def trace_model(model: GPT) -> Any:
     """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
     network = hollow(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
     example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from gptlab.errors import UserError, first_line
-from gptlab.exporters.folder import sizes
+from gptlab.exporters.folder import file_sizes
 
 
-def listed(folder: Path) -> str:
+def list_upload(folder: Path) -> str:
     """List what would be uploaded of a folder."""
-    found = sizes(folder)
+    found = file_sizes(folder)
     lines = [f"  {size:>13,} bytes  {name}" for name, size in found.items()]
     return "\n".join([*lines, f"  {sum(found.values()):>13,} bytes in all"])
 

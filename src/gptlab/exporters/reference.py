@@ -15,10 +15,10 @@ from gptlab.model.gpt import GPT
 
 PROMPTS, LONGEST = 2, 64
 BEGINNING, CONTINUATION = 8, 16  # tokens of what is continued, and of what is added
-Score = Callable[[Tensor], Tensor]  # ids (B, T) to logits (B, T, V)
+ScoreFunction = Callable[[Tensor], Tensor]  # ids (B, T) to logits (B, T, V)
 
 
-class Greedy(NamedTuple):
+class GreedyContinuation(NamedTuple):
     """A continuation by the likeliest token.
 
     Attributes:
@@ -46,7 +46,7 @@ class Reference(NamedTuple):
     prompts: Tensor
     logits: Tensor
     beginning: list[int]
-    greedy: Greedy
+    greedy: GreedyContinuation
     tensors: dict[str, str]
     rounding: float | None
     end_of_text: int | None
@@ -79,14 +79,14 @@ def make_reference(
         prompts,
         logits,
         beginning,
-        greedy(model, beginning, min(CONTINUATION, model.config.block_size - len(beginning))),
-        {name: fingerprint(tensor.to(stored[name])) for name, tensor in named.items()},
+        greedy_continuation(model, beginning, min(CONTINUATION, model.config.block_size - len(beginning))),
+        {name: tensor_hash(tensor.to(stored[name])) for name, tensor in named.items()},
         (logits - exact).abs().max().item() if rounded else None,
         end_of_text,
     )
 
 
-def greedy(score: Score, beginning: Sequence[int], tokens: int) -> Greedy:
+def greedy_continuation(score: ScoreFunction, beginning: Sequence[int], tokens: int) -> GreedyContinuation:
     """Add ``tokens`` to a text, each time the likeliest."""
     ids, margins = list(beginning), []
     for _ in range(tokens):
@@ -94,10 +94,10 @@ def greedy(score: Score, beginning: Sequence[int], tokens: int) -> Greedy:
         best = logits.topk(min(2, len(logits)))
         margins.append((best.values[0] - best.values[-1]).item())
         ids.append(int(best.indices[0]))
-    return Greedy(ids[len(beginning) :], margins)
+    return GreedyContinuation(ids[len(beginning) :], margins)
 
 
-def fingerprint(tensor: Tensor) -> str:
+def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's elements."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 

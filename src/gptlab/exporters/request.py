@@ -9,7 +9,7 @@ from torch import Tensor
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, Tokenizer
 from gptlab.exporters.certificate import Check
 from gptlab.exporters.formats import DtypeName, FormatName
-from gptlab.pretrained.source import Source
+from gptlab.pretrained.source import ModelSource
 
 # of English, code, white space, and scripts beyond Latin
 TEXTS = ("It was 1984, wasn't it? They'd never know.", "\tdef f(x):  return x**2\r\n\n  # end  ", "naïve 東京 🙂 x²\n")
@@ -17,7 +17,7 @@ TEXTS = ("It was 1984, wasn't it? They'd never know.", "\tdef f(x):  return x**2
 NO_TOKENIZER = "the tokenizer: nothing says what this model's ids mean, so none is written"
 
 
-class Job(NamedTuple):
+class ExportRequest(NamedTuple):
     """One export.
 
     Attributes:
@@ -28,7 +28,7 @@ class Job(NamedTuple):
         title: The model's name, for people.
     """
 
-    source: Source
+    source: ModelSource
     format: FormatName
     dtype: DtypeName
     tokenizer: Tokenizer | None
@@ -47,19 +47,19 @@ class Job(NamedTuple):
         return dtype
 
 
-class Checked(NamedTuple):
+class CheckResult(NamedTuple):
     """What a format's reader has found, and what could not be looked at, each with the reason."""
 
     checks: Sequence[Check]
     unchecked: Sequence[str]
 
 
-def types_of(job: Job, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+def tensor_dtypes(job: ExportRequest, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Type in which each of some tensors is stored."""
     return {name: job.stored(name, tensor) for name, tensor in tensors.items()}
 
 
-def left_out(job: Job, known: tuple[type, ...], whose: str) -> list[str]:
+def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], whose: str) -> list[str]:
     """Say that a tokenizer is not in the files, where it is none of those that the other side has."""
     if job.tokenizer is None:
         return [NO_TOKENIZER]
@@ -68,7 +68,7 @@ def left_out(job: Job, known: tuple[type, ...], whose: str) -> list[str]:
     return [f"the tokenizer: {whose}, so this one is left out"]
 
 
-def texts_of(tokenizer: Tokenizer) -> Sequence[str]:
+def comparison_texts(tokenizer: Tokenizer) -> Sequence[str]:
     """Texts that a tokenizer knows, to compare it by."""
     if isinstance(tokenizer, CharactersTokenizer):
         return ("".join(2 * character for character in tokenizer.characters),)

@@ -13,21 +13,21 @@ from gptlab.config.resume import with_val_split
 from gptlab.config.schema import Config
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import SPLITS, Split, load_manifest
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
-from gptlab.evaluation.hellaswag import read_once
+from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeued import go_on
 from gptlab.launch.signals import stoppable
 from gptlab.launch.supervisor import supervise
-from gptlab.pretrained.external import check_foreign, is_foreign
-from gptlab.pretrained.source import path_of
-from gptlab.tracking.run_directory import CHECKPOINTS, check_fit, has_checkpoint, load_config
+from gptlab.pretrained.external import check_external, is_external
+from gptlab.pretrained.source import resolve_path
+from gptlab.tracking.run_directory import CHECKPOINTS, check_weights_fit, has_checkpoint, load_config
 from gptlab.tracking.wandb.opt_outs import check_mode
-from gptlab.training.distributed.processes import started_from_outside
+from gptlab.training.distributed.processes import launched_externally
 
 log = logging.getLogger(__name__)
 
@@ -50,23 +50,23 @@ def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
         except UserError as error:
             log.warning("This run keeps the split that it began with. %s", error)
     config, prepared = make_ready(config)
-    if started_from_outside() or (config.trainer.strategy == "single" and alone):
+    if launched_externally() or (config.trainer.strategy == "single" and alone):
         from gptlab.launch.train_run import run  # torch is needed from here on
 
         return stoppable(lambda: run(config, prepared, place))
-    read_once.cache_clear()  # the workers have their own
+    read_examples_cached.cache_clear()  # the workers have their own
     return supervise(config, place)
 
 
-def make_ready(config: Config) -> tuple[Config, Prepared]:
+def make_ready(config: Config) -> tuple[Config, TokenDataset]:
     """Prepare the data and complete the configuration; UserError for what can be known without torch."""
     config = with_val_split(config.with_absolute_paths())
-    if isinstance(config.trainer.devices, int) and not started_from_outside():
+    if isinstance(config.trainer.devices, int) and not launched_externally():
         shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
         config.train.plan(shares)
-    origin = path_of(config.init_from) if config.init_from else None
-    if origin and is_foreign(origin):
-        check_foreign(origin, config.model)
+    origin = resolve_path(config.init_from) if config.init_from else None
+    if origin and is_external(origin):
+        check_external(origin, config.model)
     elif earlier := Path(config.resume) if config.resume else origin:
         load_config(earlier)
         if not has_checkpoint(earlier):
@@ -79,11 +79,11 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
         check_mode(config.logger.wandb)
     if not config.resume:
         check_val_split(config.data)
-    prepared = prepare_with_progress(config.data, config.tokenizer, Work())
+    prepared = prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
     if (wanted := config.callbacks.hellaswag) is not None:
-        read_once(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
+        read_examples_cached(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
     if config.resume:
         _check_same_run(config, prepared, Path(config.resume))
     block_size, manifest = config.model.block_size, prepared.manifest
@@ -97,15 +97,15 @@ def make_ready(config: Config) -> tuple[Config, Prepared]:
             )
     _check_order(config, prepared)
     config = config.with_vocabulary(manifest.vocab_size)
-    if origin and is_foreign(origin):
-        check_foreign(origin, config.model)  # with the vocabulary
+    if origin and is_external(origin):
+        check_external(origin, config.model)  # with the vocabulary
     elif origin:
         _check_same_tokens(prepared, origin)
-        check_fit(origin, config.model)
+        check_weights_fit(origin, config.model)
     return config, prepared
 
 
-def _check_order(config: Config, prepared: Prepared) -> None:
+def _check_order(config: Config, prepared: TokenDataset) -> None:
     """See that the data can be read in the order that is asked for."""
     if config.data.documents == "masked" and prepared.tokenizer.end_of_text is None:
         raise UserError(
@@ -122,7 +122,7 @@ def _check_order(config: Config, prepared: Prepared) -> None:
     prepared.store.check_room([*val, *(train.shards[number] for number in train.within(order.ahead(0)))])
 
 
-def _check_same_run(config: Config, prepared: Prepared, directory: Path) -> None:
+def _check_same_run(config: Config, prepared: TokenDataset, directory: Path) -> None:
     """Refuse to go on with other data: the order would be another, and nothing would say so."""
     was, now = load_manifest(directory).fingerprint(), prepared.manifest.fingerprint()
     if was != now:
@@ -137,10 +137,10 @@ def _check_same_run(config: Config, prepared: Prepared, directory: Path) -> None
             )
         log.warning("%s The run goes on all the same.", sentence)
     if config.force_resume:
-        check_fit(directory, config.model, cropped=False)
+        check_weights_fit(directory, config.model, cropped=False)
 
 
-def _check_same_tokens(prepared: Prepared, directory: Path) -> None:
+def _check_same_tokens(prepared: TokenDataset, directory: Path) -> None:
     """Refuse weights whose ids mean other text."""
     if load_manifest(directory).tokenizer != prepared.manifest.tokenizer:
         raise UserError(

@@ -14,18 +14,18 @@ from rich.text import Text
 from gptlab.config.base import Settings
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import Format
 from gptlab.data.shards.inspection import first_documents, longest_document
 from gptlab.data.shards.manifest import SPLITS
 from gptlab.data.shards.open_shards import open_shards
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 
 
 def prepare_with_progress(
-    data: DataConfig, tokenizer: TokenizerConfig, work: Work, trained: Tokenizer | None = None
-) -> Prepared:
+    data: DataConfig, tokenizer: TokenizerConfig, work: PrepareOptions, trained: Tokenizer | None = None
+) -> TokenDataset:
     """Prepare as ``gptlab.data.prepare.prepare.prepare`` does, with a bar: MB/s, tokens, time left."""
     with _bar() as bar:
         task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
@@ -83,13 +83,13 @@ class PrepareCommand(Settings):
     out: str | None
 
 
-def existing_shards(config: PrepareCommand, path: str) -> Prepared:
+def existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
     """Open a prepared folder or its URL, or token files of others, in the tokens that they are in."""
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
     return open_shards(data, config.tokenizer, whatever=True)
 
 
-def print_prepared(prepared: Prepared) -> None:
+def print_prepared(prepared: TokenDataset) -> None:
     """Print what is in prepared data, and how its first documents begin."""
     manifest, console = prepared.manifest, get_console()
     table = Table(box=box.SIMPLE)

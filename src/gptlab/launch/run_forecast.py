@@ -7,10 +7,10 @@ import lightning as L
 from gptlab.config.schema import Config
 from gptlab.data.shards.manifest import Manifest
 from gptlab.planning.forecast import score_forecast, write_forecast
-from gptlab.planning.target import Target, memory_here, processor
-from gptlab.training.callbacks.metrics import Recorder
+from gptlab.planning.target import Hardware, processor_name, total_memory
+from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.devices import Devices, peak_memory
-from gptlab.training.gpu_specs import of_device
+from gptlab.training.gpu_specs import gpu_from_cuda_name
 
 
 class Expectation:
@@ -28,7 +28,7 @@ class Expectation:
         self.target = _target(devices)
         write_forecast(directory, config, manifest, self.target)
 
-    def outcome(self, recorder: Recorder, trainer: L.Trainer) -> dict[str, str]:
+    def outcome(self, recorder: MetricsCallback, trainer: L.Trainer) -> dict[str, str]:
         """Score it, when the run is done; return rows for the run's table."""
         module = trainer.lightning_module
         measured = {
@@ -39,15 +39,15 @@ class Expectation:
         return score_forecast(self.directory, self.config, self.manifest, self.target, measured)
 
 
-def _target(devices: Devices) -> Target:
+def _target(devices: Devices) -> Hardware:
     """Describe what was chosen as a plan does."""
     on_gpu = devices.accelerator == "cuda"
-    gpu = of_device(devices.name) if on_gpu else None
-    return Target(
+    gpu = gpu_from_cuda_name(devices.name) if on_gpu else None
+    return Hardware(
         accelerator="cuda" if on_gpu else "cpu",
-        name=devices.name if on_gpu else processor(),
+        name=devices.name if on_gpu else processor_name(),
         gpu=gpu,
-        memory=(gpu.memory if gpu else None) if on_gpu else memory_here(),
+        memory=(gpu.memory if gpu else None) if on_gpu else total_memory(),
         devices=devices.devices,
         nodes=devices.num_nodes,
         precision=devices.precision,

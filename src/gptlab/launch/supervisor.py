@@ -24,7 +24,7 @@ from gptlab.launch.job_file import write_job
 from gptlab.launch.signals import STOPS, Stops, held_back
 from gptlab.tracking.environment import COMMAND
 from gptlab.training.config import TrainerConfig
-from gptlab.training.distributed.processes import MOST_PROCESSES_PER_CORE, RENDEZVOUS
+from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZVOUS
 
 WORKER = "gptlab.launch.worker"
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -132,7 +132,7 @@ def _number_of_workers(trainer: TrainerConfig) -> int:
     """One for each device; one alone to refuse what cannot be (``gptlab.training.devices.choose_devices``)."""
     if trainer.strategy == "single" or trainer.num_nodes > 1:
         return 1
-    most = MOST_PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    most = MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1)
     if trainer.devices != "auto" and trainer.devices <= most:
         return trainer.devices
     gpus = 0 if trainer.accelerator == "cpu" else count_gpus()

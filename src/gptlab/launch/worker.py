@@ -8,13 +8,13 @@ from gptlab.launch.launcher import make_ready
 from gptlab.launch.signals import let_in, stoppable
 from gptlab.launch.supervisor import end_with_supervisor
 from gptlab.launch.train_run import run
-from gptlab.tracking.logs import log_to_screen
+from gptlab.tracking.logs import log_to_console
 
 
 def main() -> None:
     """Run what the file says."""
     end_with_supervisor()
-    log_to_screen()
+    log_to_console()
     end_with(_listening)
 
 

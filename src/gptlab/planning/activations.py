@@ -13,7 +13,7 @@ STATISTIC = 4  # bytes of a mean, a deviation, a softmax's logarithm of a sum
 INDEX = 8  # bytes of a token's number
 
 
-class Kinds(NamedTuple):
+class NumberSizes(NamedTuple):
     """Bytes of a number.
 
     Attributes:
@@ -27,14 +27,14 @@ class Kinds(NamedTuple):
     product: int
 
 
-KINDS = {
-    "32-true": Kinds(4, 4, 4),
-    "bf16-mixed": Kinds(4, 4, 2),  # autocast: products alone are in bfloat16
-    "bf16-true": Kinds(2, 2, 2),
+NUMBER_SIZES = {
+    "32-true": NumberSizes(4, 4, 4),
+    "bf16-mixed": NumberSizes(4, 4, 2),  # autocast: products alone are in bfloat16
+    "bf16-true": NumberSizes(2, 2, 2),
 }
 
 
-class Pass(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass on one device.
 
     Attributes:
@@ -48,7 +48,7 @@ class Pass(NamedTuple):
 
     config: GPTConfig
     batch: int
-    kinds: Kinds
+    kinds: NumberSizes
     on_gpu: bool
     split: int = 1
     compiled: bool = False
@@ -69,19 +69,19 @@ class Pass(NamedTuple):
         return self.tokens * self.config.n_embd * self.kinds.product
 
 
-def of_network(forward: Pass) -> int:
+def network_bytes(forward: ForwardPass) -> int:
     """Bytes that are kept of all but the head, without logits."""
     config = forward.config
     layers = range(config.n_layer)
     if config.activation_checkpointing:
         blocks = config.n_layer * forward.stream
     else:
-        blocks = sum(of_block(forward, layer) for layer in layers)
+        blocks = sum(block_bytes(forward, layer) for layer in layers)
         blocks += forward.stream * (config.unet_skips and config.n_layer % 2 == 0)  # a block's own input, as its skip
-    return of_embeddings(forward) + blocks + of_last_norm(forward)
+    return embedding_bytes(forward) + blocks + final_norm_bytes(forward)
 
 
-def of_embeddings(forward: Pass) -> int:
+def embedding_bytes(forward: ForwardPass) -> int:
     """Bytes that are kept of the lookups; their sum is the first block's input, and counts there."""
     config = forward.config
     kept = forward.tokens * INDEX
@@ -94,12 +94,12 @@ def of_embeddings(forward: Pass) -> int:
     return kept + config.value_embeddings * forward.stream
 
 
-def of_last_norm(forward: Pass) -> int:
+def final_norm_bytes(forward: ForwardPass) -> int:
     """Bytes that are kept of ``ln_f``; what it gives is the head's input, and counts there."""
     return _norm(forward)
 
 
-def of_block(forward: Pass, layer: int) -> int:
+def block_bytes(forward: ForwardPass, layer: int) -> int:
     """Bytes that are kept of a block, counted from 0."""
     config = forward.config
     mixed = forward.stream * config.x0_skips  # the input before the embedding is mixed in
@@ -110,10 +110,10 @@ def of_block(forward: Pass, layer: int) -> int:
     if config.dropout:
         each = _mask_of_dropout(forward, forward.tokens * config.n_embd, forward.kinds.product)
         residual = 2 * each
-    return mixed + norms + residual + of_attention(forward, layer) + of_mlp(forward)
+    return mixed + norms + residual + attention_bytes(forward, layer) + mlp_bytes(forward)
 
 
-def of_attention(forward: Pass, layer: int) -> int:
+def attention_bytes(forward: ForwardPass, layer: int) -> int:
     """Bytes that are kept of a block's attention, from what ``c_attn`` gives to what ``c_proj`` takes."""
     config, each = forward.config, forward.product // forward.split
     turned = config.positions != "learned" or config.qk_norm  # queries and keys are made anew
@@ -124,10 +124,10 @@ def of_attention(forward: Pass, layer: int) -> int:
             kept = whole + each + logarithms + (3 * each if turned else 0)  # turned, the result is copied for c_proj
         case "products":
             kept = 3 * each + each + _weights(forward) + config.block_size**2  # the mask
-            kept += whole if config.qk_norm or _others(forward, layer) else 0
+            kept += whole if config.qk_norm or _has_extra_values(forward, layer) else 0
         case "plain":
             kept = 3 * each * 4 // forward.kinds.product + each + _weights(forward)
-            kept += whole if config.qk_norm or _others(forward, layer) else 0
+            kept += whole if config.qk_norm or _has_extra_values(forward, layer) else 0
     if config.positions != "learned":
         kept += 2 * 2 * config.block_size * (config.head_size // 2) * STATISTIC  # cosines and sines, of q and of k
     if config.qk_norm:
@@ -136,16 +136,16 @@ def of_attention(forward: Pass, layer: int) -> int:
             kept += 2 * each * 4 // forward.kinds.product  # computed in float32
     if not forward.on_gpu and not config.sees_everything(layer) and _kernel(forward) != "products":
         kept += config.block_size**2 * forward.kinds.product  # the mask, as numbers that are added
-    return kept + (each if _others(forward, layer) else 0)
+    return kept + (each if _has_extra_values(forward, layer) else 0)
 
 
-def of_mlp(forward: Pass) -> int:
+def mlp_bytes(forward: ForwardPass) -> int:
     """Bytes that are kept of a block's MLP, from what ``c_fc`` gives to what its ``c_proj`` takes."""
     inner = 4 * forward.product // forward.split
     return inner if forward.compiled else 2 * inner  # the activation keeps what it took (GELU) or gave (ReLU) ...
 
 
-def of_head(forward: Pass, chunk: int | None) -> int:
+def head_bytes(forward: ForwardPass, chunk: int | None) -> int:
     """Bytes that are kept from the head's input to the loss."""
     config, tokens = forward.config, forward.tokens
     if chunk is not None and chunk < tokens:
@@ -156,7 +156,7 @@ def of_head(forward: Pass, chunk: int | None) -> int:
     return forward.product + tokens * INDEX + capped + tokens * config.known_vocab_size * STATISTIC
 
 
-def of_weights(forward: Pass, chunk: int | None) -> int:
+def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
     """Bytes of the copies of weights in the type of the products, which autocast makes and the backward pass needs."""
     config, kinds = forward.config, forward.kinds
     if kinds.weight == kinds.product:
@@ -166,7 +166,7 @@ def of_weights(forward: Pass, chunk: int | None) -> int:
     return (blocks + head) * kinds.product
 
 
-def _norm(forward: Pass) -> int:
+def _norm(forward: ForwardPass) -> int:
     """Bytes that a norm keeps: what it takes and, where RMSNorm is made of several operations, what that becomes."""
     if forward.config.norm == "layer":
         return forward.stream + 2 * forward.tokens * STATISTIC
@@ -175,18 +175,18 @@ def _norm(forward: Pass) -> int:
     return 2 * forward.tokens * forward.config.n_embd * 4 + forward.tokens * STATISTIC
 
 
-def _mask_of_dropout(forward: Pass, numbers: int, size: int) -> int:
+def _mask_of_dropout(forward: ForwardPass, numbers: int, size: int) -> int:
     """Bytes by which dropout remembers what it has left: one a number on a GPU, a factor on a CPU."""
     return numbers * (1 if forward.on_gpu else size)
 
 
-def _others(forward: Pass, layer: int) -> bool:
+def _has_extra_values(forward: ForwardPass, layer: int) -> bool:
     """Whether other values are mixed into a block's own, which makes new ones."""
     config = forward.config
     return (config.value_residual and layer > 0) or config.value_embedding(layer) is not None
 
 
-def _kernel(forward: Pass) -> Literal["flash", "products", "plain"]:
+def _kernel(forward: ForwardPass) -> Literal["flash", "products", "plain"]:
     """Say how ``gptlab.model.attention.attend`` attends."""
     if forward.on_gpu:
         return "flash"
@@ -195,7 +195,7 @@ def _kernel(forward: Pass) -> Literal["flash", "products", "plain"]:
     return "plain" if forward.config.dropout else "flash"  # torch's kernel for the CPU drops nothing
 
 
-def _weights(forward: Pass) -> int:
+def _weights(forward: ForwardPass) -> int:
     """Bytes of the weights of all heads, where they are there at once; with dropout what that draws and leaves, too."""
     config = forward.config
     weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4

@@ -9,14 +9,14 @@ from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.training.config import AdamWConfig
 
 TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022, Chinchilla, section 3.4 and table A3)
-HEAD = 64  # width of a head, in all of GPT-2's sizes
-MOST_HEADS = 64  # of the largest that is proposed
-FEWEST_STEPS = 100  # fewer are no training
-OFF = 3.0  # how far from 20 tokens a parameter a proposal may be
-WARM_UP = 0.01  # of the steps, for budgets of a few of them
+HEAD_SIZE = 64  # width of a head, in all of GPT-2's sizes
+MAX_HEADS = 64  # of the largest that is proposed
+MIN_STEPS = 100  # fewer are no training
+MAX_RATIO = 3.0  # how far from 20 tokens a parameter a proposal may be
+WARMUP_FRACTION = 0.01  # of the steps, for budgets of a few of them
 
 
-class Choice(NamedTuple):
+class ComputeOptimalChoice(NamedTuple):
     """What is proposed.
 
     Attributes:
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
     tokens_per_parameter: float
 
 
-def choose(config: Config, budget: float, devices: int) -> Choice:
+def choose_compute_optimal(config: Config, budget: float, devices: int) -> ComputeOptimalChoice:
     """Choose for a budget of FLOPs, forward and backward.
 
     Size and tokens: about 20 tokens a parameter (Hoffmann et al. 2022). Batch and learning rate: functions of the
@@ -44,50 +44,50 @@ def choose(config: Config, budget: float, devices: int) -> Choice:
     Raises:
         UserError: No size of the ladder, or no sensible number of steps, fits the budget.
     """
-    model = min(ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
-    if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / OFF:
-        raise _too_small(budget, budget * TOKENS_PER_PARAMETER / OFF / ratio)
-    if ratio > TOKENS_PER_PARAMETER * OFF:
-        most = budget * TOKENS_PER_PARAMETER * OFF / ratio
+    model = min(model_ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
+    if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / MAX_RATIO:
+        raise _too_small(budget, budget * TOKENS_PER_PARAMETER / MAX_RATIO / ratio)
+    if ratio > TOKENS_PER_PARAMETER * MAX_RATIO:
+        most = budget * TOKENS_PER_PARAMETER * MAX_RATIO / ratio
         raise UserError(
             f"budget={budget:.3g} FLOPs is too large: the largest model of the ladder has "
             f"{parameter_count(model):,} parameters, for at most {most:.1g}."
         )
     per_sequence = flops_per_token(model) * model.block_size
-    batch = _dealt(batch_tokens(budget) / model.block_size, devices)
-    if (steps := round(budget / per_sequence / batch)) < FEWEST_STEPS:
-        batch = _dealt(budget / per_sequence / FEWEST_STEPS, devices)
+    batch = _round_batch(optimal_batch_tokens(budget) / model.block_size, devices)
+    if (steps := round(budget / per_sequence / batch)) < MIN_STEPS:
+        batch = _round_batch(budget / per_sequence / MIN_STEPS, devices)
         steps = round(budget / per_sequence / batch)
-    if steps < FEWEST_STEPS // 2:
-        raise _too_small(budget, FEWEST_STEPS * per_sequence * devices)
+    if steps < MIN_STEPS // 2:
+        raise _too_small(budget, MIN_STEPS * per_sequence * devices)
     values = _values(config, model, steps, batch, budget)
-    return Choice(
-        _with(config, values),
+    return ComputeOptimalChoice(
+        _apply_values(config, values),
         [f"{key}={_written(value)}" for key, value in values.items()],
         steps * batch * model.block_size / parameter_count(model),
     )
 
 
-def ladder(model: GPTConfig) -> list[GPTConfig]:
+def model_ladder(model: GPTConfig) -> list[GPTConfig]:
     """Shapes between and around GPT-2's: heads of 64; as many blocks as heads up to 12, from there three more a head.
 
     So 12 heads have 12 blocks, 16 have 24, 20 have 36 (Radford et al. 2019, table 2); its largest, 25 and 48, nearly.
     """
     found = []
-    for heads in range(1, MOST_HEADS + 1):
+    for heads in range(1, MAX_HEADS + 1):
         layers = heads if heads <= 12 else 12 + 3 * (heads - 12)
         if 2 * model.value_embeddings <= layers:
-            shape = {"n_layer": layers, "n_head": heads, "n_embd": HEAD * heads}
+            shape = {"n_layer": layers, "n_head": heads, "n_embd": HEAD_SIZE * heads}
             found.append(model.model_copy(update=shape))
     return found
 
 
-def batch_tokens(budget: float) -> float:
+def optimal_batch_tokens(budget: float) -> float:
     """Tokens of a step (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.2920 * budget**0.3271
 
 
-def learning_rate(budget: float) -> float:
+def optimal_learning_rate(budget: float) -> float:
     """AdamW's rate (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.3118 * budget**-0.1250
 
@@ -97,7 +97,7 @@ def _ratio(model: GPTConfig, budget: float) -> float:
     return budget / flops_per_token(model) / parameter_count(model)
 
 
-def _dealt(batch: float, devices: int) -> int:
+def _round_batch(batch: float, devices: int) -> int:
     """Round a batch to one that can be dealt out, and in several ways if it is large."""
     parts = devices * 8 if batch >= 32 * devices else devices
     return max(1, round(batch / parts)) * parts
@@ -114,13 +114,13 @@ def _values(config: Config, model: GPTConfig, steps: int, batch: int, budget: fl
     if config.train.micro_batch_size is not None:
         values["train.micro_batch_size"] = None
     if isinstance(config.optimizer, AdamWConfig):
-        values["optimizer.lr"] = float(f"{learning_rate(budget):.2g}")
+        values["optimizer.lr"] = float(f"{optimal_learning_rate(budget):.2g}")
     if config.schedule.warmup_steps > steps // 10:
-        values["schedule.warmup_steps"] = max(1, round(steps * WARM_UP))
+        values["schedule.warmup_steps"] = max(1, round(steps * WARMUP_FRACTION))
     return values
 
 
-def _with(config: Config, values: dict[str, Any]) -> Config:
+def _apply_values(config: Config, values: dict[str, Any]) -> Config:
     """Apply values to a configuration, and check it again."""
     whole = config.model_dump(mode="json")
     for key, value in values.items():

@@ -23,8 +23,8 @@ from gptlab.config.schema import Config, LoggerConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 from gptlab.launch.job_file import write_job
-from gptlab.planning.target import Target, chunk_of
-from gptlab.tracking.run_store.runs import Row
+from gptlab.planning.target import Hardware, logits_chunk
+from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ STEPS = 24  # of a run that only measures
 EVAL_WINDOWS = 32
 
 
-class Measured(Settings):
+class Measurement(Settings):
     """What a run took.
 
     Attributes:
@@ -57,17 +57,17 @@ class Measured(Settings):
     source: str
 
 
-def known(config: Config, target: Target) -> Measured | None:
+def find_measurement(config: Config, target: Hardware) -> Measurement | None:
     """Return what was measured of such a run on this machine; None where there is nothing."""
     if not target.is_here:
         return None
     try:
-        return Measured.model_validate_json(_path(config, target).read_text(encoding="utf-8"))
+        return Measurement.model_validate_json(_path(config, target).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
 
 
-def keep(config: Config, target: Target, measured: Measured) -> None:
+def save_measurement(config: Config, target: Hardware, measured: Measurement) -> None:
     """Keep what a run took. That it cannot be written down ends no run."""
     path = _path(config, target)
     try:
@@ -77,9 +77,9 @@ def keep(config: Config, target: Target, measured: Measured) -> None:
         log.warning("What the run took is not kept for plans: %s", error)
 
 
-def of_run(
-    rows: list[Row], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
-) -> Measured | None:
+def measure_run(
+    rows: list[MetricsRow], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
+) -> Measurement | None:
     """Read a run's speed from its metrics; None where it was too short to tell.
 
     Args:
@@ -97,7 +97,7 @@ def of_run(
     spans = [(b["tokens"] - a["tokens"], b["tokens_per_second"]) for a, b in pairwise(speeds)]
     trained = sum(tokens / speed for tokens, speed in spans)
     others = max(0.0, seconds - first - trained)
-    return Measured(
+    return Measurement(
         tokens_per_second=sum(tokens for tokens, _ in spans) / trained,
         first_step_seconds=first,
         evaluation_seconds=others / max(1, evaluations),
@@ -139,13 +139,13 @@ def _shortened(config: Config) -> Config:
     )
 
 
-def _path(config: Config, target: Target) -> Path:
+def _path(config: Config, target: Hardware) -> Path:
     folder = Path(config.data.cache_dir).expanduser() / FOLDER
     key = json.dumps(_key(config, target), sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _key(config: Config, target: Target) -> dict[str, Any]:
+def _key(config: Config, target: Hardware) -> dict[str, Any]:
     """Everything that decides how fast a step is, and what memory it needs."""
     train, trainer = config.train, config.trainer
     return {
@@ -153,7 +153,7 @@ def _key(config: Config, target: Target) -> dict[str, Any]:
         "torch": version("torch"),
         "model": config.model.model_dump(mode="json"),
         "precision": [target.precision, target.compile, trainer.float32_matmul],
-        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, chunk_of(config)],
+        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, logits_chunk(config)],
         "spread": [trainer.strategy, trainer.tensor_parallel, trainer.reshard_after_forward, trainer.cpu_offload],
         "optimizer": [config.optimizer.name, train.ema_decay],
         "data": [config.data.num_workers, config.data.documents],

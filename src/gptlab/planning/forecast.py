@@ -11,20 +11,20 @@ from gptlab.config.command import configuration_folder
 from gptlab.config.schema import Config
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.model.config import parameter_count
-from gptlab.planning.calibration import keep, known, of_run
-from gptlab.planning.plans import peak
-from gptlab.planning.report import bytes_shown, time_shown
-from gptlab.planning.target import Target
-from gptlab.planning.timing import Time, as_measured, at_mfu, length
+from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
+from gptlab.planning.plans import peak_memory
+from gptlab.planning.report import format_bytes, format_duration
+from gptlab.planning.target import Hardware
+from gptlab.planning.timing import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
 from gptlab.tracking.run_store.runs import FORECAST, Run
 
 UNKNOWN = "no forecast of time: not calibrated here"
 
 
-def write_forecast(directory: Path, config: Config, manifest: Manifest, target: Target) -> None:
+def write_forecast(directory: Path, config: Config, manifest: Manifest, target: Hardware) -> None:
     """Write down what a run is expected to need, at its start."""
     time = _time(config, manifest, target)
-    expected = peak(config, target)
+    expected = peak_memory(config, target)
     record = {
         "parameters": parameter_count(config.model),
         "peak_memory_bytes": expected.total,
@@ -37,7 +37,7 @@ def write_forecast(directory: Path, config: Config, manifest: Manifest, target: 
 
 
 def score_forecast(
-    directory: Path, config: Config, manifest: Manifest, target: Target, measured: dict[str, float | None]
+    directory: Path, config: Config, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
 ) -> dict[str, str]:
     """Write beside the forecast what came of it, and keep what the run took for the plans of others.
 
@@ -52,22 +52,22 @@ def score_forecast(
         Rows for the run's table.
     """
     run = Run(directory)
-    _keep_speed(run, config, manifest, target, measured)
+    _save_speed(run, config, manifest, target, measured)
     expected = run.forecast
     score = {name: _scored(expected.get(name), value) for name, value in measured.items()}
     write_durably(directory / FORECAST, json.dumps(expected | {"score": score}, indent=2) + "\n")
     return _rows(score, expected)
 
 
-def _keep_speed(
-    run: Run, config: Config, manifest: Manifest, target: Target, measured: dict[str, float | None]
+def _save_speed(
+    run: Run, config: Config, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
 ) -> None:
     """Keep what a whole run took."""
     seconds, memory = measured["seconds"], measured["peak_memory_bytes"]
     if seconds is None or memory is None:
         return
-    done = length(config, manifest.tokens("val"))
-    found = of_run(
+    done = run_length(config, manifest.tokens("val"))
+    found = measure_run(
         run.rows,
         seconds=seconds,
         evaluations=done.evaluations,
@@ -76,15 +76,17 @@ def _keep_speed(
         source=f"{config.steps} steps of {config.name} on {strftime('%Y-%m-%d')}",
     )
     if found is not None:
-        keep(config, target, found)
+        save_measurement(config, target, found)
 
 
-def _time(config: Config, manifest: Manifest, target: Target) -> Time | None:
-    done = length(config, manifest.tokens("val"))
-    if (measured := known(config, target)) is not None:
-        return as_measured(done, target, measured)
+def _time(config: Config, manifest: Manifest, target: Hardware) -> TimeEstimate | None:
+    done = run_length(config, manifest.tokens("val"))
+    if (measured := find_measurement(config, target)) is not None:
+        return estimate_from_measurement(done, target, measured)
     if target.gpu is not None and target.precision.startswith("bf16"):
-        return at_mfu(config, done, target, yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"])
+        return estimate_at_mfu(
+            config, done, target, yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
+        )
     return None
 
 
@@ -95,13 +97,13 @@ def _scored(forecast: Any, measured: float | None) -> dict[str, float | None]:
 
 def _rows(score: dict[str, dict[str, float | None]], expected: dict[str, Any]) -> dict[str, str]:
     memory, seconds, parameters = score["peak_memory_bytes"], score["seconds"], score["parameters"]
-    peak, said = bytes_shown(memory["measured"] or 0), []
+    peak, said = format_bytes(memory["measured"] or 0), []
     if memory["ratio"]:
-        peak = f"{peak}; forecast {bytes_shown(memory['forecast'] or 0)} (x {memory['ratio']:.2f})"
+        peak = f"{peak}; forecast {format_bytes(memory['forecast'] or 0)} (x {memory['ratio']:.2f})"
     if parameters["ratio"]:
         said.append("parameters exact" if parameters["ratio"] == 1 else f"parameters x {parameters['ratio']:.3f}")
     if seconds["ratio"]:
-        said.append(f"time {time_shown(seconds['forecast'] or 0)} (x {seconds['ratio']:.2f})")
+        said.append(f"time {format_duration(seconds['forecast'] or 0)} (x {seconds['ratio']:.2f})")
     elif not seconds["forecast"]:
         said.append(expected.get("why", UNKNOWN))
     return {"peak memory": peak, "forecast": "; ".join(said)}

@@ -10,9 +10,17 @@ from typing import NamedTuple
 
 from gptlab.config.schema import Config
 from gptlab.model.config import lora_count
-from gptlab.planning.activations import KINDS, Pass, of_block, of_head, of_mlp, of_network, of_weights
-from gptlab.planning.parameters import Shares, shares
-from gptlab.planning.target import Target
+from gptlab.planning.activations import (
+    NUMBER_SIZES,
+    ForwardPass,
+    block_bytes,
+    head_bytes,
+    mlp_bytes,
+    network_bytes,
+    weight_copy_bytes,
+)
+from gptlab.planning.parameters import ParameterShares, count_shares
+from gptlab.planning.target import Hardware
 from gptlab.training.config import MuonConfig
 
 # Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
@@ -24,7 +32,7 @@ HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
 
 
-class Spread(NamedTuple):
+class ParallelLayout(NamedTuple):
     """How a model is spread.
 
     Attributes:
@@ -48,7 +56,7 @@ class Spread(NamedTuple):
         return self.strategy in ("fsdp", "fsdp_tp")
 
 
-class Memory(NamedTuple):
+class MemoryEstimate(NamedTuple):
     """Bytes of one device at its fullest, by kind.
 
     Attributes:
@@ -82,7 +90,9 @@ class Memory(NamedTuple):
         return sum(part for part in self if not isinstance(part, str))
 
 
-def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chunk: int | None) -> Memory:
+def estimate_memory(
+    config: Config, target: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
+) -> MemoryEstimate:
     """Add up what one device needs at its fullest.
 
     Args:
@@ -92,10 +102,10 @@ def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chu
         micro_batch: Sequences that a device holds at once.
         chunk: Tokens whose logits are there at a time; None has all.
     """
-    forward = Pass(
+    forward = ForwardPass(
         config.model,
         micro_batch,
-        KINDS[target.precision],
+        NUMBER_SIZES[target.precision],
         on_gpu=target.accelerator == "cuda",
         split=spread.split,
         compiled=target.compile is not False,
@@ -103,14 +113,14 @@ def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chu
     return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
 
 
-def largest_micro_batch(config: Config, target: Target, spread: Spread, chunk: int | None) -> int | None:
+def largest_micro_batch(config: Config, target: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
     """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
     room = target.memory
     if room is None:
         return None
 
     def fits(batch: int) -> bool:
-        return memory(config, target, spread, batch, chunk).total <= room
+        return estimate_memory(config, target, spread, batch, chunk).total <= room
 
     if not fits(1):
         return 0
@@ -123,14 +133,16 @@ def largest_micro_batch(config: Config, target: Target, spread: Spread, chunk: i
     return most
 
 
-def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chunk: int | None) -> list[Memory]:
+def _moments(
+    config: Config, target: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
+) -> list[MemoryEstimate]:
     """Add up the moments at which the memory may be fullest."""
-    parts = shares(config.model, spread.split)
+    parts = count_shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
     learnt = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
-    network, head = of_network(forward), of_head(forward, chunk)
-    again = of_block(forward, 0) if config.model.activation_checkpointing else 0
+    network, head = network_bytes(forward), head_bytes(forward, chunk)
+    again = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
         "weights": weights,
@@ -144,9 +156,11 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
     stay = learnt if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
     of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
 
-    def at(moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float) -> Memory:
+    def at(
+        moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float
+    ) -> MemoryEstimate:
         numbers = {"gradients": gradients, "copies": copies, "activations": activations, "logits": logits}
-        return Memory(**always, **numbers, buffers=buffers + waiting, moment=moment)
+        return MemoryEstimate(**always, **numbers, buffers=buffers + waiting, moment=moment)
 
     return [
         at("when the logits are there", learnt, copies, network + head, making, 0.0),
@@ -157,20 +171,20 @@ def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chun
     ]
 
 
-def _between(forward: Pass) -> float:
+def _between(forward: ForwardPass) -> float:
     """Bytes of the gradients within a block in the backward pass: of what its MLP is made of, and of the stream."""
     return 8.0 * forward.product // forward.split + forward.stream
 
 
-def _holes(forward: Pass) -> float:
+def _holes(forward: ForwardPass) -> float:
     """Bytes that malloc keeps; tensors that are large enough it gives back."""
     config = forward.config
-    blocks = sum(of_block(forward, layer) for layer in range(config.n_layer))
+    blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
     are_large = 4 * forward.product // forward.split > MAPPED
-    return HOLES * (blocks - (config.n_layer * of_mlp(forward) if are_large else 0))
+    return HOLES * (blocks - (config.n_layer * mlp_bytes(forward) if are_large else 0))
 
 
-def _moments_of(config: Config, parts: Shares, size: int) -> float:
+def _moments_of(config: Config, parts: ParameterShares, size: int) -> float:
     """Bytes of the moments: two of each parameter with AdamW, one of the blocks' matrices with Muon; and an average."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
@@ -180,16 +194,16 @@ def _moments_of(config: Config, parts: Shares, size: int) -> float:
     return numbers * size
 
 
-def _copies(spread: Spread, forward: Pass, parts: Shares, chunk: int | None) -> float:
+def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
     """Bytes of weights that are there once more."""
     if not spread.is_sharded:
-        return of_weights(forward, chunk)
+        return weight_copy_bytes(forward, chunk)
     # what is no block is gathered for the whole step; of the blocks one, and the next ahead of it
     blocks = forward.config.n_layer
     return (parts.rest + 2 * parts.blocks / blocks) * forward.kinds.product
 
 
-def _accumulates(config: Config, spread: Spread, forward: Pass) -> bool:
+def _accumulates(config: Config, spread: ParallelLayout, forward: ForwardPass) -> bool:
     return config.train.global_batch_size > forward.batch * spread.copies
 
 
@@ -198,7 +212,7 @@ def _copies_checkpoints(config: Config) -> bool:
     return wanted is not None and wanted.asynchronous
 
 
-def _logits(forward: Pass, chunk: int | None) -> tuple[float, float]:
+def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
     """Bytes that the head needs beside what is kept: when it makes the logits, and when it learns from them."""
     config, size = forward.config, forward.kinds.product
     rows, vocabulary, tokens = config.padded_vocab_size, config.known_vocab_size, forward.tokens
@@ -213,7 +227,7 @@ def _logits(forward: Pass, chunk: int | None) -> tuple[float, float]:
     return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
 
 
-def _stepping(config: Config, forward: Pass, parts: Shares) -> float:
+def _stepping(config: Config, forward: ForwardPass, parts: ParameterShares) -> float:
     """Bytes that a step needs: none for AdamW's fused kernel, for Muon the stacks that are orthogonalised at once."""
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0

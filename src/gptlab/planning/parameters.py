@@ -5,7 +5,7 @@ from typing import NamedTuple
 from gptlab.model.config import GPTConfig, parameter_count
 
 
-class Shares(NamedTuple):
+class ParameterShares(NamedTuple):
     """Parameters of one device.
 
     Attributes:
@@ -24,7 +24,7 @@ class Shares(NamedTuple):
         return self.blocks + self.rest
 
 
-def by_part(config: GPTConfig) -> dict[str, int]:
+def count_by_part(config: GPTConfig) -> dict[str, int]:
     """Count the parameters of each part of the network; together they are ``parameter_count``."""
     width, rows = config.n_embd, config.padded_vocab_size
     parts = {
@@ -39,12 +39,12 @@ def by_part(config: GPTConfig) -> dict[str, int]:
     return {name: count for name, count in (parts | {"norms": norms}).items() if count}
 
 
-def shares(config: GPTConfig, split: int = 1) -> Shares:
+def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
     """Count the parameters of a device, where so many share the blocks between them (norms stay whole)."""
     total = parameter_count(config)
-    parts = by_part(config)
+    parts = count_by_part(config)
     matrices = config.n_layer * 12 * config.n_embd**2
     last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
     rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
     blocks = total - rest
-    return Shares(blocks - matrices + matrices // split, matrices // split, rest)
+    return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)

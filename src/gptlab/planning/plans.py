@@ -5,20 +5,20 @@ from typing import Any, NamedTuple
 from gptlab.config.schema import Config
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import flops_per_token, parameter_count
-from gptlab.planning.budget import TOKENS_PER_PARAMETER, Choice, choose
-from gptlab.planning.calibration import Measured, known
-from gptlab.planning.memory import Memory, Spread, largest_micro_batch, memory
-from gptlab.planning.parameters import by_part
-from gptlab.planning.target import Target, chunk_of, target_here, target_on
-from gptlab.planning.timing import Length, Time, as_measured, at_mfu, length
-from gptlab.planning.traffic import Disk, disk, traffic
-from gptlab.training.gpu_specs import named
+from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice, choose_compute_optimal
+from gptlab.planning.calibration import Measurement, find_measurement
+from gptlab.planning.memory import MemoryEstimate, ParallelLayout, estimate_memory, largest_micro_batch
+from gptlab.planning.parameters import count_by_part
+from gptlab.planning.target import Hardware, gpu_hardware, local_hardware, logits_chunk
+from gptlab.planning.timing import RunLength, TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
+from gptlab.planning.traffic import DiskUsage, disk_usage, network_traffic
+from gptlab.training.gpu_specs import gpu_from_name
 
 COMPARED = ("h100", "a100", "l4", "rtx4090")  # where no GPU is named
 OTHERS = 8  # devices of the strategies that the run does not use, where it uses one
 
 
-class Alternative(NamedTuple):
+class LayoutAlternative(NamedTuple):
     """A way to spread the model, and what a device then needs.
 
     Attributes:
@@ -30,7 +30,7 @@ class Alternative(NamedTuple):
         traffic: Bytes that a device sends in a step.
     """
 
-    spread: Spread
+    spread: ParallelLayout
     batch: int
     total: float
     checkpointed: float
@@ -38,7 +38,7 @@ class Alternative(NamedTuple):
     traffic: float
 
 
-class Plan(NamedTuple):
+class RunPlan(NamedTuple):
     """What a run will be and need.
 
     Attributes:
@@ -58,18 +58,18 @@ class Plan(NamedTuple):
     """
 
     config: Config
-    target: Target
+    target: Hardware
     parameters: dict[str, int]
-    length: Length
+    length: RunLength
     batch: int
-    spread: Spread
-    memory: Memory
+    spread: ParallelLayout
+    memory: MemoryEstimate
     largest: int | None
-    alternatives: list[Alternative]
-    times: list[Time]
-    disk: Disk
+    alternatives: list[LayoutAlternative]
+    times: list[TimeEstimate]
+    disk: DiskUsage
     manifest: Manifest | None
-    measured: Measured | None
+    measured: Measurement | None
 
     @property
     def flops(self) -> float:
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
         return self.length.tokens / parameter_count(self.config.model)
 
 
-def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: float) -> Plan:
+def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
     """Put a plan together.
 
     Args:
@@ -94,38 +94,42 @@ def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: f
     Raises:
         UserError: A GPU is not known, or the batch cannot be dealt out.
     """
-    target = target_of(config, gpus)
-    spread = spread_of(config, target)
+    target = plan_hardware(config, gpus)
+    spread = plan_layout(config, target)
     batch = config.train.plan(spread.copies).micro_batch_size
-    done = length(config, manifest.tokens("val") if manifest else None)
-    chunk = chunk_of(config)
-    measured = known(config, target)
-    own = [as_measured(done, target, measured)] if measured else []
-    return Plan(
+    done = run_length(config, manifest.tokens("val") if manifest else None)
+    chunk = logits_chunk(config)
+    measured = find_measurement(config, target)
+    own = [estimate_from_measurement(done, target, measured)] if measured else []
+    return RunPlan(
         config=config,
         target=target,
-        parameters=by_part(config.model),
+        parameters=count_by_part(config.model),
         length=done,
         batch=batch,
         spread=spread,
-        memory=memory(config, target, spread, batch, chunk),
+        memory=estimate_memory(config, target, spread, batch, chunk),
         largest=largest_micro_batch(config, target, spread, chunk),
         alternatives=_alternatives(config, target, spread),
-        times=own + [at_mfu(config, done, target_on(config, named(gpu)), mfu) for gpu in gpus or COMPARED],
-        disk=disk(config, target.precision, _tokens(done, manifest)),
+        times=own
+        + [estimate_at_mfu(config, done, gpu_hardware(config, gpu_from_name(gpu)), mfu) for gpu in gpus or COMPARED],
+        disk=disk_usage(config, target.precision, _tokens(done, manifest)),
         manifest=manifest,
         measured=measured,
     )
 
 
-def choose_for(config: Config, budget: float, gpus: list[str]) -> Choice:
-    """Choose a run for a budget, and a micro-batch that fits; see ``choose``, and for ``gpus`` ``make_plan``."""
-    choice = choose(config, budget, spread_of(config, target_of(config, gpus)).copies)
+def choose_run(config: Config, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
+    """Choose a run for a budget, and a micro-batch that fits.
+
+    See ``choose_compute_optimal``, and for ``gpus`` ``make_plan``.
+    """
+    choice = choose_compute_optimal(config, budget, plan_layout(config, plan_hardware(config, gpus)).copies)
     config = choice.config
-    target = target_of(config, gpus)
-    spread = spread_of(config, target)
+    target = plan_hardware(config, gpus)
+    spread = plan_layout(config, target)
     share = config.train.global_batch_size // spread.copies
-    largest = largest_micro_batch(config, target, spread, chunk_of(config))
+    largest = largest_micro_batch(config, target, spread, logits_chunk(config))
     if largest is None or largest >= share:
         return choice
     fitting = max(size for size in range(1, max(1, largest) + 1) if share % size == 0)
@@ -134,25 +138,27 @@ def choose_for(config: Config, budget: float, gpus: list[str]) -> Choice:
     return choice._replace(config=config.model_copy(update={"train": train}), overrides=overrides)
 
 
-def target_of(config: Config, gpus: list[str]) -> Target:
+def plan_hardware(config: Config, gpus: list[str]) -> Hardware:
     """Say what a plan is for: the first of the GPUs that were named, or this machine; UserError: it is not known."""
-    return target_on(config, named(gpus[0])) if gpus else target_here(config)
+    return gpu_hardware(config, gpu_from_name(gpus[0])) if gpus else local_hardware(config)
 
 
-def spread_of(config: Config, target: Target) -> Spread:
+def plan_layout(config: Config, target: Hardware) -> ParallelLayout:
     """Say how a run's model is spread."""
     trainer = config.trainer
     trainer.data_parallel(target.devices, target.nodes)  # says what cannot be
-    return Spread(trainer.strategy, target.world_size, trainer.tensor_parallel)
+    return ParallelLayout(trainer.strategy, target.world_size, trainer.tensor_parallel)
 
 
-def peak(config: Config, target: Target) -> Memory:
+def peak_memory(config: Config, target: Hardware) -> MemoryEstimate:
     """Say what one device of a run needs at its fullest."""
-    spread = spread_of(config, target)
-    return memory(config, target, spread, config.train.plan(spread.copies).micro_batch_size, chunk_of(config))
+    spread = plan_layout(config, target)
+    return estimate_memory(
+        config, target, spread, config.train.plan(spread.copies).micro_batch_size, logits_chunk(config)
+    )
 
 
-def as_json(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Write a plan as plain data: bytes, seconds, tokens a second."""
     model = plan.config.model
     return {
@@ -173,42 +179,47 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _alternatives(config: Config, target: Target, own: Spread) -> list[Alternative]:
+def _alternatives(config: Config, target: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
     """Spread the model in every way, over the run's devices, or over eight where it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
-    ways = [Spread("single", 1), Spread("ddp", devices), Spread("fsdp", devices), Spread("fsdp_tp", devices, split)]
+    ways = [
+        ParallelLayout("single", 1),
+        ParallelLayout("ddp", devices),
+        ParallelLayout("fsdp", devices),
+        ParallelLayout("fsdp_tp", devices, split),
+    ]
     if config.model.value_residual or config.model.value_embeddings or config.model.n_head % split or devices % split:
         ways = ways[:-1]  # what tensor parallelism cannot split
     return [_alternative(config, target, way) for way in ways]
 
 
-def _alternative(config: Config, target: Target, way: Spread) -> Alternative:
+def _alternative(config: Config, target: Hardware, way: ParallelLayout) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
-    chunk = chunk_of(config)
+    chunk = logits_chunk(config)
     there = target._replace(compile=_compiled(target, way))
-    return Alternative(
+    return LayoutAlternative(
         way,
         batch,
-        memory(config, there, way, batch, chunk).total,
-        memory(config.model_copy(update={"model": model}), there, way, batch, chunk).total,
-        memory(config, there, way, batch, None).total,
-        traffic(config, way, target.precision, batch),
+        estimate_memory(config, there, way, batch, chunk).total,
+        estimate_memory(config.model_copy(update={"model": model}), there, way, batch, chunk).total,
+        estimate_memory(config, there, way, batch, None).total,
+        network_traffic(config, way, target.precision, batch),
     )
 
 
-def _share(config: Config, way: Spread) -> int:
+def _share(config: Config, way: ParallelLayout) -> int:
     """Sequences of a device at once, as named or as nearly as the batch can be dealt out."""
     train = config.train
     return max(1, min(train.micro_batch_size or train.global_batch_size, train.global_batch_size // way.copies))
 
 
-def _compiled(target: Target, way: Spread) -> Any:
+def _compiled(target: Hardware, way: ParallelLayout) -> Any:
     return "blocks" if target.compile and way.is_sharded else target.compile
 
 
-def _tokens(done: Length, manifest: Manifest | None) -> int:
+def _tokens(done: RunLength, manifest: Manifest | None) -> int:
     """Tokens on the disk: those of the corpus, or those that the run reads at most."""
     if manifest is None:
         return done.tokens

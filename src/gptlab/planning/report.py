@@ -7,9 +7,9 @@ from rich import box, get_console
 from rich.table import Table
 
 from gptlab.model.config import flops_per_token, parameter_count
-from gptlab.planning.budget import TOKENS_PER_PARAMETER, Choice
-from gptlab.planning.plans import Plan
-from gptlab.planning.target import chunk_of
+from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
+from gptlab.planning.plans import RunPlan
+from gptlab.planning.target import logits_chunk
 
 SMALL = 50e6  # parameters of a model of which a GPU is not filled by a kernel
 KINDS = {
@@ -25,7 +25,7 @@ KINDS = {
 }
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: RunPlan) -> None:
     """Show everything that is known of a run before it runs."""
     console = get_console()
     console.print(_run(plan))
@@ -34,7 +34,7 @@ def print_plan(plan: Plan) -> None:
     console.print(_times(plan))
 
 
-def print_choice(choice: Choice, command: str) -> None:
+def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
     """Show what was chosen for a budget, why, and the command that runs it."""
     console = get_console()
     table = _table("what was chosen", ("", "", "by"))
@@ -46,7 +46,7 @@ def print_choice(choice: Choice, command: str) -> None:
     print(command)  # to be copied: neither wrapped nor coloured
 
 
-def bytes_shown(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Write bytes as people read them, in powers of 1000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
@@ -54,7 +54,7 @@ def bytes_shown(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def time_shown(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write a duration as people read it."""
     if seconds < 10:
         return f"{seconds:.1f} s"
@@ -63,7 +63,7 @@ def time_shown(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def _run(plan: Plan) -> Table:
+def _run(plan: RunPlan) -> Table:
     model, done, train = plan.config.model, plan.length, plan.config.train
     count = parameter_count(model)
     dealt = f"{plan.spread.copies} x {train.global_batch_size // plan.batch // plan.spread.copies} x {plan.batch}"
@@ -78,39 +78,41 @@ def _run(plan: Plan) -> Table:
         f"{best:.3g} tokens (Hoffmann et al. 2022)",
         "FLOPs": f"{plan.flops:.3g}",
         "evaluations": f"{done.evaluations} of {f'{done.evaluated:,}' if done.evaluated else 'all'} tokens",
-        "data": f"{bytes_shown(plan.disk.data)} of tokens"
+        "data": f"{format_bytes(plan.disk.data)} of tokens"
         + ("" if plan.manifest else ", if it has as many: it is not prepared"),
         "checkpoints": _checkpoints(plan),
     }
     return _pairs("run", rows)
 
 
-def _epochs(plan: Plan) -> str:
+def _epochs(plan: RunPlan) -> str:
     if plan.manifest is None:
         return ""
     return f", {plan.length.tokens / plan.manifest.tokens('train'):.3g} epochs of {plan.manifest.origin}"
 
 
-def _checkpoints(plan: Plan) -> str:
+def _checkpoints(plan: RunPlan) -> str:
     if not plan.disk.kept:
         return "none"
-    return f"{bytes_shown(plan.disk.checkpoint)} each; {bytes_shown(plan.disk.kept)} with all that are there at a time"
+    return (
+        f"{format_bytes(plan.disk.checkpoint)} each; {format_bytes(plan.disk.kept)} with all that are there at a time"
+    )
 
 
-def _memory(plan: Plan) -> Table:
-    target, chunk = plan.target, chunk_of(plan.config)
+def _memory(plan: RunPlan) -> Table:
+    target, chunk = plan.target, logits_chunk(plan.config)
     compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[target.compile]
     title = f"memory of a device at its fullest, {plan.memory.moment}: {target.name}; {target.precision}, {compiled}"
     rows = {
-        name: bytes_shown(number)
+        name: format_bytes(number)
         for key, name in KINDS.items()
         if (number := getattr(plan.memory, key)) or key not in ("buffers", "holes")
     }
-    rows["together"] = f"{bytes_shown(plan.memory.total)}{_of_all(plan)}"
+    rows["together"] = f"{format_bytes(plan.memory.total)}{_of_all(plan)}"
     if plan.measured is not None:
-        rows["measured"] = f"{bytes_shown(plan.measured.peak_memory_bytes)}, {plan.measured.source}"
+        rows["measured"] = f"{format_bytes(plan.measured.peak_memory_bytes)}, {plan.measured.source}"
     if plan.largest is not None:
-        room = bytes_shown(target.memory or 0)
+        room = format_bytes(target.memory or 0)
         largest = f"at most {plan.largest} at once" if plan.largest else "not one at once"
         rows["sequences"] = f"{largest} in {room}" + (f", logits of {chunk:,} tokens at a time" if chunk else "")
     else:
@@ -118,12 +120,12 @@ def _memory(plan: Plan) -> Table:
     return _pairs(title, rows)
 
 
-def _of_all(plan: Plan) -> str:
+def _of_all(plan: RunPlan) -> str:
     room = plan.target.memory
-    return f" of {bytes_shown(room)}" if room else ""
+    return f" of {format_bytes(room)}" if room else ""
 
 
-def _spreads(plan: Plan) -> Table:
+def _spreads(plan: RunPlan) -> Table:
     table = _table(
         "spread over devices: memory of each, and what it sends in a step",
         ("", "devices", "at once", "memory", "checkpointed", "all logits at once", "sent"),
@@ -135,15 +137,15 @@ def _spreads(plan: Plan) -> Table:
             f"{spread.strategy}{split}",
             str(spread.devices),
             str(way.batch),
-            *map(bytes_shown, (way.total, way.checkpointed, way.whole_logits, way.traffic)),
+            *map(format_bytes, (way.total, way.checkpointed, way.whole_logits, way.traffic)),
         )
     return table
 
 
-def _times(plan: Plan) -> Table:
+def _times(plan: RunPlan) -> Table:
     table = _table("time", ("on", "tokens/s", "time", ""))
     for time in plan.times:
-        table.add_row(time.what, f"{time.tokens_per_second:,.0f}", time_shown(time.seconds), time.why)
+        table.add_row(time.what, f"{time.tokens_per_second:,.0f}", format_duration(time.seconds), time.why)
     if plan.measured is None and plan.target.is_here:
         table.add_row(
             plan.target.name, "?", "?", "not calibrated here: calibrate=true does that, and any run of this shape"

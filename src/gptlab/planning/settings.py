@@ -9,7 +9,7 @@ from gptlab.config.base import Settings
 from gptlab.config.resume import plain, resolve
 from gptlab.config.schema import Config, check
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.prepare.prepare import look_up
+from gptlab.data.prepare.prepare import find_prepared
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer, GPT2Tokenizer
@@ -34,19 +34,19 @@ class PlanConfig(Settings):
 KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
 
 
-def resolve_both(values: DictConfig, overrides: list[str]) -> tuple[Config, PlanConfig]:
+def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[Config, PlanConfig]:
     """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and what is asked about it."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key not in KEYS])
     wanted = OmegaConf.masked_copy(values, list(KEYS))
-    return resolve(run, of_run(overrides)), check(PlanConfig, plain(wanted))
+    return resolve(run, run_overrides(overrides)), check(PlanConfig, plain(wanted))
 
 
-def of_run(overrides: list[str]) -> list[str]:
+def run_overrides(overrides: list[str]) -> list[str]:
     """Leave out what is the plan's own."""
     return [override for override in overrides if override.lstrip("+").partition("=")[0] not in KEYS]
 
 
-def with_data(config: Config) -> tuple[Config, Manifest | None]:
+def with_vocabulary(config: Config) -> tuple[Config, Manifest | None]:
     """Complete a configuration with its vocabulary, from the data where it is prepared; nothing is prepared for it.
 
     Raises:
@@ -54,7 +54,7 @@ def with_data(config: Config) -> tuple[Config, Manifest | None]:
     """
     if not config.resume:
         check_val_split(config.data)
-    manifest = look_up(config.data, config.tokenizer)
+    manifest = find_prepared(config.data, config.tokenizer)
     if manifest is not None:
         return config.with_vocabulary(manifest.vocab_size), manifest
     size = _vocabulary(config.tokenizer, config.data)

@@ -10,15 +10,15 @@ from typing import Literal, NamedTuple
 
 from gptlab.config.schema import Config
 from gptlab.errors import UserError
-from gptlab.training.auto import WIDE, WIDER, is_for_speed, loss_chunk, what_to_compile
+from gptlab.training.auto import WIDE, WIDER, is_for_speed, resolve_compile, resolve_loss_chunk
 from gptlab.training.config import TrainerConfig
-from gptlab.training.distributed.processes import devices_from_outside, started_from_outside
-from gptlab.training.gpu_specs import GPU, of_device
+from gptlab.training.distributed.processes import external_devices, launched_externally
+from gptlab.training.gpu_specs import GPU, gpu_from_cuda_name
 
 CPUINFO = Path("/proc/cpuinfo")
 
 
-class Target(NamedTuple):
+class Hardware(NamedTuple):
     """What a run computes on.
 
     Attributes:
@@ -49,45 +49,45 @@ class Target(NamedTuple):
         return self.devices * self.nodes
 
 
-def target_here(config: Config) -> Target:
+def local_hardware(config: Config) -> Hardware:
     """Say what this machine will compute on, as ``gptlab.training.devices.choose_devices`` will decide."""
-    found = () if config.trainer.accelerator == "cpu" else gpus_here()
+    found = () if config.trainer.accelerator == "cpu" else list_gpus()
     if config.trainer.accelerator == "gpu" and not found:
         raise UserError(
             "trainer.accelerator=gpu: this machine has no GPU that nvidia-smi would name. gpu=<name> plans for one "
             "that is elsewhere."
         )
     if found:
-        gpu = of_device(found[0])
+        gpu = gpu_from_cuda_name(found[0])
         return _on_gpu(config, found[0], gpu, len(found), is_here=True)
     devices, nodes = _number(config.trainer, 1)
     speed = "avx512_bf16" in _cpu_flags() and is_for_speed(config.trainer, config.model, WIDE)
     gains = is_for_speed(config.trainer, config.model, WIDER) and _has_compiler()
-    return Target(
+    return Hardware(
         accelerator="cpu",
-        name=processor(),
+        name=processor_name(),
         gpu=None,
-        memory=memory_here(),
+        memory=total_memory(),
         devices=devices,
         nodes=nodes,
         precision=_precision(config, "bf16-mixed" if speed else "32-true"),
-        compile=what_to_compile(config.trainer, config.train, gains=gains),
+        compile=resolve_compile(config.trainer, config.train, gains=gains),
         is_here=True,
     )
 
 
-def target_on(config: Config, gpu: GPU) -> Target:
+def gpu_hardware(config: Config, gpu: GPU) -> Hardware:
     """Say what a machine with such GPUs would compute on; it has as many as the trainer names, one if it names none."""
     return _on_gpu(config, gpu.name, gpu, 1, is_here=False)
 
 
-def chunk_of(config: Config) -> int | None:
+def logits_chunk(config: Config) -> int | None:
     """Tokens whose logits are there at a time; None has those of a micro-batch at once."""
-    return loss_chunk(config.train.loss_chunk, config.model)
+    return resolve_loss_chunk(config.train.loss_chunk, config.model)
 
 
 @cache
-def gpus_here() -> tuple[str, ...]:
+def list_gpus() -> tuple[str, ...]:
     """Name the GPUs of this machine, as nvidia-smi does; none where there is no such program."""
     try:
         command = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
@@ -98,21 +98,21 @@ def gpus_here() -> tuple[str, ...]:
 
 
 @cache
-def processor() -> str:
+def processor_name() -> str:
     """Name this machine's processor, with its cores."""
     model = next((line for line in _cpuinfo() if line.startswith("model name")), "")
     name = model.partition(":")[2].strip() or os.uname().machine
     return f"{name}, {os.cpu_count()} cores"
 
 
-def memory_here() -> float:
+def total_memory() -> float:
     """Bytes of memory that this machine has."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _on_gpu(config: Config, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Target:
+def _on_gpu(config: Config, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Hardware:
     devices, nodes = _number(config.trainer, available)
-    return Target(
+    return Hardware(
         accelerator="cuda",
         name=name,
         gpu=gpu,
@@ -120,15 +120,15 @@ def _on_gpu(config: Config, name: str, gpu: GPU | None, available: int, *, is_he
         devices=devices,
         nodes=nodes,
         precision=_precision(config, "bf16-mixed"),
-        compile=what_to_compile(config.trainer, config.train, gains=True),
+        compile=resolve_compile(config.trainer, config.train, gains=True),
         is_here=is_here,
     )
 
 
 def _number(trainer: TrainerConfig, available: int) -> tuple[int, int]:
     """Count the processes of a node, and the nodes."""
-    if started_from_outside():
-        return devices_from_outside()
+    if launched_externally():
+        return external_devices()
     if trainer.strategy == "single":
         return 1, 1
     devices = available if trainer.devices == "auto" else trainer.devices

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from gptlab.config.schema import Config
 from gptlab.model.config import flops_per_token
-from gptlab.planning.calibration import Measured
-from gptlab.planning.target import Target
+from gptlab.planning.calibration import Measurement
+from gptlab.planning.target import Hardware
 
 FORWARD = 3  # an evaluated token costs a third of a trained one (Kaplan et al. 2020, section 2.1)
 
 
-class Length(NamedTuple):
+class RunLength(NamedTuple):
     """How much there is to do.
 
     Attributes:
@@ -26,7 +26,7 @@ class Length(NamedTuple):
     evaluated: int | None
 
 
-class Time(NamedTuple):
+class TimeEstimate(NamedTuple):
     """How long a run takes on something.
 
     Attributes:
@@ -42,29 +42,31 @@ class Time(NamedTuple):
     why: str
 
 
-def length(config: Config, val_tokens: int | None) -> Length:
+def run_length(config: Config, val_tokens: int | None) -> RunLength:
     """Count what a run does; ``val_tokens`` are those of val, where they are known."""
     block, steps, windows = config.model.block_size, config.steps, config.train.eval_windows
     whole = None if val_tokens is None else (val_tokens - 1) // block
     scored = whole if windows is None else min(windows, whole or windows)
     tokens = config.train.stages.first(steps) * block
-    return Length(steps, tokens, -(-steps // config.train.eval_every), scored and scored * block)
+    return RunLength(steps, tokens, -(-steps // config.train.eval_every), scored and scored * block)
 
 
-def at_mfu(config: Config, length: Length, target: Target, mfu: float) -> Time:
+def estimate_at_mfu(config: Config, length: RunLength, target: Hardware, mfu: float) -> TimeEstimate:
     """Forecast by the share of its peak that a GPU reaches in training (Chowdhery et al. 2022, appendix B)."""
     assert target.gpu is not None  # noqa: S101
     speed = mfu * target.gpu.flops * target.world_size / flops_per_token(config.model)
     evaluated = length.evaluations * (length.evaluated or 0) / FORWARD
     what = target.gpu.name if target.world_size == 1 else f"{target.world_size} x {target.gpu.name}"
-    return Time(what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {target.gpu.flops / 1e12:g} TFLOP/s")
+    return TimeEstimate(
+        what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {target.gpu.flops / 1e12:g} TFLOP/s"
+    )
 
 
-def as_measured(length: Length, target: Target, measured: Measured) -> Time:
+def estimate_from_measurement(length: RunLength, target: Hardware, measured: Measurement) -> TimeEstimate:
     """Forecast by what a run of this shape took here."""
     seconds = measured.first_step_seconds
     seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
     speed = FORWARD * measured.tokens_per_second
     around = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # the sample, the checkpoint
     seconds += length.evaluations * (around + (length.evaluated or measured.evaluated) / speed)
-    return Time(target.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")
+    return TimeEstimate(target.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 from gptlab.config.schema import Config
 from gptlab.model.config import parameter_count
-from gptlab.planning.activations import KINDS
-from gptlab.planning.memory import Spread
-from gptlab.planning.parameters import shares
+from gptlab.planning.activations import NUMBER_SIZES
+from gptlab.planning.memory import ParallelLayout
+from gptlab.planning.parameters import count_shares
 from gptlab.training.config import MuonConfig
 
 
-class Disk(NamedTuple):
+class DiskUsage(NamedTuple):
     """Bytes on the disk.
 
     Attributes:
@@ -24,18 +24,18 @@ class Disk(NamedTuple):
     kept: float
 
 
-def traffic(config: Config, spread: Spread, precision: str, micro_batch: int) -> float:
+def network_traffic(config: Config, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
     """Bytes that a device sends in a step.
 
     Rings (Patarasuk and Yuan 2009): of a tensor, a sum for all takes 2 (n - 1) / n of its bytes, to gather or to sum it
     in parts takes (n - 1) / n. FSDP gathers every block for the forward pass and, where it was freed, again for the
     backward pass (Zhao et al. 2023, section 3).
     """
-    n, kinds = spread.copies, KINDS[precision]
+    n, kinds = spread.copies, NUMBER_SIZES[precision]
     ring = (n - 1) / n
     if spread.strategy == "single":
         return 0.0
-    parts = shares(config.model, spread.split)
+    parts = count_shares(config.model, spread.split)
     gradients = parts.all * kinds.weight
     if spread.strategy == "ddp":
         return 2 * ring * gradients
@@ -48,7 +48,7 @@ def traffic(config: Config, spread: Spread, precision: str, micro_batch: int) ->
     return ring * gradients + accumulation * (ring * gathered + sharing)
 
 
-def _within_blocks(config: Config, spread: Spread, size: int, micro_batch: int) -> float:
+def _within_blocks(config: Config, spread: ParallelLayout, size: int, micro_batch: int) -> float:
     """Bytes that those send who share every block, of one micro-batch.
 
     Attention and MLP each sum their output in the forward pass and their input's gradient in the backward pass
@@ -59,7 +59,7 @@ def _within_blocks(config: Config, spread: Spread, size: int, micro_batch: int) 
     return model.n_layer * ring * tensor * (2 * 4 + 2 * 3)
 
 
-def disk(config: Config, precision: str, tokens: int) -> Disk:
+def disk_usage(config: Config, precision: str, tokens: int) -> DiskUsage:
     """Bytes on the disk.
 
     Args:
@@ -70,10 +70,10 @@ def disk(config: Config, precision: str, tokens: int) -> Disk:
     model, kept = config.model, 0
     numbers = 3 * parameter_count(model)
     if isinstance(config.optimizer, MuonConfig):
-        numbers -= shares(model).matrices
+        numbers -= count_shares(model).matrices
     if config.train.ema_decay is not None:
         numbers += parameter_count(model)
-    each = float(numbers * KINDS[precision].weight)
+    each = float(numbers * NUMBER_SIZES[precision].weight)
     if wanted := config.callbacks.checkpoint:
         kept = wanted.keep_last + wanted.keep_best + 1
-    return Disk(float(tokens * (2 if model.known_vocab_size <= 2**16 else 4)), each, kept * each)
+    return DiskUsage(float(tokens * (2 if model.known_vocab_size <= 2**16 else 4)), each, kept * each)

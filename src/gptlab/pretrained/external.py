@@ -38,13 +38,13 @@ FIXED = {
 }
 
 
-def is_foreign(path: Path) -> bool:
+def is_external(path: Path) -> bool:
     """Whether ``path`` is no run directory but weights of others."""
     names = (DESCRIPTION, WEIGHTS, INDEX, *PICKLED)
     return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
 
 
-def check_foreign(path: Path, model: GPTConfig) -> None:
+def check_external(path: Path, model: GPTConfig) -> None:
     """See, as far as that needs no torch, that weights can be read and fit a model; its vocabulary may be unknown yet.
 
     Raises:
@@ -53,9 +53,9 @@ def check_foreign(path: Path, model: GPTConfig) -> None:
     if path.is_file():
         check_archive(path)
         return
-    check_foreign_shape(path, described_shape(path), model)
+    check_external_shape(path, read_hf_shape(path), model)
     for file in weight_files(path):
-        with opened(file, "numpy"):
+        with open_safetensors(file, "numpy"):
             pass  # its header is right, and it is as long as that says
 
 
@@ -65,15 +65,15 @@ def check_archive(path: Path) -> None:
         raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
 
 
-def check_foreign_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
+def check_external_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
     """See that weights of such a shape fit a model, and be it with rows that only pad the vocabulary."""
     wanted = model.vocab_size
-    if wanted is None or is_for(there["vocab_size"], wanted):
+    if wanted is None or fits_vocabulary(there["vocab_size"], wanted):
         there = {**there, "vocab_size": wanted}
     check_shape(path, {**GPT2_OPTIONS, **there}, model)
 
 
-def is_for(rows: int, vocab_size: int) -> bool:
+def fits_vocabulary(rows: int, vocab_size: int) -> bool:
     """Whether an embedding of so many rows is that of a vocabulary: of its size, or padded."""
     return rows in (-(-vocab_size // multiple) * multiple for multiple in ROUNDED_TO)
 
@@ -86,7 +86,7 @@ def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
+def open_safetensors(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
     """Open a safetensors file for its tensors; UserError where it is none, or not whole."""
     try:
         with safe_open(file, framework=framework) as tensors:
@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def described_shape(folder: Path) -> dict[str, Any]:
+def read_hf_shape(folder: Path) -> dict[str, Any]:
     """Say in gptlab's names what config.json says of a GPT-2."""
     path = folder / DESCRIPTION
     config = read_json(path)

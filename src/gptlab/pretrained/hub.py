@@ -12,7 +12,7 @@ FILES = [
 ]
 
 
-def folder_of(name: str) -> Path:
+def hub_folder(name: str) -> Path:
     """Find the folder of a model in the hub's cache, or download it into that; safetensors alone, never a pickle.
 
     Raises:

@@ -19,14 +19,14 @@ from gptlab.model.capture import captured, changed, names_of
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import open_source
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.text_generator import AT_ONCE, Prepared, Writing
 from gptlab.pretrained.weights import load_model
 
 Text = str | Sequence[int] | Tensor  # a text, or token ids (T,) of one
 
 
-class Loss(NamedTuple):
+class TextLoss(NamedTuple):
     """How well a model foretells a text.
 
     Attributes:
@@ -92,7 +92,7 @@ class LanguageModel:
         return logits[0]
 
     @torch.no_grad()
-    def loss(self, text: Text) -> Loss:
+    def loss(self, text: Text) -> TextLoss:
         """Score a text, its first token aside, which nothing foretells; UserError for less than two tokens."""
         ids = self.ids(text)
         if ids.size(1) < 2:
@@ -100,7 +100,7 @@ class LanguageModel:
         nats = F.cross_entropy(self.logits(ids)[:-1].float(), ids[0, 1:], reduction="none")
         sums = LossSums(torch.from_numpy(self.tokenizer.token_bytes()).to(self.device))
         sums.add(nats, ids[0, 1:])
-        return Loss(*sums.result(), nats)
+        return TextLoss(*sums.result(), nats)
 
     def generate(
         self, prompt: str = "", *, num_samples: int = 1, max_new_tokens: int | None = None, **settings: Any
@@ -155,14 +155,14 @@ class LanguageModel:
         return changed(self.network, changes)
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     """What ``load`` returns."""
 
     model: LanguageModel
     tokenizer: Tokenizer
 
 
-def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
+def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """Load a trained model.
 
     Args:
@@ -177,10 +177,10 @@ def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.flo
     Raises:
         UserError: There is none, it cannot be read, or nothing says what its ids mean.
     """
-    source = open_source(name)
+    source = open_model_source(name)
     tokenizer = source.tokenizer()
     network = load_model(source).to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
-    return Loaded(LanguageModel(network, tokenizer), tokenizer)
+    return LoadedModel(LanguageModel(network, tokenizer), tokenizer)
 
 
 @cache

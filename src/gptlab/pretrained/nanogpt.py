@@ -14,14 +14,14 @@ from gptlab.config.schema import Config
 from gptlab.errors import UserError
 from gptlab.model.external import EMBEDDING, HEAD, renamed
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.nanogpt_file import nanogpt_checkpoint
+from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
 from gptlab.training.checkpoints.reading import Checkpoint
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optim.optimizers import parameter_groups
 from gptlab.training.optim.schedules import learning_rate
 
 
-def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
+def import_nanogpt_checkpoint(path: Path, config: Config, model: GPT) -> Checkpoint:
     """Make of nanoGPT's checkpoint one of gptlab's, as a run of ``config`` would have written it at that step.
 
     Args:
@@ -32,24 +32,24 @@ def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
     Raises:
         UserError: The file is none, or the next step would not be what it would have been there.
     """
-    checkpoint = nanogpt_checkpoint(path)
+    checkpoint = read_nanogpt_checkpoint(path)
     step, state = checkpoint.get("iter_num"), checkpoint.get("optimizer")
     if not isinstance(step, int) or not isinstance(state, dict) or not state.get("state"):
-        raise _refused(path, "it has no iter_num, or no state of its optimizer. Its weights alone: init_from=")
+        raise _refusal(path, "it has no iter_num, or no state of its optimizer. Its weights alone: init_from=")
     if step >= config.steps:
-        raise _refused(path, f"it has made {step:,} steps, and train.max_steps={config.steps:,} is not beyond")
+        raise _refusal(path, f"it has made {step:,} steps, and train.max_steps={config.steps:,} is not beyond")
     _check_settings(path, config, step, state["param_groups"])
     weights = renamed(checkpoint["model"], transposed=False)
     own = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
     moments = dict(_moments(path, state, {name: tensor for name, tensor in weights.items() if name != HEAD}))
     if shapes := [name for name in own if name not in weights or weights[name].shape != own[name].shape]:
-        raise _refused(
+        raise _refusal(
             path,
             f"{shapes[0]} is {tuple(weights[shapes[0]].shape) if shapes[0] in weights else 'not'} there and "
             f"{tuple(own[shapes[0]].shape)} here; the embedding's rows are model.pad_vocab_to_multiple_of",
         )
     if late := [name for name, kept in moments.items() if int(kept["step"]) != step]:
-        raise _refused(path, f"its AdamW has updated {late[0]} {int(moments[late[0]]['step']):,} times, not {step:,}")
+        raise _refusal(path, f"its AdamW has updated {late[0]} {int(moments[late[0]]['step']):,} times, not {step:,}")
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{"params": [names[p] for p in g["params"]]} for g in parameter_groups(model, config.optimizer)]
     return {
@@ -67,7 +67,7 @@ def _check_settings(path: Path, config: Config, step: int, groups: list[dict[str
     """See that the optimizer there and the one here take the same step."""
     own = config.optimizer
     if not isinstance(own, AdamWConfig):
-        raise _refused(path, f"its optimizer is AdamW, and this run's is {own.name}: optimizer=adamw")
+        raise _refusal(path, f"its optimizer is AdamW, and this run's is {own.name}: optimizer=adamw")
     lr = learning_rate(step, config.schedule, lr=own.lr, max_steps=config.steps)
     wanted = {
         "optimizer.betas": (tuple(own.betas), tuple(groups[0]["betas"])),
@@ -79,7 +79,7 @@ def _check_settings(path: Path, config: Config, step: int, groups: list[dict[str
         ),
     }
     if other := [f"{key} is {there} there and {here} here" for key, (here, there) in wanted.items() if here != there]:
-        raise _refused(path, "; ".join(other))
+        raise _refusal(path, "; ".join(other))
 
 
 def _moments(
@@ -88,15 +88,15 @@ def _moments(
     """Name the moments: nanoGPT numbers the parameters in the order of its network, matrices first."""
     order = [name for name in weights if weights[name].dim() >= 2] + [n for n in weights if weights[n].dim() < 2]
     if [number for group in state["param_groups"] for number in group["params"]] != list(range(len(order))):
-        raise _refused(path, "its optimizer has other groups than matrices and vectors")
+        raise _refusal(path, "its optimizer has other groups than matrices and vectors")
     for number, name in enumerate(order):
         kept = state["state"].get(number, {})
         if any(not isinstance(kept.get(key), Tensor) for key in ("step", "exp_avg", "exp_avg_sq")) or any(
             kept[key].shape != weights[name].shape for key in ("exp_avg", "exp_avg_sq")
         ):
-            raise _refused(path, f"the moments of {name} are not there, or are another parameter's")
+            raise _refusal(path, f"the moments of {name} are not there, or are another parameter's")
         yield name, {"step": kept["step"].float(), "exp_avg": kept["exp_avg"], "exp_avg_sq": kept["exp_avg_sq"]}
 
 
-def _refused(path: Path, why: str) -> UserError:
+def _refusal(path: Path, why: str) -> UserError:
     return UserError(f"resume_from_nanogpt={path} cannot go on exactly: {why}.")

@@ -9,7 +9,7 @@ from gptlab.errors import UserError
 from gptlab.training.checkpoints.reading import read_plain
 
 
-def nanogpt_checkpoint(path: Path) -> dict[str, Any]:
+def read_nanogpt_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of nanoGPT; its tensors stay on disk until they are used. UserError where it is none."""
     checkpoint = read_plain(path)
     if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("model", {})):

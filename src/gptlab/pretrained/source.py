@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 from gptlab.config.hub_names import REPOSITORIES, is_on_hub
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.huggingface import tokenizer_record
-from gptlab.data.tokenizers.nanogpt_meta import META, read_meta
+from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 from gptlab.pretrained.external import (
     check_archive,
-    check_foreign,
-    described_shape,
-    is_for,
-    is_foreign,
+    check_external,
+    fits_vocabulary,
+    is_external,
     nanogpt_shape,
+    read_hf_shape,
 )
-from gptlab.pretrained.hub import folder_of
-from gptlab.tracking.run_directory import check_saved, load_config
+from gptlab.pretrained.hub import hub_folder
+from gptlab.tracking.run_directory import load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
 
 # What no file of another program says, since it changes nothing in a network that is trained
@@ -33,7 +33,7 @@ UNSAID = {
 }
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A trained model.
 
     Attributes:
@@ -61,7 +61,7 @@ class Source(NamedTuple):
             raise UserError(
                 f"Nothing says what the {self.model.vocab_size} ids of {self.name} mean: "
                 + (
-                    f"put nanoGPT's {META} beside it."
+                    f"put nanoGPT's {META_FILE} beside it."
                     if self.path.is_file()
                     else "there is no tokenizer.json in that folder."
                 )
@@ -69,12 +69,12 @@ class Source(NamedTuple):
         return load_tokenizer(self.record, self.vocab_dir)
 
 
-def path_of(name: str) -> Path:
+def resolve_path(name: str) -> Path:
     """Find what ``name`` means, and download it if it is to be had from the hub; UserError where there is nothing."""
-    return folder_of(name) if is_on_hub(name) else Path(name).expanduser()
+    return hub_folder(name) if is_on_hub(name) else Path(name).expanduser()
 
 
-def open_source(name: str) -> Source:
+def open_model_source(name: str) -> ModelSource:
     """See what a trained model is, without its weights.
 
     Args:
@@ -84,42 +84,42 @@ def open_source(name: str) -> Source:
     Raises:
         UserError: There is none, it is of another architecture, or its vocabulary is not its tokenizer's.
     """
-    path = path_of(name)
-    if not is_foreign(path):
+    path = resolve_path(name)
+    if not is_external(path):
         if not path.exists():
             raise UserError(
                 f"{name}: there is no such run directory, folder or file (looked from {Path.cwd()}), and of the hub's "
                 f"models {', '.join(REPOSITORIES)} have names of their own; any other is hf://<owner>/<name>."
             )
         config = load_config(path)
-        check_saved(path)
-        return Source(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
-    shape = _nanogpt(path) if path.is_file() else described_shape(path)
+        require_checkpoint(path)
+        return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
+    shape = _nanogpt(path) if path.is_file() else read_hf_shape(path)
     record = _meta(path, shape["vocab_size"]) if path.is_file() else tokenizer_record(path, shape["vocab_size"])
     if record is not None:
         shape["vocab_size"] = _vocabulary(name, shape["vocab_size"], record)
-    source = Source(name, path, GPTConfig.model_validate({**UNSAID, **GPT2_OPTIONS, **shape}), record, None)
-    check_foreign(path, source.model)
+    source = ModelSource(name, path, GPTConfig.model_validate({**UNSAID, **GPT2_OPTIONS, **shape}), record, None)
+    check_external(path, source.model)
     return source
 
 
 def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
     """Count the ids of a tokenizer; UserError where an embedding of so many ``rows`` is not for it."""
     size = GPT2Tokenizer.vocab_size if record["name"] == "gpt2" else load_tokenizer(record, None).vocab_size
-    if not is_for(rows, size):
+    if not fits_vocabulary(rows, size):
         raise UserError(f"{name} has an embedding of {rows} ids, and its tokenizer {size}: one of them is another's.")
     return size
 
 
 def _nanogpt(path: Path) -> dict[str, Any]:
     check_archive(path)
-    from gptlab.pretrained.nanogpt_file import nanogpt_checkpoint  # torch
+    from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint  # torch
 
-    return nanogpt_shape(path, nanogpt_checkpoint(path).get("model_args"))
+    return nanogpt_shape(path, read_nanogpt_checkpoint(path).get("model_args"))
 
 
 def _meta(path: Path, rows: int) -> dict[str, Any] | None:
     """Say what the ids of nanoGPT's checkpoint mean as its own sample.py does: by meta.pkl, or they are GPT-2's."""
-    if (meta := path.parent / META).is_file():
+    if (meta := path.parent / META_FILE).is_file():
         return read_meta(meta).record()
     return {"name": "gpt2"} if rows in (50257, 50304) else None

@@ -8,9 +8,9 @@ from gptlab.errors import UserError
 from gptlab.model.external import fitted, renamed
 from gptlab.model.gpt import GPT, hollow
 from gptlab.model.lora import merged
-from gptlab.pretrained.external import check_foreign_shape, is_foreign, nanogpt_shape, opened, weight_files
-from gptlab.pretrained.nanogpt_file import nanogpt_checkpoint
-from gptlab.pretrained.source import Source, open_source
+from gptlab.pretrained.external import check_external_shape, is_external, nanogpt_shape, open_safetensors, weight_files
+from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
+from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.tracking.run_directory import best_checkpoint, load_config
 from gptlab.training.checkpoints.reading import read_weights
 
@@ -21,25 +21,25 @@ def load_weights(model: GPT, path: Path) -> None:
     Raises:
         UserError: They cannot be read, or do not fit after all.
     """
-    model.load_state_dict(_weights(model, path))
+    model.load_state_dict(_read_weights(model, path))
 
 
-def load_model(source: Source | Path) -> GPT:
+def load_model(source: ModelSource | Path) -> GPT:
     """Build a trained model on the CPU, for evaluation, in float32.
 
     Its weights are the file's own pages where the file has them as they are needed: they take memory once.
     """
-    source = source if isinstance(source, Source) else open_source(str(source))
+    source = source if isinstance(source, ModelSource) else open_model_source(str(source))
     model = hollow(source.model)
-    weights = {name: tensor.float().contiguous() for name, tensor in _weights(model, source.path).items()}
+    weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
     model.fill(weights)
     return model.requires_grad_(True).eval()
 
 
-def _weights(model: GPT, path: Path) -> dict[str, Tensor]:
+def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
     """Read the parameters of ``model`` by its own names."""
-    if is_foreign(path):
-        return _foreign(model, path)
+    if is_external(path):
+        return _read_external(model, path)
     state = read_weights(best_checkpoint(path))
     if (lora := load_config(path).lora) is not None:
         state = merged(state, lora)
@@ -50,16 +50,16 @@ def _weights(model: GPT, path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _foreign(model: GPT, path: Path) -> dict[str, Tensor]:
+def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
     """Read what ``gptlab.pretrained.external`` describes."""
     state: dict[str, Tensor] = {}
     if path.is_file():
-        checkpoint = nanogpt_checkpoint(path)
-        check_foreign_shape(path, nanogpt_shape(path, checkpoint.get("model_args")), model.config)
+        checkpoint = read_nanogpt_checkpoint(path)
+        check_external_shape(path, nanogpt_shape(path, checkpoint.get("model_args")), model.config)
         state = checkpoint["model"]
     else:
         for file in weight_files(path):
-            with opened(file, "pt") as tensors:
+            with open_safetensors(file, "pt") as tensors:
                 state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
     try:
         return fitted(model, renamed(state, transposed=path.is_dir()))

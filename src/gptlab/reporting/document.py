@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import UserError
-from gptlab.reporting.reading import Entry, Reader
-from gptlab.reporting.sweeps import describe
+from gptlab.reporting.reading import RunEntry, RunReader
+from gptlab.reporting.sweeps import describe_sweep
 from gptlab.tracking.run_store.runs import find_runs
 from gptlab.tracking.run_store.sweeps import load_sweep
 
-NO_DIFFERENCE = ("seed", "name", "resume", "force_resume", "logger.")  # between runs of one point; a prefix ends in "."
-LONGEST_LABEL = 4  # settings; runs that differ in more are called by their names
-OF_A_START = ("time", "command", "folder", "slurm_job")  # of the environment, what is another one for every run
+IGNORED_KEYS = ("seed", "name", "resume", "force_resume", "logger.")  # between runs of one point; a prefix ends in "."
+MAX_LABEL_PARTS = 4  # settings; runs that differ in more are called by their names
+PER_START_KEYS = ("time", "command", "folder", "slurm_job")  # of the environment, what is another one for every run
 LOSS = "val/loss"
 
 
-class Document:
+class ReportDocument:
     """Gathers what is found at a place, as often as it is asked.
 
     Args:
@@ -28,7 +28,7 @@ class Document:
     """
 
     def __init__(self, where: str, points: int) -> None:
-        self.where, self.reader = where, Reader(points, LOSS)
+        self.where, self.reader = where, RunReader(points, LOSS)
 
     def gather(self) -> dict[str, Any]:
         """Return everything the page needs.
@@ -60,19 +60,19 @@ class Document:
 def _sweep(directory: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         sweep = load_sweep(directory)
-        return None if sweep is None else describe(directory, sweep, problems)
+        return None if sweep is None else describe_sweep(directory, sweep, problems)
     except UserError as error:
         problems.append(str(error))
         return None
 
 
-def _runs(entries: list[Entry]) -> dict[str, Any]:
+def _runs(entries: list[RunEntry]) -> dict[str, Any]:
     """Put the runs side by side: what they share is said once, and of each what is its own."""
     keys = differing([entry.settings for entry in entries])
     varied = _varied(entries, keys)
     point_of, labels = _points(entries, keys, varied)
     names = _names(entries)
-    places, environments = _distinct(entries, lambda entry: {**entry.environment, **dict.fromkeys(OF_A_START)})
+    places, environments = _distinct(entries, lambda entry: {**entry.environment, **dict.fromkeys(PER_START_KEYS)})
     runs = [
         {
             "id": number,
@@ -83,7 +83,7 @@ def _runs(entries: list[Entry]) -> dict[str, Any]:
             "settings": {key: entry.settings[key] for key in keys if key in entry.settings},
             "varied": {key: _value(entry, key) for key in varied},
             "environment": places[number],
-            "start": {key: entry.environment.get(key) for key in OF_A_START},
+            "start": {key: entry.environment.get(key) for key in PER_START_KEYS},
         }
         for number, entry in enumerate(entries)
     ]
@@ -99,7 +99,7 @@ def _runs(entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _names(entries: list[Entry]) -> list[str]:
+def _names(entries: list[RunEntry]) -> list[str]:
     """Call runs by what their names do not share, and a trial of the one sweep that is shown by its number."""
     parts = [entry.run.name.split("/") for entry in entries]
     if len(entries) == 1:
@@ -119,7 +119,7 @@ def differing(settings: list[dict[str, Any]]) -> list[str]:
     return [key for key in names if len({repr(one.get(key, missing)) for one in settings}) > 1]
 
 
-def _varied(entries: list[Entry], keys: list[str]) -> list[str]:
+def _varied(entries: list[RunEntry], keys: list[str]) -> list[str]:
     """Name what was changed on purpose: the overrides of the trials of sweeps, else what differs.
 
     The seed is none: runs that differ in it alone are one point.
@@ -129,27 +129,27 @@ def _varied(entries: list[Entry], keys: list[str]) -> list[str]:
         several = [key for key in named if len({repr(_value(entry, key)) for entry in entries}) > 1]
     else:
         several = keys
-    return [key for key in several if not _is_no_difference(key)]
+    return [key for key in several if not _is_ignored(key)]
 
 
-def _is_no_difference(key: str) -> bool:
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in NO_DIFFERENCE)
+def _is_ignored(key: str) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in IGNORED_KEYS)
 
 
-def _value(entry: Entry, key: str) -> Any:
+def _value(entry: RunEntry, key: str) -> Any:
     """Return what a run has for a setting, or for a group, of which only its trial knows the option."""
     if key in entry.settings:
         return entry.settings[key]
     return entry.trial.overrides.get(key) if entry.trial else None
 
 
-def _points(entries: list[Entry], keys: list[str], varied: list[str]) -> tuple[list[int], list[str]]:
+def _points(entries: list[RunEntry], keys: list[str], varied: list[str]) -> tuple[list[int], list[str]]:
     """Say which runs are the same but for the seed, and call each of these points by what was varied."""
-    compared = [key for key in keys if not _is_no_difference(key)]
+    compared = [key for key in keys if not _is_ignored(key)]
     places, points = _distinct(entries, lambda entry: {key: entry.settings.get(key) for key in compared})
     first = [entries[places.index(point)] for point in range(len(points))]
     short = _short(varied)
-    if not 0 < len(varied) <= LONGEST_LABEL:
+    if not 0 < len(varied) <= MAX_LABEL_PARTS:
         labels = [entry.run.name if len(points) > 1 else str(entry.settings.get("name")) for entry in first]
     else:
         labels = [" · ".join(f"{short[key]}={_value(entry, key)}" for key in varied) for entry in first]
@@ -166,7 +166,7 @@ def _short(keys: Iterable[str]) -> dict[str, str]:
     return {key: part if last[part := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
-def _distinct(entries: list[Entry], what: Callable[[Entry], Any]) -> tuple[list[int], list[Any]]:
+def _distinct(entries: list[RunEntry], what: Callable[[RunEntry], Any]) -> tuple[list[int], list[Any]]:
     """Return the different things that entries have, and for every entry which of them."""
     places: dict[Hashable, int] = {}
     values: list[Any] = []

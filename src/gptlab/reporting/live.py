@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from gptlab.errors import UserError
-from gptlab.reporting.page import as_json, page
+from gptlab.reporting.page import render_page, to_script_json
 
 ADDRESS = "127.0.0.1"
 HEADERS = {
@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             match self.path:
                 case "/":
-                    self._answer(HTTPStatus.OK, "text/html", page(self.server.document(), self.server.poll))
+                    self._answer(HTTPStatus.OK, "text/html", render_page(self.server.document(), self.server.poll))
                 case "/data.json":
                     self._news(self.server.document())
                 case _:
@@ -86,12 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _news(self, document: dict[str, Any]) -> None:
         """Send the document, or say that it is still the one the page has."""
-        same = as_json({**document, "made": None})
+        same = to_script_json({**document, "made": None})
         tag = f'"{hashlib.sha256(same.encode()).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:
             self._answer(HTTPStatus.NOT_MODIFIED, "application/json", "")
         else:
-            self._answer(HTTPStatus.OK, "application/json", as_json({**document, "poll": self.server.poll}), tag)
+            self._answer(HTTPStatus.OK, "application/json", to_script_json({**document, "poll": self.server.poll}), tag)
 
     def _answer(self, status: HTTPStatus, kind: str, text: str, tag: str | None = None) -> None:
         body = text.encode()

@@ -16,14 +16,14 @@ SCRIPTS = (
 )
 
 
-def page(document: dict[str, Any], poll: float | None) -> str:
+def render_page(document: dict[str, Any], poll: float | None) -> str:
     """Write the page.
 
     Nothing of a run is ever read as HTML: it stands in a block of JSON without "<", and the scripts write it as text.
     The policy in the page's head lets run these scripts and no other, and lets nothing be loaded.
 
     Args:
-        document: See ``Document.gather``.
+        document: See ``ReportDocument.gather``.
         poll: Seconds between two looks for news at the server that the page comes from; None where there is none.
     """
     parts = resources.files(__package__) / "page"
@@ -40,13 +40,13 @@ def page(document: dict[str, Any], poll: float | None) -> str:
         "style": style,
         "library": library,
         "script": script,
-        "data": as_json(document | {"poll": poll}),
+        "data": to_script_json(document | {"poll": poll}),
     }
     template = (parts / "page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{ (\w+) \}\}", lambda place: pieces[place[1]], template)
 
 
-def as_json(document: dict[str, Any]) -> str:
+def to_script_json(document: dict[str, Any]) -> str:
     """Write JSON that can stand in a script element whatever its strings are; NaN and infinity become null."""
     text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":

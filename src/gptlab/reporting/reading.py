@@ -10,17 +10,17 @@ from pydantic import ValidationError
 
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
-from gptlab.reporting.series import curves, rounded
+from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
-from gptlab.tracking.run_store.sweeps import TRIAL, Trial, trial_of
+from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
 
 MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # of a run; characters of one
 FEWEST_POINTS, TOGETHER = 100, 30_000  # of a curve; of that curve in all runs
 
 
 @dataclass
-class Entry:
+class RunEntry:
     """What the page knows of a run.
 
     Attributes:
@@ -42,7 +42,7 @@ class Entry:
     problems: list[str] = field(default_factory=list)
 
 
-class Reader:
+class RunReader:
     """Reads runs, and each again only when a file of it has changed.
 
     Args:
@@ -52,14 +52,14 @@ class Reader:
 
     def __init__(self, points: int, metric: str) -> None:
         self.points, self.metric = points, metric
-        self._known: dict[Path, tuple[Any, Entry | str]] = {}
+        self._known: dict[Path, tuple[Any, RunEntry | str]] = {}
 
-    def read(self, directories: list[Path]) -> tuple[list[Entry], list[str]]:
+    def read(self, directories: list[Path]) -> tuple[list[RunEntry], list[str]]:
         """Return the runs that can be read, and sentences about the others."""
         points = max(FEWEST_POINTS, min(self.points, TOGETHER // max(1, len(directories))))
         entries, problems = [], []
         for directory in directories:
-            signature = (points, self.metric, *(_touched(directory / name) for name in _FILES))
+            signature = (points, self.metric, *(_file_signatures(directory / name) for name in _FILES))
             if self._known.get(directory, (None, ""))[0] != signature:
                 self._known[directory] = signature, _read(Run(directory), points, self.metric)
             entry = self._known[directory][1]
@@ -75,7 +75,7 @@ class Reader:
 _FILES = (CONFIG, METRICS, ENVIRONMENT, FORECAST, SAMPLES, TRIAL)
 
 
-def _touched(path: Path) -> tuple[int, int] | None:
+def _file_signatures(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
     except OSError:
@@ -83,11 +83,11 @@ def _touched(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-def _read(run: Run, points: int, metric: str) -> Entry | str:
+def _read(run: Run, points: int, metric: str) -> RunEntry | str:
     """Read a run; or say why it is left out."""
     try:
-        settings = {key: _simple(value) for key, value in run.settings.items()}
-        trial = trial_of(run)
+        settings = {key: _simplify(value) for key, value in run.settings.items()}
+        trial = read_trial(run)
         _check_metrics(run)
         series = curves(run.rows, points)
     except UserError as error:
@@ -110,7 +110,7 @@ def _read(run: Run, points: int, metric: str) -> Entry | str:
     }
     thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
     again = Run(run.directory)  # which has not kept all rows of metrics.csv
-    return Entry(again, settings, shown, run.environment, trial, thinned, problems)
+    return RunEntry(again, settings, shown, run.environment, trial, thinned, problems)
 
 
 def _check_metrics(run: Run) -> None:
@@ -122,14 +122,14 @@ def _check_metrics(run: Run) -> None:
                 raise UserError(f"{path} cannot be read: its first line names no column step")
 
 
-def _simple(value: Any) -> Any:
+def _simplify(value: Any) -> Any:
     """Leave numbers, words and None; write the rest as JSON."""
     if isinstance(value, float):
-        return rounded(value) if rounded(value) is not None else str(value)
+        return round_number(value) if round_number(value) is not None else str(value)
     return value if value is None or isinstance(value, str | int) else json.dumps(value, default=str)
 
 
-def _state(entry: Entry) -> dict[str, Any] | None:
+def _state(entry: RunEntry) -> dict[str, Any] | None:
     state = entry.run.state
     if state is None:
         return {"state": entry.trial.state, "message": entry.trial.message} if entry.trial else None
@@ -143,7 +143,7 @@ def _best(run: Run, metric: str) -> dict[str, Any] | None:
     """Find where the metric was lowest."""
     value = run.value(metric)
     row = next((row for row in run.rows if value is not None and row.get(metric) == value), None)
-    return row and {"value": rounded(row[metric]), "step": int(row["step"]), "tokens": int(row.get("tokens", 0))}
+    return row and {"value": round_number(row[metric]), "step": int(row["step"]), "tokens": int(row.get("tokens", 0))}
 
 
 def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from gptlab.tracking.run_store.runs import Row
+from gptlab.tracking.run_store.runs import MetricsRow
 
 AXES = ("step", "tokens")  # that a row has itself, and so are no metrics
 
 
-def thin(values: Sequence[float], points: int) -> list[int]:
+def downsample(values: Sequence[float], points: int) -> list[int]:
     """Choose which values of a curve are drawn.
 
     The first and the last are, and of as many equal stretches as there is room for the lowest and the highest: what
@@ -33,7 +33,7 @@ def thin(values: Sequence[float], points: int) -> list[int]:
     return sorted(chosen)
 
 
-def training_seconds(rows: Sequence[Row]) -> list[float]:
+def training_seconds(rows: Sequence[MetricsRow]) -> list[float]:
     """Say for every row how long had been trained: the sum of tokens / tokens_per_second up to it.
 
     Evaluations, samples and checkpoints do not count, as they do not in ``tokens_per_second``. A row without it is
@@ -48,23 +48,23 @@ def training_seconds(rows: Sequence[Row]) -> list[float]:
     return np.interp([row.get("tokens", 0) for row in rows], tokens, seconds).tolist()
 
 
-def curves(rows: Sequence[Row], points: int) -> dict[str, dict[str, list[Any]]]:
+def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[Any]]]:
     """Return every metric as {"step", "tokens", "seconds", "value"}: lists of one length; no number is None."""
     rows = [row for row in rows if all(axis in row for axis in AXES)]
     times = training_seconds(rows)
     found: dict[str, dict[str, list[Any]]] = {}
     for metric in dict.fromkeys(key for row in rows for key in row if key not in AXES):
         places = [i for i, row in enumerate(rows) if metric in row]
-        places = [places[i] for i in thin([rows[place][metric] for place in places], points)]
+        places = [places[i] for i in downsample([rows[place][metric] for place in places], points)]
         found[metric] = {
             "step": [int(rows[place]["step"]) for place in places],
             "tokens": [int(rows[place]["tokens"]) for place in places],
-            "seconds": [rounded(times[place]) for place in places],
-            "value": [rounded(rows[place][metric]) for place in places],
+            "seconds": [round_number(times[place]) for place in places],
+            "value": [round_number(rows[place][metric]) for place in places],
         }
     return found
 
 
-def rounded(value: float) -> float | None:
+def round_number(value: float) -> float | None:
     """Keep 7 digits, which no eye can tell from more; None for what is no number in JSON."""
     return float(f"{value:.7g}") if math.isfinite(value) else None

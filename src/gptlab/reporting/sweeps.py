@@ -6,12 +6,12 @@ from typing import Any
 
 from gptlab.sweeps.analysis.fitting import SCALING, ScalingAnswer
 from gptlab.sweeps.analysis.phrases import plus_minus
-from gptlab.sweeps.analysis.table import Row, answer
+from gptlab.sweeps.analysis.table import AnswerRow, analyze_sweep
 from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.tracking.run_store.sweeps import Sweep, load_trials
 
 
-def describe(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, Any]:
+def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, Any]:
     """Return what the page says of a sweep; sentences about what cannot be read are added to ``problems``."""
     trials = load_trials(directory)
     return {
@@ -32,14 +32,14 @@ def describe(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, An
 @lru_cache(maxsize=64)
 def _answers(directory: Path, _trials: str) -> dict[str, Any]:
     """Tell what a sweep has shown so far, as the terminal does; worked out again when a trial has changed."""
-    found = answer(directory)
-    told = [_told(row, found.metric) for row in found.rows]
+    found = analyze_sweep(directory)
+    told = [_describe_row(row, found.metric) for row in found.rows]
     columns = list(dict.fromkeys(column for row in told for column in row))
     rows = [[row.get(column) for column in columns] for row in told]
     return {"answer": found.answer, "columns": columns, "rows": rows, "notes": found.notes}
 
 
-def _told(row: Row, metric: str) -> dict[str, Any]:
+def _describe_row(row: AnswerRow, metric: str) -> dict[str, Any]:
     """Tell a point of a sweep."""
     counts = {"failed": row.failed, "pruned": row.pruned, "unfinished": row.unfinished}
     return {

@@ -39,13 +39,13 @@ class SweeperConfig(Settings):
         return self
 
 
-class ProcessesConfig(Settings):
+class LocalLauncherConfig(Settings):
     """Trials on this machine."""
 
     at_once: PositiveInt | Literal["auto"]
 
 
-class SlurmConfig(Settings):
+class SlurmLauncherConfig(Settings):
     """Trials as jobs of SLURM."""
 
     at_once: PositiveInt

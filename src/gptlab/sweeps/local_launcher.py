@@ -16,7 +16,7 @@ from gptlab.exit_codes import FAILED, INTERRUPTED, PREEMPTED
 from gptlab.launch.job_file import write_job
 from gptlab.launch.signals import STOPS, held_back
 from gptlab.launch.supervisor import count_gpus
-from gptlab.sweeps.config import ProcessesConfig
+from gptlab.sweeps.config import LocalLauncherConfig
 from gptlab.tracking.run_store.sweeps import Trial
 from gptlab.training.config import TrainerConfig
 
@@ -30,7 +30,7 @@ class _Process(NamedTuple):
     slot: int
 
 
-class Pool:
+class LocalLauncher:
     """Runs trials in processes.
 
     Args:
@@ -38,7 +38,7 @@ class Pool:
         trainer: Of the sweep's trials, which says how many devices each needs.
     """
 
-    def __init__(self, config: ProcessesConfig, trainer: TrainerConfig) -> None:
+    def __init__(self, config: LocalLauncherConfig, trainer: TrainerConfig) -> None:
         gpus = 0 if trainer.accelerator == "cpu" else count_gpus()
         need = trainer.devices if trainer.strategy != "single" else 1
         need = (gpus or 1) if need == "auto" else need
@@ -61,15 +61,15 @@ class Pool:
         """Whether a trial is under way."""
         return bool(self._running)
 
-    def start(self, trial: Trial, config: Config, place: Path) -> Trial:
+    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
         """Start a trial in its place; what it prints goes to output.log there."""
-        place.mkdir(parents=True, exist_ok=True)
-        write_job(place / JOB, config, place)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_job(run_dir / JOB, config, run_dir)
         taken = {running.slot for running in self._running.values()}
         slot = next(slot for slot in range(self.at_once) if slot not in taken)
-        with held_back(), (place / OUTPUT).open("ab") as output:  # until it can answer
+        with held_back(), (run_dir / OUTPUT).open("ab") as output:  # until it can answer
             process = subprocess.Popen(
-                (*COMMAND, str(place / JOB)),
+                (*COMMAND, str(run_dir / JOB)),
                 env=self.environment(slot),
                 stdin=subprocess.PIPE,
                 stdout=output,
@@ -79,7 +79,7 @@ class Pool:
         self._running[trial.number] = _Process(process, slot)
         return trial
 
-    def take_up(self, trial: Trial, place: Path) -> bool:
+    def reattach(self, trial: Trial, run_dir: Path) -> bool:
         """Whether a trial of an earlier start goes on by itself: processes end with their sweep."""
         return False
 
@@ -94,7 +94,7 @@ class Pool:
             del self._running[number]
         return [(number, self._status(process.returncode)) for number, process in done]
 
-    def hand_on(self, number: int) -> None:
+    def forward_signal(self, number: int) -> None:
         """Tell the trials of a signal; an interrupt gives them little time."""
         self._stopped.add(number)
         if number == signal.SIGINT and self._since is None:

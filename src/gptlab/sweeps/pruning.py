@@ -9,29 +9,29 @@ import lightning as L
 import optuna
 
 from gptlab.sweeps.config import PruneConfig
-from gptlab.sweeps.search import STUDY, open_storage, pruner
+from gptlab.sweeps.search import STUDY, build_pruner, open_storage
 from gptlab.sweeps.sweep_store import PRUNE
-from gptlab.training.callbacks.metrics import Recorder
+from gptlab.training.callbacks.metrics import MetricsCallback
 
 log = logging.getLogger(__name__)
 
 
-class Pruning(L.Callback):
+class PruningCallback(L.Callback):
     """Ends a trial that has fallen behind, at the same step on all ranks.
 
     Args:
-        place: The trial's run directory, in that of its sweep.
+        run_dir: The trial's run directory, in that of its sweep.
         recorder: Which knows the tokens.
 
     Attributes:
         pruned: Whether it has.
     """
 
-    def __init__(self, place: Path, recorder: Recorder) -> None:
-        values = json.loads((place / PRUNE).read_text(encoding="utf-8"))
+    def __init__(self, run_dir: Path, recorder: MetricsCallback) -> None:
+        values = json.loads((run_dir / PRUNE).read_text(encoding="utf-8"))
         self.number, max_tokens = values.pop("number"), values.pop("max_tokens")
-        self.folder, self.recorder = place.parent, recorder
-        self.pruner = pruner(PruneConfig(**values), max_tokens)
+        self.folder, self.recorder = run_dir.parent, recorder
+        self.pruner = build_pruner(PruneConfig(**values), max_tokens)
         self.pruned = False
         self._trial: optuna.Trial | None = None
 

@@ -16,7 +16,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState as OptunaState
 
 from gptlab.sweeps.config import PruneConfig, SweeperConfig
-from gptlab.sweeps.space import Point, Space, written
+from gptlab.sweeps.space import Point, SearchSpace, format_value
 from gptlab.sweeps.sweep_store import PRUNE
 from gptlab.tracking.run_store.sweeps import Trial
 
@@ -31,7 +31,7 @@ def open_storage(folder: Path) -> optuna.storages.JournalStorage:
     return optuna.storages.JournalStorage(backend)
 
 
-def pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
+def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
     """Build what ends trials early; tokens seen are its resource."""
     if config is None:
         return optuna.pruners.NopPruner()
@@ -54,7 +54,7 @@ class Search:
         max_tokens: Of a trial that is not ended early.
     """
 
-    def __init__(self, config: SweeperConfig, space: Space, folder: Path, max_tokens: int) -> None:
+    def __init__(self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int) -> None:
         self.config, self.space, self.max_tokens = config, space, max_tokens
         self.folder = folder
         self.grid = space.grid() if config.search == "grid" else None
@@ -66,7 +66,7 @@ class Search:
             self.study = optuna.create_study(
                 storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction="minimize"
             )
-            self.study.pruner = pruner(config.prune, max_tokens)
+            self.study.pruner = build_pruner(config.prune, max_tokens)
 
     @property
     def n_trials(self) -> int:
@@ -88,15 +88,15 @@ class Search:
             trial = self.study.ask(self.distributions)
         if self.grid is not None:
             return self.grid[number]
-        return {key: written(trial.params[key]) for key in self.distributions}
+        return {key: format_value(trial.params[key]) for key in self.distributions}
 
-    def prepare(self, trial: Trial, place: Path) -> None:
+    def prepare(self, trial: Trial, run_dir: Path) -> None:
         """Let the process of a trial know the study, where that may end it."""
         if self.config.prune is None:
             return
-        place.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         values = {"number": trial.number, "max_tokens": self.max_tokens, **self.config.prune.model_dump()}
-        (place / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        (run_dir / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     def tell(self, trial: Trial) -> None:
         """Hand on what became of a trial that has ended."""

@@ -14,7 +14,7 @@ from gptlab.config.schema import Config
 from gptlab.errors import UserError
 from gptlab.exit_codes import FAILED, PREEMPTED
 from gptlab.launch.job_file import status_of_work, write_job
-from gptlab.sweeps.config import SlurmConfig
+from gptlab.sweeps.config import SlurmLauncherConfig
 from gptlab.sweeps.local_launcher import JOB
 from gptlab.sweeps.trial import run_file
 from gptlab.tracking.run_store.sweeps import Trial
@@ -22,10 +22,19 @@ from gptlab.tracking.run_store.sweeps import Trial
 log = logging.getLogger(__name__)
 
 FOLDER = ".submitit"
-ASK_EVERY = 5.0  # seconds
+POLL_SECONDS = 5.0  # seconds
 SLURM_TIMEOUT = 60.0  # seconds that squeue may take; it gives up by itself after MessageTimeout, 10 by default
 PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
-OVER = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED_JOB_STATES = (
+    "CANCELLED",
+    "COMPLETED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+)
 
 
 class TrialJob:
@@ -56,7 +65,7 @@ class TrialJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-class Cluster:
+class SlurmLauncher:
     """Runs trials as jobs of SLURM.
 
     Args:
@@ -64,7 +73,7 @@ class Cluster:
         folder: The sweep's.
     """
 
-    def __init__(self, config: SlurmConfig, folder: Path) -> None:
+    def __init__(self, config: SlurmLauncherConfig, folder: Path) -> None:
         import submitit
 
         self.at_once = config.at_once
@@ -96,21 +105,21 @@ class Cluster:
         """Whether there is a job to wait for."""
         return bool(self._running) and not self._stopped
 
-    def start(self, trial: Trial, config: Config, place: Path) -> Trial:
+    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
         """Submit a trial; UserError has SLURM's reason where it is not taken."""
         import submitit
 
-        place.mkdir(parents=True, exist_ok=True)
-        write_job(place / JOB, config, place)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_job(run_dir / JOB, config, run_dir)
         try:
-            job = self._executor.submit(TrialJob(place / JOB))
+            job = self._executor.submit(TrialJob(run_dir / JOB))
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"SLURM does not take the job of trial {trial.number}: {reason}") from None
         self._running[trial.number] = job
         return trial.model_copy(update={"job": str(job.job_id)})
 
-    def take_up(self, trial: Trial, place: Path) -> bool:
+    def reattach(self, trial: Trial, run_dir: Path) -> bool:
         """Wait for the job of a trial from an earlier start of the sweep; return whether there is one to wait for.
 
         Raises:
@@ -133,9 +142,9 @@ class Cluster:
         """Whether SLURM has the job of a trial still running or in the queue."""
         for attempt in range(PATIENCE):
             if attempt:
-                time.sleep(ASK_EVERY)
+                time.sleep(POLL_SECONDS)
             if (states := _states()) is not None:
-                return trial.job in states and states[trial.job] not in OVER
+                return trial.job in states and states[trial.job] not in ENDED_JOB_STATES
         raise UserError(
             f"SLURM does not answer (squeue), so it is unknown whether job {trial.job} of trial {trial.number} still "
             "runs. Run the same command again once squeue works."
@@ -144,13 +153,13 @@ class Cluster:
     def ended(self) -> list[tuple[int, int]]:
         """Return (number, exit status) of the trials that have ended since the last time."""
         done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
-        gone = [] if done or time.monotonic() - self._asked < ASK_EVERY else self._gone()
+        gone = [] if done or time.monotonic() - self._asked < POLL_SECONDS else self._gone()
         statuses = [(number, self._status(self._running.pop(number))) for number in done]
         for number in gone:
             del self._running[number]
         return [*statuses, *((number, PREEMPTED) for number in gone)]  # cancelled, or its node is: it may begin again
 
-    def hand_on(self, number: int) -> None:
+    def forward_signal(self, number: int) -> None:
         """Leave the jobs alone, and no longer wait for them."""
         self._stopped = True
 
@@ -172,7 +181,7 @@ class Cluster:
             return []
         self._warned = False
         for number, job in self._running.items():
-            lives = str(job.job_id) in states and states[str(job.job_id)] not in OVER
+            lives = str(job.job_id) in states and states[str(job.job_id)] not in ENDED_JOB_STATES
             self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
         return [number for number in self._running if self._unknown[number] >= PATIENCE]
 
@@ -198,7 +207,7 @@ def _states() -> dict[str, str] | None:
     return {fields[0]: fields[1] for line in done.stdout.splitlines() if len(fields := line.split()) == 2}
 
 
-def check_cluster(config: SlurmConfig) -> None:
+def check_cluster(config: SlurmLauncherConfig) -> None:
     """See that there is a SLURM, and that the partition takes jobs; UserError says what is not."""
     if find_spec("submitit") is None:
         raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")

@@ -13,7 +13,7 @@ from gptlab.errors import UserError
 Point = dict[str, str]  # what a trial changes, as it is written on a command line
 
 
-class Space:
+class SearchSpace:
     """The overrides of a sweep, told apart.
 
     Args:
@@ -78,10 +78,10 @@ def _first(distribution: BaseDistribution) -> str:
     if isinstance(distribution, CategoricalDistribution):
         return str(distribution.choices[0])
     assert isinstance(distribution, FloatDistribution | IntDistribution)  # noqa: S101
-    return written(distribution.low)
+    return format_value(distribution.low)
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Write a value that was drawn as one would on a command line."""
     return repr(value) if isinstance(value, float) else str(value)
 

@@ -12,24 +12,24 @@ from gptlab.config.schema import Config
 from gptlab.errors import UserError
 from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
 from gptlab.launch.signals import STOPS, Stops
-from gptlab.sweeps.analysis.report import conclude
+from gptlab.sweeps.analysis.report import report_sweep
 from gptlab.sweeps.local_launcher import OUTPUT
 from gptlab.sweeps.search import Search
 from gptlab.sweeps.space import Point
-from gptlab.sweeps.sweep_store import Ledger, config_hash
-from gptlab.sweeps.sweep_table import Screen
+from gptlab.sweeps.sweep_store import SweepStore, config_hash
+from gptlab.sweeps.sweep_table import SweepTable
 from gptlab.tracking.run_store.runs import Run
-from gptlab.tracking.run_store.state import ENDS, load_state
-from gptlab.tracking.run_store.sweeps import ENDED, Trial
+from gptlab.tracking.run_store.state import END_STATES, load_state
+from gptlab.tracking.run_store.sweeps import TRIAL_END_STATES, Trial
 
 log = logging.getLogger(__name__)
 
-PAUSE = 0.1  # seconds between looks at the trials
+POLL_SECONDS = 0.1  # seconds between looks at the trials
 FAILURES = ("diverged", "mistaken", "failed")
 Compose = Callable[[Point], Config]
 
 
-class Runner(Protocol):
+class Launcher(Protocol):
     """What runs trials, somewhere."""
 
     at_once: int
@@ -42,28 +42,28 @@ class Runner(Protocol):
     def is_busy(self) -> bool:
         """Whether there is a trial to wait for."""
 
-    def start(self, trial: Trial, config: Config, place: Path) -> Trial:
+    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
         """Start a trial; return it with what is known of it now."""
 
-    def take_up(self, trial: Trial, place: Path) -> bool:
+    def reattach(self, trial: Trial, run_dir: Path) -> bool:
         """Whether a trial of an earlier start of the sweep runs still, and is waited for from here on."""
 
     def ended(self) -> list[tuple[int, int]]:
         """Return (number, exit status) of the trials that have ended since the last time."""
 
-    def hand_on(self, number: int) -> None:
+    def forward_signal(self, number: int) -> None:
         """Answer a signal that this process was sent."""
 
     def close(self) -> None:
         """Leave nothing behind that would not end by itself."""
 
 
-class _Ready(NamedTuple):
+class _ReadyTrial(NamedTuple):
     trial: Trial
     config: Config
 
 
-class Conductor:
+class SweepRunner:
     """Starts the trials of a sweep, and writes down what becomes of them.
 
     Args:
@@ -74,15 +74,15 @@ class Conductor:
         retry: Run trials again that have failed.
     """
 
-    def __init__(self, ledger: Ledger, search: Search, runner: Runner, compose: Compose, *, retry: bool) -> None:
+    def __init__(self, ledger: SweepStore, search: Search, runner: Launcher, compose: Compose, *, retry: bool) -> None:
         self.ledger, self.search, self.runner, self.compose, self.retry = ledger, search, runner, compose, retry
-        self.screen = Screen(lambda: list(ledger.trials.values()), ledger.place)
+        self.screen = SweepTable(lambda: list(ledger.trials.values()), ledger.run_dir)
 
     def run(self) -> int:
         """Run what there is to run; return the exit status of the sweep."""
         self._announce()
         waiting = self._waiting()
-        with Stops(lambda number, frame: self.runner.hand_on(number), (*STOPS, signal.SIGINT)) as stops:
+        with Stops(lambda number, frame: self.runner.forward_signal(number), (*STOPS, signal.SIGINT)) as stops:
             try:
                 with self.screen:
                     self._work(waiting)
@@ -92,7 +92,7 @@ class Conductor:
         self._summarise(status)
         return status
 
-    def _work(self, waiting: Iterator[_Ready]) -> None:
+    def _work(self, waiting: Iterator[_ReadyTrial]) -> None:
         is_over = False
         while self.runner.is_busy or not is_over:
             while self.runner.has_room and not is_over:
@@ -104,22 +104,22 @@ class Conductor:
                 self._end(number, status)
             if not self.runner.is_busy and not self.runner.has_room:
                 break  # the user or the machine wants an end
-            time.sleep(PAUSE)
+            time.sleep(POLL_SECONDS)
 
-    def _waiting(self) -> Iterator[_Ready]:
+    def _waiting(self) -> Iterator[_ReadyTrial]:
         """Yield the trials that have not ended, those that are new when their turn comes."""
         for number in range(self.search.n_trials):
             trial = self.ledger.trials.get(number)
             if trial is None:
                 ready = self._new(number)
-            elif trial.state not in ENDED or (self.retry and trial.state in FAILURES):
-                ready = _Ready(trial, self.compose(trial.overrides))
+            elif trial.state not in TRIAL_END_STATES or (self.retry and trial.state in FAILURES):
+                ready = _ReadyTrial(trial, self.compose(trial.overrides))
             else:
                 ready = None
             if ready is not None:
                 yield ready
 
-    def _new(self, number: int) -> _Ready | None:
+    def _new(self, number: int) -> _ReadyTrial | None:
         """Make a trial; None where nothing is to be run for it."""
         point = self.search.propose(number)
         try:
@@ -134,25 +134,25 @@ class Conductor:
                 message = f"the same as trial {same.number}"
                 self._close(trial.to("done", status=DONE, value=same.value, message=message))
                 return None
-        return _Ready(trial, config)
+        return _ReadyTrial(trial, config)
 
-    def _begin(self, ready: _Ready) -> None:
-        trial, place = ready.trial, self.ledger.place(ready.trial)
-        if self.runner.take_up(trial, place):  # whatever was taken for its end: two jobs must not write one run
+    def _begin(self, ready: _ReadyTrial) -> None:
+        trial, run_dir = ready.trial, self.ledger.run_dir(ready.trial)
+        if self.runner.reattach(trial, run_dir):  # whatever was taken for its end: two jobs must not write one run
             self.ledger.write(trial.to("running", status=None, message=None))
             return
-        self.search.prepare(trial, place)
+        self.search.prepare(trial, run_dir)
         trial = self.ledger.write(trial.to("running", starts=trial.starts + 1, status=None, message=None))
-        self.ledger.write(self.runner.start(trial, ready.config, place))
+        self.ledger.write(self.runner.start(trial, ready.config, run_dir))
         self.screen.began(trial)
 
     def _end(self, number: int, status: int) -> None:
         """Write down how a trial has ended."""
         trial = self.ledger.trials[number]
-        place = self.ledger.place(trial)
-        name, seen = ENDS.get(status, "failed"), load_state(place)
-        message = None if status in (DONE, PRUNED) else (seen and seen.message) or _last_line(place / OUTPUT)
-        value = Run(place).value(self.ledger.sweep.metric) if status in (DONE, PRUNED) else None
+        run_dir = self.ledger.run_dir(trial)
+        name, seen = END_STATES.get(status, "failed"), load_state(run_dir)
+        message = None if status in (DONE, PRUNED) else (seen and seen.message) or _last_line(run_dir / OUTPUT)
+        value = Run(run_dir).value(self.ledger.sweep.metric) if status in (DONE, PRUNED) else None
         if status == DONE and value is None:
             name, status, message = "diverged", DIVERGED, f"{self.ledger.sweep.metric} was never a finite number"
         tokens = seen.tokens if seen else 0
@@ -160,7 +160,7 @@ class Conductor:
 
     def _close(self, trial: Trial) -> None:
         self.ledger.write(trial)
-        if trial.state in ENDED:
+        if trial.state in TRIAL_END_STATES:
             self.search.tell(trial)
         self.screen.ended(trial)
 
@@ -168,7 +168,7 @@ class Conductor:
         sweep, known = self.ledger.sweep, list(self.ledger.trials.values())
         log.info("%-9s %s", "sweep", sweep.question)
         log.info("%-9s %s", "space", " ".join(f"{key}={value}" for key, value in sweep.space.items()))
-        ended = sum(trial.state in ENDED for trial in known)
+        ended = sum(trial.state in TRIAL_END_STATES for trial in known)
         log.info("%-9s %d%s, %d at once", "trials", self.search.n_trials,
                  f", {ended} of them have ended before" if ended else "", self.runner.at_once)  # fmt: skip
         log.info("%-9s %s", "directory", self.ledger.directory)
@@ -177,7 +177,7 @@ class Conductor:
         if signal.SIGINT in heard:
             return INTERRUPTED
         trials = self.ledger.trials.values()
-        if any(trial.state not in ENDED for trial in trials) or len(trials) < self.search.n_trials:
+        if any(trial.state not in TRIAL_END_STATES for trial in trials) or len(trials) < self.search.n_trials:
             return PREEMPTED
         statuses = {trial.status or DONE for trial in trials} - {PRUNED, DONE}
         return max((status if status in (MISTAKEN, DIVERGED) else FAILED for status in statuses), default=DONE)
@@ -186,7 +186,7 @@ class Conductor:
         trials = sorted(self.ledger.trials.values(), key=lambda trial: trial.number)
         counts = Counter(trial.state for trial in trials)
         if any(trial.state == "done" for trial in trials):
-            conclude(self.ledger.directory)
+            report_sweep(self.ledger.directory)
         for trial in trials:
             if trial.state in FAILURES:  # in an earlier start of the sweep, too
                 self.screen.ended(trial)

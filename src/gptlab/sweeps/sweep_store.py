@@ -9,13 +9,13 @@ from filelock import FileLock, Timeout
 
 from gptlab.config.schema import Config
 from gptlab.errors import UserError
-from gptlab.tracking.run_directory import new_directory
-from gptlab.tracking.run_store.sweeps import ENDED, SWEEP, Sweep, Trial, load_sweep, load_trials
+from gptlab.tracking.run_directory import claim_directory
+from gptlab.tracking.run_store.sweeps import SWEEP, TRIAL_END_STATES, Sweep, Trial, load_sweep, load_trials
 
 LOCK = ".lock"
 PRUNE = "prune.json"  # in the run directory of a trial that may be ended early: how its process finds the others
 # of a configuration, what does not make it another trial: where things are, and what is kept of it
-ELSEWHERE = {
+NON_IDENTITY_KEYS = {
     "resume": True,
     "force_resume": True,
     "logger": True,
@@ -26,15 +26,15 @@ ELSEWHERE = {
 
 def config_hash(config: Config) -> str:
     """Name a configuration by what it computes."""
-    return digest(config.model_dump(mode="json", exclude=ELSEWHERE))  # type: ignore[arg-type]
+    return hash_values(config.model_dump(mode="json", exclude=NON_IDENTITY_KEYS))  # type: ignore[arg-type]
 
 
-def digest(values: Any) -> str:
+def hash_values(values: Any) -> str:
     """Hash plain data."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class Ledger:
+class SweepStore:
     """What is known of the trials of a sweep, on disk at every moment.
 
     Args:
@@ -50,8 +50,8 @@ class Ledger:
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
-                f"{directory} holds another sweep, over {_told(earlier.space)}; this one is over {_told(sweep.space)}, "
-                "or another setting differs. What can be done: another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} holds another sweep, over {_describe_space(earlier.space)}; this one is "
+                f"over {_describe_space(sweep.space)}, or another setting differs. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
@@ -71,7 +71,7 @@ class Ledger:
         """Let others have it."""
         self._lock.release()
 
-    def place(self, trial: Trial) -> Path:
+    def run_dir(self, trial: Trial) -> Path:
         """The run directory of a trial."""
         return (self.directory / str(trial.number)).absolute()
 
@@ -82,12 +82,12 @@ class Ledger:
         return trial
 
 
-def is_pruned(place: Path) -> bool:
+def is_prunable(run_dir: Path) -> bool:
     """Whether a run is a trial of a sweep that ends those without a future."""
-    return (place / PRUNE).is_file()
+    return (run_dir / PRUNE).is_file()
 
 
-def sweep_directory(name: str, sweep: Sweep) -> Path:
+def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
     """Find the newest directory of the same sweep that has not come to its end, or make a new one."""
     found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
     for directory in found:
@@ -97,14 +97,14 @@ def sweep_directory(name: str, sweep: Sweep) -> Path:
             continue
         if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
             return directory
-    return new_directory(Path("outputs") / name)
+    return claim_directory(Path("outputs") / name)
 
 
 def _is_complete(directory: Path, sweep: Sweep) -> bool:
     """Whether every trial has ended; those that a search had not thought of yet are missing."""
     trials = load_trials(directory)
-    return len(trials) >= sweep.n_trials and all(trial.state in ENDED for trial in trials)
+    return len(trials) >= sweep.n_trials and all(trial.state in TRIAL_END_STATES for trial in trials)
 
 
-def _told(space: dict[str, str]) -> str:
+def _describe_space(space: dict[str, str]) -> str:
     return " ".join(f"{key}={value}" for key, value in space.items())

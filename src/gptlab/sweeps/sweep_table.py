@@ -18,22 +18,22 @@ from gptlab.tracking.run_store.sweeps import Trial
 log = logging.getLogger(__name__)
 
 ROWS = 20  # trials shown at most: those at work, and the latest that have ended
-COLOURS = {"done": "green", "running": "cyan", "pruned": "yellow", "waiting": "dim"}
+COLORS = {"done": "green", "running": "cyan", "pruned": "yellow", "waiting": "dim"}
 
 
-class Screen:
+class SweepTable:
     """A table in a terminal; elsewhere a line when a trial begins or ends.
 
     Args:
         trials: Gives them all, as they stand.
-        place: Gives the run directory of one.
+        run_dir: Gives the run directory of one.
     """
 
-    def __init__(self, trials: Callable[[], list[Trial]], place: Callable[[Trial], Path]) -> None:
-        self.trials, self.place = trials, place
+    def __init__(self, trials: Callable[[], list[Trial]], run_dir: Callable[[Trial], Path]) -> None:
+        self.trials, self.run_dir = trials, run_dir
         self._live = Live(get_renderable=self._table, console=get_console(), refresh_per_second=2, transient=True)
 
-    def __enter__(self) -> "Screen":
+    def __enter__(self) -> "SweepTable":
         if get_console().is_terminal:
             self._live.start()
         return self
@@ -44,13 +44,13 @@ class Screen:
     def began(self, trial: Trial) -> None:
         """Say that a trial has begun."""
         again = " (again)" if trial.starts > 1 else ""
-        self._say(f"trial {trial.number} begins{again}: {_written(trial)}")
+        self._say(f"trial {trial.number} begins{again}: {_describe_trial(trial)}")
 
     def ended(self, trial: Trial) -> None:
         """Say how a trial has ended."""
         value = "" if trial.value is None else f" · {trial.value:.4f}"
         reason = f": {trial.message}" if trial.message and trial.state not in ("done", "pruned") else ""
-        self._say(f"trial {trial.number} {trial.state}{value} · {_written(trial)}{reason}")
+        self._say(f"trial {trial.number} {trial.state}{value} · {_describe_trial(trial)}{reason}")
 
     def _say(self, what: str) -> None:
         log.info("%s", what)
@@ -70,15 +70,15 @@ class Screen:
         return Group(table, Text("  " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))))
 
     def _row(self, trial: Trial) -> list[str | Text]:
-        state = load_state(self.place(trial))
-        name = Text(trial.state, style=COLOURS.get(trial.state, "red"))
+        state = load_state(self.run_dir(trial))
+        name = Text(trial.state, style=COLORS.get(trial.state, "red"))
         if state is None:
-            return [str(trial.number), name, "", "", "", "", _written(trial)]
+            return [str(trial.number), name, "", "", "", "", _describe_trial(trial)]
         left = state.seconds_left if trial.state == "running" else None
         return [
             *(str(trial.number), name, f"{state.step:,}/{state.max_steps:,}", _loss(state.loss)),
             _loss(trial.value if trial.value is not None else state.best_val_loss),
-            *("" if left is None else str(timedelta(seconds=round(left))), _written(trial)),
+            *("" if left is None else str(timedelta(seconds=round(left))), _describe_trial(trial)),
         ]
 
 
@@ -86,5 +86,5 @@ def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _written(trial: Trial) -> str:
+def _describe_trial(trial: Trial) -> str:
     return " ".join(f"{key}={value}" for key, value in trial.overrides.items())

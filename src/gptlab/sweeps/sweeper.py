@@ -12,18 +12,18 @@ from gptlab.config.resume import resolve, with_val_split
 from gptlab.config.schema import Config, check
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, SweepEnded
-from gptlab.sweeps.config import ProcessesConfig, SlurmConfig, SweeperConfig
-from gptlab.sweeps.local_launcher import Pool
+from gptlab.sweeps.config import LocalLauncherConfig, SlurmLauncherConfig, SweeperConfig
+from gptlab.sweeps.local_launcher import LocalLauncher
 from gptlab.sweeps.search import Search
-from gptlab.sweeps.slurm_launcher import Cluster, check_cluster
-from gptlab.sweeps.space import Point, Space
-from gptlab.sweeps.sweep_runner import Conductor, Runner
-from gptlab.sweeps.sweep_store import Ledger, config_hash, digest, sweep_directory
+from gptlab.sweeps.slurm_launcher import SlurmLauncher, check_cluster
+from gptlab.sweeps.space import Point, SearchSpace
+from gptlab.sweeps.sweep_runner import Launcher, SweepRunner
+from gptlab.sweeps.sweep_store import SweepStore, config_hash, find_or_create_sweep_dir, hash_values
 from gptlab.tracking.run_store.sweeps import Sweep
 from gptlab.tracking.wandb.opt_outs import check_mode
 
 
-def sweep(
+def run_sweep(
     context: HydraContext,
     composed: DictConfig,
     arguments: list[str],
@@ -44,7 +44,7 @@ def sweep(
         SweepEnded: Not every trial has come to a result.
     """
     wanted = check(SweeperConfig, settings)
-    space, where = Space(wanted.params, arguments), _where(launcher)
+    space, where = SearchSpace(wanted.params, arguments), _check_launcher(launcher)
 
     def compose(point: Point) -> Config:
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
@@ -53,24 +53,28 @@ def sweep(
             del values["hydra"]  # which is Hydra's own, and of no job yet
         return with_val_split(resolve(values, overrides).with_absolute_paths())
 
-    base = _checked(space, compose, is_grid=wanted.search == "grid")
+    base = _check_space(space, compose, is_grid=wanted.search == "grid")
     if base.logger.wandb is not None:
         check_mode(base.logger.wandb)
     what = _describe(wanted, space, base)
     named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
-    directory = Path(composed.hydra.sweep.dir) if named else sweep_directory(base.name, what)
-    ledger = Ledger(directory, what)
+    directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, what)
+    ledger = SweepStore(directory, what)
     try:
         search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
-        runner: Runner = Pool(where, base.trainer) if isinstance(where, ProcessesConfig) else Cluster(where, directory)
-        status = Conductor(ledger, search, runner, compose, retry=wanted.retry).run()
+        runner: Launcher = (
+            LocalLauncher(where, base.trainer)
+            if isinstance(where, LocalLauncherConfig)
+            else SlurmLauncher(where, directory)
+        )
+        status = SweepRunner(ledger, search, runner, compose, retry=wanted.retry).run()
     finally:
         ledger.close()
     if status != DONE:
         raise SweepEnded(status)
 
 
-def _checked(space: Space, compose: Callable[[Point], Config], *, is_grid: bool) -> Config:
+def _check_space(space: SearchSpace, compose: Callable[[Point], Config], *, is_grid: bool) -> Config:
     """See that there is something to run before anything is made; return what all trials have in common."""
     mistakes = []
     for point in space.grid() if is_grid else [space.example()]:
@@ -84,7 +88,7 @@ def _checked(space: Space, compose: Callable[[Point], Config], *, is_grid: bool)
     return compose({})
 
 
-def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
+def _describe(wanted: SweeperConfig, space: SearchSpace, base: Config) -> Sweep:
     """Say what a sweep is, by everything that would make it another one."""
     grid = space.grid() if wanted.search == "grid" else None
     chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
@@ -96,12 +100,14 @@ def _describe(wanted: SweeperConfig, space: Space, base: Config) -> Sweep:
         n_trials=len(grid) if grid is not None else wanted.n_trials or 0,
         metric=wanted.metric,
         baseline={key: str(value) for key, value in wanted.baseline.items()},
-        definition=digest({"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | chosen),
+        definition=hash_values(
+            {"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | chosen
+        ),
         wandb_group=f"{base.name}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
 
 
-def _question(space: Space) -> str:
+def _question(space: SearchSpace) -> str:
     """Ask what a sweep without a question of its own can only want to know."""
     keys = [key for key in space.varied if key != "seed"]
     if not keys:
@@ -109,15 +115,15 @@ def _question(space: Space) -> str:
     return f"Which {' and '.join(keys)} is best?"
 
 
-def _where(launcher: dict[str, Any]) -> ProcessesConfig | SlurmConfig:
+def _check_launcher(launcher: dict[str, Any]) -> LocalLauncherConfig | SlurmLauncherConfig:
     """Check where trials are to run."""
     kind = str(launcher["_target_"]).rpartition(".")[2]
     settings = {key: value for key, value in launcher.items() if key != "_target_"}
     match kind:
         case "ProcessLauncher":
-            return check(ProcessesConfig, settings)
+            return check(LocalLauncherConfig, settings)
         case "SlurmLauncher":
-            config = check(SlurmConfig, settings)
+            config = check(SlurmLauncherConfig, settings)
             check_cluster(config)
             return config
     raise UserError(

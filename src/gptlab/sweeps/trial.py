@@ -7,7 +7,7 @@ from gptlab.launch.job_file import end_with, read_job
 from gptlab.launch.launcher import launch
 from gptlab.launch.signals import let_in
 from gptlab.launch.supervisor import end_with_supervisor
-from gptlab.tracking.logs import log_to_screen
+from gptlab.tracking.logs import log_to_console
 
 
 def main() -> None:
@@ -23,9 +23,9 @@ def _work() -> int:
 
 def run_file(path: Path) -> int:
     """Run the configuration in a file, in the run directory that it names; return the exit status."""
-    log_to_screen()
-    config, place = read_job(path)
-    return launch(config, place)
+    log_to_console()
+    config, run_dir = read_job(path)
+    return launch(config, run_dir)
 
 
 if __name__ == "__main__":

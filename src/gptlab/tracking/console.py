@@ -16,7 +16,7 @@ from gptlab.model.config import lora_count, parameter_count
 from gptlab.tracking.logs import FILE_ONLY
 from gptlab.tracking.run_directory import has_checkpoint
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.callbacks.metrics import Recorder
+from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.devices import Devices
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
 
 
-def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+def print_start(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
     """Say what was decided."""
     block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
@@ -35,27 +35,29 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
     dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
-        "model": f"{parameter_count(config.model):,} parameters{_adapted(config)}",
+        "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
         "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {dealt}",
         **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
         "length": f"{config.steps:,} steps, {stages.first(config.steps) * block_size:,} tokens",
-        "run": str(_shown(directory)),
+        "run": str(_display_path(directory)),
     }
     for name, value in lines.items():
         log.info("%-9s %s", name, value)
 
 
-def _adapted(config: Config) -> str:
+def _describe_lora(config: Config) -> str:
     """Say what of a network is trained, where that is not all of it."""
     if config.lora is None:
         return ""
     return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
 
 
-def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]) -> None:
+def print_summary(
+    config: Config, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
+) -> None:
     """Print the last sample and the table that ends a run, with ``further`` rows."""
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -68,7 +70,7 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
         **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
         **_best(recorder.best),
         "wall time": str(timedelta(seconds=round(recorder.seconds))),
-        "run directory": str(_shown(directory)),
+        "run directory": str(_display_path(directory)),
         "mfu": _mfu(recorder),
         **further,
     }
@@ -78,21 +80,21 @@ def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Tr
         table.add_row(name, Text(value, overflow="fold"))
         log.info("%-13s %s", name, value, extra=FILE_ONLY)
     console.print(table)
-    following = f"python -m gptlab.sample run={_shown(directory)}"
+    following = f"python -m gptlab.sample run={_display_path(directory)}"
     log.info("Next: %s", following)
 
 
-def say_stopped(why: str, directory: Path, step: int) -> None:
+def print_stopped(why: str, directory: Path, step: int) -> None:
     """Say where a run stands that has not come to its end, and how it goes on."""
     if has_checkpoint(directory):
-        log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _shown(directory))
+        log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _display_path(directory))
     else:
         log.info("%s at step %d, before the first checkpoint.", why, step)
 
 
 def replay_command(directory: Path) -> str:
     """Write the command that shows the batch of a step of a run, but for the step."""
-    return f"python -m gptlab.prepare replay={_shown(directory)}"
+    return f"python -m gptlab.prepare replay={_display_path(directory)}"
 
 
 def _best(best: dict[str, float]) -> dict[str, str]:
@@ -104,11 +106,11 @@ def _best(best: dict[str, float]) -> dict[str, str]:
     }
 
 
-def _mfu(recorder: Recorder) -> str:
+def _mfu(recorder: MetricsCallback) -> str:
     """Model FLOPs utilisation at the last record, or why there is none."""
     return f"{recorder.mfu:.1%}" if recorder.mfu is not None else "unknown (no published peak for this device)"
 
 
-def _shown(directory: Path) -> Path:
+def _display_path(directory: Path) -> Path:
     """Write a path as a person here would."""
     return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from gptlab.config.schema import Config
 from gptlab.tracking.run_store.runs import METRICS
 from gptlab.tracking.run_store.state import RunState, load_state, new_state
-from gptlab.tracking.wandb.logger import wandb_logger
+from gptlab.tracking.wandb.logger import build_wandb_logger
 from gptlab.training.distributed.processes import is_first_rank
 
 
-class MetricsFile(CSVLogger):
+class MetricsCSVLogger(CSVLogger):
     """metrics.csv at the top of the run directory; a resumed run adds to it.
 
     Args:
@@ -27,7 +27,7 @@ class MetricsFile(CSVLogger):
 
     def __init__(self, directory: Path, keep_until: int | None) -> None:
         super().__init__(directory, name="", version="", flush_logs_every_n_steps=1)
-        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
+        earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
             self.experiment.save()  # at once: Lightning's writer has removed the old file
@@ -36,12 +36,12 @@ class MetricsFile(CSVLogger):
         """Write nothing: config.yaml has them."""
 
 
-def _state(config: Config, directory: Path, keep_until: int | None) -> RunState:
+def _initial_state(config: Config, directory: Path, keep_until: int | None) -> RunState:
     """Begin the state of a run, or on a resume go on with what it was at that step."""
     state, earlier = new_state(config.steps), load_state(directory)
     if keep_until is None or earlier is None:
         return state
-    rows = _rows(directory / METRICS, keep_until)
+    rows = _read_rows(directory / METRICS, keep_until)
     losses = [float(row["val/loss"]) for row in rows if "val/loss" in row]
     known = {
         "step": keep_until,
@@ -51,7 +51,7 @@ def _state(config: Config, directory: Path, keep_until: int | None) -> RunState:
     return state.model_copy(update=known | ({"val_loss": losses[-1]} if losses else {}))
 
 
-def _rows(path: Path, until: int) -> list[dict[str, Any]]:
+def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
     """Read the rows up to a step, their values as they stand there."""
     if not is_first_rank() or not path.exists():
         return []
@@ -60,7 +60,7 @@ def _rows(path: Path, until: int) -> list[dict[str, Any]]:
     return [row for row in rows if int(row["step"]) <= until]
 
 
-class StateFile(Logger):
+class RunStateLogger(Logger):
     """state.json at the top of the run directory, written anew with every row, but at most once a second.
 
     Args:
@@ -113,8 +113,12 @@ def build_loggers(config: Config, directory: Path, keep_until: int | None) -> li
     if config.logger.tensorboard is not None:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
     if config.logger.wandb is not None:
-        earlier = _rows(directory / METRICS, keep_until) if keep_until is not None else []
-        record = wandb_logger(config, config.logger.wandb, directory, earlier)
+        earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
+        record = build_wandb_logger(config, config.logger.wandb, directory, earlier)
         loggers += [record] if record is not None else []
     # the last, so that nothing that can be refused stands after it has touched the file
-    return [*loggers, MetricsFile(directory, keep_until), StateFile(directory, _state(config, directory, keep_until))]
+    return [
+        *loggers,
+        MetricsCSVLogger(directory, keep_until),
+        RunStateLogger(directory, _initial_state(config, directory, keep_until)),
+    ]

@@ -11,7 +11,7 @@ FILE_ONLY = {"file_only": True}  # `extra` of a message that the screen shows in
 NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
-class ScreenHandler(logging.Handler):
+class ConsoleHandler(logging.Handler):
     """Prints messages above the progress bar, and leaves out what the bar shows."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -22,16 +22,16 @@ class ScreenHandler(logging.Handler):
         console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
-def log_to_screen() -> None:
+def log_to_console() -> None:
     """Send what gptlab says to the screen, from the first process only."""
     logger = logging.getLogger("gptlab")
     logger.setLevel(logging.INFO)
-    if is_first_rank() and not any(isinstance(handler, ScreenHandler) for handler in logger.handlers):
-        logger.addHandler(ScreenHandler())
+    if is_first_rank() and not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Send what gptlab says, and what Lightning and Python warn of, to a file as well; ``stop_log`` ends it."""
+    """Send what gptlab says, and what Lightning and Python warn of, to a file as well; ``close_log`` ends it."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("gptlab", "py.warnings"):
@@ -39,14 +39,14 @@ def log_to_file(path: Path) -> logging.Handler:
     return handler
 
 
-def stop_log(handler: logging.Handler) -> None:
+def close_log(handler: logging.Handler) -> None:
     """End what ``log_to_file`` began."""
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).removeHandler(handler)
     handler.close()
 
 
-def quieten_lightning() -> None:
+def quiet_lightning() -> None:
     """Let Lightning warn, but not chat; its advice on loaders and loggers does not fit what gptlab does."""
     logging.captureWarnings(True)
     for name in NOISY:

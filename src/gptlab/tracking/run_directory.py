@@ -14,13 +14,13 @@ from gptlab.model.config import GPTConfig
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
-from gptlab.training.checkpoints.records import best, checkpoints, newest
+from gptlab.training.checkpoints.records import best_intact, list_checkpoints, newest_intact
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # of processes that made no progress
 
 
-def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
+def create_run_dir(config: Config, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
     """Create and lock the directory of a new run, with its configuration, data manifest and environment.
 
     Args:
@@ -30,7 +30,7 @@ def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock
         lock: Acquired before anything is written.
     """
     try:
-        directory = new_directory(Path("outputs") / config.name) if place is None else place
+        directory = claim_directory(Path("outputs") / config.name) if place is None else place
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
@@ -40,22 +40,22 @@ def create(config: Config, manifest: Manifest, place: Path | None, lock: RunLock
             f"{directory} was written by another process in the meantime. The same command resumes that run."
         )
     manifest.save(directory)
-    record(config, directory)
+    record_config(config, directory)
     return directory.absolute()
 
 
-def record(config: Config, directory: Path) -> None:
+def record_config(config: Config, directory: Path) -> None:
     """Write the configuration and the environment of a run, anew when it goes on with others."""
-    write_durably(directory / CONFIG, yaml.safe_dump(as_new(config), sort_keys=False, allow_unicode=True))
+    write_durably(directory / CONFIG, yaml.safe_dump(without_origin(config), sort_keys=False, allow_unicode=True))
     record_environment(directory)
 
 
-def as_new(config: Config) -> dict[str, Any]:
+def without_origin(config: Config) -> dict[str, Any]:
     """Return the values of a run, whether it goes on or begins."""
     return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
 
 
-def new_directory(parent: Path) -> Path:
+def claim_directory(parent: Path) -> Path:
     """Claim a directory that nobody else has, named by the time."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
@@ -85,35 +85,35 @@ def load_config(directory: Path) -> Config:
 def newest_run(name: str) -> Path | None:
     """Find the run of a name that was saved last, and whole; None where there is none."""
     places = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
-    saved = {path.absolute(): checkpoints(path / CHECKPOINTS) for path in places}
+    saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in places}
     runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
-    return next((path for path in reversed(runs) if newest(path / CHECKPOINTS)), None)
+    return next((path for path in reversed(runs) if newest_intact(path / CHECKPOINTS)), None)
 
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether a run was saved; what was may be damaged."""
-    return bool(checkpoints(directory / CHECKPOINTS))
+    return bool(list_checkpoints(directory / CHECKPOINTS))
 
 
 def newest_checkpoint(directory: Path) -> Path:
     """Find the newest checkpoint of a run that is whole; UserError where there is none."""
-    return _found(directory, newest(directory / CHECKPOINTS))
+    return _require(directory, newest_intact(directory / CHECKPOINTS))
 
 
 def best_checkpoint(directory: Path) -> Path:
     """Find the checkpoint of a run with the lowest val loss that is whole; UserError where there is none."""
-    return _found(directory, best(directory / CHECKPOINTS))
+    return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
-def check_saved(directory: Path) -> None:
+def require_checkpoint(directory: Path) -> None:
     """See that a run was saved, without reading what was; UserError where it was not."""
     if not has_checkpoint(directory):
         raise UserError(f"{directory} has no checkpoint: nothing is in {directory / CHECKPOINTS}.")
 
 
-def _found(directory: Path, place: Path | None) -> Path:
+def _require(directory: Path, place: Path | None) -> Path:
     if place is None:
-        check_saved(directory)
+        require_checkpoint(directory)
         raise UserError(f"{directory} has no checkpoint: only damaged ones are in {directory / CHECKPOINTS}.")
     return place
 
@@ -125,7 +125,7 @@ SHAPING = (
 )
 
 
-def check_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
+def check_weights_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
     """See that the weights of a run fit a model, whose block may be shorter; UserError names what differs."""
     shape = load_config(directory).model.model_dump(include={*SHAPING, "block_size"})
     check_shape(directory, shape, model, cropped=cropped)

@@ -51,11 +51,11 @@ class RunLock:
             return
         path, began = directory / LOCK, time.monotonic()
         lease = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=REFRESH, on_compromise=_exit)
-        refreshed = _refreshed(path)
+        refreshed = _last_refresh(path)
         try:
-            while not _acquired(lease):
+            while not _try_acquire(lease):
                 waited = time.monotonic() - began
-                if waited > LEASE + WAIT or (waited > WAIT and _refreshed(path) not in (refreshed, None)):
+                if waited > LEASE + WAIT or (waited > WAIT and _last_refresh(path) not in (refreshed, None)):
                     raise UserError(
                         f"{directory} is being written by {_owner(path)}. Two processes would mix their rows and "
                         "checkpoints: wait for the other one or end it, then run the same command again."
@@ -68,14 +68,14 @@ class RunLock:
         self._lease = lease
 
 
-def _acquired(lease: SoftFileLease) -> bool:
+def _try_acquire(lease: SoftFileLease) -> bool:
     with contextlib.suppress(Timeout):
         lease.acquire(timeout=0)
         return True
     return False
 
 
-def _refreshed(path: Path) -> tuple[int, int] | None:
+def _last_refresh(path: Path) -> tuple[int, int] | None:
     """Return what changes with each refresh of a lock; None if it does not exist."""
     with contextlib.suppress(OSError):
         stat = path.stat()

@@ -7,12 +7,12 @@ from gptlab.training.config import TrainConfig, TrainerConfig
 
 WIDE = 384  # n_embd from which a CPU gains by bfloat16
 WIDER = 512  # and from which it gains by compilation, and a run is long enough for it to pay
-LOGITS = 2**26  # bytes of float32 logits that may be there at a time
+MAX_LOGITS = 2**26  # bytes of float32 logits that may be there at a time
 
 
-def loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
+def resolve_loss_chunk(wanted: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
     """Tokens whose logits are there at a time; on "auto" as many as need 64 MiB."""
-    return LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
+    return MAX_LOGITS // (4 * model.padded_vocab_size) if wanted == "auto" else wanted
 
 
 def is_for_speed(trainer: TrainerConfig, model: GPTConfig, width: int) -> bool:
@@ -20,7 +20,7 @@ def is_for_speed(trainer: TrainerConfig, model: GPTConfig, width: int) -> bool:
     return trainer.strategy == "single" and model.n_embd >= width
 
 
-def what_to_compile(trainer: TrainerConfig, train: TrainConfig, *, gains: bool) -> Literal[False, "whole", "blocks"]:
+def resolve_compile(trainer: TrainerConfig, train: TrainConfig, *, gains: bool) -> Literal[False, "whole", "blocks"]:
     """Say what is compiled where a device gains by it, or does not.
 
     Sharding runs hooks between the blocks, so that these alone can be compiled there.

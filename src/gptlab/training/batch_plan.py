@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptlab.data.batch_size_schedule import Stage, Stages
+from gptlab.data.batch_size_schedule import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
 
 
@@ -17,16 +17,16 @@ class BatchPlan(NamedTuple):
     world_size: int
     micro_batch_size: int
     accumulation: int
-    earlier: tuple[Stage, ...] = ()
+    earlier: tuple[BatchSizeStage, ...] = ()
 
     @property
-    def stages(self) -> Stages:
+    def stages(self) -> BatchSizeSchedule:
         """How many sequences every step has."""
-        return Stages(self.world_size * self.accumulation * self.micro_batch_size, self.earlier)
+        return BatchSizeSchedule(self.world_size * self.accumulation * self.micro_batch_size, self.earlier)
 
 
 def plan_batch(
-    global_batch_size: int, micro_batch_size: int | None, world_size: int, earlier: Sequence[Stage] = ()
+    global_batch_size: int, micro_batch_size: int | None, world_size: int, earlier: Sequence[BatchSizeStage] = ()
 ) -> BatchPlan:
     """Derive the accumulation from the global batch.
 

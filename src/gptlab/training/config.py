@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.config.base import Settings
-from gptlab.data.batch_size_schedule import Stages
+from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
@@ -129,9 +129,9 @@ class TrainConfig(Settings):
         return self
 
     @property
-    def stages(self) -> Stages:
+    def stages(self) -> BatchSizeSchedule:
         """How many sequences every step has."""
-        return Stages(self.global_batch_size, self.batch_schedule)
+        return BatchSizeSchedule(self.global_batch_size, self.batch_schedule)
 
     def plan(self, world_size: int) -> BatchPlan:
         """Deal the batches out to so many ranks that read data of their own; UserError: it cannot be done."""

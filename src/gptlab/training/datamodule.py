@@ -5,10 +5,10 @@ from itertools import count
 import lightning as L
 from torch.utils.data import DataLoader
 
-from gptlab.data.batches import Batch, EvaluationBatches, Slice, TrainBatches
+from gptlab.data.batches import Batch, EvaluationBatches, RankSlice, TrainBatches
 from gptlab.data.config import DataConfig
 from gptlab.data.order import evaluation_starts, training_order
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.distributed.strategies import data_rank
 from gptlab.training.loader import TimedLoader
@@ -30,7 +30,7 @@ class TokenData(L.LightningDataModule):
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: TokenDataset,
         config: DataConfig,
         *,
         plan: BatchPlan,
@@ -81,5 +81,5 @@ class TokenData(L.LightningDataModule):
     def _border(self) -> int | None:
         return self.prepared.tokenizer.end_of_text if self.config.documents == "masked" else None
 
-    def _slice(self, rank: int) -> Slice:
-        return Slice(rank, self.plan.world_size, self.plan.micro_batch_size)
+    def _slice(self, rank: int) -> RankSlice:
+        return RankSlice(rank, self.plan.world_size, self.plan.micro_batch_size)

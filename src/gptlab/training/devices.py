@@ -11,10 +11,10 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
-from gptlab.training.auto import WIDE, WIDER, is_for_speed, what_to_compile
+from gptlab.training.auto import WIDE, WIDER, is_for_speed, resolve_compile
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.distributed.processes import MOST_PROCESSES_PER_CORE, devices_from_outside, started_from_outside
-from gptlab.training.gpu_specs import of_device
+from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, external_devices, launched_externally
+from gptlab.training.gpu_specs import gpu_from_cuda_name
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -49,7 +49,7 @@ class Devices(NamedTuple):
         """Peak FLOP/s of one device at this precision; None where it is not known for certain."""
         if self.accelerator != "cuda" or not self.precision.startswith("bf16"):
             return None
-        gpu = of_device(self.name)
+        gpu = gpu_from_cuda_name(self.name)
         return gpu.flops if gpu else None
 
 
@@ -66,7 +66,7 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
     devices, num_nodes = _requested(trainer, available or 1)
     if available is not None and devices > available:
         raise UserError(f"trainer.devices={devices}: this machine has {available} GPU{'s' if available > 1 else ''}.")
-    most = MOST_PROCESSES_PER_CORE * (os.cpu_count() or 1)
+    most = MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1)
     if available is None and devices > most:
         raise UserError(
             f"trainer.devices={devices}: this machine has no GPU and {os.cpu_count()} CPU cores, "
@@ -78,7 +78,7 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
         devices=devices,
         num_nodes=num_nodes,
         precision=_best_precision(trainer, model, on_gpu) if trainer.precision == "auto" else trainer.precision,
-        compile=what_to_compile(trainer, train, gains=_gains_by_compiling(trainer, model, on_gpu)),
+        compile=resolve_compile(trainer, train, gains=_gains_by_compiling(trainer, model, on_gpu)),
         float32_matmul=best_matmul(on_gpu) if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
 
@@ -106,8 +106,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _requested(trainer: TrainerConfig, available: int) -> tuple[int, int]:
-    if started_from_outside():
-        return devices_from_outside()
+    if launched_externally():
+        return external_devices()
     if trainer.num_nodes > 1:
         raise UserError(
             f"trainer.num_nodes={trainer.num_nodes}: the processes of several machines are started by torchrun or srun."

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gptlab.errors import UserError, did_you_mean
 
-MAKER = "NVIDIA "
+VENDOR_PREFIX = "NVIDIA "
 
 
 class GPU(NamedTuple):
@@ -52,14 +52,14 @@ GPUS = {
 BY_NAME = {gpu.name: gpu for gpu in GPUS.values()}
 
 
-def of_device(name: str) -> GPU | None:
+def gpu_from_cuda_name(name: str) -> GPU | None:
     """Return the GPU that CUDA calls so; None where nothing is known for certain."""
-    return BY_NAME.get(name.removeprefix(MAKER))
+    return BY_NAME.get(name.removeprefix(VENDOR_PREFIX))
 
 
-def named(name: str) -> GPU:
+def gpu_from_name(name: str) -> GPU:
     """Return the GPU that a person calls so: "h100", or CUDA's own name. UserError names the nearest."""
-    if (gpu := of_device(name) or GPUS.get(name.lower())) is None:
+    if (gpu := gpu_from_cuda_name(name) or GPUS.get(name.lower())) is None:
         raise UserError(
             f"gpu={name}: its speed and memory are not known here.{did_you_mean(name.lower(), GPUS)} "
             f"There are {', '.join(GPUS)}."

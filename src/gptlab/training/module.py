@@ -17,15 +17,20 @@ from gptlab.evaluation.loss import LossSums
 from gptlab.model.gpt import GPT
 from gptlab.training.config import OptimizerConfig, ScheduleConfig
 from gptlab.training.distributed.fsdp import FSDP2Strategy
-from gptlab.training.distributed.strategies import compile_in_place, data_rank, reduced, weights_changed
-from gptlab.training.optim.averaging import keep_average, put_averages, put_back, set_decay
+from gptlab.training.distributed.strategies import (
+    compile_in_place,
+    data_rank,
+    reduce_over_data_ranks,
+    refresh_gathered_weights,
+)
+from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
 from gptlab.training.optim.optimizers import (
     build_optimizer,
     group_names,
-    set_step,
-    skip_where_bad,
-    with_names,
-    with_numbers,
+    name_state,
+    number_state,
+    set_step_hyperparameters,
+    skip_step_if,
 )
 from gptlab.training.optim.schedules import learning_rate
 
@@ -94,7 +99,7 @@ class GPTModule(L.LightningModule):
         optimizer = build_optimizer(self.model, self.optimizer_config, fused=fused)
         self.group_names = group_names(self.model, self.optimizer_config)
         if self.ema_decay is not None:
-            keep_average(optimizer, self.ema_decay)
+            enable_averaging(optimizer, self.ema_decay)
         return optimizer
 
     def lr(self, step: int) -> float:
@@ -118,7 +123,9 @@ class GPTModule(L.LightningModule):
         step, micro = self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
             (optimizer,) = self.trainer.optimizers
-            set_step(optimizer, step, self.optimizer_config, self.schedule_config, max_steps=self.max_steps)
+            set_step_hyperparameters(
+                optimizer, step, self.optimizer_config, self.schedule_config, max_steps=self.max_steps
+            )
             if self.ema_decay is not None:
                 set_decay(optimizer, step, self.ema_decay)
             self.step_loss = torch.zeros((), device=self.device)
@@ -147,26 +154,28 @@ class GPTModule(L.LightningModule):
     def skip_if_bad(self, optimizer: Optimizer) -> None:
         """Skip the step where the norm of its gradient is not finite."""
         self.bad_step = 1 - self.grad_norm.isfinite().float()
-        skip_where_bad(optimizer, self.bad_step)
+        skip_step_if(optimizer, self.bad_step)
 
     def global_step_loss(self) -> float:
         """Mean loss of the finished step over all its tokens, on all ranks; every rank must ask.
 
         Micro-batches have equally many tokens, all of which are scored: the mean of their means is that of the tokens.
         """
-        return reduced(self.step_loss / self.trainer.accumulate_grad_batches, self.trainer, "mean").item()
+        return reduce_over_data_ranks(
+            self.step_loss / self.trainer.accumulate_grad_batches, self.trainer, "mean"
+        ).item()
 
     def on_validation_start(self) -> None:
         """Evaluate, and sample, the average of the weights where one is kept."""
-        self._trained = put_averages(self.trainer.optimizers)
+        self._trained = swap_in_averages(self.trainer.optimizers)
         if self._trained:
-            weights_changed(self.trainer.strategy)
+            refresh_gathered_weights(self.trainer.strategy)
 
     def on_validation_end(self) -> None:
         """Go on with the trained weights; a checkpoint has done so before, since it has these and the average."""
-        put_back(self._trained)
+        swap_out_averages(self._trained)
         if self._trained:
-            weights_changed(self.trainer.strategy)
+            refresh_gathered_weights(self.trainer.strategy)
         self._trained = []
 
     def on_validation_epoch_start(self) -> None:
@@ -179,7 +188,7 @@ class GPTModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Publish val/loss and val/bits_per_byte of all ranks' windows together, for callbacks and the log."""
-        self.sums.sums = reduced(self.sums.sums, self.trainer, "sum")
+        self.sums.sums = reduce_over_data_ranks(self.sums.sums, self.trainer, "sum")
         loss, bits_per_byte = self.sums.result()
         self.log_dict({"val/loss": loss, "val/bits_per_byte": bits_per_byte}, logger=False)
 
@@ -189,7 +198,7 @@ class GPTModule(L.LightningModule):
         checkpoint["state_dict"] = {name.removeprefix(WEIGHTS): tensor for name, tensor in state.items()}
         states, config = checkpoint["optimizer_states"], self.optimizer_config
         # a rank that does not write the one file that all are gathered into has none
-        checkpoint["optimizer_states"] = [with_names(state, self.model, config) for state in states if state]
+        checkpoint["optimizer_states"] = [name_state(state, self.model, config) for state in states if state]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -202,7 +211,7 @@ class GPTModule(L.LightningModule):
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {WEIGHTS + name: tensor for name, tensor in state.items()}
         states, config = checkpoint.get("optimizer_states", []), self.optimizer_config
-        checkpoint["optimizer_states"] = [with_numbers(state, self.model, config) for state in states]
+        checkpoint["optimizer_states"] = [number_state(state, self.model, config) for state in states]
 
 
 def seed_generators(seed: int) -> None:

@@ -4,12 +4,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 from lightning.pytorch.profilers import PassThroughProfiler
 
-NOTHING = nullcontext()
+NULL_CONTEXT = nullcontext()
 
 
-class Unprofiled(PassThroughProfiler):
+class NullProfiler(PassThroughProfiler):
     """Takes no time of anything; Lightning's makes a new context around every hook of every callback of every step."""
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
         """Return the one context that does nothing."""
-        return NOTHING
+        return NULL_CONTEXT

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class Line(NamedTuple):
+class TraceStep(NamedTuple):
     """A step of a trace, as ``gptlab.training.callbacks.determinism_trace`` writes it."""
 
     step: int
@@ -17,7 +17,7 @@ class Line(NamedTuple):
     tensors: dict[str, str]
 
 
-class Difference(NamedTuple):
+class TraceDifference(NamedTuple):
     """Where two traces part.
 
     Attributes:
@@ -39,20 +39,20 @@ class Difference(NamedTuple):
         return f"first at step {self.step}: {'; '.join(parts)}"
 
 
-def read_trace(path: Path) -> list[Line]:
+def read_trace(path: Path) -> list[TraceStep]:
     """Read a trace; there are no lines where there is no file."""
     if not path.exists():
         return []
-    return [Line(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [TraceStep(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def first_difference(expected: list[Line], found: list[Line]) -> Difference | None:
+def first_difference(expected: list[TraceStep], found: list[TraceStep]) -> TraceDifference | None:
     """Find the first step at which two traces are not the same to the last bit."""
     for ours, theirs in zip_longest(expected, found):
         if ours == theirs:
             continue
         if ours is None or theirs is None:
-            return Difference((ours or theirs).step, ["one of the runs has no such step"], [], 0)
+            return TraceDifference((ours or theirs).step, ["one of the runs has no such step"], [], 0)
         values = [
             f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}"
             for name in ("step", "tokens", "loss", "grad_norm")
@@ -60,11 +60,11 @@ def first_difference(expected: list[Line], found: list[Line]) -> Difference | No
         ]
         names = list(ours.tensors | theirs.tensors)
         tensors = [name for name in names if ours.tensors.get(name) != theirs.tensors.get(name)]
-        return Difference(ours.step, values, tensors, len(names))
+        return TraceDifference(ours.step, values, tensors, len(names))
     return None
 
 
-def largest_difference(expected: list[Line], found: list[Line]) -> tuple[float, int]:
+def largest_difference(expected: list[TraceStep], found: list[TraceStep]) -> tuple[float, int]:
     """Return the largest difference of the losses of two traces, and its step.
 
     It is infinite where a loss is not a number, or one of the traces has no such step.

@@ -48,17 +48,17 @@ class ProveConfig(Settings):
         return self
 
 
-class Beside(Settings):
+class ProveArguments(Settings):
     """What the command takes beside a training run's configuration."""
 
     prove: ProveConfig
 
 
-def resolve_both(values: DictConfig, overrides: list[str]) -> tuple[Config, ProveConfig]:
+def resolve_proof(values: DictConfig, overrides: list[str]) -> tuple[Config, ProveConfig]:
     """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and how much of it is proven."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key != "prove"])
     config = resolve(run, [override for override in overrides if not override.startswith("prove.")])
-    return config, check(Beside, {"prove": plain(values.prove)}).prove
+    return config, check(ProveArguments, {"prove": plain(values.prove)}).prove
 
 
 def shortened(config: Config, steps: int) -> Config:
@@ -84,7 +84,7 @@ def shortened(config: Config, steps: int) -> Config:
     )
 
 
-def to_be_killed(short: Config) -> Config:
+def extended(short: Config) -> Config:
     """Return the same run, longer and with all its checkpoints: at work when it is killed, however fast it is."""
     steps = short.steps + LONGER
     callbacks = _with(short.callbacks, checkpoint=_with(_every_step(short.callbacks.checkpoint), keep_last=steps))
@@ -103,13 +103,13 @@ def comparable(short: Config, accelerator: Literal["cpu", "gpu"]) -> Config:
     )
 
 
-def spread(config: Config, strategy: str, plan: BatchPlan) -> Config:
+def on_ranks(config: Config, strategy: str, plan: BatchPlan) -> Config:
     """Return the same run on the processes of a plan."""
     trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
 
 
-def deal(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
+def plan_ranks(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
     """Deal a run's batches out to so many ranks, in the largest micro-batches up to a size; UserError: it cannot be."""
     whole = _with(train, micro_batch_size=None).plan(ranks)
     most = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # which the accumulation has to divide

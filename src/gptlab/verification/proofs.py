@@ -8,23 +8,23 @@ import torch
 from rich import get_console
 
 from gptlab.config.schema import Config
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import CHECKPOINTS
 from gptlab.training.callbacks.determinism_trace import hash_tensor
-from gptlab.training.checkpoints.reading import read
-from gptlab.training.checkpoints.records import damage, place_of
+from gptlab.training.checkpoints.reading import read_checkpoint
+from gptlab.training.checkpoints.records import checkpoint_path, find_corruption
 from gptlab.training.devices import choose_devices
-from gptlab.verification.comparison import Line, first_difference, largest_difference
-from gptlab.verification.configs import ProveConfig, comparable, deal, shortened, spread, to_be_killed
-from gptlab.verification.report import Proof
-from gptlab.verification.runs import RunFailed, Runs
+from gptlab.verification.comparison import TraceStep, first_difference, largest_difference
+from gptlab.verification.configs import ProveConfig, comparable, extended, on_ranks, plan_ranks, shortened
+from gptlab.verification.report import ProofResult
+from gptlab.verification.runs import ProofRuns, RunFailed
 from gptlab.verification.tokens import loaded_tokens
 
 WHOLE = "uninterrupted"  # the run that most proofs compare with
 
 
-class Case:
+class ProofCase:
     """A configuration to prove.
 
     Args:
@@ -33,7 +33,7 @@ class Case:
         wanted: How much is proven.
     """
 
-    def __init__(self, config: Config, prepared: Prepared, wanted: ProveConfig) -> None:
+    def __init__(self, config: Config, prepared: TokenDataset, wanted: ProveConfig) -> None:
         self.prepared, self.wanted = prepared, wanted
         devices = choose_devices(config.trainer, config.train, config.model)
         shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
@@ -41,7 +41,7 @@ class Case:
         self.config = shortened(config, wanted.steps)
 
 
-def prove_all(case: Case, runs: Runs) -> Iterator[Proof]:
+def prove_all(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
     """Prove one promise after the other; a run that fails disproves what it was made for."""
     for name, prove in PROOFS.items():
         try:
@@ -50,32 +50,32 @@ def prove_all(case: Case, runs: Runs) -> Iterator[Proof]:
             yield _failed(name, error)
 
 
-def killed_and_resumed(case: Case, runs: Runs) -> Iterator[Proof]:
+def killed_and_resumed(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
     """A run that was killed and goes on is, to the last bit, the run that was not."""
     name, after, steps = "killed and resumed", case.wanted.kill_after, case.wanted.steps
     whole = runs.trace(WHOLE, case.config)
-    place = runs.kill("killed", to_be_killed(case.config), after)
-    resumed = runs.trace("resumed", case.config.model_copy(update={"resume": str(place), "init_from": None}))
+    run_dir = runs.kill("killed", extended(case.config), after)
+    resumed = runs.trace("resumed", case.config.model_copy(update={"resume": str(run_dir), "init_from": None}))
     difference = first_difference(whole, resumed)
     details: dict[str, Any] = {"killed_after": after, "steps": steps, "difference": difference and difference._asdict()}
     if difference is None:
         tensors = len(whole[-1].tensors)
-        yield Proof(name, True, f"killed after step {after}; {steps} steps, {tensors} tensors bit-equal", details)
+        yield ProofResult(name, True, f"killed after step {after}; {steps} steps, {tensors} tensors bit-equal", details)
         return
     what = f"killed after step {after}; it differs {difference}"
     if other := first_difference(whole, runs.trace("repeated", case.config)):
         details["repeated"] = other._asdict()
         what += f". Two runs that were never killed differ, too, {other}: the arithmetic itself does not repeat"
-    yield Proof(name, False, what, details)
+    yield ProofResult(name, False, what, details)
 
 
-def same_tokens(case: Case, runs: Runs) -> Iterator[Proof]:
+def same_tokens(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
     """Any number of ranks and of workers loads, for every step, the tokens that were trained on."""
     expected = [line.tokens for line in runs.trace(WHOLE, case.config)]
     for ranks in case.wanted.ranks:
         name = f"tokens of {ranks} rank{'s' if ranks > 1 else ''}"
         try:
-            plan = deal(case.config.train, ranks, case.plan.micro_batch_size)
+            plan = plan_ranks(case.config.train, ranks, case.plan.micro_batch_size)
         except UserError as error:
             yield _impossible(name, error)
             continue
@@ -91,10 +91,10 @@ def same_tokens(case: Case, runs: Runs) -> Iterator[Proof]:
                 wrong.append(f"with {workers} workers first at step {differing[0]}")
         with_workers = " and ".join(map(str, case.wanted.workers))
         same = f"every step as trained on, with {with_workers} workers"
-        yield Proof(name, not wrong, f"other than trained on: {', '.join(wrong)}" if wrong else same, details)
+        yield ProofResult(name, not wrong, f"other than trained on: {', '.join(wrong)}" if wrong else same, details)
 
 
-def same_losses(case: Case, runs: Runs) -> Iterator[Proof]:
+def same_losses(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
     """Accumulated or spread over two processes, a run has the losses that one process has at once."""
     on: Literal["cpu", "gpu"] = "gpu" if torch.cuda.device_count() >= 2 else "cpu"
     alone = comparable(case.config, on)
@@ -105,28 +105,28 @@ def same_losses(case: Case, runs: Runs) -> Iterator[Proof]:
         try:
             if at_most == 0:
                 raise UserError("the micro-batch is one sequence, which cannot be halved.")
-            plan = deal(case.config.train, ranks, at_most)
+            plan = plan_ranks(case.config.train, ranks, at_most)
         except UserError as error:
             yield _impossible(name, error)
             continue
         try:
-            expected = runs.trace("one-process", spread(alone, "single", case.plan._replace(world_size=1)))
-            found = runs.trace(way, spread(alone, strategy, plan))
+            expected = runs.trace("one-process", on_ranks(alone, "single", case.plan._replace(world_size=1)))
+            found = runs.trace(way, on_ranks(alone, strategy, plan))
         except RunFailed as error:
             yield _failed(name, error)
             continue
         yield compare_losses(name, expected, found, case.wanted.tolerance, plan._asdict() | {"on": on})
 
 
-def checkpoint_round_trip(case: Case, runs: Runs) -> Iterator[Proof]:
+def checkpoint_round_trip(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
     """What was saved is, as anybody reads it, what the run had in memory."""
     name, last = "checkpoint round trip", runs.trace(WHOLE, case.config)[-1]
-    place = place_of(runs.place(WHOLE) / CHECKPOINTS, last.step)
-    details: dict[str, Any] = {"checkpoint": str(place), "step": last.step, "tensors": len(last.tensors)}
-    if what := damage(place):
-        yield Proof(name, False, f"{place.name} is damaged: {what}", details)
+    path = checkpoint_path(runs.run_dir(WHOLE) / CHECKPOINTS, last.step)
+    details: dict[str, Any] = {"checkpoint": str(path), "step": last.step, "tensors": len(last.tensors)}
+    if what := find_corruption(path):
+        yield ProofResult(name, False, f"{path.name} is damaged: {what}", details)
         return
-    checkpoint = read(place)
+    checkpoint = read_checkpoint(path)
     saved = dict(checkpoint["state_dict"])
     for optimizer in checkpoint["optimizer_states"]:
         for parameter, moments in optimizer["state"].items():
@@ -136,8 +136,8 @@ def checkpoint_round_trip(case: Case, runs: Runs) -> Iterator[Proof]:
     if differing:
         what = f"{len(differing)} of {len(last.tensors)} tensors are not saved as they were, first {differing[0]}"
     else:
-        what = f"{place.name}: {len(last.tensors)} tensors and every file as they were written"
-    yield Proof(name, not differing, what, details)
+        what = f"{path.name}: {len(last.tensors)} tensors and every file as they were written"
+    yield ProofResult(name, not differing, what, details)
 
 
 PROOFS = {
@@ -149,23 +149,23 @@ PROOFS = {
 
 
 def compare_losses(
-    name: str, expected: list[Line], found: list[Line], tolerance: float, details: dict[str, Any]
-) -> Proof:
+    name: str, expected: list[TraceStep], found: list[TraceStep], tolerance: float, details: dict[str, Any]
+) -> ProofResult:
     """Compare the losses of two runs, which mean something where their tokens are the same."""
     largest, step = largest_difference(expected, found)
     details |= {"largest_difference": largest if largest < math.inf else None, "step": step, "tolerance": tolerance}
     for key, lines in (("losses", found), ("losses_of_one_process", expected)):
         details[key] = [line.loss for line in lines]
     if others := [ours.step for ours, theirs in zip(expected, found, strict=False) if ours.tokens != theirs.tokens]:
-        return Proof(name, False, f"trained on other tokens, first at step {others[0]}", details)
+        return ProofResult(name, False, f"trained on other tokens, first at step {others[0]}", details)
     passed = largest <= tolerance
     what = f"largest difference {largest:.1e} at step {step}, {'within' if passed else 'beyond'} {tolerance:.0e}"
-    return Proof(name, passed, f"{what} ({details['on']}, float32, no dropout)", details)
+    return ProofResult(name, passed, f"{what} ({details['on']}, float32, no dropout)", details)
 
 
-def _failed(name: str, error: RunFailed) -> Proof:
-    return Proof(name, False, str(error), {"tail": error.tail})
+def _failed(name: str, error: RunFailed) -> ProofResult:
+    return ProofResult(name, False, str(error), {"tail": error.tail})
 
 
-def _impossible(name: str, error: UserError) -> Proof:
-    return Proof(name, None, f"not possible: {error}", {})
+def _impossible(name: str, error: UserError) -> ProofResult:
+    return ProofResult(name, None, f"not possible: {error}", {})

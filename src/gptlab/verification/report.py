@@ -17,7 +17,7 @@ REPORT = "prove.json"
 SIGNS = {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("–")}
 
 
-class Proof(NamedTuple):
+class ProofResult(NamedTuple):
     """What a proof found.
 
     Attributes:
@@ -33,7 +33,7 @@ class Proof(NamedTuple):
     details: dict[str, Any]
 
 
-def print_proofs(config: Config, steps: int, proofs: list[Proof]) -> None:
+def print_proofs(config: Config, steps: int, proofs: list[ProofResult]) -> None:
     """Print a row a proof, and below them what failed runs said last."""
     console = get_console()
     table = Table(box=box.SIMPLE)
@@ -48,11 +48,11 @@ def print_proofs(config: Config, steps: int, proofs: list[Proof]) -> None:
             console.print(Panel(Text(tail), title=proof.name, title_align="left", box=box.ROUNDED))
 
 
-def write_report(folder: Path, config: Config, proofs: list[Proof]) -> Path:
+def write_report(folder: Path, config: Config, proofs: list[ProofResult]) -> Path:
     """Write prove.json; the environment in it stands beside it, too."""
     record_environment(folder)
     report: dict[str, Any] = {
-        "passed": passed(proofs),
+        "passed": all_passed(proofs),
         "proofs": [proof._asdict() for proof in proofs],
         "config": config.model_dump(mode="json"),
         "environment": json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8")),
@@ -62,6 +62,6 @@ def write_report(folder: Path, config: Config, proofs: list[Proof]) -> Path:
     return path
 
 
-def passed(proofs: list[Proof]) -> bool:
+def all_passed(proofs: list[ProofResult]) -> bool:
     """Whether no promise is broken; one that cannot be tried here is not."""
     return all(proof.passed is not False for proof in proofs)

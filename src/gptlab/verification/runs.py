@@ -17,8 +17,8 @@ from rich import get_console
 from gptlab.config.schema import Config
 from gptlab.launch.job_file import write_job
 from gptlab.tracking.run_directory import CHECKPOINTS, TRACE
-from gptlab.training.checkpoints.records import checkpoints, remove, step_of
-from gptlab.verification.comparison import Line, read_trace
+from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints, remove_checkpoint
+from gptlab.verification.comparison import TraceStep, read_trace
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +39,18 @@ class RunFailed(Exception):  # noqa: N818  (it is what a proof finds)
         self.tail = tail
 
 
-class Run:
+class RunProcess:
     """A checked configuration that runs; ``kill`` ends all its processes, and waits until none of them is left.
 
     Args:
         config: What to run.
-        place: Its run directory, unless it goes on in another.
+        run_dir: Its run directory, unless it goes on in another.
         output: The file for what it says.
     """
 
-    def __init__(self, config: Config, place: Path, output: Path) -> None:
+    def __init__(self, config: Config, run_dir: Path, output: Path) -> None:
         job = output.with_suffix(".json")
-        write_job(job, config, place)
+        write_job(job, config, run_dir)
         self.process = subprocess.Popen(
             (*COMMAND, str(job)),
             stdout=subprocess.PIPE,
@@ -75,7 +75,7 @@ class Run:
                 file.write(data)
 
 
-class Runs:
+class ProofRuns:
     """Runs configurations, each once, in folders of their names.
 
     Args:
@@ -84,13 +84,13 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        self._known: dict[str, list[Line] | RunFailed] = {}
+        self._known: dict[str, list[TraceStep] | RunFailed] = {}
 
-    def place(self, name: str) -> Path:
+    def run_dir(self, name: str) -> Path:
         """The run directory of a name."""
         return self.folder / name
 
-    def trace(self, name: str, config: Config) -> list[Line]:
+    def trace(self, name: str, config: Config) -> list[TraceStep]:
         """Run to the end and return the trace; RunFailed for any other end."""
         if name not in self._known:
             try:
@@ -108,27 +108,29 @@ class Runs:
         What was saved later than that before the signal came is taken away: it goes on from that step.
         """
         with self._running(name, config) as run:
-            while not any(step_of(place) >= after for place in checkpoints(self.place(name) / CHECKPOINTS)):
+            while not any(
+                checkpoint_step(run_dir) >= after for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS)
+            ):
                 if (status := run.process.poll()) is not None:
                     raise self._failed(name, status)
                 time.sleep(POLL)
-        for place in checkpoints(self.place(name) / CHECKPOINTS):
-            if step_of(place) > after:
-                remove(place)
-        return self.place(name)
+        for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS):
+            if checkpoint_step(run_dir) > after:
+                remove_checkpoint(run_dir)
+        return self.run_dir(name)
 
-    def _traced(self, name: str, config: Config) -> list[Line]:
+    def _traced(self, name: str, config: Config) -> list[TraceStep]:
         with self._running(name, config) as run:
             if status := run.process.wait():
                 raise self._failed(name, status)
-        return read_trace((Path(config.resume) if config.resume else self.place(name)) / TRACE)
+        return read_trace((Path(config.resume) if config.resume else self.run_dir(name)) / TRACE)
 
     @contextmanager
-    def _running(self, name: str, config: Config) -> Iterator[Run]:
+    def _running(self, name: str, config: Config) -> Iterator[RunProcess]:
         """Start a run; whatever happens, none of its processes is left."""
         begun = time.monotonic()
         with get_console().status(f"running: {name}"):
-            run = Run(config, self.place(name), self._log(name))
+            run = RunProcess(config, self.run_dir(name), self._log(name))
             try:
                 yield run
             finally:

@@ -3,13 +3,13 @@
 from itertools import islice
 
 from gptlab.config.schema import Config
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.callbacks.determinism_trace import as_text, hash_windows, no_windows
+from gptlab.training.callbacks.determinism_trace import format_sums, hash_windows, zero_sums
 from gptlab.training.datamodule import TokenData
 
 
-def loaded_tokens(config: Config, prepared: Prepared, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
+def loaded_tokens(config: Config, prepared: TokenDataset, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
     """Hash what the ranks of a plan load for each step, as the trace of a run has it."""
     data = TokenData(
         prepared,
@@ -19,9 +19,9 @@ def loaded_tokens(config: Config, prepared: Prepared, plan: BatchPlan, *, worker
         seed=config.seed,
         eval_windows=None,
     )
-    sums = [no_windows() for _ in range(steps)]
+    sums = [zero_sums() for _ in range(steps)]
     for rank in range(plan.world_size):
         loader = data.micro_batches(rank, first_step=0)
         for number, batch in enumerate(islice(loader, steps * plan.accumulation)):
             sums[number // plan.accumulation] += hash_windows(batch)
-    return [as_text(total) for total in sums]
+    return [format_sums(total) for total in sums]

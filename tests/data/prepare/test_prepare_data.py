@@ -12,8 +12,8 @@ import pytest
 
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards.manifest import ShardWriter
-from gptlab.data.shards.token_dataset import Prepared
-from gptlab.data.sources.corpora import Files
+from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.sources.corpora import FileCorpus
 from gptlab.errors import UserError
 from preparing import data_config, hashes, prepare_text, state, tokenizer_config, tokens_on_disk
 
@@ -38,7 +38,7 @@ def write(folder: Path, texts: dict[str, str]) -> None:
         (folder / name).write_bytes(text.encode())
 
 
-def prepare_shards(path: Path | None, tokenizer: str = "bytes") -> Prepared:
+def prepare_shards(path: Path | None, tokenizer: str = "bytes") -> TokenDataset:
     config = data_config(corpus="shards", path=path if path is None else str(path))
     return prepare(config, tokenizer_config(tokenizer))
 
@@ -210,7 +210,7 @@ def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
 
 @pytest.mark.parametrize("where", ["corpus", "shard"])
 def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_next_call(source, monkeypatch, where):
-    def documents(self, task, read=Files.documents):
+    def documents(self, task, read=FileCorpus.documents):
         for document in read(self, task):
             if document.name == "20.txt":
                 raise OSError("the disk is gone")
@@ -224,7 +224,7 @@ def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_ne
     expected = hashes(prepare_text(source, cache_dir=str(source.parent / "other")).folder)
     with monkeypatch.context() as patch:
         if where == "corpus":
-            patch.setattr(Files, "documents", documents)
+            patch.setattr(FileCorpus, "documents", documents)
         else:
             patch.setattr(ShardWriter, "add", add)
         with pytest.raises(OSError, match="the disk is gone"):

@@ -12,15 +12,15 @@ import pytest
 from conftest import defaults
 from gptlab.data.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split, resolve_val_split
-from gptlab.data.prepare.tasks import Work
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.prepare.tasks import PrepareOptions
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from preparing import ALONE, data_config, hashes, is_in_val, prepare_text, tokens_on_disk
 
 ANSWERS = [f"{n} and {n % 7} are {n + n % 7} END" for n in range(300)]
 
 
-def documents(prepared: Prepared, split: str) -> list[str]:
+def documents(prepared: TokenDataset, split: str) -> list[str]:
     """Take a split of bytes apart at its ends of text."""
     *texts, rest = "".join(map(chr, tokens_on_disk(prepared.folder, split))).split(chr(256))
     assert rest == ""
@@ -74,10 +74,10 @@ def test_by_default_one_single_text_is_cut_at_its_end(tmp_path, kind):
     (folder / "empty").touch()
     source = folder if kind == "folder" else path
     prepared, cut = (prepare_text(source, val_split=split, task_bytes=10**6) for split in ("auto", "tail"))
-    border = len(text) * 9 // 10
+    eot_id = len(text) * 9 // 10
     assert [*documents(prepared, "train"), *documents(prepared, "val")] == [
-        text[:border].decode(),
-        text[border:].decode(),
+        text[:eot_id].decode(),
+        text[eot_id:].decode(),
     ]
     assert prepared.folder == cut.folder
 
@@ -111,7 +111,7 @@ def seed_where(texts, condition) -> int:
     return next(seed for seed in range(10_000) if condition([drawn(name, seed) for name in texts], seed))
 
 
-@pytest.mark.parametrize("work", [ALONE, Work(workers=2)], ids=["alone", "two workers"])
+@pytest.mark.parametrize("work", [ALONE, PrepareOptions(workers=2)], ids=["alone", "two workers"])
 def test_of_few_documents_the_one_with_the_smallest_draw_is_val_where_no_other_is(tmp_path, work):
     folder, texts = write_few(tmp_path)
     seed = seed_where(
@@ -147,8 +147,8 @@ def test_few_documents_are_split_the_same_in_parts(unlucky, tmp_path):
     expected = hashes(prepare_text(folder, **values, cache_dir=str(tmp_path / "expected")).folder)
     for part in (1, 2):
         with pytest.raises(UserError, match="part is done"):
-            prepare_text(folder, **values, work=Work(1, part, 3))
-    assert hashes(prepare_text(folder, **values, work=Work(1, 0, 3)).folder) == expected
+            prepare_text(folder, **values, work=PrepareOptions(1, part, 3))
+    assert hashes(prepare_text(folder, **values, work=PrepareOptions(1, 0, 3)).folder) == expected
 
 
 def test_a_preparation_that_left_val_empty_before_is_completed_with_a_document_in_it(unlucky, tmp_path, monkeypatch):

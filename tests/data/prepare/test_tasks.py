@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.errors import UserError
 from preparing import data_config, hashes, prepare_text, state, text_values, tokens_on_disk
 
@@ -27,12 +27,12 @@ import json, sys
 
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.prepare.tasks import Work
+from gptlab.data.prepare.tasks import PrepareOptions
 
 if __name__ == "__main__":
     values, workers = json.loads(sys.argv[1]), int(sys.argv[2])
     tokenizer = TokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None, train_mb=None)
-    print(prepare(DataConfig.model_validate(values), tokenizer, Work(workers=workers)).folder)
+    print(prepare(DataConfig.model_validate(values), tokenizer, PrepareOptions(workers=workers)).folder)
 """
 
 
@@ -65,14 +65,14 @@ def only_folder(cache: Path) -> Path:
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_add_up_to_the_same_bytes(source, expected, workers):
     assert len(expected) > 30
-    folder = prepare_text(source, **ROWS, work=Work(workers=workers)).folder
+    folder = prepare_text(source, **ROWS, work=PrepareOptions(workers=workers)).folder
     assert hashes(folder) == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_progress_is_told_in_bytes_up_to_the_total_and_in_tokens_up_to_the_manifests(source, workers):
     told = []
-    work = Work(workers=workers, report=lambda *numbers: told.append(numbers))
+    work = PrepareOptions(workers=workers, report=lambda *numbers: told.append(numbers))
     manifest = prepare_text(source, **ROWS, work=work).manifest
     done, totals, tokens = (list(column) for column in zip(*told, strict=True))
     assert len(told) > 15
@@ -92,7 +92,7 @@ def test_what_a_worker_cannot_read_is_told_as_it_would_be_without_workers(source
     messages = []
     for workers in (1, 2):
         with pytest.raises(UserError, match=rf"{source}, line at byte \d+: not JSON") as caught:
-            prepare_text(source, **ROWS, work=Work(workers=workers))
+            prepare_text(source, **ROWS, work=PrepareOptions(workers=workers))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
@@ -104,7 +104,7 @@ def test_what_a_worker_cannot_read_is_told_as_it_would_be_without_workers(source
 def test_parts_in_any_order_make_the_same_bytes(source, expected, order):
     tasks = -(-source.stat().st_size // 3050)
     for done, part in enumerate(order, start=1):
-        work = Work(workers=1, part=part, parts=3)
+        work = PrepareOptions(workers=1, part=part, parts=3)
         if done < 3:
             with pytest.raises(UserError, match=r"part is done; \d+ of \d+ tasks in .* are not.* task \d") as caught:
                 prepare_text(source, **ROWS, work=work)
@@ -120,7 +120,7 @@ def test_parts_in_any_order_make_the_same_bytes(source, expected, order):
 
 def test_a_part_does_its_own_tasks_alone_and_whoever_does_all_only_the_rest(source, expected):
     with pytest.raises(UserError, match="part is done"):
-        prepare_text(source, **ROWS, work=Work(workers=1, part=1, parts=3))
+        prepare_text(source, **ROWS, work=PrepareOptions(workers=1, part=1, parts=3))
     folder = only_folder(source.parent / "cache")
     done = {name: when for name, when in state(folder).items() if name.endswith(".bin")}
     assert {int(name.split("_")[1].split(".")[0]) % 3 for name in done} == {1}
@@ -133,8 +133,8 @@ def test_characters_are_the_same_ones_in_every_part(source):
     expected = hashes(prepare_text(source, "characters", **ROWS, cache_dir=str(source.parent / "expected")).folder)
     for part in (2, 0):
         with pytest.raises(UserError, match="part is done"):
-            prepare_text(source, "characters", **ROWS, work=Work(workers=1, part=part, parts=3))
-    assert hashes(prepare_text(source, "characters", **ROWS, work=Work(2)).folder) == expected
+            prepare_text(source, "characters", **ROWS, work=PrepareOptions(workers=1, part=part, parts=3))
+    assert hashes(prepare_text(source, "characters", **ROWS, work=PrepareOptions(2)).folder) == expected
 
 
 # --- the end of text
@@ -231,8 +231,8 @@ def test_a_full_disk_is_told_in_bytes_of_tokens(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("gptlab.data.sources.corpora.documents", lambda *_: iter(()))
-    monkeypatch.setattr("gptlab.data.prepare.prepare.LEAST_TASK", 10**12)
+    monkeypatch.setattr("gptlab.data.sources.corpora.read_documents", lambda *_: iter(()))
+    monkeypatch.setattr("gptlab.data.prepare.prepare.MIN_TASK_BYTES", 10**12)
     with pytest.raises(UserError, match=r"about 5\.2 GB more"):
         prepare_text(path, task_bytes=10**12)
 
@@ -342,7 +342,7 @@ DYING_SCRIPT = (
 
         pathlib.Path.open = open_then_hook
         sys.addaudithook(hook)
-        prepare(DataConfig.model_validate(values | {"cache_dir": cache}), tokenizer, Work(workers=1))
+        prepare(DataConfig.model_validate(values | {"cache_dir": cache}), tokenizer, PrepareOptions(workers=1))
         os._exit(0)
 
     for deadly in range(1, 1000):
@@ -412,7 +412,7 @@ def test_a_worker_that_is_killed_is_told_and_what_is_done_is_kept(source):
             os.kill(child.pid, signal.SIGKILL)
 
     with pytest.raises(UserError, match=r"worker was killed, .* memory: .*data\.task_bytes.* is kept"):
-        prepare_text(source, **ROWS, work=Work(workers=2, report=kill_a_worker))
+        prepare_text(source, **ROWS, work=PrepareOptions(workers=2, report=kill_a_worker))
     assert list(only_folder(source.parent / "cache").glob("task_*.json"))
     assert hashes(prepare_text(source, **ROWS).folder) == expected
 
@@ -425,7 +425,7 @@ def test_parts_that_begin_and_end_at_the_same_time_do_not_disturb_each_other(sou
         """Return the folder, or what the user is told."""
         together.wait()
         try:
-            return str(prepare_text(source, **ROWS, work=Work(workers=1, part=part, parts=4)).folder)
+            return str(prepare_text(source, **ROWS, work=PrepareOptions(workers=1, part=part, parts=4)).folder)
         except UserError as error:
             return str(error)
 
@@ -446,7 +446,7 @@ def test_an_interrupt_does_not_wait_for_workers_and_what_they_left_is_cleared_aw
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_text(source, **ROWS, work=Work(workers=2, report=interrupt))
+        prepare_text(source, **ROWS, work=PrepareOptions(workers=2, report=interrupt))
     wait_until(lambda: not multiprocessing.active_children(), seconds=5)
     prepare_text(source, **ROWS)
     assert hashes(only_folder(source.parent / "cache")) == expected

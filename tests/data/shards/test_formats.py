@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gptlab.data.shards.formats import Layout, convert, describe, layout
-from gptlab.data.shards.streams import Folder, TokenStream
+from gptlab.data.shards.formats import TokenFileLayout, build_manifest, convert, read_layout
+from gptlab.data.shards.streams import LocalFolder, TokenStream
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 
@@ -45,9 +45,9 @@ def write(folder, kind: str):
 
 @pytest.mark.parametrize("kind", ["nanogpt", "llmc", "llama", "npy"])
 def test_every_format_is_read_as_the_tokens_it_holds(tmp_path, kind):
-    manifest = describe(write(tmp_path, kind), BytesTokenizer())
+    manifest = build_manifest(write(tmp_path, kind), BytesTokenizer())
     for split, tokens in (("train", TRAIN), ("val", VAL)):
-        stream = TokenStream(Folder(tmp_path / "anywhere"), manifest, split)
+        stream = TokenStream(LocalFolder(tmp_path / "anywhere"), manifest, split)
         assert stream.read([0], len(stream))[0].tolist() == tokens.tolist()
     (train,), (val,) = manifest.splits["train"], manifest.splits["val"]
     assert (train.tokens, train.bytes, train.documents) == (12, 10, 2)
@@ -55,11 +55,11 @@ def test_every_format_is_read_as_the_tokens_it_holds(tmp_path, kind):
 
 
 def test_where_and_how_the_tokens_stand(tmp_path):
-    places = {kind: layout(write(tmp_path, kind)[0]) for kind in ("nanogpt", "llmc", "llama", "npy")}
-    assert places["nanogpt"] == Layout(0, 12, "uint16")
-    assert places["llmc"] == Layout(1024, 12, "uint16")
-    assert places["llama"] == Layout(1024, 12, "uint32")
-    assert places["npy"] == Layout(128, 12, "uint16")  # numpy's header of version 1.0 fills 128 bytes here
+    places = {kind: read_layout(write(tmp_path, kind)[0]) for kind in ("nanogpt", "llmc", "llama", "npy")}
+    assert places["nanogpt"] == TokenFileLayout(0, 12, "uint16")
+    assert places["llmc"] == TokenFileLayout(1024, 12, "uint16")
+    assert places["llama"] == TokenFileLayout(1024, 12, "uint32")
+    assert places["npy"] == TokenFileLayout(128, 12, "uint16")  # numpy's header of version 1.0 fills 128 bytes here
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name_and_place(tmp_path, con
     paths = write(tmp_path, "nanogpt")
     paths[0].write_bytes(content)
     with pytest.raises(UserError, match=sentence) as error:
-        describe(paths, BytesTokenizer())
+        build_manifest(paths, BytesTokenizer())
     assert str(paths[0]) in str(error.value)
 
 
@@ -90,22 +90,22 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name_and_place(tmp_path, con
 def test_an_array_that_is_no_row_of_tokens_is_refused_and_never_unpickled(tmp_path, array):
     np.save(tmp_path / "train.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=r"train\.npy (holds|is not an array)"):
-        layout(tmp_path / "train.npy")
+        read_layout(tmp_path / "train.npy")
 
 
 def test_a_file_says_which_split_it_is_and_both_are_needed(tmp_path):
     train, val = write(tmp_path, "nanogpt")
     with pytest.raises(UserError, match="there is none for val"):
-        describe([train], BytesTokenizer())
+        build_manifest([train], BytesTokenizer())
     other = train.rename(tmp_path / "tokens.bin")
     with pytest.raises(UserError, match="should hold either train or val"):
-        describe([other, val], BytesTokenizer())
+        build_manifest([other, val], BytesTokenizer())
 
 
 @pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
 def test_what_is_written_for_others_is_byte_for_byte_their_layout(tmp_path, kind):
-    manifest = describe(write(tmp_path, "npy"), BytesTokenizer())
-    train, val = convert(Folder(tmp_path), manifest, kind, tmp_path / "out")
+    manifest = build_manifest(write(tmp_path, "npy"), BytesTokenizer())
+    train, val = convert(LocalFolder(tmp_path), manifest, kind, tmp_path / "out")
     assert (train.name, val.name) == {
         "nanogpt": ("train.bin", "val.bin"),
         "llmc": ("train_000000.bin", "val_000000.bin"),
@@ -113,4 +113,4 @@ def test_what_is_written_for_others_is_byte_for_byte_their_layout(tmp_path, kind
     assert train.read_bytes() == (TRAIN.tobytes() if kind == "nanogpt" else llmc(TRAIN))
     assert val.read_bytes() == (VAL.tobytes() if kind == "nanogpt" else llmc(VAL))
     with pytest.raises(UserError, match="is there already"):
-        convert(Folder(tmp_path), manifest, kind, tmp_path / "out")
+        convert(LocalFolder(tmp_path), manifest, kind, tmp_path / "out")

@@ -21,13 +21,13 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from gptlab.data.batches import Slice, TrainBatches
+from gptlab.data.batches import RankSlice, TrainBatches
 from gptlab.data.order import WindowOrder
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards import remote
 from gptlab.data.shards.remote import RemoteFolder
-from gptlab.data.shards.streams import Folder, TokenStream
-from gptlab.data.shards.token_dataset import Prepared, verify
+from gptlab.data.shards.streams import LocalFolder, TokenStream
+from gptlab.data.shards.token_dataset import TokenDataset, verify_shards
 from gptlab.errors import UserError
 from preparing import DiskEvents, data_config, tokenizer_config, write_shards
 from serving import read_all, served
@@ -121,10 +121,10 @@ def test_shards_behind_a_url_are_the_shards_of_the_folder(origin, server, cache,
     url = server.url if protocol == "http" else origin.as_uri()
     tokenizer = tokenizer_config("bytes")
     prepared = prepare(data_config(corpus="shards", path=f"{url}/", cache_dir=str(cache)), tokenizer)
-    assert isinstance(prepared, Prepared)
-    assert prepared.manifest == Prepared(Folder(origin), prepared.manifest, prepared.tokenizer).manifest
+    assert isinstance(prepared, TokenDataset)
+    assert prepared.manifest == TokenDataset(LocalFolder(origin), prepared.manifest, prepared.tokenizer).manifest
     check_tokens(prepared.store)
-    assert verify(prepared.store, prepared.manifest.shards()) == 9
+    assert verify_shards(prepared.store, prepared.manifest.shards()) == 9
     kept = {path.name: path.read_bytes() for path in prepared.folder.glob("*.bin")}
     assert kept == {path.name: path.read_bytes() for path in origin.glob("*.bin")}
     if protocol == "http":
@@ -231,7 +231,7 @@ def free_port() -> int:
 
 
 def test_a_server_that_is_not_there_is_given_up_after_the_attempts(cache, monkeypatch, caplog):
-    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 3)
     url = f"http://127.0.0.1:{free_port()}/data"
     with pytest.raises(UserError, match=rf"^{url}/manifest\.json could not be fetched: Cannot connect"):
         RemoteFolder(url, cache, ROOM)
@@ -309,8 +309,8 @@ def block_order(block_size: int = 50) -> WindowOrder:
 def test_over_epochs_of_blocks_the_folder_keeps_to_its_limit(origin, server, cache):
     order, limit = block_order(), 4 * SIZE  # two blocks of two shards
     store = RemoteFolder(server.url, cache, limit)
-    local = TokenStream(Folder(origin), store.manifest, "train")
-    batches, expected = (TrainBatches(stream, order, Slice(0, 1, 13)) for stream in (stream_of(store), local))
+    local = TokenStream(LocalFolder(origin), store.manifest, "train")
+    batches, expected = (TrainBatches(stream, order, RankSlice(0, 1, 13)) for stream in (stream_of(store), local))
     taken = []
     with again_and_again(lambda: taken.append(sum(files(store).values()))):
         for number in range(2 * order.windows // 13):
@@ -403,7 +403,7 @@ def sequence_of(order: WindowOrder) -> list[int]:
 def test_the_next_shards_are_there_before_they_are_read(server, cache):
     order = block_order()
     store = RemoteFolder(server.url, cache, ROOM)
-    TrainBatches(stream_of(store), order, Slice(0, 1, 1))[0]
+    TrainBatches(stream_of(store), order, RankSlice(0, 1, 1))[0]
     ahead = {name(n) for n in sequence_of(order)[:4]}
     wait_for(lambda: set(files(store)) == ahead)
     assert set(server.requests) == {"manifest.json", *ahead}
@@ -413,7 +413,7 @@ def test_a_worker_process_fetches_ahead(server, cache):
     order = block_order()
     store = RemoteFolder(server.url, cache, ROOM)
     store.expect([])  # a thread of this process, which does not come along
-    batches = TrainBatches(stream_of(store), order, Slice(0, 1, 1))
+    batches = TrainBatches(stream_of(store), order, RankSlice(0, 1, 1))
     loader = iter(DataLoader(batches, batch_size=None, sampler=range(3), num_workers=1))
     next(loader)
     wait_for(lambda: set(files(store)) == {name(n) for n in sequence_of(order)[:4]})
@@ -456,7 +456,7 @@ def theirs(tmp_path) -> Path:
     return folder
 
 
-def opened(pattern: str, cache: Path) -> Prepared:
+def opened(pattern: str, cache: Path) -> TokenDataset:
     config = data_config(corpus="shards", path=pattern, cache_dir=str(cache))
     return prepare(config, tokenizer_config("bytes"))
 

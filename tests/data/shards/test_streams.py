@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gptlab.data.shards import streams
-from gptlab.data.shards.streams import OPEN_FILES, Folder, TokenStream
+from gptlab.data.shards.streams import OPEN_FILES, LocalFolder, TokenStream
 from gptlab.errors import UserError
 from preparing import write_shards
 
@@ -20,7 +20,7 @@ PIECES = [np.random.default_rng(n).integers(0, 60_000, size=length) for n, lengt
 TOKENS = np.concatenate(PIECES)
 
 
-class Recorded(Folder):
+class Recorded(LocalFolder):
     """A folder that remembers what was asked of it."""
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_stream_reads_shards_as_one_array(tmp_path, pieces, dtype, header):
     high = TOKENS.max() + (2**31 if dtype == "uint32" else 0)  # a value that two bytes do not hold
     pieces = [np.where(piece == TOKENS.max(), high, piece) for piece in pieces]
     tokens = np.concatenate(pieces)
-    stream = TokenStream(Folder(tmp_path), write_shards(tmp_path, pieces, dtype=dtype, header=header), "train")
+    stream = TokenStream(LocalFolder(tmp_path), write_shards(tmp_path, pieces, dtype=dtype, header=header), "train")
     assert len(stream) == len(tokens)
     for length in (1, 9, 31, len(tokens)):  # 31 tokens cross up to six borders
         rows = stream.read(np.arange(len(tokens) - length + 1), length)
@@ -63,11 +63,11 @@ def test_a_stream_reads_shards_as_one_array(tmp_path, pieces, dtype, header):
 def test_the_two_splits_are_two_streams(tmp_path):
     manifest = write_shards(tmp_path, [[1, 2], [3]], val=[[4], [5, 6]])
     for split, tokens in (("train", [1, 2, 3]), ("val", [4, 5, 6])):
-        assert TokenStream(Folder(tmp_path), manifest, split).read([0], 3).tolist() == [tokens]
+        assert TokenStream(LocalFolder(tmp_path), manifest, split).read([0], 3).tolist() == [tokens]
 
 
 def test_rows_that_are_not_inside_the_stream_are_refused(tmp_path):
-    stream = TokenStream(Folder(tmp_path), write_shards(tmp_path, PIECES), "train")
+    stream = TokenStream(LocalFolder(tmp_path), write_shards(tmp_path, PIECES), "train")
     last = len(TOKENS) - 5
     np.testing.assert_array_equal(stream.read([0, last], 5)[1], TOKENS[-5:])
     for starts in ([last + 1], [0, last + 1, 3], [-1, 4]):
@@ -98,7 +98,7 @@ def test_the_file_that_was_not_read_for_longest_is_closed_first(tmp_path, monkey
 
 
 def test_a_shard_that_ends_early_is_named(tmp_path):
-    stream = TokenStream(Folder(tmp_path), write_shards(tmp_path, PIECES), "train")
+    stream = TokenStream(LocalFolder(tmp_path), write_shards(tmp_path, PIECES), "train")
     os.truncate(tmp_path / "train_000005.bin", 2 * 25 + 1)
     np.testing.assert_array_equal(stream.read([10], 25)[0], TOKENS[10:35])  # the first 25 of that shard
     with pytest.raises(UserError, match=r"^train_000005\.bin ends before its token 26\.$"):
@@ -120,7 +120,7 @@ def test_a_stream_travels_to_another_process_without_its_open_files(tmp_path):
 
 
 def test_the_shards_of_ranges_are_those_that_hold_their_tokens(tmp_path):
-    stream = TokenStream(Folder(tmp_path), write_shards(tmp_path, PIECES), "train")
+    stream = TokenStream(LocalFolder(tmp_path), write_shards(tmp_path, PIECES), "train")
     owners = [number for number, length in enumerate(LENGTHS) for _ in range(length)]
     for start in range(len(TOKENS)):
         for stop in range(start + 1, len(TOKENS) + 1):
@@ -150,7 +150,7 @@ import numpy as np
 
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import Manifest, Shard
-from gptlab.data.shards.streams import Folder, TokenStream
+from gptlab.data.shards.streams import LocalFolder, TokenStream
 
 
 def resident():
@@ -164,7 +164,7 @@ splits = {"train": [shard], "val": []}
 manifest = Manifest(format=1, origin="", tokenizer={}, vocab_size=257, dtype="uint16", splits=splits)
 found = [resident()]
 order = WindowOrder([tokens], 1024, 1, "data", "shuffled", 1, None)
-stream = TokenStream(Folder(path.parent), manifest, "train")
+stream = TokenStream(LocalFolder(path.parent), manifest, "train")
 found.append(resident())
 for batch in range(2000):
     if batch == 100:

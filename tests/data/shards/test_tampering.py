@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from preparing import data_config, prepare_text, tokenizer_config
 
@@ -22,11 +22,11 @@ def source(tmp_path) -> Path:
     return tmp_path / "source"
 
 
-def prepared_again(source: Path) -> Prepared:
+def prepared_again(source: Path) -> TokenDataset:
     return prepare_text(source, task_bytes=300, val_fraction=0.5)
 
 
-def opened_on_another_machine(source: Path) -> Prepared:
+def opened_on_another_machine(source: Path) -> TokenDataset:
     """Name the folder to a cache that has never seen it."""
     (folder,) = (path for path in (source.parent / "cache").glob("text-*") if path.is_dir())
     config = data_config(corpus="shards", path=str(folder), cache_dir=str(source.parent / "other cache"))

@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from gptlab.data.shards.streams import Folder
-from gptlab.data.shards.token_dataset import check_unchanged, verify
+from gptlab.data.shards.streams import LocalFolder
+from gptlab.data.shards.token_dataset import check_unchanged, verify_shards
 from gptlab.errors import UserError
 from preparing import write_shards
 
@@ -58,13 +58,13 @@ def damaged(path, before: str, after: str):
 
 def test_verifying_hashes_every_shard_and_names_the_first_that_is_damaged(folder, hashed):
     manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
-    assert verify(Folder(folder), manifest.shards()) == 4
+    assert verify_shards(LocalFolder(folder), manifest.shards()) == 4
     assert hashed == NAMES
     flip(folder / NAMES[0], place=3)  # the header holds no tokens
     flip(folder / NAMES[3], place=-1)
     hashes = flip(folder / NAMES[2], place=4)
     with damaged(folder / NAMES[2], *hashes):
-        verify(Folder(folder), manifest.shards())
+        verify_shards(LocalFolder(folder), manifest.shards())
 
 
 def test_what_nobody_touched_is_hashed_once(check, folder, hashed):

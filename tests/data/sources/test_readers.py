@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptlab.data.sources.corpora import Corpus, open_corpus
-from gptlab.data.sources.readers import WINDOW, spans
+from gptlab.data.sources.readers import WINDOW, split_spans
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
 from gptlab.errors import UserError
 from preparing import data_config, prepare_text, tokens_on_disk
@@ -114,7 +114,7 @@ def test_spans_follow_each_other_and_are_as_long_as_asked_for_or_to_the_next_pla
     solid = [end for end, character in zip(ends, TEXTS[kind], strict=True) if not character.isspace()]
     places = {n for n in solid if data[n : n + 1] in white and data[n - 1 : n] not in (b"\0", b"\x7f")}
     for size in (1, 7, 100, 333, len(data) - 1, len(data)):
-        found = list(spans(path, size))
+        found = list(split_spans(path, size))
         assert [span.bytes for span in found] == [span.stop - span.start for span in found]
         assert [0, *(span.stop for span in found)] == [*(span.start for span in found), len(data)]
         for span in found[:-1]:
@@ -126,20 +126,23 @@ def test_spans_follow_each_other_and_are_as_long_as_asked_for_or_to_the_next_pla
 def test_a_file_of_exactly_the_size_is_one_span_and_of_a_byte_more_two(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 20)
-    assert list(spans(path, 100)) == [(0, 100, 100)]
+    assert list(split_spans(path, 100)) == [(0, 100, 100)]
     path.write_bytes(b"word " * 20 + b"w")
-    assert list(spans(path, 99)) == [(0, 99, 99), (99, 101, 2)]
+    assert list(split_spans(path, 99)) == [(0, 99, 99), (99, 101, 2)]
 
 
 def test_the_next_place_to_cut_is_found_however_far_away_it_is(tmp_path):
     path = tmp_path / "a.txt"
     for before in (WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW):
         path.write_bytes(b"x" * before + b" y")
-        assert list(spans(path, 1)) == [(0, before, before), (before, before + 2, 2)]
+        assert list(split_spans(path, 1)) == [(0, before, before), (before, before + 2, 2)]
     lines = [b"{%d: 0}\n" % n + b" " * n for n in (WINDOW - 9, WINDOW - 8, 2 * WINDOW)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ends = [n + 1 for n, byte in enumerate(b"\n".join(lines)) if byte == 10]
-    assert [span.stop for span in spans(tmp_path / "a.jsonl", 1)] == [*ends, (tmp_path / "a.jsonl").stat().st_size]
+    assert [span.stop for span in split_spans(tmp_path / "a.jsonl", 1)] == [
+        *ends,
+        (tmp_path / "a.jsonl").stat().st_size,
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.tokenizers import bulk
-from gptlab.data.tokenizers.bulk import bulk_encoder, is_proven
+from gptlab.data.tokenizers.bulk import bulk_encoder, is_equivalent
 from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, GPT2Tokenizer
 from preparing import data_config, text_values, tokenizer_config
 
@@ -27,13 +27,15 @@ def test_gigatoken_gives_the_tokenizer_s_ids(texts, name):
     encode = bulk_encoder(tokenizer)
     for text in (*bulk.ADVERSARIAL, *texts[:80], "a\ud800b", ""):
         assert np.array_equal(encode(text), tokenizer.encode(text))
-    assert is_proven(tokenizer, encode, [texts])
+    assert is_equivalent(tokenizer, encode, [texts])
 
 
 def test_an_encoder_that_differs_anywhere_in_the_sample_is_not_proven(texts):
     tokenizer = GPT2Tokenizer(None)
     for odd in (bulk.ADVERSARIAL[0], texts[7]):
-        assert not is_proven(tokenizer, lambda text, odd=odd: tokenizer.encode(text)[text == odd :], [texts[9:], texts])
+        assert not is_equivalent(
+            tokenizer, lambda text, odd=odd: tokenizer.encode(text)[text == odd :], [texts[9:], texts]
+        )
 
 
 def test_tokenizers_that_need_no_help_have_none():

@@ -10,8 +10,8 @@ import rich
 
 from gptlab.errors import UserError
 from gptlab.sweeps.analysis.phrases import plus_minus
-from gptlab.sweeps.analysis.report import conclude, show
-from gptlab.sweeps.analysis.table import Answers, answer
+from gptlab.sweeps.analysis.report import print_answers, report_sweep
+from gptlab.sweeps.analysis.table import SweepAnswers, analyze_sweep
 from sweeps_by_hand import trial, write_model, write_sweep
 
 LR = "optimizer.lr"
@@ -38,7 +38,7 @@ def console():
 
 
 def test_a_table_by_hand(tmp_path):
-    found = answer(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
+    found = analyze_sweep(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
     assert [row.settings[LR] for row in found.rows] == ["2e-3", "1e-3", "4e-3", "8e-3"]  # the lowest mean first
     best, baseline, other, worst = found.rows
     assert (best.n, best.values) == (3, {"1": 1.7, "2": 1.8, "3": 1.84})
@@ -63,43 +63,43 @@ def test_a_table_by_hand(tmp_path):
 
 def test_the_best_is_told_from_the_next(tmp_path):
     values = {"1": (2.0, 2.1, 2.2), "2": (1.7, 1.8, 1.84), "3": (1.71, 1.79, 1.86)}
-    found = answer(write_sweep(tmp_path / "near", trials_of(values), {LR: 1}))
+    found = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values), {LR: 1}))
     assert found.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=3)")
     assert found.comparisons == 3  # two with the baseline, one of the best two
     values = {"1": (2.0, 2.1, 2.2), "2": (1.0, 1.1, 1.21), "3": (1.5, 1.601, 1.699)}
-    found = answer(write_sweep(tmp_path / "far", trials_of(values), {LR: 1}))
+    found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values), {LR: 1}))
     assert found.answer.endswith("; better than the next (optimizer.lr=3) by 0.4967 ± 0.0038 nats")
 
 
 def test_a_baseline_that_is_best_says_so(tmp_path):
     values = {"1": (1.0, 1.1, 1.2), "2": (1.5, 1.6, 1.71), "3": (2.0, 2.2, 2.1)}
-    found = answer(write_sweep(tmp_path / "far", trials_of(values)))  # none is named: the first
+    found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values)))  # none is named: the first
     assert found.answer == (
         "best: optimizer.lr=1, the baseline, 1.100 ± 0.058 nats; "
         "better than the next (optimizer.lr=2) by 0.5033 ± 0.0033 nats"
     )
     assert found.comparisons == 2
-    near = answer(write_sweep(tmp_path / "near", trials_of(values | {"2": (0.9, 1.2, 1.3)})))
+    near = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values | {"2": (0.9, 1.2, 1.3)})))
     assert near.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=2)")
 
 
 def test_identical_runs_show_no_difference(tmp_path):
     same = {"1": (2.0, 2.1), "2": (2.0, 2.1)}
-    found = answer(write_sweep(tmp_path, trials_of(same)))
+    found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
     assert [row.verdict for row in found.rows] == ["baseline", "no difference shown"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
     assert found.answer.endswith("no difference shown between it and the next (optimizer.lr=2)")
 
 
 def test_one_seed_states_nothing_about_noise(tmp_path):
-    found = answer(write_sweep(tmp_path, trials_of({"1": (2.0,), "2": (1.5,)})))
+    found = analyze_sweep(write_sweep(tmp_path, trials_of({"1": (2.0,), "2": (1.5,)})))
     assert [row.verdict for row in found.rows] == ["one seed: no statement about noise", "baseline"]
     assert (found.rows[0].difference, found.rows[0].difference_se, found.comparisons) == (-0.5, None, 0)
     assert found.answer == "best: optimizer.lr=2, 1.5000 nats; one seed: no statement about noise"
 
 
 def test_seeds_alone_are_told_by_their_spread(tmp_path):
-    found = answer(write_sweep(tmp_path, [trial({"seed": s}, value) for s, value in enumerate((1.0, 2.0, 6.0))]))
+    found = analyze_sweep(write_sweep(tmp_path, [trial({"seed": s}, value) for s, value in enumerate((1.0, 2.0, 6.0))]))
     assert found.answer == "3.0 ± 1.5 nats over 3 seeds, whose standard deviation is 2.6 nats"
     assert (found.keys, found.rows[0].settings, found.rows[0].verdict) == ([], {}, "baseline")
 
@@ -111,7 +111,7 @@ def test_what_failed_is_left_out_and_counted(tmp_path):
     trials[8] |= {"state": "diverged", "value": 0.1}  # what it had before counts for nothing
     for number in (9, 10, 11):
         trials[number] |= {"state": "mistaken", "value": None}
-    found = answer(write_sweep(tmp_path, trials, BASELINE))
+    found = analyze_sweep(write_sweep(tmp_path, trials, BASELINE))
     rows = {row.settings[LR]: row for row in found.rows}
     assert (rows["2e-3"].n, rows["2e-3"].failed, rows["2e-3"].compared) == (2, 1, 2)
     assert rows["2e-3"].difference == pytest.approx(-0.33)  # of the seeds that both have
@@ -127,7 +127,7 @@ def test_what_was_pruned_never_wins(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (0.5, 0.4)})
     for number in (2, 3):
         trials[number] |= {"state": "pruned"}
-    found = answer(write_sweep(tmp_path, trials))
+    found = analyze_sweep(write_sweep(tmp_path, trials))
     assert [(row.settings[LR], row.pruned, row.verdict) for row in found.rows] == [
         ("1", 0, "baseline"),
         ("2", 2, "2 pruned"),
@@ -139,36 +139,36 @@ def test_what_was_pruned_never_wins(tmp_path):
 def test_a_sweep_under_way_says_so_far(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)})
     trials[3] |= {"state": "running", "value": 1.2}
-    found = answer(write_sweep(tmp_path / "some", trials))
+    found = analyze_sweep(write_sweep(tmp_path / "some", trials))
     assert found.answer.startswith("best so far: optimizer.lr=2, 1.5000 nats")
     assert (found.rows[0].unfinished, found.rows[0].n) == (1, 1)
-    begun = answer(write_sweep(tmp_path / "begun", trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)}), missing=2))
+    begun = analyze_sweep(write_sweep(tmp_path / "begun", trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)}), missing=2))
     assert begun.answer.startswith("best so far: optimizer.lr=2, 1.450 ± 0.050 nats")
     waiting = [t | {"state": "waiting", "value": None} for t in trials]
-    assert answer(write_sweep(tmp_path / "none", waiting)).answer == "no trial has come to a value: 4 unfinished"
-    assert answer(write_sweep(tmp_path / "empty", [])).answer == "no trial has come to a value: none was begun"
+    assert analyze_sweep(write_sweep(tmp_path / "none", waiting)).answer == "no trial has come to a value: 4 unfinished"
+    assert analyze_sweep(write_sweep(tmp_path / "empty", [])).answer == "no trial has come to a value: none was begun"
 
 
 def test_a_baseline_without_a_value_is_told(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4), "3": (1.6, 1.4)})
-    other = answer(write_sweep(tmp_path / "other", trials, {LR: 9}))
+    other = analyze_sweep(write_sweep(tmp_path / "other", trials, {LR: 9}))
     assert other.notes == ["The baseline, optimizer.lr=9, is no point of this sweep: nothing is compared with it."]
     assert {row.verdict for row in other.rows} == {"no baseline"}
     assert other.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=3)")
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
-    found = answer(write_sweep(tmp_path / "failed", failed, {LR: 1}))
+    found = analyze_sweep(write_sweep(tmp_path / "failed", failed, {LR: 1}))
     assert found.notes[0] == "The baseline, optimizer.lr=1, has no value: nothing is compared with it."
 
 
 @pytest.mark.parametrize(("named", "there"), [(0.001, "1.0e-3"), ("True", "true"), ("None", "null"), ("muon", "muon")])
 def test_a_baseline_is_found_however_its_value_is_written(tmp_path, named, there):
     trials = [trial({"x": "other"}, 1.0), trial({"x": there}, 2.0)]
-    assert [row.is_baseline for row in answer(write_sweep(tmp_path, trials, {"x": named})).rows] == [False, True]
+    assert [row.is_baseline for row in analyze_sweep(write_sweep(tmp_path, trials, {"x": named})).rows] == [False, True]
 
 
 def test_other_keys_can_be_replicates(tmp_path):
     trials = [trial({"x": x, "seed": s, "part": p}, x + 0.1 * s + p) for x in (1, 2) for s in (1, 2) for p in (0, 1)]
-    found = answer(write_sweep(tmp_path, trials), replicates=["part"])
+    found = analyze_sweep(write_sweep(tmp_path, trials), replicates=["part"])
     assert [(row.settings, row.n) for row in found.rows] == [({"x": "1"}, 4), ({"x": "2"}, 4)]
     assert found.rows[0].values["2,1"] == pytest.approx(2.2)
     assert found.rows[1].difference == pytest.approx(1.0)
@@ -176,7 +176,7 @@ def test_other_keys_can_be_replicates(tmp_path):
 
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is the directory of no sweep: no sweep\.json is in it"):
-        answer(tmp_path)
+        analyze_sweep(tmp_path)
 
 
 def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
@@ -187,8 +187,8 @@ def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
         time = {"forecast": predicted, "measured": mine, "ratio": mine / predicted}
         score = {"score": {"seconds": time, "parameters": {"ratio": None}, "device": "cpu"}}
         (tmp_path / str(number) / "forecast.json").write_text(json.dumps(score))
-    found = conclude(tmp_path)
-    assert Answers.model_validate_json((tmp_path / "answers.json").read_text()) == found
+    found = report_sweep(tmp_path)
+    assert SweepAnswers.model_validate_json((tmp_path / "answers.json").read_text()) == found
     with (tmp_path / "answers.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row[LR] for row in rows] == ["2e-3", "1e-3", "4e-3", "8e-3"]
@@ -210,17 +210,17 @@ def test_models_of_several_sizes_are_told_by_their_parameters(tmp_path, capsys, 
     write_sweep(tmp_path, [trial({"model.n_layer": n}, 1.0) for n in (2, 4)])
     for number, layers in enumerate((2, 4)):
         write_model(tmp_path / str(number), n_layer=layers)
-    found = answer(tmp_path)
+    found = analyze_sweep(tmp_path)
     # 61 + 16 embeddings of 32, a norm of 64; a block: two norms, 12 · 32² weights, 9 · 32 biases
     assert [row.parameters for row in found.rows] == [77 * 32 + 64 + n * (128 + 12 * 1024 + 288) for n in (2, 4)]
-    show(found)
+    print_answers(found)
     assert "27,936" in capsys.readouterr().out
 
 
 def test_a_narrow_screen_has_every_verdict_whole(tmp_path, capsys, console):
-    found = answer(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
+    found = analyze_sweep(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
     rich.reconfigure(width=80)
-    show(found)
+    print_answers(found)
     lines = capsys.readouterr().out.splitlines()
     assert all(any(row.verdict in line and row.settings[LR] in line for line in lines) for row in found.rows)
     assert max(map(len, lines)) <= 80
@@ -241,7 +241,7 @@ def test_at_most_8_of_100_sweeps_without_any_difference_claim_one(tmp_path):
     for number in range(100):
         seeds = rng.normal(0, 0.02, 3)
         values = {str(lr): 2 + seeds + rng.normal(0, 0.01, 3) for lr in range(6)}
-        found = answer(write_sweep(tmp_path / str(number), trials_of(values)))
+        found = analyze_sweep(write_sweep(tmp_path / str(number), trials_of(values)))
         verdicts = {row.verdict for row in found.rows} - {"baseline", "no difference shown"}
         claimed += bool(verdicts) or "better than" in found.answer
         uncorrected += any(row.p is not None and row.p < 0.05 for row in found.rows)
@@ -252,7 +252,7 @@ def test_at_most_8_of_100_sweeps_without_any_difference_claim_one(tmp_path):
 def test_the_best_at_the_edge_of_what_was_tried_is_told(tmp_path):
     def notes(name: str, key: str, **values: float) -> list[str]:
         runs = [trial({key: setting.replace("_", "."), "seed": 1}, value) for setting, value in values.items()]
-        return answer(write_sweep(tmp_path / name, runs)).notes[:1]
+        return analyze_sweep(write_sweep(tmp_path / name, runs)).notes[:1]
 
     largest = notes("largest", LR, **{"1e-3": 3.0, "2e-3": 2.0, "1e-2": 1.5})
     assert largest == ["The best optimizer.lr is the largest that was tried, 1e-2: a larger one may be better."]

@@ -9,14 +9,14 @@ from scipy import optimize
 
 from gptlab.errors import UserError
 from gptlab.sweeps.analysis.fitting import ScalingAnswer, fit_sweep
-from gptlab.sweeps.analysis.report import conclude
-from gptlab.sweeps.analysis.scaling import Law, fit, fit_with_intervals, optimum
-from gptlab.sweeps.analysis.sizes import Size, measured
+from gptlab.sweeps.analysis.report import report_sweep
+from gptlab.sweeps.analysis.scaling import ScalingLaw, fit_scaling_law, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.sizes import ModelSize, read_sized_runs
 from sweeps_by_hand import trial, write_model, write_sweep
 
 # Hoffmann et al. 2022, equation 10, as nanoGPT's scaling_laws.ipynb has it
-CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-SMALL = Law(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)  # for runs of a laptop
+CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+SMALL = ScalingLaw(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)  # for runs of a laptop
 
 
 def runs_of(law, sizes, lengths, noise=0.0, seed=0):
@@ -32,7 +32,7 @@ def runs_of(law, sizes, lengths, noise=0.0, seed=0):
 )
 @pytest.mark.parametrize(("noise", "within"), [(0, 1e-4), (3e-4, 0.02)])
 def test_known_coefficients_are_recovered(law, sizes, lengths, noise, within):
-    assert fit(*runs_of(law, sizes, lengths, noise)) == pytest.approx(law, rel=within)
+    assert fit_scaling_law(*runs_of(law, sizes, lengths, noise)) == pytest.approx(law, rel=within)
 
 
 def huber(law, n, d, losses):
@@ -44,21 +44,21 @@ def huber(law, n, d, losses):
 def test_it_is_the_minimum_of_the_huber_loss_which_outliers_hardly_move():
     n, d, losses = runs_of(CHINCHILLA, (7, 11, 7), (9, 12, 7), noise=1e-3)
     losses[[3, 20, 40]] *= 1.2
-    found = fit(n, d, losses)
+    found = fit_scaling_law(n, d, losses)
 
     def residuals(at):
-        return np.log(Law(*np.exp(at[:3]), *at[3:]).loss(n, d)) - np.log(losses)
+        return np.log(ScalingLaw(*np.exp(at[:3]), *at[3:]).loss(n, d)) - np.log(losses)
 
     begin = [*np.log(CHINCHILLA[:3]), *CHINCHILLA[3:]]
     options = {"xtol": 1e-15, "ftol": 1e-15, "gtol": 1e-15, "max_nfev": 5000}
     at = optimize.least_squares(residuals, begin, loss="huber", f_scale=1e-3, x_scale="jac", **options).x
-    other = Law(*np.exp(at[:3]), *at[3:])
+    other = ScalingLaw(*np.exp(at[:3]), *at[3:])
     assert huber(found, n, d, losses) <= huber(other, n, d, losses) * (1 + 1e-9)
     assert found == pytest.approx(other, rel=0.01)
     assert (found.alpha, found.beta) == pytest.approx((0.34, 0.28), rel=0.02)
 
 
-@pytest.mark.parametrize("law", [CHINCHILLA, SMALL, Law(0.5, 3.0, 4000.0, 0.2, 0.7)])
+@pytest.mark.parametrize("law", [CHINCHILLA, SMALL, ScalingLaw(0.5, 3.0, 4000.0, 0.2, 0.7)])
 @pytest.mark.parametrize("flops", [1e14, 5.76e23])
 def test_the_frontier_is_where_a_minimiser_finds_it(law, flops):
     def along(log_n):
@@ -74,7 +74,7 @@ def test_the_frontier_is_where_a_minimiser_finds_it(law, flops):
 def test_it_agrees_with_nanogpts_table():
     """karpathy/nanoGPT, scaling_laws.ipynb: found there on grids, of a sixteenth and of a 256th of a decade."""
     grid = runs_of(CHINCHILLA, (7, 11, 17), (9, 12, 13))  # the sizes and lengths of its table of losses
-    law = fit(*grid)
+    law = fit_scaling_law(*grid)
     n, d = law.optimum(2.21e19)  # "best model size: 316.23M, best dataset size: 11.65B"
     sixteenth = 10 ** (1 / 16)
     assert 316.23e6 / sixteenth < n < 316.23e6 * sixteenth
@@ -111,8 +111,8 @@ def test_a_seed_draws_the_same_runs():
 
 
 def test_too_few_runs_are_refused():
-    with pytest.raises(UserError, match="4 runs of 2 sizes and 2 lengths cannot tell them"):
-        fit([1e6, 1e6, 2e6, 2e6], [1e7, 2e7, 1e7, 2e7], [2.0, 1.9, 1.8, 1.7])
+    with pytest.raises(UserError, match="4 runs of 2 sizes and 2 lengths"):
+        fit_scaling_law([1e6, 1e6, 2e6, 2e6], [1e7, 2e7, 1e7, 2e7], [2.0, 1.9, 1.8, 1.7])
 
 
 def scaling_sweep(directory, widths, lengths):
@@ -121,22 +121,22 @@ def scaling_sweep(directory, widths, lengths):
     trials = [trial({"model.n_embd": w, "train.max_tokens": t, "seed": s}, 1.0, tokens=t) for w, t, s in points]
     write_sweep(directory, trials)
     for number, (width, tokens, seed) in enumerate(points):
-        place = directory / str(number)
-        write_model(place, n_embd=width)
-        (run,) = (run for run in measured(directory) if run.trial == number)
+        run_dir = directory / str(number)
+        write_model(run_dir, n_embd=width)
+        (run,) = (run for run in read_sized_runs(directory) if run.trial == number)
         noise = 1 + 1e-4 * (2 * seed - 3) * (-1) ** (number // 2)
-        values = json.loads((place / "trial.json").read_text())
-        (place / "trial.json").write_text(json.dumps(values | {"value": SMALL.loss(run.size.all, tokens) * noise}))
+        values = json.loads((run_dir / "trial.json").read_text())
+        (run_dir / "trial.json").write_text(json.dumps(values | {"value": SMALL.loss(run.size.all, tokens) * noise}))
     return directory
 
 
 def test_a_sweep_over_sizes_and_tokens_gets_its_law(tmp_path, capsys):
     scaling_sweep(tmp_path, (32, 64, 128, 256), (10**5, 10**6, 10**7))
-    runs = measured(tmp_path)
+    runs = read_sized_runs(tmp_path)
     # 61 + 16 embeddings of 32, a norm of 64; two blocks of two norms, 12 · 32² weights and 9 · 32 biases
-    assert runs[0].size == Size(all=27_936, non_embedding=27_936 - 77 * 32)
+    assert runs[0].size == ModelSize(all=27_936, non_embedding=27_936 - 77 * 32)
     assert (len(runs), runs[0].tokens) == (24, 10**5)
-    conclude(tmp_path)
+    report_sweep(tmp_path)
     found = ScalingAnswer.model_validate_json((tmp_path / "scaling.json").read_text())
     assert found.law == pytest.approx(SMALL._asdict(), rel=0.02)
     assert found.optima[0].flops == 6 * max(run.size.all * run.tokens for run in runs)
@@ -149,6 +149,6 @@ def test_a_sweep_too_small_for_a_law_is_told(tmp_path, capsys):
     scaling_sweep(tmp_path, (32, 64), (10**5, 10**6))
     with pytest.raises(UserError, match="8 runs of 2 sizes and 2 lengths"):
         fit_sweep(tmp_path)
-    conclude(tmp_path)
+    report_sweep(tmp_path)
     assert "8 runs of 2 sizes and 2 lengths" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "scaling.json").exists()

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from gptlab.errors import UserError
-from gptlab.tracking.run_store.listing import COLUMNS, Condition, as_csv, as_json, listed, table
+from gptlab.tracking.run_store.listing import COLUMNS, Condition, format_csv, format_json, format_table, list_runs
 from gptlab.tracking.run_store.runs import Run, find_runs
 from gptlab.tracking.run_store.state import RunState
 
@@ -37,7 +37,7 @@ def outputs(tmp_path):
 
 
 def lines(outputs, *conditions, sort="run", descending=False):
-    found = listed(find_runs(str(outputs)), [Condition.parse(c) for c in conditions], sort, descending=descending)
+    found = list_runs(find_runs(str(outputs)), [Condition.parse(c) for c in conditions], sort, descending=descending)
     return [line["run"].partition("/")[0] + line["run"][-2:] for line in found]
 
 
@@ -84,25 +84,25 @@ def test_what_is_no_condition_is_refused(outputs, condition, sentence):
 
 
 def test_a_run_without_a_state_is_read_off_its_metrics(outputs):
-    (line,) = listed(find_runs(str(outputs / "s" / "*" / "2")), [], "run", descending=False)
+    (line,) = list_runs(find_runs(str(outputs / "s" / "*" / "2")), [], "run", descending=False)
     assert (line["state"], line["step"], line["loss"], line["val_loss"]) == ("?", 10, 3.0, 3.25)
 
 
 def test_the_list_is_written_as_table_csv_and_json(outputs):
-    found = listed(find_runs(str(outputs)), [], "run", descending=False)
+    found = list_runs(find_runs(str(outputs)), [], "run", descending=False)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table(found[:2], [*COLUMNS, "model.norm"], left_out=1))
+    console.print(format_table(found[:2], [*COLUMNS, "model.norm"], left_out=1))
     text = console.export_text()
     assert "4/10" in text
     assert "1,234" in text
     assert "and 1 more (limit)" in text
-    rows = list(csv.DictReader(io.StringIO(as_csv(found, ["run", "val_loss", "optimizer.lr"]))))
+    rows = list(csv.DictReader(io.StringIO(format_csv(found, ["run", "val_loss", "optimizer.lr"]))))
     assert [(row["val_loss"], row["optimizer.lr"]) for row in rows] == [
         ("2.5", "0.001"),
         ("", "0.002"),
         ("3.25", "0.004"),
     ]
-    assert json.loads(as_json(found, ["step"])) == [{"step": 10}, {"step": 4}, {"step": 10}]
+    assert json.loads(format_json(found, ["step"])) == [{"step": 10}, {"step": 4}, {"step": 10}]
 
 
 def test_series_and_values_leave_out_what_is_not_there(outputs):

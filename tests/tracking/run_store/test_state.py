@@ -9,7 +9,7 @@ import pytest
 
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
-from gptlab.tracking.run_store.state import SILENT, RunState, end_state, load_state, new_state, status_of
+from gptlab.tracking.run_store.state import SILENT_SECONDS, RunState, end_state, load_state, new_state, status_of
 
 
 def test_a_run_of_this_process_is_running(tmp_path):
@@ -31,7 +31,7 @@ def test_a_run_whose_process_is_gone_is_lost(tmp_path, is_reaped):
     assert (state.state, state.seconds_left) == ("lost", None)
 
 
-@pytest.mark.parametrize(("age", "expected"), [(SILENT / 2, "running"), (SILENT * 2, "lost")])
+@pytest.mark.parametrize(("age", "expected"), [(SILENT_SECONDS / 2, "running"), (SILENT_SECONDS * 2, "lost")])
 def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected):
     RunState(state="running", pid=1, host="elsewhere", updated=time.time() - age).save(tmp_path)
     assert load_state(tmp_path).state == expected

@@ -17,11 +17,11 @@ import wandb
 from gptlab.errors import Diverged
 from gptlab.tracking.wandb.alerts import Alerts
 from gptlab.tracking.wandb.artifacts import Artifacts
-from gptlab.tracking.wandb.background_uploader import Sender
-from gptlab.tracking.wandb.logger import WandbRecord
+from gptlab.tracking.wandb.background_uploader import BackgroundUploader
+from gptlab.tracking.wandb.logger import RunWandbLogger
 from gptlab.training.callbacks.preemption import Preempted
-from gptlab.training.callbacks.samples import HEADING, texts_of
-from gptlab.training.checkpoints.records import Facts
+from gptlab.training.callbacks.samples import HEADING, parse_samples
+from gptlab.training.checkpoints.records import CheckpointMetadata
 
 WANDB = Path(sys.executable).parent / "wandb"
 
@@ -69,7 +69,7 @@ def test_a_second_alert_of_a_kind_waits():
 def test_an_alert_that_cannot_be_sent_ends_no_run(tmp_path, caplog):
     run = Run()
     run.error = ConnectionResetError("gone")
-    record = WandbRecord(run, tmp_path, first_step=0)
+    record = RunWandbLogger(run, tmp_path, first_step=0)
     record.alert("Loss spike", "nobody listens")  # there are none
     record.alerts = Alerts(run, 60.0)
     record.alert("Loss spike", "nobody hears")
@@ -86,10 +86,10 @@ def checkpoint(tmp_path, step: int) -> Any:
 
 def taken(tmp_path, which: Any, losses: list[float | None], best: float = math.inf) -> Run:
     run = Run()
-    sender = Sender()
+    sender = BackgroundUploader()
     artifacts = Artifacts(run, tmp_path, sender, which, best)
     for step, loss in enumerate(losses, 1):
-        artifacts.take(checkpoint(tmp_path, step), Facts(step=step, val_loss=loss, evaluation_due=False))
+        artifacts.take(checkpoint(tmp_path, step), CheckpointMetadata(step=step, val_loss=loss, evaluation_due=False))
     sender.close(60)
     return run
 
@@ -129,10 +129,10 @@ def test_what_is_sent_is_there_when_the_checkpoint_is_gone(tmp_path):
 
 def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
     run = Run()
-    sender = Sender()
+    sender = BackgroundUploader()
     artifacts = Artifacts(run, tmp_path, sender, "all")
     for loss in (None, 2.0):  # saved before its evaluation, and after it
-        artifacts.take(checkpoint(tmp_path, 1), Facts(step=1, val_loss=loss, evaluation_due=loss is None))
+        artifacts.take(checkpoint(tmp_path, 1), CheckpointMetadata(step=1, val_loss=loss, evaluation_due=loss is None))
     sender.close(60)
     paths = {artifact.manifest.entries["state.pt"].local_path for artifact, _ in run.artifacts}
     assert len(paths) == 2
@@ -141,10 +141,10 @@ def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
 def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "gptlab")
     run = Run()
-    sender = Sender()
+    sender = BackgroundUploader()
     artifacts = Artifacts(run, tmp_path, sender, "all")
-    artifacts.take(tmp_path / "nowhere", Facts(step=1, val_loss=None, evaluation_due=False))
-    artifacts.take(checkpoint(tmp_path, 2), Facts(step=2, val_loss=None, evaluation_due=False))
+    artifacts.take(tmp_path / "nowhere", CheckpointMetadata(step=1, val_loss=None, evaluation_due=False))
+    artifacts.take(checkpoint(tmp_path, 2), CheckpointMetadata(step=2, val_loss=None, evaluation_due=False))
     sender.close(60)
     assert [aliases for _, aliases in run.artifacts] == [["latest", "step-2"]]
     assert len(caplog.messages) == 1
@@ -154,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_p
 def test_the_texts_of_a_file_are_those_that_were_written():
     texts = ["one\n\ntwo\n", "--- sample\n", ""]
     written = "\n\n".join(f"{HEADING.format(i)}{text}" for i, text in enumerate(texts, 1)) + "\n"
-    assert texts_of(written) == texts
+    assert parse_samples(written) == texts
 
 
 def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
@@ -163,8 +163,8 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
         text = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
         (tmp_path / "samples" / f"step_{step:06d}.txt").write_text(text + "\n")
     run = Run()
-    record = WandbRecord(run, tmp_path, first_step=0)
-    record.sender = Sender()
+    record = RunWandbLogger(run, tmp_path, first_step=0)
+    record.sender = BackgroundUploader()
     record.log_samples(2, lambda step: 32 * step)  # before the first row, to which it could be added
     record.log_metrics({"val/loss": 1.0}, 10)
     record.log_samples(10, lambda step: 32 * step)
@@ -179,7 +179,7 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
 def test_the_lowest_loss_may_have_been_before_a_resume(tmp_path, before, expected):
     run = wandb.init(dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True, console="off"))
     run.define_metric("val/loss", summary="min")
-    record = WandbRecord(run, tmp_path, first_step=0, best=before)
+    record = RunWandbLogger(run, tmp_path, first_step=0, best=before)
     for step, loss in enumerate((2.5, 2.0, 4.0), 1):
         record.log_metrics({"val/loss": loss}, step)
     record.finalize("success")
@@ -198,7 +198,7 @@ def test_the_exit_code_is_that_of_the_process(tmp_path, error, exit_code):
     ended: list[Any] = []
     preempting = partial(ended.append, "preempting")
     run = SimpleNamespace(offline=True, finish=lambda exit_code: ended.append(exit_code), mark_preempting=preempting)
-    record = WandbRecord(run, tmp_path, first_step=0)
+    record = RunWandbLogger(run, tmp_path, first_step=0)
     with contextlib.suppress(BaseException):
         try:
             if error is not None:

@@ -10,7 +10,7 @@ import pytest
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from gptlab.tracking.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
+from gptlab.tracking.wandb.files import last_step, mark_synced, sync_command, truncate_incomplete, wandb_records
 
 WANDB = Path(sys.executable).parent / "wandb"
 
@@ -55,20 +55,20 @@ def test_a_record_that_was_cut_off_is_mended_without_losing_a_row(directory, tmp
     record = tmp_path / "run-abc.wandb"
     record.write_bytes(whole.read_bytes()[:kept])
     found = steps(record)
-    mend(record)
+    truncate_incomplete(record)
     assert steps(record) == found
     mended = record.stat().st_size
     assert mended < kept
     read = subprocess.run((WANDB, "leet", "inspect", "--json", record), capture_output=True, text=True, check=True)
     assert "unexpected EOF" not in read.stderr
-    mend(record)
+    truncate_incomplete(record)
     assert record.stat().st_size == mended  # what is whole stays
 
 
 def test_a_whole_record_is_left_alone(directory):
     (whole,) = wandb_records(directory)
     before = whole.read_bytes()
-    mend(whole)
+    truncate_incomplete(whole)
     assert whole.read_bytes() == before
 
 
@@ -119,5 +119,5 @@ def test_what_is_unsent_is_named_in_order(tmp_path, monkeypatch):
     (Path("run/wandb") / "latest-run").symlink_to(names[0])
     in_order = [f"run/wandb/{names[i]}" for i in (1, 0, 2)]
     assert [str(record.parent) for record in wandb_records(Path("run"))] == in_order
-    mark_as_sent(wandb_records(Path("run"))[1])
-    assert how_to_send(Path("run")) == f"wandb sync --include-online {in_order[0]} {in_order[2]}"
+    mark_synced(wandb_records(Path("run"))[1])
+    assert sync_command(Path("run")) == f"wandb sync --include-online {in_order[0]} {in_order[2]}"

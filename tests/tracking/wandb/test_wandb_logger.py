@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.tracking.wandb.logger import WandbRecord
+from gptlab.tracking.wandb.logger import RunWandbLogger
 
 
 class Run:
@@ -45,14 +45,14 @@ def told(caplog):
 
 
 def test_rows_that_are_there_already_are_not_written_again(run, tmp_path):
-    logger = WandbRecord(run, tmp_path, first_step=5)
+    logger = RunWandbLogger(run, tmp_path, first_step=5)
     for step in range(3, 8):
         logger.log_metrics({"loss": step}, step)
     assert run.rows == [(step, {"loss": step}) for step in (5, 6, 7)]
 
 
 def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
-    logger = WandbRecord(run, tmp_path, first_step=0)
+    logger = RunWandbLogger(run, tmp_path, first_step=0)
     logger.log_metrics({"loss": 1.0}, 1)
     run.error = ConnectionResetError("Connection lost")
     for step in range(2, 9):
@@ -64,7 +64,7 @@ def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
 
 @pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])
 def test_a_record_that_was_taken_is_marked_so(run, tmp_path, told, status, exit_code):
-    logger = WandbRecord(run, tmp_path, first_step=0)
+    logger = RunWandbLogger(run, tmp_path, first_step=0)
     logger.finalize(status)
     assert run.exit_code == exit_code
     assert (Path(run.sync_dir) / "run-abc.wandb.synced").exists()  # the name under which W&B looks for it
@@ -74,7 +74,7 @@ def test_a_record_that_was_taken_is_marked_so(run, tmp_path, told, status, exit_
 def test_a_record_that_was_not_taken_in_time_is_named(run, tmp_path, told, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run.error = TimeoutError("Timed out finishing run.")
-    WandbRecord(run, tmp_path, first_step=0).finalize("success")
+    RunWandbLogger(run, tmp_path, first_step=0).finalize("success")
     assert not (Path(run.sync_dir) / "run-abc.wandb.synced").exists()
     (message,) = told()
     assert message.endswith("to send it: wandb sync --include-online wandb/run-20260101_000000-abc")

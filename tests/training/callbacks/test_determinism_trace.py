@@ -12,7 +12,7 @@ import torch
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import load_manifest
-from gptlab.training.callbacks.determinism_trace import as_text, hash_tensor, hash_windows, no_windows
+from gptlab.training.callbacks.determinism_trace import format_sums, hash_tensor, hash_windows, zero_sums
 from test_train import metrics, ran, weights
 
 
@@ -33,20 +33,20 @@ def test_tokens_hash_alike_however_the_windows_are_dealt_out(rows):
     expected = "".join(f"{part:08x}" for part in total)
     for size in (12, 6, 4, 1):
         for order in (torch.arange(12), torch.arange(12).flip(0)):
-            sums = no_windows()
+            sums = zero_sums()
             for part in rows[order].split(size):
                 sums += hash_windows(batch_of(part))
-            assert as_text(sums) == expected
+            assert format_sums(sums) == expected
 
 
 def test_one_other_token_anywhere_is_another_hash(rows):
-    before = as_text(hash_windows(batch_of(rows)))
-    for place in ((0, 0), (5, 7), (11, 32)):  # the last is a target alone
+    before = format_sums(hash_windows(batch_of(rows)))
+    for checkpoint_dir in ((0, 0), (5, 7), (11, 32)):  # the last is a target alone
         changed = rows.clone()
-        changed[place] += 1
-        assert as_text(hash_windows(batch_of(changed))) != before
+        changed[checkpoint_dir] += 1
+        assert format_sums(hash_windows(batch_of(changed))) != before
     twice = torch.cat((rows[:1], rows[:1], rows[2:]))
-    assert as_text(hash_windows(batch_of(twice))) != before
+    assert format_sums(hash_windows(batch_of(twice))) != before
 
 
 def test_a_tensor_s_hash_is_that_of_its_bytes(rows):
@@ -67,7 +67,7 @@ def expected_tokens(text: str, directory: Path) -> list[str]:
     order = WindowOrder([len(tokens)], 32, 1337, load_manifest(directory).fingerprint(), "shuffled", 1, None)
     starts = order.starts(np.arange(6 * 12)).reshape(6, 12, 1)
     steps = torch.from_numpy(tokens[starts + np.arange(33)])
-    return [as_text(hash_windows(batch_of(rows))) for rows in steps]
+    return [format_sums(hash_windows(batch_of(rows))) for rows in steps]
 
 
 def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):

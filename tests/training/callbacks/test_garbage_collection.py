@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptlab.training.callbacks.garbage_collection import EVERY, Garbage
+from gptlab.training.callbacks.garbage_collection import COLLECT_EVERY, GarbageCollection
 
 
 class Cycle:
@@ -32,14 +32,14 @@ def step(garbage, number, *, accumulated=1):
 
 
 def test_garbage_stays_until_its_turn(enabled):
-    garbage = Garbage()
+    garbage = GarbageCollection()
     assert gc.get_freeze_count() == 0
     step(garbage, 1)
     assert not gc.isenabled()
     assert gc.get_freeze_count() > 1000  # all that there was
-    for collects in (lambda: step(garbage, EVERY), lambda: garbage.on_validation_end(None, None)):
+    for collects in (lambda: step(garbage, COLLECT_EVERY), lambda: garbage.on_validation_end(None, None)):
         left = weakref.ref(Cycle())
-        for number in (2, EVERY - 1, EVERY + 1):
+        for number in (2, COLLECT_EVERY - 1, COLLECT_EVERY + 1):
             step(garbage, number)
         keep = [[] for _ in range(100_000)]  # Python alone would have looked for garbage by now
         assert left() is not None
@@ -50,15 +50,15 @@ def test_garbage_stays_until_its_turn(enabled):
 
 NO_CYCLES = """
 import gc, sys
-from gptlab.training.callbacks.garbage_collection import Garbage
-takes_over = Garbage.on_train_batch_end
+from gptlab.training.callbacks.garbage_collection import GarbageCollection
+takes_over = GarbageCollection.on_train_batch_end
 def counts(self, trainer, *rest):
     takes_over(self, trainer, *rest)
     if trainer.global_step == 5:
         gc.collect()
     if trainer.global_step == 45:
         print("unreachable:", gc.collect(), "enabled:", gc.isenabled())
-Garbage.on_train_batch_end = counts
+GarbageCollection.on_train_batch_end = counts
 from gptlab.train import main
 main()
 """
@@ -75,7 +75,7 @@ def test_steps_leave_nothing_that_only_a_collection_takes_away(user):
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
 def test_at_the_end_all_is_as_before(enabled, end):
-    garbage = Garbage()
+    garbage = GarbageCollection()
     step(garbage, 1)
     getattr(garbage, end)(*(None,) * (2 if end == "on_train_end" else 3))
     assert gc.isenabled()
@@ -84,14 +84,14 @@ def test_at_the_end_all_is_as_before(enabled, end):
 
 def test_who_has_turned_it_off_keeps_it(enabled):
     gc.disable()
-    garbage = Garbage()
+    garbage = GarbageCollection()
     step(garbage, 1)
     garbage.on_train_end(None, None)
     assert (gc.isenabled(), gc.get_freeze_count()) == (False, 0)
 
 
 def test_nothing_happens_within_a_step(enabled):
-    garbage = Garbage()
+    garbage = GarbageCollection()
     trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0)
     garbage.on_train_batch_end(trainer, None, None, None, 0)
     assert gc.isenabled()

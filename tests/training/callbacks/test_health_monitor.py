@@ -8,27 +8,27 @@ from typing import Any, cast
 import pytest
 
 from gptlab.errors import Diverged
-from gptlab.training.callbacks.health_monitor import Guard
-from gptlab.training.callbacks.step_sync import Beat, Pulse
+from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
+from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.config import TrainConfig
 
 REPLAY = "python -m gptlab.prepare replay=outputs/a/b"
 
 
-def guard(max_bad_steps: int = 3, spike_sigma: float | None = 6.0) -> Guard:
+def guard(max_bad_steps: int = 3, spike_sigma: float | None = 6.0) -> TrainingHealthMonitor:
     limits = SimpleNamespace(max_bad_steps=max_bad_steps, spike_sigma=spike_sigma, spike_window=8)
-    return Guard(Pulse(), cast(TrainConfig, limits), REPLAY)
+    return TrainingHealthMonitor(StepSync(), cast(TrainConfig, limits), REPLAY)
 
 
-def after_step(guard: Guard) -> None:
+def after_step(guard: TrainingHealthMonitor) -> None:
     nothing = cast(Any, None)
     guard.on_train_batch_end(nothing, nothing, None, None, 0)
 
 
 def test_bad_steps_are_counted_and_told_with_their_batch(caplog: pytest.LogCaptureFixture) -> None:
     one = guard()
-    for beat in (Beat(1, 2.0, False), Beat(2, math.nan, True), Beat(3, 1.5, True)):
-        one.judge(beat)
+    for beat in (StepReport(1, 2.0, False), StepReport(2, math.nan, True), StepReport(3, 1.5, True)):
+        one.check_step(beat)
         after_step(one)
     assert one.counts() == {"bad_steps": 2, "loss_spikes": 0}
     first, second = caplog.messages
@@ -42,8 +42,8 @@ def test_listeners_hear_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
     one, heard = guard(max_bad_steps=1), []
     one.listeners.append(lambda kind, sentence: heard.append((kind, sentence)))
     for step, loss in enumerate((2.0, 2.5, 2.0, 2.5, 2.0, 9.0), 1):
-        one.judge(Beat(step, loss, False))
-    one.judge(Beat(7, math.nan, True))
+        one.check_step(StepReport(step, loss, False))
+    one.check_step(StepReport(7, math.nan, True))
     with pytest.raises(Diverged) as caught:
         after_step(one)
     assert heard == [
@@ -56,9 +56,9 @@ def test_listeners_hear_what_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_so_many_bad_steps_in_a_row_end_the_run() -> None:
     one = guard()
     for step, is_bad in enumerate([True, True, False, True, True], 1):  # a good step begins the row anew
-        one.judge(Beat(step, 1.0, is_bad))
+        one.check_step(StepReport(step, 1.0, is_bad))
         after_step(one)
-    one.judge(Beat(6, math.nan, True))
+    one.check_step(StepReport(6, math.nan, True))
     with pytest.raises(Diverged, match=r"3 steps in a row \(train.max_bad_steps\), up to step 6") as caught:
         after_step(one)
     assert str(caught.value).endswith(f"{REPLAY} step=4")
@@ -68,8 +68,8 @@ def test_so_many_bad_steps_in_a_row_end_the_run() -> None:
 def test_a_spike_is_told_with_what_was_expected(caplog: pytest.LogCaptureFixture) -> None:
     one = guard()
     for step in range(1, 6):
-        one.judge(Beat(step, 2.0 + step % 2, False))
-    one.judge(Beat(6, 9.0, False))
+        one.check_step(StepReport(step, 2.0 + step % 2, False))
+    one.check_step(StepReport(6, 9.0, False))
     assert one.counts() == {"bad_steps": 0, "loss_spikes": 1}
     (told,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert told.getMessage().startswith("step 6: the loss is 9.0000, where 2.6000 was expected: more than 6 standard")
@@ -79,20 +79,20 @@ def test_a_spike_is_told_with_what_was_expected(caplog: pytest.LogCaptureFixture
 def test_without_a_limit_no_spike_is_told() -> None:
     one = guard(spike_sigma=None)
     for step in range(1, 12):
-        one.judge(Beat(step, 1.0 if step < 11 else 100.0, False))
+        one.check_step(StepReport(step, 1.0 if step < 11 else 100.0, False))
     assert one.counts() == {"bad_steps": 0}
 
 
 def test_a_resumed_guard_goes_on_counting() -> None:
     whole, first = guard(), guard()
-    beats = [Beat(step, 2.0 + step % 3 + 50 * (step in (7, 12)), step in (9, 10)) for step in range(1, 14)]
+    beats = [StepReport(step, 2.0 + step % 3 + 50 * (step in (7, 12)), step in (9, 10)) for step in range(1, 14)]
     for beat in beats[:10]:
-        first.judge(beat)
+        first.check_step(beat)
     second = guard()
     second.load_state_dict(first.state_dict())
     for beat in beats[10:]:
-        second.judge(beat)
+        second.check_step(beat)
     for beat in beats:
-        whole.judge(beat)
+        whole.check_step(beat)
     assert second.state_dict() == whole.state_dict()
     assert whole.counts() == {"bad_steps": 2, "loss_spikes": 2}

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from gptlab.training.callbacks.metrics import uninterrupted
+from gptlab.training.callbacks.metrics import defer_interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def interrupted(times: int) -> list[str]:
     written = []
 
     def write() -> None:
-        with uninterrupted():
+        with defer_interrupt():
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
             written.append("row")

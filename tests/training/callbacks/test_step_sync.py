@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from gptlab.training.callbacks.health_monitor import Guard
-from gptlab.training.callbacks.step_sync import Beat, Pulse
+from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
+from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.module import GPTModule
 
 LIMITS: Any = SimpleNamespace(max_bad_steps=3, spike_sigma=6.0, spike_window=8)
@@ -15,7 +15,7 @@ LIMITS: Any = SimpleNamespace(max_bad_steps=3, spike_sigma=6.0, spike_window=8)
 class Steps:
     """Ends micro-batches, two a step, as a Trainer with one process would."""
 
-    def __init__(self, pulse: Pulse) -> None:
+    def __init__(self, pulse: StepSync) -> None:
         self.pulse, self.module = pulse, GPTModule.__new__(GPTModule)
         torch.nn.Module.__init__(self.module)
         self.module._device = torch.device("cpu")
@@ -30,22 +30,22 @@ class Steps:
 
 
 def test_a_step_is_known_one_step_later() -> None:
-    pulse, known = Pulse(), list[Beat]()
+    pulse, known = StepSync(), list[StepReport]()
     pulse.listeners.append(known.append)
     steps = Steps(pulse)
     steps.take(1, 2.5)
     assert known == []
     steps.take(2, 1.5, bad=1.0)
-    assert known == [Beat(1, 2.5, False)]
+    assert known == [StepReport(1, 2.5, False)]
     pulse.collect()
-    assert known == [Beat(1, 2.5, False), Beat(2, 1.5, True)]
+    assert known == [StepReport(1, 2.5, False), StepReport(2, 1.5, True)]
     pulse.collect()
     steps.take(3, 0.5)
     assert len(known) == 2
 
 
 def test_a_stop_is_agreed_on_one_step_later_and_for_good() -> None:
-    pulse = Pulse()
+    pulse = StepSync()
     steps = Steps(pulse)
     pulse.stop_requested = True
     steps.take(1, 1.0)
@@ -58,8 +58,8 @@ def test_a_stop_is_agreed_on_one_step_later_and_for_good() -> None:
 
 
 def test_a_checkpoint_knows_of_the_step_before_it() -> None:
-    pulse = Pulse()
-    guard, steps = Guard(pulse, LIMITS, ""), Steps(pulse)
+    pulse = StepSync()
+    guard, steps = TrainingHealthMonitor(pulse, LIMITS, ""), Steps(pulse)
     steps.take(1, 2.0)
     steps.take(2, 4.0, bad=1.0)
     state = guard.state_dict()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.training.callbacks.watchdog import STATUS
+from gptlab.training.callbacks.watchdog import HUNG_STATUS
 
 PROGRAM = """
 import ctypes, sys, time
@@ -22,7 +22,7 @@ with Watchdog(trainer, 2.0, Path(sys.argv[1])) as watchdog:
     {what}
 """
 HANGS = {
-    "asleep": ("def waits(): time.sleep(60)\n    waits()", STATUS, "in waits"),
+    "asleep": ("def waits(): time.sleep(60)\n    waits()", HUNG_STATUS, "in waits"),
     "with Python's lock held": ("ctypes.PyDLL(None).sleep(60)", 1, ""),  # no Python thread runs then
 }
 
@@ -43,7 +43,7 @@ def test_a_process_that_hangs_says_where_and_ends(tmp_path: Path, what: str, sta
     assert done.returncode == status, done.stderr
     assert 1.9 < seconds < 10
     assert "most recent call first" in done.stderr
-    if status == STATUS:
+    if status == HUNG_STATUS:
         stacks = tmp_path / "stacks" / "rank_3.txt"
         assert frame in stacks.read_text()
         assert frame in done.stderr

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from canary import Canary
 from gptlab.errors import UserError
-from gptlab.training.checkpoints.reading import read
+from gptlab.training.checkpoints.reading import read_checkpoint
 from gptlab.training.checkpoints.shards import load_shards, read_metadata, read_tensors
 
 NAME = "model.wte.weight"
@@ -33,53 +33,55 @@ TENSORS = {
 
 
 @pytest.fixture
-def place(tmp_path) -> Path:
+def checkpoint_dir(tmp_path) -> Path:
     """A sharded checkpoint, as DCP writes it."""
-    place = tmp_path / "step_000001"
-    save(copy.deepcopy(TENSORS), storage_writer=FileSystemWriter(place), no_dist=True)
+    checkpoint_dir = tmp_path / "step_000001"
+    save(copy.deepcopy(TENSORS), storage_writer=FileSystemWriter(checkpoint_dir), no_dist=True)
     state = {"global_step": 1, "callbacks": {}, "optimizer_states": [{"param_groups": []}]}
-    torch.save(state, place / "state.pt")
-    return place
+    torch.save(state, checkpoint_dir / "state.pt")
+    return checkpoint_dir
 
 
-def honest(place: Path) -> Metadata:
-    return pickle.loads((place / ".metadata").read_bytes())  # noqa: S301  (the library's own way)
+def honest(checkpoint_dir: Path) -> Metadata:
+    return pickle.loads((checkpoint_dir / ".metadata").read_bytes())  # noqa: S301  (the library's own way)
 
 
-def test_metadata_is_what_the_library_reads(place):
-    found, expected = read_metadata(place / ".metadata"), honest(place)
+def test_metadata_is_what_the_library_reads(checkpoint_dir):
+    found, expected = read_metadata(checkpoint_dir / ".metadata"), honest(checkpoint_dir)
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
     assert [index.index for index in found.storage_data] == [index.index for index in expected.storage_data]
     assert found.version == expected.version
 
 
-def test_tensors_are_read_as_they_were_written(place):
-    found = read_tensors(place, lambda name: True)
+def test_tensors_are_read_as_they_were_written(checkpoint_dir):
+    found = read_tensors(checkpoint_dir, lambda name: True)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
-    assert read_tensors(place, lambda name: name.startswith("optimizer.")).keys() == {"optimizer.0.wte.weight.step"}
-    checkpoint = read(place)
+    assert read_tensors(checkpoint_dir, lambda name: name.startswith("optimizer.")).keys() == {
+        "optimizer.0.wte.weight.step"
+    }
+    checkpoint = read_checkpoint(checkpoint_dir)
     assert torch.equal(checkpoint["state_dict"]["wte.weight"], TENSORS[NAME])
 
 
-def hide_payload(place: Path, canary: Canary) -> Metadata:
+def hide_payload(checkpoint_dir: Path, canary: Canary) -> Metadata:
     """Append a pickle to the shards, and let a description store the tensor there."""
     content = io.BytesIO()
     torch.save(canary, content)
-    shard = place / "__0_0.distcp"
+    shard = checkpoint_dir / "__0_0.distcp"
     offset = shard.stat().st_size
     shard.write_bytes(shard.read_bytes() + content.getvalue())
-    description = honest(place)
+    description = honest(checkpoint_dir)
     description.storage_data[MetadataIndex(NAME)] = _StorageInfo(shard.name, offset, len(content.getvalue()))
     return description
 
 
-def write_entry_of_bytes(place: Path, canary: Canary) -> None:
+def write_entry_of_bytes(checkpoint_dir: Path, canary: Canary) -> None:
     """A description in which a tensor is stored as bytes: DCP's planner unpickles these."""
-    description = hide_payload(place, canary)
+    description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[NAME] = BytesStorageMetadata()
-    (place / ".metadata").write_bytes(pickle.dumps(description))
+    (checkpoint_dir / ".metadata").write_bytes(pickle.dumps(description))
 
 
 class Layout:
@@ -89,16 +91,16 @@ class Layout:
         return torch.serialization._get_layout, ("torch.strided",)
 
 
-def write_entry_that_changes(place: Path, canary: Canary) -> None:
+def write_entry_that_changes(checkpoint_dir: Path, canary: Canary) -> None:
     """A pickle whose first reading shows a tensor, and whose second shows bytes.
 
     The first sets the cache of ``torch.serialization._get_layout``, by a BUILD of that function.
     """
-    description = hide_payload(place, canary)
+    description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[Layout()] = BytesStorageMetadata()
     poison = pickle.dumps({"cache": {"torch.strided": NAME}}, protocol=2)[2:-1]
     content = pickle.dumps(description, protocol=2)[:-1] + b"ctorch.serialization\n_get_layout\n" + poison + b"b0."
-    (place / ".metadata").write_bytes(content)
+    (checkpoint_dir / ".metadata").write_bytes(content)
 
 
 @pytest.fixture
@@ -107,34 +109,34 @@ def layouts(monkeypatch):
 
 
 @pytest.mark.parametrize("write", [write_entry_of_bytes, write_entry_that_changes])
-def test_a_pickle_in_place_of_a_tensor_is_not_run(place, tmp_path, layouts, write):
+def test_a_pickle_in_place_of_a_tensor_is_not_run(checkpoint_dir, tmp_path, layouts, write):
     canary = Canary(tmp_path / "canary")
-    write(place, canary)
+    write(checkpoint_dir, canary)
     for attempt in (
-        lambda: read(place),
-        lambda: read_tensors(place, lambda name: True),
-        lambda: load_shards(place, copy.deepcopy(TENSORS)),
+        lambda: read_checkpoint(checkpoint_dir),
+        lambda: read_tensors(checkpoint_dir, lambda name: True),
+        lambda: load_shards(checkpoint_dir, copy.deepcopy(TENSORS)),
     ):
         with pytest.raises(UserError, match="cannot be read as the description of shards"):
             attempt()
         assert not canary.was_run()
         assert NAME not in torch.serialization._get_layout.cache.values()
     # what the library does with it
-    reader = FileSystemReader(place)
+    reader = FileSystemReader(checkpoint_dir)
     shown = reader.read_metadata().state_dict_metadata[NAME]
     assert isinstance(shown, TensorStorageMetadata) == (write is write_entry_that_changes)
     load({NAME: torch.empty(3, 2)}, storage_reader=reader, no_dist=True)
     assert canary.was_run()
 
 
-def test_bytes_among_the_shards_are_not_unpickled(place, tmp_path, monkeypatch):
+def test_bytes_among_the_shards_are_not_unpickled(checkpoint_dir, tmp_path, monkeypatch):
     """Should a description with bytes get through, the planner refuses them."""
     canary = Canary(tmp_path / "canary")
-    description = hide_payload(place, canary)
+    description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[NAME] = BytesStorageMetadata()
     monkeypatch.setattr("gptlab.training.checkpoints.shards.read_metadata", lambda path: description)
     with pytest.raises(UserError, match=f"{NAME} is not stored as a tensor"):
-        load_shards(place, copy.deepcopy(TENSORS))
+        load_shards(checkpoint_dir, copy.deepcopy(TENSORS))
     assert not canary.was_run()
 
 
@@ -185,29 +187,29 @@ def of_nothing(description: Metadata) -> None:
         (of_nothing, f"stores {NAME}"),
     ],
 )
-def test_a_description_that_is_wrong_is_refused(place, change, reason):
-    description = honest(place)
+def test_a_description_that_is_wrong_is_refused(checkpoint_dir, change, reason):
+    description = honest(checkpoint_dir)
     change(description)
-    (place / ".metadata").write_bytes(pickle.dumps(description))
+    (checkpoint_dir / ".metadata").write_bytes(pickle.dumps(description))
     with pytest.raises(UserError, match=rf"\.metadata cannot be read as the description of shards: .*{reason}"):
-        read_metadata(place / ".metadata")
+        read_metadata(checkpoint_dir / ".metadata")
 
 
-def test_a_tensor_of_an_optimizer_that_is_not_there_is_refused(place):
-    state = torch.load(place / "state.pt", weights_only=True)
-    torch.save(state | {"optimizer_states": []}, place / "state.pt")
+def test_a_tensor_of_an_optimizer_that_is_not_there_is_refused(checkpoint_dir):
+    state = torch.load(checkpoint_dir / "state.pt", weights_only=True)
+    torch.save(state | {"optimizer_states": []}, checkpoint_dir / "state.pt")
     with pytest.raises(UserError, match=r"shards of .* do not belong to its state\.pt"):
-        read(place)
+        read_checkpoint(checkpoint_dir)
 
 
-def test_damaged_bytes_raise_no_other_error(place):
-    content = (place / ".metadata").read_bytes()
+def test_damaged_bytes_raise_no_other_error(checkpoint_dir):
+    content = (checkpoint_dir / ".metadata").read_bytes()
     generator = torch.Generator().manual_seed(1)
     for cut in range(0, len(content), 7):
         damaged = bytearray(content)
         at, value = (int(torch.randint(limit, (), generator=generator)) for limit in (len(content), 256))
         damaged[at] = value
         for kind in (content[:cut], bytes(damaged)):
-            (place / ".metadata").write_bytes(kind)
+            (checkpoint_dir / ".metadata").write_bytes(kind)
             with contextlib.suppress(UserError):
-                assert len(read_metadata(place / ".metadata").state_dict_metadata) <= len(TENSORS)
+                assert len(read_metadata(checkpoint_dir / ".metadata").state_dict_metadata) <= len(TENSORS)

@@ -16,10 +16,18 @@ import torch
 
 from gptlab.errors import UserError
 from gptlab.training.checkpoints import writing
-from gptlab.training.checkpoints.reading import flatten, read
-from gptlab.training.checkpoints.records import Facts, checkpoints, clear, damage, newest, place_of, step_of
+from gptlab.training.checkpoints.reading import flatten_tensors, read_checkpoint
+from gptlab.training.checkpoints.records import (
+    CheckpointMetadata,
+    checkpoint_path,
+    checkpoint_step,
+    clean_up,
+    find_corruption,
+    list_checkpoints,
+    newest_intact,
+)
 from gptlab.training.checkpoints.shards import read_metadata
-from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 
 
 def state_of(step: int) -> dict:
@@ -27,44 +35,50 @@ def state_of(step: int) -> dict:
     optimizer = {"state": {"wte.weight": moments}, "param_groups": [{"lr": 0.1, "params": ["wte.weight"]}]}
     return {
         "global_step": step,
-        "callbacks": {"Recorder": {"best": {"val/loss": 1.5}}},
+        "callbacks": {"MetricsCallback": {"best": {"val/loss": 1.5}}},
         "state_dict": {"wte.weight": torch.arange(6.0).reshape(3, 2) + step},
         "optimizer_states": [optimizer],
     }
 
 
-def save(files: CheckpointFiles, folder: Path, step: int) -> Path:
-    place = place_of(folder, step)
-    files.save_checkpoint(state_of(step), place, Facts(step=step, val_loss=None, evaluation_due=False))
-    return place
+def save(files: AtomicCheckpointIO, folder: Path, step: int) -> Path:
+    checkpoint_dir = checkpoint_path(folder, step)
+    files.save_checkpoint(
+        state_of(step), checkpoint_dir, CheckpointMetadata(step=step, val_loss=None, evaluation_due=False)
+    )
+    return checkpoint_dir
 
 
 def same(found: dict, step: int) -> bool:
     expected = state_of(step)
     plain = all(found[key] == expected[key] for key in ("global_step", "callbacks"))
-    one, other = flatten(found), flatten(expected)
+    one, other = flatten_tensors(found), flatten_tensors(expected)
     return plain and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture
 def files():
-    return CheckpointFiles(keep_last=2, keep_best=False, asynchronous=False)
+    return AtomicCheckpointIO(keep_last=2, keep_best=False, asynchronous=False)
 
 
 @pytest.fixture
 def threaded():
-    return CheckpointFiles(keep_last=1, keep_best=False, asynchronous=True)
+    return AtomicCheckpointIO(keep_last=1, keep_best=False, asynchronous=True)
 
 
 def test_what_is_read_is_what_was_written_and_anybody_can_read_it(files, tmp_path):
-    place = save(files, tmp_path, 3)
-    assert same(read(place), 3)
-    assert same(torch.load(place / "state.pt", weights_only=True), 3)
+    checkpoint_dir = save(files, tmp_path, 3)
+    assert same(read_checkpoint(checkpoint_dir), 3)
+    assert same(torch.load(checkpoint_dir / "state.pt", weights_only=True), 3)
 
 
 def test_listeners_hear_of_a_checkpoint_that_is_whole_while_the_older_ones_are_there(files, tmp_path):
     heard = []
-    files.listeners.append(lambda place, facts: heard.append((facts.step, damage(place), len(checkpoints(tmp_path)))))
+    files.listeners.append(
+        lambda checkpoint_dir, facts: heard.append(
+            (facts.step, find_corruption(checkpoint_dir), len(list_checkpoints(tmp_path)))
+        )
+    )
     for step in (1, 2, 3, 4):
         save(files, tmp_path, step)
     assert heard == [(1, None, 1), (2, None, 2), (3, None, 3), (4, None, 3)]  # two are kept
@@ -83,15 +97,17 @@ def test_killed_at_any_change_of_its_folder_a_save_leaves_a_whole_checkpoint(fil
         if (child := os.fork()) == 0:
             _save_and_die(files, folder, deadly)
         killed = os.waitpid(child, 0)[1] != 0
-        assert all(damage(place) is None for place in checkpoints(folder))  # none is there in part
-        clear(folder)
-        whole = newest(folder)
+        assert all(
+            find_corruption(checkpoint_dir) is None for checkpoint_dir in list_checkpoints(folder)
+        )  # none is there in part
+        clean_up(folder)
+        whole = newest_intact(folder)
         assert whole is not None
-        assert step_of(whole) in (2, 3)
-        assert same(read(whole), step_of(whole))
-        outcomes.append(step_of(whole))
+        assert checkpoint_step(whole) in (2, 3)
+        assert same(read_checkpoint(whole), checkpoint_step(whole))
+        outcomes.append(checkpoint_step(whole))
         save(files, folder, 3)  # the run that goes on comes to this step again
-        assert same(read(place_of(folder, 3)), 3)
+        assert same(read_checkpoint(checkpoint_path(folder, 3)), 3)
         assert sorted(path.name for path in folder.iterdir()) == ["step_000002", "step_000003"]
         if not killed:
             break
@@ -100,7 +116,7 @@ def test_killed_at_any_change_of_its_folder_a_save_leaves_a_whole_checkpoint(fil
     assert outcomes.count(3) > 10  # once it is there, it stays
 
 
-def _save_and_die(files: CheckpointFiles, folder: Path, deadly: int) -> None:
+def _save_and_die(files: AtomicCheckpointIO, folder: Path, deadly: int) -> None:
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -117,21 +133,23 @@ def _save_and_die(files: CheckpointFiles, folder: Path, deadly: int) -> None:
 
 
 def test_a_thread_writes_what_was_there_when_it_was_told_to(threaded, tmp_path, monkeypatch):
-    begin, write = threading.Event(), writing._write_whole
+    begin, write = threading.Event(), writing._write_state
 
     def write_later(*arguments):
         assert begin.wait(10)
         return write(*arguments)
 
-    monkeypatch.setattr(writing, "_write_whole", write_later)
+    monkeypatch.setattr(writing, "_write_state", write_later)
     state = state_of(1)
-    threaded.save_checkpoint(state, place_of(tmp_path, 1), Facts(step=1, val_loss=None, evaluation_due=False))
+    threaded.save_checkpoint(
+        state, checkpoint_path(tmp_path, 1), CheckpointMetadata(step=1, val_loss=None, evaluation_due=False)
+    )
     state["state_dict"]["wte.weight"].zero_()  # training goes on
     threaded.check()  # does not wait
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
     begin.set()
     threaded.wait()
-    assert same(read(place_of(tmp_path, 1)), 1)
+    assert same(read_checkpoint(checkpoint_path(tmp_path, 1)), 1)
 
 
 def test_an_error_in_the_thread_comes_up_at_the_next_check_and_nothing_is_removed(threaded, tmp_path, monkeypatch):
@@ -141,7 +159,7 @@ def test_an_error_in_the_thread_comes_up_at_the_next_check_and_nothing_is_remove
     def fail(*_):
         raise RuntimeError("the writer fails")
 
-    monkeypatch.setattr(writing, "_write_whole", fail)
+    monkeypatch.setattr(writing, "_write_state", fail)
     save(threaded, tmp_path, 2)
     writing_ended = threaded._pending
     assert writing_ended is not None
@@ -149,11 +167,11 @@ def test_an_error_in_the_thread_comes_up_at_the_next_check_and_nothing_is_remove
     with pytest.raises(RuntimeError, match="the writer fails"):
         threaded.check()
     threaded.check()  # told once
-    assert newest(tmp_path) == place_of(tmp_path, 1)
+    assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 1)
 
 
 def test_an_error_in_the_thread_comes_up_at_the_next_save_at_the_latest(threaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "_write_whole", lambda *_: 1 / 0)
+    monkeypatch.setattr(writing, "_write_state", lambda *_: 1 / 0)
     save(threaded, tmp_path, 1)
     with pytest.raises(ZeroDivisionError):
         save(threaded, tmp_path, 2)
@@ -167,12 +185,12 @@ def test_the_older_one_goes_only_when_the_newer_is_verified(files, tmp_path, mon
         raise OSError("state.pt is not on the disk as it was written")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "seal", fail)
+        patch.setattr(writing, "commit", fail)
         with pytest.raises(OSError, match="as it was written"):
             save(files, tmp_path, 3)
-    assert [step_of(place) for place in checkpoints(tmp_path)] == [1, 2]
+    assert [checkpoint_step(checkpoint_dir) for checkpoint_dir in list_checkpoints(tmp_path)] == [1, 2]
     save(files, tmp_path, 3)
-    assert [step_of(place) for place in checkpoints(tmp_path)] == [2, 3]
+    assert [checkpoint_step(checkpoint_dir) for checkpoint_dir in list_checkpoints(tmp_path)] == [2, 3]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -182,7 +200,7 @@ def test_a_full_disk_is_told_and_training_goes_on(files, tmp_path, monkeypatch, 
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(writing, "_write_whole", fail)
+    monkeypatch.setattr(writing, "_write_state", fail)
     with caplog.at_level(logging.ERROR):
         save(files, tmp_path, 2)
     (record,) = caplog.records
@@ -194,7 +212,7 @@ def test_another_error_of_the_disk_is_raised(files, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(writing, "_write_whole", fail)
+    monkeypatch.setattr(writing, "_write_state", fail)
     with pytest.raises(OSError, match="Input/output error"):
         save(files, tmp_path, 1)
 
@@ -209,14 +227,15 @@ cp -r "$1" "$1/../copied"
 FILLING = """
 import logging, sys, torch
 from pathlib import Path
-from gptlab.training.checkpoints.records import Facts, place_of
-from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.checkpoints.records import CheckpointMetadata, checkpoint_path
+from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
-files = CheckpointFiles(keep_last=2, keep_best=False, asynchronous=False)
+files = AtomicCheckpointIO(keep_last=2, keep_best=False, asynchronous=False)
 for step, size in ((1, 1000), (2, 100_000), (3, 1000), (4, 1000)):
-    place, facts = place_of(Path(sys.argv[1]), step), Facts(step=step, val_loss=None, evaluation_due=False)
-    files.save_checkpoint({"global_step": step, "state_dict": torch.ones(size)}, place, facts)
+    path = checkpoint_path(Path(sys.argv[1]), step)
+    metadata = CheckpointMetadata(step=step, val_loss=None, evaluation_due=False)
+    files.save_checkpoint({"global_step": step, "state_dict": torch.ones(size)}, path, metadata)
 """
 
 
@@ -257,7 +276,7 @@ def test_a_checkpoint_executes_nothing(tmp_path):
     canary = tmp_path / "canary"
     torch.save({"global_step": 1, "state_dict": Payload(canary)}, tmp_path / "state.pt")
     with pytest.raises(UserError, match=r"state.pt is refused: it holds more than tensors"):
-        read(tmp_path)
+        read_checkpoint(tmp_path)
     assert not canary.exists()
     torch.load(tmp_path / "state.pt", weights_only=False)
     assert canary.exists()

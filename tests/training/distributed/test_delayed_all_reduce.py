@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from gptlab.training.distributed.delayed_all_reduce import Agreement
+from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 
 
 def test_one_process_knows_its_numbers_one_call_later() -> None:
-    agreement = Agreement()
+    agreement = DelayedAllReduce()
     assert agreement.collect() is None
     assert agreement.add(torch.tensor([1.0, 2.0])) is None
     assert agreement.add(torch.tensor([3.0, 4.0])) == [1.0, 2.0]
@@ -20,7 +20,7 @@ def test_one_process_knows_its_numbers_one_call_later() -> None:
 
 
 def test_values_changed_afterwards_do_not_count() -> None:
-    agreement, values = Agreement(), torch.tensor([1.0], dtype=torch.float64)
+    agreement, values = DelayedAllReduce(), torch.tensor([1.0], dtype=torch.float64)
     agreement.add(values)
     values.zero_()
     assert agreement.collect() == [1.0]
@@ -28,7 +28,7 @@ def test_values_changed_afterwards_do_not_count() -> None:
 
 def _rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    agreement = Agreement()
+    agreement = DelayedAllReduce()
     got = [agreement.add(torch.tensor([float(rank), 10.0 * step + rank, 1e-9])) for step in range(3)]
     got.append(agreement.collect())
     torch.save(got, folder / f"{rank}.pt")

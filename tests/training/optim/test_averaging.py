@@ -9,8 +9,8 @@ from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
 from gptlab.training.config import AdamWConfig, MuonConfig
-from gptlab.training.optim.averaging import keep_average, put_averages, put_back, set_decay
-from gptlab.training.optim.optimizers import build_optimizer, skip_where_bad
+from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
+from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 
 ADAMW = AdamWConfig(name="adamw", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
 MUON = MuonConfig(**defaults("optimizer/muon.yaml") | {"ns_dtype": "float32"})
@@ -21,7 +21,7 @@ def built(config=ADAMW, *, fused: bool = True):
     torch.manual_seed(0)
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, config, fused=fused)
-    keep_average(optimizer, DECAY)
+    enable_averaging(optimizer, DECAY)
     return model, optimizer
 
 
@@ -31,7 +31,7 @@ def make_step(model, optimizer, step: int, *, bad: bool = False) -> None:
     model(torch.arange(16)[None] + step).square().sum().backward()
     if bad:
         model.wpe.weight.grad[3, 5] = float("nan")
-    skip_where_bad(optimizer, torch.tensor(float(bad)))
+    skip_step_if(optimizer, torch.tensor(float(bad)))
     optimizer.step()
 
 
@@ -100,10 +100,10 @@ def test_put_in_place_and_back_the_weights_stay_where_they_are():
     names = dict(model.named_parameters())
     trained = {name: p.detach().clone() for name, p in names.items()}
     places = {name: p.data_ptr() for name, p in names.items()}
-    kept = put_averages([optimizer])
+    kept = swap_in_averages([optimizer])
     assert all(torch.equal(names[name], average) for name, average in averages(model, optimizer).items())
     assert model.lm_head.weight is model.wte.weight
-    put_back(kept)
+    swap_out_averages(kept)
     assert all(torch.equal(names[name], weights) for name, weights in trained.items())
     assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
 
@@ -116,7 +116,7 @@ def test_without_an_average_a_state_is_what_it_was_and_does_not_become_one():
             one.load_state_dict(others.state_dict())
     make_step(model, optimizer, 0)
     plain.step()
-    assert put_averages([plain]) == []
+    assert swap_in_averages([plain]) == []
     state = plain.state_dict()
     assert {moment for moments in state["state"].values() for moment in moments} == {"step", "exp_avg", "exp_avg_sq"}
     assert all("ema_decay" not in group for group in state["param_groups"])

@@ -12,8 +12,8 @@ from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
 from gptlab.training.config import ConstantConfig, LinearConfig, MuonConfig
 from gptlab.training.optim import muon
-from gptlab.training.optim.muon import StackedMuon, orthogonalised, stacks
-from gptlab.training.optim.optimizers import build_optimizer, set_step, with_names, with_numbers
+from gptlab.training.optim.muon import StackedMuon, orthogonalize, stack_by_shape
+from gptlab.training.optim.optimizers import build_optimizer, name_state, number_state, set_step_hyperparameters
 
 MUON = MuonConfig(**defaults("optimizer/muon.yaml") | {"ns_dtype": "float32"})
 PLAIN = {"ns_dtype": "float64", "cautious": False}
@@ -36,7 +36,7 @@ def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
 def test_matrices_of_one_shape_are_put_together_as_far_as_they_fit(elements, longest, monkeypatch):
     monkeypatch.setattr(muon, "CPU_STACK", elements)
     numbered = [(matrix, number, number) for number, matrix in enumerate(matrices(torch.float32))]
-    found = [[number for _, number, _ in stack] for stack in stacks(numbered)]
+    found = [[number for _, number, _ in stack] for stack in stack_by_shape(numbered)]
     tall = [[2, 6]] if longest > 1 else [[2], [6]]
     wide = [[3, 7]] if longest > 1 else [[3], [7]]
     assert found == [[0, 4], [1, 5], *tall, *wide, [8]]
@@ -72,7 +72,7 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(steps, shape):
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         s = a * s + b * s**3 + c * s**5
-    found = orthogonalised(x, COEFFICIENTS, steps, 1e-7)
+    found = orthogonalize(x, COEFFICIENTS, steps, 1e-7)
     torch.testing.assert_close(found, u @ torch.diag_embed(s) @ v, atol=1e-12, rtol=0)
     if steps == 5 and shape != (5, 5):  # a square matrix has tiny ones
         assert 0.6 < s.min() < s.max() < 1.3
@@ -137,12 +137,12 @@ def test_all_rates_follow_the_schedule_and_the_momentum_warms_up():
     whole = [MUON.lr, MUON.embedding_lr, MUON.head_lr, MUON.vector_lr]
     momenta = {0: 0.85, 1: 0.875, 2: 0.9, 4: 0.95, 5: 0.95, 9: 0.95}
     for step in (5, 0, 1, 9, 4, 2):  # a function of the step, whatever came before
-        set_step(optimizer, step, config, schedule, max_steps=10)
+        set_step_hyperparameters(optimizer, step, config, schedule, max_steps=10)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([lr * (1 - step / 10) for lr in whole], rel=1e-12)
         assert optimizer.param_groups[0]["momentum"] == pytest.approx(momenta[step], abs=1e-12)
     constant = ConstantConfig(name="constant", warmup_steps=0)
-    set_step(optimizer, 0, MUON.model_copy(update={"momentum_warmup_steps": 0}), constant, max_steps=10)
+    set_step_hyperparameters(optimizer, 0, MUON.model_copy(update={"momentum_warmup_steps": 0}), constant, max_steps=10)
     assert optimizer.param_groups[0]["momentum"] == 0.95
 
 
@@ -162,14 +162,14 @@ def test_what_is_loaded_goes_on_bit_for_bit_with_the_settings_of_the_configurati
     other = copy.deepcopy(model)
     changed = MUON.model_copy(update={"lr": 0.5, "momentum": 0.7})
     file = io.BytesIO()
-    torch.save(with_names(optimizer.state_dict(), model, MUON), file)
+    torch.save(name_state(optimizer.state_dict(), model, MUON), file)
     file.seek(0)
     named = torch.load(file, weights_only=True)
     assert set(named["state"]) == {name for name, _ in model.named_parameters()}
     assert set(named["state"]["h.1.mlp.c_proj.weight"]) == {"momentum_buffer"}
     assert set(named["state"]["wte.weight"]) == {"step", "exp_avg", "exp_avg_sq"}
     its = build_optimizer(other, changed, fused=fused)
-    its.load_state_dict(with_numbers(named, other, changed))
+    its.load_state_dict(number_state(named, other, changed))
     assert [group["initial_lr"] for group in its.param_groups][:2] == [0.5, MUON.embedding_lr]
     assert its.param_groups[0]["momentum"] == 0.7
     its.param_groups[0].update(lr=MUON.lr, momentum=MUON.momentum)

@@ -6,7 +6,7 @@ import torch
 from conftest import defaults, tiny_config
 from gptlab.model.gpt import GPT
 from gptlab.training.config import AdamWConfig, MuonConfig
-from gptlab.training.optim.optimizers import build_optimizer, skip_where_bad
+from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 
 ADAMW = AdamWConfig(name="adamw", lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
 MUON = MuonConfig(**defaults("optimizer/muon.yaml"))
@@ -58,7 +58,7 @@ def test_a_bad_step_leaves_no_trace(config, fused, bad_step):
                 one.wpe.weight.grad[3, 5] = float("nan")
                 one.h[1].mlp.c_fc.weight.grad[3, 5] = float("inf")
             if one is model or not is_bad:
-                skip_where_bad(its, torch.tensor(float(is_bad)))
+                skip_step_if(its, torch.tensor(float(is_bad)))
                 its.step()
             its.zero_grad()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))

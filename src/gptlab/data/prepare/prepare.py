@@ -18,8 +18,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.prepare.splitting import DRAWS, resolve_val_split, val_threshold
-from gptlab.data.prepare.tasks import Work, do, do_all, dtype_of, expect_workers, record_path, workers
+from gptlab.data.prepare.splitting import HASH_RANGE, resolve_val_split, val_threshold
+from gptlab.data.prepare.tasks import (
+    PrepareOptions,
+    preload_workers,
+    record_path,
+    run_task,
+    run_tasks,
+    start_workers,
+    token_dtype,
+)
 from gptlab.data.shards.manifest import (
     FORMAT,
     LOCK,
@@ -32,29 +40,29 @@ from gptlab.data.shards.manifest import (
     load_shards,
     write_durably,
 )
-from gptlab.data.shards.open_shards import open_shards, usable_cache
-from gptlab.data.shards.streams import Folder
-from gptlab.data.shards.token_dataset import Prepared, check_unchanged, remember
-from gptlab.data.sources.corpora import Corpus, Task, downloaded, open_corpus
-from gptlab.data.tokenizers.bulk import bulk_encoder, is_proven, until
+from gptlab.data.shards.open_shards import ensure_cache_dir, open_shards
+from gptlab.data.shards.streams import LocalFolder
+from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
+from gptlab.data.sources.corpora import Corpus, Task, open_corpus, tinyshakespeare_path
+from gptlab.data.tokenizers.bulk import bulk_encoder, is_equivalent, take_characters
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TASKS = 64  # a small corpus is cut into so many, for all cores to have some; but not into ...
-LEAST_TASK = 2**24  # ... less than so many bytes
-UNEQUAL = 3  # times data.val_fraction, or a third of it: more or less is warned of
-PLACES = 8  # of the corpus, at most, on which a faster encoder is tried
-TOKENIZER = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
+NUM_TASKS = 64  # a small corpus is cut into so many, for all cores to have some; but not into ...
+MIN_TASK_BYTES = 2**24  # ... less than so many bytes
+MAX_SPLIT_RATIO = 3  # times data.val_fraction, or a third of it: more or less is warned of
+NUM_SAMPLE_TEXTS = 8  # of the corpus, at most, on which a faster encoder is tried
+TOKENIZER_FILE = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
 
 
 def prepare(
     config: DataConfig,
     tokenizer: TokenizerConfig,
-    work: Work = Work(),  # noqa: B008  (a constant)
+    work: PrepareOptions = PrepareOptions(),  # noqa: B008  (a constant)
     trained: Tokenizer | None = None,
-) -> Prepared:
+) -> TokenDataset:
     """Return the prepared data that the configuration names, making it where the cache does not have it.
 
     Processes that ask at the same time, on one file system, wait for the one that makes it.
@@ -77,31 +85,31 @@ def prepare(
         )
     if config.corpus == "shards":
         return open_shards(config, tokenizer)
-    usable_cache(config)
+    ensure_cache_dir(config)
     corpus, config = open_corpus(config), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
     # machines that share a preparation do different tasks, and need not wait for each other
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
-            _make(folder, config, tokenizer, corpus, work, trained)
-        elif (folder / TOKENIZER).exists():  # killed before all was cleared up
-            _clear(folder)
+            _run_preparation(folder, config, tokenizer, corpus, work, trained)
+        elif (folder / TOKENIZER_FILE).exists():  # killed before all was cleared up
+            _remove_intermediate_files(folder)
     try:
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
     except UserError as error:
         raise UserError(f"{error} Delete {folder} to have it prepared again.") from error
-    return Prepared(Folder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+    return TokenDataset(LocalFolder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
-def look_up(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
+def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
     """Return the manifest of data that is prepared already; None where there is none.
 
     Nothing is made, hashed or fetched: what is behind a URL, or is to be downloaded first, is not looked for.
     """
     if config.corpus == "shards":
         folder = Path(config.path or "").expanduser()
-    elif config.corpus == "shakespeare" and not (config.source or downloaded(config.cache_dir).exists()):
+    elif config.corpus == "shakespeare" and not (config.source or tinyshakespeare_path(config.cache_dir).exists()):
         return None
     else:
         folder = _cache_folder(resolve_val_split(config), tokenizer, open_corpus(config))
@@ -119,35 +127,35 @@ def _cache_folder(
     return Path(config.cache_dir).expanduser() / name
 
 
-def _make(
+def _run_preparation(
     folder: Path,
     config: DataConfig,
     tokenizer_config: TokenizerConfig,
     corpus: Corpus,
-    work: Work,
+    work: PrepareOptions,
     trained: Tokenizer | None,
 ) -> None:
     """Do the tasks that are not done yet, then write the manifest if all are."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
-    tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // TASKS, LEAST_TASK)))
+    tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // NUM_TASKS, MIN_TASK_BYTES)))
     threshold = val_threshold(config, corpus, tasks)
-    if threshold not in (None, config.val_fraction * DRAWS):
-        _forget_others(folder, tasks, threshold)
+    if threshold not in (None, config.val_fraction * HASH_RANGE):
+        _discard_stale_records(folder, tasks, threshold)
     mine = [task for task in tasks if task.number % work.parts == work.part]
-    done, todo = _parted(folder, mine)
-    expect_workers(work, todo)
+    done, todo = _partition_tasks(folder, mine)
+    preload_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
         tokenizer = trained or _tokenizer(folder, tokenizer_config, corpus, tasks)
         if done:
             log.info("%d of %d tasks were done before.", len(done), len(mine))
-        earlier = sum(shard.tokens for shards in _splits(folder, done).values() for shard in shards)
+        earlier = sum(shard.tokens for shards in _collect_splits(folder, done).values() for shard in shards)
         record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
-        with workers(work, todo, tokenizer, vocab_dir) as pool:
-            fast = bool(todo) and _bulk_is_proven(tokenizer, corpus, tasks)
-            work_on = functools.partial(do, folder, corpus, config, record, vocab_dir, fast, threshold)
-            do_all(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
-        if waiting := _parted(folder, tasks)[1]:
+        with start_workers(work, todo, tokenizer, vocab_dir) as pool:
+            fast = bool(todo) and _can_use_bulk_encoder(tokenizer, corpus, tasks)
+            work_on = functools.partial(run_task, folder, corpus, config, record, vocab_dir, fast, threshold)
+            run_tasks(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
+        if waiting := _partition_tasks(folder, tasks)[1]:
             raise UserError(
                 f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
                 f"them task {waiting[0].number}. When every part is done: merge=true."
@@ -158,7 +166,7 @@ def _make(
                 manifest = _write_manifest(folder, corpus, tasks, tokenizer)
                 _warn_of_unequal_split(manifest, config)
                 if len(todo) == len(tasks):  # all were written, and hashed, just now
-                    remember(folder, manifest, folder.parent)
+                    record_verified(folder, manifest, folder.parent)
     except BrokenProcessPool as error:
         raise UserError(
             "A worker was killed, most likely for want of memory: fewer workers or a smaller data.task_bytes need "
@@ -167,7 +175,7 @@ def _make(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        left = sum(task.bytes for task in _parted(folder, mine)[1])
+        left = sum(task.bytes for task in _partition_tasks(folder, mine)[1])
         raise UserError(
             f"The disk of {folder} is full; about {2 * left / 1e9:.1f} GB more are needed at most "
             "(of compressed text, several times as much). What is done is kept: make room and start again."
@@ -176,34 +184,38 @@ def _make(
 
 def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: list[Task]) -> Tokenizer:
     """Build the tokenizer once, and find it again when a preparation goes on."""
-    path = folder / TOKENIZER
+    path = folder / TOKENIZER_FILE
     if path.exists():
         return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
     if config.train_mb is None:
         texts = (document.text for task in tasks for document in corpus.documents(task))
     else:
-        texts = (text for place in _places(corpus, tasks) for text in until(place, config.train_mb * 1e6 / len(tasks)))
+        texts = (
+            text
+            for place in _sample_texts(corpus, tasks)
+            for text in take_characters(place, config.train_mb * 1e6 / len(tasks))
+        )
     tokenizer = build_tokenizer(config, texts)
     write_durably(path, json.dumps(tokenizer.record()))
     return tokenizer
 
 
-def _parted(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
+def _partition_tasks(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
     """Part tasks into those that are done and those that are not."""
     done = {task.number for task in tasks if record_path(folder, task).exists()}
     return [task for task in tasks if task.number in done], [task for task in tasks if task.number not in done]
 
 
-def _forget_others(folder: Path, tasks: list[Task], threshold: float | None) -> None:
+def _discard_stale_records(folder: Path, tasks: list[Task], threshold: float | None) -> None:
     """Delete the records of tasks that were split with another threshold, so that they are redone."""
-    for task in _parted(folder, tasks)[0]:
+    for task in _partition_tasks(folder, tasks)[0]:
         path = record_path(folder, task)
         with suppress(FileNotFoundError):  # another machine's part has deleted it
             if json.loads(path.read_text()).get("threshold") != threshold:
                 path.unlink()
 
 
-def _splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
+def _collect_splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
     """Put the records of tasks together."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
     return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
@@ -211,7 +223,7 @@ def _splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
 
 def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> Manifest:
     """Write the manifest, and take away what was only needed on the way."""
-    splits = _splits(folder, tasks)
+    splits = _collect_splits(folder, tasks)
     for split in SPLITS:
         if not splits[split]:
             raise UserError(f"{corpus.origin} is empty or too short: it leaves no text for {split}.")
@@ -220,7 +232,7 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
         origin=corpus.origin,
         tokenizer=tokenizer.record(),
         vocab_size=tokenizer.vocab_size,
-        dtype=dtype_of(tokenizer),
+        dtype=token_dtype(tokenizer),
         splits=splits,
     )
     manifest.save(folder)
@@ -230,7 +242,7 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
             "data.undecodable=refuse would name the first.",
             *(mended, corpus.origin),
         )
-    _clear(folder)
+    _remove_intermediate_files(folder)
     return manifest
 
 
@@ -238,7 +250,7 @@ def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
     """Warn where few documents make val much larger or smaller than ``data.val_fraction``."""
     sizes = {split: sum(shard.bytes for shard in manifest.splits[split]) for split in SPLITS}
     share = sizes["val"] / max(1, sum(sizes.values()))
-    if not config.val_fraction / UNEQUAL <= share <= config.val_fraction * UNEQUAL:
+    if not config.val_fraction / MAX_SPLIT_RATIO <= share <= config.val_fraction * MAX_SPLIT_RATIO:
         log.warning(
             "%.1f %% of %s is val, with data.val_fraction=%s: it has few documents, or they differ much in length. "
             "Another data.split_seed chooses others.",
@@ -246,26 +258,26 @@ def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
         )
 
 
-def _clear(folder: Path) -> None:
+def _remove_intermediate_files(folder: Path) -> None:
     """Take away what was only needed on the way, last the tokenizer's record: without it, nothing is left to clear."""
-    kept = {MANIFEST, TOKENIZER} | {shard.file for shard in load_shards(folder).shards()}
+    kept = {MANIFEST, TOKENIZER_FILE} | {shard.file for shard in load_shards(folder).shards()}
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink(missing_ok=True)
-    (folder / TOKENIZER).unlink(missing_ok=True)
+    (folder / TOKENIZER_FILE).unlink(missing_ok=True)
 
 
-def _places(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
+def _sample_texts(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
     """Begin to read the texts of every task."""
     return [(document.text for document in corpus.documents(task)) for task in tasks]
 
 
-def _bulk_is_proven(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
+def _can_use_bulk_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
     """Whether gigatoken is there and gives the same ids as the tokenizer all over the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
-    if is_proven(tokenizer, encode, _places(corpus, tasks[:: -(-len(tasks) // PLACES)])):
+    if is_equivalent(tokenizer, encode, _sample_texts(corpus, tasks[:: -(-len(tasks) // NUM_SAMPLE_TEXTS)])):
         log.info("gigatoken gives the same ids on a sample of the corpus, and encodes it.")
         return True
     log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")

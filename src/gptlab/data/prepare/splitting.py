@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Split
-from gptlab.data.sources.corpora import Corpus, Task, open_corpus, paths_below
-from gptlab.data.sources.readers import Document, kind_of
+from gptlab.data.sources.corpora import Corpus, Task, list_files, open_corpus
+from gptlab.data.sources.readers import Document, file_kind
 from gptlab.errors import UserError
 
-DRAWS = 2**64  # a document draws a whole number below this
+HASH_RANGE = 2**64  # a document draws a whole number below this
 
 
 def has_several_documents(config: DataConfig) -> bool:
@@ -24,12 +24,12 @@ def has_several_documents(config: DataConfig) -> bool:
     if config.corpus != "text":
         return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
     source = Path(config.source or "").expanduser()
-    paths = paths_below(source, "*", set()) if source.is_dir() else iter([source])
+    paths = list_files(source, "*", set()) if source.is_dir() else iter([source])
     files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
-    if len(files) != 1 or kind_of(files[0]) == "text":
+    if len(files) != 1 or file_kind(files[0]) == "text":
         return len(files) > 1
     corpus = open_corpus(config)
-    return len(set(islice(_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
+    return len(set(islice(_document_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
@@ -73,10 +73,10 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
     """
     if config.val_split == "tail":
         return None
-    threshold = config.val_fraction * DRAWS
-    smallest, largest = DRAWS, -1
-    for name in _names(corpus, tasks):
-        drawn = draw(name, config.split_seed)
+    threshold = config.val_fraction * HASH_RANGE
+    smallest, largest = HASH_RANGE, -1
+    for name in _document_names(corpus, tasks):
+        drawn = document_hash(name, config.split_seed)
         smallest, largest = min(smallest, drawn), max(largest, drawn)
         if smallest < threshold <= largest:
             return threshold
@@ -90,7 +90,7 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
     return smallest + 1 if smallest >= threshold else largest
 
 
-def draw(name: str, seed: int) -> int:
+def document_hash(name: str, seed: int) -> int:
     """Return what a document draws, from its name and ``data.split_seed`` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
 
@@ -100,12 +100,12 @@ def _is_missing(config: DataConfig) -> bool:
     return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
 
 
-def _names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
+def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
     """Yield the names of the documents that have text, in order; for each part where one comes in several."""
     return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
-class Part(NamedTuple):
+class SplitPart(NamedTuple):
     """What of a document a split gets, and whether that part begins and finishes there."""
 
     split: Split
@@ -114,18 +114,18 @@ class Part(NamedTuple):
     finishes: bool
 
 
-def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[Part]:
+def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[SplitPart]:
     """Give a document to train or val by its draw or, without a threshold, the two parts of it to both."""
     name, text, begin, end, _ = document
     if threshold is not None:
-        yield Part("val" if draw(name, seed) < threshold else "train", text, begin == 0, end == 1)
+        yield SplitPart("val" if document_hash(name, seed) < threshold else "train", text, begin == 0, end == 1)
         return
-    border = 1 - val_fraction
+    eot_id = 1 - val_fraction
     # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
-    cut = int(len(text) * ((border - begin) / (end - begin)))
+    cut = int(len(text) * ((eot_id - begin) / (end - begin)))
     # where train began in a part before, it ends in this one, be it with one character
-    cut = min(max(cut, int(0 < begin < border)), len(text))
-    if begin < border:
-        yield Part("train", text[:cut], begin == 0, border <= end)
-    if border < end:
-        yield Part("val", text[cut:], begin <= border, end == 1)
+    cut = min(max(cut, int(0 < begin < eot_id)), len(text))
+    if begin < eot_id:
+        yield SplitPart("train", text[:cut], begin == 0, eot_id <= end)
+    if eot_id < end:
+        yield SplitPart("val", text[cut:], begin <= eot_id, end == 1)

@@ -27,7 +27,7 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
-class Work(NamedTuple):
+class PrepareOptions(NamedTuple):
     """Who prepares, and who hears of it.
 
     Attributes:
@@ -43,15 +43,17 @@ class Work(NamedTuple):
     report: Callable[[int, int, int], None] = lambda done, of, tokens: None
 
 
-def expect_workers(work: Work, tasks: list[Task]) -> None:
+def preload_workers(work: PrepareOptions, tasks: list[Task]) -> None:
     """Have what workers need imported while this process goes on, by the one that they are forked from."""
     if min(work.workers, len(tasks)) > 1 and FORKSERVER:
-        forkserver.set_forkserver_preload(_imports())
+        forkserver.set_forkserver_preload(_modules_to_preload())
         forkserver.ensure_running()
 
 
 @contextmanager
-def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None) -> Iterator[Executor | None]:
+def start_workers(
+    work: PrepareOptions, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None
+) -> Iterator[Executor | None]:
     """Start processes, which load the tokenizer while this one goes on; None where this one is enough."""
     number = min(work.workers, len(tasks))
     if number <= 1:
@@ -60,7 +62,7 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
     context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
     life, ours = context.Pipe(duplex=False)
     about = (life, json.dumps(tokenizer.record()), vocab_dir)
-    with ours, ProcessPoolExecutor(number, context, initializer=_begin_worker, initargs=about) as pool:
+    with ours, ProcessPoolExecutor(number, context, initializer=_init_worker, initargs=about) as pool:
         try:
             # a process starts when there is something to do, and whoever starts it waits for it
             threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
@@ -74,7 +76,7 @@ def workers(work: Work, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str 
             raise
 
 
-def _imports() -> list[str]:
+def _modules_to_preload() -> list[str]:
     """Name what workers are to have imported: what they need, and what else of ours the program that runs has.
 
     A worker imports that program again (multiprocessing's programming guidelines). torch is left out: no task needs it.
@@ -83,7 +85,7 @@ def _imports() -> list[str]:
     return [__name__] if "torch" in sys.modules else ours
 
 
-def _begin_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
+def _init_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
     """Leave Ctrl-C to the parent, and end when its end of ``life`` is closed: by itself, or by its death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -92,11 +94,16 @@ def _begin_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    _loaded(record, vocab_dir)
+    _cached_tokenizer(record, vocab_dir)
 
 
-def do_all(
-    work_on: Callable[[Task], int], tasks: list[Task], total: int, tokens: int, work: Work, pool: Executor | None
+def run_tasks(
+    work_on: Callable[[Task], int],
+    tasks: list[Task],
+    total: int,
+    tokens: int,
+    work: PrepareOptions,
+    pool: Executor | None,
 ) -> None:
     """Do the tasks, and report each.
 
@@ -106,7 +113,7 @@ def do_all(
         total: Bytes of these tasks and of those that were done before.
         tokens: Of those that were done before.
         work: Who hears of it.
-        pool: From ``workers``; None does them in this process.
+        pool: From ``start_workers``; None does them in this process.
     """
     done = total - sum(task.bytes for task in tasks)
     work.report(done, total, tokens)
@@ -121,7 +128,7 @@ def do_all(
         work.report(done, total, tokens)
 
 
-def do(
+def run_task(
     folder: Path,
     corpus: Corpus,
     config: DataConfig,
@@ -132,10 +139,10 @@ def do(
     task: Task,
 ) -> int:
     """Tokenize one task into its shards, then write its record; return its tokens."""
-    tokenizer, bulk = _loaded(json.dumps(record), vocab_dir)
+    tokenizer, bulk = _cached_tokenizer(json.dumps(record), vocab_dir)
     encode = bulk if fast and bulk else tokenizer.encode
     ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
-    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", dtype_of(tokenizer)) for s in SPLITS}
+    writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", token_dtype(tokenizer)) for s in SPLITS}
     try:
         for document in corpus.documents(task):
             mended = int(document.mended)  # counted once
@@ -159,13 +166,13 @@ def do(
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
+def _cached_tokenizer(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
     """Keep a worker's tokenizer, and the faster encoder where there is one, from task to task."""
     tokenizer = load_tokenizer(json.loads(record), vocab_dir)
     return tokenizer, bulk_encoder(tokenizer)
 
 
-def dtype_of(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
+def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
     """Two bytes where all ids fit, else four."""
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 

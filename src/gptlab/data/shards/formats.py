@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from gptlab.data.shards.manifest import FORMAT, SPLITS, Manifest, Shard, Split
-from gptlab.data.shards.streams import Store, TokenStream
+from gptlab.data.shards.streams import ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
@@ -28,7 +28,7 @@ CHUNK = 2**22  # tokens looked at or copied at a time
 Format = Literal["nanogpt", "llmc"]
 
 
-class Layout(NamedTuple):
+class TokenFileLayout(NamedTuple):
     """Where the tokens of a file stand, and how."""
 
     offset: int
@@ -36,7 +36,7 @@ class Layout(NamedTuple):
     dtype: Literal["uint16", "uint32"]
 
 
-def layout(path: Path) -> Layout:
+def read_layout(path: Path) -> TokenFileLayout:
     """Tell the layout of a token file from its content; UserError names what does not fit."""
     size = path.stat().st_size
     if path.suffix == ".npy":
@@ -52,23 +52,23 @@ def layout(path: Path) -> Layout:
             raise UserError(
                 f"{path} should have {expected:,} bytes by its header ({tokens:,} tokens) and has {size:,}."
             )
-        return Layout(HEADER_BYTES, tokens, dtype)
+        return TokenFileLayout(HEADER_BYTES, tokens, dtype)
     if size % 2:
         raise UserError(f"{path} has an odd number of bytes, {size:,}: it cannot be uint16 tokens.")
-    return Layout(0, size // 2, "uint16")
+    return TokenFileLayout(0, size // 2, "uint16")
 
 
-def _npy_layout(path: Path) -> Layout:
+def _npy_layout(path: Path) -> TokenFileLayout:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise UserError(f"{path} is not an array that numpy saved: {error}.") from error
     if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise UserError(f"{path} holds {array.dtype} of shape {array.shape}; tokens are one row of uint16 or uint32.")
-    return Layout(array.offset, len(array), "uint16" if array.dtype.itemsize == 2 else "uint32")
+    return TokenFileLayout(array.offset, len(array), "uint16" if array.dtype.itemsize == 2 else "uint32")
 
 
-def split_of(path: Path) -> Split:
+def split_from_name(path: Path) -> Split:
     """Tell train from val by a file's name; UserError where it names neither or both."""
     named = [split for split in SPLITS if split in path.name]
     if len(named) != 1:
@@ -76,7 +76,7 @@ def split_of(path: Path) -> Split:
     return named[0]
 
 
-def describe(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
+def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     """Make a manifest for token files where they lie: every token is read once, hashed, and checked.
 
     Raises:
@@ -86,9 +86,9 @@ def describe(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     dtypes = {}
     for path in paths:
-        found = layout(path)
+        found = read_layout(path)
         dtypes[found.dtype] = path
-        splits[split_of(path)].append(_shard(path, found, tokenizer))
+        splits[split_from_name(path)].append(_read_shard(path, found, tokenizer))
     if missing := [split for split in SPLITS if not splits[split]]:
         raise UserError(f"Among {paths[0]} and {len(paths) - 1} other files there is none for {' and '.join(missing)}.")
     if len(dtypes) > 1:
@@ -103,7 +103,7 @@ def describe(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     )
 
 
-def _shard(path: Path, found: Layout, tokenizer: Tokenizer) -> Shard:
+def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Shard:
     tokens = np.memmap(path, dtype=np.dtype(found.dtype).newbyteorder("<"), mode="r", offset=found.offset)
     digest, text_bytes, documents = hashlib.sha256(), 0, 0
     lengths = tokenizer.token_bytes()
@@ -128,7 +128,7 @@ def _shard(path: Path, found: Layout, tokenizer: Tokenizer) -> Shard:
     )
 
 
-def convert(store: Store, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
+def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
     """Write shards as another program's files: nanogpt's train.bin and val.bin, or one llmc file for each shard.
 
     Raises:
@@ -139,7 +139,7 @@ def convert(store: Store, manifest: Manifest, kind: Format, out: Path) -> list[P
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for split in SPLITS:
-        for name, shards in _files(split, manifest.splits[split], kind):
+        for name, shards in _output_files(split, manifest.splits[split], kind):
             path = out / name
             if path.exists():
                 raise UserError(f"{path} is there already; name another folder: out=<dir>")
@@ -156,7 +156,7 @@ def convert(store: Store, manifest: Manifest, kind: Format, out: Path) -> list[P
     return written
 
 
-def _files(split: Split, shards: list[Shard], kind: Format) -> Iterator[tuple[str, list[Shard]]]:
+def _output_files(split: Split, shards: list[Shard], kind: Format) -> Iterator[tuple[str, list[Shard]]]:
     """Name the files of a split, each with the shards that go into it."""
     if kind == "nanogpt":
         yield f"{split}.bin", shards

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from gptlab.data.batch_size_schedule import Stages
+from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import Split
 from gptlab.data.shards.streams import TokenStream
-from gptlab.data.shards.token_dataset import Prepared
+from gptlab.data.shards.token_dataset import TokenDataset
 
-BEGINNING = 2**22  # tokens looked at for the first documents
+MAX_PREFIX_BYTES = 2**22  # tokens looked at for the first documents
 CHUNK = 2**18  # tokens looked at at a time; more of them would not stay in the processor's cache
 
 
@@ -26,10 +26,10 @@ def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
     return max(longest, len(stream) - begin)
 
 
-def first_documents(prepared: Prepared, split: Split, documents: int, tokens: int) -> list[str]:
+def first_documents(prepared: TokenDataset, split: Split, documents: int, tokens: int) -> list[str]:
     """Decode the beginnings of the first documents of a split, from at most so many tokens of each."""
     stream = prepared.stream(split)
-    ids = stream.read([0], min(len(stream), BEGINNING))[0]
+    ids = stream.read([0], min(len(stream), MAX_PREFIX_BYTES))[0]
     end = prepared.tokenizer.end_of_text
     cuts = [] if end is None else np.flatnonzero(ids == end).tolist()
     begins = [0, *(cut + 1 for cut in cuts)]
@@ -37,7 +37,9 @@ def first_documents(prepared: Prepared, split: Split, documents: int, tokens: in
     return [prepared.tokenizer.decode(text[:tokens].tolist()) for text in texts if len(text)][:documents]
 
 
-def batch_texts(prepared: Prepared, order: WindowOrder, step: int, stages: Stages) -> list[tuple[int, str]]:
+def batch_texts(
+    prepared: TokenDataset, order: WindowOrder, step: int, stages: BatchSizeSchedule
+) -> list[tuple[int, str]]:
     """Decode the windows of step ``step`` (counted from 1, as in metrics.csv), each with its first token."""
     stream = prepared.stream("train")
     starts = order.starts(np.arange(stages.first(step - 1), stages.first(step), dtype=np.int64))

@@ -133,7 +133,7 @@ class ShardWriter:
         self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
         self.tokens = self.bytes = self.documents = self.mended = 0
         self._digest = hashlib.sha256()
-        self._unfinished = _unfinished(path)
+        self._unfinished = _temporary_path(path)
         self._file = self._unfinished.open("wb")
 
     def add(self, ids: NDArray[Any], text_bytes: int, documents: int, mended: int = 0) -> None:
@@ -167,7 +167,7 @@ class ShardWriter:
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    unfinished = _unfinished(path)
+    unfinished = _temporary_path(path)
     try:
         with unfinished.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -179,7 +179,7 @@ def write_durably(path: Path, text: str) -> None:
         raise
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """See a file, or the names in a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -188,6 +188,6 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _unfinished(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

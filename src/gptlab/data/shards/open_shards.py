@@ -7,21 +7,21 @@ from pathlib import Path
 from filelock import FileLock
 
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.data.shards.formats import describe
+from gptlab.data.shards.formats import build_manifest
 from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, load_shards
 from gptlab.data.shards.remote import RemoteFolder, fetch_files
-from gptlab.data.shards.streams import Folder, Store
-from gptlab.data.shards.token_dataset import Prepared, check_unchanged, remember
-from gptlab.data.sources.corpora import Files
+from gptlab.data.shards.streams import LocalFolder, ShardStore
+from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
+from gptlab.data.sources.corpora import FileCorpus
 from gptlab.data.sources.readers import Decoding
-from gptlab.data.tokenizers.nanogpt_meta import META, read_meta
+from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> Prepared:
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> TokenDataset:
     """Open what data.path names.
 
     Args:
@@ -36,23 +36,23 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: boo
         raise UserError(
             "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
         )
-    cache_dir = usable_cache(config)
-    store: Store
+    cache_dir = ensure_cache_dir(config)
+    store: ShardStore
     if config.is_remote and not has_magic(config.path):
         store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
         manifest = store.manifest
     else:
         path = str(fetch_files(config.path, cache_dir)) if config.is_remote else config.path
-        folder = _folder(path, cache_dir, tokenizer)
+        folder = _find_folder(path, cache_dir, tokenizer)
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
-        store = Folder(folder)
+        store = LocalFolder(folder)
     if (name := manifest.tokenizer["name"]) != tokenizer.name and not whatever:
         raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
-    return Prepared(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+    return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
-def usable_cache(config: DataConfig) -> Path:
+def ensure_cache_dir(config: DataConfig) -> Path:
     """Make the folder for what is kept; UserError where that cannot be."""
     cache_dir = Path(config.cache_dir).expanduser()
     try:
@@ -62,7 +62,7 @@ def usable_cache(config: DataConfig) -> Path:
     return cache_dir
 
 
-def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
+def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
     """Find the prepared folder that ``path`` names or, for token files of others, describe them in the cache."""
     named = Path(path).expanduser()  # a folder's own name may look like a glob
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
@@ -77,26 +77,26 @@ def _folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
     files = [path for path in inside if path.suffix in SUFFIXES]
     if not files:
         raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
-    meta = files[0].with_name(META)
+    meta = files[0].with_name(META_FILE)
     if meta.exists() and tokenizer.name != "characters":
         raise UserError(
             f"{meta} says that the tokens beside it are characters, not those of tokenizer={tokenizer.name}; "
             "tokenizer=characters reads it."
         )
     read = [*files, meta] if meta.exists() else files
-    listing = Files(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
-    return _described(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
+    listing = FileCorpus(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
+    return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
 
 
-def _described(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
+def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
     """Keep a manifest of token files that lie elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
             known = _tokenizer(files[0], tokenizer)
             log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
-            manifest = describe(files, known)
-            remember(folder, manifest, folder.parent)
+            manifest = build_manifest(files, known)
+            record_verified(folder, manifest, folder.parent)
             manifest.save(folder)
     return folder
 
@@ -105,9 +105,9 @@ def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
     """Build the tokenizer that is named for a file of tokens, of its characters if a meta.pkl beside it lists them."""
     if config.name in ("gpt2", "bytes"):
         return load_tokenizer({"name": config.name}, config.vocab_dir)
-    if config.name == "characters" and (meta := file.with_name(META)).exists():
+    if config.name == "characters" and (meta := file.with_name(META_FILE)).exists():
         return read_meta(meta)
     raise UserError(
         f"{file} does not say which tokens tokenizer={config.name} means; gpt2 or bytes would, and characters with "
-        f"nanoGPT's {META} beside it."
+        f"nanoGPT's {META_FILE} beside it."
     )

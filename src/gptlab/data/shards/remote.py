@@ -26,9 +26,9 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
+MAX_ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
-DENIED = (401, 403)  # statuses of HTTP that will not change by asking again
+DENIED_STATUSES = (401, 403)  # statuses of HTTP that will not change by asking again
 SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
 
 
@@ -127,7 +127,7 @@ class RemoteFolder:
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
         """Fetch a file, check it, and put it in its place."""
         wrong = set[str]()
-        _put(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
+        _fetch_to(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
         """Fetch a file once; ``wrong`` has the hashes that came before, for what comes twice is no accident."""
@@ -164,7 +164,7 @@ class RemoteFolder:
                         used -= self.sizes[path.name]
                 except Timeout:
                     continue  # it is being opened
-            _unfinished(self.folder / shard.file).touch()
+            _temporary_path(self.folder / shard.file).touch()
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
@@ -190,22 +190,22 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
         _check_size(unfinished, filesystem.size(place))
 
     with FileLock(f"{folder}{LOCK}"):
-        _persistently(pattern, look)
+        _with_retries(pattern, look)
         for place, about in sorted(found.items()):
             path = folder / PurePosixPath(place).name
             if about["type"] == "file" and not path.exists():
                 log.info("Fetching %s.", place)
-                _put(path, place, functools.partial(fetch, place))
+                _fetch_to(path, place, functools.partial(fetch, place))
     if not any(folder.iterdir()):
         raise UserError(f"data.path={pattern} matches nothing.")
     return folder
 
 
-def _put(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
+def _fetch_to(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
     """Fetch a file beside its place, and put it there when it is whole."""
-    unfinished = _unfinished(path)
+    unfinished = _temporary_path(path)
     try:
-        _persistently(what, lambda: fetch(unfinished))
+        _with_retries(what, lambda: fetch(unfinished))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -216,7 +216,7 @@ def _check_size(path: Path, expected: int) -> None:
         raise OSError(f"{size:,} bytes came of {expected:,}")
 
 
-def _persistently(what: str, fetch: Callable[[], None]) -> None:
+def _with_retries(what: str, fetch: Callable[[], None]) -> None:
     """Fetch; after a failure that may pass wait, and try again."""
     import tenacity  # needed by remote shards alone
 
@@ -225,13 +225,13 @@ def _persistently(what: str, fetch: Callable[[], None]) -> None:
         log.warning(
             "%s: %s. Attempt %d of %d in %.0f s.",
             *(what, _reason(state.outcome.exception())),
-            *(state.attempt_number + 1, ATTEMPTS, state.next_action.sleep),
+            *(state.attempt_number + 1, MAX_ATTEMPTS, state.next_action.sleep),
         )
 
     attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
         wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(_is_transient),
         before_sleep=tell,
         reraise=True,
     )
@@ -258,7 +258,7 @@ def _check_no_secret(url: str) -> None:
             )
 
 
-def _unfinished(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -276,11 +276,11 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(url, **options)
 
 
-def _may_pass(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether to try again: not where the answer was no, or where the fault is on this side."""
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    denied = getattr(error, "status", None) in DENIED
+    denied = getattr(error, "status", None) in DENIED_STATUSES
     return isinstance(error, Exception) and not isinstance(error, lasting) and not full and not denied
 
 

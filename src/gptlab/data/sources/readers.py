@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from gptlab.data.tokenizers.tokenizer import encodable
+from gptlab.data.tokenizers.tokenizer import replace_surrogates
 from gptlab.errors import UserError
 
 WINDOW = 2**16  # bytes looked at in search of a place to cut
@@ -71,9 +71,9 @@ class Decoding(NamedTuple):
     part_bytes: int
 
 
-def spans(path: Path, size: int) -> Iterator[Span]:
+def split_spans(path: Path, size: int) -> Iterator[Span]:
     """Cut a file into spans of about ``size`` bytes, the same ones every time."""
-    kind, length = kind_of(path), path.stat().st_size
+    kind, length = file_kind(path), path.stat().st_size
     if kind == "parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -94,23 +94,23 @@ def spans(path: Path, size: int) -> Iterator[Span]:
         yield from (Span(start, stop, stop - start) for start, stop in pairwise(cuts))
 
 
-def documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read the documents of one span; UserError names the file and the place of what cannot be read."""
     try:
-        match kind_of(path):
+        match file_kind(path):
             case "parquet":
-                yield from _rows(path, name, span, decoding)
+                yield from _read_parquet(path, name, span, decoding)
             case "jsonl":
-                yield from _lines(path, name, span, decoding)
+                yield from _read_jsonl(path, name, span, decoding)
             case _ if _is_compressed(path):
-                yield from _compressed_text(path, name, decoding)
+                yield from _read_compressed_text(path, name, decoding)
             case _:
-                yield _text(path, name, span, decoding)
-    except _damages() as error:
+                yield _read_text(path, name, span, decoding)
+    except _corruption_errors() as error:
         raise UserError(f"{path} is damaged or not what its name says: {error}") from error
 
 
-def kind_of(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """Tell by a file's name whether it is parquet, jsonl or text, compressed or not."""
     suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
@@ -145,7 +145,7 @@ class _Frames(io.RawIOBase):
         super().close()
 
 
-def _damages() -> tuple[type[Exception], ...]:
+def _corruption_errors() -> tuple[type[Exception], ...]:
     """What the libraries raise at a damaged file; those that were not imported did not read it."""
     names = {"zstandard": "ZstdError", "pyarrow": "ArrowException"}
     found = [getattr(sys.modules[module], name) for module, name in names.items() if sys.modules.get(module)]
@@ -197,7 +197,7 @@ def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tupl
         ) from error
 
 
-def _text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
+def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
@@ -205,21 +205,21 @@ def _text(path: Path, name: str, span: Span, decoding: Decoding) -> Document:
     return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, mended)
 
 
-def _compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
+def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
     """Read a text in the parts that its spans would be, were it not compressed."""
     with _open(path) as file:
         length = sum(map(len, iter(lambda: file.read(WINDOW), b"")))  # which nothing else tells for certain
     with _open(path) as file:
         start = 0
-        for data in _parts(file, decoding.part_bytes):
+        for data in _split_parts(file, decoding.part_bytes):
             stop = start + len(data)
             text, mended = _decode(data, decoding, str(path), start)
             yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, mended)
             start = stop
 
 
-def _parts(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Cut what a file holds into parts of about ``size`` bytes, as ``spans`` cuts a plain one; an empty file is one."""
+def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """Yield parts of about ``size`` bytes, cut as ``split_spans`` cuts a plain file; an empty file is one part."""
     held, ended = bytearray(), False
     while not ended:
         begin, cut = max(size - LONGEST, 0), None
@@ -235,7 +235,7 @@ def _parts(file: BinaryIO, size: int) -> Iterator[bytes]:
         del held[:cut]
 
 
-def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read one JSON object a line; a document is named by the byte, in the decompressed file, where its line begins."""
     with _open(path) as file:
         if span.start:
@@ -259,14 +259,14 @@ def _lines(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Do
             offset += len(line)
 
 
-def _rows(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Read the rows of one row group, a few at a time."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     columns = file.schema_arrow.names
     if decoding.column not in columns:
-        raise UserError(no_column(decoding.column, columns, str(path)))
+        raise UserError(missing_column(decoding.column, columns, str(path)))
     row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
     for batch in file.iter_batches(batch_size=1024, row_groups=[span.start], columns=[decoding.column]):
         for text in batch.column(0).to_pylist():
@@ -278,16 +278,16 @@ def _rows(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Doc
 def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:
     """Return a record's text, or None where it has none; UserError where the column is not there or is no text."""
     if column not in columns:
-        raise UserError(no_column(column, columns, where))
+        raise UserError(missing_column(column, columns, where))
     if text is not None and not isinstance(text, str):
         raise UserError(
             f"{where}: data.column={column} holds no text but {type(text).__name__}: {text!r:.80}. "
             f"The columns are {', '.join(columns)}."
         )
-    return text if text is None else encodable(text)  # JSON can spell lone surrogates
+    return text if text is None else replace_surrogates(text)  # JSON can spell lone surrogates
 
 
-def no_column(column: str | None, columns: list[str], where: str) -> str:
+def missing_column(column: str | None, columns: list[str], where: str) -> str:
     """Say that a column is missing, and which there are."""
     named = "data.column is needed to read" if column is None else f"data.column={column} is not in"
     return f"{named} {where}; it has {', '.join(columns) or 'no columns'}."

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, encodable
+from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, replace_surrogates
 
 Encode = Callable[[str], NDArray[np.uint32]]
 
@@ -35,10 +35,10 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
         fast = gigatoken.Tokenizer.from_json(tokenizer.trained)
     else:
         return None
-    return lambda text: np.asarray(fast.encode(encodable(text)), dtype=np.uint32)
+    return lambda text: np.asarray(fast.encode(replace_surrogates(text)), dtype=np.uint32)
 
 
-def is_proven(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[str]]) -> bool:
+def is_equivalent(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[str]]) -> bool:
     """Whether ``encode`` gives the tokenizer's own ids on text made to trip it up, and on the beginnings of ``places``.
 
     Args:
@@ -46,11 +46,11 @@ def is_proven(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[st
         encode: What is to be proven.
         places: Texts from here and there in the corpus.
     """
-    sample = chain(ADVERSARIAL, *(until(texts, SAMPLE_BYTES // len(places)) for texts in places))
+    sample = chain(ADVERSARIAL, *(take_characters(texts, SAMPLE_BYTES // len(places)) for texts in places))
     return all(np.array_equal(encode(text), tokenizer.encode(text)) for text in sample)
 
 
-def until(texts: Iterable[str], size: float) -> Iterator[str]:
+def take_characters(texts: Iterable[str], size: float) -> Iterator[str]:
     """Yield texts until ``size`` characters have been seen."""
     for text in texts:
         yield text[: int(size)]

@@ -68,16 +68,16 @@ def _read(folder: Path) -> dict[bytes, int]:
             )
     ids = json.loads(contents[ENCODER_JSON])
     del ids["<|endoftext|>"]
-    return {spelled_bytes(token): i for token, i in ids.items()}
+    return {unicode_to_bytes(token): i for token, i in ids.items()}
 
 
-def spelled_bytes(token: str) -> bytes:
+def unicode_to_bytes(token: str) -> bytes:
     """Return the bytes that a token of a byte-level BPE spells, a character a byte."""
     return bytes(_BYTE_OF[character] for character in token)
 
 
-def spelled(token: bytes) -> str:
-    """Spell the bytes of a token as a byte-level BPE does: the inverse of ``spelled_bytes``."""
+def bytes_to_unicode(token: bytes) -> str:
+    """Spell the bytes of a token as a byte-level BPE does: the inverse of ``unicode_to_bytes``."""
     return "".join(_CHARACTER_OF[byte] for byte in token)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.data.tokenizers.gpt2_vocabulary import spelled, spelled_bytes
+from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
 from gptlab.data.tokenizers.tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
@@ -28,7 +28,7 @@ from gptlab.data.tokenizers.tokenizer import (
 from gptlab.errors import UserError
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-SETTINGS = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # of GPT-2's 50,257 tokens in the order of their ids, one a line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 
@@ -56,7 +56,7 @@ def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
     return {"name": "gpt2"} if rows in (50257, 50304) else None
 
 
-class ByteLevel(NamedTuple):
+class ByteLevelBPE(NamedTuple):
     """A byte-level BPE: its tokens, spelled, in the order of their ids, and the pairs that merge, the first ones first.
 
     The end of text is the last token.
@@ -66,21 +66,21 @@ class ByteLevel(NamedTuple):
     merges: list[tuple[str, str]]
 
 
-def byte_level(tokenizer: Tokenizer) -> ByteLevel | None:
+def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
     """See a tokenizer as a byte-level BPE; None where it is none."""
     if isinstance(tokenizer, BytesTokenizer):
-        return ByteLevel([*(spelled(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
+        return ByteLevelBPE([*(bytes_to_unicode(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
     if isinstance(tokenizer, GPT2Tokenizer):
         ranks = tokenizer.merges
         tokens = sorted(ranks, key=lambda token: ranks[token])
-        pairs = (_merged(token, ranks) for token in tokens if len(token) > 1)
-        merges = [(spelled(first), spelled(second)) for first, second in pairs]
-        return ByteLevel([*map(spelled, tokens), END_OF_TEXT], merges)
+        pairs = (_split_merge(token, ranks) for token in tokens if len(token) > 1)
+        merges = [(bytes_to_unicode(first), bytes_to_unicode(second)) for first, second in pairs]
+        return ByteLevelBPE([*map(bytes_to_unicode, tokens), END_OF_TEXT], merges)
     if isinstance(tokenizer, BPETokenizer):
         model = json.loads(tokenizer.trained)["model"]
         vocabulary = model["vocab"]
         tokens_there = sorted(vocabulary, key=lambda token: vocabulary[token])
-        return ByteLevel([*tokens_there, END_OF_TEXT], _pairs(model["merges"]))
+        return ByteLevelBPE([*tokens_there, END_OF_TEXT], _parse_merges(model["merges"]))
     return None
 
 
@@ -98,7 +98,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
     from tokenizers import Tokenizer as Written
 
     end = END_OF_TEXT if tokenizer.end_of_text is not None else None
-    bpe = byte_level(tokenizer)
+    bpe = as_byte_level_bpe(tokenizer)
     if bpe is not None:
         written = empty_bpe()
         written.model = models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges)
@@ -114,10 +114,10 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
         "clean_up_tokenization_spaces": False,
         **({"bos_token": end, "eos_token": end, "unk_token": end} if end else {}),
     }
-    return {TOKENIZER: json.loads(written.to_str()), SETTINGS: settings}
+    return {TOKENIZER: json.loads(written.to_str()), TOKENIZER_CONFIG: settings}
 
 
-def _merged(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
     """Find the two tokens that merge into one: those that are left when all merges before it are done."""
     parts = [bytes((byte,)) for byte in token]
     while len(parts) > 2:
@@ -154,17 +154,17 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
         return {"name": "gpt2"}
     if sorted(vocabulary.values()) != list(range(len(tokens))) or tokens[-1] != END_OF_TEXT:
         raise UserError(f"{path} has not {END_OF_TEXT} as the last of its ids, or they have gaps.")
-    if not merges and [spelled_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
+    if not merges and [unicode_to_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
         return {"name": "bytes"}
     from tokenizers import models
 
     del vocabulary[END_OF_TEXT]
     bpe = empty_bpe()
-    bpe.model = models.BPE(vocabulary, _pairs(merges))
+    bpe.model = models.BPE(vocabulary, _parse_merges(merges))
     return {"name": "bpe", "trained": bpe.to_str()}
 
 
-def _pairs(merges: list[Any]) -> list[tuple[str, str]]:
+def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
     """Read merges, which older files have as text with a space between the two."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
     return [(first, second) for first, second in pairs]

@@ -4,11 +4,11 @@ import pickle
 from pathlib import Path
 from typing import Any, Never
 
-from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, encodable
+from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, replace_surrogates
 from gptlab.errors import UserError
 
-META = "meta.pkl"  # beside the train.bin and val.bin that nanoGPT's data/shakespeare_char/prepare.py writes
-MOST_BYTES = 2**26  # every character of Unicode, twice, takes less
+META_FILE = "meta.pkl"  # beside the train.bin and val.bin that nanoGPT's data/shakespeare_char/prepare.py writes
+MAX_BYTES = 2**26  # every character of Unicode, twice, takes less
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -25,7 +25,7 @@ def read_meta(path: Path) -> CharactersTokenizer:
     Raises:
         UserError: It holds anything but a character for each id.
     """
-    meta = _plain(path)
+    meta = _load_plain(path)
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or not all(_is_character(text) for text in itos.values()):
         raise UserError(f"{path} does not say which characters the tokens are: it has no table itos from ids to them.")
@@ -35,12 +35,12 @@ def read_meta(path: Path) -> CharactersTokenizer:
 
 
 def _is_character(text: Any) -> bool:
-    return isinstance(text, str) and len(text) == 1 and encodable(text) == text
+    return isinstance(text, str) and len(text) == 1 and replace_surrogates(text) == text
 
 
-def _plain(path: Path) -> Any:
+def _load_plain(path: Path) -> Any:
     """Unpickle plain data."""
-    if (size := path.stat().st_size) > MOST_BYTES:
+    if (size := path.stat().st_size) > MAX_BYTES:
         raise UserError(f"{path} has {size:,} bytes, which no table of characters needs.")
     with path.open("rb") as file:
         try:

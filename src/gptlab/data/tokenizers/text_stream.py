@@ -38,11 +38,11 @@ class TextStream:
         if found:
             self.ended, self._held = True, ""
             return text[: min(found)]
-        kept = 0 if last else max((_begun(text, stop) for stop in self.stops), default=0)
+        kept = 0 if last else max((_partial_stop_length(text, stop) for stop in self.stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
 
-def _begun(text: str, stop: str) -> int:
+def _partial_stop_length(text: str, stop: str) -> int:
     """Length of the longest beginning of ``stop`` that ``text`` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptlab.data.config import TokenizerConfig
-from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, spelled_bytes
+from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, unicode_to_bytes
 from gptlab.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -21,7 +21,7 @@ _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
 
 
-def encodable(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """Replace by "?" what UTF-8 cannot hold: lone surrogates."""
     try:
         text.encode()
@@ -145,7 +145,7 @@ class GPT2Tokenizer:
         )
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        text = encodable(text)
+        text = replace_surrogates(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # tiktoken does not go back over a million characters of white space
@@ -195,13 +195,13 @@ class BPETokenizer:
         bpe = empty_bpe()
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
         bpe.train_from_iterator(
-            (encodable(text) for text in texts),
+            (replace_surrogates(text) for text in texts),
             trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
         )
         return cls(bpe.to_str())
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        return np.array(self._bpe.encode(encodable(text)).ids, dtype=np.uint32)
+        return np.array(self._bpe.encode(replace_surrogates(text)).ids, dtype=np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self.to_bytes(ids).decode("utf-8", errors="replace")
@@ -219,7 +219,7 @@ class BPETokenizer:
     def _bytes_of(self) -> list[bytes]:
         """Bytes of each id but the last."""
         ids = self._bpe.get_vocab()
-        return [spelled_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
+        return [unicode_to_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
 
 
 def empty_bpe() -> Any:

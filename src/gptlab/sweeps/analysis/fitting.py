@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
-from gptlab.sweeps.analysis.scaling import Fit, Law, Optimum, fit_with_intervals, optimum
-from gptlab.sweeps.analysis.sizes import Measured, measured
+from gptlab.sweeps.analysis.scaling import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.sizes import SizedRun, read_sized_runs
 
 SCALING = "scaling.json"
 RESAMPLES, SEED = 200, 0  # of the intervals
@@ -35,7 +35,7 @@ class ScalingAnswer(BaseModel):
     law: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     residual: float
-    runs: list[Measured]
+    runs: list[SizedRun]
     optima: list[Optimum]
     answer: str
 
@@ -46,13 +46,13 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
     Raises:
         UserError: They are too few to tell one.
     """
-    runs = measured(directory)
+    runs = read_sized_runs(directory)
     sizes, tokens = [run.size.all for run in runs], [run.tokens for run in runs]
     fitted = fit_with_intervals(sizes, tokens, [run.loss for run in runs], resamples=RESAMPLES, seed=SEED)
     largest = max(6 * n * d for n, d in zip(sizes, tokens, strict=True))
     return ScalingAnswer(
         law=fitted.law._asdict(),
-        intervals={name: fitted.interval(lambda law: getattr(law, name)) for name in (*Law._fields, "a", "b")},  # noqa: B023
+        intervals={name: fitted.interval(lambda law: getattr(law, name)) for name in (*ScalingLaw._fields, "a", "b")},  # noqa: B023
         residual=fitted.residual,
         runs=runs,
         optima=[optimum(fitted, factor * largest) for factor in BUDGETS],
@@ -60,15 +60,15 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
     )
 
 
-def show_scaling(scaling: ScalingAnswer) -> None:
+def print_scaling(scaling: ScalingAnswer) -> None:
     """Print the coefficients, what is best for larger budgets, and the law in a line."""
-    console, law = get_console(), Law(**scaling.law)
+    console, law = get_console(), ScalingLaw(**scaling.law)
     table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
     for best in scaling.optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
             f"{best.flops:.2e}",
-            *(_many(*of) for of in (best.parameters, best.tokens)),
+            *(_format_interval(*of) for of in (best.parameters, best.tokens)),
             ratio,
             _interval(*best.loss, ".3f"),
         )
@@ -86,7 +86,7 @@ def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
     write_durably(directory / SCALING, scaling.model_dump_json(indent=1) + "\n")
 
 
-def _line(fitted: Fit) -> str:
+def _line(fitted: ScalingFit) -> str:
     law = fitted.law
     loss = f"loss = {law.E:.3g} + {law.A:.3g} / N^{law.alpha:.3g} + {law.B:.3g} / D^{law.beta:.3g}"
     return (
@@ -99,12 +99,12 @@ def _interval(value: float, low: float, high: float, form: str) -> str:
     return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
-def _many(value: float, low: float, high: float) -> str:
+def _format_interval(value: float, low: float, high: float) -> str:
     """Write large numbers as 113k, 1.31M."""
-    return f"{_large(value)} ({_large(low)} to {_large(high)})"
+    return f"{_format_large(value)} ({_format_large(low)} to {_format_large(high)})"
 
 
-def _large(number: float) -> str:
+def _format_large(number: float) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.3g}{unit}"

@@ -10,10 +10,10 @@ NO_DIFFERENCE = "no difference shown"
 ONE_SEED = "one seed: no statement about noise"
 UNITS = {"train/loss": "nats", "val/loss": "nats", "val/bits_per_byte": "bits per byte"}
 DIGITS = 4  # after the point, where no standard error says how many there should be
-MOST_DIGITS = 6
+MAX_DIGITS = 6
 
 
-class Best(NamedTuple):
+class BestResult(NamedTuple):
     """What the one-line answer speaks of.
 
     Attributes:
@@ -37,7 +37,7 @@ def plus_minus(value: float, se: float | None) -> str:
     """Write a value with its standard error, which has two digits that count."""
     if se is None:
         return f"{value:.{DIGITS}f}"
-    digits = DIGITS if se == 0 else min(max(1 - math.floor(math.log10(se)), 0), MOST_DIGITS)
+    digits = DIGITS if se == 0 else min(max(1 - math.floor(math.log10(se)), 0), MAX_DIGITS)
     return f"{value:.{digits}f} ± {se:.{digits}f}"
 
 
@@ -55,7 +55,7 @@ def verdict(claim: Claim, metric: str) -> str:
     return f"{_word(claim)} by {_amount(claim, metric)} at {claim.comparison.seeds}"
 
 
-def best_line(best: Best, metric: str, *, is_over: bool) -> str:
+def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
     """Write the answer of a sweep of several points in a line."""
     role = f", the {BASELINE}" if best.name == best.baseline else ""
     told = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
@@ -76,12 +76,12 @@ def spread_line(estimate: Estimate, metric: str) -> str:
     return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, whose standard deviation is {apart}"
 
 
-def named(settings: dict[str, str]) -> str:
+def point_name(settings: dict[str, str]) -> str:
     """Name a point by what it sets."""
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
-def counted(counts: dict[str, int]) -> str:
+def format_counts(counts: dict[str, int]) -> str:
     """Write how many there are of each, of those that there are: "2 failed, 1 pruned"."""
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 

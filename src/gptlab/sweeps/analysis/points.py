@@ -68,7 +68,7 @@ def is_failed(trial: Trial) -> bool:
     return trial.state in FAILED or (trial.state == "done" and not has_value(trial))
 
 
-def group(trials: Sequence[Trial], replicates: Collection[str]) -> list[Point]:
+def group_points(trials: Sequence[Trial], replicates: Collection[str]) -> list[Point]:
     """Put together the trials that differ in nothing but the replicates, in the order of the trials.
 
     Args:
@@ -86,7 +86,7 @@ def group(trials: Sequence[Trial], replicates: Collection[str]) -> list[Point]:
     return list(points.values())
 
 
-def find(points: Sequence[Point], settings: Mapping[str, str], replicates: Collection[str]) -> Point | None:
+def find_point(points: Sequence[Point], settings: Mapping[str, str], replicates: Collection[str]) -> Point | None:
     """Find the point with such settings, the first of several; the first of all where none are named."""
     wanted = {key: _parsed(value) for key, value in settings.items() if key not in replicates}
     for point in points:

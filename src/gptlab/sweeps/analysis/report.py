@@ -11,14 +11,14 @@ from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import fit_sweep, show_scaling, write_scaling
+from gptlab.sweeps.analysis.fitting import fit_sweep, print_scaling, write_scaling
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
 from gptlab.sweeps.analysis.significance import ALPHA
-from gptlab.sweeps.analysis.sizes import LENGTHS, is_of_sizes
-from gptlab.sweeps.analysis.table import Answers, Row, answer
+from gptlab.sweeps.analysis.sizes import LENGTHS, varies_size_and_length
+from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
 
 CSV, JSON = "answers.csv", "answers.json"
-WIDE = 100  # columns of a screen on which everything has its own
+MIN_WIDE_COLUMNS = 100  # columns of a screen on which everything has its own
 RATIO = ".ratio"  # of what was measured to what was forecast
 STATISTICS = (  # of a row, as columns of the CSV
     *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
@@ -26,7 +26,7 @@ STATISTICS = (  # of a row, as columns of the CSV
 )
 
 
-def conclude(directory: Path) -> Answers:
+def report_sweep(directory: Path) -> SweepAnswers:
     """Do what a sweep ends with: show its answers, and write them beside its trials.
 
     A sweep over sizes and tokens gets its scaling law as well, or is told why there is none.
@@ -34,21 +34,21 @@ def conclude(directory: Path) -> Answers:
     Raises:
         UserError: It is the directory of no sweep, or damaged.
     """
-    answers = answer(directory)
-    show(answers)
-    write(answers, directory)
-    if is_of_sizes(directory):
+    answers = analyze_sweep(directory)
+    print_answers(answers)
+    write_answers(answers, directory)
+    if varies_size_and_length(directory):
         try:
             scaling = fit_sweep(directory)
         except UserError as error:
             get_console().print(Text(str(error), "yellow"))
         else:
-            show_scaling(scaling)
+            print_scaling(scaling)
             write_scaling(scaling, directory)
     return answers
 
 
-def show(answers: Answers) -> None:
+def print_answers(answers: SweepAnswers) -> None:
     """Print the question, the table, what went wrong and the answer."""
     console = get_console()
     console.print(_table(answers, console.width))
@@ -58,13 +58,13 @@ def show(answers: Answers) -> None:
     console.print(Text(_legend(answers), "dim"))
 
 
-def write(answers: Answers, directory: Path) -> None:
+def write_answers(answers: SweepAnswers, directory: Path) -> None:
     """Write answers.csv and answers.json, each whole or not at all."""
     write_csv(answers, directory / CSV)
     write_durably(directory / JSON, answers.model_dump_json(indent=1) + "\n")
 
 
-def write_csv(answers: Answers, path: Path) -> None:
+def write_csv(answers: SweepAnswers, path: Path) -> None:
     """Write the table, a line a point: what it sets, its statistics, and its forecast where there is one."""
     scores = list(dict.fromkeys(name for row in answers.rows for name in row.forecast))
     text = io.StringIO(newline="")
@@ -76,21 +76,23 @@ def write_csv(answers: Answers, path: Path) -> None:
     write_durably(path, text.getvalue())
 
 
-def _table(answers: Answers, width: int) -> Table:
+def _table(answers: SweepAnswers, width: int) -> Table:
     """Make the table for a screen of so many columns; a narrow one has the differences in the verdicts alone."""
     table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
     unit = UNITS.get(answers.metric)
     keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
-    is_told = width < WIDE and any(key in LENGTHS for key in answers.keys)  # how many tokens, by what is varied
+    is_told = width < MIN_WIDE_COLUMNS and any(
+        key in LENGTHS for key in answers.keys
+    )  # how many tokens, by what is varied
     differences = [_of(row.difference, row.difference_se) for row in answers.rows]
     columns = {
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
         f"{answers.metric}{f', {unit}' if unit else ''}": [_of(row.mean, row.se) for row in answers.rows],
-        **({"difference": differences} if any(differences) and width >= WIDE else {}),
+        **({"difference": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
         **_counts(answers.rows),
         **_sizes(answers.rows, ("parameters",) if is_told else ("parameters", "tokens")),
-        **(_scores(answers.rows) if width >= WIDE else {}),
+        **(_scores(answers.rows) if width >= MIN_WIDE_COLUMNS else {}),
         "verdict": [row.verdict for row in answers.rows],
     }
     for name in columns:
@@ -108,13 +110,13 @@ def _headings(keys: list[str]) -> dict[str, str]:
     return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 
 
-def _counts(rows: list[Row]) -> dict[str, list[str]]:
+def _counts(rows: list[AnswerRow]) -> dict[str, list[str]]:
     """Give a column to each way in which trials have no value, where there is one."""
     columns = {name: [getattr(row, name) for row in rows] for name in ("failed", "pruned", "unfinished")}
     return {name: [str(count or "") for count in counts] for name, counts in columns.items() if any(counts)}
 
 
-def _sizes(rows: list[Row], names: Sequence[str]) -> dict[str, list[str]]:
+def _sizes(rows: list[AnswerRow], names: Sequence[str]) -> dict[str, list[str]]:
     """Write parameters and tokens, where they differ."""
     columns = {name: [getattr(row, name) for row in rows] for name in names}
     return {
@@ -124,7 +126,7 @@ def _sizes(rows: list[Row], names: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def _scores(rows: list[Row]) -> dict[str, list[str]]:
+def _scores(rows: list[AnswerRow]) -> dict[str, list[str]]:
     """Write what was measured over what was forecast; the rest is in the files."""
     columns = {
         heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
@@ -140,7 +142,7 @@ def _of(value: float | None, se: float | None) -> str:
     return "" if value is None else plus_minus(value, se)
 
 
-def _legend(answers: Answers) -> str:
+def _legend(answers: SweepAnswers) -> str:
     tokens = {row.tokens for row in answers.rows} - {0}
     seen = f"{tokens.pop():,} tokens a run. " if len(tokens) == 1 else ""
     corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""

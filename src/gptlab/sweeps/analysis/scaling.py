@@ -19,23 +19,23 @@ Array = NDArray[np.float64]
 
 # Hoffmann et al. 2022, appendix D.2: the Huber loss's delta, and where L-BFGS begins
 DELTA = 1e-3
-STARTS_AT = {
+START_GRID = {
     "a": np.arange(0, 26, 5.0),
     "b": np.arange(0, 26, 5.0),
     "e": np.arange(-1, 1.1, 0.5),
     "alpha": np.arange(0, 2.1, 0.5),
     "beta": np.arange(0, 2.1, 0.5),
 }
-FROM_GRID = 24  # of those 4,500 beginnings, so many are followed: those with the least loss
-AGAIN = 1  # and resampled runs begin there, and at the law of all runs
-LIMITS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}  # of L-BFGS
+GRID_STARTS = 24  # of those 4,500 beginnings, so many are followed: those with the least loss
+RESTARTS = 1  # and resampled runs begin there, and at the law of all runs
+LBFGS_OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}  # of L-BFGS
 # Logs of the three terms at the middle of the runs, and the powers: beyond what runs can tell, near enough for floats.
 BOUNDS = [(-30, 10), (-30, 10), (-30, 10), (0.01, 5), (0.01, 5)]
-LEVEL = 0.95  # of intervals
-FEWEST = 3  # sizes, and lengths: a power and a constant are not told apart by less
+CONFIDENCE_LEVEL = 0.95  # of intervals
+MIN_RUNS = 3  # sizes, and lengths: a power and a constant are not told apart by less
 
 
-class Law(NamedTuple):
+class ScalingLaw(NamedTuple):
     """L(N, D) = E + A / N^alpha + B / D^beta (equation 10 of appendix D.2, equation 2 of section 3.3)."""
 
     E: float
@@ -70,10 +70,10 @@ class Law(NamedTuple):
 
 # Hoffmann et al. 2022, equation 10, as rounded there. Besiroglu et al. 2024 ("Chinchilla Scaling: A replication
 # attempt") find other values in the same runs.
-CHINCHILLA = Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
 
 
-class Fit(NamedTuple):
+class ScalingFit(NamedTuple):
     """A law with its uncertainty.
 
     Attributes:
@@ -83,14 +83,14 @@ class Fit(NamedTuple):
         residual: Root of the mean square of log(measured / predicted).
     """
 
-    law: Law
-    resampled: list[Law]
+    law: ScalingLaw
+    resampled: list[ScalingLaw]
     runs: int
     residual: float
 
-    def interval(self, of: Callable[[Law], float]) -> tuple[float, float]:
+    def interval(self, of: Callable[[ScalingLaw], float]) -> tuple[float, float]:
         """Return the ends of the 95 % interval of something that a law says, by percentiles of the resampled ones."""
-        ends = (50 * (1 - LEVEL), 50 * (1 + LEVEL))
+        ends = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
         low, high = np.percentile([of(law) for law in self.resampled], ends)
         return float(low), float(high)
 
@@ -112,7 +112,7 @@ class Optimum:
     loss: tuple[float, float, float]
 
 
-def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> Law:
+def fit_scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
     """Fit the law to runs: the least Huber loss between logs, by L-BFGS from a grid (appendix D.2).
 
     Args:
@@ -125,17 +125,18 @@ def fit(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[f
     """
     logs = _logs(parameters, tokens, losses)
     sizes, lengths = len(set(parameters)), len(set(tokens))
-    if sizes < FEWEST or lengths < FEWEST or len(losses) < len(Law._fields):
+    if sizes < MIN_RUNS or lengths < MIN_RUNS or len(losses) < len(ScalingLaw._fields):
         raise UserError(
-            f"A scaling law has {len(Law._fields)} coefficients, and {len(losses)} runs of {sizes} sizes and {lengths} "
-            f"lengths cannot tell them. It takes as many runs, of at least {FEWEST} sizes and {FEWEST} lengths."
+            f"A scaling law has {len(ScalingLaw._fields)} coefficients, and {len(losses)} runs of {sizes} sizes and "
+            f"{lengths} lengths cannot determine them. It takes as many runs, of at least {MIN_RUNS} sizes and "
+            f"{MIN_RUNS} lengths."
         )
-    return _descend(logs, _best_starts(logs, FROM_GRID))
+    return _descend(logs, _best_starts(logs, GRID_STARTS))
 
 
 def fit_with_intervals(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], *, resamples: int, seed: int
-) -> Fit:
+) -> ScalingFit:
     """Fit the law to runs, and again to runs drawn from them, for intervals.
 
     A draw that has too few sizes or lengths for a law is drawn again.
@@ -150,18 +151,20 @@ def fit_with_intervals(
     Raises:
         UserError: There are too few runs, sizes or lengths to tell the five coefficients.
     """
-    law = fit(parameters, tokens, losses)
+    law = fit_scaling_law(parameters, tokens, losses)
     runs = np.array([parameters, tokens, losses], dtype=np.float64)
-    draws = _draws(runs, np.random.default_rng(seed))
-    starts = np.stack((_coordinates(law), *_best_starts(_logs(*runs), AGAIN)))
+    draws = _bootstrap_samples(runs, np.random.default_rng(seed))
+    starts = np.stack((_coordinates(law), *_best_starts(_logs(*runs), RESTARTS)))
     resampled = [_descend(_logs(*runs[:, next(draws)]), starts) for _ in range(resamples)]
-    return Fit(law, resampled, len(losses), float(np.sqrt(np.mean(_residuals(_coordinates(law), _logs(*runs)) ** 2))))
+    return ScalingFit(
+        law, resampled, len(losses), float(np.sqrt(np.mean(_residuals(_coordinates(law), _logs(*runs)) ** 2)))
+    )
 
 
-def optimum(fitted: Fit, flops: float) -> Optimum:
+def optimum(fitted: ScalingFit, flops: float) -> Optimum:
     """Tell what is best for a budget of operations."""
 
-    def with_interval(of: Callable[[Law], float]) -> tuple[float, float, float]:
+    def with_interval(of: Callable[[ScalingLaw], float]) -> tuple[float, float, float]:
         return (of(fitted.law), *fitted.interval(of))
 
     return Optimum(
@@ -178,14 +181,14 @@ def _logs(
     return np.log(np.array([parameters, tokens, losses], dtype=np.float64))
 
 
-def _coordinates(law: Law) -> Array:
+def _coordinates(law: ScalingLaw) -> Array:
     """Write a law as L-BFGS moves it: a = log A, b = log B, e = log E, alpha, beta."""
     return np.array([*np.log([law.A, law.B, law.E]), law.alpha, law.beta])
 
 
-def _law(at: Array) -> Law:
+def _law(at: Array) -> ScalingLaw:
     A, B, E = (float(value) for value in np.exp(at[:3]))  # noqa: N806
-    return Law(E, A, B, float(at[3]), float(at[4]))
+    return ScalingLaw(E, A, B, float(at[3]), float(at[4]))
 
 
 def _terms(at: Array, logs: Array) -> Array:
@@ -215,7 +218,7 @@ def _objective(at: Array, logs: Array) -> tuple[float, Array]:
 
 def _best_starts(logs: Array, number: int) -> Array:
     """Choose the beginnings with the least Huber loss from the grid."""
-    grid = np.array(list(product(*STARTS_AT.values())))
+    grid = np.array(list(product(*START_GRID.values())))
     terms = np.stack(
         np.broadcast_arrays(
             grid[:, :1] - grid[:, 3:4] * logs[0], grid[:, 1:2] - grid[:, 4:5] * logs[1], grid[:, 2:3] + 0 * logs[0]
@@ -225,7 +228,7 @@ def _best_starts(logs: Array, number: int) -> Array:
     return grid[np.argsort(values, kind="stable")[:number]]
 
 
-def _descend(logs: Array, starts: Array) -> Law:
+def _descend(logs: Array, starts: Array) -> ScalingLaw:
     """Follow each beginning to its minimum, and take the lowest.
 
     The logs of N and D are taken from their means on the way, which leaves the minimum where it is: else a and alpha, b
@@ -239,7 +242,7 @@ def _descend(logs: Array, starts: Array) -> Law:
         at[:2] -= at[3:5] * means
         found.append(
             optimize.minimize(
-                _objective, at, args=(centred,), jac=True, method="L-BFGS-B", bounds=BOUNDS, options=LIMITS
+                _objective, at, args=(centred,), jac=True, method="L-BFGS-B", bounds=BOUNDS, options=LBFGS_OPTIONS
             )
         )
     at = min(found, key=lambda result: result.fun).x
@@ -247,9 +250,9 @@ def _descend(logs: Array, starts: Array) -> Law:
     return _law(at)
 
 
-def _draws(runs: Array, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
+def _bootstrap_samples(runs: Array, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """Yield which runs are drawn; there are always enough of them for a law."""
     while True:
         drawn = random.integers(runs.shape[1], size=(runs.shape[1],))
-        if all(len(np.unique(row[drawn])) >= FEWEST for row in runs[:2]):
+        if all(len(np.unique(row[drawn])) >= MIN_RUNS for row in runs[:2]):
             yield drawn

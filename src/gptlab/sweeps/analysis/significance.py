@@ -113,7 +113,7 @@ def compare(values: Values, others: Values) -> Comparison:
     common = [replicate for replicate in values if replicate in others]
     if len(common) > 1:
         of = estimate([values[replicate] - others[replicate] for replicate in common])
-        return _tested("paired", of.n, of.n, of.mean, of.se or 0.0, of.n - 1)
+        return _t_test("paired", of.n, of.n, of.mean, of.se or 0.0, of.n - 1)
     mine, theirs = estimate(list(values.values())), estimate(list(others.values()))
     if mine.se is None or theirs.se is None:
         difference = values[common[0]] - others[common[0]] if common else mine.mean - theirs.mean
@@ -121,7 +121,7 @@ def compare(values: Values, others: Values) -> Comparison:
     of_mean = (mine.se**2, theirs.se**2)  # variances
     weights = sum(variance**2 / (n - 1) for variance, n in zip(of_mean, (mine.n, theirs.n), strict=True))
     freedom = sum(of_mean) ** 2 / weights if weights else mine.n + theirs.n - 2
-    return _tested("welch", mine.n, theirs.n, mine.mean - theirs.mean, math.sqrt(sum(of_mean)), freedom)
+    return _t_test("welch", mine.n, theirs.n, mine.mean - theirs.mean, math.sqrt(sum(of_mean)), freedom)
 
 
 def compare_all(pairs: Mapping[str, tuple[Values, Values]]) -> dict[str, Claim]:
@@ -144,7 +144,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return raised
 
 
-def _tested(
+def _t_test(
     method: Literal["paired", "welch"], n: int, others: int, difference: float, se: float, freedom: float
 ) -> Comparison:
     """Put a difference beside Student's distribution. Without any noise, only a difference of 0 is none."""

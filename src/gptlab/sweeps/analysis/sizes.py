@@ -15,7 +15,7 @@ LENGTHS = ("train.max_tokens", "train.max_steps")
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """How large a model is.
 
     Attributes:
@@ -28,7 +28,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SizedRun:
     """A run, as a scaling law sees it.
 
     Attributes:
@@ -39,33 +39,33 @@ class Measured:
     """
 
     trial: int
-    size: Size
+    size: ModelSize
     tokens: int
     loss: float
 
 
-def size_of(run: Run) -> Size | None:
+def model_size(run: Run) -> ModelSize | None:
     """Count the parameters of a run's model; None where its configuration does not say."""
     try:
         config = GPTConfig.model_validate(run.config.get("model"))
         everything = parameter_count(config)
     except (UserError, ValidationError, ValueError):
         return None
-    return Size(everything, everything - embedding_count(config))
+    return ModelSize(everything, everything - embedding_count(config))
 
 
-def is_of_sizes(directory: Path) -> bool:
+def varies_size_and_length(directory: Path) -> bool:
     """Whether a sweep varies both the model and how long it is trained."""
     sweep = load_sweep(directory)
     keys = [] if sweep is None else list(sweep.space)
     return any(key.partition(".")[0] == "model" for key in keys) and any(key in LENGTHS for key in keys)
 
 
-def measured(directory: Path) -> list[Measured]:
+def read_sized_runs(directory: Path) -> list[SizedRun]:
     """Read size, tokens and loss of every trial of a sweep that came to its end with a number."""
     found = []
     for trial in load_trials(directory):
-        size = size_of(Run(directory / str(trial.number))) if has_value(trial) else None
+        size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
         if size is not None and trial.value is not None:
-            found.append(Measured(trial.number, size, trial.tokens, trial.value))
+            found.append(SizedRun(trial.number, size, trial.tokens, trial.value))
     return found

@@ -9,17 +9,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.phrases import BASELINE, Best, best_line, counted, named, spread_line, verdict
-from gptlab.sweeps.analysis.points import SEED, Point, as_number, find, group, is_failed
+from gptlab.sweeps.analysis.phrases import (
+    BASELINE,
+    BestResult,
+    best_line,
+    format_counts,
+    point_name,
+    spread_line,
+    verdict,
+)
+from gptlab.sweeps.analysis.points import SEED, Point, as_number, find_point, group_points, is_failed
 from gptlab.sweeps.analysis.significance import Claim, compare_all, estimate
-from gptlab.sweeps.analysis.sizes import size_of
+from gptlab.sweeps.analysis.sizes import model_size
 from gptlab.tracking.run_store.runs import Run, flatten
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, load_sweep, load_trials
 
-FOLLOWING = "\0"  # the comparison of the best two points, among those that are named by a point
+NEXT_BEST = "\0"  # the comparison of the best two points, among those that are named by a point
 
 
-class Row(BaseModel):
+class AnswerRow(BaseModel):
     """A point of a sweep, and what it says beside the baseline; lower is better.
 
     Attributes:
@@ -73,7 +81,7 @@ class Row(BaseModel):
     forecast: dict[str, float]
 
 
-class Answers(BaseModel):
+class SweepAnswers(BaseModel):
     """What a sweep has shown.
 
     Attributes:
@@ -91,13 +99,13 @@ class Answers(BaseModel):
     question: str
     metric: str
     keys: list[str]
-    rows: list[Row]
+    rows: list[AnswerRow]
     answer: str
     comparisons: int
     notes: list[str]
 
 
-def answer(directory: Path, replicates: Sequence[str] = ()) -> Answers:
+def analyze_sweep(directory: Path, replicates: Sequence[str] = ()) -> SweepAnswers:
     """Read off what a sweep has shown so far; it may be under way.
 
     Args:
@@ -111,15 +119,15 @@ def answer(directory: Path, replicates: Sequence[str] = ()) -> Answers:
     if sweep is None:
         raise UserError(f"{directory} is the directory of no sweep: no sweep.json is in it (looked from {Path.cwd()}).")
     trials, apart = load_trials(directory), (SEED, *replicates)
-    points = group(trials, apart)
+    points = group_points(trials, apart)
     ranked = sorted((point for point in points if point.values), key=lambda point: fmean(point.values.values()))
-    baseline = find(points, sweep.baseline, apart)
+    baseline = find_point(points, sweep.baseline, apart)
     claims = _claims(ranked, baseline)
     rows = [
-        _row(directory, point, claims.get(named(point.settings)), sweep.metric, is_baseline=point is baseline)
+        _row(directory, point, claims.get(point_name(point.settings)), sweep.metric, is_baseline=point is baseline)
         for point in (*ranked, *(point for point in points if not point.values))
     ]
-    return Answers(
+    return SweepAnswers(
         question=sweep.question,
         metric=sweep.metric,
         keys=list(dict.fromkeys(key for point in points for key in point.settings)),
@@ -134,13 +142,13 @@ def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
     """Compare every point with the baseline, by name, and the best with the next where neither is the baseline."""
     pairs = {}
     if baseline is not None and baseline.values:
-        pairs = {named(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
+        pairs = {point_name(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
     if len(ranked) > 1 and not (pairs and any(point is baseline for point in ranked[:2])):
-        pairs[FOLLOWING] = (ranked[0].values, ranked[1].values)
+        pairs[NEXT_BEST] = (ranked[0].values, ranked[1].values)
     return compare_all(pairs)
 
 
-def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> Row:
+def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> AnswerRow:
     """Make the row of a point; ``claim`` is what it says beside the baseline, where there is one with a value."""
     known: dict[str, Any] = {}
     if point.values:
@@ -149,13 +157,13 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
         compared = verdict(claim, metric) if claim is not None else f"no {BASELINE}"
         words = BASELINE if is_baseline else compared
     else:
-        n, words = 0, counted({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
+        n, words = 0, format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
     if claim is not None:
         method, runs_of_it, _, difference, se, p, low, high = claim.comparison
         known |= {"comparison": method, "compared": runs_of_it, "difference": difference, "difference_se": se}
         known |= {"p": p, "low": low, "high": high, "p_holm": claim.p}
     runs = [Run(directory / str(trial.number)) for trial in point.trials]
-    return Row(
+    return AnswerRow(
         settings=point.settings,
         trials=[trial.number for trial in point.trials],
         values={",".join(replicate): value for replicate, value in point.values.items()},
@@ -166,7 +174,7 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
         pruned=point.pruned,
         unfinished=point.unfinished,
         tokens=point.tokens,
-        parameters=next((size.all for size in map(size_of, runs) if size is not None), None),
+        parameters=next((size.all for size in map(model_size, runs) if size is not None), None),
         forecast=_scores(runs),
         **known,
     )
@@ -180,18 +188,20 @@ def _line(
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
-        return f"no trial has come to a value: {counted({**states, 'unfinished': unfinished}) or 'none was begun'}"
+        return (
+            f"no trial has come to a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was begun'}"
+        )
     estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
     if len(points) == 1:
         return spread_line(estimates[0], sweep.metric)
-    names = [named(point.settings) for point in ranked]
+    names = [point_name(point.settings) for point in ranked]
     compared = baseline is not None and baseline.values
-    of_baseline = named(baseline.settings) if baseline is not None and compared else None
-    following = claims.get(FOLLOWING)
+    of_baseline = point_name(baseline.settings) if baseline is not None and compared else None
+    following = claims.get(NEXT_BEST)
     if len(ranked) > 1 and ranked[0] is baseline:
         following = claims[names[1]].reversed()
     return best_line(
-        Best(names[0], estimates[0], of_baseline, claims.get(names[0]), (*names, None)[1], following),
+        BestResult(names[0], estimates[0], of_baseline, claims.get(names[0]), (*names, None)[1], following),
         sweep.metric,
         is_over=unfinished == 0,
     )
@@ -218,12 +228,14 @@ def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[st
     """Say what went wrong, a sentence each."""
     notes = []
     if baseline is None and trials:
-        notes.append(f"The baseline, {named(sweep.baseline)}, is no point of this sweep: nothing is compared with it.")
+        notes.append(
+            f"The baseline, {point_name(sweep.baseline)}, is no point of this sweep: nothing is compared with it."
+        )
     elif baseline is not None and not baseline.values:
-        notes.append(f"The baseline, {named(baseline.settings)}, has no value: nothing is compared with it.")
+        notes.append(f"The baseline, {point_name(baseline.settings)}, has no value: nothing is compared with it.")
     for trial in filter(is_failed, trials):
         why = trial.message or f"it has no finite {sweep.metric}"
-        notes.append(f"Trial {trial.number} ({named(trial.overrides)}) is left out, {trial.state}: {why}")
+        notes.append(f"Trial {trial.number} ({point_name(trial.overrides)}) is left out, {trial.state}: {why}")
     return notes
 
 

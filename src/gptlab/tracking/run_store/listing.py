@@ -17,10 +17,10 @@ from rich.text import Text
 
 from gptlab.errors import UserError, did_you_mean
 from gptlab.tracking.run_store.runs import Run
-from gptlab.tracking.run_store.sweeps import trial_of
+from gptlab.tracking.run_store.sweeps import read_trial
 
 COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
-HEADS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
+HEADINGS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
 STYLES = {"done": "green", "running": "cyan", "pruned": "yellow", "stopped": "yellow", "interrupted": "yellow"}
 UNKNOWN = "?"  # the state of runs older than state.json
 
@@ -67,7 +67,7 @@ class Condition(NamedTuple):
             return False
 
 
-def listed(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
+def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
     """Make a line of every run that meets all conditions, and sort them.
 
     Args:
@@ -94,20 +94,20 @@ def listed(runs: Sequence[Run], conditions: list[Condition], sort: str, *, desce
     return [*there, *(line for line in kept if line.get(sort) is None)]
 
 
-def table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
+def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
     """Draw lines as a table."""
     columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
     drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in columns:
         is_text = column in ("run", "state")
-        heading = HEADS.get(column, column.rpartition(".")[2])
+        heading = HEADINGS.get(column, column.rpartition(".")[2])
         drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=column == "run")
     for line in lines:
         drawn.add_row(*(_cell(column, line.get(column), line) for column in columns))
     return Group(drawn, Text(f"  and {left_out} more (limit)")) if left_out else drawn
 
 
-def as_csv(lines: list[Line], columns: Sequence[str]) -> str:
+def format_csv(lines: list[Line], columns: Sequence[str]) -> str:
     """Write lines as CSV: seconds, tokens and nats as numbers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -116,7 +116,7 @@ def as_csv(lines: list[Line], columns: Sequence[str]) -> str:
     return file.getvalue()
 
 
-def as_json(lines: list[Line], columns: Sequence[str]) -> str:
+def format_json(lines: list[Line], columns: Sequence[str]) -> str:
     """Write lines as a list of objects."""
     return json.dumps([{column: line.get(column) for column in columns} for line in lines], indent=1) + "\n"
 
@@ -142,7 +142,7 @@ def _line(run: Run) -> Line:
             **{"val_loss": state.best_val_loss, "tokens_per_second": state.tokens_per_second},
             **{"left": left, "age": time.time() - state.updated},
         }
-    trial = trial_of(run)
+    trial = read_trial(run)
     return {"run": run.name, **values, "trial": trial and trial.number, "directory": str(run.directory)}
 
 

@@ -18,7 +18,7 @@ from gptlab.tracking.run_store.state import RunState, load_state
 CONFIG, METRICS, FORECAST, SAMPLES = "config.yaml", "metrics.csv", "forecast.json", "samples"
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
 
 
 class Run:
@@ -59,7 +59,7 @@ class Run:
         return load_state(self.directory)
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[MetricsRow]:
         """metrics.csv: a dictionary a row, of what stands in it; "step" and "tokens" in every one."""
         try:
             with (self.directory / METRICS).open(newline="", encoding="utf-8") as file:
@@ -124,16 +124,16 @@ def _runs_below(place: Path) -> list[Path]:
     if (place / CONFIG).is_file():
         return [place]
     found = (*place.glob(f"*/{CONFIG}"), *place.glob(f"*/*/{CONFIG}"), *place.glob(f"*/*/*/{CONFIG}"))
-    return sorted((path.parent for path in found), key=_in_order)
+    return sorted((path.parent for path in found), key=_sort_key)
 
 
-def _in_order(directory: Path) -> list[tuple[int, int, str]]:
+def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
     """Sort the jobs of a sweep by number: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in directory.parts]
 
 
-def _numbers(row: dict[str, str]) -> Row:
-    numbers: Row = {}
+def _numbers(row: dict[str, str]) -> MetricsRow:
+    numbers: MetricsRow = {}
     for key, value in row.items():
         try:
             if value:

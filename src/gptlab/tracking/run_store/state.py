@@ -14,10 +14,10 @@ from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
 
 STATE = "state.json"
-SILENT = 900.0  # seconds without news after which a run on another machine is taken for lost
+SILENT_SECONDS = 900.0  # seconds without news after which a run on another machine is taken for lost
 
 StateName = Literal["running", "done", "pruned", "stopped", "interrupted", "diverged", "mistaken", "failed", "lost"]
-ENDS: dict[int, StateName] = {
+END_STATES: dict[int, StateName] = {
     DONE: "done",
     PRUNED: "pruned",
     PREEMPTED: "stopped",
@@ -98,7 +98,7 @@ def end_state(directory: Path, status: int, message: str | None = None) -> None:
     """Write down how a run ended, if it is one that had begun."""
     state = load_state(directory)
     if state is not None:
-        changes: dict[str, Any] = {"state": ENDS.get(status, "failed"), "status": status, "message": message}
+        changes: dict[str, Any] = {"state": END_STATES.get(status, "failed"), "status": status, "message": message}
         state.model_copy(update={**changes, "seconds_left": None, "updated": time.time()}).save(directory)
 
 
@@ -117,7 +117,7 @@ def status_of(error: BaseException) -> int:
 def _is_alive(state: RunState) -> bool:
     """Whether the process is there, as far as one can see from here."""
     if state.host != platform.node():
-        return time.time() - state.updated < SILENT
+        return time.time() - state.updated < SILENT_SECONDS
     with suppress(PermissionError):
         try:
             os.kill(state.pid, 0)

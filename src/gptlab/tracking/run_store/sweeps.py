@@ -17,7 +17,7 @@ from gptlab.tracking.run_store.state import StateName
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
-ENDED = ("done", "pruned", "diverged", "mistaken", "failed")  # of which a trial is not run again
+TRIAL_END_STATES = ("done", "pruned", "diverged", "mistaken", "failed")  # of which a trial is not run again
 
 
 class Trial(BaseModel):
@@ -103,7 +103,7 @@ def load_trials(directory: Path) -> list[Trial]:
     return sorted((trial for trial in found if trial is not None), key=lambda trial: trial.number)
 
 
-def trial_of(run: Run) -> Trial | None:
+def read_trial(run: Run) -> Trial | None:
     """Read which trial of a sweep a run is; None where it is a run of its own."""
     return _load(Trial, run.directory / TRIAL)
 

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from gptlab.tracking.wandb.background_uploader import Sender
-from gptlab.training.checkpoints.records import Facts
+from gptlab.tracking.wandb.background_uploader import BackgroundUploader
+from gptlab.training.checkpoints.records import CheckpointMetadata
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +32,17 @@ class Artifacts:
     """
 
     def __init__(
-        self, run: Any, directory: Path, sender: Sender, which: Literal["best", "all"], best: float = math.inf
+        self,
+        run: Any,
+        directory: Path,
+        sender: BackgroundUploader,
+        which: Literal["best", "all"],
+        best: float = math.inf,
     ) -> None:
         self.run, self.folder, self.sender = run, directory / FOLDER, sender
         self.which, self.best = which, best
 
-    def take(self, place: Path, facts: Facts) -> None:
+    def take(self, place: Path, facts: CheckpointMetadata) -> None:
         """Take a checkpoint that is there, whole."""
         is_best = facts.val_loss is not None and facts.val_loss < self.best
         if facts.val_loss is not None and is_best:
@@ -65,7 +70,7 @@ class Artifacts:
                 shutil.copyfile(path, folder / path.name)
         return folder
 
-    def _send(self, folder: Path, facts: Facts, aliases: list[str]) -> None:
+    def _send(self, folder: Path, facts: CheckpointMetadata, aliases: list[str]) -> None:
         import wandb
 
         metadata = facts.model_dump(mode="json", exclude={"evaluation_due"})

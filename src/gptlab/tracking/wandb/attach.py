@@ -5,26 +5,26 @@ from typing import cast
 
 import lightning as L
 
-from gptlab.tracking.wandb.logger import WandbRecord
-from gptlab.training.callbacks.health_monitor import Guard
-from gptlab.training.callbacks.metrics import Recorder
+from gptlab.tracking.wandb.logger import RunWandbLogger
+from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
+from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.callbacks.samples import Samples
 from gptlab.training.callbacks.watchdog import Watchdog
-from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 
 
-def connect_wandb(trainer: L.Trainer, recorder: Recorder) -> None:
+def attach_wandb(trainer: L.Trainer, recorder: MetricsCallback) -> None:
     """Let the W&B record of a run, if it has one, hear of what happens."""
     for record in trainer.loggers:
-        if not isinstance(record, WandbRecord):
+        if not isinstance(record, RunWandbLogger):
             continue
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             match callback:
-                case Guard():
+                case TrainingHealthMonitor():
                     callback.listeners.append(record.alert)
                 case Samples():
                     callback.listeners.append(partial(record.log_samples, tokens=recorder.tokens))
                 case Watchdog():
                     callback.listeners.append(record.give_up)
         if record.artifacts is not None:
-            cast(CheckpointFiles, trainer.strategy.checkpoint_io).listeners.append(record.artifacts.take)
+            cast(AtomicCheckpointIO, trainer.strategy.checkpoint_io).listeners.append(record.artifacts.take)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 
-class Sender:
+class BackgroundUploader:
     """Does one thing after the other in a thread of its own; what fails is told, and the next one tried."""
 
     def __init__(self) -> None:

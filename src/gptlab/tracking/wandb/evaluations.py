@@ -7,8 +7,8 @@ from pathlib import Path
 
 from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.state import load_state
-from gptlab.tracking.wandb.files import SENT, wandb_records
-from gptlab.tracking.wandb.init import ID, limits, start_client
+from gptlab.tracking.wandb.files import SYNCED_SUFFIX, wandb_records
+from gptlab.tracking.wandb.init import ID, start_client, timeout_settings
 from gptlab.tracking.wandb.opt_outs import opt_out
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
                 id=(directory / ID).read_text(),
                 resume="must",
                 dir=folder,
-                settings=limits(settings),
+                settings=timeout_settings(settings),
             )
             run.summary.update(summary)
             run.finish()
@@ -58,4 +58,6 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
 def _is_online(directory: Path) -> bool:
     """Whether W&B has a record of the run, or had a part of it at least."""
     records = wandb_records(directory)
-    return any(not path.parent.name.startswith("offline") or path.with_suffix(SENT).exists() for path in records)
+    return any(
+        not path.parent.name.startswith("offline") or path.with_suffix(SYNCED_SUFFIX).exists() for path in records
+    )

@@ -11,7 +11,7 @@ from zlib import crc32
 
 BLOCK, HEADER = 32 * 1024, 7  # bytes; a piece of a record has a header of seven bytes as well
 FULL, LAST = 1, 4  # pieces that end a record (doc/log_format.md of LevelDB)
-SENT = ".wandb.synced"  # how W&B itself marks a record that its server has
+SYNCED_SUFFIX = ".wandb.synced"  # how W&B itself marks a record that its server has
 
 
 def wandb_records(directory: Path) -> list[Path]:
@@ -20,14 +20,14 @@ def wandb_records(directory: Path) -> list[Path]:
     return sorted((path for path in records if not path.parent.is_symlink()), key=_time)
 
 
-def mark_as_sent(record: Path) -> None:
+def mark_synced(record: Path) -> None:
     """Tell `wandb sync` that the server has what is in a record."""
-    record.with_suffix(SENT).touch()
+    record.with_suffix(SYNCED_SUFFIX).touch()
 
 
-def how_to_send(directory: Path) -> str:
+def sync_command(directory: Path) -> str:
     """The command that sends W&B what it does not have of a run yet."""
-    unsent = [path.parent for path in wandb_records(directory) if not path.with_suffix(SENT).exists()]
+    unsent = [path.parent for path in wandb_records(directory) if not path.with_suffix(SYNCED_SUFFIX).exists()]
     return f"wandb sync --include-online {' '.join(os.path.relpath(path) for path in unsent)}"
 
 
@@ -39,7 +39,7 @@ def last_step(record: Path) -> int:
     return max((message.history.step.num for message in found if message.HasField("history")), default=-1)
 
 
-def mend(record: Path) -> None:
+def truncate_incomplete(record: Path) -> None:
     """Cut off what a killed run was writing: `wandb sync` sends no further record after one that is incomplete."""
     content = record.read_bytes()
     whole = max((end for _, end in _messages(content)), default=HEADER)

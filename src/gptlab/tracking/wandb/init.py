@@ -12,9 +12,9 @@ from typing import Any, Literal
 from gptlab.config.schema import Config, WandbConfig
 from gptlab.errors import UserError
 from gptlab.tracking.environment import ENVIRONMENT
-from gptlab.tracking.run_directory import as_new
+from gptlab.tracking.run_directory import without_origin
 from gptlab.tracking.run_store.sweeps import Sweep, load_sweep
-from gptlab.tracking.wandb.files import how_to_send, wandb_records
+from gptlab.tracking.wandb.files import sync_command, wandb_records
 from gptlab.tracking.wandb.opt_outs import opt_out
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 ID = "wandb_id"  # the file that keeps a run's id
 
 
-def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
+def init_run(config: Config, settings: WandbConfig, directory: Path) -> Any:
     """Start W&B's client, online if it may and can be; return its run.
 
     Raises:
@@ -37,7 +37,7 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
         run = _init(config, settings, directory, "offline")
         log.info(
             "W&B is offline because of %s. The record is kept in the run directory; to send it: %s",
-            *(forbidden.source, how_to_send(directory)),
+            *(forbidden.source, sync_command(directory)),
         )
         return run
     try:
@@ -55,12 +55,12 @@ def begin(config: Config, settings: WandbConfig, directory: Path) -> Any:
     run = _init(config, settings, directory, "offline")
     log.warning(
         "W&B cannot be used (%s). The record is kept in the run directory; to send it: %s",
-        *(reason, how_to_send(directory)),
+        *(reason, sync_command(directory)),
     )
     return run
 
 
-def described(config: Config, directory: Path, client: Any) -> dict[str, Any]:
+def run_config(config: Config, directory: Path, client: Any) -> dict[str, Any]:
     """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
 
     No variable of the environment is in it, and no command line: they may hold secrets.
@@ -83,7 +83,7 @@ def described(config: Config, directory: Path, client: Any) -> dict[str, Any]:
         "python": values["python"].split()[0],
         **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
     }
-    return {**as_new(config), "environment": environment}
+    return {**without_origin(config), "environment": environment}
 
 
 def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
@@ -104,8 +104,8 @@ def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal[
         resume="allow",
         dir=directory,
         mode=mode,
-        config=described(config, directory, client),
-        settings=limits(settings),
+        config=run_config(config, directory, client),
+        settings=timeout_settings(settings),
     )
 
 
@@ -118,7 +118,7 @@ def start_client() -> Any:
     return wandb.setup(wandb.Settings(silent=True)).settings
 
 
-def limits(settings: WandbConfig) -> Any:
+def timeout_settings(settings: WandbConfig) -> Any:
     """Say how long W&B is waited for, and that it prints nothing."""
     import wandb
 

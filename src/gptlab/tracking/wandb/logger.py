@@ -21,12 +21,12 @@ from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import status_of
 from gptlab.tracking.wandb.alerts import STALL, Alerts
 from gptlab.tracking.wandb.artifacts import Artifacts
-from gptlab.tracking.wandb.background_uploader import Sender
-from gptlab.tracking.wandb.files import how_to_send, last_step, mark_as_sent, mend, wandb_records
-from gptlab.tracking.wandb.init import begin
+from gptlab.tracking.wandb.background_uploader import BackgroundUploader
+from gptlab.tracking.wandb.files import last_step, mark_synced, sync_command, truncate_incomplete, wandb_records
+from gptlab.tracking.wandb.init import init_run
 from gptlab.tracking.wandb.opt_outs import opt_out
 from gptlab.training.callbacks.preemption import Preempted
-from gptlab.training.callbacks.samples import texts_of
+from gptlab.training.callbacks.samples import parse_samples
 from gptlab.training.distributed.processes import is_first_rank
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 Rows = Iterable[Mapping[str, str]]
 
 
-class WandbRecord(WandbLogger):
+class RunWandbLogger(WandbLogger):
     """Lightning's, except that nothing W&B does can end the run.
 
     Args:
@@ -56,7 +56,7 @@ class WandbRecord(WandbLogger):
         self.best_before, self._has_rows = best, False
         self.alerts: Alerts | None = None
         self.artifacts: Artifacts | None = None
-        self.sender: Sender | None = None
+        self.sender: BackgroundUploader | None = None
         self.finish_timeout = 0.0
 
     @rank_zero_only
@@ -118,7 +118,7 @@ class WandbRecord(WandbLogger):
         if run.offline:
             log.info("The W&B record is kept in the run directory. To send it: %s", self._command())
             return
-        mark_as_sent(_record(run))
+        mark_synced(_keep_earlier_record(run))
         if self.artifacts is not None:
             self.artifacts.clear()
 
@@ -131,7 +131,7 @@ class WandbRecord(WandbLogger):
     def _send_samples(self, until: int, tokens: Callable[[int], int]) -> None:
         import wandb
 
-        written = [(step, texts_of(text)) for step, text in Run(self.directory).samples if step <= until]
+        written = [(step, parse_samples(text)) for step, text in Run(self.directory).samples if step <= until]
         rows = [[step, tokens(step), text] for step, texts in written for text in texts]
         table = wandb.Table(columns=["step", "tokens", "text"], data=rows)
         self.experiment.log({"samples": table}, commit=False)
@@ -144,10 +144,10 @@ class WandbRecord(WandbLogger):
             log.warning("W&B has failed, and gets no more rows: %s. metrics.csv has them all.", error)
 
     def _command(self) -> str:
-        return how_to_send(self.directory)
+        return sync_command(self.directory)
 
 
-def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
+def build_wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
     """Begin or resume the record of a run; return None if W&B's own settings disable it.
 
     Args:
@@ -165,19 +165,19 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     if not is_first_rank():
         return WandbLogger(offline=True)  # never starts a run: Lightning logs on the first rank only
     for path in wandb_records(directory):
-        mend(path)
+        truncate_incomplete(path)
     before = {path: last_step(path) for path in wandb_records(directory)}
     for path, step in before.items():
         if step < 0:  # of a start that was killed: `wandb sync` gives up at a record with nothing in it
-            mark_as_sent(path)
-    run = begin(config, settings, directory)
+            mark_synced(path)
+    run = init_run(config, settings, directory)
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
     run.define_metric("val/loss", summary="min", step_metric="tokens")
     first_step = max(before.values(), default=-1) + 1 if run.offline else run.starting_step
     losses = [loss for row in earlier if math.isfinite(loss := float(row.get("val/loss", math.inf)))]
-    record = WandbRecord(run, directory, first_step, min(losses, default=math.inf))
-    record.finish_timeout, record.sender = settings.finish_timeout, Sender()
+    record = RunWandbLogger(run, directory, first_step, min(losses, default=math.inf))
+    record.finish_timeout, record.sender = settings.finish_timeout, BackgroundUploader()
     if settings.alert_wait is not None:
         record.alerts = Alerts(run, settings.alert_wait)
     if settings.checkpoints != "none":
@@ -187,7 +187,7 @@ def wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier
     if not run.offline:
         log.info("%-9s %s", "wandb", run.url)
         for path in before:  # the server had it, or has just got it
-            mark_as_sent(path)
+            mark_synced(path)
     return record
 
 
@@ -201,5 +201,5 @@ def _exit_code(status: str) -> int:
     return FAILED if error is None else status_of(error)
 
 
-def _record(run: Any) -> Path:
+def _keep_earlier_record(run: Any) -> Path:
     return Path(run.sync_dir) / f"run-{run.id}.wandb"

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 from gptlab.config.schema import WandbConfig
 from gptlab.errors import UserError
 
-FALSE = ("", "0", "f", "false", "n", "no", "off")
+FALSE_VALUES = ("", "0", "f", "false", "n", "no", "off")
 
 
 class OptOut(NamedTuple):
@@ -33,11 +33,11 @@ def opt_out() -> OptOut | None:
         UserError: The mode is not one of W&B's.
     """
     disabled, mode = os.environ.get("WANDB_DISABLED", ""), os.environ.get("WANDB_MODE")
-    if disabled.lower() not in FALSE:
+    if disabled.lower() not in FALSE_VALUES:
         return OptOut("disabled", f"WANDB_DISABLED={disabled}")
     if mode is not None:
-        return _checked(mode, f"WANDB_MODE={mode}")
-    found = [_checked(mode, f"mode={mode} in {path}") for path, mode in _modes_in_files()]
+        return _opt_out_of(mode, f"WANDB_MODE={mode}")
+    found = [_opt_out_of(mode, f"mode={mode} in {path}") for path, mode in _modes_in_files()]
     return min((one for one in found if one), key=lambda one: one.mode, default=None)  # "disabled" < "offline"
 
 
@@ -55,7 +55,7 @@ def check_mode(settings: WandbConfig) -> None:
         )
 
 
-def _checked(mode: str, source: str) -> OptOut | None:
+def _opt_out_of(mode: str, source: str) -> OptOut | None:
     """Return what a mode of W&B's forbids."""
     import wandb
 

@@ -18,14 +18,14 @@ from torch.distributed.tensor import DTensor
 
 from gptlab.data.batches import Batch
 from gptlab.data.shards.manifest import write_durably
-from gptlab.training.distributed.strategies import reduced
+from gptlab.training.distributed.strategies import reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
 LANES, BITS = 4, 32  # of the hash of many windows: sums of so many unsigned numbers of so many bits
 DIGEST = 8  # bytes of a tensor's hash
 
 
-class Trace(L.Callback):
+class DeterminismTrace(L.Callback):
     """Writes a line of JSON after every so many steps.
 
     Each has the step, a hash of its tokens, its global loss and gradient norm as Python writes them, exact, and a hash
@@ -39,7 +39,7 @@ class Trace(L.Callback):
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
-        self._sums = no_windows()
+        self._sums = zero_sums()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Cut off what lies beyond the step that the run stands at."""
@@ -51,7 +51,7 @@ class Trace(L.Callback):
     ) -> None:
         """Add the micro-batch to the tokens of its step."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._sums = no_windows()
+            self._sums = zero_sums()
         if (trainer.global_step + 1) % self.every == 0:
             self._sums += hash_windows(batch)
 
@@ -65,12 +65,12 @@ class Trace(L.Callback):
         sums = torch.from_numpy(self._sums).to(pl_module.device)
         line = {
             "step": trainer.global_step,
-            "tokens": as_text(reduced(sums, trainer, "sum").cpu().numpy()),
+            "tokens": format_sums(reduce_over_data_ranks(sums, trainer, "sum").cpu().numpy()),
             "loss": repr(pl_module.global_step_loss()),
             "grad_norm": repr(pl_module.grad_norm.item()),
         }
         hashes = {}
-        for name, part in tensors_of(pl_module, trainer):
+        for name, part in named_tensors(pl_module, trainer):
             tensor = part.full_tensor() if isinstance(part, DTensor) else part
             if trainer.is_global_zero:
                 hashes[name] = hash_tensor(tensor)
@@ -79,7 +79,7 @@ class Trace(L.Callback):
                 file.write(json.dumps(line | {"tensors": hashes}) + "\n")
 
 
-def tensors_of(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and, as <parameter>.<moment>, what the optimizer keeps of it; sharded, this rank's part."""
     for name, parameter in module.model.named_parameters():
         yield name, parameter.detach()
@@ -88,7 +88,7 @@ def tensors_of(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Ten
                 yield f"{name}.{moment}", tensor
 
 
-def no_windows() -> NDArray[np.int64]:
+def zero_sums() -> NDArray[np.int64]:
     """Return the sums (LANES,) of no windows at all."""
     return np.zeros(LANES, dtype=np.int64)
 
@@ -103,7 +103,7 @@ def hash_windows(batch: Batch) -> NDArray[np.int64]:
     return np.frombuffer(digests, dtype="<u4").reshape(-1, LANES).sum(axis=0, dtype=np.int64)
 
 
-def as_text(sums: NDArray[np.int64]) -> str:
+def format_sums(sums: NDArray[np.int64]) -> str:
     """Write the sums (LANES,) of a whole step, each modulo 2**BITS."""
     return "".join(f"{value % 2**BITS:0{BITS // 4}x}" for value in sums.tolist())
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning as L
 
-EVERY = 1000  # steps, as in OLMo-core (callbacks/garbage_collector.py)
+COLLECT_EVERY = 1000  # steps, as in OLMo-core (callbacks/garbage_collector.py)
 
 
-class Garbage(L.Callback):
-    """Collects garbage after every evaluation and every ``EVERY`` steps, and at no other time.
+class GarbageCollection(L.Callback):
+    """Collects garbage after every evaluation and every ``COLLECT_EVERY`` steps, and at no other time.
 
     Python looks for it when many objects were made, on each rank at another moment, and all ranks wait for the one that
     looks. What is there after the first step stays until the end, and is not looked through again.
@@ -30,7 +30,7 @@ class Garbage(L.Callback):
                 gc.collect()
                 gc.freeze()
                 self._holds = True
-        elif trainer.global_step % EVERY == 0:
+        elif trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,7 +8,7 @@ import lightning as L
 
 from gptlab.errors import Diverged
 from gptlab.training.callbacks.spikes import SpikeDetector
-from gptlab.training.callbacks.step_sync import Beat, Pulse
+from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.config import TrainConfig
 from gptlab.training.distributed.processes import is_first_rank
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
 
 
-class Guard(L.Callback):
+class TrainingHealthMonitor(L.Callback):
     """Counts and tells bad steps and loss spikes, and ends a run that has nothing but bad steps.
 
     The module itself skips a bad step, on the device. Here it is known one step later, on all ranks alike.
@@ -32,16 +32,16 @@ class Guard(L.Callback):
         listeners: Called, on the first rank, with what kind of thing went wrong and a sentence on it.
     """
 
-    def __init__(self, pulse: Pulse, config: TrainConfig, replay: str) -> None:
+    def __init__(self, pulse: StepSync, config: TrainConfig, replay: str) -> None:
         self.pulse, self.max_bad_steps, self.replay = pulse, config.max_bad_steps, replay
         self.bad_steps = self.in_a_row = self.loss_spikes = 0
         self.listeners: list[Callable[[str, str], None]] = []
         self._latest = 0  # the last step that is known of
         sigma = config.spike_sigma
         self._detector = SpikeDetector(sigma, config.spike_window) if sigma is not None else None
-        pulse.listeners.append(self.judge)
+        pulse.listeners.append(self.check_step)
 
-    def judge(self, beat: Beat) -> None:
+    def check_step(self, beat: StepReport) -> None:
         """Count a step, and tell if it was none that it should be."""
         self._latest = beat.step
         self.in_a_row = self.in_a_row + 1 if beat.is_bad else 0

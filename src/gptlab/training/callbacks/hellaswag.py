@@ -6,12 +6,12 @@ from collections.abc import Callable
 import lightning as L
 import torch
 
-from gptlab.evaluation.completions import Tally, ending_losses, share, tally
+from gptlab.evaluation.completions import AccuracyCounts, count_correct, ending_losses, rank_batches
 from gptlab.evaluation.hellaswag import Example
 from gptlab.training.callbacks.metrics import log_metrics
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import HellaSwagConfig
-from gptlab.training.distributed.strategies import at_any_length, data_rank, reduced
+from gptlab.training.distributed.strategies import any_length, data_rank, reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class HellaSwag(L.Callback):
     ) -> None:
         self.config, self.examples, self.tokens = config, examples, tokens
         self.eval_every, self.max_steps = eval_every, max_steps
-        self.latest: Tally | None = None
+        self.latest: AccuracyCounts | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether the evaluation at a step is the first one since ``every`` steps were full, or the run's last."""
@@ -62,15 +62,15 @@ class HellaSwag(L.Callback):
             shares = f"acc {self.latest.acc:.2%}, acc_norm {self.latest.acc_norm:.2%}"
             log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", shares, f"{self.latest.examples:,}")
 
-    def _score(self, trainer: L.Trainer, module: GPTModule) -> Tally:
+    def _score(self, trainer: L.Trainer, module: GPTModule) -> AccuracyCounts:
         watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
         ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         block_size, training = module.model.config.block_size, module.model.training
         counts = torch.zeros(3, dtype=torch.long, device=module.device)
         module.model.eval()
         try:
-            with at_any_length(trainer):
-                for batch in share(self.examples, data_rank(trainer), ranks, self.config.batch_size):
+            with any_length(trainer):
+                for batch in rank_batches(self.examples, data_rank(trainer), ranks, self.config.batch_size):
                     # a sharded network needs all ranks, and so those too that have no more examples
                     losses = ending_losses(
                         module.model,
@@ -80,9 +80,9 @@ class HellaSwag(L.Callback):
                         chunk=module.loss_chunk,
                     )
                     if batch:
-                        counts += torch.tensor(tally(losses, [e.label for e in batch]), device=module.device)
+                        counts += torch.tensor(count_correct(losses, [e.label for e in batch]), device=module.device)
                     for watchdog in watchdogs:
                         watchdog.note()
         finally:
             module.model.train(training)
-        return Tally(*reduced(counts, trainer, "sum").tolist())
+        return AccuracyCounts(*reduce_over_data_ranks(counts, trainer, "sum").tolist())

@@ -12,8 +12,8 @@ from typing import Any
 import lightning as L
 import torch
 
-from gptlab.data.batch_size_schedule import Stages
-from gptlab.training.callbacks.progress import Display
+from gptlab.data.batch_size_schedule import BatchSizeSchedule
+from gptlab.training.callbacks.progress import ProgressDisplay
 from gptlab.training.datamodule import TokenData
 from gptlab.training.devices import peak_memory
 from gptlab.training.module import GPTModule
@@ -53,7 +53,7 @@ class Stopwatch:
         return seconds
 
 
-class Recorder(L.Callback):
+class MetricsCallback(L.Callback):
     """Writes what the README calls the metrics of a run.
 
     Args:
@@ -70,7 +70,7 @@ class Recorder(L.Callback):
         *,
         log_every: int,
         max_steps: int,
-        stages: Stages,
+        stages: BatchSizeSchedule,
         block_size: int,
         flops_per_token: int,
         peak_flops: float | None,
@@ -83,7 +83,7 @@ class Recorder(L.Callback):
         self.seconds = 0.0  # of training, evaluation included
         self._watch = Stopwatch()
         self._waiting = Stopwatch(lambda: 0.0)  # for data
-        self._display: Display | None = None
+        self._display: ProgressDisplay | None = None
 
     def tokens(self, steps: int) -> int:
         """Tokens of so many steps, from the first on."""
@@ -97,7 +97,7 @@ class Recorder(L.Callback):
         assert isinstance(data, TokenData)  # noqa: S101
         self._waiting = Stopwatch(data.waited)
         if trainer.is_global_zero:
-            self._display = Display(trainer.global_step, self.max_steps)
+            self._display = ProgressDisplay(trainer.global_step, self.max_steps)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -191,13 +191,13 @@ class Recorder(L.Callback):
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
     """Add a row to every logger."""
-    with uninterrupted():  # a row stands with all loggers or with none
+    with defer_interrupt():  # a row stands with all loggers or with none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
+def defer_interrupt() -> Iterator[None]:
     """Let the first Ctrl-C wait until this is done."""
     waiting: list[FrameType | None] = []
 

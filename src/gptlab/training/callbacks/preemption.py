@@ -8,9 +8,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from gptlab.training.callbacks.run_checkpoint import Checkpoints
-from gptlab.training.callbacks.step_sync import Pulse
-from gptlab.training.distributed.delayed_all_reduce import Agreement
+from gptlab.training.callbacks.run_checkpoint import RunCheckpoint
+from gptlab.training.callbacks.step_sync import StepSync
+from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +29,9 @@ class Preemption(L.Callback):
         checkpoints: What saves the run; None where nothing does.
     """
 
-    def __init__(self, pulse: Pulse, checkpoints: Checkpoints | None) -> None:
+    def __init__(self, pulse: StepSync, checkpoints: RunCheckpoint | None) -> None:
         self.pulse, self.checkpoints = pulse, checkpoints
-        self._agreement = Agreement()  # during an evaluation, in which no pulse beats
+        self._agreement = DelayedAllReduce()  # during an evaluation, in which no pulse beats
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take the place of what Lightning does for SIGTERM.

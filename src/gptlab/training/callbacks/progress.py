@@ -13,7 +13,7 @@ REFRESHES = 2  # of the bar in a second; drawing it takes time from the steps
 LINES = 20  # progress lines a run writes into its log and, where there is no terminal, to the screen
 
 
-class Display:
+class ProgressDisplay:
     """Shows the steps of one run.
 
     Args:

@@ -8,14 +8,14 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
-from gptlab.training.checkpoints.records import Facts, place_of
-from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.checkpoints.records import CheckpointMetadata, checkpoint_path
+from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
 
 
-class Checkpoints(Checkpoint):
+class RunCheckpoint(Checkpoint):
     """Saves after every evaluation, every so many steps, and when it is told to.
 
     Args:
@@ -25,7 +25,7 @@ class Checkpoints(Checkpoint):
         eval_every: Steps between evaluations.
     """
 
-    def __init__(self, files: CheckpointFiles, folder: Path, *, every: int | None, eval_every: int) -> None:
+    def __init__(self, files: AtomicCheckpointIO, folder: Path, *, every: int | None, eval_every: int) -> None:
         self.files, self.folder, self.every, self.eval_every = files, folder, every, eval_every
         self.evaluation_due = False  # at the step of the checkpoint, which was saved before it
 
@@ -60,8 +60,8 @@ class Checkpoints(Checkpoint):
         assert isinstance(trainer.lightning_module, GPTModule)  # noqa: S101
         trainer.lightning_module.on_validation_end()  # an evaluation may have put other weights there
         self.evaluation_due = evaluation_due
-        facts = Facts(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
-        trainer.save_checkpoint(place_of(self.folder, facts.step), weights_only=False, storage_options=facts)
+        facts = CheckpointMetadata(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
+        trainer.save_checkpoint(checkpoint_path(self.folder, facts.step), weights_only=False, storage_options=facts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last one."""

@@ -11,7 +11,7 @@ from gptlab.model.generation.generate import continued, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.generation.sampling_config import Sampling
 from gptlab.training.config import SamplesConfig
-from gptlab.training.distributed.strategies import at_any_length
+from gptlab.training.distributed.strategies import any_length
 from gptlab.training.module import GPTModule, derive_seed
 
 HEADING = "--- sample {} ---\n"
@@ -44,7 +44,7 @@ class Samples(L.Callback):
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         device, step = pl_module.device, trainer.global_step
         prompt = prompt_ids(self.tokenizer, self.config.prompt)
-        with at_any_length(trainer):
+        with any_length(trainer):
             rows = generate(
                 pl_module.model,
                 [prompt],
@@ -64,7 +64,7 @@ class Samples(L.Callback):
                 listener(step)
 
 
-def texts_of(written: str) -> list[str]:
+def parse_samples(written: str) -> list[str]:
     """Take the texts of one evaluation out of its file."""
     _, *texts = re.split(f"^{HEADING.format('[0-9]+')}", written, flags=re.MULTILINE)
     return [text.removesuffix("\n\n") for text in texts[:-1]] + [text.removesuffix("\n") for text in texts[-1:]]

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 
-from gptlab.training.distributed.delayed_all_reduce import Agreement
+from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 from gptlab.training.module import GPTModule
 
 
-class Beat(NamedTuple):
+class StepReport(NamedTuple):
     """One step, as all ranks know it.
 
     Attributes:
@@ -24,8 +24,8 @@ class Beat(NamedTuple):
     is_bad: bool
 
 
-class Pulse(L.Callback):
-    """Sums every rank's news of a step, which all know one step later (see ``Agreement``).
+class StepSync(L.Callback):
+    """Sums every rank's news of a step, which all know one step later (see ``DelayedAllReduce``).
 
     Attributes:
         stop_requested: This rank is asked to stop; for signal handlers to set.
@@ -35,8 +35,8 @@ class Pulse(L.Callback):
 
     def __init__(self) -> None:
         self.stop_requested = self.agreed_stop = False
-        self.listeners: list[Callable[[Beat], None]] = []
-        self._agreement = Agreement()
+        self.listeners: list[Callable[[StepReport], None]] = []
+        self._agreement = DelayedAllReduce()
         self._step = self._world_size = 0  # of the sum that is on its way
 
     def on_train_batch_end(
@@ -64,6 +64,6 @@ class Pulse(L.Callback):
             return
         stop, loss, bad = sums
         self.agreed_stop = self.agreed_stop or stop > 0
-        beat = Beat(self._step, loss / self._world_size, bad > 0)
+        beat = StepReport(self._step, loss / self._world_size, bad > 0)
         for listener in self.listeners:
             listener(beat)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import lightning as L
 
 CHECKS = 10  # in the time that is allowed
-STATUS = 124  # as timeout(1) has it
+HUNG_STATUS = 124  # as timeout(1) has it
 STDERR = 2  # the descriptor, which nobody has put anything else in the place of
 
 
@@ -94,4 +94,4 @@ class Watchdog(L.Callback):
         for listener in self.listeners:
             threading.Thread(target=listener, args=(sentence.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))
-        os._exit(STATUS)
+        os._exit(HUNG_STATUS)

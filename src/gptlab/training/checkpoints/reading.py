@@ -19,37 +19,46 @@ from gptlab.training.checkpoints.shards import METADATA, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
+# Earlier names of callbacks: Lightning keeps a callback's state in state.pt under the name of its class.
+RENAMED_CALLBACKS = {
+    "Guard": "TrainingHealthMonitor",
+    "Recorder": "MetricsCallback",
+    "Checkpoints": "RunCheckpoint",
+}
 
 
-def read(place: Path, wanted: Callable[[str], bool] = lambda key: True) -> Checkpoint:
+def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda key: True) -> Checkpoint:
     """Read a checkpoint onto the CPU; UserError where it holds anything but plain data.
 
     Args:
-        place: Of the checkpoint.
-        wanted: Which tensors of a sharded one, by the names of ``flatten``; state.pt is read as its tensors are used.
+        checkpoint_dir: Of the checkpoint.
+        wanted: Selects the tensors of a sharded checkpoint by the names of ``flatten_tensors``; those of state.pt are
+            mapped and read as they are used.
     """
-    checkpoint = read_state(place)
-    if is_sharded(place):
+    checkpoint = read_state(checkpoint_dir)
+    if is_sharded(checkpoint_dir):
         try:
-            _unflatten(read_tensors(place, wanted), checkpoint)
+            _unflatten_tensors(read_tensors(checkpoint_dir, wanted), checkpoint)
         except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"The shards of {place} do not belong to its {STATE}: {error!r}.") from error
+            raise UserError(f"The shards of {checkpoint_dir} do not belong to its {STATE}: {error!r}.") from error
     return checkpoint
 
 
-def read_weights(place: Path) -> dict[str, Tensor]:
+def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
     """Read the parameters of a checkpoint, or their averages where the run kept such; a tied matrix has one by wte."""
-    checkpoint = read(place, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
+    checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
     states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
     averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
     return {**checkpoint["state_dict"], **averages}
 
 
-def read_state(place: Path) -> Checkpoint:
+def read_state(checkpoint_dir: Path) -> Checkpoint:
     """Read state.pt; UserError for anything but tensors and plain data, which is not executed."""
-    checkpoint = read_plain(place / STATE)
+    checkpoint = read_plain(checkpoint_dir / STATE)
     if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
-        raise UserError(f"{place / STATE} is not a checkpoint of gptlab: it has no global_step.")
+        raise UserError(f"{checkpoint_dir / STATE} is not a checkpoint of gptlab: it has no global_step.")
+    states = checkpoint.get("callbacks", {})
+    checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): state for name, state in states.items()}
     return checkpoint
 
 
@@ -66,12 +75,12 @@ def read_plain(path: Path) -> Any:
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
-def is_sharded(place: Path) -> bool:
+def is_sharded(checkpoint_dir: Path) -> bool:
     """Whether a checkpoint is of shards."""
-    return (place / METADATA).exists()
+    return (checkpoint_dir / METADATA).exists()
 
 
-def flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Name all tensors: model.<parameter>, optimizer.<number>.<parameter>.<moment>; no moment's name has a dot."""
     flat = {f"model.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
     for number, optimizer in enumerate(checkpoint["optimizer_states"]):
@@ -80,8 +89,8 @@ def flatten(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return flat
 
 
-def _unflatten(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Undo ``flatten``, into a checkpoint that has the rest."""
+def _unflatten_tensors(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Undo ``flatten_tensors``, into a checkpoint that has the rest."""
     checkpoint["state_dict"] = {}
     for optimizer in checkpoint["optimizer_states"]:
         optimizer["state"] = {}

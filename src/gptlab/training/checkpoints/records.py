@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from gptlab.config.base import Settings
-from gptlab.data.shards.manifest import sync, write_durably
+from gptlab.data.shards.manifest import fsync_path, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ PREFIX = "step_"
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
 
 
-class Facts(Settings):
+class CheckpointMetadata(Settings):
     """What a checkpoint is of: its step, and that step's evaluation, which may be yet to come."""
 
     step: int
@@ -41,42 +41,42 @@ class SavedFile(Settings):
     sha256: str
 
 
-class Record(Settings):
+class CheckpointRecord(Settings):
     """What a checkpoint holds."""
 
     format: Literal[1]
-    facts: Facts
+    facts: CheckpointMetadata
     files: dict[str, SavedFile]
 
 
-def place_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Name the checkpoint of a step."""
     return folder / f"{PREFIX}{step:06d}"
 
 
-def step_of(place: Path) -> int:
+def checkpoint_step(checkpoint_dir: Path) -> int:
     """Return the step of a checkpoint."""
-    return int(place.name.removeprefix(PREFIX))
+    return int(checkpoint_dir.name.removeprefix(PREFIX))
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """List the checkpoints of a run, the newest last; they may be damaged."""
-    return sorted((p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=step_of)
+    return sorted((p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
 
 
-def read_record(place: Path) -> Record:
+def read_record(checkpoint_dir: Path) -> CheckpointRecord:
     """Read the record of a checkpoint; OSError or ValueError where there is none, or it is damaged."""
-    return Record.model_validate_json((place / RECORD).read_text(encoding="utf-8"))
+    return CheckpointRecord.model_validate_json((checkpoint_dir / RECORD).read_text(encoding="utf-8"))
 
 
-def damage(place: Path) -> str | None:
+def find_corruption(checkpoint_dir: Path) -> str | None:
     """Say what is wrong with a checkpoint, reading all of it; None where it is what was written."""
     try:
-        record = read_record(place)
+        record = read_record(checkpoint_dir)
         for name, expected in record.files.items():
-            if (size := (place / name).stat().st_size) != expected.bytes:
+            if (size := (checkpoint_dir / name).stat().st_size) != expected.bytes:
                 return f"{name} has {size:,} bytes instead of {expected.bytes:,}"
-        hashes = _hashes(place, record.files)
+        hashes = _hashes(checkpoint_dir, record.files)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
     except ValueError:
@@ -85,22 +85,27 @@ def damage(place: Path) -> str | None:
     return wrong and f"{wrong} has the SHA-256 {hashes[wrong].sha256} instead of {record.files[wrong].sha256}"
 
 
-def newest(folder: Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """Find the newest checkpoint that is whole, warning of each that is not."""
-    return _first_whole(reversed(checkpoints(folder)))
+    return _first_intact(reversed(list_checkpoints(folder)))
 
 
-def best(folder: Path) -> Path | None:
+def best_intact(folder: Path) -> Path | None:
     """Find the whole checkpoint with the lowest val loss; the newest where none was evaluated."""
-    return _first_whole(sorted(checkpoints(folder), key=lambda place: (_val_loss(place), -step_of(place))))
+    return _first_intact(
+        sorted(
+            list_checkpoints(folder),
+            key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir)),
+        )
+    )
 
 
-def seal(unfinished: Path, place: Path, facts: Facts, written: dict[str, str]) -> None:
+def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, written: dict[str, str]) -> None:
     """Make a checkpoint of a folder of files: sync them, read them back, record their hashes, and rename the folder.
 
     Args:
         unfinished: The folder, beside its place.
-        place: The checkpoint; one that is there already is replaced.
+        checkpoint_dir: The checkpoint; one that is there already is replaced.
         facts: What it is of.
         written: The SHA-256 of what was written, for the files of which it is known.
 
@@ -109,50 +114,54 @@ def seal(unfinished: Path, place: Path, facts: Facts, written: dict[str, str]) -
     """
     names = sorted(path.name for path in unfinished.iterdir())
     for name in names:
-        sync(unfinished / name)
+        fsync_path(unfinished / name)
     files = _hashes(unfinished, names)
     for name, sha256 in written.items():
         if files[name].sha256 != sha256:
             raise OSError(f"{unfinished / name} is not on the disk as it was written")
-    write_durably(unfinished / RECORD, Record(format=FORMAT, facts=facts, files=files).model_dump_json(indent=2) + "\n")
-    sync(unfinished)
-    replaced = place.with_name(REPLACED + place.name)
-    if place.exists():
-        place.rename(replaced)
-    unfinished.rename(place)
-    sync(place.parent)
+    write_durably(
+        unfinished / RECORD, CheckpointRecord(format=FORMAT, facts=facts, files=files).model_dump_json(indent=2) + "\n"
+    )
+    fsync_path(unfinished)
+    replaced = checkpoint_dir.with_name(REPLACED + checkpoint_dir.name)
+    if checkpoint_dir.exists():
+        checkpoint_dir.rename(replaced)
+    unfinished.rename(checkpoint_dir)
+    fsync_path(checkpoint_dir.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def prune(folder: Path, newest_step: int, keep_last: int, keep_best: bool) -> None:
+def prune_checkpoints(folder: Path, newest_step: int, keep_last: int, keep_best: bool) -> None:
     """Remove all checkpoints up to a step but the last few and the best."""
-    places = [place for place in checkpoints(folder) if step_of(place) <= newest_step]
+    places = [
+        checkpoint_dir for checkpoint_dir in list_checkpoints(folder) if checkpoint_step(checkpoint_dir) <= newest_step
+    ]
     kept = set(places[-keep_last:])
     if keep_best and places:
-        kept.add(min(places, key=lambda place: (_val_loss(place), -step_of(place))))
-    for place in places:
-        if place not in kept:
-            remove(place)
+        kept.add(min(places, key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir))))
+    for checkpoint_dir in places:
+        if checkpoint_dir not in kept:
+            remove_checkpoint(checkpoint_dir)
 
 
-def remove(place: Path) -> None:
+def remove_checkpoint(checkpoint_dir: Path) -> None:
     """Remove a checkpoint, which is never there in part."""
-    doomed = place.with_name(REMOVED + place.name)
+    doomed = checkpoint_dir.with_name(REMOVED + checkpoint_dir.name)
     shutil.rmtree(doomed, ignore_errors=True)
-    place.rename(doomed)
+    checkpoint_dir.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def unfinished_of(place: Path) -> Path:
+def unfinished_path(checkpoint_dir: Path) -> Path:
     """Name the folder in which a checkpoint is written."""
-    return place.with_name(UNFINISHED + place.name)
+    return checkpoint_dir.with_name(UNFINISHED + checkpoint_dir.name)
 
 
-def clear(folder: Path) -> None:
+def clean_up(folder: Path) -> None:
     """Take away what an ended run was writing or removing, and say so of a checkpoint it never finished."""
     for path in folder.glob(f"{REPLACED}*"):
-        place = path.with_name(path.name.removeprefix(REPLACED))
-        path.rename(place if not place.exists() else path.with_name(REMOVED + place.name))
+        checkpoint_dir = path.with_name(path.name.removeprefix(REPLACED))
+        path.rename(checkpoint_dir if not checkpoint_dir.exists() else path.with_name(REMOVED + checkpoint_dir.name))
     for path in folder.glob(f"{REMOVED}*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{UNFINISHED}*"):
@@ -160,18 +169,18 @@ def clear(folder: Path) -> None:
         log.warning("The run ended while it wrote %s, which is ignored.", path.name.removeprefix(UNFINISHED))
 
 
-def _first_whole(places: Iterable[Path]) -> Path | None:
-    for place in places:
-        if (what := damage(place)) is None:
-            return place
-        log.warning("%s is damaged and is not used: %s.", place, what)
+def _first_intact(places: Iterable[Path]) -> Path | None:
+    for checkpoint_dir in places:
+        if (what := find_corruption(checkpoint_dir)) is None:
+            return checkpoint_dir
+        log.warning("%s is damaged and is not used: %s.", checkpoint_dir, what)
     return None
 
 
-def _val_loss(place: Path) -> float:
+def _val_loss(checkpoint_dir: Path) -> float:
     """The val loss of a checkpoint; infinite where it has none."""
     try:
-        loss = read_record(place).facts.val_loss
+        loss = read_record(checkpoint_dir).facts.val_loss
     except (OSError, ValueError):
         return math.inf
     return math.inf if loss is None else loss

@@ -35,17 +35,17 @@ from gptlab.errors import UserError
 METADATA = ".metadata"
 
 
-def read_tensors(place: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+def read_tensors(checkpoint_dir: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read whole tensors onto the CPU, in this process alone.
 
     Args:
-        place: The checkpoint.
+        checkpoint_dir: The checkpoint.
         wanted: Which tensors, by their names in the checkpoint.
 
     Raises:
         UserError: A shard is missing or damaged, or holds anything but tensors.
     """
-    reader = ShardReader(place)
+    reader = ShardReader(checkpoint_dir)
     described = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.zeros(about.size, dtype=about.properties.dtype)
@@ -56,13 +56,13 @@ def read_tensors(place: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor
     return tensors
 
 
-def load_shards(place: Path, tensors: dict[str, Tensor]) -> None:
+def load_shards(checkpoint_dir: Path, tensors: dict[str, Tensor]) -> None:
     """Load each rank's part of the checkpoint into its distributed ``tensors``, in place; every rank must call this.
 
     Raises:
         UserError: As ``read_tensors``.
     """
-    reader = ShardReader(place)
+    reader = ShardReader(checkpoint_dir)
     reader.read_metadata()  # DCP would wrap its error in others
     _load(reader, tensors, no_dist=False)
 
@@ -134,10 +134,10 @@ def _placeholder(name: str, *, has_state: bool) -> type[_Placeholder]:
 
 
 # By the module and the name that a pickle has them under
-_OF_DCP = "torch.distributed.checkpoint."
+_DCP_MODULE = "torch.distributed.checkpoint."
 _PLACEHOLDERS = {
     **{
-        (f"{_OF_DCP}{module}", name): _placeholder(name, has_state=True)
+        (f"{_DCP_MODULE}{module}", name): _placeholder(name, has_state=True)
         for module, name in (
             ("metadata", "Metadata"),
             ("metadata", "MetadataIndex"),
@@ -153,7 +153,7 @@ _PLACEHOLDERS = {
         for module, name in (
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
-            (f"{_OF_DCP}metadata", "_MEM_FORMAT_ENCODING"),
+            (f"{_DCP_MODULE}metadata", "_MEM_FORMAT_ENCODING"),
             ("pathlib", "PosixPath"),
             ("pathlib._local", "PosixPath"),  # of Python 3.13
         )
@@ -219,7 +219,7 @@ def _tensor(found: Any) -> TensorStorageMetadata:
 
 def _properties(found: Any) -> torch.dtype:
     """Return the dtype, which is all that is used of a tensor's properties."""
-    if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}metadata", "TensorProperties"]):
+    if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}metadata", "TensorProperties"]):
         raise ValueError(f"expected the properties of a tensor, got {found!r:.40}")
     return _plain(_plain(found.state, tuple)[0], torch.dtype)
 
@@ -249,7 +249,7 @@ def _size(found: Any) -> torch.Size:
 
 def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
     """Return the fields of an object of DCP's."""
-    if not isinstance(found, _PLACEHOLDERS[f"{_OF_DCP}{module}", name]):
+    if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}{module}", name]):
         raise ValueError(f"expected {name}, got {found!r:.40}")
     return _plain(found.state, dict)
 

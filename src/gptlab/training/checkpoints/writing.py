@@ -18,16 +18,16 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from gptlab.training.checkpoints.reading import Checkpoint, flatten, read
-from gptlab.training.checkpoints.records import STATE, Facts, prune, seal, unfinished_of
+from gptlab.training.checkpoints.reading import Checkpoint, flatten_tensors, read_checkpoint
+from gptlab.training.checkpoints.records import STATE, CheckpointMetadata, commit, prune_checkpoints, unfinished_path
 
 log = logging.getLogger(__name__)
 
 Hashes = dict[str, str]  # SHA-256 of what was written, by the file's name
-Write = Callable[[Path, Checkpoint], Hashes | None]
+WriteFunction = Callable[[Path, Checkpoint], Hashes | None]
 
 
-class CheckpointFiles(CheckpointIO):
+class AtomicCheckpointIO(CheckpointIO):
     """Writes checkpoints so that a crash at any moment leaves the older ones; takes the place of Lightning's files.
 
     Args:
@@ -43,33 +43,33 @@ class CheckpointFiles(CheckpointIO):
     def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self.listeners: list[Callable[[Path, Facts], None]] = []
+        self.listeners: list[Callable[[Path, CheckpointMetadata], None]] = []
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
         """Write one file into ``path``, on the first rank alone; ``storage_options`` are its Facts."""
-        self._save(_write_whole, checkpoint, Path(path), storage_options)
+        self._save(_write_state, checkpoint, Path(path), storage_options)
 
-    def save_shards(self, checkpoint: Checkpoint, path: Path, facts: Facts) -> None:
+    def save_shards(self, checkpoint: Checkpoint, path: Path, facts: CheckpointMetadata) -> None:
         """Write the shards of all ranks, each of which must call this, into ``path``."""
         if self._group is None:  # of its own: a thread's messages must not mix with those of training
             self._group = dist.new_group(backend="gloo")
         group = self._group
 
         def write(folder: Path, state: Checkpoint) -> Hashes | None:
-            save(flatten(state), storage_writer=FileSystemWriter(folder), process_group=group)
+            save(flatten_tensors(state), storage_writer=FileSystemWriter(folder), process_group=group)
             if dist.get_rank() != 0:
                 return None
             groups = [{"param_groups": optimizer["param_groups"]} for optimizer in state["optimizer_states"]]
             rest = {key: value for key, value in state.items() if key != "state_dict"}
-            return _write_whole(folder, rest | {"optimizer_states": groups})
+            return _write_state(folder, rest | {"optimizer_states": groups})
 
         self._save(write, checkpoint, path, facts)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Checkpoint:
         """Read a checkpoint."""
-        return read(Path(path))
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
         """Do nothing: what is removed is decided here, when the next one is whole."""
@@ -85,25 +85,25 @@ class CheckpointFiles(CheckpointIO):
         if pending is not None:
             pending.result()
 
-    def _save(self, write: Write, state: Checkpoint, place: Path, facts: Facts) -> None:
+    def _save(self, write: WriteFunction, state: Checkpoint, checkpoint_dir: Path, facts: CheckpointMetadata) -> None:
         self.wait()
         if not self.asynchronous:
-            self._finish(write, state, place, facts)
+            self._finish(write, state, checkpoint_dir, facts)
             return
         copy = DefaultStager(StagingOptions(False, False, False, False)).stage(state)
-        self._pending = self._thread.submit(self._finish, write, copy, place, facts)
+        self._pending = self._thread.submit(self._finish, write, copy, checkpoint_dir, facts)
 
-    def _finish(self, write: Write, state: Any, place: Path, facts: Facts) -> None:
+    def _finish(self, write: WriteFunction, state: Any, checkpoint_dir: Path, facts: CheckpointMetadata) -> None:
         """Write, seal, and only then remove what is no longer kept; a full disk is told, and training goes on."""
-        unfinished = unfinished_of(place)
+        unfinished = unfinished_path(checkpoint_dir)
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
             hashes = write(unfinished, state)
             if hashes is not None:  # on the first rank
-                seal(unfinished, place, facts, hashes)
+                commit(unfinished, checkpoint_dir, facts, hashes)
                 for listener in self.listeners:
-                    listener(place, facts)
-                prune(place.parent, facts.step, self.keep_last, self.keep_best)
+                    listener(checkpoint_dir, facts)
+                prune_checkpoints(checkpoint_dir.parent, facts.step, self.keep_last, self.keep_best)
         except (OSError, CheckpointException) as error:
             if not _is_full(error):
                 raise
@@ -111,14 +111,14 @@ class CheckpointFiles(CheckpointIO):
             log.error(
                 "The disk of %s is full: step %d is not saved, and training goes on. The older checkpoints stay; "
                 "make room before the next one is due.",
-                *(place.parent, facts.step),
+                *(checkpoint_dir.parent, facts.step),
             )
 
 
-def _write_whole(folder: Path, state: Checkpoint) -> Hashes:
+def _write_state(folder: Path, state: Checkpoint) -> Hashes:
     """Write state.pt, and hash it on the way."""
     with (folder / STATE).open("wb") as file:
-        hashing = _Hashing(file)
+        hashing = _HashingFile(file)
         try:
             torch.save(state, cast(BinaryIO, hashing))
         except RuntimeError:
@@ -128,7 +128,7 @@ def _write_whole(folder: Path, state: Checkpoint) -> Hashes:
     return {STATE: hashing.digest.hexdigest()}
 
 
-class _Hashing(io.RawIOBase):
+class _HashingFile(io.RawIOBase):
     """Hashes what goes through it into a file, and keeps the error that the file gave."""
 
     def __init__(self, file: BinaryIO) -> None:

@@ -7,14 +7,14 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from gptlab.training.distributed.processes import on_slurm, under_torchrun
+from gptlab.training.distributed.processes import launched_by_srun, launched_by_torchrun
 
 
 def cluster_environment() -> ClusterEnvironment:
     """Say who starts the processes: what started this one, not what variables a scheduler has left lying about."""
-    if under_torchrun():
+    if launched_by_torchrun():
         return TorchElasticEnvironment()
-    if on_slurm():
+    if launched_by_srun():
         return SrunEnvironment()
     return LightningEnvironment()
 

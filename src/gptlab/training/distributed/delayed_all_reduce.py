@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Agreement:
+class DelayedAllReduce:
     """Sums of a small vector over all ranks, each known one call later.
 
     A call starts the sum of its own values and returns that of the call before, which has had a whole step to finish:

@@ -28,12 +28,12 @@ from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.checkpoints.reading import flatten, is_sharded, read_state
+from gptlab.training.checkpoints.reading import flatten_tensors, is_sharded, read_state
 from gptlab.training.checkpoints.shards import load_shards
-from gptlab.training.checkpoints.writing import CheckpointFiles
+from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import TrainerConfig
 from gptlab.training.devices import Devices
-from gptlab.training.distributed.tensor_parallel import split_over
+from gptlab.training.distributed.tensor_parallel import parallelize_blocks
 from gptlab.training.optim.optimizers import check_groups
 
 
@@ -72,7 +72,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.config.cpu_offload:
             self.lightning_module.to(self.root_device)  # all of it, before the parameters are sent back
         if self.config.tensor_parallel > 1:
-            split_over(model, self.device_mesh["tensor_parallel"])
+            parallelize_blocks(model, self.device_mesh["tensor_parallel"])
         on_gpu = self.root_device.type == "cuda"  # without one, nothing is pinned, and offloading moves nothing
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         wrap = partial(
@@ -131,7 +131,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the shards of all ranks, or one file on the first."""
-        files = cast(CheckpointFiles, self.checkpoint_io)
+        files = cast(AtomicCheckpointIO, self.checkpoint_io)
         if self._save_distributed_checkpoint:
             files.save_shards(checkpoint, Path(filepath), storage_options)
         elif self.is_global_zero:
@@ -139,9 +139,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load into the network and the optimizers what any strategy has saved; return the rest."""
-        place = Path(checkpoint_path)
-        checkpoint = read_state(place)
-        if is_sharded(place):
+        checkpoint_dir = Path(checkpoint_path)
+        checkpoint = read_state(checkpoint_dir)
+        if is_sharded(checkpoint_dir):
             options = StateDictOptions()
             groups = [state["param_groups"] for state in checkpoint.pop("optimizer_states")]
             for optimizer, saved in zip(self.optimizers, groups, strict=True):
@@ -149,7 +149,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
             model = get_model_state_dict(self.network, options=options)
             state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}
-            load_shards(place, flatten(state))
+            load_shards(checkpoint_dir, flatten_tensors(state))
             for found, saved in zip(moments, groups, strict=True):
                 found["param_groups"] = saved
         else:

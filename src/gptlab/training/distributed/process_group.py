@@ -47,7 +47,7 @@ def join_group(devices: Devices) -> None:
     )
 
 
-def on_first_rank(make: Callable[[], T]) -> T:
+def run_on_first_rank(make: Callable[[], T]) -> T:
     """Call ``make`` on the first rank; every rank returns what that returned, or raises the UserError it raised."""
     if not dist.is_initialized():
         return make()

@@ -55,21 +55,21 @@ def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *,
             setattr(model, name, torch.compile(getattr(model, name), **options))
 
 
-def gathered(strategy: Strategy) -> AbstractContextManager[None]:
+def gathered_weights(strategy: Strategy) -> AbstractContextManager[None]:
     """Keep a sharded network whole between forward passes, for generation; nothing for any other network."""
     return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
 
 
 @contextmanager
-def at_any_length(trainer: L.Trainer) -> Iterator[None]:
+def any_length(trainer: L.Trainer) -> Iterator[None]:
     """Run the network on inputs of any length, in the training's precision: whole, and not compiled anew for each."""
     assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
     eager = torch.compiler.set_stance("force_eager")
-    with eager, gathered(trainer.strategy), trainer.precision_plugin.forward_context():
+    with eager, gathered_weights(trainer.strategy), trainer.precision_plugin.forward_context():
         yield
 
 
-def weights_changed(strategy: Strategy) -> None:
+def refresh_gathered_weights(strategy: Strategy) -> None:
     """Let a sharded network, whose weights were written to, gather them anew."""
     if isinstance(strategy, FSDP2Strategy):
         strategy.reshard()
@@ -80,7 +80,7 @@ def data_rank(trainer: L.Trainer) -> int:
     return (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
 
 
-def reduced(tensor: Tensor, trainer: L.Trainer, operation: str) -> Tensor:
+def reduce_over_data_ranks(tensor: Tensor, trainer: L.Trainer, operation: str) -> Tensor:
     """Reduce a tensor ("sum" or "mean") over the ranks that read data of their own."""
     strategy = trainer.strategy
     group = strategy.device_mesh["data_parallel"].get_group() if isinstance(strategy, FSDP2Strategy) else None

@@ -18,7 +18,7 @@ from gptlab.model.attention import Mix
 from gptlab.model.gpt import GPT, Block
 
 
-def split_over(model: GPT, mesh: DeviceMesh) -> None:
+def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
     """Split the blocks of a network over ``mesh``, in place.
 
     Every parameter becomes a DTensor that has the name and, put together, the layout it had: checkpoints are those of
@@ -27,24 +27,24 @@ def split_over(model: GPT, mesh: DeviceMesh) -> None:
     heads = model.config.n_head
     for block in model.h:
         plan: dict[str, ParallelStyle] = {
-            "ln_1": Whole(),
+            "ln_1": ReplicatedLayer(),
             "attn.c_attn": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
             "attn.c_proj": RowwiseParallel(),
-            "ln_2": Whole(),
+            "ln_2": ReplicatedLayer(),
             "mlp.c_fc": ColwiseParallel(),
             "mlp.c_proj": RowwiseParallel(),
         }
-        plan |= {name: Whole() for name, part in block.named_children() if isinstance(part, Mix)}
+        plan |= {name: ReplicatedLayer() for name, part in block.named_children() if isinstance(part, Mix)}
         parallelize_module(block, mesh, plan)
         cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
-    whole: dict[str, ParallelStyle] = {name: Whole() for name in ("wte", "ln_f", "lm_head")}
-    whole |= {name: Whole() for name in ("wpe", "ln_e") if getattr(model, name) is not None}
+    whole: dict[str, ParallelStyle] = {name: ReplicatedLayer() for name in ("wte", "ln_f", "lm_head")}
+    whole |= {name: ReplicatedLayer() for name in ("wpe", "ln_e") if getattr(model, name) is not None}
     parallelize_module(model, mesh, whole)
     if model.config.tie_weights:
         model.lm_head.weight = model.wte.weight
 
 
-class Whole(ParallelStyle):
+class ReplicatedLayer(ParallelStyle):
     """A layer that every device of the group computes alike; its parameters are DTensors as all others are.
 
     So all parameters are on one mesh, which norms over all gradients and fused optimizers ask for.

@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 AVERAGE, DECAY = "average", "ema_decay"  # the moment's name, and the setting of a group
 
 
-def keep_average(optimizer: Optimizer, decay: float) -> None:
+def enable_averaging(optimizer: Optimizer, decay: float) -> None:
     """Average the weights after every step, with the decay that ``set_decay`` has set (``decay`` until then)."""
     for group in optimizer.param_groups:
         group[DECAY] = decay
-    optimizer.register_step_post_hook(_move)
+    optimizer.register_step_post_hook(_update_averages)
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -39,11 +39,11 @@ def set_decay(optimizer: Optimizer, step: int, decay: float) -> None:
 
 
 @torch.no_grad()
-def put_averages(optimizers: Iterable[Optimizer]) -> list[tuple[Tensor, Tensor]]:
+def swap_in_averages(optimizers: Iterable[Optimizer]) -> list[tuple[Tensor, Tensor]]:
     """Put the averages in the place of the weights, whose memory stays where it is.
 
     Returns:
-        The parameters that have an average, each with its trained weights, for ``put_back``.
+        The parameters that have an average, each with its trained weights, for ``swap_out_averages``.
     """
     trained = []
     for optimizer in optimizers:
@@ -55,18 +55,18 @@ def put_averages(optimizers: Iterable[Optimizer]) -> list[tuple[Tensor, Tensor]]
 
 
 @torch.no_grad()
-def put_back(trained: list[tuple[Tensor, Tensor]]) -> None:
-    """Undo ``put_averages``."""
+def swap_out_averages(trained: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo ``swap_in_averages``."""
     for parameter, weights in trained:
         parameter.copy_(weights)
 
 
 @torch.no_grad()
-def _move(optimizer: Optimizer, *_: object) -> None:
+def _update_averages(optimizer: Optimizer, *_: object) -> None:
     """Move the averages towards the weights that a step has left; they begin as those of the first step.
 
     A step that was skipped leaves them alone: its parameters have no gradient, or the device knows, and nobody waits
-    for it (see ``gptlab.training.optim.optimizers.skip_where_bad``).
+    for it (see ``gptlab.training.optim.optimizers.skip_step_if``).
     """
     bad: Tensor | None = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
@@ -76,8 +76,8 @@ def _move(optimizer: Optimizer, *_: object) -> None:
                 moments = optimizer.state[parameter]
                 if AVERAGE not in moments:
                     moments[AVERAGE] = parameter.detach().clone()
-                averages.append(_local(moments[AVERAGE]))
-                weights.append(_local(parameter.detach()))
+                averages.append(_local_tensor(moments[AVERAGE]))
+                weights.append(_local_tensor(parameter.detach()))
         if not averages:
             continue
         if bad is None:
@@ -87,6 +87,6 @@ def _move(optimizer: Optimizer, *_: object) -> None:
             torch._foreach_lerp_(averages, weights, [share] * len(averages))
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -50,27 +50,27 @@ class StackedMuon(Muon):
             gradients: list[Tensor] = []
             momenta: list[Tensor] = []
             self._init_group(group, parameters, gradients, momenta)
-            for stack in stacks(list(zip(parameters, gradients, momenta, strict=True))):
+            for stack in stack_by_shape(list(zip(parameters, gradients, momenta, strict=True))):
                 self._step_of(group, stack)
 
     def _step_of(self, group: Group, stack: Matrices) -> None:
         """Make a step of matrices of one shape."""
         dtype = getattr(torch, group["ns_dtype"])
-        updates = torch.stack([gathered(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
-        updates = orthogonalised(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        updates = torch.stack([gather_parts(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
+        updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
         for (parameter, _, _), update in zip(stack, updates, strict=True):
-            self._apply(group, parameter, own_part(update, parameter))
+            self._apply(group, parameter, local_part(update, parameter))
 
     def _direction(self, group: Group, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Take a gradient into the momentum, and return it with Nesterov's: this device's part of it."""
-        gradient, momentum = local(gradient), local(momentum)
+        gradient, momentum = local_tensor(gradient), local_tensor(momentum)
         new = momentum.lerp(gradient, 1 - group["momentum"])
         self._set(momentum, new)
         return torch.lerp(gradient, new, group["momentum"], out=new)
 
     def _apply(self, group: Group, parameter: Tensor, update: Tensor) -> None:
         """Decay this device's part of a matrix, and subtract that of the update."""
-        part, rate, shape = local(parameter), group["lr"], parameter.shape
+        part, rate, shape = local_tensor(parameter), group["lr"], parameter.shape
         decaying: Tensor | float = 1.0
         if group["cautious"]:
             decaying = (update * part).ge_(0)  # 1 where they have one sign, else 0
@@ -121,7 +121,7 @@ class MuonWithAdamW(Optimizer):
         self.muon.state = self.adamw.state = self.state
 
 
-def stacks(matrices: Matrices) -> Iterator[Matrices]:
+def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
     """Put matrices of one shape together, as many as are fast at once."""
     by_shape: dict[torch.Size, Matrices] = defaultdict(list)
     for matrix in matrices:
@@ -132,7 +132,7 @@ def stacks(matrices: Matrices) -> Iterator[Matrices]:
         yield from (alike[first : first + count] for first in range(0, len(alike), count))
 
 
-def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Bring the singular values of matrices (K, m, n) near 1, and leave their singular vectors; same shape.
 
     A Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The values are divided by the
@@ -149,12 +149,12 @@ def orthogonalised(x: Tensor, coefficients: tuple[float, float, float], steps: i
     return x
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that this device has, which is all of one that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(part: Tensor, parameter: Tensor) -> Tensor:
+def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
     """Put the parts that all devices have together; they are sharded as ``parameter`` is."""
     if not isinstance(parameter, DTensor):
         return part
@@ -163,7 +163,7 @@ def gathered(part: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides).full_tensor()
 
 
-def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+def local_part(whole: Tensor, parameter: Tensor) -> Tensor:
     """Return what this device has of a tensor that is sharded as ``parameter`` is; nothing is communicated."""
     if not isinstance(parameter, DTensor):
         return whole

@@ -12,7 +12,7 @@ from gptlab.training.optim.averaging import DECAY
 from gptlab.training.optim.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.optim.schedules import learning_rate, momentum
 
-KINDS = ("matrix", "embedding", "head", "vector")  # of parameters, to which Muon's run has a learning rate each
+GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # of parameters, to which Muon's run has a learning rate each
 State = dict[str, Any]  # of an optimizer: of each parameter its moments, and the groups
 
 
@@ -39,7 +39,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
     return optimizer
 
 
-def set_step(
+def set_step_hyperparameters(
     optimizer: Optimizer, step: int, config: OptimizerConfig, schedule: ScheduleConfig, *, max_steps: int
 ) -> None:
     """Set what depends on the step: the rate of every group, all by one schedule, and Muon's momentum."""
@@ -49,7 +49,7 @@ def set_step(
             group["momentum"] = momentum(step, config)
 
 
-def skip_where_bad(optimizer: Optimizer, bad: Tensor) -> None:
+def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
     """Let the step that follows change nothing, neither weights nor moments nor its count, where ``bad`` () is 1.
 
     Fused kernels read it on the device, as they do for torch.amp.GradScaler, and so does Muon; for the others the host
@@ -71,7 +71,7 @@ def group_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
     """Name the groups of ``parameter_groups``, in their order, where they have learning rates of their own."""
     if not isinstance(config, MuonConfig):
         return []
-    return [kind for kind, group in zip(KINDS, muon_groups(model, config), strict=True) if group["params"]]
+    return [kind for kind, group in zip(GROUP_NAMES, muon_groups(model, config), strict=True) if group["params"]]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,11 +94,11 @@ def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
     heads = {
         parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")
     }
-    parts: dict[str, list[Parameter]] = {kind: [] for kind in KINDS}
+    parts: dict[str, list[Parameter]] = {kind: [] for kind in GROUP_NAMES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts[_kind(name, parameter, is_head=parameter in heads)].append(parameter)
-    settings = zip(KINDS, rates, decays, strict=True)
+    settings = zip(GROUP_NAMES, rates, decays, strict=True)
     return [{"params": parts[kind], "lr": rate, "weight_decay": decay} for kind, rate, decay in settings]
 
 
@@ -111,17 +111,17 @@ def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
     return "matrix" if name.startswith("h.") and parameter.dim() == 2 else "embedding"
 
 
-def with_names(state: State, model: nn.Module, config: OptimizerConfig) -> State:
+def name_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
     """Name the parameters of an optimizer's state, which numbers them in the order of its groups."""
-    return _relabelled(state, dict(enumerate(_in_order(model, config))))
+    return _relabel(state, dict(enumerate(_parameter_names(model, config))))
 
 
-def with_numbers(state: State, model: nn.Module, config: OptimizerConfig) -> State:
-    """Undo ``with_names``."""
-    return _relabelled(state, {name: number for number, name in enumerate(_in_order(model, config))})
+def number_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
+    """Undo ``name_state``."""
+    return _relabel(state, {name: number for number, name in enumerate(_parameter_names(model, config))})
 
 
-def _in_order(model: nn.Module, config: OptimizerConfig) -> list[str]:
+def _parameter_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
     """Names of the parameters, as the optimizer has them."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in parameter_groups(model, config) for parameter in group["params"]]
@@ -138,7 +138,7 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None
     raise UserError(f"{what} A new run can start from its weights: init_from=<run directory>")
 
 
-def _relabelled(state: State, labels: dict[Any, Any]) -> State:
+def _relabel(state: State, labels: dict[Any, Any]) -> State:
     """Call the parameters of an optimizer's state otherwise; those that are called so already stay."""
     return {
         "state": {labels.get(label, label): moments for label, moments in state["state"].items()},
