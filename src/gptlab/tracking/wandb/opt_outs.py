@@ -56,15 +56,17 @@ def check_mode(settings: WandbConfig) -> None:
 
 
 def _checked(mode: str, source: str) -> OptOut | None:
-    """Return what a mode of W&B's forbids."""
+    """Return what a mode of W&B's forbids; W&B's client is imported only for a mode that forbids nothing."""
+    if mode == "disabled":
+        return OptOut("disabled", source)
+    if mode in ("offline", "dryrun"):
+        return OptOut("offline", source)
     import wandb
 
     known = get_args(wandb.Settings.model_fields["mode"].annotation)
     if mode not in known:
         raise UserError(f"{source} is not a mode of W&B. Valid modes: {', '.join(known)}.")
-    if mode == "disabled":
-        return OptOut("disabled", source)
-    return OptOut("offline", source) if mode in ("offline", "dryrun") else None
+    return None
 
 
 def _modes_in_files() -> list[tuple[Path, str]]:
