@@ -1,5 +1,6 @@
 """Decisions about devices, and the MFU: never a wrong number."""
 
+import platform
 import subprocess
 import sys
 
@@ -127,6 +128,12 @@ def test_only_the_step_of_slurm_counts(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
     with pytest.raises(UserError, match="3 tasks on 2 nodes"):
         choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the key is one of x86 alone")
+def test_torch_says_of_a_cpu_whether_it_computes_in_bfloat16():
+    flags = devices.CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split()
+    assert torch.cpu.get_capabilities()["avx512_bf16"] == ("avx512_bf16" in flags)
 
 
 def cpu(monkeypatch, *, bf16: bool, **changes):

@@ -70,7 +70,11 @@ def _checked(mode: str, source: str) -> OptOut | None:
 
 
 def _modes_in_files() -> list[tuple[Path, str]]:
-    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them."""
+    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them.
+
+    W&B's public settings do not say which file a value comes from, and leave out files with a setting that is wrong, so
+    the files are read one by one with W&B's own reader (read in wandb 0.31.0).
+    """
     import wandb
     from wandb.sdk.lib.settings_file import SettingsFiles
 
