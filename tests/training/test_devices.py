@@ -1,5 +1,6 @@
 """Decisions about devices, and the MFU: never a wrong number."""
 
+import platform
 import subprocess
 import sys
 
@@ -129,10 +130,16 @@ def test_only_the_step_of_slurm_counts(monkeypatch):
         choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the key is one of x86 alone")
+def test_torch_says_of_a_cpu_whether_it_computes_in_bfloat16():
+    flags = devices.CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split()
+    assert torch.cpu.get_capabilities()["avx512_bf16"] == ("avx512_bf16" in flags)
+
+
 def cpu(monkeypatch, *, bf16: bool, **changes):
     """What is chosen on a CPU with a compiler, with bfloat16 or without, for a model and a trainer."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setenv("CC", "cc")
     single = AUTO | {"devices": 1, "strategy": "single"} | changes.pop("trainer", {})
     return choose_devices(TrainerConfig(**single), TRAIN, tiny_config(**changes))
@@ -165,17 +172,17 @@ def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, 
     assert named.float32_matmul == "default"
 
 
-def test_onednn_s_float32_products_are_float32(tmp_path):
+def test_onednn_s_float32_products_are_float32():
     chosen = Devices("cpu", "", 1, 1, "32-true", compile=False, float32_matmul="onednn")
     a, b = torch.randn(2, 300, 300).unbind()
     exact = a.double() @ b.double()
     if not devices._is_exact():  # on processors with AMX
         pytest.skip("oneDNN rounds to bfloat16 here, and is not chosen")
     try:
-        devices.prepare_kernels(chosen, tmp_path)
+        devices.prepare_kernels(chosen)
         torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
     finally:
-        devices.prepare_kernels(chosen._replace(float32_matmul="default"), tmp_path)
+        devices.prepare_kernels(chosen._replace(float32_matmul="default"))
     torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
 
 

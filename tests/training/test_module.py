@@ -1,8 +1,11 @@
 """What a step is made of."""
 
+import lightning as L
+import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 
-from gptlab.training.module import seed_generators
+from gptlab.training.module import GPTModule, seed_generators
 
 
 def test_generators_are_seeded_as_torch_does_it():
@@ -18,3 +21,44 @@ def test_generators_are_seeded_as_torch_does_it():
             drawn = torch.rand(3, device="cuda")
             seed_generators(seed)
             assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+class Resuming(BoringModel):
+    """Is given the step of a checkpoint, as a GPTModule is, which has loaded the rest."""
+
+    optimizer_config = None
+
+    def setup(self, stage):
+        GPTModule.on_load_checkpoint(self, {"global_step": 5})
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_lightning_goes_on_at_the_step_of_a_checkpoint(micro_batches):
+    seen: list[tuple[int, int]] = []
+
+    class Steps(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append((trainer.global_step, trainer.fit_loop.total_batch_idx))
+
+        def on_validation_end(self, trainer, pl_module):
+            seen.append((trainer.global_step, -1))
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=7,
+        max_epochs=-1,
+        accumulate_grad_batches=micro_batches,
+        val_check_interval=2 * micro_batches,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        callbacks=[Steps()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Resuming())
+    fifth, sixth = ([(step, step * micro_batches + micro) for micro in range(micro_batches)] for step in (5, 6))
+    assert seen == [*fifth, (6, -1), *sixth]  # evaluated at even steps, as it would have been
+    assert trainer.global_step == 7

@@ -141,7 +141,7 @@ def measure_loops(config: Config, turns: int, folder: Path) -> dict[str, dict[st
     quiet_lightning()
     config, prepared = make_ready(config)
     devices = choose_devices(config.trainer, config.train, config.model)
-    prepare_kernels(devices, Path(config.data.cache_dir))
+    prepare_kernels(devices)
     plan = config.train.plan(1)
     block_size = config.model.block_size
     data = TokenData(prepared, config.data, plan=plan, block_size=block_size, seed=config.seed, eval_windows=None)

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import cast
@@ -32,14 +31,14 @@ SIDE = 2048  # of the matrices whose product is the ceiling
 def main() -> None:
     """Measure, and print what came out as JSON."""
     values = json.loads(sys.argv[1])
-    levers, compiled = Levers(**values.pop("levers")), Path(values.pop("compiled"))
-    print(json.dumps(measure_steps(StepsOfModel.model_validate(values), levers, compiled)))
+    levers = Levers(**values.pop("levers"))
+    print(json.dumps(measure_steps(StepsOfModel.model_validate(values), levers)))
 
 
-def measure_steps(shape: StepsOfModel, levers: Levers, compiled: Path) -> dict[str, float]:
+def measure_steps(shape: StepsOfModel, levers: Levers) -> dict[str, float]:
     """Train on random tokens, the same in every process."""
     devices = choose_settings(shape, levers)
-    prepare_kernels(devices, compiled)
+    prepare_kernels(devices)
     device = torch.device(devices.accelerator)
     dtype = torch.bfloat16 if devices.precision == "bf16-mixed" else torch.float32
     ceiling = product_flops(device, dtype)

@@ -2,8 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from pydantic import PositiveInt
@@ -84,38 +82,37 @@ WITH_CHUNKS = {
 
 def measure(bench: TrainBench, rounds: int) -> Iterator[ResultTable]:
     """Measure one model after the other; every sample is a process of its own."""
-    with TemporaryDirectory(prefix="gptlab-bench-") as compiled:
-        for title, shape, levers in (
-            ("Small character model", bench.characters, IN_FLOAT32),
-            ("Character model", bench.characters_large, IN_BFLOAT16),
-            ("GPT-2", bench.gpt2, IN_BFLOAT16),
-        ):
-            yield _steps(title, shape, levers, rounds, Path(compiled))
-        yield _memory(bench.memory, rounds, Path(compiled))
+    for title, shape, levers in (
+        ("Small character model", bench.characters, IN_FLOAT32),
+        ("Character model", bench.characters_large, IN_BFLOAT16),
+        ("GPT-2", bench.gpt2, IN_BFLOAT16),
+    ):
+        yield _steps(title, shape, levers, rounds)
+    yield _memory(bench.memory, rounds)
 
 
-def _steps(title: str, shape: StepsOfModel, levers: dict[str, Levers], rounds: int, compiled: Path) -> ResultTable:
+def _steps(title: str, shape: StepsOfModel, levers: dict[str, Levers], rounds: int) -> ResultTable:
     caption = (
         f"{_shape(shape)} Tokens/s by the median of {shape.steps} steps. The ceiling is that of matrix products in the "
         "precision of the row, measured by the same process; beside it what the row reaches of it (6 N + 12 L C T "
         "operations a token). Loss after the steps, on random tokens; peak: of the process' memory."
     )
     columns = ("% of ceiling", "loss", "peak MB")
-    return ResultTable(f"{title}: training", caption, "tokens/s", columns, _rows(shape, levers, rounds, compiled))
+    return ResultTable(f"{title}: training", caption, "tokens/s", columns, _rows(shape, levers, rounds))
 
 
-def _memory(shape: StepsOfModel, rounds: int, compiled: Path) -> ResultTable:
+def _memory(shape: StepsOfModel, rounds: int) -> ResultTable:
     caption = f"{_shape(shape)} Memory that the process has at most, weights, gradients and moments included."
-    rows = _rows(shape, WITH_CHUNKS, rounds, compiled)
+    rows = _rows(shape, WITH_CHUNKS, rounds)
     for row in rows:
         for sample, whole in zip(row.samples, rows[0].samples, strict=True):
             sample["% less"] = 100 * (1 - sample["peak MB"] / whole["peak MB"])
     return ResultTable("GPT-2: memory of a step", caption, "tokens/s", ("peak MB", "% less", "loss"), rows)
 
 
-def _rows(shape: StepsOfModel, levers: dict[str, Levers], rounds: int, compiled: Path) -> Any:
+def _rows(shape: StepsOfModel, levers: dict[str, Levers], rounds: int) -> Any:
     def way(name: str, chosen: Levers) -> Variant:
-        todo = {"levers": chosen._asdict(), "compiled": str(compiled), **shape.model_dump(mode="json")}
+        todo = {"levers": chosen._asdict(), **shape.model_dump(mode="json")}
 
         def run(_: int) -> Sample:
             return json.loads(run_timed("-m", STEPS, json.dumps(todo)).printed.splitlines()[-1])

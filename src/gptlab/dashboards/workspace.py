@@ -41,8 +41,11 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
 
 
 def workspace_json(workspace: "Workspace") -> str:
-    """Write a workspace as W&B is sent it."""
-    view = workspace._to_model()
+    """Write a workspace as W&B is sent it.
+
+    In wandb-workspaces 0.4.13, the only public method that makes a workspace's JSON is ``Workspace.save``, which sends it.
+    """
+    view = workspace._to_model()  # noqa: SLF001
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
     values = {"entity": view.entity, "project": view.project, "name": view.display_name, "spec": spec}
     return json.dumps(values, indent=1) + "\n"

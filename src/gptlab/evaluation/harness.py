@@ -58,9 +58,22 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model, self.encoding, self.batch_size, self.context = model.eval(), tokenizer, batch_size, context
         self.max_length = model.config.block_size
-        self._device = device
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._placed_on = device
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self._placed_on
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes, which share the requests."""
+        return dist.get_world_size() if dist.is_initialized() else 1
 
     @property
     def eot_token_id(self) -> int:
@@ -99,6 +112,9 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[Answer]:
         """Answer requests in ids: the longest first, and once what several continuations of one token have before them.
 
+        The harness asks ``loglikelihood`` of a model, and TemplateLM, which cuts texts into ids, asks this of its
+        subclasses: abstract there, though its name is private (read in lm_eval 0.4.13).
+
         Raises:
             UserError: A continuation is longer than the block.
         """
@@ -131,7 +147,7 @@ class HarnessModel(TemplateLM):
             idx[number, : len(row)] = torch.tensor(row)
             places[number, len(row) - count : len(row)] = True
         with self.context():
-            return self.model.logits_at(idx.to(self._device), places.to(self._device)).split(list(counts))
+            return self.model.logits_at(idx.to(self.device), places.to(self.device)).split(list(counts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts, each up to one of its stop strings; requests with the same settings go together."""
@@ -163,7 +179,7 @@ class HarnessModel(TemplateLM):
         prompts = [ids[-(self.max_length - most) :] or prompt_ids(self.encoding, "") for ids in contexts]
         streams = [TextStream(self.encoding, [stop for stop in stops if stop]) for _ in prompts]
         texts, waiting = [""] * len(prompts), []
-        seeds = row_seeds(SEED + self._rank, first + len(prompts))[first:]
+        seeds = row_seeds(SEED + self.rank, first + len(prompts))[first:]
         sampling = _sampling_config(kwargs)
         with self.context():
             rows = generate(
@@ -173,7 +189,7 @@ class HarnessModel(TemplateLM):
                 seeds=seeds,
                 max_new_tokens=most,
                 decoder=plain_decoder(self.model),
-                device=self._device,
+                device=self.device,
             )
             for step, ids in enumerate(rows, 1):
                 waiting.append(ids)
@@ -187,28 +203,28 @@ class HarnessModel(TemplateLM):
 
     def _watched(self, batches: range, what: str) -> Iterable[int]:
         """Show a bar on the first process, where there is a terminal."""
-        bar: Iterable[int] = tqdm(batches, desc=what, unit="batch", disable=True if self._rank else None)
+        bar: Iterable[int] = tqdm(batches, desc=what, unit="batch", disable=True if self.rank else None)
         return bar
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """Put together one number of every rank."""
-        if self._world_size == 1:
+        if self.world_size == 1:
             return tensor
-        parts = [torch.zeros_like(tensor) for _ in range(self._world_size)]
+        parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return torch.stack(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """Bring what every rank has to one of them; None on the others."""
-        if self._world_size == 1:
+        if self.world_size == 1:
             return [obj]
-        gathered = [None] * self._world_size if self._rank == dst else None
+        gathered = [None] * self.world_size if self.rank == dst else None
         dist.gather_object(obj, gathered, dst=dst)
         return gathered
 
     def barrier(self) -> None:
         """Wait for the other ranks."""
-        if self._world_size > 1:
+        if self.world_size > 1:
             dist.barrier()
 
 

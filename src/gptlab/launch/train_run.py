@@ -85,7 +85,7 @@ def run(config: Config, prepared: TokenDataset, place: Path | None) -> int:
 def _run(config: Config, prepared: TokenDataset, place: Path | None, lock: RunLock) -> int:
     quiet_lightning()
     devices = choose_devices(config.trainer, config.train, config.model)
-    prepare_kernels(devices, Path(config.data.cache_dir))
+    prepare_kernels(devices)
     shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
     plan = config.train.plan(shares)
     join_group(devices)

@@ -52,7 +52,7 @@ def import_nanogpt_checkpoint(path: Path, config: Config, model: GPT) -> Checkpo
         raise _refusal(path, f"its AdamW has updated {late[0]} {int(moments[late[0]]['step']):,} times, not {step:,}")
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{"params": [names[p] for p in g["params"]]} for g in parameter_groups(model, config.optimizer)]
-    return {
+    return {  # as Lightning's own checkpoints (``_CheckpointConnector.dump_checkpoint``, read in lightning 2.6.6)
         "epoch": 0,
         "global_step": step,
         "pytorch-lightning_version": "2.6.5",

@@ -51,8 +51,10 @@ class PruningCallback(L.Callback):
 
     def _is_hopeless(self, loss: float, tokens: int) -> bool:
         if self._trial is None:
-            study = optuna.load_study(study_name=STUDY, storage=open_storage(self.folder), pruner=self.pruner)
-            trials = study.get_trials(deepcopy=False)
-            self._trial = optuna.Trial(study, trials[self.number]._trial_id)
+            storage = open_storage(self.folder)
+            study = optuna.load_study(study_name=STUDY, storage=storage, pruner=self.pruner)
+            study_id = storage.get_study_id_from_name(STUDY)
+            trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, self.number)
+            self._trial = optuna.Trial(study, trial_id)
         self._trial.report(loss if math.isfinite(loss) else math.inf, tokens)
         return self._trial.should_prune()

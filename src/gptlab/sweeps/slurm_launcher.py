@@ -68,6 +68,9 @@ class TrialJob:
 class SlurmLauncher:
     """Runs trials as jobs of SLURM.
 
+    Whether a job has left a result is seen by its file: submitit's ``Job.done`` asks SLURM's accounting (sacct), which
+    many clusters do not have (``JobPaths.result_pickle``, read in submitit 1.5.4).
+
     Args:
         config: What a job needs, and how many there may be at once.
         folder: The sweep's.

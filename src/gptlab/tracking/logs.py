@@ -51,5 +51,6 @@ def quiet_lightning() -> None:
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # which warns, of every norm and checkpoint, that a mesh of two dimensions is reduced along one after the other
+    # which warns, of every norm and checkpoint, that a mesh of two dimensions is reduced along one after the other;
+    # a private module's logger has no other name (read in torch 2.13)
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

@@ -83,9 +83,8 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
     )
 
 
-def prepare_kernels(devices: Devices, cache_dir: Path) -> None:
-    """Set up this process for what was decided; what is compiled is kept in ``cache_dir`` for the next run."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "compiled"))
+def prepare_kernels(devices: Devices) -> None:
+    """Select the library that computes this process's float32 matrix products on a CPU."""
     _use_onednn("bf16" if devices.float32_matmul == "onednn" else "none")
 
 
@@ -122,7 +121,7 @@ def _best_precision(trainer: TrainerConfig, model: GPTConfig, on_gpu: bool) -> s
     if on_gpu:
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_it = torch.cpu._is_avx512_bf16_supported() and is_for_speed(trainer, model, WIDE)
+        has_it = torch.cpu.get_capabilities().get("avx512_bf16", False) and is_for_speed(trainer, model, WIDE)
     return "bf16-mixed" if has_it else "32-true"
 
 

@@ -202,10 +202,14 @@ class GPTModule(L.LightningModule):
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Undo that (sharded, the strategy has loaded them), and let Lightning stand at the step."""
+        """Undo that (sharded, the strategy has loaded them), and let Lightning stand at the step.
+
+        Lightning's loops have no public way to be set to a step, and what they would restore themselves counts
+        micro-batches, of which a step may have had another number before. So their counters are set here (read in
+        lightning 2.6.6).
+        """
         step, epoch = checkpoint["global_step"], self.trainer.fit_loop.epoch_loop
         epoch.automatic_optimization.optim_progress.optimizer.step.total.completed = step
-        # Lightning counts micro-batches, of which a step may have had another number before
         done = step * self.trainer.accumulate_grad_batches
         epoch.batch_progress.total.load_state_dict(dict.fromkeys(epoch.batch_progress.total.state_dict(), done))
         state = checkpoint.get("state_dict", {})

@@ -30,6 +30,29 @@ def prepared(model: GPT, precision: str, **options) -> GPT:
     return for_inference(copy.deepcopy(model), precision, CPU, **{"int8": False, "packed": True} | options)
 
 
+ARGUMENTS = {
+    "mkldnn::_reorder_linear_weight": "self batch_size",
+    "mkldnn::_linear_pointwise": "X W B attr scalars algorithm",
+    "mkldnn::_is_mkldnn_bf16_supported": "",
+    "aten::_weight_int8pack_mm": "self mat2 scales",
+    "onednn::qlinear_prepack": "weight x_shape",
+    "onednn::qlinear_pointwise": "qx x_scale x_zero_point qw w_scale w_zero_point bias output_scale output_zero_point "
+    "output_dtype post_op_name post_op_args post_op_algorithm",
+}
+
+
+@pytest.mark.parametrize("operator", ARGUMENTS)
+def test_torch_s_private_operators_take_what_they_took(operator):
+    """On any CPU; what they compute is compared below, on those that can."""
+    namespace, name = operator.split("::")
+    schema = getattr(getattr(torch.ops, namespace), name).default._schema
+    assert [argument.name for argument in schema.arguments] == ARGUMENTS[operator].split()
+
+
+def test_vnni_is_a_capability_that_torch_names():
+    assert torch.cpu._is_vnni_supported() == torch.cpu.get_capabilities().get("avx512_vnni", False)
+
+
 @PACKS
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("bias", [True, False])

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import io
 import pickle
 from pathlib import Path
@@ -52,6 +53,16 @@ def test_metadata_is_what_the_library_reads(checkpoint_dir):
     assert found.storage_data == expected.storage_data
     assert [index.index for index in found.storage_data] == [index.index for index in expected.storage_data]
     assert found.version == expected.version
+
+
+def test_a_chunk_is_described_by_a_file_a_place_and_a_length(checkpoint_dir):
+    names = [field.name for field in dataclasses.fields(_StorageInfo)]
+    assert names == ["relative_path", "offset", "length", "transform_descriptors"]
+    size = sum(tensor.nbytes for tensor in TENSORS.values())
+    for info in honest(checkpoint_dir).storage_data.values():
+        assert info.transform_descriptors is None
+        assert 0 <= info.offset < info.offset + info.length <= (checkpoint_dir / info.relative_path).stat().st_size
+        assert info.length > size / 4
 
 
 def test_tensors_are_read_as_they_were_written(checkpoint_dir):

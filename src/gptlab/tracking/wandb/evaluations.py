@@ -31,13 +31,13 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
     if (state := load_state(directory)) is not None and state.state == "running":
         log.warning("The evaluation is not sent to W&B: the run is in progress and writes its own record there.")
         return
-    import wandb
-
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:
         if forbidden := opt_out():
             log.info("The evaluation is not sent to W&B, because of %s.", forbidden.source)
             return
+        import wandb  # only now: an opt-out loads no client
+
         # in a folder of its own: what lies in the run's is the record of the training
         with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
             start_client()

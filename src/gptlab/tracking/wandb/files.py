@@ -1,7 +1,8 @@
 """What W&B's client has left in a run directory: wandb/[offline-]run-<time>-<id>/run-<id>.wandb, one a start.
 
 Such a file is a log as LevelDB has it (blocks of 32 KiB, at whose borders records are cut), after a header of seven
-bytes that counts into the first block; its records are W&B's protobuf messages.
+bytes that counts into the first block; its records are W&B's protobuf messages. W&B documents none of it, and has no
+public reader (read in wandb 0.31.0).
 """
 
 import os

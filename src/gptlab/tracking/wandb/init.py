@@ -63,7 +63,8 @@ def init_run(config: Config, settings: WandbConfig, directory: Path) -> Any:
 def run_config(config: Config, directory: Path, client: Any) -> dict[str, Any]:
     """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
 
-    No variable of the environment is in it, and no command line: they may hold secrets.
+    No variable of the environment is in it, and no command line: they may hold secrets. The settings whose names begin
+    with ``x_`` are not documented; the variables that set them are (read in wandb 0.31.0).
 
     Args:
         config: Of the run.

@@ -56,19 +56,25 @@ def check_mode(settings: WandbConfig) -> None:
 
 
 def _opt_out_of(mode: str, source: str) -> OptOut | None:
-    """Return what a mode of W&B's forbids."""
+    """Return what a mode of W&B's forbids; W&B's client is imported only for a mode that forbids nothing."""
+    if mode == "disabled":
+        return OptOut("disabled", source)
+    if mode in ("offline", "dryrun"):
+        return OptOut("offline", source)
     import wandb
 
     known = get_args(wandb.Settings.model_fields["mode"].annotation)
     if mode not in known:
         raise UserError(f"{source} is not a mode of W&B. Valid modes: {', '.join(known)}.")
-    if mode == "disabled":
-        return OptOut("disabled", source)
-    return OptOut("offline", source) if mode in ("offline", "dryrun") else None
+    return None
 
 
 def _modes_in_files() -> list[tuple[Path, str]]:
-    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them."""
+    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them.
+
+    W&B's public settings do not say which file a value comes from, and leave out files with a setting that is wrong, so
+    the files are read one by one with W&B's own reader (read in wandb 0.31.0).
+    """
     import wandb
     from wandb.sdk.lib.settings_file import SettingsFiles
 

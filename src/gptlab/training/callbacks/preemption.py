@@ -34,13 +34,14 @@ class Preemption(L.Callback):
         self._agreement = DelayedAllReduce()  # during an evaluation, in which no pulse beats
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the place of what Lightning does for SIGTERM.
+        """Replaces Lightning's own handling of SIGTERM, which no public setting turns off.
 
-        Its handler talks to the other ranks in the middle of whatever they do, and for its sake every micro-batch of
-        every run waits for a message (Lightning issue 21487).
+        Its handler broadcasts in the middle of whatever the other ranks do, and on its account every micro-batch of a
+        distributed run waits for a broadcast (Lightning issue 21487; read in lightning 2.6.6).
         """
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop  # noqa: SLF001
+        connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen from here on; before, there is nothing to save."""

@@ -30,7 +30,11 @@ class RunCheckpoint(Checkpoint):
         self.evaluation_due = False  # at the step of the checkpoint, which was saved before it
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make up for the evaluation that the checkpoint came before."""
+        """Make up for the evaluation that the checkpoint came before.
+
+        ``Trainer.validate`` cannot be called while ``Trainer.fit`` runs, so the loop is run as Lightning itself does
+        within an epoch (``_TrainingEpochLoop.on_advance_end``, read in lightning 2.6.6).
+        """
         if self.evaluation_due:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()

@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from gptlab.errors import UserError
 
+# DCP has no public reader that does not unpickle, and no public name for where a chunk is stored (``_StorageInfo``).
+# The format, and the names under which its pickle has them (``_PLACEHOLDERS``), were read in torch 2.13.
 METADATA = ".metadata"
 
 

@@ -48,4 +48,4 @@ class SrunEnvironment(SLURMEnvironment):
 
     @staticmethod
     def _validate_srun_variables() -> None:
-        """Let srun -n pass, too."""
+        """Accepts ``srun --ntasks`` as well, for which Lightning's constructor raises (read in lightning 2.6.6)."""

@@ -55,7 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=sharded_checkpoints,
         )
-        self.config, self.devices = config, devices
+        self.config, self.devices, self.sharded_checkpoints = config, devices, sharded_checkpoints
 
     @property
     def network(self) -> GPT:
@@ -126,13 +126,13 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The moments, as the parameters."""
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return cast(dict[str, Any], get_optimizer_state_dict(self.network, plain, options=self._options()))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the shards of all ranks, or one file on the first."""
         files = cast(AtomicCheckpointIO, self.checkpoint_io)
-        if self._save_distributed_checkpoint:
+        if self.sharded_checkpoints:
             files.save_shards(checkpoint, Path(filepath), storage_options)
         elif self.is_global_zero:
             files.save_checkpoint(checkpoint, filepath, storage_options)
@@ -161,5 +161,5 @@ class FSDP2Strategy(ModelParallelStrategy):
         return checkpoint
 
     def _options(self) -> StateDictOptions:
-        whole = not self._save_distributed_checkpoint
+        whole = not self.sharded_checkpoints
         return StateDictOptions(full_state_dict=whole, cpu_offload=whole)

@@ -51,7 +51,7 @@ class ReplicatedLayer(ParallelStyle):
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Do what ``parallelize_module`` asks of a style."""
+        """Distributes a layer; ``parallelize_module`` calls this method, abstract in torch 2.13's ParallelStyle."""
 
         def replicated(_: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> tuple[DTensor, ...]:
             return tuple(DTensor.from_local(part, mesh, [Replicate()], run_check=False) for part in inputs)

@@ -80,6 +80,8 @@ def _update_averages(optimizer: Optimizer, *_: object) -> None:
                 weights.append(_local_tensor(parameter.detach()))
         if not averages:
             continue
+        # One kernel for all tensors. torch.optim.swa_utils.get_ema_multi_avg_fn calls the same function, but takes no
+        # decay that only the device knows (read in torch 2.13).
         if bad is None:
             torch._foreach_lerp_(averages, weights, 1 - group[DECAY])
         else:

@@ -3,6 +3,7 @@
 Shapes: K matrices of one shape, m rows, n columns.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
-from torch.optim._muon import _adjust_lr
 
 Group = dict[str, Any]
 Matrices = list[tuple[Tensor, Tensor, Tensor]]  # each with its gradient and its momentum
+
+MOMENTUM = "momentum_buffer"  # the moment's name in the state, as in torch.optim.Muon
 
 # Elements of a stack. A larger one leaves a CPU's cache and is slower; elsewhere there is only its memory to care for.
 CPU_STACK, STACK = 2**20, 2**26
@@ -46,12 +48,19 @@ class StackedMuon(Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Make one step; the gradients are there, so no ``closure`` is called."""
         for group in self.param_groups:
-            parameters: list[Tensor] = []
-            gradients: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, parameters, gradients, momenta)
-            for stack in stack_by_shape(list(zip(parameters, gradients, momenta, strict=True))):
+            for stack in stack_by_shape(self._matrices(group)):
                 self._step_of(group, stack)
+
+    def _matrices(self, group: Group) -> Matrices:
+        """Collect the parameters of a group that have a gradient, each with it and with its momentum, 0 at first."""
+        matrices = []
+        for parameter in group["params"]:
+            if (gradient := parameter.grad) is not None:
+                state = self.state[parameter]
+                if MOMENTUM not in state:
+                    state[MOMENTUM] = torch.zeros_like(gradient)
+                matrices.append((parameter, gradient, state[MOMENTUM]))
+        return matrices
 
     def _step_of(self, group: Group, stack: Matrices) -> None:
         """Make a step of matrices of one shape."""
@@ -75,7 +84,7 @@ class StackedMuon(Muon):
         if group["cautious"]:
             decaying = (update * part).ge_(0)  # 1 where they have one sign, else 0
         new = part * (1 - rate * group["weight_decay"] * decaying)
-        self._set(part, new.sub_(update, alpha=_adjust_lr(rate, group["adjust_lr_fn"], shape)))
+        self._set(part, new.sub_(update, alpha=rate * rate_factor(group["adjust_lr_fn"], shape)))
 
     def _set(self, target: Tensor, value: Tensor) -> None:
         """Overwrite a tensor, unless the step is a bad one; the device decides, and the host need not wait for it."""
@@ -83,6 +92,19 @@ class StackedMuon(Muon):
             target.copy_(value)
         else:
             torch.where(self.found_inf.bool(), target, value, out=target)
+
+
+def rate_factor(adjust_lr: str | None, shape: torch.Size) -> float:
+    """Factor of the learning rate of a matrix of shape (m, n), as in torch.optim.Muon.
+
+    Args:
+        adjust_lr: "match_rms_adamw" is ``0.2 sqrt(max(m, n))``, with which updates have the root mean square of AdamW's
+            (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); "original", the default of
+            torch.optim.Muon, is ``sqrt(max(1, m / n))`` (Jordan et al. 2024).
+        shape: Of the matrix.
+    """
+    m, n = shape
+    return 0.2 * math.sqrt(max(m, n)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, m / n))
 
 
 class MuonWithAdamW(Optimizer):

@@ -53,7 +53,8 @@ def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
     """Let the step that follows change nothing, neither weights nor moments nor its count, where ``bad`` () is 1.
 
     Fused kernels read it on the device, as they do for torch.amp.GradScaler, and so does Muon; for the others the host
-    waits for it.
+    waits for it. The attribute ``found_inf``, by which torch.amp.GradScaler tells fused optimizers, is not documented
+    (read in torch 2.13).
     """
     if all(group.get("fused", True) for group in optimizer.param_groups):  # Muon's has no such key
         optimizer.found_inf = bad  # type: ignore[attr-defined]
