@@ -11,7 +11,7 @@ from gptlab.exporters.model_card import CARD, card
 from gptlab.exporters.model_card_info import title_of
 from gptlab.exporters.reference import Reference, make_reference
 from gptlab.exporters.request import Job, types_of
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.pretrained.source import Source
 from gptlab.pretrained.weights import load_model
 
@@ -52,7 +52,7 @@ def _write(job: Job, folder: Path) -> Reference:
     """Compute what the model says, and write it."""
     model = load_model(job.source).requires_grad_(False)
     biases = FORMATS[job.format].biases
-    stored = types_of(job, exported(model, transposed=False, biases=biases))
+    stored = types_of(job, to_external(model, transposed=False, biases=biases))
     reference = make_reference(model, stored, biases=biases, end_of_text=job.end_of_text)
     WRITERS[job.format].write(model, job, folder)
     return reference

@@ -13,7 +13,7 @@ from gptlab.exporters.certificate import Check, compare_tensors, version
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import Checked, Job, types_of
 from gptlab.model.config import NORM_EPSILON
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write(model: GPT, job: Job, folder: Path) -> None:
     half = gguf.LlamaFileType.MOSTLY_F16
     writer.add_file_type(half if job.dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, job)
-    tensors = exported(model, transposed=False, biases=True)
+    tensors = to_external(model, transposed=False, biases=True)
     stored, names = types_of(job, tensors), _names(config.n_layer)
     for name, tensor in tensors.items():
         like = torch.empty(0, dtype=stored[name])

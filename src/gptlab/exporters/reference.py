@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
 PROMPTS, LONGEST = 2, 64
@@ -74,7 +74,7 @@ def make_reference(
     rounded = _round(model, stored)
     logits = model(prompts) if rounded else exact
     beginning = prompts[0, : max(1, min(BEGINNING, model.config.block_size // 2))].tolist()
-    named = exported(model, transposed=False, biases=biases)
+    named = to_external(model, transposed=False, biases=biases)
     return Reference(
         prompts,
         logits,
