@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generate import extended, sampling
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config
+from generating import extended, sampling
 from gptlab.model.gpt import GPT
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF's Conv1D

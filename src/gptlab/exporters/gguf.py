@@ -81,7 +81,7 @@ def _add_tokenizer(writer: "GGUFWriter", job: Job) -> None:
 
 
 def _names(layers: int) -> Callable[[str], str]:
-    """Return what names a tensor of ``exported`` in the file."""
+    """Return what names a tensor of ``to_external`` in the file."""
     import gguf
 
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, layers)

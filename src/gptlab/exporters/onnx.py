@@ -100,7 +100,7 @@ def traced(model: GPT) -> Any:
 
 
 def _read(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Read the weights one after the other by the names of ``exported``."""
+    """Read the weights one after the other by the names of ``to_external``."""
     import numpy as np
     import onnx
 

@@ -65,8 +65,8 @@ def make_reference(
 
     Args:
         model: On the CPU, in float32; its weights are rounded.
-        stored: Type of each tensor of ``exported`` in the file.
-        biases: See ``exported``.
+        stored: Type of each tensor of ``to_external`` in the file.
+        biases: See ``to_external``.
         end_of_text: The tokenizer's.
     """
     prompts = _prompts(model.config.known_vocab_size, model.config.block_size, end_of_text)

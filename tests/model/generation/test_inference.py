@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_generate import CPU, extended, network, sampling
 from torch import nn
 
 from conftest import tiny_config
+from generating import CPU, extended, network, sampling
 from gptlab.model.generation import inference
 from gptlab.model.generation.generate import plain_decoder
 from gptlab.model.generation.inference import (
