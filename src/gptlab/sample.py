@@ -63,13 +63,13 @@ def main(values: DictConfig) -> int:
     config = check(SampleConfig, plain(values))
     source = open_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
-    model = _load(config, source)
+    inference = _load(config, source)
     if config.interactive:
-        _converse(config, model)
+        _converse(config, inference)
     elif config.stream:
-        _print_stream(_generator(config, model, prompts, config.seed), config)
+        _print_stream(_generator(config, inference, prompts, config.seed), config)
     else:
-        _print_texts(_generator(config, model, prompts, config.seed), config)
+        _print_texts(_generator(config, inference, prompts, config.seed), config)
     return DONE
 
 
@@ -99,12 +99,12 @@ def _load(config: SampleConfig, source: Source) -> "InferenceModel":
     )
 
 
-def _generator(config: SampleConfig, model: "InferenceModel", prompts: list[str], seed: int) -> "TextGenerator":
+def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[str], seed: int) -> "TextGenerator":
     from gptlab.model.generation.sampler import row_seeds
     from gptlab.pretrained.text_generator import TOKENS_PER_PIECE, TextGenerator
 
     generator = TextGenerator(
-        model,
+        inference,
         prompts,
         config.sampling,
         stop=config.stop,
@@ -113,7 +113,7 @@ def _generator(config: SampleConfig, model: "InferenceModel", prompts: list[str]
         tokens_per_piece=1 if config.stream or config.interactive else TOKENS_PER_PIECE,
     )
     if generator.may_exceed_block:
-        block = model.model.config.block_size
+        block = inference.model.config.block_size
         told = f"A text that is longer than the block of {block:,} tokens goes on from the last {block // 2:,} of them."
         print(told, file=sys.stderr)
     return generator
@@ -142,10 +142,10 @@ def _report(generator: "TextGenerator", config: SampleConfig) -> None:
     from gptlab.pretrained.text_generator import report
 
     if config.report:
-        print(report(generator.speed(), generator.model.device))
+        print(report(generator.speed(), generator.inference.device))
 
 
-def _converse(config: SampleConfig, model: "InferenceModel") -> None:
+def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
     """Continue what is typed, until Ctrl-D; Ctrl-C ends a text."""
     from gptlab.model.generation.sampler import row_seeds
 
@@ -155,7 +155,7 @@ def _converse(config: SampleConfig, model: "InferenceModel") -> None:
         try:
             prompt = input("> ")
             number += 1
-            _print_stream(_generator(config, model, [prompt], row_seeds(config.seed, number)[-1]), config)
+            _print_stream(_generator(config, inference, [prompt], row_seeds(config.seed, number)[-1]), config)
         except KeyboardInterrupt:
             print()
         except EOFError:

@@ -70,7 +70,7 @@ class TextGenerator:
     """Generates texts: iterating yields pieces of each text, and then ``speed`` is known.
 
     Args:
-        model: Model prepared for inference.
+        inference: Model prepared for inference.
         prompts: P prompts.
         sampling: How to draw.
         stop: Strings before which a text ends.
@@ -81,7 +81,7 @@ class TextGenerator:
 
     def __init__(
         self,
-        model: InferenceModel,
+        inference: InferenceModel,
         prompts: Sequence[str],
         sampling: SamplingConfig,
         *,
@@ -90,10 +90,10 @@ class TextGenerator:
         max_new_tokens: int,
         tokens_per_piece: int,
     ) -> None:
-        self.model, self.sampling, self.seeds = model, sampling, seeds
+        self.inference, self.sampling, self.seeds = inference, sampling, seeds
         self.max_new_tokens, self.tokens_per_piece = max_new_tokens, tokens_per_piece
-        self.ids = [prompt_ids(model.tokenizer, prompt) for prompt in prompts]
-        self.streams = [TextStream(model.tokenizer, stop) for _ in seeds]
+        self.ids = [prompt_ids(inference.tokenizer, prompt) for prompt in prompts]
+        self.streams = [TextStream(inference.tokenizer, stop) for _ in seeds]
         self._start = self._first = self._last = 0.0  # clock times of the start, the first and the last token
         self._steps = 0
 
@@ -101,17 +101,17 @@ class TextGenerator:
     def prompts(self) -> list[str]:
         """The prompt of each text."""
         copies = len(self.seeds) // len(self.ids)
-        texts = [self.model.tokenizer.decode(ids).removeprefix(END_OF_TEXT) for ids in self.ids]
+        texts = [self.inference.tokenizer.decode(ids).removeprefix(END_OF_TEXT) for ids in self.ids]
         return [text for text in texts for _ in range(copies)]
 
     @property
     def may_exceed_block(self) -> bool:
         """Whether a text may become longer than ``block_size``."""
-        return max(map(len, self.ids)) + self.max_new_tokens > self.model.model.config.block_size
+        return max(map(len, self.ids)) + self.max_new_tokens > self.inference.model.config.block_size
 
     def __iter__(self) -> Iterator[list[str]]:
         """Yields the next piece of every text, until all have ended; pieces may be empty."""
-        model, _, device, compiled = self.model
+        model, _, device, compiled = self.inference
         rows = generate(
             model,
             self.ids,
@@ -144,7 +144,7 @@ class TextGenerator:
 
     def speed(self) -> Speed:
         """Returns the speed so far."""
-        model, rows, prompt = self.model.model, len(self.seeds), max(map(len, self.ids))
+        model, rows, prompt = self.inference.model, len(self.seeds), max(map(len, self.ids))
         mean_length = min(prompt + self._steps // 2, model.config.block_size)
         each = bytes_per_token(model, rows, mean_length)
         return Speed(
