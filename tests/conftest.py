@@ -21,33 +21,11 @@ from xdist.scheduler import LoadScopeScheduling
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
 from gptlab.exit_codes import DONE
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import OPTIONS, GPTConfig
 
-TINY: dict[str, Any] = {
-    "block_size": 16,
-    "vocab_size": 61,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 32,
-    "bias": True,
-    "dropout": 0.0,
-    "activation": "gelu_tanh",
-    "tie_weights": True,
-    "pad_vocab_to_multiple_of": 1,
-    "activation_checkpointing": False,
-    "norm": "layer",
-    "positions": "learned",
-    "rope_base": 10000,
-    "qk_norm": False,
-    "embedding_norm": False,
-    "zero_init": False,
-    "logit_soft_cap": None,
-    "value_residual": False,
-    "value_embeddings": 0,
-    "x0_skips": False,
-    "unet_skips": False,
-    "attention_window": None,
-    "global_every": 4,
+TINY: dict[str, Any] = {  # GPT-2's options
+    **{name: option.gpt2 for name, option in OPTIONS.items()},
+    **{"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 32, "global_every": 4},
 }
 
 

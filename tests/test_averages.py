@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from gptlab.model.config import GPTConfig
-from gptlab.model.generation.generate import continued, generate, plain_decoder
+from gptlab.model.config import GPTConfig, SamplingConfig
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.weights import load_model
 from gptlab.training.module import derive_seed
@@ -45,7 +44,7 @@ def sample(directory, model: GPT, step: int) -> str:
     rows = generate(
         model,
         [[*b"line"]],
-        Sampling(
+        SamplingConfig(
             temperature=wanted["temperature"], top_k=wanted["top_k"], top_p=None, min_p=None, repetition_penalty=1
         ),
         seeds=row_seeds(derive_seed(config["seed"], step), 1),
@@ -53,7 +52,7 @@ def sample(directory, model: GPT, step: int) -> str:
         decoder=plain_decoder(model),
         device=torch.device("cpu"),
     )
-    (text,) = continued(rows).tolist()
+    (text,) = collect_tokens(rows).tolist()
     return f"--- sample 1 ---\nline{bytes(min(token, 255) for token in text).decode(errors='replace')}\n"
 
 

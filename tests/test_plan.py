@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptlab.config.schema import Config, check
-from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from test_train import mistaken, ran
 
 PLAN = "gptlab.plan"
@@ -52,7 +52,7 @@ def test_parameters_are_those_of_the_network(user, arguments):
     plan = planned(user, *arguments)
     config = check(Config, plan["config"])
     with torch.device("meta"):
-        network = sum(parameter.numel() for parameter in GPT(config.model).parameters())
+        network = sum(parameter.numel() for parameter in build_gpt(config.model).parameters())
     assert plan["parameters"].pop("total") == network == sum(plan["parameters"].values())
     # shared by four devices in pairs, of which each pair has the blocks and both of a pair all else
     assert plan["memory"]["weights"] == (4 * network if config.trainer.strategy != "fsdp_tp" else 698_880)

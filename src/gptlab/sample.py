@@ -12,14 +12,14 @@ from gptlab.config.resume import plain
 from gptlab.config.schema import Seed, check, known_keys
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
-from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.config import SamplingConfig
 from gptlab.pretrained.source import ModelSource, open_model_source
 
 if TYPE_CHECKING:
-    from gptlab.pretrained.text_generator import Prepared, Writing
+    from gptlab.pretrained.text_generator import InferenceModel, TextGenerator
 
 
-class SampleConfig(Sampling):
+class SampleConfig(SamplingConfig):
     """What to write, and how; see conf/sample.yaml and ``gptlab.model.generation.generate``."""
 
     run: Annotated[str, Field(min_length=1)]
@@ -52,9 +52,9 @@ class SampleConfig(Sampling):
         return self
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingConfig:
         """How to draw."""
-        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
+        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
 @command("sample", keys=set(known_keys(SampleConfig)), literal=("prompt",))
@@ -63,13 +63,13 @@ def main(values: DictConfig) -> int:
     config = check(SampleConfig, plain(values))
     source = open_model_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
-    prepared = _prepared(config, source)
+    inference = _load(config, source)
     if config.interactive:
-        _converse(config, prepared)
+        _converse(config, inference)
     elif config.stream:
-        _print_stream(_writing(config, prepared, prompts, config.seed), config)
+        _print_stream(_generator(config, inference, prompts, config.seed), config)
     else:
-        _print_texts(_writing(config, prepared, prompts, config.seed), config)
+        _print_texts(_generator(config, inference, prompts, config.seed), config)
     return DONE
 
 
@@ -84,12 +84,12 @@ def _lines(path: Path) -> list[str]:
     return [line.replace(r"\n", "\n") for line in lines]
 
 
-def _prepared(config: SampleConfig, source: ModelSource) -> "Prepared":
-    from gptlab.pretrained.text_generator import prepare
+def _load(config: SampleConfig, source: ModelSource) -> "InferenceModel":
+    from gptlab.pretrained.text_generator import build_inference_model
     from gptlab.pretrained.weights import load_model
 
     tokenizer = source.tokenizer()
-    return prepare(
+    return build_inference_model(
         load_model(source),
         tokenizer,
         precision=config.precision,
@@ -99,53 +99,53 @@ def _prepared(config: SampleConfig, source: ModelSource) -> "Prepared":
     )
 
 
-def _writing(config: SampleConfig, prepared: "Prepared", prompts: list[str], seed: int) -> "Writing":
+def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[str], seed: int) -> "TextGenerator":
     from gptlab.model.generation.sampler import row_seeds
-    from gptlab.pretrained.text_generator import AT_ONCE, Writing
+    from gptlab.pretrained.text_generator import TOKENS_PER_PIECE, TextGenerator
 
-    writing = Writing(
-        prepared,
+    generator = TextGenerator(
+        inference,
         prompts,
         config.sampling,
         stop=config.stop,
         seeds=row_seeds(seed, len(prompts) * config.num_samples),
         max_new_tokens=config.max_new_tokens,
-        at_once=1 if config.stream or config.interactive else AT_ONCE,
+        tokens_per_piece=1 if config.stream or config.interactive else TOKENS_PER_PIECE,
     )
-    if writing.passes_the_block:
-        block = prepared.model.config.block_size
+    if generator.may_exceed_block:
+        block = inference.model.config.block_size
         told = f"A text that is longer than the block of {block:,} tokens goes on from the last {block // 2:,} of them."
         print(told, file=sys.stderr)
-    return writing
+    return generator
 
 
-def _print_texts(writing: "Writing", config: SampleConfig) -> None:
+def _print_texts(generator: "TextGenerator", config: SampleConfig) -> None:
     """Print all texts when they are written."""
-    texts = writing.beginnings
-    for pieces in writing:
+    texts = generator.prompts
+    for pieces in generator:
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     for text in texts:
         print(text, "-" * 80, sep="\n")
-    _report(writing, config)
+    _report(generator, config)
 
 
-def _print_stream(writing: "Writing", config: SampleConfig) -> None:
+def _print_stream(generator: "TextGenerator", config: SampleConfig) -> None:
     """Print one text as it comes."""
-    print(writing.beginnings[0], end="", flush=True)
-    for (piece,) in writing:
+    print(generator.prompts[0], end="", flush=True)
+    for (piece,) in generator:
         print(piece, end="", flush=True)
     print()
-    _report(writing, config)
+    _report(generator, config)
 
 
-def _report(writing: "Writing", config: SampleConfig) -> None:
+def _report(generator: "TextGenerator", config: SampleConfig) -> None:
     from gptlab.pretrained.text_generator import report
 
     if config.report:
-        print(report(writing.speed(), writing.prepared.device))
+        print(report(generator.speed(), generator.inference.device))
 
 
-def _converse(config: SampleConfig, prepared: "Prepared") -> None:
+def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
     """Continue what is typed, until Ctrl-D; Ctrl-C ends a text."""
     from gptlab.model.generation.sampler import row_seeds
 
@@ -155,7 +155,7 @@ def _converse(config: SampleConfig, prepared: "Prepared") -> None:
         try:
             prompt = input("> ")
             number += 1
-            _print_stream(_writing(config, prepared, [prompt], row_seeds(config.seed, number)[-1]), config)
+            _print_stream(_generator(config, inference, [prompt], row_seeds(config.seed, number)[-1]), config)
         except KeyboardInterrupt:
             print()
         except EOFError:

@@ -147,7 +147,7 @@ def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch
         batches = EvaluationBatches(stream, starts, BLOCK, RankSlice(rank, world_size, micro_batch_size))
         for number in range(len(batches)):
             idx, targets, _ = batches[number]
-            sums.add(model.nats(idx, targets, None, None), targets)
+            sums.add(model.token_losses(idx, targets, None, None), targets)
     return sums.sums
 
 

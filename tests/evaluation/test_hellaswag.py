@@ -119,7 +119,7 @@ class Bigrams:
     def __init__(self) -> None:
         self.widths: list[int] = []
 
-    def nats(self, idx, targets, documents, chunk):
+    def token_losses(self, idx, targets, documents, chunk):
         self.widths.append(idx.size(1))
         nats = -self.chances[idx, targets.clamp(min=0)].log()
         return torch.where(targets < 0, 0, nats)

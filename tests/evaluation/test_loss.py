@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gptlab.evaluation.loss import LossSums
-from gptlab.model.loss import Head, nats
+from gptlab.model.loss import LogitSettings, token_losses
 
 # Five ids: one, two, three and four bytes of text, and the end of text.
 TOKEN_BYTES = torch.tensor([1, 2, 3, 4, 0], dtype=torch.uint8)
@@ -28,7 +28,8 @@ def nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Losses (B, T) of logits (B, T, V), which a head of ones and zeros lets through."""
     vocab_size = logits.size(-1)
     unit = torch.eye(vocab_size, dtype=logits.dtype)
-    return nats(logits.flatten(0, 1), unit, targets.flatten(), Head(vocab_size, None), None).view_as(targets)
+    settings = LogitSettings(vocab_size, None)
+    return token_losses(logits.flatten(0, 1), unit, targets.flatten(), settings, None).view_as(targets)
 
 
 def add(sums: LossSums, logits: torch.Tensor, targets: torch.Tensor) -> None:

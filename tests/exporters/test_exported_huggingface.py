@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 from exports import TEXT, export, random_model, tokenizer_of
 from gptlab.data.tokenizers.huggingface import tokenizer_record
 from gptlab.exporters import exporter
-from gptlab.model.generation.generate import continued, generate, plain_decoder
-from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.config import SamplingConfig
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
@@ -74,10 +74,10 @@ def test_text_goes_in_and_comes_out_as_here(tmp_path, monkeypatch, kind):
     assert theirs(TEXT, verbose=False).input_ids == ids
     assert theirs.decode(ids) == TEXT
     assert theirs.eos_token_id == tokenizer.end_of_text
-    likeliest = Sampling(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    likeliest = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
     prompt = tokenizer.encode("the cow").tolist()
     settings = {"seeds": [0], "max_new_tokens": 12, "decoder": plain_decoder(model), "device": torch.device("cpu")}
-    ours = continued(generate(model, [prompt], likeliest, **settings))[0].tolist()
+    ours = collect_tokens(generate(model, [prompt], likeliest, **settings))[0].tolist()
     assert tokenizer.end_of_text not in ours  # where theirs would stop
     write = pipeline("text-generation", str(tmp_path / "out"), dtype=torch.float32)
     (written,) = write("the cow", max_new_tokens=12, do_sample=False)

@@ -6,7 +6,7 @@ import time
 import torch
 
 from gptlab.model.config import flops_per_token
-from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.training.gpu_specs import gpu_from_cuda_name
 from measuring import CUDA, DEVICE, NAME, SMALL, config, synchronize
 
@@ -18,7 +18,7 @@ def main() -> None:
     rows = (int(sys.argv[2]) if len(sys.argv) > 2 else 32) if CUDA else 2
     shape = config(pad_vocab_to_multiple_of=64) if CUDA else config(**SMALL)
     torch.manual_seed(0)
-    model = GPT(shape).to(DEVICE)
+    model = build_gpt(shape).to(DEVICE)
     tokens = torch.randint(shape.vocab_size, (rows, shape.block_size + 1), device=DEVICE)
     idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

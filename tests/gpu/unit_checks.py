@@ -15,14 +15,15 @@ import yaml
 from torch import Tensor
 
 from gptlab.config.command import configuration_folder
-from gptlab.model.attention import attend, attention_mask
-from gptlab.model.generation.generate import continued, generate
-from gptlab.model.generation.inference import Int8Linear, decoder, for_inference
-from gptlab.model.generation.kv_cache import KVCache, Place
+from gptlab.model.attention import attention_mask
+from gptlab.model.config import SamplingConfig
+from gptlab.model.generation.generate import collect_tokens, generate
+from gptlab.model.generation.inference import Int8Linear, build_decoder, prepare_for_inference
+from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
-from gptlab.model.gpt import GPT
-from gptlab.model.loss import Head, mean_loss
+from gptlab.model.kernels import attend
+from gptlab.model.loss import LogitSettings, lm_loss
+from gptlab.model.modern import build_gpt
 from gptlab.training.config import AdamWConfig, MuonConfig
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 from gptlab.training.gpu_specs import gpu_from_cuda_name
@@ -125,18 +126,18 @@ def causal_uses_flash() -> None:
 
 @check
 def loss_in_chunks() -> None:
-    head = Head(50257 if CUDA else 500, None)
+    settings = LogitSettings(50257 if CUDA else 500, None)
     rows = 50304 if CUDA else 512
     N, C = (4096, 768) if CUDA else (64, 32)
     for dtype, limit in ((torch.float32, 1e-4), (BF16, 2e-2)):
         torch.manual_seed(0)
         x, w = torch.randn(N, C, device=DEVICE), 0.05 * torch.randn(rows, C, device=DEVICE)
-        targets = torch.randint(head.vocab_size, (N,), device=DEVICE)
+        targets = torch.randint(settings.vocab_size, (N,), device=DEVICE)
         results = []
         for chunk in (None, N // 7):
             leaves = [x.clone().requires_grad_(), w.clone().requires_grad_()]
             with torch.autocast(DEVICE.type, BF16, enabled=dtype == BF16):
-                loss = mean_loss(*leaves, targets, head, chunk)
+                loss = lm_loss(*leaves, targets, settings, chunk)
             loss.backward()
             results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
         worst = worst_difference(results)
@@ -147,12 +148,12 @@ def loss_in_chunks() -> None:
 @check
 def loss_speed() -> None:
     """Head and loss of GPT-2, forward and backward: the cost of chunks and of an unpadded vocabulary."""
-    compiled = torch.compile(mean_loss) if CUDA else mean_loss
+    compiled = torch.compile(lm_loss) if CUDA else lm_loss
     for label, rows, chunk, function in (
-        ("50257 rows, chunk auto (333)", 50257, 333, mean_loss),
-        ("50304 rows, chunk 333", 50304, 333, mean_loss),
-        ("50304 rows, chunk 2048", 50304, 2048, mean_loss),
-        ("50304 rows, chunk 8192", 50304, 8192, mean_loss),
+        ("50257 rows, chunk auto (333)", 50257, 333, lm_loss),
+        ("50304 rows, chunk 333", 50304, 333, lm_loss),
+        ("50304 rows, chunk 2048", 50304, 2048, lm_loss),
+        ("50304 rows, chunk 8192", 50304, 8192, lm_loss),
         ("50304 rows, at once, compiled", 50304, None, compiled),
         ("50257 rows, at once, compiled", 50257, None, compiled),
     ):
@@ -166,15 +167,15 @@ def measured_loss(rows: int, chunk: int | None, function: Callable[..., Tensor])
     N, C = (32768, 768) if CUDA else (256, 32)
     if not CUDA:
         rows, chunk = 512, chunk and 64
-    head = Head(min(rows, 50257), None)
+    settings = LogitSettings(min(rows, 50257), None)
     x = torch.randn(N, C, device=DEVICE, requires_grad=True)
     w = (0.02 * torch.randn(rows, C, device=DEVICE)).requires_grad_()
-    targets = torch.randint(head.vocab_size, (N,), device=DEVICE)
+    targets = torch.randint(settings.vocab_size, (N,), device=DEVICE)
 
     def step() -> None:
         x.grad = w.grad = None
         with torch.autocast(DEVICE.type, BF16):
-            loss = function(x, w, targets, head, chunk)
+            loss = function(x, w, targets, settings, chunk)
         loss.backward()
 
     step()
@@ -212,7 +213,7 @@ def muon() -> None:
 @check
 def optimizers_speed() -> None:
     """A skipped step changes nothing, and the time of a step, on the device and on the host."""
-    model = GPT(config() if CUDA else config(**SMALL | {"n_layer": 1, "n_head": 2, "n_embd": 128})).to(DEVICE)
+    model = build_gpt(config() if CUDA else config(**SMALL | {"n_layer": 1, "n_head": 2, "n_embd": 128})).to(DEVICE)
     for name, kind in (("adamw", AdamWConfig), ("muon", MuonConfig)):
         values = yaml.safe_load((configuration_folder() / "optimizer" / f"{name}.yaml").read_text())
         values |= {"lr": 1e-3} if name == "adamw" else {}
@@ -247,7 +248,7 @@ def optimizers_speed() -> None:
 @check
 def seeds() -> None:
     torch.manual_seed(0)
-    model = GPT(config(**SMALL, dropout=0.2)).to(DEVICE).train()
+    model = build_gpt(config(**SMALL, dropout=0.2)).to(DEVICE).train()
     idx = torch.randint(512, (4 if CUDA else 2, 256), device=DEVICE)
     functions = {"eager": model.loss} | ({"compiled": torch.compile(model.loss)} if CUDA else {})
     for name, loss in functions.items():
@@ -284,30 +285,30 @@ def cached_generation() -> None:
 @torch.no_grad()
 def cache_error(name: str) -> float:
     """Return the largest difference of logits with and without the cache, over 40 tokens."""
-    model = GPT(config(name, **SMALL)).to(DEVICE).eval()
+    model = build_gpt(config(name, **SMALL)).to(DEVICE).eval()
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
     idx, cache = torch.randint(512, (2, 40), device=DEVICE), KVCache(4, 40)
     whole, slots, worst = model(idx), torch.arange(40, device=DEVICE), 0.0
     for at in range(40):
-        place = Place(slots[at : at + 1], None, at + 1, ends=True)
-        logits = model.next_logits(idx[:, at : at + 1], cache, place)
+        position = CachePosition(slots[at : at + 1], None, at + 1, is_end=True)
+        logits = model.next_logits(idx[:, at : at + 1], cache, position)
         worst = max(worst, (logits - whole[:, at]).abs().max().item())
     return worst
 
 
 def generation_speed(*, int8: bool = False, compiled: bool = False) -> float:
     """Return tokens per second of greedy generation, after a first text that warms up."""
-    greedy = Sampling(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
     many = 200 if CUDA else 4
-    model = GPT(config() if CUDA else config(**SMALL))
-    model = for_inference(model, "bfloat16", DEVICE, int8=int8, packed=True)
-    options = {"decoder": decoder(model, compiled=compiled), "device": DEVICE}
+    model = build_gpt(config() if CUDA else config(**SMALL))
+    model = prepare_for_inference(model, "bfloat16", DEVICE, int8=int8, packed=True)
+    options = {"decoder": build_decoder(model, compiled=compiled), "device": DEVICE}
     took = 0.0
     for tokens in (many if compiled else 4, many):
         begun = time.perf_counter()
         rows = generate(model, [[1, 2, 3]], greedy, seeds=row_seeds(0, 1), max_new_tokens=tokens, **options)
-        continued(rows).tolist()
+        collect_tokens(rows).tolist()
         took = time.perf_counter() - begun
     return many / took
 

@@ -10,6 +10,7 @@ from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, Chara
 from gptlab.exporters import exporter
 from gptlab.exporters.certificate import Certificate
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.pretrained.source import ModelSource
 
 TEXT = "the cat, the dog and 3 cows; it's é\n\n\tand  more\n"
@@ -17,7 +18,7 @@ TEXT = "the cat, the dog and 3 cows; it's é\n\n\tand  more\n"
 
 def random_model(**changes) -> GPT:
     """Ours; biases and LayerNorms are away from 0 and 1, so that they count."""
-    model = GPT(tiny_config(**changes)).eval().requires_grad_(False)
+    model = build_gpt(tiny_config(**changes)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.normal_(std=0.3, generator=generator)

@@ -5,8 +5,9 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from conftest import tiny_config
-from gptlab.model.attention import attend, attention_mask, positions_within
+from gptlab.model.attention import attention_mask, positions_within
 from gptlab.model.gpt import GPT
+from gptlab.model.kernels import attend
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7 + [3] * 3, [4] * 16])  # (B, T)
 

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from conftest import tiny_config
 from gptlab.errors import UserError
-from gptlab.model.attention import attention_mask, sight
-from gptlab.model.capture import captured, changed, names_of
+from gptlab.model.attention import attention_mask, build_attention_context
+from gptlab.model.capture import activation_names, capture_activations, replace_activations
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 
 OPTIONS = {
     "GPT-2's": {},
@@ -25,7 +26,7 @@ def idx() -> torch.Tensor:
 
 def network(**changes) -> GPT:
     torch.manual_seed(0)
-    model = GPT(tiny_config(**changes)).double()
+    model = build_gpt(tiny_config(**changes)).double()
     for parameter in model.parameters():  # so that attention is not nearly even
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
@@ -35,7 +36,7 @@ def network(**changes) -> GPT:
 def test_attention_s_weights_give_what_its_kernel_gives(idx, changes):
     model = network(**changes)
     names = ["*.attn.weights", "*.attn", "*.attn.c_attn", *["*.attn.mix_values"] * ("value_residual" in changes)]
-    with captured(model, names) as found:
+    with capture_activations(model, names) as found:
         model(idx)
     for layer in range(model.config.n_layer):
         weights = found[f"h.{layer}.attn.weights"]
@@ -52,39 +53,41 @@ def test_attention_s_weights_give_what_its_kernel_gives(idx, changes):
 def test_a_mask_of_flex_attention_s_is_seen_as_well(idx):
     model = network(attention_window=4, global_every=2, n_layer=3)
     x, attention = torch.randn(2, 16, 32, dtype=torch.float64), model.h[0].attn
-    plain, flex = (attention.weights(x, sight(model.config, idx, None, flex=flex), ()) for flex in (False, True))
+    contexts = (build_attention_context(model.config, idx, None, x.dtype, flex=flex) for flex in (False, True))
+    plain, flex = (attention.weights(x, ctx) for ctx in contexts)
     assert torch.equal(plain, flex)
     assert torch.equal(plain > 0, attention_mask(idx, None, 4, flex=False).expand(2, 2, 16, 16))
 
 
 def test_the_stream_adds_up_from_block_to_block(idx):
     model = network()
-    with captured(model, ["drop", "h.?", "h.*.attn", "h.*.mlp", "ln_f"]) as found:
+    with capture_activations(model, ["drop", "h.?", "h.*.attn", "h.*.mlp", "ln_f"]) as found:
         logits = model(idx)
     x = found["drop"]
     for layer in range(2):
         x = x + found[f"h.{layer}.attn"] + found[f"h.{layer}.mlp"]
         torch.testing.assert_close(found[f"h.{layer}"], x, rtol=0, atol=1e-12)
     assert torch.equal(F.linear(found["ln_f"], model.wte.weight), logits)
-    with captured(model, ["ln_f"]) as later:
+    with capture_activations(model, ["ln_f"]) as later:
         pass
     assert later == {}  # nothing ran within
 
 
 def test_gradients_flow_through_what_was_captured(idx):
     model = network()
-    with captured(model, ["h.0"]) as found:
+    with capture_activations(model, ["h.0"]) as found:
         model(idx)[0, -1, 5].backward(inputs=[model.wte.weight])
     assert found["h.0"].requires_grad
 
 
 def test_what_is_changed_is_what_the_network_goes_on_with(idx):
     model, source = network(), idx.flip(0)
-    with captured(model, ["h.0"]) as found:
+    with capture_activations(model, ["h.0"]) as found:
         other = model(source)
-    with changed(model, {"h.0": lambda x: found["h.0"]}):  # the whole stream of the other texts after the first block
+    # the whole residual stream of the other texts after the first block
+    with replace_activations(model, {"h.0": lambda x: found["h.0"]}):
         assert torch.equal(model(idx), other)
-    with changed(model, {"*.attn": torch.zeros_like, "*.mlp": torch.zeros_like}):
+    with replace_activations(model, {"*.attn": torch.zeros_like, "*.mlp": torch.zeros_like}):
         without = model(idx)
     embedded = model.wte(idx) + model.wpe.weight[:16]
     assert torch.equal(without, F.linear(model.ln_f(embedded), model.wte.weight))
@@ -93,9 +96,9 @@ def test_what_is_changed_is_what_the_network_goes_on_with(idx):
 
 def test_a_name_that_is_not_there_and_weights_that_cannot_be_changed(idx):
     model = network()
-    assert {"wte", "h.1.attn.weights", "h.1.mlp.act", "ln_f", "lm_head"} <= set(names_of(model))
+    assert {"wte", "h.1.attn.weights", "h.1.mlp.act", "ln_f", "lm_head"} <= set(activation_names(model))
     with pytest.raises(UserError, match=r"h\.0\.atn is nothing in this network\. Did you mean h\.0\.attn\?"):
-        captured(model, ["h.0.atn"]).__enter__()
+        capture_activations(model, ["h.0.atn"]).__enter__()
     with pytest.raises(UserError, match=r"h\.0\.attn\.weights can be captured, not changed"):
-        changed(model, {"h.0.attn.weights": torch.zeros_like}).__enter__()
+        replace_activations(model, {"h.0.attn.weights": torch.zeros_like}).__enter__()
     assert not any(module._forward_hooks for module in model.modules())

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from conftest import tiny_config
-from gptlab.model.gpt import GPT
-from gptlab.model.loss import Head, mean_loss, nats
+from gptlab.model.loss import LogitSettings, lm_loss, token_losses
+from gptlab.model.modern import build_gpt
 
 V, R, N, C = 53, 64, 41, 24  # vocabulary, rows of the head, tokens, channels
 
@@ -29,7 +29,7 @@ def by_torch(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: 
 @pytest.mark.parametrize("chunk", [1, 8, 40])
 def test_a_loss_in_chunks_and_its_gradients_are_torch_s(chunk, cap):
     x, weight, targets = tensors(torch.float32)
-    loss = mean_loss(x, weight, targets, Head(V, cap), chunk)
+    loss = lm_loss(x, weight, targets, LogitSettings(V, cap), chunk)
     (3 * loss).backward()
     exact_x, exact_weight, _ = tensors(torch.float64)
     exact = by_torch(exact_x, exact_weight, targets, cap)
@@ -46,7 +46,7 @@ def test_in_bfloat16_chunks_are_as_exact_as_the_whole():
     for chunk in (None, 8):
         x, weight, _ = tensors(torch.float32)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = mean_loss(x, weight, targets, Head(V, None), chunk)
+            loss = lm_loss(x, weight, targets, LogitSettings(V, None), chunk)
         loss.backward()
         exact_x, exact_weight, _ = tensors(torch.float64)
         exact = by_torch(exact_x, exact_weight, targets, None)
@@ -62,7 +62,7 @@ def test_a_share_of_an_accumulated_batch_is_that_share_in_bfloat16_too():
     gradients = []
     for share in (1, 12):  # 1/12 in bfloat16 is 0.2 % too much
         x = tensors(torch.bfloat16)[0]
-        (mean_loss(x, weight.detach(), targets, Head(V, None), 8) / share).backward()
+        (lm_loss(x, weight.detach(), targets, LogitSettings(V, None), 8) / share).backward()
         gradients.append(share * x.grad.double())
     ratio = gradients[1].norm() / gradients[0].norm()
     assert ratio.item() == pytest.approx(1, abs=2e-4)
@@ -71,7 +71,7 @@ def test_a_share_of_an_accumulated_batch_is_that_share_in_bfloat16_too():
 @pytest.mark.parametrize("chunk", [None, 1, 8, 40])
 def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
     x, weight, targets = tensors(torch.float32)
-    found = nats(x, weight, targets, Head(V, 3.0), chunk)
+    found = token_losses(x, weight, targets, LogitSettings(V, 3.0), chunk)
     logits = 3 * torch.tanh((x @ weight.T)[:, :V] / 3)
     torch.testing.assert_close(found, F.cross_entropy(logits, targets, reduction="none"), rtol=1e-6, atol=1e-6)
     assert (found == 0).equal(targets == -100)
@@ -79,11 +79,11 @@ def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
 
 def test_the_model_s_loss_is_that_of_its_logits():
     torch.manual_seed(0)
-    model = GPT(tiny_config(vocab_size=61, pad_vocab_to_multiple_of=64, logit_soft_cap=1.5)).double()
+    model = build_gpt(tiny_config(vocab_size=61, pad_vocab_to_multiple_of=64, logit_soft_cap=1.5)).double()
     idx, targets = torch.randint(61, (2, 3, 16)).unbind()
     expected = F.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
     for chunk in (None, 10):
         torch.testing.assert_close(model.loss(idx, targets, None, chunk).double(), expected, rtol=1e-6, atol=0)
-        found = model.nats(idx, targets, None, chunk)
+        found = model.token_losses(idx, targets, None, chunk)
         assert found.shape == targets.shape
         torch.testing.assert_close(found.mean().double(), expected, rtol=1e-6, atol=0)

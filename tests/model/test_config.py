@@ -5,10 +5,19 @@ from pydantic import ValidationError
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import tiny_config
+from conftest import TINY, defaults, tiny_config
 from gptlab.config.command import configuration_folder
-from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
+from gptlab.model.config import (
+    EXTERNAL_DEFAULTS,
+    GPT2_OPTIONS,
+    OPTIONS,
+    SHAPE_KEYS,
+    GPTConfig,
+    flops_per_token,
+    parameter_count,
+)
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt, meta_gpt
 
 # Published: nanoGPT's and transformers' counts of OpenAI's checkpoints, with bias and V = 50257.
 PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -23,7 +32,7 @@ def size(name: str, **changes: object) -> GPTConfig:
 
 def count(config: GPTConfig) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in GPT(config).parameters())
+        return sum(parameter.numel() for parameter in build_gpt(config).parameters())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -58,7 +67,7 @@ def test_flops_do_not_count_an_untied_embedding():
 def test_flops_are_what_torch_counts():
     # the counter sees matrix products alone, so no biases and LayerNorms; and attention only where it is made of them
     config = tiny_config(n_embd=64, block_size=32)
-    model, idx = GPT(config), torch.randint(config.vocab_size, (3, 32))
+    model, idx = build_gpt(config), torch.randint(config.vocab_size, (3, 32))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(idx).sum().backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() < 2)
@@ -68,3 +77,52 @@ def test_flops_are_what_torch_counts():
 def test_heads_must_divide_the_width():
     with pytest.raises(ValidationError, match=r"n_head=5 does not divide n_embd=32; the nearest that do: 4 and 8"):
         tiny_config(n_head=5)
+
+
+OTHER_VALUES = {  # each field's, in a GPT that is otherwise tiny
+    **{"block_size": 8, "vocab_size": 60, "n_layer": 3, "n_head": 4, "n_embd": 64, "bias": False, "dropout": 0.1},
+    **{"activation": "relu_squared", "norm": "rms", "positions": "rotary", "rope_base": 500, "qk_norm": True},
+    **{"embedding_norm": True, "zero_init": True, "logit_soft_cap": 15, "value_residual": True, "value_embeddings": 1},
+    **{"x0_skips": True, "unet_skips": True, "attention_window": 4, "global_every": 2, "tie_weights": False},
+    **{"pad_vocab_to_multiple_of": 64, "activation_checkpointing": True},
+}
+
+
+def test_every_field_has_metadata_from_which_the_lists_of_options_are_derived():
+    assert list(OPTIONS) == list(GPTConfig.model_fields) == list(OTHER_VALUES)
+    listed = {"modern": GPT2_OPTIONS, "unrecorded": EXTERNAL_DEFAULTS}
+    for name, option in OPTIONS.items():
+        assert (name in SHAPE_KEYS) == option.shapes_weights
+        assert [kind for kind, options in listed.items() if name in options] == [option.kind] * (option.kind in listed)
+    sizes = {name: TINY[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+    recorded = {"bias": True, "activation": "gelu_tanh", "tie_weights": True}  # by every file of another program
+    assert GPTConfig(**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **recorded, **sizes).is_gpt2
+
+
+def test_gpt2_s_values_are_the_defaults_of_the_configuration():
+    values = defaults("model/gpt.yaml")
+    gpt2 = {name: option.gpt2 for name, option in OPTIONS.items() if option.kind != "size"}
+    assert values.keys() == OPTIONS.keys()
+    assert {name: values[name] for name in gpt2} == gpt2 | {"global_every": 4}  # unused without a window
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_metadata_says_which_fields_shape_the_weights(name):
+    def shapes(config: GPTConfig) -> list[tuple[str, torch.Size]]:
+        return [(name, tensor.shape) for name, tensor in meta_gpt(config).named_parameters()]
+
+    differ = shapes(tiny_config()) != shapes(tiny_config(**{name: OTHER_VALUES[name]}))
+    # a longer block can be cropped; heads change what the rows of c_attn mean, but not their number
+    exceptions = {"block_size", "n_head"}
+    assert differ == (OPTIONS[name].shapes_weights != (name in exceptions))
+
+
+def test_gpt_is_gpt2_alone():
+    for name, value in OTHER_VALUES.items():
+        config = tiny_config(**{name: value})
+        modern = OPTIONS[name].kind == "modern" or name in {"zero_init", "activation"}
+        assert config.is_gpt2 != modern
+        assert (type(build_gpt(config)) is GPT) != modern
+        if modern:
+            with pytest.raises(ValueError, match="build_gpt"):
+                GPT(config)

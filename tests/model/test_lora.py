@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_config
 from gptlab.model.config import LoRAConfig, lora_count
 from gptlab.model.gpt import GPT
-from gptlab.model.lora import LoRALinear, adapt, merged
+from gptlab.model.lora import LoRALinear, add_lora, merge_lora
 
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
@@ -19,7 +19,7 @@ def adapted(targets: list[str], *, bias: bool = True) -> tuple[GPT, GPT, LoRACon
     other = GPT(plain.config).double()
     other.load_state_dict(plain.state_dict())
     config = LoRAConfig(rank=3, alpha=7.0, targets=targets)
-    adapt(other, config)
+    add_lora(other, config)
     return plain, other, config
 
 
@@ -59,7 +59,7 @@ def test_merged_weights_give_the_same_and_have_the_names_of_a_plain_network(idx)
     learn(ours)
     assert not torch.allclose(ours(idx), plain(idx), atol=1e-3)
     logits = ours(idx)
-    plain.load_state_dict(merged(ours.state_dict(), config))
+    plain.load_state_dict(merge_lora(ours.state_dict(), config))
     torch.testing.assert_close(plain(idx), logits, rtol=0, atol=1e-12)
 
 

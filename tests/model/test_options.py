@@ -12,9 +12,11 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from conftest import tiny_config
-from gptlab.model.attention import attend, attention_mask, rotate
+from gptlab.model.attention import attention_mask, rotary_tables, rotate
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.model.gpt import GPT
+from gptlab.model.kernels import attend
+from gptlab.model.modern import build_gpt
 
 OPTIONS = {
     "rms": {"norm": "rms"},
@@ -40,7 +42,7 @@ ALL = {
 def shaken(config: GPTConfig) -> GPT:
     """A model in double precision whose every parameter counts."""
     torch.manual_seed(0)
-    model = GPT(config).double()
+    model = build_gpt(config).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -112,7 +114,8 @@ def test_rotary_positions_are_llama_s():
     angles = positions[..., None] / 500.0 ** (torch.arange(0, 16, 2) / 16)
     angles = torch.cat((angles, angles), -1)
     expected = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
-    found = (rotate(part, positions, 500.0, half=False) for part in (q, k))
+    tables = rotary_tables(positions, 16, 500.0, q.dtype, half=False)
+    found = (rotate(part, tables) for part in (q, k))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)  # the angles are float32
 
@@ -125,7 +128,7 @@ def test_logits_are_those_of_nanochat():
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     options = {"positions": "rotary", "norm": "rms", "qk_norm": True, "embedding_norm": True, "bias": False}
-    ours = GPT(
+    ours = build_gpt(
         tiny_config(vocab_size=64, activation="relu_squared", logit_soft_cap=15.0, tie_weights=False, **options)
     ).double()
     state, there = ours.state_dict(), theirs.state_dict()
@@ -149,7 +152,7 @@ def test_logits_are_those_of_nanochat():
 @pytest.mark.parametrize("options", [*OPTIONS.values(), ALL], ids=[*OPTIONS, "all"])
 def test_counts_are_the_network_s_with_every_option(options):
     config = tiny_config(n_layer=5, n_embd=64, pad_vocab_to_multiple_of=64, **options)
-    model, idx = GPT(config), torch.randint(61, (2, 16))
+    model, idx = build_gpt(config), torch.randint(61, (2, 16))
     assert parameter_count(config) == sum(parameter.numel() for parameter in model.parameters())
     if config.attention_window is not None:
         return  # which the counter of operations does not see
@@ -166,11 +169,12 @@ def test_a_window_saves_the_operations_beyond_it():
 
 
 def test_zero_init_makes_every_block_the_identity_and_every_token_as_likely():
-    model = GPT(tiny_config(zero_init=True, tie_weights=False))
+    model = build_gpt(tiny_config(zero_init=True, tie_weights=False))
     idx = torch.randint(61, (2, 16))
     assert not model(idx).any()
     block_input = model.wte(idx) + model.wpe(torch.arange(16))
-    torch.testing.assert_close(model._states(idx, None), model.ln_f(block_input), rtol=0, atol=0)
+    states = model.hidden_states(idx, model.attention_context(idx, None))
+    torch.testing.assert_close(states, model.ln_f(block_input), rtol=0, atol=0)
     model(idx).sum().backward()  # and yet everything that matters learns
     assert model.lm_head.weight.grad.any()
 

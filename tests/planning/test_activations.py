@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from conftest import tiny_config
-from gptlab.model import attention
-from gptlab.model.gpt import GPT
-from gptlab.planning.activations import NUMBER_SIZES, SHORT, ForwardPass, head_bytes, network_bytes, weight_copy_bytes
+from gptlab.model import kernels
+from gptlab.model.modern import build_gpt
+from gptlab.planning.activations import (
+    NUMBER_SIZES,
+    SHORT_SEQUENCE,
+    ForwardPass,
+    head_bytes,
+    network_bytes,
+    weight_copy_bytes,
+)
 
 WIDE = {"n_embd": 64, "n_head": 4, "n_layer": 3, "vocab_size": 97}
 MODERN = {  # conf/model/gpt2_modern.yaml
@@ -21,7 +28,7 @@ MODERN = {  # conf/model/gpt2_modern.yaml
 def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, int]:
     """Bytes of what autograd saves of a training loss: of all but the weights, and of copies of the weights."""
     torch.manual_seed(0)
-    model = GPT(config)
+    model = build_gpt(config)
     if precision == "bf16-true":
         model = model.bfloat16()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -75,4 +82,4 @@ def test_activations_are_what_autograd_saves(precision, changes, chunk):
 
 
 def test_a_short_sequence_is_what_the_attention_takes_for_one():
-    assert SHORT == attention.SHORT
+    assert SHORT_SEQUENCE == kernels.SHORT_SEQUENCE

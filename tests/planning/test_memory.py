@@ -21,7 +21,7 @@ H100 = gpu_hardware(GPT2, GPUS["h100"])
 @pytest.mark.parametrize("bf16", [True, False])
 def test_a_plan_decides_as_a_run_does(model, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setattr(targets, "list_gpus", lambda: ())
     monkeypatch.setattr(targets, "_cpu_flags", lambda: {"avx512_bf16"} if bf16 else set())
     for spread in ("trainer=auto", "trainer=ddp", "trainer=fsdp"):

@@ -13,15 +13,20 @@ from typing import Any
 import torch
 
 from gptlab.benchmarks.generation import GenerateBench
-from gptlab.model.generation.bandwidth import measured_bandwidth
+from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import Decoder, generate
-from gptlab.model.generation.inference import bytes_per_token, decoder, for_inference
-from gptlab.model.generation.sampler import next_ids, row_seeds, uniform_numbers
-from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.generation.inference import (
+    build_decoder,
+    bytes_per_token,
+    measure_memory_bandwidth,
+    prepare_for_inference,
+)
+from gptlab.model.generation.sampler import row_seeds, sample_next_token, uniform_numbers
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.training.devices import peak_memory
 
-SAMPLING = Sampling(temperature=0.8, top_k=200, top_p=None, min_p=None, repetition_penalty=1)
+SAMPLING = SamplingConfig(temperature=0.8, top_k=200, top_p=None, min_p=None, repetition_penalty=1)
 WARM = 4  # tokens
 
 
@@ -30,16 +35,17 @@ def main(todo: dict[str, Any]) -> dict[str, float]:
     bench, rows = GenerateBench.model_validate(todo["bench"]), todo["rows"]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = for_inference(GPT(bench.model), todo["precision"], device, int8=todo["int8"], packed=todo["packed"])
+    model = build_gpt(bench.model)
+    model = prepare_for_inference(model, todo["precision"], device, int8=todo["int8"], packed=todo["packed"])
     if todo["cache"]:
-        first, seconds = time_cached(model, bench, rows, decoder(model, compiled=todo["compiled"]), device)
+        first, seconds = time_cached(model, bench, rows, build_decoder(model, compiled=todo["compiled"]), device)
     else:
         first, seconds = time_recomputed(model, bench, device)
     measured = {"tokens/s": rows / seconds, "ms to the first": 1e3 * first, "peak MB": peak_memory(device) / 1e6}
     if todo["cache"]:
         length = bench.prompt_tokens + bench.tokens // 2
         read = bytes_per_token(model, rows, length) / seconds
-        bandwidth = measured_bandwidth(device)
+        bandwidth = measure_memory_bandwidth(device)
         measured |= {"GB/s": read / 1e9, "%": 100 * read / bandwidth, "memory GB/s": bandwidth / 1e9}
     return measured
 
@@ -70,7 +76,7 @@ def time_recomputed(model: GPT, bench: GenerateBench, device: torch.device) -> t
     for added in (0, 0, *range(0, bench.tokens, bench.recomputed_every)):
         idx = torch.arange(bench.prompt_tokens + added, device=device)[None]
         begun = time.perf_counter()
-        next_ids(model(idx)[:, -1], None, uniforms[added : added + 1], SAMPLING).tolist()
+        sample_next_token(model(idx)[:, -1], None, uniforms[added : added + 1], SAMPLING).tolist()
         times.append(time.perf_counter() - begun)
     return times[1], sum(times[2:]) / len(times[2:])
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from gptlab.benchmarks.measuring import StepTime
 from gptlab.data.batches import Batch
 from gptlab.model.config import GPTConfig
-from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import STACKS
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
@@ -94,7 +94,7 @@ def time_steps(
 
 def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
     return _Module(
-        GPT(model),
+        build_gpt(model),
         optimizer=optimizer,
         schedule=ConstantConfig(name="constant", warmup_steps=0),
         max_steps=10**9,

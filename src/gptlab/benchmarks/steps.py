@@ -20,6 +20,7 @@ from torch.optim import AdamW
 from gptlab.benchmarks.training import Levers, StepsOfModel
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.training.auto import resolve_loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import Devices, choose_devices, peak_memory, prepare_kernels
@@ -43,7 +44,7 @@ def measure_steps(shape: StepsOfModel, levers: Levers) -> dict[str, float]:
     dtype = torch.bfloat16 if devices.precision == "bf16-mixed" else torch.float32
     ceiling = product_flops(device, dtype)
     torch.manual_seed(0)
-    model = GPT(shape.model).to(device)
+    model = build_gpt(shape.model).to(device)
     size = (shape.batch_size, shape.model.block_size + 1)
     tokens = torch.randint(shape.model.known_vocab_size, size, device=device)
     optimizer = AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=levers.fused or levers.own)

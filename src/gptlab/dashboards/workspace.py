@@ -43,7 +43,7 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
 def workspace_json(workspace: "Workspace") -> str:
     """Write a workspace as W&B is sent it.
 
-    In wandb-workspaces 0.4.13, the only public method that makes a workspace's JSON is ``Workspace.save``, which sends it.
+    wandb-workspaces 0.4.13 has no public method for it but ``Workspace.save``, which also sends it.
     """
     view = workspace._to_model()  # noqa: SLF001
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))

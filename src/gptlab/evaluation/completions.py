@@ -20,7 +20,7 @@ from gptlab.evaluation.hellaswag import Example
 class Scorer(Protocol):
     """What of a network is asked; see ``gptlab.model.gpt.GPT``."""
 
-    def nats(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
+    def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
         """Loss of every token (B, T), 0 where it is not scored."""
         ...
 
@@ -77,7 +77,7 @@ def ending_losses(
     for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
         padded[number, : len(row)] = torch.tensor(row)
         targets[number, len(row) - 1 - count : len(row) - 1] = torch.tensor(row[-count:])
-    nats = model.nats(padded[:, :-1].contiguous().to(device), targets.to(device), None, chunk)  # (B, T)
+    nats = model.token_losses(padded[:, :-1].contiguous().to(device), targets.to(device), None, chunk)  # (B, T)
     sums = iter(nats.double().sum(dim=1).tolist())
     tokens = iter(counts)
     return [[EndingLoss(next(sums), next(tokens)) for _ in example.endings] for example in examples]

@@ -114,9 +114,9 @@ class WindowBatches:
 
 @torch.no_grad()
 def accumulate_losses(sums: LossSums, model: GPT, batches: Iterable[Batch], chunk: int | None) -> None:
-    """Add the losses of batches to ``sums``, on its device; ``chunk`` is that of ``GPT.nats``."""
+    """Add the losses of batches to ``sums``, on its device; ``chunk`` is that of ``GPT.token_losses``."""
     device = sums.token_bytes.device
     for batch in batches:
         idx, targets = batch.idx.to(device), batch.targets.to(device)
         documents = None if batch.documents is None else batch.documents.to(device)
-        sums.add(model.nats(idx, targets, documents, chunk), targets)
+        sums.add(model.token_losses(idx, targets, documents, chunk), targets)

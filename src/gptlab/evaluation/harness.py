@@ -22,9 +22,9 @@ from tqdm import tqdm
 from gptlab.data.tokenizers.text_stream import TextStream
 from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
 from gptlab.errors import UserError
+from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
 
 Request = tuple[Any, list[int], list[int]]  # its texts, the ids of its context and those of its continuation
@@ -244,10 +244,10 @@ def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
     return value.item(), bool((logits.argmax(dim=-1) == targets).all())
 
 
-def _sampling_config(kwargs: dict[str, Any]) -> Sampling:
+def _sampling_config(kwargs: dict[str, Any]) -> SamplingConfig:
     """Make settings of what a task says; UserError for what there is no counterpart for."""
     sampled = kwargs.pop("do_sample")
     if unknown := set(kwargs) - SAMPLING_KEYS:
         raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which gptlab does not have.")
     given = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, **kwargs}
-    return Sampling(**(given if sampled else {**given, "temperature": 0.0}))
+    return SamplingConfig(**(given if sampled else {**given, "temperature": 0.0}))

@@ -11,7 +11,7 @@ from gptlab.exporters.model_card import CARD_FILE, render_model_card
 from gptlab.exporters.model_card_info import model_title
 from gptlab.exporters.reference import Reference, make_reference
 from gptlab.exporters.request import ExportRequest, tensor_dtypes
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.pretrained.source import ModelSource
 from gptlab.pretrained.weights import load_model
 
@@ -52,7 +52,7 @@ def _write(job: ExportRequest, folder: Path) -> Reference:
     """Compute what the model says, and write it."""
     model = load_model(job.source).requires_grad_(False)
     biases = FORMATS[job.format].biases
-    stored = tensor_dtypes(job, exported(model, transposed=False, biases=biases))
+    stored = tensor_dtypes(job, to_external(model, transposed=False, biases=biases))
     reference = make_reference(model, stored, biases=biases, end_of_text=job.end_of_text)
     WRITERS[job.format].write(model, job, folder)
     return reference

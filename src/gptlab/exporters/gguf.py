@@ -13,7 +13,7 @@ from gptlab.exporters.certificate import Check, compare_tensors, version
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import CheckResult, ExportRequest, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     half = gguf.LlamaFileType.MOSTLY_F16
     writer.add_file_type(half if job.dtype == "float16" else gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, job)
-    tensors = exported(model, transposed=False, biases=True)
+    tensors = to_external(model, transposed=False, biases=True)
     stored, names = tensor_dtypes(job, tensors), _names(config.n_layer)
     for name, tensor in tensors.items():
         like = torch.empty(0, dtype=stored[name])
@@ -81,7 +81,7 @@ def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
 
 
 def _names(layers: int) -> Callable[[str], str]:
-    """Return what names a tensor of ``exported`` in the file."""
+    """Return what names a tensor of ``to_external`` in the file."""
     import gguf
 
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, layers)

@@ -21,7 +21,7 @@ from gptlab.exporters.certificate import (
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import NO_TOKENIZER, CheckResult, ExportRequest, comparison_texts, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON, GPTConfig
-from gptlab.model.external import CONV1D, exported
+from gptlab.model.external import CONV1D, to_external
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, open_safetensors
 
@@ -42,7 +42,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
         files |= to_huggingface(job.tokenizer, model.config.block_size)
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    tensors = exported(model, transposed=True, biases=True)
+    tensors = to_external(model, transposed=True, biases=True)
     write_safetensors(tensors, tensor_dtypes(job, tensors), folder / WEIGHTS)
 
 

@@ -12,8 +12,9 @@ from gptlab.exporters.certificate import compare_scores, compare_tensors, versio
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import CheckResult, ExportRequest, omitted_tokenizer
 from gptlab.model.config import GPTConfig
-from gptlab.model.external import exported, fitted, renamed
-from gptlab.model.gpt import GPT, hollow
+from gptlab.model.external import fit_shapes, from_external, to_external
+from gptlab.model.gpt import GPT
+from gptlab.model.modern import meta_gpt
 
 WEIGHTS, TOKENS = "model.bin", "gpt2_tokenizer.bin"
 MAGIC, TOKENS_MAGIC, TOKENS_VERSION = 20240326, 20240328, 2
@@ -28,7 +29,7 @@ OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_pr
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
     config, dtype = model.config, getattr(torch, job.dtype)
-    tensors = exported(model, transposed=False, biases=True)
+    tensors = to_external(model, transposed=False, biases=True)
     rows = config.known_vocab_size
     padded = -(-rows // ROWS) * ROWS
     sizes = (config.block_size, rows, config.n_layer, config.n_head, config.n_embd, padded)
@@ -45,9 +46,10 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Read the file by its header, and run the network that it describes."""
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
-    model = hollow(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
-    state = fitted(model, renamed({name: tensor.float() for name, tensor in _read(path, config)}, transposed=False))
-    model.fill(state)
+    model = meta_gpt(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
+    state = {name: tensor.float() for name, tensor in _read(path, config)}
+    state = fit_shapes(model, from_external(state, transposed=False))
+    model.load_weights(state)
     with torch.no_grad():
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
     no_package = "what llm.c itself makes of it, which is no package"

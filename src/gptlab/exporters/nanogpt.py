@@ -12,7 +12,7 @@ from gptlab.exporters.certificate import compare_scores, compare_tensors, versio
 from gptlab.exporters.model_card_info import ModelCardInfo
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import CheckResult, ExportRequest, omitted_tokenizer
-from gptlab.model.external import EMBEDDING, HEAD, exported
+from gptlab.model.external import EMBEDDING, HEAD, to_external
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
@@ -24,7 +24,7 @@ NO_LOSS = 1e9  # what nanoGPT's train.py begins with
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
     config, facts = model.config, ModelCardInfo.of(job.source)
-    state = exported(model, transposed=False, biases=False)
+    state = to_external(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     checkpoint: dict[str, Any] = {
@@ -47,7 +47,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Read it as a source of gptlab's; nanoGPT is no package that could be installed."""
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
-    named = exported(model, transposed=False, biases=False)
+    named = to_external(model, transposed=False, biases=False)
     checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
     with torch.no_grad():
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)

@@ -15,8 +15,9 @@ from gptlab.exporters.certificate import compare_scores, compare_tensors, versio
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import CheckResult, ExportRequest
 from gptlab.model.config import GPTConfig
-from gptlab.model.external import EMBEDDING, HEAD, unpadded
-from gptlab.model.gpt import GPT, hollow
+from gptlab.model.external import EMBEDDING, HEAD, unpadded_parameters
+from gptlab.model.gpt import GPT
+from gptlab.model.modern import meta_gpt
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 INPUT, OUTPUT = "input_ids", "logits"
@@ -28,7 +29,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     """Trace the network without its weights, and write these one after the other: no copy of all is made."""
     import onnx_ir
 
-    tensors = {name: tensor.contiguous() for name, tensor in unpadded(model).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in unpadded_parameters(model).items()}
     if model.config.tie_weights:
         tensors[HEAD] = tensors[EMBEDDING]
     with _quiet_exporter():
@@ -82,7 +83,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 def trace_model(model: GPT) -> Any:
     """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
-    network = hollow(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
+    network = meta_gpt(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
     example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")
     batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE)
     time = torch.export.Dim("time", min=1, max=model.config.block_size)
@@ -99,7 +100,7 @@ def trace_model(model: GPT) -> Any:
 
 
 def _read(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Read the weights one after the other by the names of ``exported``."""
+    """Read the weights one after the other by the names of ``to_external``."""
     import numpy as np
     import onnx
 

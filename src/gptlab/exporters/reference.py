@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptlab.model.external import exported
+from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
 PROMPTS, LONGEST = 2, 64
@@ -65,8 +65,8 @@ def make_reference(
 
     Args:
         model: On the CPU, in float32; its weights are rounded.
-        stored: Type of each tensor of ``exported`` in the file.
-        biases: See ``exported``.
+        stored: Type of each tensor of ``to_external`` in the file.
+        biases: See ``to_external``.
         end_of_text: The tokenizer's.
     """
     prompts = _prompts(model.config.known_vocab_size, model.config.block_size, end_of_text)
@@ -74,7 +74,7 @@ def make_reference(
     rounded = _round(model, stored)
     logits = model(prompts) if rounded else exact
     beginning = prompts[0, : max(1, min(BEGINNING, model.config.block_size // 2))].tolist()
-    named = exported(model, transposed=False, biases=biases)
+    named = to_external(model, transposed=False, biases=biases)
     return Reference(
         prompts,
         logits,

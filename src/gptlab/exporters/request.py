@@ -40,7 +40,7 @@ class ExportRequest(NamedTuple):
         return self.tokenizer.end_of_text if self.tokenizer is not None else None
 
     def stored(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Type in which a tensor of ``exported`` is stored; llama.cpp's are as its convert_hf_to_gguf.py has them."""
+        """Type in which a tensor of ``to_external`` is stored; llama.cpp's as its convert_hf_to_gguf.py stores it."""
         if self.format == "gguf" and (tensor.dim() == 1 or name.endswith("wpe.weight")):
             return torch.float32
         dtype: torch.dtype = getattr(torch, self.dtype)

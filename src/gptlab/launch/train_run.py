@@ -16,7 +16,8 @@ from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.run_forecast import Expectation
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
-from gptlab.model.lora import adapt
+from gptlab.model.lora import add_lora
+from gptlab.model.modern import build_gpt
 from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.pretrained.source import resolve_path
 from gptlab.pretrained.weights import load_weights
@@ -145,11 +146,11 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Pat
 def build_module(config: Config, prepared: TokenDataset, devices: Devices) -> GPTModule:
     """Build the network, the same on every rank, and what trains it."""
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    model = build_gpt(config.model)
     if config.init_from:
         load_weights(model, resolve_path(config.init_from))
     if config.lora:
-        adapt(model, config.lora)
+        add_lora(model, config.lora)
     return GPTModule(
         model,
         optimizer=config.optimizer,

@@ -17,11 +17,11 @@ BY_TOKEN = re.compile(r"^(wte|lm_head|value_embeds\.\d+)\.weight$")  # one row a
 WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # in GPT-2
 
 
-def renamed(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
-    """Put parameters under gptlab's names.
+def from_external(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
+    """Renames the parameters of another program to gptlab's names.
 
     Args:
-        state: By the other program's names.
+        state: Parameters by the other program's names.
         transposed: Whether the blocks' matrices are stored (in, out), as transformers' Conv1D has them.
     """
     named = {PREFIX.sub("", name): tensor for name, tensor in state.items() if not BUFFER.search(name)}
@@ -30,14 +30,14 @@ def renamed(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tenso
     return {name: tensor.transpose(0, -1) if CONV1D.search(name) else tensor for name, tensor in named.items()}
 
 
-def fitted(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make of parameters of ``renamed`` those of ``model``.
+def fit_shapes(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fits the shapes of parameters of ``from_external`` to ``model``.
 
-    Positions beyond its block and rows beyond its vocabulary are left out; rows that only pad its own embedding stay as
-    they were.
+    Positions from ``block_size`` on and rows from the vocabulary size on are dropped; rows that only pad the model's
+    own embedding keep their values.
 
     Raises:
-        ValueError: A tensor is missing, unknown, of another shape, or not of floating-point numbers.
+        ValueError: A tensor is missing, unknown, of another shape, or not of a floating-point type.
     """
     own = model.state_dict()
     head = state.get(HEAD) if not model.config.tie_weights else state.pop(HEAD, None)
@@ -59,26 +59,26 @@ def fitted(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def unpadded(model: GPT) -> dict[str, Tensor]:
-    """Return the parameters without the rows that only pad the vocabulary; a tied head has none. They are views."""
+def unpadded_parameters(model: GPT) -> dict[str, Tensor]:
+    """Returns views of the parameters without the rows that only pad the vocabulary, and without a tied head."""
     rows = model.config.known_vocab_size
     named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     return {name: tensor[:rows] if BY_TOKEN.match(name) else tensor for name, tensor in named}
 
 
-def exported(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tensor]:
-    """Give parameters the names and shapes of nanoGPT and transformers: the inverse of ``renamed`` and ``fitted``.
+def to_external(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tensor]:
+    """Renames parameters to those of nanoGPT and transformers: the inverse of ``from_external`` and ``fit_shapes``.
 
     Args:
-        model: A GPT-2: what has been found since has no name there.
-        transposed: As in ``renamed``.
-        biases: Whether there are zeros where the model has no biases.
+        model: A GPT-2; other options have no names there.
+        transposed: As in ``from_external``.
+        biases: Whether to add zeros where the model has no biases.
 
     Returns:
-        Views, but for the zeros; a tied head has none.
+        Views, except for the zeros; without a tied head.
     """
     named: dict[str, Tensor] = {}
-    for name, tensor in unpadded(model).items():
+    for name, tensor in unpadded_parameters(model).items():
         prefix = "" if name == HEAD else "transformer."
         named[prefix + name] = tensor.transpose(0, -1) if transposed and CONV1D.search(name) else tensor
         if biases and not model.config.bias and WITH_BIAS.match(name):
@@ -86,8 +86,8 @@ def exported(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tensor]
     return named
 
 
-def _with_rows(there: Tensor, own: Tensor, rows: int) -> Tensor:
-    """Return ``own`` (R, C) with the first rows of ``there``, where that has so many of the same width."""
-    if there.shape[1:] != own.shape[1:] or len(there) < rows or not there.is_floating_point():
-        return there
-    return there[:rows] if rows == len(own) else torch.cat((there[:rows].to(own.dtype), own[rows:]))
+def _with_rows(external: Tensor, own: Tensor, rows: int) -> Tensor:
+    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``, or ``external`` if that does not fit."""
+    if external.shape[1:] != own.shape[1:] or len(external) < rows or not external.is_floating_point():
+        return external
+    return external[:rows] if rows == len(own) else torch.cat((external[:rows].to(own.dtype), own[rows:]))

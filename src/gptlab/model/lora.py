@@ -1,6 +1,6 @@
 """Low-rank adaptation (Hu et al. 2022, LoRA, section 4.1): W + (alpha / r) B A, where only A and B are trained.
 
-A layer keeps its weight and bias under their own names, and has lora_A (r, in) and lora_B (out, r) beside them.
+A layer keeps its weight and bias under their own names, and has lora_A (r, in) and lora_B (out, r) besides.
 """
 
 import math
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from gptlab.model.config import LoRAConfig
 from gptlab.model.gpt import GPT
 
-DOWN, UP = "lora_A", "lora_B"
+LORA_A, LORA_B = "lora_A", "lora_B"
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that is frozen, and what is learnt beside it; it begins as the layer that it was.
+    """Frozen linear layer with a trained low-rank update, which starts at zero.
 
     Args:
-        linear: Whose weight and bias it keeps.
+        linear: The layer whose weight and bias it keeps.
         config: The rank r and alpha.
     """
 
@@ -30,15 +30,15 @@ class LoRALinear(nn.Linear):
         self.scale = config.alpha / config.rank
         self.lora_A = nn.Parameter(linear.weight.new_empty(config.rank, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, config.rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # what nn.Linear begins with
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply (..., in), add the bias and what was learnt; (..., out)."""
+        """Multiplies (..., in), adds the bias and the update; (..., out)."""
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def adapt(model: GPT, config: LoRAConfig) -> None:
-    """Freeze a network, and put LoRA layers in the place of the ``config.targets`` of every block."""
+def add_lora(model: GPT, config: LoRAConfig) -> None:
+    """Freezes a model and replaces the ``config.targets`` of every block with LoRA layers."""
     model.requires_grad_(False)
     for block in model.h:
         for target in config.targets:
@@ -48,11 +48,11 @@ def adapt(model: GPT, config: LoRAConfig) -> None:
 
 
 @torch.no_grad()
-def merged(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """Add what was learnt to the weights: of an adapted network's parameters make those of a plain one."""
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith((f".{DOWN}", f".{UP}"))}
-    for name in [name.removesuffix(f".{DOWN}") for name in state if name.endswith(f".{DOWN}")]:
-        down, up = state[f"{name}.{DOWN}"].double(), state[f"{name}.{UP}"].double()
+def merge_lora(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
+    """Adds the low-rank updates to the weights: turns parameters of a model with LoRA into those without."""
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
+    for name in [name.removesuffix(f".{LORA_A}") for name in state if name.endswith(f".{LORA_A}")]:
+        down, up = state[f"{name}.{LORA_A}"].double(), state[f"{name}.{LORA_B}"].double()
         weight = plain[f"{name}.weight"]
         plain[f"{name}.weight"] = (weight.double() + config.alpha / config.rank * (up @ down)).to(weight.dtype)
     return plain

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from gptlab.model.config import GPTConfig
 
-SHORT = 256  # gptlab.model.attention.SHORT
+SHORT_SEQUENCE = 256  # gptlab.model.kernels.SHORT_SEQUENCE, without torch
 STATISTIC = 4  # bytes of a mean, a deviation, a softmax's logarithm of a sum
 INDEX = 8  # bytes of a token's number
 
@@ -78,7 +78,10 @@ def network_bytes(forward: ForwardPass) -> int:
     else:
         blocks = sum(block_bytes(forward, layer) for layer in layers)
         blocks += forward.stream * (config.unet_skips and config.n_layer % 2 == 0)  # a block's own input, as its skip
-    return embedding_bytes(forward) + blocks + final_norm_bytes(forward)
+    rotary = 2 * config.block_size * (config.head_size // 2) * STATISTIC  # tables of cosines and sines
+    return (
+        embedding_bytes(forward) + blocks + final_norm_bytes(forward) + (rotary if config.positions != "learned" else 0)
+    )
 
 
 def embedding_bytes(forward: ForwardPass) -> int:
@@ -124,19 +127,17 @@ def attention_bytes(forward: ForwardPass, layer: int) -> int:
             kept = whole + each + logarithms + (3 * each if turned else 0)  # turned, the result is copied for c_proj
         case "products":
             kept = 3 * each + each + _weights(forward) + config.block_size**2  # the mask
-            kept += whole if config.qk_norm or _has_extra_values(forward, layer) else 0
+            kept += whole if config.qk_norm or config.num_extra_values(layer) else 0
         case "plain":
             kept = 3 * each * 4 // forward.kinds.product + each + _weights(forward)
-            kept += whole if config.qk_norm or _has_extra_values(forward, layer) else 0
-    if config.positions != "learned":
-        kept += 2 * 2 * config.block_size * (config.head_size // 2) * STATISTIC  # cosines and sines, of q and of k
+            kept += whole if config.qk_norm or config.num_extra_values(layer) else 0
     if config.qk_norm:
         kept += 2 * forward.tokens * config.n_head // forward.split * STATISTIC
         if forward.kinds.product < 4 and not forward.on_gpu:
             kept += 2 * each * 4 // forward.kinds.product  # computed in float32
-    if not forward.on_gpu and not config.sees_everything(layer) and _kernel(forward) != "products":
+    if not forward.on_gpu and not config.is_global(layer) and _kernel(forward) != "products":
         kept += config.block_size**2 * forward.kinds.product  # the mask, as numbers that are added
-    return kept + (each if _has_extra_values(forward, layer) else 0)
+    return kept + (each if config.num_extra_values(layer) else 0)
 
 
 def mlp_bytes(forward: ForwardPass) -> int:
@@ -180,17 +181,11 @@ def _mask_of_dropout(forward: ForwardPass, numbers: int, size: int) -> int:
     return numbers * (1 if forward.on_gpu else size)
 
 
-def _has_extra_values(forward: ForwardPass, layer: int) -> bool:
-    """Whether other values are mixed into a block's own, which makes new ones."""
-    config = forward.config
-    return (config.value_residual and layer > 0) or config.value_embedding(layer) is not None
-
-
 def _kernel(forward: ForwardPass) -> Literal["flash", "products", "plain"]:
-    """Say how ``gptlab.model.attention.attend`` attends."""
+    """Say how ``gptlab.model.kernels.attend`` attends."""
     if forward.on_gpu:
         return "flash"
-    if forward.kinds.product == 4 and forward.config.block_size <= SHORT:
+    if forward.kinds.product == 4 and forward.config.block_size <= SHORT_SEQUENCE:
         return "products"
     return "plain" if forward.config.dropout else "flash"  # torch's kernel for the CPU drops nothing
 

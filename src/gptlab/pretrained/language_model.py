@@ -15,12 +15,12 @@ from gptlab.config.schema import check
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import LossSums
-from gptlab.model.capture import captured, changed, names_of
+from gptlab.model.capture import activation_names, capture_activations, replace_activations
+from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.source import open_model_source
-from gptlab.pretrained.text_generator import AT_ONCE, Prepared, Writing
+from gptlab.pretrained.text_generator import TOKENS_PER_PIECE, InferenceModel, TextGenerator
 from gptlab.pretrained.weights import load_model
 
 Text = str | Sequence[int] | Tensor  # a text, or token ids (T,) of one
@@ -115,26 +115,26 @@ class LanguageModel:
                 repetition_penalty.
         """
         defaults = _sample_defaults()
-        wanted = {**{key: defaults[key] for key in (*Sampling.model_fields, "seed", "stop")}, **settings}
+        wanted = {**{key: defaults[key] for key in (*SamplingConfig.model_fields, "seed", "stop")}, **settings}
         seed, stop = wanted.pop("seed"), wanted.pop("stop")
-        writing = Writing(
-            Prepared(self.network, self.tokenizer, self.device, compiled=False),
+        generator = TextGenerator(
+            InferenceModel(self.network, self.tokenizer, self.device, compiled=False),
             [prompt],
-            check(Sampling, wanted),
+            check(SamplingConfig, wanted),
             stop=stop,
             seeds=row_seeds(seed, num_samples),
             max_new_tokens=defaults["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
-            at_once=AT_ONCE,
+            tokens_per_piece=TOKENS_PER_PIECE,
         )
-        texts = writing.beginnings
-        for pieces in writing:
+        texts = generator.prompts
+        for pieces in generator:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
     @property
     def names(self) -> list[str]:
         """What ``capture`` and ``change`` know, in the order of the network; see ``gptlab.model.capture``."""
-        return names_of(self.network)
+        return activation_names(self.network)
 
     def capture(self, text: Text, *names: str) -> dict[str, Tensor]:
         """Run a text through the network and return activations by name, without the batch's dimension.
@@ -146,13 +146,13 @@ class LanguageModel:
         Returns:
             (T, C) of most, (T, 4 C) within an MLP, (nh, T, T) of attention's weights.
         """
-        with captured(self.network, names) as found:
+        with capture_activations(self.network, names) as activations:
             self.logits(text)
-        return {name: tensor[0] for name, tensor in found.items()}
+        return {name: tensor[0] for name, tensor in activations.items()}
 
     def change(self, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
         """Put functions of activations (1, T, ...) in their place, within a with statement."""
-        return changed(self.network, changes)
+        return replace_activations(self.network, changes)
 
 
 class LoadedModel(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptlab.config.schema import Config
 from gptlab.errors import UserError
-from gptlab.model.external import EMBEDDING, HEAD, renamed
+from gptlab.model.external import EMBEDDING, HEAD, from_external
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
 from gptlab.training.checkpoints.reading import Checkpoint
@@ -39,7 +39,7 @@ def import_nanogpt_checkpoint(path: Path, config: Config, model: GPT) -> Checkpo
     if step >= config.steps:
         raise _refusal(path, f"it has made {step:,} steps, and train.max_steps={config.steps:,} is not beyond")
     _check_settings(path, config, step, state["param_groups"])
-    weights = renamed(checkpoint["model"], transposed=False)
+    weights = from_external(checkpoint["model"], transposed=False)
     own = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
     moments = dict(_moments(path, state, {name: tensor for name, tensor in weights.items() if name != HEAD}))
     if shapes := [name for name in own if name not in weights or weights[name].shape != own[name].shape]:

@@ -9,7 +9,7 @@ from gptlab.data.tokenizers.huggingface import tokenizer_record
 from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
 from gptlab.errors import UserError
-from gptlab.model.config import GPT2_OPTIONS, GPTConfig
+from gptlab.model.config import EXTERNAL_DEFAULTS, GPT2_OPTIONS, GPTConfig
 from gptlab.pretrained.external import (
     check_archive,
     check_external,
@@ -21,16 +21,6 @@ from gptlab.pretrained.external import (
 from gptlab.pretrained.hub import hub_folder
 from gptlab.tracking.run_directory import load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
-
-# What no file of another program says, since it changes nothing in a network that is trained
-UNSAID = {
-    "dropout": 0.0,
-    "rope_base": 10000,
-    "zero_init": False,
-    "global_every": 1,
-    "pad_vocab_to_multiple_of": 1,
-    "activation_checkpointing": False,
-}
 
 
 class ModelSource(NamedTuple):
@@ -98,7 +88,9 @@ def open_model_source(name: str) -> ModelSource:
     record = _meta(path, shape["vocab_size"]) if path.is_file() else tokenizer_record(path, shape["vocab_size"])
     if record is not None:
         shape["vocab_size"] = _vocabulary(name, shape["vocab_size"], record)
-    source = ModelSource(name, path, GPTConfig.model_validate({**UNSAID, **GPT2_OPTIONS, **shape}), record, None)
+    source = ModelSource(
+        name, path, GPTConfig.model_validate({**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **shape}), record, None
+    )
     check_external(path, source.model)
     return source
 

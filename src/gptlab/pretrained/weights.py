@@ -5,9 +5,10 @@ from pathlib import Path
 from torch import Tensor
 
 from gptlab.errors import UserError
-from gptlab.model.external import fitted, renamed
-from gptlab.model.gpt import GPT, hollow
-from gptlab.model.lora import merged
+from gptlab.model.external import fit_shapes, from_external
+from gptlab.model.gpt import GPT
+from gptlab.model.lora import merge_lora
+from gptlab.model.modern import meta_gpt
 from gptlab.pretrained.external import check_external_shape, is_external, nanogpt_shape, open_safetensors, weight_files
 from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
 from gptlab.pretrained.source import ModelSource, open_model_source
@@ -30,9 +31,9 @@ def load_model(source: ModelSource | Path) -> GPT:
     Its weights are the file's own pages where the file has them as they are needed: they take memory once.
     """
     source = source if isinstance(source, ModelSource) else open_model_source(str(source))
-    model = hollow(source.model)
+    model = meta_gpt(source.model)
     weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
-    model.fill(weights)
+    model.load_weights(weights)
     return model.requires_grad_(True).eval()
 
 
@@ -42,7 +43,7 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
         return _read_external(model, path)
     state = read_weights(best_checkpoint(path))
     if (lora := load_config(path).lora) is not None:
-        state = merged(state, lora)
+        state = merge_lora(state, lora)
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
     if model.config.tie_weights:
@@ -62,6 +63,6 @@ def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
             with open_safetensors(file, "pt") as tensors:
                 state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
     try:
-        return fitted(model, renamed(state, transposed=path.is_dir()))
+        return fit_shapes(model, from_external(state, transposed=path.is_dir()))
     except ValueError as error:
         raise UserError(f"The weights of {path} do not fit this model: {error}.") from error

@@ -10,7 +10,7 @@ import yaml
 from gptlab.config.schema import Config, check
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.errors import UserError
-from gptlab.model.config import GPTConfig
+from gptlab.model.config import SHAPE_KEYS, GPTConfig
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
@@ -118,16 +118,9 @@ def _require(directory: Path, place: Path | None) -> Path:
     return place
 
 
-# What decides which parameters there are, and their shapes; a longer block can be cropped to a shorter one.
-SHAPING = (
-    *("vocab_size", "n_layer", "n_head", "n_embd", "bias", "tie_weights", "pad_vocab_to_multiple_of", "norm"),
-    *("positions", "embedding_norm", "value_residual", "value_embeddings", "x0_skips", "unet_skips"),
-)
-
-
 def check_weights_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
     """See that the weights of a run fit a model, whose block may be shorter; UserError names what differs."""
-    shape = load_config(directory).model.model_dump(include={*SHAPING, "block_size"})
+    shape = load_config(directory).model.model_dump(include={*SHAPE_KEYS, "block_size"})
     check_shape(directory, shape, model, cropped=cropped)
 
 

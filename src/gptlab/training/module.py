@@ -184,7 +184,8 @@ class GPTModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the sums."""
-        self.sums.add(self.model.nats(batch.idx, batch.targets, batch.documents, self.loss_chunk), batch.targets)
+        losses = self.model.token_losses(batch.idx, batch.targets, batch.documents, self.loss_chunk)
+        self.sums.add(losses, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         """Publish val/loss and val/bits_per_byte of all ranks' windows together, for callbacks and the log."""

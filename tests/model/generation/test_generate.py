@@ -5,11 +5,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config
-from gptlab.model.generation.generate import continued, generate, plain_decoder
-from gptlab.model.generation.kv_cache import KVCache, Place
+from generating import CPU, GREEDY, extended, network, sampling
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
+from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 
 NETWORKS = {
     "GPT-2": {},
@@ -20,31 +21,6 @@ NETWORKS = {
     "values": {"n_layer": 4, "value_residual": True, "value_embeddings": 2},
     "skips": {"n_layer": 4, "x0_skips": True, "unet_skips": True},
 }
-CPU = torch.device("cpu")
-
-
-def sampling(**changes) -> Sampling:
-    plain = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
-    return Sampling(**plain | changes)
-
-
-GREEDY = sampling(temperature=0)
-
-
-def extended(model, prompts, how=GREEDY, *, many, seed=0, copies=1, decoder=None) -> list[list[int]]:
-    """The tokens that each row gains."""
-    seeds = row_seeds(seed, len(prompts) * copies)
-    decoder = decoder or plain_decoder(model)
-    rows = generate(model, prompts, how, seeds=seeds, max_new_tokens=many, decoder=decoder, device=CPU)
-    return continued(rows).tolist()
-
-
-def network(seed: int = 0, **options) -> GPT:
-    torch.manual_seed(seed)
-    model = GPT(tiny_config(**options))
-    for parameter in model.parameters():  # far from the plain start, where a mistake could hide behind small numbers
-        torch.nn.init.normal_(parameter, 0.0, 0.2)
-    return model.eval()
 
 
 @pytest.fixture
@@ -62,8 +38,8 @@ def test_every_position_is_scored_as_without_a_cache_alone_and_among_others(opti
         for width in range(first, 17):  # a prefill of the first seven, then one token after the other
             slots = torch.arange(first if width == first else 1) + (0 if width == first else width - 1)
             visible = width if width == first else -(-width // bucket) * bucket
-            place = Place(slots, begins[at] if ragged else None, visible, ends=visible == width)
-            found = model.next_logits(idx[at][:, slots], cache, place)
+            position = CachePosition(slots, begins[at] if ragged else None, visible, is_end=visible == width)
+            found = model.next_logits(idx[at][:, slots], cache, position)
             for row in rows:
                 begin = begins[row] if ragged else 0
                 expected = model(idx[row : row + 1, begin:width])[0, -1]
@@ -75,7 +51,7 @@ def test_greedy_rows_of_different_lengths_are_transformers(copies):
     torch.manual_seed(0)
     sizes = {"n_positions": 32, "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 2}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=None)).eval()
-    ours = GPT(tiny_config(block_size=32))
+    ours = build_gpt(tiny_config(block_size=32))
     state = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
         theirs_is = state[name if name.startswith("lm_head") else f"transformer.{name}"]
@@ -97,7 +73,7 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_much_follows(model):
         rows = generate(
             model, [prompt], how, seeds=[seeds[row]], max_new_tokens=30, decoder=plain_decoder(model), device=CPU
         )
-        assert continued(rows)[0].tolist() == together[row][:30]
+        assert collect_tokens(rows)[0].tolist() == together[row][:30]
     assert len({tuple(row) for row in extended(model, [[1]], sampling(), many=20, copies=4)}) == 4
 
 
@@ -134,9 +110,9 @@ def test_past_the_block_a_text_goes_on_from_the_last_half_of_it(model):
 def test_the_first_token_out_comes_before_the_second_is_computed(model):
     scored = []
 
-    def score(idx, cache, place):
-        scored.append(place.slots.item())
-        return model.next_logits(idx, cache, place)
+    def score(idx, cache, position):
+        scored.append(position.slots.item())
+        return model.next_logits(idx, cache, position)
 
     decoder = type(plain_decoder(model))(score, 1)
     rows = generate(model, [[1, 2]], GREEDY, seeds=[0], max_new_tokens=9, decoder=decoder, device=CPU)
@@ -150,9 +126,9 @@ def test_the_first_token_out_comes_before_the_second_is_computed(model):
 def test_the_cache_is_taken_once(model):
     places = set()
 
-    def score(idx, cache, place):
+    def score(idx, cache, position):
         places.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
-        return model.next_logits(idx, cache, place)
+        return model.next_logits(idx, cache, position)
 
     extended(model, [[1], [2, 3]], many=50, decoder=type(plain_decoder(model))(score, 1))
     assert len(places) == 1

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from test_generate import CPU, extended, network, sampling
 from torch import nn
 
 from conftest import tiny_config
+from generating import CPU, extended, network, sampling
 from gptlab.model.generation import inference
 from gptlab.model.generation.generate import plain_decoder
 from gptlab.model.generation.inference import (
@@ -15,19 +15,19 @@ from gptlab.model.generation.inference import (
     Int8Linear,
     PackedLinear,
     SplitInt8Linear,
+    build_decoder,
     bytes_per_token,
-    can_pack,
-    can_split,
-    decoder,
-    for_inference,
+    prepare_for_inference,
+    supports_packing,
+    supports_split_int8,
 )
 from gptlab.model.gpt import GPT
 
-PACKS = pytest.mark.skipif(not can_pack(torch.bfloat16, CPU), reason="needs a CPU that computes in bfloat16")
+PACKS = pytest.mark.skipif(not supports_packing(torch.bfloat16, CPU), reason="needs a CPU that computes in bfloat16")
 
 
 def prepared(model: GPT, precision: str, **options) -> GPT:
-    return for_inference(copy.deepcopy(model), precision, CPU, **{"int8": False, "packed": True} | options)
+    return prepare_for_inference(copy.deepcopy(model), precision, CPU, **{"int8": False, "packed": True} | options)
 
 
 ARGUMENTS = {
@@ -70,12 +70,12 @@ def test_a_packed_layer_applies_gelu_as_torch_does(approximate):
     torch.manual_seed(0)
     linear, x = nn.Linear(97, 61).requires_grad_(False), 3 * torch.randn(5, 97)
     layer = PackedLinear(linear)
-    layer.with_gelu(approximate)
+    layer.fuse_gelu(approximate)
     expected = nn.functional.gelu(x.double() @ linear.weight.double().T + linear.bias, approximate=approximate)
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU that multiplies 8-bit integers")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16, 70])
 def test_a_split_int8_layer_multiplies_16_bits_of_each_row_by_the_rounded_weight(rows, dtype):
@@ -119,12 +119,12 @@ def test_a_prepared_network_scores_as_the_plain_one(options):
     torch.testing.assert_close(prepared(model, "float32", int8=True)(idx), plain, atol=0.3, rtol=0)
 
 
-@pytest.mark.skipif(not can_split(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU that multiplies 8-bit integers")
 @torch.no_grad()
 def test_a_network_with_split_int8_layers_scores_as_one_with_plain_ones(monkeypatch):
     model, idx = network(), torch.randint(61, (3, 16))
     plain = prepared(model, "float32", int8=True)
-    monkeypatch.setattr(inference, "LARGE", 0)
+    monkeypatch.setattr(inference, "SPLIT_MIN_NUMEL", 0)
     split = prepared(model, "float32", int8=True)
     assert isinstance(split.lm_head, SplitInt8Linear)
     torch.testing.assert_close(split(idx), plain(idx), atol=2e-3, rtol=0)  # of logits that spread over 3
@@ -153,7 +153,7 @@ def test_a_compiled_decoder_writes_the_same_from_few_graphs():
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters
     counter.clear()
-    fast = decoder(for_inference(copy.deepcopy(model), "float32", CPU, int8=False, packed=False), compiled=True)
+    fast = build_decoder(prepared(model, "float32", packed=False), compiled=True)
     found = extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20, decoder=fast)
     assert found == extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20)
     assert counter["stats"]["unique_graphs"] == 2

@@ -10,8 +10,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from gptlab.model.generation.sampler import next_ids, row_seeds, uniform_numbers
-from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.config import SamplingConfig
+from gptlab.model.generation.sampler import row_seeds, sample_next_token, uniform_numbers
 
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
 SETTINGS = {
@@ -50,7 +50,8 @@ def test_draws_follow_the_distribution_that_transformers_makes(changes):
     seen = torch.zeros(many, 12, dtype=torch.bool)
     seen[:, [3, 7]] = True
     uniforms = uniform_numbers([0], many)[0]
-    drawn = next_ids(logits.expand(many, 12), seen, uniforms, Sampling(**settings)).bincount(minlength=12) / many
+    ids = sample_next_token(logits.expand(many, 12), seen, uniforms, SamplingConfig(**settings))
+    drawn = ids.bincount(minlength=12) / many
     assert torch.equal(drawn > 0, expected > 0)
     errors = (expected * (1 - expected) / many).sqrt()
     assert ((drawn - expected).abs() <= 4.5 * errors).all()  # 4.5 standard errors of each share
@@ -59,9 +60,9 @@ def test_draws_follow_the_distribution_that_transformers_makes(changes):
 def test_the_least_and_the_greatest_number_draw_what_can_be_drawn():
     logits = torch.tensor([[-1000.0, 0.0, 1.0, -1000.0]])
     uniforms = torch.tensor([0.0, 1 - 2**-24])  # all that float32 has from 0 to 1 lies between them
-    drawn = next_ids(logits.expand(2, 4), None, uniforms, Sampling(**PLAIN))
+    drawn = sample_next_token(logits.expand(2, 4), None, uniforms, SamplingConfig(**PLAIN))
     assert drawn.tolist() == [1, 2]
-    assert next_ids(logits, None, uniforms[:1], Sampling(**PLAIN | {"temperature": 0})).tolist() == [2]
+    assert sample_next_token(logits, None, uniforms[:1], SamplingConfig(**PLAIN | {"temperature": 0})).tolist() == [2]
 
 
 def test_the_numbers_of_a_row_are_its_own():

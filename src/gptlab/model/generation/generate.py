@@ -1,4 +1,4 @@
-"""Continue texts: every token computed once, its keys and values kept (Pope et al. 2023, section 2.1).
+"""Generation with a KV cache: each token is computed once (Pope et al. 2023, section 2.1).
 
 Shapes: B rows, P prompts (each for B / P rows), T time, S slots of the cache, V vocabulary.
 """
@@ -8,28 +8,28 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gptlab.model.generation.kv_cache import KVCache, Place
-from gptlab.model.generation.sampler import next_ids, uniform_numbers
-from gptlab.model.generation.sampling_config import Sampling
+from gptlab.model.config import SamplingConfig
+from gptlab.model.generation.kv_cache import CachePosition, KVCache
+from gptlab.model.generation.sampler import sample_next_token, uniform_numbers
 from gptlab.model.gpt import GPT
 
-Score = Callable[[Tensor, KVCache, Place], Tensor]  # as GPT.next_logits
+NextLogits = Callable[[Tensor, KVCache, CachePosition], Tensor]  # as GPT.next_logits
 
 
 class Decoder:
-    """Scores one token after the other.
+    """Computes the logits of one token after the other.
 
     Args:
-        score: ``next_logits`` of the network, or what computes the same.
-        bucket: The slots that are looked at are a multiple of this; a compiled ``score`` has a graph for each number.
+        next_logits: ``GPT.next_logits``, or what computes the same.
+        bucket: The slots attended over are a multiple of this; a compiled function has a graph for each multiple.
     """
 
-    def __init__(self, score: Score, bucket: int) -> None:
-        self.score, self.bucket = score, bucket
+    def __init__(self, next_logits: NextLogits, bucket: int) -> None:
+        self.next_logits, self.bucket = next_logits, bucket
 
 
 def plain_decoder(model: GPT) -> Decoder:
-    """Look at no slot that is not needed."""
+    """Returns a decoder that is not compiled and attends over no slot that is not needed."""
     return Decoder(model.next_logits, 1)
 
 
@@ -37,39 +37,39 @@ def plain_decoder(model: GPT) -> Decoder:
 def generate(
     model: GPT,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingConfig,
     *,
     seeds: Sequence[int],
     max_new_tokens: int,
     decoder: Decoder,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Continue prompts of any lengths, all at once.
+    """Continues prompts of any lengths, all at once.
 
-    A row depends on its prompt and its seed, and on no other row (but for how floating point rounds in batches of
-    different sizes). What grows past the block goes on from the last half of a block, computed anew; so does a prompt
-    that is longer than the block.
+    A row depends on its prompt and its seed, and on no other row (except for floating-point rounding in batches of
+    different sizes). A row that grows past ``block_size``, or a prompt that is longer, continues from its last
+    ``block_size // 2`` tokens, with the cache recomputed.
 
     Args:
-        model: Its training mode is restored in the end.
+        model: Its training mode is restored at the end.
         prompts: Token ids of P prompts, none of them empty.
         sampling: How to draw.
-        seeds: Of all rows, P times as many as each prompt is continued; those of a prompt follow each other.
-        max_new_tokens: How many tokens each row gains.
-        decoder: Of ``model``.
-        device: That the model computes on.
+        seeds: Seeds of all rows, P times the number of continuations of a prompt; those of a prompt are consecutive.
+        max_new_tokens: Number of new tokens of each row.
+        decoder: Decoder of ``model``.
+        device: Device of the model.
 
     Yields:
-        The next token id of every row (B,), on the device; nothing waits for it.
+        The next token id of every row (B,), on the device, without synchronization.
     """
     rows = _Rows(model, prompts, len(seeds) // len(prompts), max_new_tokens, decoder, device)
     uniforms = uniform_numbers(seeds, max_new_tokens).to(device)
-    seen = rows.seen() if sampling.repetition_penalty != 1 else None
+    seen = rows.seen_tokens() if sampling.repetition_penalty != 1 else None
     training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
-            ids = next_ids(rows.logits(), seen, uniforms[:, step], sampling)
+            ids = sample_next_token(rows.next_logits(), seen, uniforms[:, step], sampling)
             rows.append(ids)
             if seen is not None:
                 seen.scatter_(1, ids[:, None], True)
@@ -79,81 +79,82 @@ def generate(
 
 
 class _Rows:
-    """The rows so far, padded on their left, and what the cache has of them."""
+    """Token ids of the rows so far, padded on the left, and their cache."""
 
     def __init__(
         self,
         model: GPT,
         prompts: Sequence[Sequence[int]],
         copies: int,
-        more: int,
+        max_new_tokens: int,
         decoder: Decoder,
         device: torch.device,
     ) -> None:
         self.model, self.copies, self.decoder, self.device = model, copies, decoder, device
-        self.lengths = [len(prompt) for prompt in prompts]  # of what the model sees, of each prompt or row
+        self.lengths = [len(prompt) for prompt in prompts]  # of the context of each prompt or row
         self.end = max(self.lengths)  # tokens of the longest row
         padded = [[0] * (self.end - len(prompt)) + list(prompt) for prompt in prompts]
-        self.ids = torch.zeros((len(prompts), self.end + more), dtype=torch.long, device=device)
+        self.ids = torch.zeros((len(prompts), self.end + max_new_tokens), dtype=torch.long, device=device)
         self.ids[:, : self.end] = torch.tensor(padded)
         self.prompts = prompts
         block = model.config.block_size
-        self.room = min(block, -(-(self.end + more) // decoder.bucket) * decoder.bucket)
-        self.slots = torch.arange(self.room, device=device)
+        self.num_slots = min(block, -(-(self.end + max_new_tokens) // decoder.bucket) * decoder.bucket)
+        self.slots = torch.arange(self.num_slots, device=device)
         self.cache: KVCache | None = None
-        self.begins: Tensor | None = None
+        self.row_starts: Tensor | None = None
         self.next_slot = 0
 
-    def logits(self) -> Tensor:
-        """What follows every row (B, V)."""
+    def next_logits(self) -> Tensor:
+        """Scores the next token of every row (B, V)."""
         if self.cache is None:
-            self.cache = KVCache(self.model.config.n_layer, self.room)
-            logits = self._prefilled(self.cache)
+            self.cache = KVCache(self.model.config.n_layer, self.num_slots)
+            logits = self._prefill(self.cache)
             if self.copies > 1:
-                self._repeat(self.copies)
+                self._repeat_rows(self.copies)
             return logits.repeat_interleave(self.copies, dim=0)
-        if self.next_slot == self.room:
-            return self._prefilled(self.cache)
-        at, self.next_slot = self.next_slot, self.next_slot + 1
-        exactly = self.decoder.bucket == 1  # where it is not, that is the same for every token, as graphs want it
-        place = Place(self.slots[at : self.next_slot], self.begins, self._visible(self.next_slot), ends=exactly)
-        return self.decoder.score(self.ids[:, self.end - 1 : self.end], self.cache, place)
+        if self.next_slot == self.num_slots:
+            return self._prefill(self.cache)
+        slot, self.next_slot = self.next_slot, self.next_slot + 1
+        is_end = self.decoder.bucket == 1  # with buckets the same for every token, which a compiled graph needs
+        slots, num_slots = self.slots[slot : self.next_slot], self._bucketed(self.next_slot)
+        position = CachePosition(slots, self.row_starts, num_slots, is_end)
+        return self.decoder.next_logits(self.ids[:, self.end - 1 : self.end], self.cache, position)
 
     def append(self, ids: Tensor) -> None:
-        """Lengthen every row by one token (B,)."""
+        """Appends one token (B,) to every row."""
         self.ids[:, self.end] = ids
         self.end += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def seen(self) -> Tensor:
-        """Which tokens every row has (B, V)."""
+    def seen_tokens(self) -> Tensor:
+        """Returns which tokens every row has (B, V)."""
         seen = torch.zeros((len(self.prompts), self.model.config.known_vocab_size), dtype=torch.bool)
         for row, prompt in enumerate(self.prompts):
             seen[row, list(prompt)] = True
         return seen.to(self.device).repeat_interleave(self.copies, dim=0)
 
-    def _prefilled(self, cache: KVCache) -> Tensor:
-        """Compute all that the model sees of the rows; return what follows (B, V)."""
+    def _prefill(self, cache: KVCache) -> Tensor:
+        """Computes the whole context of the rows; returns the logits of their next tokens (B, V)."""
         block = self.model.config.block_size
         self.lengths = [length if length <= block else max(block // 2, 1) for length in self.lengths]
         width = max(self.lengths)
-        begins = torch.tensor([width - length for length in self.lengths])
-        self.begins = begins.to(self.device) if begins.any() else None
+        row_starts = torch.tensor([width - length for length in self.lengths])
+        self.row_starts = row_starts.to(self.device) if row_starts.any() else None
         self.next_slot = width
-        place = Place(self.slots[:width], self.begins, width, ends=True)
-        return self.model.next_logits(self.ids[:, self.end - width : self.end], cache, place)
+        position = CachePosition(self.slots[:width], self.row_starts, width, is_end=True)
+        return self.model.next_logits(self.ids[:, self.end - width : self.end], cache, position)
 
-    def _repeat(self, times: int) -> None:
-        """From here on, every row stands so many times, one after the other."""
+    def _repeat_rows(self, times: int) -> None:
+        """Repeats every row ``times`` times in a row."""
         assert self.cache is not None  # noqa: S101
-        self.cache, self.ids = self.cache.repeated(times), self.ids.repeat_interleave(times, dim=0)
-        self.begins = None if self.begins is None else self.begins.repeat_interleave(times, dim=0)
+        self.cache, self.ids = self.cache.repeat_rows(times), self.ids.repeat_interleave(times, dim=0)
+        self.row_starts = None if self.row_starts is None else self.row_starts.repeat_interleave(times, dim=0)
         self.lengths = [length for length in self.lengths for _ in range(times)]
 
-    def _visible(self, needed: int) -> int:
-        return min(self.room, -(-needed // self.decoder.bucket) * self.decoder.bucket)
+    def _bucketed(self, needed: int) -> int:
+        return min(self.num_slots, -(-needed // self.decoder.bucket) * self.decoder.bucket)
 
 
-def continued(rows: Iterator[Tensor]) -> Tensor:
-    """All tokens of ``generate`` (B, max_new_tokens)."""
-    return torch.stack(list(rows), dim=1)
+def collect_tokens(tokens: Iterator[Tensor]) -> Tensor:
+    """Returns all tokens of ``generate`` (B, max_new_tokens)."""
+    return torch.stack(list(tokens), dim=1)

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens so far, kept so that a token is computed once (Pope et al. 2023, section 2.1).
+"""KV cache: keys and values of earlier tokens, so that each token is computed once (Pope et al. 2023, section 2.1).
 
-Shapes: B batch, T time (of the tokens that are added), S slots, nh heads, hs head size.
+Shapes: B batch, T time (of the new tokens), S slots, nh heads, hs head size.
 """
 
 from typing import NamedTuple
@@ -9,51 +9,49 @@ import torch
 from torch import Tensor
 
 
-class Place(NamedTuple):
-    """Where tokens that are added go.
+class CachePosition(NamedTuple):
+    """Where new tokens go in the cache.
 
     Attributes:
-        slots: Of the tokens (T,), the same in every row; they follow each other.
-        begins: First slot (B,) of every row, where the rows begin at different ones; what lies before is not seen.
-        visible: Slots that are looked at, from the first on; those behind the tokens are not seen all the same.
-        ends: Whether the tokens are the last of the visible ones, so that nothing is behind them.
+        slots: Consecutive slots (T,) of the tokens, the same in every row.
+        row_starts: First slot (B,) of every row, where the rows start at different ones; earlier slots are masked.
+        num_slots: Slots attended over, from the first one; those after the tokens are masked.
+        is_end: Whether the tokens are in the last of these slots, so that none comes after them.
     """
 
     slots: Tensor
-    begins: Tensor | None
-    visible: int
-    ends: bool
+    row_starts: Tensor | None
+    num_slots: int
+    is_end: bool
 
     @property
     def positions(self) -> Tensor:
-        """Of the tokens in their rows (B or 1, T)."""
-        if self.begins is None:
+        """Positions of the tokens in their rows (B or 1, T)."""
+        if self.row_starts is None:
             return self.slots[None]
-        return (self.slots - self.begins[:, None]).clamp(min=0)
+        return (self.slots - self.row_starts[:, None]).clamp(min=0)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """What the tokens see of the slots (B or 1, 1, T, visible); None is causal and no more."""
-        if window is None and self.begins is None and self.ends and len(self.slots) in {1, self.visible}:
+        """Returns which slots the tokens see (B or 1, 1, T, num_slots); None is plain causal attention."""
+        if window is None and self.row_starts is None and self.is_end and len(self.slots) in {1, self.num_slots}:
             return None
-        keys, tokens = torch.arange(self.visible, device=self.slots.device), self.slots[:, None]
-        seen = keys <= tokens
+        keys, tokens = torch.arange(self.num_slots, device=self.slots.device), self.slots[:, None]
+        visible = keys <= tokens
         if window is not None:
-            seen = seen & (tokens - keys < window)
-        if self.begins is None:
-            return seen[None, None]
-        # a slot before the row's first sees itself, or its softmax would have nothing to go over
-        return ((seen & (keys >= self.begins[:, None, None])) | (keys == tokens))[:, None]
+            visible = visible & (tokens - keys < window)
+        if self.row_starts is None:
+            return visible[None, None]
+        # a slot before the row's first one sees itself, since a softmax over nothing is NaN
+        return ((visible & (keys >= self.row_starts[:, None, None])) | (keys == tokens))[:, None]
 
 
-def cache_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Type in which keys and values of ``dtype`` are kept: a CPU attends over float32 faster, and it holds the same."""
+def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Returns the type in which keys and values of ``dtype`` are kept: on a CPU, attention is faster in float32."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 class LayerCache:
-    """One block's keys and values (B, nh, S, hs): their device and heads are those that come from the block.
-
-    A plain class, since FSDP casts and copies the tensors that it finds in the tuples a block is called with.
+    """Keys and values (B, nh, S, hs) of one block, allocated by the first update.
 
     Args:
         slots: S.
@@ -64,17 +62,17 @@ class LayerCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def extended(self, k: Tensor, v: Tensor, place: Place) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, nh, T, hs) at ``place``; return those of all slots that are visible from it."""
+    def update(self, k: Tensor, v: Tensor, position: CachePosition) -> tuple[Tensor, Tensor]:
+        """Writes keys and values (B, nh, T, hs) at ``position``; returns those of all slots attended over."""
         if self.keys is None or self.values is None:
-            shape, dtype = (*k.shape[:2], self.slots, k.size(3)), cache_type(k.dtype, k.device)
+            shape, dtype = (*k.shape[:2], self.slots, k.size(3)), cache_dtype(k.dtype, k.device)
             self.keys, self.values = k.new_zeros(shape, dtype=dtype), v.new_zeros(shape, dtype=dtype)
-        self.keys.index_copy_(2, place.slots, k.to(self.keys.dtype))
-        self.values.index_copy_(2, place.slots, v.to(self.values.dtype))
-        return self.keys[:, :, : place.visible], self.values[:, :, : place.visible]
+        self.keys.index_copy_(2, position.slots, k.to(self.keys.dtype))
+        self.values.index_copy_(2, position.slots, v.to(self.values.dtype))
+        return self.keys[:, :, : position.num_slots], self.values[:, :, : position.num_slots]
 
-    def repeated(self, times: int) -> "LayerCache":
-        """A cache in which every row stands so many times, one after the other."""
+    def repeat_rows(self, times: int) -> "LayerCache":
+        """Returns a cache with every row repeated ``times`` times in a row."""
         other = LayerCache(self.slots)
         if self.keys is not None and self.values is not None:
             other.keys, other.values = (kept.repeat_interleave(times, dim=0) for kept in (self.keys, self.values))
@@ -82,7 +80,7 @@ class LayerCache:
 
 
 class KVCache:
-    """Room for the keys and values of every block, taken once, when the first come.
+    """Keys and values of every block.
 
     Args:
         layers: L.
@@ -92,8 +90,8 @@ class KVCache:
     def __init__(self, layers: int, slots: int) -> None:
         self.layers = [LayerCache(slots) for _ in range(layers)]
 
-    def repeated(self, times: int) -> "KVCache":
-        """A cache in which every row stands so many times, one after the other."""
+    def repeat_rows(self, times: int) -> "KVCache":
+        """Returns a cache with every row repeated ``times`` times in a row."""
         other = KVCache(0, 0)
-        other.layers = [layer.repeated(times) for layer in self.layers]
+        other.layers = [layer.repeat_rows(times) for layer in self.layers]
         return other

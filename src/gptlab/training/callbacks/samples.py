@@ -7,9 +7,9 @@ from pathlib import Path
 import lightning as L
 
 from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
-from gptlab.model.generation.generate import continued, generate, plain_decoder
+from gptlab.model.config import SamplingConfig
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
-from gptlab.model.generation.sampling_config import Sampling
 from gptlab.training.config import SamplesConfig
 from gptlab.training.distributed.strategies import any_length
 from gptlab.training.module import GPTModule, derive_seed
@@ -33,7 +33,7 @@ class Samples(L.Callback):
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
         self.config, self.tokenizer, self.folder, self.seed = config, tokenizer, folder, seed
-        self.sampling = Sampling(
+        self.sampling = SamplingConfig(
             temperature=config.temperature, top_k=config.top_k, top_p=None, min_p=None, repetition_penalty=1
         )
         self.latest: list[str] = []
@@ -54,7 +54,7 @@ class Samples(L.Callback):
                 decoder=plain_decoder(pl_module.model),
                 device=device,
             )
-            texts = continued(rows).tolist()
+            texts = collect_tokens(rows).tolist()
         self.latest = [self.tokenizer.decode(prompt + text).removeprefix(END_OF_TEXT) for text in texts]
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)

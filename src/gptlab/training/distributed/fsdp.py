@@ -84,7 +84,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for block in model.h:
             wrap(block, reshard_after_forward=self.config.reshard_after_forward)
         wrap(model, reshard_after_forward=False)  # the backward pass begins with it
-        for name in ("loss", "nats", "next_logits"):
+        for name in ("loss", "token_losses", "next_logits"):
             register_fsdp_forward_method(model, name)
 
     def model_to_device(self) -> None:

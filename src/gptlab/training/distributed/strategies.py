@@ -51,7 +51,7 @@ def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *,
         for block in model.h:
             block.compile(**options)
     else:
-        for name in ("loss", "nats"):
+        for name in ("loss", "token_losses"):
             setattr(model, name, torch.compile(getattr(model, name), **options))
 
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from gptlab.model.attention import Mix
 from gptlab.model.gpt import GPT, Block
+from gptlab.model.modern import WeightedSum
 
 
 def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
@@ -34,11 +34,11 @@ def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
             "mlp.c_fc": ColwiseParallel(),
             "mlp.c_proj": RowwiseParallel(),
         }
-        plan |= {name: ReplicatedLayer() for name, part in block.named_children() if isinstance(part, Mix)}
+        plan |= {name: ReplicatedLayer() for name, part in block.named_children() if isinstance(part, WeightedSum)}
         parallelize_module(block, mesh, plan)
         cast(Block, block).attn.c_attn.register_forward_hook(lambda _, __, qkv: _own_heads(qkv, heads))
     whole: dict[str, ParallelStyle] = {name: ReplicatedLayer() for name in ("wte", "ln_f", "lm_head")}
-    whole |= {name: ReplicatedLayer() for name in ("wpe", "ln_e") if getattr(model, name) is not None}
+    whole |= {name: ReplicatedLayer() for name in ("wpe", "ln_e") if getattr(model, name, None) is not None}
     parallelize_module(model, mesh, whole)
     if model.config.tie_weights:
         model.lm_head.weight = model.wte.weight

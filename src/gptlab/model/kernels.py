@@ -1,0 +1,69 @@
+"""Attention kernels, and what chooses between them.
+
+Shapes: B batch, T time (of the queries), S time of the keys, nh heads, hs head size.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+SHORT_SEQUENCE = 256  # keys; up to here the attention weights of a head fit a core's cache
+Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's own; None is plain causal attention
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
+    """Computes attention of q (B, nh, T, hs) over k and v (B, nh, S, hs) with the fastest kernel for these inputs.
+
+    One query, T = 1, is that of the last key: without a mask it attends to all of them.
+    """
+    if isinstance(mask, BlockMask):
+        return _flex_attention(q.is_cuda)(q, k, v, block_mask=mask)
+    if q.dtype != k.dtype:  # the cache may keep a wider type, which is computed in
+        return attend(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)
+    is_single_token = q.size(2) == 1
+    if q.device.type == "cpu" and q.dtype == torch.float32:
+        if is_single_token and q.size(0) > 1:
+            return _single_token_attention(q, k, v, mask, dropout)
+        if not is_single_token and k.size(2) <= SHORT_SEQUENCE:
+            return _materialized_attention(q, k, v, mask, dropout)
+    is_causal = mask is None and not is_single_token
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
+    """Returns the attention weights (B, nh, T, S), which the kernels of ``attend`` do not return."""
+    if isinstance(mask, BlockMask):
+        mask = create_mask(mask.mask_mod, mask.shape[0], None, q.size(2), k.size(2), device=q.device)
+    return F.softmax(_masked(q @ k.transpose(2, 3) * q.size(-1) ** -0.5, mask), dim=-1)
+
+
+def _materialized_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Computes attention with all of its weights at once (Vaswani et al. 2017, equation 1).
+
+    torch's kernel for the CPU makes many small products, which oneDNN is slow to start.
+    """
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v
+
+
+def _single_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """The same for the last token of every row, as matrix-vector products that leave the cache untransposed."""
+    scores = (k @ (q * q.size(-1) ** -0.5).transpose(2, 3)).transpose(2, 3)  # (B, nh, 1, S)
+    if mask is not None:
+        scores = _masked(scores, mask)
+    return F.dropout(F.softmax(scores, dim=-1), dropout) @ v
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        mask = torch.ones(*scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    return scores.masked_fill(~mask, -torch.inf)
+
+
+@cache
+def _flex_attention(compiled: bool) -> Any:
+    """Returns FlexAttention, which skips the blocks that a mask leaves empty only when it is compiled."""
+    return torch.compile(flex_attention) if compiled else flex_attention

@@ -1,0 +1,176 @@
+"""What has been found since GPT-2, each an option of ``GPTConfig``; the papers are named there.
+
+Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptlab.model.attention import AttentionContext, CausalSelfAttention, rotate
+from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.gpt import GPT, MLP
+from gptlab.model.kernels import attention_weights
+from gptlab.model.loss import LogitSettings
+
+
+def build_gpt(config: GPTConfig) -> GPT:
+    """Builds the model of a configuration: ``GPT`` where it is GPT-2, otherwise ``ModernGPT``."""
+    return GPT(config) if config.is_gpt2 else ModernGPT(config)
+
+
+def meta_gpt(config: GPTConfig) -> GPT:
+    """Builds a model on the meta device, whose parameters take no memory, for ``GPT.load_weights``."""
+    with torch.device("meta"):
+        return build_gpt(config)
+
+
+class ReLUSquared(nn.Module):
+    """Squared ReLU (So et al. 2021, Primer, section 4.1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies it to every element; same shape."""
+        return F.relu(x).square()
+
+
+class WeightedSum(nn.Module):
+    """Sum of tensors of one shape, each with a learned scalar weight."""
+
+    def __init__(self, *initial: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(initial))
+
+    def forward(self, *terms: Tensor) -> Tensor:
+        """Sums as many terms as there are weights."""
+        return sum(weight * term for weight, term in zip(self.weight.unbind(), terms, strict=True))  # type: ignore[return-value]
+
+
+class ModernAttention(CausalSelfAttention):
+    """Attention with a window, QK-norm, rotary positions, and other values mixed into its own."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.uses_window, self.qk_norm = not config.is_global(layer), config.qk_norm
+        extra = config.num_extra_values(layer)
+        self.mix_values = WeightedSum(*[0.5] * (1 + extra)) if extra else None  # modded-nanogpt's weights
+
+    def forward(  # type: ignore[override]  # takes values, and returns its own
+        self, x: Tensor, ctx: AttentionContext, extra_values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Attends, with ``extra_values`` (B, T, C) mixed into the block's own values.
+
+        Returns:
+            The output, and the values before mixing; both (B, T, C).
+        """
+        q, k, values = self.c_attn(x).chunk(3, dim=2)
+        v = values if self.mix_values is None else self.mix_values(values, *extra_values)
+        q, k = self.queries_and_keys(q, k, ctx)
+        return self.attend(q, k, self.split_heads(v), ctx), values
+
+    def queries_and_keys(self, q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
+        """Normalizes and rotates queries and keys (B, T, C) by heads: (B, nh, T, hs)."""
+        q, k = self.split_heads(q), self.split_heads(k)
+        if self.qk_norm:
+            q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON) for part in (q, k))
+        if ctx.rotary is not None:
+            q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
+        return q, k
+
+    def weights(self, x: Tensor, ctx: AttentionContext) -> Tensor:
+        """Returns the attention weights (B, nh, T, T) of a pass without a cache."""
+        q, k, _ = self.c_attn(x).chunk(3, dim=2)
+        return attention_weights(*self.queries_and_keys(q, k, ctx), self.mask(ctx))
+
+
+class ModernBlock(nn.Module):
+    """Pre-norm residual block that adds skip connections to its input."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.mix_skip = WeightedSum(1.0) if config.has_skip(layer) else None
+        self.mix_x0 = WeightedSum(1.0, 0.0) if config.x0_skips else None
+        self.ln_1 = _norm(config)
+        self.attn = ModernAttention(config, layer)
+        self.ln_2 = _norm(config)
+        self.mlp = MLP(config)
+        if config.activation == "relu_squared":
+            self.mlp.act = ReLUSquared()
+
+    def forward(
+        self, x: Tensor, ctx: AttentionContext, x0: Tensor, skip: Tensor | None, extra_values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Transforms the residual stream.
+
+        FSDP finds the tensors that need a gradient among these arguments, so they are no part of ``ctx``.
+
+        Args:
+            x: Output of the previous block (B, T, C).
+            ctx: Attention context of the forward pass.
+            x0: Embedding (B, T, C), for ``x0_skips``.
+            skip: Output (B, T, C) of the mirrored block of the first half, for ``unet_skips``.
+            extra_values: Values (B, T, C) to mix into the block's own.
+
+        Returns:
+            The output, and the block's own values; both (B, T, C).
+        """
+        if self.mix_skip is not None and skip is not None:
+            x = x + self.mix_skip(skip)
+        if self.mix_x0 is not None:
+            x = self.mix_x0(x, x0)
+        y, values = self.attn(self.ln_1(x), ctx, extra_values)
+        x = x + y
+        x = x + self.mlp(self.ln_2(x))
+        return x, values
+
+
+class ModernGPT(GPT):
+    """GPT with any options; see ``GPT``."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        nn.Module.__init__(self)  # modules in their own order, which is that of the parameters and the random draws
+        self.config = config
+        self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
+        rows = config.padded_vocab_size
+        self.wte = nn.Embedding(rows, config.n_embd)
+        wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
+        self.register_module("wpe", wpe)
+        self.ln_e = _norm(config) if config.embedding_norm else None
+        self.value_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for _ in range(config.value_embeddings))
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))
+        self.ln_f = _norm(config)
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.tie_weights()
+        self.init_weights()
+
+    def hidden_states(self, idx: Tensor, ctx: AttentionContext) -> Tensor:
+        """Returns the input (B, T, C) of the head."""
+        config = self.config
+        value_embeds = [embed(idx) for embed in self.value_embeds]  # (B, T, C) each
+        x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(ctx.positions)
+        x = x0 = self.drop(x if self.ln_e is None else self.ln_e(x))
+        first_values: tuple[Tensor, ...] = ()  # of the first block
+        outputs: list[Tensor] = []  # of the first half of the blocks
+        for layer, block in enumerate(self.h):
+            number = config.value_embedding(layer)
+            extra_values = first_values if number is None else (*first_values, value_embeds[number])
+            skip = outputs.pop() if config.has_skip(layer) else None
+            x, values = self.run_block(block, x, ctx, x0, skip, extra_values)
+            if config.value_residual and layer == 0:
+                first_values = (values,)
+            if config.unet_skips and layer < config.n_layer // 2:
+                outputs.append(x)
+        return self.ln_f(x)
+
+    def init_parameter(self, name: str, parameter: Tensor) -> None:
+        """Initializes as GPT-2; with ``zero_init``, projections and an untied head are 0."""
+        if self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
+            nn.init.zeros_(parameter)
+        else:
+            super().init_parameter(name, parameter)
+
+
+def _norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
+    return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
