@@ -4,9 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split
@@ -29,7 +29,7 @@ from gptlab.tracking.run_directory import load_config
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
     """Do the one thing that is asked for."""
-    config = check(PrepareCommand, plain(values))
+    config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
         _replay(Path(config.replay).expanduser(), config.step)
     elif config.convert is not None:

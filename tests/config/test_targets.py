@@ -7,7 +7,7 @@ from canary import Canary
 from gptlab.config.command import configuration_folder
 from gptlab.config.targets import checked_targets
 from gptlab.errors import UserError
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 
 
 def composed(*overrides: str):
@@ -96,7 +96,7 @@ def test_no_command_calls_what_it_is_given(user, content, file, arguments):
     done = user.python("gptlab.train", *(argument.format(path=path) for argument in arguments), "model.n_layer=abc")
     assert "=os.mkdir is refused: a configuration can" in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert not path.exists()
 
 
@@ -106,6 +106,6 @@ def test_hydra_s_flag_that_unpickles_is_refused(user, flag):
     canary.write(user.folder / "config.pickle", "bare")
     done = user.python("gptlab.train", flag, "config.pickle")
     assert "--experimental-rerun=config.pickle is refused: it would unpickle the file" in done.stderr
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert not canary.was_run()
     assert not (user.folder / "outputs").exists()

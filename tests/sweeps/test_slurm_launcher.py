@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptlab.errors import UserError
-from gptlab.exit_codes import DONE, FAILED, MISTAKEN, PREEMPTED
+from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED, PREEMPTED
 from gptlab.sweeps import slurm_launcher
 from gptlab.sweeps.config import SlurmConfig
 from gptlab.sweeps.slurm_launcher import Cluster, TrialJob
@@ -31,7 +31,7 @@ def test_a_mistake_is_a_result(monkeypatch, capsys):
         raise UserError("no data")
 
     monkeypatch.setattr(slurm_launcher, "run_file", refused)
-    assert TrialJob(Path("job.json"))() == MISTAKEN
+    assert TrialJob(Path("job.json"))() == CONFIG_ERROR
     assert "no data" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ import yaml
 from pydantic import PositiveFloat
 
 from gptlab.benchmarks.measuring import Part, Sample, Way, in_turns, timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
 
@@ -26,7 +26,7 @@ NANOGPT = (
 ITS_LOSS = re.compile(r"^step 2000: .*val loss ([0-9.]+)$", re.MULTILINE)
 
 
-class SpeedrunBench(Settings):
+class SpeedrunBench(FrozenConfig):
     """The runs to make; see conf/bench.yaml.
 
     Attributes:

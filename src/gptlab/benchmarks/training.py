@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from pydantic import PositiveInt
 
 from gptlab.benchmarks.measuring import Part, Sample, Way, in_turns, timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.model.config import GPTConfig
 
 STEPS = "gptlab.benchmarks.steps"
 
 
-class StepsOfModel(Settings):
+class StepsOfModel(FrozenConfig):
     """A model to train for some steps; see conf/bench.yaml.
 
     Attributes:
@@ -29,7 +29,7 @@ class StepsOfModel(Settings):
     steps: PositiveInt
 
 
-class TrainBench(Settings):
+class TrainBench(FrozenConfig):
     """The models to train."""
 
     characters: StepsOfModel

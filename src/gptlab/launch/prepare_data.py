@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import Work
@@ -53,7 +53,7 @@ def _bar() -> Iterator[Progress]:
         yield bar
 
 
-class WorkConfig(Settings):
+class WorkConfig(FrozenConfig):
     """Who prepares; see ``gptlab.data.prepare.prepare.Work``."""
 
     workers: PositiveInt | None
@@ -67,7 +67,7 @@ class WorkConfig(Settings):
         return self
 
 
-class PrepareCommand(Settings):
+class PrepareCommand(FrozenConfig):
     """What ``python -m gptlab.prepare`` is asked for; see conf/prepare.yaml."""
 
     data: DataConfig

@@ -1,26 +1,27 @@
-"""One training run, from a complete configuration to its run directory."""
+"""One training run in this process: builds the module, the run directory, the callbacks and the Trainer, and fits."""
 
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
+from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import Prepared
 from gptlab.evaluation.hellaswag import read_once
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
-from gptlab.launch.run_forecast import Expectation
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import adapt
 from gptlab.pretrained.nanogpt import taken_over
 from gptlab.pretrained.source import path_of
 from gptlab.pretrained.weights import load_weights
-from gptlab.sweeps.sweep_store import is_pruned
 from gptlab.tracking.console import announce, replay_command, say_stopped, summarise
 from gptlab.tracking.loggers import build_loggers
 from gptlab.tracking.logs import log_to_file, quieten_lightning, stop_log
@@ -29,7 +30,6 @@ from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import SAMPLES
 from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.attach import connect_wandb
-from gptlab.training.auto import loss_chunk
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import Trace
 from gptlab.training.callbacks.garbage_collection import Garbage
@@ -44,7 +44,7 @@ from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.checkpoints.records import Facts, clear, place_of, step_of
 from gptlab.training.checkpoints.writing import CheckpointFiles
 from gptlab.training.config import CheckpointConfig
-from gptlab.training.datamodule import TokenData
+from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import Devices, choose_devices, prepare_kernels
 from gptlab.training.distributed.clusters import cluster_environment
 from gptlab.training.distributed.process_group import join_group, on_first_rank
@@ -54,15 +54,59 @@ from gptlab.training.module import GPTModule
 from gptlab.training.null_profiler import Unprofiled
 
 
-def run(config: Config, prepared: Prepared, place: Path | None) -> int:
-    """Train, and leave a run directory behind.
+class RunContext(NamedTuple):
+    """What extra callbacks may need of a run.
+
+    Attributes:
+        config: The completed configuration.
+        manifest: Of its data.
+        devices: What it computes on.
+        run_dir: Its directory.
+        recorder: Its metrics callback, which knows the tokens seen.
+    """
+
+    config: RunConfig
+    manifest: Manifest
+    devices: Devices
+    run_dir: Path
+    recorder: Recorder
+
+
+class ExtraCallback(L.Callback):
+    """Base of the callbacks that packages above ``launch`` add to a run.
+
+    Attributes:
+        pruned: Whether it has ended the run early, which then exits with ``PRUNED``.
+    """
+
+    pruned = False
+
+    def summary(self, trainer: L.Trainer) -> dict[str, str]:
+        """Returns rows for the table that ends a run; called on every rank when training is done."""
+        return {}
+
+
+ExtraCallbacks = Callable[[RunContext], Sequence[ExtraCallback]]
+
+
+def train_run(
+    config: RunConfig,
+    prepared: Prepared,
+    plan: BatchPlan | None,
+    run_dir: Path | None,
+    *,
+    extra_callbacks: ExtraCallbacks,
+) -> int:
+    """Trains, and leaves a run directory behind.
 
     Every rank calls this. Nothing is written before everything that can be checked has been.
 
     Args:
-        config: Complete, with the vocabulary.
+        config: Completed by ``gptlab.launch.launcher.preflight``.
         prepared: The data.
-        place: The run directory, where a sweep has set one apart.
+        plan: The batch plan; None if it depends on the number of devices of this machine.
+        run_dir: The run directory that a sweep has assigned; None names one by the time.
+        extra_callbacks: Returns the callbacks of packages above this one, on each rank.
 
     Returns:
         The exit status.
@@ -71,29 +115,36 @@ def run(config: Config, prepared: Prepared, place: Path | None) -> int:
         UserError: Devices, a checkpoint or a login are missing, or another process writes the run.
     """
     with RunLock() as lock:
-        return _run(config, prepared, place, lock)
+        return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
 
 
-def _run(config: Config, prepared: Prepared, place: Path | None, lock: RunLock) -> int:
+def _train(
+    config: RunConfig,
+    prepared: Prepared,
+    plan: BatchPlan | None,
+    assigned_dir: Path | None,
+    lock: RunLock,
+    extra_callbacks: ExtraCallbacks,
+) -> int:
     quieten_lightning()
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices, Path(config.data.cache_dir))
-    shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
-    plan = config.train.plan(shares)
+    if plan is None:
+        plan = config.train.plan(config.trainer.data_parallel(devices.devices, devices.num_nodes))
     join_group(devices)
-    checkpoint = on_first_rank(lambda: _checkpoint(config, lock))
+    checkpoint = on_first_rank(lambda: _find_checkpoint(config, lock))
     module = build_module(config, prepared, devices)
-    directory = on_first_rank(lambda: _directory(config, prepared, place, module.model, lock))
+    run_dir = on_first_rank(lambda: _open_run_dir(config, prepared, assigned_dir, module.model, lock))
     if config.resume_from_nanogpt:
-        checkpoint = on_first_rank(lambda: newest_checkpoint(directory))
+        checkpoint = on_first_rank(lambda: newest_checkpoint(run_dir))
     is_first = is_first_rank()
-    handler = log_to_file(directory / LOG) if is_first else logging.NullHandler()
+    handler = log_to_file(run_dir / LOG) if is_first else logging.NullHandler()
     try:
-        announce(config, prepared.manifest, devices, plan, directory)
-        expected = Expectation(directory, config, prepared.manifest, devices) if is_first else None
-        recorder = build_recorder(config, devices)
-        trainer = build_trainer(config, prepared, devices, plan, directory, recorder, checkpoint)
-        data = TokenData(
+        announce(config, prepared.manifest, devices, plan, run_dir)
+        recorder = build_metrics_callback(config, devices)
+        extra = extra_callbacks(RunContext(config, prepared.manifest, devices, run_dir, recorder))
+        trainer = build_trainer(config, prepared, devices, plan, run_dir, recorder, checkpoint, extra)
+        data = TokenDataModule(
             prepared,
             config.data,
             plan=plan,
@@ -102,92 +153,82 @@ def _run(config: Config, prepared: Prepared, place: Path | None, lock: RunLock) 
             eval_windows=config.train.eval_windows,
         )
         timeout = config.trainer.hang_timeout
-        with Watchdog(trainer, timeout, directory / STACKS) if timeout else contextlib.nullcontext():
+        with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             connect_wandb(trainer, recorder)
-            _fit(trainer, module, data, checkpoint, directory)
-        status = PRUNED if _was_pruned(trainer) else DONE
-        if expected:
-            summarise(config, directory, recorder, trainer, expected.outcome(recorder, trainer))
-            end_state(directory, status)
+            _fit(trainer, module, data, checkpoint, run_dir)
+        status = PRUNED if any(callback.pruned for callback in extra) else DONE
+        rows = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
+        if is_first:
+            summarise(config, run_dir, recorder, trainer, rows)
+            end_state(run_dir, status)
         return status
     except Preempted:
-        say_stopped("Stopped by a signal", directory, trainer.global_step)
+        say_stopped("Stopped by a signal", run_dir, trainer.global_step)
         if is_first:
-            end_state(directory, PREEMPTED)
+            end_state(run_dir, PREEMPTED)
         return PREEMPTED
     except BaseException as error:
         if is_first:
-            end_state(directory, status_of(error), str(error) or type(error).__name__)
+            end_state(run_dir, status_of(error), str(error) or type(error).__name__)
         raise
     finally:
         stop_log(handler)
 
 
-def _fit(trainer: L.Trainer, module: GPTModule, data: TokenData, checkpoint: Path | None, directory: Path) -> None:
-    """Train; an interrupt stays one, which Lightning would turn into exit status 1."""
+def _fit(trainer: L.Trainer, module: GPTModule, data: TokenDataModule, checkpoint: Path | None, run_dir: Path) -> None:
+    """Calls ``Trainer.fit``; an interrupt stays one, which Lightning would turn into exit status 1."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (SystemExit, KeyboardInterrupt):
         if trainer.interrupted:
-            say_stopped("Interrupted", directory, trainer.global_step)
+            say_stopped("Interrupted", run_dir, trainer.global_step)
             raise KeyboardInterrupt from None
         raise
 
 
-def build_module(config: Config, prepared: Prepared, devices: Devices) -> GPTModule:
-    """Build the network, the same on every rank, and what trains it."""
+def build_module(config: RunConfig, prepared: Prepared, devices: Devices) -> GPTModule:
+    """Builds the model, the same on every rank, and the module that trains it."""
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     if config.init_from:
         load_weights(model, path_of(config.init_from))
     if config.lora:
         adapt(model, config.lora)
-    return GPTModule(
-        model,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        max_steps=config.steps,
-        grad_clip=config.train.grad_clip,
-        ema_decay=config.train.ema_decay,
-        seed=config.seed,
-        token_bytes=torch.from_numpy(prepared.tokenizer.token_bytes()),
-        compile=devices.compile,
-        compile_mode=config.train.compile_mode,
-        micro_batch_sizes=len(config.train.stages.sizes),
-        loss_chunk=loss_chunk(config.train.loss_chunk, config.model),
-    )
+    token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes())
+    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile)
 
 
 def build_trainer(
-    config: Config,
+    config: RunConfig,
     prepared: Prepared,
     devices: Devices,
     plan: BatchPlan,
-    directory: Path,
+    run_dir: Path,
     recorder: Recorder,
     checkpoint: Path | None,
+    extra_callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Build Lightning's Trainer with the run's callbacks and loggers."""
-    wanted = config.callbacks.checkpoint
-    files = _checkpoint_files(wanted)
+    """Builds Lightning's Trainer with the run's callbacks and loggers."""
+    checkpointing = config.callbacks.checkpoint
+    checkpoint_io = _build_checkpoint_io(checkpointing)
     return L.Trainer(
         accelerator=devices.accelerator,
         devices=devices.devices,
         num_nodes=devices.num_nodes,
-        strategy=build_strategy(config.trainer, plan, devices, sharded_checkpoints=_is_sharded(wanted)),
+        strategy=build_strategy(config.trainer, plan, devices, sharded_checkpoints=_is_sharded(checkpointing)),
         precision=devices.precision,  # type: ignore[arg-type]  # one of Lightning's names, checked by the schema
-        plugins=[cluster_environment(), files],
-        default_root_dir=directory,
+        plugins=[cluster_environment(), checkpoint_io],
+        default_root_dir=run_dir,
         max_steps=config.steps,
         max_epochs=-1,
         accumulate_grad_batches=plan.accumulation,
         val_check_interval=config.train.eval_every * plan.accumulation,  # Lightning counts micro-batches here
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        callbacks=_callbacks(config, prepared, directory, recorder, files),
-        logger=build_loggers(config, directory, step_of(checkpoint) if checkpoint else None),
-        profiler=_profiler(config, directory),
-        enable_checkpointing=wanted is not None,
+        callbacks=_build_callbacks(config, prepared, run_dir, recorder, checkpoint_io, extra_callbacks),
+        logger=build_loggers(config, run_dir, step_of(checkpoint) if checkpoint else None),
+        profiler=_build_profiler(config, run_dir),
+        enable_checkpointing=checkpointing is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -195,18 +236,23 @@ def build_trainer(
     )
 
 
-def _callbacks(
-    config: Config, prepared: Prepared, directory: Path, recorder: Recorder, files: CheckpointFiles
+def _build_callbacks(
+    config: RunConfig,
+    prepared: Prepared,
+    run_dir: Path,
+    recorder: Recorder,
+    checkpoint_io: CheckpointFiles,
+    extra_callbacks: Sequence[L.Callback],
 ) -> list[L.Callback]:
-    """Build what happens around the steps, in the order in which it does."""
+    """Builds the callbacks in the order in which Lightning calls them."""
     pulse, wanted = Pulse(), config.callbacks
-    guard = Guard(pulse, config.train, replay_command(directory))
+    guard = Guard(pulse, config.train, replay_command(run_dir))
     recorder.counts.append(guard.counts)
     callbacks: list[L.Callback] = [pulse, recorder, guard]
     if wanted.trace:  # before the checkpoints: each has its line
-        callbacks.append(Trace(directory / TRACE, wanted.trace.every))
+        callbacks.append(Trace(run_dir / TRACE, wanted.trace.every))
     if wanted.samples:
-        callbacks.append(Samples(wanted.samples, prepared.tokenizer, directory / SAMPLES, config.seed))
+        callbacks.append(Samples(wanted.samples, prepared.tokenizer, run_dir / SAMPLES, config.seed))
     if wanted.hellaswag:
         examples = read_once(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
         callbacks.append(HellaSwag(wanted.hellaswag, examples, config.train.eval_every, config.steps, recorder.tokens))
@@ -216,36 +262,27 @@ def _callbacks(
     checkpoints = None
     if wanted.checkpoint:
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
-        checkpoints = Checkpoints(files, directory / CHECKPOINTS, every=every, eval_every=eval_every)
+        checkpoints = Checkpoints(checkpoint_io, run_dir / CHECKPOINTS, every=every, eval_every=eval_every)
         callbacks.append(checkpoints)
-    if is_pruned(directory):
-        from gptlab.sweeps.pruning import Pruning  # with Optuna
-
-        callbacks.append(Pruning(directory, recorder))
-    return [*callbacks, Preemption(pulse, checkpoints), Garbage()]
+    return [*callbacks, *extra_callbacks, Preemption(pulse, checkpoints), Garbage()]
 
 
-def _was_pruned(trainer: L.Trainer) -> bool:
-    """Whether its sweep has ended the run."""
-    return any(getattr(callback, "pruned", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-
-
-def _directory(config: Config, prepared: Prepared, place: Path | None, model: GPT, lock: RunLock) -> Path:
-    """Create and lock the run directory, or record the configuration with which an earlier run is resumed."""
+def _open_run_dir(config: RunConfig, prepared: Prepared, assigned_dir: Path | None, model: GPT, lock: RunLock) -> Path:
+    """Creates and locks the run directory; on a resume, records the configuration in that of the earlier run."""
     if config.resume:
         record(config, Path(config.resume))
         return Path(config.resume)
     if config.resume_from_nanogpt is None:
-        return create(config, prepared.manifest, place, lock)
+        return create(config, prepared.manifest, assigned_dir, lock)
     checkpoint = taken_over(Path(config.resume_from_nanogpt), config, model)
-    directory = create(config, prepared.manifest, place, lock)
+    run_dir = create(config, prepared.manifest, assigned_dir, lock)
     facts = Facts(step=checkpoint["global_step"], val_loss=None, evaluation_due=False)
-    _checkpoint_files(None).save_checkpoint(checkpoint, place_of(directory / CHECKPOINTS, facts.step), facts)
-    return directory
+    _build_checkpoint_io(None).save_checkpoint(checkpoint, place_of(run_dir / CHECKPOINTS, facts.step), facts)
+    return run_dir
 
 
-def _checkpoint(config: Config, lock: RunLock) -> Path | None:
-    """Lock an earlier run and find its newest checkpoint; None for a new run."""
+def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:
+    """Locks an earlier run and finds its newest checkpoint; None for a new run."""
     if config.resume is None:
         return None
     lock.acquire(Path(config.resume))
@@ -253,21 +290,21 @@ def _checkpoint(config: Config, lock: RunLock) -> Path | None:
     return newest_checkpoint(Path(config.resume))
 
 
-def _checkpoint_files(config: CheckpointConfig | None) -> CheckpointFiles:
-    """Build what reads checkpoints and, where the run is saved, writes them."""
+def _build_checkpoint_io(config: CheckpointConfig | None) -> CheckpointFiles:
+    """Builds what reads checkpoints and, if the run is saved, writes them."""
     if config is None:
         return CheckpointFiles(keep_last=1, keep_best=False, asynchronous=False)
     return CheckpointFiles(keep_last=config.keep_last, keep_best=config.keep_best, asynchronous=config.asynchronous)
 
 
 def _is_sharded(config: CheckpointConfig | None) -> bool:
-    """Whether a sharded run writes shards: it does where nobody says otherwise."""
+    """Whether a sharded run writes shards: by default it does."""
     return config is not None and config.sharded in (True, "auto")
 
 
-def build_recorder(config: Config, devices: Devices) -> Recorder:
-    """Build what records the run."""
-    # adapted, a network has no gradients of its weights, and the formula of the FLOPs does not hold
+def build_metrics_callback(config: RunConfig, devices: Devices) -> Recorder:
+    """Builds the callback that records metrics."""
+    # with LoRA, the weights have no gradients, and the formula of the FLOPs does not hold
     peak = devices.peak_flops() if config.lora is None else None
     return Recorder(
         log_every=config.train.log_every,
@@ -279,8 +316,8 @@ def build_recorder(config: Config, devices: Devices) -> Recorder:
     )
 
 
-def _profiler(config: Config, directory: Path) -> Profiler:
-    folder = directory / "profile"
+def _build_profiler(config: RunConfig, run_dir: Path) -> Profiler:
+    folder = run_dir / "profile"
     match config.trainer.profiler if is_first_rank() else None:
         case "simple":
             return SimpleProfiler(dirpath=folder, filename="times")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 GPT2_OPTIONS = {  # of what was found since, which a GPT-2 that is trained already has or has not
@@ -21,7 +21,7 @@ GPT2_OPTIONS = {  # of what was found since, which a GPT-2 that is trained alrea
 }
 
 
-class GPTConfig(Settings):
+class GPTConfig(FrozenConfig):
     """The shape and the options of a GPT-2 class decoder.
 
     Attributes:
@@ -146,7 +146,7 @@ class GPTConfig(Settings):
         return -(-self.known_vocab_size // multiple) * multiple
 
 
-class LoRAConfig(Settings):
+class LoRAConfig(FrozenConfig):
     """Low-rank adaptation (Hu et al. 2022, section 4.1), of a network whose weights are learnt already.
 
     Attributes:

@@ -8,7 +8,7 @@ head.
 
 from typing import NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.model.config import lora_count
 from gptlab.planning.activations import KINDS, Pass, of_block, of_head, of_mlp, of_network, of_weights
 from gptlab.planning.parameters import Shares, shares
@@ -82,7 +82,7 @@ class Memory(NamedTuple):
         return sum(part for part in self if not isinstance(part, str))
 
 
-def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chunk: int | None) -> Memory:
+def memory(config: RunConfig, target: Target, spread: Spread, micro_batch: int, chunk: int | None) -> Memory:
     """Add up what one device needs at its fullest.
 
     Args:
@@ -103,7 +103,7 @@ def memory(config: Config, target: Target, spread: Spread, micro_batch: int, chu
     return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
 
 
-def largest_micro_batch(config: Config, target: Target, spread: Spread, chunk: int | None) -> int | None:
+def largest_micro_batch(config: RunConfig, target: Target, spread: Spread, chunk: int | None) -> int | None:
     """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
     room = target.memory
     if room is None:
@@ -123,7 +123,7 @@ def largest_micro_batch(config: Config, target: Target, spread: Spread, chunk: i
     return most
 
 
-def _moments(config: Config, target: Target, spread: Spread, forward: Pass, chunk: int | None) -> list[Memory]:
+def _moments(config: RunConfig, target: Target, spread: Spread, forward: Pass, chunk: int | None) -> list[Memory]:
     """Add up the moments at which the memory may be fullest."""
     parts = shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
@@ -170,7 +170,7 @@ def _holes(forward: Pass) -> float:
     return HOLES * (blocks - (config.n_layer * of_mlp(forward) if are_large else 0))
 
 
-def _moments_of(config: Config, parts: Shares, size: int) -> float:
+def _moments_of(config: RunConfig, parts: Shares, size: int) -> float:
     """Bytes of the moments: two of each parameter with AdamW, one of the blocks' matrices with Muon; and an average."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
@@ -189,11 +189,11 @@ def _copies(spread: Spread, forward: Pass, parts: Shares, chunk: int | None) -> 
     return (parts.rest + 2 * parts.blocks / blocks) * forward.kinds.product
 
 
-def _accumulates(config: Config, spread: Spread, forward: Pass) -> bool:
+def _accumulates(config: RunConfig, spread: Spread, forward: Pass) -> bool:
     return config.train.global_batch_size > forward.batch * spread.copies
 
 
-def _copies_checkpoints(config: Config) -> bool:
+def _copies_checkpoints(config: RunConfig) -> bool:
     wanted = config.callbacks.checkpoint
     return wanted is not None and wanted.asynchronous
 
@@ -213,7 +213,7 @@ def _logits(forward: Pass, chunk: int | None) -> tuple[float, float]:
     return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
 
 
-def _stepping(config: Config, forward: Pass, parts: Shares) -> float:
+def _stepping(config: RunConfig, forward: Pass, parts: Shares) -> float:
     """Bytes that a step needs: none for AdamW's fused kernel, for Muon the stacks that are orthogonalised at once."""
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0

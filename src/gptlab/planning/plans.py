@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, Choice, choose
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
         measured: Of such a run, here.
     """
 
-    config: Config
+    config: RunConfig
     target: Target
     parameters: dict[str, int]
     length: Length
@@ -82,7 +82,7 @@ class Plan(NamedTuple):
         return self.length.tokens / parameter_count(self.config.model)
 
 
-def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: float) -> Plan:
+def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float) -> Plan:
     """Put a plan together.
 
     Args:
@@ -118,7 +118,7 @@ def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: f
     )
 
 
-def choose_for(config: Config, budget: float, gpus: list[str]) -> Choice:
+def choose_for(config: RunConfig, budget: float, gpus: list[str]) -> Choice:
     """Choose a run for a budget, and a micro-batch that fits; see ``choose``, and for ``gpus`` ``make_plan``."""
     choice = choose(config, budget, spread_of(config, target_of(config, gpus)).copies)
     config = choice.config
@@ -134,19 +134,19 @@ def choose_for(config: Config, budget: float, gpus: list[str]) -> Choice:
     return choice._replace(config=config.model_copy(update={"train": train}), overrides=overrides)
 
 
-def target_of(config: Config, gpus: list[str]) -> Target:
+def target_of(config: RunConfig, gpus: list[str]) -> Target:
     """Say what a plan is for: the first of the GPUs that were named, or this machine; UserError: it is not known."""
     return target_on(config, named(gpus[0])) if gpus else target_here(config)
 
 
-def spread_of(config: Config, target: Target) -> Spread:
+def spread_of(config: RunConfig, target: Target) -> Spread:
     """Say how a run's model is spread."""
     trainer = config.trainer
     trainer.data_parallel(target.devices, target.nodes)  # says what cannot be
     return Spread(trainer.strategy, target.world_size, trainer.tensor_parallel)
 
 
-def peak(config: Config, target: Target) -> Memory:
+def peak(config: RunConfig, target: Target) -> Memory:
     """Say what one device of a run needs at its fullest."""
     spread = spread_of(config, target)
     return memory(config, target, spread, config.train.plan(spread.copies).micro_batch_size, chunk_of(config))
@@ -173,7 +173,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _alternatives(config: Config, target: Target, own: Spread) -> list[Alternative]:
+def _alternatives(config: RunConfig, target: Target, own: Spread) -> list[Alternative]:
     """Spread the model in every way, over the run's devices, or over eight where it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
@@ -183,7 +183,7 @@ def _alternatives(config: Config, target: Target, own: Spread) -> list[Alternati
     return [_alternative(config, target, way) for way in ways]
 
 
-def _alternative(config: Config, target: Target, way: Spread) -> Alternative:
+def _alternative(config: RunConfig, target: Target, way: Spread) -> Alternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
     chunk = chunk_of(config)
@@ -198,7 +198,7 @@ def _alternative(config: Config, target: Target, way: Spread) -> Alternative:
     )
 
 
-def _share(config: Config, way: Spread) -> int:
+def _share(config: RunConfig, way: Spread) -> int:
     """Sequences of a device at once, as named or as nearly as the batch can be dealt out."""
     train = config.train
     return max(1, min(train.micro_batch_size or train.global_batch_size, train.global_batch_size // way.copies))

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.training.auto import WIDE, WIDER, is_for_speed, loss_chunk, what_to_compile
 from gptlab.training.config import TrainerConfig
@@ -49,7 +49,7 @@ class Target(NamedTuple):
         return self.devices * self.nodes
 
 
-def target_here(config: Config) -> Target:
+def target_here(config: RunConfig) -> Target:
     """Say what this machine will compute on, as ``gptlab.training.devices.choose_devices`` will decide."""
     found = () if config.trainer.accelerator == "cpu" else gpus_here()
     if config.trainer.accelerator == "gpu" and not found:
@@ -76,12 +76,12 @@ def target_here(config: Config) -> Target:
     )
 
 
-def target_on(config: Config, gpu: GPU) -> Target:
+def target_on(config: RunConfig, gpu: GPU) -> Target:
     """Say what a machine with such GPUs would compute on; it has as many as the trainer names, one if it names none."""
     return _on_gpu(config, gpu.name, gpu, 1, is_here=False)
 
 
-def chunk_of(config: Config) -> int | None:
+def chunk_of(config: RunConfig) -> int | None:
     """Tokens whose logits are there at a time; None has those of a micro-batch at once."""
     return loss_chunk(config.train.loss_chunk, config.model)
 
@@ -110,7 +110,7 @@ def memory_here() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _on_gpu(config: Config, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Target:
+def _on_gpu(config: RunConfig, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Target:
     devices, nodes = _number(config.trainer, available)
     return Target(
         accelerator="cuda",
@@ -135,7 +135,7 @@ def _number(trainer: TrainerConfig, available: int) -> tuple[int, int]:
     return max(devices, trainer.tensor_parallel), trainer.num_nodes
 
 
-def _precision(config: Config, best: str) -> str:
+def _precision(config: RunConfig, best: str) -> str:
     return best if config.trainer.precision == "auto" else config.trainer.precision
 
 

@@ -44,19 +44,24 @@ def is_foreign(path: Path) -> bool:
     return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
 
 
-def check_foreign(path: Path, model: GPTConfig) -> None:
-    """See, as far as that needs no torch, that weights can be read and fit a model; its vocabulary may be unknown yet.
+def check_foreign(path: Path, model: GPTConfig) -> dict[str, Any] | None:
+    """Checks without torch that weights can be read and fit a model, whose vocabulary may be unknown yet.
+
+    Returns:
+        The shape of the weights, for ``check_foreign_shape``; None for a checkpoint of nanoGPT, which needs torch.
 
     Raises:
         UserError: Names the file, and what is wrong with it.
     """
     if path.is_file():
         check_archive(path)
-        return
-    check_foreign_shape(path, described_shape(path), model)
+        return None
+    shape = described_shape(path)
+    check_foreign_shape(path, shape, model)
     for file in weight_files(path):
         with opened(file, "numpy"):
             pass  # its header is right, and it is as long as that says
+    return shape
 
 
 def check_archive(path: Path) -> None:

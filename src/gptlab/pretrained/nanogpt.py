@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.external import EMBEDDING, HEAD, renamed
 from gptlab.model.gpt import GPT
@@ -21,7 +21,7 @@ from gptlab.training.optim.optimizers import parameter_groups
 from gptlab.training.optim.schedules import learning_rate
 
 
-def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
+def taken_over(path: Path, config: RunConfig, model: GPT) -> Checkpoint:
     """Make of nanoGPT's checkpoint one of gptlab's, as a run of ``config`` would have written it at that step.
 
     Args:
@@ -63,7 +63,7 @@ def taken_over(path: Path, config: Config, model: GPT) -> Checkpoint:
     }
 
 
-def _check_settings(path: Path, config: Config, step: int, groups: list[dict[str, Any]]) -> None:
+def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[str, Any]]) -> None:
     """See that the optimizer there and the one here take the same step."""
     own = config.optimizer
     if not isinstance(own, AdamWConfig):

@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import new_directory
 from gptlab.tracking.run_store.sweeps import ENDED, SWEEP, Sweep, Trial, load_sweep, load_trials
@@ -24,7 +24,7 @@ ELSEWHERE = {
 }
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: RunConfig) -> str:
     """Name a configuration by what it computes."""
     return digest(config.model_dump(mode="json", exclude=ELSEWHERE))  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
 from gptlab.tracking.logs import FILE_ONLY
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
 
 
-def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+def announce(config: RunConfig, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
     """Say what was decided."""
     block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
@@ -48,14 +48,16 @@ def announce(config: Config, manifest: Manifest, devices: Devices, plan: BatchPl
         log.info("%-9s %s", name, value)
 
 
-def _adapted(config: Config) -> str:
+def _adapted(config: RunConfig) -> str:
     """Say what of a network is trained, where that is not all of it."""
     if config.lora is None:
         return ""
     return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
 
 
-def summarise(config: Config, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]) -> None:
+def summarise(
+    config: RunConfig, directory: Path, recorder: Recorder, trainer: L.Trainer, further: dict[str, str]
+) -> None:
     """Print the last sample and the table that ends a run, with ``further`` rows."""
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.tracking.run_store.state import SILENT, RunState, end_state, load_state, new_state, status_of
 
 
@@ -41,7 +41,7 @@ def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected)
     ("status", "state"),
     [
         *((DONE, "done"), (PRUNED, "pruned"), (PREEMPTED, "stopped"), (INTERRUPTED, "interrupted")),
-        *((DIVERGED, "diverged"), (MISTAKEN, "mistaken"), (FAILED, "failed"), (137, "failed")),
+        *((DIVERGED, "diverged"), (CONFIG_ERROR, "config_error"), (FAILED, "failed"), (137, "failed")),
     ],
 )
 def test_an_end_is_written_down(tmp_path, status, state):
@@ -53,7 +53,7 @@ def test_an_end_is_written_down(tmp_path, status, state):
 
 def test_errors_have_the_status_that_commands_end_with():
     errors = [KeyboardInterrupt(), Diverged(), UserError(), RuntimeError()]
-    assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, MISTAKEN, FAILED]
+    assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, CONFIG_ERROR, FAILED]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x"}'])

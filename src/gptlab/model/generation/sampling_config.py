@@ -4,10 +4,10 @@ from typing import Annotated
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 
-class Sampling(Settings):
+class Sampling(FrozenConfig):
     """What is drawn from; the filters apply in this order, from below.
 
     Attributes:
