@@ -93,7 +93,7 @@ class Team:
 
 @pytest.fixture
 def team(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "WORKER", "deeds")
+    monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, "-m", "deeds"))
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.3)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
@@ -211,9 +211,10 @@ def test_an_interrupt_ends_those_that_do_not_listen_too(team):
 def test_workers_end_with_a_supervisor_that_is_killed(team):
     team.do("exit_with_parent()\nsubprocess.Popen(('sleep', '60'))\n(here / f'ready{rank}').touch()\ntime.sleep(60)")
     code = """
+import sys
 from types import SimpleNamespace
 from gptlab.launch import supervisor
-supervisor.WORKER = "deeds"
+supervisor.WORKER_COMMAND = (sys.executable, "-m", "deeds")
 trainer = SimpleNamespace(strategy="ddp", num_nodes=1, devices=2, accelerator="cpu")
 config = SimpleNamespace(trainer=trainer, model_dump=lambda mode: {})
 supervisor.supervise(supervisor.Job(config, None))

@@ -30,6 +30,7 @@ from gptlab.training.config import TrainerConfig
 from gptlab.training.distributed.processes import MOST_PROCESSES_PER_CORE, RENDEZVOUS
 
 WORKER = "gptlab.worker"  # by name, as it is above this package
+WORKER_COMMAND = (sys.executable, "-m", WORKER)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 COORDINATED = {DONE, PRUNED, PREEMPTED, DIVERGED}  # statuses all ranks agree on: each ends in its own time
 GRACE_SECONDS = 5.0  # that workers have to end by themselves, and once more after SIGTERM
@@ -79,7 +80,7 @@ def start_worker(job_file: Path, **options: Any) -> Worker:
         job_file: Written by ``Job.write``.
         options: Passed to ``subprocess.Popen``.
     """
-    command = (sys.executable, "-m", WORKER, str(job_file))
+    command = (*WORKER_COMMAND, str(job_file))
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
