@@ -1,10 +1,12 @@
 """Every file of conf/ and sweeps/ can be chosen, and what it makes is a valid configuration."""
 
+import json
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from gptlab.config.base import validate
+from gptlab.config.base import rebuild, validate
 from gptlab.config.command import configuration_folder
 from gptlab.config.resume import resolve, resolve_to_dict
 from gptlab.config.schema import GPT2_REPOSITORIES, RunConfig
@@ -50,8 +52,14 @@ def resolved(*overrides: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_makes_a_valid_configuration(option):
-    assert resolved(option, *NEEDED.get(option, [])).seed == 1337
+def test_every_option_makes_a_valid_configuration_that_workers_rebuild_as_it_is(option):
+    config = resolved(option, *NEEDED.get(option, []))
+    assert config.seed == 1337
+    values = json.loads(json.dumps(config.model_dump(mode="json")))
+    rebuilt = rebuild(RunConfig, values)
+    assert rebuilt == config
+    assert repr(rebuilt) == repr(config)  # which tells tuples from lists, and floats from integers
+    assert rebuilt.model_dump(mode="json") == values
 
 
 def asked(*overrides: str) -> EvaluateConfig:

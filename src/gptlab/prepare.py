@@ -18,7 +18,7 @@ from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (
     PrepareCommand,
-    existing_shards,
+    open_existing_shards,
     prepare_with_progress,
     print_batch,
     print_prepared,
@@ -35,7 +35,7 @@ def main(values: DictConfig) -> int:
     elif config.convert is not None:
         _convert(config, config.convert)
     elif config.inspect is not None:
-        _inspect(existing_shards(config, config.inspect), verified=config.verify)
+        _inspect(open_existing_shards(config, config.inspect), verified=config.verify)
     else:
         check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
@@ -54,7 +54,7 @@ def _inspect(prepared: Prepared, *, verified: bool) -> None:
 def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert needs a folder to write into: out=<dir>")
-    prepared = existing_shards(config, path)
+    prepared = open_existing_shards(config, path)
     for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
         print(written)
 

@@ -1,5 +1,6 @@
 """state.json: where a run stands, also of one that can no longer say so itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.tracking.run_store.state import SILENT, RunState, end_state, load_state, new_state, status_of
+from gptlab.tracking.run_store.sweeps import load_trials
 
 
 def test_a_run_of_this_process_is_running(tmp_path):
@@ -49,6 +51,15 @@ def test_an_end_is_written_down(tmp_path, status, state):
     end_state(tmp_path, status, "why")
     found = load_state(tmp_path)
     assert (found.state, found.status, found.message, found.step, found.loss) == (state, status, "why", 7, 2.5)
+
+
+def test_a_state_by_an_earlier_name_is_read_by_its_present_one(tmp_path):
+    (tmp_path / "state.json").write_text('{"state": "mistaken", "status": 2}')
+    assert load_state(tmp_path).state == "config_error"
+    (tmp_path / "0").mkdir()
+    trial = {"number": 0, "overrides": {}, "config_hash": "x", "state": "mistaken", "status": 2}
+    (tmp_path / "0" / "trial.json").write_text(json.dumps(trial))
+    assert [trial.state for trial in load_trials(tmp_path)] == ["config_error"]
 
 
 def test_errors_have_the_status_that_commands_end_with():
