@@ -144,22 +144,15 @@ def _train(
         recorder = build_metrics_callback(config, devices)
         extra = extra_callbacks(RunContext(config, prepared.manifest, devices, run_dir, recorder))
         trainer = build_trainer(config, prepared, devices, plan, run_dir, recorder, checkpoint, extra)
-        data = TokenDataModule(
-            prepared,
-            config.data,
-            plan=plan,
-            block_size=config.model.block_size,
-            seed=config.seed,
-            eval_windows=config.train.eval_windows,
-        )
+        data = _build_data(config, prepared, plan)
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             connect_wandb(trainer, recorder)
             _fit(trainer, module, data, checkpoint, run_dir)
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
-        rows = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
+        summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
-            summarise(config, run_dir, recorder, trainer, rows)
+            summarise(config, run_dir, recorder, trainer, summary)
             end_state(run_dir, status)
         return status
     except Preempted:
@@ -184,6 +177,17 @@ def _fit(trainer: L.Trainer, module: GPTModule, data: TokenDataModule, checkpoin
             say_stopped("Interrupted", run_dir, trainer.global_step)
             raise KeyboardInterrupt from None
         raise
+
+
+def _build_data(config: RunConfig, prepared: Prepared, plan: BatchPlan) -> TokenDataModule:
+    return TokenDataModule(
+        prepared,
+        config.data,
+        plan=plan,
+        block_size=config.model.block_size,
+        seed=config.seed,
+        eval_windows=config.train.eval_windows,
+    )
 
 
 def build_module(config: RunConfig, prepared: Prepared, devices: Devices) -> GPTModule:
