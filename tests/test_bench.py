@@ -281,11 +281,11 @@ def test_the_ladder_leaves_out_every_part_that_there_is(made_runs):
 MISTAKES = {
     "an unknown suite": (
         ["suite=dat"],
-        "suite='dat' is not right: it should be 'train', 'generate', 'data', 'overhead', 'guards', 'speedrun'",
+        "suite='dat' is not valid: it should be 'train', 'generate', 'data', 'overhead', 'guards', 'speedrun'",
     ),
     "an unknown key": (
         ["preparation.corpus=1"],
-        "preparation.corpus is no setting. Did you mean preparation.corpus_mb?",
+        "Unknown config key `preparation.corpus`. Did you mean preparation.corpus_mb?",
     ),
     "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
     "no nanoGPT": (

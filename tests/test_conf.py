@@ -1,13 +1,15 @@
 """Every file of conf/ and sweeps/ can be chosen, and what it makes is a valid configuration."""
 
+import json
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from gptlab.config.base import rebuild, validate
 from gptlab.config.command import configuration_folder
-from gptlab.config.hub_names import REPOSITORIES
-from gptlab.config.resume import plain, resolve
-from gptlab.config.schema import Config, check
+from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.schema import GPT2_REPOSITORIES, RunConfig
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.training.optim.schedules import learning_rate
 
@@ -44,20 +46,26 @@ OPTIONS = [
 EVALUATIONS = sorted(path.stem for path in (configuration_folder() / "experiment").glob("eval_*.yaml"))
 
 
-def resolved(*overrides: str) -> Config:
+def resolved(*overrides: str) -> RunConfig:
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return resolve(compose("train", overrides=list(overrides)), list(overrides))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_makes_a_valid_configuration(option):
-    assert resolved(option, *NEEDED.get(option, [])).seed == 1337
+def test_every_option_makes_a_valid_configuration_that_workers_rebuild_as_it_is(option):
+    config = resolved(option, *NEEDED.get(option, []))
+    assert config.seed == 1337
+    values = json.loads(json.dumps(config.model_dump(mode="json")))
+    rebuilt = rebuild(RunConfig, values)
+    assert rebuilt == config
+    assert repr(rebuilt) == repr(config)  # which tells tuples from lists, and floats from integers
+    assert rebuilt.model_dump(mode="json") == values
 
 
 def asked(*overrides: str) -> EvaluateConfig:
     """What a command line of gptlab.evaluate asks for."""
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
-        return check(EvaluateConfig, plain(compose("evaluate", overrides=list(overrides))))
+        return validate(EvaluateConfig, resolve_to_dict(compose("evaluate", overrides=list(overrides))))
 
 
 def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
@@ -65,7 +73,7 @@ def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
     for name in EVALUATIONS:
         config = asked(f"experiment={name}")
         assert config.run == name.removeprefix("eval_").replace("_", "-")
-        assert config.run in REPOSITORIES
+        assert config.run in GPT2_REPOSITORIES
         assert config.data == resolved("data=openwebtext").data
         assert config.on_corpus
 
@@ -92,7 +100,7 @@ def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
 @pytest.mark.parametrize("part", [o for o in OPTIONS if o.startswith("without=") and o != "without=nothing"])
 def test_a_recipe_without_a_part_is_another_one(part):
     whole, other = resolved("experiment=speedrun_cpu"), resolved("experiment=speedrun_cpu", part)
-    groups = {key for key in Config.model_fields if getattr(whole, key) != getattr(other, key)}
+    groups = {key for key in RunConfig.model_fields if getattr(whole, key) != getattr(other, key)}
     assert groups
     assert groups <= {"model", "optimizer", "schedule"}  # neither data nor length nor seed
     assert resolved("experiment=speedrun_cpu", "without=nothing") == whole

@@ -16,8 +16,8 @@ from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.corpora import open_scored_corpus
 from gptlab.evaluators.evaluator import evaluate_hellaswag
 from gptlab.evaluators.settings import EvaluateConfig, check_request
-from gptlab.launch.launcher import make_ready
-from gptlab.launch.train_run import build_recorder, build_trainer
+from gptlab.launch.launcher import preflight
+from gptlab.launch.train_run import build_metrics_callback, build_trainer
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.source import ModelSource
@@ -167,15 +167,15 @@ def test_hellaswag_is_read_once_in_the_process_that_trains(user):
     path = examples_file(user.folder, 3)
     text = ("data=text", f"data.source={user.folder}/text.txt", f"data.cache_dir={user.folder}/cache", "trainer=cpu")
     asked_for = resolved("callbacks=hellaswag", f"callbacks.hellaswag.path={path}", *text)
-    config, prepared = make_ready(asked_for)
+    config, prepared, plan = preflight(asked_for)
     examples = read_examples(path, prepared.tokenizer, None)
     path.unlink()
-    devices, plan = choose_devices(config.trainer, config.train, config.model), config.train.plan(1)
-    recorder = build_recorder(config, devices)
+    devices = choose_devices(config.trainer, config.train, config.model)
+    recorder = build_metrics_callback(config, devices)
     trainer = build_trainer(config, prepared, devices, plan, user.folder, recorder, None)
     assert [c.examples for c in trainer.callbacks if isinstance(c, HellaSwag)] == [examples]
     with pytest.raises(UserError, match="No such file"):
-        make_ready(asked_for)  # of another run nothing is remembered
+        preflight(asked_for)  # of another run nothing is remembered
 
 
 @pytest.mark.slow
@@ -270,9 +270,9 @@ def test_mistakes_are_told_before_torch_is_imported(user, runs):
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
     user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
     for arguments, sentence in (
-        ([f"run={directory}", "split=test"], "split='test' is not right: it should be 'val', 'train' or 'all'"),
+        ([f"run={directory}", "split=test"], "split='test' is not valid: it should be 'val', 'train' or 'all'"),
         ([f"run={directory}", "hellaswag=none.jsonl"], "cannot be read from none.jsonl"),
-        (["run=none", "taskz=[a]"], "taskz is no setting. Did you mean tasks?"),
+        (["run=none", "taskz=[a]"], "Unknown config key `taskz`. Did you mean tasks?"),
     ):
         mistaken(user.python("gptlab.evaluate", *arguments), sentence)
     assert not (directory / "evaluations").exists()

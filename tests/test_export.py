@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gptlab.data.tokenizers.huggingface import to_huggingface
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
-from gptlab.exit_codes import DONE, FAILED, MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED
 from gptlab.export import main
 from gptlab.exporters import llmc, push
 from test_mistakes import without_torch  # noqa: F401  (a fixture)
@@ -86,7 +86,7 @@ MISTAKES = {
 def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torch):  # noqa: F811
     for arguments, sentence in MISTAKES.values():
         done = export(without_torch, *arguments)
-        assert (done.returncode, sentence in done.stderr) == (MISTAKEN, True), done.stderr
+        assert (done.returncode, sentence in done.stderr) == (CONFIG_ERROR, True), done.stderr
         assert not (without_torch.folder / "out").exists()
 
 

@@ -50,7 +50,7 @@ def test_it_learns_the_same_on_two_devices_and_when_it_goes_on(user, begun, devi
 
 
 def test_what_lora_needs_is_said(user, begun):
-    mistaken(user.train("lora=all"), "lora adapts weights that are learnt already")
+    mistaken(user.train("lora=all"), "lora adapts trained weights")
     mistaken(
         user.train("lora=all", f"init_from={begun}", "optimizer=muon"), "optimizer=muon is not for: optimizer=adamw"
     )

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from canary import Canary
 from gptlab.errors import UserError
-from gptlab.exit_codes import DONE, MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR, DONE
 from gptlab.tracking.run_directory import load_config
 
 STORED = Path(__file__).parent / "compatibility" / "single"
@@ -137,7 +137,7 @@ def test_a_node_of_hydra_in_the_configuration_of_a_run_is_not_acted_on(user, cal
         if module in ("gptlab.runs", "gptlab.report"):  # which show it as it is
             assert done.returncode == DONE, done.stdout + done.stderr
         else:
-            assert done.returncode == MISTAKEN, done.stdout + done.stderr
+            assert done.returncode == CONFIG_ERROR, done.stdout + done.stderr
             assert "hydra is no setting" in done.stderr
             assert "Traceback" not in done.stderr
         assert not call.was_made(), module

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.weights import load_model
 from test_train import metrics, mistaken, plain_training, ran, weights
@@ -39,7 +39,7 @@ def test_weights_for_another_vocabulary_are_refused_before_anything_is_written(u
     (user.folder / "text.txt").write_text("abc" * 1000)
     done = user.train("init_from=gpt2", "tokenizer=characters")
     assert "gpt2 do not fit this model: model.vocab_size is 257 there and 3 here." in done.stderr
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert not (user.folder / "outputs").exists()
 
 

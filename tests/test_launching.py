@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 from test_interrupts import TWO, processes_of, training
 from test_train import metrics, ran
 
@@ -80,10 +80,10 @@ def test_nothing_listens_to_the_network(user, strategy):
 @pytest.mark.slow
 def test_a_job_that_fails_does_not_stop_the_others(user):
     done = user.python("gptlab.train", "-m", "name=some", "trainer=cpu", "train.micro_batch_size=7,3,4", *SMALL)
-    assert done.returncode == MISTAKEN  # 7 does not divide the batch of 12
+    assert done.returncode == CONFIG_ERROR  # 7 does not divide the batch of 12
     directory = user.only_run("some")
-    assert "trial 0 mistaken · train.micro_batch_size=7: gptlab: train.global_batch_size=12" in done.stdout
-    assert "cannot be dealt out" in done.stdout
+    assert "trial 0 config_error · train.micro_batch_size=7: gptlab: train.global_batch_size=12" in done.stdout
+    assert "is not divisible by" in done.stdout
     assert not (directory / "0" / "config.yaml").exists()
     assert [list(metrics(directory / job, "train/loss")) for job in ("1", "2")] == [[1, 2]] * 2
 

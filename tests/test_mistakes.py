@@ -22,28 +22,27 @@ def without_torch(user):
 
 
 MISTAKES = {
-    "unknown key": (["modle.n_layer=3"], "modle.n_layer is no setting. Did you mean model.n_layer?"),
-    "added key": (["+model.n_layers=3"], "model.n_layers is no setting. Did you mean model.n_layer?"),
+    "unknown key": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean model.n_layer?"),
+    "added key": (["+model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "another option's key": (
         ["schedule=constant", "schedule.decay_steps=3"],
-        "schedule.decay_steps is a setting of other options of schedule=",
+        "schedule.decay_steps is a key of other options of schedule=",
     ),
-    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not right: it should be a valid integer"),
-    "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not right: it should be greater than 0"),
-    "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not right: it should be 'auto', '32-true'"),
+    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be a valid integer"),
+    "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be greater than 0"),
+    "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
     "heads and width": (["model.n_head=3"], "n_head=3 does not divide n_embd=128; the nearest that do: 2 and 4"),
     "batch and micro-batch": (
         ["train.global_batch_size=10", "train.micro_batch_size=4"],
-        "train.global_batch_size=10 cannot be dealt out to 1 device with 4 sequences each at once",
+        "train.global_batch_size=10 is not divisible by 4 (1 device x train.micro_batch_size=4). The nearest: 8 and 12",
     ),
     "batch and devices": (
         ["trainer=ddp", "trainer.devices=8"],
-        "train.global_batch_size=12 cannot be dealt out to 8 devices: it is no multiple of 8. The nearest: 8 and 16",
+        "train.global_batch_size=12 is not divisible by 8 (8 devices). The nearest: 8 and 16",
     ),
     "an earlier batch and devices": (
         ["train.batch_schedule=[[5,3]]", "trainer=ddp", "trainer.devices=2"],
-        "a batch of train.batch_schedule=3 cannot be dealt out to 2 devices x 1 accumulated: it is no multiple of 2. "
-        "The nearest: 2 and 4.",
+        "a batch of train.batch_schedule=3 is not divisible by 2 (2 devices x 1 accumulated). The nearest: 2 and 4.",
     ),
     "batches that do not grow": (
         ["train.batch_schedule=[[5,8],[9,4]]"],
@@ -60,13 +59,13 @@ MISTAKES = {
     ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
-        "trainer.tensor_parallel=3 has to divide model.n_head=4: the attention is split by heads.",
+        "model.n_head=4 is not divisible by trainer.tensor_parallel=3: attention is split by heads.",
     ),
     "unknown option": (
         ["model=gtp2"],
         "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",
     ),
-    "unknown group": (["modl=gpt2"], "modl is no setting. Did you mean model?"),
+    "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
     "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "the length of the run is named once"),
     "missing value": (["data=text"], "data.source is missing: name it on the command line"),
     "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt: there is no such file or folder"),
@@ -81,7 +80,7 @@ MISTAKES = {
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
     "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
     "unreadable override": (["{"], "{"),
-    "name with a path": (["name=../x"], "name='../x' is not right"),
+    "name with a path": (["name=../x"], "name='../x' is not valid"),
 }
 
 
@@ -111,9 +110,9 @@ def test_more_processes_than_make_sense(user):
     [
         (["run=text.txt"], "text.txt is not a checkpoint of nanoGPT"),
         (["run=nowhere"], "nowhere: there is no such run directory"),
-        (["rum=x"], "rum is no setting. Did you mean run?"),
+        (["rum=x"], "Unknown config key `rum`. Did you mean run?"),
         ([], "run is missing"),
-        (["run=x", "temperature=-1"], "temperature=-1 is not right"),
+        (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
     ],
 )
 def test_mistakes_in_sampling(without_torch, arguments, sentence):
@@ -135,7 +134,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
             TRAIN,
             "speedrun_cpu",
             "eval_gpt2",
-            "is for python -m gptlab.evaluate: it sets run, which gptlab.train has not.",
+            "is for python -m gptlab.evaluate: it sets run, which gptlab.train does not have.",
         ),
         (
             "gptlab.evaluate",

@@ -14,7 +14,7 @@ from gptlab.config.command import configuration_folder
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.gpt2_vocabulary import SHA256, gpt2_merges
 from gptlab.errors import UserError
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.tracking.run_directory import load_config
 
 SOURCES = sorted(Path(gptlab.__file__).parent.rglob("*.py"))
@@ -133,9 +133,9 @@ def test_a_payload_for_the_record_of_a_tokenizer_is_not_run(tmp_path):
     ("content", "sentence"),
     [
         ("!!python/object/apply:os.mkdir [{path}]", "config.yaml cannot be read"),
-        ("_target_: os.mkdir\npath: {path}", "_target_ is no setting"),
-        ("model:\n  _target_: os.mkdir\n  path: {path}", "model._target_ is no setting"),
-        ("callbacks:\n  samples:\n    _target_: os.mkdir", "callbacks.samples._target_ is no setting"),
+        ("_target_: os.mkdir\npath: {path}", "Unknown config key `_target_`"),
+        ("model:\n  _target_: os.mkdir\n  path: {path}", "Unknown config key `model._target_`"),
+        ("callbacks:\n  samples:\n    _target_: os.mkdir", "Unknown config key `callbacks.samples._target_`"),
     ],
 )
 def test_nothing_is_called_by_the_configuration_of_a_run(tmp_path, content, sentence):
@@ -177,7 +177,7 @@ def test_no_command_runs_a_payload_in_a_checkpoint(user, runs):
         ):
             assert "state.pt " in done.stderr
             assert "Traceback" not in done.stderr
-            assert done.returncode == MISTAKEN, done.stdout + done.stderr
+            assert done.returncode == CONFIG_ERROR, done.stdout + done.stderr
             assert not canary.was_run()
     assert not (user.folder / "outputs" / "quickstart").exists()
     assert (directory / "metrics.csv").read_bytes() == kept

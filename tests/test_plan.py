@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from gptlab.config.schema import Config, check
+from gptlab.config.base import validate
+from gptlab.config.schema import RunConfig
 from gptlab.model.modern import build_gpt
 from test_train import mistaken, ran
 
@@ -50,7 +51,7 @@ print("torch" in sys.modules, "lightning" in sys.modules)
 )
 def test_parameters_are_those_of_the_network(user, arguments):
     plan = planned(user, *arguments)
-    config = check(Config, plan["config"])
+    config = validate(RunConfig, plan["config"])
     with torch.device("meta"):
         network = sum(parameter.numel() for parameter in build_gpt(config.model).parameters())
     assert plan["parameters"].pop("total") == network == sum(plan["parameters"].values())
@@ -85,14 +86,14 @@ def test_the_command_for_a_budget_is_one_that_runs(user):
     [
         (["gpu=h10"], "gpu=h10: its speed and memory are not known here. Did you mean h100?"),
         (["budget=5"], "budget=5 FLOPs is too small for any model of the ladder: at least"),
-        (["budget=-5"], "budget=-5 is not right: it should be greater than 0"),
-        (["mfu=2"], "mfu=2 is not right: it should be less than or equal to 1"),
-        (["budgt=5"], "budgt is no setting. Did you mean budget?"),
+        (["budget=-5"], "budget=-5 is not valid: it should be greater than 0"),
+        (["mfu=2"], "mfu=2 is not valid: it should be less than or equal to 1"),
+        (["budgt=5"], "Unknown config key `budgt`. Did you mean budget?"),
         (["model.n_head=3"], "n_head=3 does not divide n_embd=128"),
         (["data=text", "data.source=none.txt"], "data.source=none.txt: there is no such file or folder"),
         (["tokenizer=characters"], "The vocabulary of tokenizer=characters is that of its text"),
         (["json=/none/plan.json"], "json=/none/plan.json cannot be written"),
-        (["trainer=ddp", "trainer.devices=8"], "train.global_batch_size=12 cannot be dealt out to 8 devices"),
+        (["trainer=ddp", "trainer.devices=8"], "train.global_batch_size=12 is not divisible by 8"),
     ],
 )
 def test_mistakes_get_a_sentence(user, arguments, sentence):

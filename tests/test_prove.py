@@ -22,8 +22,8 @@ def is_alive(process: int) -> bool:
 
 
 MISTAKES = {
-    "an unknown key": (["prove.step=3"], "prove.step is no setting. Did you mean prove.steps?"),
-    "an unknown key of the run": (["modle.n_layer=3"], "modle.n_layer is no setting. Did you mean model.n_layer?"),
+    "an unknown key": (["prove.step=3"], "Unknown config key `prove.step`. Did you mean prove.steps?"),
+    "an unknown key of the run": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean"),
     "nothing to go on with": (["prove.kill_after=6"], "kill_after=6 leaves nothing to go on with"),
     "a resume": (["resume=text.txt"], "A proof starts its runs itself, and from their beginning"),
 }
@@ -60,7 +60,7 @@ def test_a_sharded_run_keeps_its_promises(user):
         "losses, fsdp on 2": True,
         "checkpoint round trip": True,
     }
-    assert "not possible: train.global_batch_size=12 cannot be dealt out to 5" in proofs["tokens of 5 ranks"]["what"]
+    assert "not possible: train.global_batch_size=12 is not divisible by 5" in proofs["tokens of 5 ranks"]["what"]
     for name in ("tokens of 1 rank", "tokens of 4 ranks"):
         hashes = proofs[name]["details"]["hashes"]
         assert len({*hashes["0 workers"]}) == 4
@@ -84,7 +84,7 @@ def test_a_proof_that_is_told_to_end_leaves_no_process(user):
 
 PERTURBED = """
 import sys
-if "gptlab.verification.process" in sys.orig_argv:
+if "gptlab.worker" in sys.orig_argv:
     from gptlab.training.checkpoints import writing
     read = writing.read_checkpoint
     def perturbed(place):

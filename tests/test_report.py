@@ -43,11 +43,11 @@ MISTAKES = {
     "nothing there": (["runs=outputs/none"], "outputs/none: there is no such place"),
     "no run there": (["runs=elsewhere"], "elsewhere: there is no run directory"),
     "runs not named": ([], "runs is missing"),
-    "unknown key": (["run=x"], "run is no setting. Did you mean runs?"),
+    "unknown key": (["run=x"], "Unknown config key `run`. Did you mean runs?"),
     "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),
     "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a folder: name a file in it, out=outputs/report"),
-    "too few points": (["runs=outputs", "points=2"], "points=2 is not right"),
-    "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not right"),
+    "too few points": (["runs=outputs", "points=2"], "points=2 is not valid"),
+    "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not valid"),
 }  # fmt: skip
 
 

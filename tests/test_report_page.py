@@ -173,7 +173,7 @@ def test_what_runs_hold_is_text(seen, tmp_path):
     trial |= {"number": 2, "overrides": {HOSTILE: HOSTILE, "seed": "1"}, "message": HOSTILE}
     (sweep / "2" / "trial.json").write_text(json.dumps(trial))
     (sweep / "3").mkdir()
-    (sweep / "3" / "trial.json").write_text(json.dumps(trial | {"number": 3, "state": "mistaken", "value": None}))
+    (sweep / "3" / "trial.json").write_text(json.dumps(trial | {"number": 3, "state": "config_error", "value": None}))
     page = seen(written(sweep))
     assert page.page.evaluate("window.broken") is None
     assert page.page.evaluate("document.querySelectorAll('img, main b, #answers b, header b').length") == 0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from test_faults import newest_state, same_run
 from test_train import metrics, mistaken, ran
@@ -115,7 +115,7 @@ def test_a_run_from_other_weights_goes_on_and_a_shorter_block_takes_them(user, h
 def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
     before = (halted / "metrics.csv").read_text()
     done = user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", "trainer=gpu")
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert (halted / "metrics.csv").read_text() == before
 
 

@@ -95,9 +95,9 @@ MISTAKES = {
     "two streams": (["stream=true", "num_samples=2"], "stream=true shows one text as it comes"),
     "interactive": (["interactive=true", "prompt=a"], "interactive=true asks for prompts one after the other"),
     "no file": (["prompts=none.txt"], "prompts=none.txt cannot be read"),
-    "top_p": (["top_p=1.5"], "top_p=1.5 is not right: it should be less than or equal to 1"),
-    "precision": (["precision=int8"], "precision='int8' is not right: it should be 'float32' or 'bfloat16'"),
-    "stop": (["stop=['']"], "is not right"),
+    "top_p": (["top_p=1.5"], "top_p=1.5 is not valid: it should be less than or equal to 1"),
+    "precision": (["precision=int8"], "precision='int8' is not valid: it should be 'float32' or 'bfloat16'"),
+    "stop": (["stop=['']"], "is not valid"),
 }
 
 

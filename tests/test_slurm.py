@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, why_not
 from test_train import metrics, mistaken, ran
@@ -76,8 +76,8 @@ def test_srun_starts_one_run(slurm, user, strategy):
 def test_srun_s_ranks_tell_a_mistake_once(slurm, user):
     command = (sys.executable, "-m", "gptlab.train", "trainer=ddp", "train.global_batch_size=7", *SMALL)
     done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
-    assert done.returncode == MISTAKEN
-    assert done.stderr.count("cannot be dealt out") == 1
+    assert done.returncode == CONFIG_ERROR
+    assert done.stderr.count("is not divisible by") == 1
     assert not (user.folder / "outputs").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
 
 def test_a_job_of_a_sweep_that_fails_is_told(slurm, user):
     done = user.python("gptlab.train", *SWEEP, "name=sweep", "train.global_batch_size=7,12", *SMALL, timeout=400)
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
 
 

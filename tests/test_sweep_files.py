@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gptlab.config.command import configuration_folder
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.model.config import parameter_count
 from test_conf import resolved
 
@@ -26,7 +26,7 @@ def options(params: dict[str, Any]) -> dict[str, list[str]]:
 
 
 @cache
-def configurations(name: str) -> dict[tuple[str, ...], Config]:
+def configurations(name: str) -> dict[tuple[str, ...], RunConfig]:
     """The points of a sweep with its first seed, by what is varied."""
     values, sweeper = read(name)
     chosen = [

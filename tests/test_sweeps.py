@@ -77,14 +77,14 @@ def test_a_sweep_runs_every_point_and_keeps_its_record(user):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("optimizer.lrr=1e-3,2e-3",), "optimizer.lrr is no setting. Did you mean optimizer.lr?"),
+        (("optimizer.lrr=1e-3,2e-3",), "Unknown config key `optimizer.lrr`. Did you mean optimizer.lr?"),
         (("model=nani,tinny",), "model=nani: there is no such option. Did you mean"),
         (("seed=range(3,3)",), "seed=range(3,3) has no value: the sweep would be empty."),
         (("hydra.sweeper.search=tpe", "hydra.sweeper.n_trials=3"), "The sweep varies nothing that could be searched"),
         (("model.n_head=5,7",), "n_head=5 does not divide"),
         (("seed=1,2", "hydra.sweeper.search=tpe"), "n_trials says how many points it may try"),
         (("seed=1,2", "hydra.sweeper.serch=tpe"), "hydra.sweeper.serch"),
-        (("seed=1,2", "hydra.launcher.at_once=0"), "at_once=0 is not right"),
+        (("seed=1,2", "hydra.launcher.at_once=0"), "at_once=0 is not valid"),
         (("seed=interval(1,2)",), "infinitely many values"),
     ],
 )
@@ -97,7 +97,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(user, argumen
 def test_twelve_jobs_with_a_crash_and_a_nan_killed_twice(user):
     """Ten results, two failures, the right rate, whatever happens to the process of the sweep."""
     # of the best rate, so that it has to win with one seed less each than the others
-    fault = "rate, seed = self.optimizer_config.lr, self.seed\n        "
+    fault = "rate, seed = self.config.optimizer.lr, self.config.seed\n        "
     break_steps(user, f"{fault}if rate == 1e-5 and seed == 2 and step == 7: os._exit(9)\n        "
                 f"if rate == 1e-6 and seed == 3: loss = loss * float('nan')")  # fmt: skip
     for ended in (2, 6):

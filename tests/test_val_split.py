@@ -10,14 +10,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import differences, resolve
-from gptlab.config.schema import Config
+from gptlab.config.resume import identity_changes, resolve
+from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.errors import UserError
-from gptlab.launch.launcher import make_ready
-from gptlab.launch.requeued import go_on
-from gptlab.tracking.run_directory import create_run_dir
+from gptlab.launch.launcher import preflight
+from gptlab.launch.requeue import find_resumable_run
+from gptlab.tracking.run_directory import create_run_dir, load_config
 from gptlab.tracking.run_lock import RunLock
 from test_train import mistaken, ran
 
@@ -40,14 +40,14 @@ def write_records(folder: Path) -> None:
     (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def composed(*arguments: str) -> Config:
+def composed(*arguments: str) -> RunConfig:
     """What ``gptlab.train`` makes of these arguments."""
     overrides = list(arguments)
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return resolve(compose("train", overrides), overrides)
 
 
-def run_of(config: Config, directory: Path) -> Path:
+def run_of(config: RunConfig, directory: Path) -> Path:
     """A run directory with a checkpoint, of a configuration that is not looked at."""
     config = config.with_absolute_paths()
     prepared = prepare(config.data, config.tokenizer)
@@ -63,10 +63,10 @@ def run_of(config: Config, directory: Path) -> Path:
 )
 def test_a_run_records_the_split_that_the_default_means(folder, arguments, split):
     config = composed(*SMALL, *arguments)
-    assert make_ready(config)[0].data.val_split == split
+    assert preflight(config).config.data.val_split == split
     earlier = run_of(composed(*SMALL, *arguments, f"data.val_split={split}"), folder / "run")
-    assert differences(config, earlier) == []
-    assert go_on(config, earlier)[0].resume == str(earlier)
+    assert identity_changes(config, load_config(earlier)) == []
+    assert find_resumable_run(config, earlier)[0].resume == str(earlier)
 
 
 def test_a_run_of_before_that_cut_every_document_is_resumed_as_it_was(folder):
@@ -79,10 +79,10 @@ def test_a_run_of_before_that_cut_every_document_is_resumed_as_it_was(folder):
         new,  # in the place of a trial, or of a job that is requeued
         (*new, "data.val_split=tail"),
     ):
-        config, prepared = make_ready(go_on(composed(*arguments), earlier)[0])
+        config, prepared, _ = preflight(find_resumable_run(composed(*arguments), earlier)[0])
         assert (config.resume, config.data.val_split) == (str(earlier), "tail")
         assert prepared.manifest == load_manifest(earlier)
-    assert differences(composed(*new, "data.val_split=documents"), earlier) == ["data.val_split"]
+    assert identity_changes(composed(*new, "data.val_split=documents"), load_config(earlier)) == ["data.val_split"]
 
 
 @pytest.mark.parametrize("extra", [(), ("init_from",)], ids=["", "init_from"])
@@ -91,9 +91,9 @@ def test_a_new_run_may_not_cut_every_document(folder, extra):
     extra = [f"init_from={run_of(composed(*tail), folder / 'run')}" for _ in extra]
     config = composed(*tail, "data.cache_dir=unwritten", *extra)
     with pytest.raises(UserError, match=REFUSED):
-        make_ready(config)
+        preflight(config)
     assert not (folder / "unwritten").exists()
-    assert make_ready(composed(*SMALL, "data=text", "data.source=book.txt", "data.val_split=tail", *extra))
+    assert preflight(composed(*SMALL, "data=text", "data.source=book.txt", "data.val_split=tail", *extra))
 
 
 @pytest.mark.parametrize("module", ["prepare", pytest.param("plan", marks=pytest.mark.slow), "train"])

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from conftest import Begun
-from gptlab.exit_codes import INTERRUPTED, MISTAKEN, PREEMPTED
+from gptlab.exit_codes import CONFIG_ERROR, INTERRUPTED, PREEMPTED
 from test_evaluate import check_record_at_wandb
 from test_train import ran
 from wandb_server import KEY, Server
@@ -150,7 +150,7 @@ def test_online_means_online(user, tmp_path, silence, login):
     user.environment["HOME"] = str(tmp_path)
     timeout = "logger.wandb.init_timeout=1"
     done = user.train(*(unreachable(user, silence) if login else ("logger=wandb", timeout)), "logger.wandb.mode=online")
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert "logger=wandb cannot start" in done.stderr
     assert ("No API key" in done.stderr) is not login
     assert not (user.only_run() / "metrics.csv").exists()

@@ -13,10 +13,10 @@ import yaml
 from click.testing import CliRunner
 from wandb.cli import cli
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.dashboards.workspace import build_workspace, save_workspace
 from gptlab.errors import UserError
-from gptlab.launch.launcher import make_ready
+from gptlab.launch.launcher import preflight
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.loggers import build_loggers
 from gptlab.tracking.run_directory import CONFIG
@@ -64,7 +64,7 @@ def forbid(monkeypatch, how: str) -> None:
     wandb.teardown()  # which the process of the user's command never knew
 
 
-def config_of(*overrides: str) -> Config:
+def config_of(*overrides: str) -> RunConfig:
     Path("text.txt").write_text("a line\n" * 500)
     return resolved(*TEXT, "logger=wandb", *overrides)
 
@@ -76,7 +76,7 @@ def environment() -> str:
     return Path(ENVIRONMENT).read_text()
 
 
-def run_directory(config: Config) -> Path:
+def run_directory(config: RunConfig) -> Path:
     directory = Path("run")
     directory.mkdir()
     (directory / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json")))
@@ -84,7 +84,7 @@ def run_directory(config: Config) -> Path:
     return directory
 
 
-def record_of(config: Config, directory: Path, keep_until: int | None = None) -> RunWandbLogger | None:
+def record_of(config: RunConfig, directory: Path, keep_until: int | None = None) -> RunWandbLogger | None:
     """The record that a run has, among its loggers."""
     records = [one for one in build_loggers(config, directory, keep_until) if isinstance(one, RunWandbLogger)]
     return records[0] if records else None
@@ -168,7 +168,7 @@ def test_online_contradicts_what_is_forbidden(server, monkeypatch, how):
     forbid(monkeypatch, how)
     config = config_of("logger.wandb.mode=online")
     with pytest.raises(UserError, match=rf"logger\.wandb\.mode=online contradicts .*{how}"):
-        make_ready(config)
+        preflight(config)
 
 
 @pytest.mark.parametrize("mode", ["off", ""])
@@ -176,7 +176,7 @@ def test_an_unknown_mode_is_a_mistake(server, monkeypatch, mode):
     forbid(monkeypatch, f"WANDB_MODE={mode}")
     config = config_of()
     with pytest.raises(UserError, match=f"WANDB_MODE={mode} is not a mode of W&B"):
-        make_ready(config)
+        preflight(config)
 
 
 @pytest.mark.parametrize("how", ["WANDB_DISABLED=true", "WANDB_MODE=offline"])

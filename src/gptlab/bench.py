@@ -9,10 +9,9 @@ from pydantic import PositiveInt
 
 from gptlab.benchmarks import data, generation, guards, overhead, speedrun, training
 from gptlab.benchmarks.measuring import ResultTable, print_result_table, write_report
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.tracking.environment import record_environment
@@ -21,7 +20,7 @@ from gptlab.tracking.run_directory import claim_directory
 ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
 
 
-class BenchCommand(Settings):
+class BenchCommand(FrozenConfig):
     """What to measure, and how often; see conf/bench.yaml."""
 
     suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
@@ -40,7 +39,7 @@ class BenchCommand(Settings):
 @command("bench", keys=set(known_keys(BenchCommand)))
 def main(values: DictConfig) -> int:
     """Measure, print a table a part, and keep the numbers and what machine they are of."""
-    config = check(BenchCommand, plain(values))
+    config = validate(BenchCommand, resolve_to_dict(values))
     measured = {suite: _measure(suite, config) for suite in (ALL if config.suite == "all" else [config.suite])}
     directory = _directory(config.out)
     record_environment(directory)

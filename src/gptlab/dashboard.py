@@ -4,17 +4,16 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command, configuration_folder
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.dashboards.spaces import write_wandb_sweeps
 from gptlab.dashboards.workspace import build_workspace, save_workspace, workspace_json
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 
 
-class DashboardConfig(Settings):
+class DashboardConfig(FrozenConfig):
     """Which workspace to build, and where it goes; see conf/dashboard.yaml."""
 
     entity: str | None
@@ -28,7 +27,7 @@ class DashboardConfig(Settings):
 @command("dashboard", keys=set(known_keys(DashboardConfig)))
 def main(values: DictConfig) -> int:
     """Write W&B's sweep files, or build the workspace and save it."""
-    config = check(DashboardConfig, plain(values))
+    config = validate(DashboardConfig, resolve_to_dict(values))
     if config.wandb_sweeps is not None:
         conf = configuration_folder()
         folder = Path(config.wandb_sweeps).expanduser()

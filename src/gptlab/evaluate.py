@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.evaluators.corpora import ScoredCorpus, open_scored_corpus
 from gptlab.evaluators.results import print_result, results_folder, write_result
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
 def main(values: DictConfig) -> int:
     """Load the model, score it, print and keep what was found."""
-    config = check(EvaluateConfig, plain(values))
+    config = validate(EvaluateConfig, resolve_to_dict(values))
     source = open_model_source(config.run)  # says what is wrong before torch is imported, as the next three do
     check_request(config, source)
     corpus = open_scored_corpus(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None

@@ -7,10 +7,9 @@ from typing import Annotated, Self
 from omegaconf import DictConfig
 from pydantic import Field, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
 from gptlab.exporters.folder import check_output_free
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
@@ -20,7 +19,7 @@ from gptlab.pretrained.source import open_model_source
 PUSHED = ("hf", "gguf")
 
 
-class ExportConfig(Settings):
+class ExportConfig(FrozenConfig):
     """What to export, to which format, and where to; see conf/export.yaml."""
 
     run: Annotated[str, Field(min_length=1)]
@@ -40,7 +39,7 @@ class ExportConfig(Settings):
 @command("export", keys=set(known_keys(ExportConfig)))
 def main(values: DictConfig) -> int:
     """Write the model, compare what is written with it, and upload it if that is asked for."""
-    config = check(ExportConfig, plain(values))
+    config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)
     source = open_model_source(config.run)

@@ -7,8 +7,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys
 from gptlab.config.command import command
-from gptlab.config.schema import Config, known_keys
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
@@ -18,7 +19,7 @@ from gptlab.planning.report import print_choice, print_plan
 from gptlab.planning.settings import KEYS, resolve_plan, run_overrides, with_vocabulary
 
 
-@command("plan", keys={*known_keys(Config), *KEYS})
+@command("plan", keys={*known_keys(RunConfig), *KEYS})
 def main(values: DictConfig) -> int:
     """Say what a run will need and, for a budget, which run it should be."""
     overrides = list(HydraConfig.get().overrides.task)

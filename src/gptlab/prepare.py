@@ -4,9 +4,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split
@@ -18,7 +18,7 @@ from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (
     PrepareCommand,
-    existing_shards,
+    open_existing_shards,
     prepare_with_progress,
     print_batch,
     print_prepared,
@@ -29,13 +29,13 @@ from gptlab.tracking.run_directory import load_config
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
     """Do the one thing that is asked for."""
-    config = check(PrepareCommand, plain(values))
+    config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
         _replay(Path(config.replay).expanduser(), config.step)
     elif config.convert is not None:
         _convert(config, config.convert)
     elif config.inspect is not None:
-        _inspect(existing_shards(config, config.inspect), verified=config.verify)
+        _inspect(open_existing_shards(config, config.inspect), verified=config.verify)
     else:
         check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
@@ -54,7 +54,7 @@ def _inspect(prepared: TokenDataset, *, verified: bool) -> None:
 def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert needs a folder to write into: out=<dir>")
-    prepared = existing_shards(config, path)
+    prepared = open_existing_shards(config, path)
     for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
         print(written)
 

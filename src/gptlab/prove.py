@@ -8,11 +8,12 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys
 from gptlab.config.command import command
-from gptlab.config.schema import Config, known_keys
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.launch.launcher import make_ready
+from gptlab.launch.launcher import preflight
 from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.training.distributed.processes import launched_externally
@@ -21,13 +22,13 @@ from gptlab.verification.report import all_passed, print_proofs, write_report
 from gptlab.verification.runs import ProofRuns
 
 
-@command("prove", keys={*known_keys(Config), *known_keys(ProveArguments)})
+@command("prove", keys={*known_keys(RunConfig), *known_keys(ProveArguments)})
 def main(values: DictConfig) -> int:
     """Check the configuration, run it in several ways, and say which of its promises it keeps."""
     if values.resume is not None or launched_externally():
         raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
     config, wanted = resolve_proof(values, list(HydraConfig.get().overrides.task))
-    config, prepared = make_ready(config)
+    config, prepared, _ = preflight(config)
     from gptlab.verification.proofs import ProofCase, prove_all  # torch is needed from here on
 
     quiet_lightning()

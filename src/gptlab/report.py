@@ -9,10 +9,9 @@ from typing import Annotated
 from omegaconf import DictConfig
 from pydantic import Field, PositiveFloat
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.reporting.document import ReportDocument
@@ -20,7 +19,7 @@ from gptlab.reporting.live import LiveServer
 from gptlab.reporting.page import render_page
 
 
-class ReportConfig(Settings):
+class ReportConfig(FrozenConfig):
     """What to show, and where; see conf/report.yaml."""
 
     runs: Annotated[str, Field(min_length=1)]
@@ -31,10 +30,10 @@ class ReportConfig(Settings):
     poll: PositiveFloat
 
 
-@command("report", keys=set(known_keys(ReportConfig)), literal=("runs", "out"))
+@command("report", keys=set(known_keys(ReportConfig)), literal_keys=("runs", "out"))
 def main(values: DictConfig) -> int:
     """Write the page, or serve it."""
-    config = check(ReportConfig, plain(values))
+    config = validate(ReportConfig, resolve_to_dict(values))
     document = ReportDocument(config.runs, config.points)
     found = document.gather()
     for problem in found["problems"]:

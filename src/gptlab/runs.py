@@ -8,17 +8,16 @@ from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
 from rich import get_console
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import check, known_keys
+from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.tracking.run_store.listing import COLUMNS, Condition, format_csv, format_json, format_table, list_runs
 from gptlab.tracking.run_store.runs import find_runs
 
 
-class RunsCommand(Settings):
+class RunsCommand(FrozenConfig):
     """What to list, and how; see conf/runs.yaml."""
 
     runs: str
@@ -31,10 +30,10 @@ class RunsCommand(Settings):
     format: Literal["table", "csv", "json"]
 
 
-@command("runs", keys=set(known_keys(RunsCommand)), literal=("filter",))
+@command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("filter",))
 def main(values: DictConfig) -> int:
     """Print a line a run."""
-    config = check(RunsCommand, plain(values))
+    config = validate(RunsCommand, resolve_to_dict(values))
     conditions = [Condition.parse(part) for part in (config.filter or "").split(",") if part.strip()]
     if config.watch is not None and not get_console().is_terminal:
         raise UserError(f"watch={config.watch:g} draws the list anew in a terminal, and this is none.")

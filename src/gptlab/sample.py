@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from omegaconf import DictConfig
 from pydantic import Field, PositiveInt, model_validator
 
+from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import plain
-from gptlab.config.schema import Seed, check, known_keys
+from gptlab.config.resume import resolve_to_dict
+from gptlab.config.schema import Seed
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.model.config import SamplingConfig
@@ -57,10 +58,10 @@ class SampleConfig(SamplingConfig):
         return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
-@command("sample", keys=set(known_keys(SampleConfig)), literal=("prompt",))
+@command("sample", keys=set(known_keys(SampleConfig)), literal_keys=("prompt",))
 def main(values: DictConfig) -> int:
     """Load the run's best weights, continue the prompts, print the texts."""
-    config = check(SampleConfig, plain(values))
+    config = validate(SampleConfig, resolve_to_dict(values))
     source = open_model_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
     inference = _load(config, source)

@@ -1,4 +1,4 @@
-"""Train a model: python -m gptlab.train [group=option ...] [key=value ...]."""
+"""Trains a model: python -m gptlab.train [group=option ...] [key=value ...]."""
 
 import logging
 from pathlib import Path
@@ -7,23 +7,26 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.resume import resolve
-from gptlab.config.schema import Config, known_keys
+from gptlab.config.schema import RunConfig
 from gptlab.launch.launcher import launch
+from gptlab.worker import extra_callbacks
 
 log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" here
 
 
-@command("train", keys=set(known_keys(Config)))
+@command("train", keys=set(known_keys(RunConfig)))
 def main(values: DictConfig) -> int:
-    """Check the configuration, and run it."""
+    """Validates the configuration and runs it."""
     hydra = HydraConfig.get()
     config = resolve(values, list(hydra.overrides.task))
     if hydra.mode != RunMode.MULTIRUN:
-        return launch(config, place=None)
+        return launch(config, run_dir=None, extra_callbacks=extra_callbacks)
     log.info("job %s of the sweep: %s", hydra.job.num, " ".join(hydra.overrides.task))
-    return launch(config, place=Path(hydra.runtime.output_dir), alone=False)  # hydra/sweeper=basic
+    run_dir = Path(hydra.runtime.output_dir)  # hydra/sweeper=basic
+    return launch(config, run_dir, extra_callbacks=extra_callbacks, in_process=False)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from canary import Canary
-from gptlab.exit_codes import MISTAKEN
+from gptlab.exit_codes import CONFIG_ERROR
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--exp"])
@@ -13,7 +13,7 @@ def test_hydra_s_flag_that_unpickles_is_refused(user, flag):
     canary.write(user.folder / "config.pickle", "bare")
     done = user.python("gptlab.train", flag, "config.pickle")
     assert "--experimental-rerun=config.pickle is refused" in done.stderr
-    assert done.returncode == MISTAKEN
+    assert done.returncode == CONFIG_ERROR
     assert not canary.was_run()
     assert not (user.folder / "outputs").exists()
 

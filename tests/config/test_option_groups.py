@@ -3,7 +3,7 @@
 import pytest
 
 from gptlab.config.command import configuration_folder
-from gptlab.config.option_groups import Groups
+from gptlab.config.option_groups import OptionGroups
 from gptlab.errors import UserError
 
 CONF = configuration_folder()
@@ -14,17 +14,17 @@ EVALUATIONS = [name for name in EXPERIMENTS if name.startswith("eval_")]
 @pytest.mark.parametrize("command", ["train", "plan", "prove", "evaluate"])
 def test_every_experiment_is_for_those_that_train_or_for_the_one_that_scores(command):
     scores = command == "evaluate"
-    groups = Groups(command, [CONF])
-    assert groups.own("experiment", EXPERIMENTS) == [name for name in EXPERIMENTS if (name in EVALUATIONS) == scores]
-    assert groups.own("model", EVALUATIONS) == EVALUATIONS  # other groups are one command's or several's as a whole
+    groups = OptionGroups(command, [CONF])
+    fitting = [name for name in EXPERIMENTS if (name in EVALUATIONS) == scores]
+    assert groups.fitting_options("experiment", EXPERIMENTS) == fitting
+    assert groups.fitting_options("model", EVALUATIONS) == EVALUATIONS  # only experiments are for one command
     for name in EXPERIMENTS:
         if (name in EVALUATIONS) == scores:
-            groups.check([f"experiment={name}", "run=eval_gpt2"])
+            groups.check_experiments([f"experiment={name}", "run=eval_gpt2"])
         else:
-            with pytest.raises(
-                UserError, match=f"^experiment={name} is for python -m gptlab.(train|evaluate): it sets "
-            ):
-                groups.check(["seed=1", f"experiment=quickstart,{name}" if not scores else f"experiment={name}"])
+            chosen = f"experiment={name}" if scores else f"experiment=quickstart,{name}"
+            with pytest.raises(UserError, match=f"^experiment={name} is for python -m gptlab.(train|evaluate): "):
+                groups.check_experiments(["seed=1", chosen])
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,13 @@ def test_an_experiment_of_ones_own_is_for_the_commands_that_have_what_it_sets(tm
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     found = {
-        name for name in ("train", "plan", "evaluate") if Groups(name, [tmp_path, CONF]).own("experiment", ["mine"])
+        name
+        for name in ("train", "plan", "evaluate")
+        if OptionGroups(name, [tmp_path, CONF]).fitting_options("experiment", ["mine"])
     }
     assert found == commands
 
 
 def test_groups_are_those_of_the_command():
-    listed = [line.partition(": ")[0] for line in Groups("prepare", [CONF]).table().splitlines()]
+    listed = [line.partition(": ")[0] for line in OptionGroups("prepare", [CONF]).table().splitlines()]
     assert listed == ["data", "tokenizer"]

@@ -14,7 +14,7 @@ from gptlab.data.shards.streams import LocalFolder
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.datamodule import TokenData
+from gptlab.training.datamodule import TokenDataModule
 from preparing import data_config
 
 T, STEPS, SEED = 16, 1000, 7
@@ -72,7 +72,7 @@ def rows_of(batch: Batch) -> np.ndarray:
 def loaded(prepared: TokenDataset, order: str, plan: BatchPlan, rank: int, num_workers: int):
     """Micro-batches of a rank, as its trainer gets them."""
     config = data_config(order=order, num_workers=num_workers)
-    data = TokenData(prepared, config, plan=plan, block_size=T, seed=SEED, eval_windows=None)
+    data = TokenDataModule(prepared, config, plan=plan, block_size=T, seed=SEED, eval_windows=None)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     share = {"rank": rank}  # of the data
     data.trainer = SimpleNamespace(global_step=0, distributed_sampler_kwargs=share, strategy=strategy)

@@ -12,7 +12,7 @@ from pathlib import Path
 WORK, PART, ONLY = Path(), "1", set()  # main sets them
 
 ATOMICS = "atomic additions: deterministic kernels are not requested"
-TEARDOWN = "launch/run_forecast.py measures the device of a model that Lightning's teardown has moved to the CPU"
+TEARDOWN = "forecast_callback.py measures the device of a model that Lightning's teardown has moved to the CPU"
 KNOWN = {  # checks that are expected to fail, and why
     "offload": "training/callbacks/step_sync.py stacks tensors of the GPU and of the CPU",
     "graphs3": "CUDA graphs with gradient accumulation: gradients lie in the graphs' memory (pytorch/pytorch#169545)",

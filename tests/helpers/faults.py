@@ -7,7 +7,7 @@ from conftest import User
 # Python imports sitecustomize as it starts; the processes that do not train are spared the import of torch
 PATCH = """
 import os, sys
-if {"gptlab.train", "gptlab.launch.worker", "gptlab.sweeps.trial"} & set(sys.orig_argv):
+if {"gptlab.train", "gptlab.worker"} & set(sys.orig_argv):
     import torch
     from gptlab.training.module import GPTModule
     plain = GPTModule.training_step

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -74,20 +75,11 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
     devices = Devices("cpu", "", 2, 1, "32-true", compile=False)
     torch.manual_seed(0)
-    module = GPTModule(
-        GPT(tiny_config(dropout=0.1)),
-        optimizer=ADAMW,
-        schedule=ConstantConfig(name="constant", warmup_steps=0),
-        max_steps=STEPS,
-        grad_clip=1.0,
-        ema_decay=None,
-        seed=1,
-        token_bytes=torch.ones(61, dtype=torch.int),
-        compile=False,
-        compile_mode="default",
-        micro_batch_sizes=1,
-        loss_chunk=None,
-    )
+    model = tiny_config(dropout=0.1)
+    schedule = ConstantConfig(name="constant", warmup_steps=0)
+    train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
+    run = SimpleNamespace(seed=1, model=model, optimizer=ADAMW, schedule=schedule, train=train, steps=STEPS)
+    module = GPTModule(GPT(model), run, token_bytes=torch.ones(61, dtype=torch.int), compile=False)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

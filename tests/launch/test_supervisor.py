@@ -18,18 +18,18 @@ from gptlab.launch import signals, supervisor
 BEGINNING = """
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
-from gptlab.launch.signals import let_in, stoppable
-from gptlab.launch.supervisor import end_with_supervisor
+from gptlab.launch.signals import run_stoppable, unblock_signals
+from gptlab.launch.supervisor import exit_with_parent
 rank = int(os.environ["RANK"])
 here = Path(__file__).parent
 """
 STOP = """
 def work():
-    let_in()
+    unblock_signals()
     (here / f"ready{rank}").touch()
     time.sleep(60)
 
-sys.exit(stoppable(work))
+sys.exit(run_stoppable(work))
 """
 FIRST = """
 while rank and not (here / "first").exists():  # rank 0 is as far
@@ -53,7 +53,7 @@ class Team:
 
     def run(self, deeds: str) -> int:
         self.do(deeds)
-        return supervisor.supervise(self.config, None)
+        return supervisor.supervise(supervisor.Job(self.config, None))
 
     def signal_when_ready(self, number: int) -> None:
         """Send this process a signal as soon as both workers can take it."""
@@ -93,8 +93,8 @@ class Team:
 
 @pytest.fixture
 def team(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "WORKER", "deeds")
-    monkeypatch.setattr(supervisor, "GRACE", 0.3)
+    monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, "-m", "deeds"))
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.3)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
     owner = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -124,10 +124,10 @@ def test_the_status_is_that_of_the_first_that_failed(team, deeds, status):
 
 @pytest.mark.slow
 def test_what_the_others_make_of_a_failure_is_not_told(team, monkeypatch):
-    monkeypatch.setattr(supervisor, "GRACE", 10)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 10)
     team.config.trainer.devices = 3
     assert team.run(FIRST + "time.sleep(rank)\nsys.exit((5, 124, 0)[rank])") == 5
-    monkeypatch.setattr(supervisor, "PAUSE", 3)  # two have ended when it looks again
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 3)  # two have ended when it looks again
     killed = "if rank == 1:\n    (here / 'killed').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     after = "while not (here / 'killed').exists(): time.sleep(0.02)\n"
     assert team.run(f"{killed}{after}time.sleep(4 * (rank == 2))\nsys.exit(1)") == 128 + signal.SIGKILL
@@ -153,7 +153,7 @@ def test_workers_find_their_variables_and_nothing_stays_of_them(team):
     assert [variables[2:7] for variables in found] == [["0", "0", "0", "2", "lo"], ["1", "1", "0", "2", "lo"]]
     assert found[0][7] == found[1][7]
     assert not Path(found[0][7]).parent.exists()
-    assert json.loads(found[0][1]) == {"config": {"seed": 1}, "place": None}
+    assert json.loads(found[0][1]) == {"config": {"seed": 1}, "run_dir": None, "plan": None}
     assert dict(os.environ) == before
 
 
@@ -171,10 +171,10 @@ def test_a_signal_goes_to_all_and_then_to_whom_it_belonged(team):
 
 
 def test_a_signal_that_comes_too_early_waits(team, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor, "GRACE", 10)
+    monkeypatch.setattr(supervisor, "GRACE_SECONDS", 10)
     early = "(here / f'ready{rank}').touch()\ntime.sleep(1)\n"  # as an import does
     team.signal_when_ready(signal.SIGINT)
-    assert team.run(early + "try: let_in()\nexcept KeyboardInterrupt: sys.exit(130)") == INTERRUPTED
+    assert team.run(early + "try: unblock_signals()\nexcept KeyboardInterrupt: sys.exit(130)") == INTERRUPTED
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -209,13 +209,15 @@ def test_an_interrupt_ends_those_that_do_not_listen_too(team):
 
 
 def test_workers_end_with_a_supervisor_that_is_killed(team):
-    team.do("end_with_supervisor()\nsubprocess.Popen(('sleep', '60'))\n(here / f'ready{rank}').touch()\ntime.sleep(60)")
+    team.do("exit_with_parent()\nsubprocess.Popen(('sleep', '60'))\n(here / f'ready{rank}').touch()\ntime.sleep(60)")
     code = """
+import sys
 from types import SimpleNamespace
 from gptlab.launch import supervisor
-supervisor.WORKER = "deeds"
+supervisor.WORKER_COMMAND = (sys.executable, "-m", "deeds")
 trainer = SimpleNamespace(strategy="ddp", num_nodes=1, devices=2, accelerator="cpu")
-supervisor.supervise(SimpleNamespace(trainer=trainer, model_dump=lambda mode: {}), None)
+config = SimpleNamespace(trainer=trainer, model_dump=lambda mode: {})
+supervisor.supervise(supervisor.Job(config, None))
 """
     process = subprocess.Popen((sys.executable, "-c", code))
     team.wait_for("ready0", "ready1")
@@ -231,7 +233,7 @@ def test_a_run_in_this_process_stops_before_it_listens():
         return DONE
 
     owner = signal.getsignal(signal.SIGTERM)
-    assert signals.stoppable(run) == PREEMPTED
+    assert signals.run_stoppable(run) == PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is owner
 
 
@@ -246,7 +248,7 @@ def test_a_signal_is_noticed_whoever_answers_it():
         return PREEMPTED
 
     try:
-        assert signals.stoppable(run) == PREEMPTED
+        assert signals.run_stoppable(run) == PREEMPTED
     finally:
         signal.signal(signal.SIGUSR2, earlier)
     assert told == [signal.SIGUSR2]
@@ -263,7 +265,7 @@ def test_a_signal_is_noticed_whoever_answers_it():
         ({"devices": 2, "num_nodes": 2}, 1),  # as that
     ],
 )
-def test_the_number_of_workers(monkeypatch, trainer, number):
+def test_the_count_workers(monkeypatch, trainer, number):
     monkeypatch.setattr(supervisor, "count_gpus", lambda: 4)
     usual = {"strategy": "ddp", "num_nodes": 1, "accelerator": "auto"}
-    assert supervisor._number_of_workers(SimpleNamespace(**usual | trainer)) == number
+    assert supervisor._count_workers(SimpleNamespace(**usual | trainer)) == number

@@ -59,7 +59,7 @@ def test_a_model_scores_continues_and_shows_what_is_within(user, directory):
         (lambda model: model.logits([]), "A text of 0 tokens does not fit"),
         (lambda model: model.logits([3, 257]), "The ids are from 0 to 256; one of these is not"),
         (lambda model: model.loss("x"), "A loss needs a text of two tokens or more"),
-        (lambda model: model.generate("x", temprature=1), "temprature is no setting. Did you mean temperature"),
+        (lambda model: model.generate("x", temprature=1), "Unknown config key `temprature`. Did you mean temperature"),
         (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl is nothing in this network\. Did you mean h\.0\.mlp"),
     ],
     ids=range(6),

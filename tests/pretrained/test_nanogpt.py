@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
@@ -16,7 +16,7 @@ SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size"
 OWN = ("model=tiny", "model.block_size=32", "model.activation=gelu", "model.vocab_size=257", "train.max_steps=6")
 
 
-def own(*changes: str) -> tuple[Config, GPT]:
+def own(*changes: str) -> tuple[RunConfig, GPT]:
     config = resolved(*OWN, *changes)
     return config, GPT(config.model)
 

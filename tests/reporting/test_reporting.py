@@ -134,7 +134,7 @@ def test_with_no_run_that_can_be_read_there_is_no_report(tmp_path):
 def test_answers_and_trials_without_a_run_stand_beside(tmp_path):
     directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3,), seeds=(1,))
     (directory / "scaling.json").write_text("no json")
-    Trial(number=1, overrides={"optimizer.lr": "9"}, config_hash="x", state="mistaken", message="too large").save(
+    Trial(number=1, overrides={"optimizer.lr": "9"}, config_hash="x", state="config_error", message="too large").save(
         directory
     )
     found = gathered(directory)

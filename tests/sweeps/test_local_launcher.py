@@ -9,6 +9,7 @@ import pytest
 
 from conftest import defaults
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED
+from gptlab.launch import supervisor
 from gptlab.sweeps import local_launcher
 from gptlab.sweeps.config import LocalLauncherConfig
 from gptlab.sweeps.local_launcher import LocalLauncher
@@ -73,7 +74,7 @@ def begun(tmp_path, monkeypatch):
     def begin(number, code):
         script = tmp_path / f"trial_{number}.py"
         script.write_text(f"import os, sys, time, signal\nprint('ready', os.getpid(), flush=True)\n{code}\n")
-        monkeypatch.setattr(local_launcher, "COMMAND", (sys.executable, str(script)))
+        monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, str(script)))
         made.start(Trial(number=number, overrides={}, config_hash=""), NoConfig(), tmp_path / str(number))
         return tmp_path / str(number) / local_launcher.OUTPUT
 

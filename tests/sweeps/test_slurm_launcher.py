@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from gptlab import worker
 from gptlab.errors import UserError
-from gptlab.exit_codes import DONE, FAILED, MISTAKEN, PREEMPTED
+from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED, PREEMPTED
 from gptlab.sweeps import slurm_launcher
 from gptlab.sweeps.config import SlurmLauncherConfig
 from gptlab.sweeps.slurm_launcher import SlurmLauncher, TrialJob
@@ -22,7 +23,7 @@ CONFIG = {
 
 @pytest.mark.parametrize("status", [DONE, FAILED])
 def test_the_result_of_a_job_is_the_exit_status_of_its_trial(monkeypatch, status):
-    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: status)
+    monkeypatch.setattr(worker, "run_job", lambda path: status)
     assert TrialJob(Path("job.json"))() == status
 
 
@@ -30,19 +31,19 @@ def test_a_mistake_is_a_result(monkeypatch, capsys):
     def refused(path):
         raise UserError("no data")
 
-    monkeypatch.setattr(slurm_launcher, "run_file", refused)
-    assert TrialJob(Path("job.json"))() == MISTAKEN
+    monkeypatch.setattr(worker, "run_job", refused)
+    assert TrialJob(Path("job.json"))() == CONFIG_ERROR
     assert "no data" in capsys.readouterr().err
 
 
 def test_a_trial_that_was_stopped_leaves_no_result(monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: PREEMPTED)
+    monkeypatch.setattr(worker, "run_job", lambda path: PREEMPTED)
     with pytest.raises(SystemExit, match=rf"^{PREEMPTED}$"):
         TrialJob(Path("job.json"))()
 
 
 def test_nor_does_one_that_submitit_has_put_back_into_the_queue(monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "run_file", lambda path: sys.exit(-1))  # as submitit's handler ends the process
+    monkeypatch.setattr(worker, "run_job", lambda path: sys.exit(-1))  # as submitit's handler ends the process
     with pytest.raises(SystemExit, match=r"^-1$"):
         TrialJob(Path("job.json"))()
 

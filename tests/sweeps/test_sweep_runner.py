@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from gptlab.errors import UserError
-from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.sweeps import sweep_runner
 from gptlab.sweeps.config import SweeperConfig
 from gptlab.sweeps.search import Search
@@ -164,10 +164,10 @@ def test_what_was_stopped_is_run_again_and_what_failed_only_where_that_is_asked_
     assert once_more.started == [2]
 
 
-def test_a_point_that_cannot_be_is_one_mistaken_trial(tmp_path):
+def test_a_point_that_cannot_be_is_one_trial_with_a_config_error(tmp_path):
     runner = FakeRunner()
-    assert swept(tmp_path, ["x=1,mistake,3"], runner) == MISTAKEN
-    assert [trial.state for trial in load_trials(tmp_path)] == ["done", "mistaken", "done"]
+    assert swept(tmp_path, ["x=1,mistake,3"], runner) == CONFIG_ERROR
+    assert [trial.state for trial in load_trials(tmp_path)] == ["done", "config_error", "done"]
     assert load_trials(tmp_path)[1].message == "x=mistake is no number."
 
 

@@ -21,22 +21,18 @@ def test_accumulation_follows_from_the_global_batch(global_batch, micro_batch, w
     ("global_batch", "micro_batch", "world", "nearest"),
     [(10, 4, 1, "8 and 12"), (480, 12, 7, "420 and 504"), (2, None, 3, "3"), (13, None, 4, "12 and 16")],
 )
-def test_what_cannot_be_dealt_out_is_refused_with_the_nearest_that_can(global_batch, micro_batch, world, nearest):
+def test_a_batch_that_is_not_divisible_is_refused_with_the_nearest_that_are(global_batch, micro_batch, world, nearest):
     with pytest.raises(UserError, match=rf"train.global_batch_size={global_batch} .* The nearest: {nearest}\."):
         plan_batch(global_batch, micro_batch, world)
 
 
-def test_earlier_batches_are_dealt_out_with_the_same_accumulation():
+def test_earlier_batches_have_the_same_accumulation():
     plan = plan_batch(24, 6, 2, [(10, 4), (20, 8)])
     assert plan == BatchPlan(2, 6, 2, ((10, 4), (20, 8)))
     assert [plan.stages.batch(step) for step in (0, 9, 10, 19, 20)] == [4, 4, 8, 8, 24]
     assert plan_batch(24, 6, 2).stages.sizes == [24]
 
 
-def test_an_earlier_batch_that_cannot_be_dealt_out_is_refused():
-    sentence = (
-        r"a batch of train.batch_schedule=10 cannot be dealt out to 2 devices x 2 accumulated: it is no multiple of 4. "
-        r"The nearest: 8 and 12\."
-    )
-    with pytest.raises(UserError, match=sentence):
+def test_an_earlier_batch_that_is_not_divisible_is_refused():
+    with pytest.raises(UserError, match=r"train\.batch_schedule=10 is not divisible by 4 .* The nearest: 8 and 12\."):
         plan_batch(24, 6, 2, [(5, 8), (7, 10)])

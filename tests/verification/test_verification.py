@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptlab.errors import UserError
+from gptlab.launch import supervisor
 from gptlab.training.optim.schedules import learning_rate
-from gptlab.verification import runs as proving_runs
 from gptlab.verification.comparison import TraceStep, first_difference, largest_difference, read_trace
 from gptlab.verification.configs import ProveConfig, extended, plan_ranks, shortened
 from gptlab.verification.proofs import ProofCase, compare_losses, killed_and_resumed, prove_all
@@ -106,7 +106,7 @@ def test_batches_are_dealt_out_in_micro_batches_no_larger_than_the_users():
     assert dealt(12, 1, 6) == (1, 6, 2)
     assert dealt(480, 4, 12) == (4, 12, 10)
     assert dealt(14, 2, 5) == (2, 1, 7)
-    with pytest.raises(UserError, match="cannot be dealt out to 4 devices"):
+    with pytest.raises(UserError, match="is not divisible by 4"):
         dealt(14, 4, 14)
     assert dealt(24, 2, 11, earlier=[(3, 8), (6, 16)]) == (2, 6, 2)  # 2 divides 4, 8 and 12, and 3 does not
     assert dealt(24, 2, 5, earlier=[(3, 8), (6, 16)]) == (2, 3, 4)
@@ -117,8 +117,8 @@ def test_batches_are_dealt_out_in_micro_batches_no_larger_than_the_users():
 def stand_in(monkeypatch, code: str) -> None:
     """Run code in the place of a run: it is given the run directory."""
 
-    given = "import json, sys; sys.argv[1] = json.load(open(sys.argv[1]))['place']\n"
-    monkeypatch.setattr(proving_runs, "COMMAND", (sys.executable, "-c", given + code))
+    given = "import json, sys; sys.argv[1] = json.load(open(sys.argv[1]))['run_dir']\n"
+    monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, "-c", given + code))
 
 
 def test_a_run_that_fails_is_told_once_with_the_last_it_said(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 
 from gptlab.benchmarks.corpus import TextCorpus, text_corpus
 from gptlab.benchmarks.measuring import ResultTable, Sample, TimedRun, Variant, measure_in_turns, run_timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
 from gptlab.errors import UserError
@@ -32,14 +32,14 @@ if __name__ == "__main__":
 """
 
 
-class PreparationBench(Settings):
+class PreparationBench(FrozenConfig):
     """The corpus to prepare; see conf/bench.yaml."""
 
     corpus_mb: PositiveInt
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
 
 
-class LoaderBench(Settings):
+class LoaderBench(FrozenConfig):
     """The batches to load; see conf/bench.yaml."""
 
     block_size: PositiveInt

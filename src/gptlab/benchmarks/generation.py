@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pydantic import PositiveInt
 
 from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.model.config import GPTConfig
 
 ONE, MANY = "one text", "texts at once"
 
 
-class GenerateBench(Settings):
+class GenerateBench(FrozenConfig):
     """The texts to write; see conf/bench.yaml."""
 
     model: GPTConfig

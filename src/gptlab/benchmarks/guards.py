@@ -6,12 +6,12 @@ from pydantic import PositiveInt
 from rich import get_console
 
 from gptlab.benchmarks.measuring import Result, ResultTable, relative_overhead, summarize_steps
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.model.config import GPTConfig
 from gptlab.training.config import AdamWConfig
 
 
-class GuardsBench(Settings):
+class GuardsBench(FrozenConfig):
     """The steps to measure; see conf/bench.yaml."""
 
     model: GPTConfig

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.batches import Batch, RankSlice, TrainBatches
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import load_manifest
@@ -25,7 +25,7 @@ WARM_UP = 10  # batches before the clock starts
 Pair = tuple[Tensor, Tensor]
 
 
-class Loading(Settings):
+class Loading(FrozenConfig):
     """What one process is to load, and whether from a file that the kernel has to read again."""
 
     way: str

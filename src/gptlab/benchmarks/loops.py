@@ -19,16 +19,16 @@ from hydra import compose, initialize_config_dir
 from gptlab.benchmarks.measuring import StepTime, relative_overhead, summarize_steps
 from gptlab.config.command import configuration_folder
 from gptlab.config.resume import resolve
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.batches import Batch
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.launch.launcher import make_ready
-from gptlab.launch.train_run import build_module, build_recorder, build_trainer
+from gptlab.launch.launcher import preflight
+from gptlab.launch.train_run import build_metrics_callback, build_module, build_trainer
 from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import LOG, STACKS
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.watchdog import Watchdog
-from gptlab.training.datamodule import TokenData
+from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import Devices, choose_devices, prepare_kernels
 from gptlab.training.distributed.strategies import compile_in_place
 from gptlab.training.optim.optimizers import build_optimizer, set_step_hyperparameters
@@ -45,7 +45,7 @@ class _BareLoop:
     """What anyone would write around the steps of a run: no checks, no records, no one who could stop it."""
 
     def __init__(
-        self, config: Config, prepared: TokenDataset, devices: Devices, data: TokenData, plan: BatchPlan
+        self, config: RunConfig, prepared: TokenDataset, devices: Devices, data: TokenDataModule, plan: BatchPlan
     ) -> None:
         module = build_module(config, prepared, devices)
         self.config, self.plan, self.chunk = config, plan, module.loss_chunk
@@ -128,7 +128,7 @@ def _mean(begun: StepTime, ended: StepTime) -> StepTime:
     return StepTime((ended.wall - begun.wall) / TIMED, (ended.cpu - begun.cpu) / TIMED)
 
 
-def compose_config(arguments: list[str], turns: int) -> Config:
+def compose_config(arguments: list[str], turns: int) -> RunConfig:
     """Return the configuration that ``gptlab.train`` makes of these arguments, as long as it takes."""
     length = turns * TURN + 1  # the last step, which would be evaluated, is not made
     overrides = [*arguments, f"train.max_steps={length}", f"train.eval_every={length}", f"train.log_every={TIMED}"]
@@ -136,18 +136,19 @@ def compose_config(arguments: list[str], turns: int) -> Config:
         return resolve(compose("train", overrides), overrides)
 
 
-def measure_loops(config: Config, turns: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure_loops(config: RunConfig, turns: int, folder: Path) -> dict[str, dict[str, float]]:
     """Train in both loops, on one device; return what ``overhead`` shows of each."""
     quiet_lightning()
-    config, prepared = make_ready(config)
+    config, prepared, _ = preflight(config)
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices)
     plan = config.train.plan(1)
     block_size = config.model.block_size
-    data = TokenData(prepared, config.data, plan=plan, block_size=block_size, seed=config.seed, eval_windows=None)
+    data = TokenDataModule(prepared, config.data, plan=plan, block_size=block_size, seed=config.seed, eval_windows=None)
     loop = _BareLoop(config, prepared, devices, data, plan)
     module, turns_taken = build_module(config, prepared, devices), _AlternatingLoops(loop, turns)
-    trainer = build_trainer(config, prepared, devices, plan, folder, build_recorder(config, devices), None)
+    recorder = build_metrics_callback(config, devices)
+    trainer = build_trainer(config, prepared, devices, plan, folder, recorder, None)
     trainer.callbacks.insert(0, turns_taken)  # type: ignore[attr-defined]
     handler, timeout = log_to_file(folder / LOG), config.trainer.hang_timeout
     with suppress(_TurnsDone), Watchdog(trainer, timeout, folder / STACKS) if timeout else nullcontext():

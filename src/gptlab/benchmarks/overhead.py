@@ -7,12 +7,12 @@ from pydantic import PositiveInt
 from rich import get_console
 
 from gptlab.benchmarks.measuring import Result, ResultTable, run_timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 LOOPS = "gptlab.benchmarks.loops"
 
 
-class LoopsOfRun(Settings):
+class LoopsOfRun(FrozenConfig):
     """A run to measure; see conf/bench.yaml.
 
     Attributes:
@@ -24,7 +24,7 @@ class LoopsOfRun(Settings):
     turns: PositiveInt
 
 
-class OverheadBench(Settings):
+class OverheadBench(FrozenConfig):
     """The runs to measure."""
 
     characters: LoopsOfRun

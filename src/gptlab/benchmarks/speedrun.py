@@ -12,7 +12,7 @@ import yaml
 from pydantic import PositiveFloat
 
 from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
 
@@ -26,7 +26,7 @@ NANOGPT = (
 NANOGPT_LOSS = re.compile(r"^step 2000: .*val loss ([0-9.]+)$", re.MULTILINE)
 
 
-class SpeedrunBench(Settings):
+class SpeedrunBench(FrozenConfig):
     """The runs to make; see conf/bench.yaml.
 
     Attributes:

@@ -20,7 +20,7 @@ from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
 from gptlab.training.callbacks.step_sync import StepSync
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.config import AdamWConfig, ConstantConfig, TrainConfig
-from gptlab.training.module import GPTModule
+from gptlab.training.module import GPTModule, TrainingConfig
 
 TURN = 10  # steps; the first of each is not counted, as it ends what the other way has begun
 LIMITS = SimpleNamespace(max_bad_steps=10, spike_sigma=6.0, spike_window=128)
@@ -93,20 +93,11 @@ def time_steps(
 
 
 def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
-    return _Module(
-        build_gpt(model),
-        optimizer=optimizer,
-        schedule=ConstantConfig(name="constant", warmup_steps=0),
-        max_steps=10**9,
-        grad_clip=1.0,
-        ema_decay=None,
-        seed=0,
-        token_bytes=torch.ones(model.vocab_size or 0),
-        compile=False,
-        compile_mode="default",
-        micro_batch_sizes=1,
-        loss_chunk=None,
-    )
+    train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
+    schedule = ConstantConfig(name="constant", warmup_steps=0)
+    config = SimpleNamespace(seed=0, model=model, optimizer=optimizer, schedule=schedule, train=train, steps=10**9)
+    token_bytes = torch.ones(model.vocab_size or 0)
+    return _Module(build_gpt(model), cast(TrainingConfig, config), token_bytes=token_bytes, compile=False)
 
 
 def _batches(model: GPTConfig, batch_size: int) -> DataLoader[Batch]:

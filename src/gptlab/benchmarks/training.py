@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from pydantic import PositiveInt
 
 from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.model.config import GPTConfig
 
 STEPS = "gptlab.benchmarks.steps"
 
 
-class StepsOfModel(Settings):
+class StepsOfModel(FrozenConfig):
     """A model to train for some steps; see conf/bench.yaml.
 
     Attributes:
@@ -27,7 +27,7 @@ class StepsOfModel(Settings):
     steps: PositiveInt
 
 
-class TrainBench(Settings):
+class TrainBench(FrozenConfig):
     """The models to train."""
 
     characters: StepsOfModel

@@ -1,12 +1,117 @@
-"""The base of every settings class: typed, closed and without defaults.
+"""Base class of every configuration class, and validation with messages a user can act on.
 
-Default values live in ``conf/`` alone, so a settings class names each field, its type and its range, and nothing else.
+Default values live in ``conf/`` alone, so a configuration class names each field, its type and its range, and nothing
+else.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from gptlab.errors import UserError, did_you_mean
 
 
-class Settings(BaseModel):
-    """An immutable set of checked values; an unknown key or a wrong type is an error."""
+class FrozenConfig(BaseModel):
+    """Immutable validated values; an unknown key or a wrong type is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
+
+
+def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Validates a whole resolved configuration.
+
+    Raises:
+        UserError: Has a sentence for every value that is wrong.
+    """
+    try:
+        return config_type.model_validate(values)
+    except ValidationError as error:
+        keys = set(known_keys(config_type))
+        raise UserError("\n".join(_error_message(details, values, keys) for details in error.errors())) from None
+
+
+def rebuild(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Rebuilds a validated configuration from its ``model_dump(mode="json")``, without validating it again."""
+    fields = config_type.model_fields
+    rebuilt = {key: _rebuild_value(fields[key].annotation, values[key]) for key in values}
+    return config_type.model_construct(**rebuilt)  # type: ignore[return-value]  # typed as the base class by the plugin
+
+
+def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted name of every config key, groups included."""
+    for name, field in config_type.model_fields.items():
+        yield prefix + name
+        for part in _config_types(field.annotation):
+            yield from known_keys(part, f"{prefix}{name}.")
+
+
+def unknown_key(key: str, keys: set[str]) -> str:
+    """Returns the message for a key that the configuration does not have, with the nearest of ``keys``."""
+    if key in keys:
+        return f"{key} is a key of other options of {key.partition('.')[0]}=, not of the one chosen here."
+    return f"Unknown config key `{key}`.{did_you_mean(key, keys)} All keys are listed by --cfg job."
+
+
+def _rebuild_value(annotation: Any, value: Any) -> Any:
+    """Gives a JSON value the type that its annotation names: a configuration class, a tuple or plain data."""
+    if isinstance(value, Mapping):
+        candidates = [config_type for config_type in _config_types(annotation) if _accepts_name(config_type, value)]
+        return rebuild(candidates[0], value) if candidates else dict(value)
+    if isinstance(value, list):
+        if get_origin(annotation) is tuple:
+            return tuple(value)
+        (item,) = get_args(annotation) if get_origin(annotation) is list else (None,)
+        return [_rebuild_value(item, element) for element in value]
+    return value
+
+
+def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) -> bool:
+    """Whether ``values`` are of this member of a union, which its literal ``name`` tells."""
+    field = config_type.model_fields.get("name")
+    if field is None or get_origin(field.annotation) is not Literal:
+        return True
+    return values.get("name") in get_args(field.annotation)
+
+
+def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
+    """Finds the configuration classes inside unions and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, FrozenConfig):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _config_types(part)
+
+
+def _error_message(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) -> str:
+    """Returns a sentence about one error that pydantic found."""
+    key = _dotted_key(details["loc"], values)
+    match details["type"]:
+        case "extra_forbidden":
+            return unknown_key(key, keys)
+        case "missing":
+            return f"{key} is missing: name it on the command line, {key}=<value>."
+        case "value_error":
+            return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
+        case "union_tag_invalid":
+            return f"{key}.name={details['ctx']['tag']} is unknown; there are {details['ctx']['expected_tags']}."
+    expected = details["msg"].replace("Input should be ", "it should be ")
+    return f"{key}={details['input']!r} is not valid: {expected}."
+
+
+def _dotted_key(location: tuple[int | str, ...], values: Any) -> str:
+    """Returns the key at ``location``, which also holds the members of unions that pydantic went through."""
+    parts: list[str] = []
+    for part in location:
+        inside = values.get(part) if isinstance(values, Mapping) else None
+        named = isinstance(values, Mapping) and (part in values or part == location[-1])
+        if isinstance(part, str) and not named:
+            continue
+        if isinstance(part, int) and not isinstance(values, list):
+            continue
+        parts.append(str(part))
+        values = values[part] if isinstance(part, int) else inside
+    return ".".join(parts)

@@ -1,6 +1,6 @@
-"""What can be chosen for a command, read off the files of conf/. Imports no torch.
+"""Config groups of a command and the options that fit it, read from the files of conf/. Imports no torch.
 
-An experiment is for the commands that have all that it sets: one that sets ``run`` is for gptlab.evaluate.
+An experiment fits the commands that have every key it sets: one that sets ``run`` is for gptlab.evaluate.
 """
 
 import posixpath
@@ -16,55 +16,59 @@ from gptlab.errors import UserError
 EXPERIMENT = "experiment"
 
 
-class Groups:
-    """The groups of a command, and the options that are for it.
+class OptionGroups:
+    """Config groups of one command.
 
     Args:
-        command: What it is called, and its primary configuration.
-        folders: Of configuration files, the first ones first; gptlab's own is the last.
+        command: Name of the command and of its primary configuration.
+        folders: Folders with configuration files in the order in which they are searched; gptlab's own is the last.
     """
 
     def __init__(self, command: str, folders: Sequence[Path]) -> None:
         self.command, self.folders = command, folders
-        self._has = self._set_by(command)
+        self._own_keys = self._top_level_keys(command)
 
     def table(self) -> str:
-        """List the groups with their options, a line each."""
+        """Lists the groups with their options, one line each."""
         lines = []
-        for group in sorted(self._has - {"hydra"}):
+        for group in sorted(self._own_keys - {"hydra"}):
             options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
             if options:
-                lines.append(f"{group}: {', '.join(self.own(group, sorted(options)))}\n")
+                lines.append(f"{group}: {', '.join(self.fitting_options(group, sorted(options)))}\n")
         return "".join(lines)
 
-    def own(self, group: str, options: Iterable[str]) -> list[str]:
-        """Leave out what is for another command."""
-        return [option for option in options if group != EXPERIMENT or not self._other(option)]
+    def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
+        """Returns the options without the experiments of other commands."""
+        return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
 
-    def check(self, arguments: Iterable[str]) -> None:
-        """Look at the experiments of a command line; UserError says which command one is for, if not for this one."""
-        for argument in arguments:
-            key, _, value = argument.partition("=")
+    def check_experiments(self, overrides: Iterable[str]) -> None:
+        """Checks the experiments that a command line chooses.
+
+        Raises:
+            UserError: One is for another command; the message names that command.
+        """
+        for override in overrides:
+            key, _, value = override.partition("=")
             for name in re.findall(r"[\w./-]+", value) if key == EXPERIMENT else ():
-                if other := self._other(name):
-                    foreign = ", ".join(sorted(self._set_by(f"{EXPERIMENT}/{name}") - self._has))
+                if other := self._other_command(name):
+                    foreign = ", ".join(sorted(self._top_level_keys(f"{EXPERIMENT}/{name}") - self._own_keys))
                     raise UserError(
                         f"{EXPERIMENT}={name} is for python -m gptlab.{other}: it sets {foreign}, which "
-                        f"gptlab.{self.command} has not."
+                        f"gptlab.{self.command} does not have."
                     )
 
-    def _other(self, experiment: str) -> str | None:
-        """Name the command that an experiment is for; None where it is this one, and where it fits none."""
-        sets = self._set_by(f"{EXPERIMENT}/{experiment}")
-        if sets <= self._has:
+    def _other_command(self, experiment: str) -> str | None:
+        """Returns the command that an experiment is for; None if it is this one, or if it fits none."""
+        keys = self._top_level_keys(f"{EXPERIMENT}/{experiment}")
+        if keys <= self._own_keys:
             return None
-        commands = {path.stem: self._set_by(path.stem) for path in self.folders[-1].glob("*.yaml")}
-        fitting = [name for name, has in commands.items() if EXPERIMENT in has and sets <= has]
-        # the one with the fewest settings: others may take all that it takes, and more
+        commands = {path.stem: self._top_level_keys(path.stem) for path in self.folders[-1].glob("*.yaml")}
+        fitting = [name for name, known in commands.items() if EXPERIMENT in known and keys <= known]
+        # the one with the fewest keys: others may have all of them, and more
         return min(fitting, key=lambda name: (len(commands[name]), name), default=None)
 
-    def _set_by(self, file: str) -> set[str]:
-        """Name the groups and settings of the first level that a file has; none where Hydra could not read it."""
+    def _top_level_keys(self, file: str) -> set[str]:
+        """Returns the groups and keys at the top level of a file; none if Hydra could not read it."""
         try:
             path = next(path for folder in self.folders if (path := folder / f"{file}.yaml").is_file())
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -79,5 +83,5 @@ class Groups:
                 if isinstance(entry, dict) or posixpath.dirname(chosen) != posixpath.dirname(file):
                     names.add(chosen.partition("/")[0])
                 elif key != "_self_":
-                    names |= self._set_by(chosen)  # what it begins with
+                    names |= self._top_level_keys(chosen)  # of a file that this one includes
         return names

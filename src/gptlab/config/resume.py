@@ -7,14 +7,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from gptlab.config.schema import Config, check
+from gptlab.config.base import validate
+from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
-from gptlab.tracking.run_directory import load_config, newest_run
+from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run
 
-# What may change when a run goes on: its length, the devices, and what is logged and kept. All else would make it
-# another run.
-CHANGEABLE = (
+# Keys that may change when a run is resumed: its length, the devices, and what is logged and kept. Any other would make
+# it another run.
+CHANGEABLE_KEYS = (
     "resume",
     "force_resume",
     "train.max_steps",
@@ -32,121 +33,138 @@ CHANGEABLE = (
     "callbacks",
     "logger",
 )
-BEGINNINGS = dict.fromkeys(("init_from", "resume_from_nanogpt"))  # of a new run, which one that goes on has behind it
-FIXED = ("trainer.precision",)  # but not this, within those
+FIXED_KEYS = ("trainer.precision",)  # within those, but may not change
+START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts from; a resumed run has that behind it
 AUTO = "auto"
 
 
-def resolve(values: DictConfig, overrides: list[str]) -> Config:
-    """Resolve and check what Hydra composed.
+def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
+    """Resolves and validates what Hydra composed.
 
     Args:
         values: The composed configuration.
-        overrides: Of the command line; on a resume they alone are applied to the earlier run's configuration. Where
-            resume=auto has found the run, it is the whole configuration that must be the earlier one's.
+        overrides: Overrides of the command line. With resume=<run directory>, only these change the configuration of
+            the earlier run. With resume=auto, the whole configuration has to be that of the earlier run.
 
     Raises:
-        UserError: A value is missing or wrong, or a resume would change what the run is.
+        UserError: A value is missing or wrong, or may not change when a run is resumed.
     """
-    composed = plain(values)
-    named = [override.lstrip("+").partition("=")[0] for override in overrides]
-    if "train.max_tokens" in named and "train.max_steps" not in named:
-        composed["train"]["max_steps"] = None  # the default length gives way to the one that was named
-        named.append("train.max_steps")
-    elif "train.max_steps" in named and "train.max_tokens" not in named:
-        named.append("train.max_tokens")  # which is null where it is not named
+    composed = resolve_to_dict(values)
+    overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
+    if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
+        composed["train"]["max_steps"] = None  # the default length gives way to the one that was given
+        overridden.append("train.max_steps")
+    elif "train.max_steps" in overridden and "train.max_tokens" not in overridden:
+        overridden.append("train.max_tokens")  # which is null where it is not given
     if composed.get("resume") is None:
-        return check(Config, composed)
+        return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
-        return _going_on(composed, named, Path(str(composed["resume"])).expanduser().absolute())
-    new = check(Config, composed | {"resume": None})
-    if (directory := newest_run(new.name)) is None:
+        run_dir = Path(str(composed["resume"])).expanduser().absolute()
+        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir))
+    new = validate(RunConfig, composed | {"resume": None})
+    if (newest := newest_run(new.name)) is None:
         return new
-    return goes_on(new, directory)
+    return resume_as(new, newest, load_config(newest))
 
 
-def goes_on(config: Config, directory: Path) -> Config:
-    """Make of the configuration of a new run that of an earlier one, which goes on.
+def merge_resume_config(
+    values: dict[str, Any], overridden: list[str], run_dir: Path, earlier_config: RunConfig
+) -> RunConfig:
+    """Applies overridden keys to the configuration of an earlier run, and validates the result.
+
+    Args:
+        values: Holds the values of the overridden keys.
+        overridden: Dotted names of keys or groups.
+        run_dir: The earlier run, which is resumed.
+        earlier_config: Its configuration.
+
+    Raises:
+        UserError: A key may not change when a run is resumed; with force_resume=true, the weights do not fit.
+    """
+    earlier = earlier_config.model_dump(mode="json")
+    precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
+    if _get(values, "data.val_split") == "auto":
+        values["data"]["val_split"] = earlier["data"]["val_split"]
+    for key in overridden:
+        if not _may_change(key) and not is_forced and _get(values, key, key) != _get(earlier, key):
+            raise UserError(
+                f"{key} cannot change when a run is resumed: it would be another run. "
+                f"What can: {', '.join(CHANGEABLE_KEYS)} (but {', '.join(FIXED_KEYS)}). To start a new run from these "
+                f"weights: init_from={run_dir}. To resume anyway: force_resume=true"
+            )
+        if key.partition(".")[0] in values:
+            _copy_key(key.split("."), values, earlier)
+    if "trainer" in overridden and "trainer.precision" not in overridden:
+        earlier["trainer"]["precision"] = precision  # the devices were chosen, not the precision
+    start = dict.fromkeys(START_KEYS)
+    merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
+    if is_forced:
+        check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
+    return merged
+
+
+def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
+    """Turns the configuration of a new run into that of an earlier run, which is resumed.
 
     Raises:
         UserError: They are not the same run.
     """
-    return _going_on(config.with_absolute_paths().model_dump(mode="json"), _changes(config, directory), directory)
+    values = config.with_absolute_paths().model_dump(mode="json")
+    return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config)
 
 
-def with_val_split(config: Config) -> Config:
-    """Resolve ``data.val_split=auto``, which is for new runs: a run that is resumed keeps its own."""
+def resolve_split(config: RunConfig) -> RunConfig:
+    """Resolves ``data.val_split=auto``, which is for new runs: a resumed run keeps its split."""
     return config.model_copy(update={"data": resolve_val_split(config.data)})
 
 
-def differences(config: Config, directory: Path) -> list[str]:
-    """Name the settings that make a configuration another run than an earlier one."""
-    return [key for key in _changes(config, directory) if not _is_free(key)]
+def identity_changes(config: RunConfig, earlier_config: RunConfig) -> list[str]:
+    """Returns the keys that differ and may not change on a resume: those that make it another run."""
+    return [key for key in _changed_keys(config, earlier_config) if not _may_change(key)]
 
 
-def _changes(config: Config, directory: Path) -> list[str]:
-    """Name the settings that differ from an earlier run's, except those that are left to the tokenizer or the data."""
-    values, earlier = (c.with_absolute_paths().model_dump(mode="json") for c in (config, load_config(directory)))
-    keys = {*_leaves(values), *_leaves(earlier)} - BEGINNINGS.keys()
+def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
+    """Returns the keys that differ from an earlier run's, without those that the tokenizer or the data decides."""
+    values, earlier = (c.with_absolute_paths().model_dump(mode="json") for c in (config, earlier_config))
+    keys = {*_leaf_keys(values), *_leaf_keys(earlier)} - {*START_KEYS}
     if values["model"]["vocab_size"] is None:
         keys.remove("model.vocab_size")
     if config.data.val_split == "auto":
         keys.remove("data.val_split")
-    return sorted(key for key in keys if _at(values, key) != _at(earlier, key))
+    return sorted(key for key in keys if _get(values, key) != _get(earlier, key))
 
 
-def _going_on(values: dict[str, Any], named: list[str], directory: Path) -> Config:
-    """Apply the values that are named to the configuration of an earlier run; UserError for one that cannot change."""
-    earlier = load_config(directory).model_dump(mode="json")
-    precision = earlier["trainer"]["precision"]
-    if _at(values, "data.val_split") == "auto":
-        values["data"]["val_split"] = earlier["data"]["val_split"]
-    for key in named:
-        if not _is_free(key) and not values.get("force_resume") and _at(values, key, key) != _at(earlier, key):
-            raise UserError(
-                f"{key} cannot change when a run is resumed: it would be another run. "
-                f"What can: {', '.join(CHANGEABLE)} (but {', '.join(FIXED)}). To start a new run from these weights: "
-                f"init_from={directory}. To go on all the same: force_resume=true"
-            )
-        if key.partition(".")[0] in values:
-            _copy(key.split("."), values, earlier)
-    if "trainer" in named and "trainer.precision" not in named:
-        earlier["trainer"]["precision"] = precision  # the devices were named, not what is computed on them
-    forced = bool(values.get("force_resume"))
-    return check(Config, earlier | {"resume": str(directory), "force_resume": forced, **BEGINNINGS})
-
-
-def plain(values: DictConfig) -> dict[str, Any]:
-    """Resolve a composed configuration into plain data; UserError names a mandatory value that is missing."""
+def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
+    """Resolves a composed configuration into plain data; UserError names a mandatory value that is missing."""
     try:
-        plain = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
+        container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise UserError(f"{key} is missing: name it on the command line, {key}=<value>.") from None
-    assert isinstance(plain, dict)  # noqa: S101
-    return {str(key): value for key, value in plain.items()}
+    assert isinstance(container, dict)  # noqa: S101
+    return {str(key): value for key, value in container.items()}
 
 
-def _is_free(key: str) -> bool:
-    """Whether a setting may change on a resume."""
+def _may_change(key: str) -> bool:
+    """Whether a key may change when a run is resumed."""
 
     def is_in(groups: tuple[str, ...]) -> bool:
         return any(key == group or key.startswith(f"{group}.") for group in groups)
 
-    return is_in(CHANGEABLE) and not is_in(FIXED)
+    return is_in(CHANGEABLE_KEYS) and not is_in(FIXED_KEYS)
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all values."""
+def _leaf_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of all values that are no groups."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from _leaf_keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name
 
 
-def _at(values: Any, key: str, default: Any = None) -> Any:
-    """Return the value of a dotted name."""
+def _get(values: Any, key: str, default: Any = None) -> Any:
+    """Returns the value of a dotted name."""
     for part in key.split("."):
         if not isinstance(values, dict) or part not in values:
             return default
@@ -154,8 +172,8 @@ def _at(values: Any, key: str, default: Any = None) -> Any:
     return values
 
 
-def _copy(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Copy one value, or the group that it is in where one of the two has no such group."""
+def _copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
+    """Copies one value, or its whole group where one of the two does not have that group."""
     for part in path[:-1]:
         if target.get(part) is None or source.get(part) is None:
             target[part] = source.get(part)

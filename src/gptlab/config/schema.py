@@ -1,25 +1,25 @@
-"""The whole configuration of a run: types, ranges and the rules between its parts. Imports no torch."""
+"""RunConfig, the whole configuration of a training run: types, ranges, and what must fit together. Imports no torch."""
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, PositiveFloat, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, PositiveFloat, model_validator
 
-from gptlab.config.base import Settings
-from gptlab.config.hub_names import is_on_hub
+from gptlab.config.base import FrozenConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, LoRAConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
-S = TypeVar("S", bound=Settings)
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
 
+# OpenAI's four (Radford et al. 2019, table 2), by the names under which nanoGPT and transformers know them
+GPT2_REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+HUB_PREFIX = "hf://"  # of any other model of the Hugging Face hub: hf://<owner>/<name>
 
-class WandbConfig(Settings):
-    """A run on Weights & Biases."""
+
+class WandbConfig(FrozenConfig):
+    """Weights & Biases logger."""
 
     project: str
     entity: str | None
@@ -33,19 +33,22 @@ class WandbConfig(Settings):
     checkpoints: Literal["none", "best", "all"]
 
 
-class TensorBoardConfig(Settings):
+class TensorBoardConfig(FrozenConfig):
     """TensorBoard event files in the run directory."""
 
 
-class LoggerConfig(Settings):
-    """The loggers a run has beside metrics.csv; None is one it does not have."""
+class LoggerConfig(FrozenConfig):
+    """Loggers of a run besides metrics.csv; None is one that it does not have."""
 
     wandb: WandbConfig | None = None
     tensorboard: TensorBoardConfig | None = None
 
 
-class Config(Settings):
-    """Everything that makes a training run what it is."""
+class RunConfig(FrozenConfig):
+    """Configuration of a training run.
+
+    It is validated once, by the process that starts the run; workers take it as it is (``rebuild``).
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Seed
@@ -65,30 +68,30 @@ class Config(Settings):
     logger: LoggerConfig
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
+    def _check_single_start(self) -> Self:
         named = [key for key in ("resume", "init_from", "resume_from_nanogpt") if getattr(self, key)]
         if len(named) > 1:
             raise ValueError(
-                f"{' and '.join(named)} exclude each other: a run goes on, or it starts from other weights"
+                f"{' and '.join(named)} exclude each other: a run is resumed, or it starts from other weights"
             )
         return self
 
     @model_validator(mode="after")
-    def _heads_are_dealt_out(self) -> Self:
+    def _check_tensor_parallel(self) -> Self:
         parts, heads = self.trainer.tensor_parallel, self.model.n_head
         if parts > 1 and (self.model.value_residual or self.model.value_embeddings):
             raise ValueError(
-                "model.value_residual and model.value_embeddings mix values that fsdp_tp splits by heads, which is not "
-                "built; trainer=fsdp and trainer=ddp have them"
+                "model.value_residual and model.value_embeddings mix values that fsdp_tp splits by heads, which is "
+                "not implemented; trainer=fsdp and trainer=ddp have them"
             )
         if heads % parts:
             raise ValueError(
-                f"trainer.tensor_parallel={parts} has to divide model.n_head={heads}: the attention is split by heads"
+                f"model.n_head={heads} is not divisible by trainer.tensor_parallel={parts}: attention is split by heads"
             )
         return self
 
     @model_validator(mode="after")
-    def _adapts_with_adamw(self) -> Self:
+    def _check_lora(self) -> Self:
         if self.lora and self.optimizer.name != "adamw":
             raise ValueError(
                 f"lora trains thin matrices, which optimizer={self.optimizer.name} is not for: optimizer=adamw"
@@ -101,7 +104,7 @@ class Config(Settings):
         return self
 
     @model_validator(mode="after")
-    def _averages_are_fine(self) -> Self:
+    def _check_ema_precision(self) -> Self:
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(
                 f"train.ema_decay={self.train.ema_decay} moves an average by less than bfloat16 can tell: "
@@ -111,11 +114,15 @@ class Config(Settings):
 
     @property
     def steps(self) -> int:
-        """Length in optimizer steps."""
+        """Length of the run in optimizer steps."""
         return self.train.steps(self.model.block_size)
 
     def with_vocabulary(self, size: int) -> Self:
-        """Fill in the tokenizer's vocabulary; UserError where the model names another."""
+        """Fills in the vocabulary size of the tokenizer.
+
+        Raises:
+            UserError: The model names another one.
+        """
         if self.model.vocab_size not in (None, size):
             raise UserError(
                 f"model.vocab_size={self.model.vocab_size} is not the {size} ids of tokenizer={self.tokenizer.name}; "
@@ -125,7 +132,7 @@ class Config(Settings):
         return self.model_copy(update={"model": model})
 
     def with_absolute_paths(self) -> Self:
-        """Make the configuration independent of the folder it was typed in."""
+        """Makes paths absolute, so that the configuration means the same in any folder."""
         data = {key: _absolute(value) for key in ("source", "cache_dir") if (value := getattr(self.data, key))}
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
@@ -149,67 +156,9 @@ class Config(Settings):
         )
 
 
-def check(settings: type[S], values: Mapping[str, Any]) -> S:
-    """Check a whole resolved configuration; UserError has a sentence for everything that is wrong."""
-    try:
-        return settings.model_validate(values)
-    except ValidationError as error:
-        keys = set(known_keys(settings))
-        raise UserError("\n".join(_sentence(details, values, keys) for details in error.errors())) from None
-
-
-def known_keys(settings: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted name of every setting, groups included."""
-    for name, field in settings.model_fields.items():
-        yield prefix + name
-        for part in _models_in(field.annotation):
-            yield from known_keys(part, f"{prefix}{name}.")
-
-
-def no_setting(key: str, keys: set[str]) -> str:
-    """Say that ``key`` is not there, and what may have been meant, of the settings that there are."""
-    if key in keys:
-        return f"{key} is a setting of other options of {key.partition('.')[0]}=, not of the one chosen here."
-    return f"{key} is no setting.{did_you_mean(key, keys)} All are shown by --cfg job."
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Find the settings classes inside unions and annotations."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for part in get_args(annotation):
-        yield from _models_in(part)
-
-
-def _sentence(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) -> str:
-    """Say what is wrong with one key."""
-    key = _key(details["loc"], values)
-    match details["type"]:
-        case "extra_forbidden":
-            return no_setting(key, keys)
-        case "missing":
-            return f"{key} is missing: name it on the command line, {key}=<value>."
-        case "value_error":
-            return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
-        case "union_tag_invalid":
-            return f"{key}.name={details['ctx']['tag']} is unknown; there are {details['ctx']['expected_tags']}."
-    expected = details["msg"].replace("Input should be ", "it should be ")
-    return f"{key}={details['input']!r} is not right: {expected}."
-
-
-def _key(location: tuple[int | str, ...], values: Any) -> str:
-    """Name the setting at ``location``, which also holds the branches of unions that pydantic went through."""
-    parts: list[str] = []
-    for part in location:
-        inside = values.get(part) if isinstance(values, Mapping) else None
-        named = isinstance(values, Mapping) and (part in values or part == location[-1])
-        if isinstance(part, str) and not named:
-            continue
-        if isinstance(part, int) and not isinstance(values, list):
-            continue
-        parts.append(str(part))
-        values = values[part] if isinstance(part, int) else inside
-    return ".".join(parts)
+def is_on_hub(name: str) -> bool:
+    """Whether ``name`` is a model of the Hugging Face hub; a folder or a file of that name comes first."""
+    return (name in GPT2_REPOSITORIES or name.startswith(HUB_PREFIX)) and not Path(name).exists()
 
 
 def _absolute(path: str) -> str:

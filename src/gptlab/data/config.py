@@ -4,10 +4,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 
-class DataConfig(Settings):
+class DataConfig(FrozenConfig):
     """A corpus and how it is split, stored and ordered.
 
     Attributes:
@@ -65,7 +65,7 @@ class DataConfig(Settings):
         return self.corpus == "shards" and self.path is not None and "://" in self.path
 
 
-class TokenizerConfig(Settings):
+class TokenizerConfig(FrozenConfig):
     """A tokenizer by name.
 
     Attributes:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.pretrained.source import ModelSource
@@ -15,7 +15,7 @@ TOKENS_PER_BATCH = 8192  # of a batch whose size is not named
 Split = Literal["val", "train", "all"]
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(FrozenConfig):
     """What to score, on what, and how; see conf/evaluate.yaml."""
 
     run: Annotated[str, Field(min_length=1)]

@@ -1,1 +1,5 @@
-"""From a checked configuration to the processes that train: preflight, launcher, supervisor, workers, SLURM."""
+"""From a validated configuration to the processes that train: launcher, preflight, supervisor, signals, requeue.
+
+The entry point of worker processes is ``gptlab.worker``, above this package: it adds the callbacks that a run has from
+``planning`` and ``sweeps``.
+"""

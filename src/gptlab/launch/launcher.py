@@ -1,116 +1,159 @@
-"""Where a run's processes come from. Imports no torch.
+"""From a validated configuration to the process or processes that train. Imports no torch before they do.
 
-Where torchrun or srun has started the ranks already, each runs here, and so does a single run on one device. All others
-run in workers (``supervisor``), one a device: their environment cannot leak into the next job of a sweep, and Hydra is
-not asked twice.
+Ranks that torchrun or srun has started train in their own process, and so does a single run on one device. All other
+runs train in workers (``supervisor``), one a device: their environment cannot leak into the next job of a sweep, and
+Hydra and the checks are not run again.
 """
 
 import logging
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from gptlab.config.resume import with_val_split
-from gptlab.config.schema import Config
+from gptlab.config.resume import resolve_split
+from gptlab.config.schema import RunConfig
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
-from gptlab.data.shards.manifest import SPLITS, Split, load_manifest
+from gptlab.data.shards.manifest import SPLITS, Manifest, Split, load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.launch.prepare_data import prepare_with_progress
-from gptlab.launch.requeued import go_on
-from gptlab.launch.signals import stoppable
-from gptlab.launch.supervisor import supervise
-from gptlab.pretrained.external import check_external, is_external
+from gptlab.launch.requeue import find_resumable_run
+from gptlab.launch.signals import run_stoppable
+from gptlab.launch.supervisor import Job, supervise
+from gptlab.pretrained.external import check_external, check_external_shape, is_external
 from gptlab.pretrained.source import resolve_path
 from gptlab.tracking.run_directory import CHECKPOINTS, check_weights_fit, has_checkpoint, load_config
 from gptlab.tracking.wandb.opt_outs import check_mode
+from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.distributed.processes import launched_externally
 
 log = logging.getLogger(__name__)
 
 
-def launch(config: Config, place: Path | None, *, alone: bool = True) -> int:
-    """Run a checked configuration to its end.
+class ReadyRun(NamedTuple):
+    """A run that has passed all checks that need no torch.
+
+    Attributes:
+        config: The completed configuration: absolute paths, the split and the vocabulary are known.
+        prepared: The data.
+        plan: The batch plan; None if the number of devices is not known yet.
+    """
+
+    config: RunConfig
+    prepared: TokenDataset
+    plan: BatchPlan | None
+
+
+def launch(
+    config: RunConfig, run_dir: Path | None, *, extra_callbacks: Callable[..., Any], in_process: bool = True
+) -> int:
+    """Runs a validated configuration to its end.
 
     Args:
-        config: From ``gptlab.config.schema.check``.
-        place: The run directory that a sweep has set apart; None names one by the time.
-        alone: Whether this process runs nothing else.
+        config: From ``gptlab.config.base.validate``.
+        run_dir: The run directory that a sweep has assigned; None names one by the time.
+        extra_callbacks: See ``gptlab.launch.train_run.train_run``; used if the run trains in this process.
+        in_process: Whether a run on one device may train in this process, which then runs nothing else.
 
     Returns:
         The exit status.
     """
-    config, place = go_on(config, place)
+    config, run_dir = find_resumable_run(config, run_dir)
     if config.resume:
         try:
             check_val_split(config.data)
         except UserError as error:
             log.warning("This run keeps the split that it began with. %s", error)
-    config, prepared = make_ready(config)
-    if launched_externally() or (config.trainer.strategy == "single" and alone):
-        from gptlab.launch.train_run import run  # torch is needed from here on
+    ready = preflight(config)
+    if launched_externally() or (ready.config.trainer.strategy == "single" and in_process):
+        from gptlab.launch.train_run import train_run  # torch is needed from here on
 
-        return stoppable(lambda: run(config, prepared, place))
-    read_examples_cached.cache_clear()  # the workers have their own
-    return supervise(config, place)
+        return run_stoppable(lambda: train_run(*ready, run_dir, extra_callbacks=extra_callbacks))
+    read_examples_cached.cache_clear()  # the workers read it themselves
+    return supervise(Job(ready.config, run_dir, ready.plan))
 
 
-def make_ready(config: Config) -> tuple[Config, TokenDataset]:
-    """Prepare the data and complete the configuration; UserError for what can be known without torch."""
-    config = with_val_split(config.with_absolute_paths())
+def preflight(config: RunConfig) -> ReadyRun:
+    """Checks all that can be checked without torch, prepares the data and completes the configuration.
+
+    Raises:
+        UserError: The run cannot be started; if possible, this is found before the data is prepared.
+    """
+    config = resolve_split(config.with_absolute_paths())
+    plan = None
     if isinstance(config.trainer.devices, int) and not launched_externally():
-        shares = config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes)
-        config.train.plan(shares)
+        plan = config.train.plan(config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes))
     origin = resolve_path(config.init_from) if config.init_from else None
-    if origin and is_external(origin):
-        check_external(origin, config.model)
-    elif earlier := Path(config.resume) if config.resume else origin:
-        load_config(earlier)
-        if not has_checkpoint(earlier):
-            raise UserError(f"{earlier} has no checkpoint yet: nothing is in {earlier / CHECKPOINTS}.")
-    if config.lora and not (origin or config.resume):
-        raise UserError("lora adapts weights that are learnt already, and there are none: name them with init_from=.")
+    foreign_shape = check_external(origin, config.model) if origin and is_external(origin) else None
+    origin_config = load_config(origin) if origin and not is_external(origin) else None
+    _check_start(config, Path(config.resume) if config.resume else origin)
+    _check_loggers(config)
+    prepared = open_data(config)
+    if config.callbacks.samples is not None:
+        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if it cannot be encoded
+    if (hellaswag := config.callbacks.hellaswag) is not None:
+        read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises likewise
+    if config.resume:
+        _check_same_data(config, prepared, Path(config.resume))
+    _check_length(config, prepared.manifest)
+    _check_order(config, prepared)
+    config = config.with_vocabulary(prepared.manifest.vocab_size)
+    if foreign_shape is not None and origin:
+        check_external_shape(origin, foreign_shape, config.model)  # now with the vocabulary
+    elif origin_config is not None and origin:
+        _check_same_tokens(prepared, origin)
+        check_weights_fit(origin, origin_config.model, config.model)
+    return ReadyRun(config, prepared, plan)
+
+
+def open_data(config: RunConfig) -> TokenDataset:
+    """Opens the data of a run, which is prepared first if it is not yet."""
+    return prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
+
+
+def _check_start(config: RunConfig, start: Path | None) -> None:
+    """Checks that the run can start from what it names: a checkpoint of an earlier run, other weights, or nothing."""
+    if start and not is_external(start) and not has_checkpoint(start):
+        raise UserError(f"{start} has no checkpoint yet: nothing is in {start / CHECKPOINTS}.")
+    if config.lora and not start:
+        raise UserError("lora adapts trained weights, and there are none: name them with init_from=.")
+    if not config.resume:
+        check_val_split(config.data)
+
+
+def _check_loggers(config: RunConfig) -> None:
+    """Checks that the loggers are installed and allowed."""
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
     if config.logger.wandb is not None:
         check_mode(config.logger.wandb)
-    if not config.resume:
-        check_val_split(config.data)
-    prepared = prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
-    if config.callbacks.samples is not None:
-        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # says what it cannot encode
-    if (wanted := config.callbacks.hellaswag) is not None:
-        read_examples_cached(Path(wanted.path), prepared.tokenizer, wanted.limit)  # so does this
-    if config.resume:
-        _check_same_run(config, prepared, Path(config.resume))
-    block_size, manifest = config.model.block_size, prepared.manifest
-    needed: dict[Split, int] = {"train": 2 * block_size, "val": block_size + 1}
+
+
+def _check_length(config: RunConfig, manifest: Manifest) -> None:
+    """Checks that each split is long enough for the block size."""
+    block_size = config.model.block_size
+    needed: Mapping[Split, int] = {"train": 2 * block_size, "val": block_size + 1}
     for split in SPLITS:
         if (tokens := manifest.tokens(split)) < needed[split]:
+            larger_val = split == "val" and config.data.corpus != "shards"
             raise UserError(
                 f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
                 f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do"
-                f"{', or a larger data.val_fraction' if split == 'val' and config.data.corpus != 'shards' else ''}."
+                f"{', or a larger data.val_fraction' if larger_val else ''}."
             )
-    _check_order(config, prepared)
-    config = config.with_vocabulary(manifest.vocab_size)
-    if origin and is_external(origin):
-        check_external(origin, config.model)  # with the vocabulary
-    elif origin:
-        _check_same_tokens(prepared, origin)
-        check_weights_fit(origin, config.model)
-    return config, prepared
 
 
-def _check_order(config: Config, prepared: TokenDataset) -> None:
-    """See that the data can be read in the order that is asked for."""
+def _check_order(config: RunConfig, prepared: TokenDataset) -> None:
+    """Checks that the data can be read in the order that is asked for."""
     if config.data.documents == "masked" and prepared.tokenizer.end_of_text is None:
         raise UserError(
-            f"data.documents=masked: tokenizer={config.tokenizer.name} has no end of text that documents could be told "
-            "apart by; data.documents=packed needs none."
+            f"data.documents=masked: tokenizer={config.tokenizer.name} has no end-of-text id that would separate "
+            "documents; data.documents=packed needs none."
         )
     try:
         order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
@@ -122,27 +165,26 @@ def _check_order(config: Config, prepared: TokenDataset) -> None:
     prepared.store.check_room([*val, *(train.shards[number] for number in train.within(order.ahead(0)))])
 
 
-def _check_same_run(config: Config, prepared: TokenDataset, directory: Path) -> None:
-    """Refuse to go on with other data: the order would be another, and nothing would say so."""
-    was, now = load_manifest(directory).fingerprint(), prepared.manifest.fingerprint()
-    if was != now:
-        sentence = (
-            f"The data in {prepared.folder} is not what {directory} was trained on: its fingerprint is {now[:12]}, the "
-            f"run's is {was[:12]}."
-        )
-        if not config.force_resume:
-            raise UserError(
-                f"{sentence} For a new run on it from these weights: init_from={directory}. To go on all the same: "
-                "force_resume=true"
-            )
-        log.warning("%s The run goes on all the same.", sentence)
-    if config.force_resume:
-        check_weights_fit(directory, config.model, cropped=False)
-
-
-def _check_same_tokens(prepared: TokenDataset, directory: Path) -> None:
-    """Refuse weights whose ids mean other text."""
-    if load_manifest(directory).tokenizer != prepared.manifest.tokenizer:
+def _check_same_data(config: RunConfig, prepared: TokenDataset, run_dir: Path) -> None:
+    """Refuses to resume on other data: the order would be another one, and nothing would say so."""
+    was, now = load_manifest(run_dir).fingerprint(), prepared.manifest.fingerprint()
+    if was == now:
+        return
+    sentence = (
+        f"The data in {prepared.folder} is not what {run_dir} was trained on: its fingerprint is {now[:12]}, the run's "
+        f"is {was[:12]}."
+    )
+    if not config.force_resume:
         raise UserError(
-            f"{directory} was trained on other tokens than tokenizer={prepared.manifest.tokenizer['name']} has here."
+            f"{sentence} For a new run on it from these weights: init_from={run_dir}. To resume anyway: "
+            "force_resume=true"
+        )
+    log.warning("%s The run is resumed anyway.", sentence)
+
+
+def _check_same_tokens(prepared: TokenDataset, run_dir: Path) -> None:
+    """Refuses weights that were trained on other tokens."""
+    if load_manifest(run_dir).tokenizer != prepared.manifest.tokenizer:
+        raise UserError(
+            f"{run_dir} was trained on other tokens than tokenizer={prepared.manifest.tokenizer['name']} has here."
         )

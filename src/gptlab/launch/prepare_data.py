@@ -1,4 +1,4 @@
-"""Preparation with its progress on the screen. Imports no torch."""
+"""Data preparation with a progress bar, and what gptlab.prepare prints. Imports no torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
@@ -26,12 +26,12 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 def prepare_with_progress(
     data: DataConfig, tokenizer: TokenizerConfig, work: PrepareOptions, trained: Tokenizer | None = None
 ) -> TokenDataset:
-    """Prepare as ``gptlab.data.prepare.prepare.prepare`` does, with a bar: MB/s, tokens, time left."""
-    with _bar() as bar:
+    """Calls ``gptlab.data.prepare.prepare.prepare`` with a progress bar: MB/s, tokens, time left."""
+    with _progress_bar() as bar:
         task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
 
         def report(done: int, of: int, tokens: int) -> None:
-            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # what is done at the beginning took no time
+            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # of an earlier preparation: it took no time
                 bar.reset(task, completed=done, total=of, visible=True, tokens=tokens, speed="–", earlier=done)
                 return
             speed = (done - earlier) / (bar.tasks[task].elapsed or 1e-9) / 1e6
@@ -41,7 +41,7 @@ def prepare_with_progress(
 
 
 @contextmanager
-def _bar() -> Iterator[Progress]:
+def _progress_bar() -> Iterator[Progress]:
     columns = (
         TextColumn("preparing"),
         BarColumn(),
@@ -53,22 +53,22 @@ def _bar() -> Iterator[Progress]:
         yield bar
 
 
-class WorkConfig(Settings):
-    """Who prepares; see ``gptlab.data.prepare.prepare.Work``."""
+class WorkConfig(FrozenConfig):
+    """Processes and machines that prepare; see ``gptlab.data.prepare.tasks.PrepareOptions``."""
 
     workers: PositiveInt | None
     part: NonNegativeInt
     parts: PositiveInt
 
     @model_validator(mode="after")
-    def _one_of_the_parts(self) -> Self:
+    def _check_part(self) -> Self:
         if self.part >= self.parts:
             raise ValueError(f"prepare.part={self.part}: the parts are counted from 0, so the last is {self.parts - 1}")
         return self
 
 
-class PrepareCommand(Settings):
-    """What ``python -m gptlab.prepare`` is asked for; see conf/prepare.yaml."""
+class PrepareCommand(FrozenConfig):
+    """Configuration of ``python -m gptlab.prepare``; see conf/prepare.yaml."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -83,14 +83,14 @@ class PrepareCommand(Settings):
     out: str | None
 
 
-def existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
-    """Open a prepared folder or its URL, or token files of others, in the tokens that they are in."""
+def open_existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
+    """Opens a prepared folder or its URL, or token files of other programs, with the tokenizer that they name."""
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
     return open_shards(data, config.tokenizer, whatever=True)
 
 
 def print_prepared(prepared: TokenDataset) -> None:
-    """Print what is in prepared data, and how its first documents begin."""
+    """Prints the contents of prepared data, and how its first documents begin."""
     manifest, console = prepared.manifest, get_console()
     table = Table(box=box.SIMPLE)
     for column in ("", "shards", "tokens", "documents", "MB of text", "bytes per token", "longest document"):
@@ -112,7 +112,7 @@ def print_prepared(prepared: TokenDataset) -> None:
 
 
 def print_batch(windows: list[tuple[int, str]]) -> None:
-    """Print the windows of a batch, each with the place of its first token."""
+    """Prints the windows of a batch, each with the position of its first token."""
     for number, (start, text) in enumerate(windows):
         title = f"window {number}, from token {start:,}"
         get_console().print(Panel(Text(text), box=box.ROUNDED, title=title, title_align="left"))

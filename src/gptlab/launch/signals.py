@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, outside of training, where its processes answer them. Imports no torch."""
+"""The signals that ask a run to stop, before and after training, whose callback answers them. Imports no torch."""
 
 import contextlib
 import os
@@ -8,95 +8,98 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from gptlab.exit_codes import PREEMPTED
-from gptlab.launch import slurm
+from gptlab.launch.requeue import requeue_slurm_job
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 Handler = Callable[[int, FrameType | None], Any]
 
 
-class Stopped(BaseException):
+class StoppedEarly(BaseException):
     """A signal came before training could answer it: there is nothing to save."""
 
 
-class Stops:
-    """Takes the signals that ask a run to stop, and gives them back to whoever had them.
+class StopSignals:
+    """Context manager that handles the signals asking a run to stop, and restores their handlers at the end.
 
     Args:
-        handler: What to do when one comes, for as long as nobody takes them over.
-        signals: Which; one that is ignored stays so.
+        handler: Called for each signal, unless another handler is installed meanwhile.
+        signals: The signals; one that is ignored stays ignored.
+
+    Attributes:
+        received: Numbers of the signals that had come at the last ``poll``, whoever handled them.
     """
 
-    def __init__(self, handler: Handler, signals: tuple[signal.Signals, ...] = STOPS) -> None:
+    def __init__(self, handler: Handler, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
         self.handler, self.signals = handler, signals
-        self.heard: list[int] = []  # as of the last ``listen``
+        self.received: list[int] = []
 
     def __enter__(self) -> Self:
-        self._news, self._pipe = os.pipe()
-        for end in (self._news, self._pipe):
+        self._read_end, self._write_end = os.pipe()
+        for end in (self._read_end, self._write_end):
             os.set_blocking(end, False)
-        # Python writes down here what came, whoever handles it
-        self._wakeup = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
-        owners = {number: signal.getsignal(number) for number in self.signals}
-        self._owners = {number: owner for number, owner in owners.items() if owner not in (signal.SIG_IGN, None)}
-        for number in self._owners:
+        # Python writes the number of each signal to this pipe, whichever handler it has
+        self._earlier_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        earlier = {number: signal.getsignal(number) for number in self.signals}
+        self._earlier = {number: kept for number, kept in earlier.items() if kept not in (signal.SIG_IGN, None)}
+        for number in self._earlier:
             signal.signal(number, self.handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, owner in self._owners.items():
-            signal.signal(number, owner)
-        signal.set_wakeup_fd(self._wakeup)
-        self.listen()
-        os.close(self._news)
-        os.close(self._pipe)
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+        signal.set_wakeup_fd(self._earlier_wakeup)
+        self.poll()
+        os.close(self._read_end)
+        os.close(self._write_end)
 
-    def listen(self) -> list[int]:
-        """Return the numbers of the signals that have come so far."""
+    def poll(self) -> list[int]:
+        """Returns the numbers of the signals that have come so far."""
         with contextlib.suppress(BlockingIOError):
-            self.heard.extend(number for number in os.read(self._news, 4096) if number in self._owners)
-        return self.heard
+            self.received.extend(number for number in os.read(self._read_end, 4096) if number in self._earlier)
+        return self.received
 
-    def pass_on(self, status: int) -> None:
-        """Let others do what they do when the run has stopped for a signal: who launched it, or else SLURM for SIGUSR1.
+    def forward(self, status: int) -> None:
+        """Calls the restored handlers if the run has stopped for a signal; without one, SIGUSR1 requeues a SLURM job.
 
         submitit's handler puts the job back into the queue and ends the process.
         """
-        for number in dict.fromkeys(self.heard if status == PREEMPTED else ()):
-            owner = self._owners[signal.Signals(number)]
-            if callable(owner):
-                owner(number, None)
+        for number in dict.fromkeys(self.received if status == PREEMPTED else ()):
+            earlier = self._earlier[signal.Signals(number)]
+            if callable(earlier):
+                earlier(number, None)
             elif number == signal.SIGUSR1:
-                with held_back():  # SLURM ends the job at once: first this is said
-                    slurm.requeue()
+                with block_signals():  # SLURM ends the job at once: the log message comes first
+                    requeue_slurm_job()
 
 
-def stoppable(run: Callable[[], int]) -> int:
-    """Call what runs in this process, and return its exit status; PREEMPTED when it was too early to ask it to stop."""
-    with Stops(_stop_early) as stops:
+def run_stoppable(run: Callable[[], int]) -> int:
+    """Calls ``run`` and returns its exit status; PREEMPTED if a signal came before training could answer it."""
+    with StopSignals(_stop_early) as signals:
         try:
             status = run()
-        except Stopped:
+        except StoppedEarly:
             status = PREEMPTED
-    stops.pass_on(status)
+    signals.forward(status)
     return status
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
-    """Let signals wait until this is done; in a process that is started here they wait for its ``let_in``."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOPS, signal.SIGINT))
+def block_signals() -> Iterator[None]:
+    """Blocks the stop signals and SIGINT; a process started meanwhile has them blocked until ``unblock_signals``."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def let_in() -> None:
-    """Let the signals come that waited."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOPS, signal.SIGINT))
+def unblock_signals() -> None:
+    """Unblocks the stop signals and SIGINT; those that have come meanwhile are delivered."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGINT))
 
 
 def _stop_early(number: int, frame: FrameType | None) -> None:
-    raise Stopped
+    raise StoppedEarly

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 
@@ -31,7 +31,7 @@ class Option:
 Size = Annotated[PositiveInt, Option("size", shapes_weights=True)]
 
 
-class GPTConfig(Settings):
+class GPTConfig(FrozenConfig):
     """The shape and the options of a GPT-2 class decoder.
 
     Attributes:
@@ -177,7 +177,7 @@ EXTERNAL_DEFAULTS = {name: option.gpt2 for name, option in OPTIONS.items() if op
 SHAPE_KEYS = tuple(name for name, option in OPTIONS.items() if option.shapes_weights)
 
 
-class LoRAConfig(Settings):
+class LoRAConfig(FrozenConfig):
     """Low-rank adaptation (Hu et al. 2022, section 4.1) of a trained model.
 
     Attributes:
@@ -191,7 +191,7 @@ class LoRAConfig(Settings):
     targets: Annotated[list[Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]], Field(min_length=1)]
 
 
-class SamplingConfig(Settings):
+class SamplingConfig(FrozenConfig):
     """How a token is drawn from the model's distribution; the filters apply in this order, from below.
 
     Attributes:

@@ -3,7 +3,8 @@
 import math
 from typing import Any, NamedTuple
 
-from gptlab.config.schema import Config, check
+from gptlab.config.base import validate
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.training.config import AdamWConfig
@@ -25,12 +26,12 @@ class ComputeOptimalChoice(NamedTuple):
         tokens_per_parameter: Of it.
     """
 
-    config: Config
+    config: RunConfig
     overrides: list[str]
     tokens_per_parameter: float
 
 
-def choose_compute_optimal(config: Config, budget: float, devices: int) -> ComputeOptimalChoice:
+def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> ComputeOptimalChoice:
     """Choose for a budget of FLOPs, forward and backward.
 
     Size and tokens: about 20 tokens a parameter (Hoffmann et al. 2022). Batch and learning rate: functions of the
@@ -103,7 +104,7 @@ def _round_batch(batch: float, devices: int) -> int:
     return max(1, round(batch / parts)) * parts
 
 
-def _values(config: Config, model: GPTConfig, steps: int, batch: int, budget: float) -> dict[str, Any]:
+def _values(config: RunConfig, model: GPTConfig, steps: int, batch: int, budget: float) -> dict[str, Any]:
     """Name what changes, by the keys of the configuration."""
     values: dict[str, Any] = {f"model.{key}": getattr(model, key) for key in ("n_layer", "n_head", "n_embd")}
     values |= {"train.max_steps": steps, "train.global_batch_size": batch}
@@ -120,13 +121,13 @@ def _values(config: Config, model: GPTConfig, steps: int, batch: int, budget: fl
     return values
 
 
-def _apply_values(config: Config, values: dict[str, Any]) -> Config:
+def _apply_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """Apply values to a configuration, and check it again."""
     whole = config.model_dump(mode="json")
     for key, value in values.items():
         group, _, name = key.partition(".")
         whole[group][name] = value
-    return check(Config, whole)
+    return validate(RunConfig, whole)
 
 
 def _written(value: Any) -> str:

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 from importlib.metadata import version
 from itertools import pairwise
@@ -18,11 +17,11 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
-from gptlab.config.base import Settings
-from gptlab.config.schema import Config, LoggerConfig
+from gptlab.config.base import FrozenConfig
+from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.launch.job_file import write_job
+from gptlab.launch.supervisor import Job, start_worker
 from gptlab.planning.target import Hardware, logits_chunk
 from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig
@@ -30,12 +29,11 @@ from gptlab.training.config import CallbacksConfig
 log = logging.getLogger(__name__)
 
 FOLDER = "measured"
-RUN = (sys.executable, "-m", "gptlab.verification.process")
 STEPS = 24  # of a run that only measures
 EVAL_WINDOWS = 32
 
 
-class Measurement(Settings):
+class Measurement(FrozenConfig):
     """What a run took.
 
     Attributes:
@@ -57,7 +55,7 @@ class Measurement(Settings):
     source: str
 
 
-def find_measurement(config: Config, target: Hardware) -> Measurement | None:
+def find_measurement(config: RunConfig, target: Hardware) -> Measurement | None:
     """Return what was measured of such a run on this machine; None where there is nothing."""
     if not target.is_here:
         return None
@@ -67,7 +65,7 @@ def find_measurement(config: Config, target: Hardware) -> Measurement | None:
         return None
 
 
-def save_measurement(config: Config, target: Hardware, measured: Measurement) -> None:
+def save_measurement(config: RunConfig, target: Hardware, measured: Measurement) -> None:
     """Keep what a run took. That it cannot be written down ends no run."""
     path = _path(config, target)
     try:
@@ -108,22 +106,22 @@ def measure_run(
     )
 
 
-def calibrate(config: Config) -> None:
+def calibrate(config: RunConfig) -> None:
     """Run the first steps of a configuration in a process of its own, which keeps what it took; UserError: it fails."""
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
         job, place, said = (Path(folder) / name for name in ("job.json", "run", "said.txt"))
-        write_job(job, _shortened(config), place)
-        with said.open("wb") as output:
-            done = subprocess.run((*RUN, str(job)), stdout=output, stderr=subprocess.STDOUT, check=False)
-        if done.returncode:
+        Job(_shortened(config), place).write(job)
+        with said.open("wb") as output, start_worker(job, stdout=output, stderr=subprocess.STDOUT) as worker:
+            status = worker.wait()
+        if status:
             lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
             raise UserError(
-                f"calibrate=true: the run that was to be measured ended with status {done.returncode}. It said: "
+                f"calibrate=true: the run that was to be measured ended with status {status}. It said: "
                 + "\n".join(lines[-5:])
             )
 
 
-def _shortened(config: Config) -> Config:
+def _shortened(config: RunConfig) -> RunConfig:
     """Make of a run one that is long enough to be measured, and leaves nothing elsewhere."""
     steps = min(STEPS, config.steps)
     windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
@@ -139,13 +137,13 @@ def _shortened(config: Config) -> Config:
     )
 
 
-def _path(config: Config, target: Hardware) -> Path:
+def _path(config: RunConfig, target: Hardware) -> Path:
     folder = Path(config.data.cache_dir).expanduser() / FOLDER
     key = json.dumps(_key(config, target), sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _key(config: Config, target: Hardware) -> dict[str, Any]:
+def _key(config: RunConfig, target: Hardware) -> dict[str, Any]:
     """Everything that decides how fast a step is, and what memory it needs."""
     train, trainer = config.train, config.trainer
     return {

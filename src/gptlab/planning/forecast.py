@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from gptlab.config.command import configuration_folder
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
@@ -21,7 +21,7 @@ from gptlab.tracking.run_store.runs import FORECAST, Run
 UNKNOWN = "no forecast of time: not calibrated here"
 
 
-def write_forecast(directory: Path, config: Config, manifest: Manifest, target: Hardware) -> None:
+def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, target: Hardware) -> None:
     """Write down what a run is expected to need, at its start."""
     time = _time(config, manifest, target)
     expected = peak_memory(config, target)
@@ -37,7 +37,7 @@ def write_forecast(directory: Path, config: Config, manifest: Manifest, target: 
 
 
 def score_forecast(
-    directory: Path, config: Config, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
+    directory: Path, config: RunConfig, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
 ) -> dict[str, str]:
     """Write beside the forecast what came of it, and keep what the run took for the plans of others.
 
@@ -60,7 +60,7 @@ def score_forecast(
 
 
 def _save_speed(
-    run: Run, config: Config, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
+    run: Run, config: RunConfig, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
 ) -> None:
     """Keep what a whole run took."""
     seconds, memory = measured["seconds"], measured["peak_memory_bytes"]
@@ -79,7 +79,7 @@ def _save_speed(
         save_measurement(config, target, found)
 
 
-def _time(config: Config, manifest: Manifest, target: Hardware) -> TimeEstimate | None:
+def _time(config: RunConfig, manifest: Manifest, target: Hardware) -> TimeEstimate | None:
     done = run_length(config, manifest.tokens("val"))
     if (measured := find_measurement(config, target)) is not None:
         return estimate_from_measurement(done, target, measured)

@@ -8,7 +8,7 @@ head.
 
 from typing import NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.model.config import lora_count
 from gptlab.planning.activations import (
     NUMBER_SIZES,
@@ -91,7 +91,7 @@ class MemoryEstimate(NamedTuple):
 
 
 def estimate_memory(
-    config: Config, target: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
+    config: RunConfig, target: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
 ) -> MemoryEstimate:
     """Add up what one device needs at its fullest.
 
@@ -113,7 +113,7 @@ def estimate_memory(
     return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
 
 
-def largest_micro_batch(config: Config, target: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
+def largest_micro_batch(config: RunConfig, target: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
     """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
     room = target.memory
     if room is None:
@@ -134,7 +134,7 @@ def largest_micro_batch(config: Config, target: Hardware, spread: ParallelLayout
 
 
 def _moments(
-    config: Config, target: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
+    config: RunConfig, target: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
     """Add up the moments at which the memory may be fullest."""
     parts = count_shares(config.model, spread.split)
@@ -184,7 +184,7 @@ def _holes(forward: ForwardPass) -> float:
     return HOLES * (blocks - (config.n_layer * mlp_bytes(forward) if are_large else 0))
 
 
-def _moments_of(config: Config, parts: ParameterShares, size: int) -> float:
+def _moments_of(config: RunConfig, parts: ParameterShares, size: int) -> float:
     """Bytes of the moments: two of each parameter with AdamW, one of the blocks' matrices with Muon; and an average."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
@@ -203,11 +203,11 @@ def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares
     return (parts.rest + 2 * parts.blocks / blocks) * forward.kinds.product
 
 
-def _accumulates(config: Config, spread: ParallelLayout, forward: ForwardPass) -> bool:
+def _accumulates(config: RunConfig, spread: ParallelLayout, forward: ForwardPass) -> bool:
     return config.train.global_batch_size > forward.batch * spread.copies
 
 
-def _copies_checkpoints(config: Config) -> bool:
+def _copies_checkpoints(config: RunConfig) -> bool:
     wanted = config.callbacks.checkpoint
     return wanted is not None and wanted.asynchronous
 
@@ -227,7 +227,7 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
     return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
 
 
-def _stepping(config: Config, forward: ForwardPass, parts: ParameterShares) -> float:
+def _stepping(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
     """Bytes that a step needs: none for AdamW's fused kernel, for Muon the stacks that are orthogonalised at once."""
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice, choose_compute_optimal
@@ -57,7 +57,7 @@ class RunPlan(NamedTuple):
         measured: Of such a run, here.
     """
 
-    config: Config
+    config: RunConfig
     target: Hardware
     parameters: dict[str, int]
     length: RunLength
@@ -82,7 +82,7 @@ class RunPlan(NamedTuple):
         return self.length.tokens / parameter_count(self.config.model)
 
 
-def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
+def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
     """Put a plan together.
 
     Args:
@@ -119,7 +119,7 @@ def make_plan(config: Config, manifest: Manifest | None, gpus: list[str], mfu: f
     )
 
 
-def choose_run(config: Config, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
+def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
     """Choose a run for a budget, and a micro-batch that fits.
 
     See ``choose_compute_optimal``, and for ``gpus`` ``make_plan``.
@@ -138,19 +138,19 @@ def choose_run(config: Config, budget: float, gpus: list[str]) -> ComputeOptimal
     return choice._replace(config=config.model_copy(update={"train": train}), overrides=overrides)
 
 
-def plan_hardware(config: Config, gpus: list[str]) -> Hardware:
+def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
     """Say what a plan is for: the first of the GPUs that were named, or this machine; UserError: it is not known."""
     return gpu_hardware(config, gpu_from_name(gpus[0])) if gpus else local_hardware(config)
 
 
-def plan_layout(config: Config, target: Hardware) -> ParallelLayout:
+def plan_layout(config: RunConfig, target: Hardware) -> ParallelLayout:
     """Say how a run's model is spread."""
     trainer = config.trainer
     trainer.data_parallel(target.devices, target.nodes)  # says what cannot be
     return ParallelLayout(trainer.strategy, target.world_size, trainer.tensor_parallel)
 
 
-def peak_memory(config: Config, target: Hardware) -> MemoryEstimate:
+def peak_memory(config: RunConfig, target: Hardware) -> MemoryEstimate:
     """Say what one device of a run needs at its fullest."""
     spread = plan_layout(config, target)
     return estimate_memory(
@@ -179,7 +179,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _alternatives(config: Config, target: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
+def _alternatives(config: RunConfig, target: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
     """Spread the model in every way, over the run's devices, or over eight where it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
@@ -194,7 +194,7 @@ def _alternatives(config: Config, target: Hardware, own: ParallelLayout) -> list
     return [_alternative(config, target, way) for way in ways]
 
 
-def _alternative(config: Config, target: Hardware, way: ParallelLayout) -> LayoutAlternative:
+def _alternative(config: RunConfig, target: Hardware, way: ParallelLayout) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
     chunk = logits_chunk(config)
@@ -209,7 +209,7 @@ def _alternative(config: Config, target: Hardware, way: ParallelLayout) -> Layou
     )
 
 
-def _share(config: Config, way: ParallelLayout) -> int:
+def _share(config: RunConfig, way: ParallelLayout) -> int:
     """Sequences of a device at once, as named or as nearly as the batch can be dealt out."""
     train = config.train
     return max(1, min(train.micro_batch_size or train.global_batch_size, train.global_batch_size // way.copies))

@@ -5,9 +5,9 @@ from typing import Annotated
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat
 
-from gptlab.config.base import Settings
-from gptlab.config.resume import plain, resolve
-from gptlab.config.schema import Config, check
+from gptlab.config.base import FrozenConfig, validate
+from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.schema import RunConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import find_prepared
 from gptlab.data.prepare.splitting import check_val_split
@@ -16,7 +16,7 @@ from gptlab.data.tokenizers.tokenizer import BytesTokenizer, GPT2Tokenizer
 from gptlab.errors import UserError
 
 
-class PlanConfig(Settings):
+class PlanConfig(FrozenConfig):
     """See conf/plan.yaml."""
 
     gpu: list[str] | str | None
@@ -34,11 +34,11 @@ class PlanConfig(Settings):
 KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
 
 
-def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[Config, PlanConfig]:
+def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, PlanConfig]:
     """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and what is asked about it."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key not in KEYS])
     wanted = OmegaConf.masked_copy(values, list(KEYS))
-    return resolve(run, run_overrides(overrides)), check(PlanConfig, plain(wanted))
+    return resolve(run, run_overrides(overrides)), validate(PlanConfig, resolve_to_dict(wanted))
 
 
 def run_overrides(overrides: list[str]) -> list[str]:
@@ -46,7 +46,7 @@ def run_overrides(overrides: list[str]) -> list[str]:
     return [override for override in overrides if override.lstrip("+").partition("=")[0] not in KEYS]
 
 
-def with_vocabulary(config: Config) -> tuple[Config, Manifest | None]:
+def with_vocabulary(config: RunConfig) -> tuple[RunConfig, Manifest | None]:
     """Complete a configuration with its vocabulary, from the data where it is prepared; nothing is prepared for it.
 
     Raises:

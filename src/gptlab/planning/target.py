@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.training.auto import WIDE, WIDER, is_for_speed, resolve_compile, resolve_loss_chunk
 from gptlab.training.config import TrainerConfig
@@ -49,7 +49,7 @@ class Hardware(NamedTuple):
         return self.devices * self.nodes
 
 
-def local_hardware(config: Config) -> Hardware:
+def local_hardware(config: RunConfig) -> Hardware:
     """Say what this machine will compute on, as ``gptlab.training.devices.choose_devices`` will decide."""
     found = () if config.trainer.accelerator == "cpu" else list_gpus()
     if config.trainer.accelerator == "gpu" and not found:
@@ -76,12 +76,12 @@ def local_hardware(config: Config) -> Hardware:
     )
 
 
-def gpu_hardware(config: Config, gpu: GPU) -> Hardware:
+def gpu_hardware(config: RunConfig, gpu: GPU) -> Hardware:
     """Say what a machine with such GPUs would compute on; it has as many as the trainer names, one if it names none."""
     return _on_gpu(config, gpu.name, gpu, 1, is_here=False)
 
 
-def logits_chunk(config: Config) -> int | None:
+def logits_chunk(config: RunConfig) -> int | None:
     """Tokens whose logits are there at a time; None has those of a micro-batch at once."""
     return resolve_loss_chunk(config.train.loss_chunk, config.model)
 
@@ -110,7 +110,7 @@ def total_memory() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _on_gpu(config: Config, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Hardware:
+def _on_gpu(config: RunConfig, name: str, gpu: GPU | None, available: int, *, is_here: bool) -> Hardware:
     devices, nodes = _number(config.trainer, available)
     return Hardware(
         accelerator="cuda",
@@ -135,7 +135,7 @@ def _number(trainer: TrainerConfig, available: int) -> tuple[int, int]:
     return max(devices, trainer.tensor_parallel), trainer.num_nodes
 
 
-def _precision(config: Config, best: str) -> str:
+def _precision(config: RunConfig, best: str) -> str:
     return best if config.trainer.precision == "auto" else config.trainer.precision
 
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.model.config import flops_per_token
 from gptlab.planning.calibration import Measurement
 from gptlab.planning.target import Hardware
@@ -42,7 +42,7 @@ class TimeEstimate(NamedTuple):
     why: str
 
 
-def run_length(config: Config, val_tokens: int | None) -> RunLength:
+def run_length(config: RunConfig, val_tokens: int | None) -> RunLength:
     """Count what a run does; ``val_tokens`` are those of val, where they are known."""
     block, steps, windows = config.model.block_size, config.steps, config.train.eval_windows
     whole = None if val_tokens is None else (val_tokens - 1) // block
@@ -51,7 +51,7 @@ def run_length(config: Config, val_tokens: int | None) -> RunLength:
     return RunLength(steps, tokens, -(-steps // config.train.eval_every), scored and scored * block)
 
 
-def estimate_at_mfu(config: Config, length: RunLength, target: Hardware, mfu: float) -> TimeEstimate:
+def estimate_at_mfu(config: RunConfig, length: RunLength, target: Hardware, mfu: float) -> TimeEstimate:
     """Forecast by the share of its peak that a GPU reaches in training (Chowdhery et al. 2022, appendix B)."""
     assert target.gpu is not None  # noqa: S101
     speed = mfu * target.gpu.flops * target.world_size / flops_per_token(config.model)

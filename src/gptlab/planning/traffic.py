@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.model.config import parameter_count
 from gptlab.planning.activations import NUMBER_SIZES
 from gptlab.planning.memory import ParallelLayout
@@ -24,7 +24,7 @@ class DiskUsage(NamedTuple):
     kept: float
 
 
-def network_traffic(config: Config, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
+def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
     """Bytes that a device sends in a step.
 
     Rings (Patarasuk and Yuan 2009): of a tensor, a sum for all takes 2 (n - 1) / n of its bytes, to gather or to sum it
@@ -48,7 +48,7 @@ def network_traffic(config: Config, spread: ParallelLayout, precision: str, micr
     return ring * gradients + accumulation * (ring * gathered + sharing)
 
 
-def _within_blocks(config: Config, spread: ParallelLayout, size: int, micro_batch: int) -> float:
+def _within_blocks(config: RunConfig, spread: ParallelLayout, size: int, micro_batch: int) -> float:
     """Bytes that those send who share every block, of one micro-batch.
 
     Attention and MLP each sum their output in the forward pass and their input's gradient in the backward pass
@@ -59,7 +59,7 @@ def _within_blocks(config: Config, spread: ParallelLayout, size: int, micro_batc
     return model.n_layer * ring * tensor * (2 * 4 + 2 * 3)
 
 
-def disk_usage(config: Config, precision: str, tokens: int) -> DiskUsage:
+def disk_usage(config: RunConfig, precision: str, tokens: int) -> DiskUsage:
     """Bytes on the disk.
 
     Args:

@@ -44,19 +44,24 @@ def is_external(path: Path) -> bool:
     return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
 
 
-def check_external(path: Path, model: GPTConfig) -> None:
-    """See, as far as that needs no torch, that weights can be read and fit a model; its vocabulary may be unknown yet.
+def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
+    """Checks without torch that weights can be read and fit a model, whose vocabulary may be unknown yet.
+
+    Returns:
+        The shape of the weights, for ``check_external_shape``; None for a checkpoint of nanoGPT, which needs torch.
 
     Raises:
         UserError: Names the file, and what is wrong with it.
     """
     if path.is_file():
         check_archive(path)
-        return
-    check_external_shape(path, read_hf_shape(path), model)
+        return None
+    shape = read_hf_shape(path)
+    check_external_shape(path, shape, model)
     for file in weight_files(path):
         with open_safetensors(file, "numpy"):
             pass  # its header is right, and it is as long as that says
+    return shape
 
 
 def check_archive(path: Path) -> None:

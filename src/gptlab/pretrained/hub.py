@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gptlab.config.hub_names import ADDRESS, REPOSITORIES
+from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX
 from gptlab.errors import UserError, first_line
 
 FILES = [
@@ -21,7 +21,7 @@ def hub_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download  # half a second, for those alone who need it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    repository = REPOSITORIES.get(name) or name.removeprefix(ADDRESS)
+    repository = GPT2_REPOSITORIES.get(name) or name.removeprefix(HUB_PREFIX)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=FILES, local_files_only=True))
         if any(folder.glob("*.safetensors")):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from gptlab.config.base import validate
 from gptlab.config.command import configuration_folder
-from gptlab.config.schema import check
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import LossSums
@@ -120,7 +120,7 @@ class LanguageModel:
         generator = TextGenerator(
             InferenceModel(self.network, self.tokenizer, self.device, compiled=False),
             [prompt],
-            check(SamplingConfig, wanted),
+            validate(SamplingConfig, wanted),
             stop=stop,
             seeds=row_seeds(seed, num_samples),
             max_new_tokens=defaults["max_new_tokens"] if max_new_tokens is None else max_new_tokens,

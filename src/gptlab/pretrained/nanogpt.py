@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.external import EMBEDDING, HEAD, from_external
 from gptlab.model.gpt import GPT
@@ -21,7 +21,7 @@ from gptlab.training.optim.optimizers import parameter_groups
 from gptlab.training.optim.schedules import learning_rate
 
 
-def import_nanogpt_checkpoint(path: Path, config: Config, model: GPT) -> Checkpoint:
+def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Checkpoint:
     """Make of nanoGPT's checkpoint one of gptlab's, as a run of ``config`` would have written it at that step.
 
     Args:
@@ -63,7 +63,7 @@ def import_nanogpt_checkpoint(path: Path, config: Config, model: GPT) -> Checkpo
     }
 
 
-def _check_settings(path: Path, config: Config, step: int, groups: list[dict[str, Any]]) -> None:
+def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[str, Any]]) -> None:
     """See that the optimizer there and the one here take the same step."""
     own = config.optimizer
     if not isinstance(own, AdamWConfig):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.config.hub_names import REPOSITORIES, is_on_hub
+from gptlab.config.schema import GPT2_REPOSITORIES, is_on_hub
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.huggingface import tokenizer_record
 from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
@@ -79,7 +79,7 @@ def open_model_source(name: str) -> ModelSource:
         if not path.exists():
             raise UserError(
                 f"{name}: there is no such run directory, folder or file (looked from {Path.cwd()}), and of the hub's "
-                f"models {', '.join(REPOSITORIES)} have names of their own; any other is hf://<owner>/<name>."
+                f"models {', '.join(GPT2_REPOSITORIES)} have names of their own; any other is hf://<owner>/<name>."
             )
         config = load_config(path)
         require_checkpoint(path)

@@ -4,12 +4,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 
 Amount = PositiveInt | None
 
 
-class PruneConfig(Settings):
+class PruneConfig(FrozenConfig):
     """Ends trials that fall behind: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018), counted in tokens seen."""
 
     method: Literal["asha", "hyperband"]
@@ -17,7 +17,7 @@ class PruneConfig(Settings):
     reduction_factor: Annotated[int, Field(ge=2)]
 
 
-class SweeperConfig(Settings):
+class SweeperConfig(FrozenConfig):
     """What a sweep asks, and how its points are chosen."""
 
     question: str
@@ -39,13 +39,13 @@ class SweeperConfig(Settings):
         return self
 
 
-class LocalLauncherConfig(Settings):
+class LocalLauncherConfig(FrozenConfig):
     """Trials on this machine."""
 
     at_once: PositiveInt | Literal["auto"]
 
 
-class SlurmLauncherConfig(Settings):
+class SlurmLauncherConfig(FrozenConfig):
     """Trials as jobs of SLURM."""
 
     at_once: PositiveInt

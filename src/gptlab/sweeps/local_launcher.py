@@ -1,32 +1,29 @@
 """Trials in processes of this machine, so many at once, each with devices of its own. Imports no torch.
 
-As the workers of one run (``supervisor``), each process leads a session of its own, and ends when this one does.
+As the ranks of a run (``gptlab.launch.supervisor``), each process leads a session of its own, and ends with this one.
 """
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import STDOUT
 from typing import NamedTuple
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.exit_codes import FAILED, INTERRUPTED, PREEMPTED
-from gptlab.launch.job_file import write_job
-from gptlab.launch.signals import STOPS, held_back
-from gptlab.launch.supervisor import count_gpus
+from gptlab.launch.signals import STOP_SIGNALS, block_signals
+from gptlab.launch.supervisor import Job, Worker, count_gpus, start_worker
 from gptlab.sweeps.config import LocalLauncherConfig
 from gptlab.tracking.run_store.sweeps import Trial
 from gptlab.training.config import TrainerConfig
 
 JOB, OUTPUT = "job.json", "output.log"
-COMMAND = (sys.executable, "-m", "gptlab.sweeps.trial")
 GRACE = 20.0  # seconds that trials have to end by themselves when the sweep is interrupted
 
 
 class _Process(NamedTuple):
-    process: subprocess.Popen[bytes]
+    process: Worker
     slot: int
 
 
@@ -61,21 +58,14 @@ class LocalLauncher:
         """Whether a trial is under way."""
         return bool(self._running)
 
-    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
+    def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
         """Start a trial in its place; what it prints goes to output.log there."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_job(run_dir / JOB, config, run_dir)
+        Job(config, run_dir).write(run_dir / JOB)
         taken = {running.slot for running in self._running.values()}
         slot = next(slot for slot in range(self.at_once) if slot not in taken)
-        with held_back(), (run_dir / OUTPUT).open("ab") as output:  # until it can answer
-            process = subprocess.Popen(
-                (*COMMAND, str(run_dir / JOB)),
-                env=self.environment(slot),
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        with block_signals(), (run_dir / OUTPUT).open("ab") as output:  # until it can answer
+            process = start_worker(run_dir / JOB, env=self.environment(slot), stdout=output, stderr=STDOUT)
         self._running[trial.number] = _Process(process, slot)
         return trial
 
@@ -119,7 +109,7 @@ class LocalLauncher:
             return returned
         if signal.SIGINT in self._stopped:
             return INTERRUPTED
-        if -returned in self._stopped and -returned in STOPS:
+        if -returned in self._stopped and -returned in STOP_SIGNALS:
             return PREEMPTED
         return 128 - returned if -returned in signal.valid_signals() else FAILED
 
@@ -135,7 +125,7 @@ class LocalLauncher:
         return variables
 
 
-def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+def _has_ended(process: Worker) -> bool:
     return process.poll() is not None
 
 

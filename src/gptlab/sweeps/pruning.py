@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning as L
 import optuna
 
+from gptlab.launch.train_run import ExtraCallback
 from gptlab.sweeps.config import PruneConfig
 from gptlab.sweeps.search import STUDY, build_pruner, open_storage
 from gptlab.sweeps.sweep_store import PRUNE
@@ -16,7 +17,7 @@ from gptlab.training.callbacks.metrics import MetricsCallback
 log = logging.getLogger(__name__)
 
 
-class PruningCallback(L.Callback):
+class PruningCallback(ExtraCallback):
     """Ends a trial that has fallen behind, at the same step on all ranks.
 
     Args:

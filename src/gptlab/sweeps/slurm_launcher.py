@@ -6,17 +6,17 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
-from gptlab.exit_codes import FAILED, PREEMPTED
-from gptlab.launch.job_file import status_of_work, write_job
+from gptlab.exit_codes import FAILED, PREEMPTED, exit_status
+from gptlab.launch.supervisor import WORKER, Job
 from gptlab.sweeps.config import SlurmLauncherConfig
 from gptlab.sweeps.local_launcher import JOB
-from gptlab.sweeps.trial import run_file
 from gptlab.tracking.run_store.sweeps import Trial
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class TrialJob:
     """What a job of the cluster runs; submitit pickles it.
 
     Args:
-        file: Where the configuration and its place are written down.
+        file: The job file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -53,7 +53,8 @@ class TrialJob:
         A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
         submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
         """
-        status = status_of_work(lambda: run_file(self.file))
+        worker = import_module(WORKER)  # by name, as it is above this package
+        status = exit_status(lambda: worker.run_job(self.file))
         if status == PREEMPTED:
             sys.exit(status)
         return status
@@ -108,12 +109,12 @@ class SlurmLauncher:
         """Whether there is a job to wait for."""
         return bool(self._running) and not self._stopped
 
-    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
+    def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
         """Submit a trial; UserError has SLURM's reason where it is not taken."""
         import submitit
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_job(run_dir / JOB, config, run_dir)
+        Job(config, run_dir).write(run_dir / JOB)
         try:
             job = self._executor.submit(TrialJob(run_dir / JOB))
         except submitit.core.utils.FailedJobError as error:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
-from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
-from gptlab.launch.signals import STOPS, Stops
+from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
+from gptlab.launch.signals import STOP_SIGNALS, StopSignals
 from gptlab.sweeps.analysis.report import report_sweep
 from gptlab.sweeps.local_launcher import OUTPUT
 from gptlab.sweeps.search import Search
@@ -25,8 +25,8 @@ from gptlab.tracking.run_store.sweeps import TRIAL_END_STATES, Trial
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1  # seconds between looks at the trials
-FAILURES = ("diverged", "mistaken", "failed")
-Compose = Callable[[Point], Config]
+FAILURES = ("diverged", "config_error", "failed")
+Compose = Callable[[Point], RunConfig]
 
 
 class Launcher(Protocol):
@@ -42,7 +42,7 @@ class Launcher(Protocol):
     def is_busy(self) -> bool:
         """Whether there is a trial to wait for."""
 
-    def start(self, trial: Trial, config: Config, run_dir: Path) -> Trial:
+    def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
         """Start a trial; return it with what is known of it now."""
 
     def reattach(self, trial: Trial, run_dir: Path) -> bool:
@@ -60,7 +60,7 @@ class Launcher(Protocol):
 
 class _ReadyTrial(NamedTuple):
     trial: Trial
-    config: Config
+    config: RunConfig
 
 
 class SweepRunner:
@@ -82,13 +82,15 @@ class SweepRunner:
         """Run what there is to run; return the exit status of the sweep."""
         self._announce()
         waiting = self._waiting()
-        with Stops(lambda number, frame: self.runner.forward_signal(number), (*STOPS, signal.SIGINT)) as stops:
+        with StopSignals(
+            lambda number, frame: self.runner.forward_signal(number), (*STOP_SIGNALS, signal.SIGINT)
+        ) as signals:
             try:
                 with self.screen:
                     self._work(waiting)
             finally:
                 self.runner.close()
-        status = self._status(stops.heard)
+        status = self._status(signals.received)
         self._summarise(status)
         return status
 
@@ -126,7 +128,7 @@ class SweepRunner:
             config = self.compose(point)
         except UserError as error:
             trial = Trial(number=number, overrides=point, config_hash="")
-            self._close(trial.to("mistaken", status=MISTAKEN, message=str(error)))
+            self._close(trial.to("config_error", status=CONFIG_ERROR, message=str(error)))
             return None
         trial = Trial(number=number, overrides=point, config_hash=config_hash(config))
         for same in self.ledger.trials.values():
@@ -180,7 +182,7 @@ class SweepRunner:
         if any(trial.state not in TRIAL_END_STATES for trial in trials) or len(trials) < self.search.n_trials:
             return PREEMPTED
         statuses = {trial.status or DONE for trial in trials} - {PRUNED, DONE}
-        return max((status if status in (MISTAKEN, DIVERGED) else FAILED for status in statuses), default=DONE)
+        return max((status if status in (CONFIG_ERROR, DIVERGED) else FAILED for status in statuses), default=DONE)
 
     def _summarise(self, status: int) -> None:
         trials = sorted(self.ledger.trials.values(), key=lambda trial: trial.number)

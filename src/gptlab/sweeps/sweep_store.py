@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.tracking.run_store.sweeps import SWEEP, TRIAL_END_STATES, Sweep, Trial, load_sweep, load_trials
@@ -24,7 +24,7 @@ NON_IDENTITY_KEYS = {
 }
 
 
-def config_hash(config: Config) -> str:
+def config_hash(config: RunConfig) -> str:
     """Name a configuration by what it computes."""
     return hash_values(config.model_dump(mode="json", exclude=NON_IDENTITY_KEYS))  # type: ignore[arg-type]
 

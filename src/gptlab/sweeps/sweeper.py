@@ -8,10 +8,11 @@ from typing import Any
 from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from gptlab.config.resume import resolve, with_val_split
-from gptlab.config.schema import Config, check
+from gptlab.config.base import validate
+from gptlab.config.resume import resolve, resolve_split
+from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
-from gptlab.exit_codes import DONE, SweepEnded
+from gptlab.exit_codes import DONE, SweepIncomplete
 from gptlab.sweeps.config import LocalLauncherConfig, SlurmLauncherConfig, SweeperConfig
 from gptlab.sweeps.local_launcher import LocalLauncher
 from gptlab.sweeps.search import Search
@@ -41,17 +42,17 @@ def run_sweep(
 
     Raises:
         UserError: What is asked for cannot be run at all.
-        SweepEnded: Not every trial has come to a result.
+        SweepIncomplete: Not every trial has come to a result.
     """
-    wanted = check(SweeperConfig, settings)
+    wanted = validate(SweeperConfig, settings)
     space, where = SearchSpace(wanted.params, arguments), _check_launcher(launcher)
 
-    def compose(point: Point) -> Config:
+    def compose(point: Point) -> RunConfig:
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):
             del values["hydra"]  # which is Hydra's own, and of no job yet
-        return with_val_split(resolve(values, overrides).with_absolute_paths())
+        return resolve_split(resolve(values, overrides).with_absolute_paths())
 
     base = _check_space(space, compose, is_grid=wanted.search == "grid")
     if base.logger.wandb is not None:
@@ -71,10 +72,10 @@ def run_sweep(
     finally:
         ledger.close()
     if status != DONE:
-        raise SweepEnded(status)
+        raise SweepIncomplete(status)
 
 
-def _check_space(space: SearchSpace, compose: Callable[[Point], Config], *, is_grid: bool) -> Config:
+def _check_space(space: SearchSpace, compose: Callable[[Point], RunConfig], *, is_grid: bool) -> RunConfig:
     """See that there is something to run before anything is made; return what all trials have in common."""
     mistakes = []
     for point in space.grid() if is_grid else [space.example()]:
@@ -88,7 +89,7 @@ def _check_space(space: SearchSpace, compose: Callable[[Point], Config], *, is_g
     return compose({})
 
 
-def _describe(wanted: SweeperConfig, space: SearchSpace, base: Config) -> Sweep:
+def _describe(wanted: SweeperConfig, space: SearchSpace, base: RunConfig) -> Sweep:
     """Say what a sweep is, by everything that would make it another one."""
     grid = space.grid() if wanted.search == "grid" else None
     chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
@@ -121,9 +122,9 @@ def _check_launcher(launcher: dict[str, Any]) -> LocalLauncherConfig | SlurmLaun
     settings = {key: value for key, value in launcher.items() if key != "_target_"}
     match kind:
         case "ProcessLauncher":
-            return check(LocalLauncherConfig, settings)
+            return validate(LocalLauncherConfig, settings)
         case "SlurmLauncher":
-            config = check(SlurmLauncherConfig, settings)
+            config = validate(SlurmLauncherConfig, settings)
             check_cluster(config)
             return config
     raise UserError(

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
 from gptlab.tracking.logs import FILE_ONLY
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
 
 
-def print_start(config: Config, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+def print_start(config: RunConfig, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
     """Say what was decided."""
     block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
@@ -48,7 +48,7 @@ def print_start(config: Config, manifest: Manifest, devices: Devices, plan: Batc
         log.info("%-9s %s", name, value)
 
 
-def _describe_lora(config: Config) -> str:
+def _describe_lora(config: RunConfig) -> str:
     """Say what of a network is trained, where that is not all of it."""
     if config.lora is None:
         return ""
@@ -56,7 +56,7 @@ def _describe_lora(config: Config) -> str:
 
 
 def print_summary(
-    config: Config, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
+    config: RunConfig, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
 ) -> None:
     """Print the last sample and the table that ends a run, with ``further`` rows."""
     console = get_console()

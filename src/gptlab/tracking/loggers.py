@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.tracking.run_store.runs import METRICS
 from gptlab.tracking.run_store.state import RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
@@ -36,7 +36,7 @@ class MetricsCSVLogger(CSVLogger):
         """Write nothing: config.yaml has them."""
 
 
-def _initial_state(config: Config, directory: Path, keep_until: int | None) -> RunState:
+def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
     """Begin the state of a run, or on a resume go on with what it was at that step."""
     state, earlier = new_state(config.steps), load_state(directory)
     if keep_until is None or earlier is None:
@@ -107,7 +107,7 @@ class RunStateLogger(Logger):
             self.state.save(self.directory)
 
 
-def build_loggers(config: Config, directory: Path, keep_until: int | None) -> list[Logger]:
+def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) -> list[Logger]:
     """Build metrics.csv, state.json and whatever else the configuration names."""
     loggers: list[Logger] = []
     if config.logger.tensorboard is not None:

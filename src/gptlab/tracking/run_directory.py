@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from gptlab.config.schema import Config, check
+from gptlab.config.base import validate
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.errors import UserError
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
@@ -20,7 +21,7 @@ LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # of processes that made no progress
 
 
-def create_run_dir(config: Config, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
+def create_run_dir(config: RunConfig, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
     """Create and lock the directory of a new run, with its configuration, data manifest and environment.
 
     Args:
@@ -44,13 +45,13 @@ def create_run_dir(config: Config, manifest: Manifest, place: Path | None, lock:
     return directory.absolute()
 
 
-def record_config(config: Config, directory: Path) -> None:
+def record_config(config: RunConfig, directory: Path) -> None:
     """Write the configuration and the environment of a run, anew when it goes on with others."""
     write_durably(directory / CONFIG, yaml.safe_dump(without_origin(config), sort_keys=False, allow_unicode=True))
     record_environment(directory)
 
 
-def without_origin(config: Config) -> dict[str, Any]:
+def without_origin(config: RunConfig) -> dict[str, Any]:
     """Return the values of a run, whether it goes on or begins."""
     return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
 
@@ -67,7 +68,7 @@ def claim_directory(parent: Path) -> Path:
     raise UserError(f"{parent} already holds a thousand runs of {stamp}.")
 
 
-def load_config(directory: Path) -> Config:
+def load_config(directory: Path) -> RunConfig:
     """Read the configuration of a run; UserError where ``directory`` is none."""
     path = directory / CONFIG
     if not path.is_file():
@@ -79,7 +80,7 @@ def load_config(directory: Path) -> Config:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
-    return check(Config, values)
+    return validate(RunConfig, values)
 
 
 def newest_run(name: str) -> Path | None:
@@ -118,9 +119,19 @@ def _require(directory: Path, place: Path | None) -> Path:
     return place
 
 
-def check_weights_fit(directory: Path, model: GPTConfig, *, cropped: bool = True) -> None:
-    """See that the weights of a run fit a model, whose block may be shorter; UserError names what differs."""
-    shape = load_config(directory).model.model_dump(include={*SHAPE_KEYS, "block_size"})
+def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, cropped: bool = True) -> None:
+    """Checks that the weights of a run fit a model.
+
+    Args:
+        directory: The run's, for the message.
+        trained: The run's model.
+        model: The model that takes its weights.
+        cropped: Whether its block may be shorter.
+
+    Raises:
+        UserError: Names the keys that differ.
+    """
+    shape = trained.model_dump(include={*SHAPE_KEYS, "block_size"})
     check_shape(directory, shape, model, cropped=cropped)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
@@ -14,7 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Average = Annotated[float, Field(ge=0, lt=1)]  # what a running average keeps of itself at every step
 
 
-class AdamWConfig(Settings):
+class AdamWConfig(FrozenConfig):
     """AdamW (Loshchilov and Hutter 2019)."""
 
     name: Literal["adamw"]
@@ -25,7 +25,7 @@ class AdamWConfig(Settings):
     fused: bool | Literal["auto"]
 
 
-class MuonConfig(Settings):
+class MuonConfig(FrozenConfig):
     """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; see conf/optimizer/muon.yaml."""
 
     name: Literal["muon"]
@@ -50,14 +50,14 @@ class MuonConfig(Settings):
 OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="name")]
 
 
-class ConstantConfig(Settings):
+class ConstantConfig(FrozenConfig):
     """Warm-up, then the full rate."""
 
     name: Literal["constant"]
     warmup_steps: NonNegativeInt
 
 
-class CosineConfig(Settings):
+class CosineConfig(FrozenConfig):
     """Warm-up, then half a cosine (Loshchilov and Hutter 2017); ``decay_steps`` None is the length of the run."""
 
     name: Literal["cosine"]
@@ -66,7 +66,7 @@ class CosineConfig(Settings):
     min_lr_ratio: Fraction
 
 
-class LinearConfig(Settings):
+class LinearConfig(FrozenConfig):
     """Warm-up, then a line; ``decay_steps`` None is the length of the run."""
 
     name: Literal["linear"]
@@ -75,7 +75,7 @@ class LinearConfig(Settings):
     min_lr_ratio: Fraction
 
 
-class WSDConfig(Settings):
+class WSDConfig(FrozenConfig):
     """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4)."""
 
     name: Literal["wsd"]
@@ -87,7 +87,7 @@ class WSDConfig(Settings):
 ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WSDConfig, Field(discriminator="name")]
 
 
-class TrainConfig(Settings):
+class TrainConfig(FrozenConfig):
     """Length, batch and rhythm of a run; see conf/train.yaml."""
 
     max_steps: PositiveInt | None
@@ -145,7 +145,7 @@ class TrainConfig(Settings):
         return self.stages.steps(-(-self.max_tokens // block_size))
 
 
-class TrainerConfig(Settings):
+class TrainerConfig(FrozenConfig):
     """Devices and how the model is spread over them; see conf/trainer/."""
 
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -201,7 +201,7 @@ class TrainerConfig(Settings):
         return devices // self.tensor_parallel * num_nodes
 
 
-class CheckpointConfig(Settings):
+class CheckpointConfig(FrozenConfig):
     """When checkpoints are written, how, and which are kept; see conf/callbacks/checkpoint.yaml."""
 
     every: PositiveInt | None
@@ -211,7 +211,7 @@ class CheckpointConfig(Settings):
     asynchronous: bool
 
 
-class SamplesConfig(Settings):
+class SamplesConfig(FrozenConfig):
     """What is written as the model learns; see ``gptlab.model.generation.generate``."""
 
     prompt: str
@@ -221,7 +221,7 @@ class SamplesConfig(Settings):
     top_k: PositiveInt | None
 
 
-class HellaSwagConfig(Settings):
+class HellaSwagConfig(FrozenConfig):
     """What is scored as the model learns; see conf/callbacks/hellaswag.yaml."""
 
     path: str
@@ -230,20 +230,20 @@ class HellaSwagConfig(Settings):
     batch_size: PositiveInt
 
 
-class EarlyStoppingConfig(Settings):
+class EarlyStoppingConfig(FrozenConfig):
     """Stop after ``patience`` evaluations that improve val loss by no more than ``min_delta``."""
 
     patience: PositiveInt
     min_delta: NonNegativeFloat
 
 
-class TraceConfig(Settings):
+class TraceConfig(FrozenConfig):
     """Hashes of every so many steps; see ``gptlab.training.callbacks.determinism_trace``."""
 
     every: PositiveInt
 
 
-class CallbacksConfig(Settings):
+class CallbacksConfig(FrozenConfig):
     """The callbacks that a run has; None is a callback it does not have."""
 
     checkpoint: CheckpointConfig | None = None

@@ -1,4 +1,4 @@
-"""The LightningDataModule: prepared shards to micro-batches, from wherever the run stands."""
+"""The LightningDataModule: micro-batches from prepared shards, starting at the step of the run."""
 
 from itertools import count
 
@@ -14,18 +14,18 @@ from gptlab.training.distributed.strategies import data_rank
 from gptlab.training.loader import TimedLoader
 
 
-class TokenData(L.LightningDataModule):
+class TokenDataModule(L.LightningDataModule):
     """Batches of token windows.
 
-    The position in the data is derived from the optimizer step: nothing is saved, and nothing can be lost.
+    The position in the data is derived from the optimizer step, so there is no state to save.
 
     Args:
         prepared: Shards and manifest.
-        config: Limits and worker processes.
-        plan: How a global batch is dealt out.
-        block_size: T.
-        seed: Of the order.
-        eval_windows: Windows an evaluation scores; None is the whole val split.
+        config: Order, limits and loader processes.
+        plan: How a global batch is divided among ranks and micro-batches.
+        block_size: Tokens of a sequence, T.
+        seed: Seed of the order.
+        eval_windows: Windows that an evaluation scores; None is the whole val split.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class TokenData(L.LightningDataModule):
         self._loader: TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Micro-batches without end, from the run's step on."""
+        """Endless micro-batches, starting at the step of the run."""
         assert self.trainer is not None  # noqa: S101
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         self._loader = self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
         return self._loader
 
     def waited(self) -> float:
-        """Seconds in which this process has waited for micro-batches."""
+        """Seconds that this process has waited for micro-batches."""
         return 0.0 if self._loader is None else self._loader.waited
 
     def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> TimedLoader:
-        """A rank's micro-batches without end, from a step on, counted from 0; they need no trainer."""
+        """Endless micro-batches of a rank, starting at a step, counted from 0; needs no trainer."""
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
         batches = TrainBatches(
-            self.prepared.stream("train"), order, self._slice(rank), self._border(), self.plan.stages
+            self.prepared.stream("train"), order, self._slice(rank), self._eot_id(), self.plan.stages
         )
         return TimedLoader(
             batches,
@@ -75,10 +75,10 @@ class TokenData(L.LightningDataModule):
         stream.expect([(0, len(stream))])
         assert self.trainer is not None  # noqa: S101
         part = self._slice(data_rank(self.trainer))
-        batches = EvaluationBatches(stream, starts, self.block_size, part, self._border())
+        batches = EvaluationBatches(stream, starts, self.block_size, part, self._eot_id())
         return DataLoader(batches, batch_size=None)
 
-    def _border(self) -> int | None:
+    def _eot_id(self) -> int | None:
         return self.prepared.tokenizer.end_of_text if self.config.documents == "masked" else None
 
     def _slice(self, rank: int) -> RankSlice:

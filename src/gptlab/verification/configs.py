@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gptlab.config.base import Settings
-from gptlab.config.resume import plain, resolve
-from gptlab.config.schema import Config, LoggerConfig, check
+from gptlab.config.base import FrozenConfig, validate
+from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import (
@@ -22,13 +22,13 @@ from gptlab.training.config import (
     WSDConfig,
 )
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=FrozenConfig)
 
 EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # evaluations and samples are made, but no longer than that takes
 LONGER = 100  # steps by which a run that is killed would be too long, were it not
 
 
-class ProveConfig(Settings):
+class ProveConfig(FrozenConfig):
     """How much is proven; see conf/prove.yaml."""
 
     steps: Annotated[int, Field(ge=2)]
@@ -48,20 +48,20 @@ class ProveConfig(Settings):
         return self
 
 
-class ProveArguments(Settings):
+class ProveArguments(FrozenConfig):
     """What the command takes beside a training run's configuration."""
 
     prove: ProveConfig
 
 
-def resolve_proof(values: DictConfig, overrides: list[str]) -> tuple[Config, ProveConfig]:
+def resolve_proof(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, ProveConfig]:
     """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and how much of it is proven."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key != "prove"])
     config = resolve(run, [override for override in overrides if not override.startswith("prove.")])
-    return config, check(ProveArguments, {"prove": plain(values.prove)}).prove
+    return config, validate(ProveArguments, {"prove": resolve_to_dict(values.prove)}).prove
 
 
-def shortened(config: Config, steps: int) -> Config:
+def shortened(config: RunConfig, steps: int) -> RunConfig:
     """Return the first steps of a run: the learning rates are its own, and it evaluates, samples, saves and is traced.
 
     Raises:
@@ -84,14 +84,14 @@ def shortened(config: Config, steps: int) -> Config:
     )
 
 
-def extended(short: Config) -> Config:
+def extended(short: RunConfig) -> RunConfig:
     """Return the same run, longer and with all its checkpoints: at work when it is killed, however fast it is."""
     steps = short.steps + LONGER
     callbacks = _with(short.callbacks, checkpoint=_with(_every_step(short.callbacks.checkpoint), keep_last=steps))
     return _with(short, train=_with(short.train, max_steps=steps), callbacks=callbacks)
 
 
-def comparable(short: Config, accelerator: Literal["cpu", "gpu"]) -> Config:
+def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfig:
     """Return a run in one process whose losses differ from those of other processes by no more than rounding."""
     alone = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
     return _with(
@@ -103,7 +103,7 @@ def comparable(short: Config, accelerator: Literal["cpu", "gpu"]) -> Config:
     )
 
 
-def on_ranks(config: Config, strategy: str, plan: BatchPlan) -> Config:
+def on_ranks(config: RunConfig, strategy: str, plan: BatchPlan) -> RunConfig:
     """Return the same run on the processes of a plan."""
     trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from rich import get_console
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import CHECKPOINTS
@@ -33,7 +33,7 @@ class ProofCase:
         wanted: How much is proven.
     """
 
-    def __init__(self, config: Config, prepared: TokenDataset, wanted: ProveConfig) -> None:
+    def __init__(self, config: RunConfig, prepared: TokenDataset, wanted: ProveConfig) -> None:
         self.prepared, self.wanted = prepared, wanted
         devices = choose_devices(config.trainer, config.train, config.model)
         shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)

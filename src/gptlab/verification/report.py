@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 
@@ -33,7 +33,7 @@ class ProofResult(NamedTuple):
     details: dict[str, Any]
 
 
-def print_proofs(config: Config, steps: int, proofs: list[ProofResult]) -> None:
+def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> None:
     """Print a row a proof, and below them what failed runs said last."""
     console = get_console()
     table = Table(box=box.SIMPLE)
@@ -48,7 +48,7 @@ def print_proofs(config: Config, steps: int, proofs: list[ProofResult]) -> None:
             console.print(Panel(Text(tail), title=proof.name, title_align="left", box=box.ROUNDED))
 
 
-def write_report(folder: Path, config: Config, proofs: list[ProofResult]) -> Path:
+def write_report(folder: Path, config: RunConfig, proofs: list[ProofResult]) -> Path:
     """Write prove.json; the environment in it stands beside it, too."""
     record_environment(folder)
     report: dict[str, Any] = {

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from rich import get_console
 
-from gptlab.config.schema import Config
-from gptlab.launch.job_file import write_job
+from gptlab.config.schema import RunConfig
+from gptlab.launch.supervisor import Job, start_worker
 from gptlab.tracking.run_directory import CHECKPOINTS, TRACE
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints, remove_checkpoint
 from gptlab.verification.comparison import TraceStep, read_trace
@@ -23,7 +22,6 @@ from gptlab.verification.comparison import TraceStep, read_trace
 log = logging.getLogger(__name__)
 
 TAIL = 30  # lines of what a failed run said
-COMMAND = (sys.executable, "-m", "gptlab.verification.process")
 POLL = 0.02  # seconds
 
 
@@ -48,15 +46,10 @@ class RunProcess:
         output: The file for what it says.
     """
 
-    def __init__(self, config: Config, run_dir: Path, output: Path) -> None:
+    def __init__(self, config: RunConfig, run_dir: Path, output: Path) -> None:
         job = output.with_suffix(".json")
-        write_job(job, config, run_dir)
-        self.process = subprocess.Popen(
-            (*COMMAND, str(job)),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        Job(config, run_dir).write(job)
+        self.process = start_worker(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self._copying = threading.Thread(target=self._copy, args=(output,))
         self._copying.start()
 
@@ -64,6 +57,8 @@ class RunProcess:
         """Kill what is left of it; its workers, which lead sessions of their own, end with it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        assert self.process.stdin is not None  # noqa: S101
+        self.process.stdin.close()
         self.process.wait()
         self._copying.join()
 
@@ -90,7 +85,7 @@ class ProofRuns:
         """The run directory of a name."""
         return self.folder / name
 
-    def trace(self, name: str, config: Config) -> list[TraceStep]:
+    def trace(self, name: str, config: RunConfig) -> list[TraceStep]:
         """Run to the end and return the trace; RunFailed for any other end."""
         if name not in self._known:
             try:
@@ -102,7 +97,7 @@ class ProofRuns:
             raise known
         return known
 
-    def kill(self, name: str, config: Config, after: int) -> Path:
+    def kill(self, name: str, config: RunConfig, after: int) -> Path:
         """Run until a step is saved, kill all its processes at once, and return the run directory.
 
         What was saved later than that before the signal came is taken away: it goes on from that step.
@@ -119,14 +114,14 @@ class ProofRuns:
                 remove_checkpoint(run_dir)
         return self.run_dir(name)
 
-    def _traced(self, name: str, config: Config) -> list[TraceStep]:
+    def _traced(self, name: str, config: RunConfig) -> list[TraceStep]:
         with self._running(name, config) as run:
             if status := run.process.wait():
                 raise self._failed(name, status)
         return read_trace((Path(config.resume) if config.resume else self.run_dir(name)) / TRACE)
 
     @contextmanager
-    def _running(self, name: str, config: Config) -> Iterator[RunProcess]:
+    def _running(self, name: str, config: RunConfig) -> Iterator[RunProcess]:
         """Start a run; whatever happens, none of its processes is left."""
         begun = time.monotonic()
         with get_console().status(f"running: {name}"):

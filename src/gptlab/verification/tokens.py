@@ -2,16 +2,16 @@
 
 from itertools import islice
 
-from gptlab.config.schema import Config
+from gptlab.config.schema import RunConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import format_sums, hash_windows, zero_sums
-from gptlab.training.datamodule import TokenData
+from gptlab.training.datamodule import TokenDataModule
 
 
-def loaded_tokens(config: Config, prepared: TokenDataset, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
+def loaded_tokens(config: RunConfig, prepared: TokenDataset, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
     """Hash what the ranks of a plan load for each step, as the trace of a run has it."""
-    data = TokenData(
+    data = TokenDataModule(
         prepared,
         config.data.model_copy(update={"num_workers": workers}),
         plan=plan,

@@ -109,8 +109,8 @@ def test_what_failed_is_left_out_and_counted(tmp_path):
     trials[4] |= {"state": "failed", "value": None, "message": "out of memory"}
     trials[7] |= {"value": None}  # it came to its end, and no number was recorded
     trials[8] |= {"state": "diverged", "value": 0.1}  # what it had before counts for nothing
-    for number in (9, 10, 11):
-        trials[number] |= {"state": "mistaken", "value": None}
+    for number, state in {9: "mistaken", 10: "config_error", 11: "config_error"}.items():  # 9: by its earlier name
+        trials[number] |= {"state": state, "value": None}
     found = analyze_sweep(write_sweep(tmp_path, trials, BASELINE))
     rows = {row.settings[LR]: row for row in found.rows}
     assert (rows["2e-3"].n, rows["2e-3"].failed, rows["2e-3"].compared) == (2, 1, 2)

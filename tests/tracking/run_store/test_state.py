@@ -1,5 +1,6 @@
 """state.json: where a run stands, also of one that can no longer say so itself."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import time
 import pytest
 
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.tracking.run_store.state import SILENT_SECONDS, RunState, end_state, load_state, new_state, status_of
+from gptlab.tracking.run_store.sweeps import load_trials
 
 
 def test_a_run_of_this_process_is_running(tmp_path):
@@ -41,7 +43,7 @@ def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected)
     ("status", "state"),
     [
         *((DONE, "done"), (PRUNED, "pruned"), (PREEMPTED, "stopped"), (INTERRUPTED, "interrupted")),
-        *((DIVERGED, "diverged"), (MISTAKEN, "mistaken"), (FAILED, "failed"), (137, "failed")),
+        *((DIVERGED, "diverged"), (CONFIG_ERROR, "config_error"), (FAILED, "failed"), (137, "failed")),
     ],
 )
 def test_an_end_is_written_down(tmp_path, status, state):
@@ -51,9 +53,18 @@ def test_an_end_is_written_down(tmp_path, status, state):
     assert (found.state, found.status, found.message, found.step, found.loss) == (state, status, "why", 7, 2.5)
 
 
+def test_a_state_by_an_earlier_name_is_read_by_its_present_one(tmp_path):
+    (tmp_path / "state.json").write_text('{"state": "mistaken", "status": 2}')
+    assert load_state(tmp_path).state == "config_error"
+    (tmp_path / "0").mkdir()
+    trial = {"number": 0, "overrides": {}, "config_hash": "x", "state": "mistaken", "status": 2}
+    (tmp_path / "0" / "trial.json").write_text(json.dumps(trial))
+    assert [trial.state for trial in load_trials(tmp_path)] == ["config_error"]
+
+
 def test_errors_have_the_status_that_commands_end_with():
     errors = [KeyboardInterrupt(), Diverged(), UserError(), RuntimeError()]
-    assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, MISTAKEN, FAILED]
+    assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, CONFIG_ERROR, FAILED]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x"}'])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt, field_validator
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -24,7 +24,7 @@ Split = Literal["train", "val"]
 SPLITS: tuple[Split, Split] = ("train", "val")
 
 
-class Shard(Settings):
+class Shard(FrozenConfig):
     """One file of tokens.
 
     Attributes:
@@ -46,7 +46,7 @@ class Shard(Settings):
     sha256: str
 
 
-class Manifest(Settings):
+class Manifest(FrozenConfig):
     """What a folder of shards holds.
 
     Attributes:

@@ -73,7 +73,7 @@ function together(curves) {
   return found;
 }
 
-const NO_SEEDS = ["failed", "diverged", "pruned", "mistaken"]; // ended before their time: in no mean
+const NO_SEEDS = ["failed", "diverged", "pruned", "config_error"]; // ended before their time: in no mean
 
 /** Curves behind one another in one trace, with gaps between them. */
 function joined(curves) {

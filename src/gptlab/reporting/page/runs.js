@@ -6,7 +6,7 @@ const SIGNS = {
   pruned: "✂",
   failed: "✕",
   diverged: "✕",
-  mistaken: "✕",
+  config_error: "✕",
   lost: "?",
   unknown: "?",
 };

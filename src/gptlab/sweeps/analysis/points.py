@@ -8,7 +8,7 @@ from gptlab.sweeps.analysis.significance import Replicate
 from gptlab.tracking.run_store.sweeps import Trial
 
 SEED = "seed"
-FAILED = ("failed", "diverged", "mistaken")
+FAILED = ("failed", "diverged", "config_error")
 NAMES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
 
 

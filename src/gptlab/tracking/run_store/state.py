@@ -6,24 +6,34 @@ import platform
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DIVERGED, DONE, FAILED, INTERRUPTED, MISTAKEN, PREEMPTED, PRUNED
+from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 
 STATE = "state.json"
 SILENT_SECONDS = 900.0  # seconds without news after which a run on another machine is taken for lost
 
-StateName = Literal["running", "done", "pruned", "stopped", "interrupted", "diverged", "mistaken", "failed", "lost"]
+EARLIER_NAMES = {"mistaken": "config_error"}  # in files that earlier versions wrote
+
+
+def _current_name(name: Any) -> Any:
+    return EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
+
+
+StateName = Annotated[
+    Literal["running", "done", "pruned", "stopped", "interrupted", "diverged", "config_error", "failed", "lost"],
+    BeforeValidator(_current_name),
+]
 END_STATES: dict[int, StateName] = {
     DONE: "done",
     PRUNED: "pruned",
     PREEMPTED: "stopped",
     INTERRUPTED: "interrupted",
     DIVERGED: "diverged",
-    MISTAKEN: "mistaken",
+    CONFIG_ERROR: "config_error",
 }
 
 
@@ -32,8 +42,8 @@ class RunState(BaseModel):
 
     Attributes:
         state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; it
-            goes on when started again), "interrupted" (by the user), "diverged", "mistaken" (the user's configuration),
-            "failed" (an error), "lost" (its process is no longer there and has not said why).
+            goes on when started again), "interrupted" (by the user), "diverged", "config_error" (the configuration or
+            its input is wrong), "failed" (an error), "lost" (its process is no longer there and has not said why).
         status: Exit status; None while it runs.
         message: What went wrong, in a sentence.
         step: Optimizer steps done.
@@ -110,7 +120,7 @@ def status_of(error: BaseException) -> int:
         case Diverged():
             return DIVERGED
         case UserError():
-            return MISTAKEN
+            return CONFIG_ERROR
     return FAILED
 
 

@@ -17,7 +17,7 @@ from gptlab.tracking.run_store.state import StateName
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
-TRIAL_END_STATES = ("done", "pruned", "diverged", "mistaken", "failed")  # of which a trial is not run again
+TRIAL_END_STATES = ("done", "pruned", "diverged", "config_error", "failed")  # of which a trial is not run again
 
 
 class Trial(BaseModel):

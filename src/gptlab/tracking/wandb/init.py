@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from gptlab.config.schema import Config, WandbConfig
+from gptlab.config.schema import RunConfig, WandbConfig
 from gptlab.errors import UserError
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_directory import without_origin
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 ID = "wandb_id"  # the file that keeps a run's id
 
 
-def init_run(config: Config, settings: WandbConfig, directory: Path) -> Any:
+def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
     """Start W&B's client, online if it may and can be; return its run.
 
     Raises:
@@ -60,7 +60,7 @@ def init_run(config: Config, settings: WandbConfig, directory: Path) -> Any:
     return run
 
 
-def run_config(config: Config, directory: Path, client: Any) -> dict[str, Any]:
+def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any]:
     """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
 
     No variable of the environment is in it, and no command line: they may hold secrets. The settings whose names begin
@@ -87,7 +87,7 @@ def run_config(config: Config, directory: Path, client: Any) -> dict[str, Any]:
     return {**without_origin(config), "environment": environment}
 
 
-def _init(config: Config, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
+def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
     os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
     os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
     import wandb

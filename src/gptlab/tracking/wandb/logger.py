@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gptlab.config.schema import Config, WandbConfig
+from gptlab.config.schema import RunConfig, WandbConfig
 from gptlab.exit_codes import DONE, FAILED, HUNG, PREEMPTED
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import status_of
@@ -147,7 +147,7 @@ class RunWandbLogger(WandbLogger):
         return sync_command(self.directory)
 
 
-def build_wandb_logger(config: Config, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
+def build_wandb_logger(config: RunConfig, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
     """Begin or resume the record of a run; return None if W&B's own settings disable it.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.training.callbacks.progress import ProgressDisplay
-from gptlab.training.datamodule import TokenData
+from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import peak_memory
 from gptlab.training.module import GPTModule
 
@@ -94,7 +94,7 @@ class MetricsCallback(L.Callback):
         self._last_step = trainer.global_step
         self._began = time.monotonic() - self.seconds
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, TokenData)  # noqa: S101
+        assert isinstance(data, TokenDataModule)  # noqa: S101
         self._waiting = Stopwatch(data.waited)
         if trainer.is_global_zero:
             self._display = ProgressDisplay(trainer.global_step, self.max_steps)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from gptlab.config.base import Settings
+from gptlab.config.base import FrozenConfig
 from gptlab.data.shards.manifest import fsync_path, write_durably
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ PREFIX = "step_"
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
 
 
-class CheckpointMetadata(Settings):
+class CheckpointMetadata(FrozenConfig):
     """What a checkpoint is of: its step, and that step's evaluation, which may be yet to come."""
 
     step: int
@@ -34,14 +34,14 @@ class CheckpointMetadata(Settings):
     evaluation_due: bool
 
 
-class SavedFile(Settings):
+class SavedFile(FrozenConfig):
     """A file of a checkpoint."""
 
     bytes: int
     sha256: str
 
 
-class CheckpointRecord(Settings):
+class CheckpointRecord(FrozenConfig):
     """What a checkpoint holds."""
 
     format: Literal[1]

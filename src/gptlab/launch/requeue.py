@@ -1,0 +1,82 @@
+"""Runs that start again by themselves, in a SLURM job or in a sweep, and resume. Imports no torch."""
+
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from gptlab.config.resume import identity_changes, resume_as
+from gptlab.config.schema import RunConfig
+from gptlab.errors import UserError
+from gptlab.tracking.environment import ENVIRONMENT
+from gptlab.tracking.run_directory import has_checkpoint, load_config
+from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.training.distributed.processes import is_first_rank, is_worker
+
+log = logging.getLogger(__name__)
+
+
+def requeue_slurm_job() -> None:
+    """Puts the SLURM job of this process back into the queue, once for all ranks; does nothing outside of SLURM."""
+    if "SLURM_JOB_ID" not in os.environ or is_worker() or not is_first_rank():  # a worker's supervisor does it
+        return
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        done = subprocess.run(("scontrol", "requeue", job), capture_output=True, text=True, check=False)
+        problem = done.stderr.strip()
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        log.warning("SLURM job %s is not in the queue again: %s", job, problem)
+    else:
+        log.info("SLURM job %s is in the queue again, and resumes the run by itself.", job)
+
+
+def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, Path | None]:
+    """Finds the run that this one continues: begun by the same sweep, or by this SLURM job before it was requeued.
+
+    Args:
+        config: A validated configuration.
+        run_dir: The run directory that a sweep has assigned.
+
+    Returns:
+        The configuration, which resumes the earlier run if that has a checkpoint, and the run directory if it is known.
+
+    Raises:
+        UserError: ``run_dir`` holds another run.
+    """
+    if config.resume:
+        return config, run_dir
+    if run_dir is not None and (run_dir / CONFIG).is_file() and has_checkpoint(run_dir):
+        earlier = load_config(run_dir)
+        if changes := identity_changes(config, earlier):
+            raise UserError(
+                f"{run_dir} holds another run already: {', '.join(changes)} would change. Use another hydra.sweep.dir, "
+                "or remove that directory."
+            )
+        return resume_as(config, run_dir, earlier), run_dir
+    for earlier_dir in _runs_of_this_job(Path("outputs") / config.name):
+        if not (earlier_dir / CONFIG).is_file():
+            continue
+        earlier = load_config(earlier_dir)
+        if not identity_changes(config, earlier):
+            return (resume_as(config, earlier_dir, earlier) if has_checkpoint(earlier_dir) else config), earlier_dir
+    return config, run_dir
+
+
+def _runs_of_this_job(folder: Path) -> Iterator[Path]:
+    """Yields the run directories in ``folder`` that this SLURM job made before it was requeued, the newest first."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return
+    found = [*folder.glob(f"*/{ENVIRONMENT}"), *folder.glob(f"*/*/{ENVIRONMENT}")]  # a run's own, or of a sweep
+    for path in sorted(found, reverse=True):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # half written when the job was ended
+            continue
+        if record.get("slurm_job") == os.environ["SLURM_JOB_ID"]:
+            yield path.parent
