@@ -209,3 +209,14 @@ def halted(user: User, runs: Runs) -> Path:
     for name, steps in (("whole", 9), ("halted", 6)):
         directory = runs.give(user, name, f"train.max_steps={steps}", "schedule.decay_steps=9", "callbacks=checkpoint")
     return directory
+
+
+@pytest.fixture
+def without_torch(user):
+    """A user whose torch cannot be imported: what is wrong must be found before it is needed."""
+    package = user.folder / "elsewhere" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
+    beside = os.environ.get("PYTHONPATH")  # where the tests look at another checkout than is installed
+    user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), beside)))
+    return user

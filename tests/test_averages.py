@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from commands import assert_config_error, assert_success, averages, metrics
 from gptlab.model.config import GPTConfig, SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
@@ -14,9 +15,6 @@ from gptlab.model.gpt import GPT
 from gptlab.pretrained.weights import load_model
 from gptlab.training.module import derive_seed
 from test_distributed import LAYOUTS
-from test_faults import averages
-from test_mistakes import mistaken
-from test_train import metrics, ran
 
 EMA = ("train.ema_decay=0.3", "schedule=constant", "schedule.warmup_steps=0")
 SAMPLES = ("callbacks.samples.prompt=line", "callbacks.samples.max_new_tokens=30", "callbacks.samples.num_samples=1")
@@ -59,7 +57,7 @@ def sample(directory, model: GPT, step: int) -> str:
 @pytest.mark.slow
 def test_the_average_is_evaluated_sampled_and_loaded(user):
     every = ("callbacks.checkpoint.every=1", "callbacks.checkpoint.keep_last=9")
-    ran(user.train(*EMA, *every, *SAMPLES, "train.eval_windows=null"))
+    assert_success(user.train(*EMA, *every, *SAMPLES, "train.eval_windows=null"))
     directory = user.only_run()
     places = sorted(directory.glob("checkpoints/*"))
     steps = [torch.load(place / "state.pt", weights_only=True)["state_dict"] for place in places]
@@ -90,9 +88,11 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
 def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
     changed = ("train.ema_decay=0.9", "train.max_steps=9")
     done = user.python("gptlab.train", f"resume={halted}", *changed)
-    mistaken(done, "train.ema_decay cannot change when a run is resumed")
+    assert_config_error(done, "train.ema_decay cannot change when a run is resumed")
     done = user.python("gptlab.train", f"resume={halted}", *changed, "force_resume=true")
-    mistaken(done, "A run keeps an average of its weights (train.ema_decay) from its beginning to its end, or not")
+    assert_config_error(
+        done, "A run keeps an average of its weights (train.ema_decay) from its beginning to its end, or not"
+    )
     assert list(metrics(halted, "val/loss")) == [3, 6]
 
 
@@ -101,7 +101,7 @@ def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
 def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
     same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # beside which the gradients' rounding is small
     one = runs.give(user, "averaged", *same)
-    ran(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
+    assert_success(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
     spread = user.only_run("spread")
     for name in ("train/loss", "val/loss"):
         assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
@@ -117,7 +117,7 @@ def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
 def test_its_promises_are_proved(user):
     few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.steps=4", "prove.kill_after=2")
     tiny = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
-    ran(user.python("gptlab.prove", *tiny, *few, "train.ema_decay=0.9", timeout=900))
+    assert_success(user.python("gptlab.prove", *tiny, *few, "train.ema_decay=0.9", timeout=900))
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
     proofs = {proof["name"]: proof for proof in json.loads((folder / "prove.json").read_text())["proofs"]}
     assert proofs["killed and resumed"]["passed"] is True

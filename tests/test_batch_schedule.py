@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from commands import assert_success, metrics
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
 from gptlab.training.callbacks.determinism_trace import format_sums, hash_windows
-from test_train import metrics, ran
 
 GROWING = ("train.batch_schedule=[[2,4],[4,8]]", "schedule.decay_steps=6", "callbacks=[checkpoint,trace]")
 SIZES = [4, 4, 8, 8, 12, 12]  # of the six steps
@@ -50,15 +50,17 @@ def test_every_step_has_its_tokens_and_the_record_says_so(user, grown):
     assert "6 steps, 1,536 tokens" in log
     assert "tokens seen   1,536" in log
     shown = user.python("gptlab.prepare", f"replay={grown}", "step=3")
-    ran(shown)
+    assert_success(shown)
     assert shown.stdout.count("from token") == SIZES[2]
 
 
 @pytest.mark.slow
 def test_two_processes_and_a_resume_at_a_border_change_nothing(user, grown):
-    ran(user.train("name=halted", *GROWING, "train.max_steps=4", "train.eval_every=2"))
+    assert_success(user.train("name=halted", *GROWING, "train.max_steps=4", "train.eval_every=2"))
     halted = user.only_run("halted")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=6", *TWO, "train.micro_batch_size=3"))
+    assert_success(
+        user.python("gptlab.train", f"resume={halted}", "train.max_steps=6", *TWO, "train.micro_batch_size=3")
+    )
     assert traced(halted) == traced(grown)
     assert metrics(halted, "tokens") == metrics(grown, "tokens")
     for name in ("train/loss", "grad_norm"):
@@ -73,14 +75,14 @@ def test_other_devices_must_fit_all_batches(user, grown):
 
 @pytest.mark.slow
 def test_a_length_in_tokens_ends_where_the_batches_have_come_to(user):
-    ran(user.train("train.max_steps=null", "train.max_tokens=700", *GROWING, "callbacks=none"))
+    assert_success(user.train("train.max_steps=null", "train.max_tokens=700", *GROWING, "callbacks=none"))
     assert max(metrics(user.only_run(), "tokens").items()) == (4, 768)  # 128, 256, 512 and 768
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spread", [TWO, ("trainer=fsdp", "trainer.devices=2"), ("train.compile=true",)])
 def test_on_several_devices_and_compiled_the_losses_are_the_same(user, grown, spread):
-    ran(user.train("name=spread", *GROWING, *spread, timeout=600))
+    assert_success(user.train("name=spread", *GROWING, *spread, timeout=600))
     directory = user.only_run("spread")
     assert traced(directory) == traced(grown)
     for name in ("train/loss", "val/loss"):
@@ -91,7 +93,7 @@ def test_on_several_devices_and_compiled_the_losses_are_the_same(user, grown, sp
 def test_the_promises_of_growing_batches_are_proved(user):
     few = ("prove.ranks=[1,2,4]", "prove.workers=[0,2]", "prove.steps=6", "prove.kill_after=3")
     tiny = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
-    ran(user.python("gptlab.prove", *tiny, *few, "train.batch_schedule=[[2,4],[4,8]]", timeout=900))
+    assert_success(user.python("gptlab.prove", *tiny, *few, "train.batch_schedule=[[2,4],[4,8]]", timeout=900))
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
     proofs = json.loads((folder / "prove.json").read_text())["proofs"]
     assert len(proofs) == 8

@@ -5,6 +5,7 @@ import json
 import pytest
 from hydra import compose, initialize_config_dir
 
+from commands import assert_config_error, assert_success
 from conftest import tiny_config
 from gptlab import bench
 from gptlab.benchmarks import speedrun
@@ -22,7 +23,6 @@ from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.model.config import flops_per_token
-from test_train import mistaken, ran
 
 SMALL = (
     "rounds=1",
@@ -94,7 +94,7 @@ def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monke
 @pytest.mark.slow
 def test_the_data_suite_compares_the_same_tokens(user):
     done = user.python("gptlab.bench", *SMALL, "out=measured")
-    ran(done)
+    assert_success(done)
     assert done.stdout.endswith("Measured: measured/data.json\n")
     assert (user.folder / "measured" / "environment.json").exists()
     report = json.loads((user.folder / "measured" / "data.json").read_text())
@@ -119,7 +119,7 @@ def test_the_data_suite_compares_the_same_tokens(user):
 def test_the_guards_suite_measures_steps_with_them_and_without(user):
     tiny = ("guards.steps=20", "guards.model.n_layer=1", "guards.model.n_embd=16", "guards.model.block_size=8")
     done = user.python("gptlab.bench", "suite=guards", "rounds=2", *tiny, "out=measured")
-    ran(done)
+    assert_success(done)
     (part,) = json.loads((user.folder / "measured" / "guards.json").read_text())["parts"]
     without, guarded = part["rows"]
     for row in (without, guarded):
@@ -140,7 +140,9 @@ def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(
     }
     arguments = [f"""overhead.{name}.arguments=['{"','".join(run.split())}']""" for name, run in runs.items()]
     few = [f"overhead.{name}.turns=2" for name in runs]
-    ran(user.python("gptlab.bench", "suite=overhead", "rounds=2", *arguments, *few, "out=measured", timeout=600))
+    assert_success(
+        user.python("gptlab.bench", "suite=overhead", "rounds=2", *arguments, *few, "out=measured", timeout=600)
+    )
     parts = json.loads((user.folder / "measured" / "overhead.json").read_text())["parts"]
     assert len(parts) == 2
     for part in parts:
@@ -175,7 +177,7 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
     tiny = [f"train.{part}.model.{value}" for part in parts for value in shape]
     few = [f"train.{part}.{value}" for part in parts for value in ("steps=1", "batch_size=2")]
     done = user.python("gptlab.bench", "suite=train", "rounds=1", *tiny, *few, "out=measured", timeout=600)
-    ran(done)
+    assert_success(done)
     *models, memory = json.loads((user.folder / "measured" / "train.json").read_text())["parts"]
     for part in (*models, memory):
         losses = [row["medians"]["loss"] for row in part["rows"]]
@@ -199,7 +201,9 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
 def test_the_generate_suite_measures_every_way(user):
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 64, "vocab_size": 500}
     tiny = [f"generate.model.{name}={value}" for name, value in sizes.items()]
-    ran(user.python("gptlab.bench", "suite=generate", "rounds=1", "generate.tokens=20", *tiny, "out=measured"))
+    assert_success(
+        user.python("gptlab.bench", "suite=generate", "rounds=1", "generate.tokens=20", *tiny, "out=measured")
+    )
     (part,) = json.loads((user.folder / "measured" / "generate.json").read_text())["parts"]
     assert len(part["rows"]) == 10
     for row in part["rows"]:
@@ -299,5 +303,5 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    mistaken(user.python("gptlab.bench", *arguments), sentence)
+    assert_config_error(user.python("gptlab.bench", *arguments), sentence)
     assert not (user.folder / "outputs").exists()

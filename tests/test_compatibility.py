@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from test_train import metrics, ran
+from commands import assert_success, metrics
 
 STORED = Path(__file__).parent / "compatibility"
 MADE_IN = "/home/someone/gptlab"  # named by the text files in STORED
@@ -51,7 +51,7 @@ def test_an_earlier_run_can_be_read_and_resumed(user, name, vocab_size):
         ["gptlab.train", f"resume={run}", "train.max_steps=42"],
     ]
     done = user.run(sys.executable, "-c", COMMANDS, json.dumps(commands), timeout=600)
-    ran(done)
+    assert_success(done)
     listed, _, sampled, *_ = done.stdout.split("\x1e")
 
     (line,) = json.loads(listed)

@@ -6,9 +6,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from configs import resolved
 from gptlab.config.base import rebuild, validate
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.resume import resolve_to_dict
 from gptlab.config.schema import GPT2_REPOSITORIES, RunConfig
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.training.optim.schedules import learning_rate
@@ -44,11 +45,6 @@ OPTIONS = [
     if not path.stem.startswith("eval_")
 ]
 EVALUATIONS = sorted(path.stem for path in (configuration_folder() / "experiment").glob("eval_*.yaml"))
-
-
-def resolved(*overrides: str) -> RunConfig:
-    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
-        return resolve(compose("train", overrides=list(overrides)), list(overrides))
 
 
 @pytest.mark.parametrize("option", OPTIONS)

@@ -11,12 +11,12 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from commands import assert_config_error, assert_success
+from configs import resolved
 from gptlab.config.command import configuration_folder
 from gptlab.dashboards.spaces import wandb_sweep
 from gptlab.errors import UserError
 from gptlab.tracking.run_store.runs import flatten
-from test_conf import resolved
-from test_train import mistaken, ran
 
 SWEEPS = configuration_folder() / "sweeps"
 NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
@@ -26,7 +26,7 @@ WORKSPACE = ("entity=me", "project=models", "dry_run=true")
 @pytest.fixture
 def spec(user) -> dict[str, Any]:
     """What would be sent to W&B."""
-    ran(user.python("gptlab.dashboard", *WORKSPACE, "out=here.json"))
+    assert_success(user.python("gptlab.dashboard", *WORKSPACE, "out=here.json"))
     values = json.loads((user.folder / "here.json").read_text())
     assert (values["entity"], values["project"], values["name"]) == ("me", "models", "gptlab")
     return values["spec"]["section"]
@@ -91,11 +91,11 @@ def test_the_workspace_has_its_sections_over_tokens(spec):
 )
 def test_mistakes_are_sentences(user, tmp_path, arguments, sentence):
     user.environment["HOME"] = str(tmp_path)
-    mistaken(user.python("gptlab.dashboard", *arguments), sentence)
+    assert_config_error(user.python("gptlab.dashboard", *arguments), sentence)
 
 
 def test_the_files_for_wandb_are_those_that_are_made(user):
-    ran(user.python("gptlab.dashboard", "wandb_sweeps=made"))
+    assert_success(user.python("gptlab.dashboard", "wandb_sweeps=made"))
     made = {path.name: path.read_text() for path in (user.folder / "made").iterdir()}
     assert made == {path.name: path.read_text() for path in (SWEEPS / "wandb").iterdir()}
     assert sorted(made) == [f"{name}.yaml" for name in NAMES]
@@ -130,7 +130,7 @@ def test_a_sweep_of_wandb_s_is_one_run(user):
     command = yaml.safe_load((SWEEPS / "wandb" / "lr.yaml").read_text())["command"][4:-1]
     command.remove("logger=wandb")
     done = user.train(*command, "optimizer.lr=0.004", "callbacks=none")
-    ran(done)
+    assert_success(done)
     config = yaml.safe_load((user.only_run("lr") / "config.yaml").read_text())
     assert config["optimizer"]["lr"] == 0.004
 

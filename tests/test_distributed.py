@@ -5,9 +5,8 @@ import sys
 import pytest
 import torch
 
+from commands import assert_success, averages, metrics, newest_state
 from gptlab.pretrained.weights import load_model
-from test_faults import averages, newest_state
-from test_train import metrics, ran
 
 TWO = ("trainer.devices=2",)
 
@@ -15,14 +14,14 @@ TWO = ("trainer.devices=2",)
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_compute_what_one_does(user, runs, strategy):
     one = runs.give(user, "first")
-    ran(user.train("name=two", f"trainer={strategy}", *TWO, "train.micro_batch_size=2"))
+    assert_success(user.train("name=two", f"trainer={strategy}", *TWO, "train.micro_batch_size=2"))
     two = user.only_run("two")  # there is one directory
     for name in ("train/loss", "val/loss"):
         assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5), name
     assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), abs=1e-4)
     assert (two / "samples" / "step_000006.txt").exists()
     sampled = user.python("gptlab.sample", f"run={two}", "max_new_tokens=5")
-    ran(sampled)
+    assert_success(sampled)
 
 
 LAYOUTS = {
@@ -58,7 +57,7 @@ def test_twenty_steps_have_the_losses_of_one_process(user, runs, optimizer, layo
     length = ("train.max_steps=20", "train.eval_every=10", "schedule.warmup_steps=4", "trainer.precision=32-true")
     same = (*length, *OPTIMIZERS[optimizer])
     one = runs.give(user, "twenty", *same, "train.micro_batch_size=4")
-    ran(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
+    assert_success(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
     spread = user.only_run("spread")
     for name in ("train/loss", "val/loss", "val/bits_per_byte"):
         assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
@@ -84,7 +83,7 @@ def test_torchrun_starts_one_run(user):
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "gptlab.train", "trainer=ddp")
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
     done = user.run(*command, *small, "name=torchrun")
-    ran(done)
+    assert_success(done)
     assert list(metrics(user.only_run("torchrun"), "train/loss")) == [1, 2]
     assert done.stdout.count("2 device(s) x") == 1
 
@@ -93,7 +92,7 @@ def test_torchrun_starts_one_run(user):
 def test_a_sweep_over_processes_runs_each_job_once(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
     done = user.python("gptlab.train", "-m", "name=sweep", "trainer=fsdp", "trainer.devices=2,1,3", *small, timeout=400)
-    ran(done)
+    assert_success(done)
     directory = user.only_run("sweep")
     jobs = [directory / job for job in ("0", "1", "2")]
     assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs

@@ -8,6 +8,8 @@ import pytest
 import torch
 import yaml
 
+from commands import assert_config_error, assert_success, metrics, weights
+from configs import resolved
 from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
@@ -26,8 +28,6 @@ from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
 from gptlab.training.devices import choose_devices
 from preparing import data_config, prepare_text, text_values
-from test_conf import resolved
-from test_train import metrics, mistaken, ran, weights
 
 NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
 ALONE = EvalContext(torch.device("cpu"), "float32", rank=0, world_size=1)
@@ -78,7 +78,7 @@ def choices(model: GPT, examples: list[Example], block: int = 32) -> list[tuple[
 def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, runs):
     directory = runs.give(user, "first", "callbacks=checkpoint")
     done = user.python("gptlab.evaluate", f"run={directory}", "windows=10")
-    ran(done)
+    assert_success(done)
     results = found(directory, "loss")
     in_training = metrics(directory, "val/loss")
     assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # of the same ten windows
@@ -100,14 +100,14 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
 def check_record_at_wandb(user, server, directory: Path, run) -> None:
     """What a later evaluation finds comes into the summary, and changes nothing else; W&B may be away."""
     kept, history = sorted(directory.glob("wandb/**/*")), run.history
-    ran(user.python("gptlab.evaluate", f"run={directory}"))
+    assert_success(user.python("gptlab.evaluate", f"run={directory}"))
     summary = json.loads(run.lines["wandb-summary.json"][0])
     assert summary["evaluations/loss/loss"] == found(directory, "loss")["loss"]
     assert summary["val/loss"]["min"] == min(row["val/loss"] for row in history if "val/loss" in row)
     assert (sorted(directory.glob("wandb/**/*")), run.history) == (kept, history)
     server.die()
     done = user.python("gptlab.evaluate", f"run={directory}", "out=elsewhere")
-    ran(done)
+    assert_success(done)
     assert "The evaluation is not sent to W&B" in done.stdout
     assert len(list((user.folder / "elsewhere").iterdir())) == 1
 
@@ -128,8 +128,8 @@ def test_two_processes_find_what_one_does(user, runs):
     )
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "gptlab.evaluate")
     for arguments in runs_of:
-        ran(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
-        ran(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
+        assert_success(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
+        assert_success(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
     for what in ("loss", "hellaswag", "tasks"):
         one, two = (found(user.folder / number, what) for number in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
@@ -143,7 +143,7 @@ def test_two_processes_find_what_one_does(user, runs):
 def with_hellaswag(user, name: str, *arguments: str) -> Path:
     path = examples_file(user.folder, 11)
     settings = (f"callbacks.hellaswag.path={path.name}", "callbacks.hellaswag.batch_size=2")
-    ran(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *settings, *arguments))
+    assert_success(user.train(f"name={name}", "callbacks=[checkpoint,hellaswag]", *settings, *arguments))
     return user.only_run(name)
 
 
@@ -159,7 +159,7 @@ def test_hellaswag_as_the_model_learns(user, runs):
     assert list(acc) == list(acc_norm) == [3, 6]
     assert (acc[6], acc_norm[6]) == (by_sum / 11, by_mean / 11)
     done = user.train("callbacks=[checkpoint,hellaswag]", "callbacks.hellaswag.path=none.jsonl", "name=never")
-    mistaken(done, "none.jsonl: [Errno 2] No such file or directory")
+    assert_config_error(done, "none.jsonl: [Errno 2] No such file or directory")
     assert not (user.folder / "outputs" / "never").exists()
 
 
@@ -274,5 +274,5 @@ def test_mistakes_are_told_before_torch_is_imported(user, runs):
         ([f"run={directory}", "hellaswag=none.jsonl"], "cannot be read from none.jsonl"),
         (["run=none", "taskz=[a]"], "Unknown config key `taskz`. Did you mean tasks?"),
     ):
-        mistaken(user.python("gptlab.evaluate", *arguments), sentence)
+        assert_config_error(user.python("gptlab.evaluate", *arguments), sentence)
     assert not (directory / "evaluations").exists()

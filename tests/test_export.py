@@ -12,14 +12,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from commands import assert_success
 from gptlab.data.tokenizers.huggingface import to_huggingface
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED
 from gptlab.export import main
 from gptlab.exporters import llmc, push
-from test_mistakes import without_torch  # noqa: F401  (a fixture)
-from test_train import ran
 
 VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
 END = {"bos_token_id": 256, "eos_token_id": 256}
@@ -43,7 +42,7 @@ def export(user, *arguments):
 def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folder):
     user.environment |= {"HF_TOKEN": "hf_secret"}
     done = export(user, "format=gguf", "push=me/model")
-    ran(done)
+    assert_success(done)
     assert re.search(
         r"log probabilities of the 257 likeliest tokens by llama\.cpp of .*: largest difference .* allowed", done.stdout
     )
@@ -83,7 +82,7 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torch):  # noqa: F811
+def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torch):
     for arguments, sentence in MISTAKES.values():
         done = export(without_torch, *arguments)
         assert (done.returncode, sentence in done.stderr) == (CONFIG_ERROR, True), done.stderr
@@ -167,7 +166,7 @@ def test_gpt2_124m_takes_little_more_memory_than_twice_its_weights(user, gpt2_12
     config.save_pretrained(gpt2_124m)
     script = MEASURED.format(libraries=LIBRARIES[form])
     done = user.run(sys.executable, "-c", script, str(gpt2_124m), form, dtype, timeout=300)
-    ran(done)
+    assert_success(done)
     imports, peak, seconds = json.loads(done.stdout.splitlines()[-1])
     size = (gpt2_124m / "model.safetensors").stat().st_size
     times = (peak - imports) / size

@@ -11,16 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
+from commands import assert_success, metrics, newest_state, same_run
 from gptlab.exit_codes import DONE, PREEMPTED
-from gptlab.training.checkpoints.reading import read_checkpoint
-from test_train import metrics, ran
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
 RHYTHM = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
 TWO = ("trainer=ddp", "trainer.devices=2")
-COMPARED = ("train/loss", "val/loss", "grad_norm", "lr", "tokens")
 
 
 def last_step(user, name: str) -> int:
@@ -31,40 +28,12 @@ def last_step(user, name: str) -> int:
     return 0
 
 
-def newest_state(directory: Path) -> dict:
-    """All that the newest checkpoint of a run holds; put together, where it is in shards."""
-    return read_checkpoint(sorted(directory.glob("checkpoints/step_*"))[-1])
-
-
-def averages(directory: Path) -> dict[str, torch.Tensor]:
-    """The averages of the weights in the newest checkpoint of a run."""
-    (optimizer,) = newest_state(directory)["optimizer_states"]
-    return {name: moments["average"] for name, moments in optimizer["state"].items()}
-
-
-def same_run(one: Path, other: Path) -> None:
-    """Two runs have the same rows, each once, and bit-equal weights and moments."""
-    for name in COMPARED:
-        assert metrics(one, name) == metrics(other, name), name
-    lines = [(directory / "metrics.csv").read_text().count("\n") for directory in (one, other)]
-    assert lines[0] == lines[1]
-    states = [newest_state(directory) for directory in (one, other)]
-    assert states[0]["global_step"] == states[1]["global_step"]
-    for name, tensor in states[0]["state_dict"].items():
-        assert torch.equal(tensor, states[1]["state_dict"][name]), name
-    moments = [state["optimizer_states"][0]["state"] for state in states]
-    assert moments[0].keys() == moments[1].keys()
-    for name in moments[0]:
-        for moment, tensor in moments[0][name].items():
-            assert torch.equal(tensor, moments[1][name][moment]), f"{name}.{moment}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("callbacks.checkpoint.asynchronous=true",)], ids=["at once", "in a thread"])
 def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(user, extra):
     kills = 20 if not extra else 5
     steps = f"train.max_steps={15 * kills}"  # so many that none of them comes to its end
-    ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=whole", steps))
+    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, "name=whole", steps))
     chance = random.Random(0)  # noqa: S311
     for _ in range(kills):
         often = ("resume=auto", "callbacks.checkpoint.every=1")
@@ -76,7 +45,7 @@ def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(user, extra):
         time.sleep(chance.uniform(0, 0.05))
         os.killpg(run.pid, signal.SIGKILL)
         run.ended(-signal.SIGKILL)
-    ran(user.python("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, "resume=auto"))
+    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, "resume=auto"))
     same_run(user.only_run("whole"), user.only_run("killed"))
 
 
@@ -100,7 +69,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halt
     unfinished.mkdir()
     (unfinished / "state.pt").write_bytes(b"half")
     done = user.python("gptlab.train", f"resume={halted}", "train.max_steps=9")
-    ran(done)
+    assert_success(done)
     told = done.stdout.replace("\n", " ")
     assert told.count("step_000006 is damaged and is not used") == 1
     assert told.count("The run ended while it wrote step_000009, which is ignored.") == 1
@@ -145,7 +114,7 @@ def test_training_goes_on_when_the_disk_is_full(user):
     done = user.run("unshare", "-rm", *command)
     if "mount" in done.stderr:
         pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
-    ran(done)
+    assert_success(done)
     directory = next((user.folder / "kept" / "quickstart").iterdir())
     assert max(metrics(directory, "tokens")) == 9
     full = done.stdout.count("is not saved, and training goes on")
@@ -159,7 +128,7 @@ def test_training_goes_on_when_the_disk_is_full(user):
 @pytest.mark.slow
 def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit_for_bit(user):
     steps = "train.max_steps=60"
-    ran(user.python("gptlab.train", *TINY, *RHYTHM, *TWO, "name=whole", steps))
+    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, *TWO, "name=whole", steps))
     run = user.begin("gptlab.train", *TINY, *RHYTHM, *TWO, "name=stopped", steps)
     run.until(lambda: last_step(user, "stopped") >= 4)
     os.kill(run.workers()[1], signal.SIGTERM)
@@ -168,7 +137,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit
     step = newest_state(stopped)["global_step"]
     assert step == last_step(user, "stopped") < 60
     assert f"Stopped by a signal at step {step}. To go on: python -m gptlab.train resume=" in output
-    ran(user.python("gptlab.train", f"resume={stopped}"))
+    assert_success(user.python("gptlab.train", f"resume={stopped}"))
     same_run(user.only_run("whole"), stopped)
 
 
@@ -177,7 +146,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit
 def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(user, extra):
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
     rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
-    ran(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
+    assert_success(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
     run = user.begin("gptlab.train", *TINY, *rhythm, "name=stopped")
     run.until(lambda: last_step(user, "stopped") == 3)
     time.sleep(0.2)
@@ -186,7 +155,7 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
     stopped = user.only_run("stopped")
     assert "val/loss" not in (stopped / "metrics.csv").read_text()
     assert newest_state(stopped)["global_step"] == 3
-    ran(user.python("gptlab.train", f"resume={stopped}"))
+    assert_success(user.python("gptlab.train", f"resume={stopped}"))
     assert list(metrics(stopped, "val/loss")) == [3, 6]
     same_run(user.only_run("whole"), stopped)
 
@@ -194,12 +163,14 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
 @pytest.mark.slow
 def test_on_one_two_and_four_ranks_with_and_without_workers_a_run_sees_the_same_tokens(user):
     small = (*TINY, "train.eval_every=3", "train.eval_windows=10", "callbacks=[checkpoint,trace]", "schedule=constant")
-    ran(user.python("gptlab.train", *small, "name=whole", "train.max_steps=9"))
-    ran(user.python("gptlab.train", *small, "name=moved", "train.max_steps=3"))
+    assert_success(user.python("gptlab.train", *small, "name=whole", "train.max_steps=9"))
+    assert_success(user.python("gptlab.train", *small, "name=moved", "train.max_steps=3"))
     moved = user.only_run("moved")
     for steps, ranks, workers in ((6, 2, 3), (9, 4, 1)):
         devices = ("trainer=ddp", f"trainer.devices={ranks}", f"data.num_workers={workers}")
-        ran(user.python("gptlab.train", f"resume={moved}", f"train.max_steps={steps}", *devices, timeout=300))
+        assert_success(
+            user.python("gptlab.train", f"resume={moved}", f"train.max_steps={steps}", *devices, timeout=300)
+        )
     tokens = [
         {line["step"]: line["tokens"] for line in map(json.loads, (directory / "trace.jsonl").read_text().splitlines())}
         for directory in (user.only_run("whole"), moved)

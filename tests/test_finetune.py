@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from commands import assert_config_error, assert_success, metrics
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.tracking.run_directory import newest_checkpoint
 from gptlab.training.checkpoints.reading import read_checkpoint
-from test_train import metrics, mistaken, ran
 
 IDS = torch.arange(32)[None] * 8
 TUNED = ("name=tuned", "lora=all", "optimizer.lr=0.01", "schedule=constant", "schedule.warmup_steps=0")
@@ -21,7 +21,7 @@ def begun(user, runs):
 
 def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun):
     done = user.train(f"init_from={begun}", *TUNED, "callbacks=checkpoint")
-    ran(done)
+    assert_success(done)
     assert "16,384 more trained (LoRA, rank 8)" in user.only_run("tuned").joinpath("train.log").read_text()
     before, after = (read_checkpoint(newest_checkpoint(directory)) for directory in (begun, user.only_run("tuned")))
     for name, tensor in before["state_dict"].items():
@@ -41,17 +41,19 @@ def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun)
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [("trainer=ddp",), ("trainer=fsdp",)], ids=["ddp", "fsdp"])
 def test_it_learns_the_same_on_two_devices_and_when_it_goes_on(user, begun, devices):
-    ran(user.train(f"init_from={begun}", *TUNED, "train.max_steps=6"))
-    ran(user.train(f"init_from={begun}", *TUNED, "name=two", "train.max_steps=3", *devices, "trainer.devices=2"))
-    ran(user.python("gptlab.train", f"resume={user.only_run('two')}", "train.max_steps=6"))
+    assert_success(user.train(f"init_from={begun}", *TUNED, "train.max_steps=6"))
+    assert_success(
+        user.train(f"init_from={begun}", *TUNED, "name=two", "train.max_steps=3", *devices, "trainer.devices=2")
+    )
+    assert_success(user.python("gptlab.train", f"resume={user.only_run('two')}", "train.max_steps=6"))
     one, two = (load_model(open_model_source(str(user.only_run(name))))(IDS) for name in ("tuned", "two"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
     assert (one - load_model(open_model_source(str(begun)))(IDS)).abs().max() > 0.1
 
 
 def test_what_lora_needs_is_said(user, begun):
-    mistaken(user.train("lora=all"), "lora adapts trained weights")
-    mistaken(
+    assert_config_error(user.train("lora=all"), "lora adapts trained weights")
+    assert_config_error(
         user.train("lora=all", f"init_from={begun}", "optimizer=muon"), "optimizer=muon is not for: optimizer=adamw"
     )
     assert not (user.folder / "outputs" / "quickstart").exists()

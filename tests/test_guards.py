@@ -7,11 +7,10 @@ import time
 import pytest
 import torch
 
+from commands import assert_success, metrics, newest_state
 from faults import break_steps
 from gptlab.exit_codes import DIVERGED, HUNG
-from test_faults import newest_state
-from test_interrupts import processes_of
-from test_train import metrics, ran
+from processes import processes_of
 
 TWO = ("trainer.devices=2",)
 # also the loss, as where the network itself overflows
@@ -37,7 +36,7 @@ def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
     evaluations = metrics(directory, "val/loss")
     assert math.isfinite(evaluations[4])
     shown = user.python("gptlab.prepare", *replay.split()[3:], "step=4")
-    ran(shown)
+    assert_success(shown)
 
 
 def val_loss(place):
@@ -71,9 +70,9 @@ def kept(directory):
 def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):
     same = (*trainer, *optimizer, "train.eval_every=50", "callbacks=checkpoint")
     same = (*same, "train.micro_batch_size=3", "schedule.decay_steps=9")
-    ran(user.train("name=before", "train.max_steps=3", *same, timeout=300))
+    assert_success(user.train("name=before", "train.max_steps=3", *same, timeout=300))
     break_steps(user, "if step == 4 and rank == self.trainer.world_size - 1: loss = loss * float('nan')")
-    ran(user.train("name=after", "train.max_steps=4", *same, timeout=300))
+    assert_success(user.train("name=after", "train.max_steps=4", *same, timeout=300))
     before, after = (kept(user.only_run(name)) for name in ("before", "after"))
     assert before.keys() == after.keys()
     assert len(before) > 50  # weights, and of each one moment or three
@@ -102,13 +101,13 @@ def test_an_evaluation_without_a_number_is_never_the_best(user):
     # an infinite weight makes every evaluation NaN, until a later step puts a number there
     break_steps(user, "self.model.wte.weight.data[0, 0] = 0.01 if step >= 5 else float('inf')")
     done = user.train("train.max_steps=4", "train.eval_every=2", "callbacks=checkpoint", "train.max_bad_steps=50")
-    ran(done)
+    assert_success(done)
     directory = user.only_run()
     assert all(math.isnan(loss) for loss in metrics(directory, "val/loss").values())
     assert {val_loss(place) for place in directory.glob("checkpoints/*")} == {None}
     assert "no evaluation gave a number" in done.stdout
     assert "the best so far" not in done.stdout
-    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=6"))
+    assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=6"))
     assert math.isfinite(metrics(directory, "val/loss")[6])
     assert val_loss(directory / "checkpoints" / "step_000006") == metrics(directory, "val/loss")[6]
 
@@ -121,11 +120,11 @@ def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
     same = ("schedule.decay_steps=12", "train.log_every=6", "train.spike_window=12", "train.eval_every=7")
     same = (*same, "callbacks=checkpoint", *trainer)
     whole = user.train("name=whole", "train.max_steps=12", *same, timeout=300)
-    ran(whole)
-    ran(user.train("name=halted", "train.max_steps=7", *same, timeout=300))
+    assert_success(whole)
+    assert_success(user.train("name=halted", "train.max_steps=7", *same, timeout=300))
     halted = user.only_run("halted")
     resumed = user.python("gptlab.train", f"resume={halted}", "train.max_steps=12", timeout=300)
-    ran(resumed)
+    assert_success(resumed)
     for step in (8, 11):  # so soon after the resume that its own steps would not be enough to judge by
         (told,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
         (again,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]

@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from commands import assert_config_error, assert_success, metrics, weights
 from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.weights import load_model
-from test_train import metrics, mistaken, plain_training, ran, weights
+from reference_training import plain_training
 
 STANDING = ("optimizer.lr=1e-30", "train.max_steps=1", "callbacks=checkpoint")  # the weights stay where they are
 
@@ -27,12 +28,12 @@ def gpt2(user) -> GPT2LMHeadModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [("trainer=cpu",), ("trainer=ddp", "trainer.devices=2")], ids=["one", "two"])
 def test_a_run_begins_with_the_weights_of_hugging_face(user, gpt2, devices):
-    ran(user.train("init_from=gpt2", *STANDING, *devices))
+    assert_success(user.train("init_from=gpt2", *STANDING, *devices))
     directory = user.only_run()
     idx = torch.arange(32)[None] * 8
     torch.testing.assert_close(load_model(directory)(idx), gpt2(idx).logits, atol=1e-5, rtol=0)
     (user.folder / "gpt2").rename(user.folder / "elsewhere")
-    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=2"))  # it has its own by now
+    assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=2"))  # it has its own by now
 
 
 def test_weights_for_another_vocabulary_are_refused_before_anything_is_written(user, gpt2):
@@ -54,10 +55,10 @@ def test_nanogpt_s_character_data_is_trained_on_and_written_in(user):
         np.array([ids[character] for character in part], dtype=np.uint16).tofile(folder / f"{split}.bin")
     meta = {"vocab_size": len(ids), "itos": dict(enumerate(characters)), "stoi": ids}
     (folder / "meta.pkl").write_bytes(pickle.dumps(meta))
-    ran(user.train("data=shards", "data.source=null", "data.path=char", "tokenizer=characters"))
+    assert_success(user.train("data=shards", "data.source=null", "data.path=char", "tokenizer=characters"))
     folder.rename(user.folder / "elsewhere")  # the run keeps what its ids mean
     done = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=line", "max_new_tokens=20")
-    ran(done)
+    assert_success(done)
     assert set(done.stdout.partition("---")[0]) <= set(characters)
 
 
@@ -84,14 +85,14 @@ def test_a_run_of_nanogpt_goes_on_with_its_moments_as_it_would_have_there(user, 
     torch.set_num_threads(1)
     path = user.folder / "ckpt.pt"
     model = nanogpt_run(user, runs.give(user, "first"), path)
-    ran(user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT))
+    assert_success(user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT))
     directory = user.only_run("taken")
     assert list(metrics(directory, "train/loss")) == [4, 5, 6]
     for name, tensor in weights(directory).items():
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
     again = user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT, "name=again", "optimizer.lr=1e-4")
-    mistaken(again, f"resume_from_nanogpt={path} cannot go on exactly: the learning rate at step 3")
+    assert_config_error(again, f"resume_from_nanogpt={path} cannot go on exactly: the learning rate at step 3")
     assert not (user.folder / "outputs" / "again").exists()
     path.rename(user.folder / "elsewhere")
-    ran(user.python("gptlab.train", f"resume={directory}", "train.max_steps=7"))  # it has all of it
+    assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=7"))  # it has all of it
     assert list(metrics(directory, "train/loss")) == [4, 5, 6, 7]

@@ -2,35 +2,14 @@
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
-from conftest import Begun
+from commands import assert_success, metrics
 from gptlab.exit_codes import INTERRUPTED
-from test_train import metrics, ran
+from processes import TWO, processes_of, training
 
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
-TWO = ("trainer=ddp", "trainer.devices=2")
-
-
-def training(user, *arguments: str) -> Begun:
-    """A run that does not end by itself, and has saved its first checkpoint."""
-    run = user.begin("gptlab.train", *SMALL, "train.max_steps=1000000", "callbacks=checkpoint", *arguments)
-    run.until(lambda: list(user.folder.glob("outputs/*/*/checkpoints/step_*")))
-    return run
-
-
-def processes_of(folder: Path) -> list[str]:
-    """Command lines of the processes that work in a folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if (process / "cwd").readlink() == folder:
-                found.append((process / "cmdline").read_text())
-        except OSError:  # ended meanwhile
-            continue
-    return found
 
 
 @pytest.mark.parametrize(
@@ -48,7 +27,7 @@ def test_an_interrupted_run_can_go_on(user, trainer, to_all):
     assert f"To go on: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
     assert processes_of(user.folder) == []
     done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
-    ran(done)  # further than that already: nothing is left to do, which is no mistake
+    assert_success(done)  # further than that already: nothing is left to do, which is no mistake
 
 
 @pytest.mark.slow

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from commands import assert_success, metrics
 from gptlab.exit_codes import CONFIG_ERROR
-from test_interrupts import TWO, processes_of, training
-from test_train import metrics, ran
+from processes import TWO, processes_of, training
 
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -137,6 +137,6 @@ def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
     directory = user.only_run("nodes")
     assert list(metrics(directory, "train/loss")) == [1, 2]
     assert "".join(said).count("2 device(s) x") == 1
-    ran(user.python("gptlab.train", "name=one", *SMALL))
+    assert_success(user.python("gptlab.train", "name=one", *SMALL))
     one = user.only_run("one")
     assert metrics(directory, "train/loss") == pytest.approx(metrics(one, "train/loss"), abs=1e-5)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from commands import assert_success, metrics, weights
 from gptlab.data.order import evaluation_starts
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from test_train import metrics, ran, weights
 
 MASKED = ("data.source=docs.jsonl", "data.column=text", "data.documents=masked")
 END = 256
@@ -46,7 +46,7 @@ def evaluated(user, directory, *, cut: bool) -> float:
 
 @pytest.mark.slow
 def test_masked_documents_are_read_as_if_each_were_alone(author):
-    ran(author.train(*MASKED))
+    assert_success(author.train(*MASKED))
     run = author.only_run()
     assert metrics(run, "val/loss")[6] == pytest.approx(evaluated(author, run, cut=True), abs=2e-6)
     assert abs(evaluated(author, run, cut=False) - evaluated(author, run, cut=True)) > 1e-4
@@ -55,8 +55,10 @@ def test_masked_documents_are_read_as_if_each_were_alone(author):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_tp"])
 def test_masked_documents_are_the_same_on_any_number_of_devices(author, strategy):
-    ran(author.train("name=one", *MASKED))
-    ran(author.train("name=two", *MASKED, f"trainer={strategy}", "trainer.devices=2", "train.micro_batch_size=2"))
+    assert_success(author.train("name=one", *MASKED))
+    assert_success(
+        author.train("name=two", *MASKED, f"trainer={strategy}", "trainer.devices=2", "train.micro_batch_size=2")
+    )
     one, two = (author.only_run(name) for name in ("one", "two"))
     for name in ("train/loss", "val/loss"):
         assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5), name

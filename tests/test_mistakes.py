@@ -1,24 +1,11 @@
 """What a user may get wrong: a sentence, exit status 2, nothing written, and torch is not even imported."""
 
-import os
-
 import pytest
 
-from test_train import mistaken
+from commands import assert_config_error
 
 TRAIN = "gptlab.train"
 TEXT = ("data=text", "data.source=text.txt")
-
-
-@pytest.fixture
-def without_torch(user):
-    """A user whose torch cannot be imported: what is wrong must be found before it is needed."""
-    package = user.folder / "elsewhere" / "torch"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('torch was imported')")
-    beside = os.environ.get("PYTHONPATH")  # where the tests look at another checkout than is installed
-    user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), beside)))
-    return user
 
 
 MISTAKES = {
@@ -87,20 +74,20 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_a_sentence(without_torch, arguments, sentence):
     (without_torch.folder / "empty.txt").touch()
-    mistaken(without_torch.python(TRAIN, *arguments), sentence)
+    assert_config_error(without_torch.python(TRAIN, *arguments), sentence)
     assert not (without_torch.folder / "outputs").exists()
 
 
 def test_more_gpus_than_there_are(user):
     done = user.train("trainer=gpu", "trainer.devices=1", "trainer.accelerator=gpu")
-    mistaken(done, "PyTorch sees no GPU on this machine; trainer=cpu trains without one")
+    assert_config_error(done, "PyTorch sees no GPU on this machine; trainer=cpu trains without one")
     assert not (user.folder / "outputs").exists()
 
 
 @pytest.mark.slow
 def test_more_processes_than_make_sense(user):
     done = user.train("trainer=ddp", "trainer.devices=100000", "train.global_batch_size=100000")
-    mistaken(done, "at most")
+    assert_config_error(done, "at most")
     assert "CPU cores" in done.stderr
     assert not (user.folder / "outputs").exists()
 
@@ -116,7 +103,7 @@ def test_more_processes_than_make_sense(user):
     ],
 )
 def test_mistakes_in_sampling(without_torch, arguments, sentence):
-    mistaken(without_torch.python("gptlab.sample", *arguments), sentence)
+    assert_config_error(without_torch.python("gptlab.sample", *arguments), sentence)
 
 
 @pytest.mark.parametrize("module", ["gptlab.train", "gptlab.sample"])
@@ -145,7 +132,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
     ],
 )
 def test_a_command_has_its_own_experiments(without_torch, module, own, other, sentence):
-    mistaken(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
+    assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
     done = without_torch.python(module, "--help")
     (listed,) = (
         line.split(": ")[1].split(", ") for line in done.stdout.splitlines() if line.startswith("experiment: ")

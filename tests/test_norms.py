@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from commands import assert_success, metrics, weights
 from conftest import defaults
-from test_train import metrics, ran, weights
 
 MUON = defaults("optimizer/muon.yaml")
 SPREAD = [(f"trainer={name}", "trainer.devices=2") for name in ("ddp", "fsdp", "fsdp_tp")]
@@ -12,7 +12,7 @@ SPREAD = [(f"trainer={name}", "trainer.devices=2") for name in ("ddp", "fsdp", "
 
 @pytest.mark.parametrize("trainer", [("trainer=cpu",), *(pytest.param(t, marks=pytest.mark.slow) for t in SPREAD)])
 def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
-    ran(user.train(*trainer, "callbacks=checkpoint", "callbacks.checkpoint.sharded=false"))
+    assert_success(user.train(*trainer, "callbacks=checkpoint", "callbacks.checkpoint.sharded=false"))
     directory = user.only_run()
     found = weights(directory)
     found.pop("lm_head.weight", None)  # wte once more
@@ -26,7 +26,7 @@ def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
 
 @pytest.mark.slow
 def test_the_rates_of_muon_s_groups_are_recorded_one_by_one(user):
-    ran(user.train("optimizer=muon", "callbacks=none"))
+    assert_success(user.train("optimizer=muon", "callbacks=none"))
     directory = user.only_run()
     rate = metrics(directory, "lr")
     assert metrics(directory, "lr/matrix") == rate

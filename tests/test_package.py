@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from test_train import ran
+from commands import assert_success
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,10 +13,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def installed(user):
     """A user with the wheel alone: built from the checkout, unpacked elsewhere and found first."""
-    ran(user.run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(user.folder), str(ROOT)))
+    assert_success(
+        user.run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(user.folder), str(ROOT))
+    )
     (wheel,) = user.folder.glob("*.whl")
     site = user.folder / "site"
-    ran(user.run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel)))
+    assert_success(user.run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel)))
     user.environment["PYTHONPATH"] = str(site)
     return user
 
@@ -28,9 +30,11 @@ def test_the_wheel_works_outside_the_checkout(installed):
     sources = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("**/*.yaml")}
     sweeps = {path.relative_to(ROOT) for path in (ROOT / "sweeps").rglob("*.yaml")}
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == sources | sweeps
-    ran(installed.train("train.max_steps=2"))
+    assert_success(installed.train("train.max_steps=2"))
     assert list(installed.only_run().glob("checkpoints/*/state.pt"))
-    ran(installed.python("gptlab.report", "runs=outputs"))  # its page is put together of files of the package
+    assert_success(
+        installed.python("gptlab.report", "runs=outputs")
+    )  # its page is put together of files of the package
     report = (installed.folder / "report.html").read_text()
     assert installed.only_run().name in report
     assert "Plotly" in report

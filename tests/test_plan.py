@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
+from commands import assert_config_error, assert_success
 from gptlab.config.base import validate
 from gptlab.config.schema import RunConfig
 from gptlab.model.modern import build_gpt
-from test_train import mistaken, ran
 
 PLAN = "gptlab.plan"
 TEXT = ("data=text", "data.source=text.txt")
@@ -19,7 +19,7 @@ SMALL = ("model=tiny", "model.block_size=32", "train.max_steps=30", "train.eval_
 
 def planned(user, *arguments: str, timeout: float = 120) -> dict:
     done = user.python(PLAN, *arguments, "json=plan.json", timeout=timeout)
-    ran(done)
+    assert_success(done)
     return json.loads((user.folder / "plan.json").read_text())
 
 
@@ -61,7 +61,7 @@ def test_parameters_are_those_of_the_network(user, arguments):
 
 def test_what_is_typed_for_a_run_is_planned(user):
     job = user.python(PLAN, *TEXT, *SMALL, "--cfg", "job")
-    ran(job)
+    assert_success(job)
     assert "budget: null" in job.stdout
     assert "n_embd: 64" in job.stdout or "n_layer" in job.stdout
     plan = planned(user, *TEXT, *SMALL)
@@ -72,7 +72,7 @@ def test_what_is_typed_for_a_run_is_planned(user):
 
 def test_the_command_for_a_budget_is_one_that_runs(user):
     done = user.python(PLAN, *TEXT, "budget=1e12", "model.block_size=32", "json=plan.json")
-    ran(done)
+    assert_success(done)
     command = shlex.split(done.stdout.splitlines()[-1])
     assert command[:3] == ["python", "-m", "gptlab.train"]
     plan = json.loads((user.folder / "plan.json").read_text())
@@ -97,13 +97,13 @@ def test_the_command_for_a_budget_is_one_that_runs(user):
     ],
 )
 def test_mistakes_get_a_sentence(user, arguments, sentence):
-    mistaken(user.python(PLAN, *arguments), sentence)
+    assert_config_error(user.python(PLAN, *arguments), sentence)
 
 
 @pytest.mark.slow
 def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     first = user.train()
-    ran(first)
+    assert_success(first)
     assert "no forecast of time: not calibrated here" in first.stdout
     directory = user.only_run()
     forecast = json.loads((directory / "forecast.json").read_text())
@@ -111,7 +111,7 @@ def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     assert forecast["seconds"] is None
     assert forecast["score"]["peak_memory_bytes"]["measured"] > 1e8
     second = user.train("name=second", "optimizer.lr=1e-3")
-    ran(second)
+    assert_success(second)
     assert "parameters exact; time " in second.stdout
     forecast = json.loads((user.only_run("second") / "forecast.json").read_text())
     assert "measured here: 6 steps of quickstart" in forecast["why"]
@@ -133,6 +133,6 @@ def test_a_plan_s_memory_is_near_what_a_run_has(user, arguments):
     before = planned(user, *arguments)
     assert before["measured"] is None
     # not in a fork, which has in its memory what the process that it comes from has imported
-    ran(user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=900))
+    assert_success(user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=900))
     score = json.loads((user.only_run() / "forecast.json").read_text())["score"]
     assert before["memory"]["total"] == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from test_train import ran
+from commands import assert_success
 
 TEXT = ("data=text", "data.source=text.txt")
 SMALL = (*TEXT, "data.task_bytes=10000")
@@ -15,11 +15,11 @@ def prepared(user):
 
 
 def test_prepare_inspect_verify_and_a_flipped_byte(user):
-    ran(user.python("gptlab.prepare", *SMALL))
+    assert_success(user.python("gptlab.prepare", *SMALL))
     folder = prepared(user)
     tokens = len((user.folder / "text.txt").read_bytes())
     shown = user.python("gptlab.prepare", f"inspect={folder}", "verify=true")
-    ran(shown)
+    assert_success(shown)
     shards = len(list(folder.glob("*.bin")))
     assert shards > 5
     assert f"{shards} shards are what was written." in shown.stdout
@@ -38,8 +38,8 @@ def test_prepare_inspect_verify_and_a_flipped_byte(user):
 def test_parts_on_several_machines_are_merged(user):
     for part in (2, 0, 1):
         done = user.python("gptlab.prepare", *SMALL, f"prepare.part={part}", "prepare.parts=3")
-    ran(done)  # the last to come finds every task done
-    ran(user.python("gptlab.prepare", *SMALL, "merge=true"))
+    assert_success(done)  # the last to come finds every task done
+    assert_success(user.python("gptlab.prepare", *SMALL, "merge=true"))
     assert (prepared(user) / "manifest.json").exists()
 
 
@@ -52,9 +52,9 @@ def test_a_missing_part_is_told(user):
 
 @pytest.mark.slow
 def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
-    ran(user.train("train.max_steps=2", "train.global_batch_size=2", "trainer=cpu"))
+    assert_success(user.train("train.max_steps=2", "train.global_batch_size=2", "trainer=cpu"))
     shown = user.python("gptlab.prepare", f"replay={user.only_run()}", "step=2")
-    ran(shown)
+    assert_success(shown)
     assert shown.stdout.count("window ") == 2
     assert "window 1, from token " in shown.stdout
 
@@ -62,29 +62,29 @@ def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["llmc", pytest.param("nanogpt", marks=pytest.mark.slow)])
 def test_converted_shards_train_as_the_originals(user, form):
-    ran(user.python("gptlab.prepare", *SMALL))
+    assert_success(user.python("gptlab.prepare", *SMALL))
     folder = prepared(user)
-    ran(user.python("gptlab.prepare", f"convert={folder}", f"format={form}", "out=theirs"))
+    assert_success(user.python("gptlab.prepare", f"convert={folder}", f"format={form}", "out=theirs"))
     files = sorted((user.folder / "theirs").glob("train*"))
     header = 1024 if form == "llmc" else 0
     theirs = np.concatenate([np.frombuffer(path.read_bytes()[header:], "<u2") for path in files])
     ours = np.concatenate([np.fromfile(path, "<u2") for path in sorted(folder.glob("train*"))])
     assert theirs.tolist() == ours.tolist()
     small = ("model=tiny", "train.max_steps=1", "train.eval_windows=2", "callbacks=none")
-    ran(user.python("gptlab.train", "data=shards", "data.path=theirs/*.bin", *small))
+    assert_success(user.python("gptlab.train", "data=shards", "data.path=theirs/*.bin", *small))
 
 
 @pytest.mark.slow
 def test_a_trained_tokenizer_trains_and_samples(user):
-    ran(user.train("tokenizer=bpe", "tokenizer.vocab_size=300", "train.max_steps=2"))
+    assert_success(user.train("tokenizer=bpe", "tokenizer.vocab_size=300", "train.max_steps=2"))
     sampled = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=the cat é", "max_new_tokens=3")
-    ran(sampled)
+    assert_success(sampled)
     assert sampled.stdout.startswith("the cat é")
 
 
 @pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_data(user):
-    ran(user.train())
+    assert_success(user.train())
     directory = user.only_run()
     text = user.folder / "text.txt"
     text.write_text(text.read_text().replace("cat", "cow"))
@@ -96,7 +96,7 @@ def test_a_run_is_not_resumed_on_other_data(user):
 
 @pytest.mark.slow
 def test_a_run_is_not_resumed_on_shards_that_were_overwritten_or_removed(user):
-    ran(user.train("data.task_bytes=10000"))
+    assert_success(user.train("data.task_bytes=10000"))
     directory = user.only_run()
     one, other = (prepared(user) / name for name in ("train_000001.bin", "train_000002.bin"))
     content = one.read_bytes(), other.read_bytes()

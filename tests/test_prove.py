@@ -3,22 +3,13 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 
-from test_train import mistaken, ran
+from commands import assert_config_error, assert_success
+from processes import is_alive
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended may wait to be reaped."""
-    try:
-        os.kill(process, 0)
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 MISTAKES = {
@@ -31,7 +22,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    mistaken(user.python("gptlab.prove", *arguments), sentence)
+    assert_config_error(user.python("gptlab.prove", *arguments), sentence)
     assert not (user.folder / "outputs").exists()
 
 
@@ -39,7 +30,7 @@ def test_a_mistake_gets_a_sentence(user, arguments, sentence):
 def test_a_sharded_run_keeps_its_promises(user):
     few = ("prove.ranks=[1,2,4,5]", "prove.workers=[0,2]", "prove.steps=4", "prove.kill_after=2")
     done = user.python("gptlab.prove", *TINY, *few, "trainer=fsdp", "trainer.devices=2", timeout=900)
-    ran(done)
+    assert_success(done)
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
     assert done.stdout.endswith(f"Proved: {folder.relative_to(user.folder) / 'prove.json'}\n")
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".diff") == [

@@ -9,22 +9,21 @@ import socket
 
 import pytest
 
+from commands import assert_config_error, assert_success
 from gptlab.exit_codes import DONE
 from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
 from report_pages import serving
 from run_directories import rows_of, running, write_metrics, write_run, write_sweep
-from test_mistakes import without_torch  # noqa: F401  (a fixture)
-from test_train import mistaken, ran
 
 REPORT = "gptlab.report"
 
 
-def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):  # noqa: F811
+def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):
     sweep = write_sweep(without_torch.folder / "outputs" / "lr" / "now", seeds=(1, 2))
     (sweep / "3" / "metrics.csv").write_text("nothing\n")
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
-    ran(done)
+    assert_success(done)
     written = without_torch.folder / "lr=1.html"
     assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB; it opens without a network\.\n", done.stdout)
     assert written.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
@@ -32,9 +31,9 @@ def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):  # no
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
 
-def test_help_says_what_there_is(without_torch):  # noqa: F811
+def test_help_says_what_there_is(without_torch):
     done = without_torch.python(REPORT, "--help")
-    ran(done)
+    assert_success(done)
     for told in ("points: 1000", "live: false", "Exit status: 0 done (also after Ctrl-C where live=true)"):
         assert told in done.stdout
 
@@ -52,9 +51,9 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_in_reports(without_torch, arguments, sentence):  # noqa: F811
+def test_mistakes_in_reports(without_torch, arguments, sentence):
     write_run(without_torch.folder / "outputs" / "quickstart" / "now")
-    mistaken(without_torch.python(REPORT, *arguments), sentence)
+    assert_config_error(without_torch.python(REPORT, *arguments), sentence)
     assert not list(without_torch.folder.rglob("*.html*"))
 
 
@@ -65,7 +64,7 @@ def test_a_port_in_use_is_a_sentence(user):
         taken.listen()
         port = taken.getsockname()[1]
         done = user.python(REPORT, "runs=outputs", "live=true", f"port={port}")
-    mistaken(done, f"port={port} is in use: name another one; port=0 takes one that is free.")
+    assert_config_error(done, f"port={port} is in use: name another one; port=0 takes one that is free.")
 
 
 def test_the_command_serves_until_ctrl_c(user):

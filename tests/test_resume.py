@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands import assert_config_error, assert_success, metrics, newest_state, same_run
 from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
-from test_faults import newest_state, same_run
-from test_train import metrics, mistaken, ran
 
 DECAY = "schedule.decay_steps=9"
 OPTIONS = {
@@ -51,7 +50,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(user, runs, opti
     halted, whole = halted_and_whole(user, runs, options, strategy)
     resumed = (sys.executable, "-m", "gptlab.train", f"resume={halted}", "train.max_steps=9")
     # once in an interpreter of its own, which has other hashes and addresses than the forks
-    ran(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
+    assert_success(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
     same_run(whole, halted)
     (optimizer,) = newest_state(halted)["optimizer_states"]
     assert len(optimizer["state"]) == 28  # all parameters of two blocks, by GPT-2's names
@@ -77,7 +76,7 @@ CHANGED = [
 )
 def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options, change):
     halted, whole = halted_and_whole(user, runs, options, "one device")
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *CHANGES[change]))
+    assert_success(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *CHANGES[change]))
     for name in ("train/loss", "val/loss"):
         assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
     assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
@@ -97,7 +96,7 @@ def test_a_moved_run_keeps_its_best(user, halted):
     config = yaml.safe_load((moved / "config.yaml").read_text())
     config["optimizer"]["lr"] = 5.0
     (moved / "config.yaml").write_text(yaml.safe_dump(config))
-    ran(user.python("gptlab.train", f"resume={moved}", "train.max_steps=12"))
+    assert_success(user.python("gptlab.train", f"resume={moved}", "train.max_steps=12"))
     values = metrics(moved, "val/loss")
     assert values[12] > values[6]
     assert best.exists()
@@ -106,9 +105,9 @@ def test_a_moved_run_keeps_its_best(user, halted):
 
 @pytest.mark.slow
 def test_a_run_from_other_weights_goes_on_and_a_shorter_block_takes_them(user, halted):
-    ran(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
+    assert_success(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
     second = user.only_run("second")
-    ran(user.python("gptlab.train", f"resume={second}", "train.max_steps=6"))
+    assert_success(user.python("gptlab.train", f"resume={second}", "train.max_steps=6"))
     assert list(metrics(second, "val/loss")) == [3, 6]
 
 
@@ -122,9 +121,9 @@ def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
 @pytest.mark.slow
 def test_groups_and_lengths_that_the_run_did_not_have_can_be_named(user, halted):
     named = ("callbacks=default", "callbacks.samples.num_samples=2", "train.max_steps=null", "train.max_tokens=2700")
-    ran(user.python("gptlab.train", f"resume={halted}", *named))
+    assert_success(user.python("gptlab.train", f"resume={halted}", *named))
     assert max(metrics(halted, "tokens")) == 8  # 384 tokens a step
-    ran(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
+    assert_success(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
     assert max(metrics(halted, "tokens")) == 9
 
 
@@ -144,10 +143,10 @@ def test_a_run_has_one_writer(user, halted):
     first = user.begin("gptlab.train", *command)
     first.until(lambda: (halted / "metrics.csv").exists() and max(metrics(halted, "train/loss")) > 8)
     second = user.python("gptlab.train", *command)
-    mistaken(second, f"{halted} is being written by process {first.pid} on ")
+    assert_config_error(second, f"{halted} is being written by process {first.pid} on ")
     assert first.poll() is None
     first.kill()
     first.wait()
     last = max(map(checkpoint_step, list_checkpoints(halted / "checkpoints"))) + 3
-    ran(user.python("gptlab.train", f"resume={halted}", f"train.max_steps={last}"))
+    assert_success(user.python("gptlab.train", f"resume={halted}", f"train.max_steps={last}"))
     assert list(metrics(halted, "train/loss")) == list(range(1, last + 1))

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from test_train import ran
+from commands import assert_success
 
 LINE = "-" * 80
 
@@ -24,7 +24,7 @@ def run(user, runs):
 def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
     (user.folder / "prompts.txt").write_text("def f(x):\nline 7\\nline 8\nä\n")
     one = user.python("gptlab.sample", f"run={run}", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=40")
-    ran(one)
+    assert_success(one)
     texts = one.stdout.split(f"\n{LINE}\n")
     assert [text[: text.index("e")] for text in texts[:2]] == ["d"] * 2
     assert texts[2].startswith("line 7\nline 8")
@@ -34,7 +34,7 @@ def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
     # the first row, streamed alone, is the first of six; and it ends before its own fifth character
     alone = ("prompt=def f(x):", "max_new_tokens=40", "stream=true")
     streamed = user.python("gptlab.sample", f"run={run}", *alone, "report=true")
-    ran(streamed)
+    assert_success(streamed)
     assert streamed.stdout.startswith(texts[0] + "\n")
     assert re.search(r"decode    39 tokens in .* tokens/s, .*\nmemory    [\d.]+ GB/s measured", streamed.stdout)
 
@@ -43,11 +43,11 @@ def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
 def test_a_text_ends_before_a_stop_string(user, run):
     arguments = (f"run={run}", "prompt=line", "max_new_tokens=20", "temperature=0", "precision=bfloat16", "int8=true")
     whole = user.python("gptlab.sample", *arguments)
-    ran(whole)
+    assert_success(whole)
     text = whole.stdout.split(f"\n{LINE}")[0]
     stop = next(character for character in text[8:] if character.isalnum() or character == " ")
     cut = user.python("gptlab.sample", *arguments, f"stop=['{stop}']")
-    ran(cut)
+    assert_success(cut)
     assert cut.stdout.split(f"\n{LINE}")[0] == "line" + text[4:].partition(stop)[0]
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from commands import assert_config_error, assert_success, metrics
 from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, why_not
-from test_train import metrics, mistaken, ran
 
 pytestmark = pytest.mark.slow
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
@@ -55,7 +55,7 @@ def submit(user, *arguments: str, options: str = "") -> str:
     script = f"#!/bin/bash\n#SBATCH --output={user.folder}/job.log --open-mode=append --requeue {options}\n"
     (user.folder / "job.sh").write_text(f"{script}srun {command}\n")
     done = user.run("sbatch", "--parsable", "job.sh")
-    ran(done)
+    assert_success(done)
     return done.stdout.strip()
 
 
@@ -67,7 +67,7 @@ def state(slurm: Cluster, job: str) -> str:
 def test_srun_starts_one_run(slurm, user, strategy):
     command = (sys.executable, "-m", "gptlab.train", f"trainer={strategy}", "name=srun", *SMALL)
     done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
-    ran(done)
+    assert_success(done)
     assert list(metrics(user.only_run("srun"), "train/loss")) == [1, 2]
     assert done.stdout.count("2 device(s) x") == 1
     assert json.loads((user.only_run("srun") / "environment.json").read_text())["slurm_job"]
@@ -111,7 +111,7 @@ SWEEP = ("-m", "hydra/launcher=slurm", "trainer=ddp", "trainer.devices=2")
 
 
 def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
-    ran(user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2,3", *SMALL, timeout=400))
+    assert_success(user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2,3", *SMALL, timeout=400))
     directory = user.only_run("sweep")
     jobs = sorted(path for path in directory.iterdir() if path.is_dir() and path.name != ".submitit")
     assert [path.name for path in jobs] == ["0", "1", "2"]
@@ -157,7 +157,7 @@ def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
     run.kill()
     run.ended(-signal.SIGKILL)
     jobs = [json.loads((user.only_run("sweep") / number / "trial.json").read_text())["job"] for number in ("0", "1")]
-    ran(user.python("gptlab.train", *sweep, timeout=400))
+    assert_success(user.python("gptlab.train", *sweep, timeout=400))
     directory = user.only_run("sweep")
     found = [json.loads((directory / number / "trial.json").read_text()) for number in ("0", "1")]
     assert [(trial["state"], trial["starts"], trial["job"]) for trial in found] == [("done", 1, job) for job in jobs]
@@ -166,9 +166,11 @@ def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
 
 def test_a_partition_that_takes_no_jobs_is_named(slurm, user):
     sweep = ("-m", "hydra/launcher=slurm", "seed=1,2", *SMALL)
-    mistaken(user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition; there are tests")
+    assert_config_error(
+        user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition; there are tests"
+    )
     assert slurm.run("scontrol", "update", "PartitionName=tests", "State=DOWN").returncode == 0
     try:
-        mistaken(user.python("gptlab.train", *sweep), "takes no jobs now: it is down")
+        assert_config_error(user.python("gptlab.train", *sweep), "takes no jobs now: it is down")
     finally:
         slurm.run("scontrol", "update", "PartitionName=tests", "State=UP")

@@ -5,20 +5,13 @@ from itertools import product
 from typing import Any
 
 import pytest
-import yaml
 
+from configs import read, resolved
 from gptlab.config.command import configuration_folder
 from gptlab.config.schema import RunConfig
 from gptlab.model.config import parameter_count
-from test_conf import resolved
 
 FILES = sorted(path.stem for path in (configuration_folder() / "sweeps").glob("*.yaml"))
-
-
-def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file sets, and what it says to the sweeper."""
-    values = yaml.safe_load((configuration_folder() / "sweeps" / f"{name}.yaml").read_text())
-    return values, values.pop("hydra")["sweeper"]
 
 
 def options(params: dict[str, Any]) -> dict[str, list[str]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from commands import assert_config_error, assert_success, metrics
+from configs import read
 from faults import break_steps
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED
-from test_sweep_files import read
-from test_train import metrics, mistaken, ran
 
 # a model that has learnt the text's letters after twenty steps, if its rate is right
 SMALL = (
@@ -53,7 +53,7 @@ def processes_in(folder: Path) -> list[str]:
 def test_a_sweep_runs_every_point_and_keeps_its_record(user):
     sweep = ("-m", "name=two", "seed=1,2", *SMALL, "train.max_steps=2", "hydra.launcher.at_once=2")
     done = user.python("gptlab.train", *sweep)
-    ran(done)
+    assert_success(done)
     directory = user.only_run("two")
     assert [(trial["state"], trial["overrides"], trial["starts"]) for trial in trials(directory)] == [
         ("done", {"seed": "1"}, 1),
@@ -66,7 +66,7 @@ def test_a_sweep_runs_every_point_and_keeps_its_record(user):
     assert json.loads((directory / "sweep.json").read_text())["space"] == {"seed": "1,2"}
     assert "2 trials: 2 done" in done.stdout
     listed = user.python("gptlab.runs", "runs=outputs/two", "columns=[seed]", "sort=seed", "format=json")
-    ran(listed)
+    assert_success(listed)
     lines = json.loads(listed.stdout)
     assert [(line["run"], line["state"], line["step"], line["seed"]) for line in lines] == [
         (f"two/{directory.name}/0", "done", 2, 1),
@@ -89,7 +89,7 @@ def test_a_sweep_runs_every_point_and_keeps_its_record(user):
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_anything_is_made(user, arguments, sentence):
-    mistaken(user.python("gptlab.train", "-m", *arguments), sentence)
+    assert_config_error(user.python("gptlab.train", "-m", *arguments), sentence)
     assert not (user.folder / "outputs").exists()
 
 
@@ -136,11 +136,11 @@ def test_asha_finds_the_winner_of_the_grid_with_half_of_its_tokens(user):
     rates = "optimizer.lr=1e-6,3e-6,1e-5,3e-5,1e-4,3e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1"
     length = ("train.max_steps=162", "train.eval_every=18", "schedule=cosine", "schedule.warmup_steps=0")
     small = (*SMALL[:4], *length, "train.eval_windows=20", "callbacks=none", "hydra.launcher.at_once=2")
-    ran(user.python("gptlab.train", "-m", "name=grid", rates, *small, timeout=400))
+    assert_success(user.python("gptlab.train", "-m", "name=grid", rates, *small, timeout=400))
     tokens = 12 * 32 * 18
     prune = f"hydra.sweeper.prune={{method:asha,min_tokens:{tokens},reduction_factor:3}}"
     done = user.python("gptlab.train", "-m", "name=asha", rates, *small, prune, timeout=400)
-    ran(done)
+    assert_success(done)
     grid, asha = (trials(user.only_run(name)) for name in ("grid", "asha"))
     assert {trial["state"] for trial in grid} == {"done"}
     assert Counter(trial["state"] for trial in asha)["pruned"] >= 6
@@ -166,7 +166,7 @@ def test_a_sweep_that_is_asked_to_stop_goes_on_from_its_checkpoints(user, number
     directory = user.only_run("stopped")
     assert set(states(directory)) == {"stopped" if status == PREEMPTED else "interrupted"}
     assert not processes_in(user.folder)
-    ran(user.python("gptlab.train", *sweep, timeout=300))
+    assert_success(user.python("gptlab.train", *sweep, timeout=300))
     assert directory == user.only_run("stopped")
     assert states(directory) == {"done": 2}
     assert [trial["starts"] for trial in trials(directory)] == [2, 2]
@@ -174,14 +174,14 @@ def test_a_sweep_that_is_asked_to_stop_goes_on_from_its_checkpoints(user, number
         assert list(metrics(directory / job, "val/loss")) == list(range(5, 401, 5))
         assert (directory / job / "train.log").read_text().count("model ") == 2  # it did not begin anew
     other = user.python("gptlab.train", *sweep, f"hydra.sweep.dir={directory}", "optimizer.lr=1")
-    mistaken(other, "holds another sweep")
+    assert_config_error(other, "holds another sweep")
 
 
 @pytest.mark.slow
 def test_every_part_of_the_recipe_can_be_left_out(user):
     short = ("train.max_steps=2", "train.eval_every=2", "train.eval_windows=4", "seed=1", "hydra.launcher.at_once=2")
     done = user.python("gptlab.train", "-m", "sweeps=ladder", "data=text", "data.source=text.txt", *short, timeout=400)
-    ran(done)
+    assert_success(done)
     directory = user.only_run("ladder")
     asked = read("ladder")[1]["params"]["without"].split(",")
     assert [trial["overrides"]["without"] for trial in trials(directory)] == asked
@@ -193,7 +193,7 @@ def test_every_part_of_the_recipe_can_be_left_out(user):
 def test_tpe_searches_an_interval(user):
     sweep = ("-m", "name=tpe", "optimizer.lr=tag(log, interval(1e-6, 10))", *SMALL, "callbacks=none")
     search = ("hydra.sweeper.search=tpe", "hydra.sweeper.n_trials=6", "hydra.launcher.at_once=2")
-    ran(user.python("gptlab.train", *sweep, *search, timeout=300))
+    assert_success(user.python("gptlab.train", *sweep, *search, timeout=300))
     found = trials(user.only_run("tpe"))
     assert len({trial["overrides"]["optimizer.lr"] for trial in found}) == 6
     assert all(1e-6 <= float(trial["overrides"]["optimizer.lr"]) <= 10 for trial in found)

@@ -1,52 +1,22 @@
 """The training command, end to end: what it writes, and that its numbers are right."""
 
-import csv
-import hashlib
 import json
 import math
 import re
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
 
+from commands import assert_success, metrics, weights
 from conftest import SMALL
-from gptlab.data.order import WindowOrder
-from gptlab.model.config import GPTConfig
-from gptlab.model.gpt import GPT
-
-
-def metrics(directory: Path, name: str) -> dict[int, float]:
-    """A column of metrics.csv by step."""
-    with (directory / "metrics.csv").open(newline="") as file:
-        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The newest weights of a run, as anybody could read them: an independent reader."""
-    newest = sorted(directory.glob("checkpoints/step_*"))[-1]
-    return torch.load(newest / "state.pt", weights_only=True)["state_dict"]
-
-
-def ran(done) -> None:
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def mistaken(done, sentence: str) -> None:
-    """A command has ended with this sentence, and with the status that is for mistakes."""
-    assert sentence in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.returncode == 2
+from reference_training import plain_training
 
 
 def test_a_run_leaves_its_record_and_says_where(user):
     done = user.train("name=first", "callbacks.samples.num_samples=2")
-    ran(done)
+    assert_success(done)
     directory = user.only_run("first")
     written = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()} - {
         "uncommitted.diff"
@@ -76,7 +46,7 @@ def test_a_run_leaves_its_record_and_says_where(user):
 
 
 def test_metrics_and_evaluations_have_their_names_and_steps(user):
-    ran(user.train("train.max_steps=7", "train.log_every=2"))
+    assert_success(user.train("train.max_steps=7", "train.log_every=2"))
     directory = user.only_run()
     recorded = [1, 2, 4, 6, 7]  # the first, every second, the last
     for name in ("train/loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "peak_memory_gb"):
@@ -102,51 +72,6 @@ def test_metrics_and_evaluations_have_their_names_and_steps(user):
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-3)
 
 
-def plain_training(
-    user,
-    directory: Path,
-    steps: int,
-    before: Callable[[int, GPT, torch.optim.AdamW], None] = lambda *_: None,
-    **changes,
-) -> tuple[list[float], GPT]:
-    """The same training written as anyone would, from the text file on: an oracle for the whole command.
-
-    ``before`` is called with every step that comes; ``changes`` are of the model.
-    """
-    text = (user.folder / "text.txt").read_text()
-    cut = int(len(text) * 0.9)
-    tokens, val = [*text[:cut].encode(), 256], [*text[cut:].encode(), 256]
-    shards = {"train": [_sha(tokens)], "val": [_sha(val)]}
-    fingerprint = hashlib.sha256(json.dumps([{"name": "bytes"}, shards], sort_keys=True).encode()).hexdigest()
-    order = WindowOrder([len(tokens)], 32, 1337, fingerprint, "shuffled", 1, None)
-    torch.manual_seed(1337)
-    settings = yaml.safe_load((directory / "config.yaml").read_text())
-    model = GPT(GPTConfig(**settings["model"] | changes))
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (step + 1) / 101  # the tiny model's rate, warming up over 100 steps
-        if before:
-            before(step, model, optimizer)
-        starts = order.starts(np.arange(step * 12, step * 12 + 12))
-        windows = torch.tensor([tokens[start : start + 33] for start in starts])
-        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model
-
-
-def _sha(tokens: list[int]) -> str:
-    return hashlib.sha256(np.array(tokens, dtype="<u2").tobytes()).hexdigest()
-
-
 @pytest.fixture
 def first(user, runs):
     """A run of six steps with the small settings."""
@@ -169,7 +94,7 @@ def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
     for name, seed in (("a", 1), ("c", 2)):
         runs.give(user, name, f"seed={seed}", "model.dropout=0.1")
     # in an interpreter of its own, which has other hashes and addresses than the forks
-    ran(user.run(sys.executable, "-m", "gptlab.train", *SMALL, "name=b", "seed=1", "model.dropout=0.1"))
+    assert_success(user.run(sys.executable, "-m", "gptlab.train", *SMALL, "name=b", "seed=1", "model.dropout=0.1"))
     a, b, c = (metrics(user.only_run(name), "train/loss") for name in "abc")
     assert a == b
     assert a != c
@@ -177,8 +102,8 @@ def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
 
 @pytest.mark.slow
 def test_evaluating_and_sampling_change_nothing(user):
-    ran(user.train("name=often", "train.eval_every=1", "model.dropout=0.1"))
-    ran(user.train("name=once", "train.eval_every=6", "model.dropout=0.1", "callbacks=none"))
+    assert_success(user.train("name=often", "train.eval_every=1", "model.dropout=0.1"))
+    assert_success(user.train("name=once", "train.eval_every=6", "model.dropout=0.1", "callbacks=none"))
     often, once = user.only_run("often"), user.only_run("once")
     assert metrics(often, "train/loss") == metrics(once, "train/loss")
     assert metrics(often, "val/loss")[6] == metrics(once, "val/loss")[6]
@@ -186,7 +111,7 @@ def test_evaluating_and_sampling_change_nothing(user):
 
 
 def test_micro_batches_and_workers_change_nothing(user, first):
-    ran(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
+    assert_success(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
     parts = user.only_run("parts")
     assert metrics(parts, "train/loss") == pytest.approx(metrics(first, "train/loss"), abs=1e-5)
     assert metrics(parts, "grad_norm") == pytest.approx(metrics(first, "grad_norm"), abs=1e-4)
@@ -195,7 +120,9 @@ def test_micro_batches_and_workers_change_nothing(user, first):
 
 @pytest.mark.slow
 def test_a_length_in_tokens(user):
-    ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000"))
+    assert_success(
+        user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000")
+    )
     assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first multiple of a step >= 4000
 
 
@@ -207,12 +134,12 @@ def test_a_resume_cannot_become_another_run(user, first):
 
 @pytest.mark.slow
 def test_a_run_can_start_from_another_s_weights(user, first):
-    ran(
+    assert_success(
         user.train(
             "name=second", f"init_from={first}", "train.max_steps=1", "optimizer.lr=1e-12", "train.eval_windows=null"
         )
     )
-    ran(user.train("name=third", "train.eval_windows=null"))
+    assert_success(user.train("name=third", "train.eval_windows=null"))
     second, third = user.only_run("second"), user.only_run("third")
     assert metrics(second, "val/loss")[1] == pytest.approx(metrics(third, "val/loss")[6], abs=1e-6)
     done = user.train(f"init_from={first}", "model.n_embd=32")
@@ -225,14 +152,14 @@ def test_early_stopping_by_name(user):
     # a rate at which nothing is learnt: the first evaluation stays the best
     rate = ("optimizer.lr=1e-12", "train.max_steps=50", "callbacks.early_stopping.patience=2")
     done = user.train("callbacks=[default,early_stopping]", "callbacks.early_stopping.min_delta=0.1", *rate)
-    ran(done)
+    assert_success(done)
     assert list(metrics(user.only_run(), "val/loss")) == [3, 6, 9]
     assert "stopped early   at step 9" in done.stdout
 
 
 @pytest.mark.slow
 def test_several_loggers_at_once(user):
-    ran(user.train("logger=[csv,tensorboard,wandb]", "logger.wandb.mode=offline"))
+    assert_success(user.train("logger=[csv,tensorboard,wandb]", "logger.wandb.mode=offline"))
     directory = user.only_run()
     assert list(metrics(directory, "val/loss")) == [3, 6]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -248,7 +175,7 @@ def test_several_loggers_at_once(user):
     "option", ["one_step", *(pytest.param(slow, marks=pytest.mark.slow) for slow in ("limit", "overfit", "profile"))]
 )
 def test_debug_options(user, option):
-    ran(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", f"debug={option}"))
+    assert_success(user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", f"debug={option}"))
     directory = user.only_run()
     losses = metrics(directory, "train/loss")
     if option == "one_step":
@@ -265,8 +192,8 @@ def test_debug_options(user, option):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["true", "blocks"])
 def test_a_compiled_network_trains_the_same_and_keeps_its_names(user, what):
-    ran(user.train("name=compiled", f"train.compile={what}", timeout=300))
-    ran(user.train("name=eager", "train.compile=false"))
+    assert_success(user.train("name=compiled", f"train.compile={what}", timeout=300))
+    assert_success(user.train("name=eager", "train.compile=false"))
     compiled, eager = user.only_run("compiled"), user.only_run("eager")
     assert metrics(compiled, "train/loss") == pytest.approx(metrics(eager, "train/loss"), abs=1e-5)
     states = [weights(d) for d in (compiled, eager)]
@@ -275,8 +202,8 @@ def test_a_compiled_network_trains_the_same_and_keeps_its_names(user, what):
 
 @pytest.mark.slow
 def test_bfloat16_stays_near_float32(user):
-    ran(user.train("name=bf16", "trainer.precision=bf16-mixed"))
-    ran(user.train("name=fp32", "trainer.precision=32-true"))
+    assert_success(user.train("name=bf16", "trainer.precision=bf16-mixed"))
+    assert_success(user.train("name=fp32", "trainer.precision=32-true"))
     bf16, fp32 = (metrics(user.only_run(name), "train/loss") for name in ("bf16", "fp32"))
     assert bf16 == pytest.approx(fp32, abs=0.02)
     assert bf16 != fp32
@@ -285,7 +212,7 @@ def test_bfloat16_stays_near_float32(user):
 def test_a_sample_is_the_same_for_the_same_seed(user, first):
     arguments = (f"run={first}", "prompt=def f(x): # it's ${y}, \\ ", "max_new_tokens=20", "num_samples=2")
     one, again, other = (user.python("gptlab.sample", *arguments, f"seed={seed}") for seed in (1, 1, 2))
-    ran(one)
+    assert_success(one)
     assert one.stdout == again.stdout
     assert one.stdout != other.stdout
     assert one.stdout.count("def f(x): # it's ${y}, \\ ") == 2

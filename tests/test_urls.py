@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
+from commands import assert_success, metrics
 from serving import served
-from test_train import metrics, ran
 
 SMALL = ("model=tiny", "model.block_size=32", "train.log_every=1", "train.eval_every=20", "train.eval_windows=10")
 BLOCKS = ("data=shards", "data.order=block", "data.block_shards=2")
@@ -14,7 +14,7 @@ BLOCKS = ("data=shards", "data.order=block", "data.block_shards=2")
 @pytest.fixture
 def server(user):
     """The text in 16 shards of train, of 8 kB each."""
-    ran(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "data.task_bytes=4000"))
+    assert_success(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "data.task_bytes=4000"))
     (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
     with served(folder) as server:
         yield server
@@ -23,9 +23,11 @@ def server(user):
 @pytest.mark.slow
 def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
     steps = "train.max_steps=60"  # of 12 windows: through six shards
-    ran(user.python("gptlab.train", "name=local", *BLOCKS, f"data.path={server.folder}", steps, *SMALL))
+    assert_success(user.python("gptlab.train", "name=local", *BLOCKS, f"data.path={server.folder}", steps, *SMALL))
     limited = ("data.cache_limit_gb=5e-5", "data.num_workers=1")  # 4 shards of train and those of val fit
-    ran(user.python("gptlab.train", "name=remote", *BLOCKS, f"data.path={server.url}", steps, *limited, *SMALL))
+    assert_success(
+        user.python("gptlab.train", "name=remote", *BLOCKS, f"data.path={server.url}", steps, *limited, *SMALL)
+    )
     local, remote = user.only_run("local"), user.only_run("remote")
     for name in ("train/loss", "val/loss"):
         assert metrics(remote, name) == metrics(local, name)
@@ -34,7 +36,7 @@ def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
     assert len([name for name in server.requests if name.startswith("train")]) >= 6
 
     shown = user.python("gptlab.prepare", f"inspect={server.url}", "verify=true")
-    ran(shown)
+    assert_success(shown)
     shards = len(list(server.folder.glob("*.bin")))
     assert f"{shards} shards are what was written." in shown.stdout
     assert "line 0: the cat has 0 of 0" in shown.stdout
@@ -75,8 +77,10 @@ def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
 
 
 def test_a_url_is_inspected_in_the_tokens_that_it_holds(user):
-    ran(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "tokenizer=bpe", "tokenizer.vocab_size=300"))
+    assert_success(
+        user.python("gptlab.prepare", "data=text", "data.source=text.txt", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    )
     (folder,) = (path for path in (user.folder / "cache").glob("text-*") if path.is_dir())
     shown = user.python("gptlab.prepare", f"inspect=file://{folder}")
-    ran(shown)
+    assert_success(shown)
     assert "bpe, 300 ids, uint16" in shown.stdout

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from commands import assert_config_error, assert_success
 from gptlab.config.command import configuration_folder
 from gptlab.config.resume import identity_changes, resolve
 from gptlab.config.schema import RunConfig
@@ -19,7 +20,6 @@ from gptlab.launch.launcher import preflight
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.tracking.run_directory import create_run_dir, load_config
 from gptlab.tracking.run_lock import RunLock
-from test_train import mistaken, ran
 
 REFUSED = "data.val_split=tail needs a single document"
 RECORDS = ("data=text", "data.source=docs.jsonl", "data.column=text")
@@ -99,7 +99,7 @@ def test_a_new_run_may_not_cut_every_document(folder, extra):
 @pytest.mark.parametrize("module", ["prepare", pytest.param("plan", marks=pytest.mark.slow), "train"])
 def test_a_command_that_would_cut_every_document_ends_before_anything_is_written(user, module):
     write_records(user.folder)
-    mistaken(user.python(f"gptlab.{module}", *RECORDS, "data.val_split=tail"), REFUSED)
+    assert_config_error(user.python(f"gptlab.{module}", *RECORDS, "data.val_split=tail"), REFUSED)
     assert not list(user.folder.glob("cache")) + list(user.folder.glob("outputs"))
 
 
@@ -116,18 +116,18 @@ runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
 def test_a_run_of_before_is_resumed_and_evaluated_and_its_split_not_taken_over(user):
     write_records(user.folder)
     old = (*SMALL, *RECORDS, "callbacks=checkpoint", "train.eval_every=3", "train.eval_windows=4")
-    ran(user.run(sys.executable, "-c", OF_BEFORE, *old, "data.val_split=tail"))
+    assert_success(user.run(sys.executable, "-c", OF_BEFORE, *old, "data.val_split=tail"))
     run = user.only_run()
     shutil.rmtree(user.folder / "cache")
     done = user.python("gptlab.evaluate", f"run={run}")
-    ran(done)
+    assert_success(done)
     assert "not any more" not in done.stdout + done.stderr
-    ran(user.python("gptlab.train", f"resume={run}", "train.max_steps=9"))
-    ran(user.python("gptlab.train", *old, "resume=auto", "train.max_steps=12"))
+    assert_success(user.python("gptlab.train", f"resume={run}", "train.max_steps=9"))
+    assert_success(user.python("gptlab.train", *old, "resume=auto", "train.max_steps=12"))
     assert run == user.only_run()
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["val_split"] == "tail"
-    mistaken(user.python("gptlab.evaluate", f"run={run}", *RECORDS, "data.val_split=tail"), REFUSED)
-    ran(user.python("gptlab.train", *old, f"init_from={run}", "name=new"))
+    assert_config_error(user.python("gptlab.evaluate", f"run={run}", *RECORDS, "data.val_split=tail"), REFUSED)
+    assert_success(user.python("gptlab.train", *old, f"init_from={run}", "name=new"))
     assert yaml.safe_load((user.only_run("new") / "config.yaml").read_text())["data"]["val_split"] == "documents"
     done = user.python("gptlab.train", "-m", *old, "data.val_split=tail", "seed=1,2", "name=swept")
     assert done.returncode != 0

@@ -3,14 +3,10 @@
 The records are read by W&B's own reader, and sent by `wandb sync` to a server of this test's own.
 """
 
-import csv
-import json
 import os
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,24 +15,22 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import Begun
-from gptlab.exit_codes import CONFIG_ERROR, INTERRUPTED, PREEMPTED
+from commands import assert_success
+from gptlab.exit_codes import CONFIG_ERROR, INTERRUPTED
 from test_evaluate import check_record_at_wandb
-from test_train import ran
+from wandb_records import (
+    SCRIPTS,
+    Table,
+    begin,
+    exit_code,
+    has_secret,
+    interrupted,
+    metrics_file,
+    records,
+    resumed,
+    rows,
+)
 from wandb_server import KEY, Server
-
-Table = dict[int, dict[str, float]]
-SCRIPTS = Path(sys.executable).parent
-
-
-def metrics_file(directory: Path) -> Table:
-    """What metrics.csv has of each step."""
-    table: Table = {}
-    with (directory / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            values = {name: float(value) for name, value in row.items() if value and name != "step"}
-            table.setdefault(int(row["step"]), {}).update(values)
-    return table
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
@@ -46,40 +40,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return {row["_step"]: {name: row[name] for name in row if not name.startswith(("_", "samples"))} for row in rows}
 
 
-def records(directory: Path, kind: str = "*run-2*") -> list[list[dict[str, Any]]]:
-    """What W&B's reader finds in each record of a run, in the order in which they were begun."""
-    found = []
-    for path in sorted(directory.glob(f"wandb/{kind}/*.wandb"), key=lambda path: path.parent.name.split("run-")[1]):
-        command = (SCRIPTS / "wandb", "leet", "inspect", "--json", path)
-        found.append([json.loads(line) for line in subprocess.run(command, capture_output=True).stdout.splitlines()])
-    return found
-
-
-def rows(*found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record["history"]["item"] for records in found for record in records if record["type"] == "history"]
-
-
-def exit_code(record: list[dict[str, Any]]) -> int:
-    (code,) = (line["exit"]["exit_code"] for line in record if line["type"] == "exit")
-    return code
-
-
 def send(user, output: str) -> None:
     """Type the command that a run has named last."""
     command = next(line.split("end it: ")[1] for line in reversed(output.splitlines()) if "end it: " in line)
     program, *arguments = shlex.split(command)
-    ran(user.run(str(SCRIPTS / program), *arguments))
-
-
-def has_secret(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
-
-
-def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
-    """Start a run with W&B."""
-    small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
-    rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
-    return user.begin("gptlab.train", *small, *rhythm, *arguments)
+    assert_success(user.run(str(SCRIPTS / program), *arguments))
 
 
 @pytest.fixture
@@ -105,7 +70,7 @@ def unreachable(user, port: int) -> tuple[str, str]:
 
 def check_kept(user, done) -> None:
     """The run has ended well without W&B; its record is whole, and has said why and where."""
-    ran(done)
+    assert_success(done)
     directory = user.only_run()
     (record,) = records(directory)
     assert table(rows(record)) == metrics_file(directory)
@@ -160,7 +125,7 @@ def test_online_means_online(user, tmp_path, silence, login):
 @pytest.mark.slow
 def test_a_server_that_answers_has_every_row(user, server):
     done = user.train("logger=wandb", "logger.wandb.mode=online", "logger.wandb.checkpoints=best")
-    ran(done)
+    assert_success(done)
     directory = user.only_run()
     ((name, run),) = server.runs.items()
     assert (directory / "wandb_id").read_text() == name
@@ -220,36 +185,6 @@ def test_wandb_s_own_process_may_die(user, server):
     assert output.count("W&B has failed, and gets no more rows") == 1
     assert list(metrics_file(user.only_run())) == list(range(1, 3001))
     assert "Next: python -m gptlab.sample" in output
-
-
-def interrupted(
-    user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None, callbacks: str = "checkpoint"
-) -> Path:
-    """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
-    length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
-    run = begin(user, *length, f"logger.wandb.finish_timeout={3 if silent else 60}", *arguments, callbacks=callbacks)
-    if silent:
-        run.until(lambda: any(run.history for run in silent.runs.values()))
-        silent.hangs = True
-
-    def further_than_a_checkpoint() -> bool:
-        saved = list(user.folder.glob("outputs/*/*/checkpoints/step_*"))
-        return bool(saved) and max(metrics_file(saved[0].parents[1]), default=0) % 40 in range(11, 25)
-
-    run.until(further_than_a_checkpoint)
-    os.killpg(run.pid, by)
-    statuses = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: PREEMPTED}
-    run.ended(statuses.get(by, -by), seconds=180)
-    return user.only_run()
-
-
-def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
-    """Go on to some steps further: what was said, the steps of the interrupted run, and those of the whole."""
-    before = max(metrics_file(directory))
-    after = before // 40 * 40 + 80
-    done = user.python("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments, timeout=600)
-    ran(done)
-    return done.stdout, before, after
 
 
 @pytest.mark.slow

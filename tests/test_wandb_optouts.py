@@ -13,6 +13,8 @@ import yaml
 from click.testing import CliRunner
 from wandb.cli import cli
 
+from commands import assert_config_error, assert_success
+from configs import resolved
 from gptlab.config.schema import RunConfig
 from gptlab.dashboards.workspace import build_workspace, save_workspace
 from gptlab.errors import UserError
@@ -24,8 +26,6 @@ from gptlab.tracking.wandb.evaluations import send_evaluation
 from gptlab.tracking.wandb.init import init_run
 from gptlab.tracking.wandb.logger import RunWandbLogger
 from gptlab.training.checkpoints.records import CheckpointMetadata
-from test_conf import resolved
-from test_train import mistaken, ran
 from wandb_server import Server
 
 TEXT = ("data=text", "data.source=text.txt", "model=tiny")
@@ -235,7 +235,7 @@ def typed(user, server, tmp_path) -> Server:
 def test_processes_without_wandb_train_as_ever(user, typed):
     user.environment["WANDB_MODE"] = "disabled"
     done = user.train("logger=wandb", "trainer=ddp", "trainer.devices=2")
-    ran(done)
+    assert_success(done)
     assert typed.connections == 0
     assert done.stdout.count("W&B") == 1
     directory = user.only_run()
@@ -248,6 +248,6 @@ def test_a_sweep_is_refused_as_a_whole(user, typed):
     user.environment["WANDB_DISABLED"] = "true"
     online = ("logger=wandb", "logger.wandb.mode=online")
     done = user.python("gptlab.train", "-m", *TEXT, "optimizer.lr=1e-3,2e-3", "train.max_steps=1", *online)
-    mistaken(done, "logger.wandb.mode=online contradicts WANDB_DISABLED=true")
+    assert_config_error(done, "logger.wandb.mode=online contradicts WANDB_DISABLED=true")
     assert typed.connections == 0
     assert not (user.folder / "outputs").exists()

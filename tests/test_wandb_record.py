@@ -11,14 +11,14 @@ import pytest
 import wandb
 import yaml
 
+from commands import assert_success, metrics
+from configs import resolved
 from faults import break_steps
 from gptlab.exit_codes import DIVERGED, HUNG, INTERRUPTED, PREEMPTED
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_store.sweeps import Sweep
 from gptlab.tracking.wandb.init import init_run
-from test_conf import resolved
-from test_train import metrics, ran
-from test_wandb import SCRIPTS, exit_code, has_secret, interrupted, metrics_file, records, resumed, rows
+from wandb_records import SCRIPTS, exit_code, has_secret, interrupted, metrics_file, records, resumed, rows
 from wandb_server import KEY
 
 OFFLINE = ("logger=wandb", "logger.wandb.mode=offline")
@@ -76,7 +76,7 @@ def test_everything_of_a_run_is_in_its_record(user):
     commit = subprocess.check_output(("git", "rev-parse", "HEAD"), text=True, cwd=user.folder)
     user.environment |= {"WANDB_API_KEY": KEY, "HOME": str(user.folder / "text.txt")}  # where nothing can be written
     more = ("logger.wandb.checkpoints=all", "logger.wandb.tags=[a,b]", "callbacks.checkpoint.keep_last=1")
-    ran(user.train(*OFFLINE, *more))
+    assert_success(user.train(*OFFLINE, *more))
     directory = user.only_run()
     (record,) = records(directory)
     check_whole(directory, record)

@@ -7,11 +7,11 @@ from collections import Counter
 
 import pytest
 
+from commands import assert_success
+from configs import resolved
 from conftest import SMALL
 from gptlab.launch.supervisor import Job, read_job
 from gptlab.training.batch_plan import plan_batch
-from test_conf import resolved
-from test_train import ran
 
 # Pydantic calls a plugin for every validation, in every process that has this folder on its path; Python calls
 # sitecustomize as it starts, and the audit hook for every file that is opened.
@@ -62,7 +62,7 @@ class Log:
     def of(self, *arguments: str) -> dict[str, list[int]]:
         """Trains, and returns how often each process did what."""
         (self.folder / "log.txt").unlink(missing_ok=True)
-        ran(self.user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=300))
+        assert_success(self.user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=300))
         lines = [line.split(maxsplit=1) for line in (self.folder / "log.txt").read_text().splitlines()]
         counts = Counter((event, pid) for pid, event in lines)
         return {event: sorted(n for (e, _), n in counts.items() if e == event) for event, _ in counts}
@@ -78,7 +78,7 @@ DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 def test_a_run_of_two_processes_is_validated_once_and_opens_the_data_once_a_process(user, runs, log):
     run = runs.give(user, "first")
-    ran(user.python("gptlab.prepare", "data=text", "data.source=text.txt"))
+    assert_success(user.python("gptlab.prepare", "data=text", "data.source=text.txt"))
     found = log.of(*SMALL, *DDP, "name=two")
     assert found["validate RunConfig"] == [1]
     assert found["open manifest.json"] == [1, 1, 1]  # the process that launches, and two workers
@@ -96,7 +96,7 @@ def test_the_trials_of_a_sweep_are_validated_by_the_sweep_alone(user, log):
 @pytest.mark.slow
 def test_other_weights_are_described_once(user, runs, log):
     run = runs.give(user, "first")
-    ran(user.python("gptlab.export", f"run={run}", "format=hf", "out=hf"))
+    assert_success(user.python("gptlab.export", f"run={run}", "format=hf", "out=hf"))
     found = log.of(*SMALL, *DDP, "init_from=hf", "model.activation=gelu_tanh", "name=two")
     assert found["open config.json"] == [1]
     assert found["validate RunConfig"] == [1]

@@ -2,10 +2,10 @@
 
 import pytest
 
+from configs import resolved
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import choose_compute_optimal, model_ladder, optimal_batch_tokens, optimal_learning_rate
-from test_conf import resolved
 
 GPT2 = ("tokenizer=gpt2", "model.block_size=1024")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configs import resolved
 from gptlab.model.config import parameter_count
 from gptlab.planning import target as targets
 from gptlab.planning.memory import ParallelLayout, estimate_memory, largest_micro_batch
@@ -10,7 +11,6 @@ from gptlab.planning.plans import make_plan
 from gptlab.planning.target import gpu_hardware, local_hardware, logits_chunk
 from gptlab.training.devices import choose_devices
 from gptlab.training.gpu_specs import GPUS
-from test_conf import resolved
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760

@@ -2,6 +2,7 @@
 
 import pytest
 
+from configs import resolved
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
 from gptlab.planning import calibration
@@ -9,7 +10,6 @@ from gptlab.planning.calibration import Measurement, find_measurement, measure_r
 from gptlab.planning.target import gpu_hardware, local_hardware
 from gptlab.planning.timing import RunLength, estimate_at_mfu, estimate_from_measurement, run_length
 from gptlab.training.gpu_specs import GPUS, gpu_from_name
-from test_conf import resolved
 
 CONFIG = resolved("trainer=cpu").with_vocabulary(257)  # 1,200 steps of 12 x 128 tokens, evaluated every 200
 ROWS = [

@@ -2,11 +2,11 @@
 
 import pytest
 
+from configs import resolved
 from gptlab.model.config import parameter_count
 from gptlab.planning.memory import ParallelLayout
 from gptlab.planning.parameters import count_by_part, count_shares
 from gptlab.planning.traffic import disk_usage, network_traffic
-from test_conf import resolved
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760  # parameters, with a vocabulary of 50,304 and without biases

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import gptlab
+from commands import assert_success
 from gptlab.errors import UserError
 from gptlab.pretrained.language_model import load
-from test_train import ran
 
 TEXT = "line 12: the cat has 4"
 
@@ -44,7 +44,7 @@ def test_a_model_scores_continues_and_shows_what_is_within(user, directory):
     done = user.python(
         "gptlab.sample", f"run={directory}", f"prompt={TEXT}", "max_new_tokens=9", "num_samples=2", "seed=5"
     )
-    ran(done)
+    assert_success(done)
     assert model.generate(TEXT, num_samples=2, max_new_tokens=9, seed=5) == [
         text.strip("\n") for text in done.stdout.split("-" * 80)[:2]
     ]

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from configs import resolved
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.training.optim.optimizers import build_optimizer
-from test_conf import resolved
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 32, "vocab_size": 257, "bias": True, "dropout": 0.0}
 OWN = ("model=tiny", "model.block_size=32", "model.activation=gelu", "model.vocab_size=257", "train.max_steps=6")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import resolved
 from gptlab.errors import UserError
 from gptlab.launch import supervisor
 from gptlab.training.optim.schedules import learning_rate
@@ -16,8 +17,7 @@ from gptlab.verification.configs import ProveConfig, extended, plan_ranks, short
 from gptlab.verification.proofs import ProofCase, compare_losses, killed_and_resumed, prove_all
 from gptlab.verification.report import ProofResult, all_passed
 from gptlab.verification.runs import ProofRuns, RunFailed
-from test_conf import resolved
-from test_prove import is_alive
+from processes import is_alive
 
 
 def trace(*losses: float, **changes: str) -> list[TraceStep]:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from commands import assert_success, metrics, weights
 from gptlab.data.batches import Batch
 from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.training.callbacks.determinism_trace import format_sums, hash_tensor, hash_windows, zero_sums
-from test_train import metrics, ran, weights
 
 
 def batch_of(rows: torch.Tensor) -> Batch:
@@ -71,7 +71,7 @@ def expected_tokens(text: str, directory: Path) -> list[str]:
 
 
 def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):
-    ran(user.train("callbacks=[checkpoint,trace]", "train.micro_batch_size=4"))
+    assert_success(user.train("callbacks=[checkpoint,trace]", "train.micro_batch_size=4"))
     directory = user.only_run()
     lines = [json.loads(line) for line in (directory / "trace.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -87,8 +87,8 @@ def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_keeps_the_trace_up_to_there(user):
-    ran(user.train("name=whole", "callbacks=[checkpoint,trace]"))
-    ran(user.train("name=halted", "callbacks=[checkpoint,trace]"))
+    assert_success(user.train("name=whole", "callbacks=[checkpoint,trace]"))
+    assert_success(user.train("name=halted", "callbacks=[checkpoint,trace]"))
     whole, halted = user.only_run("whole") / "trace.jsonl", user.only_run("halted") / "trace.jsonl"
     expected = whole.read_text()
     # as if it had been killed in the middle of a line, two steps after it was saved
@@ -96,5 +96,5 @@ def test_a_run_that_goes_on_keeps_the_trace_up_to_there(user):
     last.rename(halted.parent / "taken_away")
     lines = halted.read_text().splitlines(keepends=True)
     halted.write_text("".join(lines[:5]).replace('"step": 5, "tokens": "', '"step": 5, "tokens": "x') + lines[5][:40])
-    ran(user.python("gptlab.train", f"resume={halted.parent}"))
+    assert_success(user.python("gptlab.train", f"resume={halted.parent}"))
     assert halted.read_text() == expected

@@ -1,0 +1,21 @@
+"""Configurations as the training command composes them, and the sweep files."""
+
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+
+from gptlab.config.command import configuration_folder
+from gptlab.config.resume import resolve
+from gptlab.config.schema import RunConfig
+
+
+def resolved(*overrides: str) -> RunConfig:
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        return resolve(compose("train", overrides=list(overrides)), list(overrides))
+
+
+def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a file sets, and what it says to the sweeper."""
+    values = yaml.safe_load((configuration_folder() / "sweeps" / f"{name}.yaml").read_text())
+    return values, values.pop("hydra")["sweeper"]
