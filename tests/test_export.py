@@ -17,7 +17,8 @@ from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED
 from gptlab.export import main
-from gptlab.exporters import llmc, push
+from gptlab.exporters import llmc
+from gptlab.exporters.folder import push
 from test_mistakes import without_torch  # noqa: F401  (a fixture)
 from test_train import ran
 
@@ -120,7 +121,7 @@ def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"push=me/model failed: no route to host\nTo upload it later: hf auth login, and"
     ):
-        push.push(tmp_path, "me/model")
+        push(tmp_path, "me/model")
 
 
 @pytest.fixture(scope="session")

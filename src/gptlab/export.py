@@ -11,9 +11,8 @@ from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.exporters.folder import check_output_free
+from gptlab.exporters.folder import check_output_free, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
-from gptlab.exporters.push import list_upload, push
 from gptlab.pretrained.source import open_model_source
 
 PUSHED = ("hf", "gguf")
