@@ -12,9 +12,8 @@ from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.corpora import open_scored_corpus
-from gptlab.evaluators.evaluator import evaluate_hellaswag
+from gptlab.evaluators.evaluator import EvalContext, evaluate_hellaswag
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.launch.launcher import preflight
 from gptlab.launch.train_run import build_metrics_callback, build_trainer

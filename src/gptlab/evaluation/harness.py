@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
         tokenizer: The model's.
         batch_size: Rows at a time.
         device: The model's.
-        context: Made anew for every forward pass: its precision.
+        autocast: Returns the context manager of a forward pass, which sets its precision.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int,
         device: torch.device,
-        context: Callable[[], AbstractContextManager[Any]],
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         super().__init__()
-        self.model, self.encoding, self.batch_size, self.context = model.eval(), tokenizer, batch_size, context
+        self.model, self.encoding, self.batch_size, self.autocast = model.eval(), tokenizer, batch_size, autocast
         self.max_length = model.config.block_size
         self._placed_on = device
 
@@ -142,12 +142,12 @@ class HarnessModel(TemplateLM):
     def _logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> Sequence[Tensor]:
         """Logits (N, V) of what follows the last so many tokens of each row."""
         idx = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-        places = torch.zeros_like(idx, dtype=torch.bool)
+        scored = torch.zeros_like(idx, dtype=torch.bool)
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             idx[number, : len(row)] = torch.tensor(row)
-            places[number, len(row) - count : len(row)] = True
-        with self.context():
-            return self.model.logits_at(idx.to(self.device), places.to(self.device)).split(list(counts))
+            scored[number, len(row) - count : len(row)] = True
+        with self.autocast():
+            return self.model.logits_at(idx.to(self.device), scored.to(self.device)).split(list(counts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts, each up to one of its stop strings; requests with the same settings go together."""
@@ -181,7 +181,7 @@ class HarnessModel(TemplateLM):
         texts, waiting = [""] * len(prompts), []
         seeds = row_seeds(SEED + self.rank, first + len(prompts))[first:]
         sampling = _sampling_config(kwargs)
-        with self.context():
+        with self.autocast():
             rows = generate(
                 self.model,
                 prompts,

@@ -14,19 +14,13 @@ from lm_eval.tasks import TaskManager
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError, did_you_mean, first_line
 from gptlab.evaluation.harness import HarnessModel, model_fingerprint
-from gptlab.evaluators.context import EvalContext
-from gptlab.evaluators.evaluator import EvalResult
+from gptlab.evaluators.evaluator import EvalContext
+from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 
-RESULT_KEYS = (
-    "results",
-    "groups",
-    "versions",
-    "n-shot",
-    "n-samples",
-    "higher_is_better",
-)  # of what the harness returns
+# of what simple_evaluate returns
+RESULT_KEYS = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 class HarnessTasks(TaskManager):
@@ -46,9 +40,9 @@ class HarnessTasks(TaskManager):
 
 
 def find_tasks(config: EvaluateConfig) -> HarnessTasks:
-    """Find the tasks that are asked for; UserError for one that there is not.
+    """Finds the tasks by name; raises UserError for an unknown one.
 
-    The harness' own are thousands of files, which are not looked through where a folder of one's own has all of them.
+    The harness' own tasks are thousands of files, which are not read if ``config.task_dir`` has all tasks.
     """
     folder = Path(config.task_dir).expanduser() if config.task_dir else None
     with _quiet_harness():
@@ -67,13 +61,13 @@ def find_tasks(config: EvaluateConfig) -> HarnessTasks:
 
 
 def evaluate_tasks(
-    model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, machine: EvalContext
+    model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, context: EvalContext
 ) -> EvalResult | None:
-    """Run tasks; the first process gets what came of it."""
+    """Runs tasks; returns the result on the first rank, None on the others."""
     rows = config.rows(model.config.block_size)
-    adapter = HarnessModel(model, tokenizer, batch_size=rows, device=machine.device, context=machine.context)
+    adapter = HarnessModel(model, tokenizer, batch_size=rows, device=context.device, autocast=context.autocast)
     cache = (
-        f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{machine.precision}" if config.cache else None
+        f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{context.precision}" if config.cache else None
     )
     begun = time.perf_counter()
     with _quiet_harness():
@@ -86,7 +80,7 @@ def evaluate_tasks(
             log_samples=False,
             task_manager=tasks,
         )
-    if found is None:  # not the first
+    if found is None:  # not the first rank
         return None
     values = {key: found[key] for key in RESULT_KEYS if key in found} | {"seconds": time.perf_counter() - begun}
     metrics: dict[str, float] = {}
@@ -106,7 +100,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Let the harness say what is wrong, and no more."""
+    """Lets the harness log errors only."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)
