@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.data.tokenizers.external import to_huggingface
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED

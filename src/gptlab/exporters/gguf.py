@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.huggingface import as_byte_level_bpe
+from gptlab.data.tokenizers.external import as_byte_level_bpe
 from gptlab.exporters.certificate import (
     Check,
     compare_greedy,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.data.tokenizers.external import to_huggingface
 from gptlab.exporters.certificate import (
     Check,
     compare_greedy,

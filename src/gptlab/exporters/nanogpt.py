@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptlab.data.tokenizers.nanogpt_meta import META_FILE
+from gptlab.data.tokenizers.external import META_FILE
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, GPT2Tokenizer
 from gptlab.exporters.certificate import compare_scores, compare_tensors, version
 from gptlab.exporters.model_card import ModelCardInfo

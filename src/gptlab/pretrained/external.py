@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from gptlab.data.tokenizers.huggingface import read_json
+from gptlab.data.tokenizers.external import read_json
 from gptlab.errors import UserError
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 from gptlab.tracking.run_directory import check_shape

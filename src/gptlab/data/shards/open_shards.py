@@ -14,7 +14,7 @@ from gptlab.data.shards.streams import LocalFolder, ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
 from gptlab.data.sources.corpora import FileCorpus
 from gptlab.data.sources.readers import Decoding
-from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
+from gptlab.data.tokenizers.external import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
