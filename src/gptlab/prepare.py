@@ -12,8 +12,7 @@ from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import convert
-from gptlab.data.shards.inspection import batch_texts
-from gptlab.data.shards.token_dataset import TokenDataset, verify_shards
+from gptlab.data.shards.token_dataset import TokenDataset, batch_texts, verify_shards
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (

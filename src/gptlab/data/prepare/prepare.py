@@ -192,8 +192,8 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     else:
         texts = (
             text
-            for place in _sample_texts(corpus, tasks)
-            for text in take_characters(place, config.train_mb * 1e6 / len(tasks))
+            for sample in _sample_texts(corpus, tasks)
+            for text in take_characters(sample, config.train_mb * 1e6 / len(tasks))
         )
     tokenizer = build_tokenizer(config, texts)
     write_durably(path, json.dumps(tokenizer.record()))

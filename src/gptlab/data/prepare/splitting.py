@@ -106,7 +106,7 @@ def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
 
 
 class SplitPart(NamedTuple):
-    """What of a document a split gets, and whether that part begins and finishes there."""
+    """Part of a document that a split gets, and whether the document begins and ends with it."""
 
     split: Split
     text: str
@@ -115,17 +115,17 @@ class SplitPart(NamedTuple):
 
 
 def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[SplitPart]:
-    """Give a document to train or val by its draw or, without a threshold, the two parts of it to both."""
+    """Yields a document for train or val by its draw or, without a threshold, its two parts for both."""
     name, text, begin, end, _ = document
     if threshold is not None:
         yield SplitPart("val" if document_hash(name, seed) < threshold else "train", text, begin == 0, end == 1)
         return
-    eot_id = 1 - val_fraction
-    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
-    cut = int(len(text) * ((eot_id - begin) / (end - begin)))
-    # where train began in a part before, it ends in this one, be it with one character
-    cut = min(max(cut, int(0 < begin < eot_id)), len(text))
-    if begin < eot_id:
-        yield SplitPart("train", text[:cut], begin == 0, eot_id <= end)
-    if eot_id < end:
-        yield SplitPart("val", text[cut:], begin <= eot_id, end == 1)
+    boundary = 1 - val_fraction
+    # in characters of a whole document; of a part of one, by the part's share of the bytes
+    cut = int(len(text) * ((boundary - begin) / (end - begin)))
+    # if train began in an earlier part, it ends in this one with at least one character
+    cut = min(max(cut, int(0 < begin < boundary)), len(text))
+    if begin < boundary:
+        yield SplitPart("train", text[:cut], begin == 0, boundary <= end)
+    if boundary < end:
+        yield SplitPart("val", text[cut:], begin <= boundary, end == 1)

@@ -110,9 +110,9 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
     for start in range(0, found.tokens, CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
         if (beyond := chunk >= tokenizer.vocab_size).any():
-            place = start + int(beyond.argmax())
+            index = start + int(beyond.argmax())
             raise UserError(
-                f"{path}: token {place:,} (byte {found.offset + place * tokens.itemsize:,}) is {tokens[place]}, beyond "
+                f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, beyond "
                 f"the {tokenizer.vocab_size:,} ids of the tokenizer."
             )
         digest.update(chunk.tobytes())

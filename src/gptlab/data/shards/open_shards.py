@@ -21,13 +21,13 @@ from gptlab.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> TokenDataset:
-    """Open what data.path names.
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False) -> TokenDataset:
+    """Opens the shards that data.path names.
 
     Args:
         config: Names the shards.
-        tokenizer: Of their tokens; token files of others do not say it themselves.
-        whatever: Take prepared shards with the tokenizer that they bring, be it another.
+        tokenizer: Tokenizer of the tokens; token files of other programs do not name it.
+        any_tokenizer: Whether prepared shards may have another tokenizer, which is then used.
 
     Raises:
         UserError: It is not there, not whole, or in other tokens.
@@ -47,13 +47,13 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: boo
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
-    if (name := manifest.tokenizer["name"]) != tokenizer.name and not whatever:
+    if (name := manifest.tokenizer["name"]) != tokenizer.name and not any_tokenizer:
         raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
     return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def ensure_cache_dir(config: DataConfig) -> Path:
-    """Make the folder for what is kept; UserError where that cannot be."""
+    """Creates data.cache_dir; raises UserError if it cannot."""
     cache_dir = Path(config.cache_dir).expanduser()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

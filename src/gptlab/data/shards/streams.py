@@ -86,13 +86,13 @@ class TokenStream:
             IndexError: A row ends beyond the stream.
             UserError: A shard ends before it should.
         """
-        places = np.asarray(starts, dtype=np.int64)
-        if len(places) and not 0 <= places.min() <= places.max() <= len(self) - length:
-            raise IndexError(f"rows of {length} tokens from {places.min()} to {places.max()}, of {len(self)} tokens")
-        rows = np.empty((len(places), length), dtype=self.dtype)
-        first = np.searchsorted(self.ends, places, side="right")
-        begins = np.concatenate(([0], self.ends))[first]
-        for row, shard, offset in zip(rows, first.tolist(), (places - begins).tolist(), strict=True):
+        begins = np.asarray(starts, dtype=np.int64)
+        if len(begins) and not 0 <= begins.min() <= begins.max() <= len(self) - length:
+            raise IndexError(f"rows of {length} tokens from {begins.min()} to {begins.max()}, of {len(self)} tokens")
+        rows = np.empty((len(begins), length), dtype=self.dtype)
+        first = np.searchsorted(self.ends, begins, side="right")
+        offsets = begins - np.concatenate(([0], self.ends))[first]
+        for row, shard, offset in zip(rows, first.tolist(), offsets.tolist(), strict=True):
             self._fill(row, shard, offset)
         return rows.astype(np.int64)
 

@@ -38,15 +38,15 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
     return lambda text: np.asarray(fast.encode(replace_surrogates(text)), dtype=np.uint32)
 
 
-def is_equivalent(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[str]]) -> bool:
-    """Whether ``encode`` gives the tokenizer's own ids on text made to trip it up, and on the beginnings of ``places``.
+def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterable[str]]) -> bool:
+    """Whether ``encode`` returns the tokenizer's ids, on adversarial text and on the beginnings of ``samples``.
 
     Args:
-        tokenizer: What is to be equalled.
-        encode: What is to be proven.
-        places: Texts from here and there in the corpus.
+        tokenizer: Tokenizer to compare with.
+        encode: Encoder to check.
+        samples: Texts from several positions of the corpus.
     """
-    sample = chain(ADVERSARIAL, *(take_characters(texts, SAMPLE_BYTES // len(places)) for texts in places))
+    sample = chain(ADVERSARIAL, *(take_characters(texts, SAMPLE_BYTES // len(samples)) for texts in samples))
     return all(np.array_equal(encode(text), tokenizer.encode(text)) for text in sample)
 
 
