@@ -236,11 +236,11 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
         splits=splits,
     )
     manifest.save(folder)
-    if mended := sum(shard.mended for shard in manifest.shards()):
+    if replaced := sum(shard.num_replaced for shard in manifest.shards()):
         log.warning(
             "%d documents of %s hold bytes that are no UTF-8; U+FFFD stands for them. "
             "data.undecodable=refuse would name the first.",
-            *(mended, corpus.origin),
+            *(replaced, corpus.origin),
         )
     _remove_intermediate_files(folder)
     return manifest

@@ -145,7 +145,7 @@ def run_task(
     writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", token_dtype(tokenizer)) for s in SPLITS}
     try:
         for document in corpus.documents(task):
-            mended = int(document.mended)  # counted once
+            num_replaced = int(document.has_replacements)  # counted once
             parts = split_document(document, config.val_fraction, config.split_seed, threshold)
             for split, text, begins, finishes in parts:
                 if not text:
@@ -153,8 +153,8 @@ def run_task(
                 ids = encode(text)
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
-                writers[split].add(ids, len(text.encode()), int(finishes), mended)
-                mended = 0
+                writers[split].add(ids, len(text.encode()), int(finishes), num_replaced)
+                num_replaced = 0
         shards = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():

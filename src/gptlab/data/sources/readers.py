@@ -39,14 +39,14 @@ class Document(NamedTuple):
         text: Of this part.
         begin: Where the part begins, as a share of the document: 0 for a whole one.
         end: Where the part ends: 1 for a whole one.
-        mended: Whether U+FFFD stands in it for bytes that are no UTF-8.
+        has_replacements: Whether U+FFFD in it replaces bytes that are not UTF-8.
     """
 
     name: str
     text: str
     begin: float = 0.0
     end: float = 1.0
-    mended: bool = False
+    has_replacements: bool = False
 
 
 class Span(NamedTuple):
@@ -185,7 +185,7 @@ def _next_cut(path: Path, wanted: int, kind: str) -> int:
 
 
 def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tuple[str, bool]:
-    """Decode, and say whether it had to be mended; an error names the byte counted from ``start``."""
+    """Decodes UTF-8; also returns whether bytes were replaced. An error names the byte, counted from ``start``."""
     try:
         return data.decode(), False
     except UnicodeDecodeError as error:
@@ -201,8 +201,8 @@ def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Documen
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
-        text, mended = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
-    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, mended)
+        text, replaced = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
+    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, replaced)
 
 
 def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
@@ -213,8 +213,8 @@ def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator
         start = 0
         for data in _split_parts(file, decoding.part_bytes):
             stop = start + len(data)
-            text, mended = _decode(data, decoding, str(path), start)
-            yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, mended)
+            text, replaced = _decode(data, decoding, str(path), start)
+            yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, replaced)
             start = stop
 
 
@@ -248,14 +248,14 @@ def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterat
             where = f"{path}, line at byte {offset}"
             if line.strip():
                 try:
-                    content, mended = _decode(line, decoding, where)
+                    content, replaced = _decode(line, decoding, where)
                     record = json.loads(content)
                 except (ValueError, RecursionError) as error:  # no JSON, or more than Python takes
                     raise UserError(f"{where}: not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
                 if (checked := check_text(text, decoding.column, columns, where)) is not None:
-                    yield Document(f"{name}:{offset}", checked, mended=mended)
+                    yield Document(f"{name}:{offset}", checked, has_replacements=replaced)
             offset += len(line)
 
 

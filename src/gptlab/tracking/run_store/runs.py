@@ -97,17 +97,17 @@ class Run:
         return min(values) if which == "best" else values[-1]
 
 
-def find_runs(where: str) -> list[Run]:
-    """Find the runs at a place: a run directory, a folder with runs anywhere below it, or a glob of either.
+def find_runs(pattern: str) -> list[Run]:
+    """Finds runs: in a run directory, a folder with runs below it, or whatever a glob of these matches.
 
     Raises:
         UserError: There is none.
     """
-    places = [Path(place) for place in sorted(glob.glob(str(Path(where).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
-    found = list(dict.fromkeys(run for place in places for run in _runs_below(place)))
+    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
+    found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
     if not found:
-        there = "no such place" if not places else f"no run directory (one with a {CONFIG}) in it or below"
-        raise UserError(f"{where}: there is {there} (looked from {Path.cwd()}).")
+        there = "no such place" if not paths else f"no run directory (one with a {CONFIG}) in it or below"
+        raise UserError(f"{pattern}: there is {there} (looked from {Path.cwd()}).")
     return [Run(directory) for directory in found]
 
 
@@ -120,10 +120,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _runs_below(place: Path) -> list[Path]:
-    if (place / CONFIG).is_file():
-        return [place]
-    found = (*place.glob(f"*/{CONFIG}"), *place.glob(f"*/*/{CONFIG}"), *place.glob(f"*/*/*/{CONFIG}"))
+def _runs_below(folder: Path) -> list[Path]:
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = (*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}"), *folder.glob(f"*/*/*/{CONFIG}"))
     return sorted((path.parent for path in found), key=_sort_key)
 
 
