@@ -60,7 +60,7 @@ def run_sweep(
     what = _describe(wanted, space, base)
     named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
     directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, what)
-    ledger = SweepStore(directory, what)
+    store = SweepStore(directory, what)
     try:
         search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
         runner: Launcher = (
@@ -68,9 +68,9 @@ def run_sweep(
             if isinstance(where, LocalLauncherConfig)
             else SlurmLauncher(where, directory)
         )
-        status = SweepRunner(ledger, search, runner, compose, retry=wanted.retry).run()
+        status = SweepRunner(store, search, runner, compose, retry=wanted.retry).run()
     finally:
-        ledger.close()
+        store.close()
     if status != DONE:
         raise SweepIncomplete(status)
 

@@ -76,11 +76,6 @@ def spread_line(estimate: Estimate, metric: str) -> str:
     return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, whose standard deviation is {apart}"
 
 
-def point_name(settings: dict[str, str]) -> str:
-    """Name a point by what it sets."""
-    return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
 def format_counts(counts: dict[str, int]) -> str:
     """Write how many there are of each, of those that there are: "2 failed, 1 pruned"."""
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)

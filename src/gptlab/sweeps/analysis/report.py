@@ -11,10 +11,9 @@ from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import fit_sweep, print_scaling, write_scaling
+from gptlab.sweeps.analysis.fitting import LENGTHS, fit_sweep, print_scaling, varies_size_and_length, write_scaling
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
 from gptlab.sweeps.analysis.significance import ALPHA
-from gptlab.sweeps.analysis.sizes import LENGTHS, varies_size_and_length
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
 
 CSV, JSON = "answers.csv", "answers.json"

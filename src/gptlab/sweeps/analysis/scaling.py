@@ -68,11 +68,6 @@ class ScalingLaw(NamedTuple):
         return self.G * (flops / 6) ** self.a, (flops / 6) ** self.b / self.G
 
 
-# Hoffmann et al. 2022, equation 10, as rounded there. Besiroglu et al. 2024 ("Chinchilla Scaling: A replication
-# attempt") find other values in the same runs.
-CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-
-
 class ScalingFit(NamedTuple):
     """A law with its uncertainty.
 
