@@ -19,7 +19,7 @@ IGNORE_INDEX = -100  # cross_entropy's own ignore_index: a target that is not sc
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T), at every position the id that follows (B, T), and whose document it is in.
+    """Token ids (B, T), the next id at every position (B, T), and the number of its document.
 
     ``documents`` (B, T) numbers the documents of each sequence, each of which begins with an end of text (but for the
     first): as one does that is continued from nothing. None where they are not told apart.
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class RankSlice(NamedTuple):
-    """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences, or fewer."""
+    """One rank's share of the sequences that all ranks hold at once: ``world_size * micro_batch_size``, or fewer."""
 
     rank: int
     world_size: int

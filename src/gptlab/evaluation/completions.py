@@ -1,4 +1,4 @@
-"""Which ending a model finds likeliest: the score of HellaSwag that GPT-2's trainers quote.
+"""Accuracy on completions: the HellaSwag score that reproductions of GPT-2 report.
 
 The loss of an ending after its context is summed over its tokens (acc), or their mean is taken (acc_norm); the model
 chooses the ending with the lowest (llm.c, dev/data/hellaswag.py). The harness encodes the same texts in another way and

@@ -1,4 +1,4 @@
-"""HellaSwag's examples (Zellers et al. 2019): read and written as GPT-2's trainers keep them. Imports no torch.
+"""HellaSwag's examples (Zellers et al. 2019): JSON Lines, and llm.c's binary format. Imports no torch.
 
 | file   | layout                                                                                               |
 |--------|------------------------------------------------------------------------------------------------------|
@@ -26,7 +26,7 @@ PREFIX = 5  # numbers of a record before its context
 
 
 class Example(NamedTuple):
-    """A beginning and what may come after it, as token ids, and which of the endings is the right one."""
+    """Context and its possible endings, as token ids, and the index of the correct ending."""
 
     context: list[int]
     endings: list[list[int]]
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
-    """Read examples, the first ``limit`` of them or all.
+    """Reads the first ``limit`` examples, or all.
 
     An ending is encoded by itself, after a space, as llm.c and build-nanogpt do it.
 
@@ -67,7 +67,7 @@ read_examples_cached = lru_cache(maxsize=1)(read_examples)
 
 
 def write_bin(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples, in GPT-2's tokens, as llm.c reads them.
+    """Writes examples, in GPT-2's tokens, in llm.c's format.
 
     Raises:
         UserError: They do not fit the format.
@@ -118,7 +118,7 @@ def _read_bin(path: Path) -> list[Example]:
 
 
 def _split_record(record: list[int]) -> list[list[int]]:
-    """Cut a record into its context and its endings; nothing where a length is 0 or leads beyond the end."""
+    """Splits a record into its context and its endings; returns nothing if a length is wrong."""
     texts, offset = [], 0
     while offset < len(record):
         end = offset + 1 + record[offset]
@@ -141,7 +141,7 @@ def _read_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Exa
 
 
 def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
-    """Encode one line; the hub's copy of the data set has the label as text."""
+    """Encodes one line; the hub's copy of the data set has the label as text."""
     values: dict[str, Any] = fields if isinstance(fields, dict) else {}
     context: Any
     endings: Any

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness. Imported where there are some: the harness takes seconds."""
+"""Tasks of lm-evaluation-harness, whose import takes seconds."""
 
 import logging
 import os
@@ -24,10 +24,10 @@ RESULT_KEYS = ("results", "groups", "versions", "n-shot", "n-samples", "higher_i
 
 
 class HarnessTasks(TaskManager):
-    """The harness' tasks and those of a folder; says in a sentence what cannot be had."""
+    """The harness' tasks and those of a folder; a task that cannot be loaded is a UserError."""
 
     def load(self, task_list: Any) -> Any:
-        """Load tasks with their data sets, which come from the hub or its cache."""
+        """Loads tasks with their data sets, which come from the hub or its cache."""
         try:
             return super().load(task_list)
         except Exception as error:  # whatever datasets, the network or a task's own code raises

@@ -1,4 +1,4 @@
-"""One export: the reference, the files, the certificate."""
+"""An export from start to end: reference, files, certificate, model card."""
 
 from importlib import metadata
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A checkpoint of nanoGPT: ckpt.pt, and meta.pkl with the characters that its ids are."""
+"""nanoGPT's checkpoint: ckpt.pt, and meta.pkl for a character tokenizer."""
 
 import pickle
 from pathlib import Path
@@ -22,7 +22,7 @@ NO_LOSS = 1e9  # what nanoGPT's train.py begins with
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
+    """Writes what nanoGPT's train.py saves, without the optimizer, and meta.pkl for characters."""
     config, info = model.config, ModelCardInfo.of(job.source)
     state = to_external(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
@@ -44,7 +44,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Read it as a source of gptlab's; nanoGPT is no package that could be installed."""
+    """Reads the export with gptlab's own reader; nanoGPT is not a package."""
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
     named = to_external(model, transposed=False, biases=False)

@@ -38,7 +38,7 @@ ENDED_JOB_STATES = (
 
 
 class TrialJob:
-    """What a job of the cluster runs; submitit pickles it.
+    """Function that a SLURM job runs; submitit pickles it.
 
     Args:
         file: The job file.
@@ -48,7 +48,7 @@ class TrialJob:
         self.file = file
 
     def __call__(self) -> int:
-        """Run the trial and return its exit status, which submitit stores as the result of the job.
+        """Runs the trial and returns its exit status, which submitit stores as the result of the job.
 
         A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
         submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
@@ -67,7 +67,7 @@ class TrialJob:
 
 
 class SlurmLauncher:
-    """Runs trials as jobs of SLURM.
+    """Runs trials as SLURM jobs.
 
     Whether a job has left a result is seen by its file: submitit's ``Job.done`` asks SLURM's accounting (sacct), which
     many clusters do not have (``JobPaths.result_pickle``, read in submitit 1.5.4).
@@ -124,7 +124,7 @@ class SlurmLauncher:
         return trial.model_copy(update={"job": str(job.job_id)})
 
     def reattach(self, trial: Trial) -> bool:
-        """Wait for the job of a trial from an earlier start of the sweep; return whether there is one to wait for.
+        """Waits for the job of a trial from an earlier start of the sweep; returns whether there is one to wait for.
 
         Raises:
             UserError: SLURM does not answer. A second job might write the run directory of the first.
@@ -198,7 +198,7 @@ class SlurmLauncher:
 
 
 def _states() -> dict[str, str] | None:
-    """Return the states of this user's jobs by their ids, or None if SLURM does not answer.
+    """Returns the states of this user's jobs by their ids, or None if SLURM does not answer.
 
     Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
     forgotten as it does when the controller is away.

@@ -1,4 +1,4 @@
-"""Run directories: outputs/<name>/<time>/, which hold everything that is kept of one run. Imports no torch."""
+"""Run directories, outputs/<name>/<time>/, which hold everything about a run. Imports no torch."""
 
 import time
 from collections.abc import Mapping

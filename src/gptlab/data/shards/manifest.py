@@ -25,7 +25,7 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Shard(FrozenConfig):
-    """One file of tokens.
+    """File of tokens.
 
     Attributes:
         file: Name in the folder, or path elsewhere.
@@ -49,7 +49,7 @@ class Shard(FrozenConfig):
 
 
 class Manifest(FrozenConfig):
-    """What a folder of shards holds.
+    """Description of a folder of shards.
 
     Attributes:
         format: Version of this layout.
@@ -83,11 +83,11 @@ class Manifest(FrozenConfig):
         return shard.offset + shard.tokens * np.dtype(self.dtype).itemsize
 
     def tokens(self, split: Split) -> int:
-        """Count the tokens of a split."""
+        """Returns the number of tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
     def bytes(self, split: Split) -> int:
-        """Count the bytes of text, in UTF-8, that the tokens of a split stand for: what bits per byte are per."""
+        """Returns the UTF-8 bytes of the text of a split, the denominator of bits per byte."""
         return sum(shard.bytes for shard in self.splits[split])
 
     def fingerprint(self) -> str:
@@ -96,12 +96,12 @@ class Manifest(FrozenConfig):
         return hashlib.sha256(json.dumps([self.tokenizer, hashes], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write it into ``folder``."""
+        """Writes manifest.json into ``folder``."""
         write_durably(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of ``folder``; UserError where there is none or it is not one."""
+    """Reads the manifest of ``folder``; raises UserError if there is none, or it is invalid."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
@@ -112,7 +112,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def load_shards(folder: Path) -> Manifest:
-    """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
+    """Reads the manifest of ``folder`` and checks the size of its shards; raises UserError for the first wrong one."""
     manifest = load_manifest(folder)
     for shard in manifest.shards():
         file, expected = folder / shard.file, manifest.file_size(shard)
@@ -124,7 +124,7 @@ def load_shards(folder: Path) -> Manifest:
 
 
 class ShardWriter:
-    """Writes one shard: beside its final name, hashed as it goes, synced, then renamed.
+    """Writes one shard under a temporary name, hashes and syncs it, then renames it.
 
     Args:
         path: Final name.

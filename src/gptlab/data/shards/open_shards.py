@@ -1,4 +1,4 @@
-"""Shards that are there already: prepared before, on this machine or behind a URL, or written by other programs."""
+"""Opening existing shards: prepared ones, here or behind a URL, and those of other programs."""
 
 import logging
 from glob import glob, has_magic
@@ -63,7 +63,7 @@ def ensure_cache_dir(config: DataConfig) -> Path:
 
 
 def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
-    """Find the prepared folder that ``path`` names or, for token files of others, describe them in the cache."""
+    """Returns the prepared folder that ``path`` names; describes token files of other programs in the cache."""
     named = Path(path).expanduser()  # a folder's own name may look like a glob
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
     folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
@@ -89,7 +89,7 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path
 
 
 def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
-    """Keep a manifest of token files that lie elsewhere."""
+    """Writes the manifest of token files that are elsewhere, once."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
@@ -102,7 +102,7 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
 
 
 def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
-    """Build the tokenizer that is named for a file of tokens, of its characters if a meta.pkl beside it lists them."""
+    """Builds the tokenizer of a token file; for characters, from the meta.pkl beside it."""
     if config.name in ("gpt2", "bytes"):
         return load_tokenizer({"name": config.name}, config.vocab_dir)
     if config.name == "characters" and (meta := file.with_name(META_FILE)).exists():

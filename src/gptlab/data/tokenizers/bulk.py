@@ -1,4 +1,4 @@
-"""A faster encoder for preparation: gigatoken, used only where it gives the ids that the tokenizer itself gives."""
+"""Faster encoder for preparation: gigatoken, used only if it returns the same ids as the tokenizer."""
 
 import base64
 import importlib.util
@@ -19,7 +19,7 @@ ADVERSARIAL = (END_OF_TEXT, " " * 1000 + "x", "\0\x85 é\u3000 \ufeff\r\n\t \n",
 
 
 def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
-    """Build gigatoken's encoder for ``tokenizer``; None where it is not installed or has none."""
+    """Builds gigatoken's encoder for ``tokenizer``; returns None if gigatoken is missing or has none."""
     if importlib.util.find_spec("gigatoken") is None:
         return None
     import gigatoken
@@ -51,7 +51,7 @@ def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterab
 
 
 def take_characters(texts: Iterable[str], size: float) -> Iterator[str]:
-    """Yield texts until ``size`` characters have been seen."""
+    """Yields texts until ``size`` characters have been seen."""
     for text in texts:
         yield text[: int(size)]
         size -= len(text)

@@ -24,7 +24,7 @@ LENGTHS = ("train.max_tokens", "train.max_steps")
 
 @dataclass(frozen=True)
 class ModelSize:
-    """How large a model is.
+    """Size of a model.
 
     Attributes:
         all: Its parameters.
@@ -37,7 +37,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class SizedRun:
-    """A run, as a scaling law sees it.
+    """Measurements of a run for a scaling law.
 
     Attributes:
         trial: Its number.
@@ -53,7 +53,7 @@ class SizedRun:
 
 
 def model_size(run: Run) -> ModelSize | None:
-    """Count the parameters of a run's model; None where its configuration does not say."""
+    """Returns the size of a run's model; None if its configuration does not say."""
     try:
         config = GPTConfig.model_validate(run.config.get("model"))
         everything = parameter_count(config)
@@ -70,7 +70,7 @@ def varies_size_and_length(directory: Path) -> bool:
 
 
 def read_sized_runs(directory: Path) -> list[SizedRun]:
-    """Read size, tokens and loss of every trial of a sweep that came to its end with a number."""
+    """Reads size, tokens and loss of every trial of a sweep that finished with a finite value."""
     found = []
     for trial in load_trials(directory):
         size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
@@ -85,7 +85,7 @@ BUDGETS = (1, 10, 100)  # that are spoken of, in those of the largest run
 
 
 class ScalingAnswer(BaseModel):
-    """What a sweep over sizes and tokens says of larger ones.
+    """Scaling law of a sweep over sizes and tokens, with its predictions.
 
     N are all parameters of a model: for small ones, laws in those without embeddings mislead (Pearce and Song 2024).
 
@@ -109,7 +109,7 @@ class ScalingAnswer(BaseModel):
 
 
 def fit_sweep(directory: Path) -> ScalingAnswer:
-    """Fit a scaling law to the trials of a sweep that came to their end.
+    """Fits a scaling law to the finished trials of a sweep.
 
     Raises:
         UserError: They are too few to tell one.
@@ -129,7 +129,7 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 
 
 def print_scaling(scaling: ScalingAnswer) -> None:
-    """Print the coefficients, what is best for larger budgets, and the law in a line."""
+    """Prints the coefficients, the optima of larger budgets, and the law in one line."""
     console, law = get_console(), ScalingLaw(**scaling.law)
     table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
     for best in scaling.optima:
@@ -150,7 +150,7 @@ def print_scaling(scaling: ScalingAnswer) -> None:
 
 
 def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
-    """Write scaling.json."""
+    """Writes scaling.json."""
     write_durably(directory / SCALING, scaling.model_dump_json(indent=1) + "\n")
 
 
@@ -168,7 +168,7 @@ def _interval(value: float, low: float, high: float, form: str) -> str:
 
 
 def _format_interval(value: float, low: float, high: float) -> str:
-    """Write large numbers as 113k, 1.31M."""
+    """Formats large numbers as 113k, 1.31M."""
     return f"{_format_large(value)} ({_format_large(low)} to {_format_large(high)})"
 
 

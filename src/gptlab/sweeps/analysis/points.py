@@ -52,7 +52,7 @@ def has_value(trial: Trial) -> bool:
 
 
 def as_number(setting: str) -> float | None:
-    """Read a setting as a finite number; None where it is none."""
+    """Parses a setting as a finite number; returns None if it is not one."""
     number = _parsed(setting)
     return number if isinstance(number, float) and math.isfinite(number) else None
 
@@ -85,7 +85,7 @@ def find_point(points: Sequence[Point], settings: Mapping[str, str]) -> Point | 
 
 
 def _parsed(value: str) -> str | float | bool | None:
-    """Read a value so that 1e-3 is 0.001."""
+    """Parses a value, so that 1e-3 equals 0.001."""
     try:
         return float(value)
     except ValueError:

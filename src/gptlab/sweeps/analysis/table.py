@@ -1,4 +1,4 @@
-"""The answer of a sweep: a row a point, what each says beside the baseline, the best in a line. Imports no torch."""
+"""Answers of a sweep: a row for each point, compared with the baseline, and a one-line answer. Imports no torch."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ NEXT_BEST = "\0"  # the comparison of the best two points, among those that are 
 
 
 class AnswerRow(BaseModel):
-    """A point of a sweep, and what it says beside the baseline; lower is better.
+    """Point of a sweep, and its comparison with the baseline; lower is better.
 
     Attributes:
         settings: What it sets, but for the seed.
@@ -80,7 +80,7 @@ class AnswerRow(BaseModel):
 
 
 class SweepAnswers(BaseModel):
-    """What a sweep has shown.
+    """Answers of a sweep.
 
     Attributes:
         question: What it wants to know.
@@ -135,7 +135,7 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
 
 
 def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
-    """Compare every point with the baseline, by name, and the best with the next where neither is the baseline."""
+    """Compares every point with the baseline, and the best with the next if neither is the baseline; by name."""
     pairs = {}
     if baseline is not None and baseline.values:
         pairs = {format_overrides(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
@@ -145,7 +145,7 @@ def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
 
 
 def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> AnswerRow:
-    """Make the row of a point; ``claim`` is what it says beside the baseline, where there is one with a value."""
+    """Builds the row of a point; ``claim`` is its comparison with the baseline, if that has a value."""
     known: dict[str, Any] = {}
     if point.values:
         n, mean, se = estimate(list(point.values.values()))
@@ -179,7 +179,7 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
 def _line(
     sweep: Sweep, points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim]
 ) -> str:
-    """Write the answer in a line."""
+    """Returns the one-line answer."""
     missing = sweep.n_trials - sum(len(point.trials) for point in points)  # their turn has not come
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
@@ -221,7 +221,7 @@ def _edges(ranked: list[Point]) -> list[str]:
 
 
 def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[str]:
-    """Say what went wrong, a sentence each."""
+    """Returns what went wrong, a sentence each."""
     notes = []
     if baseline is None and trials:
         notes.append(
@@ -236,7 +236,7 @@ def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[st
 
 
 def _scores(runs: list[Run]) -> dict[str, float]:
-    """Take the means of the numbers under "score" in forecast.json."""
+    """Returns the means of the numbers under "score" in forecast.json."""
     found: dict[str, list[float]] = {}
     for run in runs:
         score = run.forecast.get("score")

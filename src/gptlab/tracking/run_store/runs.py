@@ -1,4 +1,4 @@
-"""Runs as they lie in outputs/: found, and read. Imports no torch."""
+"""Runs on disk: finding and reading run directories. Imports no torch."""
 
 import csv
 import glob
@@ -22,7 +22,7 @@ MetricsRow = dict[str, float]
 
 
 class Run:
-    """One run directory. Everything in it is read when it is asked for.
+    """A run directory, whose files are read on demand.
 
     Args:
         directory: The run's.
@@ -55,12 +55,12 @@ class Run:
 
     @property
     def state(self) -> RunState | None:
-        """Where it stands; None where the run is older than state.json."""
+        """State of the run; None if the run is older than state.json."""
         return load_state(self.directory)
 
     @cached_property
     def rows(self) -> list[MetricsRow]:
-        """metrics.csv: a dictionary a row, of what stands in it; "step" and "tokens" in every one."""
+        """Rows of metrics.csv, without empty values; every row has "step" and "tokens"."""
         try:
             with (self.directory / METRICS).open(newline="", encoding="utf-8") as file:
                 return [_numbers(row) for row in csv.DictReader(file)]
@@ -68,29 +68,29 @@ class Run:
             return []
 
     def series(self, metric: str, over: str = "step") -> tuple[list[float], list[float]]:
-        """Return where a metric was recorded, and its values: two lists of one length."""
+        """Returns the steps at which a metric was recorded, and its values."""
         rows = [row for row in self.rows if metric in row and over in row]
         return [row[over] for row in rows], [row[metric] for row in rows]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """environment.json; empty where there is none."""
+        """Content of environment.json; empty if there is none."""
         return _json(self.directory / ENVIRONMENT)
 
     @cached_property
     def forecast(self) -> dict[str, Any]:
-        """forecast.json, what was expected of the run; empty where there is none."""
+        """Content of forecast.json; empty if there is none."""
         return _json(self.directory / FORECAST)
 
     @property
     def samples(self) -> list[tuple[int, str]]:
-        """(step, text) of what it wrote, in the order of the steps."""
+        """Samples as (step, text), by step."""
         found = (path for path in (self.directory / SAMPLES).glob("*.txt"))
         numbered = ((_step(path), path) for path in found)
         return sorted((step, path.read_text(encoding="utf-8")) for step, path in numbered if step is not None)
 
     def value(self, metric: str = "val/loss", which: str = "best") -> float | None:
-        """The lowest ("best") or the last ("last") finite value of a metric; None where there is none."""
+        """Returns the lowest ("best") or the last ("last") finite value of a metric; None if there is none."""
         values = [value for value in self.series(metric)[1] if math.isfinite(value)]
         if not values:
             return None
@@ -112,7 +112,7 @@ def find_runs(pattern: str) -> list[Run]:
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of nested dictionaries; an empty one is a value."""
+    """Yields (dotted name, value) of nested dictionaries; an empty one is a value."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")
@@ -128,7 +128,7 @@ def _runs_below(folder: Path) -> list[Path]:
 
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
-    """Sort the jobs of a sweep by number: 2 before 10."""
+    """Sorts the jobs of a sweep by number: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in directory.parts]
 
 
