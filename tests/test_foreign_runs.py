@@ -138,6 +138,6 @@ def test_a_node_of_hydra_in_the_configuration_of_a_run_is_not_acted_on(user, cal
             assert done.returncode == DONE, done.stdout + done.stderr
         else:
             assert done.returncode == CONFIG_ERROR, done.stdout + done.stderr
-            assert "hydra is no setting" in done.stderr
+            assert "config.yaml is not valid: Unknown config key `hydra`" in done.stderr
             assert "Traceback" not in done.stderr
         assert not call.was_made(), module

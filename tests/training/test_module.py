@@ -1,5 +1,7 @@
 """What a step is made of."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -26,7 +28,7 @@ def test_generators_are_seeded_as_torch_does_it():
 class Resuming(BoringModel):
     """Is given the step of a checkpoint, as a GPTModule is, which has loaded the rest."""
 
-    optimizer_config = None
+    config = SimpleNamespace(optimizer=None)
 
     def setup(self, stage):
         GPTModule.on_load_checkpoint(self, {"global_step": 5})

@@ -69,7 +69,7 @@ def claim_directory(parent: Path) -> Path:
 
 
 def load_config(directory: Path) -> RunConfig:
-    """Reads the configuration of a run; raises UserError if ``directory`` is not a run directory."""
+    """Reads the configuration of a run; raises UserError if there is none, or it is not valid."""
     path = directory / CONFIG
     if not path.is_file():
         missing = f"there is no {CONFIG} in it" if directory.is_dir() else "there is no such directory"
@@ -80,7 +80,10 @@ def load_config(directory: Path) -> RunConfig:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
-    return validate(RunConfig, values)
+    try:
+        return validate(RunConfig, values)
+    except UserError as error:
+        raise UserError(f"{path} is not valid: {error}") from None
 
 
 def newest_run(name: str) -> Path | None:
