@@ -67,10 +67,10 @@ class Run:
         except OSError:
             return []
 
-    def series(self, metric: str, over: str = "step") -> tuple[list[float], list[float]]:
+    def series(self, metric: str) -> tuple[list[float], list[float]]:
         """Returns the steps at which a metric was recorded, and its values."""
-        rows = [row for row in self.rows if metric in row and over in row]
-        return [row[over] for row in rows], [row[metric] for row in rows]
+        rows = [row for row in self.rows if metric in row and "step" in row]
+        return [row["step"] for row in rows], [row[metric] for row in rows]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
