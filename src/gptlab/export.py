@@ -37,7 +37,7 @@ class ExportConfig(FrozenConfig):
 
 @command("export", keys=set(known_keys(ExportConfig)))
 def main(values: DictConfig) -> int:
-    """Write the model, compare what is written with it, and upload it if that is asked for."""
+    """Writes the model, compares what was written with it, and uploads it if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)

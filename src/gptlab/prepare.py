@@ -27,7 +27,7 @@ from gptlab.tracking.run_directory import load_config
 
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
-    """Do the one thing that is asked for."""
+    """Prepares data, or replays, converts or inspects what is prepared."""
     config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
         _replay(Path(config.replay).expanduser(), config.step)
@@ -59,7 +59,7 @@ def _convert(config: PrepareCommand, path: str) -> None:
 
 
 def _replay(directory: Path, step: int) -> None:
-    """Show the global batch of a step, as the run saw it: from its own configuration and data."""
+    """Prints the global batch of a step of a run, from its own configuration and data."""
     config = load_config(directory)
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
