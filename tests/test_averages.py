@@ -12,6 +12,7 @@ from gptlab.model.config import GPTConfig, SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.gpt import GPT
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.training.module import derive_seed
 from test_distributed import LAYOUTS
@@ -76,7 +77,7 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
     assert evaluated == pytest.approx({step: losses[step - 1] for step in (3, 6)}, abs=2e-6)
     assert abs(evaluated[6] - val_loss(user, model_of(directory, steps[5]))) > 1e-3
     assert json.loads((places[5] / "record.json").read_text())["facts"]["val_loss"] == evaluated[6]  # the best
-    model = load_model(directory)
+    model = load_model(open_model_source(str(directory)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, found[name]), name
     written = (directory / "samples" / "step_000006.txt").read_text(encoding="utf-8")
@@ -109,7 +110,7 @@ def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
-    model = load_model(spread)
+    model = load_model(open_model_source(str(spread)))
     assert all(torch.equal(parameter, found[name]) for name, parameter in model.named_parameters())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from commands import assert_success, averages, metrics, newest_state
+from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 TWO = ("trainer.devices=2",)
@@ -74,7 +75,7 @@ def test_twenty_steps_have_the_losses_of_one_process(user, runs, optimizer, layo
         assert kept[0].keys() == kept[1].keys() == states[0].keys() - {"lm_head.weight"}
         for name, tensor in kept[0].items():
             torch.testing.assert_close(kept[1][name], tensor, atol=1e-4, rtol=0, msg=name)
-        model = load_model(spread)
+        model = load_model(open_model_source(str(spread)))
         assert all(torch.equal(parameter, kept[1][name]) for name, parameter in model.named_parameters())
 
 

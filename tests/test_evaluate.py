@@ -14,15 +14,14 @@ from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
-from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.corpora import open_scored_corpus
-from gptlab.evaluators.evaluator import evaluate_hellaswag
+from gptlab.evaluators.evaluator import EvalContext, evaluate_hellaswag
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.launch.launcher import preflight
 from gptlab.launch.train_run import build_metrics_callback, build_trainer
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.source import ModelSource
+from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.config import HellaSwagConfig
@@ -92,7 +91,7 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
     examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
     chosen = choices(trained(directory), examples)
     right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
-    outcome = evaluate_hellaswag(load_model(directory), examples, asked(hellaswag="x"), ALONE)
+    outcome = evaluate_hellaswag(load_model(open_model_source(str(directory))), examples, asked(hellaswag="x"), ALONE)
     assert outcome.metrics == {"acc": sum(s for s, _ in right) / 9, "acc_norm": sum(m for _, m in right) / 9}
     assert outcome.values["examples"] == 9
 

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from commands import assert_success
-from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.data.tokenizers.external import to_huggingface
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, FAILED
 from gptlab.export import main
-from gptlab.exporters import llmc, push
+from gptlab.exporters import llmc
+from gptlab.exporters.folder import push
 
 VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
 END = {"bos_token_id": 256, "eos_token_id": 256}
@@ -119,7 +120,7 @@ def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"push=me/model failed: no route to host\nTo upload it later: hf auth login, and"
     ):
-        push.push(tmp_path, "me/model")
+        push(tmp_path, "me/model")
 
 
 @pytest.fixture(scope="session")

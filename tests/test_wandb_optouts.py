@@ -145,7 +145,7 @@ def use(record: RunWandbLogger | None, directory: Path, step: int) -> None:
     (directory / "samples").mkdir(exist_ok=True)
     (directory / "samples" / f"step_{step}.txt").write_text("--- sample 1 ---\na\n")
     record.log_metrics({"train/loss": 1.0, "tokens": step}, step)
-    record.artifacts.take(checkpoint, CheckpointMetadata(step=step, val_loss=1.0, evaluation_due=False))
+    record.artifacts.upload(checkpoint, CheckpointMetadata(step=step, val_loss=1.0, evaluation_due=False))
     record.log_samples(step, lambda step: step)
     record.alert("No progress", "It hangs.")
     record.finalize("success")

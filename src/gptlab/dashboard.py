@@ -26,7 +26,7 @@ class DashboardConfig(FrozenConfig):
 
 @command("dashboard", keys=set(known_keys(DashboardConfig)))
 def main(values: DictConfig) -> int:
-    """Write W&B's sweep files, or build the workspace and save it."""
+    """Writes W&B's sweep files, or builds and saves the workspace."""
     config = validate(DashboardConfig, resolve_to_dict(values))
     if config.wandb_sweeps is not None:
         conf = configuration_folder()

@@ -1,7 +1,6 @@
 """Score a trained model: python -m gptlab.evaluate run=<model> [group=option ...] [key=value ...]."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
@@ -11,19 +10,16 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.evaluators.corpora import ScoredCorpus, open_scored_corpus
-from gptlab.evaluators.results import print_result, results_folder, write_result
+from gptlab.evaluators.results import EvalResult, print_result, results_folder, write_result
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.exit_codes import DONE
 from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.tracking.run_directory import best_checkpoint
 
-if TYPE_CHECKING:
-    from gptlab.evaluators.evaluator import EvalResult
-
 
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
 def main(values: DictConfig) -> int:
-    """Load the model, score it, print and keep what was found."""
+    """Loads the model, scores it, prints and writes the results."""
     config = validate(EvaluateConfig, resolve_to_dict(values))
     source = open_model_source(config.run)  # says what is wrong before torch is imported, as the next three do
     check_request(config, source)
@@ -34,7 +30,7 @@ def main(values: DictConfig) -> int:
 
 
 def _names_tokenizer() -> bool:
-    """Whether a tokenizer stands on the command line."""
+    """Whether the command line names a tokenizer."""
     return any(override.startswith("tokenizer") for override in HydraConfig.get().overrides.task)
 
 
@@ -46,9 +42,8 @@ def _examples(config: EvaluateConfig, source: ModelSource) -> list[Example]:
 def _score(
     config: EvaluateConfig, source: ModelSource, corpus: ScoredCorpus | None, examples: list[Example] | None
 ) -> None:
-    """Do all that is asked for, one thing after the other."""
-    from gptlab.evaluators.context import create_eval_context
-    from gptlab.evaluators.evaluator import evaluate_corpus, evaluate_hellaswag
+    """Runs every evaluation that is configured; the first rank prints, writes and sends the results."""
+    from gptlab.evaluators.evaluator import create_eval_context, evaluate_corpus, evaluate_hellaswag
     from gptlab.pretrained.weights import load_model
     from gptlab.tracking.wandb.evaluations import send_evaluation
 
@@ -56,24 +51,24 @@ def _score(
         from gptlab.evaluators.tasks import evaluate_tasks, find_tasks
 
         tasks = find_tasks(config)
-    machine = create_eval_context(config.precision)
-    model = load_model(source).to(machine.device)
+    context = create_eval_context(config.precision)
+    model = load_model(source).to(context.device)
     outcomes: list[EvalResult | None] = []
     if corpus is not None:
-        outcomes.append(evaluate_corpus(model, corpus, config, machine))
+        outcomes.append(evaluate_corpus(model, corpus, config, context))
     if examples is not None:
-        outcomes.append(evaluate_hellaswag(model, examples, config, machine))
+        outcomes.append(evaluate_hellaswag(model, examples, config, context))
     if config.tasks:
-        outcomes.append(evaluate_tasks(model, source.tokenizer(), tasks, config, machine))
-    if machine.rank > 0:
+        outcomes.append(evaluate_tasks(model, source.tokenizer(), tasks, config, context))
+    if context.rank > 0:
         return
-    facts = {
+    conditions = {
         "run": config.run,
         "path": str(source.path.absolute()),
         "checkpoint": best_checkpoint(source.path).name if source.is_run else None,
-        "precision": machine.precision,
-        "device": str(machine.device),
-        "processes": machine.world_size,
+        "precision": context.precision,
+        "device": str(context.device),
+        "processes": context.world_size,
         "batch_size": config.rows(source.model.block_size),
         "limit": config.limit,
         "num_fewshot": config.num_fewshot,
@@ -81,7 +76,7 @@ def _score(
     for outcome in outcomes:
         if outcome is not None:
             print_result(outcome)
-            print(write_result(outcome, facts, results_folder(config.out, source)))
+            print(write_result(outcome, conditions, results_folder(config.out, source)))
             if source.is_run:
                 send_evaluation(source.path, outcome.what, outcome.metrics)
 

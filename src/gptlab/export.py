@@ -11,9 +11,8 @@ from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.exporters.folder import check_output_free
+from gptlab.exporters.folder import check_output_free, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
-from gptlab.exporters.push import list_upload, push
 from gptlab.pretrained.source import open_model_source
 
 PUSHED = ("hf", "gguf")
@@ -38,7 +37,7 @@ class ExportConfig(FrozenConfig):
 
 @command("export", keys=set(known_keys(ExportConfig)))
 def main(values: DictConfig) -> int:
-    """Write the model, compare what is written with it, and upload it if that is asked for."""
+    """Writes the model, compares what was written with it, and uploads it if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)

@@ -21,7 +21,7 @@ from gptlab.planning.settings import KEYS, resolve_plan, run_overrides, with_voc
 
 @command("plan", keys={*known_keys(RunConfig), *KEYS})
 def main(values: DictConfig) -> int:
-    """Say what a run will need and, for a budget, which run it should be."""
+    """Prints what a run will need and, for a budget, which run it should be."""
     overrides = list(HydraConfig.get().overrides.task)
     config, wanted = resolve_plan(values, overrides)
     config, manifest = with_vocabulary(config)

@@ -12,8 +12,7 @@ from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import convert
-from gptlab.data.shards.inspection import batch_texts
-from gptlab.data.shards.token_dataset import TokenDataset, verify_shards
+from gptlab.data.shards.token_dataset import TokenDataset, batch_texts, verify_shards
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (
@@ -28,7 +27,7 @@ from gptlab.tracking.run_directory import load_config
 
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
-    """Do the one thing that is asked for."""
+    """Prepares data, or replays, converts or inspects what is prepared."""
     config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
         _replay(Path(config.replay).expanduser(), config.step)
@@ -60,7 +59,7 @@ def _convert(config: PrepareCommand, path: str) -> None:
 
 
 def _replay(directory: Path, step: int) -> None:
-    """Show the global batch of a step, as the run saw it: from its own configuration and data."""
+    """Prints the global batch of a step of a run, from its own configuration and data."""
     config = load_config(directory)
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)

@@ -24,7 +24,7 @@ from gptlab.verification.runs import ProofRuns
 
 @command("prove", keys={*known_keys(RunConfig), *known_keys(ProveArguments)})
 def main(values: DictConfig) -> int:
-    """Check the configuration, run it in several ways, and say which of its promises it keeps."""
+    """Checks the configuration, runs it in several ways, and reports which of its promises it keeps."""
     if values.resume is not None or launched_externally():
         raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
     config, wanted = resolve_proof(values, list(HydraConfig.get().overrides.task))
@@ -48,7 +48,7 @@ def main(values: DictConfig) -> int:
 
 
 def _folder(out: str | None) -> Path:
-    """Make the folder for the report and the runs."""
+    """Creates the folder of the report and the runs."""
     try:
         folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)

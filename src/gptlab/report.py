@@ -32,7 +32,7 @@ class ReportConfig(FrozenConfig):
 
 @command("report", keys=set(known_keys(ReportConfig)), literal_keys=("runs", "out"))
 def main(values: DictConfig) -> int:
-    """Write the page, or serve it."""
+    """Writes the page, or serves it."""
     config = validate(ReportConfig, resolve_to_dict(values))
     document = ReportDocument(config.runs, config.points)
     found = document.gather()
@@ -56,7 +56,7 @@ def _serve(server: LiveServer) -> None:
 
 
 def _write(path: Path, text: str) -> int:
-    """Write the page, whole or not at all; return its size in bytes."""
+    """Writes the page atomically; returns its size in bytes."""
     if path.is_dir():
         raise UserError(f"out={path} is a folder: name a file in it, out={path / 'report.html'}.")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")

@@ -32,7 +32,7 @@ class RunsCommand(FrozenConfig):
 
 @command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("filter",))
 def main(values: DictConfig) -> int:
-    """Print a line a run."""
+    """Prints a line for each run."""
     config = validate(RunsCommand, resolve_to_dict(values))
     conditions = [Condition.parse(part) for part in (config.filter or "").split(",") if part.strip()]
     if config.watch is not None and not get_console().is_terminal:

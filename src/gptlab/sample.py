@@ -60,7 +60,7 @@ class SampleConfig(SamplingConfig):
 
 @command("sample", keys=set(known_keys(SampleConfig)), literal_keys=("prompt",))
 def main(values: DictConfig) -> int:
-    """Load the run's best weights, continue the prompts, print the texts."""
+    """Loads the model, continues the prompts, and prints the texts."""
     config = validate(SampleConfig, resolve_to_dict(values))
     source = open_model_source(config.run)  # says what is wrong before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
@@ -75,7 +75,7 @@ def main(values: DictConfig) -> int:
 
 
 def _lines(path: Path) -> list[str]:
-    r"""Read prompts, one a line; a line may write a line break as \n."""
+    r"""Reads prompts, one a line; a line may write a line break as \n."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -121,7 +121,7 @@ def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[
 
 
 def _print_texts(generator: "TextGenerator", config: SampleConfig) -> None:
-    """Print all texts when they are written."""
+    """Prints all texts when they are complete."""
     texts = generator.prompts
     for pieces in generator:
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
@@ -131,7 +131,7 @@ def _print_texts(generator: "TextGenerator", config: SampleConfig) -> None:
 
 
 def _print_stream(generator: "TextGenerator", config: SampleConfig) -> None:
-    """Print one text as it comes."""
+    """Prints one text as it is generated."""
     print(generator.prompts[0], end="", flush=True)
     for (piece,) in generator:
         print(piece, end="", flush=True)
@@ -147,7 +147,7 @@ def _report(generator: "TextGenerator", config: SampleConfig) -> None:
 
 
 def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
-    """Continue what is typed, until Ctrl-D; Ctrl-C ends a text."""
+    """Continues typed prompts until Ctrl-D; Ctrl-C ends a text."""
     from gptlab.model.generation.sampler import row_seeds
 
     print("Type how a text begins; Ctrl-D ends this, and Ctrl-C a text.")

@@ -49,7 +49,7 @@ def run_job(path: Path) -> int:
 
 def extra_callbacks(run: "RunContext") -> "list[ExtraCallback]":
     """Builds the callbacks that a run has from packages above ``launch``: its forecast, and the pruning of a sweep."""
-    from gptlab.forecast_callback import ForecastCallback
+    from gptlab.planning.forecast_callback import ForecastCallback
     from gptlab.sweeps.sweep_store import is_prunable
 
     callbacks: list[ExtraCallback] = [ForecastCallback(run)] if is_first_rank() else []

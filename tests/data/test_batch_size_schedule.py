@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from test_batches import BLOCK_SIZE, stream_of
 
-from gptlab.data.batch_size_schedule import BatchSizeSchedule
 from gptlab.data.batches import RankSlice, TrainBatches
-from gptlab.data.order import WindowOrder
+from gptlab.data.order import BatchSizeSchedule, WindowOrder
 
 EARLIER = [(3, 4), (5, 8), (6, 12)]
 SIZES = [4, 4, 4, 8, 8, 12, *[24] * 20]  # of every step

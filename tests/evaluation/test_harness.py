@@ -17,7 +17,7 @@ from conftest import tiny_config
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.harness import HarnessModel, model_fingerprint
-from gptlab.evaluators.context import EvalContext
+from gptlab.evaluators.evaluator import EvalContext
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.evaluators.tasks import evaluate_tasks, find_tasks
 from gptlab.model.gpt import GPT
@@ -124,7 +124,7 @@ def theirs(folder) -> HFLM:
 
 def adapter(model, tokenizer, batch_size=3) -> HarnessModel:
     return HarnessModel(
-        model, tokenizer, batch_size=batch_size, device=torch.device("cpu"), context=lambda: nullcontext()
+        model, tokenizer, batch_size=batch_size, device=torch.device("cpu"), autocast=lambda: nullcontext()
     )
 
 

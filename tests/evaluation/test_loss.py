@@ -1,11 +1,18 @@
+"""Loss and bits per byte against sums by hand, of batches and of a whole split."""
+
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from gptlab.evaluation.loss import LossSums
+from conftest import tiny_config
+from gptlab.data.batches import EvaluationBatches, RankSlice
+from gptlab.data.order import evaluation_starts
+from gptlab.evaluation.loss import LossSums, WindowBatches, accumulate_losses, cut_windows
+from gptlab.model.gpt import GPT
 from gptlab.model.loss import LogitSettings, token_losses
+from preparing import prepare_text
 
 # Five ids: one, two, three and four bytes of text, and the end of text.
 TOKEN_BYTES = torch.tensor([1, 2, 3, 4, 0], dtype=torch.uint8)
@@ -103,3 +110,152 @@ def test_where_nothing_is_scored_the_result_is_nan():
     loss, bits_per_byte = sums.result()
     assert loss == pytest.approx(math.log(5), rel=1e-6)
     assert math.isnan(bits_per_byte)
+
+
+BLOCK = 16  # of the tiny model
+END = 256  # of text, in bytes
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(tiny_config(vocab_size=257)).double().eval()
+    for parameter in model.parameters():  # far from uniform, so that context counts
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "texts"
+    folder.mkdir()
+    for number in range(9):
+        (folder / f"{number}.txt").write_text(f"däs ist {number * 'Text '}und {number}³ = {number**3}.\n")
+    return prepare_text(folder, val_fraction=0.9)
+
+
+@pytest.fixture(scope="module")
+def tokens(prepared) -> list[int]:
+    stream = prepared.stream("val")
+    return stream.read([0], len(stream))[0].tolist()
+
+
+def sums_of(model, prepared, *, stride=BLOCK, limit=None, batch_size=3, eot_id=None, ranks=1) -> torch.Tensor:
+    """What the processes of an evaluation have together."""
+    stream = prepared.stream("val")
+    windows = cut_windows(len(stream), BLOCK, stride, limit)
+    total = torch.zeros(4, dtype=torch.float64)
+    for rank in range(ranks):
+        sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
+        accumulate_losses(
+            sums, model, WindowBatches(stream, windows, BLOCK, batch_size, eot_id, rank, ranks), chunk=None
+        )
+        total += sums.sums
+    return total
+
+
+@torch.no_grad()
+def surprise(model: GPT, context: list[int], token: int) -> float:
+    """Nats of one token after its context, in float64."""
+    logits = model(torch.tensor([context]))[0, -1].numpy()
+    return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token])
+
+
+def naive(model: GPT, tokens: list[int], stride: int, *, masked: bool = False) -> list[float]:
+    """Nats of every token but the first, one at a time: the first window that reaches a token gives it its context."""
+    nats = []
+    for place in range(1, len(tokens)):
+        begin = 0
+        while begin + BLOCK < place:
+            begin += stride
+        context = tokens[begin:place]
+        if masked:
+            ends = [number for number, token in enumerate(context) if token == END]
+            context = context[ends[-1] :] if ends else context
+        nats.append(surprise(model, context, tokens[place]))
+    return nats
+
+
+def test_windows_by_hand():
+    windows = cut_windows(12, 4, 2, None)  # predicts tokens 1 to 11
+    assert windows.begins.tolist() == [0, 2, 4, 6, 8]
+    assert windows.lengths.tolist() == [4, 4, 4, 4, 3]
+    assert windows.scored.tolist() == [4, 2, 2, 2, 1]
+    assert [part.tolist() for part in cut_windows(10, 4, 4, None)] == [[0, 4, 8], [4, 4, 1], [4, 4, 1]]
+    assert [part.tolist() for part in cut_windows(3, 4, 1, None)] == [[0], [2], [2]]
+    assert cut_windows(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 whole ones, as evaluation_starts has them
+    with pytest.raises(ValueError, match="1 tokens: the first of a text is not predicted"):
+        cut_windows(1, 4, 4, None)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 5, 8])
+def test_every_token_is_scored_once_after_enough_context(stride):
+    for tokens in range(2, 40):
+        windows = cut_windows(tokens, 8, stride, None)
+        scored = []
+        for begin, length, count in zip(*windows, strict=True):
+            targets = range(begin + 1, begin + length + 1)
+            scored += targets[length - count :]
+            assert begin == 0 or length - count == 8 - stride
+        assert scored == list(range(1, tokens))
+
+
+@pytest.mark.parametrize("stride", [BLOCK, 5, 1])
+def test_loss_of_a_split_is_that_of_one_token_at_a_time(model, prepared, tokens, stride):
+    nats = naive(model, tokens, stride)
+    assert (len(tokens) - 1) % BLOCK  # the last window is not whole
+    sums = sums_of(model, prepared, stride=stride)
+    assert sums[1] == len(tokens) - 1
+    assert sums[0].item() == pytest.approx(math.fsum(nats), rel=1e-6)
+
+
+def test_bits_per_byte_count_text_alone(model, prepared, tokens):
+    nats = naive(model, tokens, BLOCK)
+    text = [(n, token) for n, token in zip(nats, tokens[1:], strict=True) if token != END]
+    assert 0 < len(text) < len(nats)
+    sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
+    sums.sums = sums_of(model, prepared)
+    expected = math.fsum(n for n, _ in text) / math.log(2) / len(bytes(token for _, token in text))
+    assert sums.result()[1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_documents_that_are_told_apart_are_scored_within_themselves(model, prepared, tokens):
+    nats = naive(model, tokens, 5, masked=True)
+    assert math.fsum(nats) != pytest.approx(math.fsum(naive(model, tokens, 5)), rel=1e-4)
+    sums = sums_of(model, prepared, stride=5, eot_id=END)
+    assert sums[0].item() == pytest.approx(math.fsum(nats), rel=1e-6)
+
+
+def test_processes_and_batches_change_nothing(model, prepared):
+    alone = sums_of(model, prepared, stride=7)
+    for ranks in (2, 3, 7):
+        torch.testing.assert_close(sums_of(model, prepared, stride=7, ranks=ranks), alone, rtol=1e-12, atol=0)
+    for batch_size in (1, 4, 100):
+        other = sums_of(model, prepared, stride=7, batch_size=batch_size)
+        torch.testing.assert_close(other, alone, rtol=1e-7, atol=0)  # losses are rounded to float32
+
+
+@torch.no_grad()
+def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch_size: int) -> torch.Tensor:
+    """Sums over all ranks of an evaluation during training."""
+    stream = prepared.stream("val")
+    starts = evaluation_starts(len(stream), BLOCK, windows)
+    sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
+    for rank in range(world_size):
+        batches = EvaluationBatches(stream, starts, BLOCK, RankSlice(rank, world_size, micro_batch_size))
+        for number in range(len(batches)):
+            idx, targets, _ = batches[number]
+            sums.add(model.token_losses(idx, targets, None, None), targets)
+    return sums.sums
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_an_evaluation_in_training_does_not_depend_on_ranks_and_micro_batches(
+    model, prepared, world_size, micro_batch_size
+):
+    for windows in range(1, 10):
+        expected = sums_in_training(model, prepared, windows, 1, windows)
+        assert expected[1] == windows * BLOCK
+        found = sums_in_training(model, prepared, windows, world_size, micro_batch_size)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

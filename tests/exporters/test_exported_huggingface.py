@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from exports import TEXT, export, random_model, tokenizer_of
-from gptlab.data.tokenizers.huggingface import tokenizer_record
+from gptlab.data.tokenizers.external import tokenizer_record
 from gptlab.exporters import exporter
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder

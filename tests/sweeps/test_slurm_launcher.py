@@ -93,7 +93,7 @@ def leave_result(trials: SlurmLauncher, folder: Path, status: int) -> None:
 @pytest.mark.parametrize("of_slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
 def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(trials, slurm, tmp_path, state, of_slurm):
     slurm.queue("6 RUNNING", f"7 {of_slurm}")
-    assert trials.reattach(trial(state), tmp_path)
+    assert trials.reattach(trial(state))
     assert trials.is_busy
     assert [trials.ended() for _ in range(5)] == [[]] * 5
 
@@ -101,30 +101,30 @@ def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(tria
 @pytest.mark.parametrize("rows", [("7 CANCELLED",), ("7 TIMEOUT", "6 RUNNING"), ()])
 def test_a_job_that_is_over_is_not(trials, slurm, tmp_path, rows):
     slurm.queue(*rows)
-    assert not trials.reattach(trial(), tmp_path)
+    assert not trials.reattach(trial())
     assert not trials.is_busy
 
 
 def test_a_trial_without_a_job_is_not_asked_about(trials, tmp_path):
-    assert not trials.reattach(trial(job=None), tmp_path)
+    assert not trials.reattach(trial(job=None))
 
 
 def test_a_result_that_was_left_while_the_sweep_was_away_counts(trials, slurm, tmp_path):
     slurm.queue()
     leave_result(trials, tmp_path, DONE)
-    assert trials.reattach(trial(), tmp_path)
+    assert trials.reattach(trial())
     assert trials.ended() == [(3, DONE)]
-    assert not trials.reattach(trial("failed"), tmp_path)  # it is to be run again
+    assert not trials.reattach(trial("failed"))  # it is to be run again
 
 
 def test_no_second_job_is_submitted_while_slurm_does_not_answer(trials, slurm, tmp_path):
     with pytest.raises(UserError, match=r"SLURM does not answer .* whether job 7 of trial 3 still"):
-        trials.reattach(trial(), tmp_path)
+        trials.reattach(trial())
 
 
 def test_a_job_is_not_given_up_while_slurm_does_not_answer(trials, slurm, tmp_path):
     slurm.queue("7 RUNNING")
-    assert trials.reattach(trial(), tmp_path)
+    assert trials.reattach(trial())
     slurm.say("squeue", "exit 1")
     assert [trials.ended() for _ in range(5)] == [[]] * 5
     slurm.queue()

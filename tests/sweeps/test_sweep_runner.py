@@ -61,7 +61,7 @@ class FakeRunner:
         self.running[trial.number] = (config, run_dir)
         return trial
 
-    def reattach(self, trial, run_dir):
+    def reattach(self, trial):
         return False
 
     def ended(self):
@@ -106,11 +106,11 @@ def swept(folder: Path, arguments, runner, **changes):
         question="", space=space.written, fixed=[], search=settings.search, n_trials=n_trials, baseline={},
         definition=" ".join(arguments), wandb_group="",
     )  # fmt: skip
-    ledger = SweepStore(folder, what)
+    store = SweepStore(folder, what)
     try:
-        return SweepRunner(ledger, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
+        return SweepRunner(store, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
     finally:
-        ledger.close()
+        store.close()
 
 
 @pytest.fixture(autouse=True)
@@ -224,8 +224,8 @@ def test_the_newest_unfinished_sweep_of_the_same_definition_goes_on(tmp_path, mo
     what.save(first)
     assert find_or_create_sweep_dir("name", what) == first
     assert find_or_create_sweep_dir("name", what.model_copy(update={"definition": "b"})) != first
-    ledger = SweepStore(first, what)
+    store = SweepStore(first, what)
     for number in range(2):
         trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
-        ledger.write(sweep_runner.Trial(**trial))
+        store.write(sweep_runner.Trial(**trial))
     assert find_or_create_sweep_dir("name", what) != first

@@ -11,16 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gptlab.data.batch_size_schedule import BatchSizeSchedule
-from gptlab.data.order import WindowOrder
+from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.streams import TokenStream
 
-AT_ONCE = 1024  # windows whose places are computed together, which costs little more than those of one batch
+AT_ONCE = 1024  # windows whose first tokens are computed together, which costs little more than those of one batch
 IGNORE_INDEX = -100  # cross_entropy's own ignore_index: a target that is not scored
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T), at every position the id that follows (B, T), and whose document it is in.
+    """Token ids (B, T), the next id at every position (B, T), and the number of its document.
 
     ``documents`` (B, T) numbers the documents of each sequence, each of which begins with an end of text (but for the
     first): as one does that is continued from nothing. None where they are not told apart.
@@ -32,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class RankSlice(NamedTuple):
-    """One rank's part of what all ranks hold at once: ``world_size * micro_batch_size`` sequences, or fewer."""
+    """One rank's share of the sequences that all ranks hold at once: ``world_size * micro_batch_size``, or fewer."""
 
     rank: int
     world_size: int
@@ -81,13 +80,13 @@ class TrainBatches(Dataset[Batch]):
 
     def _starts(self, number: int) -> NDArray[np.int64]:
         """First tokens (B,) of the windows of micro-batch ``number``."""
-        group, place = divmod(number, self.at_once)
+        group, index = divmod(number, self.at_once)
         if self._latest is None or self._latest[0] != group:
             first = group * self.at_once
             positions = [self.positions(n) for n in range(first, first + self.at_once)]
             ends = np.cumsum([len(part) for part in positions])
             self._latest = group, np.split(self.order.starts(np.concatenate(positions)), ends[:-1])
-        return self._latest[1][place]
+        return self._latest[1][index]
 
 
 class EvaluationBatches(Dataset[Batch]):

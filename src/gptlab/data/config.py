@@ -1,4 +1,4 @@
-"""Which text, in which tokens."""
+"""Configuration of the corpus and of the tokenizer."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,7 +8,7 @@ from gptlab.config.base import FrozenConfig
 
 
 class DataConfig(FrozenConfig):
-    """A corpus and how it is split, stored and ordered.
+    """Corpus, and how it is split, stored and ordered.
 
     Attributes:
         corpus: The reader: see ``gptlab.data.sources.corpora``.
@@ -66,7 +66,7 @@ class DataConfig(FrozenConfig):
 
 
 class TokenizerConfig(FrozenConfig):
-    """A tokenizer by name.
+    """Tokenizer.
 
     Attributes:
         name: "bytes" (UTF-8 bytes and an end-of-text id), "characters" (the corpus' own characters), "gpt2" (BPE) or

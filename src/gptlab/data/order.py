@@ -1,11 +1,14 @@
-"""The order of training: which window stands at each position, without an index.
+"""Order of training: which window is at each position, without an index, and which positions each step consumes.
 
-The window at global position p is a pure function of the data, the seed and p. Step s of a run with a global batch of G
-windows reads positions [s G, (s+1) G), or what ``gptlab.data.batch_size_schedule`` says where G is not always the same;
-devices, workers and micro-batches only slice that range.
+The window at global position p is a pure function of the data, the seed and p. Step s consumes the positions
+[first(s), first(s + 1)) of the ``BatchSizeSchedule``: [s G, (s + 1) G) for a constant global batch of G windows.
+Devices, workers and micro-batches only slice that range. Imports no torch.
 """
 
 import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -18,7 +21,7 @@ ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988);
 
 
 def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
-    """Permute [0, size): each index to its place under ``key``, in O(1) memory.
+    """Permutes [0, size) under ``key``, in O(1) memory.
 
     A balanced Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains", section 3, cycle walking).
@@ -46,14 +49,14 @@ def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Mix 64 bits thoroughly: the finalizer of SplitMix64 (Steele et al. 2014, figure 18)."""
+    """Hashes 64 bits: the finalizer of SplitMix64 (Steele et al. 2014, figure 18)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class ShardSequence(NamedTuple):
-    """An epoch's sequence of shards, and how many windows there are up to the end of each and of each block of them."""
+    """Order of the shards in an epoch, and the cumulative number of windows by shard and by block of shards."""
 
     shards: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -61,26 +64,26 @@ class ShardSequence(NamedTuple):
 
 
 class WindowOrder:
-    """Where the training window at each position starts.
+    """First token of the training window at each position.
 
-    Every epoch cuts the stream into windows of T tokens that do not overlap (each needs one token more, for its last
-    target), and shuffles them anew. Each epoch also moves the cuts by its own offset below T, so that over epochs a
-    token is seen at every place of a window. An epoch ends where the next begins, in the middle of a batch if need be.
+    Every epoch cuts the stream into windows of T tokens without overlap (each needs one token more, for its last
+    target) and shuffles them. It also moves the cuts by an offset below T, drawn for the epoch, so that over epochs a
+    token is seen at every position of a window. The next epoch follows at once, also within a batch.
 
-    The order "block" cuts each shard by itself, so that no window lies in two, puts the shards into a new sequence and
-    shuffles the windows of so many successive ones together: few shards are in use at a time.
+    The order "block" cuts each shard by itself, so that no window spans two, shuffles the shards, and shuffles the
+    windows of ``block_shards`` successive ones together: few shards are in use at a time.
 
     Args:
         shards: Tokens of each shard of the stream.
         block_size: T.
-        seed: The run's seed.
-        fingerprint: The data's fingerprint.
+        seed: Seed of the run.
+        fingerprint: Fingerprint of the data.
         order: "shuffled", "sequential" or "block".
-        block_shards: Shards that "block" shuffles together.
+        block_shards: Number of shards that "block" shuffles together.
         limit_windows: Use only the first so many windows of the stream, without the offset.
 
     Raises:
-        ValueError: The stream is shorter than 2 T; in the order "block", every shard is.
+        ValueError: The stream, or for "block" every shard, is shorter than 2 T.
     """
 
     def __init__(
@@ -121,10 +124,10 @@ class WindowOrder:
         return starts
 
     def ahead(self, position: int) -> list[tuple[int, int]]:
-        """Tell which tokens, from one to another, are read from ``position`` on, the first ones first.
+        """Returns the ranges of tokens that are read from ``position`` on, in the order of their use.
 
-        In the order "block" they are those of this block and the next one, in the order "sequential" about as many;
-        shuffled, all that are used.
+        For "block" these are the shards of this block and the next one, for "sequential" about as many tokens; for
+        "shuffled", all tokens.
         """
         epoch, index = divmod(position, self.windows)
         total = int(self.ends[-1]) if self.moves else self.windows * self.block_size + 1
@@ -141,24 +144,24 @@ class WindowOrder:
         return [(int(self.begins[shard]), int(self.ends[shard])) for shard in wanted]
 
     def _ordered(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """Where an epoch's windows would start without its offset."""
+        """First tokens of an epoch's windows, without its offset."""
         if self.order == "sequential":
             return indices * self.block_size
         if self.order == "shuffled":
             return self._permute(indices, self.windows, "order", epoch) * self.block_size
         shards, ends, block_ends = self._sequence(epoch)
         blocks = np.searchsorted(block_ends, indices, side="right")
-        places = np.empty_like(indices)  # in the sequence of shards
+        ranks = np.empty_like(indices)  # in the order of the shards
         for block in np.unique(blocks).tolist():
             here, begin = blocks == block, int(block_ends[block - 1]) if block else 0
             size = int(block_ends[block]) - begin
-            places[here] = begin + self._permute(indices[here] - begin, size, f"block {block}", epoch)
-        at = np.searchsorted(ends, places, side="right")
-        windows = places - (ends - self.fitting[shards])[at]
+            ranks[here] = begin + self._permute(indices[here] - begin, size, f"block {block}", epoch)
+        at = np.searchsorted(ends, ranks, side="right")
+        windows = ranks - (ends - self.fitting[shards])[at]
         return self.begins[shards[at]] + windows * self.block_size
 
     def _sequence(self, epoch: int) -> ShardSequence:
-        """An epoch's sequence; at the end of an epoch, the next one's is asked for as well, so two are kept."""
+        """Returns the order of the shards in an epoch; two are cached, as the end of an epoch also needs the next."""
         if epoch not in self._sequences:
             self._sequences = dict([*self._sequences.items()][-1:]) | {epoch: self._new_sequence(epoch)}
         return self._sequences[epoch]
@@ -173,13 +176,13 @@ class WindowOrder:
         return permute(indices.astype(np.uint64), size, self._draw(purpose, epoch)).astype(np.int64)
 
     def _draw(self, purpose: str, epoch: int) -> int:
-        """Draw 64 bits for one purpose in one epoch."""
+        """Draws 64 bits for one purpose in one epoch."""
         content = f"{self.fingerprint}\0{self.seed}\0{purpose}\0{epoch}".encode()
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest())
 
 
 def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed: int) -> WindowOrder:
-    """Build the order that a run with this data, block and seed trains in."""
+    """Builds the order of a run with this data, block size and seed."""
     shards = [shard.tokens for shard in manifest.splits["train"]]
     return WindowOrder(
         shards, block_size, seed, manifest.fingerprint(), config.order, config.block_shards, config.limit_windows
@@ -187,7 +190,43 @@ def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed
 
 
 def evaluation_starts(tokens: int, block_size: int, windows: int | None) -> NDArray[np.int64]:
-    """First tokens of the windows that every evaluation scores: all of them, or so many evenly spread ones."""
+    """First tokens of the windows that every evaluation scores: all, or ``windows`` of them, evenly spread."""
     available = (tokens - 1) // block_size
     count = available if windows is None else min(windows, available)
     return (np.arange(count, dtype=np.int64) * available // max(count, 1)) * block_size
+
+
+BatchSizeStage = tuple[int, int]  # the last step of a stage, counted from 1, and the windows of each of its steps
+
+
+class BatchSizeSchedule:
+    """Global batch size of every step, and the positions that it consumes: pure functions of the step.
+
+    Smaller batches come first, as the noise of a gradient matters more the lower the loss is (McCandlish et al. 2018,
+    An Empirical Model of Large-Batch Training, section 2.2; Smith et al. 2018, Don't Decay the Learning Rate, Increase
+    the Batch Size).
+
+    Args:
+        batch: Windows of a step after the earlier stages.
+        earlier: Earlier stages, in order.
+    """
+
+    def __init__(self, batch: int, earlier: Sequence[BatchSizeStage] = ()) -> None:
+        self.sizes = [*(size for _, size in earlier), batch]
+        self._begins = [0, *(end for end, _ in earlier)]  # steps before each stage
+        lengths = [end - begin for begin, (end, _) in zip(self._begins, earlier, strict=False)]
+        self._firsts = [0, *accumulate(length * size for length, (_, size) in zip(lengths, earlier, strict=True))]
+
+    def batch(self, step: int) -> int:
+        """Number of windows of step ``step``, counted from 0."""
+        return self.sizes[bisect_right(self._begins, step) - 1]
+
+    def first(self, step: int) -> int:
+        """Position of the first window of step ``step``, counted from 0: the number of windows of all steps before."""
+        stage = bisect_right(self._begins, step) - 1
+        return self._firsts[stage] + (step - self._begins[stage]) * self.sizes[stage]
+
+    def steps(self, windows: int) -> int:
+        """Smallest number of steps, at least one, that consume so many windows."""
+        stage = bisect_left(self._firsts, windows) - 1
+        return self._begins[stage] - (self._firsts[stage] - windows) // self.sizes[stage]

@@ -1,4 +1,4 @@
-"""Which ending a model finds likeliest: the score of HellaSwag that GPT-2's trainers quote.
+"""Accuracy on completions: the HellaSwag score that reproductions of GPT-2 report.
 
 The loss of an ending after its context is summed over its tokens (acc), or their mean is taken (acc_norm); the model
 chooses the ending with the lowest (llm.c, dev/data/hellaswag.py). The harness encodes the same texts in another way and
@@ -18,22 +18,22 @@ from gptlab.evaluation.hellaswag import Example
 
 
 class Scorer(Protocol):
-    """What of a network is asked; see ``gptlab.model.gpt.GPT``."""
+    """Model that returns token losses; see ``gptlab.model.gpt.GPT``."""
 
     def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
-        """Loss of every token (B, T), 0 where it is not scored."""
+        """Returns the loss of every token (B, T), 0 where it is not scored."""
         ...
 
 
 class EndingLoss(NamedTuple):
-    """Of one ending: its nats, and of how many tokens."""
+    """Loss of one ending: the sum in nats, and the number of its tokens."""
 
     nats: float
     tokens: int
 
 
 class AccuracyCounts(NamedTuple):
-    """Examples, and how many of them were answered rightly by the lowest sum and by the lowest mean."""
+    """Number of examples, and of those answered correctly by the lowest sum and by the lowest mean."""
 
     by_sum: int
     by_mean: int
@@ -41,19 +41,19 @@ class AccuracyCounts(NamedTuple):
 
     @property
     def acc(self) -> float:
-        """Share that the lowest sum gets right."""
+        """Accuracy by the lowest sum."""
         return self.by_sum / self.examples
 
     @property
     def acc_norm(self) -> float:
-        """Share that the lowest mean gets right."""
+        """Accuracy by the lowest mean."""
         return self.by_mean / self.examples
 
 
 def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
-    """Deal out examples: a rank's batches, of which all ranks have equally many, and some may have an empty last one.
+    """Returns a rank's batches; all ranks have equally many, of which the last may be empty.
 
-    Examples of about one length are together.
+    Examples of similar length are batched together.
     """
     mine = sorted(examples[rank::world_size], key=_length, reverse=True)
     most = -(-len(examples) // world_size)
@@ -64,7 +64,7 @@ def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_
 def ending_losses(
     model: Scorer, examples: Sequence[Example], *, block_size: int, device: torch.device, chunk: int | None
 ) -> list[list[EndingLoss]]:
-    """Score the endings of examples, all at once; what is longer than the block loses its beginning."""
+    """Scores all endings of some examples in one batch; texts longer than the block lose their beginning."""
     rows, counts = [], []
     for example in examples:
         for ending in example.endings:
@@ -84,7 +84,7 @@ def ending_losses(
 
 
 def count_correct(losses: Sequence[Sequence[EndingLoss]], labels: Sequence[int]) -> AccuracyCounts:
-    """Count right answers; of endings that are equally likely, the first one is the answer."""
+    """Counts correct answers; of equally likely endings, the first is the answer."""
     by_sum = by_mean = 0
     for endings, label in zip(losses, labels, strict=True):
         sums, means = [loss.nats for loss in endings], [loss.nats / loss.tokens for loss in endings]

@@ -1,4 +1,4 @@
-"""A GPT for lm-evaluation-harness (Gao et al. 2023), in this process: what its tasks ask of a model.
+"""Model adapter of lm-evaluation-harness (Gao et al. 2023) for a GPT in this process.
 
 It follows the harness' own ``hf`` model: texts are encoded, cut from the left and scored as there, so that a model and
 its export to Hugging Face give the same answers. Shapes: B rows, T time, N scored tokens, V vocabulary.
@@ -36,14 +36,14 @@ SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
-    """Answers the harness' requests.
+    """Answers the requests of lm-evaluation-harness.
 
     Args:
         model: On its device.
         tokenizer: The model's.
         batch_size: Rows at a time.
         device: The model's.
-        context: Made anew for every forward pass: its precision.
+        autocast: Returns the context manager of a forward pass, which sets its precision.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class HarnessModel(TemplateLM):
         *,
         batch_size: int,
         device: torch.device,
-        context: Callable[[], AbstractContextManager[Any]],
+        autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         super().__init__()
-        self.model, self.encoding, self.batch_size, self.context = model.eval(), tokenizer, batch_size, context
+        self.model, self.encoding, self.batch_size, self.autocast = model.eval(), tokenizer, batch_size, autocast
         self.max_length = model.config.block_size
         self._placed_on = device
 
@@ -86,14 +86,14 @@ class HarnessModel(TemplateLM):
         return end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode a text; where a task has written <|endoftext|> into it, that is the token, as with ``hf``."""
+        """Encodes a text; <|endoftext|> in it becomes the token, as with ``hf``."""
         if (end := self.encoding.end_of_text) is None:
             return self.encoding.encode(string).tolist()
         first, *others = (self.encoding.encode(part).tolist() for part in string.split(END_OF_TEXT))
         return [*first, *(id_ for part in others for id_ in (end, *part))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the block that do not overlap but for their first token."""
+        """Returns log-likelihoods of whole texts, in windows of the block that overlap in their first token only."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -110,7 +110,7 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[Answer]:
-        """Answer requests in ids: the longest first, and once what several continuations of one token have before them.
+        """Answers tokenized requests, longest first; contexts that several one-token continuations share are run once.
 
         The harness asks ``loglikelihood`` of a model, and TemplateLM, which cuts texts into ids, asks this of its
         subclasses: abstract there, though its name is private (read in lm_eval 0.4.13).
@@ -142,15 +142,15 @@ class HarnessModel(TemplateLM):
     def _logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> Sequence[Tensor]:
         """Logits (N, V) of what follows the last so many tokens of each row."""
         idx = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
-        places = torch.zeros_like(idx, dtype=torch.bool)
+        scored = torch.zeros_like(idx, dtype=torch.bool)
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
             idx[number, : len(row)] = torch.tensor(row)
-            places[number, len(row) - count : len(row)] = True
-        with self.context():
-            return self.model.logits_at(idx.to(self.device), places.to(self.device)).split(list(counts))
+            scored[number, len(row) - count : len(row)] = True
+        with self.autocast():
+            return self.model.logits_at(idx.to(self.device), scored.to(self.device)).split(list(counts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts, each up to one of its stop strings; requests with the same settings go together."""
+        """Continues contexts up to a stop string; requests with the same settings are batched."""
         alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[repr(request.args[1])].append(number)
@@ -167,7 +167,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _continued(self, contexts: Sequence[list[int]], settings: dict[str, Any], first: int) -> list[str]:
-        """Continue contexts that share their settings; ``first`` is the number of the first among its like."""
+        """Continues contexts with the same settings; ``first`` is the index of the first one among these."""
         kwargs: dict[str, Any] = {**normalize_gen_kwargs(settings, MAX_GEN_TOKS)}
         stops = handle_stop_sequences(kwargs.pop("until"), eos=END_OF_TEXT)
         most = kwargs.pop("max_gen_toks")
@@ -181,7 +181,7 @@ class HarnessModel(TemplateLM):
         texts, waiting = [""] * len(prompts), []
         seeds = row_seeds(SEED + self.rank, first + len(prompts))[first:]
         sampling = _sampling_config(kwargs)
-        with self.context():
+        with self.autocast():
             rows = generate(
                 self.model,
                 prompts,
@@ -202,12 +202,12 @@ class HarnessModel(TemplateLM):
         return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
 
     def _watched(self, batches: range, what: str) -> Iterable[int]:
-        """Show a bar on the first process, where there is a terminal."""
+        """Wraps batches in a progress bar, on the first rank and in a terminal."""
         bar: Iterable[int] = tqdm(batches, desc=what, unit="batch", disable=True if self.rank else None)
         return bar
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Put together one number of every rank."""
+        """Gathers one number of every rank."""
         if self.world_size == 1:
             return tensor
         parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
@@ -215,7 +215,7 @@ class HarnessModel(TemplateLM):
         return torch.stack(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Bring what every rank has to one of them; None on the others."""
+        """Gathers objects of all ranks on rank ``dst``; returns None on the others."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size if self.rank == dst else None
@@ -223,7 +223,7 @@ class HarnessModel(TemplateLM):
         return gathered
 
     def barrier(self) -> None:
-        """Wait for the other ranks."""
+        """Waits for the other ranks."""
         if self.world_size > 1:
             dist.barrier()
 
@@ -237,7 +237,7 @@ def model_fingerprint(model: GPT) -> str:
 
 
 def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
-    """Score a continuation (N) by the logits (N, V) before its tokens."""
+    """Scores a continuation (N) by the logits (N, V) before its tokens."""
     targets = torch.tensor(continuation, device=logits.device)
     chances = torch.log_softmax(logits.float(), dim=-1)
     value = chances.gather(1, targets[:, None]).sum(dtype=torch.float64)
@@ -245,7 +245,7 @@ def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
 
 
 def _sampling_config(kwargs: dict[str, Any]) -> SamplingConfig:
-    """Make settings of what a task says; UserError for what there is no counterpart for."""
+    """Converts a task's generation settings; raises UserError for one without a counterpart."""
     sampled = kwargs.pop("do_sample")
     if unknown := set(kwargs) - SAMPLING_KEYS:
         raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which gptlab does not have.")

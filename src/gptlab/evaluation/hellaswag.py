@@ -1,4 +1,4 @@
-"""HellaSwag's examples (Zellers et al. 2019): read and written as GPT-2's trainers keep them. Imports no torch.
+"""HellaSwag's examples (Zellers et al. 2019): JSON Lines, and llm.c's binary format. Imports no torch.
 
 | file   | layout                                                                                               |
 |--------|------------------------------------------------------------------------------------------------------|
@@ -26,7 +26,7 @@ PREFIX = 5  # numbers of a record before its context
 
 
 class Example(NamedTuple):
-    """A beginning and what may come after it, as token ids, and which of the endings is the right one."""
+    """Context and its possible endings, as token ids, and the index of the correct ending."""
 
     context: list[int]
     endings: list[list[int]]
@@ -34,7 +34,7 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
-    """Read examples, the first ``limit`` of them or all.
+    """Reads the first ``limit`` examples, or all.
 
     An ending is encoded by itself, after a space, as llm.c and build-nanogpt do it.
 
@@ -67,7 +67,7 @@ read_examples_cached = lru_cache(maxsize=1)(read_examples)
 
 
 def write_bin(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples, in GPT-2's tokens, as llm.c reads them.
+    """Writes examples, in GPT-2's tokens, in llm.c's format.
 
     Raises:
         UserError: They do not fit the format.
@@ -100,10 +100,10 @@ def _read_bin(path: Path) -> list[Example]:
     if version != VERSION:
         raise ValueError(f"it is of version {version}, not {VERSION}")
     stream = np.frombuffer(content, dtype="<u2", offset=4 * HEADER_INTS).tolist()
-    examples, place = [], 0
+    examples, offset = [], 0
     for count in range(number):
-        begin, size, _, label, endings = (*stream[place : place + PREFIX], *[-1] * PREFIX)[:PREFIX]
-        record = stream[place + PREFIX : place + size // 2]
+        begin, size, _, label, endings = (*stream[offset : offset + PREFIX], *[-1] * PREFIX)[:PREFIX]
+        record = stream[offset + PREFIX : offset + size // 2]
         texts = _split_record(record)
         if (
             begin != EXAMPLE_MARKER
@@ -111,21 +111,21 @@ def _read_bin(path: Path) -> list[Example]:
             or len(texts) != 1 + endings
             or not 0 <= label < endings
         ):
-            raise ValueError(f"the record of example {count} (uint16 number {place:,}) is damaged")
+            raise ValueError(f"the record of example {count} (uint16 number {offset:,}) is damaged")
         examples.append(Example(texts[0], texts[1:], label))
-        place += size // 2
+        offset += size // 2
     return examples
 
 
 def _split_record(record: list[int]) -> list[list[int]]:
-    """Cut a record into its context and its endings; nothing where a length is 0 or leads beyond the end."""
-    texts, place = [], 0
-    while place < len(record):
-        end = place + 1 + record[place]
-        if not place + 1 < end <= len(record):
+    """Splits a record into its context and its endings; returns nothing if a length is wrong."""
+    texts, offset = [], 0
+    while offset < len(record):
+        end = offset + 1 + record[offset]
+        if not offset + 1 < end <= len(record):
             return []
-        texts.append(record[place + 1 : end])
-        place = end
+        texts.append(record[offset + 1 : end])
+        offset = end
     return texts
 
 
@@ -141,7 +141,7 @@ def _read_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Exa
 
 
 def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
-    """Encode one line; the hub's copy of the data set has the label as text."""
+    """Encodes one line; the hub's copy of the data set has the label as text."""
     values: dict[str, Any] = fields if isinstance(fields, dict) else {}
     context: Any
     endings: Any
@@ -149,8 +149,8 @@ def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
     context, endings, label = (values.get(key) for key in ("ctx", "endings", "label"))
     if isinstance(label, str) and label.isdecimal():
         label = int(label)
-    told = isinstance(context, str) and context and isinstance(endings, list) and isinstance(label, int)
-    if not told or not 0 <= label < len(endings) or not all(isinstance(ending, str) for ending in endings):
+    is_complete = isinstance(context, str) and context and isinstance(endings, list) and isinstance(label, int)
+    if not is_complete or not 0 <= label < len(endings) or not all(isinstance(ending, str) for ending in endings):
         raise ValueError(f"line {number} has no ctx, endings and label that go together")
     beginning = tokenizer.encode(context).tolist()
     return Example(beginning, [tokenizer.encode(f" {ending}").tolist() for ending in endings], label)

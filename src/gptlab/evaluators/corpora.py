@@ -1,4 +1,4 @@
-"""The corpus that a model is scored on, in the model's own tokens. Imports no torch."""
+"""Corpus that a model is scored on, in the model's own tokens. Imports no torch."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class ScoredCorpus(NamedTuple):
-    """What is scored.
+    """Corpus to score.
 
     Attributes:
         prepared: The data.
@@ -31,7 +31,7 @@ class ScoredCorpus(NamedTuple):
 
 
 def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer_is_named: bool) -> ScoredCorpus:
-    """Prepare the corpus that is asked for: one that is named, or what the run was trained on.
+    """Prepares the corpus to score: the one that is configured, or the run's training data.
 
     It is prepared in the model's own tokenizer, since a model has a loss in no other: a BPE or a table of characters is
     taken from the model, not made of this corpus. A run that was trained within documents is scored within them.

@@ -1,51 +1,84 @@
-"""The scoring itself: a model on a corpus, and on HellaSwag."""
+"""Evaluation of a model on a corpus and on HellaSwag, by one process or by those that torchrun or srun started."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from gptlab.data.shards.manifest import SPLITS
 from gptlab.errors import UserError
 from gptlab.evaluation.completions import AccuracyCounts, count_correct, ending_losses, rank_batches
-from gptlab.evaluation.corpus import WindowBatches, accumulate_losses, cut_windows
 from gptlab.evaluation.hellaswag import Example
-from gptlab.evaluation.loss import LossSums
-from gptlab.evaluators.context import EvalContext
+from gptlab.evaluation.loss import LossSums, WindowBatches, accumulate_losses, cut_windows
 from gptlab.evaluators.corpora import ScoredCorpus
+from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 from gptlab.training.auto import resolve_loss_chunk
+from gptlab.training.devices import Devices, use_best_matmul
+from gptlab.training.distributed.processes import external_devices, launched_externally
 
 T = TypeVar("T")
 
 
-class EvalResult(NamedTuple):
-    """What an evaluation has found.
+class EvalContext(NamedTuple):
+    """Device, precision and rank of one process of an evaluation.
 
     Attributes:
-        what: "loss", "hellaswag" or "tasks".
-        values: Plain data, for the file.
-        metrics: Its numbers by name, for a logger.
-        rows: For the table: a line of cells each, the first of them the heading.
+        device: Device that the model is on.
+        precision: "float32", or "bfloat16" for matrix products, with weights and losses in float32.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
-    what: str
-    values: dict[str, Any]
-    metrics: dict[str, float]
-    rows: Sequence[tuple[str, ...]]
+    device: torch.device
+    precision: Literal["float32", "bfloat16"]
+    rank: int
+    world_size: int
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the context manager that computes in this precision."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def all_reduce(self, numbers: Tensor) -> Tensor:
+        """Sums ``numbers`` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(numbers)
+        return numbers
 
 
-def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, machine: EvalContext) -> EvalResult:
-    """Score a model on the split of a corpus that is asked for; every process gets the numbers of all of them."""
+def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> EvalContext:
+    """Chooses the GPU if there is one, and joins the process group if torchrun or srun started this process."""
+    cuda = torch.cuda.is_available()
+    rank, world_size = 0, 1
+    if launched_externally():
+        from gptlab.training.distributed.process_group import join_group  # imports Lightning
+
+        devices, nodes = external_devices()
+        join_group(Devices("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
+        if dist.is_initialized():
+            rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    use_best_matmul(device)
+    if precision == "auto":
+        precision = "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return EvalContext(device, precision, rank, world_size)
+
+
+def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, context: EvalContext) -> EvalResult:
+    """Scores a model on ``config.split`` of a corpus; every process returns the result of all."""
     prepared, block_size = corpus.prepared, model.config.block_size
     stride = config.stride or block_size
-    sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()).to(machine.device))
+    sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()).to(context.device))
     splits = SPLITS if config.split == "all" else (config.split,)
     parts, begun = [], time.perf_counter()
     for split in splits:
@@ -54,16 +87,16 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, ma
             windows = cut_windows(len(stream), block_size, stride, config.windows)
         except ValueError as error:
             raise UserError(f"{prepared.manifest.origin}, {split}: {error}.") from None
-        place = (machine.rank, machine.world_size)
-        parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.eot_id, *place))
-    with machine.context(), track_progress("scoring", machine, sum(map(len, parts))) as watched:
+        ranks = (context.rank, context.world_size)
+        parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.eot_id, *ranks))
+    with context.autocast(), track_progress("scoring", context, sum(map(len, parts))) as track:
         for part in parts:
-            accumulate_losses(sums, model, watched(part), resolve_loss_chunk("auto", model.config))
-    sums.sums = machine.summed(sums.sums)
+            accumulate_losses(sums, model, track(part), resolve_loss_chunk("auto", model.config))
+    sums.sums = context.all_reduce(sums.sums)
     loss, bits_per_byte = sums.result()
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
     seconds = time.perf_counter() - begun
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # where a float ends
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows beyond
     values = {
         "data": prepared.manifest.origin,
         "fingerprint": prepared.manifest.fingerprint(),
@@ -90,18 +123,18 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, ma
     return EvalResult("loss", values, metrics, rows)
 
 
-def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, machine: EvalContext) -> EvalResult:
-    """Let a model choose endings; every process gets the numbers of all of them."""
-    device, block_size = machine.device, model.config.block_size
+def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, context: EvalContext) -> EvalResult:
+    """Scores a model on HellaSwag; every process returns the result of all."""
+    device, block_size = context.device, model.config.block_size
     chunk, begun = resolve_loss_chunk("auto", model.config), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)
-    batches = rank_batches(examples, machine.rank, machine.world_size, config.rows(block_size))
-    with machine.context(), track_progress("HellaSwag", machine, len(batches)) as watched:
-        for batch in watched(batches):
+    batches = rank_batches(examples, context.rank, context.world_size, config.rows(block_size))
+    with context.autocast(), track_progress("HellaSwag", context, len(batches)) as track:
+        for batch in track(batches):
             if batch:
                 losses = ending_losses(model, batch, block_size=block_size, device=device, chunk=chunk)
                 counts += torch.tensor(count_correct(losses, [example.label for example in batch]), device=device)
-    found = AccuracyCounts(*machine.summed(counts).tolist())
+    found = AccuracyCounts(*context.all_reduce(counts).tolist())
     values = {
         "data": config.hellaswag,
         "examples": found.examples,
@@ -118,16 +151,16 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
 
 
 @contextmanager
-def track_progress(what: str, machine: EvalContext, total: int) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Show a bar of so many batches on the first process while what goes through it is used up."""
+def track_progress(what: str, context: EvalContext, total: int) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+    """Shows a progress bar of ``total`` batches on the first rank; yields the wrapper of the batches."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("batches ·"), TimeRemainingColumn())
-    hidden = machine.rank > 0 or not get_console().is_terminal
+    hidden = context.rank > 0 or not get_console().is_terminal
     with Progress(*columns, console=get_console(), transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)
 
-        def watched(batches: Iterable[T]) -> Iterator[T]:
+        def track(batches: Iterable[T]) -> Iterator[T]:
             for batch in batches:
                 yield batch
                 bar.advance(task)
 
-        yield watched
+        yield track

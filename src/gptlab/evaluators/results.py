@@ -1,4 +1,4 @@
-"""The record of an evaluation: a table on the screen and a file beside the run. Imports no torch."""
+"""Result of an evaluation: printed as a table and written as JSON beside the run. Imports no torch."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from rich import box, get_console
 from rich.table import Table
@@ -19,22 +19,27 @@ from gptlab.pretrained.source import ModelSource
 FOLDER = "evaluations"
 
 
-class Reportable(Protocol):
-    """See ``gptlab.evaluators.evaluator.EvalResult``."""
+class EvalResult(NamedTuple):
+    """Result of an evaluation.
 
-    @property
-    def what(self) -> str: ...  # noqa: D102
-    @property
-    def values(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def rows(self) -> Sequence[tuple[str, ...]]: ...  # noqa: D102
+    Attributes:
+        what: "loss", "hellaswag" or "tasks".
+        values: Plain data for the JSON file.
+        metrics: Values by name, for a logger.
+        rows: Cells of the printed table; the first row is its heading, if rows have more than two cells.
+    """
+
+    what: str
+    values: dict[str, Any]
+    metrics: dict[str, float]
+    rows: Sequence[tuple[str, ...]]
 
 
 def results_folder(out: str | None, source: ModelSource) -> Path:
-    """Make the folder for results: the one named, or evaluations/ in the run, or here for a model that is no run.
+    """Creates the folder of results: ``out``, else evaluations/ in the run directory, else in the working directory.
 
     Raises:
-        UserError: It cannot be made.
+        UserError: It cannot be created.
     """
     folder = Path(out).expanduser() if out else (source.path if source.is_run else Path()) / FOLDER
     try:
@@ -44,20 +49,20 @@ def results_folder(out: str | None, source: ModelSource) -> Path:
     return folder
 
 
-def write_result(found: Reportable, facts: dict[str, Any], folder: Path) -> Path:
-    """Write <what>_<time>.json: what was found and under what conditions."""
-    named = f"{found.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+def write_result(result: EvalResult, conditions: dict[str, Any], folder: Path) -> Path:
+    """Writes <what>_<time>.json, with the conditions of the evaluation, and returns its path."""
+    named = f"{result.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     path = next(p for n in range(1, 10**6) if not (p := folder / f"{named}{f'-{n}' if n > 1 else ''}.json").exists())
-    told = {"what": found.what, "gptlab": metadata.version("gptlab"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_durably(path, json.dumps(_to_json(told | facts | found.values), indent=2) + "\n")
+    header = {"what": result.what, "gptlab": metadata.version("gptlab"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_durably(path, json.dumps(_to_json(header | conditions | result.values), indent=2) + "\n")
     return path
 
 
-def print_result(found: Reportable) -> None:
-    """Print the table."""
-    headed = len(found.rows[0]) > 2
+def print_result(result: EvalResult) -> None:
+    """Prints the table of a result."""
+    headed = len(result.rows[0]) > 2
     table = Table(box=box.SIMPLE, show_header=headed)
-    heading, *lines = found.rows if headed else [("", ""), *found.rows]
+    heading, *lines = result.rows if headed else [("", ""), *result.rows]
     for number, title in enumerate(heading):
         table.add_column(title, style=None if number else "bold")
     for cells in lines:
@@ -66,7 +71,7 @@ def print_result(found: Reportable) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """Make of the harness' values what JSON has; numbers that are none become null."""
+    """Converts the harness' values to what JSON has; non-finite numbers become null."""
     if isinstance(value, dict):
         return {str(key): _to_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What ``python -m gptlab.evaluate`` is asked for, and what of it can be refused without torch. Imports no torch."""
+"""Configuration of ``python -m gptlab.evaluate``, and its checks before anything is loaded. Imports no torch."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +43,7 @@ class EvaluateConfig(FrozenConfig):
         return " and ".join(key for key in keys if getattr(self, key) is not None)
 
     def rows(self, block_size: int) -> int:
-        """How many windows, texts or examples are scored at a time, by a model of this block."""
+        """Number of windows, texts or examples per batch, for a model of this block size."""
         return self.batch_size or max(1, TOKENS_PER_BATCH // block_size)
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class EvaluateConfig(FrozenConfig):
 
 
 def check_request(config: EvaluateConfig, source: ModelSource) -> None:
-    """See what can be seen before anything is loaded.
+    """Checks a request before anything is loaded.
 
     Raises:
         UserError: A package or a folder is missing, or the stride is longer than the model's block.

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness. Imported where there are some: the harness takes seconds."""
+"""Tasks of lm-evaluation-harness, whose import takes seconds."""
 
 import logging
 import os
@@ -14,26 +14,20 @@ from lm_eval.tasks import TaskManager
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError, did_you_mean, first_line
 from gptlab.evaluation.harness import HarnessModel, model_fingerprint
-from gptlab.evaluators.context import EvalContext
-from gptlab.evaluators.evaluator import EvalResult
+from gptlab.evaluators.evaluator import EvalContext
+from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 
-RESULT_KEYS = (
-    "results",
-    "groups",
-    "versions",
-    "n-shot",
-    "n-samples",
-    "higher_is_better",
-)  # of what the harness returns
+# of what simple_evaluate returns
+RESULT_KEYS = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 class HarnessTasks(TaskManager):
-    """The harness' tasks and those of a folder; says in a sentence what cannot be had."""
+    """The harness' tasks and those of a folder; a task that cannot be loaded is a UserError."""
 
     def load(self, task_list: Any) -> Any:
-        """Load tasks with their data sets, which come from the hub or its cache."""
+        """Loads tasks with their data sets, which come from the hub or its cache."""
         try:
             return super().load(task_list)
         except Exception as error:  # whatever datasets, the network or a task's own code raises
@@ -46,9 +40,9 @@ class HarnessTasks(TaskManager):
 
 
 def find_tasks(config: EvaluateConfig) -> HarnessTasks:
-    """Find the tasks that are asked for; UserError for one that there is not.
+    """Finds the tasks by name; raises UserError for an unknown one.
 
-    The harness' own are thousands of files, which are not looked through where a folder of one's own has all of them.
+    The harness' own tasks are thousands of files, which are not read if ``config.task_dir`` has all tasks.
     """
     folder = Path(config.task_dir).expanduser() if config.task_dir else None
     with _quiet_harness():
@@ -67,13 +61,13 @@ def find_tasks(config: EvaluateConfig) -> HarnessTasks:
 
 
 def evaluate_tasks(
-    model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, machine: EvalContext
+    model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, context: EvalContext
 ) -> EvalResult | None:
-    """Run tasks; the first process gets what came of it."""
+    """Runs tasks; returns the result on the first rank, None on the others."""
     rows = config.rows(model.config.block_size)
-    adapter = HarnessModel(model, tokenizer, batch_size=rows, device=machine.device, context=machine.context)
+    adapter = HarnessModel(model, tokenizer, batch_size=rows, device=context.device, autocast=context.autocast)
     cache = (
-        f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{machine.precision}" if config.cache else None
+        f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{context.precision}" if config.cache else None
     )
     begun = time.perf_counter()
     with _quiet_harness():
@@ -86,7 +80,7 @@ def evaluate_tasks(
             log_samples=False,
             task_manager=tasks,
         )
-    if found is None:  # not the first
+    if found is None:  # not the first rank
         return None
     values = {key: found[key] for key in RESULT_KEYS if key in found} | {"seconds": time.perf_counter() - begun}
     metrics: dict[str, float] = {}
@@ -106,7 +100,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Let the harness say what is wrong, and no more."""
+    """Lets the harness log errors only."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What was compared of an exported model, and with what result."""
+"""Certificate of an export: its comparisons with the reference, and their results."""
 
 import json
 import re
@@ -15,7 +15,7 @@ CERTIFICATE = "certificate.json"
 
 
 class Check(NamedTuple):
-    """One comparison.
+    """One comparison of an export with the reference.
 
     Attributes:
         what: Was compared.
@@ -35,7 +35,7 @@ class Check(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """All of them.
+    """All comparisons of an export.
 
     Attributes:
         about: The source, the format and the type of the weights.
@@ -51,7 +51,7 @@ class Certificate(NamedTuple):
 
     @property
     def failed(self) -> list[Check]:
-        """What is not as it should be."""
+        """Failed comparisons."""
         return [check for check in self.checks if not check.passed]
 
     def lines(self) -> list[str]:
@@ -66,7 +66,7 @@ class Certificate(NamedTuple):
         return done + [f"not checked: {text}" for text in self.unchecked] + told
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Writes certificate.json."""
         reference = self.reference
         values = {
             **self.about,
@@ -87,12 +87,12 @@ class Certificate(NamedTuple):
 
 
 def version(package: str) -> str:
-    """Name a package with its version."""
+    """Returns a package's name and version."""
     return f"{package} {metadata.version(package)}"
 
 
 def compare_scores(score: ScoreFunction, reference: Reference, by: str, relative: float) -> list[Check]:
-    """Compare logits and a continuation with those of a network that ``score`` runs.
+    """Compares logits and the greedy continuation with those of the exported model.
 
     Args:
         score: Of the exported model.
@@ -109,7 +109,7 @@ def compare_scores(score: ScoreFunction, reference: Reference, by: str, relative
 
 
 def compare_logits(difference: float, reference: Reference, by: str, relative: float, *, of: str = "logits") -> Check:
-    """Judge the largest difference of logits, or ``of`` what else is compared in their place."""
+    """Checks the largest difference of logits, or of what ``of`` names."""
     tolerance = relative * reference.scale
     shape = "x".join(map(str, reference.prompts.shape))
     where = f"prompts of {shape} tokens, whose logits reach {reference.scale:.3g}"
@@ -118,7 +118,7 @@ def compare_logits(difference: float, reference: Reference, by: str, relative: f
 
 
 def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relative: float) -> Check:
-    """Judge a continuation by the likeliest token.
+    """Checks a greedy continuation.
 
     It may part from ours where two tokens were as likely as each other, within twice the tolerance of a logit.
     """
@@ -137,7 +137,7 @@ def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relativ
 
 
 def compare_tensors(theirs: Iterator[tuple[str, Tensor]], reference: Reference, by: str) -> Check:
-    """Compare what a library reads from the file with what was to be written, bit by bit.
+    """Compares the tensors that a library reads from the file with the reference, bit by bit.
 
     Args:
         theirs: By the names and in the orientation of nanoGPT, as they are stored, one after the other.
@@ -155,13 +155,13 @@ def compare_tensors(theirs: Iterator[tuple[str, Tensor]], reference: Reference, 
 
 
 def compare_texts(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], by: str) -> Check:
-    """Compare what two tokenizers make of some texts."""
+    """Compares two tokenizers on some texts."""
     right = sum(list(one) == list(two) for one, two in zip(theirs, ours, strict=True))
     tokens = sum(len(ids) for ids in ours)
     return Check("tokenizer", by, f"the same ids of {right} of {len(ours)} texts ({tokens} tokens)", right == len(ours))
 
 
 def _until(ids: Sequence[int], end: int | None) -> list[int]:
-    """Leave out the end of text and what follows it."""
+    """Returns the ids before the end of text."""
     cut = list(ids)
     return cut[: cut.index(end)] if end in cut else cut

@@ -1,4 +1,4 @@
-"""One export: the reference, the files, the certificate."""
+"""An export from start to end: reference, files, certificate, model card."""
 
 from importlib import metadata
 from pathlib import Path
@@ -7,8 +7,7 @@ from gptlab.exporters import gguf, huggingface, llmc, nanogpt, onnx
 from gptlab.exporters.certificate import Certificate
 from gptlab.exporters.folder import atomic_folder
 from gptlab.exporters.formats import FORMATS, DtypeName, FormatName
-from gptlab.exporters.model_card import CARD_FILE, render_model_card
-from gptlab.exporters.model_card_info import model_title
+from gptlab.exporters.model_card import CARD_FILE, model_title, render_model_card
 from gptlab.exporters.reference import Reference, make_reference
 from gptlab.exporters.request import ExportRequest, tensor_dtypes
 from gptlab.model.external import to_external
@@ -18,16 +17,16 @@ from gptlab.pretrained.weights import load_model
 WRITERS = {"hf": huggingface, "nanogpt": nanogpt, "llmc": llmc, "gguf": gguf, "onnx": onnx}
 
 
-class ExportMismatch(Exception):  # noqa: N818  (what an export does)
-    """What was exported is not the model that it was made of. The message says in what."""
+class ExportMismatch(Exception):  # noqa: N818
+    """The exported model differs from its source; the message says how."""
 
 
 def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: Path) -> Certificate:
-    """Write a model to ``out``, and compare what is there with it.
+    """Writes a model to ``out`` and compares what was written with it.
 
     Raises:
-        Differs: It is not the same; nothing is left of it.
-        UserError: The folder cannot be made, or the source cannot be read.
+        ExportMismatch: The export differs from the model; nothing of it is left.
+        UserError: The folder cannot be created, or the source cannot be read.
     """
     tokenizer = source.tokenizer() if source.record is not None else None
     job = ExportRequest(source, form, dtype, tokenizer, model_title(source))
@@ -41,15 +40,15 @@ def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: P
         about = {"gptlab": metadata.version("gptlab"), "model": job.title, "format": form, "dtype": dtype}
         certificate = Certificate(about, reference, checked.checks, checked.unchecked)
         if failed := certificate.failed:
-            told = "; ".join(f"{check.what} by {check.by}: {check.result}" for check in failed)
-            raise ExportMismatch(f"{out} is not written: what was exported is not {source.name}. {told}.")
+            differences = "; ".join(f"{check.what} by {check.by}: {check.result}" for check in failed)
+            raise ExportMismatch(f"{out} is not written: what was exported is not {source.name}. {differences}.")
         certificate.save(folder)
         (folder / CARD_FILE).write_text(render_model_card(job, certificate), encoding="utf-8")
     return certificate
 
 
 def _write(job: ExportRequest, folder: Path) -> Reference:
-    """Compute what the model says, and write it."""
+    """Computes the reference, then writes the files."""
     model = load_model(job.source).requires_grad_(False)
     biases = FORMATS[job.format].biases
     stored = tensor_dtypes(job, to_external(model, transposed=False, biases=biases))

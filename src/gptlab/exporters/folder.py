@@ -1,4 +1,4 @@
-"""The folder that an export makes: whole, or not there. Imports no torch."""
+"""Folder of an export: written whole or not at all, and uploaded to the Hugging Face hub. Imports no torch."""
 
 import shutil
 import uuid
@@ -7,21 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptlab.data.shards.manifest import fsync_path
-from gptlab.errors import UserError
+from gptlab.errors import UserError, first_line
 
 
 def check_output_free(out: Path) -> None:
-    """See that nothing is in the way; UserError where there is something."""
+    """Raises UserError if ``out`` exists and is not an empty folder."""
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"out={out} is there already: an export makes a new folder, or fills an empty one.")
 
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder beside ``out``, which gets that name at the end; after an exception nothing of it is left.
+    """Yields a temporary folder beside ``out`` and renames it to ``out`` at the end; removes it after an exception.
 
     Raises:
-        UserError: No folder can be made there.
+        UserError: The folder cannot be created.
     """
     out = out.absolute()
     beside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
@@ -40,6 +40,31 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder."""
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+def list_upload(folder: Path) -> str:
+    """Lists the files that would be uploaded, with their sizes in bytes."""
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    lines = [f"  {size:>13,} bytes  {name}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"  {sum(sizes.values()):>13,} bytes in all"])
+
+
+def push(folder: Path, repository: str) -> str:
+    """Uploads a folder to a model repository, created if missing, and returns the repository's URL.
+
+    The token is that of ``hf auth login``, or HF_TOKEN.
+
+    Raises:
+        UserError: The upload fails.
+    """
+    from huggingface_hub import HfApi  # takes half a second to import
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        hub = HfApi()
+        address = hub.create_repo(repository, exist_ok=True)
+        hub.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export from gptlab")
+    except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise UserError(
+            f"{folder} is written, but push={repository} failed: {first_line(error)}\n"
+            f"To upload it later: hf auth login, and hf upload {repository} {folder}"
+        ) from error
+    return str(address)

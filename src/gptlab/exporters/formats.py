@@ -1,4 +1,4 @@
-"""The formats, and what each can hold. Imports no torch.
+"""Export formats, and what each can hold. Imports no torch.
 
 | format  | for                                          | its network                                             |
 |---------|----------------------------------------------|---------------------------------------------------------|
@@ -20,7 +20,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class FormatCapabilities(NamedTuple):
-    """What a format can hold.
+    """Capabilities of a format.
 
     Attributes:
         dtypes: In which its weights can be.
@@ -56,7 +56,7 @@ FORMATS: dict[FormatName, FormatCapabilities] = {
 
 
 def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: dict[str, Any] | None) -> None:
-    """See that a model can be exported as it is.
+    """Checks that a format can hold a model.
 
     Args:
         name: Of the format.
@@ -88,7 +88,7 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
 
 
 def _unsupported_options(form: FormatCapabilities, model: GPTConfig) -> list[str]:
-    """Name the options of a model that a format has not, with their values."""
+    """Returns the options of a model that a format does not have, with their values."""
     if form.activations is None:
         return []
     values = model.model_dump()

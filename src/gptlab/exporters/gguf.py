@@ -1,17 +1,30 @@
-"""A file for llama.cpp, as its convert_hf_to_gguf.py writes it of a GPT2LMHeadModel."""
+"""GGUF file for llama.cpp, laid out as its convert_hf_to_gguf.py writes a GPT2LMHeadModel.
 
+The file is checked by llama.cpp itself, which xllamacpp runs in this process: a server that listens on this machine
+alone, at a port of its own choice. Token ids are available only over HTTP.
+"""
+
+import json
+import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.huggingface import as_byte_level_bpe
-from gptlab.exporters.certificate import Check, compare_tensors, version
+from gptlab.data.tokenizers.external import as_byte_level_bpe
+from gptlab.exporters.certificate import (
+    Check,
+    compare_greedy,
+    compare_logits,
+    compare_tensors,
+    compare_texts,
+    version,
+)
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import CheckResult, ExportRequest, tensor_dtypes
+from gptlab.exporters.request import CheckResult, ExportRequest, comparison_texts, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON
 from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
@@ -23,10 +36,15 @@ FILE = "model.gguf"
 ARCHITECTURE = "gpt2"
 # llama.cpp wants merges where there are none: this one never happens, since nothing merges into the end of text
 NO_MERGE = "<|endoftext|> <|endoftext|>"
+# Differences of logits. llama.cpp's GELU is a table of float16, and with weights in float16 so are the inputs of a
+# product (ggml-cpu, GGML_GELU_FP16 and vec_dot_f16).
+RELATIVE = {"float32": 2e-3, "float16": 5e-3}
+TOP_TOKENS = 1000  # tokens whose probabilities llama.cpp returns
+SURE = 1e9  # added to a logit so that its token is drawn
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Write the weights one after the other, after what describes them and the tokenizer."""
+    """Writes the metadata and the tokenizer, then the weights one after the other."""
     import gguf
 
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
@@ -55,14 +73,11 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Read it with the gguf library, and with llama.cpp where xllamacpp is installed, which has that in a wheel."""
+    """Reads the file with the gguf library and, if xllamacpp is installed, runs it with llama.cpp."""
     checks = [compare_tensors(_read(folder / FILE, job, list(reference.tensors)), reference, version("gguf"))]
     if find_spec("xllamacpp") is None:
         return CheckResult(checks, ["logits, continuation and tokenizer, since xllamacpp (llama.cpp) is not installed"])
-    from gptlab.exporters.llama_cpp import check_with_llama_cpp
-
-    compared: list[Check] = list(check_with_llama_cpp(job, folder / FILE, reference))
-    return CheckResult([*checks, *compared], [])
+    return CheckResult([*checks, *_by_llama_cpp(job, folder / FILE, reference)], [])
 
 
 def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
@@ -81,7 +96,7 @@ def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
 
 
 def _names(layers: int) -> Callable[[str], str]:
-    """Return what names a tensor of ``to_external`` in the file."""
+    """Returns the function from a name of ``to_external`` to the tensor's name in the file."""
     import gguf
 
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, layers)
@@ -103,3 +118,73 @@ def _read(path: Path, job: ExportRequest, names: list[str]) -> Iterator[tuple[st
         if (data := there.pop(name_of(name), None)) is not None:
             yield name, torch.from_numpy(data)
     yield from ((name, torch.from_numpy(data)) for name, data in there.items())
+
+
+def _by_llama_cpp(job: ExportRequest, path: Path, reference: Reference) -> Iterator[Check]:
+    """Compares log probabilities, the greedy continuation and the tokenizer."""
+    by, relative = f"llama.cpp of {version('xllamacpp')}", RELATIVE[job.dtype]
+    server = _Server(path, context=job.source.model.block_size)
+    of = f"log probabilities of the {min(TOP_TOKENS, job.source.model.known_vocab_size):,} likeliest tokens"
+    yield compare_logits(_difference(server, job, reference), reference, by, relative, of=of)
+    if tokens := len(reference.greedy.ids):
+        ids = server.ask("completion", prompt=reference.beginning, n_predict=tokens, return_tokens=True)["tokens"]
+        yield compare_greedy(ids, reference, by, relative)
+    assert job.tokenizer is not None  # noqa: S101  (what check_format guarantees)
+    texts = comparison_texts(job.tokenizer)
+    theirs = [server.ask("tokenize", content=text)["tokens"] for text in texts]
+    yield compare_texts(theirs, [job.tokenizer.encode(text).tolist() for text in texts], by)
+
+
+def _difference(server: "_Server", job: ExportRequest, reference: Reference) -> float:
+    """Returns the largest difference of log probabilities near the end and in the middle of each prompt.
+
+    llama.cpp returns them only for tokens that complete a character, so a logit bias forces such a token; the
+    probabilities are those before the bias.
+    """
+    worst = 0.0
+    whole = _whole_character(job)
+    for prompt, logits in zip(reference.prompts, reference.logits, strict=True):
+        for length in {len(prompt) // 2, len(prompt) - 1} - {0}:  # the block has to have room for what is drawn
+            drawn = {"n_predict": 1, "n_probs": TOP_TOKENS, "logit_bias": [[whole, SURE]]}
+            answer = server.ask("completion", prompt=prompt[:length].tolist(), **drawn)["completion_probabilities"][0]
+            ours = logits[length - 1].log_softmax(-1)
+            theirs = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
+            found = torch.tensor(list(theirs.values())) - ours[list(theirs)]
+            worst = max(worst, found.abs().max().item())
+    return worst
+
+
+def _whole_character(job: ExportRequest) -> int:
+    assert job.tokenizer is not None  # noqa: S101
+    return int(job.tokenizer.encode("e")[0])
+
+
+class _Server:
+    """Server of llama.cpp with one model, on the CPU; its KV cache is float32, as gptlab's is."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(path)
+        settings.hostnames, settings.port = ["127.0.0.1"], 0
+        settings.n_ctx = context
+        settings.n_batch = settings.n_ubatch = 64
+        settings.n_gpu_layers = settings.cache_ram_mib = settings.verbosity = 0
+        settings.warmup = settings.fit_params = settings.ui = settings.endpoint_slots = False
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        for threads in (settings.cpuparams, settings.cpuparams_batch):
+            threads.n_threads = torch.get_num_threads()
+        self._server = xllamacpp.Server(settings)
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # to this machine, by no proxy
+
+    def ask(self, endpoint: str, **values: Any) -> dict[str, Any]:
+        """Posts values to an endpoint and returns its answer."""
+        if endpoint == "completion":
+            values |= {"temperature": 0, "cache_prompt": False}
+        url = f"{self._server.listening_address}/{endpoint}"
+        request = urllib.request.Request(url, json.dumps(values).encode(), {"Content-Type": "application/json"})  # noqa: S310
+        with self._open(request, timeout=600) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer

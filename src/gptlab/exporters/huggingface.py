@@ -1,4 +1,4 @@
-"""A folder that transformers' ``from_pretrained`` loads, and every server with it."""
+"""Hugging Face folder, which transformers' ``from_pretrained`` loads."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.huggingface import to_huggingface
+from gptlab.data.tokenizers.external import to_huggingface
 from gptlab.exporters.certificate import (
     Check,
     compare_greedy,
@@ -32,7 +32,7 @@ RELATIVE = 2e-5  # difference of logits: both compute in float32
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Write config.json, model.safetensors, generation_config.json and the tokenizer's files."""
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files."""
     end = job.end_of_text
     files: dict[str, Any] = {
         DESCRIPTION: _description(model.config, end, job.dtype),
@@ -47,7 +47,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Load it with safetensors, and with transformers where that is installed."""
+    """Loads the export with safetensors and, if installed, with transformers."""
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
         return CheckResult(checks, ["logits and continuation, since transformers is not installed"])
@@ -56,7 +56,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:
-    """Write a safetensors file one tensor after the other, as its own library cannot: a copy of one is there at a time.
+    """Writes a safetensors file with one tensor in memory at a time, which its own library cannot.
 
     The layout (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes; the header, JSON, with
     each tensor's type, shape and place; the tensors.
@@ -76,7 +76,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.
 
 
 def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[str, Any]:
-    """Say what transformers' GPT2Config says; n_ctx is for llama.cpp's converter, which reads it."""
+    """Returns transformers' GPT2Config; n_ctx is read by llama.cpp's converter."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

@@ -1,4 +1,4 @@
-"""Weights, and GPT-2's tokens, as llm.c reads them (karpathy/llm.c, train_gpt2.py: write_model, write_tokenizer)."""
+"""llm.c's files: weights, and GPT-2's tokens (karpathy/llm.c, train_gpt2.py: write_model, write_tokenizer)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_pr
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Write model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
+    """Writes model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
     config, dtype = model.config, getattr(torch, job.dtype)
     tensors = to_external(model, transposed=False, biases=True)
     rows = config.known_vocab_size
@@ -43,7 +43,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Read the file by its header, and run the network that it describes."""
+    """Reads the file by its header, and runs the model that it describes."""
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
     model = meta_gpt(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
@@ -57,7 +57,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
 
 def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
-    """Name the tensors of the file in their order, with their shapes."""
+    """Returns the names of the tensors, in the order of the file, with their shapes."""
     C = config.n_embd  # noqa: N806
     width = {"ln_1": C, "attn.c_attn": 3 * C, "attn.c_proj": C, "ln_2": C, "mlp.c_fc": 4 * C, "mlp.c_proj": C}
     shapes: dict[str, tuple[int, ...]] = {
@@ -72,7 +72,7 @@ def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors one after the other, as views of the file."""
+    """Yields the tensors one after the other, as views of the file."""
     header = np.fromfile(path, dtype="<i4", count=HEADER)
     _, block, rows, layers, heads, width, padded = header[1:8].tolist()
     sizes = {"block_size": block, "n_layer": layers, "n_head": heads, "n_embd": width}
@@ -93,7 +93,7 @@ def _header(*numbers: int) -> bytes:
 
 
 def _write_tokens(tokenizer: GPT2Tokenizer, path: Path) -> None:
-    """Write the bytes of every token, each after their number in one byte."""
+    """Writes the bytes of every token, preceded by their number in one byte."""
     tokens = [tokenizer.to_bytes([i]) for i in range(tokenizer.vocab_size)]
     with path.open("wb") as file:
         file.write(_header(TOKENS_MAGIC, TOKENS_VERSION, len(tokens), tokenizer.end_of_text))

@@ -1,15 +1,56 @@
 """README.md of an export: a model card as the Hugging Face hub shows it, with the certificate. Imports no torch."""
 
 from importlib import metadata
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Self
 
+from gptlab.data.shards.manifest import load_manifest
 from gptlab.exporters.formats import FormatName
-from gptlab.exporters.model_card_info import ModelCardInfo
 from gptlab.model.config import parameter_count
+from gptlab.pretrained.source import ModelSource
+from gptlab.tracking.run_store.runs import Run
 
 if TYPE_CHECKING:
     from gptlab.exporters.certificate import Certificate
     from gptlab.exporters.request import ExportRequest
+
+
+class ModelCardInfo(NamedTuple):
+    """Training of a run up to its best checkpoint; all None for a model that gptlab did not train.
+
+    Attributes:
+        dataset: Name of the training data, without a path of this machine.
+        step: Step of the best checkpoint.
+        tokens: Tokens seen by then.
+        val_loss: Validation loss there, nats per token.
+        bits_per_byte: The same in bits per byte of text.
+    """
+
+    dataset: str | None = None
+    step: int | None = None
+    tokens: int | None = None
+    val_loss: float | None = None
+    bits_per_byte: float | None = None
+
+    @classmethod
+    def of(cls, source: ModelSource) -> Self:
+        """Reads the run directory of a source."""
+        if not source.is_run:
+            return cls()
+        origin = load_manifest(source.path).origin
+        dataset = Path(origin).name if Path(origin).is_absolute() else origin  # no path of this machine
+        scored = [row for row in Run(source.path).rows if "val/loss" in row]
+        if not scored:
+            return cls(dataset)
+        best = min(scored, key=lambda row: row["val/loss"])
+        step, tokens = int(best["step"]), int(best["tokens"])
+        return cls(dataset, step, tokens, best["val/loss"], best.get("val/bits_per_byte"))
+
+
+def model_title(source: ModelSource) -> str:
+    """Returns a model's name without a path of this machine."""
+    return Run(source.path).name if source.is_run else Path(source.name.removeprefix("hf://")).name
+
 
 CARD_FILE = "README.md"
 LIBRARIES: dict[FormatName, str] = {"hf": "transformers", "gguf": "llama.cpp", "onnx": "onnx"}
@@ -32,7 +73,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 
 
 def render_model_card(job: "ExportRequest", certificate: "Certificate") -> str:
-    """Write what the model is, how it is used, and what was compared."""
+    """Renders the description, the usage and the certificate of an export."""
     front = ["---", *_front(job), "---"]
     uses = "python" if job.format in ("hf", "nanogpt", "onnx") else "sh"
     parts = [
@@ -54,19 +95,19 @@ def _front(job: "ExportRequest") -> list[str]:
 
 
 def _facts(job: "ExportRequest") -> dict[str, str]:
-    model, facts = job.source.model, ModelCardInfo.of(job.source)
+    model, info = job.source.model, ModelCardInfo.of(job.source)
     size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, block of {model.block_size:,} tokens"
     options = f"positions {model.positions}, norm {model.norm}, activation {model.activation}"
     tokenizer = job.source.record["name"] if job.source.record is not None else "unknown"
-    told = {
+    rows = {
         "architecture": f"{size}; {options}; {'with' if model.bias else 'without'} biases; "
         f"head {'tied to the embedding' if model.tie_weights else 'of its own'}",
         "parameters": f"{parameter_count(model.model_copy(update={'pad_vocab_to_multiple_of': 1})):,}",
         "tokenizer": f"{tokenizer}, {model.vocab_size:,} ids",
-        "trained on": facts.dataset,
-        "steps": f"{facts.step:,}" if facts.step is not None else None,
-        "tokens seen": f"{facts.tokens:,}" if facts.tokens is not None else None,
-        "val loss": f"{facts.val_loss:.4f} nats per token" if facts.val_loss is not None else None,
-        "bits per byte": f"{facts.bits_per_byte:.4f}" if facts.bits_per_byte is not None else None,
+        "trained on": info.dataset,
+        "steps": f"{info.step:,}" if info.step is not None else None,
+        "tokens seen": f"{info.tokens:,}" if info.tokens is not None else None,
+        "val loss": f"{info.val_loss:.4f} nats per token" if info.val_loss is not None else None,
+        "bits per byte": f"{info.bits_per_byte:.4f}" if info.bits_per_byte is not None else None,
     }
-    return {name: value for name, value in told.items() if value is not None}
+    return {name: value for name, value in rows.items() if value is not None}

@@ -1,4 +1,4 @@
-"""A checkpoint of nanoGPT: ckpt.pt, and meta.pkl with the characters that its ids are."""
+"""nanoGPT's checkpoint: ckpt.pt, and meta.pkl for a character tokenizer."""
 
 import pickle
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from gptlab.data.tokenizers.nanogpt_meta import META_FILE
+from gptlab.data.tokenizers.external import META_FILE
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, GPT2Tokenizer
 from gptlab.exporters.certificate import compare_scores, compare_tensors, version
-from gptlab.exporters.model_card_info import ModelCardInfo
+from gptlab.exporters.model_card import ModelCardInfo
 from gptlab.exporters.reference import Reference
 from gptlab.exporters.request import CheckResult, ExportRequest, omitted_tokenizer
 from gptlab.model.external import EMBEDDING, HEAD, to_external
@@ -22,8 +22,8 @@ NO_LOSS = 1e9  # what nanoGPT's train.py begins with
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Write what nanoGPT's train.py saves, but for the optimizer, and the characters beside it."""
-    config, facts = model.config, ModelCardInfo.of(job.source)
+    """Writes what nanoGPT's train.py saves, without the optimizer, and meta.pkl for characters."""
+    config, info = model.config, ModelCardInfo.of(job.source)
     state = to_external(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
@@ -31,9 +31,9 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
         "model": state,
         "optimizer": None,
         "model_args": {name: getattr(config, name) for name in names},
-        "iter_num": facts.step or 0,
-        "best_val_loss": NO_LOSS if facts.val_loss is None else facts.val_loss,
-        "config": {"out_dir": "out", "dataset": facts.dataset or "gptlab", "init_from": "resume", "compile": False},
+        "iter_num": info.step or 0,
+        "best_val_loss": NO_LOSS if info.val_loss is None else info.val_loss,
+        "config": {"out_dir": "out", "dataset": info.dataset or "gptlab", "init_from": "resume", "compile": False},
     }
     torch.save(checkpoint, folder / CHECKPOINT)
     if isinstance(job.tokenizer, CharactersTokenizer):
@@ -44,7 +44,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Read it as a source of gptlab's; nanoGPT is no package that could be installed."""
+    """Reads the export with gptlab's own reader; nanoGPT is not a package."""
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
     named = to_external(model, transposed=False, biases=False)

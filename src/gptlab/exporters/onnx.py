@@ -1,4 +1,4 @@
-"""A graph for onnxruntime, of every network that gptlab has; its weights lie beside it under their own names."""
+"""ONNX graph of any gptlab model, with its weights in a file beside it."""
 
 import logging
 import warnings
@@ -26,7 +26,7 @@ RELATIVE = 2e-5  # difference of logits: both compute in float32
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Trace the network without its weights, and write these one after the other: no copy of all is made."""
+    """Traces the model without weights, then writes these one at a time, without a second copy in memory."""
     import onnx_ir
 
     tensors = {name: tensor.contiguous() for name, tensor in unpadded_parameters(model).items()}
@@ -52,7 +52,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Read the weights, and run the graph by onnxruntime where that is installed."""
+    """Reads the weights and, if onnxruntime is installed, runs the graph."""
     checks = [compare_tensors(_read(folder, job.source.model), reference, version("onnx"))]
     if find_spec("onnxruntime") is None:
         return CheckResult(checks, ["logits and continuation, since onnxruntime is not installed"])
@@ -71,7 +71,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Let the exporter keep to itself what torchvision is, and that the weights are not there yet."""
+    """Silences the exporter's warnings of a missing torchvision and of missing weights."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -82,7 +82,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def trace_model(model: GPT) -> Any:
-    """Trace the network at any batch and time, without its weights and the padding of its vocabulary."""
+    """Traces the model for any batch and time, without its weights and the padding of its vocabulary."""
     network = meta_gpt(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
     example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")
     batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE)
@@ -100,7 +100,7 @@ def trace_model(model: GPT) -> Any:
 
 
 def _read(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Read the weights one after the other by the names of ``to_external``."""
+    """Yields the weights one after the other, by the names of ``to_external``."""
     import numpy as np
     import onnx
 

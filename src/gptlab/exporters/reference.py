@@ -1,4 +1,4 @@
-"""What an exported model is compared with: what ours says, computed before it is written.
+"""Reference that an export is compared with, computed from the model before it is written.
 
 Shapes: B prompts, T time, V vocabulary.
 """
@@ -19,7 +19,7 @@ ScoreFunction = Callable[[Tensor], Tensor]  # ids (B, T) to logits (B, T, V)
 
 
 class GreedyContinuation(NamedTuple):
-    """A continuation by the likeliest token.
+    """Greedy continuation of a text.
 
     Attributes:
         ids: That were added.
@@ -31,7 +31,7 @@ class GreedyContinuation(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What ours says.
+    """Outputs and weights that an exported model must reproduce.
 
     Attributes:
         prompts: Token ids (B, T).
@@ -61,7 +61,7 @@ class Reference(NamedTuple):
 def make_reference(
     model: GPT, stored: Mapping[str, torch.dtype], *, biases: bool, end_of_text: int | None
 ) -> Reference:
-    """Round the weights as the format will have them, and compute what the exported model has to say, too.
+    """Rounds the weights to the format's dtypes, and computes what the exported model must reproduce.
 
     Args:
         model: On the CPU, in float32; its weights are rounded.
@@ -87,7 +87,7 @@ def make_reference(
 
 
 def greedy_continuation(score: ScoreFunction, beginning: Sequence[int], tokens: int) -> GreedyContinuation:
-    """Add ``tokens`` to a text, each time the likeliest."""
+    """Continues a text by ``tokens`` tokens, always the likeliest."""
     ids, margins = list(beginning), []
     for _ in range(tokens):
         logits = score(torch.tensor([ids]))[0, -1]
@@ -103,14 +103,14 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def _prompts(vocab_size: int, block_size: int, end_of_text: int | None) -> Tensor:
-    """Choose ids from all over the vocabulary, but for the end of text, which is the last id where there is one."""
+    """Returns ids from the whole vocabulary, without the end of text, which is its last id."""
     known = max(1, vocab_size - (end_of_text is not None))
     numbers = torch.arange(PROMPTS * min(block_size, LONGEST))
     return ((numbers * 7919 + 13) % known).view(PROMPTS, -1)
 
 
 def _round(model: GPT, stored: Mapping[str, torch.dtype]) -> bool:
-    """Round weights to the types that they are stored in, one after the other; return whether there was any to."""
+    """Rounds weights in place to the dtypes that they are stored in; returns whether any changes."""
     less = {name: dtype for name, dtype in stored.items() if dtype != torch.float32}
     for name, parameter in model.named_parameters():
         dtype = less.get(name) or less.get(f"transformer.{name}")

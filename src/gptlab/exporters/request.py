@@ -1,4 +1,4 @@
-"""What every format is given, and what it gives back."""
+"""Interface of the formats: the request that they get, and the result of their check."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -21,11 +21,11 @@ class ExportRequest(NamedTuple):
     """One export.
 
     Attributes:
-        source: What is exported.
-        format: To which format.
-        dtype: Of the weights.
-        tokenizer: The model's; None where nothing says what its ids mean.
-        title: The model's name, for people.
+        source: Model to export.
+        format: Format to export to.
+        dtype: Dtype of the weights.
+        tokenizer: Tokenizer of the model; None if it is unknown.
+        title: Name of the model in its card.
     """
 
     source: ModelSource
@@ -36,31 +36,32 @@ class ExportRequest(NamedTuple):
 
     @property
     def end_of_text(self) -> int | None:
-        """The tokenizer's."""
+        """End-of-text id of the tokenizer."""
         return self.tokenizer.end_of_text if self.tokenizer is not None else None
-
-    def stored(self, name: str, tensor: Tensor) -> torch.dtype:
-        """Type in which a tensor of ``to_external`` is stored; llama.cpp's as its convert_hf_to_gguf.py stores it."""
-        if self.format == "gguf" and (tensor.dim() == 1 or name.endswith("wpe.weight")):
-            return torch.float32
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
 
 class CheckResult(NamedTuple):
-    """What a format's reader has found, and what could not be looked at, each with the reason."""
+    """Comparisons that a format's reader made, and what was not compared, each with the reason."""
 
     checks: Sequence[Check]
     unchecked: Sequence[str]
 
 
 def tensor_dtypes(job: ExportRequest, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Type in which each of some tensors is stored."""
-    return {name: job.stored(name, tensor) for name, tensor in tensors.items()}
+    """Returns the dtype in which each tensor of ``to_external`` is stored.
+
+    For llama.cpp, vectors and positions stay in float32, as its convert_hf_to_gguf.py has them.
+    """
+    dtype: torch.dtype = getattr(torch, job.dtype)
+    gguf = job.format == "gguf"
+    return {
+        name: torch.float32 if gguf and (tensor.dim() == 1 or name.endswith("wpe.weight")) else dtype
+        for name, tensor in tensors.items()
+    }
 
 
 def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], whose: str) -> list[str]:
-    """Say that a tokenizer is not in the files, where it is none of those that the other side has."""
+    """Returns the note that the tokenizer is not exported, unless its type is in ``known``."""
     if job.tokenizer is None:
         return [NO_TOKENIZER]
     if isinstance(job.tokenizer, known):
@@ -69,7 +70,7 @@ def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], whose: str) -
 
 
 def comparison_texts(tokenizer: Tokenizer) -> Sequence[str]:
-    """Texts that a tokenizer knows, to compare it by."""
+    """Returns texts to compare a tokenizer by, in its own characters."""
     if isinstance(tokenizer, CharactersTokenizer):
         return ("".join(2 * character for character in tokenizer.characters),)
     return TEXTS

@@ -16,10 +16,9 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import Format
-from gptlab.data.shards.inspection import first_documents, longest_document
 from gptlab.data.shards.manifest import SPLITS
 from gptlab.data.shards.open_shards import open_shards
-from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.shards.token_dataset import TokenDataset, first_documents, longest_document
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -86,7 +85,7 @@ class PrepareCommand(FrozenConfig):
 def open_existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
     """Opens a prepared folder or its URL, or token files of other programs, with the tokenizer that they name."""
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
-    return open_shards(data, config.tokenizer, whatever=True)
+    return open_shards(data, config.tokenizer, any_tokenizer=True)
 
 
 def print_prepared(prepared: TokenDataset) -> None:

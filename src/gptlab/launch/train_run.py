@@ -38,7 +38,7 @@ from gptlab.tracking.run_directory import (
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import SAMPLES
 from gptlab.tracking.run_store.state import end_state, status_of
-from gptlab.tracking.wandb.attach import attach_wandb
+from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import DeterminismTrace
 from gptlab.training.callbacks.garbage_collection import GarbageCollection

@@ -1,4 +1,4 @@
-"""Weights of other programs, for init_from=: a GPT-2 of Hugging Face, a checkpoint of nanoGPT. Imports no torch.
+"""Weights of other programs: a GPT-2 of Hugging Face, a checkpoint of nanoGPT. Imports no torch.
 
 | what         | layout                                                                                            |
 |--------------|---------------------------------------------------------------------------------------------------|
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from gptlab.data.tokenizers.huggingface import read_json
+from gptlab.data.tokenizers.external import read_json
 from gptlab.errors import UserError
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 from gptlab.tracking.run_directory import check_shape
@@ -65,13 +65,13 @@ def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
 
 
 def check_archive(path: Path) -> None:
-    """See that a file could be a checkpoint of nanoGPT; UserError where it could not."""
+    """Raises UserError if a file cannot be a checkpoint of nanoGPT."""
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
 
 
 def check_external_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
-    """See that weights of such a shape fit a model, and be it with rows that only pad the vocabulary."""
+    """Checks that weights of a shape fit a model; extra rows that only pad the vocabulary are allowed."""
     wanted = model.vocab_size
     if wanted is None or fits_vocabulary(there["vocab_size"], wanted):
         there = {**there, "vocab_size": wanted}
@@ -84,7 +84,7 @@ def fits_vocabulary(rows: int, vocab_size: int) -> bool:
 
 
 def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
-    """Say in gptlab's names what model_args says; nanoGPT's head is always tied and its GELU exact."""
+    """Converts nanoGPT's model_args to gptlab's names; its head is always tied and its GELU exact."""
     bias = arguments.get("bias", True) if isinstance(arguments, dict) else None  # it was no choice at first
     sizes = _sizes(f"model_args of {path}", arguments, "block_size")
     return {**sizes, "bias": bias, "tie_weights": True, "activation": "gelu"}
@@ -92,7 +92,7 @@ def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
 
 @contextmanager
 def open_safetensors(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
-    """Open a safetensors file for its tensors; UserError where it is none, or not whole."""
+    """Opens a safetensors file; raises UserError if it is invalid or incomplete."""
     try:
         with safe_open(file, framework=framework) as tensors:
             yield tensors
@@ -101,7 +101,7 @@ def open_safetensors(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Find the safetensors files of a Hugging Face folder; UserError where there are none, or not all."""
+    """Returns the safetensors files of a Hugging Face folder; raises UserError if one is missing."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
@@ -122,7 +122,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_hf_shape(folder: Path) -> dict[str, Any]:
-    """Say in gptlab's names what config.json says of a GPT-2."""
+    """Converts config.json of a Hugging Face GPT-2 to gptlab's names."""
     path = folder / DESCRIPTION
     config = read_json(path)
     if (kind := config.get("model_type")) != "gpt2":
@@ -142,7 +142,7 @@ def read_hf_shape(folder: Path) -> dict[str, Any]:
 
 
 def _sizes(origin: str, values: Any, block_size: str) -> dict[str, int]:
-    """Read whole numbers, the block size under its name there; UserError names what is missing."""
+    """Reads the sizes of a model, as integers; raises UserError for one that is missing."""
     names = {key: key for key in SIZES} | {"block_size": block_size}
     found = {key: values.get(name) if isinstance(values, dict) else None for key, name in names.items()}
     sizes = {key: size for key, size in found.items() if isinstance(size, int)}

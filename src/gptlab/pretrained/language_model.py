@@ -1,4 +1,4 @@
-"""A trained model in the hands of a notebook or a script: ``from gptlab import load``."""
+"""Python API of trained models, for notebooks and scripts: ``from gptlab import load``."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,7 +27,7 @@ Text = str | Sequence[int] | Tensor  # a text, or token ids (T,) of one
 
 
 class TextLoss(NamedTuple):
-    """How well a model foretells a text.
+    """Loss of a model on a text.
 
     Attributes:
         loss: Nats per token, of the tokens after the first.
@@ -41,7 +41,7 @@ class TextLoss(NamedTuple):
 
 
 class LanguageModel:
-    """A trained network with its tokenizer. Its methods take texts, or ids where a text is not what is meant.
+    """Trained network with its tokenizer. Its methods take texts or token ids.
 
     Args:
         network: In its training mode or not, and on any device; both stay as they are.
@@ -65,7 +65,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self.network.wte.weight.device
 
     def ids(self, text: Text) -> Tensor:
@@ -83,17 +83,17 @@ class LanguageModel:
         return torch.tensor([ids], device=self.device)
 
     def tokens(self, text: Text) -> list[str]:
-        """Spell every token of a text by itself; bytes that are no whole character are U+FFFD."""
+        """Decodes every token of a text by itself; incomplete characters become U+FFFD."""
         return [self.tokenizer.decode([number]) for number in self.ids(text)[0].tolist()]
 
     def logits(self, text: Text) -> Tensor:
-        """Score what could follow every token (T, V). Gradients flow unless torch.no_grad() is around it."""
+        """Returns the logits (T, V) of a text, with gradients unless under torch.no_grad()."""
         logits: Tensor = self.network(self.ids(text))
         return logits[0]
 
     @torch.no_grad()
     def loss(self, text: Text) -> TextLoss:
-        """Score a text, its first token aside, which nothing foretells; UserError for less than two tokens."""
+        """Returns the loss of a text, without its first token; raises UserError for fewer than two tokens."""
         ids = self.ids(text)
         if ids.size(1) < 2:
             raise UserError("A loss needs a text of two tokens or more: the first is not foretold.")
@@ -105,7 +105,7 @@ class LanguageModel:
     def generate(
         self, prompt: str = "", *, num_samples: int = 1, max_new_tokens: int | None = None, **settings: Any
     ) -> list[str]:
-        """Continue a prompt; the texts that ``gptlab.sample`` writes with the same settings, prompt included.
+        """Continues a prompt; returns the texts that ``gptlab.sample`` prints with the same settings.
 
         Args:
             prompt: "" begins a new document.
@@ -133,11 +133,11 @@ class LanguageModel:
 
     @property
     def names(self) -> list[str]:
-        """What ``capture`` and ``change`` know, in the order of the network; see ``gptlab.model.capture``."""
+        """Names that ``capture`` and ``change`` accept, in the order of the network; see ``gptlab.model.capture``."""
         return activation_names(self.network)
 
     def capture(self, text: Text, *names: str) -> dict[str, Tensor]:
-        """Run a text through the network and return activations by name, without the batch's dimension.
+        """Runs a text through the network and returns activations by name, without the batch dimension.
 
         Args:
             text: One that fits the block.
@@ -151,19 +151,19 @@ class LanguageModel:
         return {name: tensor[0] for name, tensor in activations.items()}
 
     def change(self, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
-        """Put functions of activations (1, T, ...) in their place, within a with statement."""
+        """Context manager that replaces activations (1, T, ...) by functions of them."""
         return replace_activations(self.network, changes)
 
 
 class LoadedModel(NamedTuple):
-    """What ``load`` returns."""
+    """Model and tokenizer that ``load`` returns."""
 
     model: LanguageModel
     tokenizer: Tokenizer
 
 
 def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a trained model.
+    """Loads a trained model.
 
     Args:
         name: A run directory, a Hugging Face folder, nanoGPT's checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl or
@@ -185,6 +185,6 @@ def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.flo
 
 @cache
 def _sample_defaults() -> dict[str, Any]:
-    """Read what gptlab.sample does where it is not told otherwise."""
+    """Reads the defaults of gptlab.sample."""
     values: dict[str, Any] = yaml.safe_load((configuration_folder() / "sample.yaml").read_text(encoding="utf-8"))
     return values

@@ -1,7 +1,7 @@
-"""A run of nanoGPT that goes on here: its weights, AdamW's moments and its step, exactly, or refused.
+"""Checkpoints of nanoGPT: read without unpickling, and resumed exactly or refused.
 
-What cannot go on is nanoGPT's order of the data: it draws every batch at random. The batches are those that a run of
-this configuration would have had from that step on.
+A resumed run has nanoGPT's weights, the moments of its AdamW and its step. Its batches are those that a run of this
+configuration would have from that step on: nanoGPT draws every batch at random, an order that cannot be continued.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,23 +14,33 @@ from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.external import EMBEDDING, HEAD, from_external
 from gptlab.model.gpt import GPT
-from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
-from gptlab.training.checkpoints.reading import Checkpoint
+from gptlab.training.checkpoints.reading import Checkpoint, read_plain
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optim.optimizers import parameter_groups
 from gptlab.training.optim.schedules import learning_rate
 
 
+def read_nanogpt_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint of nanoGPT, whose tensors stay on disk until they are used; raises UserError if it is none."""
+    checkpoint = read_plain(path)
+    if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("model", {})):
+        raise UserError(
+            f"{path} is not a checkpoint of nanoGPT: it has no model of named tensors. A run of gptlab is named by "
+            "its directory."
+        )
+    return checkpoint
+
+
 def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Checkpoint:
-    """Make of nanoGPT's checkpoint one of gptlab's, as a run of ``config`` would have written it at that step.
+    """Converts nanoGPT's checkpoint to the one that a run of ``config`` would have written at that step.
 
     Args:
-        path: Of the file.
-        config: Of the run that goes on.
-        model: Its network.
+        path: nanoGPT's ckpt.pt.
+        config: Configuration of the run that resumes it.
+        model: Model of that run.
 
     Raises:
-        UserError: The file is none, or the next step would not be what it would have been there.
+        UserError: The file is no such checkpoint, or the next step would differ from nanoGPT's.
     """
     checkpoint = read_nanogpt_checkpoint(path)
     step, state = checkpoint.get("iter_num"), checkpoint.get("optimizer")
@@ -64,7 +74,7 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
 
 
 def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[str, Any]]) -> None:
-    """See that the optimizer there and the one here take the same step."""
+    """Checks that the optimizer's next step is nanoGPT's."""
     own = config.optimizer
     if not isinstance(own, AdamWConfig):
         raise _refusal(path, f"its optimizer is AdamW, and this run's is {own.name}: optimizer=adamw")
@@ -85,7 +95,7 @@ def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[
 def _moments(
     path: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Name the moments: nanoGPT numbers the parameters in the order of its network, matrices first."""
+    """Yields the moments by name; nanoGPT numbers the parameters in the order of its network, matrices first."""
     order = [name for name in weights if weights[name].dim() >= 2] + [n for n in weights if weights[n].dim() < 2]
     if [number for group in state["param_groups"] for number in group["params"]] != list(range(len(order))):
         raise _refusal(path, "its optimizer has other groups than matrices and vectors")
@@ -100,3 +110,8 @@ def _moments(
 
 def _refusal(path: Path, why: str) -> UserError:
     return UserError(f"resume_from_nanogpt={path} cannot go on exactly: {why}.")
+
+
+def _are_tensors(state: Any) -> bool:
+    tensors = state.items() if isinstance(state, dict) else ()
+    return bool(tensors) and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors)

@@ -1,4 +1,4 @@
-"""Weights out of run directories, and those of others. Nothing is unpickled but plain tensors and numbers."""
+"""Loading weights of runs and of other programs. Nothing is unpickled but tensors and plain data."""
 
 from pathlib import Path
 
@@ -10,27 +10,26 @@ from gptlab.model.gpt import GPT
 from gptlab.model.lora import merge_lora
 from gptlab.model.modern import meta_gpt
 from gptlab.pretrained.external import check_external_shape, is_external, nanogpt_shape, open_safetensors, weight_files
-from gptlab.pretrained.nanogpt_file import read_nanogpt_checkpoint
-from gptlab.pretrained.source import ModelSource, open_model_source
+from gptlab.pretrained.nanogpt import read_nanogpt_checkpoint
+from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_directory import best_checkpoint, load_config
 from gptlab.training.checkpoints.reading import read_weights
 
 
 def load_weights(model: GPT, path: Path) -> None:
-    """Load weights into ``model``, which they fit: the best of a run, their average if it kept one, or those of others.
+    """Loads weights into ``model``: the best of a run (their average if it kept one), or those of another program.
 
     Raises:
-        UserError: They cannot be read, or do not fit after all.
+        UserError: They cannot be read, or do not fit.
     """
     model.load_state_dict(_read_weights(model, path))
 
 
-def load_model(source: ModelSource | Path) -> GPT:
-    """Build a trained model on the CPU, for evaluation, in float32.
+def load_model(source: ModelSource) -> GPT:
+    """Builds a trained model on the CPU, in float32 and evaluation mode.
 
-    Its weights are the file's own pages where the file has them as they are needed: they take memory once.
+    Float32 weights are memory-mapped from the file.
     """
-    source = source if isinstance(source, ModelSource) else open_model_source(str(source))
     model = meta_gpt(source.model)
     weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
     model.load_weights(weights)
@@ -38,7 +37,7 @@ def load_model(source: ModelSource | Path) -> GPT:
 
 
 def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
-    """Read the parameters of ``model`` by its own names."""
+    """Returns the state dict of ``model``."""
     if is_external(path):
         return _read_external(model, path)
     state = read_weights(best_checkpoint(path))
@@ -52,7 +51,7 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
 
 
 def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
-    """Read what ``gptlab.pretrained.external`` describes."""
+    """Returns the state dict of ``model`` from weights that ``gptlab.pretrained.external`` describes."""
     state: dict[str, Tensor] = {}
     if path.is_file():
         checkpoint = read_nanogpt_checkpoint(path)

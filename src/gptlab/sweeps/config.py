@@ -1,4 +1,4 @@
-"""The settings of the sweeper and of its launchers; see conf/hydra/sweeper/ and conf/hydra/launcher/."""
+"""Configuration of the sweeper and of its launchers; see conf/hydra/sweeper/ and conf/hydra/launcher/."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,7 +10,7 @@ Amount = PositiveInt | None
 
 
 class PruneConfig(FrozenConfig):
-    """Ends trials that fall behind: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018), counted in tokens seen."""
+    """Pruning: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018), whose resource is tokens seen."""
 
     method: Literal["asha", "hyperband"]
     min_tokens: PositiveInt
@@ -18,7 +18,7 @@ class PruneConfig(FrozenConfig):
 
 
 class SweeperConfig(FrozenConfig):
-    """What a sweep asks, and how its points are chosen."""
+    """Question of a sweep, and how its points are chosen."""
 
     question: str
     search: Literal["grid", "random", "tpe", "cmaes"]
@@ -40,13 +40,13 @@ class SweeperConfig(FrozenConfig):
 
 
 class LocalLauncherConfig(FrozenConfig):
-    """Trials on this machine."""
+    """Configuration of trials on this machine."""
 
     at_once: PositiveInt | Literal["auto"]
 
 
 class SlurmLauncherConfig(FrozenConfig):
-    """Trials as jobs of SLURM."""
+    """Configuration of trials as SLURM jobs."""
 
     at_once: PositiveInt
     timeout_min: PositiveInt

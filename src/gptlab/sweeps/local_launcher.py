@@ -1,6 +1,6 @@
-"""Trials in processes of this machine, so many at once, each with devices of its own. Imports no torch.
+"""Launcher of trials on this machine: several processes at once, each with its own devices. Imports no torch.
 
-As the ranks of a run (``gptlab.launch.supervisor``), each process leads a session of its own, and ends with this one.
+Like the ranks of a run (``gptlab.launch.supervisor``), each process has its own session, and ends with this one.
 """
 
 import os
@@ -28,11 +28,11 @@ class _Process(NamedTuple):
 
 
 class LocalLauncher:
-    """Runs trials in processes.
+    """Runs trials in processes of this machine.
 
     Args:
-        config: How many at once.
-        trainer: Of the sweep's trials, which says how many devices each needs.
+        config: Number of trials at once.
+        trainer: Trainer settings of the trials, which say how many devices each needs.
     """
 
     def __init__(self, config: LocalLauncherConfig, trainer: TrainerConfig) -> None:
@@ -41,25 +41,25 @@ class LocalLauncher:
         need = (gpus or 1) if need == "auto" else need
         fit = max(1, gpus // need)
         self.at_once = fit if config.at_once == "auto" else config.at_once
-        # beyond what fits, trials share devices
-        self._devices = [_listed(range(slot % fit * need, (slot % fit + 1) * need)) for slot in range(self.at_once)]
+        # trials beyond what fits share devices
+        self._devices = [range(slot % fit * need, (slot % fit + 1) * need) for slot in range(self.at_once)]
         self._has_gpus = gpus > 0
         self._running: dict[int, _Process] = {}
-        self._since: float | None = None  # the sweep was interrupted
-        self._stopped: set[int] = set()  # signals that were handed on
+        self._since: float | None = None  # when the sweep was interrupted
+        self._stopped: set[int] = set()  # signals forwarded to trials
 
     @property
     def has_room(self) -> bool:
-        """Whether another trial can begin."""
+        """Whether another trial can start."""
         return len(self._running) < self.at_once and not self._stopped
 
     @property
     def is_busy(self) -> bool:
-        """Whether a trial is under way."""
+        """Whether a trial is running."""
         return bool(self._running)
 
     def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
-        """Start a trial in its place; what it prints goes to output.log there."""
+        """Starts a trial, whose output goes to output.log in its run directory."""
         run_dir.mkdir(parents=True, exist_ok=True)
         Job(config, run_dir).write(run_dir / JOB)
         taken = {running.slot for running in self._running.values()}
@@ -69,15 +69,17 @@ class LocalLauncher:
         self._running[trial.number] = _Process(process, slot)
         return trial
 
-    def reattach(self, trial: Trial, run_dir: Path) -> bool:
-        """Whether a trial of an earlier start goes on by itself: processes end with their sweep."""
+    def reattach(self, trial: Trial) -> bool:
+        """Returns False: processes end with their sweep."""
         return False
 
     def ended(self) -> list[tuple[int, int]]:
-        """Return (number, exit status) of the trials that have ended since the last time."""
+        """Returns (number, exit status) of the trials that have ended since the last call."""
         if self._since is not None and time.monotonic() - self._since > GRACE:
             self._signal(signal.SIGKILL)
-        done = [(number, running.process) for number, running in self._running.items() if _has_ended(running.process)]
+        done = [
+            (number, running.process) for number, running in self._running.items() if running.process.poll() is not None
+        ]
         for number, process in done:
             assert process.stdin is not None  # noqa: S101
             process.stdin.close()
@@ -85,7 +87,7 @@ class LocalLauncher:
         return [(number, self._status(process.returncode)) for number, process in done]
 
     def forward_signal(self, number: int) -> None:
-        """Tell the trials of a signal; an interrupt gives them little time."""
+        """Forwards a signal to all trials; after an interrupt they are killed in ``GRACE`` seconds."""
         self._stopped.add(number)
         if number == signal.SIGINT and self._since is None:
             self._since = time.monotonic()
@@ -93,7 +95,7 @@ class LocalLauncher:
             running.process.send_signal(number)
 
     def close(self) -> None:
-        """End what is left."""
+        """Kills the trials that still run."""
         self._signal(signal.SIGKILL)
         for running in self._running.values():
             running.process.wait()
@@ -104,7 +106,7 @@ class LocalLauncher:
                 os.killpg(running.process.pid, number)
 
     def _status(self, returned: int) -> int:
-        """Make an exit status of what a process returned; one that a signal of ours has ended was stopped by it."""
+        """Converts a return code to an exit status; a process ended by a forwarded signal was stopped by it."""
         if returned >= 0:
             return returned
         if signal.SIGINT in self._stopped:
@@ -114,20 +116,12 @@ class LocalLauncher:
         return 128 - returned if -returned in signal.valid_signals() else FAILED
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The variables of the trial in a slot: its devices, or its share of the cores."""
+        """Returns the environment of the trial in a slot: its devices, or its share of the cores."""
         variables = dict(os.environ)
         if self._has_gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            numbers = self._devices[slot].split(",")
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[int(n)] if any(visible) else n for n in numbers)
+            numbers = self._devices[slot]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(visible[n] if any(visible) else str(n) for n in numbers)
         elif self.at_once > 1:
             variables.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // self.at_once)))
         return variables
-
-
-def _has_ended(process: Worker) -> bool:
-    return process.poll() is not None
-
-
-def _listed(numbers: range) -> str:
-    return ",".join(map(str, numbers))

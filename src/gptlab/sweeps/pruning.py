@@ -1,4 +1,4 @@
-"""In the process of a trial: asks after every evaluation whether it has a future beside the others."""
+"""Pruning, in the process of a trial: after every evaluation, Optuna compares it with the others."""
 
 import json
 import logging
@@ -21,11 +21,11 @@ class PruningCallback(ExtraCallback):
     """Ends a trial that has fallen behind, at the same step on all ranks.
 
     Args:
-        run_dir: The trial's run directory, in that of its sweep.
-        recorder: Which knows the tokens.
+        run_dir: Run directory of the trial, in the sweep directory.
+        recorder: Metrics callback, which counts tokens.
 
     Attributes:
-        pruned: Whether it has.
+        pruned: Whether the trial was ended.
     """
 
     def __init__(self, run_dir: Path, recorder: MetricsCallback) -> None:
@@ -37,20 +37,20 @@ class PruningCallback(ExtraCallback):
         self._trial: optuna.Trial | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the loss, and stop where the pruner says so."""
+        """Reports the loss to the study, and stops if the pruner decides so."""
         step = trainer.global_step
         if trainer.sanity_checking or step == self.recorder.max_steps:
             return
-        hopeless = False
+        should_prune = False
         if trainer.is_global_zero:
-            hopeless = self._is_hopeless(trainer.callback_metrics["val/loss"].item(), self.recorder.tokens(step))
-        self.pruned = trainer.strategy.broadcast(hopeless)
+            should_prune = self._should_prune(trainer.callback_metrics["val/loss"].item(), self.recorder.tokens(step))
+        self.pruned = trainer.strategy.broadcast(should_prune)
         if self.pruned:
             trainer.should_stop = True
             if trainer.is_global_zero:
                 log.info("Pruned at step %d: others were better at this number of tokens.", step)
 
-    def _is_hopeless(self, loss: float, tokens: int) -> bool:
+    def _should_prune(self, loss: float, tokens: int) -> bool:
         if self._trial is None:
             storage = open_storage(self.folder)
             study = optuna.load_study(study_name=STUDY, storage=storage, pruner=self.pruner)

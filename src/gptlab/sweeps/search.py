@@ -1,7 +1,7 @@
-"""Where the points of a sweep come from: a grid, or Optuna, which is also asked whether a trial has a future.
+"""Search: proposes the points of a sweep, from a grid or by Optuna, which also prunes trials.
 
-Optuna's record is a journal in the sweep's directory, which the trials' own processes read and write (``pruning``). The
-trials of the sweep are the ledger's; Optuna's have the same numbers.
+Optuna's study is a journal in the sweep directory, which the processes of the trials also read and write
+(``gptlab.sweeps.pruning``). Its trials have the numbers of those in the ``SweepStore``.
 """
 
 import json
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 def open_storage(folder: Path) -> optuna.storages.JournalStorage:
-    """Open the journal; its lock also holds between machines that share the folder (Optuna's documentation)."""
+    """Opens the journal; its lock also works between machines that share the folder (Optuna's documentation)."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = JournalFileBackend(str(folder / JOURNAL))
     return optuna.storages.JournalStorage(backend)
 
 
 def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
-    """Build what ends trials early; tokens seen are its resource."""
+    """Builds the pruner, whose resource is tokens seen."""
     if config is None:
         return optuna.pruners.NopPruner()
     if config.method == "asha":
@@ -45,13 +45,13 @@ def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.
 
 
 class Search:
-    """Proposes the points of a sweep one by one, and is told what became of them.
+    """Proposes the points of a sweep one by one, and gets the results.
 
     Args:
         config: How points are chosen.
-        space: What is varied.
-        folder: The sweep's.
-        max_tokens: Of a trial that is not ended early.
+        space: Search space.
+        folder: Sweep directory.
+        max_tokens: Tokens of a trial that is not pruned.
     """
 
     def __init__(self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int) -> None:
@@ -70,16 +70,16 @@ class Search:
 
     @property
     def n_trials(self) -> int:
-        """How many points there will be."""
+        """Number of points."""
         return len(self.grid) if self.grid is not None else self.config.n_trials or 0
 
     def propose(self, number: int) -> Point:
-        """Choose the point of a trial that is new; the trials before it are there already."""
+        """Returns the point of a new trial; those with lower numbers exist already."""
         if self.study is None:
             assert self.grid is not None  # noqa: S101
             return self.grid[number]
         known = self.study.get_trials(deepcopy=False)
-        if len(known) > number:  # asked for, and then the process ended before the ledger had it
+        if len(known) > number:  # asked for, and then the process ended before it was stored
             trial: Any = known[number]
         else:
             self.study.sampler = self._sampler(number)
@@ -91,7 +91,7 @@ class Search:
         return {key: format_value(trial.params[key]) for key in self.distributions}
 
     def prepare(self, trial: Trial, run_dir: Path) -> None:
-        """Let the process of a trial know the study, where that may end it."""
+        """Writes what the process of a trial needs to know, if it may be pruned."""
         if self.config.prune is None:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class Search:
         (run_dir / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     def tell(self, trial: Trial) -> None:
-        """Hand on what became of a trial that has ended."""
+        """Passes the result of a trial to Optuna."""
         if self.study is None:
             return
         value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
@@ -111,7 +111,7 @@ class Search:
         self.study.tell(trial.number, values, state=state, skip_if_finished=True)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """A sampler for each point, seeded by its number: a sweep that was killed draws what it would have drawn."""
+        """Returns the sampler of a point, seeded by its number, so that a killed sweep resumes with the same points."""
         seed = (self.config.seed * 1_000_003 + number) % 2**32
         match self.config.search:
             case "tpe":

@@ -1,4 +1,4 @@
-"""Trials as jobs of SLURM, through submitit. They go on when the sweep's process has ended. Imports no torch."""
+"""Launcher of trials as SLURM jobs, through submitit; they outlive the sweep's process. Imports no torch."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ from gptlab.tracking.run_store.sweeps import Trial
 log = logging.getLogger(__name__)
 
 FOLDER = ".submitit"
-POLL_SECONDS = 5.0  # seconds
+POLL_SECONDS = 5.0
 SLURM_TIMEOUT = 60.0  # seconds that squeue may take; it gives up by itself after MessageTimeout, 10 by default
 PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
 ENDED_JOB_STATES = (
@@ -38,7 +38,7 @@ ENDED_JOB_STATES = (
 
 
 class TrialJob:
-    """What a job of the cluster runs; submitit pickles it.
+    """Function that a SLURM job runs; submitit pickles it.
 
     Args:
         file: The job file.
@@ -48,7 +48,7 @@ class TrialJob:
         self.file = file
 
     def __call__(self) -> int:
-        """Run the trial and return its exit status, which submitit stores as the result of the job.
+        """Runs the trial and returns its exit status, which submitit stores as the result of the job.
 
         A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
         submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
@@ -60,21 +60,21 @@ class TrialJob:
         return status
 
     def checkpoint(self) -> Any:
-        """Queue the job again: it was saved, and goes on. submitit calls this."""
+        """Requeues the job, which was saved and resumes. submitit calls this."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
 
 
 class SlurmLauncher:
-    """Runs trials as jobs of SLURM.
+    """Runs trials as SLURM jobs.
 
     Whether a job has left a result is seen by its file: submitit's ``Job.done`` asks SLURM's accounting (sacct), which
     many clusters do not have (``JobPaths.result_pickle``, read in submitit 1.5.4).
 
     Args:
-        config: What a job needs, and how many there may be at once.
-        folder: The sweep's.
+        config: Resources of a job, and the number of jobs at once.
+        folder: Sweep directory.
     """
 
     def __init__(self, config: SlurmLauncherConfig, folder: Path) -> None:
@@ -95,7 +95,7 @@ class SlurmLauncher:
         self._running: dict[int, Any] = {}
         self._unknown: dict[int, int] = {}
         self._asked = 0.0
-        self._told = False
+        self._reported = False
         self._warned = False
         self._stopped = False
 
@@ -106,11 +106,11 @@ class SlurmLauncher:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is a job to wait for."""
+        """Whether a job is waited for."""
         return bool(self._running) and not self._stopped
 
     def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
-        """Submit a trial; UserError has SLURM's reason where it is not taken."""
+        """Submits a trial; raises UserError with SLURM's reason if it is refused."""
         import submitit
 
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ class SlurmLauncher:
         self._running[trial.number] = job
         return trial.model_copy(update={"job": str(job.job_id)})
 
-    def reattach(self, trial: Trial, run_dir: Path) -> bool:
-        """Wait for the job of a trial from an earlier start of the sweep; return whether there is one to wait for.
+    def reattach(self, trial: Trial) -> bool:
+        """Waits for the job of a trial from an earlier start of the sweep; returns whether there is one to wait for.
 
         Raises:
             UserError: SLURM does not answer. A second job might write the run directory of the first.
@@ -155,7 +155,7 @@ class SlurmLauncher:
         )
 
     def ended(self) -> list[tuple[int, int]]:
-        """Return (number, exit status) of the trials that have ended since the last time."""
+        """Returns (number, exit status) of the trials that have ended since the last call."""
         done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
         gone = [] if done or time.monotonic() - self._asked < POLL_SECONDS else self._gone()
         statuses = [(number, self._status(self._running.pop(number))) for number in done]
@@ -164,19 +164,19 @@ class SlurmLauncher:
         return [*statuses, *((number, PREEMPTED) for number in gone)]  # cancelled, or its node is: it may begin again
 
     def forward_signal(self, number: int) -> None:
-        """Leave the jobs alone, and no longer wait for them."""
+        """Stops waiting for the jobs, which continue."""
         self._stopped = True
 
     def close(self) -> None:
-        """Say what goes on."""
-        if self._running and not self._told:
-            self._told = True
+        """Reports the jobs that continue."""
+        if self._running and not self._reported:
+            self._reported = True
             jobs = " ".join(str(job.job_id) for job in self._running.values())
             log.info("%d jobs go on in SLURM. To watch them again: the same command. To end them: scancel %s",
                      len(self._running), jobs)  # fmt: skip
 
     def _gone(self) -> list[int]:
-        """Find the trials of whose jobs SLURM knows nothing, though they have left no result."""
+        """Returns the trials whose jobs SLURM no longer knows, and which left no result."""
         self._asked = time.monotonic()
         if (states := _states()) is None:
             if not self._warned:
@@ -198,7 +198,7 @@ class SlurmLauncher:
 
 
 def _states() -> dict[str, str] | None:
-    """Return the states of this user's jobs by their ids, or None if SLURM does not answer.
+    """Returns the states of this user's jobs by their ids, or None if SLURM does not answer.
 
     Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
     forgotten as it does when the controller is away.
@@ -212,7 +212,7 @@ def _states() -> dict[str, str] | None:
 
 
 def check_cluster(config: SlurmLauncherConfig) -> None:
-    """See that there is a SLURM, and that the partition takes jobs; UserError says what is not."""
+    """Raises UserError if there is no SLURM, or its partition takes no jobs."""
     if find_spec("submitit") is None:
         raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
     partition = config.partition

@@ -1,4 +1,4 @@
-"""What a sweep varies: the points of a grid, or the distributions that a search draws from. Imports no torch."""
+"""Search space of a sweep: the points of a grid, or distributions to draw from. Imports no torch."""
 
 import itertools
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ Point = dict[str, str]  # what a trial changes, as it is written on a command li
 
 
 class SearchSpace:
-    """The overrides of a sweep, told apart.
+    """Overrides of a sweep, split into varied and fixed ones.
 
     Args:
         params: Of hydra.sweeper.params; what the command line says of a key comes before it.
@@ -37,11 +37,11 @@ class SearchSpace:
 
     @property
     def written(self) -> dict[str, str]:
-        """What is varied, as it is written."""
+        """Varied keys, with their values as on a command line."""
         return {key: str(override.get_value_string()) for key, override in self.varied.items()}
 
     def grid(self) -> list[Point]:
-        """Every combination of the values, the last key varying fastest, and one point where nothing is varied.
+        """Returns every combination of the values, the last key varying fastest; one point if nothing is varied.
 
         Raises:
             UserError: A key has infinitely many values, or none.
@@ -64,7 +64,7 @@ class SearchSpace:
         return {key: _first(distribution) for key, distribution in self.distributions().items()}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """What a search draws from, by key; UserError where there is nothing to draw."""
+        """Returns the distributions of a search, by key; raises UserError if there are none."""
         if not self.varied:
             raise UserError(
                 "The sweep varies nothing that could be searched: it needs a key with several values or an interval, "
@@ -82,7 +82,7 @@ def _first(distribution: BaseDistribution) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Write a value that was drawn as one would on a command line."""
+    """Formats a drawn value as on a command line."""
     return repr(value) if isinstance(value, float) else str(value)
 
 

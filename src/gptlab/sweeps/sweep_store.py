@@ -1,4 +1,4 @@
-"""The directory of a sweep: its own, or that of the same sweep which did not come to its end. Imports no torch."""
+"""State of a sweep on disk, and the directory of a sweep that is new or resumed. Imports no torch."""
 
 import hashlib
 import json
@@ -10,11 +10,19 @@ from filelock import FileLock, Timeout
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import claim_directory
-from gptlab.tracking.run_store.sweeps import SWEEP, TRIAL_END_STATES, Sweep, Trial, load_sweep, load_trials
+from gptlab.tracking.run_store.sweeps import (
+    SWEEP,
+    TRIAL_END_STATES,
+    Sweep,
+    Trial,
+    format_overrides,
+    load_sweep,
+    load_trials,
+)
 
 LOCK = ".lock"
-PRUNE = "prune.json"  # in the run directory of a trial that may be ended early: how its process finds the others
-# of a configuration, what does not make it another trial: where things are, and what is kept of it
+PRUNE = "prune.json"  # in the run directory of a trial that may be pruned: what its process needs to know
+# keys that do not change what a trial computes
 NON_IDENTITY_KEYS = {
     "resume": True,
     "force_resume": True,
@@ -25,24 +33,24 @@ NON_IDENTITY_KEYS = {
 
 
 def config_hash(config: RunConfig) -> str:
-    """Name a configuration by what it computes."""
+    """Hashes what a configuration computes."""
     return hash_values(config.model_dump(mode="json", exclude=NON_IDENTITY_KEYS))  # type: ignore[arg-type]
 
 
 def hash_values(values: Any) -> str:
-    """Hash plain data."""
+    """Hashes plain data."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class SweepStore:
-    """What is known of the trials of a sweep, on disk at every moment.
+    """Trials of a sweep in memory, written to disk with every change; locks the sweep's directory.
 
     Args:
-        directory: The sweep's.
-        sweep: What it is.
+        directory: Sweep directory.
+        sweep: Definition of the sweep.
 
     Raises:
-        UserError: Another sweep is in the directory, or a process is at work on this one.
+        UserError: The directory holds another sweep, or another process runs this one.
     """
 
     def __init__(self, directory: Path, sweep: Sweep) -> None:
@@ -50,8 +58,8 @@ class SweepStore:
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
-                f"hydra.sweep.dir={directory} holds another sweep, over {_describe_space(earlier.space)}; this one is "
-                f"over {_describe_space(sweep.space)}, or another setting differs. Choose another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} holds another sweep, over {format_overrides(earlier.space)}; this one is "
+                f"over {format_overrides(sweep.space)}, or another setting differs. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
@@ -68,27 +76,27 @@ class SweepStore:
         self.is_new = earlier is None
 
     def close(self) -> None:
-        """Let others have it."""
+        """Releases the lock."""
         self._lock.release()
 
     def run_dir(self, trial: Trial) -> Path:
-        """The run directory of a trial."""
+        """Run directory of a trial."""
         return (self.directory / str(trial.number)).absolute()
 
     def write(self, trial: Trial) -> Trial:
-        """Keep a trial as it stands."""
+        """Writes a trial."""
         trial.save(self.directory)
         self.trials[trial.number] = trial
         return trial
 
 
 def is_prunable(run_dir: Path) -> bool:
-    """Whether a run is a trial of a sweep that ends those without a future."""
+    """Whether a run is a trial that its sweep may prune."""
     return (run_dir / PRUNE).is_file()
 
 
 def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
-    """Find the newest directory of the same sweep that has not come to its end, or make a new one."""
+    """Returns the newest unfinished directory of the same sweep, or creates one."""
     found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
     for directory in found:
         try:
@@ -101,10 +109,6 @@ def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
 
 
 def _is_complete(directory: Path, sweep: Sweep) -> bool:
-    """Whether every trial has ended; those that a search had not thought of yet are missing."""
+    """Whether every trial has ended; those that the search has not proposed yet are missing."""
     trials = load_trials(directory)
     return len(trials) >= sweep.n_trials and all(trial.state in TRIAL_END_STATES for trial in trials)
-
-
-def _describe_space(space: dict[str, str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in space.items())

@@ -1,4 +1,4 @@
-"""All trials of a sweep on one screen, as they run. Imports no torch."""
+"""Live table of the trials of a sweep. Imports no torch."""
 
 import logging
 from collections import Counter
@@ -13,20 +13,20 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.tracking.run_store.state import load_state
-from gptlab.tracking.run_store.sweeps import Trial
+from gptlab.tracking.run_store.sweeps import Trial, format_overrides
 
 log = logging.getLogger(__name__)
 
-ROWS = 20  # trials shown at most: those at work, and the latest that have ended
+MAX_ROWS = 20  # trials shown: the running ones, and the latest that have ended
 COLORS = {"done": "green", "running": "cyan", "pruned": "yellow", "waiting": "dim"}
 
 
 class SweepTable:
-    """A table in a terminal; elsewhere a line when a trial begins or ends.
+    """Live table in a terminal; elsewhere a line when a trial starts or ends.
 
     Args:
-        trials: Gives them all, as they stand.
-        run_dir: Gives the run directory of one.
+        trials: Returns all trials.
+        run_dir: Returns the run directory of a trial.
     """
 
     def __init__(self, trials: Callable[[], list[Trial]], run_dir: Callable[[Trial], Path]) -> None:
@@ -42,18 +42,15 @@ class SweepTable:
         self._live.stop()
 
     def began(self, trial: Trial) -> None:
-        """Say that a trial has begun."""
+        """Reports that a trial has started."""
         again = " (again)" if trial.starts > 1 else ""
-        self._say(f"trial {trial.number} begins{again}: {_describe_trial(trial)}")
+        log.info("%s", f"trial {trial.number} begins{again}: {format_overrides(trial.overrides)}")
 
     def ended(self, trial: Trial) -> None:
-        """Say how a trial has ended."""
+        """Reports how a trial has ended."""
         value = "" if trial.value is None else f" · {trial.value:.4f}"
         reason = f": {trial.message}" if trial.message and trial.state not in ("done", "pruned") else ""
-        self._say(f"trial {trial.number} {trial.state}{value} · {_describe_trial(trial)}{reason}")
-
-    def _say(self, what: str) -> None:
-        log.info("%s", what)
+        log.info("%s", f"trial {trial.number} {trial.state}{value} · {format_overrides(trial.overrides)}{reason}")
 
     def _table(self) -> Group:
         table = Table(box=box.SIMPLE)
@@ -63,7 +60,8 @@ class SweepTable:
         trials = self.trials()
         active = [trial for trial in trials if trial.state == "running"]
         others = [trial for trial in trials if trial.state not in ("running", "waiting")]
-        shown = [*others[-max(0, ROWS - len(active)) :], *active][-ROWS:] if len(active) < ROWS else active[:ROWS]
+        room = MAX_ROWS - len(active)
+        shown = [*others[-room:], *active] if room > 0 else active[:MAX_ROWS]
         for trial in sorted(shown, key=lambda trial: trial.number):
             table.add_row(*self._row(trial))
         counts = Counter(trial.state for trial in trials)
@@ -73,18 +71,14 @@ class SweepTable:
         state = load_state(self.run_dir(trial))
         name = Text(trial.state, style=COLORS.get(trial.state, "red"))
         if state is None:
-            return [str(trial.number), name, "", "", "", "", _describe_trial(trial)]
+            return [str(trial.number), name, "", "", "", "", format_overrides(trial.overrides)]
         left = state.seconds_left if trial.state == "running" else None
         return [
             *(str(trial.number), name, f"{state.step:,}/{state.max_steps:,}", _loss(state.loss)),
             _loss(trial.value if trial.value is not None else state.best_val_loss),
-            *("" if left is None else str(timedelta(seconds=round(left))), _describe_trial(trial)),
+            *("" if left is None else str(timedelta(seconds=round(left))), format_overrides(trial.overrides)),
         ]
 
 
 def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _describe_trial(trial: Trial) -> str:
-    return " ".join(f"{key}={value}" for key, value in trial.overrides.items())

@@ -1,4 +1,4 @@
-"""A sweep, as Hydra hands it over. Imports no torch."""
+"""Running a sweep that Hydra's sweeper plugin hands over. Imports no torch."""
 
 import time
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def run_sweep(
     settings: dict[str, Any],
     launcher: dict[str, Any],
 ) -> None:
-    """Run a sweep, or go on with it.
+    """Runs or resumes a sweep.
 
     Args:
         context: Hydra's, with which a trial's configuration is composed.
@@ -60,7 +60,7 @@ def run_sweep(
     what = _describe(wanted, space, base)
     named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
     directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, what)
-    ledger = SweepStore(directory, what)
+    store = SweepStore(directory, what)
     try:
         search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
         runner: Launcher = (
@@ -68,15 +68,15 @@ def run_sweep(
             if isinstance(where, LocalLauncherConfig)
             else SlurmLauncher(where, directory)
         )
-        status = SweepRunner(ledger, search, runner, compose, retry=wanted.retry).run()
+        status = SweepRunner(store, search, runner, compose, retry=wanted.retry).run()
     finally:
-        ledger.close()
+        store.close()
     if status != DONE:
         raise SweepIncomplete(status)
 
 
 def _check_space(space: SearchSpace, compose: Callable[[Point], RunConfig], *, is_grid: bool) -> RunConfig:
-    """See that there is something to run before anything is made; return what all trials have in common."""
+    """Checks that a point is valid before anything is created; returns the configuration that all trials share."""
     mistakes = []
     for point in space.grid() if is_grid else [space.example()]:
         try:
@@ -90,7 +90,7 @@ def _check_space(space: SearchSpace, compose: Callable[[Point], RunConfig], *, i
 
 
 def _describe(wanted: SweeperConfig, space: SearchSpace, base: RunConfig) -> Sweep:
-    """Say what a sweep is, by everything that would make it another one."""
+    """Builds the definition of a sweep, with the hash of all that identifies it."""
     grid = space.grid() if wanted.search == "grid" else None
     chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
     return Sweep(
@@ -109,7 +109,7 @@ def _describe(wanted: SweeperConfig, space: SearchSpace, base: RunConfig) -> Swe
 
 
 def _question(space: SearchSpace) -> str:
-    """Ask what a sweep without a question of its own can only want to know."""
+    """Returns the question of a sweep that has none configured."""
     keys = [key for key in space.varied if key != "seed"]
     if not keys:
         return "How much do seeds differ?" if space.varied else "How good is this configuration?"
@@ -117,7 +117,7 @@ def _question(space: SearchSpace) -> str:
 
 
 def _check_launcher(launcher: dict[str, Any]) -> LocalLauncherConfig | SlurmLauncherConfig:
-    """Check where trials are to run."""
+    """Validates the launcher's configuration."""
     kind = str(launcher["_target_"]).rpartition(".")[2]
     settings = {key: value for key, value in launcher.items() if key != "_target_"}
     match kind:

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end."""
+"""Console output at the start and the end of a run."""
 
 import logging
 from datetime import timedelta
@@ -26,7 +26,7 @@ COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled bloc
 
 
 def print_start(config: RunConfig, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
-    """Say what was decided."""
+    """Prints the configuration, the devices and the batch of a run that starts."""
     block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
     precision = f"{devices.precision}{products}, {COMPILED[devices.compile]}"
@@ -49,7 +49,7 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Devices, plan: B
 
 
 def _describe_lora(config: RunConfig) -> str:
-    """Say what of a network is trained, where that is not all of it."""
+    """Describes the trained parameters, if LoRA is used."""
     if config.lora is None:
         return ""
     return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
@@ -58,7 +58,7 @@ def _describe_lora(config: RunConfig) -> str:
 def print_summary(
     config: RunConfig, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
 ) -> None:
-    """Print the last sample and the table that ends a run, with ``further`` rows."""
+    """Prints the last sample and the table that ends a run, with ``further`` rows."""
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Samples) and callback.latest:
@@ -85,7 +85,7 @@ def print_summary(
 
 
 def print_stopped(why: str, directory: Path, step: int) -> None:
-    """Say where a run stands that has not come to its end, and how it goes on."""
+    """Prints where a run stopped, and the command that resumes it."""
     if has_checkpoint(directory):
         log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _display_path(directory))
     else:
@@ -93,7 +93,7 @@ def print_stopped(why: str, directory: Path, step: int) -> None:
 
 
 def replay_command(directory: Path) -> str:
-    """Write the command that shows the batch of a step of a run, but for the step."""
+    """Returns the command that shows a batch of a run, without the step."""
     return f"python -m gptlab.prepare replay={_display_path(directory)}"
 
 
@@ -107,10 +107,10 @@ def _best(best: dict[str, float]) -> dict[str, str]:
 
 
 def _mfu(recorder: MetricsCallback) -> str:
-    """Model FLOPs utilisation at the last record, or why there is none."""
+    """Formats the model FLOPs utilization of the last record, or why there is none."""
     return f"{recorder.mfu:.1%}" if recorder.mfu is not None else "unknown (no published peak for this device)"
 
 
 def _display_path(directory: Path) -> Path:
-    """Write a path as a person here would."""
+    """Returns a path relative to the working directory, if it is below."""
     return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

@@ -1,4 +1,4 @@
-"""What a run depends on beside its configuration: code, packages, machine, command."""
+"""Environment of a run: code, packages, machine, command."""
 
 import json
 import os
@@ -16,7 +16,7 @@ COMMAND = "GPTLAB_COMMAND"  # the variable by which a worker knows what its user
 
 
 def record_environment(directory: Path) -> None:
-    """Write environment.json and, where the checkout has uncommitted changes, uncommitted.diff.
+    """Writes environment.json and, where the checkout has uncommitted changes, uncommitted.diff.
 
     Environment variables are not recorded: they may hold secrets.
     """
@@ -48,7 +48,7 @@ def _lines_of(output: bytes) -> list[str]:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """Ask git about the folder the run was started in; None where it is no checkout or there is no git."""
+    """Runs git in the working directory; returns None if that is no checkout, or there is no git."""
     try:
         return subprocess.run(("git", *arguments), capture_output=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
@@ -63,7 +63,7 @@ def _lines(*command: str) -> list[str]:
 
 
 def _processor() -> str:
-    """Name the processor as the kernel does."""
+    """Returns the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The loggers of a run."""
+"""Loggers of a run: metrics.csv, state.json, TensorBoard and W&B."""
 
 import csv
 import time
@@ -18,7 +18,7 @@ from gptlab.training.distributed.processes import is_first_rank
 
 
 class MetricsCSVLogger(CSVLogger):
-    """metrics.csv at the top of the run directory; a resumed run adds to it.
+    """Logger of metrics.csv in the run directory, which a resumed run continues.
 
     Args:
         directory: The run's.
@@ -33,11 +33,11 @@ class MetricsCSVLogger(CSVLogger):
             self.experiment.save()  # at once: Lightning's writer has removed the old file
 
     def log_hyperparams(self, params: object = None) -> None:
-        """Write nothing: config.yaml has them."""
+        """Logs nothing: config.yaml has them."""
 
 
 def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
-    """Begin the state of a run, or on a resume go on with what it was at that step."""
+    """Returns the initial state of a run; on a resume, its state at that step."""
     state, earlier = new_state(config.steps), load_state(directory)
     if keep_until is None or earlier is None:
         return state
@@ -52,7 +52,7 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
 
 
 def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
-    """Read the rows up to a step, their values as they stand there."""
+    """Reads the rows up to a step, with their values as strings."""
     if not is_first_rank() or not path.exists():
         return []
     with path.open(newline="") as file:
@@ -61,7 +61,7 @@ def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
 
 
 class RunStateLogger(Logger):
-    """state.json at the top of the run directory, written anew with every row, but at most once a second.
+    """Logger of state.json in the run directory, rewritten with every row, but at most once a second.
 
     Args:
         directory: The run's.
@@ -79,11 +79,11 @@ class RunStateLogger(Logger):
             state.save(directory)
 
     def log_hyperparams(self, params: object = None) -> None:
-        """Write nothing: config.yaml has them."""
+        """Logs nothing: config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take from a row what tells where the run stands."""
+        """Updates the state from a row of metrics."""
         now, before, step = time.time(), self.state, step or 0
         elapsed = now - before.began
         ahead = (before.max_steps - step) / max(1, step - self._first_step)
@@ -108,7 +108,7 @@ class RunStateLogger(Logger):
 
 
 def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) -> list[Logger]:
-    """Build metrics.csv, state.json and whatever else the configuration names."""
+    """Builds the loggers of metrics.csv, state.json, and those that are configured."""
     loggers: list[Logger] = []
     if config.logger.tensorboard is not None:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))

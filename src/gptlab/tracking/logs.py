@@ -1,4 +1,4 @@
-"""What is said while a command runs: on the screen, and in the run's train.log."""
+"""Log messages of a command: on the console, and in the run's train.log."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ class ConsoleHandler(logging.Handler):
     """Prints messages above the progress bar, and leaves out what the bar shows."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one message."""
+        """Prints one message."""
         console = get_console()
         if getattr(record, "file_only", False) or (getattr(record, "progress", False) and console.is_terminal):
             return
@@ -23,7 +23,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Send what gptlab says to the screen, from the first process only."""
+    """Logs gptlab's messages to the console, on the first rank only."""
     logger = logging.getLogger("gptlab")
     logger.setLevel(logging.INFO)
     if is_first_rank() and not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
@@ -31,7 +31,7 @@ def log_to_console() -> None:
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Send what gptlab says, and what Lightning and Python warn of, to a file as well; ``close_log`` ends it."""
+    """Also logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("gptlab", "py.warnings"):
@@ -40,14 +40,14 @@ def log_to_file(path: Path) -> logging.Handler:
 
 
 def close_log(handler: logging.Handler) -> None:
-    """End what ``log_to_file`` began."""
+    """Stops logging to the file of ``log_to_file``."""
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).removeHandler(handler)
     handler.close()
 
 
 def quiet_lightning() -> None:
-    """Let Lightning warn, but not chat; its advice on loaders and loggers does not fit what gptlab does."""
+    """Silences Lightning's messages below warnings, whose advice does not fit gptlab."""
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Run directories: outputs/<name>/<time>/, which hold everything that is kept of one run. Imports no torch."""
+"""Run directories, outputs/<name>/<time>/, which hold everything about a run. Imports no torch."""
 
 import time
 from collections.abc import Mapping
@@ -21,17 +21,17 @@ LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # of processes that made no progress
 
 
-def create_run_dir(config: RunConfig, manifest: Manifest, place: Path | None, lock: RunLock) -> Path:
-    """Create and lock the directory of a new run, with its configuration, data manifest and environment.
+def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, lock: RunLock) -> Path:
+    """Creates and locks the directory of a new run, and writes its configuration, data manifest and environment.
 
     Args:
-        config: Complete: what is written is enough to run it again.
-        manifest: Of the data, with the tokenizer.
-        place: The directory, where it is not to be named by the time.
-        lock: Acquired before anything is written.
+        config: Complete configuration, enough to repeat the run.
+        manifest: Manifest of the data, with the tokenizer.
+        run_dir: Directory; None names it by the time.
+        lock: Lock to acquire before anything is written.
     """
     try:
-        directory = claim_directory(Path("outputs") / config.name) if place is None else place
+        directory = claim_directory(Path("outputs") / config.name) if run_dir is None else run_dir
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
@@ -46,18 +46,18 @@ def create_run_dir(config: RunConfig, manifest: Manifest, place: Path | None, lo
 
 
 def record_config(config: RunConfig, directory: Path) -> None:
-    """Write the configuration and the environment of a run, anew when it goes on with others."""
+    """Writes the configuration and the environment of a run; a resume overwrites them."""
     write_durably(directory / CONFIG, yaml.safe_dump(without_origin(config), sort_keys=False, allow_unicode=True))
     record_environment(directory)
 
 
 def without_origin(config: RunConfig) -> dict[str, Any]:
-    """Return the values of a run, whether it goes on or begins."""
+    """Returns the configuration without what says that a run is resumed."""
     return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
 
 
 def claim_directory(parent: Path) -> Path:
-    """Claim a directory that nobody else has, named by the time."""
+    """Creates a new directory, named by the time."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
         try:
@@ -69,7 +69,7 @@ def claim_directory(parent: Path) -> Path:
 
 
 def load_config(directory: Path) -> RunConfig:
-    """Reads the configuration of a run; UserError if ``directory`` is not a run directory or its file is not valid."""
+    """Reads the configuration of a run; raises UserError if there is none, or it is not valid."""
     path = directory / CONFIG
     if not path.is_file():
         missing = f"there is no {CONFIG} in it" if directory.is_dir() else "there is no such directory"
@@ -87,49 +87,49 @@ def load_config(directory: Path) -> RunConfig:
 
 
 def newest_run(name: str) -> Path | None:
-    """Find the run of a name that was saved last, and whole; None where there is none."""
-    places = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
-    saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in places}
+    """Returns the run of a name with the newest intact checkpoint; None if there is none."""
+    run_dirs = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
+    saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in run_dirs}
     runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
     return next((path for path in reversed(runs) if newest_intact(path / CHECKPOINTS)), None)
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether a run was saved; what was may be damaged."""
+    """Whether a run has a checkpoint, which may be damaged."""
     return bool(list_checkpoints(directory / CHECKPOINTS))
 
 
 def newest_checkpoint(directory: Path) -> Path:
-    """Find the newest checkpoint of a run that is whole; UserError where there is none."""
+    """Returns the newest intact checkpoint of a run; raises UserError if there is none."""
     return _require(directory, newest_intact(directory / CHECKPOINTS))
 
 
 def best_checkpoint(directory: Path) -> Path:
-    """Find the checkpoint of a run with the lowest val loss that is whole; UserError where there is none."""
+    """Returns the intact checkpoint of a run with the lowest val loss; raises UserError if there is none."""
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
 def require_checkpoint(directory: Path) -> None:
-    """See that a run was saved, without reading what was; UserError where it was not."""
+    """Raises UserError if a run has no checkpoint; reads none."""
     if not has_checkpoint(directory):
         raise UserError(f"{directory} has no checkpoint: nothing is in {directory / CHECKPOINTS}.")
 
 
-def _require(directory: Path, place: Path | None) -> Path:
-    if place is None:
+def _require(directory: Path, checkpoint_dir: Path | None) -> Path:
+    if checkpoint_dir is None:
         require_checkpoint(directory)
         raise UserError(f"{directory} has no checkpoint: only damaged ones are in {directory / CHECKPOINTS}.")
-    return place
+    return checkpoint_dir
 
 
 def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, cropped: bool = True) -> None:
     """Checks that the weights of a run fit a model.
 
     Args:
-        directory: The run's, for the message.
-        trained: The run's model.
-        model: The model that takes its weights.
-        cropped: Whether its block may be shorter.
+        directory: Run directory, for the message.
+        trained: Model of the run.
+        model: Model that gets its weights.
+        cropped: Whether the block of ``model`` may be shorter.
 
     Raises:
         UserError: Names the keys that differ.
@@ -139,7 +139,7 @@ def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, 
 
 
 def check_shape(path: Path, there: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
-    """See that weights of such a shape fit a model; UserError names what differs, and ``path``, where they are."""
+    """Checks that weights of a shape fit a model; raises UserError that names ``path`` and the keys that differ."""
     here = model.model_dump()
     differences = [key for key in there if key != "block_size" and there[key] != here[key]]
     if there["block_size"] < model.block_size or (there["block_size"] > model.block_size and not cropped):

@@ -1,4 +1,4 @@
-"""One writer per run directory. Imports no torch."""
+"""Lock of a run directory, so that it has one writer. Imports no torch."""
 
 import contextlib
 import logging
@@ -42,7 +42,7 @@ class RunLock:
             self._lease.release()
 
     def acquire(self, directory: Path) -> None:
-        """Acquire the lock of ``directory``, unless this object holds a lock already.
+        """Acquires the lock of ``directory``, unless this object holds a lock already.
 
         Raises:
             UserError: Another process holds it, or no file can be created there.
@@ -76,7 +76,7 @@ def _try_acquire(lease: SoftFileLease) -> bool:
 
 
 def _last_refresh(path: Path) -> tuple[int, int] | None:
-    """Return what changes with each refresh of a lock; None if it does not exist."""
+    """Returns what changes with each refresh of a lock; None if it does not exist."""
     with contextlib.suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_mtime_ns
@@ -84,7 +84,7 @@ def _last_refresh(path: Path) -> tuple[int, int] | None:
 
 
 def _owner(path: Path) -> str:
-    """Name the process that a lock file names."""
+    """Returns the process that a lock file names, for messages."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError, UnicodeDecodeError):
         fields = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
@@ -92,7 +92,7 @@ def _owner(path: Path) -> str:
 
 
 def _exit(loss: LeaseCompromise) -> None:
-    """End this process, whose lock is lost: another process may write the run. filelock calls this from its thread."""
+    """Exits: the lock is lost, and another process may write the run. filelock calls this from its thread."""
     path = Path(loss.lock_file)
     reason = f"{_owner(path)} took over this run" if loss.reason == "owner-changed" else f"{loss.error or loss.reason}"
     # not logged: train.log may be another process's by now

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gptlab.data.batch_size_schedule import BatchSizeSchedule, BatchSizeStage
+from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
 
 

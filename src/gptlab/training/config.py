@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig
-from gptlab.data.batch_size_schedule import BatchSizeSchedule
+from gptlab.data.order import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 

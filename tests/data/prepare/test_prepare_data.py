@@ -216,10 +216,10 @@ def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_ne
                 raise OSError("the disk is gone")
             yield document
 
-    def add(self, ids, text_bytes, documents, mended, add=ShardWriter.add):
+    def add(self, ids, text_bytes, documents, num_replaced, add=ShardWriter.add):
         if self.path.name == "val_000003.bin":
             raise OSError("the disk is gone")
-        add(self, ids, text_bytes, documents, mended)
+        add(self, ids, text_bytes, documents, num_replaced)
 
     expected = hashes(prepare_text(source, cache_dir=str(source.parent / "other")).folder)
     with monkeypatch.context() as patch:
@@ -357,7 +357,7 @@ def test_bytes_that_are_no_utf8_are_counted_and_told(tmp_path, caplog, broken):
     for number in range(4):
         (folder / f"{number}.txt").write_bytes(b"good text " * 9 + b"\xff" * (number < broken))
     prepared = prepare_text(folder)
-    assert sum(shard.mended for shard in prepared.manifest.shards()) == broken
+    assert sum(shard.num_replaced for shard in prepared.manifest.shards()) == broken
     assert ("2 documents" in caplog.text and "U+FFFD" in caplog.text) == bool(broken)
 
 

@@ -166,14 +166,6 @@ def test_a_baseline_is_found_however_its_value_is_written(tmp_path, named, there
     assert [row.is_baseline for row in analyze_sweep(write_sweep(tmp_path, trials, {"x": named})).rows] == [False, True]
 
 
-def test_other_keys_can_be_replicates(tmp_path):
-    trials = [trial({"x": x, "seed": s, "part": p}, x + 0.1 * s + p) for x in (1, 2) for s in (1, 2) for p in (0, 1)]
-    found = analyze_sweep(write_sweep(tmp_path, trials), replicates=["part"])
-    assert [(row.settings, row.n) for row in found.rows] == [({"x": "1"}, 4), ({"x": "2"}, 4)]
-    assert found.rows[0].values["2,1"] == pytest.approx(2.2)
-    assert found.rows[1].difference == pytest.approx(1.0)
-
-
 def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is the directory of no sweep: no sweep\.json is in it"):
         analyze_sweep(tmp_path)

@@ -1,1 +1,4 @@
-"""From a corpus to token shards: splitting, tokenization by workers, the cache."""
+"""Preparation of a corpus: split into train and val, tokenized by worker processes, written into the cache.
+
+The bytes are the same for any number of workers and machines, and an interrupted preparation resumes.
+"""

@@ -1,4 +1,4 @@
-"""Corpus to shards, once: prepared data is kept in the cache and used again. Imports no torch.
+"""Preparation of a corpus as token shards, once: prepared data is cached. Imports no torch.
 
 The corpus is cut into tasks that do not depend on who does them. Each task writes its shards and then its record; the
 manifest comes last. Killed at any moment, a preparation goes on with the tasks that have no record, and ends with the
@@ -63,7 +63,7 @@ def prepare(
     work: PrepareOptions = PrepareOptions(),  # noqa: B008  (a constant)
     trained: Tokenizer | None = None,
 ) -> TokenDataset:
-    """Return the prepared data that the configuration names, making it where the cache does not have it.
+    """Returns the prepared data that the configuration names; prepares it if the cache does not have it.
 
     Processes that ask at the same time, on one file system, wait for the one that makes it.
 
@@ -103,7 +103,7 @@ def prepare(
 
 
 def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
-    """Return the manifest of data that is prepared already; None where there is none.
+    """Returns the manifest of prepared data; None if it is not prepared yet.
 
     Nothing is made, hashed or fetched: what is behind a URL, or is to be downloaded first, is not looked for.
     """
@@ -119,7 +119,7 @@ def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | 
 def _cache_folder(
     config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus, trained: Tokenizer | None = None
 ) -> Path:
-    """Name the folder by everything that its content depends on."""
+    """Names the folder by everything that its content depends on."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
     made = trained.record() if trained else [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
     key = json.dumps([FORMAT, corpus.fingerprint(), made, cut])
@@ -135,7 +135,7 @@ def _run_preparation(
     work: PrepareOptions,
     trained: Tokenizer | None,
 ) -> None:
-    """Do the tasks that are not done yet, then write the manifest if all are."""
+    """Runs the tasks that are not done yet, then writes the manifest if all are done."""
     log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // NUM_TASKS, MIN_TASK_BYTES)))
     threshold = val_threshold(config, corpus, tasks)
@@ -183,7 +183,7 @@ def _run_preparation(
 
 
 def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: list[Task]) -> Tokenizer:
-    """Build the tokenizer once, and find it again when a preparation goes on."""
+    """Builds the tokenizer, or loads it when a preparation is resumed."""
     path = folder / TOKENIZER_FILE
     if path.exists():
         return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
@@ -192,8 +192,8 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     else:
         texts = (
             text
-            for place in _sample_texts(corpus, tasks)
-            for text in take_characters(place, config.train_mb * 1e6 / len(tasks))
+            for sample in _sample_texts(corpus, tasks)
+            for text in take_characters(sample, config.train_mb * 1e6 / len(tasks))
         )
     tokenizer = build_tokenizer(config, texts)
     write_durably(path, json.dumps(tokenizer.record()))
@@ -201,13 +201,13 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
 
 
 def _partition_tasks(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
-    """Part tasks into those that are done and those that are not."""
+    """Splits tasks into those that are done and those that are not."""
     done = {task.number for task in tasks if record_path(folder, task).exists()}
     return [task for task in tasks if task.number in done], [task for task in tasks if task.number not in done]
 
 
 def _discard_stale_records(folder: Path, tasks: list[Task], threshold: float | None) -> None:
-    """Delete the records of tasks that were split with another threshold, so that they are redone."""
+    """Deletes the records of tasks that were split with another threshold, so that they are redone."""
     for task in _partition_tasks(folder, tasks)[0]:
         path = record_path(folder, task)
         with suppress(FileNotFoundError):  # another machine's part has deleted it
@@ -216,13 +216,13 @@ def _discard_stale_records(folder: Path, tasks: list[Task], threshold: float | N
 
 
 def _collect_splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
-    """Put the records of tasks together."""
+    """Concatenates the records of tasks."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
     return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
 
 
 def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> Manifest:
-    """Write the manifest, and take away what was only needed on the way."""
+    """Writes the manifest and deletes intermediate files."""
     splits = _collect_splits(folder, tasks)
     for split in SPLITS:
         if not splits[split]:
@@ -236,18 +236,18 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
         splits=splits,
     )
     manifest.save(folder)
-    if mended := sum(shard.mended for shard in manifest.shards()):
+    if replaced := sum(shard.num_replaced for shard in manifest.shards()):
         log.warning(
             "%d documents of %s hold bytes that are no UTF-8; U+FFFD stands for them. "
             "data.undecodable=refuse would name the first.",
-            *(mended, corpus.origin),
+            *(replaced, corpus.origin),
         )
     _remove_intermediate_files(folder)
     return manifest
 
 
 def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
-    """Warn where few documents make val much larger or smaller than ``data.val_fraction``."""
+    """Warns if val is much larger or smaller than ``data.val_fraction``, as with few documents."""
     sizes = {split: sum(shard.bytes for shard in manifest.splits[split]) for split in SPLITS}
     share = sizes["val"] / max(1, sum(sizes.values()))
     if not config.val_fraction / MAX_SPLIT_RATIO <= share <= config.val_fraction * MAX_SPLIT_RATIO:
@@ -259,7 +259,7 @@ def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
 
 
 def _remove_intermediate_files(folder: Path) -> None:
-    """Take away what was only needed on the way, last the tokenizer's record: without it, nothing is left to clear."""
+    """Deletes intermediate files, the tokenizer's record last: once it is gone, nothing is left to delete."""
     kept = {MANIFEST, TOKENIZER_FILE} | {shard.file for shard in load_shards(folder).shards()}
     for path in folder.iterdir():
         if path.name not in kept:
@@ -268,7 +268,7 @@ def _remove_intermediate_files(folder: Path) -> None:
 
 
 def _sample_texts(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
-    """Begin to read the texts of every task."""
+    """Returns an iterator over the texts of each task."""
     return [(document.text for document in corpus.documents(task)) for task in tasks]
 
 

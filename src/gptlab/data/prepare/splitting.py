@@ -1,4 +1,4 @@
-"""How a corpus is split into train and val: by whole documents or, one single text, at its end. Imports no torch."""
+"""Split of a corpus into train and val: by documents or, for a single text, at its end. Imports no torch."""
 
 import hashlib
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ def has_several_documents(config: DataConfig) -> bool:
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
-    """Replace ``data.val_split=auto`` by "tail" for a single document and by "documents" for several.
+    """Replaces ``data.val_split=auto`` by "tail" for a single document and by "documents" for several.
 
     It stays where the source is missing, which opening the corpus reports.
     """
@@ -43,7 +43,7 @@ def resolve_val_split(config: DataConfig) -> DataConfig:
 
 
 def check_val_split(config: DataConfig) -> None:
-    """Refuse ``data.val_split=tail`` for several documents, each of which would be split in two.
+    """Refuses ``data.val_split=tail`` for several documents, each of which would be split in two.
 
     Raises:
         UserError: There are several documents, or a file of records is damaged.
@@ -57,7 +57,7 @@ def check_val_split(config: DataConfig) -> None:
 
 
 def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> float | None:
-    """Return the number below which a document's draw puts it in val, or None for ``val_split=tail``.
+    """Returns the number below which a document's draw puts it in val, or None for ``val_split=tail``.
 
     It is ``val_fraction`` of all draws, except where that leaves a split empty, as it may with few documents: then the
     document with the smallest draw goes to val, or the one with the largest to train. As many documents are read as it
@@ -91,7 +91,7 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
 
 
 def document_hash(name: str, seed: int) -> int:
-    """Return what a document draws, from its name and ``data.split_seed`` alone."""
+    """Returns what a document draws, from its name and ``data.split_seed`` alone."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
 
 
@@ -101,12 +101,12 @@ def _is_missing(config: DataConfig) -> bool:
 
 
 def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
-    """Yield the names of the documents that have text, in order; for each part where one comes in several."""
+    """Yields the names of the documents that have text, in order, once for each part."""
     return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
 class SplitPart(NamedTuple):
-    """What of a document a split gets, and whether that part begins and finishes there."""
+    """Part of a document that a split gets, and whether the document begins and ends with it."""
 
     split: Split
     text: str
@@ -115,17 +115,17 @@ class SplitPart(NamedTuple):
 
 
 def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[SplitPart]:
-    """Give a document to train or val by its draw or, without a threshold, the two parts of it to both."""
+    """Yields a document for train or val by its draw or, without a threshold, its two parts for both."""
     name, text, begin, end, _ = document
     if threshold is not None:
         yield SplitPart("val" if document_hash(name, seed) < threshold else "train", text, begin == 0, end == 1)
         return
-    eot_id = 1 - val_fraction
-    # of a whole document, a place counted in characters; of a part of one, where the border falls by its share of bytes
-    cut = int(len(text) * ((eot_id - begin) / (end - begin)))
-    # where train began in a part before, it ends in this one, be it with one character
-    cut = min(max(cut, int(0 < begin < eot_id)), len(text))
-    if begin < eot_id:
-        yield SplitPart("train", text[:cut], begin == 0, eot_id <= end)
-    if eot_id < end:
-        yield SplitPart("val", text[cut:], begin <= eot_id, end == 1)
+    boundary = 1 - val_fraction
+    # in characters of a whole document; of a part of one, by the part's share of the bytes
+    cut = int(len(text) * ((boundary - begin) / (end - begin)))
+    # if train began in an earlier part, it ends in this one with at least one character
+    cut = min(max(cut, int(0 < begin < boundary)), len(text))
+    if begin < boundary:
+        yield SplitPart("train", text[:cut], begin == 0, boundary <= end)
+    if boundary < end:
+        yield SplitPart("val", text[cut:], begin <= boundary, end == 1)

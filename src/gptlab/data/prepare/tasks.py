@@ -1,4 +1,4 @@
-"""The tasks of a preparation: tokenized one by one, by as many workers as there are, each into shards of its own."""
+"""Tasks of a preparation, each tokenized into shards of its own, by several worker processes."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class PrepareOptions(NamedTuple):
-    """Who prepares, and who hears of it.
+    """Workers and machines of a preparation, and its progress callback.
 
     Attributes:
         workers: Processes; the bytes are the same with any number.
@@ -44,7 +44,7 @@ class PrepareOptions(NamedTuple):
 
 
 def preload_workers(work: PrepareOptions, tasks: list[Task]) -> None:
-    """Have what workers need imported while this process goes on, by the one that they are forked from."""
+    """Starts the fork server, which imports what workers need while this process continues."""
     if min(work.workers, len(tasks)) > 1 and FORKSERVER:
         forkserver.set_forkserver_preload(_modules_to_preload())
         forkserver.ensure_running()
@@ -54,7 +54,7 @@ def preload_workers(work: PrepareOptions, tasks: list[Task]) -> None:
 def start_workers(
     work: PrepareOptions, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None
 ) -> Iterator[Executor | None]:
-    """Start processes, which load the tokenizer while this one goes on; None where this one is enough."""
+    """Starts worker processes, which load the tokenizer meanwhile; yields None if one process is enough."""
     number = min(work.workers, len(tasks))
     if number <= 1:
         yield None
@@ -77,7 +77,7 @@ def start_workers(
 
 
 def _modules_to_preload() -> list[str]:
-    """Name what workers are to have imported: what they need, and what else of ours the program that runs has.
+    """Returns the modules that workers preload: those that they need, and gptlab's that this program has imported.
 
     A worker imports that program again (multiprocessing's programming guidelines). torch is left out: no task needs it.
     """
@@ -86,7 +86,7 @@ def _modules_to_preload() -> list[str]:
 
 
 def _init_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
-    """Leave Ctrl-C to the parent, and end when its end of ``life`` is closed: by itself, or by its death."""
+    """Leaves Ctrl-C to the parent, and exits when the parent closes its end of ``life``, also by its death."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def run_tasks(
     work: PrepareOptions,
     pool: Executor | None,
 ) -> None:
-    """Do the tasks, and report each.
+    """Runs the tasks and reports each.
 
     Args:
         work_on: Does one, and returns its tokens.
@@ -138,14 +138,14 @@ def run_task(
     threshold: float | None,
     task: Task,
 ) -> int:
-    """Tokenize one task into its shards, then write its record; return its tokens."""
+    """Tokenizes one task into its shards, writes its record, and returns the number of its tokens."""
     tokenizer, bulk = _cached_tokenizer(json.dumps(record), vocab_dir)
     encode = bulk if fast and bulk else tokenizer.encode
     ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
     writers = {s: ShardWriter(folder / f"{s}_{task.number:06d}.bin", token_dtype(tokenizer)) for s in SPLITS}
     try:
         for document in corpus.documents(task):
-            mended = int(document.mended)  # counted once
+            num_replaced = int(document.has_replacements)  # counted once
             parts = split_document(document, config.val_fraction, config.split_seed, threshold)
             for split, text, begins, finishes in parts:
                 if not text:
@@ -153,8 +153,8 @@ def run_task(
                 ids = encode(text)
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
-                writers[split].add(ids, len(text.encode()), int(finishes), mended)
-                mended = 0
+                writers[split].add(ids, len(text.encode()), int(finishes), num_replaced)
+                num_replaced = 0
         shards = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
         for writer in writers.values():
@@ -167,16 +167,16 @@ def run_task(
 
 @functools.lru_cache(maxsize=1)
 def _cached_tokenizer(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
-    """Keep a worker's tokenizer, and the faster encoder where there is one, from task to task."""
+    """Returns a worker's tokenizer and its bulk encoder, if there is one; cached from task to task."""
     tokenizer = load_tokenizer(json.loads(record), vocab_dir)
     return tokenizer, bulk_encoder(tokenizer)
 
 
 def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
-    """Two bytes where all ids fit, else four."""
+    """Returns the dtype of shards: two bytes if all ids fit, else four."""
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
 def record_path(folder: Path, task: Task) -> Path:
-    """Where a task's record stands once its shards do."""
+    """Returns the path of a task's record, which is written after its shards."""
     return folder / f"task_{task.number:06d}.json"

@@ -1,4 +1,4 @@
-"""Token files that others wrote, and files for them to read. All are little-endian.
+"""Token files of other programs: reading and writing. All are little-endian.
 
 | format  | layout                                                                                            |
 |---------|---------------------------------------------------------------------------------------------------|
@@ -29,7 +29,7 @@ Format = Literal["nanogpt", "llmc"]
 
 
 class TokenFileLayout(NamedTuple):
-    """Where the tokens of a file stand, and how."""
+    """Position and dtype of the tokens in a file."""
 
     offset: int
     tokens: int
@@ -37,7 +37,7 @@ class TokenFileLayout(NamedTuple):
 
 
 def read_layout(path: Path) -> TokenFileLayout:
-    """Tell the layout of a token file from its content; UserError names what does not fit."""
+    """Detects the layout of a token file from its content; raises UserError if it is inconsistent."""
     size = path.stat().st_size
     if path.suffix == ".npy":
         return _npy_layout(path)
@@ -69,7 +69,7 @@ def _npy_layout(path: Path) -> TokenFileLayout:
 
 
 def split_from_name(path: Path) -> Split:
-    """Tell train from val by a file's name; UserError where it names neither or both."""
+    """Returns the split that a file's name contains; raises UserError if it contains neither or both."""
     named = [split for split in SPLITS if split in path.name]
     if len(named) != 1:
         raise UserError(f"{path}: its name should hold either train or val, to say which split it is.")
@@ -77,7 +77,7 @@ def split_from_name(path: Path) -> Split:
 
 
 def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
-    """Make a manifest for token files where they lie: every token is read once, hashed, and checked.
+    """Builds the manifest of token files where they are; every token is read once, hashed and checked.
 
     Raises:
         UserError: A file's length, magic or shape is wrong, files differ in their type, a split is missing, or an id is
@@ -110,9 +110,9 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
     for start in range(0, found.tokens, CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
         if (beyond := chunk >= tokenizer.vocab_size).any():
-            place = start + int(beyond.argmax())
+            index = start + int(beyond.argmax())
             raise UserError(
-                f"{path}: token {place:,} (byte {found.offset + place * tokens.itemsize:,}) is {tokens[place]}, beyond "
+                f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, beyond "
                 f"the {tokenizer.vocab_size:,} ids of the tokenizer."
             )
         digest.update(chunk.tobytes())
@@ -129,7 +129,7 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
 
 
 def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
-    """Write shards as another program's files: nanogpt's train.bin and val.bin, or one llmc file for each shard.
+    """Writes shards as another program's files: nanogpt's train.bin and val.bin, or one llmc file for each shard.
 
     Raises:
         UserError: The vocabulary does not fit uint16, or a file is there already.
@@ -157,7 +157,7 @@ def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> l
 
 
 def _output_files(split: Split, shards: list[Shard], kind: Format) -> Iterator[tuple[str, list[Shard]]]:
-    """Name the files of a split, each with the shards that go into it."""
+    """Yields the files of a split, each with the shards that go into it."""
     if kind == "nanogpt":
         yield f"{split}.bin", shards
     else:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt, field_validator
+from pydantic import ConfigDict, Field, NonNegativeInt, field_validator
 
 from gptlab.config.base import FrozenConfig
 from gptlab.errors import UserError
@@ -25,29 +25,31 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Shard(FrozenConfig):
-    """One file of tokens.
+    """File of tokens.
 
     Attributes:
-        file: Its name in the folder, or its place elsewhere.
+        file: Name in the folder, or path elsewhere.
         offset: Bytes before the tokens.
-        tokens: How many there are.
-        bytes: Of UTF-8 that they stand for; the end of text stands for none.
-        documents: That end here.
-        mended: Documents, or parts of them, in which U+FFFD stands for bytes that are no UTF-8.
-        sha256: Of the tokens.
+        tokens: Number of tokens.
+        bytes: UTF-8 bytes of their text; the end of text has none.
+        documents: Number of documents that end here.
+        num_replaced: Documents, or parts of them, in which U+FFFD replaces bytes that are not UTF-8; "mended" in JSON.
+        sha256: SHA-256 of the tokens.
     """
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     file: str
     offset: NonNegativeInt = 0
     tokens: NonNegativeInt
     bytes: NonNegativeInt
     documents: NonNegativeInt
-    mended: NonNegativeInt = 0
+    num_replaced: NonNegativeInt = Field(default=0, alias="mended")
     sha256: str
 
 
 class Manifest(FrozenConfig):
-    """What a folder of shards holds.
+    """Description of a folder of shards.
 
     Attributes:
         format: Version of this layout.
@@ -81,11 +83,11 @@ class Manifest(FrozenConfig):
         return shard.offset + shard.tokens * np.dtype(self.dtype).itemsize
 
     def tokens(self, split: Split) -> int:
-        """Count the tokens of a split."""
+        """Returns the number of tokens of a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
     def bytes(self, split: Split) -> int:
-        """Count the bytes of text, in UTF-8, that the tokens of a split stand for: what bits per byte are per."""
+        """Returns the UTF-8 bytes of the text of a split, the denominator of bits per byte."""
         return sum(shard.bytes for shard in self.splits[split])
 
     def fingerprint(self) -> str:
@@ -94,12 +96,12 @@ class Manifest(FrozenConfig):
         return hashlib.sha256(json.dumps([self.tokenizer, hashes], sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write it into ``folder``."""
+        """Writes manifest.json into ``folder``."""
         write_durably(folder / MANIFEST, self.model_dump_json(indent=2) + "\n")
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest of ``folder``; UserError where there is none or it is not one."""
+    """Reads the manifest of ``folder``; raises UserError if there is none, or it is invalid."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
@@ -110,7 +112,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def load_shards(folder: Path) -> Manifest:
-    """Read the manifest of ``folder`` and see that its shards are whole; UserError names the one that is not."""
+    """Reads the manifest of ``folder`` and checks the size of its shards; raises UserError for the first wrong one."""
     manifest = load_manifest(folder)
     for shard in manifest.shards():
         file, expected = folder / shard.file, manifest.file_size(shard)
@@ -122,7 +124,7 @@ def load_shards(folder: Path) -> Manifest:
 
 
 class ShardWriter:
-    """Writes one shard: beside its final name, hashed as it goes, synced, then renamed.
+    """Writes one shard under a temporary name, hashes and syncs it, then renames it.
 
     Args:
         path: Final name.
@@ -131,23 +133,23 @@ class ShardWriter:
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
-        self.tokens = self.bytes = self.documents = self.mended = 0
+        self.tokens = self.bytes = self.documents = self.num_replaced = 0
         self._digest = hashlib.sha256()
         self._unfinished = _temporary_path(path)
         self._file = self._unfinished.open("wb")
 
-    def add(self, ids: NDArray[Any], text_bytes: int, documents: int, mended: int = 0) -> None:
-        """Append ``ids``, which stand for so many bytes of UTF-8 and complete, or mend, so many documents."""
+    def add(self, ids: NDArray[Any], text_bytes: int, documents: int, num_replaced: int = 0) -> None:
+        """Appends ``ids``, the tokens of ``text_bytes`` bytes of UTF-8, which end ``documents`` documents."""
         data = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._file.write(data)
         self._digest.update(data)
         self.tokens += len(ids)
         self.bytes += text_bytes
         self.documents += documents
-        self.mended += mended
+        self.num_replaced += num_replaced
 
     def finish(self) -> list[Shard]:
-        """Put the shard in its place; a shard without tokens leaves nothing, and is none."""
+        """Closes, syncs and renames the file; returns the shard, or nothing if it has no tokens."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -155,18 +157,25 @@ class ShardWriter:
             self._unfinished.unlink()
             return []
         self._unfinished.replace(self.path)
-        counts = {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents, "mended": self.mended}
-        return [Shard(file=self.path.name, sha256=self._digest.hexdigest(), **counts)]
+        shard = Shard(
+            file=self.path.name,
+            tokens=self.tokens,
+            bytes=self.bytes,
+            documents=self.documents,
+            num_replaced=self.num_replaced,
+            sha256=self._digest.hexdigest(),
+        )
+        return [shard]
 
     def abandon(self) -> None:
-        """Take an unfinished shard away."""
+        """Deletes the unfinished file."""
         self._unfinished.unlink(missing_ok=True)
         with suppress(OSError):  # of a full disk, which would be written to once more
             self._file.close()
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Writes a small file atomically and syncs it."""
     unfinished = _temporary_path(path)
     try:
         with unfinished.open("w", encoding="utf-8") as file:
@@ -180,7 +189,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """See a file, or the names in a folder, onto the disk."""
+    """Syncs a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -189,5 +198,5 @@ def fsync_path(path: Path) -> None:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Name a file beside its final place as no other process does; in containers, even the ids of processes agree."""
+    """Returns a unique name beside ``path``; a process id would not do, as containers may share it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

@@ -1,4 +1,4 @@
-"""Shards that are there already: prepared before, on this machine or behind a URL, or written by other programs."""
+"""Opening existing shards: prepared ones, here or behind a URL, and those of other programs."""
 
 import logging
 from glob import glob, has_magic
@@ -14,20 +14,20 @@ from gptlab.data.shards.streams import LocalFolder, ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
 from gptlab.data.sources.corpora import FileCorpus
 from gptlab.data.sources.readers import Decoding
-from gptlab.data.tokenizers.nanogpt_meta import META_FILE, read_meta
+from gptlab.data.tokenizers.external import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: bool = False) -> TokenDataset:
-    """Open what data.path names.
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False) -> TokenDataset:
+    """Opens the shards that data.path names.
 
     Args:
         config: Names the shards.
-        tokenizer: Of their tokens; token files of others do not say it themselves.
-        whatever: Take prepared shards with the tokenizer that they bring, be it another.
+        tokenizer: Tokenizer of the tokens; token files of other programs do not name it.
+        any_tokenizer: Whether prepared shards may have another tokenizer, which is then used.
 
     Raises:
         UserError: It is not there, not whole, or in other tokens.
@@ -47,13 +47,13 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, whatever: boo
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
-    if (name := manifest.tokenizer["name"]) != tokenizer.name and not whatever:
+    if (name := manifest.tokenizer["name"]) != tokenizer.name and not any_tokenizer:
         raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
     return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def ensure_cache_dir(config: DataConfig) -> Path:
-    """Make the folder for what is kept; UserError where that cannot be."""
+    """Creates data.cache_dir; raises UserError if it cannot."""
     cache_dir = Path(config.cache_dir).expanduser()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def ensure_cache_dir(config: DataConfig) -> Path:
 
 
 def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
-    """Find the prepared folder that ``path`` names or, for token files of others, describe them in the cache."""
+    """Returns the prepared folder that ``path`` names; describes token files of other programs in the cache."""
     named = Path(path).expanduser()  # a folder's own name may look like a glob
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
     folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
@@ -89,7 +89,7 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path
 
 
 def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
-    """Keep a manifest of token files that lie elsewhere."""
+    """Writes the manifest of token files that are elsewhere, once."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
@@ -102,7 +102,7 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
 
 
 def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
-    """Build the tokenizer that is named for a file of tokens, of its characters if a meta.pkl beside it lists them."""
+    """Builds the tokenizer of a token file; for characters, from the meta.pkl beside it."""
     if config.name in ("gpt2", "bytes"):
         return load_tokenizer({"name": config.name}, config.vocab_dir)
     if config.name == "characters" and (meta := file.with_name(META_FILE)).exists():

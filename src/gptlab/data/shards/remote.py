@@ -1,4 +1,4 @@
-"""Shards behind a URL, fetched ahead into a folder of this machine that keeps to a size. Imports no torch.
+"""Shards behind a URL, prefetched into a local folder of limited size. Imports no torch.
 
 All processes of a machine share the folder: a shard has its name there only when its SHA-256 is right, whoever fetches
 it holds its lock, and the shard that was not used for longest makes room for the next.
@@ -33,7 +33,7 @@ SILENCE = 60.0  # seconds without a byte after which a connection counts as brok
 
 
 class RemoteFolder:
-    """A prepared folder behind any URL that fsspec opens: s3://, gs://, hf://, https://, file://.
+    """Prepared folder behind any URL that fsspec opens: s3://, gs://, hf://, https://, file://.
 
     Args:
         url: Of the folder; credentials come from the environment, never in the URL.
@@ -74,7 +74,7 @@ class RemoteFolder:
         return {**self.__dict__, "_ahead": None, "_fetcher": 0}
 
     def open(self, shard: Shard) -> FileIO:
-        """Open a shard's file, fetched first where it is not there.
+        """Opens a shard's file, fetching it if it is missing.
 
         Raises:
             UserError: It cannot be fetched, or is not what the manifest says.
@@ -83,7 +83,7 @@ class RemoteFolder:
             return self._present(shard).open("rb", buffering=0)
 
     def check_room(self, at_once: Sequence[Shard]) -> None:
-        """See that the shards that are in use at the same time are within the limit; UserError where they are not."""
+        """Raises UserError if the shards that are in use at the same time exceed the limit."""
         needed = sum({shard.file: self.sizes[shard.file] for shard in at_once}.values())
         if needed > self.limit:
             raise UserError(
@@ -93,7 +93,7 @@ class RemoteFolder:
             )
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Fetch shards while others are read, the first ones first."""
+        """Fetches shards in the background, in order."""
         if self._fetcher != os.getpid():  # the first time, or in a worker that was forked
             self._fetcher, self._ahead = os.getpid(), queue.Queue()
             threading.Thread(target=self._fetch_ahead, daemon=True).start()
@@ -113,7 +113,7 @@ class RemoteFolder:
                     log.warning("Not fetched ahead: %s", error)  # whoever reads it tries again, and fails if need be
 
     def _present(self, shard: Shard) -> Path:
-        """Return a shard's file, fetched and verified; the caller holds its lock."""
+        """Returns a shard's file, fetched and verified; the caller holds its lock."""
         path = self.folder / shard.file
         if not path.exists():
             for left in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # by a process that was killed
@@ -125,12 +125,12 @@ class RemoteFolder:
         return path
 
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
-        """Fetch a file, check it, and put it in its place."""
+        """Fetches a file, checks it, and renames it to its final name."""
         wrong = set[str]()
         _fetch_to(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
-        """Fetch a file once; ``wrong`` has the hashes that came before, for what comes twice is no accident."""
+        """Fetches a file once; a wrong hash that is in ``wrong``, those of earlier attempts, is final."""
         filesystem, root = _filesystem(self.url)
         filesystem.get_file(f"{root}/{name}", str(path))
         if shard is None:
@@ -146,7 +146,7 @@ class RemoteFolder:
             raise kind(f"what came has the SHA-256 {found}, not {shard.sha256}")
 
     def _make_room(self, shard: Shard) -> None:
-        """Remove the shards that were not used for longest until ``shard`` fits, and have others count it as well."""
+        """Removes the least recently used shards until ``shard`` fits, and reserves its size for other processes."""
         with self._lock("room"):
             kept = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
@@ -171,7 +171,7 @@ class RemoteFolder:
 
 
 def fetch_files(pattern: str, cache_dir: Path) -> Path:
-    """Fetch token files that others wrote, all that a URL with wildcards matches; return the folder they are kept in.
+    """Fetches all token files that a URL with wildcards matches; returns their folder.
 
     Nothing says what their SHA-256 should be, so only their sizes are checked here.
     """
@@ -202,7 +202,7 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
 
 
 def _fetch_to(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
-    """Fetch a file beside its place, and put it there when it is whole."""
+    """Fetches a file under a temporary name, and renames it when it is complete."""
     unfinished = _temporary_path(path)
     try:
         _with_retries(what, lambda: fetch(unfinished))
@@ -217,7 +217,7 @@ def _check_size(path: Path, expected: int) -> None:
 
 
 def _with_retries(what: str, fetch: Callable[[], None]) -> None:
-    """Fetch; after a failure that may pass wait, and try again."""
+    """Calls ``fetch``, again after a transient failure, with growing waits."""
     import tenacity  # needed by remote shards alone
 
     def tell(state: tenacity.RetryCallState) -> None:
@@ -263,7 +263,7 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Return fsspec's filesystem for a URL, and what the folder is called there."""
+    """Returns fsspec's filesystem of a URL, and the path there."""
     import fsspec  # slow to import, and needed by remote shards alone
 
     options = {}

@@ -1,4 +1,4 @@
-"""The tokens of a split as if they were one array, read where they lie."""
+"""Streams of tokens: a split as if it were one array, read from its shards."""
 
 import os
 from collections import OrderedDict
@@ -17,7 +17,7 @@ OPEN_FILES = 64  # of a stream at a time, far below what a process may have open
 
 
 class ShardStore(Protocol):
-    """Where the files of shards are."""
+    """Storage of shards."""
 
     @property
     def folder(self) -> Path:
@@ -25,37 +25,37 @@ class ShardStore(Protocol):
         ...
 
     def open(self, shard: Shard) -> FileIO:
-        """Open a shard's file, which may have to be fetched first."""
+        """Opens a shard's file, fetching it if need be."""
         ...
 
     def check_room(self, at_once: Sequence[Shard]) -> None:
-        """See that there is room for the shards that are in use at the same time; UserError where there is none."""
+        """Raises UserError if there is no room for the shards that are in use at the same time."""
         ...
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Learn which shards are read from here on, the first ones first."""
+        """Announces the shards that are read next, in order."""
         ...
 
 
 class LocalFolder:
-    """Shards in a folder of this machine, or in the places that a manifest names."""
+    """Shards in a local folder, or at the local paths of a manifest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def open(self, shard: Shard) -> FileIO:
-        """Open a shard's file."""
+        """Opens a shard's file."""
         return (self.folder / shard.file).open("rb", buffering=0)
 
     def check_room(self, at_once: Sequence[Shard]) -> None:
-        """Do nothing: all is there."""
+        """Does nothing: all shards are local."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Do nothing: all is there."""
+        """Does nothing: all shards are local."""
 
 
 class TokenStream:
-    """One split's tokens.
+    """Tokens of one split.
 
     They are read, not mapped: what a process has read of a mapped file counts as its memory, up to the whole corpus.
 
@@ -76,33 +76,33 @@ class TokenStream:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Open files do not travel to worker processes: each opens its own."""
+        """Drops open files: each worker process opens its own."""
         return self.__dict__ | {"_files": OrderedDict(), "_expected": ()}
 
     def read(self, starts: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Read ``length`` tokens from each start: (len(starts), length). A row may cross shards.
+        """Reads ``length`` tokens from each start: (len(starts), length). A row may cross shards.
 
         Raises:
             IndexError: A row ends beyond the stream.
             UserError: A shard ends before it should.
         """
-        places = np.asarray(starts, dtype=np.int64)
-        if len(places) and not 0 <= places.min() <= places.max() <= len(self) - length:
-            raise IndexError(f"rows of {length} tokens from {places.min()} to {places.max()}, of {len(self)} tokens")
-        rows = np.empty((len(places), length), dtype=self.dtype)
-        first = np.searchsorted(self.ends, places, side="right")
-        begins = np.concatenate(([0], self.ends))[first]
-        for row, shard, offset in zip(rows, first.tolist(), (places - begins).tolist(), strict=True):
+        begins = np.asarray(starts, dtype=np.int64)
+        if len(begins) and not 0 <= begins.min() <= begins.max() <= len(self) - length:
+            raise IndexError(f"rows of {length} tokens from {begins.min()} to {begins.max()}, of {len(self)} tokens")
+        rows = np.empty((len(begins), length), dtype=self.dtype)
+        first = np.searchsorted(self.ends, begins, side="right")
+        offsets = begins - np.concatenate(([0], self.ends))[first]
+        for row, shard, offset in zip(rows, first.tolist(), offsets.tolist(), strict=True):
             self._fill(row, shard, offset)
         return rows.astype(np.int64)
 
     def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Read all tokens in order, ``size`` at a time."""
+        """Reads all tokens in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.read([start], min(size, len(self) - start))[0]
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Say which tokens, from one to another, are read from here on, the first ones first."""
+        """Announces the ranges of tokens that are read next, in order."""
         if ranges == self._expected:
             return
         self._expected = ranges
@@ -120,7 +120,7 @@ class TokenStream:
         return list(found)
 
     def _fill(self, row: NDArray[Any], shard: int, offset: int) -> None:
-        """Fill ``row`` with the tokens from ``offset`` of a shard on, and from the next ones."""
+        """Fills ``row`` with the tokens from ``offset`` of a shard on, continuing in the next shards."""
         filled = 0
         while filled < len(row):
             part = row[filled : filled + self.shards[shard].tokens - offset]
@@ -133,7 +133,7 @@ class TokenStream:
             filled, shard, offset = filled + len(part), shard + 1, 0
 
     def _open(self, shard: int) -> FileIO:
-        """Open a shard's file, or find it open; the one not read for longest is closed when there are too many."""
+        """Returns a shard's open file; closes the least recently used one if too many are open."""
         if shard in self._files:
             self._files.move_to_end(shard)
         else:

@@ -1,4 +1,4 @@
-"""Prepared data: shards, what they hold, and whether they are still what was written."""
+"""Prepared data: its shards, whether they still are what was written, and what is in them. Imports no torch."""
 
 import hashlib
 import json
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from filelock import FileLock
 
+from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.manifest import Manifest, Shard, Split, write_durably
 from gptlab.data.shards.streams import LocalFolder, ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
@@ -16,11 +18,13 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MANY = 10**9  # tokens whose hashing takes seconds, and is told
+MANY = 10**9  # tokens; hashing more takes seconds and is logged
+MAX_PREFIX = 2**22  # tokens searched for the first documents
+CHUNK = 2**18  # tokens read at a time; more would not fit the processor's cache
 
 
 class TokenDataset(NamedTuple):
-    """Shards, what they hold, and their tokenizer."""
+    """Prepared data: shards, their manifest and their tokenizer."""
 
     store: ShardStore
     manifest: Manifest
@@ -28,16 +32,16 @@ class TokenDataset(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where the shards are, or are kept while they are used."""
+        """Folder of the shards, or of the cache that they are fetched into."""
         return self.store.folder
 
     def stream(self, split: Split) -> TokenStream:
-        """The tokens of one split."""
+        """Returns the tokens of one split."""
         return TokenStream(self.store, self.manifest, split)
 
 
 def verify_shards(store: ShardStore, shards: Sequence[Shard]) -> int:
-    """Hash shards again; return their number. UserError names the first whose tokens are not what was written."""
+    """Hashes shards again and returns their number; raises UserError for the first that has changed."""
     for shard in shards:
         with store.open(shard) as file:
             file.seek(shard.offset)
@@ -50,12 +54,12 @@ def verify_shards(store: ShardStore, shards: Sequence[Shard]) -> int:
 
 
 def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Hash the shards of ``folder`` that are new on this machine, or were touched since they were last hashed.
+    """Hashes the shards of ``folder`` that are new on this machine or were touched since they were last hashed.
 
-    What was hashed is remembered by size, times and inode, so that data that nobody touched costs nothing.
+    Hashed files are remembered by size, times and inode, so that untouched data costs nothing.
 
     Raises:
-        UserError: The tokens of a shard are not what was written.
+        UserError: The tokens of a shard have changed.
     """
     memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
@@ -70,14 +74,14 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
 
 
 def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Remember shards as they are now: they have just been hashed, as they were written or read."""
+    """Remembers shards as they are now, right after they were hashed."""
     memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
         write_durably(memory, json.dumps(_file_states(folder, manifest)))
 
 
 def _verified_file(folder: Path, cache_dir: Path) -> Path:
-    """Name the file that says what was hashed in ``folder``."""
+    """Returns the file that remembers the hashed shards of ``folder``."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     memory = cache_dir / "verified" / f"{name}.json"
     memory.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,7 @@ def _verified_file(folder: Path, cache_dir: Path) -> Path:
 
 
 def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
-    """What changes when a shard's file is touched, and what its hash should be."""
+    """Returns what changes when a shard's file is touched, and its expected hash."""
     stats = ((shard, (folder / shard.file).stat()) for shard in manifest.shards())
     return {
         shard.file: [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -99,3 +103,38 @@ def _read_verified(memory: Path) -> dict[str, object]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
+    """Returns the length of the longest document without its end of text; of the stream if there is no such id."""
+    if end_of_text is None:
+        return len(stream)
+    longest, begin, start = 0, 0, 0
+    for tokens in stream.chunks(CHUNK):
+        ends = start + np.flatnonzero(tokens == end_of_text)
+        if len(ends):
+            longest = max(longest, int(np.diff(ends, prepend=begin - 1).max()) - 1)
+            begin = int(ends[-1]) + 1
+        start += len(tokens)
+    return max(longest, len(stream) - begin)
+
+
+def first_documents(prepared: TokenDataset, split: Split, documents: int, tokens: int) -> list[str]:
+    """Decodes the first ``tokens`` tokens of each of the first documents of a split."""
+    stream = prepared.stream(split)
+    ids = stream.read([0], min(len(stream), MAX_PREFIX))[0]
+    end = prepared.tokenizer.end_of_text
+    cuts = [] if end is None else np.flatnonzero(ids == end).tolist()
+    begins = [0, *(cut + 1 for cut in cuts)]
+    texts = [ids[begin:stop] for begin, stop in zip(begins, [*cuts, len(ids)], strict=True)]
+    return [prepared.tokenizer.decode(text[:tokens].tolist()) for text in texts if len(text)][:documents]
+
+
+def batch_texts(
+    prepared: TokenDataset, order: WindowOrder, step: int, stages: BatchSizeSchedule
+) -> list[tuple[int, str]]:
+    """Decodes the windows of step ``step``, counted from 1 as in metrics.csv, each with its first token."""
+    stream = prepared.stream("train")
+    starts = order.starts(np.arange(stages.first(step - 1), stages.first(step), dtype=np.int64))
+    rows = stream.read(starts, order.block_size + 1)
+    return [(int(start), prepared.tokenizer.decode(row.tolist())) for start, row in zip(starts, rows, strict=True)]

@@ -1,1 +1,1 @@
-"""Corpora, and the readers of their files."""
+"""Corpora by name, and the readers of their files: text, JSON Lines and parquet, compressed or not."""

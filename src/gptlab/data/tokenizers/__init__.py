@@ -1,1 +1,5 @@
-"""Tokenizers, their vocabularies, and text from streams of ids."""
+"""Tokenizers: bytes, characters, GPT-2's BPE and trained BPE.
+
+Also the tokenizers in other programs' files, GPT-2's vocabulary, a faster encoder for preparation, and streaming
+decoding.
+"""

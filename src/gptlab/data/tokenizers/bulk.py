@@ -1,4 +1,4 @@
-"""A faster encoder for preparation: gigatoken, used only where it gives the ids that the tokenizer itself gives."""
+"""Faster encoder for preparation: gigatoken, used only if it returns the same ids as the tokenizer."""
 
 import base64
 import importlib.util
@@ -19,7 +19,7 @@ ADVERSARIAL = (END_OF_TEXT, " " * 1000 + "x", "\0\x85 é\u3000 \ufeff\r\n\t \n",
 
 
 def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
-    """Build gigatoken's encoder for ``tokenizer``; None where it is not installed or has none."""
+    """Builds gigatoken's encoder for ``tokenizer``; returns None if gigatoken is missing or has none."""
     if importlib.util.find_spec("gigatoken") is None:
         return None
     import gigatoken
@@ -38,20 +38,20 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
     return lambda text: np.asarray(fast.encode(replace_surrogates(text)), dtype=np.uint32)
 
 
-def is_equivalent(tokenizer: Tokenizer, encode: Encode, places: Sequence[Iterable[str]]) -> bool:
-    """Whether ``encode`` gives the tokenizer's own ids on text made to trip it up, and on the beginnings of ``places``.
+def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterable[str]]) -> bool:
+    """Whether ``encode`` returns the tokenizer's ids, on adversarial text and on the beginnings of ``samples``.
 
     Args:
-        tokenizer: What is to be equalled.
-        encode: What is to be proven.
-        places: Texts from here and there in the corpus.
+        tokenizer: Tokenizer to compare with.
+        encode: Encoder to check.
+        samples: Texts from several positions of the corpus.
     """
-    sample = chain(ADVERSARIAL, *(take_characters(texts, SAMPLE_BYTES // len(places)) for texts in places))
+    sample = chain(ADVERSARIAL, *(take_characters(texts, SAMPLE_BYTES // len(samples)) for texts in samples))
     return all(np.array_equal(encode(text), tokenizer.encode(text)) for text in sample)
 
 
 def take_characters(texts: Iterable[str], size: float) -> Iterator[str]:
-    """Yield texts until ``size`` characters have been seen."""
+    """Yields texts until ``size`` characters have been seen."""
     for text in texts:
         yield text[: int(size)]
         size -= len(text)

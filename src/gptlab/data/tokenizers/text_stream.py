@@ -1,4 +1,4 @@
-"""Token ids to text, as they come."""
+"""Streaming decoding: token ids to text, incrementally."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Gives out text as soon as it is sure: whole characters, and nothing that may turn out to begin a stop string.
+    """Decodes ids incrementally; returns complete characters only, and nothing that may begin a stop string.
 
     Args:
         tokenizer: Of the ids.
@@ -23,11 +23,11 @@ class TextStream:
         self._held = ""
 
     def push(self, ids: Sequence[int]) -> str:
-        """Take more ids; return the text that is sure by them."""
+        """Adds ids; returns the text that is final by now."""
         return self._sure(self._characters.decode(self.tokenizer.to_bytes(ids)), last=False)
 
     def close(self) -> str:
-        """Return the rest; bytes that are no character become U+FFFD."""
+        """Returns the rest; incomplete characters become U+FFFD."""
         return self._sure(self._characters.decode(b"", final=True), last=True)
 
     def _sure(self, more: str, *, last: bool) -> str:

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. Each can be written as plain data and built again from it."""
+"""Tokenizers: text to ids and back. Each has a record, plain data from which it can be rebuilt."""
 
 import functools
 import re
@@ -22,7 +22,7 @@ LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])
 
 
 def replace_surrogates(text: str) -> str:
-    """Replace by "?" what UTF-8 cannot hold: lone surrogates."""
+    """Replaces lone surrogates, which UTF-8 cannot encode, with "?"."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,7 +31,7 @@ def replace_surrogates(text: str) -> str:
 
 
 class Tokenizer(Hashable, Protocol):
-    """What every tokenizer can do."""
+    """Interface of tokenizers."""
 
     @property
     def vocab_size(self) -> int:
@@ -48,7 +48,7 @@ class Tokenizer(Hashable, Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; bytes that are no UTF-8 become U+FFFD, and the end of text is spelled out."""
+        """Decodes ids; bytes that are not UTF-8 become U+FFFD, and the end of text is spelled out."""
         ...
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
@@ -56,16 +56,16 @@ class Tokenizer(Hashable, Protocol):
         ...
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """UTF-8 bytes that each id stands for (V,); 0 for the end of text."""
+        """Returns the number of UTF-8 bytes of each id (V,); 0 for the end of text."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """Plain data from which ``load_tokenizer`` builds it again."""
+        """Returns plain data from which ``load_tokenizer`` builds the tokenizer."""
         ...
 
 
 class BytesTokenizer:
-    """UTF-8 bytes, and one id more for the end of text."""
+    """UTF-8 bytes, and an id for the end of text."""
 
     vocab_size = 257
     end_of_text = 256
@@ -87,7 +87,7 @@ class BytesTokenizer:
 
 
 class CharactersTokenizer:
-    """The distinct characters of one corpus in code point order, as in nanoGPT's character data."""
+    """Distinct characters of one corpus in code point order, as in nanoGPT's character data."""
 
     end_of_text = None
 
@@ -171,7 +171,7 @@ class GPT2Tokenizer:
 
 
 class BPETokenizer:
-    """A byte-level BPE of a corpus' own (Sennrich et al. 2016, over bytes as in Radford et al. 2019, section 2.2).
+    """Byte-level BPE trained on the corpus (Sennrich et al. 2016, over bytes as in Radford et al. 2019, section 2.2).
 
     The last id is the end of text, which no text is encoded as.
 
@@ -189,7 +189,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Train on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
+        """Trains on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
         from tokenizers import pre_tokenizers, trainers
 
         bpe = empty_bpe()
@@ -223,7 +223,7 @@ class BPETokenizer:
 
 
 def empty_bpe() -> Any:
-    """Build a byte-level BPE of the tokenizers library that has no tokens yet."""
+    """Builds an empty byte-level BPE of the tokenizers library."""
     from tokenizers import Tokenizer as Trained
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -246,7 +246,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Build the tokenizer that ``config`` names.
+    """Builds the tokenizer that ``config`` names.
 
     Args:
         config: Which.
@@ -264,7 +264,7 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
-    """Build a tokenizer again from its record; UserError where its vocabulary is missing."""
+    """Builds a tokenizer from its record; raises UserError if its vocabulary is missing."""
     if record["name"] == "bytes":
         return BytesTokenizer()
     if record["name"] == "characters":

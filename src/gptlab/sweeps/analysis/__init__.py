@@ -1,1 +1,4 @@
-"""Statistics of finished sweeps: comparisons with their uncertainty, scaling fits. Imports no torch."""
+"""Statistics of sweeps: comparisons with a baseline and their uncertainty, and scaling laws with intervals.
+
+Imports no torch.
+"""

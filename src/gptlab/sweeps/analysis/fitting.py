@@ -1,15 +1,83 @@
-"""The scaling law of a sweep over sizes and tokens: fitted, in words, as a table. Imports no torch."""
+"""Scaling law of a sweep over model sizes and tokens: its measurements, the fit, and how that is printed.
 
+Imports no torch.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
+from gptlab.errors import UserError
+from gptlab.model.config import GPTConfig, embedding_count, parameter_count
+from gptlab.sweeps.analysis.points import has_value
 from gptlab.sweeps.analysis.scaling import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
-from gptlab.sweeps.analysis.sizes import SizedRun, read_sized_runs
+from gptlab.tracking.run_store.runs import Run
+from gptlab.tracking.run_store.sweeps import load_sweep, load_trials
+
+LENGTHS = ("train.max_tokens", "train.max_steps")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Size of a model.
+
+    Attributes:
+        all: Its parameters.
+        non_embedding: Those that are in no embedding and no untied head.
+    """
+
+    all: int
+    non_embedding: int
+
+
+@dataclass(frozen=True)
+class SizedRun:
+    """Measurements of a run for a scaling law.
+
+    Attributes:
+        trial: Its number.
+        size: Of its model.
+        tokens: That it has seen.
+        loss: That it came to, nats per token.
+    """
+
+    trial: int
+    size: ModelSize
+    tokens: int
+    loss: float
+
+
+def model_size(run: Run) -> ModelSize | None:
+    """Returns the size of a run's model; None if its configuration does not say."""
+    try:
+        config = GPTConfig.model_validate(run.config.get("model"))
+        everything = parameter_count(config)
+    except (UserError, ValidationError, ValueError):
+        return None
+    return ModelSize(everything, everything - embedding_count(config))
+
+
+def varies_size_and_length(directory: Path) -> bool:
+    """Whether a sweep varies both the model and how long it is trained."""
+    sweep = load_sweep(directory)
+    keys = [] if sweep is None else list(sweep.space)
+    return any(key.partition(".")[0] == "model" for key in keys) and any(key in LENGTHS for key in keys)
+
+
+def read_sized_runs(directory: Path) -> list[SizedRun]:
+    """Reads size, tokens and loss of every trial of a sweep that finished with a finite value."""
+    found = []
+    for trial in load_trials(directory):
+        size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
+        if size is not None and trial.value is not None:
+            found.append(SizedRun(trial.number, size, trial.tokens, trial.value))
+    return found
+
 
 SCALING = "scaling.json"
 RESAMPLES, SEED = 200, 0  # of the intervals
@@ -17,7 +85,7 @@ BUDGETS = (1, 10, 100)  # that are spoken of, in those of the largest run
 
 
 class ScalingAnswer(BaseModel):
-    """What a sweep over sizes and tokens says of larger ones.
+    """Scaling law of a sweep over sizes and tokens, with its predictions.
 
     N are all parameters of a model: for small ones, laws in those without embeddings mislead (Pearce and Song 2024).
 
@@ -41,7 +109,7 @@ class ScalingAnswer(BaseModel):
 
 
 def fit_sweep(directory: Path) -> ScalingAnswer:
-    """Fit a scaling law to the trials of a sweep that came to their end.
+    """Fits a scaling law to the finished trials of a sweep.
 
     Raises:
         UserError: They are too few to tell one.
@@ -61,7 +129,7 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 
 
 def print_scaling(scaling: ScalingAnswer) -> None:
-    """Print the coefficients, what is best for larger budgets, and the law in a line."""
+    """Prints the coefficients, the optima of larger budgets, and the law in one line."""
     console, law = get_console(), ScalingLaw(**scaling.law)
     table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
     for best in scaling.optima:
@@ -82,7 +150,7 @@ def print_scaling(scaling: ScalingAnswer) -> None:
 
 
 def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
-    """Write scaling.json."""
+    """Writes scaling.json."""
     write_durably(directory / SCALING, scaling.model_dump_json(indent=1) + "\n")
 
 
@@ -100,7 +168,7 @@ def _interval(value: float, low: float, high: float, form: str) -> str:
 
 
 def _format_interval(value: float, low: float, high: float) -> str:
-    """Write large numbers as 113k, 1.31M."""
+    """Formats large numbers as 113k, 1.31M."""
     return f"{_format_large(value)} ({_format_large(low)} to {_format_large(high)})"
 
 

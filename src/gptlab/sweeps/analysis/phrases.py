@@ -1,4 +1,4 @@
-"""What comparisons say, in plain words. Imports no torch."""
+"""Comparisons in words. Imports no torch."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ MAX_DIGITS = 6
 
 
 class BestResult(NamedTuple):
-    """What the one-line answer speaks of.
+    """Contents of the one-line answer.
 
     Attributes:
         name: Of the best point.
@@ -34,7 +34,7 @@ class BestResult(NamedTuple):
 
 
 def plus_minus(value: float, se: float | None) -> str:
-    """Write a value with its standard error, which has two digits that count."""
+    """Formats a value with its standard error, which has two significant digits."""
     if se is None:
         return f"{value:.{DIGITS}f}"
     digits = DIGITS if se == 0 else min(max(1 - math.floor(math.log10(se)), 0), MAX_DIGITS)
@@ -42,12 +42,12 @@ def plus_minus(value: float, se: float | None) -> str:
 
 
 def quantity(value: float, se: float | None, metric: str) -> str:
-    """Write a value of a metric, with its unit."""
+    """Formats a value of a metric, with its unit."""
     return f"{plus_minus(value, se)} {UNITS.get(metric, '')}".rstrip()
 
 
 def verdict(claim: Claim, metric: str) -> str:
-    """Say what a comparison with the baseline shows: "better by 0.012 ± 0.003 nats at 5 seeds"."""
+    """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats at 5 seeds"."""
     if claim.p is None:
         return ONE_SEED
     if not claim.is_shown:
@@ -56,7 +56,7 @@ def verdict(claim: Claim, metric: str) -> str:
 
 
 def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
-    """Write the answer of a sweep of several points in a line."""
+    """Returns the one-line answer of a sweep of several points."""
     role = f", the {BASELINE}" if best.name == best.baseline else ""
     told = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
     if best.to_baseline is not None:
@@ -69,20 +69,15 @@ def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
 
 
 def spread_line(estimate: Estimate, metric: str) -> str:
-    """Write the answer of a sweep of one point: how far its seeds lie apart."""
+    """Returns the one-line answer of a sweep of one point: the spread of its seeds."""
     if estimate.deviation is None:
         return f"{quantity(*estimate[1:], metric)}; {ONE_SEED}"
     apart = f"{estimate.deviation:.2g} {UNITS.get(metric, '')}".rstrip()
     return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, whose standard deviation is {apart}"
 
 
-def point_name(settings: dict[str, str]) -> str:
-    """Name a point by what it sets."""
-    return " ".join(f"{key}={value}" for key, value in settings.items())
-
-
 def format_counts(counts: dict[str, int]) -> str:
-    """Write how many there are of each, of those that there are: "2 failed, 1 pruned"."""
+    """Formats counts that are not zero: "2 failed, 1 pruned"."""
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
 
@@ -95,7 +90,7 @@ def _amount(claim: Claim, metric: str) -> str:
 
 
 def _beside(claim: Claim, metric: str, other: str) -> str:
-    """Say how the best stands beside another point, which is named."""
+    """Formats the comparison of the best point with another one."""
     if claim.p is None:
         return ONE_SEED
     if not claim.is_shown:

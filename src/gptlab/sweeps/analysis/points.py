@@ -1,14 +1,13 @@
-"""The trials of a sweep by point: what differs in nothing but the seed belongs together. Imports no torch."""
+"""Trials of a sweep grouped by point: those that differ in the seed alone. Imports no torch."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gptlab.sweeps.analysis.significance import Replicate
-from gptlab.tracking.run_store.sweeps import Trial
+from gptlab.tracking.run_store.sweeps import FAILED_STATES, Trial
 
 SEED = "seed"
-FAILED = ("failed", "diverged", "config_error")
 NAMES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -16,9 +15,9 @@ class Point(NamedTuple):
     """One point of a sweep.
 
     Attributes:
-        settings: What it sets, but for the replicate.
-        trials: Its trials, in their order.
-        values: Of those that came to their end with a number, by replicate.
+        settings: Overrides, without the seed.
+        trials: Its trials, by number.
+        values: Values of the trials that finished with one, by replicate.
     """
 
     settings: dict[str, str]
@@ -38,18 +37,13 @@ class Point(NamedTuple):
     @property
     def unfinished(self) -> int:
         """How many trials have not come to their end."""
-        return sum(trial.state not in ("done", "pruned", *FAILED) for trial in self.trials)
+        return sum(trial.state not in ("done", "pruned", *FAILED_STATES) for trial in self.trials)
 
     @property
     def tokens(self) -> int:
         """How many tokens a run of it has seen; the one that saw most."""
         done = [trial.tokens for trial in self.trials if has_value(trial)]
         return max(done or [trial.tokens for trial in self.trials])
-
-    @property
-    def name(self) -> str:
-        """What it sets, in a line."""
-        return " ".join(f"{key}={value}" for key, value in self.settings.items())
 
 
 def has_value(trial: Trial) -> bool:
@@ -58,37 +52,32 @@ def has_value(trial: Trial) -> bool:
 
 
 def as_number(setting: str) -> float | None:
-    """Read a setting as a finite number; None where it is none."""
+    """Parses a setting as a finite number; returns None if it is not one."""
     number = _parsed(setting)
     return number if isinstance(number, float) and math.isfinite(number) else None
 
 
 def is_failed(trial: Trial) -> bool:
     """Whether a trial ended without a number, by itself."""
-    return trial.state in FAILED or (trial.state == "done" and not has_value(trial))
+    return trial.state in FAILED_STATES or (trial.state == "done" and not has_value(trial))
 
 
-def group_points(trials: Sequence[Trial], replicates: Collection[str]) -> list[Point]:
-    """Put together the trials that differ in nothing but the replicates, in the order of the trials.
-
-    Args:
-        trials: Of a sweep.
-        replicates: Keys that tell the runs of a point apart.
-    """
+def group_points(trials: Sequence[Trial]) -> list[Point]:
+    """Groups trials that differ in the seed alone, in the order of the trials."""
     points: dict[tuple[tuple[str, str], ...], Point] = {}
     for trial in trials:
-        settings = {key: value for key, value in trial.overrides.items() if key not in replicates}
+        settings = {key: value for key, value in trial.overrides.items() if key != SEED}
         point = points.setdefault(tuple(sorted(settings.items())), Point(settings, [], {}))
         point.trials.append(trial)
         if has_value(trial) and trial.value is not None:
-            replicate = tuple(trial.overrides[key] for key in replicates if key in trial.overrides)
+            replicate = (trial.overrides[SEED],) if SEED in trial.overrides else ()
             point.values.setdefault(replicate, trial.value)  # the same run twice is one run
     return list(points.values())
 
 
-def find_point(points: Sequence[Point], settings: Mapping[str, str], replicates: Collection[str]) -> Point | None:
-    """Find the point with such settings, the first of several; the first of all where none are named."""
-    wanted = {key: _parsed(value) for key, value in settings.items() if key not in replicates}
+def find_point(points: Sequence[Point], settings: Mapping[str, str]) -> Point | None:
+    """Returns the first point with these settings."""
+    wanted = {key: _parsed(value) for key, value in settings.items() if key != SEED}
     for point in points:
         if all(key in point.settings and _parsed(point.settings[key]) == value for key, value in wanted.items()):
             return point
@@ -96,7 +85,7 @@ def find_point(points: Sequence[Point], settings: Mapping[str, str], replicates:
 
 
 def _parsed(value: str) -> str | float | bool | None:
-    """Read a value so that 1e-3 is 0.001."""
+    """Parses a value, so that 1e-3 equals 0.001."""
     try:
         return float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Answers on the screen and in files. Imports no torch."""
+"""Answers of a sweep, printed and written to files. Imports no torch."""
 
 import csv
 import io
@@ -11,10 +11,9 @@ from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import fit_sweep, print_scaling, write_scaling
+from gptlab.sweeps.analysis.fitting import LENGTHS, fit_sweep, print_scaling, varies_size_and_length, write_scaling
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
 from gptlab.sweeps.analysis.significance import ALPHA
-from gptlab.sweeps.analysis.sizes import LENGTHS, varies_size_and_length
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
 
 CSV, JSON = "answers.csv", "answers.json"
@@ -27,7 +26,7 @@ STATISTICS = (  # of a row, as columns of the CSV
 
 
 def report_sweep(directory: Path) -> SweepAnswers:
-    """Do what a sweep ends with: show its answers, and write them beside its trials.
+    """Prints the answers of a sweep, and writes them into its directory.
 
     A sweep over sizes and tokens gets its scaling law as well, or is told why there is none.
 
@@ -49,7 +48,7 @@ def report_sweep(directory: Path) -> SweepAnswers:
 
 
 def print_answers(answers: SweepAnswers) -> None:
-    """Print the question, the table, what went wrong and the answer."""
+    """Prints the table, the notes and the answer."""
     console = get_console()
     console.print(_table(answers, console.width))
     for note in answers.notes:
@@ -59,13 +58,13 @@ def print_answers(answers: SweepAnswers) -> None:
 
 
 def write_answers(answers: SweepAnswers, directory: Path) -> None:
-    """Write answers.csv and answers.json, each whole or not at all."""
+    """Writes answers.csv and answers.json, atomically."""
     write_csv(answers, directory / CSV)
     write_durably(directory / JSON, answers.model_dump_json(indent=1) + "\n")
 
 
 def write_csv(answers: SweepAnswers, path: Path) -> None:
-    """Write the table, a line a point: what it sets, its statistics, and its forecast where there is one."""
+    """Writes a row for each point: its settings, its statistics, and its forecast if there is one."""
     scores = list(dict.fromkeys(name for row in answers.rows for name in row.forecast))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -77,7 +76,7 @@ def write_csv(answers: SweepAnswers, path: Path) -> None:
 
 
 def _table(answers: SweepAnswers, width: int) -> Table:
-    """Make the table for a screen of so many columns; a narrow one has the differences in the verdicts alone."""
+    """Builds the table for a terminal of ``width`` columns; a narrow one has differences in the verdicts only."""
     table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
     unit = UNITS.get(answers.metric)
     keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
@@ -105,19 +104,19 @@ def _table(answers: SweepAnswers, width: int) -> Table:
 
 
 def _headings(keys: list[str]) -> dict[str, str]:
-    """Name what is varied by the last part of its name, where that is enough."""
+    """Returns short headings of the varied keys: the last part of their names, if that is unique."""
     short = {key: key.rpartition(".")[2] for key in keys}
     return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 
 
 def _counts(rows: list[AnswerRow]) -> dict[str, list[str]]:
-    """Give a column to each way in which trials have no value, where there is one."""
+    """Returns a column for each way in which trials have no value, if there are any."""
     columns = {name: [getattr(row, name) for row in rows] for name in ("failed", "pruned", "unfinished")}
     return {name: [str(count or "") for count in counts] for name, counts in columns.items() if any(counts)}
 
 
 def _sizes(rows: list[AnswerRow], names: Sequence[str]) -> dict[str, list[str]]:
-    """Write parameters and tokens, where they differ."""
+    """Returns columns of parameters and tokens, if they differ."""
     columns = {name: [getattr(row, name) for row in rows] for name in names}
     return {
         name: [f"{size:,}" if size else "" for size in sizes]
@@ -127,7 +126,7 @@ def _sizes(rows: list[AnswerRow], names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _scores(rows: list[AnswerRow]) -> dict[str, list[str]]:
-    """Write what was measured over what was forecast; the rest is in the files."""
+    """Returns columns of the ratios of measurement to forecast; the rest is in the files."""
     columns = {
         heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
         for name, heading in (

@@ -64,17 +64,12 @@ class ScalingLaw(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """Return the parameters and the tokens of the lowest loss for a budget of operations (equation 4)."""
+        """Returns the parameters and the tokens of the lowest loss for a budget of operations (equation 4)."""
         return self.G * (flops / 6) ** self.a, (flops / 6) ** self.b / self.G
 
 
-# Hoffmann et al. 2022, equation 10, as rounded there. Besiroglu et al. 2024 ("Chinchilla Scaling: A replication
-# attempt") find other values in the same runs.
-CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-
-
 class ScalingFit(NamedTuple):
-    """A law with its uncertainty.
+    """Fitted law, with its resampled fits.
 
     Attributes:
         law: Fitted to all runs.
@@ -89,7 +84,7 @@ class ScalingFit(NamedTuple):
     residual: float
 
     def interval(self, of: Callable[[ScalingLaw], float]) -> tuple[float, float]:
-        """Return the ends of the 95 % interval of something that a law says, by percentiles of the resampled ones."""
+        """Returns the ends of the 95 % interval of something that a law says, by percentiles of the resampled ones."""
         ends = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
         low, high = np.percentile([of(law) for law in self.resampled], ends)
         return float(low), float(high)
@@ -113,7 +108,7 @@ class Optimum:
 
 
 def fit_scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """Fit the law to runs: the least Huber loss between logs, by L-BFGS from a grid (appendix D.2).
+    """Fits the law to runs: the least Huber loss between logs, by L-BFGS from a grid (appendix D.2).
 
     Args:
         parameters: N of every run.
@@ -137,7 +132,7 @@ def fit_scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses
 def fit_with_intervals(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], *, resamples: int, seed: int
 ) -> ScalingFit:
-    """Fit the law to runs, and again to runs drawn from them, for intervals.
+    """Fits the law to runs, and again to runs drawn from them, for intervals.
 
     A draw that has too few sizes or lengths for a law is drawn again.
 
@@ -162,7 +157,7 @@ def fit_with_intervals(
 
 
 def optimum(fitted: ScalingFit, flops: float) -> Optimum:
-    """Tell what is best for a budget of operations."""
+    """Returns the optimum for a budget of operations."""
 
     def with_interval(of: Callable[[ScalingLaw], float]) -> tuple[float, float, float]:
         return (of(fitted.law), *fitted.interval(of))
@@ -182,7 +177,7 @@ def _logs(
 
 
 def _coordinates(law: ScalingLaw) -> Array:
-    """Write a law as L-BFGS moves it: a = log A, b = log B, e = log E, alpha, beta."""
+    """Returns the parameters that L-BFGS optimizes: a = log A, b = log B, e = log E, alpha, beta."""
     return np.array([*np.log([law.A, law.B, law.E]), law.alpha, law.beta])
 
 
@@ -192,7 +187,7 @@ def _law(at: Array) -> ScalingLaw:
 
 
 def _terms(at: Array, logs: Array) -> Array:
-    """Return the logs of the three terms of the predicted loss of every run, as a (3, runs) array."""
+    """Returns the logs of the three terms of the predicted loss of every run, as a (3, runs) array."""
     a, b, e, alpha, beta = at
     return np.stack((a - alpha * logs[0], b - beta * logs[1], np.full_like(logs[0], e)))
 
@@ -202,7 +197,7 @@ def _residuals(at: Array, logs: Array) -> Array:
 
 
 def _objective(at: Array, logs: Array) -> tuple[float, Array]:
-    """Return the Huber loss over delta squared, summed over the runs, and its gradient.
+    """Returns the Huber loss over delta squared, summed over the runs, and its gradient.
 
     Summed and scaled, not averaged: L-BFGS stops where the loss moves little in absolute terms, which is how the
     published fit came to stop too soon (Besiroglu et al. 2024, section 4).
@@ -217,7 +212,7 @@ def _objective(at: Array, logs: Array) -> tuple[float, Array]:
 
 
 def _best_starts(logs: Array, number: int) -> Array:
-    """Choose the beginnings with the least Huber loss from the grid."""
+    """Returns the starting points of the grid with the least Huber loss."""
     grid = np.array(list(product(*START_GRID.values())))
     terms = np.stack(
         np.broadcast_arrays(
@@ -251,7 +246,7 @@ def _descend(logs: Array, starts: Array) -> ScalingLaw:
 
 
 def _bootstrap_samples(runs: Array, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Yield which runs are drawn; there are always enough of them for a law."""
+    """Yields the indices of resampled runs, always enough of them for a fit."""
     while True:
         drawn = random.integers(runs.shape[1], size=(runs.shape[1],))
         if all(len(np.unique(row[drawn])) >= MIN_RUNS for row in runs[:2]):

@@ -1,4 +1,4 @@
-"""Whether a difference between runs is more than noise: paired by seed where it can be. Imports no torch.
+"""Significance of a difference between runs, paired by seed if possible. Imports no torch.
 
 Values are such that lower is better. A replicate is what tells the runs of a point apart: their seed.
 """
@@ -17,7 +17,7 @@ Values = Mapping[Replicate, float]
 
 
 class Estimate(NamedTuple):
-    """A mean and how well it is known.
+    """Mean and its uncertainty.
 
     Attributes:
         n: Number of values.
@@ -36,7 +36,7 @@ class Estimate(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What the runs of a point say beside those of another one.
+    """Comparison of the runs of two points.
 
     Attributes:
         method: "paired" by replicate, or "welch" where there are not two replicates that both have.
@@ -68,13 +68,13 @@ class Comparison(NamedTuple):
         )
 
     def reversed(self) -> "Comparison":
-        """Say the same of the other point."""
+        """Returns the comparison seen from the other point."""
         low, high = (None if end is None else -end for end in (self.high, self.low))
         return self._replace(n=self.others, others=self.n, difference=-self.difference, low=low, high=high)
 
 
 class Claim(NamedTuple):
-    """A comparison among others.
+    """Comparison among several, with its corrected p value.
 
     Attributes:
         comparison: Taken alone.
@@ -90,18 +90,18 @@ class Claim(NamedTuple):
         return self.p is not None and self.p < ALPHA
 
     def reversed(self) -> "Claim":
-        """Say the same of the other point."""
+        """Returns the comparison seen from the other point."""
         return Claim(self.comparison.reversed(), self.p)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Estimate a mean from at least one value."""
+    """Estimates a mean from at least one value."""
     n = len(values)
     return Estimate(n, float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None)
 
 
 def compare(values: Values, others: Values) -> Comparison:
-    """Compare the runs of a point with those of another one.
+    """Compares the runs of a point with those of another one.
 
     Two replicates that both have are enough for the t test of the differences (Student 1908); it takes out what a seed
     does to both. Otherwise it is Welch's test (Welch 1947), which supposes no equal variances.
@@ -125,7 +125,7 @@ def compare(values: Values, others: Values) -> Comparison:
 
 
 def compare_all(pairs: Mapping[str, tuple[Values, Values]]) -> dict[str, Claim]:
-    """Make several comparisons, such that all of them together err as rarely as one; by name, like the pairs."""
+    """Makes several comparisons, corrected so that together they err as rarely as one; by the names of the pairs."""
     comparisons = {name: compare(*pair) for name, pair in pairs.items()}
     p_values = {name: comparison.p for name, comparison in comparisons.items() if comparison.p is not None}
     raised = dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -147,7 +147,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def _t_test(
     method: Literal["paired", "welch"], n: int, others: int, difference: float, se: float, freedom: float
 ) -> Comparison:
-    """Put a difference beside Student's distribution. Without any noise, only a difference of 0 is none."""
+    """Tests a difference by Student's distribution; without noise, every difference but 0 is significant."""
     if se == 0:
         return Comparison(method, n, others, difference, se, float(difference == 0), difference, difference)
     p = 2 * float(special.stdtr(freedom, -abs(difference) / se))

@@ -1,7 +1,6 @@
-"""The answer of a sweep: a row a point, what each says beside the baseline, the best in a line. Imports no torch."""
+"""Answers of a sweep: a row for each point, compared with the baseline, and a one-line answer. Imports no torch."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -9,26 +8,25 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from gptlab.errors import UserError
+from gptlab.sweeps.analysis.fitting import model_size
 from gptlab.sweeps.analysis.phrases import (
     BASELINE,
     BestResult,
     best_line,
     format_counts,
-    point_name,
     spread_line,
     verdict,
 )
-from gptlab.sweeps.analysis.points import SEED, Point, as_number, find_point, group_points, is_failed
+from gptlab.sweeps.analysis.points import Point, as_number, find_point, group_points, is_failed
 from gptlab.sweeps.analysis.significance import Claim, compare_all, estimate
-from gptlab.sweeps.analysis.sizes import model_size
 from gptlab.tracking.run_store.runs import Run, flatten
-from gptlab.tracking.run_store.sweeps import Sweep, Trial, load_sweep, load_trials
+from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides, load_sweep, load_trials
 
 NEXT_BEST = "\0"  # the comparison of the best two points, among those that are named by a point
 
 
 class AnswerRow(BaseModel):
-    """A point of a sweep, and what it says beside the baseline; lower is better.
+    """Point of a sweep, and its comparison with the baseline; lower is better.
 
     Attributes:
         settings: What it sets, but for the seed.
@@ -82,7 +80,7 @@ class AnswerRow(BaseModel):
 
 
 class SweepAnswers(BaseModel):
-    """What a sweep has shown.
+    """Answers of a sweep.
 
     Attributes:
         question: What it wants to know.
@@ -105,26 +103,24 @@ class SweepAnswers(BaseModel):
     notes: list[str]
 
 
-def analyze_sweep(directory: Path, replicates: Sequence[str] = ()) -> SweepAnswers:
-    """Read off what a sweep has shown so far; it may be under way.
-
-    Args:
-        directory: The sweep's.
-        replicates: Keys beside the seed that tell the runs of one point apart.
+def analyze_sweep(directory: Path) -> SweepAnswers:
+    """Compares the points of a sweep, which may still be running.
 
     Raises:
-        UserError: It is the directory of no sweep, or damaged.
+        UserError: ``directory`` is not a sweep's, or is damaged.
     """
     sweep = load_sweep(directory)
     if sweep is None:
         raise UserError(f"{directory} is the directory of no sweep: no sweep.json is in it (looked from {Path.cwd()}).")
-    trials, apart = load_trials(directory), (SEED, *replicates)
-    points = group_points(trials, apart)
+    trials = load_trials(directory)
+    points = group_points(trials)
     ranked = sorted((point for point in points if point.values), key=lambda point: fmean(point.values.values()))
-    baseline = find_point(points, sweep.baseline, apart)
+    baseline = find_point(points, sweep.baseline)
     claims = _claims(ranked, baseline)
     rows = [
-        _row(directory, point, claims.get(point_name(point.settings)), sweep.metric, is_baseline=point is baseline)
+        _row(
+            directory, point, claims.get(format_overrides(point.settings)), sweep.metric, is_baseline=point is baseline
+        )
         for point in (*ranked, *(point for point in points if not point.values))
     ]
     return SweepAnswers(
@@ -139,17 +135,17 @@ def analyze_sweep(directory: Path, replicates: Sequence[str] = ()) -> SweepAnswe
 
 
 def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
-    """Compare every point with the baseline, by name, and the best with the next where neither is the baseline."""
+    """Compares every point with the baseline, and the best with the next if neither is the baseline; by name."""
     pairs = {}
     if baseline is not None and baseline.values:
-        pairs = {point_name(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
+        pairs = {format_overrides(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
     if len(ranked) > 1 and not (pairs and any(point is baseline for point in ranked[:2])):
         pairs[NEXT_BEST] = (ranked[0].values, ranked[1].values)
     return compare_all(pairs)
 
 
 def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> AnswerRow:
-    """Make the row of a point; ``claim`` is what it says beside the baseline, where there is one with a value."""
+    """Builds the row of a point; ``claim`` is its comparison with the baseline, if that has a value."""
     known: dict[str, Any] = {}
     if point.values:
         n, mean, se = estimate(list(point.values.values()))
@@ -183,7 +179,7 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
 def _line(
     sweep: Sweep, points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim]
 ) -> str:
-    """Write the answer in a line."""
+    """Returns the one-line answer."""
     missing = sweep.n_trials - sum(len(point.trials) for point in points)  # their turn has not come
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
@@ -194,9 +190,9 @@ def _line(
     estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
     if len(points) == 1:
         return spread_line(estimates[0], sweep.metric)
-    names = [point_name(point.settings) for point in ranked]
+    names = [format_overrides(point.settings) for point in ranked]
     compared = baseline is not None and baseline.values
-    of_baseline = point_name(baseline.settings) if baseline is not None and compared else None
+    of_baseline = format_overrides(baseline.settings) if baseline is not None and compared else None
     following = claims.get(NEXT_BEST)
     if len(ranked) > 1 and ranked[0] is baseline:
         following = claims[names[1]].reversed()
@@ -225,22 +221,22 @@ def _edges(ranked: list[Point]) -> list[str]:
 
 
 def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[str]:
-    """Say what went wrong, a sentence each."""
+    """Returns what went wrong, a sentence each."""
     notes = []
     if baseline is None and trials:
         notes.append(
-            f"The baseline, {point_name(sweep.baseline)}, is no point of this sweep: nothing is compared with it."
+            f"The baseline, {format_overrides(sweep.baseline)}, is no point of this sweep: nothing is compared with it."
         )
     elif baseline is not None and not baseline.values:
-        notes.append(f"The baseline, {point_name(baseline.settings)}, has no value: nothing is compared with it.")
+        notes.append(f"The baseline, {format_overrides(baseline.settings)}, has no value: nothing is compared with it.")
     for trial in filter(is_failed, trials):
         why = trial.message or f"it has no finite {sweep.metric}"
-        notes.append(f"Trial {trial.number} ({point_name(trial.overrides)}) is left out, {trial.state}: {why}")
+        notes.append(f"Trial {trial.number} ({format_overrides(trial.overrides)}) is left out, {trial.state}: {why}")
     return notes
 
 
 def _scores(runs: list[Run]) -> dict[str, float]:
-    """Take the means of the numbers under "score" in forecast.json."""
+    """Returns the means of the numbers under "score" in forecast.json."""
     found: dict[str, list[float]] = {}
     for run in runs:
         score = run.forecast.get("score")

@@ -1,1 +1,4 @@
-"""Reading past runs and sweeps. Imports no torch."""
+"""Runs and sweeps on disk: the files of their directories, found, read and listed, while they run or later.
+
+Imports no torch.
+"""

@@ -1,4 +1,4 @@
-"""Runs as lines of a table: filtered by their configuration, sorted, written. Imports no torch."""
+"""Listing of runs: filtered by their configuration, sorted, formatted. Imports no torch."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Condition(NamedTuple):
-    """What a run has to be, to be listed: model.n_layer>=6.
+    """Condition that a listed run meets: model.n_layer>=6.
 
     Attributes:
         key: Of its configuration, or a column.
@@ -46,7 +46,7 @@ class Condition(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a condition; UserError where it is none."""
+        """Parses a condition; raises UserError if it is not one."""
         found = re.fullmatch(r"\s*([A-Za-z_][\w./]*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", text)
         if found is None:
             raise UserError(
@@ -68,7 +68,7 @@ class Condition(NamedTuple):
 
 
 def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
-    """Make a line of every run that meets all conditions, and sort them.
+    """Returns a sorted line for every run that meets all conditions.
 
     Args:
         runs: Which there are.
@@ -95,7 +95,7 @@ def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, de
 
 
 def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
-    """Draw lines as a table."""
+    """Formats lines as a table."""
     columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
     drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in columns:
@@ -108,7 +108,7 @@ def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) ->
 
 
 def format_csv(lines: list[Line], columns: Sequence[str]) -> str:
-    """Write lines as CSV: seconds, tokens and nats as numbers."""
+    """Formats lines as CSV, with plain numbers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -117,7 +117,7 @@ def format_csv(lines: list[Line], columns: Sequence[str]) -> str:
 
 
 def format_json(lines: list[Line], columns: Sequence[str]) -> str:
-    """Write lines as a list of objects."""
+    """Formats lines as a JSON list of objects."""
     return json.dumps([{column: line.get(column) for column in columns} for line in lines], indent=1) + "\n"
 
 
@@ -162,7 +162,7 @@ def _cell(column: str, value: Any, line: Line) -> Text:
 
 
 def _short(seconds: float) -> str:
-    """Write a length of time in its largest unit: 45s, 12m, 5h, 3d."""
+    """Formats a duration in its largest unit: 45s, 12m, 5h, 3d."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f}{unit}"
@@ -170,7 +170,7 @@ def _short(seconds: float) -> str:
 
 
 def _value(text: str) -> Any:
-    """Read a value as a configuration would; 1e-3 is a number, which YAML 1.1 does not know."""
+    """Parses a value like the configuration does; unlike in YAML 1.1, 1e-3 is a number."""
     try:
         return float(text)
     except ValueError:

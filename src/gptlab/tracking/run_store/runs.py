@@ -1,4 +1,4 @@
-"""Runs as they lie in outputs/: found, and read. Imports no torch."""
+"""Runs on disk: finding and reading run directories. Imports no torch."""
 
 import csv
 import glob
@@ -22,7 +22,7 @@ MetricsRow = dict[str, float]
 
 
 class Run:
-    """One run directory. Everything in it is read when it is asked for.
+    """A run directory, whose files are read on demand.
 
     Args:
         directory: The run's.
@@ -55,64 +55,64 @@ class Run:
 
     @property
     def state(self) -> RunState | None:
-        """Where it stands; None where the run is older than state.json."""
+        """State of the run; None if the run is older than state.json."""
         return load_state(self.directory)
 
     @cached_property
     def rows(self) -> list[MetricsRow]:
-        """metrics.csv: a dictionary a row, of what stands in it; "step" and "tokens" in every one."""
+        """Rows of metrics.csv, without empty values; every row has "step" and "tokens"."""
         try:
             with (self.directory / METRICS).open(newline="", encoding="utf-8") as file:
                 return [_numbers(row) for row in csv.DictReader(file)]
         except OSError:
             return []
 
-    def series(self, metric: str, over: str = "step") -> tuple[list[float], list[float]]:
-        """Return where a metric was recorded, and its values: two lists of one length."""
-        rows = [row for row in self.rows if metric in row and over in row]
-        return [row[over] for row in rows], [row[metric] for row in rows]
+    def series(self, metric: str) -> tuple[list[float], list[float]]:
+        """Returns the steps at which a metric was recorded, and its values."""
+        rows = [row for row in self.rows if metric in row and "step" in row]
+        return [row["step"] for row in rows], [row[metric] for row in rows]
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """environment.json; empty where there is none."""
+        """Content of environment.json; empty if there is none."""
         return _json(self.directory / ENVIRONMENT)
 
     @cached_property
     def forecast(self) -> dict[str, Any]:
-        """forecast.json, what was expected of the run; empty where there is none."""
+        """Content of forecast.json; empty if there is none."""
         return _json(self.directory / FORECAST)
 
     @property
     def samples(self) -> list[tuple[int, str]]:
-        """(step, text) of what it wrote, in the order of the steps."""
+        """Samples as (step, text), by step."""
         found = (path for path in (self.directory / SAMPLES).glob("*.txt"))
         numbered = ((_step(path), path) for path in found)
         return sorted((step, path.read_text(encoding="utf-8")) for step, path in numbered if step is not None)
 
     def value(self, metric: str = "val/loss", which: str = "best") -> float | None:
-        """The lowest ("best") or the last ("last") finite value of a metric; None where there is none."""
+        """Returns the lowest ("best") or the last ("last") finite value of a metric; None if there is none."""
         values = [value for value in self.series(metric)[1] if math.isfinite(value)]
         if not values:
             return None
         return min(values) if which == "best" else values[-1]
 
 
-def find_runs(where: str) -> list[Run]:
-    """Find the runs at a place: a run directory, a folder with runs anywhere below it, or a glob of either.
+def find_runs(pattern: str) -> list[Run]:
+    """Finds runs: in a run directory, a folder with runs below it, or whatever a glob of these matches.
 
     Raises:
         UserError: There is none.
     """
-    places = [Path(place) for place in sorted(glob.glob(str(Path(where).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
-    found = list(dict.fromkeys(run for place in places for run in _runs_below(place)))
+    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
+    found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
     if not found:
-        there = "no such place" if not places else f"no run directory (one with a {CONFIG}) in it or below"
-        raise UserError(f"{where}: there is {there} (looked from {Path.cwd()}).")
+        there = "no such place" if not paths else f"no run directory (one with a {CONFIG}) in it or below"
+        raise UserError(f"{pattern}: there is {there} (looked from {Path.cwd()}).")
     return [Run(directory) for directory in found]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted name, value) of nested dictionaries; an empty one is a value."""
+    """Yields (dotted name, value) of nested dictionaries; an empty one is a value."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")
@@ -120,15 +120,15 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def _runs_below(place: Path) -> list[Path]:
-    if (place / CONFIG).is_file():
-        return [place]
-    found = (*place.glob(f"*/{CONFIG}"), *place.glob(f"*/*/{CONFIG}"), *place.glob(f"*/*/*/{CONFIG}"))
+def _runs_below(folder: Path) -> list[Path]:
+    if (folder / CONFIG).is_file():
+        return [folder]
+    found = (*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}"), *folder.glob(f"*/*/*/{CONFIG}"))
     return sorted((path.parent for path in found), key=_sort_key)
 
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
-    """Sort the jobs of a sweep by number: 2 before 10."""
+    """Sorts the jobs of a sweep by number: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in directory.parts]
 
 

@@ -1,4 +1,4 @@
-"""state.json of a run directory: where the run stands, for those who look at it from outside. Imports no torch."""
+"""state.json of a run directory: the state of a run, for other processes. Imports no torch."""
 
 import json
 import os
@@ -38,7 +38,7 @@ END_STATES: dict[int, StateName] = {
 
 
 class RunState(BaseModel):
-    """Where a run stands.
+    """State of a run.
 
     Attributes:
         state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; it
@@ -81,20 +81,20 @@ class RunState(BaseModel):
     host: str = ""
 
     def save(self, directory: Path) -> None:
-        """Write state.json, whole or not at all; it is news, not a record, so it is not synced."""
+        """Writes state.json atomically; it is not synced, as losing an update does no harm."""
         unfinished = directory / f".{STATE}.{os.getpid()}"
         unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         unfinished.replace(directory / STATE)
 
 
 def new_state(max_steps: int) -> RunState:
-    """Begin the record of a run in this process."""
+    """Returns the state of a run that starts in this process."""
     now = time.time()
     return RunState(max_steps=max_steps, began=now, updated=now, pid=os.getpid(), host=platform.node())
 
 
 def load_state(directory: Path) -> RunState | None:
-    """Read where a run stands; None where nothing says so. One whose process is gone is "lost"."""
+    """Reads state.json; returns None if there is none. A running state whose process is gone becomes "lost"."""
     try:
         state = RunState.model_validate(json.loads((directory / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
@@ -105,7 +105,7 @@ def load_state(directory: Path) -> RunState | None:
 
 
 def end_state(directory: Path, status: int, message: str | None = None) -> None:
-    """Write down how a run ended, if it is one that had begun."""
+    """Records how a run ended, if it had started."""
     state = load_state(directory)
     if state is not None:
         changes: dict[str, Any] = {"state": END_STATES.get(status, "failed"), "status": status, "message": message}
@@ -113,7 +113,7 @@ def end_state(directory: Path, status: int, message: str | None = None) -> None:
 
 
 def status_of(error: BaseException) -> int:
-    """Return the exit status of a run that ends with an error."""
+    """Returns the exit status of a run that ends with an error."""
     match error:
         case KeyboardInterrupt():
             return INTERRUPTED

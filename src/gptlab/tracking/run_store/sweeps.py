@@ -1,10 +1,11 @@
-"""Sweeps as they lie in outputs/: what was asked, and what each trial came to. Imports no torch.
+"""Sweeps on disk: what a sweep is, and the state of its trials. Imports no torch.
 
 <sweep directory>/sweep.json says what the sweep is; each trial has a folder named by its number, which is a run
 directory with trial.json beside the rest. trial.json has one writer, the process of the sweep.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,23 +18,24 @@ from gptlab.tracking.run_store.state import StateName
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
-TRIAL_END_STATES = ("done", "pruned", "diverged", "config_error", "failed")  # of which a trial is not run again
+FAILED_STATES = ("diverged", "config_error", "failed")
+TRIAL_END_STATES = ("done", "pruned", *FAILED_STATES)  # of which a trial is not run again
 
 
 class Trial(BaseModel):
-    """One point of a sweep.
+    """One trial of a sweep.
 
     Attributes:
-        number: Its place in the sweep, and the name of its folder.
-        overrides: What it changes, as they are written on a command line: {"optimizer.lr": "0.001", "seed": "1"}.
-        config_hash: Of its whole configuration; a trial that has ended is not run again.
-        state: See RunState; "waiting" has not begun.
+        number: Number in the sweep, and name of its run directory.
+        overrides: Overrides of its point, as on a command line: {"optimizer.lr": "0.001", "seed": "1"}.
+        config_hash: Hash of its configuration; a second trial with the same one is not run.
+        state: See ``RunState``; a "waiting" trial has not started.
         status: Exit status; None until it has ended.
-        message: What went wrong, in a sentence.
-        value: The sweep's metric (lower is better); None where there is none.
-        tokens: That it has seen.
-        starts: How often it was started.
-        job: Of a cluster, where it runs as one.
+        message: Error message, one sentence.
+        value: Value of the sweep's metric (lower is better), if any.
+        tokens: Tokens seen.
+        starts: Number of starts.
+        job: Id of its job, if it runs on a cluster.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,28 +52,28 @@ class Trial(BaseModel):
     job: str | None = None
 
     def to(self, state: TrialState, **changes: Any) -> "Trial":
-        """Return it in another state."""
+        """Returns a copy in another state."""
         return self.model_copy(update={"state": state, **changes})
 
     def save(self, sweep: Path) -> None:
-        """Write trial.json."""
+        """Writes trial.json."""
         (sweep / str(self.number)).mkdir(parents=True, exist_ok=True)
         write_durably(sweep / str(self.number) / TRIAL, self.model_dump_json(indent=1) + "\n")
 
 
 class Sweep(BaseModel):
-    """What a sweep is.
+    """Definition of a sweep.
 
     Attributes:
-        question: What it wants to know, in a sentence.
-        space: What is varied, as it is written: {"optimizer.lr": "1e-3,2e-3"}.
-        fixed: The other overrides of the command line.
-        search: "grid", or how points are chosen: "random", "tpe", "cmaes".
-        n_trials: How many points there are to be.
-        metric: Of metrics.csv, whose lowest value counts.
-        baseline: The overrides that the others are compared with; empty: the first point.
-        definition: Hash of what makes the sweep this one; a sweep that is started again has the same.
-        wandb_group: Under which its runs are at W&B.
+        question: Question that it answers, one sentence.
+        space: Varied keys, as on a command line: {"optimizer.lr": "1e-3,2e-3"}.
+        fixed: Other overrides of the command line.
+        search: How points are chosen: "grid", "random", "tpe" or "cmaes".
+        n_trials: Number of points.
+        metric: Column of metrics.csv whose lowest value is compared.
+        baseline: Overrides of the point that others are compared with; empty: the first point.
+        definition: Hash of the definition, by which a sweep that is started again is recognized.
+        wandb_group: W&B group of its runs.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -87,24 +89,29 @@ class Sweep(BaseModel):
     wandb_group: str
 
     def save(self, directory: Path) -> None:
-        """Write sweep.json."""
+        """Writes sweep.json."""
         directory.mkdir(parents=True, exist_ok=True)
         write_durably(directory / SWEEP, self.model_dump_json(indent=1) + "\n")
 
 
+def format_overrides(overrides: Mapping[str, str]) -> str:
+    """Formats overrides as on a command line: "optimizer.lr=1e-3 seed=1"."""
+    return " ".join(f"{key}={value}" for key, value in overrides.items())
+
+
 def load_sweep(directory: Path) -> Sweep | None:
-    """Read what a sweep is; None where the directory is none of a sweep, UserError where it is damaged."""
+    """Reads sweep.json; returns None if there is none, raises UserError if it is damaged."""
     return _load(Sweep, directory / SWEEP)
 
 
 def load_trials(directory: Path) -> list[Trial]:
-    """Read the trials of a sweep, in their order."""
+    """Reads the trials of a sweep, by number."""
     found = (_load(Trial, path) for path in directory.glob(f"*/{TRIAL}"))
     return sorted((trial for trial in found if trial is not None), key=lambda trial: trial.number)
 
 
 def read_trial(run: Run) -> Trial | None:
-    """Read which trial of a sweep a run is; None where it is a run of its own."""
+    """Reads trial.json of a run; None if it is not a trial of a sweep."""
     return _load(Trial, run.directory / TRIAL)
 
 

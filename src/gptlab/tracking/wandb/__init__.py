@@ -1,1 +1,4 @@
-"""Weights & Biases: a run's record, its samples, checkpoints and alerts. A run never depends on it."""
+"""Weights & Biases: the record of a run, with its samples, checkpoints and alerts.
+
+A run never depends on it: W&B may be unreachable, slow or forbidden, and the run directory has everything.
+"""

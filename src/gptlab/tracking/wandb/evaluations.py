@@ -1,4 +1,4 @@
-"""Evaluations of a run that is over, in the summary of its record on Weights & Biases."""
+"""Evaluations of a finished run, added to its W&B record."""
 
 import logging
 import tempfile
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) -> None:
-    """Add "evaluations/<what>/<metric>" to the summary of a run's record, if it has one online.
+    """Adds "evaluations/<what>/<metric>" to the summary of a run's W&B record, if it has one online.
 
     The record of a run that is under way is its own process' alone, and gets nothing. W&B being away stops nothing: the
     results are in the run directory.

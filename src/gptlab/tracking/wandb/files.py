@@ -1,4 +1,4 @@
-"""What W&B's client has left in a run directory: wandb/[offline-]run-<time>-<id>/run-<id>.wandb, one a start.
+"""Files of W&B's client in a run directory: wandb/[offline-]run-<time>-<id>/run-<id>.wandb, one per start.
 
 Such a file is a log as LevelDB has it (blocks of 32 KiB, at whose borders records are cut), after a header of seven
 bytes that counts into the first block; its records are W&B's protobuf messages. W&B documents none of it, and has no
@@ -16,24 +16,24 @@ SYNCED_SUFFIX = ".wandb.synced"  # how W&B itself marks a record that its server
 
 
 def wandb_records(directory: Path) -> list[Path]:
-    """The records of a run, in the order in which they were begun."""
+    """Returns the records of a run, oldest first."""
     records = directory.glob("wandb/*run-*/run-*.wandb")
     return sorted((path for path in records if not path.parent.is_symlink()), key=_time)
 
 
 def mark_synced(record: Path) -> None:
-    """Tell `wandb sync` that the server has what is in a record."""
+    """Marks a record as one that the server has, for `wandb sync`."""
     record.with_suffix(SYNCED_SUFFIX).touch()
 
 
 def sync_command(directory: Path) -> str:
-    """The command that sends W&B what it does not have of a run yet."""
+    """Returns the command that uploads what W&B does not have of a run yet."""
     unsent = [path.parent for path in wandb_records(directory) if not path.with_suffix(SYNCED_SUFFIX).exists()]
     return f"wandb sync --include-online {' '.join(os.path.relpath(path) for path in unsent)}"
 
 
 def last_step(record: Path) -> int:
-    """The last step that a record has a row of; -1 where it has none."""
+    """Returns the last step of which a record has a row; -1 if it has none."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at run time
 
     found = (Record.FromString(message) for message, _ in _messages(record.read_bytes()))
@@ -41,7 +41,7 @@ def last_step(record: Path) -> int:
 
 
 def truncate_incomplete(record: Path) -> None:
-    """Cut off what a killed run was writing: `wandb sync` sends no further record after one that is incomplete."""
+    """Truncates an incomplete message of a killed run, at which `wandb sync` would stop."""
     content = record.read_bytes()
     whole = max((end for _, end in _messages(content)), default=HEADER)
     if whole < len(content):
@@ -49,7 +49,7 @@ def truncate_incomplete(record: Path) -> None:
 
 
 def _messages(content: bytes) -> Iterator[tuple[bytes, int]]:
-    """Cut a log into its messages, each with where it ends; one that is not whole, or damaged, is the log's end."""
+    """Yields the messages of a log, each with its end; stops at an incomplete or damaged one."""
     position, message = HEADER, b""
     while position + HEADER <= len(content):
         if (left := BLOCK - position % BLOCK) < HEADER:  # too short for a piece, and left empty

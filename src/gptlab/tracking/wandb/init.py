@@ -1,4 +1,4 @@
-"""How a run's record at W&B begins: online where it may and can be, else in the run directory alone."""
+"""Starting W&B's client for a run: online if that is allowed and possible, else in the run directory only."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ ID = "wandb_id"  # the file that keeps a run's id
 
 
 def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
-    """Start W&B's client, online if it may and can be; return its run.
+    """Starts W&B's client, online if that is allowed and possible; returns its run.
 
     Raises:
         UserError: logger.wandb.mode=online, and W&B does not answer or there is no login.
@@ -61,7 +61,7 @@ def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
 
 
 def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any]:
-    """Return what W&B shows as the configuration: the run's own, nested, and as "environment" the code and the machine.
+    """Returns the configuration shown by W&B: the run's own and, as "environment", the code and the machine.
 
     No variable of the environment is in it, and no command line: they may hold secrets. The settings whose names begin
     with ``x_`` are not documented; the variables that set them are (read in wandb 0.31.0).
@@ -111,7 +111,7 @@ def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Liter
 
 
 def start_client() -> Any:
-    """Start W&B's client before wandb.init, which else would ask a terminal for a login; return its settings."""
+    """Starts W&B's client before wandb.init, which would prompt for a login; returns its settings."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
     os.environ.setdefault("WANDB_SILENT", "true")  # it prints the settings files that it reads
     import wandb
@@ -120,7 +120,7 @@ def start_client() -> Any:
 
 
 def timeout_settings(settings: WandbConfig) -> Any:
-    """Say how long W&B is waited for, and that it prints nothing."""
+    """Returns W&B settings with the timeouts, which also silence its output."""
     import wandb
 
     return wandb.Settings(
@@ -132,7 +132,7 @@ def timeout_settings(settings: WandbConfig) -> Any:
 
 
 def _sweep(directory: Path) -> Sweep | None:
-    """The sweep whose job a run is."""
+    """Returns the sweep that a run is a trial of."""
     with contextlib.suppress(UserError):  # damaged: no reason not to train
         return load_sweep(directory.parent)
     return None
@@ -144,7 +144,7 @@ def _agent() -> bool:
 
 
 def _id(directory: Path) -> str:
-    """The run's id at W&B: the one it has, or that of W&B's agent, or a new one."""
+    """Returns the run's W&B id: its recorded one, that of W&B's agent, or a new one."""
     file = directory / ID
     if not file.exists():
         given = os.environ.get("WANDB_RUN_ID") if _agent() else None

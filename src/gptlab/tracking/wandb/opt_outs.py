@@ -1,4 +1,4 @@
-"""Opt-outs in W&B's own settings. The stricter of them and of logger.wandb.mode holds."""
+"""Opt-outs in W&B's own settings. The stricter of these and logger.wandb.mode applies."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ FALSE_VALUES = ("", "0", "f", "false", "n", "no", "off")
 
 
 class OptOut(NamedTuple):
-    """What the environment or a settings file of W&B forbids.
+    """Opt-out by the environment or by a settings file of W&B.
 
     Attributes:
         mode: offline: no connection. disabled: no record either.
@@ -23,7 +23,7 @@ class OptOut(NamedTuple):
 
 
 def opt_out() -> OptOut | None:
-    """Return the opt-out that W&B's own settings have, or None if they allow a connection.
+    """Returns the opt-out that W&B's own settings have, or None if they allow a connection.
 
     As in W&B, WANDB_MODE comes before the settings files. WANDB_DISABLED, which W&B's client no longer reads, comes
     before both. A file that W&B ignores because another of its settings is wrong counts as well, and so does the one
@@ -42,7 +42,7 @@ def opt_out() -> OptOut | None:
 
 
 def check_mode(settings: WandbConfig) -> None:
-    """Refuse logger.wandb.mode=online where W&B's own settings forbid a connection.
+    """Refuses logger.wandb.mode=online where W&B's own settings forbid a connection.
 
     Raises:
         UserError: They do, or the mode is not one of W&B's.
@@ -56,7 +56,7 @@ def check_mode(settings: WandbConfig) -> None:
 
 
 def _opt_out_of(mode: str, source: str) -> OptOut | None:
-    """Return what a mode of W&B's forbids; W&B's client is imported only for a mode that forbids nothing."""
+    """Returns the opt-out of a mode of W&B's; the client is imported only for a mode that forbids nothing."""
     if mode == "disabled":
         return OptOut("disabled", source)
     if mode in ("offline", "dryrun"):

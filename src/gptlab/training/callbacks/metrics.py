@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from gptlab.data.batch_size_schedule import BatchSizeSchedule
+from gptlab.data.order import BatchSizeSchedule
 from gptlab.training.callbacks.progress import ProgressDisplay
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import peak_memory

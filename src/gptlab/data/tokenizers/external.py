@@ -1,19 +1,20 @@
-"""Tokenizers as transformers keeps them: tokenizer.json, or the older vocab.json with merges.txt.
+"""Tokenizers in other programs' files: Hugging Face's tokenizer.json or vocab.json, nanoGPT's meta.pkl.
 
-| tokenizer  | what is written into tokenizer.json                                                                   |
-|------------|-------------------------------------------------------------------------------------------------------|
-| gpt2, bpe  | a byte-level BPE                                                                                      |
-| bytes      | the same without merges: a token for every byte                                                       |
-| characters | a table of words, before which the text is cut into characters                                        |
+| tokenizer  | in tokenizer.json                                            |
+|------------|--------------------------------------------------------------|
+| gpt2, bpe  | byte-level BPE                                               |
+| bytes      | the same without merges: one token per byte                  |
+| characters | a word table, before which text is split into characters     |
 
-Transformers takes the end of text out of a text as one token, where gptlab reads it as the characters that it is.
+In a text, transformers encodes <|endoftext|> as one token, gptlab as the characters that it consists of.
 """
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
 from gptlab.data.tokenizers.tokenizer import (
@@ -24,50 +25,53 @@ from gptlab.data.tokenizers.tokenizer import (
     GPT2Tokenizer,
     Tokenizer,
     empty_bpe,
+    replace_surrogates,
 )
 from gptlab.errors import UserError
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# of GPT-2's 50,257 tokens in the order of their ids, one a line
+# SHA-256 of GPT-2's 50,257 tokens in the order of their ids, one a line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+GPT2_ROWS = (50257, 50304)  # of its embedding, the latter as nanoGPT pads it
+META_FILE = "meta.pkl"  # beside the train.bin and val.bin that nanoGPT's data/shakespeare_char/prepare.py writes
+MAX_META_BYTES = 2**26  # every character of Unicode, twice, takes less
 
 
-def tokenizer_record(folder: Path, rows: int) -> dict[str, Any] | None:
-    """Make of a folder's tokenizer the record of one of gptlab's.
+def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
+    """Returns the record of a model's tokenizer, as one of gptlab's.
 
     Args:
-        folder: Of a model.
-        rows: Of its embedding; without any file, those of GPT-2 mean GPT-2's tokenizer.
+        path: Hugging Face folder, or nanoGPT's checkpoint, which may have a meta.pkl beside it.
+        rows: Rows of the embedding; without a tokenizer's file, GPT-2's number of rows means GPT-2's tokenizer.
 
     Returns:
-        The record; None where there is no file.
+        The record; None if nothing says what the ids mean.
 
     Raises:
-        UserError: The tokenizer is none of gptlab's.
+        UserError: gptlab does not have this tokenizer.
     """
-    if (folder / TOKENIZER).is_file():
-        return _record(folder / TOKENIZER, read_json(folder / TOKENIZER))
-    if (folder / VOCABULARY).is_file() and (folder / MERGES).is_file():
+    if (meta := path.parent / META_FILE).is_file() and path.is_file():
+        return read_meta(meta).record()
+    if (path / TOKENIZER).is_file():
+        return _record(path / TOKENIZER, read_json(path / TOKENIZER))
+    if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
         from tokenizers.models import BPE
 
-        vocabulary, merges = BPE.read_file(str(folder / VOCABULARY), str(folder / MERGES))
-        return _byte_level(folder / VOCABULARY, vocabulary, [list(pair) for pair in merges])
-    return {"name": "gpt2"} if rows in (50257, 50304) else None
+        vocabulary, merges = BPE.read_file(str(path / VOCABULARY), str(path / MERGES))
+        return _byte_level(path / VOCABULARY, vocabulary, [list(pair) for pair in merges])
+    return {"name": "gpt2"} if rows in GPT2_ROWS else None
 
 
 class ByteLevelBPE(NamedTuple):
-    """A byte-level BPE: its tokens, spelled, in the order of their ids, and the pairs that merge, the first ones first.
-
-    The end of text is the last token.
-    """
+    """Byte-level BPE: its tokens in the order of their ids, the last one the end of text, and its merges in order."""
 
     tokens: list[str]
     merges: list[tuple[str, str]]
 
 
 def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
-    """See a tokenizer as a byte-level BPE; None where it is none."""
+    """Converts a tokenizer to byte-level BPE; returns None for one that is not."""
     if isinstance(tokenizer, BytesTokenizer):
         return ByteLevelBPE([*(bytes_to_unicode(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -85,14 +89,14 @@ def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
 
 
 def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
-    """Write a tokenizer as transformers' AutoTokenizer loads it.
+    """Converts a tokenizer to the files that transformers' AutoTokenizer loads.
 
     Args:
-        tokenizer: Any but for those of other programs.
-        block_size: Of the model that it is for.
+        tokenizer: Tokenizer of gptlab.
+        block_size: Block size of its model.
 
     Returns:
-        What goes into each JSON file; ``tokenizer_record`` makes the tokenizer's record of it again.
+        Content of each JSON file, by name; ``tokenizer_record`` is the inverse.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Written
@@ -118,7 +122,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
 
 
 def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Find the two tokens that merge into one: those that are left when all merges before it are done."""
+    """Returns the two tokens that merge into one: those that remain after all merges of lower rank."""
     parts = [bytes((byte,)) for byte in token]
     while len(parts) > 2:
         at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
@@ -148,7 +152,7 @@ def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> dict[str, Any]:
-    """Make the record of a byte-level BPE, whose last id is the end of text."""
+    """Returns the record of a byte-level BPE, whose last id is the end of text."""
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_SHA256:
         return {"name": "gpt2"}
@@ -165,13 +169,13 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
 
 
 def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
-    """Read merges, which older files have as text with a space between the two."""
+    """Parses merges; older files have a pair as one string with a space."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
     return [(first, second) for first, second in pairs]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; UserError where there is none."""
+    """Reads a JSON object; raises UserError if the file has none."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -179,3 +183,41 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise UserError(f"{path} is not a JSON object.")
     return described
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles dicts, lists, numbers and strings; all else in a pickle begins by naming a class or a function."""
+
+    def find_class(self, module: str, name: str) -> Never:
+        """Refuses every name."""
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no plain data and could run any code")
+
+
+def read_meta(path: Path) -> CharactersTokenizer:
+    """Builds the tokenizer that nanoGPT's meta.pkl describes, without running code in it.
+
+    Raises:
+        UserError: The file holds anything but one character for each id.
+    """
+    meta = _load_plain(path)
+    itos = meta.get("itos") if isinstance(meta, dict) else None
+    if not isinstance(itos, dict) or not all(_is_character(text) for text in itos.values()):
+        raise UserError(f"{path} does not say which characters the tokens are: it has no table itos from ids to them.")
+    if set(itos) != set(range(len(itos))) or len(set(itos.values())) < len(itos):
+        raise UserError(f"{path} does not give each id from 0 to {len(itos) - 1} a character of its own.")
+    return CharactersTokenizer("".join(itos[number] for number in range(len(itos))))
+
+
+def _is_character(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 1 and replace_surrogates(text) == text
+
+
+def _load_plain(path: Path) -> Any:
+    """Unpickles plain data."""
+    if (size := path.stat().st_size) > MAX_META_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, which no table of characters needs.")
+    with path.open("rb") as file:
+        try:
+            return _PlainUnpickler(file).load()
+        except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+            raise UserError(f"{path} is refused: {error}.") from error

@@ -1,4 +1,4 @@
-"""Alerts, artifacts and samples, over a run that stands for W&B's."""
+"""Alerts, artifacts and samples, with a stand-in for the run of W&B."""
 
 import contextlib
 import json
@@ -15,10 +15,8 @@ import pytest
 import wandb
 
 from gptlab.errors import Diverged
-from gptlab.tracking.wandb.alerts import Alerts
-from gptlab.tracking.wandb.artifacts import Artifacts
-from gptlab.tracking.wandb.background_uploader import BackgroundUploader
 from gptlab.tracking.wandb.logger import RunWandbLogger
+from gptlab.tracking.wandb.uploads import Alerts, BackgroundUploader, CheckpointArtifacts
 from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.samples import HEADING, parse_samples
 from gptlab.training.checkpoints.records import CheckpointMetadata
@@ -77,20 +75,20 @@ def test_an_alert_that_cannot_be_sent_ends_no_run(tmp_path, caplog):
 
 
 def checkpoint(tmp_path, step: int) -> Any:
-    place = tmp_path / "checkpoints" / f"step_{step:06d}"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "state.pt").write_bytes(f"weights {step}".encode())
-    (place / "record.json").write_text("{}")
-    return place
+    checkpoint_dir = tmp_path / "checkpoints" / f"step_{step:06d}"
+    checkpoint_dir.mkdir(parents=True, exist_ok=True)
+    (checkpoint_dir / "state.pt").write_bytes(f"weights {step}".encode())
+    (checkpoint_dir / "record.json").write_text("{}")
+    return checkpoint_dir
 
 
 def taken(tmp_path, which: Any, losses: list[float | None], best: float = math.inf) -> Run:
     run = Run()
-    sender = BackgroundUploader()
-    artifacts = Artifacts(run, tmp_path, sender, which, best)
+    uploader = BackgroundUploader()
+    artifacts = CheckpointArtifacts(run, tmp_path, uploader, which, best)
     for step, loss in enumerate(losses, 1):
-        artifacts.take(checkpoint(tmp_path, step), CheckpointMetadata(step=step, val_loss=loss, evaluation_due=False))
-    sender.close(60)
+        artifacts.upload(checkpoint(tmp_path, step), CheckpointMetadata(step=step, val_loss=loss, evaluation_due=False))
+    uploader.close(60)
     return run
 
 
@@ -117,23 +115,25 @@ def test_checkpoints_become_artifacts_with_their_aliases(tmp_path, which, best, 
 
 def test_what_is_sent_is_there_when_the_checkpoint_is_gone(tmp_path):
     run = taken(tmp_path, "all", [3.0])
-    (artifact, _), place = run.artifacts[0], tmp_path / "checkpoints" / "step_000001"
+    (artifact, _), checkpoint_dir = run.artifacts[0], tmp_path / "checkpoints" / "step_000001"
     entries = artifact.manifest.entries
     assert set(entries) == {"state.pt", "record.json"}
     kept = Path(entries["state.pt"].local_path)
-    assert kept.samefile(place / "state.pt")  # no copy
-    for path in place.iterdir():
+    assert kept.samefile(checkpoint_dir / "state.pt")  # no copy
+    for path in checkpoint_dir.iterdir():
         path.unlink()
     assert kept.read_bytes() == b"weights 1"
 
 
 def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
     run = Run()
-    sender = BackgroundUploader()
-    artifacts = Artifacts(run, tmp_path, sender, "all")
+    uploader = BackgroundUploader()
+    artifacts = CheckpointArtifacts(run, tmp_path, uploader, "all")
     for loss in (None, 2.0):  # saved before its evaluation, and after it
-        artifacts.take(checkpoint(tmp_path, 1), CheckpointMetadata(step=1, val_loss=loss, evaluation_due=loss is None))
-    sender.close(60)
+        artifacts.upload(
+            checkpoint(tmp_path, 1), CheckpointMetadata(step=1, val_loss=loss, evaluation_due=loss is None)
+        )
+    uploader.close(60)
     paths = {artifact.manifest.entries["state.pt"].local_path for artifact, _ in run.artifacts}
     assert len(paths) == 2
 
@@ -141,11 +141,11 @@ def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
 def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "gptlab")
     run = Run()
-    sender = BackgroundUploader()
-    artifacts = Artifacts(run, tmp_path, sender, "all")
-    artifacts.take(tmp_path / "nowhere", CheckpointMetadata(step=1, val_loss=None, evaluation_due=False))
-    artifacts.take(checkpoint(tmp_path, 2), CheckpointMetadata(step=2, val_loss=None, evaluation_due=False))
-    sender.close(60)
+    uploader = BackgroundUploader()
+    artifacts = CheckpointArtifacts(run, tmp_path, uploader, "all")
+    artifacts.upload(tmp_path / "nowhere", CheckpointMetadata(step=1, val_loss=None, evaluation_due=False))
+    artifacts.upload(checkpoint(tmp_path, 2), CheckpointMetadata(step=2, val_loss=None, evaluation_due=False))
+    uploader.close(60)
     assert [aliases for _, aliases in run.artifacts] == [["latest", "step-2"]]
     assert len(caplog.messages) == 1
     assert "checkpoint of step 1" in caplog.messages[0]
@@ -164,11 +164,11 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
         (tmp_path / "samples" / f"step_{step:06d}.txt").write_text(text + "\n")
     run = Run()
     record = RunWandbLogger(run, tmp_path, first_step=0)
-    record.sender = BackgroundUploader()
+    record.uploader = BackgroundUploader()
     record.log_samples(2, lambda step: 32 * step)  # before the first row, to which it could be added
     record.log_metrics({"val/loss": 1.0}, 10)
     record.log_samples(10, lambda step: 32 * step)
-    record.sender.close(60)
+    record.uploader.close(60)
     _, (step, commit, row) = run.rows
     assert (step, commit) == (None, False)  # into the row that is being written
     assert row["samples"].columns == ["step", "tokens", "text"]

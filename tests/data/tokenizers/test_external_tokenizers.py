@@ -7,7 +7,7 @@ import pytest
 
 from canary import Canary
 from gptlab.data.shards.open_shards import open_shards
-from gptlab.data.tokenizers.nanogpt_meta import read_meta
+from gptlab.data.tokenizers.external import read_meta
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
 from preparing import data_config, tokenizer_config

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import tiny_config
 from gptlab.data.shards.manifest import Manifest
-from gptlab.exporters.model_card_info import ModelCardInfo, model_title
+from gptlab.exporters.model_card import ModelCardInfo, model_title
 from gptlab.pretrained.source import ModelSource
 from run_directories import rows_of, write_run
 
