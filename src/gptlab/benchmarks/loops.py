@@ -29,8 +29,9 @@ from gptlab.tracking.run_directory import LOG, STACKS
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.datamodule import TokenDataModule
-from gptlab.training.devices import Devices, choose_devices, prepare_kernels
+from gptlab.training.devices import choose_devices, prepare_kernels
 from gptlab.training.distributed.strategies import compile_in_place
+from gptlab.training.hardware import Hardware
 from gptlab.training.optim.optimizers import build_optimizer, set_step_hyperparameters
 
 TIMED = 10  # steps of a turn; one more comes before them, as it pays for what the other loop has displaced
@@ -45,7 +46,7 @@ class _BareLoop:
     """What anyone would write around the steps of a run: no checks, no records, no one who could stop it."""
 
     def __init__(
-        self, config: RunConfig, prepared: TokenDataset, devices: Devices, data: TokenDataModule, plan: BatchPlan
+        self, config: RunConfig, prepared: TokenDataset, devices: Hardware, data: TokenDataModule, plan: BatchPlan
     ) -> None:
         module = build_module(config, prepared, devices)
         self.config, self.plan, self.chunk = config, plan, module.loss_chunk

@@ -21,9 +21,9 @@ from gptlab.benchmarks.training import Levers, StepsOfModel
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.modern import build_gpt
-from gptlab.training.auto import resolve_loss_chunk
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.devices import Devices, choose_devices, peak_memory, prepare_kernels
+from gptlab.training.devices import choose_devices, peak_memory, prepare_kernels
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 WARM_UP = 2  # steps; the first compiles
 SIDE = 2048  # of the matrices whose product is the ceiling
@@ -71,7 +71,7 @@ def measure_steps(shape: StepsOfModel, levers: Levers) -> dict[str, float]:
     }
 
 
-def choose_settings(shape: StepsOfModel, levers: Levers) -> Devices:
+def choose_settings(shape: StepsOfModel, levers: Levers) -> Hardware:
     """What is computed on, and how: as gptlab chooses, or as the levers say."""
     trainer = SimpleNamespace(
         accelerator="auto", strategy="single", devices=1, num_nodes=1, precision="auto", float32_matmul="auto"
@@ -87,7 +87,7 @@ def choose_settings(shape: StepsOfModel, levers: Levers) -> Devices:
     )
 
 
-def loss_of(model: GPT, idx: Tensor, targets: Tensor, devices: Devices, chunk: int | None) -> Callable[[], Tensor]:
+def loss_of(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chunk: int | None) -> Callable[[], Tensor]:
     """Return what computes the loss () of the batch."""
 
     def plain() -> Tensor:

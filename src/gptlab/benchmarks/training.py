@@ -41,7 +41,7 @@ class Levers(NamedTuple):
 
     Attributes:
         fused: AdamW as one kernel.
-        float32_matmul: See ``gptlab.training.devices.Devices``.
+        float32_matmul: See ``gptlab.training.hardware.Hardware``.
         precision: "32-true" or "bf16-mixed".
         compile: The loss and its gradient compiled.
         chunked: The logits in chunks.

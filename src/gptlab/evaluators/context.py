@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gptlab.training.devices import Devices, use_best_matmul
+from gptlab.training.devices import use_best_matmul
 from gptlab.training.distributed.processes import external_devices, launched_externally
+from gptlab.training.hardware import Hardware
 
 
 class EvalContext(NamedTuple):
@@ -47,7 +48,7 @@ def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> Ev
         from gptlab.training.distributed.process_group import join_group  # with Lightning, for those alone who need it
 
         devices, nodes = external_devices()
-        join_group(Devices("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
+        join_group(Hardware("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

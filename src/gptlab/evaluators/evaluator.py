@@ -20,7 +20,7 @@ from gptlab.evaluators.context import EvalContext
 from gptlab.evaluators.corpora import ScoredCorpus
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
-from gptlab.training.auto import resolve_loss_chunk
+from gptlab.training.hardware import resolve_loss_chunk
 
 T = TypeVar("T")
 

@@ -22,9 +22,9 @@ from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 from gptlab.launch.supervisor import Job, start_worker
-from gptlab.planning.target import Hardware, logits_chunk
 from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 log = logging.getLogger(__name__)
 
@@ -55,19 +55,19 @@ class Measurement(FrozenConfig):
     source: str
 
 
-def find_measurement(config: RunConfig, target: Hardware) -> Measurement | None:
+def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | None:
     """Return what was measured of such a run on this machine; None where there is nothing."""
-    if not target.is_here:
+    if not hardware.is_local:
         return None
     try:
-        return Measurement.model_validate_json(_path(config, target).read_text(encoding="utf-8"))
+        return Measurement.model_validate_json(_path(config, hardware).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
 
 
-def save_measurement(config: RunConfig, target: Hardware, measured: Measurement) -> None:
+def save_measurement(config: RunConfig, hardware: Hardware, measured: Measurement) -> None:
     """Keep what a run took. That it cannot be written down ends no run."""
-    path = _path(config, target)
+    path = _path(config, hardware)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
@@ -137,21 +137,22 @@ def _shortened(config: RunConfig) -> RunConfig:
     )
 
 
-def _path(config: RunConfig, target: Hardware) -> Path:
+def _path(config: RunConfig, hardware: Hardware) -> Path:
     folder = Path(config.data.cache_dir).expanduser() / FOLDER
-    key = json.dumps(_key(config, target), sort_keys=True)
+    key = json.dumps(_key(config, hardware), sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _key(config: RunConfig, target: Hardware) -> dict[str, Any]:
+def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     """Everything that decides how fast a step is, and what memory it needs."""
     train, trainer = config.train, config.trainer
+    loss_chunk = resolve_loss_chunk(train.loss_chunk, config.model)
     return {
-        "machine": [target.accelerator, target.name, target.devices, target.nodes, _threads()],
+        "machine": [hardware.accelerator, hardware.name, hardware.devices, hardware.num_nodes, _threads()],
         "torch": version("torch"),
         "model": config.model.model_dump(mode="json"),
-        "precision": [target.precision, target.compile, trainer.float32_matmul],
-        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, logits_chunk(config)],
+        "precision": [hardware.precision, hardware.compile, trainer.float32_matmul],
+        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, loss_chunk],
         "spread": [trainer.strategy, trainer.tensor_parallel, trainer.reshard_after_forward, trainer.cpu_offload],
         "optimizer": [config.optimizer.name, train.ema_decay],
         "data": [config.data.num_workers, config.data.documents],

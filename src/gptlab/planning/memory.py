@@ -20,8 +20,8 @@ from gptlab.planning.activations import (
     weight_copy_bytes,
 )
 from gptlab.planning.parameters import ParameterShares, count_shares
-from gptlab.planning.target import Hardware
 from gptlab.training.config import MuonConfig
+from gptlab.training.hardware import Hardware
 
 # Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
 # lightning 2.6; and what torch.compile adds.
@@ -91,13 +91,13 @@ class MemoryEstimate(NamedTuple):
 
 
 def estimate_memory(
-    config: RunConfig, target: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
+    config: RunConfig, hardware: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
 ) -> MemoryEstimate:
     """Add up what one device needs at its fullest.
 
     Args:
         config: With the vocabulary.
-        target: What it runs on: kernels and precision.
+        hardware: What it runs on: kernels and precision.
         spread: How the model is spread.
         micro_batch: Sequences that a device holds at once.
         chunk: Tokens whose logits are there at a time; None has all.
@@ -105,22 +105,22 @@ def estimate_memory(
     forward = ForwardPass(
         config.model,
         micro_batch,
-        NUMBER_SIZES[target.precision],
-        on_gpu=target.accelerator == "cuda",
+        NUMBER_SIZES[hardware.precision],
+        on_gpu=hardware.accelerator == "cuda",
         split=spread.split,
-        compiled=target.compile is not False,
+        compiled=hardware.compile is not False,
     )
-    return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
+    return max(_moments(config, hardware, spread, forward, chunk), key=lambda moment: moment.total)
 
 
-def largest_micro_batch(config: RunConfig, target: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
+def largest_micro_batch(config: RunConfig, hardware: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
     """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
-    room = target.memory
+    room = hardware.memory
     if room is None:
         return None
 
     def fits(batch: int) -> bool:
-        return estimate_memory(config, target, spread, batch, chunk).total <= room
+        return estimate_memory(config, hardware, spread, batch, chunk).total <= room
 
     if not fits(1):
         return 0
@@ -134,7 +134,7 @@ def largest_micro_batch(config: RunConfig, target: Hardware, spread: ParallelLay
 
 
 def _moments(
-    config: RunConfig, target: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
+    config: RunConfig, hardware: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
     """Add up the moments at which the memory may be fullest."""
     parts = count_shares(config.model, spread.split)
@@ -144,7 +144,7 @@ def _moments(
     network, head = network_bytes(forward), head_bytes(forward, chunk)
     again = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
     always = {
-        "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
+        "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
         "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * learnt,
         "holes": 0.0 if forward.on_gpu else _holes(forward),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from gptlab.config.schema import RunConfig
 from gptlab.model.config import flops_per_token
 from gptlab.planning.calibration import Measurement
-from gptlab.planning.target import Hardware
+from gptlab.training.hardware import Hardware
 
 FORWARD = 3  # an evaluated token costs a third of a trained one (Kaplan et al. 2020, section 2.1)
 
@@ -51,22 +51,22 @@ def run_length(config: RunConfig, val_tokens: int | None) -> RunLength:
     return RunLength(steps, tokens, -(-steps // config.train.eval_every), scored and scored * block)
 
 
-def estimate_at_mfu(config: RunConfig, length: RunLength, target: Hardware, mfu: float) -> TimeEstimate:
+def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mfu: float) -> TimeEstimate:
     """Forecast by the share of its peak that a GPU reaches in training (Chowdhery et al. 2022, appendix B)."""
-    assert target.gpu is not None  # noqa: S101
-    speed = mfu * target.gpu.flops * target.world_size / flops_per_token(config.model)
+    assert hardware.gpu is not None  # noqa: S101
+    speed = mfu * hardware.gpu.flops * hardware.world_size / flops_per_token(config.model)
     evaluated = length.evaluations * (length.evaluated or 0) / FORWARD
-    what = target.gpu.name if target.world_size == 1 else f"{target.world_size} x {target.gpu.name}"
+    what = hardware.gpu.name if hardware.world_size == 1 else f"{hardware.world_size} x {hardware.gpu.name}"
     return TimeEstimate(
-        what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {target.gpu.flops / 1e12:g} TFLOP/s"
+        what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {hardware.gpu.flops / 1e12:g} TFLOP/s"
     )
 
 
-def estimate_from_measurement(length: RunLength, target: Hardware, measured: Measurement) -> TimeEstimate:
+def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: Measurement) -> TimeEstimate:
     """Forecast by what a run of this shape took here."""
     seconds = measured.first_step_seconds
     seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
     speed = FORWARD * measured.tokens_per_second
     around = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # the sample, the checkpoint
     seconds += length.evaluations * (around + (length.evaluated or measured.evaluated) / speed)
-    return TimeEstimate(target.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")
+    return TimeEstimate(hardware.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")

@@ -32,8 +32,8 @@ from gptlab.training.checkpoints.reading import flatten_tensors, is_sharded, rea
 from gptlab.training.checkpoints.shards import load_shards
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import TrainerConfig
-from gptlab.training.devices import Devices
 from gptlab.training.distributed.tensor_parallel import parallelize_blocks
+from gptlab.training.hardware import Hardware
 from gptlab.training.optim.optimizers import check_groups
 
 
@@ -49,7 +49,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         sharded_checkpoints: Whether each rank writes its part of a checkpoint.
     """
 
-    def __init__(self, config: TrainerConfig, plan: BatchPlan, devices: Devices, *, sharded_checkpoints: bool) -> None:
+    def __init__(self, config: TrainerConfig, plan: BatchPlan, devices: Hardware, *, sharded_checkpoints: bool) -> None:
         super().__init__(
             data_parallel_size=plan.world_size,
             tensor_parallel_size=config.tensor_parallel,

@@ -10,14 +10,14 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from gptlab.errors import UserError
-from gptlab.training.devices import Devices
 from gptlab.training.distributed.clusters import cluster_environment
 from gptlab.training.distributed.processes import RENDEZVOUS, global_rank, is_first_rank, is_worker
+from gptlab.training.hardware import Hardware
 
 T = TypeVar("T")
 
 
-def join_group(devices: Devices) -> None:
+def join_group(devices: Hardware) -> None:
     """Wait for the other ranks of the run; Lightning then takes the group as it is.
 
     On one machine the ranks find each other in a file, so that nothing listens to the network; under torchrun and srun
