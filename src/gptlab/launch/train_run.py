@@ -41,10 +41,10 @@ from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.attach import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import DeterminismTrace
-from gptlab.training.callbacks.garbage_collection import GarbageCollection
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.callbacks.metrics import MetricsCallback
+from gptlab.training.callbacks.overhead import GarbageCollection, NullProfiler
 from gptlab.training.callbacks.preemption import Preempted, Preemption
 from gptlab.training.callbacks.run_checkpoint import RunCheckpoint
 from gptlab.training.callbacks.samples import Samples
@@ -61,7 +61,6 @@ from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
 from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
-from gptlab.training.null_profiler import NullProfiler
 
 
 class RunContext(NamedTuple):
