@@ -13,7 +13,7 @@ from gptlab.model.config import flops_per_token
 from gptlab.training import devices, hardware
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import choose_devices
-from gptlab.training.hardware import Hardware, resolve_loss_chunk
+from gptlab.training.hardware import GPUS, Hardware, gpu_from_name, resolve_loss_chunk
 
 MODEL = tiny_config()
 MB = 10**6
@@ -201,3 +201,9 @@ def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():
     assert len(ballast) == 800 * MB
     assert before < 600 * MB
     assert int(subprocess.check_output((sys.executable, "-c", grown))) - before == pytest.approx(200 * MB, abs=10 * MB)
+
+
+def test_gpus_are_known_by_two_names_and_a_wrong_one_by_the_nearest():
+    assert gpu_from_name("NVIDIA H100 80GB HBM3") is gpu_from_name("H100") is GPUS["h100"]
+    with pytest.raises(UserError, match=r"gpu=h1000: .* Did you mean h100\?"):
+        gpu_from_name("h1000")

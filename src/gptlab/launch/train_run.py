@@ -55,8 +55,7 @@ from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import choose_devices, prepare_kernels
-from gptlab.training.distributed.clusters import cluster_environment
-from gptlab.training.distributed.process_group import join_group, run_on_first_rank
+from gptlab.training.distributed.process_group import cluster_environment, join_group, run_on_first_rank
 from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
 from gptlab.training.hardware import Hardware

@@ -12,9 +12,9 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
+from gptlab.planning.costs import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
 from gptlab.planning.plans import estimate_peak_memory
 from gptlab.planning.report import format_bytes, format_duration
-from gptlab.planning.timing import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
 from gptlab.tracking.run_store.runs import FORECAST, Run
 from gptlab.training.hardware import Hardware
 

@@ -9,7 +9,7 @@ head.
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import lora_count
+from gptlab.model.config import GPTConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
     NUMBER_SIZES,
     ForwardPass,
@@ -19,7 +19,6 @@ from gptlab.planning.activations import (
     network_bytes,
     weight_copy_bytes,
 )
-from gptlab.planning.parameters import ParameterShares, count_shares
 from gptlab.training.config import MuonConfig
 from gptlab.training.hardware import Hardware
 
@@ -30,6 +29,25 @@ LIBRARIES, COMPILER = 500e6, 300e6
 # the forward pass makes, kept or not.
 HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
+
+
+class ParameterShares(NamedTuple):
+    """Number of parameters on one device.
+
+    Attributes:
+        blocks: All blocks.
+        matrices: Among them the matrices, which Muon trains.
+        rest: Embeddings, final norm, and the head if it is not tied.
+    """
+
+    blocks: int
+    matrices: int
+    rest: int
+
+    @property
+    def all(self) -> int:
+        """Every parameter."""
+        return self.blocks + self.rest
 
 
 class ParallelLayout(NamedTuple):
@@ -88,6 +106,32 @@ class MemoryEstimate(NamedTuple):
     def total(self) -> float:
         """Their sum."""
         return sum(part for part in self if not isinstance(part, str))
+
+
+def count_by_part(config: GPTConfig) -> dict[str, int]:
+    """Counts the parameters of each part of the model; their sum is ``parameter_count``."""
+    width, rows = config.n_embd, config.padded_vocab_size
+    parts = {
+        "wte": rows * width,
+        "wpe": config.block_size * width if config.positions == "learned" else 0,
+        "value_embeds": config.value_embeddings * rows * width,
+        "attention": config.n_layer * (4 * width * width + 4 * width * config.bias),
+        "mlp": config.n_layer * (8 * width * width + 5 * width * config.bias),
+        "lm_head": 0 if config.tie_weights else rows * width,
+    }
+    norms = parameter_count(config) - sum(parts.values())  # and the few weights that mix
+    return {name: count for name, count in (parts | {"norms": norms}).items() if count}
+
+
+def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
+    """Counts the parameters of a device if ``split`` devices share the matrices of the blocks (norms stay whole)."""
+    total = parameter_count(config)
+    parts = count_by_part(config)
+    matrices = config.n_layer * 12 * config.n_embd**2
+    last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
+    rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
+    blocks = total - rest
+    return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
 
 
 def estimate_memory(

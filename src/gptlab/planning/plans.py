@@ -7,10 +7,23 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice, choose_compute_optimal
 from gptlab.planning.calibration import Measurement, find_measurement
-from gptlab.planning.memory import MemoryEstimate, ParallelLayout, estimate_memory, largest_micro_batch
-from gptlab.planning.parameters import count_by_part
-from gptlab.planning.timing import RunLength, TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
-from gptlab.planning.traffic import DiskUsage, disk_usage, network_traffic
+from gptlab.planning.costs import (
+    DiskUsage,
+    RunLength,
+    TimeEstimate,
+    disk_usage,
+    estimate_at_mfu,
+    estimate_from_measurement,
+    network_traffic,
+    run_length,
+)
+from gptlab.planning.memory import (
+    MemoryEstimate,
+    ParallelLayout,
+    count_by_part,
+    estimate_memory,
+    largest_micro_batch,
+)
 from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_loss_chunk
 
 COMPARED = ("h100", "a100", "l4", "rtx4090")  # where no GPU is named

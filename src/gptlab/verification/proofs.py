@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -11,15 +12,16 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import CHECKPOINTS
-from gptlab.training.callbacks.determinism_trace import hash_tensor
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.callbacks.determinism_trace import format_sums, hash_tensor, hash_windows, zero_sums
 from gptlab.training.checkpoints.reading import read_checkpoint
 from gptlab.training.checkpoints.records import checkpoint_path, find_corruption
+from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import choose_devices
 from gptlab.verification.comparison import TraceStep, first_difference, largest_difference
 from gptlab.verification.configs import ProveConfig, comparable, extended, on_ranks, plan_ranks, shortened
 from gptlab.verification.report import ProofResult
 from gptlab.verification.runs import ProofRuns, RunFailed
-from gptlab.verification.tokens import loaded_tokens
 
 WHOLE = "uninterrupted"  # the run that most proofs compare with
 
@@ -161,6 +163,24 @@ def compare_losses(
     passed = largest <= tolerance
     what = f"largest difference {largest:.1e} at step {step}, {'within' if passed else 'beyond'} {tolerance:.0e}"
     return ProofResult(name, passed, f"{what} ({details['on']}, float32, no dropout)", details)
+
+
+def loaded_tokens(config: RunConfig, prepared: TokenDataset, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
+    """Returns a hash of each step's tokens, as in a run's trace, from the loaders of all ranks alone."""
+    data = TokenDataModule(
+        prepared,
+        config.data.model_copy(update={"num_workers": workers}),
+        plan=plan,
+        block_size=config.model.block_size,
+        seed=config.seed,
+        eval_windows=None,
+    )
+    sums = [zero_sums() for _ in range(steps)]
+    for rank in range(plan.world_size):
+        loader = data.micro_batches(rank, first_step=0)
+        for number, batch in enumerate(islice(loader, steps * plan.accumulation)):
+            sums[number // plan.accumulation] += hash_windows(batch)
+    return [format_sums(total) for total in sums]
 
 
 def _failed(name: str, error: RunFailed) -> ProofResult:
