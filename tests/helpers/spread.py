@@ -73,7 +73,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     """Build what trains, with dropout."""
     named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
-    devices = Hardware("cpu", "", 2, 1, "32-true", compile=False)
+    hardware = Hardware("cpu", "", 2, 1, "32-true", compile=False)
     torch.manual_seed(0)
     model = tiny_config(dropout=0.1)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
@@ -83,7 +83,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), devices, sharded_checkpoints=False),
+        strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), hardware, sharded_checkpoints=False),
         max_steps=STEPS,
         accumulate_grad_batches=MICRO_BATCHES,
         callbacks=[Buckets()],

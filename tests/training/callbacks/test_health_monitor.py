@@ -28,8 +28,8 @@ def after_step(guard: TrainingHealthMonitor) -> None:
 
 def test_bad_steps_are_counted_and_told_with_their_batch(caplog: pytest.LogCaptureFixture) -> None:
     one = guard()
-    for beat in (StepReport(1, 2.0, False), StepReport(2, math.nan, True), StepReport(3, 1.5, True)):
-        one.check_step(beat)
+    for report in (StepReport(1, 2.0, False), StepReport(2, math.nan, True), StepReport(3, 1.5, True)):
+        one.check_step(report)
         after_step(one)
     assert one.counts() == {"bad_steps": 2, "loss_spikes": 0}
     first, second = caplog.messages
@@ -87,14 +87,14 @@ def test_without_a_limit_no_spike_is_told() -> None:
 def test_a_resumed_guard_goes_on_counting() -> None:
     whole, first = guard(), guard()
     beats = [StepReport(step, 2.0 + step % 3 + 50 * (step in (7, 12)), step in (9, 10)) for step in range(1, 14)]
-    for beat in beats[:10]:
-        first.check_step(beat)
+    for report in beats[:10]:
+        first.check_step(report)
     second = guard()
     second.load_state_dict(first.state_dict())
-    for beat in beats[10:]:
-        second.check_step(beat)
-    for beat in beats:
-        whole.check_step(beat)
+    for report in beats[10:]:
+        second.check_step(report)
+    for report in beats:
+        whole.check_step(report)
     assert second.state_dict() == whole.state_dict()
     assert whole.counts() == {"bad_steps": 2, "loss_spikes": 2}
 

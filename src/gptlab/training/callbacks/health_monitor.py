@@ -25,7 +25,7 @@ class TrainingHealthMonitor(L.Callback):
     The module itself skips a bad step, on the device. Here it is known one step later, on all ranks alike.
 
     Args:
-        pulse: Reports every step.
+        step_sync: Reports every step.
         config: The limits: ``max_bad_steps`` in a row, ``spike_sigma`` and ``spike_window``.
         replay: The command that shows the batch of a step, but for " step=<n>".
 
@@ -33,34 +33,34 @@ class TrainingHealthMonitor(L.Callback):
         listeners: Called on the first rank with the kind of event and a sentence that describes it.
     """
 
-    def __init__(self, pulse: StepSync, config: TrainConfig, replay: str) -> None:
-        self.pulse, self.max_bad_steps, self.replay = pulse, config.max_bad_steps, replay
+    def __init__(self, step_sync: StepSync, config: TrainConfig, replay: str) -> None:
+        self.step_sync, self.max_bad_steps, self.replay = step_sync, config.max_bad_steps, replay
         self.bad_steps = self.in_a_row = self.loss_spikes = 0
         self.listeners: list[Callable[[str, str], None]] = []
         self._latest = 0  # the last step that was reported
         sigma = config.spike_sigma
         self._detector = SpikeDetector(sigma, config.spike_window) if sigma is not None else None
-        pulse.listeners.append(self.check_step)
+        step_sync.listeners.append(self.check_step)
 
-    def check_step(self, beat: StepReport) -> None:
+    def check_step(self, report: StepReport) -> None:
         """Counts a step, and reports it if it is bad or a spike."""
-        self._latest = beat.step
-        self.in_a_row = self.in_a_row + 1 if beat.is_bad else 0
-        self.bad_steps += beat.is_bad
-        if beat.is_bad:
+        self._latest = report.step
+        self.in_a_row = self.in_a_row + 1 if report.is_bad else 0
+        self.bad_steps += report.is_bad
+        if report.is_bad:
             self._warn(
                 BAD_STEP,
-                f"step {beat.step}: the gradient is not finite (the loss is {beat.loss:.4f}), so the step was skipped: "
-                f"{self.in_a_row} in a row, of at most {self.max_bad_steps}.",
-                beat.step,
+                f"step {report.step}: the gradient is not finite (the loss is {report.loss:.4f}), so the step was "
+                f"skipped: {self.in_a_row} in a row, of at most {self.max_bad_steps}.",
+                report.step,
             )
-        elif self._detector and (expected := self._detector.expected(beat.loss)) is not None:
+        elif self._detector and (expected := self._detector.expected(report.loss)) is not None:
             self.loss_spikes += 1
             self._warn(
                 SPIKE,
-                f"step {beat.step}: the loss is {beat.loss:.4f}, where {expected:.4f} was expected: more than "
+                f"step {report.step}: the loss is {report.loss:.4f}, where {expected:.4f} was expected: more than "
                 f"{self._detector.sigma:g} standard deviations above the mean of the steps before.",
-                beat.step,
+                report.step,
             )
 
     def _warn(self, kind: str, what: str, step: int) -> None:
@@ -75,7 +75,7 @@ class TrainingHealthMonitor(L.Callback):
 
     def counts(self) -> dict[str, float]:
         """Returns the totals so far, for a row of metrics; every rank must call it at the same step."""
-        self.pulse.collect()
+        self.step_sync.collect()
         spikes = {"loss_spikes": self.loss_spikes} if self._detector else {}
         return {"bad_steps": self.bad_steps, **spikes}
 
@@ -93,11 +93,11 @@ class TrainingHealthMonitor(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reports the last step as well."""
-        self.pulse.collect()
+        self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to decide as this one would."""
-        self.pulse.collect()
+        self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
             "in_a_row": self.in_a_row,
