@@ -1,7 +1,7 @@
-"""What runs took on this machine, kept for the plans of others of their shape. Imports no torch.
+"""Measured speed and memory of runs on this machine, for plans of runs of the same shape. Imports no torch.
 
-Every run leaves its speed and its memory in the cache when it ends, under a hash of the machine and of everything that
-decides how fast a step is.
+Every run saves them in the cache when it ends, under a hash of the machine and of everything that decides how fast a
+step is.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from gptlab.training.hardware import Hardware, resolve_loss_chunk
 log = logging.getLogger(__name__)
 
 FOLDER = "measured"
-STEPS = 24  # of a run that only measures
+STEPS = 24  # of a run that is only measured
 EVAL_WINDOWS = 32
 
 
 class Measurement(FrozenConfig):
-    """What a run took.
+    """Measured speed and memory of a run.
 
     Attributes:
-        tokens_per_second: Of training, all devices together, the first step left out.
-        first_step_seconds: With what is compiled and allocated in it.
-        evaluation_seconds: Of an evaluation, with the sample and the checkpoint that follow it.
+        tokens_per_second: Training throughput of all devices together, without the first step.
+        first_step_seconds: Duration of the first step, with compilation and allocation.
+        evaluation_seconds: Duration of an evaluation, with the sample and the checkpoint that follow it.
         evaluated: Tokens of each evaluation.
-        peak_memory_bytes: Of the first rank's device.
-        steps: That were measured.
-        source: The run.
+        peak_memory_bytes: Peak memory of the first rank's device.
+        steps: Measured steps.
+        source: Describes the run.
     """
 
     tokens_per_second: PositiveFloat
@@ -56,7 +56,7 @@ class Measurement(FrozenConfig):
 
 
 def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | None:
-    """Return what was measured of such a run on this machine; None where there is nothing."""
+    """Returns the measurement of a run of this shape on this machine, or None."""
     if not hardware.is_local:
         return None
     try:
@@ -66,7 +66,7 @@ def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | Non
 
 
 def save_measurement(config: RunConfig, hardware: Hardware, measured: Measurement) -> None:
-    """Keep what a run took. That it cannot be written down ends no run."""
+    """Saves a measurement; logs a warning if that fails."""
     path = _path(config, hardware)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,15 +78,15 @@ def save_measurement(config: RunConfig, hardware: Hardware, measured: Measuremen
 def measure_run(
     rows: list[MetricsRow], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
 ) -> Measurement | None:
-    """Read a run's speed from its metrics; None where it was too short to tell.
+    """Returns a run's speed by its metrics, or None if it was too short to measure.
 
     Args:
-        rows: Of metrics.csv.
-        seconds: Of the whole run.
-        evaluations: That it made.
+        rows: The rows of metrics.csv.
+        seconds: Duration of the whole run.
+        evaluations: Number of evaluations.
         evaluated: Tokens of each.
         peak_memory: Bytes.
-        source: What to call it.
+        source: Describes the run.
     """
     speeds = [row for row in rows if row.get("tokens_per_second")]
     if len(speeds) < 2 or speeds[0]["step"] != 1:
@@ -107,7 +107,11 @@ def measure_run(
 
 
 def calibrate(config: RunConfig) -> None:
-    """Run the first steps of a configuration in a process of its own, which keeps what it took; UserError: it fails."""
+    """Runs the first steps of a configuration in a process of its own, which saves its measurement.
+
+    Raises:
+        UserError: The run fails.
+    """
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
         job, place, said = (Path(folder) / name for name in ("job.json", "run", "said.txt"))
         Job(_shortened(config), place).write(job)
@@ -122,7 +126,7 @@ def calibrate(config: RunConfig) -> None:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """Make of a run one that is long enough to be measured, and leaves nothing elsewhere."""
+    """Returns a run that is long enough to be measured, and writes to its own directory only."""
     steps = min(STEPS, config.steps)
     windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
     changes = {"max_steps": steps, "max_tokens": None, "eval_every": steps, "eval_windows": windows, "log_every": 1}
@@ -144,7 +148,7 @@ def _path(config: RunConfig, hardware: Hardware) -> Path:
 
 
 def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
-    """Everything that decides how fast a step is, and what memory it needs."""
+    """Returns everything that decides how fast a step is, and how much memory it needs."""
     train, trainer = config.train, config.trainer
     loss_chunk = resolve_loss_chunk(train.loss_chunk, config.model)
     return {
@@ -161,6 +165,6 @@ def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
 
 
 def _threads() -> int:
-    """Threads that torch will use on a CPU."""
+    """Returns the number of threads that torch will use on a CPU."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() else len(os.sched_getaffinity(0))

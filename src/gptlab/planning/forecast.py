@@ -1,4 +1,4 @@
-"""forecast.json of a run directory: what a run was expected to need, and what it did. Imports no torch."""
+"""forecast.json of a run directory: what a run is expected to need, and what it needed. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ UNKNOWN = "no forecast of time: not calibrated here"
 
 
 def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware) -> None:
-    """Write down what a run is expected to need, at its start."""
+    """Writes what a run is expected to need, at its start."""
     time = _time(config, manifest, hardware)
     expected = estimate_peak_memory(config, hardware)
     record = {
@@ -39,17 +39,17 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardw
 def score_forecast(
     directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> dict[str, str]:
-    """Write beside the forecast what came of it, and keep what the run took for the plans of others.
+    """Writes the measured values beside the forecast, and saves the run's speed for later plans.
 
     Args:
-        directory: Of a run that is done.
-        config: Its.
-        manifest: Of its data.
+        directory: The directory of a finished run.
+        config: Its configuration.
+        manifest: The manifest of its data.
         hardware: What it ran on.
-        measured: "parameters", "peak_memory_bytes" and "seconds"; these None where the run ended early.
+        measured: "parameters", "peak_memory_bytes" and "seconds", which is None if the run ended early.
 
     Returns:
-        Rows for the run's table.
+        Rows for the table at the end of the run.
     """
     run = Run(directory)
     _save_speed(run, config, manifest, hardware, measured)
@@ -62,7 +62,7 @@ def score_forecast(
 def _save_speed(
     run: Run, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> None:
-    """Keep what a whole run took."""
+    """Saves the measurement of a run that was completed."""
     seconds, memory = measured["seconds"], measured["peak_memory_bytes"]
     if seconds is None or memory is None:
         return

@@ -1,4 +1,4 @@
-"""A plan, put together. Imports no torch."""
+"""The plan of a run: memory, time, network traffic and disk. Imports no torch."""
 
 from typing import Any, NamedTuple
 
@@ -26,19 +26,19 @@ from gptlab.planning.memory import (
 )
 from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_loss_chunk
 
-COMPARED = ("h100", "a100", "l4", "rtx4090")  # where no GPU is named
-OTHERS = 8  # devices of the strategies that the run does not use, where it uses one
+COMPARED = ("h100", "a100", "l4", "rtx4090")  # if no GPU is named
+OTHERS = 8  # devices of the alternatives to a run on one device
 
 
 class LayoutAlternative(NamedTuple):
-    """A way to spread the model, and what a device then needs.
+    """Another layout of the model, and what each device then needs.
 
     Attributes:
-        spread: The way.
-        batch: Sequences at once.
-        total: Bytes of a device at its fullest.
-        checkpointed: The same, if every block is computed again in the backward pass.
-        whole_logits: The same, if the logits of a micro-batch are there at once.
+        spread: The layout.
+        batch: Micro-batch size.
+        total: Peak memory of a device in bytes.
+        checkpointed: The same with activation checkpointing.
+        whole_logits: The same with the logits of a whole micro-batch at once.
         traffic: Bytes that a device sends in a step.
     """
 
@@ -51,22 +51,22 @@ class LayoutAlternative(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """What a run will be and need.
+    """What a run will need.
 
     Attributes:
-        config: Of the run, with the vocabulary.
-        hardware: What its memory is planned for.
-        parameters: By part.
-        length: How much there is to do.
-        batch: Sequences of a device at once.
+        config: The configuration, with the vocabulary.
+        hardware: What the memory is planned for.
+        parameters: Number of parameters by part.
+        length: Steps, tokens and evaluations.
+        batch: Micro-batch size.
         spread: How the model is spread.
-        memory: Of one device, at its fullest.
-        largest: Sequences of a device at once that fit; None where its memory is not known.
-        alternatives: Other ways to spread it.
-        times: How long it takes, on what.
-        disk: What it needs there.
-        manifest: Of the data; None where it is not prepared.
-        measured: Of such a run, here.
+        memory: Peak memory of one device.
+        largest: The largest micro-batch that fits; None if the memory of a device is not known.
+        alternatives: Other layouts.
+        times: Forecast durations on this machine and on GPUs.
+        disk: Bytes on disk.
+        manifest: The manifest of the data; None if it is not prepared.
+        measured: The measurement of a run of this shape on this machine, if there is one.
     """
 
     config: RunConfig
@@ -85,26 +85,26 @@ class RunPlan(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the whole training, forward and backward."""
+        """FLOPs of the whole training, forward and backward."""
         return float(flops_per_token(self.config.model)) * self.length.tokens
 
     @property
     def tokens_per_parameter(self) -> float:
-        """Of the run."""
+        """Training tokens per parameter."""
         return self.length.tokens / parameter_count(self.config.model)
 
 
 def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
-    """Put a plan together.
+    """Plans a run.
 
     Args:
-        config: Of the run, with the vocabulary.
-        manifest: Of its data, where that is prepared.
-        gpus: That were named; the first is what the memory is planned for. None: it is this machine.
-        mfu: Share of its peak that a GPU is taken to reach.
+        config: The configuration, with the vocabulary.
+        manifest: The manifest of its data; None if it is not prepared.
+        gpus: Names of GPUs; the memory is planned for the first, or for this machine if there are none.
+        mfu: Share of its peak that a GPU is assumed to reach.
 
     Raises:
-        UserError: A GPU is not known, or the batch cannot be dealt out.
+        UserError: A GPU is not in the table, or the batch is not divisible.
     """
     hardware = plan_hardware(config, gpus)
     spread = plan_layout(config, hardware)
@@ -131,7 +131,7 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
 
 
 def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
-    """Choose a run for a budget, and a micro-batch that fits.
+    """Chooses a run for a budget, and a micro-batch that fits.
 
     See ``choose_compute_optimal``, and for ``gpus`` ``make_plan``.
     """
@@ -161,9 +161,9 @@ def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
 
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:
-    """Say how a run's model is spread."""
+    """Returns how a run's model is spread."""
     trainer = config.trainer
-    trainer.data_parallel(hardware.devices, hardware.num_nodes)  # says what cannot be
+    trainer.data_parallel(hardware.devices, hardware.num_nodes)  # raises UserError if it is impossible
     return ParallelLayout(trainer.strategy, hardware.world_size, trainer.tensor_parallel)
 
 
@@ -175,7 +175,7 @@ def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimat
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Write a plan as plain data: bytes, seconds, tokens a second."""
+    """Returns a plan as plain data: bytes, seconds, tokens a second."""
     model = plan.config.model
     return {
         "target": _hardware_to_dict(plan.hardware),
@@ -210,7 +210,7 @@ def _hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
 
 
 def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
-    """Spread the model in every way, over the run's devices, or over eight where it has one."""
+    """Returns every layout over the run's devices, or over eight if it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
     ways = [
@@ -240,7 +240,7 @@ def _alternative(config: RunConfig, hardware: Hardware, way: ParallelLayout) -> 
 
 
 def _share(config: RunConfig, way: ParallelLayout) -> int:
-    """Sequences of a device at once, as named or as nearly as the batch can be dealt out."""
+    """Returns the micro-batch size of a layout: the configured one, or at most a device's share of the batch."""
     train = config.train
     return max(1, min(train.micro_batch_size or train.global_batch_size, train.global_batch_size // way.copies))
 
@@ -250,7 +250,7 @@ def _compiled(hardware: Hardware, way: ParallelLayout) -> Any:
 
 
 def _tokens(done: RunLength, manifest: Manifest | None) -> int:
-    """Tokens on the disk: those of the corpus, or those that the run reads at most."""
+    """Returns the tokens on disk: those of the corpus, or at most those that the run reads."""
     if manifest is None:
         return done.tokens
     return manifest.tokens("train") + manifest.tokens("val")

@@ -1,4 +1,4 @@
-"""A plan on the screen. Imports no torch."""
+"""Prints a plan. Imports no torch."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,7 +11,7 @@ from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.plans import RunPlan
 from gptlab.training.hardware import resolve_loss_chunk
 
-SMALL = 50e6  # parameters of a model of which a GPU is not filled by a kernel
+SMALL = 50e6  # parameters of a model whose kernels do not fill a GPU
 KINDS = {
     "libraries": "python and libraries",
     "weights": "weights",
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def print_plan(plan: RunPlan) -> None:
-    """Show everything that is known of a run before it runs."""
+    """Prints the tables of a plan."""
     console = get_console()
     console.print(_run(plan))
     console.print(_memory(plan))
@@ -35,7 +35,7 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
-    """Show what was chosen for a budget, why, and the command that runs it."""
+    """Prints what was chosen for a budget, why, and the command that runs it."""
     console = get_console()
     table = _table("what was chosen", ("", "", "by"))
     for override in choice.overrides:
@@ -43,11 +43,11 @@ def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
         table.add_row(key, value, _source(key))
     console.print(table)
     console.print("The command:", style="bold")
-    print(command)  # to be copied: neither wrapped nor coloured
+    print(command)  # for copying: neither wrapped nor colored
 
 
 def format_bytes(number: float) -> str:
-    """Write bytes as people read them, in powers of 1000."""
+    """Formats bytes with a unit, in powers of 1000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:,.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
@@ -55,7 +55,7 @@ def format_bytes(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration as people read it."""
+    """Formats a duration."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 3 * 86400:
