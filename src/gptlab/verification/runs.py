@@ -106,22 +106,23 @@ class ProofRuns:
 
         Later checkpoints that were saved before the signal are removed, so that the run resumes from that step.
         """
+        folder, status = self.run_dir(name) / CHECKPOINTS, None
         with self._running(name, config) as run:
-            while not any(
-                checkpoint_step(run_dir) >= after for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS)
-            ):
-                if (status := run.process.poll()) is not None:
-                    raise self._failed(name, status)
+            while status is None and not any(checkpoint_step(saved) >= after for saved in list_checkpoints(folder)):
+                status = run.process.poll()
                 time.sleep(POLL)
-        for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS):
-            if checkpoint_step(run_dir) > after:
-                remove_checkpoint(run_dir)
+        if status is not None:
+            raise self._failed(name, status)
+        for saved in list_checkpoints(folder):
+            if checkpoint_step(saved) > after:
+                remove_checkpoint(saved)
         return self.run_dir(name)
 
     def _traced(self, name: str, config: RunConfig) -> list[TraceStep]:
         with self._running(name, config) as run:
-            if status := run.process.wait():
-                raise self._failed(name, status)
+            status = run.process.wait()
+        if status:  # and all of its output is in the log
+            raise self._failed(name, status)
         return read_trace((Path(config.resume) if config.resume else self.run_dir(name)) / TRACE)
 
     @contextmanager
