@@ -1,6 +1,7 @@
 """The benchmark: how it measures, by hand, and the whole command on very little."""
 
 import json
+import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,6 +10,7 @@ from commands import assert_config_error, assert_success
 from conftest import tiny_config
 from gptlab import bench
 from gptlab.benchmarks import speedrun
+from gptlab.benchmarks.config import SpeedrunBench
 from gptlab.benchmarks.corpus import text_corpus
 from gptlab.benchmarks.measuring import (
     Result,
@@ -241,7 +243,7 @@ def made_runs(monkeypatch):
 
 
 def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
-    config = speedrun.SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
+    config = SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
     (part,) = speedrun.time_to_loss(config, "cache", 3)
     assert made_runs[0][:2] == ("-m", "gptlab.prepare")
     assert [[a for a in asked if a.startswith("seed=")] for asked in made_runs[1:]] == [
@@ -253,7 +255,7 @@ def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
 
 
 def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
-    config = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
+    config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
     (part,) = speedrun.ladder(config, "cache", 2)
     assert [row.name for row in part.rows] == ["the whole recipe", "without rotary"]
     assert {a for asked in made_runs[1:] for a in asked if a.startswith("without=")} == {
@@ -263,14 +265,14 @@ def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
     for row in part.rows:
         assert row.median("steps to it") == 20
         assert row.median("s to it") == pytest.approx(100 / 50 + 900 / 100 + 1000 / 200)
-    late = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.015, parts=[])
+    late = SpeedrunBench(source=None, nanogpt=None, target=2.015, parts=[])
     (part,) = speedrun.ladder(late, "cache", 2)  # which the second seed does not reach
     assert part.rows[0].shown("steps to it") == "–"
     assert "steps to it" not in part.record()["rows"][0]["medians"]
 
 
 def test_the_ladder_leaves_out_every_part_that_there_is(made_runs):
-    config = speedrun.SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=None)
+    config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=None)
     (part,) = speedrun.ladder(config, "cache", 1)
     there_are = {path.stem for path in (configuration_folder() / "without").glob("*.yaml")}
     asked = [a.removeprefix("without=") for arguments in made_runs for a in arguments if a.startswith("without=")]
@@ -299,6 +301,19 @@ MISTAKES = {
     "no room": (["preparation.corpus_mb=1000000000"], "make room, or name another cache_dir or a smaller corpus"),
     "no folder": (["cache_dir=text.txt"], "cache_dir=text.txt cannot be used"),
 }
+
+
+def test_a_wrong_configuration_imports_no_torch(user):
+    code = """
+import sys
+sys.argv[1:] = ["suite=dat"]
+from gptlab.bench import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code, "torch" in sys.modules, "lightning" in sys.modules)
+"""
+    assert user.run(sys.executable, "-c", code).stdout == "2 False False\n"
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)

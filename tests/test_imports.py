@@ -8,5 +8,5 @@ import grimp
 def test_no_files_import_each_other_in_a_cycle():
     graph = grimp.build_graph("gptlab", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    assert len(imports) > 200
+    assert len(imports) > 100
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError, which names the files

@@ -100,7 +100,7 @@ def test_a_home_is_there_and_so_are_its_tests(home):
 def test_the_searches_find_what_they_are_for():
     source = "import torch\nfrom hydra._internal import utils\nfrom a import _b\ntorch._c_(x)\nself._own\nx._asdict()"
     assert set(used(ast.parse(source))) == {"hydra._internal.utils", "a._b", "torch._c_"}
-    modules = ("training.distributed.clusters", "training.distributed.tensor_parallel", "evaluation.harness")
+    modules = ("training.distributed.process_group", "training.distributed.tensor_parallel", "evaluation.harness")
     kinds = [
         getattr(importlib.import_module(f"gptlab.{module}"), name)
         for module, name in zip(modules, ("SrunEnvironment", "ReplicatedLayer", "HarnessModel"), strict=True)

@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from omegaconf import DictConfig
-from pydantic import PositiveInt
 
-from gptlab.benchmarks import data, generation, guards, overhead, speedrun, training
+from gptlab.benchmarks.config import BenchCommand
 from gptlab.benchmarks.measuring import ResultTable, print_result_table, write_report
-from gptlab.config.base import FrozenConfig, known_keys, validate
+from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
@@ -20,25 +18,9 @@ from gptlab.tracking.run_directory import claim_directory
 ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
 
 
-class BenchCommand(FrozenConfig):
-    """What to measure, and how often; see conf/bench.yaml."""
-
-    suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
-    rounds: PositiveInt
-    out: str | None
-    cache_dir: str
-    preparation: data.PreparationBench
-    loader: data.LoaderBench
-    generate: generation.GenerateBench
-    overhead: overhead.OverheadBench
-    guards: guards.GuardsBench
-    speedrun: speedrun.SpeedrunBench
-    train: training.TrainBench
-
-
 @command("bench", keys=set(known_keys(BenchCommand)))
 def main(values: DictConfig) -> int:
-    """Measure, print a table a part, and keep the numbers and what machine they are of."""
+    """Measures, prints the tables, and writes the numbers with the environment."""
     config = validate(BenchCommand, resolve_to_dict(values))
     measured = {suite: _measure(suite, config) for suite in (ALL if config.suite == "all" else [config.suite])}
     directory = _directory(config.out)
@@ -53,7 +35,10 @@ def main(values: DictConfig) -> int:
 
 
 def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
-    """Begin a suite."""
+    """Starts a suite."""
+    # with torch, which is not imported before the configuration is checked
+    from gptlab.benchmarks import data, generation, overhead, speedrun, training
+
     match suite:
         case "train":
             return training.measure(config.train, config.rounds)
@@ -62,9 +47,9 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
         case "generate":
             return generation.measure(config.generate, config.rounds)
         case "overhead":
-            return overhead.measure(config.overhead, config.cache_dir, config.rounds)
+            return overhead.measure_overhead(config.overhead, config.cache_dir, config.rounds)
         case "guards":
-            return guards.measure(config.guards, config.rounds)
+            return overhead.measure_guards(config.guards, config.rounds)
         case "speedrun":
             return speedrun.time_to_loss(config.speedrun, config.cache_dir, config.rounds)
         case "ladder":
@@ -74,7 +59,7 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
 
 
 def _directory(out: str | None) -> Path:
-    """Make the folder for the numbers."""
+    """Creates the folder for the numbers."""
     try:
         if out is None:
             return claim_directory(Path("outputs/bench"))

@@ -7,7 +7,7 @@ import torch
 
 from gptlab.model.config import flops_per_token
 from gptlab.model.modern import build_gpt
-from gptlab.training.gpu_specs import gpu_from_cuda_name
+from gptlab.training.hardware import gpu_from_cuda_name
 from measuring import CUDA, DEVICE, NAME, SMALL, config, synchronize
 
 STEPS, PROFILED_STEPS, KERNELS = 10, 3, 14

@@ -26,7 +26,7 @@ from gptlab.model.loss import LogitSettings, lm_loss
 from gptlab.model.modern import build_gpt
 from gptlab.training.config import AdamWConfig, MuonConfig
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
-from gptlab.training.gpu_specs import gpu_from_cuda_name
+from gptlab.training.hardware import gpu_from_cuda_name
 from gptlab.training.module import seed_generators
 from gptlab.training.optim.muon import StackedMuon
 from gptlab.training.optim.optimizers import build_optimizer, skip_step_if

@@ -19,8 +19,8 @@ from gptlab.data.batches import Batch
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import AdamWConfig, ConstantConfig, TrainerConfig
-from gptlab.training.devices import Devices
 from gptlab.training.distributed.strategies import build_strategy, gathered_weights
+from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
 
 STEPS, MICRO_BATCHES = 2, 3
@@ -73,7 +73,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     """Build what trains, with dropout."""
     named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
-    devices = Devices("cpu", "", 2, 1, "32-true", compile=False)
+    hardware = Hardware("cpu", "", 2, 1, "32-true", compile=False)
     torch.manual_seed(0)
     model = tiny_config(dropout=0.1)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
@@ -83,7 +83,7 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), devices, sharded_checkpoints=False),
+        strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), hardware, sharded_checkpoints=False),
         max_steps=STEPS,
         accumulate_grad_batches=MICRO_BATCHES,
         callbacks=[Buckets()],

@@ -5,16 +5,16 @@ import torch
 
 from configs import resolved
 from gptlab.model.config import parameter_count
-from gptlab.planning import target as targets
 from gptlab.planning.memory import ParallelLayout, estimate_memory, largest_micro_batch
-from gptlab.planning.plans import make_plan
-from gptlab.planning.target import gpu_hardware, local_hardware, logits_chunk
+from gptlab.planning.plans import make_plan, plan_hardware
+from gptlab.training import hardware
 from gptlab.training.devices import choose_devices
-from gptlab.training.gpu_specs import GPUS
+from gptlab.training.hardware import GPUS, resolve_loss_chunk
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760
-H100 = gpu_hardware(GPT2, GPUS["h100"])
+H100 = plan_hardware(GPT2, ["h100"])
+CHUNK = resolve_loss_chunk(GPT2.train.loss_chunk, GPT2.model)
 
 
 @pytest.mark.parametrize("model", ["nano", "mini", "gpt2"])
@@ -22,20 +22,20 @@ H100 = gpu_hardware(GPT2, GPUS["h100"])
 def test_a_plan_decides_as_a_run_does(model, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
-    monkeypatch.setattr(targets, "list_gpus", lambda: ())
-    monkeypatch.setattr(targets, "_cpu_flags", lambda: {"avx512_bf16"} if bf16 else set())
+    monkeypatch.setattr(hardware, "list_gpus", lambda: ())
+    monkeypatch.setattr(hardware, "read_cpuinfo", lambda: {"flags": "fpu avx512_bf16" if bf16 else "fpu"})
     for spread in ("trainer=auto", "trainer=ddp", "trainer=fsdp"):
         config = resolved(f"model={model}", spread, "tokenizer=bytes").with_vocabulary(257)
-        planned, chosen = local_hardware(config), choose_devices(config.trainer, config.train, config.model)
-        assert planned[-5:-1] == (chosen.devices, chosen.num_nodes, chosen.precision, chosen.compile)
+        chosen = choose_devices(config.trainer, config.train, config.model)
+        assert plan_hardware(config, []) == chosen._replace(float32_matmul="default")  # which only torch can tell
 
 
 def test_weights_gradients_and_moments_by_hand():
-    adamw = estimate_memory(GPT2, H100, ParallelLayout("ddp", 8), 12, logits_chunk(GPT2))
+    adamw = estimate_memory(GPT2, H100, ParallelLayout("ddp", 8), 12, CHUNK)
     assert (adamw.weights, adamw.moments, adamw.gradients) == (4 * N, 8 * N, 4 * N)
     assert adamw.libraries == 0  # which are not in the GPU
-    assert estimate_memory(GPT2, local_hardware(GPT2), ParallelLayout("ddp", 8), 12, None).libraries > 0
-    sharded = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 8), 12, logits_chunk(GPT2))
+    assert estimate_memory(GPT2, plan_hardware(GPT2, []), ParallelLayout("ddp", 8), 12, None).libraries > 0
+    sharded = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 8), 12, CHUNK)
     assert (sharded.weights, sharded.moments) == (4 * N / 8, N)
     muon = resolved("experiment=gpt2_openwebtext", "optimizer=muon", "train.ema_decay=0.99").with_vocabulary(50257)
     assert estimate_memory(muon, H100, ParallelLayout("ddp", 8), 12, None).moments == 4 * (3 * N - 12 * 12 * 768**2)
@@ -57,12 +57,12 @@ def test_each_measure_saves_what_it_is_for():
 
 @pytest.mark.parametrize("gpu", ["h100", "l4"])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(gpu):
-    target, spread, chunk = gpu_hardware(GPT2, GPUS[gpu]), ParallelLayout("single", 1), logits_chunk(GPT2)
-    largest = largest_micro_batch(GPT2, target, spread, chunk)
-    assert estimate_memory(GPT2, target, spread, largest, chunk).total <= GPUS[gpu].memory
-    assert estimate_memory(GPT2, target, spread, largest + 1, chunk).total > GPUS[gpu].memory
+    machine, spread, chunk = plan_hardware(GPT2, [gpu]), ParallelLayout("single", 1), CHUNK
+    largest = largest_micro_batch(GPT2, machine, spread, chunk)
+    assert estimate_memory(GPT2, machine, spread, largest, chunk).total <= GPUS[gpu].memory
+    assert estimate_memory(GPT2, machine, spread, largest + 1, chunk).total > GPUS[gpu].memory
     xl = resolved("model=gpt2-xl").with_vocabulary(50257)
-    assert largest_micro_batch(xl, gpu_hardware(xl, GPUS["l4"]), spread, chunk) == 0  # 16 bytes of each of 1.6 billion
+    assert largest_micro_batch(xl, plan_hardware(xl, ["l4"]), spread, chunk) == 0  # 16 bytes of each of 1.6 billion
 
 
 def test_a_plan_counts_what_the_run_will():

@@ -10,10 +10,10 @@ import torch
 from conftest import defaults, tiny_config
 from gptlab.errors import UserError
 from gptlab.model.config import flops_per_token
-from gptlab.training import devices
-from gptlab.training.auto import resolve_loss_chunk
+from gptlab.training import devices, hardware
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.devices import Devices, choose_devices
+from gptlab.training.devices import choose_devices
+from gptlab.training.hardware import GPUS, Hardware, gpu_from_name, resolve_loss_chunk
 
 MODEL = tiny_config()
 MB = 10**6
@@ -37,7 +37,7 @@ def gpus(monkeypatch):
 
 def test_a_gpu_machine_uses_what_it_has(gpus):
     chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
-    assert chosen == Devices("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile="whole")
+    assert chosen == Hardware("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile="whole")
     assert chosen.peak_flops() == 989.4e12
 
 
@@ -71,7 +71,7 @@ def test_more_gpus_than_there_are_are_refused(gpus):
 def test_an_old_gpu_computes_in_float32_and_a_machine_without_compiler_does_not_compile(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.delenv("CC")
-    monkeypatch.setattr(devices.shutil, "which", lambda _: None)
+    monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
     chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
     assert (chosen.precision, chosen.compile) == ("32-true", False)
 
@@ -106,11 +106,11 @@ def test_torchrun_and_slurm_say_how_many_there_are(monkeypatch, variables, expec
     ],
 )
 def test_a_peak_is_known_for_the_whole_name_or_not_at_all(name, precision, peak):
-    assert Devices("cuda", name, 1, 1, precision, compile=False).peak_flops() == peak
+    assert Hardware("cuda", name, 1, 1, precision, compile=False).peak_flops() == peak
 
 
 def test_a_cpu_has_no_published_peak():
-    assert Devices("cpu", "AVX512", 1, 1, "bf16-mixed", compile=False).peak_flops() is None
+    assert Hardware("cpu", "AVX512", 1, 1, "bf16-mixed", compile=False).peak_flops() is None
 
 
 def test_mfu_by_hand():
@@ -132,7 +132,7 @@ def test_only_the_step_of_slurm_counts(monkeypatch):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the key is one of x86 alone")
 def test_torch_says_of_a_cpu_whether_it_computes_in_bfloat16():
-    flags = devices.CPUINFO.read_text().partition("flags")[2].partition("\n")[0].split()
+    flags = hardware.read_cpuinfo()["flags"].split()
     assert torch.cpu.get_capabilities()["avx512_bf16"] == ("avx512_bf16" in flags)
 
 
@@ -160,12 +160,11 @@ def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, tmp_path, exact):
+def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, exact):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(devices, "_is_exact", lambda: exact)
     for vendor in ("AuthenticAMD", "GenuineIntel"):
-        (tmp_path / "cpuinfo").write_text(f"vendor_id\t: {vendor}\n")
-        monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+        monkeypatch.setattr(devices, "read_cpuinfo", lambda vendor=vendor: {"vendor_id": vendor})
         expected = "onednn" if exact and vendor == "AuthenticAMD" else "default"
         assert cpu(monkeypatch, bf16=True).float32_matmul == expected
     named = cpu(monkeypatch, bf16=True, trainer={"float32_matmul": "default"})
@@ -173,7 +172,7 @@ def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, 
 
 
 def test_onednn_s_float32_products_are_float32():
-    chosen = Devices("cpu", "", 1, 1, "32-true", compile=False, float32_matmul="onednn")
+    chosen = Hardware("cpu", "", 1, 1, "32-true", compile=False, float32_matmul="onednn")
     a, b = torch.randn(2, 300, 300).unbind()
     exact = a.double() @ b.double()
     if not devices._is_exact():  # on processors with AMX
@@ -202,3 +201,9 @@ def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():
     assert len(ballast) == 800 * MB
     assert before < 600 * MB
     assert int(subprocess.check_output((sys.executable, "-c", grown))) - before == pytest.approx(200 * MB, abs=10 * MB)
+
+
+def test_gpus_are_known_by_two_names_and_a_wrong_one_by_the_nearest():
+    assert gpu_from_name("NVIDIA H100 80GB HBM3") is gpu_from_name("H100") is GPUS["h100"]
+    with pytest.raises(UserError, match=r"gpu=h1000: .* Did you mean h100\?"):
+        gpu_from_name("h1000")

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the files of text that came with Python and its packages, a document each."""
+"""A corpus of real text that every machine has: the text files of Python and its packages, one document each."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ LARGEST = 2**20  # bytes; larger files are tables
 
 
 class TextCorpus(NamedTuple):
-    """A file of JSON lines, {"text": ...}, and what is in it.
+    """A file of JSON lines, {"text": ...}.
 
     Attributes:
         path: The file.
-        bytes: Of UTF-8, in all texts.
-        documents: Their number.
-        distinct: Bytes of texts that differ; less than ``bytes`` where this machine has too little text.
+        bytes: Bytes of UTF-8 in all texts.
+        documents: Number of texts.
+        distinct: Bytes of distinct texts; less than ``bytes`` if this machine has too little text.
     """
 
     path: Path
@@ -34,7 +34,7 @@ class TextCorpus(NamedTuple):
 
 
 def text_corpus(folder: Path, megabytes: int) -> TextCorpus:
-    """Return a corpus of at least so many MB, making it where ``folder`` does not have it."""
+    """Returns a corpus of at least so many MB, which is created if ``folder`` lacks it."""
     path, about = folder / f"text-{megabytes}MB.jsonl", folder / f"text-{megabytes}MB.json"
     if path.exists() and about.exists():
         return TextCorpus(path, **json.loads(about.read_text()))
@@ -64,7 +64,7 @@ def _roots() -> list[Path]:
 
 
 def _texts() -> Iterator[str]:
-    """Yield every text once, packages mixed."""
+    """Yields every text once, in an order that mixes the packages."""
     walks = ((folder, name) for root in _roots() for folder, _, names in os.walk(root) for name in names)
     paths = {Path(folder, name) for folder, name in walks if Path(name).suffix in SUFFIXES}
     seen = set()

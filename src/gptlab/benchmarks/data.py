@@ -8,14 +8,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt
 
+from gptlab.benchmarks.config import LoaderBench, PreparationBench
 from gptlab.benchmarks.corpus import TextCorpus, text_corpus
 from gptlab.benchmarks.measuring import ResultTable, Sample, TimedRun, Variant, measure_in_turns, run_timed
-from gptlab.config.base import FrozenConfig
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
 from gptlab.errors import UserError
@@ -32,29 +30,17 @@ if __name__ == "__main__":
 """
 
 
-class PreparationBench(FrozenConfig):
-    """The corpus to prepare; see conf/bench.yaml."""
-
-    corpus_mb: PositiveInt
-    val_fraction: Annotated[float, Field(gt=0, lt=1)]
-
-
-class LoaderBench(FrozenConfig):
-    """The batches to load; see conf/bench.yaml."""
-
-    block_size: PositiveInt
-    micro_batch_sizes: list[PositiveInt]
-    batches: PositiveInt
-    many_tokens: Annotated[int, Field(ge=2**20)]
-
-
 def measure(cache: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
-    """Return an iterator that measures one part after the other; UserError, at once, where there is no room."""
-    return _parts(_place(cache, preparation.corpus_mb), preparation, loader, rounds)
+    """Returns an iterator that measures one part after the other.
+
+    Raises:
+        UserError: At once, if the disk has no room.
+    """
+    return _parts(_make_folder(cache, preparation.corpus_mb), preparation, loader, rounds)
 
 
-def _place(cache: Path, megabytes: int) -> Path:
-    """Make the folder where corpora are kept."""
+def _make_folder(cache: Path, megabytes: int) -> Path:
+    """Creates the folder where corpora are kept."""
     kept = cache / "bench"
     try:
         kept.mkdir(parents=True, exist_ok=True)
@@ -69,23 +55,23 @@ def _place(cache: Path, megabytes: int) -> Path:
     return kept
 
 
-def _parts(place: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
-    with TemporaryDirectory(dir=place, prefix="work-") as folder:
-        work = Path(folder)
-        bench = _Preparation(text_corpus(place, preparation.corpus_mb), preparation.val_fraction, work)
+def _parts(folder: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
+    with TemporaryDirectory(dir=folder, prefix="work-") as work_name:
+        work = Path(work_name)
+        bench = _Preparation(text_corpus(folder, preparation.corpus_mb), preparation.val_fraction, work)
         yield bench.part(rounds)
         yield _loading(loader, bench.prepared, _many_tokens(work / "many", loader.many_tokens), rounds)
 
 
 class _Preparation:
-    """Prepares one corpus in several ways: whole commands in processes of their own, into folders of their own."""
+    """Prepares one corpus in several ways: whole commands, in processes and folders of their own."""
 
     def __init__(self, corpus: TextCorpus, val_fraction: float, work: Path) -> None:
         self.corpus, self.val_fraction, self.work = corpus, val_fraction, work
         self.prepared = work / "prepared"
 
     def part(self, rounds: int) -> ResultTable:
-        """Measure all ways that there are here."""
+        """Measures all ways that are installed."""
         path, total, documents, distinct = self.corpus
         repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
         caption = (
@@ -100,7 +86,7 @@ class _Preparation:
         return ResultTable("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
 
     def plain(self, _: int) -> Sample:
-        """Datasets' way, with nothing in its cache."""
+        """Prepares by datasets' map, with nothing in its cache."""
         module, folder = "gptlab.benchmarks.plain", self.work / "plain"
         environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         arguments = (str(self.corpus.path), str(folder), str(self.val_fraction), str(CORES))
@@ -111,11 +97,11 @@ class _Preparation:
         return self._sample(run, start, sum(json.loads(run.printed.splitlines()[-1]).values()))
 
     def without_gigatoken(self, _: int) -> Sample:
-        """As where gigatoken is not installed."""
+        """Prepares as if gigatoken were not installed."""
         return self._gptlab("-c", WITHOUT_GIGATOKEN)
 
     def with_gigatoken(self, _: int) -> Sample:
-        """As where it is."""
+        """Prepares with gigatoken."""
         return self._gptlab("-m", "gptlab.prepare")
 
     def _gptlab(self, *program: str) -> Sample:
@@ -143,7 +129,7 @@ class _Preparation:
 
 
 def _many_tokens(folder: Path, tokens: int) -> Path:
-    """Make a folder of one shard with so many tokens, all 0: a file with nothing in it, which takes no room."""
+    """Creates a folder of one shard with so many tokens, all 0: a sparse file, which takes no room."""
     folder.mkdir()
     file = folder / "train_000000.bin"
     try:
@@ -165,7 +151,7 @@ def _many_tokens(folder: Path, tokens: int) -> Path:
 
 
 def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> ResultTable:
-    """Measure batches from a small corpus and from a large one."""
+    """Measures batches from a small corpus and from a large one."""
 
     def way(name: str, folder: Path, size: int) -> Variant:
         tokens, cold = load_manifest(folder).tokens("train"), folder == many

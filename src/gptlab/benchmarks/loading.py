@@ -1,4 +1,4 @@
-"""Batches from one process: gptlab's and nanoGPT's way, timed, with the memory that the process then has.
+"""Times batches in one process, by gptlab's and nanoGPT's way, and measures its memory.
 
 python -m gptlab.benchmarks.loading <what to do, in JSON>
 """
@@ -26,7 +26,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Loading(FrozenConfig):
-    """What one process is to load, and whether from a file that the kernel has to read again."""
+    """What one process loads, and whether from a file that is not in the page cache."""
 
     way: str
     folder: str
@@ -38,7 +38,7 @@ class Loading(FrozenConfig):
 
 
 def gptlab_batches(todo: Loading) -> Callable[[int], Batch]:
-    """As a training run without workers gets them."""
+    """Returns batches as a training run without workers gets them."""
     folder = Path(todo.folder)
     manifest = load_manifest(folder)
     stream = TokenStream(LocalFolder(folder), manifest, "train")
@@ -47,7 +47,7 @@ def gptlab_batches(todo: Loading) -> Callable[[int], Batch]:
 
 
 def plain_batches(todo: Loading) -> Callable[[int], Pair]:
-    """As nanoGPT's train.py gets them: the file mapped anew for every batch, windows drawn with replacement."""
+    """Returns batches as nanoGPT's train.py gets them: the file mapped for every batch, windows with replacement."""
     path, size = first_shard(todo), todo.block_size
     torch.manual_seed(todo.seed)
 
@@ -62,14 +62,14 @@ def plain_batches(todo: Loading) -> Callable[[int], Pair]:
 
 
 def drop_page_cache(path: Path) -> None:
-    """Let the kernel drop what it keeps of a file in memory, where it can be told to."""
+    """Removes a file from the page cache, where the system supports it."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fill_page_cache(folder: Path) -> None:
-    """Have the kernel keep all of a corpus in memory, some of which it may have dropped since it was written."""
+    """Reads all of a corpus into the page cache."""
     for shard in load_manifest(folder).splits["train"]:
         with (folder / shard.file).open("rb") as file:
             while file.read(2**24):
@@ -77,12 +77,12 @@ def fill_page_cache(folder: Path) -> None:
 
 
 def first_shard(todo: Loading) -> Path:
-    """Find the file of tokens that nanoGPT's way reads: it reads one."""
+    """Returns the one file of tokens that nanoGPT's way reads."""
     return Path(todo.folder, load_manifest(Path(todo.folder)).splits["train"][0].file)
 
 
 def resident_mb() -> float | None:
-    """Memory that this process has, with the pages of files that it maps; None where there is no /proc."""
+    """Returns the resident memory of this process, with the pages of mapped files; None if there is no /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -91,7 +91,7 @@ def resident_mb() -> float | None:
 
 
 def main(todo: Loading) -> None:
-    """Load, and print the measures."""
+    """Loads batches, and prints the measurements as JSON."""
     if todo.cold:
         drop_page_cache(first_shard(todo))
     else:

@@ -1,4 +1,4 @@
-"""What every suite shares: ways measured in turns, medians with their spread, tables and a JSON file."""
+"""What all suites share: variants measured in turns, medians with their spread, tables and a JSON file."""
 
 import json
 import statistics
@@ -19,35 +19,35 @@ Sample = dict[str, float]  # what one measurement gave, by its name and unit
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step: of the clock, and of all cores that this process has used."""
+    """Seconds of one step: wall time, and CPU time of all cores."""
 
     wall: float
     cpu: float
 
     @classmethod
     def now(cls) -> Self:
-        """The time, as both have it."""
+        """Returns the current time of both clocks."""
         return cls(time.perf_counter(), time.process_time())
 
 
 def summarize_steps(steps: Iterable[StepTime]) -> Sample:
-    """Summarise steps by their medians."""
+    """Summarizes steps by their medians."""
     wall, cpu = (statistics.median(times) for times in zip(*steps, strict=True))
     return {"steps/s": 1 / wall, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu}
 
 
 def relative_overhead(sample: Sample, plain: Sample) -> Sample:
-    """Say how much longer steps take than plain ones."""
+    """Returns how much longer steps take than plain ones, in percent."""
     return {f"% more {unit}": 100 * (sample[unit] / plain[unit] - 1) for unit in ("ms", "CPU ms")}
 
 
 class Variant(NamedTuple):
-    """One way to do a thing.
+    """One way to do the task of a table.
 
     Attributes:
-        group: Ways of one group do the same thing; the first of them is the baseline of the others.
-        name: For people.
-        measure: Does the thing once, in the round of the given number.
+        group: Variants of one group do the same task; the first of them is the baseline of the others.
+        name: Its name in the table.
+        measure: Runs it once, in the round of the given number.
     """
 
     group: str
@@ -56,22 +56,22 @@ class Variant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A way and its samples, one a round."""
+    """A variant and its samples, one per round."""
 
     group: str
     name: str
     samples: list[Sample]
 
     def measures(self) -> list[str]:
-        """Names of what every round has measured."""
+        """Returns the names of what every round has measured."""
         return [measure for measure in self.samples[0] if all(measure in sample for sample in self.samples)]
 
     def median(self, measure: str) -> float:
-        """The middle of the rounds."""
+        """Returns the median of the rounds."""
         return statistics.median(self._values(measure))
 
     def shown(self, measure: str, *, spread: bool = False) -> str:
-        """Write the median, on request with the rounds' least and most; a dash for what was not measured."""
+        """Formats the median, optionally with the minimum and maximum; a dash if it was not measured."""
         if measure not in self.measures():
             return "–"
         median, values = self.median(measure), self._values(measure)
@@ -84,14 +84,14 @@ class Result(NamedTuple):
 
 
 class ResultTable(NamedTuple):
-    """Rows that belong in one table.
+    """One table of results.
 
     Attributes:
         title: What is measured.
-        caption: What a reader must know to judge it.
+        caption: How it was measured.
         metric: The measure that the ratios compare; more is better.
-        others: The measures that are shown beside it.
-        rows: Those of a group follow each other.
+        others: Other measures in the table.
+        rows: The results, in the order of their groups.
     """
 
     title: str
@@ -101,12 +101,12 @@ class ResultTable(NamedTuple):
     rows: list[Result]
 
     def ratio(self, row: Result) -> float:
-        """How many times the baseline of its group a row reaches, by the medians."""
+        """Returns the median of a row divided by that of its group's baseline."""
         baseline = next(other for other in self.rows if other.group == row.group)
         return row.median(self.metric) / baseline.median(self.metric)
 
     def record(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """Returns the table as plain data."""
         rows = [
             {
                 "group": row.group,
@@ -121,7 +121,7 @@ class ResultTable(NamedTuple):
 
 
 def measure_in_turns(ways: Iterable[Variant], rounds: int) -> list[Result]:
-    """Measure every way once a round, so that what slows the machine down for a while slows down all of them."""
+    """Measures every variant once per round, so that a temporary slowdown of the machine affects all of them."""
     rows = [(way, Result(way.group, way.name, [])) for way in ways]
     for number in range(rounds):
         for way, row in rows:
@@ -139,10 +139,10 @@ class TimedRun(NamedTuple):
 
 
 def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None) -> TimedRun:
-    """Run this interpreter in a process of its own.
+    """Runs this interpreter in a process of its own.
 
     Raises:
-        UserError: It failed; the sentence holds the last of what it said.
+        UserError: It failed; the message has the end of its output.
     """
     begun = time.perf_counter()
     done = subprocess.run(
@@ -162,7 +162,7 @@ def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder
 
 
 def print_result_table(part: ResultTable) -> None:
-    """Print one table."""
+    """Prints one table."""
     get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (and from–to).", highlight=False)
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
@@ -179,7 +179,7 @@ def print_result_table(part: ResultTable) -> None:
 
 
 def write_report(folder: Path, suite: str, rounds: int, parts: list[ResultTable]) -> Path:
-    """Write what was measured into ``<folder>/<suite>.json``."""
+    """Writes the tables to ``<folder>/<suite>.json``, and returns its path."""
     path = folder / f"{suite}.json"
     report = {"suite": suite, "rounds": rounds, "parts": [part.record() for part in parts]}
     write_durably(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

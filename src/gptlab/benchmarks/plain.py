@@ -1,4 +1,4 @@
-"""How a corpus is prepared without gptlab, as users of nanoGPT do: datasets, its map, and one file of tokens a split.
+"""Prepares a corpus as users of nanoGPT do: datasets, its map, and one file of tokens per split.
 
 python -m gptlab.benchmarks.plain <corpus.jsonl> <folder> <share of val> <processes>
 """
@@ -24,13 +24,13 @@ encoding = tiktoken.Encoding(
 
 
 def tokenize(example: dict[str, str]) -> dict[str, object]:
-    """Ids of one document, the end of text after them."""
+    """Returns the ids of one document, followed by the end of text."""
     ids = [*encoding.encode_ordinary(example["text"]), END_OF_TEXT]
     return {"ids": ids, "len": len(ids)}
 
 
 def main(corpus: str, folder: str, share: float, processes: int) -> None:
-    """Prepare, and print how many tokens there are."""
+    """Prepares a corpus, and prints the number of tokens as JSON."""
     rows = load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
     splits = rows.train_test_split(test_size=share, seed=2357, shuffle=True)
     splits["val"] = splits.pop("test")

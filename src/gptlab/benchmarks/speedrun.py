@@ -9,10 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import yaml
-from pydantic import PositiveFloat
 
+from gptlab.benchmarks.config import SpeedrunBench
 from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
-from gptlab.config.base import FrozenConfig
 from gptlab.config.command import configuration_folder
 from gptlab.errors import UserError
 
@@ -26,37 +25,25 @@ NANOGPT = (
 NANOGPT_LOSS = re.compile(r"^step 2000: .*val loss ([0-9.]+)$", re.MULTILINE)
 
 
-class SpeedrunBench(FrozenConfig):
-    """The runs to make; see conf/bench.yaml.
-
-    Attributes:
-        source: The file with tinyshakespeare; None fetches it.
-        nanogpt: A checkout of nanoGPT in which data/shakespeare_char/prepare.py was run; None leaves it out.
-        target: Val loss, in nats per token.
-        parts: That are left out of the recipe, one at a time; None takes those of sweeps=ladder.
-    """
-
-    source: str | None
-    nanogpt: str | None
-    target: PositiveFloat
-    parts: list[str] | None
-
-
 class _Text(NamedTuple):
-    """Where the text and what is prepared of it are."""
+    """The text, and the cache for its prepared data."""
 
     source: str | None
     cache: str
 
     @property
     def arguments(self) -> list[str]:
-        """Of gptlab.train and gptlab.prepare."""
+        """Command-line arguments of gptlab.train and gptlab.prepare."""
         named = [] if self.source is None else [f"data.source='{Path(self.source).expanduser().absolute()}'"]
         return ["data=shakespeare_char", f"data.cache_dir='{Path(self.cache).expanduser().absolute()}'", *named]
 
 
 def time_to_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
-    """Measure whole commands, from typing to their end, with another seed in each round; UserError at once."""
+    """Measures whole commands, with another seed in each round.
+
+    Raises:
+        UserError: At once, if the text cannot be prepared or the checkout of nanoGPT is incomplete.
+    """
     plain = [] if bench.nanogpt is None else [_nanogpt(Path(bench.nanogpt).expanduser().absolute())]
     text = _prepared(bench.source, cache)
     ways = [
@@ -82,7 +69,11 @@ def time_to_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[Resu
 
 
 def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
-    """Leave out one part of the recipe after the other; UserError at once."""
+    """Leaves out one part of the recipe after the other.
+
+    Raises:
+        UserError: At once, if the text cannot be prepared.
+    """
     left_out = _parts_of_the_sweep() if bench.parts is None else bench.parts
     text = _prepared(bench.source, cache)
 
@@ -112,20 +103,20 @@ def ladder(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTabl
 
 
 def _parts_of_the_sweep() -> list[str]:
-    """Name what sweeps=ladder leaves out."""
+    """Returns the parts that sweeps=ladder leaves out."""
     sweep = yaml.safe_load((configuration_folder() / "sweeps/ladder.yaml").read_text(encoding="utf-8"))
     return [part for part in sweep["hydra"]["sweeper"]["params"]["without"].split(",") if part != WHOLE]
 
 
 def _prepared(source: str | None, cache: str) -> _Text:
-    """Prepare the text, so that no run has to."""
+    """Prepares the text, so that no run has to."""
     text = _Text(source, cache)
     run_timed("-m", "gptlab.prepare", *text.arguments)
     return text
 
 
 def _run(arguments: list[str], number: int, text: _Text, *, target: float | None = None) -> Sample:
-    """Run gptlab.train in a folder of its own; say how long it took, and what it came to."""
+    """Runs gptlab.train in a folder of its own; returns its duration, speed and losses."""
     with TemporaryDirectory(prefix="gptlab-bench-") as folder:
         todo = (*arguments, f"seed={number + 1}", *text.arguments[1:])
         seconds = run_timed("-m", "gptlab.train", *todo, folder=Path(folder)).seconds
@@ -147,7 +138,7 @@ def _run(arguments: list[str], number: int, text: _Text, *, target: float | None
 
 
 def _nanogpt(checkout: Path) -> Variant:
-    """Run nanoGPT's command in its checkout."""
+    """Returns the variant that runs nanoGPT's command in its checkout."""
     if not (checkout / "data/shakespeare_char/train.bin").is_file():
         raise UserError(
             f"nanogpt={checkout} is no checkout of nanoGPT with data/shakespeare_char/train.bin, which its "

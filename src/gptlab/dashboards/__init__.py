@@ -1,1 +1,1 @@
-"""W&B workspaces and sweep files, made from the configuration. Imports no torch."""
+"""``gptlab.dashboard``: W&B workspaces and sweep files, made from the configuration. Imports no torch."""

@@ -21,9 +21,9 @@ from gptlab.evaluators.corpora import ScoredCorpus
 from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
-from gptlab.training.auto import resolve_loss_chunk
-from gptlab.training.devices import Devices, use_best_matmul
+from gptlab.training.devices import use_best_matmul
 from gptlab.training.distributed.processes import external_devices, launched_externally
+from gptlab.training.hardware import resolve_loss_chunk
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> Ev
         from gptlab.training.distributed.process_group import join_group  # imports Lightning
 
         devices, nodes = external_devices()
-        join_group(Devices("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
+        join_group(Hardware("cuda" if cuda else "cpu", "", devices, nodes, "32-true", compile=False))
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -41,10 +41,10 @@ from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import DeterminismTrace
-from gptlab.training.callbacks.garbage_collection import GarbageCollection
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.callbacks.metrics import MetricsCallback
+from gptlab.training.callbacks.overhead import GarbageCollection, NullProfiler
 from gptlab.training.callbacks.preemption import Preempted, Preemption
 from gptlab.training.callbacks.run_checkpoint import RunCheckpoint
 from gptlab.training.callbacks.samples import Samples
@@ -54,13 +54,12 @@ from gptlab.training.checkpoints.records import CheckpointMetadata, checkpoint_p
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenDataModule
-from gptlab.training.devices import Devices, choose_devices, prepare_kernels
-from gptlab.training.distributed.clusters import cluster_environment
-from gptlab.training.distributed.process_group import join_group, run_on_first_rank
+from gptlab.training.devices import choose_devices, prepare_kernels
+from gptlab.training.distributed.process_group import cluster_environment, join_group, run_on_first_rank
 from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
+from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
-from gptlab.training.null_profiler import NullProfiler
 
 
 class RunContext(NamedTuple):
@@ -76,7 +75,7 @@ class RunContext(NamedTuple):
 
     config: RunConfig
     manifest: Manifest
-    devices: Devices
+    devices: Hardware
     run_dir: Path
     recorder: MetricsCallback
 
@@ -199,7 +198,7 @@ def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> T
     )
 
 
-def build_module(config: RunConfig, prepared: TokenDataset, devices: Devices) -> GPTModule:
+def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -> GPTModule:
     """Builds the model, the same on every rank, and the module that trains it."""
     torch.manual_seed(config.seed)
     model = build_gpt(config.model)
@@ -214,7 +213,7 @@ def build_module(config: RunConfig, prepared: TokenDataset, devices: Devices) ->
 def build_trainer(
     config: RunConfig,
     prepared: TokenDataset,
-    devices: Devices,
+    devices: Hardware,
     plan: BatchPlan,
     run_dir: Path,
     recorder: MetricsCallback,
@@ -317,7 +316,7 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
     return config is not None and config.sharded in (True, "auto")
 
 
-def build_metrics_callback(config: RunConfig, devices: Devices) -> MetricsCallback:
+def build_metrics_callback(config: RunConfig, devices: Hardware) -> MetricsCallback:
     """Builds the callback that records metrics."""
     # with LoRA, the weights have no gradients, and the formula of the FLOPs does not hold
     peak = devices.peak_flops() if config.lora is None else None

@@ -1,1 +1,5 @@
-"""Forecasts of parameters, memory and time, before anything is trained. Imports no torch."""
+"""What a run will need, before it is trained: parameters, memory, time, network traffic and disk.
+
+``gptlab.plan`` prints it, or chooses a run for a budget of FLOPs; every run writes its own forecast and scores it at
+its end. Imports no torch.
+"""

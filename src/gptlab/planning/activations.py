@@ -1,7 +1,7 @@
-"""What the forward pass keeps for the backward pass, in bytes: derived from the network. Imports no torch.
+"""Bytes of the activations that the forward pass saves for the backward pass, by part of the model. Imports no torch.
 
-Counted is what autograd saves of each operation in ``gptlab.model``; several that save one tensor keep it once. Shapes:
-B sequences, T time, N = B T tokens, C channels, nh heads, hs head size, V vocabulary, R rows of the head.
+Counts what autograd saves for each operation in ``gptlab.model``; a tensor saved by several counts once. Shapes: B
+sequences, T time, N = B T tokens, C channels, nh heads, hs head size, V vocabulary, R rows of the head.
 """
 
 from typing import Literal, NamedTuple
@@ -9,17 +9,17 @@ from typing import Literal, NamedTuple
 from gptlab.model.config import GPTConfig
 
 SHORT_SEQUENCE = 256  # gptlab.model.kernels.SHORT_SEQUENCE, without torch
-STATISTIC = 4  # bytes of a mean, a deviation, a softmax's logarithm of a sum
-INDEX = 8  # bytes of a token's number
+STATISTIC = 4  # bytes of a mean, a standard deviation, or a softmax's log-sum
+INDEX = 8  # bytes of a token id
 
 
 class NumberSizes(NamedTuple):
-    """Bytes of a number.
+    """Bytes per number, by use.
 
     Attributes:
-        weight: Of parameters, gradients and moments.
-        stream: Of the residual stream.
-        product: Of what matrix products take and give.
+        weight: Parameters, gradients and moments.
+        stream: The residual stream.
+        product: Inputs and outputs of matrix products.
     """
 
     weight: int
@@ -29,7 +29,7 @@ class NumberSizes(NamedTuple):
 
 NUMBER_SIZES = {
     "32-true": NumberSizes(4, 4, 4),
-    "bf16-mixed": NumberSizes(4, 4, 2),  # autocast: products alone are in bfloat16
+    "bf16-mixed": NumberSizes(4, 4, 2),  # autocast: only products are in bfloat16
     "bf16-true": NumberSizes(2, 2, 2),
 }
 
@@ -38,12 +38,12 @@ class ForwardPass(NamedTuple):
     """One forward pass on one device.
 
     Attributes:
-        config: Of the network.
+        config: The model.
         batch: B.
-        kinds: Bytes of its numbers.
-        on_gpu: Whether kernels are a GPU's.
+        kinds: Bytes per number.
+        on_gpu: Whether it runs on a GPU's kernels.
         split: Devices that share every block (tensor parallelism).
-        compiled: Whether torch.compile decides what is kept.
+        compiled: Whether torch.compile decides what is saved.
     """
 
     config: GPTConfig
@@ -55,7 +55,7 @@ class ForwardPass(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """N."""
+        """Number of tokens, N."""
         return self.batch * self.config.block_size
 
     @property
@@ -65,12 +65,12 @@ class ForwardPass(NamedTuple):
 
     @property
     def product(self) -> int:
-        """Bytes of one tensor (B, T, C) that a matrix product takes or gives."""
+        """Bytes of one tensor (B, T, C) that is an input or output of a matrix product."""
         return self.tokens * self.config.n_embd * self.kinds.product
 
 
 def network_bytes(forward: ForwardPass) -> int:
-    """Bytes that are kept of all but the head, without logits."""
+    """Returns the bytes saved by the whole model except the head."""
     config = forward.config
     layers = range(config.n_layer)
     if config.activation_checkpointing:
@@ -85,7 +85,7 @@ def network_bytes(forward: ForwardPass) -> int:
 
 
 def embedding_bytes(forward: ForwardPass) -> int:
-    """Bytes that are kept of the lookups; their sum is the first block's input, and counts there."""
+    """Returns the bytes saved by the embeddings; their sum is the first block's input, and counts there."""
     config = forward.config
     kept = forward.tokens * INDEX
     if config.positions == "learned":
@@ -98,17 +98,17 @@ def embedding_bytes(forward: ForwardPass) -> int:
 
 
 def final_norm_bytes(forward: ForwardPass) -> int:
-    """Bytes that are kept of ``ln_f``; what it gives is the head's input, and counts there."""
+    """Returns the bytes saved by ``ln_f``; its output is the head's input, and counts there."""
     return _norm(forward)
 
 
 def block_bytes(forward: ForwardPass, layer: int) -> int:
-    """Bytes that are kept of a block, counted from 0."""
+    """Returns the bytes saved by a block; blocks are numbered from 0."""
     config = forward.config
     mixed = forward.stream * config.x0_skips  # the input before the embedding is mixed in
-    norms = 2 * (_norm(forward) + forward.product)  # what they take, and what they give to the products
+    norms = 2 * (_norm(forward) + forward.product)  # their inputs, and their outputs, which the products save
     if forward.compiled:
-        norms -= 2 * forward.product  # made again from what they took
+        norms -= 2 * forward.product  # recomputed from their inputs
     residual = 0
     if config.dropout:
         each = _mask_of_dropout(forward, forward.tokens * config.n_embd, forward.kinds.product)
@@ -117,14 +117,14 @@ def block_bytes(forward: ForwardPass, layer: int) -> int:
 
 
 def attention_bytes(forward: ForwardPass, layer: int) -> int:
-    """Bytes that are kept of a block's attention, from what ``c_attn`` gives to what ``c_proj`` takes."""
+    """Returns the bytes saved by a block's attention, from the output of ``c_attn`` to the input of ``c_proj``."""
     config, each = forward.config, forward.product // forward.split
-    turned = config.positions != "learned" or config.qk_norm  # queries and keys are made anew
-    whole = 3 * each  # what c_attn gives, of which queries, keys and values are parts
+    turned = config.positions != "learned" or config.qk_norm  # queries and keys are new tensors
+    whole = 3 * each  # the output of c_attn, of which queries, keys and values are views
     match _kernel(forward):
         case "flash":
             logarithms = forward.tokens * config.n_head // forward.split * STATISTIC
-            kept = whole + each + logarithms + (3 * each if turned else 0)  # turned, the result is copied for c_proj
+            kept = whole + each + logarithms + (3 * each if turned else 0)  # rotated: the output is copied
         case "products":
             kept = 3 * each + each + _weights(forward) + config.block_size**2  # the mask
             kept += whole if config.qk_norm or config.num_extra_values(layer) else 0
@@ -141,24 +141,24 @@ def attention_bytes(forward: ForwardPass, layer: int) -> int:
 
 
 def mlp_bytes(forward: ForwardPass) -> int:
-    """Bytes that are kept of a block's MLP, from what ``c_fc`` gives to what its ``c_proj`` takes."""
+    """Returns the bytes saved by a block's MLP, from the output of ``c_fc`` to the input of ``c_proj``."""
     inner = 4 * forward.product // forward.split
-    return inner if forward.compiled else 2 * inner  # the activation keeps what it took (GELU) or gave (ReLU) ...
+    return inner if forward.compiled else 2 * inner  # the activation saves its input (GELU) or output (ReLU)
 
 
 def head_bytes(forward: ForwardPass, chunk: int | None) -> int:
-    """Bytes that are kept from the head's input to the loss."""
+    """Returns the bytes saved from the head's input to the loss."""
     config, tokens = forward.config, forward.tokens
     if chunk is not None and chunk < tokens:
         return forward.product + config.padded_vocab_size * config.n_embd * forward.kinds.weight
-    if forward.compiled:  # log-softmax is made again from the logits
+    if forward.compiled:  # log-softmax is recomputed from the logits
         return forward.product + tokens * INDEX + tokens * config.padded_vocab_size * forward.kinds.product
     capped = tokens * config.known_vocab_size * forward.kinds.product if config.logit_soft_cap else 0
     return forward.product + tokens * INDEX + capped + tokens * config.known_vocab_size * STATISTIC
 
 
 def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
-    """Bytes of the copies of weights in the type of the products, which autocast makes and the backward pass needs."""
+    """Returns the bytes of autocast's copies of weights in the type of the products, which the backward pass needs."""
     config, kinds = forward.config, forward.kinds
     if kinds.weight == kinds.product:
         return 0
@@ -168,7 +168,7 @@ def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
 
 
 def _norm(forward: ForwardPass) -> int:
-    """Bytes that a norm keeps: what it takes and, where RMSNorm is made of several operations, what that becomes."""
+    """Returns the bytes saved by a norm: its input and, if RMSNorm consists of several operations, their results."""
     if forward.config.norm == "layer":
         return forward.stream + 2 * forward.tokens * STATISTIC
     if forward.on_gpu or forward.compiled:
@@ -177,21 +177,21 @@ def _norm(forward: ForwardPass) -> int:
 
 
 def _mask_of_dropout(forward: ForwardPass, numbers: int, size: int) -> int:
-    """Bytes by which dropout remembers what it has left: one a number on a GPU, a factor on a CPU."""
+    """Returns the bytes of a dropout mask: one per number on a GPU, a factor on a CPU."""
     return numbers * (1 if forward.on_gpu else size)
 
 
 def _kernel(forward: ForwardPass) -> Literal["flash", "products", "plain"]:
-    """Say how ``gptlab.model.kernels.attend`` attends."""
+    """Returns the kernel that ``gptlab.model.kernels.attend`` chooses."""
     if forward.on_gpu:
         return "flash"
     if forward.kinds.product == 4 and forward.config.block_size <= SHORT_SEQUENCE:
         return "products"
-    return "plain" if forward.config.dropout else "flash"  # torch's kernel for the CPU drops nothing
+    return "plain" if forward.config.dropout else "flash"  # torch's CPU kernel has no dropout
 
 
 def _weights(forward: ForwardPass) -> int:
-    """Bytes of the weights of all heads, where they are there at once; with dropout what that draws and leaves, too."""
+    """Returns the bytes of the attention weights of all heads; with dropout, of its mask and result as well."""
     config = forward.config
     weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4
     return weights * (3 if config.dropout else 1)

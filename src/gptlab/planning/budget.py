@@ -12,18 +12,18 @@ from gptlab.training.config import AdamWConfig
 TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022, Chinchilla, section 3.4 and table A3)
 HEAD_SIZE = 64  # width of a head, in all of GPT-2's sizes
 MAX_HEADS = 64  # of the largest that is proposed
-MIN_STEPS = 100  # fewer are no training
+MIN_STEPS = 100
 MAX_RATIO = 3.0  # how far from 20 tokens a parameter a proposal may be
 WARMUP_FRACTION = 0.01  # of the steps, for budgets of a few of them
 
 
 class ComputeOptimalChoice(NamedTuple):
-    """What is proposed.
+    """A run that is compute-optimal for a budget.
 
     Attributes:
-        config: Of the run.
-        overrides: That make it of the configuration that was named.
-        tokens_per_parameter: Of it.
+        config: The run's configuration.
+        overrides: Overrides that turn the given configuration into it.
+        tokens_per_parameter: Training tokens per parameter.
     """
 
     config: RunConfig
@@ -32,18 +32,18 @@ class ComputeOptimalChoice(NamedTuple):
 
 
 def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> ComputeOptimalChoice:
-    """Choose for a budget of FLOPs, forward and backward.
+    """Chooses a run for a budget of FLOPs, forward and backward.
 
     Size and tokens: about 20 tokens a parameter (Hoffmann et al. 2022). Batch and learning rate: functions of the
     budget (Bi et al. 2024, DeepSeek LLM, section 3.1), found with AdamW; another optimizer keeps its own rates.
 
     Args:
-        config: With the vocabulary; everything but size, length, batch and rate stays.
+        config: The configuration, with the vocabulary; only size, length, batch and learning rate change.
         budget: FLOPs.
-        devices: That read data of their own: the batch is dealt out to them.
+        devices: Ranks that read data of their own, which the batch must be divisible by.
 
     Raises:
-        UserError: No size of the ladder, or no sensible number of steps, fits the budget.
+        UserError: No model of the ladder, or no sensible number of steps, fits the budget.
     """
     model = min(model_ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
     if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / MAX_RATIO:
@@ -64,13 +64,13 @@ def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> Co
     values = _values(config, model, steps, batch, budget)
     return ComputeOptimalChoice(
         _apply_values(config, values),
-        [f"{key}={_written(value)}" for key, value in values.items()],
+        [f"{key}={_format_value(value)}" for key, value in values.items()],
         steps * batch * model.block_size / parameter_count(model),
     )
 
 
 def model_ladder(model: GPTConfig) -> list[GPTConfig]:
-    """Shapes between and around GPT-2's: heads of 64; as many blocks as heads up to 12, from there three more a head.
+    """Returns shapes between and around GPT-2's: as many blocks as heads of 64 up to 12, then three more per head.
 
     So 12 heads have 12 blocks, 16 have 24, 20 have 36 (Radford et al. 2019, table 2); its largest, 25 and 48, nearly.
     """
@@ -84,28 +84,28 @@ def model_ladder(model: GPTConfig) -> list[GPTConfig]:
 
 
 def optimal_batch_tokens(budget: float) -> float:
-    """Tokens of a step (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns the tokens of a step (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.2920 * budget**0.3271
 
 
 def optimal_learning_rate(budget: float) -> float:
-    """AdamW's rate (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns AdamW's learning rate (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.3118 * budget**-0.1250
 
 
 def _ratio(model: GPTConfig, budget: float) -> float:
-    """Tokens a parameter that a budget allows a model."""
+    """Returns the tokens per parameter that a budget allows a model."""
     return budget / flops_per_token(model) / parameter_count(model)
 
 
 def _round_batch(batch: float, devices: int) -> int:
-    """Round a batch to one that can be dealt out, and in several ways if it is large."""
+    """Rounds a batch to one that is divisible by the devices, and if it is large, by 8 times as many."""
     parts = devices * 8 if batch >= 32 * devices else devices
     return max(1, round(batch / parts)) * parts
 
 
 def _values(config: RunConfig, model: GPTConfig, steps: int, batch: int, budget: float) -> dict[str, Any]:
-    """Name what changes, by the keys of the configuration."""
+    """Returns the values that change, by config key."""
     values: dict[str, Any] = {f"model.{key}": getattr(model, key) for key in ("n_layer", "n_head", "n_embd")}
     values |= {"train.max_steps": steps, "train.global_batch_size": batch}
     if config.train.max_tokens is not None:
@@ -122,7 +122,7 @@ def _values(config: RunConfig, model: GPTConfig, steps: int, batch: int, budget:
 
 
 def _apply_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """Apply values to a configuration, and check it again."""
+    """Applies values to a configuration, and validates it again."""
     whole = config.model_dump(mode="json")
     for key, value in values.items():
         group, _, name = key.partition(".")
@@ -130,7 +130,7 @@ def _apply_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     return validate(RunConfig, whole)
 
 
-def _written(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "null" if value is None else str(value).replace(" ", "")
 
 

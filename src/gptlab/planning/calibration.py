@@ -1,7 +1,7 @@
-"""What runs took on this machine, kept for the plans of others of their shape. Imports no torch.
+"""Measured speed and memory of runs on this machine, for plans of runs of the same shape. Imports no torch.
 
-Every run leaves its speed and its memory in the cache when it ends, under a hash of the machine and of everything that
-decides how fast a step is.
+Every run saves them in the cache when it ends, under a hash of the machine and of everything that decides how fast a
+step is.
 """
 
 import hashlib
@@ -22,28 +22,28 @@ from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 from gptlab.launch.supervisor import Job, start_worker
-from gptlab.planning.target import Hardware, logits_chunk
 from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 log = logging.getLogger(__name__)
 
 FOLDER = "measured"
-STEPS = 24  # of a run that only measures
+STEPS = 24  # of a run that is only measured
 EVAL_WINDOWS = 32
 
 
 class Measurement(FrozenConfig):
-    """What a run took.
+    """Measured speed and memory of a run.
 
     Attributes:
-        tokens_per_second: Of training, all devices together, the first step left out.
-        first_step_seconds: With what is compiled and allocated in it.
-        evaluation_seconds: Of an evaluation, with the sample and the checkpoint that follow it.
+        tokens_per_second: Training throughput of all devices together, without the first step.
+        first_step_seconds: Duration of the first step, with compilation and allocation.
+        evaluation_seconds: Duration of an evaluation, with the sample and the checkpoint that follow it.
         evaluated: Tokens of each evaluation.
-        peak_memory_bytes: Of the first rank's device.
-        steps: That were measured.
-        source: The run.
+        peak_memory_bytes: Peak memory of the first rank's device.
+        steps: Measured steps.
+        source: Describes the run.
     """
 
     tokens_per_second: PositiveFloat
@@ -55,19 +55,19 @@ class Measurement(FrozenConfig):
     source: str
 
 
-def find_measurement(config: RunConfig, target: Hardware) -> Measurement | None:
-    """Return what was measured of such a run on this machine; None where there is nothing."""
-    if not target.is_here:
+def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | None:
+    """Returns the measurement of a run of this shape on this machine, or None."""
+    if not hardware.is_local:
         return None
     try:
-        return Measurement.model_validate_json(_path(config, target).read_text(encoding="utf-8"))
+        return Measurement.model_validate_json(_path(config, hardware).read_text(encoding="utf-8"))
     except (OSError, ValidationError, UnicodeDecodeError):
         return None
 
 
-def save_measurement(config: RunConfig, target: Hardware, measured: Measurement) -> None:
-    """Keep what a run took. That it cannot be written down ends no run."""
-    path = _path(config, target)
+def save_measurement(config: RunConfig, hardware: Hardware, measured: Measurement) -> None:
+    """Saves a measurement; logs a warning if that fails."""
+    path = _path(config, hardware)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
@@ -78,15 +78,15 @@ def save_measurement(config: RunConfig, target: Hardware, measured: Measurement)
 def measure_run(
     rows: list[MetricsRow], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
 ) -> Measurement | None:
-    """Read a run's speed from its metrics; None where it was too short to tell.
+    """Returns a run's speed by its metrics, or None if it was too short to measure.
 
     Args:
-        rows: Of metrics.csv.
-        seconds: Of the whole run.
-        evaluations: That it made.
+        rows: The rows of metrics.csv.
+        seconds: Duration of the whole run.
+        evaluations: Number of evaluations.
         evaluated: Tokens of each.
         peak_memory: Bytes.
-        source: What to call it.
+        source: Describes the run.
     """
     speeds = [row for row in rows if row.get("tokens_per_second")]
     if len(speeds) < 2 or speeds[0]["step"] != 1:
@@ -107,7 +107,11 @@ def measure_run(
 
 
 def calibrate(config: RunConfig) -> None:
-    """Run the first steps of a configuration in a process of its own, which keeps what it took; UserError: it fails."""
+    """Runs the first steps of a configuration in a process of its own, which saves its measurement.
+
+    Raises:
+        UserError: The run fails.
+    """
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
         job, place, said = (Path(folder) / name for name in ("job.json", "run", "said.txt"))
         Job(_shortened(config), place).write(job)
@@ -122,7 +126,7 @@ def calibrate(config: RunConfig) -> None:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """Make of a run one that is long enough to be measured, and leaves nothing elsewhere."""
+    """Returns a run that is long enough to be measured, and writes to its own directory only."""
     steps = min(STEPS, config.steps)
     windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
     changes = {"max_steps": steps, "max_tokens": None, "eval_every": steps, "eval_windows": windows, "log_every": 1}
@@ -137,21 +141,22 @@ def _shortened(config: RunConfig) -> RunConfig:
     )
 
 
-def _path(config: RunConfig, target: Hardware) -> Path:
+def _path(config: RunConfig, hardware: Hardware) -> Path:
     folder = Path(config.data.cache_dir).expanduser() / FOLDER
-    key = json.dumps(_key(config, target), sort_keys=True)
+    key = json.dumps(_key(config, hardware), sort_keys=True)
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def _key(config: RunConfig, target: Hardware) -> dict[str, Any]:
-    """Everything that decides how fast a step is, and what memory it needs."""
+def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
+    """Returns everything that decides how fast a step is, and how much memory it needs."""
     train, trainer = config.train, config.trainer
+    loss_chunk = resolve_loss_chunk(train.loss_chunk, config.model)
     return {
-        "machine": [target.accelerator, target.name, target.devices, target.nodes, _threads()],
+        "machine": [hardware.accelerator, hardware.name, hardware.devices, hardware.num_nodes, _threads()],
         "torch": version("torch"),
         "model": config.model.model_dump(mode="json"),
-        "precision": [target.precision, target.compile, trainer.float32_matmul],
-        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, logits_chunk(config)],
+        "precision": [hardware.precision, hardware.compile, trainer.float32_matmul],
+        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, loss_chunk],
         "spread": [trainer.strategy, trainer.tensor_parallel, trainer.reshard_after_forward, trainer.cpu_offload],
         "optimizer": [config.optimizer.name, train.ema_decay],
         "data": [config.data.num_workers, config.data.documents],
@@ -160,6 +165,6 @@ def _key(config: RunConfig, target: Hardware) -> dict[str, Any]:
 
 
 def _threads() -> int:
-    """Threads that torch will use on a CPU."""
+    """Returns the number of threads that torch will use on a CPU."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() else len(os.sched_getaffinity(0))

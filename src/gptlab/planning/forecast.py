@@ -1,4 +1,4 @@
-"""forecast.json of a run directory: what a run was expected to need, and what it did. Imports no torch."""
+"""forecast.json of a run directory: what a run is expected to need, and what it needed. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -12,19 +12,19 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
-from gptlab.planning.plans import peak_memory
+from gptlab.planning.costs import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
+from gptlab.planning.plans import estimate_peak_memory
 from gptlab.planning.report import format_bytes, format_duration
-from gptlab.planning.target import Hardware
-from gptlab.planning.timing import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
 from gptlab.tracking.run_store.runs import FORECAST, Run
+from gptlab.training.hardware import Hardware
 
 UNKNOWN = "no forecast of time: not calibrated here"
 
 
-def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, target: Hardware) -> None:
-    """Write down what a run is expected to need, at its start."""
-    time = _time(config, manifest, target)
-    expected = peak_memory(config, target)
+def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware) -> None:
+    """Writes what a run is expected to need, at its start."""
+    time = _time(config, manifest, hardware)
+    expected = estimate_peak_memory(config, hardware)
     record = {
         "parameters": parameter_count(config.model),
         "peak_memory_bytes": expected.total,
@@ -37,22 +37,22 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, targe
 
 
 def score_forecast(
-    directory: Path, config: RunConfig, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
+    directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> dict[str, str]:
-    """Write beside the forecast what came of it, and keep what the run took for the plans of others.
+    """Writes the measured values beside the forecast, and saves the run's speed for later plans.
 
     Args:
-        directory: Of a run that is done.
-        config: Its.
-        manifest: Of its data.
-        target: What it ran on.
-        measured: "parameters", "peak_memory_bytes" and "seconds"; these None where the run ended early.
+        directory: The directory of a finished run.
+        config: Its configuration.
+        manifest: The manifest of its data.
+        hardware: What it ran on.
+        measured: "parameters", "peak_memory_bytes" and "seconds", which is None if the run ended early.
 
     Returns:
-        Rows for the run's table.
+        Rows for the table at the end of the run.
     """
     run = Run(directory)
-    _save_speed(run, config, manifest, target, measured)
+    _save_speed(run, config, manifest, hardware, measured)
     expected = run.forecast
     score = {name: _scored(expected.get(name), value) for name, value in measured.items()}
     write_durably(directory / FORECAST, json.dumps(expected | {"score": score}, indent=2) + "\n")
@@ -60,9 +60,9 @@ def score_forecast(
 
 
 def _save_speed(
-    run: Run, config: RunConfig, manifest: Manifest, target: Hardware, measured: dict[str, float | None]
+    run: Run, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> None:
-    """Keep what a whole run took."""
+    """Saves the measurement of a run that was completed."""
     seconds, memory = measured["seconds"], measured["peak_memory_bytes"]
     if seconds is None or memory is None:
         return
@@ -76,16 +76,16 @@ def _save_speed(
         source=f"{config.steps} steps of {config.name} on {strftime('%Y-%m-%d')}",
     )
     if found is not None:
-        save_measurement(config, target, found)
+        save_measurement(config, hardware, found)
 
 
-def _time(config: RunConfig, manifest: Manifest, target: Hardware) -> TimeEstimate | None:
+def _time(config: RunConfig, manifest: Manifest, hardware: Hardware) -> TimeEstimate | None:
     done = run_length(config, manifest.tokens("val"))
-    if (measured := find_measurement(config, target)) is not None:
-        return estimate_from_measurement(done, target, measured)
-    if target.gpu is not None and target.precision.startswith("bf16"):
+    if (measured := find_measurement(config, hardware)) is not None:
+        return estimate_from_measurement(done, hardware, measured)
+    if hardware.peak_flops() is not None:
         return estimate_at_mfu(
-            config, done, target, yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
+            config, done, hardware, yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
         )
     return None
 

@@ -1,15 +1,15 @@
-"""How much memory a device needs at its fullest, by kind. Imports no torch.
+"""Peak memory of a device, by kind. Imports no torch.
 
-There are five moments at which it may be fullest: when the head has made the logits, or the forward pass is in the last
-block, and the gradients of the step before are still there; when the backward pass begins with the head, or is in the
-last block; and in the step of the optimizer. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows of the
+The peak is at one of five moments: when the head has computed the logits, or the forward pass is in the last block, and
+the gradients of the step before still exist; when the backward pass begins with the head, or is in the last block; and
+in the step of the optimizer. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows of the
 head.
 """
 
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import lora_count
+from gptlab.model.config import GPTConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
     NUMBER_SIZES,
     ForwardPass,
@@ -19,9 +19,8 @@ from gptlab.planning.activations import (
     network_bytes,
     weight_copy_bytes,
 )
-from gptlab.planning.parameters import ParameterShares, count_shares
-from gptlab.planning.target import Hardware
 from gptlab.training.config import MuonConfig
+from gptlab.training.hardware import Hardware
 
 # Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
 # lightning 2.6; and what torch.compile adds.
@@ -32,13 +31,32 @@ HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
 
 
+class ParameterShares(NamedTuple):
+    """Number of parameters on one device.
+
+    Attributes:
+        blocks: All blocks.
+        matrices: Among them the matrices, which Muon trains.
+        rest: Embeddings, final norm, and the head if it is not tied.
+    """
+
+    blocks: int
+    matrices: int
+    rest: int
+
+    @property
+    def all(self) -> int:
+        """Every parameter."""
+        return self.blocks + self.rest
+
+
 class ParallelLayout(NamedTuple):
-    """How a model is spread.
+    """How a model is spread over devices.
 
     Attributes:
         strategy: "single", "ddp", "fsdp" or "fsdp_tp".
-        devices: Over all nodes.
-        split: Devices that share every block.
+        devices: Devices of all nodes.
+        split: Devices that share every block (tensor parallelism).
     """
 
     strategy: str
@@ -57,20 +75,19 @@ class ParallelLayout(NamedTuple):
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes of one device at its fullest, by kind.
+    """Peak memory of one device in bytes, by kind.
 
     Attributes:
-        libraries: Python and the libraries: of a process on a CPU; of none on a GPU, where what CUDA takes is no part
-            of what torch counts.
-        weights: Parameters, or this device's part of them.
-        gradients: As far as they are there at that moment.
-        moments: Of the optimizer, and the average of the weights.
-        copies: Of weights: in the type of the products, or gathered from the other devices.
-        activations: What the backward pass needs.
-        logits: Of the head and the loss, with what these need beside them.
-        holes: What malloc does not give back, on a CPU.
-        buffers: What the optimizer and the summing of gradients need; the copy that an asynchronous checkpoint takes.
-        moment: When that is.
+        libraries: Python and the libraries, for a CPU; 0 for a GPU, whose memory by torch's count excludes CUDA's own.
+        weights: Parameters, or this device's share of them.
+        gradients: Gradients that exist at that moment.
+        moments: Moments of the optimizer, and the average of the weights.
+        copies: Copies of weights: in the type of the products, or gathered from the other devices.
+        activations: Tensors saved for the backward pass.
+        logits: Logits, loss and their temporary tensors.
+        holes: Freed memory that malloc does not return, on a CPU.
+        buffers: Temporary tensors of the optimizer and of reductions; the copy of an asynchronous checkpoint.
+        moment: The moment of the peak.
     """
 
     libraries: float
@@ -86,41 +103,67 @@ class MemoryEstimate(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all kinds."""
         return sum(part for part in self if not isinstance(part, str))
 
 
+def count_by_part(config: GPTConfig) -> dict[str, int]:
+    """Counts the parameters of each part of the model; their sum is ``parameter_count``."""
+    width, rows = config.n_embd, config.padded_vocab_size
+    parts = {
+        "wte": rows * width,
+        "wpe": config.block_size * width if config.positions == "learned" else 0,
+        "value_embeds": config.value_embeddings * rows * width,
+        "attention": config.n_layer * (4 * width * width + 4 * width * config.bias),
+        "mlp": config.n_layer * (8 * width * width + 5 * width * config.bias),
+        "lm_head": 0 if config.tie_weights else rows * width,
+    }
+    norms = parameter_count(config) - sum(parts.values())  # and the few weights that mix
+    return {name: count for name, count in (parts | {"norms": norms}).items() if count}
+
+
+def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
+    """Counts the parameters of a device if ``split`` devices share the matrices of the blocks (norms stay whole)."""
+    total = parameter_count(config)
+    parts = count_by_part(config)
+    matrices = config.n_layer * 12 * config.n_embd**2
+    last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
+    rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
+    blocks = total - rest
+    return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
+
+
 def estimate_memory(
-    config: RunConfig, target: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
+    config: RunConfig, hardware: Hardware, spread: ParallelLayout, micro_batch: int, chunk: int | None
 ) -> MemoryEstimate:
-    """Add up what one device needs at its fullest.
+    """Returns the peak memory of one device.
 
     Args:
-        config: With the vocabulary.
-        target: What it runs on: kernels and precision.
+        config: The configuration, with the vocabulary.
+        hardware: What it runs on, which decides kernels and precision.
         spread: How the model is spread.
         micro_batch: Sequences that a device holds at once.
-        chunk: Tokens whose logits are there at a time; None has all.
+        chunk: Tokens whose logits are computed at a time; None is all.
     """
     forward = ForwardPass(
         config.model,
         micro_batch,
-        NUMBER_SIZES[target.precision],
-        on_gpu=target.accelerator == "cuda",
+        NUMBER_SIZES[hardware.precision],
+        on_gpu=hardware.accelerator == "cuda",
         split=spread.split,
-        compiled=target.compile is not False,
+        compiled=hardware.compile is not False,
     )
-    return max(_moments(config, target, spread, forward, chunk), key=lambda moment: moment.total)
+    return max(_moments(config, hardware, spread, forward, chunk), key=lambda moment: moment.total)
 
 
-def largest_micro_batch(config: RunConfig, target: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
-    """Find the most sequences that a device holds at once; 0 where not one fits, None where its memory is unknown."""
-    room = target.memory
+def largest_micro_batch(config: RunConfig, hardware: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
+    """Returns the most sequences that fit in a device at once, or None if its memory is not known."""
+    room = hardware.memory
     if room is None:
         return None
 
     def fits(batch: int) -> bool:
-        return estimate_memory(config, target, spread, batch, chunk).total <= room
+        return estimate_memory(config, hardware, spread, batch, chunk).total <= room
 
     if not fits(1):
         return 0
@@ -134,9 +177,9 @@ def largest_micro_batch(config: RunConfig, target: Hardware, spread: ParallelLay
 
 
 def _moments(
-    config: RunConfig, target: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
+    config: RunConfig, hardware: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
-    """Add up the moments at which the memory may be fullest."""
+    """Returns the memory at each moment that may be the peak."""
     parts = count_shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
@@ -144,7 +187,7 @@ def _moments(
     network, head = network_bytes(forward), head_bytes(forward, chunk)
     again = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
     always = {
-        "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (target.compile is not False),
+        "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
         "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * learnt,
         "holes": 0.0 if forward.on_gpu else _holes(forward),
@@ -152,7 +195,7 @@ def _moments(
     copies = _copies(spread, forward, parts, chunk)
     making, learning = _logits(forward, chunk)
     waiting = weights + 2 * learnt if _copies_checkpoints(config) else 0.0
-    # micro-batches add up in gradients that stay, and DDP sums them up in buckets that do
+    # gradients persist if micro-batches accumulate in them, and in DDP's buckets
     stay = learnt if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
     of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
 
@@ -172,12 +215,12 @@ def _moments(
 
 
 def _between(forward: ForwardPass) -> float:
-    """Bytes of the gradients within a block in the backward pass: of what its MLP is made of, and of the stream."""
+    """Returns the bytes of the gradients within a block in the backward pass: of its MLP and of the stream."""
     return 8.0 * forward.product // forward.split + forward.stream
 
 
 def _holes(forward: ForwardPass) -> float:
-    """Bytes that malloc keeps; tensors that are large enough it gives back."""
+    """Returns the bytes that malloc keeps; large tensors are returned."""
     config = forward.config
     blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
     are_large = 4 * forward.product // forward.split > MAPPED
@@ -185,7 +228,7 @@ def _holes(forward: ForwardPass) -> float:
 
 
 def _moments_of(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Bytes of the moments: two of each parameter with AdamW, one of the blocks' matrices with Muon; and an average."""
+    """Returns the bytes of the moments: two per parameter for AdamW, one for Muon's matrices; and of the average."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
         numbers -= parts.matrices
@@ -195,7 +238,7 @@ def _moments_of(config: RunConfig, parts: ParameterShares, size: int) -> float:
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
-    """Bytes of weights that are there once more."""
+    """Returns the bytes of copies of weights."""
     if not spread.is_sharded:
         return weight_copy_bytes(forward, chunk)
     # what is no block is gathered for the whole step; of the blocks one, and the next ahead of it
@@ -213,7 +256,7 @@ def _copies_checkpoints(config: RunConfig) -> bool:
 
 
 def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
-    """Bytes that the head needs beside what is kept: when it makes the logits, and when it learns from them."""
+    """Returns the head's temporary bytes in the forward pass, and in the backward pass."""
     config, size = forward.config, forward.kinds.product
     rows, vocabulary, tokens = config.padded_vocab_size, config.known_vocab_size, forward.tokens
     matrix = rows * config.n_embd
@@ -228,7 +271,7 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
 
 
 def _stepping(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
-    """Bytes that a step needs: none for AdamW's fused kernel, for Muon the stacks that are orthogonalised at once."""
+    """Returns the temporary bytes of the optimizer's step: none for fused AdamW, for Muon the stacked matrices."""
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0
     largest = 4 * config.model.n_embd**2

@@ -1,4 +1,4 @@
-"""A plan, put together. Imports no torch."""
+"""The plan of a run: memory, time, network traffic and disk. Imports no torch."""
 
 from typing import Any, NamedTuple
 
@@ -7,26 +7,38 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice, choose_compute_optimal
 from gptlab.planning.calibration import Measurement, find_measurement
-from gptlab.planning.memory import MemoryEstimate, ParallelLayout, estimate_memory, largest_micro_batch
-from gptlab.planning.parameters import count_by_part
-from gptlab.planning.target import Hardware, gpu_hardware, local_hardware, logits_chunk
-from gptlab.planning.timing import RunLength, TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
-from gptlab.planning.traffic import DiskUsage, disk_usage, network_traffic
-from gptlab.training.gpu_specs import gpu_from_name
+from gptlab.planning.costs import (
+    DiskUsage,
+    RunLength,
+    TimeEstimate,
+    disk_usage,
+    estimate_at_mfu,
+    estimate_from_measurement,
+    network_traffic,
+    run_length,
+)
+from gptlab.planning.memory import (
+    MemoryEstimate,
+    ParallelLayout,
+    count_by_part,
+    estimate_memory,
+    largest_micro_batch,
+)
+from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_loss_chunk
 
-COMPARED = ("h100", "a100", "l4", "rtx4090")  # where no GPU is named
-OTHERS = 8  # devices of the strategies that the run does not use, where it uses one
+COMPARED = ("h100", "a100", "l4", "rtx4090")  # if no GPU is named
+OTHERS = 8  # devices of the alternatives to a run on one device
 
 
 class LayoutAlternative(NamedTuple):
-    """A way to spread the model, and what a device then needs.
+    """Another layout of the model, and what each device then needs.
 
     Attributes:
-        spread: The way.
-        batch: Sequences at once.
-        total: Bytes of a device at its fullest.
-        checkpointed: The same, if every block is computed again in the backward pass.
-        whole_logits: The same, if the logits of a micro-batch are there at once.
+        spread: The layout.
+        batch: Micro-batch size.
+        total: Peak memory of a device in bytes.
+        checkpointed: The same with activation checkpointing.
+        whole_logits: The same with the logits of a whole micro-batch at once.
         traffic: Bytes that a device sends in a step.
     """
 
@@ -39,26 +51,26 @@ class LayoutAlternative(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """What a run will be and need.
+    """What a run will need.
 
     Attributes:
-        config: Of the run, with the vocabulary.
-        target: What its memory is planned for.
-        parameters: By part.
-        length: How much there is to do.
-        batch: Sequences of a device at once.
+        config: The configuration, with the vocabulary.
+        hardware: What the memory is planned for.
+        parameters: Number of parameters by part.
+        length: Steps, tokens and evaluations.
+        batch: Micro-batch size.
         spread: How the model is spread.
-        memory: Of one device, at its fullest.
-        largest: Sequences of a device at once that fit; None where its memory is not known.
-        alternatives: Other ways to spread it.
-        times: How long it takes, on what.
-        disk: What it needs there.
-        manifest: Of the data; None where it is not prepared.
-        measured: Of such a run, here.
+        memory: Peak memory of one device.
+        largest: The largest micro-batch that fits; None if the memory of a device is not known.
+        alternatives: Other layouts.
+        times: Forecast durations on this machine and on GPUs.
+        disk: Bytes on disk.
+        manifest: The manifest of the data; None if it is not prepared.
+        measured: The measurement of a run of this shape on this machine, if there is one.
     """
 
     config: RunConfig
-    target: Hardware
+    hardware: Hardware
     parameters: dict[str, int]
     length: RunLength
     batch: int
@@ -73,63 +85,62 @@ class RunPlan(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the whole training, forward and backward."""
+        """FLOPs of the whole training, forward and backward."""
         return float(flops_per_token(self.config.model)) * self.length.tokens
 
     @property
     def tokens_per_parameter(self) -> float:
-        """Of the run."""
+        """Training tokens per parameter."""
         return self.length.tokens / parameter_count(self.config.model)
 
 
 def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
-    """Put a plan together.
+    """Plans a run.
 
     Args:
-        config: Of the run, with the vocabulary.
-        manifest: Of its data, where that is prepared.
-        gpus: That were named; the first is what the memory is planned for. None: it is this machine.
-        mfu: Share of its peak that a GPU is taken to reach.
+        config: The configuration, with the vocabulary.
+        manifest: The manifest of its data; None if it is not prepared.
+        gpus: Names of GPUs; the memory is planned for the first, or for this machine if there are none.
+        mfu: Share of its peak that a GPU is assumed to reach.
 
     Raises:
-        UserError: A GPU is not known, or the batch cannot be dealt out.
+        UserError: A GPU is not in the table, or the batch is not divisible.
     """
-    target = plan_hardware(config, gpus)
-    spread = plan_layout(config, target)
+    hardware = plan_hardware(config, gpus)
+    spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
     done = run_length(config, manifest.tokens("val") if manifest else None)
-    chunk = logits_chunk(config)
-    measured = find_measurement(config, target)
-    own = [estimate_from_measurement(done, target, measured)] if measured else []
+    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+    measured = find_measurement(config, hardware)
+    own = [estimate_from_measurement(done, hardware, measured)] if measured else []
     return RunPlan(
         config=config,
-        target=target,
+        hardware=hardware,
         parameters=count_by_part(config.model),
         length=done,
         batch=batch,
         spread=spread,
-        memory=estimate_memory(config, target, spread, batch, chunk),
-        largest=largest_micro_batch(config, target, spread, chunk),
-        alternatives=_alternatives(config, target, spread),
-        times=own
-        + [estimate_at_mfu(config, done, gpu_hardware(config, gpu_from_name(gpu)), mfu) for gpu in gpus or COMPARED],
-        disk=disk_usage(config, target.precision, _tokens(done, manifest)),
+        memory=estimate_memory(config, hardware, spread, batch, chunk),
+        largest=largest_micro_batch(config, hardware, spread, chunk),
+        alternatives=_alternatives(config, hardware, spread),
+        times=own + [estimate_at_mfu(config, done, plan_hardware(config, [gpu]), mfu) for gpu in gpus or COMPARED],
+        disk=disk_usage(config, hardware.precision, _tokens(done, manifest)),
         manifest=manifest,
         measured=measured,
     )
 
 
 def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
-    """Choose a run for a budget, and a micro-batch that fits.
+    """Chooses a run for a budget, and a micro-batch that fits.
 
     See ``choose_compute_optimal``, and for ``gpus`` ``make_plan``.
     """
     choice = choose_compute_optimal(config, budget, plan_layout(config, plan_hardware(config, gpus)).copies)
     config = choice.config
-    target = plan_hardware(config, gpus)
-    spread = plan_layout(config, target)
+    hardware = plan_hardware(config, gpus)
+    spread = plan_layout(config, hardware)
     share = config.train.global_batch_size // spread.copies
-    largest = largest_micro_batch(config, target, spread, logits_chunk(config))
+    largest = largest_micro_batch(config, hardware, spread, resolve_loss_chunk(config.train.loss_chunk, config.model))
     if largest is None or largest >= share:
         return choice
     fitting = max(size for size in range(1, max(1, largest) + 1) if share % size == 0)
@@ -139,30 +150,35 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
 
 
 def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
-    """Say what a plan is for: the first of the GPUs that were named, or this machine; UserError: it is not known."""
-    return gpu_hardware(config, gpu_from_name(gpus[0])) if gpus else local_hardware(config)
+    """Returns what a plan is for: the first of the named GPUs, or this machine.
+
+    Raises:
+        UserError: The GPU is not in the table, or this machine lacks the one that the configuration requires.
+    """
+    if gpus:
+        return gpu_hardware(gpu_from_name(gpus[0]), config.trainer, config.train, config.model)
+    return local_hardware(config.trainer, config.train, config.model)
 
 
-def plan_layout(config: RunConfig, target: Hardware) -> ParallelLayout:
-    """Say how a run's model is spread."""
+def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:
+    """Returns how a run's model is spread."""
     trainer = config.trainer
-    trainer.data_parallel(target.devices, target.nodes)  # says what cannot be
-    return ParallelLayout(trainer.strategy, target.world_size, trainer.tensor_parallel)
+    trainer.data_parallel(hardware.devices, hardware.num_nodes)  # raises UserError if it is impossible
+    return ParallelLayout(trainer.strategy, hardware.world_size, trainer.tensor_parallel)
 
 
-def peak_memory(config: RunConfig, target: Hardware) -> MemoryEstimate:
-    """Say what one device of a run needs at its fullest."""
-    spread = plan_layout(config, target)
-    return estimate_memory(
-        config, target, spread, config.train.plan(spread.copies).micro_batch_size, logits_chunk(config)
-    )
+def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimate:
+    """Returns what one device of a run needs at its fullest."""
+    spread = plan_layout(config, hardware)
+    batch = config.train.plan(spread.copies).micro_batch_size
+    return estimate_memory(config, hardware, spread, batch, resolve_loss_chunk(config.train.loss_chunk, config.model))
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Write a plan as plain data: bytes, seconds, tokens a second."""
+    """Returns a plan as plain data: bytes, seconds, tokens a second."""
     model = plan.config.model
     return {
-        "target": {**plan.target._asdict(), "gpu": plan.target.gpu and plan.target.gpu._asdict()},
+        "target": _hardware_to_dict(plan.hardware),
         "parameters": {"total": parameter_count(model), **plan.parameters},
         "flops_per_token": flops_per_token(model),
         "flops": plan.flops,
@@ -179,8 +195,22 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     }
 
 
-def _alternatives(config: RunConfig, target: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
-    """Spread the model in every way, over the run's devices, or over eight where it has one."""
+def _hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
+    return {
+        "accelerator": hardware.accelerator,
+        "name": hardware.name,
+        "gpu": hardware.gpu and hardware.gpu._asdict(),
+        "memory": hardware.memory,
+        "devices": hardware.devices,
+        "nodes": hardware.num_nodes,
+        "precision": hardware.precision,
+        "compile": hardware.compile,
+        "is_here": hardware.is_local,
+    }
+
+
+def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
+    """Returns every layout over the run's devices, or over eight if it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
     ways = [
@@ -191,36 +221,36 @@ def _alternatives(config: RunConfig, target: Hardware, own: ParallelLayout) -> l
     ]
     if config.model.value_residual or config.model.value_embeddings or config.model.n_head % split or devices % split:
         ways = ways[:-1]  # what tensor parallelism cannot split
-    return [_alternative(config, target, way) for way in ways]
+    return [_alternative(config, hardware, way) for way in ways]
 
 
-def _alternative(config: RunConfig, target: Hardware, way: ParallelLayout) -> LayoutAlternative:
+def _alternative(config: RunConfig, hardware: Hardware, way: ParallelLayout) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
-    chunk = logits_chunk(config)
-    there = target._replace(compile=_compiled(target, way))
+    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+    there = hardware._replace(compile=_compiled(hardware, way))
     return LayoutAlternative(
         way,
         batch,
         estimate_memory(config, there, way, batch, chunk).total,
         estimate_memory(config.model_copy(update={"model": model}), there, way, batch, chunk).total,
         estimate_memory(config, there, way, batch, None).total,
-        network_traffic(config, way, target.precision, batch),
+        network_traffic(config, way, hardware.precision, batch),
     )
 
 
 def _share(config: RunConfig, way: ParallelLayout) -> int:
-    """Sequences of a device at once, as named or as nearly as the batch can be dealt out."""
+    """Returns the micro-batch size of a layout: the configured one, or at most a device's share of the batch."""
     train = config.train
     return max(1, min(train.micro_batch_size or train.global_batch_size, train.global_batch_size // way.copies))
 
 
-def _compiled(target: Hardware, way: ParallelLayout) -> Any:
-    return "blocks" if target.compile and way.is_sharded else target.compile
+def _compiled(hardware: Hardware, way: ParallelLayout) -> Any:
+    return "blocks" if hardware.compile and way.is_sharded else hardware.compile
 
 
 def _tokens(done: RunLength, manifest: Manifest | None) -> int:
-    """Tokens on the disk: those of the corpus, or those that the run reads at most."""
+    """Returns the tokens on disk: those of the corpus, or at most those that the run reads."""
     if manifest is None:
         return done.tokens
     return manifest.tokens("train") + manifest.tokens("val")

@@ -1,4 +1,4 @@
-"""A plan on the screen. Imports no torch."""
+"""Prints a plan. Imports no torch."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -9,9 +9,9 @@ from rich.table import Table
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.plans import RunPlan
-from gptlab.planning.target import logits_chunk
+from gptlab.training.hardware import resolve_loss_chunk
 
-SMALL = 50e6  # parameters of a model of which a GPU is not filled by a kernel
+SMALL = 50e6  # parameters of a model whose kernels do not fill a GPU
 KINDS = {
     "libraries": "python and libraries",
     "weights": "weights",
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def print_plan(plan: RunPlan) -> None:
-    """Show everything that is known of a run before it runs."""
+    """Prints the tables of a plan."""
     console = get_console()
     console.print(_run(plan))
     console.print(_memory(plan))
@@ -35,7 +35,7 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
-    """Show what was chosen for a budget, why, and the command that runs it."""
+    """Prints what was chosen for a budget, why, and the command that runs it."""
     console = get_console()
     table = _table("what was chosen", ("", "", "by"))
     for override in choice.overrides:
@@ -43,11 +43,11 @@ def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
         table.add_row(key, value, _source(key))
     console.print(table)
     console.print("The command:", style="bold")
-    print(command)  # to be copied: neither wrapped nor coloured
+    print(command)  # for copying: neither wrapped nor colored
 
 
 def format_bytes(number: float) -> str:
-    """Write bytes as people read them, in powers of 1000."""
+    """Formats bytes with a unit, in powers of 1000."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:,.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
@@ -55,7 +55,7 @@ def format_bytes(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration as people read it."""
+    """Formats a duration."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 3 * 86400:
@@ -100,9 +100,11 @@ def _checkpoints(plan: RunPlan) -> str:
 
 
 def _memory(plan: RunPlan) -> Table:
-    target, chunk = plan.target, logits_chunk(plan.config)
-    compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[target.compile]
-    title = f"memory of a device at its fullest, {plan.memory.moment}: {target.name}; {target.precision}, {compiled}"
+    hardware, chunk = plan.hardware, resolve_loss_chunk(plan.config.train.loss_chunk, plan.config.model)
+    compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[hardware.compile]
+    title = (
+        f"memory of a device at its fullest, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
+    )
     rows = {
         name: format_bytes(number)
         for key, name in KINDS.items()
@@ -112,16 +114,16 @@ def _memory(plan: RunPlan) -> Table:
     if plan.measured is not None:
         rows["measured"] = f"{format_bytes(plan.measured.peak_memory_bytes)}, {plan.measured.source}"
     if plan.largest is not None:
-        room = format_bytes(target.memory or 0)
+        room = format_bytes(hardware.memory or 0)
         largest = f"at most {plan.largest} at once" if plan.largest else "not one at once"
         rows["sequences"] = f"{largest} in {room}" + (f", logits of {chunk:,} tokens at a time" if chunk else "")
     else:
-        rows["sequences"] = f"{target.name} is not in the table of GPUs: gpu=<name> plans for one that is"
+        rows["sequences"] = f"{hardware.name} is not in the table of GPUs: gpu=<name> plans for one that is"
     return _pairs(title, rows)
 
 
 def _of_all(plan: RunPlan) -> str:
-    room = plan.target.memory
+    room = plan.hardware.memory
     return f" of {format_bytes(room)}" if room else ""
 
 
@@ -146,9 +148,9 @@ def _times(plan: RunPlan) -> Table:
     table = _table("time", ("on", "tokens/s", "time", ""))
     for time in plan.times:
         table.add_row(time.what, f"{time.tokens_per_second:,.0f}", format_duration(time.seconds), time.why)
-    if plan.measured is None and plan.target.is_here:
+    if plan.measured is None and plan.hardware.is_local:
         table.add_row(
-            plan.target.name, "?", "?", "not calibrated here: calibrate=true does that, and any run of this shape"
+            plan.hardware.name, "?", "?", "not calibrated here: calibrate=true does that, and any run of this shape"
         )
     if parameter_count(plan.config.model) < SMALL:
         table.caption = "So small a model reaches less of a GPU's peak: it waits for the next kernel most of the time."

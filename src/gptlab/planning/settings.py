@@ -1,4 +1,4 @@
-"""What a plan is asked for, beside the run that it is of. Imports no torch."""
+"""The config keys of ``gptlab.plan`` beside those of a run. Imports no torch."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from gptlab.errors import UserError
 
 
 class PlanConfig(FrozenConfig):
-    """See conf/plan.yaml."""
+    """Keys of a plan; see conf/plan.yaml."""
 
     gpu: list[str] | str | None
     mfu: Annotated[float, Field(gt=0, le=1)]
@@ -27,7 +27,7 @@ class PlanConfig(FrozenConfig):
 
     @property
     def gpus(self) -> list[str]:
-        """The GPUs that were named."""
+        """Names of GPUs."""
         return [self.gpu] if isinstance(self.gpu, str) else list(self.gpu or ())
 
 
@@ -35,22 +35,22 @@ KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
 
 
 def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, PlanConfig]:
-    """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and what is asked about it."""
+    """Resolves and validates what Hydra composed: the run, as ``gptlab.train`` does, and the keys of the plan."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key not in KEYS])
     wanted = OmegaConf.masked_copy(values, list(KEYS))
     return resolve(run, run_overrides(overrides)), validate(PlanConfig, resolve_to_dict(wanted))
 
 
 def run_overrides(overrides: list[str]) -> list[str]:
-    """Leave out what is the plan's own."""
+    """Returns the overrides of the run, without the keys of the plan."""
     return [override for override in overrides if override.lstrip("+").partition("=")[0] not in KEYS]
 
 
 def with_vocabulary(config: RunConfig) -> tuple[RunConfig, Manifest | None]:
-    """Complete a configuration with its vocabulary, from the data where it is prepared; nothing is prepared for it.
+    """Completes a configuration with its vocabulary, from the data if it is prepared; it prepares nothing.
 
     Raises:
-        UserError: The vocabulary is known only when the data is, or the data is not to be split so.
+        UserError: The vocabulary depends on data that is not prepared, or the split of the data is not possible.
     """
     if not config.resume:
         check_val_split(config.data)

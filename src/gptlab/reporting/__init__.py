@@ -1,1 +1,4 @@
-"""The report of runs as one HTML page, and its live server. Imports no torch."""
+"""``gptlab.report``: run directories as one HTML page, written to a file or served live. Imports no torch.
+
+``reading`` reads a run, ``document`` gathers all that the page shows, ``page`` renders it and ``live`` serves it.
+"""

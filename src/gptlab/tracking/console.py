@@ -18,14 +18,14 @@ from gptlab.tracking.run_directory import has_checkpoint
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.callbacks.samples import Samples
-from gptlab.training.devices import Devices
+from gptlab.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
 COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
 
 
-def print_start(config: RunConfig, manifest: Manifest, devices: Devices, plan: BatchPlan, directory: Path) -> None:
+def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: BatchPlan, directory: Path) -> None:
     """Prints the configuration, the devices and the batch of a run that starts."""
     block_size, stages = config.model.block_size, config.train.stages
     products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""

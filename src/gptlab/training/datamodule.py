@@ -1,5 +1,7 @@
 """The LightningDataModule: micro-batches from prepared shards, starting at the step of the run."""
 
+import time
+from collections.abc import Iterator
 from itertools import count
 
 import lightning as L
@@ -11,7 +13,23 @@ from gptlab.data.order import evaluation_starts, training_order
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.distributed.strategies import data_rank
-from gptlab.training.loader import TimedLoader
+
+
+class TimedLoader(DataLoader[Batch]):
+    """DataLoader of micro-batches that measures how long training waits for them.
+
+    Attributes:
+        waited: Seconds spent waiting for a micro-batch, since the beginning.
+    """
+
+    waited = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        begun = time.perf_counter()
+        for batch in super().__iter__():
+            self.waited += time.perf_counter() - begun
+            yield batch
+            begun = time.perf_counter()
 
 
 class TokenDataModule(L.LightningDataModule):
@@ -51,7 +69,7 @@ class TokenDataModule(L.LightningDataModule):
         return self._loader
 
     def waited(self) -> float:
-        """Seconds that this process has waited for micro-batches."""
+        """Returns the seconds that this process has waited for micro-batches."""
         return 0.0 if self._loader is None else self._loader.waited
 
     def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> TimedLoader:

@@ -16,7 +16,6 @@ from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import GPT
-from gptlab.training.auto import resolve_loss_chunk
 from gptlab.training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from gptlab.training.distributed.fsdp import FSDP2Strategy
 from gptlab.training.distributed.strategies import (
@@ -25,6 +24,7 @@ from gptlab.training.distributed.strategies import (
     reduce_over_data_ranks,
     refresh_gathered_weights,
 )
+from gptlab.training.hardware import resolve_loss_chunk
 from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
 from gptlab.training.optim.optimizers import (
     build_optimizer,
@@ -74,7 +74,7 @@ class GPTModule(L.LightningModule):
         model: The initialized model.
         config: The run's configuration.
         token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
-        compile: What of the model to compile, if anything; see ``gptlab.training.devices.Devices``.
+        compile: What of the model to compile, if anything; see ``gptlab.training.hardware.Hardware``.
 
     Attributes:
         step_loss: Sum of the losses of this step's micro-batches on this rank.

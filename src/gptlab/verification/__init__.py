@@ -1,1 +1,4 @@
-"""``gptlab.prove``: order, resume and equality of ranks, verified on the user's own configuration."""
+"""``gptlab.prove``: a user's own configuration is run to verify order, resume and the equality of ranks.
+
+Each proof compares short runs, in processes of their own, by the traces that they leave.
+"""

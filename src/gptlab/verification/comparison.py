@@ -1,4 +1,4 @@
-"""What two traces say of each other. Imports no torch."""
+"""Compares two traces. Imports no torch."""
 
 import json
 import math
@@ -18,13 +18,13 @@ class TraceStep(NamedTuple):
 
 
 class TraceDifference(NamedTuple):
-    """Where two traces part.
+    """The first difference between two traces.
 
     Attributes:
         step: The first step that is not the same in both.
-        values: Which of its tokens, loss and gradient norm differ, and how.
-        tensors: Which parameters and moments differ after it, in the order of the network.
-        of: How many of them there are.
+        values: How its tokens, loss and gradient norm differ.
+        tensors: Parameters and moments that differ after it, in the order of the model.
+        of: Number of all parameters and moments.
     """
 
     step: int
@@ -40,14 +40,14 @@ class TraceDifference(NamedTuple):
 
 
 def read_trace(path: Path) -> list[TraceStep]:
-    """Read a trace; there are no lines where there is no file."""
+    """Reads a trace; returns no steps if there is no file."""
     if not path.exists():
         return []
     return [TraceStep(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def first_difference(expected: list[TraceStep], found: list[TraceStep]) -> TraceDifference | None:
-    """Find the first step at which two traces are not the same to the last bit."""
+    """Returns the first step at which two traces are not bit-identical, or None."""
     for ours, theirs in zip_longest(expected, found):
         if ours == theirs:
             continue
@@ -65,9 +65,9 @@ def first_difference(expected: list[TraceStep], found: list[TraceStep]) -> Trace
 
 
 def largest_difference(expected: list[TraceStep], found: list[TraceStep]) -> tuple[float, int]:
-    """Return the largest difference of the losses of two traces, and its step.
+    """Returns the largest difference of the losses of two traces, and its step.
 
-    It is infinite where a loss is not a number, or one of the traces has no such step.
+    It is infinite if a loss is NaN, or one of the traces lacks a step.
     """
     differences = []
     for step, (ours, theirs) in enumerate(zip_longest(expected, found), 1):

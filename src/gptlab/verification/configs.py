@@ -1,4 +1,4 @@
-"""The runs that a proof compares: the user's configuration, made short. Imports no torch."""
+"""Configurations of the runs that a proof compares: the user's own, shortened. Imports no torch."""
 
 import math
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -24,12 +24,12 @@ from gptlab.training.config import (
 
 S = TypeVar("S", bound=FrozenConfig)
 
-EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # evaluations and samples are made, but no longer than that takes
-LONGER = 100  # steps by which a run that is killed would be too long, were it not
+EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # short evaluations and samples
+LONGER = 100  # more steps of a run that is killed, so that it does not end before
 
 
 class ProveConfig(FrozenConfig):
-    """How much is proven; see conf/prove.yaml."""
+    """How much is verified; see conf/prove.yaml."""
 
     steps: Annotated[int, Field(ge=2)]
     kill_after: PositiveInt
@@ -49,23 +49,23 @@ class ProveConfig(FrozenConfig):
 
 
 class ProveArguments(FrozenConfig):
-    """What the command takes beside a training run's configuration."""
+    """The keys of ``gptlab.prove`` beside those of a run."""
 
     prove: ProveConfig
 
 
 def resolve_proof(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, ProveConfig]:
-    """Resolve and check what Hydra composed: the run, as ``gptlab.train`` does, and how much of it is proven."""
+    """Resolves and validates what Hydra composed: the run, as ``gptlab.train`` does, and how much is verified."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key != "prove"])
     config = resolve(run, [override for override in overrides if not override.startswith("prove.")])
     return config, validate(ProveArguments, {"prove": resolve_to_dict(values.prove)}).prove
 
 
 def shortened(config: RunConfig, steps: int) -> RunConfig:
-    """Return the first steps of a run: the learning rates are its own, and it evaluates, samples, saves and is traced.
+    """Returns the first steps of a run, with its learning rates, evaluations, samples, checkpoints and a trace.
 
     Raises:
-        UserError: The run cannot be cut off there without changing what its steps are.
+        UserError: The run cannot be shortened without changing its steps.
     """
     train = config.train
     windows = min(train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
@@ -74,10 +74,10 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
         config,
         train=_with(train, **cut, log_every=1),
         trainer=_with(config.trainer, profiler=None),
-        schedule=_as_before(config.schedule, steps, config.steps),
+        schedule=_keep_rates(config.schedule, steps, config.steps),
         callbacks=CallbacksConfig(
             checkpoint=_every_step(config.callbacks.checkpoint),
-            samples=_few(config.callbacks.samples),
+            samples=_short_samples(config.callbacks.samples),
             trace=TraceConfig(every=1),
         ),
         logger=LoggerConfig(),
@@ -85,14 +85,14 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
 
 
 def extended(short: RunConfig) -> RunConfig:
-    """Return the same run, longer and with all its checkpoints: at work when it is killed, however fast it is."""
+    """Returns the same run, longer and with all its checkpoints, so that it is training when it is killed."""
     steps = short.steps + LONGER
     callbacks = _with(short.callbacks, checkpoint=_with(_every_step(short.callbacks.checkpoint), keep_last=steps))
     return _with(short, train=_with(short.train, max_steps=steps), callbacks=callbacks)
 
 
 def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfig:
-    """Return a run in one process whose losses differ from those of other processes by no more than rounding."""
+    """Returns a run in one process whose losses differ from those of several processes only by rounding."""
     alone = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
     return _with(
         short,
@@ -104,13 +104,17 @@ def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfi
 
 
 def on_ranks(config: RunConfig, strategy: str, plan: BatchPlan) -> RunConfig:
-    """Return the same run on the processes of a plan."""
+    """Returns the same run on the processes of a plan."""
     trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
 
 
 def plan_ranks(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
-    """Deal a run's batches out to so many ranks, in the largest micro-batches up to a size; UserError: it cannot be."""
+    """Returns the batch plan for so many ranks, with the largest micro-batches up to ``at_most`` sequences.
+
+    Raises:
+        UserError: A batch is not divisible.
+    """
     whole = _with(train, micro_batch_size=None).plan(ranks)
     most = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # which the accumulation has to divide
     for accumulation in range(1, most + 1):
@@ -120,8 +124,8 @@ def plan_ranks(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
     raise UserError(f"train.batch_schedule has batches too small for an accumulation of micro-batches up to {at_most}.")
 
 
-def _as_before(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConfig:
-    """Name the length of the whole run where a schedule takes it from that of the run, which is now shorter."""
+def _keep_rates(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConfig:
+    """Returns a schedule that has the learning rates of the whole run in a shorter one."""
     if isinstance(schedule, ConstantConfig):
         return schedule
     if not isinstance(schedule, WSDConfig):
@@ -136,13 +140,13 @@ def _as_before(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConf
 
 
 def _every_step(config: CheckpointConfig | None) -> CheckpointConfig:
-    """Save every step, in the way of the user."""
+    """Returns the user's checkpoint settings, with a checkpoint after every step."""
     if config is not None:
         return _with(config, every=1)
     return CheckpointConfig(every=1, keep_last=1, keep_best=False, sharded="auto", asynchronous=False)
 
 
-def _few(config: SamplesConfig | None) -> SamplesConfig | None:
+def _short_samples(config: SamplesConfig | None) -> SamplesConfig | None:
     if config is None:
         return None
     return _with(config, num_samples=1, max_new_tokens=min(config.max_new_tokens, SAMPLE_TOKENS))

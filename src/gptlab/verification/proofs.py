@@ -1,7 +1,8 @@
-"""What is proven of a configuration, one function a promise. Each yields what it found."""
+"""The proofs of a configuration, one function each, which yields its results."""
 
 import math
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -11,26 +12,30 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import CHECKPOINTS
-from gptlab.training.callbacks.determinism_trace import hash_tensor
+from gptlab.training.batch_plan import BatchPlan
+from gptlab.training.callbacks.determinism_trace import format_sums, hash_tensor, hash_windows, zero_sums
 from gptlab.training.checkpoints.reading import read_checkpoint
 from gptlab.training.checkpoints.records import checkpoint_path, find_corruption
+from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import choose_devices
 from gptlab.verification.comparison import TraceStep, first_difference, largest_difference
 from gptlab.verification.configs import ProveConfig, comparable, extended, on_ranks, plan_ranks, shortened
 from gptlab.verification.report import ProofResult
 from gptlab.verification.runs import ProofRuns, RunFailed
-from gptlab.verification.tokens import loaded_tokens
 
 WHOLE = "uninterrupted"  # the run that most proofs compare with
 
 
 class ProofCase:
-    """A configuration to prove.
+    """A configuration to verify.
 
     Args:
-        config: Complete, with the vocabulary; UserError where its devices are not there, or it cannot be shortened.
+        config: The completed configuration.
         prepared: Its data.
-        wanted: How much is proven.
+        wanted: How much is verified.
+
+    Raises:
+        UserError: This machine lacks its devices, or it cannot be shortened.
     """
 
     def __init__(self, config: RunConfig, prepared: TokenDataset, wanted: ProveConfig) -> None:
@@ -42,7 +47,7 @@ class ProofCase:
 
 
 def prove_all(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
-    """Prove one promise after the other; a run that fails disproves what it was made for."""
+    """Runs one proof after the other; a proof whose run fails has failed."""
     for name, prove in PROOFS.items():
         try:
             yield from prove(case, runs)
@@ -51,7 +56,7 @@ def prove_all(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
 
 
 def killed_and_resumed(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
-    """A run that was killed and goes on is, to the last bit, the run that was not."""
+    """Verifies that a run that was killed and resumed is bit-identical to an uninterrupted one."""
     name, after, steps = "killed and resumed", case.wanted.kill_after, case.wanted.steps
     whole = runs.trace(WHOLE, case.config)
     run_dir = runs.kill("killed", extended(case.config), after)
@@ -70,7 +75,7 @@ def killed_and_resumed(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult
 
 
 def same_tokens(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
-    """Any number of ranks and of workers loads, for every step, the tokens that were trained on."""
+    """Verifies that any number of ranks and workers loads, for every step, the tokens that were trained on."""
     expected = [line.tokens for line in runs.trace(WHOLE, case.config)]
     for ranks in case.wanted.ranks:
         name = f"tokens of {ranks} rank{'s' if ranks > 1 else ''}"
@@ -95,7 +100,7 @@ def same_tokens(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
 
 
 def same_losses(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
-    """Accumulated or spread over two processes, a run has the losses that one process has at once."""
+    """Verifies that a run with accumulation or on two processes has the losses of one process."""
     on: Literal["cpu", "gpu"] = "gpu" if torch.cuda.device_count() >= 2 else "cpu"
     alone = comparable(case.config, on)
     size = case.plan.micro_batch_size
@@ -119,7 +124,7 @@ def same_losses(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
 
 
 def checkpoint_round_trip(case: ProofCase, runs: ProofRuns) -> Iterator[ProofResult]:
-    """What was saved is, as anybody reads it, what the run had in memory."""
+    """Verifies that a checkpoint, as it is read, has the tensors that the run had in memory."""
     name, last = "checkpoint round trip", runs.trace(WHOLE, case.config)[-1]
     path = checkpoint_path(runs.run_dir(WHOLE) / CHECKPOINTS, last.step)
     details: dict[str, Any] = {"checkpoint": str(path), "step": last.step, "tensors": len(last.tensors)}
@@ -151,7 +156,7 @@ PROOFS = {
 def compare_losses(
     name: str, expected: list[TraceStep], found: list[TraceStep], tolerance: float, details: dict[str, Any]
 ) -> ProofResult:
-    """Compare the losses of two runs, which mean something where their tokens are the same."""
+    """Compares the losses of two runs, after verifying that their tokens are the same."""
     largest, step = largest_difference(expected, found)
     details |= {"largest_difference": largest if largest < math.inf else None, "step": step, "tolerance": tolerance}
     for key, lines in (("losses", found), ("losses_of_one_process", expected)):
@@ -161,6 +166,24 @@ def compare_losses(
     passed = largest <= tolerance
     what = f"largest difference {largest:.1e} at step {step}, {'within' if passed else 'beyond'} {tolerance:.0e}"
     return ProofResult(name, passed, f"{what} ({details['on']}, float32, no dropout)", details)
+
+
+def loaded_tokens(config: RunConfig, prepared: TokenDataset, plan: BatchPlan, *, workers: int, steps: int) -> list[str]:
+    """Returns a hash of each step's tokens, as in a run's trace, from the loaders of all ranks alone."""
+    data = TokenDataModule(
+        prepared,
+        config.data.model_copy(update={"num_workers": workers}),
+        plan=plan,
+        block_size=config.model.block_size,
+        seed=config.seed,
+        eval_windows=None,
+    )
+    sums = [zero_sums() for _ in range(steps)]
+    for rank in range(plan.world_size):
+        loader = data.micro_batches(rank, first_step=0)
+        for number, batch in enumerate(islice(loader, steps * plan.accumulation)):
+            sums[number // plan.accumulation] += hash_windows(batch)
+    return [format_sums(total) for total in sums]
 
 
 def _failed(name: str, error: RunFailed) -> ProofResult:

@@ -1,4 +1,4 @@
-"""What was proven, as a table and as JSON. Imports no torch."""
+"""Results of proofs, as a table and as JSON. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ SIGNS = {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("
 
 
 class ProofResult(NamedTuple):
-    """What a proof found.
+    """Result of a proof.
 
     Attributes:
-        name: What was to be proven.
-        passed: Whether it is so; None where it cannot be tried here.
+        name: What was verified.
+        passed: Whether it holds; None if it cannot be tried here.
         what: A sentence.
         details: Plain data.
     """
@@ -34,7 +34,7 @@ class ProofResult(NamedTuple):
 
 
 def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> None:
-    """Print a row a proof, and below them what failed runs said last."""
+    """Prints a row per proof, and below them the last output of failed runs."""
     console = get_console()
     table = Table(box=box.SIMPLE)
     table.add_column("promise", no_wrap=True)
@@ -49,7 +49,7 @@ def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> No
 
 
 def write_report(folder: Path, config: RunConfig, proofs: list[ProofResult]) -> Path:
-    """Write prove.json; the environment in it stands beside it, too."""
+    """Writes prove.json, and the environment both in it and beside it."""
     record_environment(folder)
     report: dict[str, Any] = {
         "passed": all_passed(proofs),
@@ -63,5 +63,5 @@ def write_report(folder: Path, config: RunConfig, proofs: list[ProofResult]) -> 
 
 
 def all_passed(proofs: list[ProofResult]) -> bool:
-    """Whether no promise is broken; one that cannot be tried here is not."""
+    """Returns whether no proof has failed; one that cannot be tried here has not."""
     return all(proof.passed is not False for proof in proofs)

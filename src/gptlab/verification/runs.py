@@ -1,4 +1,4 @@
-"""The runs of a proof, each a process of its own with a log of what it says. Imports no torch."""
+"""Runs of a proof, each in a process of its own with a log of its output. Imports no torch."""
 
 import contextlib
 import logging
@@ -21,15 +21,15 @@ from gptlab.verification.comparison import TraceStep, read_trace
 
 log = logging.getLogger(__name__)
 
-TAIL = 30  # lines of what a failed run said
+TAIL = 30  # lines of a failed run's output that are shown
 POLL = 0.02  # seconds
 
 
 class RunFailed(Exception):  # noqa: N818  (it is what a proof finds)
-    """A run did not come to its end.
+    """A run has failed.
 
     Attributes:
-        tail: The last of what it said.
+        tail: The end of its output.
     """
 
     def __init__(self, sentence: str, tail: str) -> None:
@@ -38,12 +38,12 @@ class RunFailed(Exception):  # noqa: N818  (it is what a proof finds)
 
 
 class RunProcess:
-    """A checked configuration that runs; ``kill`` ends all its processes, and waits until none of them is left.
+    """A run of a validated configuration; ``kill`` ends all its processes, and waits for their end.
 
     Args:
-        config: What to run.
-        run_dir: Its run directory, unless it goes on in another.
-        output: The file for what it says.
+        config: The configuration.
+        run_dir: Its run directory, unless it resumes another.
+        output: The file for its output.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, output: Path) -> None:
@@ -54,7 +54,7 @@ class RunProcess:
         self._copying.start()
 
     def kill(self) -> None:
-        """Kill what is left of it; its workers, which lead sessions of their own, end with it."""
+        """Kills its processes; its workers, which lead sessions of their own, end with it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         assert self.process.stdin is not None  # noqa: S101
@@ -63,7 +63,7 @@ class RunProcess:
         self._copying.join()
 
     def _copy(self, output: Path) -> None:
-        """Copy what it says until its last process has ended."""
+        """Copies its output until its last process has ended."""
         assert self.process.stdout is not None  # noqa: S101
         with output.open("wb", buffering=0) as file, self.process.stdout as said:
             while data := os.read(said.fileno(), 2**16):
@@ -74,7 +74,7 @@ class ProofRuns:
     """Runs configurations, each once, in folders of their names.
 
     Args:
-        folder: Holds them all.
+        folder: The folder of all runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,11 +82,15 @@ class ProofRuns:
         self._known: dict[str, list[TraceStep] | RunFailed] = {}
 
     def run_dir(self, name: str) -> Path:
-        """The run directory of a name."""
+        """Returns the run directory of a name."""
         return self.folder / name
 
     def trace(self, name: str, config: RunConfig) -> list[TraceStep]:
-        """Run to the end and return the trace; RunFailed for any other end."""
+        """Runs a configuration to its end and returns the trace.
+
+        Raises:
+            RunFailed: The run fails.
+        """
         if name not in self._known:
             try:
                 self._known[name] = self._traced(name, config)
@@ -98,31 +102,32 @@ class ProofRuns:
         return known
 
     def kill(self, name: str, config: RunConfig, after: int) -> Path:
-        """Run until a step is saved, kill all its processes at once, and return the run directory.
+        """Runs until a step is saved, kills all processes at once, and returns the run directory.
 
-        What was saved later than that before the signal came is taken away: it goes on from that step.
+        Later checkpoints that were saved before the signal are removed, so that the run resumes from that step.
         """
+        folder, status = self.run_dir(name) / CHECKPOINTS, None
         with self._running(name, config) as run:
-            while not any(
-                checkpoint_step(run_dir) >= after for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS)
-            ):
-                if (status := run.process.poll()) is not None:
-                    raise self._failed(name, status)
+            while status is None and not any(checkpoint_step(saved) >= after for saved in list_checkpoints(folder)):
+                status = run.process.poll()
                 time.sleep(POLL)
-        for run_dir in list_checkpoints(self.run_dir(name) / CHECKPOINTS):
-            if checkpoint_step(run_dir) > after:
-                remove_checkpoint(run_dir)
+        if status is not None:
+            raise self._failed(name, status)
+        for saved in list_checkpoints(folder):
+            if checkpoint_step(saved) > after:
+                remove_checkpoint(saved)
         return self.run_dir(name)
 
     def _traced(self, name: str, config: RunConfig) -> list[TraceStep]:
         with self._running(name, config) as run:
-            if status := run.process.wait():
-                raise self._failed(name, status)
+            status = run.process.wait()
+        if status:  # and all of its output is in the log
+            raise self._failed(name, status)
         return read_trace((Path(config.resume) if config.resume else self.run_dir(name)) / TRACE)
 
     @contextmanager
     def _running(self, name: str, config: RunConfig) -> Iterator[RunProcess]:
-        """Start a run; whatever happens, none of its processes is left."""
+        """Starts a run; whatever happens, none of its processes is left."""
         begun = time.monotonic()
         with get_console().status(f"running: {name}"):
             run = RunProcess(config, self.run_dir(name), self._log(name))

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from gptlab.training.callbacks.metrics import defer_interrupt
+from gptlab.training.callbacks.metrics import Stopwatch, defer_interrupt
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +35,15 @@ def test_an_interrupt_waits_until_the_row_is_written():
 
 def test_a_second_interrupt_does_not_wait():
     assert interrupted(2) == []
+
+
+def test_a_stopwatch_counts_between_run_and_pause():
+    now = [0.0]
+    watch = Stopwatch(lambda: now[0])
+    steps = [("run", 2), ("pause", 30), ("run", 4), ("run", 5), ("read", 7)]  # and the seconds that follow
+    for what, seconds in steps[:-1]:
+        getattr(watch, what)()
+        now[0] += seconds
+    assert watch.read() == 2 + 4 + 5
+    now[0] += 7
+    assert watch.read() == 7  # it went on

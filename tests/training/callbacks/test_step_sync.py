@@ -15,8 +15,8 @@ LIMITS: Any = SimpleNamespace(max_bad_steps=3, spike_sigma=6.0, spike_window=8)
 class Steps:
     """Ends micro-batches, two a step, as a Trainer with one process would."""
 
-    def __init__(self, pulse: StepSync) -> None:
-        self.pulse, self.module = pulse, GPTModule.__new__(GPTModule)
+    def __init__(self, step_sync: StepSync) -> None:
+        self.step_sync, self.module = step_sync, GPTModule.__new__(GPTModule)
         torch.nn.Module.__init__(self.module)
         self.module._device = torch.device("cpu")
 
@@ -26,40 +26,40 @@ class Steps:
             self.module.step_loss = torch.tensor(loss * (micro + 1))  # the sum over the micro-batches so far
             self.module.bad_step = torch.tensor(bad)
             trainer.global_step += micro
-            self.pulse.on_train_batch_end(trainer, self.module, None, None, 2 * (step - 1) + micro)
+            self.step_sync.on_train_batch_end(trainer, self.module, None, None, 2 * (step - 1) + micro)
 
 
 def test_a_step_is_known_one_step_later() -> None:
-    pulse, known = StepSync(), list[StepReport]()
-    pulse.listeners.append(known.append)
-    steps = Steps(pulse)
+    step_sync, known = StepSync(), list[StepReport]()
+    step_sync.listeners.append(known.append)
+    steps = Steps(step_sync)
     steps.take(1, 2.5)
     assert known == []
     steps.take(2, 1.5, bad=1.0)
     assert known == [StepReport(1, 2.5, False)]
-    pulse.collect()
+    step_sync.collect()
     assert known == [StepReport(1, 2.5, False), StepReport(2, 1.5, True)]
-    pulse.collect()
+    step_sync.collect()
     steps.take(3, 0.5)
     assert len(known) == 2
 
 
 def test_a_stop_is_agreed_on_one_step_later_and_for_good() -> None:
-    pulse = StepSync()
-    steps = Steps(pulse)
-    pulse.stop_requested = True
+    step_sync = StepSync()
+    steps = Steps(step_sync)
+    step_sync.stop_requested = True
     steps.take(1, 1.0)
-    assert not pulse.agreed_stop
-    pulse.stop_requested = False
+    assert not step_sync.agreed_stop
+    step_sync.stop_requested = False
     steps.take(2, float("nan"))  # which does not hide it
-    assert pulse.agreed_stop
+    assert step_sync.agreed_stop
     steps.take(3, 1.0)
-    assert pulse.agreed_stop
+    assert step_sync.agreed_stop
 
 
 def test_a_checkpoint_knows_of_the_step_before_it() -> None:
-    pulse = StepSync()
-    guard, steps = TrainingHealthMonitor(pulse, LIMITS, ""), Steps(pulse)
+    step_sync = StepSync()
+    guard, steps = TrainingHealthMonitor(step_sync, LIMITS, ""), Steps(step_sync)
     steps.take(1, 2.0)
     steps.take(2, 4.0, bad=1.0)
     state = guard.state_dict()

@@ -1,1 +1,1 @@
-"""What happens around training steps: one concern a module."""
+"""Lightning callbacks: metrics, checkpoints, samples, preemption, and checks of each step; one concern a file."""

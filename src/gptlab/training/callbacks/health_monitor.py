@@ -1,102 +1,103 @@
-"""What is told of a run that goes wrong: steps without a finite gradient, and loss spikes."""
+"""Detects steps without a finite gradient, and loss spikes."""
 
 import logging
+import math
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 
 from gptlab.errors import Diverged
-from gptlab.training.callbacks.spikes import SpikeDetector
 from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.config import TrainConfig
 from gptlab.training.distributed.processes import is_first_rank
 
 log = logging.getLogger(__name__)
 
-# kinds of trouble that listeners hear of
+# kinds of events that are passed to listeners
 BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
 
 
 class TrainingHealthMonitor(L.Callback):
-    """Counts and tells bad steps and loss spikes, and ends a run that has nothing but bad steps.
+    """Counts and reports bad steps and loss spikes, and ends a run whose steps are all bad.
 
     The module itself skips a bad step, on the device. Here it is known one step later, on all ranks alike.
 
     Args:
-        pulse: Which tells how every step went.
+        step_sync: Reports every step.
         config: The limits: ``max_bad_steps`` in a row, ``spike_sigma`` and ``spike_window``.
         replay: The command that shows the batch of a step, but for " step=<n>".
 
     Attributes:
-        listeners: Called, on the first rank, with what kind of thing went wrong and a sentence on it.
+        listeners: Called on the first rank with the kind of event and a sentence that describes it.
     """
 
-    def __init__(self, pulse: StepSync, config: TrainConfig, replay: str) -> None:
-        self.pulse, self.max_bad_steps, self.replay = pulse, config.max_bad_steps, replay
+    def __init__(self, step_sync: StepSync, config: TrainConfig, replay: str) -> None:
+        self.step_sync, self.max_bad_steps, self.replay = step_sync, config.max_bad_steps, replay
         self.bad_steps = self.in_a_row = self.loss_spikes = 0
         self.listeners: list[Callable[[str, str], None]] = []
-        self._latest = 0  # the last step that is known of
+        self._latest = 0  # the last step that was reported
         sigma = config.spike_sigma
         self._detector = SpikeDetector(sigma, config.spike_window) if sigma is not None else None
-        pulse.listeners.append(self.check_step)
+        step_sync.listeners.append(self.check_step)
 
-    def check_step(self, beat: StepReport) -> None:
-        """Count a step, and tell if it was none that it should be."""
-        self._latest = beat.step
-        self.in_a_row = self.in_a_row + 1 if beat.is_bad else 0
-        self.bad_steps += beat.is_bad
-        if beat.is_bad:
+    def check_step(self, report: StepReport) -> None:
+        """Counts a step, and reports it if it is bad or a spike."""
+        self._latest = report.step
+        self.in_a_row = self.in_a_row + 1 if report.is_bad else 0
+        self.bad_steps += report.is_bad
+        if report.is_bad:
             self._warn(
                 BAD_STEP,
-                f"step {beat.step}: the gradient is not finite (the loss is {beat.loss:.4f}), so the step was skipped: "
-                f"{self.in_a_row} in a row, of at most {self.max_bad_steps}.",
-                beat.step,
+                f"step {report.step}: the gradient is not finite (the loss is {report.loss:.4f}), so the step was "
+                f"skipped: {self.in_a_row} in a row, of at most {self.max_bad_steps}.",
+                report.step,
             )
-        elif self._detector and (expected := self._detector.expected(beat.loss)) is not None:
+        elif self._detector and (expected := self._detector.expected(report.loss)) is not None:
             self.loss_spikes += 1
             self._warn(
                 SPIKE,
-                f"step {beat.step}: the loss is {beat.loss:.4f}, where {expected:.4f} was expected: more than "
+                f"step {report.step}: the loss is {report.loss:.4f}, where {expected:.4f} was expected: more than "
                 f"{self._detector.sigma:g} standard deviations above the mean of the steps before.",
-                beat.step,
+                report.step,
             )
 
     def _warn(self, kind: str, what: str, step: int) -> None:
         sentence = f"{what} Its batch: {self.replay} step={step}"
         if is_first_rank():
             log.warning("%s", sentence)
-        self._tell(kind, sentence)
+        self._notify(kind, sentence)
 
-    def _tell(self, kind: str, sentence: str) -> None:
+    def _notify(self, kind: str, sentence: str) -> None:
         for listener in self.listeners if is_first_rank() else ():
             listener(kind, sentence)
 
     def counts(self) -> dict[str, float]:
-        """The totals so far, for a row of metrics; every rank must ask at the same step."""
-        self.pulse.collect()
+        """Returns the totals so far, for a row of metrics; every rank must call it at the same step."""
+        self.step_sync.collect()
         spikes = {"loss_spikes": self.loss_spikes} if self._detector else {}
         return {"bad_steps": self.bad_steps, **spikes}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End the run where it learns nothing any more; all ranks do so at the same step."""
+        """Ends a run that no longer learns; all ranks do so at the same step."""
         if self.in_a_row >= self.max_bad_steps:
             sentence = (
                 f"The gradient was not finite for {self.in_a_row} steps in a row (train.max_bad_steps), up to step "
                 f"{self._latest}. The batch of the first of them: {self.replay} step={self._latest - self.in_a_row + 1}"
             )
-            self._tell(DIVERGED, sentence)
+            self._notify(DIVERGED, sentence)
             raise Diverged(sentence)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tell of the last step, too."""
-        self.pulse.collect()
+        """Reports the last step as well."""
+        self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know, to decide as this one would."""
-        self.pulse.collect()
+        """Returns what a resumed run needs to decide as this one would."""
+        self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
             "in_a_row": self.in_a_row,
@@ -105,8 +106,53 @@ class TrainingHealthMonitor(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restores the counts and the window of losses."""
         self.bad_steps, self.in_a_row = state_dict["bad_steps"], state_dict["in_a_row"]
         self.loss_spikes = state_dict["loss_spikes"]
         if self._detector and state_dict["spikes"]:
             self._detector.load(state_dict["spikes"])
+
+
+class SpikeDetector:
+    """Detects losses above the mean of the window before them by more than ``sigma`` standard deviations.
+
+    OLMo-core's SkipStepOptimizer has that limit (with a window of 128 losses and a sigma of 6). Here a loss above it
+    enters the window as the limit itself, so that a spike does not hide the next one, while a loss that stays high
+    becomes what is expected; and a spike lasts as long as its losses are above the limit, so that it is reported once.
+    There is no spike before half the window is full.
+
+    Args:
+        sigma: Standard deviations.
+        window: Number of preceding losses that a loss is compared with.
+    """
+
+    def __init__(self, sigma: float, window: int) -> None:
+        self.sigma, self.warmup = sigma, window // 2
+        self._losses, self._is_high = deque[float](maxlen=window), False
+
+    def expected(self, loss: float) -> float | None:
+        """Adds the next loss; returns the mean of the window before it if a spike begins with it, else None."""
+        if not math.isfinite(loss):  # not a spike, but a step that is skipped
+            return None
+        mean, limit = self._limit()
+        begins = loss > limit and not self._is_high
+        self._is_high = loss > limit
+        self._losses.append(min(loss, limit))
+        return mean if begins else None
+
+    def _limit(self) -> tuple[float, float]:
+        """Returns the mean of the window, and the largest loss that is not a spike."""
+        if len(self._losses) < self.warmup:
+            return math.nan, math.inf
+        mean = math.fsum(self._losses) / len(self._losses)
+        squares = math.fsum((loss - mean) ** 2 for loss in self._losses)
+        return mean, mean + self.sigma * math.sqrt(squares / (len(self._losses) - 1))
+
+    def state(self) -> dict[str, Any]:
+        """Returns the window, for a resumed run."""
+        return {"losses": list(self._losses), "is_high": self._is_high}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restores such a state."""
+        self._losses.extend(state["losses"])
+        self._is_high = state["is_high"]

@@ -25,13 +25,13 @@ class Preemption(L.Callback):
     """Stops all ranks at the same step when one of them is sent a signal, in the middle of an evaluation too.
 
     Args:
-        pulse: Through which the ranks agree.
+        step_sync: Through which the ranks agree.
         checkpoints: What saves the run; None where nothing does.
     """
 
-    def __init__(self, pulse: StepSync, checkpoints: RunCheckpoint | None) -> None:
-        self.pulse, self.checkpoints = pulse, checkpoints
-        self._agreement = DelayedAllReduce()  # during an evaluation, in which no pulse beats
+    def __init__(self, step_sync: StepSync, checkpoints: RunCheckpoint | None) -> None:
+        self.step_sync, self.checkpoints = step_sync, checkpoints
+        self._agreement = DelayedAllReduce()  # during an evaluation, when there are no step reports
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Replaces Lightning's own handling of SIGTERM, which no public setting turns off.
@@ -53,13 +53,13 @@ class Preemption(L.Callback):
     ) -> None:
         """Stop, if that is agreed; after the last step only its evaluation is left, and is made."""
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if is_step and self.pulse.agreed_stop and trainer.global_step != trainer.max_steps:
+        if is_step and self.step_sync.agreed_stop and trainer.global_step != trainer.max_steps:
             is_evaluated = self.checkpoints is not None and self.checkpoints.is_evaluated(trainer)
             self._stop(trainer, evaluation_due=is_evaluated)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Stop, if that is agreed; the evaluation is made again when the run goes on."""
-        sums = self._agreement.add(torch.full((1,), float(self.pulse.stop_requested), device=pl_module.device))
+        sums = self._agreement.add(torch.full((1,), float(self.step_sync.stop_requested), device=pl_module.device))
         if sums is not None and sums[0] > 0 and trainer.global_step != trainer.max_steps:
             self._stop(trainer, evaluation_due=True)
 
@@ -68,7 +68,7 @@ class Preemption(L.Callback):
         self._agreement.collect()
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.pulse.stop_requested = True
+        self.step_sync.stop_requested = True
 
     def _stop(self, trainer: L.Trainer, *, evaluation_due: bool) -> None:
         if self.checkpoints is not None:

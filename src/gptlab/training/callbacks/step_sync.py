@@ -30,7 +30,7 @@ class StepSync(L.Callback):
     Attributes:
         stop_requested: This rank is asked to stop; for signal handlers to set.
         agreed_stop: Some rank was asked to stop. It becomes true on all ranks at the same step.
-        listeners: Called with every beat, on every rank, in the order of the steps.
+        listeners: Called with every report, on every rank, in the order of the steps.
     """
 
     def __init__(self) -> None:
@@ -64,6 +64,6 @@ class StepSync(L.Callback):
             return
         stop, loss, bad = sums
         self.agreed_stop = self.agreed_stop or stop > 0
-        beat = StepReport(self._step, loss / self._world_size, bad > 0)
+        report = StepReport(self._step, loss / self._world_size, bad > 0)
         for listener in self.listeners:
-            listener(beat)
+            listener(report)

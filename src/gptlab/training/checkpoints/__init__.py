@@ -1,1 +1,1 @@
-"""Checkpoints that survive a crash at any moment: their record, how they are written, how they are read."""
+"""Checkpoints that survive a crash at any moment: how they are written, recorded, verified and read."""

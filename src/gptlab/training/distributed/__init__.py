@@ -1,1 +1,1 @@
-"""Several processes: process groups, DDP, FSDP2 and tensor parallelism, and what the launchers set."""
+"""Several processes: who started them, the process group, DDP, FSDP2 and tensor parallelism."""

@@ -32,8 +32,8 @@ from gptlab.training.checkpoints.reading import flatten_tensors, is_sharded, rea
 from gptlab.training.checkpoints.shards import load_shards
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import TrainerConfig
-from gptlab.training.devices import Devices
 from gptlab.training.distributed.tensor_parallel import parallelize_blocks
+from gptlab.training.hardware import Hardware
 from gptlab.training.optim.optimizers import check_groups
 
 
@@ -45,17 +45,19 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         config: How the model is spread.
         plan: How many ranks read data of their own.
-        devices: What the run computes on.
+        hardware: What the run computes on.
         sharded_checkpoints: Whether each rank writes its part of a checkpoint.
     """
 
-    def __init__(self, config: TrainerConfig, plan: BatchPlan, devices: Devices, *, sharded_checkpoints: bool) -> None:
+    def __init__(
+        self, config: TrainerConfig, plan: BatchPlan, hardware: Hardware, *, sharded_checkpoints: bool
+    ) -> None:
         super().__init__(
             data_parallel_size=plan.world_size,
             tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=sharded_checkpoints,
         )
-        self.config, self.devices, self.sharded_checkpoints = config, devices, sharded_checkpoints
+        self.config, self.hardware, self.sharded_checkpoints = config, hardware, sharded_checkpoints
 
     @property
     def network(self) -> GPT:
@@ -78,7 +80,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         wrap = partial(
             fully_shard,
             mesh=self.device_mesh["data_parallel"],
-            mp_policy=mixed if self.devices.precision == "bf16-mixed" else MixedPrecisionPolicy(),
+            mp_policy=mixed if self.hardware.precision == "bf16-mixed" else MixedPrecisionPolicy(),
             offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if self.config.cpu_offload else OffloadPolicy(),
         )
         for block in model.h:

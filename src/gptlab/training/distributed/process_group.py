@@ -1,4 +1,4 @@
-"""The process group of a run: joined before anything is written, so that all ranks agree on what is."""
+"""Who started the processes of a run, and the process group that they join before anything is written."""
 
 import atexit
 import os
@@ -7,23 +7,74 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from gptlab.errors import UserError
-from gptlab.training.devices import Devices
-from gptlab.training.distributed.clusters import cluster_environment
-from gptlab.training.distributed.processes import RENDEZVOUS, global_rank, is_first_rank, is_worker
+from gptlab.training.distributed.processes import (
+    RENDEZVOUS,
+    global_rank,
+    is_first_rank,
+    is_worker,
+    launched_by_srun,
+    launched_by_torchrun,
+)
+from gptlab.training.hardware import Hardware
 
 T = TypeVar("T")
 
 
-def join_group(devices: Devices) -> None:
-    """Wait for the other ranks of the run; Lightning then takes the group as it is.
+def cluster_environment() -> ClusterEnvironment:
+    """Returns the environment that started this process, whatever variables a scheduler has left in it."""
+    if launched_by_torchrun():
+        return TorchElasticEnvironment()
+    if launched_by_srun():
+        return SrunEnvironment()
+    return LightningEnvironment()
+
+
+class SrunEnvironment(SLURMEnvironment):
+    """Lightning's SLURM environment for a step of any shape: it accepts only --ntasks-per-node, and the whole job."""
+
+    def __init__(self) -> None:
+        # Lightning's own requeue would write checkpoints beside the run, and load them by itself
+        super().__init__(auto_requeue=False)
+
+    @property
+    def main_address(self) -> str:
+        """The address of the first node of this step."""
+        if int(os.environ.get("SLURM_STEP_NUM_NODES", 1)) == 1:
+            return "127.0.0.1"
+        return os.environ.get("MASTER_ADDR") or self.resolve_root_node_address(os.environ["SLURM_STEP_NODELIST"])
+
+    @property
+    def main_port(self) -> int:
+        """A port that differs from those of other steps on the same node, below the range of ephemeral ports."""
+        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+        return int(os.environ.get("MASTER_PORT", 10_000 + (job * 7 + step) % 20_000))
+
+    def world_size(self) -> int:
+        """Returns the number of tasks of this step."""
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Accepts all: the numbers are the step's (``gptlab.training.distributed.processes``)."""
+
+    @staticmethod
+    def _validate_srun_variables() -> None:
+        """Accepts ``srun --ntasks`` as well, for which Lightning's constructor raises (read in lightning 2.6.6)."""
+
+
+def join_group(hardware: Hardware) -> None:
+    """Joins the other ranks of the run; Lightning then uses the group as it is.
 
     On one machine the ranks find each other in a file, so that nothing listens to the network; under torchrun and srun
     at the address that these have named.
     """
-    if dist.is_initialized() or not (is_worker() or devices.world_size > 1):
+    if dist.is_initialized() or not (is_worker() or hardware.world_size > 1):
         return
     if is_worker():
         method = f"file://{os.environ[RENDEZVOUS]}"
@@ -33,7 +84,7 @@ def join_group(devices: Devices) -> None:
         os.environ["MASTER_PORT"] = str(environment.main_port)
         method = "env://"
     device = None
-    if devices.accelerator == "cuda":
+    if hardware.accelerator == "cuda":
         device = torch.device("cuda", cluster_environment().local_rank())
         torch.cuda.set_device(device)
         atexit.register(_leave_group)  # which NCCL asks for
@@ -41,14 +92,14 @@ def join_group(devices: Devices) -> None:
         "cpu:gloo,cuda:nccl" if device else "gloo",  # what is kept on the CPU is summed there
         init_method=method,
         rank=global_rank(),
-        world_size=devices.world_size,
+        world_size=hardware.world_size,
         timeout=default_pg_timeout,
         device_id=device,
     )
 
 
 def run_on_first_rank(make: Callable[[], T]) -> T:
-    """Call ``make`` on the first rank; every rank returns what that returned, or raises the UserError it raised."""
+    """Calls ``make`` on the first rank; every rank returns what it returned, or raises the UserError it raised."""
     if not dist.is_initialized():
         return make()
     made: list[T | UserError | None] = [None]

@@ -13,14 +13,14 @@ from torch import Tensor
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
-from gptlab.training.devices import Devices
 from gptlab.training.distributed.fsdp import FSDP2Strategy
+from gptlab.training.hardware import Hardware
 
 RECOMPILES = 8  # of one shape, as torch has it
 
 
 def build_strategy(
-    config: TrainerConfig, plan: BatchPlan, devices: Devices, *, sharded_checkpoints: bool
+    config: TrainerConfig, plan: BatchPlan, hardware: Hardware, *, sharded_checkpoints: bool
 ) -> Strategy | str:
     """Build Lightning's strategy for "single", "ddp", "fsdp" (FSDP2 over all devices) or "fsdp_tp"."""
     match config.strategy:
@@ -29,7 +29,7 @@ def build_strategy(
             # synchronisation, torch's reducer fails an assertion of its own
             return DDPStrategy(gradient_as_bucket_view=True, static_graph=plan.accumulation == 1)
         case "fsdp" | "fsdp_tp":
-            return FSDP2Strategy(config, plan, devices, sharded_checkpoints=sharded_checkpoints)
+            return FSDP2Strategy(config, plan, hardware, sharded_checkpoints=sharded_checkpoints)
         case _:
             return "auto"
 

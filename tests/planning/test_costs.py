@@ -1,16 +1,34 @@
-"""Traffic and disk by hand."""
+"""Time, traffic and disk, by hand."""
 
 import pytest
 
 from configs import resolved
-from gptlab.model.config import parameter_count
-from gptlab.planning.memory import ParallelLayout
-from gptlab.planning.parameters import count_by_part, count_shares
-from gptlab.planning.traffic import disk_usage, network_traffic
+from gptlab.model.config import flops_per_token, parameter_count
+from gptlab.planning.calibration import Measurement
+from gptlab.planning.costs import (
+    RunLength,
+    disk_usage,
+    estimate_at_mfu,
+    estimate_from_measurement,
+    network_traffic,
+    run_length,
+)
+from gptlab.planning.memory import ParallelLayout, count_by_part, count_shares
+from gptlab.planning.plans import plan_hardware
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760  # parameters, with a vocabulary of 50,304 and without biases
+CONFIG = resolved("trainer=cpu").with_vocabulary(257)  # 1,200 steps of 12 x 128 tokens, evaluated every 200
 BLOCKS = 12 * (12 * 768**2 + 2 * 768)
+TAKEN = Measurement(
+    tokens_per_second=400 / 6,
+    first_step_seconds=10,
+    evaluation_seconds=2,
+    evaluated=64,
+    peak_memory_bytes=7,
+    steps=4,
+    source="me",
+)
 
 
 def test_ddp_sends_every_gradient_almost_twice():
@@ -49,3 +67,27 @@ def test_parts_are_all_parameters(model):
     config = resolved(f"model={model}").with_vocabulary(50257).model
     assert sum(count_by_part(config).values()) == parameter_count(config) == count_shares(config).all
     assert count_shares(config, 2).all == parameter_count(config) - count_shares(config, 2).matrices
+
+
+def test_how_long_a_run_is():
+    assert run_length(CONFIG, 558_031) == RunLength(1200, 1200 * 12 * 128, 6, 500 * 128)
+    everything = resolved("train.eval_windows=null", "train.eval_every=1000").with_vocabulary(257)
+    assert run_length(everything, 1281) == RunLength(1200, 1200 * 12 * 128, 2, 10 * 128)
+    assert run_length(everything, None).evaluated is None
+
+
+def test_time_as_measured():
+    done = RunLength(
+        steps=100, tokens=10_000, evaluations=3, evaluated=128
+    )  # twice as long as those that were measured
+    time = estimate_from_measurement(done, plan_hardware(CONFIG, []), TAKEN)
+    # evaluated tokens take a third of the time of trained ones; the rest of an evaluation is its sample and checkpoint
+    each = 2 + (128 - 64) / (3 * 400 / 6)
+    assert time.seconds == pytest.approx(10 + 9_900 / (400 / 6) + 3 * each)
+
+
+def test_time_at_a_share_of_the_peak():
+    done = RunLength(steps=100, tokens=10_000, evaluations=3, evaluated=300)
+    time = estimate_at_mfu(CONFIG, done, plan_hardware(CONFIG, ["a100"]), 0.5)
+    assert time.tokens_per_second == pytest.approx(0.5 * 312e12 / flops_per_token(CONFIG.model))
+    assert time.seconds * time.tokens_per_second == pytest.approx(10_000 + 3 * 100)

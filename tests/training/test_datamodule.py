@@ -1,16 +1,15 @@
-"""A loader that knows how long it was waited for, by a clock that stands still but for what the data takes."""
+"""How long training waits for data, by a clock that stands still except while the data is read."""
 
 import pytest
 
-from gptlab.training.callbacks.metrics import Stopwatch
-from gptlab.training.loader import TimedLoader
+from gptlab.training.datamodule import TimedLoader
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """The time, as a list of one number, which the test moves on."""
     now = [0.0]
-    monkeypatch.setattr("gptlab.training.loader.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("gptlab.training.datamodule.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -33,15 +32,3 @@ def test_only_the_wait_for_data_is_counted(clock):
         waited.append((batch, loader.waited))
         clock[0] += 100  # of work
     assert waited == [(3, 3.0), (5, 8.0), (7, 15.0)]
-
-
-def test_a_stopwatch_counts_between_run_and_pause():
-    now = [0.0]
-    watch = Stopwatch(lambda: now[0])
-    steps = [("run", 2), ("pause", 30), ("run", 4), ("run", 5), ("read", 7)]  # and the seconds that follow
-    for what, seconds in steps[:-1]:
-        getattr(watch, what)()
-        now[0] += seconds
-    assert watch.read() == 2 + 4 + 5
-    now[0] += 7
-    assert watch.read() == 7  # it went on

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gptlab.training.callbacks.garbage_collection import COLLECT_EVERY, GarbageCollection
+from gptlab.training.callbacks.overhead import COLLECT_EVERY, GarbageCollection
 
 
 class Cycle:
@@ -50,7 +50,7 @@ def test_garbage_stays_until_its_turn(enabled):
 
 NO_CYCLES = """
 import gc, sys
-from gptlab.training.callbacks.garbage_collection import GarbageCollection
+from gptlab.training.callbacks.overhead import GarbageCollection
 takes_over = GarbageCollection.on_train_batch_end
 def counts(self, trainer, *rest):
     takes_over(self, trainer, *rest)

@@ -1,9 +1,9 @@
-"""Who starts the processes, as Lightning is told."""
+"""Which environment starts the processes, as Lightning is told."""
 
 import pytest
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-from gptlab.training.distributed.clusters import SrunEnvironment, cluster_environment
+from gptlab.training.distributed.process_group import SrunEnvironment, cluster_environment
 
 
 @pytest.fixture

@@ -1,0 +1,262 @@
+"""What a run computes on: the table of GPUs, what is found without torch, and what "auto" means. Imports no torch.
+
+``gptlab.training.devices`` asks torch for the same facts.
+
+Sources of the table: NVIDIA's data sheets (B200, H200, H100, A100, A40, A30, A10, L40S, L40, L4) and its white papers
+on the architectures Blackwell, Ada and Ampere GA102, appendix A (GeForce, A10G).
+"""
+
+import os
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from gptlab.errors import UserError, did_you_mean
+from gptlab.model.config import GPTConfig
+from gptlab.training.config import TrainConfig, TrainerConfig
+from gptlab.training.distributed.processes import external_devices, launched_externally
+
+MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU gains by bfloat16
+MIN_WIDTH_COMPILE = 512  # and from which compiling pays off within a run on a CPU
+MAX_LOGITS_BYTES = 2**26  # of float32 logits that exist at a time
+CPUINFO = Path("/proc/cpuinfo")
+VENDOR_PREFIX = "NVIDIA "
+
+
+class GPU(NamedTuple):
+    """One kind of GPU.
+
+    Attributes:
+        name: CUDA's name, without the vendor.
+        flops: Peak FLOP/s of dense bfloat16 products accumulated in float32.
+        memory: Bytes, by the data sheet's GB; a card has slightly more, about as much as CUDA itself takes.
+        bandwidth: Memory bandwidth in bytes a second.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+GPUS = {
+    "b200": GPU("B200", 2250e12, 180e9, 8000e9),
+    "h200": GPU("H200", 989.4e12, 141e9, 4800e9),
+    "h100": GPU("H100 80GB HBM3", 989.4e12, 80e9, 3350e9),
+    "h100-pcie": GPU("H100 PCIe", 756e12, 80e9, 2000e9),
+    "h100-nvl": GPU("H100 NVL", 835e12, 94e9, 3938e9),
+    "a100": GPU("A100-SXM4-80GB", 312e12, 80e9, 2039e9),
+    "a100-40gb": GPU("A100-SXM4-40GB", 312e12, 40e9, 1555e9),
+    "a100-pcie": GPU("A100 80GB PCIe", 312e12, 80e9, 1935e9),
+    "a100-pcie-40gb": GPU("A100-PCIE-40GB", 312e12, 40e9, 1555e9),
+    "a40": GPU("A40", 149.7e12, 48e9, 696e9),
+    "a30": GPU("A30", 165e12, 24e9, 933e9),
+    "a10g": GPU("A10G", 70e12, 24e9, 600e9),
+    "a10": GPU("A10", 125e12, 24e9, 600e9),
+    "l40s": GPU("L40S", 362e12, 48e9, 864e9),
+    "l40": GPU("L40", 181e12, 48e9, 864e9),
+    "l4": GPU("L4", 121e12, 24e9, 300e9),
+    "rtx4090": GPU("GeForce RTX 4090", 165.2e12, 24e9, 1008e9),
+    "rtx3090": GPU("GeForce RTX 3090", 71e12, 24e9, 936e9),
+}
+
+# By CUDA's whole name: an RTX A1000 is not an A100, and a MIG slice is not a whole GPU.
+BY_NAME = {gpu.name: gpu for gpu in GPUS.values()}
+
+
+def gpu_from_cuda_name(name: str) -> GPU | None:
+    """Returns the GPU of this CUDA name, or None if it is not in the table."""
+    return BY_NAME.get(name.removeprefix(VENDOR_PREFIX))
+
+
+def gpu_from_name(name: str) -> GPU:
+    """Returns the GPU of a key of the table ("h100") or of CUDA's own name.
+
+    Raises:
+        UserError: It is not in the table; the message has the nearest key.
+    """
+    if (gpu := gpu_from_cuda_name(name) or GPUS.get(name.lower())) is None:
+        raise UserError(
+            f"gpu={name}: its speed and memory are not known here.{did_you_mean(name.lower(), GPUS)} "
+            f"There are {', '.join(GPUS)}."
+        )
+    return gpu
+
+
+class Hardware(NamedTuple):
+    """What a run computes on, and how, with every "auto" resolved.
+
+    Attributes:
+        accelerator: "cuda" or "cpu".
+        name: The device's name: CUDA's, or the processor's with its cores.
+        devices: Processes per node, one per device.
+        num_nodes: Nodes.
+        precision: One of Lightning's precision names.
+        compile: False, or what is compiled: the loss as a "whole", or each of the "blocks" by itself.
+        float32_matmul: "default", or "onednn" on a CPU for which oneDNN has faster kernels than MKL. Only torch can
+            tell: in a plan, "auto" stays at "default".
+        is_local: Whether it is this machine, so that what was measured here applies.
+    """
+
+    accelerator: Literal["cpu", "cuda"]
+    name: str
+    devices: int
+    num_nodes: int
+    precision: str
+    compile: Literal[False, "whole", "blocks"]
+    float32_matmul: str = "default"
+    is_local: bool = True
+
+    @property
+    def world_size(self) -> int:
+        """Devices over all nodes."""
+        return self.devices * self.num_nodes
+
+    @property
+    def gpu(self) -> GPU | None:
+        """The GPU's entry in the table; None for a CPU, or if the table lacks it."""
+        return gpu_from_cuda_name(self.name) if self.accelerator == "cuda" else None
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes of one device; of a CPU, this machine's. None if it is not known."""
+        if self.accelerator == "cuda":
+            return self.gpu.memory if self.gpu else None
+        return total_memory()
+
+    def peak_flops(self) -> float | None:
+        """Returns the peak FLOP/s of one device at this precision, or None if it is not known for certain."""
+        return self.gpu.flops if self.gpu and self.precision.startswith("bf16") else None
+
+
+class DeviceFacts(NamedTuple):
+    """The facts by which "auto" is resolved.
+
+    Attributes:
+        accelerator: "cuda" or "cpu".
+        name: See ``Hardware``.
+        available: Devices of a node: its GPUs; 1 for a CPU.
+        has_bf16: Whether the device computes in bfloat16, without emulation.
+        can_compile: Whether torch.compile works for the device.
+        float32_matmul: The faster exact choice; see ``Hardware``.
+    """
+
+    accelerator: Literal["cpu", "cuda"]
+    name: str
+    available: int
+    has_bf16: bool
+    can_compile: bool
+    float32_matmul: str = "default"
+
+
+def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
+    """Resolves every "auto" of a configuration; under torchrun or srun, the number of devices and nodes is theirs.
+
+    On a CPU, bfloat16 and compiling are chosen only for wide models in a single process: float32 is exact, and nearly
+    as fast for small ones, and several processes on one CPU only try out what GPUs will do.
+    """
+
+    def gains(min_width: int) -> bool:
+        is_wide = trainer.strategy == "single" and model.n_embd >= min_width
+        return facts.accelerator == "cuda" or is_wide
+
+    devices, num_nodes = _count_devices(trainer, facts.available)
+    best_precision = "bf16-mixed" if facts.has_bf16 and gains(MIN_WIDTH_BF16) else "32-true"
+    return Hardware(
+        accelerator=facts.accelerator,
+        name=facts.name,
+        devices=devices,
+        num_nodes=num_nodes,
+        precision=best_precision if trainer.precision == "auto" else trainer.precision,
+        compile=_resolve_compile(trainer, train, gains=facts.can_compile and gains(MIN_WIDTH_COMPILE)),
+        float32_matmul=facts.float32_matmul if trainer.float32_matmul == "auto" else trainer.float32_matmul,
+    )
+
+
+def resolve_loss_chunk(chunk: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
+    """Returns how many tokens have their logits computed at a time; "auto" is 64 MiB of logits, None all tokens."""
+    return MAX_LOGITS_BYTES // (4 * model.padded_vocab_size) if chunk == "auto" else chunk
+
+
+def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
+    """Returns the hardware that ``gptlab.training.devices.choose_devices`` will choose here, without asking torch.
+
+    Raises:
+        UserError: A GPU is required and nvidia-smi lists none.
+    """
+    gpus = () if trainer.accelerator == "cpu" else list_gpus()
+    if trainer.accelerator == "gpu" and not gpus:
+        raise UserError(
+            "trainer.accelerator=gpu: this machine has no GPU that nvidia-smi would name. gpu=<name> plans for one "
+            "that is elsewhere."
+        )
+    available = max(len(gpus), trainer.tensor_parallel)  # a plan for more devices than there are is allowed
+    if gpus:
+        facts = DeviceFacts("cuda", gpus[0], available, has_bf16=True, can_compile=has_compiler())
+    else:
+        has_bf16 = "avx512_bf16" in read_cpuinfo().get("flags", "").split()
+        facts = DeviceFacts("cpu", processor_name(), available, has_bf16, has_compiler())
+    return resolve_hardware(facts, trainer, train, model)
+
+
+def gpu_hardware(gpu: GPU, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
+    """Returns a machine with this GPU: as many as the trainer names, or one."""
+    facts = DeviceFacts("cuda", gpu.name, trainer.tensor_parallel, has_bf16=True, can_compile=True)
+    return resolve_hardware(facts, trainer, train, model)._replace(is_local=False)
+
+
+@cache
+def list_gpus() -> tuple[str, ...]:
+    """Returns the names of this machine's GPUs by nvidia-smi; none if that is not installed."""
+    try:
+        command = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return tuple(line.strip() for line in output.splitlines() if line.strip())
+
+
+@cache
+def read_cpuinfo() -> dict[str, str]:
+    """Returns what the kernel reports about the first core, by its keys; nothing if there is no /proc/cpuinfo."""
+    try:
+        lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def processor_name() -> str:
+    """Returns the name of this machine's processor, with its cores."""
+    return f"{read_cpuinfo().get('model name') or os.uname().machine}, {os.cpu_count()} cores"
+
+
+def total_memory() -> float:
+    """Returns the bytes of memory of this machine."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def has_compiler() -> bool:
+    """Returns whether there is a C compiler, which torch.compile needs on every device."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+
+
+def _count_devices(trainer: TrainerConfig, available: int) -> tuple[int, int]:
+    """Returns the processes per node, and the nodes."""
+    if launched_externally():
+        return external_devices()
+    if trainer.strategy == "single":
+        return 1, 1
+    return (available if trainer.devices == "auto" else trainer.devices), trainer.num_nodes
+
+
+def _resolve_compile(trainer: TrainerConfig, train: TrainConfig, *, gains: bool) -> Literal[False, "whole", "blocks"]:
+    """Returns what is compiled, if "auto" ``gains`` by it.
+
+    Sharding runs hooks between the blocks, so that only these can be compiled.
+    """
+    if not (gains if train.compile == "auto" else train.compile):
+        return False
+    return "blocks" if train.compile == "blocks" or trainer.strategy in ("fsdp", "fsdp_tp") else "whole"
