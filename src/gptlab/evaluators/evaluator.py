@@ -23,7 +23,7 @@ from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 from gptlab.training.devices import use_best_matmul
 from gptlab.training.distributed.processes import external_devices, launched_externally
-from gptlab.training.hardware import resolve_loss_chunk
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 T = TypeVar("T")
 

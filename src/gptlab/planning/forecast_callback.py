@@ -25,7 +25,8 @@ class ForecastCallback(ExtraCallback):
         module, run = trainer.lightning_module, self.run
         measured = {
             "parameters": float(sum(parameter.numel() for parameter in module.parameters())),
-            "peak_memory_bytes": float(peak_memory(module.device)),
+            # the module's device is the CPU by now, where Lightning's teardown has moved it
+            "peak_memory_bytes": float(peak_memory(trainer.strategy.root_device)),
             "seconds": run.recorder.seconds if trainer.global_step >= run.config.steps else None,
         }
         return score_forecast(run.run_dir, run.config, run.manifest, run.devices, measured)
