@@ -12,16 +12,13 @@ from pathlib import Path
 WORK, PART, ONLY = Path(), "1", set()  # main sets them
 
 ATOMICS = "atomic additions: deterministic kernels are not requested"
-TEARDOWN = "forecast_callback.py measures the device of a model that Lightning's teardown has moved to the CPU"
 KNOWN = {  # checks that are expected to fail, and why
     "offload": "training/callbacks/step_sync.py stacks tensors of the GPU and of the CPU",
     "graphs3": "CUDA graphs with gradient accumulation: gradients lie in the graphs' memory (pytorch/pytorch#169545)",
     "growing": "torch.compile has no recompile_limit before torch 2.13 (training/distributed/strategies.py)",
     "again": ATOMICS,
     "half": ATOMICS,
-    "gpt2": f"50,257 rows and chunks of 333 tokens; {TEARDOWN}",
-    "gpt2_best": TEARDOWN,
-    "speedrun": TEARDOWN,
+    "gpt2": "50,257 rows and chunks of 333 tokens",
 }
 
 
