@@ -1,1 +1,4 @@
-"""The network and what is true of it: no Lightning, no Hydra, no file of the data layer."""
+"""The model in plain torch: GPT-2 in ``gpt``, what has been found since in ``modern``, attention, kernels and the loss.
+
+``config`` describes every option once. Imports no Lightning, no Hydra and nothing of ``data``.
+"""

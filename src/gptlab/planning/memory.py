@@ -183,20 +183,20 @@ def _moments(
     parts = count_shares(config.model, spread.split)
     size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
-    learnt = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
+    trained_bytes = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
     network, head = network_bytes(forward), head_bytes(forward, chunk)
     again = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
-        "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * learnt,
+        "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * trained_bytes,
         "holes": 0.0 if forward.on_gpu else _holes(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
     making, learning = _logits(forward, chunk)
-    waiting = weights + 2 * learnt if _copies_checkpoints(config) else 0.0
+    waiting = weights + 2 * trained_bytes if _copies_checkpoints(config) else 0.0
     # gradients persist if micro-batches accumulate in them, and in DDP's buckets
-    stay = learnt if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
+    stay = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
     of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
 
     def at(
@@ -206,11 +206,11 @@ def _moments(
         return MemoryEstimate(**always, **numbers, buffers=buffers + waiting, moment=moment)
 
     return [
-        at("when the logits are there", learnt, copies, network + head, making, 0.0),
-        at("when the forward pass is in the last block", learnt, copies, network + again, 0.0, 0.0),
+        at("when the logits are there", trained_bytes, copies, network + head, making, 0.0),
+        at("when the forward pass is in the last block", trained_bytes, copies, network + again, 0.0, 0.0),
         at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
         at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
-        at("in the optimizer's step", learnt, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
+        at("in the optimizer's step", trained_bytes, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
     ]
 
 

@@ -90,7 +90,7 @@ class SweepRunner:
             finally:
                 self.launcher.close()
         status = self._status(signals.received)
-        self._summarise(status)
+        self._summarize(status)
         return status
 
     def _work(self, waiting: Iterator[_ReadyTrial]) -> None:
@@ -183,7 +183,7 @@ class SweepRunner:
         statuses = {trial.status or DONE for trial in trials} - {PRUNED, DONE}
         return max((status if status in (CONFIG_ERROR, DIVERGED) else FAILED for status in statuses), default=DONE)
 
-    def _summarise(self, status: int) -> None:
+    def _summarize(self, status: int) -> None:
         trials = sorted(self.store.trials.values(), key=lambda trial: trial.number)
         counts = Counter(trial.state for trial in trials)
         if any(trial.state == "done" for trial in trials):

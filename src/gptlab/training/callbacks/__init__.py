@@ -1,1 +1,4 @@
-"""Lightning callbacks: metrics, checkpoints, samples, preemption, and checks of each step; one concern a file."""
+"""Lightning callbacks of a run: metrics, checkpoints, samples, preemption, and checks of each step.
+
+One concern a file. ``launch.train_run`` adds them in the order in which Lightning calls them.
+"""

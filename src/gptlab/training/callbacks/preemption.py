@@ -46,7 +46,7 @@ class Preemption(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Listen from here on; before, there is nothing to save."""
         for number in SIGNALS:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,7 +67,7 @@ class Preemption(L.Callback):
         """Leave no sum on its way."""
         self._agreement.collect()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.step_sync.stop_requested = True
 
     def _stop(self, trainer: L.Trainer, *, evaluation_due: bool) -> None:

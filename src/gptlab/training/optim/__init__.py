@@ -1,1 +1,4 @@
-"""Optimizers, learning-rate schedules and weight averaging."""
+"""Optimizers (AdamW and Muon) with their parameter groups, learning-rate schedules and weight averaging.
+
+Schedules are pure functions of the step.
+"""

@@ -23,17 +23,17 @@ CPU_STACK, STACK = 2**20, 2**26
 
 
 class StackedMuon(Muon):
-    """torch.optim.Muon (Jordan et al. 2024), whose matrices of one shape are orthogonalised in one product.
+    """torch.optim.Muon (Jordan et al. 2024), whose matrices of one shape are orthogonalized in one product.
 
     By itself each small matrix would keep a device waiting for its next instruction. Of a sharded matrix every device
-    gathers the whole update, orthogonalises it, as the others do, and keeps its own part.
+    gathers the whole update, orthogonalizes it, as the others do, and keeps its own part.
 
     Attributes:
         found_inf: A tensor () that is 1 where the step is to change nothing, as for torch's fused optimizers; or None.
 
     Args:
         groups: As for torch.optim.Muon.
-        ns_dtype: In which the update is orthogonalised: "bfloat16", as in torch.optim.Muon, or "float32".
+        ns_dtype: In which the update is orthogonalized: "bfloat16", as in torch.optim.Muon, or "float32".
         cautious: Weights decay only where the update has their sign (Chen et al. 2025, Cautious Weight Decay,
             algorithm 1).
         options: Of torch.optim.Muon.
