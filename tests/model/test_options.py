@@ -1,6 +1,7 @@
 """What has been found since GPT-2: each option against transformers or the formula, written out."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -212,7 +213,22 @@ def test_attention_is_torch_s_whatever_the_length(length):
 
 
 def test_mistakes_are_told():
-    with pytest.raises(ValidationError, match=r"value_embeddings=2 .* n_layer=2 has not so many; at most 1"):
+    with pytest.raises(ValidationError, match=r"value_embeddings=2 .* n_layer=2; at most 1 fit"):
         tiny_config(value_embeddings=2)
     with pytest.raises(ValidationError, match=r"positions=rotary_half .* heads of 6, which is no multiple of 4"):
         tiny_config(n_embd=12, n_head=2, positions="rotary_half")
+
+
+FORMULAS = {
+    "gelu": lambda x: x * (1 + torch.erf(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "relu_squared": lambda x: x.clamp(min=0) ** 2,
+}
+
+
+@pytest.mark.parametrize("modern", [False, True])
+@pytest.mark.parametrize("activation", get_args(GPTConfig.model_fields["activation"].annotation))
+def test_every_activation_is_its_formula(activation, modern):
+    model = build_gpt(tiny_config(activation=activation, **({"qk_norm": True} if modern else {})))
+    x = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    torch.testing.assert_close(model.h[0].mlp.act(x), FORMULAS[activation](x), rtol=1e-12, atol=1e-12)

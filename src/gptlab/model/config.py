@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from gptlab.config.base import FrozenConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
+GPT2_ACTIVATIONS = ("gelu", "gelu_tanh")  # gptlab.model.gpt has them; others are in gptlab.model.modern
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ class GPTConfig(FrozenConfig):
     def _two_ends(self) -> Self:
         if 2 * self.value_embeddings > self.n_layer:
             raise ValueError(
-                f"value_embeddings={self.value_embeddings} are for as many of the first and of the last blocks, and "
-                f"n_layer={self.n_layer} has not so many; at most {self.n_layer // 2}"
+                f"value_embeddings={self.value_embeddings} needs n_layer of at least {2 * self.value_embeddings}, one "
+                f"block at each end for each of them, but n_layer={self.n_layer}; at most {self.n_layer // 2} fit"
             )
         return self
 
@@ -133,7 +134,7 @@ class GPTConfig(FrozenConfig):
     def is_gpt2(self) -> bool:
         """Whether ``gptlab.model.gpt.GPT`` is the model: no option in use that has been found since GPT-2."""
         modern = any(getattr(self, name) != value for name, value in GPT2_OPTIONS.items())
-        return not (modern or self.zero_init or self.activation == "relu_squared")
+        return not (modern or self.zero_init or self.activation not in GPT2_ACTIVATIONS)
 
     def is_global(self, layer: int) -> bool:
         """Whether a block, counted from 0, sees all earlier tokens, whatever the window."""

@@ -4,7 +4,7 @@ Shapes: B batch, T time, C channels (``n_embd``), V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,15 +22,16 @@ from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.loss import LogitSettings, lm_loss, token_losses
 
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
 
 
 class MLP(nn.Module):
     """Position-wise feed-forward network, four times as wide inside."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, activation: nn.Module) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act: nn.Module = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.act = activation
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -47,7 +48,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ACTIVATIONS[config.activation]())
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Transforms the residual stream ``x`` (B, T, C); same shape."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptlab.model.attention import AttentionContext, CausalSelfAttention, rotate
 from gptlab.model.config import NORM_EPSILON, GPTConfig
-from gptlab.model.gpt import GPT, MLP
+from gptlab.model.gpt import ACTIVATIONS, GPT, MLP
 from gptlab.model.kernels import attention_weights
 from gptlab.model.loss import LogitSettings
 
@@ -31,6 +31,9 @@ class ReLUSquared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Applies it to every element; same shape."""
         return F.relu(x).square()
+
+
+MODERN_ACTIVATIONS = {**ACTIVATIONS, "relu_squared": ReLUSquared}
 
 
 class WeightedSum(nn.Module):
@@ -92,9 +95,7 @@ class ModernBlock(nn.Module):
         self.ln_1 = _norm(config)
         self.attn = ModernAttention(config, layer)
         self.ln_2 = _norm(config)
-        self.mlp = MLP(config)
-        if config.activation == "relu_squared":
-            self.mlp.act = ReLUSquared()
+        self.mlp = MLP(config, MODERN_ACTIVATIONS[config.activation]())
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, x0: Tensor, skip: Tensor | None, extra_values: tuple[Tensor, ...]
