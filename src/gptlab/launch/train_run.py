@@ -166,7 +166,8 @@ def _train(
     except Preempted:
         print_stopped("Stopped by a signal", run_dir, trainer.global_step)
         if is_first:
-            end_state(run_dir, PREEMPTED)
+            step = trainer.global_step
+            end_state(run_dir, PREEMPTED, step=step, tokens=recorder.tokens(step))
         return PREEMPTED
     except BaseException as error:
         if is_first:
@@ -257,10 +258,10 @@ def _build_callbacks(
     extra_callbacks: Sequence[L.Callback],
 ) -> list[L.Callback]:
     """Builds the callbacks in the order in which Lightning calls them."""
-    pulse, wanted = StepSync(), config.callbacks
-    guard = TrainingHealthMonitor(pulse, config.train, replay_command(run_dir))
-    recorder.counts.append(guard.counts)
-    callbacks: list[L.Callback] = [pulse, recorder, guard]
+    step_sync, wanted = StepSync(), config.callbacks
+    health_monitor = TrainingHealthMonitor(step_sync, config.train, replay_command(run_dir))
+    recorder.counts.append(health_monitor.counts)
+    callbacks: list[L.Callback] = [step_sync, recorder, health_monitor]
     if wanted.trace:  # before the checkpoints: each has its line
         callbacks.append(DeterminismTrace(run_dir / TRACE, wanted.trace.every))
     if wanted.samples:
@@ -276,7 +277,7 @@ def _build_callbacks(
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
         checkpoints = RunCheckpoint(checkpoint_io, run_dir / CHECKPOINTS, every=every, eval_every=eval_every)
         callbacks.append(checkpoints)
-    return [*callbacks, *extra_callbacks, Preemption(pulse, checkpoints), GarbageCollection()]
+    return [*callbacks, *extra_callbacks, Preemption(step_sync, checkpoints), GarbageCollection()]
 
 
 def _open_run_dir(

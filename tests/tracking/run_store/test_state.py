@@ -53,6 +53,13 @@ def test_an_end_is_written_down(tmp_path, status, state):
     assert (found.state, found.status, found.message, found.step, found.loss) == (state, status, "why", 7, 2.5)
 
 
+def test_a_run_that_was_stopped_is_at_the_step_that_was_saved(tmp_path):
+    new_state(100).model_copy(update={"step": 30, "tokens": 300}).save(tmp_path)  # the last step that was logged
+    end_state(tmp_path, PREEMPTED, step=54, tokens=540)
+    found = load_state(tmp_path)
+    assert (found.state, found.step, found.tokens) == ("stopped", 54, 540)
+
+
 def test_a_state_by_an_earlier_name_is_read_by_its_present_one(tmp_path):
     (tmp_path / "state.json").write_text('{"state": "mistaken", "status": 2}')
     assert load_state(tmp_path).state == "config_error"

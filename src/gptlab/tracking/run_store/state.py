@@ -104,11 +104,23 @@ def load_state(directory: Path) -> RunState | None:
     return state
 
 
-def end_state(directory: Path, status: int, message: str | None = None) -> None:
-    """Records how a run ended, if it had started."""
+def end_state(
+    directory: Path, status: int, message: str | None = None, *, step: int | None = None, tokens: int | None = None
+) -> None:
+    """Records how a run ended, if it had started.
+
+    Args:
+        directory: The run directory.
+        status: Exit status.
+        message: Why the run ended, if it failed.
+        step: Step that the run was saved at; None keeps the last one that was logged.
+        tokens: Tokens seen until then.
+    """
     state = load_state(directory)
     if state is not None:
         changes: dict[str, Any] = {"state": END_STATES.get(status, "failed"), "status": status, "message": message}
+        if step is not None:
+            changes |= {"step": step, "tokens": tokens}
         state.model_copy(update={**changes, "seconds_left": None, "updated": time.time()}).save(directory)
 
 

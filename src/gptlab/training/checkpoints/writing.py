@@ -48,7 +48,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self._group: dist.ProcessGroup | None = None
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
-        """Write one file into ``path``, on the first rank alone; ``storage_options`` are its Facts."""
+        """Write one file into ``path``, on the first rank alone; ``storage_options`` is its ``CheckpointMetadata``."""
         self._save(_write_state, checkpoint, Path(path), storage_options)
 
     def save_shards(self, checkpoint: Checkpoint, path: Path, facts: CheckpointMetadata) -> None:
