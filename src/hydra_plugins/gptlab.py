@@ -1,4 +1,4 @@
-"""Where Hydra looks for plugins. What they do is in gptlab.sweeps."""
+"""Hydra plugins of gptlab: sweeper and launchers, implemented in gptlab.sweeps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,40 +12,40 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class GptlabSweeper(Sweeper):
-    """Runs the trials of a sweep; its settings are those of conf/hydra/sweeper/gptlab.yaml."""
+    """Runs the trials of a sweep; configured by conf/hydra/sweeper/gptlab.yaml."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Keep what a trial's configuration is composed with."""
+        """Stores the context and the configuration from which the trials are composed."""
         self.hydra_context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> None:
-        """Run every trial that has not ended yet, and tell what came of it."""
-        from gptlab.sweeps.sweeper import run_sweep  # Hydra imports this module for every command
+        """Runs every trial that has not ended yet and prints the results."""
+        from gptlab.sweeps.sweeper import run_sweep  # lazy: Hydra imports this module for every command
 
         launcher = OmegaConf.to_container(self.config.hydra.launcher, resolve=True)
         run_sweep(self.hydra_context, self.config, arguments, self.settings, launcher)
 
 
 class _OfSweeper(Launcher):
-    """A launcher that only the sweeper of gptlab can use: it gives each trial a place, and takes it up again."""
+    """Launcher that only gptlab's sweeper can use, which gives each trial a folder and can resume it."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Nothing is needed."""
+        """Does nothing."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Refuse."""
+        """Raises HydraException: these launchers need ``hydra/sweeper=gptlab``."""
         raise HydraException("hydra/launcher=processes and slurm belong to hydra/sweeper=gptlab; others have basic")
 
 
 class ProcessLauncher(_OfSweeper):
-    """Each trial in a process of its own on this machine; conf/hydra/launcher/processes.yaml."""
+    """Runs each trial in its own process on this machine; configured by conf/hydra/launcher/processes.yaml."""
 
 
 class SlurmLauncher(_OfSweeper):
-    """Each trial a job of SLURM; conf/hydra/launcher/slurm.yaml."""
+    """Runs each trial as a SLURM job; configured by conf/hydra/launcher/slurm.yaml."""

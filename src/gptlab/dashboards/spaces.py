@@ -1,4 +1,4 @@
-"""The sweeps of sweeps/ as W&B has them: files for `wandb sweep`, made from the same spaces. Imports no torch."""
+"""Exports the sweeps of ``sweeps/`` as files for `wandb sweep`, with the same search spaces. Imports no torch."""
 
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,23 @@ from hydra.errors import HydraException
 
 from gptlab.errors import UserError
 
-METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # W&B's for our searches
+METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # our search method -> W&B's
 METRIC = "val/loss"
 
 
 def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
-    """Write a file for `wandb sweep` for each sweep.
+    """Writes a file for `wandb sweep` for each sweep.
 
     Args:
-        sweeps: The folder of the sweeps.
+        sweeps: Folder of the sweeps.
         logger: conf/logger/wandb.yaml, which names the project.
-        folder: For the files; made when it is needed.
+        folder: Output folder; created when needed.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
-        UserError: A space cannot be read or is empty, or nothing can be written.
+        UserError: A search space cannot be read or is empty, or the files cannot be written.
     """
     project = yaml.safe_load(logger.read_text(encoding="utf-8"))["wandb"]["project"]
     texts = {path.name: wandb_sweep(path, project) for path in sorted(sweeps.glob("*.yaml"))}
@@ -40,7 +40,11 @@ def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
 
 
 def wandb_sweep(path: Path, project: str) -> str:
-    """Return what `wandb sweep` is to read for a sweep."""
+    """Returns the YAML that `wandb sweep` reads, for one sweep.
+
+    Raises:
+        UserError: The search space cannot be read or is empty.
+    """
     text = path.read_text(encoding="utf-8")
     sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
     overrides = [_parsed(path, key, value) for key, value in (sweeper.get("params") or {}).items()]
@@ -58,7 +62,7 @@ def wandb_sweep(path: Path, project: str) -> str:
         "metric": {"name": sweeper.get("metric") or METRIC, "goal": "minimize"},
         "parameters": {override.get_key_element(): _parameter(path, override) for override in varied},
         **({"run_cap": sweeper["n_trials"]} if sweeper.get("n_trials") else {}),
-        # the rest of the sweep's file is composed as ever, but one run at a time
+        # Hydra composes the rest of the sweep's file as usual, but for a single run
         "command": [
             *("${env}", "${interpreter}", "-m", "gptlab.train"),
             *(f"sweeps={path.stem}", "hydra.mode=RUN", "logger=wandb", *fixed, "${args_no_hyphens}"),
@@ -79,7 +83,7 @@ def _parsed(path: Path, key: str, value: object) -> Override:
 
 
 def _parameter(path: Path, override: Override) -> dict[str, Any]:
-    """Return what W&B draws a key's values from."""
+    """Returns the W&B parameter specification of a key's values."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high = sweep.start, sweep.end
@@ -93,7 +97,7 @@ def _parameter(path: Path, override: Override) -> dict[str, Any]:
         return {**kind, "min": low, "max": high}
     try:
         values = [_plain(value) for value in override.sweep_iterator()]
-    except HydraException:  # of a glob, which only the command line resolves
+    except HydraException:  # for a glob, which is resolved only on the command line
         values = []
     if not values:
         raise UserError(f"{path}: {override.input_line} has no values that could be written down one by one.")
@@ -101,12 +105,12 @@ def _parameter(path: Path, override: Override) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that W&B's agent writes as Hydra reads it: numbers as they are, all else as Hydra writes it."""
+    """Returns a value that W&B's agent writes as Hydra reads it: numbers unchanged, others as Hydra's string."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number else Transformer.str(value)
 
 
 def _question(text: str) -> str:
-    """Take the question out of a sweep's comment, which ends with the command that asks it."""
+    """Extracts the question from a sweep's comment, which ends with the command that runs the sweep."""
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# "))
     return comment.partition("python -m")[0].rstrip(": ")

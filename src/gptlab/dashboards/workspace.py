@@ -1,4 +1,4 @@
-"""The W&B workspace of a project, as code. Imports no torch."""
+"""W&B workspace of a project, defined in code. Imports no torch."""
 
 import json
 from typing import TYPE_CHECKING
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import LinePlot
     from wandb_workspaces.workspaces import Section, Workspace
 
-BEST = "val/loss.min"  # in the summary of a run
-# What sweeps vary, as columns of the parallel coordinates; the ones that are the same in all runs show that.
+BEST = "val/loss.min"  # key in a run's summary
+# Settings that sweeps vary: columns of the parallel coordinates. A column may have the same value in all runs.
 VARIED = ("optimizer.lr", "train.global_batch_size", "model.n_layer", "model.n_embd", "train.max_steps", "seed")
 
 
 def build_workspace(entity: str, project: str, name: str) -> "Workspace":
-    """Build the workspace: how training goes, how fast it is, what a sweep says, and what the model writes.
+    """Builds the workspace with sections for training health, throughput, sweep comparison and samples.
 
     Raises:
         UserError: wandb-workspaces is not installed.
@@ -41,9 +41,9 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
 
 
 def workspace_json(workspace: "Workspace") -> str:
-    """Write a workspace as W&B is sent it.
+    """Returns a workspace as the JSON that is sent to W&B.
 
-    wandb-workspaces 0.4.13 has no public method for it but ``Workspace.save``, which also sends it.
+    wandb-workspaces 0.4.13 has no public method for this except ``Workspace.save``, which also sends it.
     """
     view = workspace._to_model()  # noqa: SLF001
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
@@ -52,10 +52,10 @@ def workspace_json(workspace: "Workspace") -> str:
 
 
 def save_workspace(workspace: "Workspace") -> str:
-    """Send a workspace to W&B; return where it is.
+    """Sends a workspace to W&B; returns its URL.
 
     Raises:
-        UserError: There is no login, W&B does not take it, or W&B's own settings forbid a connection.
+        UserError: There is no login, W&B rejects the workspace, or W&B's own settings forbid a connection.
     """
     if forbidden := opt_out():
         raise UserError(
@@ -76,7 +76,7 @@ def save_workspace(workspace: "Workspace") -> str:
 
 
 def _line(title: str, *metrics: str, **options: object) -> "LinePlot":
-    """A chart of metrics over the tokens seen."""
+    """Returns a line plot of metrics over the tokens seen."""
     from wandb_workspaces.reports.v2.interface import LinePlot
 
     return LinePlot(title=title, x="tokens", y=list(metrics), **options)  # type: ignore[arg-type]

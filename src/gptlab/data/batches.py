@@ -1,4 +1,4 @@
-"""Micro-batches, each computed from its number alone: the same on any number of devices and workers.
+"""Micro-batches, each a function of its number alone: identical for any number of devices and workers.
 
 Shapes: B sequences of the micro-batch, T time.
 """
@@ -14,15 +14,15 @@ from torch.utils.data import Dataset
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.streams import TokenStream
 
-AT_ONCE = 1024  # windows whose first tokens are computed together, which costs little more than those of one batch
-IGNORE_INDEX = -100  # cross_entropy's own ignore_index: a target that is not scored
+AT_ONCE = 1024  # windows whose starts are computed together, which costs little more than those of one batch
+IGNORE_INDEX = -100  # default ignore_index of cross_entropy: the target is not scored
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T), the next id at every position (B, T), and the number of its document.
+    """Token ids (B, T), next token ids (B, T), and document numbers.
 
-    ``documents`` (B, T) numbers the documents of each sequence, each of which begins with an end of text (but for the
-    first): as one does that is continued from nothing. None where they are not told apart.
+    ``documents`` (B, T) numbers the documents within each sequence. Each but the first begins with an end-of-text
+    token, as a text generated without a prompt does. It is None if documents are not separated.
     """
 
     idx: Tensor
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class RankSlice(NamedTuple):
-    """One rank's share of the sequences that all ranks hold at once: ``world_size * micro_batch_size``, or fewer."""
+    """One rank's share of the sequences that all ranks process at once: at most ``world_size * micro_batch_size``."""
 
     rank: int
     world_size: int
@@ -39,17 +39,17 @@ class RankSlice(NamedTuple):
 
 
 class TrainBatches(Dataset[Batch]):
-    """Micro-batch number m of a rank, for any m >= 0.
+    """Training micro-batches of one rank: number m, for any m >= 0.
 
-    With A of them in a step, it is micro-batch m % A of optimizer step m // A. A is the same in all steps, and follows
-    from the last stage; where there is but one, the place of a micro-batch does not depend on A.
+    With A micro-batches per step, number m is micro-batch m % A of optimizer step m // A. A is the same for all steps
+    and is computed from the last stage; with a single stage, the windows of a micro-batch do not depend on A.
 
     Args:
-        stream: The tokens of train.
-        order: Where the windows start.
-        part: Of which rank, with the micro-batch of the last stage.
-        eot_id: The id that documents are told apart by; None leaves them packed.
-        stages: How many windows every step has; None: always the same number.
+        stream: Tokens of the train split.
+        order: Order of the windows.
+        part: Rank, world size, and micro-batch size of the last stage.
+        eot_id: End-of-text id that separates documents; None if they are not separated.
+        stages: Number of windows of every step; None for a constant number.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TrainBatches(Dataset[Batch]):
         self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def positions(self, number: int) -> NDArray[np.int64]:
-        """Global positions (B,) of micro-batch ``number``."""
+        """Returns the global positions (B,) of micro-batch ``number`` in the order of the windows."""
         step, micro = divmod(number, self.accumulation)
         size = self.stages.batch(step) // (self.part.world_size * self.accumulation)
         first = self.stages.first(step) + (micro * self.part.world_size + self.part.rank) * size
@@ -79,7 +79,7 @@ class TrainBatches(Dataset[Batch]):
         return _batch(self.stream, self._starts(number), self.order.block_size, self.eot_id)
 
     def _starts(self, number: int) -> NDArray[np.int64]:
-        """First tokens (B,) of the windows of micro-batch ``number``."""
+        """Returns the first tokens (B,) of the windows of micro-batch ``number``."""
         group, index = divmod(number, self.at_once)
         if self._latest is None or self._latest[0] != group:
             first = group * self.at_once
@@ -90,7 +90,7 @@ class TrainBatches(Dataset[Batch]):
 
 
 class EvaluationBatches(Dataset[Batch]):
-    """A rank's share of the evaluation windows. Ranks have equally many batches, filled up with unscored windows."""
+    """One rank's share of the evaluation windows. All ranks have equally many batches, padded with unscored windows."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class EvaluationBatches(Dataset[Batch]):
 
 def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, eot_id: int | None) -> Batch:
     rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
-    # clone(), not contiguous(): of a single row that is a view, and what is written into targets would change idx
+    # clone(), not contiguous(): for a single row that is a view, and writing into targets would change idx
     idx = rows[:, :-1].clone(memory_format=torch.contiguous_format)
     targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)
     documents = None if eot_id is None else (idx == eot_id).cumsum(dim=1)

@@ -1,12 +1,12 @@
-"""Export formats, and what each can hold. Imports no torch.
+"""Export formats and their capabilities. Imports no torch.
 
-| format  | for                                          | its network                                             |
+| format  | for                                          | implementation of the model                             |
 |---------|----------------------------------------------|---------------------------------------------------------|
 | hf      | transformers, and every server that loads it | transformers, modeling_gpt2.py                          |
-| nanogpt | karpathy/nanoGPT                             | nanoGPT, model.py: one matrix with ``wte``, exact GELU  |
-| llmc    | karpathy/llm.c                               | llm.c, train_gpt2.c: one matrix with ``wte``, tanh GELU |
+| nanogpt | karpathy/nanoGPT                             | nanoGPT, model.py: head tied to ``wte``, exact GELU     |
+| llmc    | karpathy/llm.c                               | llm.c, train_gpt2.c: head tied to ``wte``, tanh GELU    |
 | gguf    | llama.cpp                                    | llama.cpp, LLM_ARCH_GPT2: tanh GELU                     |
-| onnx    | onnxruntime, and what else runs a graph      | gptlab's own                                            |
+| onnx    | onnxruntime and other graph runtimes         | gptlab's own                                            |
 """
 
 from importlib.util import find_spec
@@ -23,12 +23,12 @@ class FormatCapabilities(NamedTuple):
     """Capabilities of a format.
 
     Attributes:
-        dtypes: In which its weights can be.
-        activations: Of ``model.activation``; None: all.
-        tied_only: Whether its head is always the embedding's matrix.
-        biases: Whether it always has biases; zeros are written for a model that has none.
-        tokenizers: That it has; None: all, and none is needed.
-        packages: That write it.
+        dtypes: Supported dtypes of the weights.
+        activations: Supported values of ``model.activation``; None for all.
+        tied_only: Whether the head is always tied to the embedding.
+        biases: Whether the format always has biases; zeros are written for a model without biases.
+        tokenizers: Supported tokenizers; None for any, or no known tokenizer.
+        packages: Packages required to write the format.
     """
 
     dtypes: tuple[DtypeName, ...]
@@ -59,13 +59,13 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
     """Checks that a format can hold a model.
 
     Args:
-        name: Of the format.
-        dtype: Of the weights.
-        model: Its shape and options.
-        record: Of its tokenizer, if that is known.
+        name: Name of the format.
+        dtype: Dtype of the weights.
+        model: Shape and options of the model.
+        record: Record of the model's tokenizer, if known.
 
     Raises:
-        UserError: Names the options that have no counterpart, or the package that is missing.
+        UserError: A package is missing, or the format does not support the dtype, an option or the tokenizer.
     """
     form = FORMATS[name]
     if missing := [package for package in form.packages if find_spec(package) is None]:
@@ -88,7 +88,7 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
 
 
 def _unsupported_options(form: FormatCapabilities, model: GPTConfig) -> list[str]:
-    """Returns the options of a model that a format does not have, with their values."""
+    """Returns the options of a model that a format does not support, with their values."""
     if form.activations is None:
         return []
     values = model.model_dump()

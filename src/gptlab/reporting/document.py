@@ -1,4 +1,4 @@
-"""What the page shows, as one piece of plain data: runs, points, differences, sweeps, environments."""
+"""Collects the report's data as one JSON-serializable document: runs, points, differences, sweeps, environments."""
 
 import json
 import time
@@ -13,25 +13,25 @@ from gptlab.reporting.sweeps import describe_sweep
 from gptlab.tracking.run_store.runs import find_runs
 from gptlab.tracking.run_store.sweeps import load_sweep
 
-IGNORED_KEYS = ("seed", "name", "resume", "force_resume", "logger.")  # between runs of one point; a prefix ends in "."
-MAX_LABEL_PARTS = 4  # settings; runs that differ in more are called by their names
-PER_START_KEYS = ("time", "command", "folder", "slurm_job")  # of the environment, what is another one for every run
+IGNORED_KEYS = ("seed", "name", "resume", "force_resume", "logger.")  # may differ within a point; a prefix ends in "."
+MAX_LABEL_PARTS = 4  # settings; points that differ in more are labeled by run name
+PER_START_KEYS = ("time", "command", "folder", "slurm_job")  # entries of the environment that differ between runs
 LOSS = "val/loss"
 
 
 class ReportDocument:
-    """Gathers what is found at a place, as often as it is asked.
+    """Collects the runs and sweeps found at a location; every call of ``gather`` reads what has changed.
 
     Args:
         where: A run directory, a folder with runs below it, or a glob of either.
-        points: A curve's at most.
+        points: Largest number of points per curve.
     """
 
     def __init__(self, where: str, points: int) -> None:
         self.where, self.reader = where, RunReader(points, LOSS)
 
     def gather(self) -> dict[str, Any]:
-        """Return everything the page needs.
+        """Returns all data of the page.
 
         Raises:
             UserError: There is no run, or none that can be read.
@@ -67,7 +67,7 @@ def _sweep(directory: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _runs(entries: list[RunEntry]) -> dict[str, Any]:
-    """Put the runs side by side: what they share is said once, and of each what is its own."""
+    """Returns the page's data on runs; settings and environments shared by several runs are stored once."""
     keys = differing([entry.settings for entry in entries])
     varied = _varied(entries, keys)
     point_of, labels = _points(entries, keys, varied)
@@ -100,7 +100,7 @@ def _runs(entries: list[RunEntry]) -> dict[str, Any]:
 
 
 def _names(entries: list[RunEntry]) -> list[str]:
-    """Call runs by what their names do not share, and a trial of the one sweep that is shown by its number."""
+    """Returns short names for runs, without their common leading folders; numbered trials are named "trial <n>"."""
     parts = [entry.run.name.split("/") for entry in entries]
     if len(entries) == 1:
         return [entries[0].run.name]
@@ -113,16 +113,16 @@ def _names(entries: list[RunEntry]) -> list[str]:
 
 
 def differing(settings: list[dict[str, Any]]) -> list[str]:
-    """Name the settings that are not the same in all runs, in the order of the configuration."""
+    """Returns the settings that are not the same in all runs, in the order of the configuration."""
     names = dict.fromkeys(key for one in settings for key in one)
     missing = object()
     return [key for key in names if len({repr(one.get(key, missing)) for one in settings}) > 1]
 
 
 def _varied(entries: list[RunEntry], keys: list[str]) -> list[str]:
-    """Name what was changed on purpose: the overrides of the trials of sweeps, else what differs.
+    """Returns the settings that were varied: overrides if all runs are trials of sweeps, otherwise those that differ.
 
-    The seed is none: runs that differ in it alone are one point.
+    ``IGNORED_KEYS`` such as the seed are excluded: runs that differ only in them are one point.
     """
     if all(entry.trial is not None for entry in entries):
         named = dict.fromkeys(key for entry in entries if entry.trial for key in entry.trial.overrides)
@@ -137,14 +137,18 @@ def _is_ignored(key: str) -> bool:
 
 
 def _value(entry: RunEntry, key: str) -> Any:
-    """Return what a run has for a setting, or for a group, of which only its trial knows the option."""
+    """Returns a run's value of a setting; the option of a config group is known from its trial's overrides only."""
     if key in entry.settings:
         return entry.settings[key]
     return entry.trial.overrides.get(key) if entry.trial else None
 
 
 def _points(entries: list[RunEntry], keys: list[str], varied: list[str]) -> tuple[list[int], list[str]]:
-    """Say which runs are the same but for the seed, and call each of these points by what was varied."""
+    """Groups runs that are equal except for ``IGNORED_KEYS`` into points.
+
+    Returns:
+        The point of each run, and the label of each point, made from the settings that were varied.
+    """
     compared = [key for key in keys if not _is_ignored(key)]
     places, points = _distinct(entries, lambda entry: {key: entry.settings.get(key) for key in compared})
     first = [entries[places.index(point)] for point in range(len(points))]
@@ -161,13 +165,13 @@ def _points(entries: list[RunEntry], keys: list[str], varied: list[str]) -> tupl
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:
-    """Call settings by the last part of their names, where that says which."""
+    """Maps settings to the last part of their names if that is unique, otherwise to the full name."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return {key: part if last[part := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def _distinct(entries: list[RunEntry], what: Callable[[RunEntry], Any]) -> tuple[list[int], list[Any]]:
-    """Return the different things that entries have, and for every entry which of them."""
+    """Returns, for every entry, the index of its value ``what(entry)``, and the distinct values."""
     places: dict[Hashable, int] = {}
     values: list[Any] = []
     found = []

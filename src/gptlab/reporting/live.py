@@ -1,4 +1,4 @@
-"""The page on loopback, following runs as they go."""
+"""Serves the report on the loopback interface and updates it while runs progress."""
 
 import errno
 import hashlib
@@ -23,15 +23,15 @@ HEADERS = {
 
 
 class LiveServer(ThreadingHTTPServer):
-    """Serves the page at / and its data at /data.json, to this machine alone.
+    """Serves the page at / and its data at /data.json, on the loopback interface only.
 
     Args:
-        gather: Makes the document anew.
-        port: To listen at; 0: a free one.
-        poll: Seconds between two looks of the page.
+        gather: Returns the current document.
+        port: TCP port; 0 for a free one.
+        poll: Seconds between requests of the page for new data.
 
     Raises:
-        UserError: The port cannot be had.
+        UserError: The port is in use or not permitted.
     """
 
     daemon_threads = True
@@ -45,22 +45,22 @@ class LiveServer(ThreadingHTTPServer):
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
             raise UserError(f"port={port} {why}: name another one; port=0 takes one that is free.") from None
-        # other names come from a page elsewhere that had its name point here (DNS rebinding)
+        # other Host headers come from a foreign page whose name resolves to this address (DNS rebinding)
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     def document(self) -> dict[str, Any]:
-        """Make the document anew; the files are read once at a time, however many look."""
+        """Returns the current document; a lock makes concurrent requests read the files one after another."""
         with self._turn:
             return self._gather()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing where a page was closed before it had its answer."""
+        """Ignores errors of connections that the client closed before it had a response."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """URL of the page."""
         return f"http://{ADDRESS}:{self.server_port}/"
 
 
@@ -69,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "gptlab", ""
 
     def do_GET(self) -> None:
-        """Answer."""
+        """Responds with the page or its data; rejects requests with a foreign Host header."""
         if self.headers.get("Host") not in self.server.hosts:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This is {self.server.url} and nothing else.\n")
             return
@@ -81,11 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
                     self._news(self.server.document())
                 case _:
                     self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is / and /data.json.\n")
-        except UserError as error:  # the runs are gone
+        except UserError as error:  # the runs were removed
             self._answer(HTTPStatus.GONE, "text/plain", f"{error}\n")
 
     def _news(self, document: dict[str, Any]) -> None:
-        """Send the document, or say that it is still the one the page has."""
+        """Sends the document, or status 304 if the client already has it; only ``made`` may differ."""
         same = to_script_json({**document, "made": None})
         tag = f'"{hashlib.sha256(same.encode()).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:
@@ -107,4 +107,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Say nothing of every look."""
+        """Disables the log line per request."""

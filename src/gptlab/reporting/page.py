@@ -1,4 +1,4 @@
-"""The page: its template, style and scripts put together with the data, in one file that needs no network."""
+"""Renders the page: template, style, scripts and data in one HTML file that needs no network."""
 
 import base64
 import hashlib
@@ -17,14 +17,14 @@ SCRIPTS = (
 
 
 def render_page(document: dict[str, Any], poll: float | None) -> str:
-    """Write the page.
+    """Returns the page as HTML.
 
-    Nothing of a run is ever read as HTML: it stands in a block of JSON without "<", and the scripts write it as text.
-    The policy in the page's head lets run these scripts and no other, and lets nothing be loaded.
+    Data of a run is never parsed as HTML: it is embedded as JSON without "<", and the scripts insert it as text. The
+    Content Security Policy in the page's head allows only these scripts, and no external resources.
 
     Args:
         document: See ``ReportDocument.gather``.
-        poll: Seconds between two looks for news at the server that the page comes from; None where there is none.
+        poll: Seconds between requests to the page's server for new data; None for a static file.
     """
     parts = resources.files(__package__) / "page"
     style = (parts / "style.css").read_text(encoding="utf-8")
@@ -47,11 +47,11 @@ def render_page(document: dict[str, Any], poll: float | None) -> str:
 
 
 def to_script_json(document: dict[str, Any]) -> str:
-    """Write JSON that can stand in a script element whatever its strings are; NaN and infinity become null."""
+    """Returns JSON that is safe in a script element for any strings; NaN and infinity become null."""
     text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "replace").decode()  # of half a surrogate pair, no page can be made
+    return text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
 
 
 def _finite(value: Any) -> Any:
@@ -66,5 +66,5 @@ def _finite(value: Any) -> Any:
 
 
 def _hash(script: str) -> str:
-    """Name a script by its content, as a Content Security Policy does."""
+    """Returns the hash of a script in the form that a Content Security Policy uses."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""One run as plain data for the page. A run that cannot be read is told of, and the others are shown."""
+"""Reads a run as plain data for the page. A run that cannot be read is reported and left out."""
 
 import csv
 import json
@@ -15,22 +15,22 @@ from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
 from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
 
-MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # of a run; characters of one
-FEWEST_POINTS, TOGETHER = 100, 30_000  # of a curve; of that curve in all runs
+MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # samples per run; characters per sample
+FEWEST_POINTS, TOGETHER = 100, 30_000  # fewest points per curve; limit on the points of one metric over all runs
 
 
 @dataclass
 class RunEntry:
-    """What the page knows of a run.
+    """Data of one run.
 
     Attributes:
-        run: Where it lies.
-        settings: Its configuration, flat.
-        shown: The rest, as plain data.
+        run: The run and its directory.
+        settings: Flattened configuration.
+        shown: All other data of the page.
         environment: Machine, packages and commit.
-        trial: Which trial of a sweep it is.
+        trial: The sweep's trial that the run belongs to, if any.
         thinned: Whether a curve has fewer points than metrics.csv.
-        problems: What could not be read, in sentences.
+        problems: Sentences that describe what could not be read.
     """
 
     run: Run
@@ -43,11 +43,11 @@ class RunEntry:
 
 
 class RunReader:
-    """Reads runs, and each again only when a file of it has changed.
+    """Reads runs, and reads a run again only when one of its files has changed.
 
     Args:
-        points: A curve's at most; fewer where there are many runs.
-        metric: Whose lowest value a run is judged by.
+        points: Largest number of points per curve; reduced if there are many runs.
+        metric: Metric whose lowest value is a run's best.
     """
 
     def __init__(self, points: int, metric: str) -> None:
@@ -55,7 +55,7 @@ class RunReader:
         self._known: dict[Path, tuple[Any, RunEntry | str]] = {}
 
     def read(self, directories: list[Path]) -> tuple[list[RunEntry], list[str]]:
-        """Return the runs that can be read, and sentences about the others."""
+        """Returns the runs that can be read, and sentences about what cannot be read."""
         points = max(FEWEST_POINTS, min(self.points, TOGETHER // max(1, len(directories))))
         entries, problems = [], []
         for directory in directories:
@@ -66,7 +66,7 @@ class RunReader:
             if isinstance(entry, str):
                 problems.append(entry)
             else:
-                entry.shown["state"] = _state(entry)  # a process that is gone touches no file
+                entry.shown["state"] = _state(entry)  # not cached: a process that ends abnormally changes no file
                 entries.append(entry)
                 problems += entry.problems
         return entries, problems
@@ -84,7 +84,7 @@ def _file_signatures(path: Path) -> tuple[int, int] | None:
 
 
 def _read(run: Run, points: int, metric: str) -> RunEntry | str:
-    """Read a run; or say why it is left out."""
+    """Reads a run, or returns a sentence that says why it is left out."""
     try:
         settings = {key: _simplify(value) for key, value in run.settings.items()}
         trial = read_trial(run)
@@ -109,12 +109,12 @@ def _read(run: Run, points: int, metric: str) -> RunEntry | str:
         "trial": trial and trial.number,
     }
     thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
-    again = Run(run.directory)  # which has not kept all rows of metrics.csv
+    again = Run(run.directory)  # a new object, which does not hold the rows of metrics.csv
     return RunEntry(again, settings, shown, run.environment, trial, thinned, problems)
 
 
 def _check_metrics(run: Run) -> None:
-    """See that metrics.csv, where there is one, is what the name says."""
+    """Checks that metrics.csv, if it exists and is not empty, has a column ``step``; raises UserError otherwise."""
     path = run.directory / METRICS
     if path.exists() and path.read_bytes()[:1024].strip():
         with path.open(newline="", encoding="utf-8") as file:
@@ -123,7 +123,7 @@ def _check_metrics(run: Run) -> None:
 
 
 def _simplify(value: Any) -> Any:
-    """Leave numbers, words and None; write the rest as JSON."""
+    """Returns strings, finite numbers (rounded) and None; other floats as strings, all other values as JSON."""
     if isinstance(value, float):
         return round_number(value) if round_number(value) is not None else str(value)
     return value if value is None or isinstance(value, str | int) else json.dumps(value, default=str)
@@ -134,13 +134,13 @@ def _state(entry: RunEntry) -> dict[str, Any] | None:
     if state is None:
         return {"state": entry.trial.state, "message": entry.trial.message} if entry.trial else None
     shown = state.model_dump(mode="json", exclude={"pid"})
-    if entry.trial is not None and entry.trial.state == "pruned":  # which only its sweep knows
+    if entry.trial is not None and entry.trial.state == "pruned":  # only recorded in the sweep's trial
         shown["state"] = "pruned"
     return shown
 
 
 def _best(run: Run, metric: str) -> dict[str, Any] | None:
-    """Find where the metric was lowest."""
+    """Returns value, step and tokens of the row with the lowest value of the metric, or None if there is none."""
     value = run.value(metric)
     row = next((row for row in run.rows if value is not None and row.get(metric) == value), None)
     return row and {"value": round_number(row[metric]), "step": int(row["step"]), "tokens": int(row.get("tokens", 0))}
@@ -151,14 +151,14 @@ def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
         samples = run.samples
     except (OSError, ValueError) as error:
         return [], [f"{run.name}: a file in {run.directory / SAMPLES} cannot be read: {error}"]
-    if len(samples) > MOST_SAMPLES:  # spread evenly, with the first and the last
+    if len(samples) > MOST_SAMPLES:  # evenly spaced, including the first and the last
         last = len(samples) - 1
         samples = [samples[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
     return [(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …") for step, text in samples], []
 
 
 def _size(run: Run) -> tuple[int | None, int | None]:
-    """Count parameters, and FLOPs a token; None where the configuration does not say what the model is."""
+    """Returns the number of parameters and FLOPs per token; (None, None) if the model's configuration is invalid."""
     try:
         model = GPTConfig.model_validate(run.config.get("model"))
         return parameter_count(model), flops_per_token(model)

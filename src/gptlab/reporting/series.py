@@ -1,4 +1,4 @@
-"""What metrics.csv says, made small enough for a page: curves over steps, tokens and time, thinned out."""
+"""Curves of metrics.csv over steps, tokens and time, downsampled for the page."""
 
 import math
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ import numpy as np
 
 from gptlab.tracking.run_store.runs import MetricsRow
 
-AXES = ("step", "tokens")  # that a row has itself, and so are no metrics
+AXES = ("step", "tokens")  # columns of a row that are axes, not metrics
 
 
 def downsample(values: Sequence[float], points: int) -> list[int]:
-    """Choose which values of a curve are drawn.
+    """Selects which values of a curve are drawn.
 
-    The first and the last are, and of as many equal stretches as there is room for the lowest and the highest: what
-    stands out stays. Values that are not finite count only where a stretch has no others.
+    Keeps the first and the last value and, in each of as many equal segments as fit, the lowest and the highest, so
+    that outliers remain visible. Non-finite values are kept only in segments without finite ones.
 
     Args:
-        values: Of the curve.
-        points: How many there may be, at least 4.
+        values: Values of the curve.
+        points: Largest number of values to keep, at least 4.
 
     Returns:
-        Their places, in order; all of them where there are not too many.
+        Indices of the selected values in ascending order; all indices if there are at most ``points`` values.
     """
     if len(values) <= points:
         return list(range(len(values)))
@@ -34,10 +34,10 @@ def downsample(values: Sequence[float], points: int) -> list[int]:
 
 
 def training_seconds(rows: Sequence[MetricsRow]) -> list[float]:
-    """Say for every row how long had been trained: the sum of tokens / tokens_per_second up to it.
+    """Returns the seconds of training up to each row: the sum of tokens / tokens_per_second.
 
-    Evaluations, samples and checkpoints do not count, as they do not in ``tokens_per_second``. A row without it is
-    placed by its tokens among those that have it.
+    Evaluations, samples and checkpoints do not count, as in ``tokens_per_second``. The times of rows without it are
+    interpolated by their tokens.
     """
     tokens, seconds = [0.0], [0.0]
     for row in rows:
@@ -49,7 +49,7 @@ def training_seconds(rows: Sequence[MetricsRow]) -> list[float]:
 
 
 def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[Any]]]:
-    """Return every metric as {"step", "tokens", "seconds", "value"}: lists of one length; no number is None."""
+    """Returns every metric as {"step", "tokens", "seconds", "value"}: lists of one length; non-finite values: None."""
     rows = [row for row in rows if all(axis in row for axis in AXES)]
     times = training_seconds(rows)
     found: dict[str, dict[str, list[Any]]] = {}
@@ -66,5 +66,5 @@ def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[
 
 
 def round_number(value: float) -> float | None:
-    """Keep 7 digits, which no eye can tell from more; None for what is no number in JSON."""
+    """Rounds to 7 significant digits, enough for a plot; returns None for non-finite values, which JSON lacks."""
     return float(f"{value:.7g}") if math.isfinite(value) else None

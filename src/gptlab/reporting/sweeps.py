@@ -1,4 +1,4 @@
-"""A sweep as plain data for the page: its question, its answers, and the trials that left no run."""
+"""Data of a sweep for the page: its question, its results, and the trials without a run."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from gptlab.tracking.run_store.sweeps import Sweep, load_trials
 
 
 def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, Any]:
-    """Return what the page says of a sweep; sentences about what cannot be read are added to ``problems``."""
+    """Returns the page's data on a sweep; appends sentences about what cannot be read to ``problems``."""
     trials = load_trials(directory)
     return {
         "name": "/".join(directory.absolute().parts[-2:]),
@@ -31,7 +31,7 @@ def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[s
 
 @lru_cache(maxsize=64)
 def _answers(directory: Path, _trials: str) -> dict[str, Any]:
-    """Tell what a sweep has shown so far, as the terminal does; worked out again when a trial has changed."""
+    """Returns the results of a sweep so far as a table, like the terminal's; cached until a trial changes."""
     found = analyze_sweep(directory)
     told = [_describe_row(row, found.metric) for row in found.rows]
     columns = list(dict.fromkeys(column for row in told for column in row))
@@ -40,7 +40,7 @@ def _answers(directory: Path, _trials: str) -> dict[str, Any]:
 
 
 def _describe_row(row: AnswerRow, metric: str) -> dict[str, Any]:
-    """Tell a point of a sweep."""
+    """Returns the table row of one point of a sweep."""
     counts = {"failed": row.failed, "pruned": row.pruned, "unfinished": row.unfinished}
     return {
         **row.settings,
@@ -58,7 +58,7 @@ def _with_error(value: float | None, error: float | None) -> str | None:
 
 
 def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Read the scaling law that was fitted to a sweep over sizes and tokens."""
+    """Reads the scaling law fitted to a sweep over model sizes and tokens; returns None if there is none."""
     try:
         found = ScalingAnswer.model_validate_json(path.read_bytes())
     except FileNotFoundError:

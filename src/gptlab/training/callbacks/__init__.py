@@ -1,4 +1,4 @@
-"""Lightning callbacks of a run: metrics, checkpoints, samples, preemption, and checks of each step.
+"""Lightning callbacks: metrics, checkpoints, samples, preemption and checks of each step.
 
-One concern a file. ``launch.train_run`` adds them in the order in which Lightning calls them.
+One concern per file. ``launch.train_run`` adds them in the order in which Lightning calls them.
 """

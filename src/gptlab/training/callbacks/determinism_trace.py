@@ -1,4 +1,4 @@
-"""The trace of a run: hashes of its tokens and tensors at every step, with which two runs can be compared by ``diff``.
+"""Determinism trace: hashes of a run's tokens and tensors at every step, to compare two runs with ``diff``.
 
 Shapes: B sequences of the micro-batch, T time.
 """
@@ -21,19 +21,20 @@ from gptlab.data.shards.manifest import write_durably
 from gptlab.training.distributed.strategies import reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
-LANES, BITS = 4, 32  # of the hash of many windows: sums of so many unsigned numbers of so many bits
-DIGEST = 8  # bytes of a tensor's hash
+LANES, BITS = 4, 32  # the hash of a step's windows is LANES sums of BITS-bit unsigned integers
+DIGEST = 8  # size of a tensor's hash, in bytes
 
 
 class DeterminismTrace(L.Callback):
-    """Writes a line of JSON after every so many steps.
+    """Writes one line of JSON every ``every`` steps.
 
-    Each has the step, a hash of its tokens, its global loss and gradient norm as Python writes them, exact, and a hash
-    of every parameter and moment after it. A run that goes on keeps the lines up to where it does. All ranks add up
-    their tokens and gather sharded tensors, one at a time; the first hashes and writes.
+    A line has the step, a hash of its tokens, its global loss and gradient norm (exact, as ``repr``), and a hash of
+    every parameter and optimizer moment after the step. A resumed run keeps the lines up to its first step. All ranks
+    sum the hashes of their tokens and gather sharded tensors, one at a time; rank 0 hashes the tensors and writes the
+    line.
 
     Args:
-        path: The file; of the first rank alone.
+        path: The trace file, written by rank 0 only.
         every: Steps between lines.
     """
 
@@ -42,14 +43,14 @@ class DeterminismTrace(L.Callback):
         self._sums = zero_sums()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Cut off what lies beyond the step that the run stands at."""
+        """Removes the lines of steps after ``trainer.global_step``."""
         if trainer.is_global_zero:
             write_durably(self.path, "".join(_lines_until(self.path, trainer.global_step)))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Add the micro-batch to the tokens of its step."""
+        """Adds the micro-batch to the token hash of its step."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._sums = zero_sums()
         if (trainer.global_step + 1) % self.every == 0:
@@ -58,7 +59,7 @@ class DeterminismTrace(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Write the step that this micro-batch completed, if it did and its turn has come."""
+        """Writes a line if this micro-batch completed a step and the step is a multiple of ``every``."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % self.every:
             return
         assert isinstance(pl_module, GPTModule)  # noqa: S101
@@ -80,7 +81,7 @@ class DeterminismTrace(L.Callback):
 
 
 def named_tensors(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Yield every parameter and, as <parameter>.<moment>, what the optimizer keeps of it; sharded, this rank's part."""
+    """Yields every parameter and, as <parameter>.<moment>, its optimizer state; if sharded, this rank's shards."""
     for name, parameter in module.model.named_parameters():
         yield name, parameter.detach()
         for optimizer in trainer.optimizers:
@@ -89,14 +90,14 @@ def named_tensors(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, 
 
 
 def zero_sums() -> NDArray[np.int64]:
-    """Return the sums (LANES,) of no windows at all."""
+    """Returns the hash sums (LANES,) of zero windows."""
     return np.zeros(LANES, dtype=np.int64)
 
 
 def hash_windows(batch: Batch) -> NDArray[np.int64]:
-    """Hash each window (T + 1,) of a micro-batch; return sums (LANES,) that add up over micro-batches and ranks.
+    """Hashes each window (T + 1,) of a micro-batch; returns sums (LANES,) that add up over micro-batches and ranks.
 
-    A sum does not depend on who had which window. It holds any 2**31 of them.
+    The sums do not depend on which rank had which window. They do not overflow for up to 2**31 windows.
     """
     rows = torch.cat((batch.idx, batch.targets[:, -1:]), dim=1).cpu().numpy()  # (B, T + 1)
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=LANES * BITS // 8).digest() for row in rows)
@@ -104,18 +105,18 @@ def hash_windows(batch: Batch) -> NDArray[np.int64]:
 
 
 def format_sums(sums: NDArray[np.int64]) -> str:
-    """Write the sums (LANES,) of a whole step, each modulo 2**BITS."""
+    """Returns the sums (LANES,) of a step, each modulo 2**BITS, as a hexadecimal string."""
     return "".join(f"{value % 2**BITS:0{BITS // 4}x}" for value in sums.tolist())
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Hash the bytes of a whole tensor."""
+    """Returns the BLAKE2b hash of a tensor's bytes, in hexadecimal."""
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=DIGEST).hexdigest()
 
 
 def _lines_until(path: Path, step: int) -> Iterator[str]:
-    """Yield the lines up to a step; nothing follows one that a killed run has not finished."""
+    """Yields the lines up to a step; stops at an incomplete line, which a killed run may have left."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):

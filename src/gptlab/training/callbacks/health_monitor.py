@@ -20,14 +20,15 @@ BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
 
 
 class TrainingHealthMonitor(L.Callback):
-    """Counts and reports bad steps and loss spikes, and ends a run whose steps are all bad.
+    """Counts and reports bad steps and loss spikes; ends the run after ``max_bad_steps`` bad steps in a row.
 
-    The module itself skips a bad step, on the device. Here it is known one step later, on all ranks alike.
+    The module itself skips a bad step, on the device. This callback learns of it one step later, at the same step on
+    all ranks.
 
     Args:
         step_sync: Reports every step.
         config: The limits: ``max_bad_steps`` in a row, ``spike_sigma`` and ``spike_window``.
-        replay: The command that shows the batch of a step, but for " step=<n>".
+        replay: Command that prints the batch of a step, without its last argument ``step=<n>``.
 
     Attributes:
         listeners: Called on the first rank with the kind of event and a sentence that describes it.
@@ -82,7 +83,7 @@ class TrainingHealthMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a run that no longer learns; all ranks do so at the same step."""
+        """Raises ``Diverged`` after ``max_bad_steps`` bad steps in a row; all ranks do so at the same step."""
         if self.in_a_row >= self.max_bad_steps:
             sentence = (
                 f"The gradient was not finite for {self.in_a_row} steps in a row (train.max_bad_steps), up to step "
@@ -92,11 +93,11 @@ class TrainingHealthMonitor(L.Callback):
             raise Diverged(sentence)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports the last step as well."""
+        """Collects and reports the last step."""
         self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide as this one would."""
+        """Returns the counts and the window of losses, so that a resumed run decides as an uninterrupted one."""
         self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
@@ -114,15 +115,15 @@ class TrainingHealthMonitor(L.Callback):
 
 
 class SpikeDetector:
-    """Detects losses above the mean of the window before them by more than ``sigma`` standard deviations.
+    """Detects losses above the mean of the preceding window by more than ``sigma`` standard deviations.
 
-    OLMo-core's SkipStepOptimizer has that limit (with a window of 128 losses and a sigma of 6). Here a loss above it
-    enters the window as the limit itself, so that a spike does not hide the next one, while a loss that stays high
-    becomes what is expected; and a spike lasts as long as its losses are above the limit, so that it is reported once.
-    There is no spike before half the window is full.
+    The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Here a loss above
+    the limit enters the window as the limit itself, so that a spike does not hide the next one, while a loss that stays
+    high becomes the expected one. A spike lasts as long as the losses are above the limit, and is reported once. No
+    spike is reported before half the window is full.
 
     Args:
-        sigma: Standard deviations.
+        sigma: Number of standard deviations.
         window: Number of preceding losses that a loss is compared with.
     """
 
@@ -141,7 +142,7 @@ class SpikeDetector:
         return mean if begins else None
 
     def _limit(self) -> tuple[float, float]:
-        """Returns the mean of the window, and the largest loss that is not a spike."""
+        """Returns the mean of the window and the largest loss that is not a spike."""
         if len(self._losses) < self.warmup:
             return math.nan, math.inf
         mean = math.fsum(self._losses) / len(self._losses)
@@ -153,6 +154,6 @@ class SpikeDetector:
         return {"losses": list(self._losses), "is_high": self._is_high}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores such a state."""
+        """Restores the window from ``state()``."""
         self._losses.extend(state["losses"])
         self._is_high = state["is_high"]

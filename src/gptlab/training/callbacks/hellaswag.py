@@ -1,4 +1,4 @@
-"""HellaSwag as the model learns."""
+"""HellaSwag accuracy during training."""
 
 import logging
 from collections.abc import Callable
@@ -18,19 +18,19 @@ log = logging.getLogger(__name__)
 
 
 class HellaSwag(L.Callback):
-    """Logs hellaswag/acc and hellaswag/acc_norm after evaluations, of the weights that these evaluate.
+    """Logs hellaswag/acc and hellaswag/acc_norm after validation, of the weights that validation evaluates.
 
-    Nothing here is random, and the network's state is left as it was. The ranks share the examples.
+    Scoring is deterministic and restores the model's training mode. The examples are split over the data ranks.
 
     Args:
-        config: How often, and how many at a time.
-        examples: All of them, the same ones on every rank.
+        config: Steps between scores, and the batch size.
+        examples: All examples, the same on every rank.
         eval_every: Steps between evaluations.
-        max_steps: Of the run, at whose end there is always a score.
-        tokens: Tells how many tokens so many steps have.
+        max_steps: Length of the run; the last step is always scored.
+        tokens: Returns the number of tokens of the first n steps.
 
     Attributes:
-        latest: What was found last.
+        latest: The latest counts; None before the first score.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class HellaSwag(L.Callback):
         self.latest: AccuracyCounts | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether the evaluation at a step is the first one since ``every`` steps were full, or the run's last."""
+        """Returns whether the evaluation at ``step`` is the first of an ``every``-step interval, or the run's last."""
         every = self.config.every
         return every is None or step % every < self.eval_every or step == self.max_steps
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score this rank's share, and record that of all."""
+        """Scores this rank's share of the examples and logs the accuracy over all ranks."""
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         if not self.is_due(step := trainer.global_step):
             return
@@ -71,7 +71,7 @@ class HellaSwag(L.Callback):
         try:
             with any_length(trainer):
                 for batch in rank_batches(self.examples, data_rank(trainer), ranks, self.config.batch_size):
-                    # a sharded network needs all ranks, and so those too that have no more examples
+                    # the forward pass of a sharded model needs all ranks, including those without examples left
                     losses = ending_losses(
                         module.model,
                         batch or self.examples[:1],

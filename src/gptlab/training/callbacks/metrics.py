@@ -1,4 +1,4 @@
-"""The record of a run: metrics to every logger, progress to the screen, and the run's end."""
+"""Logs metrics to every logger and to the console."""
 
 import contextlib
 import logging
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Seconds spent training since the last reading; evaluation, samples and checkpoints do not count.
+    """Measures seconds of training since the last reading; evaluation, samples and checkpoints do not count.
 
     Args:
-        clock: What tells the seconds.
+        clock: Returns the current time in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -33,18 +33,18 @@ class Stopwatch:
         self._seconds, self._since = 0.0, None  # type: float, float | None
 
     def run(self) -> None:
-        """Count from here."""
+        """Starts the stopwatch, if it is not running."""
         if self._since is None:
             self._since = self._clock()
 
     def pause(self) -> None:
-        """Count no further."""
+        """Pauses the stopwatch, if it is running."""
         if self._since is not None:
             self._seconds += self._clock() - self._since
             self._since = None
 
     def read(self) -> float:
-        """Return the seconds counted, and begin again."""
+        """Returns the seconds measured and resets them to 0."""
         running = self._since is not None
         self.pause()
         seconds, self._seconds = self._seconds, 0.0
@@ -54,15 +54,15 @@ class Stopwatch:
 
 
 class MetricsCallback(L.Callback):
-    """Writes what the README calls the metrics of a run.
+    """Logs the metrics listed in the README.
 
     Args:
         log_every: Steps between rows.
-        max_steps: Length of the run; the last step is always recorded and evaluated.
-        stages: How many sequences every step has.
-        block_size: Tokens of a sequence.
-        flops_per_token: Of the model, forward and backward.
-        peak_flops: Of all devices together; None where it is not known, and then there is no mfu.
+        max_steps: Length of the run; the last step is always logged and evaluated.
+        stages: Number of sequences of every step.
+        block_size: Tokens per sequence.
+        flops_per_token: FLOPs of the model per token, forward and backward.
+        peak_flops: Peak FLOPs per second of all devices together. If None (unknown), mfu is not logged.
     """
 
     def __init__(
@@ -77,20 +77,20 @@ class MetricsCallback(L.Callback):
     ) -> None:
         self.log_every, self.max_steps, self.stages, self.block_size = log_every, max_steps, stages, block_size
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.best: dict[str, float] = {}  # the evaluation with the lowest loss: step, val/loss, val/bits_per_byte
-        self.counts: list[Callable[[], dict[str, float]]] = []  # asked at every row for what others have counted
-        self.mfu: float | None = None  # of the latest record (Chowdhery et al. 2022, appendix B)
-        self.seconds = 0.0  # of training, evaluation included
+        self.best: dict[str, float] = {}  # evaluation with the lowest loss: step, val/loss, val/bits_per_byte
+        self.counts: list[Callable[[], dict[str, float]]] = []  # called for every row, for metrics of other callbacks
+        self.mfu: float | None = None  # of the latest row (Chowdhery et al. 2022, appendix B)
+        self.seconds = 0.0  # duration of training, including evaluation
         self._watch = Stopwatch()
-        self._waiting = Stopwatch(lambda: 0.0)  # for data
+        self._waiting = Stopwatch(lambda: 0.0)  # time spent waiting for data
         self._display: ProgressDisplay | None = None
 
     def tokens(self, steps: int) -> int:
-        """Tokens of so many steps, from the first on."""
+        """Returns the number of tokens of the first ``steps`` steps."""
         return self.stages.first(steps) * self.block_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the display and start the clocks."""
+        """Creates the progress display and starts the clocks."""
         self._last_step = trainer.global_step
         self._began = time.monotonic() - self.seconds
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -102,14 +102,14 @@ class MetricsCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Let the clock run."""
+        """Starts the stopwatches."""
         self._watch.run()
         self._waiting.run()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record the step that this micro-batch completed, if it did and its turn has come."""
+        """Updates the display if this micro-batch completed a step; logs a row if one is due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
@@ -118,11 +118,11 @@ class MetricsCallback(L.Callback):
         if step == 1 or step % self.log_every == 0 or step == self.max_steps:
             self._record_step(trainer, pl_module, step)
         if step == self.max_steps:
-            trainer.should_stop = True  # makes Lightning evaluate once more, wherever its interval stands
+            trainer.should_stop = True  # makes Lightning evaluate after the last step, whatever its interval
 
     def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         assert isinstance(module, GPTModule)  # noqa: S101
-        loss = module.global_step_loss()  # waits for the device, so the clock is right from here on
+        loss = module.global_step_loss()  # synchronizes with the device, so the times read below include its work
         seconds, waited = self._watch.read(), self._waiting.read()
         tokens_per_second = (self.tokens(step) - self.tokens(self._last_step)) / seconds
         self._last_step = step
@@ -146,14 +146,14 @@ class MetricsCallback(L.Callback):
             self._display.metrics(step, metrics)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the training clock, once the device has done the steps it was given."""
+        """Pauses the stopwatches, after the device has completed its queued steps."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
         self._watch.pause()
         self._waiting.pause()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the evaluation."""
+        """Logs the evaluation."""
         step = trainer.global_step
         metrics = {name: trainer.callback_metrics[name].item() for name in ("val/loss", "val/bits_per_byte")}
         log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
@@ -168,11 +168,11 @@ class MetricsCallback(L.Callback):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the screen as it was."""
+        """Closes the progress display."""
         self._close()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the screen as it was, and the time as it is."""
+        """Records the duration and closes the progress display."""
         self.seconds = time.monotonic() - self._began
         self._close()
 
@@ -181,24 +181,24 @@ class MetricsCallback(L.Callback):
             self._display.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """Returns the best evaluation and the duration so far."""
         return {"best": self.best, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Restores the best evaluation and the duration."""
         self.best, self.seconds = state_dict["best"], state_dict["seconds"]
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Add a row to every logger."""
-    with defer_interrupt():  # a row stands with all loggers or with none
+    """Logs a row to every logger."""
+    with defer_interrupt():  # a row is written by all loggers or by none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
 
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
-    """Let the first Ctrl-C wait until this is done."""
+    """Defers the first Ctrl-C until the block has completed."""
     waiting: list[FrameType | None] = []
 
     def hold_back(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Less overhead around a step than Python and Lightning have by default: garbage collection and the profiler."""
+"""Reduces the per-step overhead of Python and Lightning: garbage collection and the profiler."""
 
 import gc
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,8 @@ NULL_CONTEXT = nullcontext()
 class GarbageCollection(L.Callback):
     """Collects garbage after every evaluation and every ``COLLECT_EVERY`` steps, and at no other time.
 
-    By default each rank collects at another moment, after many allocations, and all ranks wait for the one that does.
-    What exists after the first step stays until the end, and is frozen: it is not examined again.
+    By default each rank collects at a different moment, after many allocations, and all other ranks wait for it.
+    Objects that exist after the first step live until the end of the run, and are frozen: they are not examined again.
     """
 
     def __init__(self) -> None:
@@ -24,11 +24,11 @@ class GarbageCollection(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes over after the first step, and collects every ``COLLECT_EVERY`` steps from then on."""
+        """Disables automatic collection after the first step; from then on collects every ``COLLECT_EVERY`` steps."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if not self._holds:
-            if gc.isenabled():  # else other code has taken over
+            if gc.isenabled():  # otherwise other code controls collection
                 gc.disable()
                 gc.collect()
                 gc.freeze()
@@ -37,19 +37,19 @@ class GarbageCollection(L.Callback):
             gc.collect()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Collects what the evaluation and its callbacks have left."""
+        """Collects garbage of the evaluation and its callbacks."""
         if self._holds:
             gc.collect()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Returns collection to Python."""
+        """Enables automatic collection again."""
         if self._holds:
             gc.unfreeze()
             gc.enable()
             self._holds = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Returns collection to Python."""
+        """Enables automatic collection again."""
         self.on_train_end(trainer, pl_module)
 
 
@@ -57,5 +57,5 @@ class NullProfiler(PassThroughProfiler):
     """Profiles nothing; Lightning's default creates a context around every hook of every callback in every step."""
 
     def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        """Returns the one context that does nothing."""
+        """Returns a shared context manager that does nothing."""
         return NULL_CONTEXT

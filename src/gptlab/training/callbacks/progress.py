@@ -1,4 +1,4 @@
-"""Where a run stands, for people: a progress bar in a terminal, a line now and then elsewhere."""
+"""Progress bar and console metrics."""
 
 import logging
 import time
@@ -9,15 +9,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 log = logging.getLogger(__name__)
 
-REFRESHES = 2  # of the bar in a second; drawing it takes time from the steps
-LINES = 20  # progress lines a run writes into its log and, where there is no terminal, to the screen
+REFRESHES = 2  # of the bar per second; drawing it takes time from the steps
+LINES = 20  # progress lines that a run writes to its log and, without a terminal, to the console
 
 
 class ProgressDisplay:
-    """Shows the steps of one run.
+    """Displays the progress of one run: a bar in a terminal, and ``LINES`` log lines.
 
     Args:
-        first_step: Steps done before, on a resume.
+        first_step: Steps completed before this process started; 0 unless the run is resumed.
         max_steps: Length of the run.
     """
 
@@ -43,12 +43,12 @@ class ProgressDisplay:
             self._bar.start()
 
     def step(self, step: int) -> None:
-        """Advance to ``step``."""
+        """Advances the bar to ``step``."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def metrics(self, step: int, row: dict[str, float]) -> None:
-        """Show the loss and the speed at ``step``, and in a line what slows it down, from a row of metrics."""
+        """Updates the bar's loss and speed from a row of metrics, and logs a line if one is due at ``step``."""
         loss, speed = f"{row['train/loss']:.4f}", f"{row['tokens_per_second']:,.0f}"
         if self._bar is not None:
             self._bar.update(self._task, loss=loss, speed=speed)
@@ -58,10 +58,10 @@ class ProgressDisplay:
                 "step %*d/%d · loss %s · %s tokens/s, %.1f %% waiting for data · %.2f GB · %s left",
                 *(len(str(self.max_steps)), step, self.max_steps, loss, speed),
                 *(100 * row["data_wait"], row["peak_memory_gb"], timedelta(seconds=round(left))),
-                extra={"progress": True},  # a terminal has the bar for this
+                extra={"progress": True},  # not printed in a terminal, which has the bar
             )
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,4 +1,4 @@
-"""When a run is saved, and what is yet to be done where it goes on."""
+"""Saves checkpoints; after a resume, runs an evaluation that was still due."""
 
 import logging
 import math
@@ -16,21 +16,21 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(Checkpoint):
-    """Saves after every evaluation, every so many steps, and when it is told to.
+    """Saves a checkpoint after every evaluation, every ``every`` steps, and when ``save`` is called.
 
     Args:
-        files: What writes them.
-        folder: Where they are.
-        every: Steps between checkpoints, beside those after evaluations; None for no others.
+        files: Writes the checkpoints.
+        folder: Folder of the checkpoints.
+        every: Steps between checkpoints, in addition to those after evaluations; None for no additional ones.
         eval_every: Steps between evaluations.
     """
 
     def __init__(self, files: AtomicCheckpointIO, folder: Path, *, every: int | None, eval_every: int) -> None:
         self.files, self.folder, self.every, self.eval_every = files, folder, every, eval_every
-        self.evaluation_due = False  # at the step of the checkpoint, which was saved before it
+        self.evaluation_due = False  # the checkpoint was saved before the evaluation of its step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make up for the evaluation that the checkpoint came before.
+        """Runs the evaluation that was still due when the checkpoint was saved.
 
         ``Trainer.validate`` cannot be called while ``Trainer.fit`` runs, so the loop is run as Lightning itself does
         within an epoch (``_TrainingEpochLoop.on_advance_end``, read in lightning 2.6.6).
@@ -43,7 +43,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Raise what went wrong since; save, where the step is one to be saved and no evaluation follows."""
+        """Raises errors of the writing thread; saves if a checkpoint is due and no evaluation follows this step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.files.check()
@@ -51,28 +51,28 @@ class RunCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what was evaluated."""
+        """Saves the step that was evaluated, with its val loss if that is finite."""
         loss = trainer.callback_metrics["val/loss"].item()
         self.save(trainer, val_loss=loss if math.isfinite(loss) else None)
 
     def is_evaluated(self, trainer: L.Trainer) -> bool:
-        """Whether an evaluation belongs to the step that was just made."""
+        """Returns whether the step that was just completed is followed by an evaluation."""
         return trainer.global_step % self.eval_every == 0 or trainer.global_step == trainer.max_steps
 
     def save(self, trainer: L.Trainer, *, val_loss: float | None = None, evaluation_due: bool = False) -> None:
-        """Save the step that was just made; every rank must call this."""
+        """Saves the step that was just completed; every rank must call this."""
         assert isinstance(trainer.lightning_module, GPTModule)  # noqa: S101
-        trainer.lightning_module.on_validation_end()  # an evaluation may have put other weights there
+        trainer.lightning_module.on_validation_end()  # restores the trained weights after averages were evaluated
         self.evaluation_due = evaluation_due
         facts = CheckpointMetadata(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
         trainer.save_checkpoint(checkpoint_path(self.folder, facts.step), weights_only=False, storage_options=facts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for the last one."""
+        """Waits until the last checkpoint is written."""
         self.files.wait()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Wait for what is being written; what ends the run is another error."""
+        """Waits for a pending checkpoint; logs its error, if any, as the run already ends with another one."""
         try:
             self.files.wait()
         except Exception as error:
@@ -80,9 +80,9 @@ class RunCheckpoint(Checkpoint):
                 log.exception("A checkpoint could not be written.")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know."""
+        """Returns whether an evaluation is still due."""
         return {"evaluation_due": self.evaluation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Learn what is yet to be done."""
+        """Restores whether an evaluation is still due."""
         self.evaluation_due = state_dict["evaluation_due"]

@@ -1,4 +1,4 @@
-"""Samples as the model learns."""
+"""Text samples during training."""
 
 import re
 from collections.abc import Callable
@@ -21,14 +21,14 @@ class Samples(L.Callback):
     """Writes <folder>/step_<step>.txt after every evaluation.
 
     Args:
-        config: How to sample.
-        tokenizer: To read the prompt and write the text.
-        folder: Made when it is needed.
-        seed: With the step, the seed of the samples; the training's own randomness is not touched.
+        config: Sampling settings.
+        tokenizer: Encodes the prompt and decodes the samples.
+        folder: Output folder; created when needed.
+        seed: Combined with the step into the seed of the samples. Training's random state is not changed.
 
     Attributes:
         latest: The texts of the latest evaluation.
-        listeners: Called with the step, on the first rank, when its texts are written.
+        listeners: Called with the step, on the first rank, after its texts are written.
     """
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> None:
@@ -40,7 +40,7 @@ class Samples(L.Callback):
         self.listeners: list[Callable[[int], None]] = []
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate on every rank alike (a sharded network needs them all), write on the first."""
+        """Generates the same samples on every rank (a sharded model needs all ranks); the first rank writes them."""
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         device, step = pl_module.device, trainer.global_step
         prompt = prompt_ids(self.tokenizer, self.config.prompt)
@@ -65,6 +65,6 @@ class Samples(L.Callback):
 
 
 def parse_samples(written: str) -> list[str]:
-    """Take the texts of one evaluation out of its file."""
+    """Returns the texts of one evaluation from the contents of its file."""
     _, *texts = re.split(f"^{HEADING.format('[0-9]+')}", written, flags=re.MULTILINE)
     return [text.removesuffix("\n\n") for text in texts[:-1]] + [text.removesuffix("\n") for text in texts[-1:]]

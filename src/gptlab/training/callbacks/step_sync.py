@@ -1,4 +1,4 @@
-"""What the ranks tell each other at every step: whether one is to stop, and how the step went."""
+"""Per-step all-reduce of the stop flag, the loss and the bad-step flag."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ from gptlab.training.module import GPTModule
 
 
 class StepReport(NamedTuple):
-    """One step, as all ranks know it.
+    """Result of one step, the same on all ranks.
 
     Attributes:
-        step: Counted from 1, as in metrics.csv.
+        step: Step number, counted from 1 as in metrics.csv.
         loss: Mean over all ranks and micro-batches, in nats per token.
-        is_bad: The gradient was not finite, and the step skipped.
+        is_bad: Whether the gradient was not finite, so that the step was skipped.
     """
 
     step: int
@@ -25,11 +25,11 @@ class StepReport(NamedTuple):
 
 
 class StepSync(L.Callback):
-    """Sums every rank's news of a step, which all know one step later (see ``DelayedAllReduce``).
+    """Sums the stop flag, loss and bad-step flag of all ranks; the sums arrive one step later (``DelayedAllReduce``).
 
     Attributes:
-        stop_requested: This rank is asked to stop; for signal handlers to set.
-        agreed_stop: Some rank was asked to stop. It becomes true on all ranks at the same step.
+        stop_requested: Whether this rank was asked to stop; set by signal handlers.
+        agreed_stop: Whether any rank was asked to stop. It becomes true on all ranks at the same step.
         listeners: Called with every report, on every rank, in the order of the steps.
     """
 
@@ -37,25 +37,25 @@ class StepSync(L.Callback):
         self.stop_requested = self.agreed_stop = False
         self.listeners: list[Callable[[StepReport], None]] = []
         self._agreement = DelayedAllReduce()
-        self._step = self._world_size = 0  # of the sum that is on its way
+        self._step = self._world_size = 0  # of the pending sum
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Start the sum of the step that this micro-batch completed, if it did; take in that of the step before."""
+        """Starts the sum of the step if this micro-batch completed one; reports the previous step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         assert isinstance(pl_module, GPTModule)  # noqa: S101
-        stop = torch.full((), float(self.stop_requested), device=pl_module.device)  # filled there: no copy that waits
+        stop = torch.full((), float(self.stop_requested), device=pl_module.device)  # filled on device: no blocking copy
         loss = pl_module.step_loss / trainer.accumulate_grad_batches
         sums = self._agreement.add(torch.stack([stop, loss, pl_module.bad_step]))
         self._take(sums)
         self._step, self._world_size = trainer.global_step, trainer.world_size
 
     def collect(self) -> None:
-        """Take in the step that is on its way, for what must know it now: a row of metrics, a checkpoint.
+        """Waits for the pending step and reports it, e.g. before a row of metrics or a checkpoint.
 
-        Every rank must do so at the same step, or ``agreed_stop`` would come to some a step earlier.
+        Every rank must call this at the same step; otherwise ``agreed_stop`` becomes true a step earlier on some.
         """
         self._take(self._agreement.collect())
 

@@ -1,4 +1,4 @@
-"""A process that makes no progress says where it stands, and ends."""
+"""Watchdog: reports the stacks of a process that makes no progress and ends it."""
 
 import contextlib
 import faulthandler
@@ -12,29 +12,30 @@ from typing import Any, Self
 
 import lightning as L
 
-CHECKS = 10  # in the time that is allowed
-HUNG_STATUS = 124  # as timeout(1) has it
-STDERR = 2  # the descriptor, which nobody has put anything else in the place of
+CHECKS = 10  # per timeout
+HUNG_STATUS = 124  # the exit status of timeout(1)
+STDERR = 2  # the file descriptor, which a redirected ``sys.stderr`` does not affect
 
 
 class Watchdog(L.Callback):
-    """Ends this process where nothing of a training was begun or ended for too long.
+    """Ends this process if ``note``, which Lightning's hooks call, has not been called for ``timeout`` seconds.
 
-    Stacks of all threads are written to ``<folder>/rank_<r>.txt`` and to stderr, then the process ends at once: one
-    that hangs in a collective or in a driver runs no handler and no ``finally``. All ranks wait for one that hangs, so
-    each writes its own stacks when the time is over. The first rank ends first, and whoever started them ends the rest.
+    Writes the stacks of all threads to ``<folder>/rank_<r>.txt`` and to stderr, then ends the process immediately: a
+    process that hangs in a collective or in a driver runs no handler and no ``finally``. All ranks wait for one that
+    hangs, so each writes its own stacks after the timeout. The first rank ends first, and its launcher ends the others.
 
-    As a context it watches all that happens inside, also where Lightning has no hook: the set-up of a process group,
-    the teardown. A thread that holds Python's lock for ever stops the watching thread, too; so faulthandler, which
-    needs no lock, is set to end the process a little later (with its own status 1), and put off at every check.
+    Used as a context manager, it also covers code without Lightning hooks: the set-up of a process group and the
+    teardown. A thread that never releases the GIL also blocks the watching thread. Therefore faulthandler, which does
+    not need the GIL, is set to end the process somewhat later (with its own exit status 1), and is postponed at every
+    check.
 
     Args:
-        trainer: Which is watched.
+        trainer: The trainer to watch.
         timeout: Seconds without progress.
-        folder: For the stacks; made when it is needed.
+        folder: Folder of the stacks; created when needed.
 
     Attributes:
-        listeners: Called with a sentence, in threads that nobody waits for, before the process ends.
+        listeners: Called with a sentence, each in a daemon thread that is not joined, before the process ends.
     """
 
     def __init__(self, trainer: L.Trainer, timeout: float, folder: Path) -> None:
@@ -46,7 +47,7 @@ class Watchdog(L.Callback):
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
 
     def note(self, *_: Any, **__: Any) -> None:
-        """Take note of progress."""
+        """Records progress."""
         self._noted = time.monotonic()
 
     setup = on_fit_start = on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = note
@@ -77,9 +78,9 @@ class Watchdog(L.Callback):
                 return
 
     def _give_up(self) -> None:
-        """Say where every thread stands, leave the other ranks time to do the same, and end."""
+        """Writes the stacks of all threads, gives the other ranks time to do the same, and ends the process."""
         rank = self.trainer.global_rank
-        faulthandler.dump_traceback(STDERR)  # first: it needs no disk, which may be what hangs
+        faulthandler.dump_traceback(STDERR)  # first, as it needs no disk, which may be the cause of the hang
         where = "above"
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ class Watchdog(L.Callback):
             f"gptlab: rank {rank} made no progress for {self.timeout:g} seconds (trainer.hang_timeout), and ends. "
             f"Where its threads stand is {where}\n"
         )
-        os.write(STDERR, sentence.encode())  # no logging: whoever hangs may hold its lock
+        os.write(STDERR, sentence.encode())  # no logging: the thread that hangs may hold its lock
         for listener in self.listeners:
             threading.Thread(target=listener, args=(sentence.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))

@@ -1,5 +1,5 @@
-"""Checkpoints that survive a crash at any moment: how they are written, recorded, verified and read.
+"""Crash-safe checkpoints: writing, reading, records and verification.
 
-A checkpoint is a folder with a record of its files' hashes, renamed into place when it is complete. Nothing is
-unpickled but tensors and plain data.
+A checkpoint is a folder with a record of its files' hashes, renamed into place when it is complete. Only tensors and
+plain data are unpickled.
 """

@@ -1,8 +1,8 @@
-"""Reading checkpoints. Nothing is unpickled but tensors and plain data.
+"""Reads checkpoints. Only tensors and plain data are unpickled.
 
 A checkpoint has ``global_step``, ``callbacks``, ``state_dict`` under GPT-2's own parameter names, and
-``optimizer_states``, each with its moments by the parameter's name. state.pt has all of it; of a sharded one,
-torch.distributed.checkpoint's files have the tensors of the last two, and state.pt the rest.
+``optimizer_states``, with the moments of each parameter by its name. state.pt holds all of it; for a sharded
+checkpoint, the files of torch.distributed.checkpoint hold the tensors of the last two, and state.pt the rest.
 """
 
 import pickle
@@ -19,7 +19,7 @@ from gptlab.training.checkpoints.shards import METADATA, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
-# Earlier names of callbacks: Lightning keeps a callback's state in state.pt under the name of its class.
+# Former class names of callbacks: Lightning saves a callback's state in state.pt under the name of its class.
 RENAMED_CALLBACKS = {
     "Guard": "TrainingHealthMonitor",
     "Recorder": "MetricsCallback",
@@ -28,12 +28,15 @@ RENAMED_CALLBACKS = {
 
 
 def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda key: True) -> Checkpoint:
-    """Read a checkpoint onto the CPU; UserError where it holds anything but plain data.
+    """Reads a checkpoint onto the CPU.
 
     Args:
-        checkpoint_dir: Of the checkpoint.
+        checkpoint_dir: Folder of the checkpoint.
         wanted: Selects the tensors of a sharded checkpoint by the names of ``flatten_tensors``; those of state.pt are
-            mapped and read as they are used.
+            memory-mapped and read when used.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or holds anything but tensors and plain data.
     """
     checkpoint = read_state(checkpoint_dir)
     if is_sharded(checkpoint_dir):
@@ -45,7 +48,7 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
 
 
 def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
-    """Read the parameters of a checkpoint, or their averages where the run kept such; a tied matrix has one by wte."""
+    """Reads the parameters of a checkpoint, or their averages if saved; a tied matrix has its average under ``wte``."""
     checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
     states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
     averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
@@ -53,7 +56,7 @@ def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
 
 
 def read_state(checkpoint_dir: Path) -> Checkpoint:
-    """Read state.pt; UserError for anything but tensors and plain data, which is not executed."""
+    """Reads state.pt; raises UserError if it holds anything but tensors and plain data, which is not executed."""
     checkpoint = read_plain(checkpoint_dir / STATE)
     if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
         raise UserError(f"{checkpoint_dir / STATE} is not a checkpoint of gptlab: it has no global_step.")
@@ -63,25 +66,25 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
 
 
 def read_plain(path: Path) -> Any:
-    """Read plain data and tensors that ``torch.save`` wrote; UserError where the file holds, or is, anything else."""
+    """Reads plain data and tensors written by ``torch.save``; raises UserError if the file holds anything else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:  # torch would advise to run it
+    except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
         raise UserError(
             f"{path} is refused: it holds more than tensors and plain data, which could run any code. "
             "Nothing of it was run."
         ) from error
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+    except Exception as error:  # torch raises many kinds of errors for a file that is no checkpoint
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
 def is_sharded(checkpoint_dir: Path) -> bool:
-    """Whether a checkpoint is of shards."""
+    """Returns whether a checkpoint is sharded."""
     return (checkpoint_dir / METADATA).exists()
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Name all tensors: model.<parameter>, optimizer.<number>.<parameter>.<moment>; no moment's name has a dot."""
+    """Flattens tensors to model.<parameter> and optimizer.<number>.<parameter>.<moment>; a moment's name has no dot."""
     flat = {f"model.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
     for number, optimizer in enumerate(checkpoint["optimizer_states"]):
         for name, moments in optimizer["state"].items():
@@ -90,7 +93,7 @@ def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _unflatten_tensors(tensors: dict[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Undo ``flatten_tensors``, into a checkpoint that has the rest."""
+    """Inverts ``flatten_tensors``, into a checkpoint that already has everything but the tensors."""
     checkpoint["state_dict"] = {}
     for optimizer in checkpoint["optimizer_states"]:
         optimizer["state"] = {}

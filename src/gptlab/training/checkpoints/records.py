@@ -1,7 +1,7 @@
-"""Checkpoints on disk: folders that are there whole, or not at all. Imports no torch.
+"""Checkpoint folders: naming, verification, atomic commit and pruning. Imports no torch.
 
-``checkpoints/step_000200/`` holds what was saved after step 200 and, in record.json, the size and SHA-256 of each file.
-It is written under another name, synced, read back, and only then renamed; the record is its last file.
+``checkpoints/step_000200/`` holds the files saved after step 200 and, in record.json, the size and SHA-256 of each.
+It is written under another name, synced, read back, and only then renamed; the record is the last file written.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 RECORD, STATE = "record.json", "state.pt"
 PREFIX = "step_"
-# prefixes of folders that are no checkpoints: not yet, no longer, or not for the moment that another takes its place
+# prefixes of folders that are not checkpoints: being written, being removed, or being replaced by another
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
 
 
 class CheckpointMetadata(FrozenConfig):
-    """What a checkpoint is of: its step, and that step's evaluation, which may be yet to come."""
+    """Step of a checkpoint, its val loss if it was evaluated, and whether its evaluation is still due."""
 
     step: int
     val_loss: float | None
@@ -35,14 +35,14 @@ class CheckpointMetadata(FrozenConfig):
 
 
 class SavedFile(FrozenConfig):
-    """A file of a checkpoint."""
+    """Size in bytes and SHA-256 of a file of a checkpoint."""
 
     bytes: int
     sha256: str
 
 
 class CheckpointRecord(FrozenConfig):
-    """What a checkpoint holds."""
+    """Contents of record.json: the metadata of a checkpoint and its files."""
 
     format: Literal[1]
     facts: CheckpointMetadata
@@ -50,27 +50,27 @@ class CheckpointRecord(FrozenConfig):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Name the checkpoint of a step."""
+    """Returns the path of the checkpoint of a step."""
     return folder / f"{PREFIX}{step:06d}"
 
 
 def checkpoint_step(checkpoint_dir: Path) -> int:
-    """Return the step of a checkpoint."""
+    """Returns the step of a checkpoint."""
     return int(checkpoint_dir.name.removeprefix(PREFIX))
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints of a run, the newest last; they may be damaged."""
+    """Lists the checkpoints of a run by step, newest last; they are not verified."""
     return sorted((p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
 
 
 def read_record(checkpoint_dir: Path) -> CheckpointRecord:
-    """Read the record of a checkpoint; OSError or ValueError where there is none, or it is damaged."""
+    """Reads the record of a checkpoint; raises OSError or ValueError if it is missing or damaged."""
     return CheckpointRecord.model_validate_json((checkpoint_dir / RECORD).read_text(encoding="utf-8"))
 
 
 def find_corruption(checkpoint_dir: Path) -> str | None:
-    """Say what is wrong with a checkpoint, reading all of it; None where it is what was written."""
+    """Describes the first defect of a checkpoint, or returns None if it is intact; reads and hashes every file."""
     try:
         record = read_record(checkpoint_dir)
         for name, expected in record.files.items():
@@ -86,12 +86,12 @@ def find_corruption(checkpoint_dir: Path) -> str | None:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """Find the newest checkpoint that is whole, warning of each that is not."""
+    """Finds the newest intact checkpoint; logs a warning for each newer one that is damaged."""
     return _first_intact(reversed(list_checkpoints(folder)))
 
 
 def best_intact(folder: Path) -> Path | None:
-    """Find the whole checkpoint with the lowest val loss; the newest where none was evaluated."""
+    """Finds the intact checkpoint with the lowest val loss, or the newest if none has a val loss."""
     return _first_intact(
         sorted(
             list_checkpoints(folder),
@@ -101,16 +101,16 @@ def best_intact(folder: Path) -> Path | None:
 
 
 def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, written: dict[str, str]) -> None:
-    """Make a checkpoint of a folder of files: sync them, read them back, record their hashes, and rename the folder.
+    """Turns a folder of files into a checkpoint: syncs and rereads the files, records their hashes, renames the folder.
 
     Args:
-        unfinished: The folder, beside its place.
-        checkpoint_dir: The checkpoint; one that is there already is replaced.
-        facts: What it is of.
-        written: The SHA-256 of what was written, for the files of which it is known.
+        unfinished: The folder, with the same parent as ``checkpoint_dir``.
+        checkpoint_dir: The checkpoint; an existing one is replaced.
+        facts: Metadata of the checkpoint.
+        written: SHA-256 of the data that was written, for the files for which it is known.
 
     Raises:
-        OSError: A file comes back from the disk other than it was written.
+        OSError: A file that is read back differs from what was written.
     """
     names = sorted(path.name for path in unfinished.iterdir())
     for name in names:
@@ -132,7 +132,7 @@ def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, wr
 
 
 def prune_checkpoints(folder: Path, newest_step: int, keep_last: int, keep_best: bool) -> None:
-    """Remove all checkpoints up to a step but the last few and the best."""
+    """Removes checkpoints up to ``newest_step``, except the last ``keep_last`` and, if ``keep_best``, the best one."""
     places = [
         checkpoint_dir for checkpoint_dir in list_checkpoints(folder) if checkpoint_step(checkpoint_dir) <= newest_step
     ]
@@ -145,7 +145,7 @@ def prune_checkpoints(folder: Path, newest_step: int, keep_last: int, keep_best:
 
 
 def remove_checkpoint(checkpoint_dir: Path) -> None:
-    """Remove a checkpoint, which is never there in part."""
+    """Removes a checkpoint; it is renamed first, so that it never exists in part."""
     doomed = checkpoint_dir.with_name(REMOVED + checkpoint_dir.name)
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint_dir.rename(doomed)
@@ -153,12 +153,12 @@ def remove_checkpoint(checkpoint_dir: Path) -> None:
 
 
 def unfinished_path(checkpoint_dir: Path) -> Path:
-    """Name the folder in which a checkpoint is written."""
+    """Returns the path of the folder in which a checkpoint is written."""
     return checkpoint_dir.with_name(UNFINISHED + checkpoint_dir.name)
 
 
 def clean_up(folder: Path) -> None:
-    """Take away what an ended run was writing or removing, and say so of a checkpoint it never finished."""
+    """Removes folders that an interrupted run left; restores a replaced checkpoint, and warns of unfinished ones."""
     for path in folder.glob(f"{REPLACED}*"):
         checkpoint_dir = path.with_name(path.name.removeprefix(REPLACED))
         path.rename(checkpoint_dir if not checkpoint_dir.exists() else path.with_name(REMOVED + checkpoint_dir.name))
@@ -178,7 +178,7 @@ def _first_intact(places: Iterable[Path]) -> Path | None:
 
 
 def _val_loss(checkpoint_dir: Path) -> float:
-    """The val loss of a checkpoint; infinite where it has none."""
+    """Returns the val loss of a checkpoint, or infinity if it has none."""
     try:
         loss = read_record(checkpoint_dir).facts.val_loss
     except (OSError, ValueError):
@@ -187,7 +187,7 @@ def _val_loss(checkpoint_dir: Path) -> float:
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, SavedFile]:
-    """Hash files as the disk has them, several at a time."""
+    """Hashes files as read from the disk, four at a time."""
     names = list(names)
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
@@ -195,7 +195,7 @@ def _hashes(folder: Path, names: Iterable[str]) -> dict[str, SavedFile]:
 
 def _hash(path: Path) -> SavedFile:
     with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # what is in memory proves nothing of the disk
+        if hasattr(os, "posix_fadvise"):  # drop cached pages, so that the file is read from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return SavedFile(bytes=file.tell(), sha256=digest)

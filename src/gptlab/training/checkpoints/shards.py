@@ -1,8 +1,9 @@
-"""Reading the shards of torch.distributed.checkpoint (DCP) without running anything that they contain.
+"""Reads the shards of torch.distributed.checkpoint (DCP) without executing anything that they contain.
 
-DCP describes its shards in a pickle, ``.metadata``, and stores whatever is not a tensor as pickles, too. A checkpoint
-may come from a stranger, so neither is unpickled: the description is read into placeholders, which know no class and no
-function of any library, and a fresh ``Metadata`` is built from those that describe tensors. Anything else is refused.
+DCP describes its shards in a pickle, ``.metadata``, and stores everything that is not a tensor as a pickle, too. A
+checkpoint may come from an untrusted source, so neither is unpickled: the description is read into placeholders, which
+refer to no class or function of any library, and a new ``Metadata`` is built from those that describe tensors.
+Anything else raises an error.
 """
 
 import io
@@ -32,17 +33,17 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from gptlab.errors import UserError
 
-# DCP has no public reader that does not unpickle, and no public name for where a chunk is stored (``_StorageInfo``).
-# The format, and the names under which its pickle has them (``_PLACEHOLDERS``), were read in torch 2.13.
+# DCP has no public reader that does not unpickle, and no public class for the location of a chunk (``_StorageInfo``).
+# The format and the names in its pickle (``_PLACEHOLDERS``) were read in torch 2.13.
 METADATA = ".metadata"
 
 
 def read_tensors(checkpoint_dir: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read whole tensors onto the CPU, in this process alone.
+    """Reads full, unsharded tensors onto the CPU, without collectives.
 
     Args:
         checkpoint_dir: The checkpoint.
-        wanted: Which tensors, by their names in the checkpoint.
+        wanted: Selects tensors by their names in the checkpoint.
 
     Raises:
         UserError: A shard is missing or damaged, or holds anything but tensors.
@@ -59,13 +60,13 @@ def read_tensors(checkpoint_dir: Path, wanted: Callable[[str], bool]) -> dict[st
 
 
 def load_shards(checkpoint_dir: Path, tensors: dict[str, Tensor]) -> None:
-    """Load each rank's part of the checkpoint into its distributed ``tensors``, in place; every rank must call this.
+    """Loads each rank's shards into its distributed ``tensors``, in place; every rank must call this.
 
     Raises:
-        UserError: As ``read_tensors``.
+        UserError: See ``read_tensors``.
     """
     reader = ShardReader(checkpoint_dir)
-    reader.read_metadata()  # DCP would wrap its error in others
+    reader.read_metadata()  # raises its error here; DCP would wrap it in others
     _load(reader, tensors, no_dist=False)
 
 
@@ -78,10 +79,10 @@ def _load(reader: "ShardReader", tensors: dict[str, Tensor], *, no_dist: bool) -
 
 
 class ShardReader(FileSystemReader):
-    """DCP's reader of a folder, except that ``.metadata`` is read once and not unpickled."""
+    """DCP's ``FileSystemReader``, except that ``.metadata`` is read once and not unpickled."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the description of the shards."""
+        """Returns the description of the shards."""
         return self._metadata
 
     @cached_property
@@ -90,31 +91,31 @@ class ShardReader(FileSystemReader):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read DCP's description of tensors.
+    """Reads DCP's description of tensors.
 
     Raises:
-        UserError: The file is damaged, or describes anything but tensors that lie whole in the files beside it.
+        UserError: The file is damaged, or describes anything but tensors stored completely in the files beside it.
     """
     try:
         metadata = _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
         sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}
         sizes = {name: (path.parent / name).stat().st_size for name in sizes}
         _check_storage(metadata, sizes)
-    except Exception as error:  # pickle raises many kinds for a file that is damaged
+    except Exception as error:  # pickle raises many kinds of errors for a damaged file
         raise UserError(f"{path} cannot be read as the description of shards: {error}.") from error
     return metadata
 
 
 class _TensorPlanner(DefaultLoadPlanner):
-    """Plans the loading of tensors alone; DCP's own unpickles everything else."""
+    """Load planner for tensors only; DCP's default planner unpickles everything else."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Refuse what is stored as a pickle."""
+        """Raises UserError, as only pickles are loaded with this method."""
         raise UserError(f"{read_item.dest_index.fqn} is not stored as a tensor")
 
 
 class _Placeholder:
-    """Stands for an object of the pickle: what it would be made with, and its state."""
+    """Placeholder for an object of the pickle: its constructor arguments and its state."""
 
     has_state = False
     args: tuple[Any, ...]
@@ -135,7 +136,7 @@ def _placeholder(name: str, *, has_state: bool) -> type[_Placeholder]:
     return type(name, (_Placeholder,), {"has_state": has_state})
 
 
-# By the module and the name that a pickle has them under
+# Keys: module and name in the pickle
 _DCP_MODULE = "torch.distributed.checkpoint."
 _PLACEHOLDERS = {
     **{
@@ -157,17 +158,17 @@ _PLACEHOLDERS = {
             ("torch.serialization", "_get_layout"),
             (f"{_DCP_MODULE}metadata", "_MEM_FORMAT_ENCODING"),
             ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),  # of Python 3.13
+            ("pathlib._local", "PosixPath"),  # in Python 3.13
         )
     },
 }
 
 
 class _PlaceholderUnpickler(pickle.Unpickler):
-    """Unpickles placeholders; a name that descriptions of tensors do not have is refused, not looked up."""
+    """Unpickler that creates placeholders; raises UnpicklingError for names that descriptions of tensors do not use."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the placeholder of a name, or a dtype."""
+        """Returns the placeholder class of a name, or a torch dtype."""
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) not in _PLACEHOLDERS:
@@ -176,7 +177,7 @@ class _PlaceholderUnpickler(pickle.Unpickler):
 
 
 def _metadata(found: Any) -> Metadata:
-    """Build the description of tensors anew, from placeholders and plain data; ValueError for anything else."""
+    """Builds a ``Metadata`` of tensors from placeholders and plain data; raises ValueError for anything else."""
     state = _state(found, "Metadata")
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         _plain(key, str): _tensor(entry) for key, entry in state["state_dict_metadata"].items()
@@ -189,7 +190,11 @@ def _metadata(found: Any) -> Metadata:
 
 
 def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
-    """See that every tensor is stored whole: in chunks that fill it, whose bytes are in files of these sizes."""
+    """Checks that every tensor is stored completely: its chunks fill it, and lie within files of the given sizes.
+
+    Raises:
+        ValueError: A chunk is missing or out of bounds, or the chunks do not fill their tensor.
+    """
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
         filled = 0
@@ -220,7 +225,7 @@ def _tensor(found: Any) -> TensorStorageMetadata:
 
 
 def _properties(found: Any) -> torch.dtype:
-    """Return the dtype, which is all that is used of a tensor's properties."""
+    """Returns the dtype, the only property of a tensor that is used."""
     if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}metadata", "TensorProperties"]):
         raise ValueError(f"expected the properties of a tensor, got {found!r:.40}")
     return _plain(_plain(found.state, tuple)[0], torch.dtype)
@@ -250,7 +255,7 @@ def _size(found: Any) -> torch.Size:
 
 
 def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
-    """Return the fields of an object of DCP's."""
+    """Returns the fields of a DCP object."""
     if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}{module}", name]):
         raise ValueError(f"expected {name}, got {found!r:.40}")
     return _plain(found.state, dict)

@@ -1,4 +1,4 @@
-"""Writing checkpoints: one file, or the shards of all ranks; at once, or while training goes on."""
+"""Writes checkpoints: one file or the shards of all ranks, synchronously or in a thread during training."""
 
 import errno
 import hashlib
@@ -23,21 +23,21 @@ from gptlab.training.checkpoints.records import STATE, CheckpointMetadata, commi
 
 log = logging.getLogger(__name__)
 
-Hashes = dict[str, str]  # SHA-256 of what was written, by the file's name
+Hashes = dict[str, str]  # file name -> SHA-256 of the written data
 WriteFunction = Callable[[Path, Checkpoint], Hashes | None]
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes checkpoints so that a crash at any moment leaves the older ones; takes the place of Lightning's files.
+    """Writes checkpoints so that a crash at any moment leaves the older ones intact; replaces Lightning's CheckpointIO.
 
     Args:
-        keep_last: How many of the newest are kept.
-        keep_best: Whether the one with the lowest val loss is kept as well.
-        asynchronous: Write in a thread while training goes on; ``check`` and ``wait`` raise what went wrong there.
+        keep_last: Number of newest checkpoints to keep.
+        keep_best: Whether to keep the checkpoint with the lowest val loss as well.
+        asynchronous: Whether to write in a thread during training; ``check`` and ``wait`` raise its errors.
 
     Attributes:
-        listeners: Called with every checkpoint that is whole, and its facts, on the first rank, before older ones are
-            removed; in the thread, where there is one.
+        listeners: Called with every committed checkpoint and its metadata, on the first rank, before older ones are
+            removed; in the writing thread if ``asynchronous``.
     """
 
     def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
@@ -48,12 +48,12 @@ class AtomicCheckpointIO(CheckpointIO):
         self._group: dist.ProcessGroup | None = None
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: Any, storage_options: Any = None) -> None:
-        """Write one file into ``path``, on the first rank alone; ``storage_options`` is its ``CheckpointMetadata``."""
+        """Writes one file into ``path``, on the first rank only; ``storage_options`` is its ``CheckpointMetadata``."""
         self._save(_write_state, checkpoint, Path(path), storage_options)
 
     def save_shards(self, checkpoint: Checkpoint, path: Path, facts: CheckpointMetadata) -> None:
-        """Write the shards of all ranks, each of which must call this, into ``path``."""
-        if self._group is None:  # of its own: a thread's messages must not mix with those of training
+        """Writes the shards of all ranks into ``path``; every rank must call this."""
+        if self._group is None:  # a separate group: the thread's collectives must not mix with those of training
             self._group = dist.new_group(backend="gloo")
         group = self._group
 
@@ -68,19 +68,19 @@ class AtomicCheckpointIO(CheckpointIO):
         self._save(write, checkpoint, path, facts)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Checkpoint:
-        """Read a checkpoint."""
+        """Reads a checkpoint."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Do nothing: what is removed is decided here, when the next one is whole."""
+        """Does nothing: old checkpoints are removed after the next one is committed."""
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if it has ended."""
+        """Raises the error of the writing thread, if that has ended with one."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the thread, and raise what went wrong in it."""
+        """Waits for the writing thread and raises its error, if any."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -94,7 +94,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self._pending = self._thread.submit(self._finish, write, copy, checkpoint_dir, facts)
 
     def _finish(self, write: WriteFunction, state: Any, checkpoint_dir: Path, facts: CheckpointMetadata) -> None:
-        """Write, seal, and only then remove what is no longer kept; a full disk is told, and training goes on."""
+        """Writes and commits the checkpoint, then prunes old ones. A full disk is logged; training continues."""
         unfinished = unfinished_path(checkpoint_dir)
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -116,31 +116,31 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 def _write_state(folder: Path, state: Checkpoint) -> Hashes:
-    """Write state.pt, and hash it on the way."""
+    """Writes state.pt and hashes the data while writing."""
     with (folder / STATE).open("wb") as file:
         hashing = _HashingFile(file)
         try:
             torch.save(state, cast(BinaryIO, hashing))
         except RuntimeError:
-            if hashing.error is not None:  # what torch makes of it says nothing of the disk
+            if hashing.error is not None:  # torch's own error does not mention the cause, e.g. a full disk
                 raise hashing.error from None
             raise
     return {STATE: hashing.digest.hexdigest()}
 
 
 class _HashingFile(io.RawIOBase):
-    """Hashes what goes through it into a file, and keeps the error that the file gave."""
+    """Writable file object that hashes the data it writes and keeps the file's ``OSError``, if any."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
         self.error: OSError | None = None
 
     def writable(self) -> bool:
-        """Say that it is."""
+        """Returns True."""
         return True
 
     def write(self, data: Any) -> int:
-        """Write and hash."""
+        """Writes and hashes the data; returns the number of bytes written."""
         try:
             written = self.file.write(data)
         except OSError as error:
@@ -151,7 +151,7 @@ class _HashingFile(io.RawIOBase):
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether a full disk is all that went wrong, on any rank."""
+    """Returns whether all failures, on all ranks, are due to a full disk or quota."""
     failures = list(_failures(error))
     return all(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in failures)
 

@@ -1,4 +1,4 @@
-"""Numbers that all ranks add up at every step, without one waiting for another."""
+"""All-reduce of a small vector at every step that delays its result by one call instead of blocking."""
 
 from collections.abc import Callable
 
@@ -8,24 +8,24 @@ from torch import Tensor
 
 
 class DelayedAllReduce:
-    """Sums of a small vector over all ranks, each known one call later.
+    """Sums a small vector over all ranks; each sum is returned one call later.
 
-    A call starts the sum of its own values and returns that of the call before, which has had a whole step to finish:
-    so no rank waits for the slowest, and no host for its device. Every rank makes the same calls in the same order, and
-    so knows the same sums at the same call. One process has the same lag, and no collective.
+    A call starts the sum of its own values and returns that of the previous call, which has had a full step to finish,
+    so no rank waits for the slowest and no host for its device. Every rank must make the same calls in the same order;
+    all ranks then get the same sums at the same call. A single process has the same delay, and no collective.
     """
 
     def __init__(self) -> None:
         self._pending: Callable[[], list[float]] | None = None
 
     def add(self, values: Tensor) -> list[float] | None:
-        """Start the sum of ``values`` (n,); return the sums of the call before, or None where there is none."""
+        """Starts the sum of ``values`` (n,); returns the sums of the previous call, or None if none are pending."""
         earlier = self.collect()
         self._pending = _on_cuda(values) if values.device.type == "cuda" else _on_cpu(values)
         return earlier
 
     def collect(self) -> list[float] | None:
-        """Wait for the sums that were started last, and return them; None where none are on their way."""
+        """Waits for the pending sums and returns them, or None if none are pending."""
         if self._pending is None:
             return None
         sums, self._pending = self._pending(), None
@@ -33,7 +33,7 @@ class DelayedAllReduce:
 
 
 def _on_cpu(values: Tensor) -> Callable[[], list[float]]:
-    """Start a sum in float64, which Gloo's own threads carry out."""
+    """Starts a sum in float64, which Gloo's own threads compute."""
     sums = values.detach().to(torch.float64, copy=True)
     work = dist.all_reduce(sums, async_op=True) if _are_several() else None
 
@@ -46,7 +46,7 @@ def _on_cpu(values: Tensor) -> Callable[[], list[float]]:
 
 
 def _on_cuda(values: Tensor) -> Callable[[], list[float]]:
-    """Start a sum in float32 and its copy to the host, both in the device's own order; only reading it waits."""
+    """Starts a sum in float32 and its copy to the host, both in stream order; only reading the result waits."""
     sums = values.detach().to(torch.float32, copy=True)
     if _are_several():
         dist.all_reduce(sums)  # the device waits, the host does not

@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and moments sharded over devices."""
+"""FSDP2 strategy: parameters, gradients and optimizer moments sharded over devices."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,15 +38,16 @@ from gptlab.training.optim.optimizers import check_groups
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's FSDP2, with tensor parallelism inside of it where several devices share one batch.
+    """Lightning's FSDP2 strategy, with tensor parallelism within groups of devices that share one batch.
 
-    Checkpoints are ours: they name the network's parameters, without the LightningModule's prefix, whole or in shards.
+    Replaces Lightning's checkpoints: ours name the model's parameters without the LightningModule's prefix, in one file
+    or in shards.
 
     Args:
-        config: How the model is spread.
-        plan: How many ranks read data of their own.
-        hardware: What the run computes on.
-        sharded_checkpoints: Whether each rank writes its part of a checkpoint.
+        config: Sharding and offloading settings, and the tensor-parallel size.
+        plan: Provides the number of data-parallel ranks.
+        hardware: Accelerator and precision of the run.
+        sharded_checkpoints: Whether each rank writes its own shards of a checkpoint.
     """
 
     def __init__(
@@ -61,21 +62,21 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def network(self) -> GPT:
-        """The network that is trained."""
+        """The model being trained."""
         assert self.lightning_module is not None  # noqa: S101
         return cast(GPT, self.lightning_module.model)
 
     def shard(self, model: GPT) -> None:
-        """Shard every block by itself, and what remains as one (Zhao et al. 2023, section 3).
+        """Shards every block separately and the remaining parameters as one unit (Zhao et al. 2023, section 3).
 
-        Mixed precision gathers parameters and computes in bfloat16, and sums gradients in float32.
+        Mixed precision gathers parameters and computes in bfloat16, and reduces gradients in float32.
         """
         assert self.lightning_module is not None  # noqa: S101
         if self.config.cpu_offload:
-            self.lightning_module.to(self.root_device)  # all of it, before the parameters are sent back
+            self.lightning_module.to(self.root_device)  # all tensors, before the parameters are offloaded
         if self.config.tensor_parallel > 1:
             parallelize_blocks(model, self.device_mesh["tensor_parallel"])
-        on_gpu = self.root_device.type == "cuda"  # without one, nothing is pinned, and offloading moves nothing
+        on_gpu = self.root_device.type == "cuda"  # without a GPU, nothing is pinned, and offloading moves nothing
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         wrap = partial(
             fully_shard,
@@ -85,18 +86,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         for block in model.h:
             wrap(block, reshard_after_forward=self.config.reshard_after_forward)
-        wrap(model, reshard_after_forward=False)  # the backward pass begins with it
+        wrap(model, reshard_after_forward=False)  # the backward pass begins with these parameters
         for name in ("loss", "token_losses", "next_logits"):
             register_fsdp_forward_method(model, name)
 
     def model_to_device(self) -> None:
-        """Leave parameters on the CPU where that is their place."""
+        """Moves the model to the device, unless its parameters are offloaded to the CPU."""
         if not self.config.cpu_offload:
             super().model_to_device()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Keep gradients whole on their rank until the last micro-batch of a step, which reduces them once."""
+        """Accumulates unsharded gradients on each rank; the last micro-batch of a step reduces them once."""
         network = cast(FSDPModule, self.network)
         network.set_requires_gradient_sync(False)
         try:
@@ -106,7 +107,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        """Keep the blocks whole between forward passes."""
+        """Keeps the blocks' parameters gathered between forward passes; reshards them on exit."""
         blocks = cast(list[FSDPModule], list(self.network.h))
         for block in blocks:
             block.set_reshard_after_forward(False, recurse=False)
@@ -118,21 +119,21 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.reshard()
 
     def reshard(self) -> None:
-        """Free what was gathered of the network."""
+        """Frees the gathered parameters of the model."""
         for part in (*self.network.h, self.network):
             cast(FSDPModule, part).reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The parameters: this rank's parts of all, or, for one file, all of them on the first rank."""
+        """Returns the parameters: this rank's shards or, for a one-file checkpoint, full tensors on the first rank."""
         return get_model_state_dict(self.network, options=self._options())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The moments, as the parameters."""
+        """Returns the optimizer's state, sharded or full as in ``lightning_module_state_dict``."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return cast(dict[str, Any], get_optimizer_state_dict(self.network, plain, options=self._options()))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the shards of all ranks, or one file on the first."""
+        """Writes the shards of all ranks, or one file on the first rank."""
         files = cast(AtomicCheckpointIO, self.checkpoint_io)
         if self.sharded_checkpoints:
             files.save_shards(checkpoint, Path(filepath), storage_options)
@@ -140,14 +141,14 @@ class FSDP2Strategy(ModelParallelStrategy):
             files.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load into the network and the optimizers what any strategy has saved; return the rest."""
+        """Loads a checkpoint of any strategy into the model and the optimizers; returns the other entries."""
         checkpoint_dir = Path(checkpoint_path)
         checkpoint = read_state(checkpoint_dir)
         if is_sharded(checkpoint_dir):
             options = StateDictOptions()
             groups = [state["param_groups"] for state in checkpoint.pop("optimizer_states")]
             for optimizer, saved in zip(self.optimizers, groups, strict=True):
-                check_groups(saved, optimizer.param_groups)  # before its moments are looked for
+                check_groups(saved, optimizer.param_groups)  # before its moments are loaded
             moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
             model = get_model_state_dict(self.network, options=options)
             state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}

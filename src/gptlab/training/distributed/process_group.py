@@ -1,4 +1,4 @@
-"""Who started the processes of a run, and the process group that they join before anything is written."""
+"""The launcher environment of a run's processes, and the process group that they join before anything is written."""
 
 import atexit
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """Returns the environment that started this process, whatever variables a scheduler has left in it."""
+    """Returns the environment that launched this process, regardless of variables that a scheduler has left in it."""
     if launched_by_torchrun():
         return TorchElasticEnvironment()
     if launched_by_srun():
@@ -37,10 +37,10 @@ def cluster_environment() -> ClusterEnvironment:
 
 
 class SrunEnvironment(SLURMEnvironment):
-    """Lightning's SLURM environment for a step of any shape: it accepts only --ntasks-per-node, and the whole job."""
+    """SLURM environment for any job step; Lightning's own accepts only --ntasks-per-node and steps of the full job."""
 
     def __init__(self) -> None:
-        # Lightning's own requeue would write checkpoints beside the run, and load them by itself
+        # Lightning's own requeue would write checkpoints outside ours, and load them by itself
         super().__init__(auto_requeue=False)
 
     @property
@@ -61,7 +61,7 @@ class SrunEnvironment(SLURMEnvironment):
         return int(os.environ["SLURM_STEP_NUM_TASKS"])
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Accepts all: the numbers are the step's (``gptlab.training.distributed.processes``)."""
+        """Accepts any numbers: they are those of the job step (``gptlab.training.distributed.processes``)."""
 
     @staticmethod
     def _validate_srun_variables() -> None:
@@ -69,10 +69,10 @@ class SrunEnvironment(SLURMEnvironment):
 
 
 def join_group(hardware: Hardware) -> None:
-    """Joins the other ranks of the run; Lightning then uses the group as it is.
+    """Joins the process group of the run, which Lightning then uses as it is.
 
-    On one machine the ranks find each other in a file, so that nothing listens to the network; under torchrun and srun
-    at the address that these have named.
+    On one machine the ranks rendezvous through a file, so that no network port is opened; under torchrun and srun, at
+    the address that the launcher provides.
     """
     if dist.is_initialized() or not (is_worker() or hardware.world_size > 1):
         return
@@ -87,9 +87,9 @@ def join_group(hardware: Hardware) -> None:
     if hardware.accelerator == "cuda":
         device = torch.device("cuda", cluster_environment().local_rank())
         torch.cuda.set_device(device)
-        atexit.register(_leave_group)  # which NCCL asks for
+        atexit.register(_leave_group)  # NCCL requires it
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device else "gloo",  # what is kept on the CPU is summed there
+        "cpu:gloo,cuda:nccl" if device else "gloo",  # CPU tensors are reduced with Gloo
         init_method=method,
         rank=global_rank(),
         world_size=hardware.world_size,
@@ -99,7 +99,7 @@ def join_group(hardware: Hardware) -> None:
 
 
 def run_on_first_rank(make: Callable[[], T]) -> T:
-    """Calls ``make`` on the first rank; every rank returns what it returned, or raises the UserError it raised."""
+    """Calls ``make`` on the first rank; every rank returns its result, or raises its UserError."""
     if not dist.is_initialized():
         return make()
     made: list[T | UserError | None] = [None]

@@ -1,35 +1,35 @@
-"""What the environment says of this process, before Lightning does. Imports no torch."""
+"""Rank and launcher of this process, read from the environment before Lightning does. Imports no torch."""
 
 import os
 
 from gptlab.errors import UserError
 
-MAX_PROCESSES_PER_CORE = 4  # beyond this, processes on a CPU only wait for each other
-RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # the file in which the workers of one machine find each other
+MAX_PROCESSES_PER_CORE = 4  # with more, processes on a CPU only wait for each other
+RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # variable with the file through which the workers of one machine rendezvous
 
 
 def is_worker() -> bool:
-    """Whether ``gptlab.launch.supervisor`` has started this process, as one of those of one machine."""
+    """Returns whether ``gptlab.launch.supervisor`` started this process as one of the workers of one machine."""
     return RENDEZVOUS in os.environ
 
 
 def launched_externally() -> bool:
-    """Whether torchrun or srun has started this process as one of several ranks."""
+    """Returns whether torchrun or srun started this process as one of several ranks."""
     return launched_by_torchrun() or launched_by_srun()
 
 
 def launched_by_torchrun() -> bool:
-    """Whether torchrun has started this process."""
+    """Returns whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launched_by_srun() -> bool:
-    """Whether this process is one of several that srun has started; an allocation alone starts none."""
+    """Returns whether srun started this process as one of several; an allocation alone starts none."""
     return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def external_devices() -> tuple[int, int]:
-    """Processes a node and nodes, as torchrun or SLURM has them; UserError where the nodes have different numbers."""
+    """Returns processes per node and nodes, as set by torchrun or SLURM; raises UserError if nodes differ."""
     if launched_by_srun():
         processes, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
         if processes % nodes:
@@ -40,12 +40,12 @@ def external_devices() -> tuple[int, int]:
 
 
 def global_rank() -> int:
-    """The number of this process among all of the run, by the variables of who has started it."""
+    """Returns the rank of this process in the run, from the variables of its launcher."""
     if is_worker() or launched_by_torchrun():
         return int(os.environ["RANK"])
     return int(os.environ["SLURM_PROCID"]) if launched_by_srun() else 0
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0."""
+    """Returns whether this process is rank 0."""
     return global_rank() == 0

@@ -1,8 +1,9 @@
-"""Tensor parallelism: every block split over devices that work on one batch (Shoeybi et al. 2019, section 3).
+"""Tensor parallelism: every block is split over devices that share one batch (Shoeybi et al. 2019, section 3).
 
-The attention is split by heads, the MLP by its inner width; each sums its output over the devices once, and its input's
-gradient once. LayerNorms, embeddings and the head are whole on each of them. All draw the same random numbers, so what
-they hold whole stays the same, and attention dropout, which each applies to its own heads, repeats itself between them.
+Attention is split by heads, the MLP by its inner width; each reduces its output over the devices once, and the gradient
+of its input once. LayerNorms, embeddings and the head are replicated. All devices draw the same random numbers, so
+replicated activations stay equal, and attention dropout, which each device applies to its own heads, uses the same mask
+on every device.
 
 Shapes: B batch, T time, C channels, nh heads, hs head size, tp devices that split a block.
 """
@@ -19,10 +20,10 @@ from gptlab.model.modern import WeightedSum
 
 
 def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
-    """Split the blocks of a network over ``mesh``, in place.
+    """Splits the blocks of a model over ``mesh``, in place.
 
-    Every parameter becomes a DTensor that has the name and, put together, the layout it had: checkpoints are those of
-    one device. tp must divide nh.
+    Every parameter becomes a DTensor with its former name and, when gathered, its former layout, so checkpoints are
+    identical to those of one device. nh must be divisible by tp.
     """
     heads = model.config.n_head
     for block in model.h:
@@ -45,9 +46,9 @@ def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
 
 
 class ReplicatedLayer(ParallelStyle):
-    """A layer that every device of the group computes alike; its parameters are DTensors as all others are.
+    """Replicated layer: every device of the group computes it redundantly, with DTensor parameters.
 
-    So all parameters are on one mesh, which norms over all gradients and fused optimizers ask for.
+    Thus all parameters are on one mesh, which norms over all gradients and fused optimizers require.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -63,9 +64,10 @@ class ReplicatedLayer(ParallelStyle):
 
 
 def _own_heads(qkv: DTensor, n_head: int) -> Tensor:
-    """Take the queries, keys and values (B, T, 3C / tp) of this device's heads from those of all (B, T, 3C).
+    """Returns the queries, keys and values (B, T, 3C / tp) of this device's heads from those of all heads (B, T, 3C).
 
-    The rows of ``c_attn`` are split as they lie in GPT-2's matrix, which is not by heads: hence the way over all.
+    The rows of ``c_attn`` are split in the order of GPT-2's matrix, which is not by heads; so they are gathered first
+    and then split by heads.
     """
     by_heads = qkv.unflatten(2, (3, n_head, -1))  # (B, T, 3, nh, hs)
     return by_heads.redistribute(placements=[Shard(3)]).to_local().flatten(2)

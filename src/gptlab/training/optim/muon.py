@@ -1,4 +1,4 @@
-"""Muon for the matrices of the blocks, AdamW for all else, as one optimizer.
+"""Muon for the matrices of the blocks and AdamW for all other parameters, as one optimizer.
 
 Shapes: K matrices of one shape, m rows, n columns.
 """
@@ -14,29 +14,30 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 Group = dict[str, Any]
-Matrices = list[tuple[Tensor, Tensor, Tensor]]  # each with its gradient and its momentum
+Matrices = list[tuple[Tensor, Tensor, Tensor]]  # (parameter, gradient, momentum)
 
-MOMENTUM = "momentum_buffer"  # the moment's name in the state, as in torch.optim.Muon
+MOMENTUM = "momentum_buffer"  # key of the moment in the state, as in torch.optim.Muon
 
-# Elements of a stack. A larger one leaves a CPU's cache and is slower; elsewhere there is only its memory to care for.
+# Largest number of elements in a stack. On a CPU, a larger stack exceeds the cache and is slower; elsewhere the limit
+# bounds memory.
 CPU_STACK, STACK = 2**20, 2**26
 
 
 class StackedMuon(Muon):
-    """torch.optim.Muon (Jordan et al. 2024), whose matrices of one shape are orthogonalized in one product.
+    """torch.optim.Muon (Jordan et al. 2024) that orthogonalizes matrices of the same shape in one batched product.
 
-    By itself each small matrix would keep a device waiting for its next instruction. Of a sharded matrix every device
-    gathers the whole update, orthogonalizes it, as the others do, and keeps its own part.
+    Orthogonalizing small matrices one by one would leave a device waiting for kernel launches. For a sharded matrix,
+    every device gathers the full update, orthogonalizes it redundantly, and keeps its own shard.
 
     Attributes:
-        found_inf: A tensor () that is 1 where the step is to change nothing, as for torch's fused optimizers; or None.
+        found_inf: A tensor () that is 1 if the step must change nothing, as for torch's fused optimizers; or None.
 
     Args:
         groups: As for torch.optim.Muon.
-        ns_dtype: In which the update is orthogonalized: "bfloat16", as in torch.optim.Muon, or "float32".
-        cautious: Weights decay only where the update has their sign (Chen et al. 2025, Cautious Weight Decay,
+        ns_dtype: Dtype of the orthogonalization: "bfloat16", as in torch.optim.Muon, or "float32".
+        cautious: Whether weights decay only where the update has their sign (Chen et al. 2025, Cautious Weight Decay,
             algorithm 1).
-        options: Of torch.optim.Muon.
+        options: Other arguments of torch.optim.Muon.
     """
 
     found_inf: Tensor | None = None
@@ -46,13 +47,13 @@ class StackedMuon(Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Make one step; the gradients are there, so no ``closure`` is called."""
+        """Performs one step with the gradients present; ``closure`` is not called."""
         for group in self.param_groups:
             for stack in stack_by_shape(self._matrices(group)):
                 self._step_of(group, stack)
 
     def _matrices(self, group: Group) -> Matrices:
-        """Collect the parameters of a group that have a gradient, each with it and with its momentum, 0 at first."""
+        """Collects the parameters of a group that have a gradient, with gradient and momentum (initialized to 0)."""
         matrices = []
         for parameter in group["params"]:
             if (gradient := parameter.grad) is not None:
@@ -63,7 +64,7 @@ class StackedMuon(Muon):
         return matrices
 
     def _step_of(self, group: Group, stack: Matrices) -> None:
-        """Make a step of matrices of one shape."""
+        """Performs a step of matrices of one shape."""
         dtype = getattr(torch, group["ns_dtype"])
         updates = torch.stack([gather_parts(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
         updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -71,23 +72,23 @@ class StackedMuon(Muon):
             self._apply(group, parameter, local_part(update, parameter))
 
     def _direction(self, group: Group, gradient: Tensor, momentum: Tensor) -> Tensor:
-        """Take a gradient into the momentum, and return it with Nesterov's: this device's part of it."""
+        """Updates the momentum with a gradient and returns the Nesterov direction; all are this device's shards."""
         gradient, momentum = local_tensor(gradient), local_tensor(momentum)
         new = momentum.lerp(gradient, 1 - group["momentum"])
         self._set(momentum, new)
         return torch.lerp(gradient, new, group["momentum"], out=new)
 
     def _apply(self, group: Group, parameter: Tensor, update: Tensor) -> None:
-        """Decay this device's part of a matrix, and subtract that of the update."""
+        """Applies weight decay to this device's shard of a matrix and subtracts its shard of the update."""
         part, rate, shape = local_tensor(parameter), group["lr"], parameter.shape
         decaying: Tensor | float = 1.0
         if group["cautious"]:
-            decaying = (update * part).ge_(0)  # 1 where they have one sign, else 0
+            decaying = (update * part).ge_(0)  # 1 where their signs do not differ, else 0
         new = part * (1 - rate * group["weight_decay"] * decaying)
         self._set(part, new.sub_(update, alpha=rate * rate_factor(group["adjust_lr_fn"], shape)))
 
     def _set(self, target: Tensor, value: Tensor) -> None:
-        """Overwrite a tensor, unless the step is a bad one; the device decides, and the host need not wait for it."""
+        """Overwrites a tensor unless ``found_inf`` is 1; decided on the device, without synchronizing the host."""
         if self.found_inf is None:
             target.copy_(value)
         else:
@@ -95,20 +96,20 @@ class StackedMuon(Muon):
 
 
 def rate_factor(adjust_lr: str | None, shape: torch.Size) -> float:
-    """Factor of the learning rate of a matrix of shape (m, n), as in torch.optim.Muon.
+    """Returns the factor of the learning rate of a matrix of shape (m, n), as in torch.optim.Muon.
 
     Args:
         adjust_lr: "match_rms_adamw" is ``0.2 sqrt(max(m, n))``, with which updates have the root mean square of AdamW's
             (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); "original", the default of
             torch.optim.Muon, is ``sqrt(max(1, m / n))`` (Jordan et al. 2024).
-        shape: Of the matrix.
+        shape: Shape of the matrix.
     """
     m, n = shape
     return 0.2 * math.sqrt(max(m, n)) if adjust_lr == "match_rms_adamw" else math.sqrt(max(1, m / n))
 
 
 class MuonWithAdamW(Optimizer):
-    """Two optimizers as one, with one list of groups, Muon's first, and one state.
+    """Muon and AdamW as one optimizer with a shared state and one list of parameter groups, Muon's first.
 
     Attributes:
         found_inf: See ``StackedMuon``.
@@ -123,11 +124,11 @@ class MuonWithAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._share()  # what was loaded
+        self._share()  # the loaded groups and state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step of both; ``closure`` computes the loss and the gradients, where they are not there."""
+        """Performs one step of both; ``closure``, if given, computes the gradients and returns the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -144,7 +145,7 @@ class MuonWithAdamW(Optimizer):
 
 
 def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
-    """Put matrices of one shape together, as many as are fast at once."""
+    """Groups matrices by shape, in stacks of at most ``STACK`` (``CPU_STACK``) elements and at least one matrix."""
     by_shape: dict[torch.Size, Matrices] = defaultdict(list)
     for matrix in matrices:
         by_shape[matrix[0].shape].append(matrix)
@@ -155,38 +156,38 @@ def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Bring the singular values of matrices (K, m, n) near 1, and leave their singular vectors; same shape.
+    """Moves the singular values of matrices (K, m, n) close to 1 and keeps their singular vectors; same shape.
 
-    A Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The values are divided by the
-    matrix's norm first, so none is above 1; with torch's ``coefficients`` those that are not tiny end between 0.6 and
-    1.3 after five steps (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks).
+    A Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The matrices are divided by
+    their norm first, so that no singular value is above 1; with torch's ``coefficients`` those that are not tiny end
+    between 0.6 and 1.3 after five steps (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks).
     """
     a, b, c = coefficients
     is_tall = x.size(1) > x.size(2)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)  # of the shorter side
+        gram = torch.bmm(x.mT, x) if is_tall else torch.bmm(x, x.mT)  # Gram matrix of the shorter side
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, factor, beta=a) if is_tall else torch.baddbmm(x, factor, x, beta=a)
     return x
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this device has, which is all of one that is not sharded."""
+    """Returns this device's shard of a tensor, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
-    """Put the parts that all devices have together; they are sharded as ``parameter`` is."""
+    """Gathers the full tensor from the shards of all devices; they are sharded as ``parameter`` is."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
-    strides = parameter.stride()  # without shape and strides, parts of one size would be taken for granted
+    strides = parameter.stride()  # without shape and stride, from_local assumes shards of equal size
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides).full_tensor()
 
 
 def local_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Return what this device has of a tensor that is sharded as ``parameter`` is; nothing is communicated."""
+    """Returns this device's shard of a tensor that is sharded as ``parameter`` is; nothing is communicated."""
     if not isinstance(parameter, DTensor):
         return whole
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

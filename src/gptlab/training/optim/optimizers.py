@@ -12,12 +12,15 @@ from gptlab.training.optim.averaging import DECAY
 from gptlab.training.optim.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.optim.schedules import learning_rate, momentum
 
-GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # of parameters, to which Muon's run has a learning rate each
-State = dict[str, Any]  # of an optimizer: of each parameter its moments, and the groups
+GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # parameter groups of a Muon run
+State = dict[str, Any]  # an optimizer's state_dict: the moments of each parameter, and the groups
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> Optimizer:
-    """Build the optimizer over ``parameter_groups``; what is loaded into it are moments, its settings stay its own."""
+    """Builds the optimizer over ``parameter_groups``.
+
+    Loading a state restores the moments only; the hyperparameters remain those of ``config``.
+    """
     groups = parameter_groups(model, config)
     adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
     optimizer: Optimizer
@@ -42,7 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
 def set_step_hyperparameters(
     optimizer: Optimizer, step: int, config: OptimizerConfig, schedule: ScheduleConfig, *, max_steps: int
 ) -> None:
-    """Set what depends on the step: the rate of every group, all by one schedule, and Muon's momentum."""
+    """Sets the step's learning rate of every group, all by the same schedule, and Muon's momentum."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, schedule, lr=group["initial_lr"], max_steps=max_steps)
         if isinstance(config, MuonConfig) and "momentum" in group:
@@ -50,33 +53,33 @@ def set_step_hyperparameters(
 
 
 def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
-    """Let the step that follows change nothing, neither weights nor moments nor its count, where ``bad`` () is 1.
+    """Makes the next step change nothing, neither weights nor moments nor step counts, if ``bad`` () is 1.
 
-    Fused kernels read it on the device, as they do for torch.amp.GradScaler, and so does Muon; for the others the host
-    waits for it. The attribute ``found_inf``, by which torch.amp.GradScaler tells fused optimizers, is not documented
-    (read in torch 2.13).
+    Fused kernels read it on the device, as they do for torch.amp.GradScaler, and so does Muon; for other optimizers the
+    host waits for it. The attribute ``found_inf``, with which torch.amp.GradScaler informs fused optimizers, is not
+    documented (read in torch 2.13).
     """
-    if all(group.get("fused", True) for group in optimizer.param_groups):  # Muon's has no such key
+    if all(group.get("fused", True) for group in optimizer.param_groups):  # Muon's groups have no such key
         optimizer.found_inf = bad  # type: ignore[attr-defined]
     elif bad:
-        optimizer.zero_grad()  # what has no gradient is left alone
+        optimizer.zero_grad()  # parameters without a gradient are not updated
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Split the parameters into groups with settings of their own. A tied parameter appears once; no group is empty."""
+    """Splits the parameters into groups with their own settings. A tied parameter appears once; no group is empty."""
     groups = muon_groups(model, config) if isinstance(config, MuonConfig) else decay_groups(model, config.weight_decay)
     return [group for group in groups if group["params"]]
 
 
 def group_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
-    """Name the groups of ``parameter_groups``, in their order, where they have learning rates of their own."""
+    """Returns the names of ``parameter_groups``, in order, if each has its own learning rate; else an empty list."""
     if not isinstance(config, MuonConfig):
         return []
     return [kind for kind, group in zip(GROUP_NAMES, muon_groups(model, config), strict=True) if group["params"]]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters as GPT-2 does: matrices and embeddings decay, biases and LayerNorms do not."""
+    """Splits the parameters as GPT-2 does: matrices and embeddings decay, biases and LayerNorms do not."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -85,9 +88,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
-    """Split the parameters into the matrices of the blocks, which are Muon's, and AdamW's embeddings, head and vectors.
+    """Splits the parameters into the matrices of the blocks, for Muon, and embeddings, head and vectors, for AdamW.
 
-    An embedding that is the head as well is trained as one. Vectors do not decay.
+    An embedding tied to the head belongs to the head's group. Vectors do not decay.
     """
     decay = config.adamw_weight_decay
     rates = (config.lr, config.embedding_lr, config.head_lr, config.vector_lr)
@@ -104,7 +107,7 @@ def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
 
 
 def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
-    """Say which of the groups of Muon a parameter belongs to."""
+    """Returns the name of the Muon parameter group that a parameter belongs to."""
     if parameter.dim() < 2:
         return "vector"
     if is_head:
@@ -113,23 +116,27 @@ def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
 
 
 def name_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
-    """Name the parameters of an optimizer's state, which numbers them in the order of its groups."""
+    """Relabels the parameters of an optimizer's state by name instead of by their index in its groups."""
     return _relabel(state, dict(enumerate(_parameter_names(model, config))))
 
 
 def number_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
-    """Undo ``name_state``."""
+    """Inverts ``name_state``."""
     return _relabel(state, {name: number for number, name in enumerate(_parameter_names(model, config))})
 
 
 def _parameter_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
-    """Names of the parameters, as the optimizer has them."""
+    """Returns the names of the parameters in the optimizer's order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in parameter_groups(model, config) for parameter in group["params"]]
 
 
 def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
-    """See that the groups of a checkpoint are those of an optimizer, and have its moments; UserError: they have not."""
+    """Checks that the parameter groups of a checkpoint match those of an optimizer.
+
+    Raises:
+        UserError: The groups have other sizes, or only one of the two has averages of the weights.
+    """
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
         what = "The checkpoint has the moments of another optimizer, or of another network."
     elif [DECAY in group for group in saved] != [DECAY in group for group in own]:
@@ -140,7 +147,7 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None
 
 
 def _relabel(state: State, labels: dict[Any, Any]) -> State:
-    """Call the parameters of an optimizer's state otherwise; those that are called so already stay."""
+    """Renames the parameters of an optimizer's state; names not in ``labels`` are kept."""
     return {
         "state": {labels.get(label, label): moments for label, moments in state["state"].items()},
         "param_groups": [
@@ -151,7 +158,7 @@ def _relabel(state: State, labels: dict[Any, Any]) -> State:
 
 
 def _with_own_settings(optimizer: Optimizer, state: State) -> State:
-    """Replace the settings in a state by the optimizer's own, the configuration's; UserError: it has others."""
+    """Replaces the hyperparameters in a state by the optimizer's own; raises UserError if the groups do not match."""
     saved, own = state["param_groups"], optimizer.param_groups
     check_groups(saved, own)
     return state | {"param_groups": [mine | {"params": its["params"]} for its, mine in zip(saved, own, strict=True)]}

@@ -1,4 +1,4 @@
-"""The learning rate, and Muon's momentum, as pure functions of the step."""
+"""The learning rate and Muon's momentum as pure functions of the step."""
 
 import math
 
@@ -6,7 +6,7 @@ from gptlab.training.config import ConstantConfig, CosineConfig, LinearConfig, M
 
 
 def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: int) -> float:
-    """Return the learning rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
+    """Returns the learning rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
     if step < schedule.warmup_steps:
         return warmup(step, lr=lr, steps=schedule.warmup_steps)
     match schedule:
@@ -24,28 +24,28 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: 
 
 
 def warmup(step: int, *, lr: float, steps: int) -> float:
-    """Rise in equal parts that reach ``lr`` at step ``steps``; the first step is not 0 (as in nanoGPT)."""
+    """Linear warm-up that reaches ``lr`` at step ``steps``; the first step is not 0 (as in nanoGPT)."""
     return lr * (step + 1) / (steps + 1)
 
 
 def cosine(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
-    """Fall from ``lr`` at ``start`` to ``min_lr`` at ``end`` along half a cosine (Loshchilov and Hutter 2017)."""
+    """Cosine decay from ``lr`` at ``start`` to ``min_lr`` at ``end`` (Loshchilov and Hutter 2017)."""
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * _progress(step, start, end))) * (lr - min_lr)
 
 
 def linear(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
-    """Fall from ``lr`` at ``start`` to ``min_lr`` at ``end`` along a line."""
+    """Linear decay from ``lr`` at ``start`` to ``min_lr`` at ``end``."""
     return lr + _progress(step, start, end) * (min_lr - lr)
 
 
 def momentum(step: int, config: MuonConfig) -> float:
-    """Return Muon's momentum at optimizer step ``step``, counted from 0: it rises along a line (modded-nanogpt)."""
+    """Returns Muon's momentum at optimizer step ``step``, counted from 0: a linear warm-up (modded-nanogpt)."""
     first = config.momentum_warmup_from
     return first + _progress(step, 0, config.momentum_warmup_steps) * (config.momentum - first)
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Share of the way from ``start`` to ``end``: 0 before, 1 from the end on, also where they are one."""
+    """Returns the elapsed fraction of [start, end]: 0 before it, 1 from ``end`` on, even if it is empty."""
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / max(end - start, 1))
