@@ -146,6 +146,7 @@ def with_hellaswag(user, name: str, *arguments: str) -> Path:
     return user.only_run(name)
 
 
+@pytest.mark.slow
 def test_hellaswag_as_the_model_learns(user, runs):
     without = runs.give(user, "first", "callbacks=checkpoint")
     directory = with_hellaswag(user, "with")

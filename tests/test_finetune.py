@@ -19,6 +19,7 @@ def begun(user, runs):
     return runs.give(user, "begun", "callbacks=checkpoint")
 
 
+@pytest.mark.slow
 def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun):
     done = user.train(f"init_from={begun}", *TUNED, "callbacks=checkpoint")
     assert_success(done)

@@ -111,6 +111,7 @@ def restored(user) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_what_hydra_would_read_beside_a_run_is_left_alone(user, call):
     run, canary = restored(user), Canary(user.folder / "canary")
     for folder in (run / ".hydra", run / "more"):

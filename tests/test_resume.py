@@ -70,10 +70,8 @@ CHANGED = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("options", "change"),
-    [pytest.param(*case, marks=() if case == CHANGED[0] else pytest.mark.slow) for case in CHANGED],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "change"), CHANGED)
 def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options, change):
     halted, whole = halted_and_whole(user, runs, options, "one device")
     assert_success(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *CHANGES[change]))

@@ -50,6 +50,7 @@ def processes_in(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_point_and_keeps_its_record(user):
     sweep = ("-m", "name=two", "seed=1,2", *SMALL, "train.max_steps=2", "hydra.launcher.at_once=2")
     done = user.python("gptlab.train", *sweep)

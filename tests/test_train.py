@@ -110,6 +110,7 @@ def test_evaluating_and_sampling_change_nothing(user):
     assert not (once / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_micro_batches_and_workers_change_nothing(user, first):
     assert_success(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
     parts = user.only_run("parts")
@@ -209,6 +210,7 @@ def test_bfloat16_stays_near_float32(user):
     assert bf16 != fp32
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_for_the_same_seed(user, first):
     arguments = (f"run={first}", "prompt=def f(x): # it's ${y}, \\ ", "max_new_tokens=20", "num_samples=2")
     one, again, other = (user.python("gptlab.sample", *arguments, f"seed={seed}") for seed in (1, 1, 2))

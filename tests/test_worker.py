@@ -76,6 +76,7 @@ def log(user) -> Log:
 DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_validated_once_and_opens_the_data_once_a_process(user, runs, log):
     run = runs.give(user, "first")
     assert_success(user.python("gptlab.prepare", "data=text", "data.source=text.txt"))

@@ -98,6 +98,7 @@ def test_the_loaders_of_all_ranks_give_every_step_the_same_ids(prepared, order, 
     assert found == expected[plan.world_size * plan.micro_batch_size * plan.accumulation]
 
 
+@pytest.mark.slow
 def test_1024_ranks_give_every_step_the_same_ids(prepared, order, expected):
     windows = training_order(prepared.manifest, data_config(order=order), T, SEED)
     stream = prepared.stream("train")

@@ -20,6 +20,7 @@ ALL = {
 UNTIED = pytest.param({"tie_weights": False, "pad_vocab_to_multiple_of": 64}, marks=pytest.mark.slow, id="untied")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [pytest.param(ALL, id="everything"), UNTIED])
 def test_onnxruntime_gives_the_same_logits_at_any_shape(tmp_path, monkeypatch, changes):
     model = random_model(**changes, block_size=300)  # longer than what this one computes in another way

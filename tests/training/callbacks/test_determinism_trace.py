@@ -70,6 +70,7 @@ def expected_tokens(text: str, directory: Path) -> list[str]:
     return [format_sums(hash_windows(batch_of(rows))) for rows in steps]
 
 
+@pytest.mark.slow
 def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):
     assert_success(user.train("callbacks=[checkpoint,trace]", "train.micro_batch_size=4"))
     directory = user.only_run()

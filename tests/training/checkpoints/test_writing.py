@@ -239,6 +239,7 @@ for step, size in ((1, 1000), (2, 100_000), (3, 1000), (4, 1000)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, which can mount a small disk, is not there")
 def test_on_a_disk_that_is_really_full_the_older_checkpoint_stays_and_later_ones_are_written(tmp_path):
     disk, script = tmp_path / "disk", tmp_path / "filling.py"
