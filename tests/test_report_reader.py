@@ -123,6 +123,7 @@ def test_differences_are_marked_and_the_rest_is_folded(seen, sweep, report):
         assert told in environment
 
 
+@pytest.mark.slow
 def test_nothing_is_wider_than_the_screen(seen, report, sizes):
     for path in (report, written(sizes)):
         page = seen(path)
@@ -174,6 +175,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.slow
 def test_light_and_dark_are_both_readable(seen, report):
     page = seen(report, color_scheme="light")
     grounds = []
