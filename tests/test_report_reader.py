@@ -4,6 +4,8 @@
 import csv
 import math
 
+import pytest
+
 from report_pages import (  # noqa: F401
     RATES,
     SEEDS,
