@@ -7,9 +7,7 @@ import pytest
 
 from commands import assert_success, metrics
 from gptlab.exit_codes import INTERRUPTED
-from processes import TWO, processes_of, training
-
-SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
+from processes import SMALL, TWO, processes_of, training
 
 
 @pytest.mark.parametrize(

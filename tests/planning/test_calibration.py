@@ -2,8 +2,9 @@
 
 from configs import resolved
 from gptlab.planning import calibration
-from gptlab.planning.calibration import Measurement, find_measurement, measure_run, save_measurement
+from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
 from gptlab.planning.plans import plan_hardware
+from measured_run import TAKEN
 
 CONFIG = resolved("trainer=cpu").with_vocabulary(257)  # 1,200 steps of 12 x 128 tokens, evaluated every 200
 ROWS = [
@@ -13,15 +14,6 @@ ROWS = [
     {"step": 5.0, "tokens": 500.0, "tokens_per_second": 50.0, "train/loss": 3.0},  # 4 s
     {"step": 5.0, "tokens": 500.0, "val/loss": 3.0},
 ]
-TAKEN = Measurement(
-    tokens_per_second=400 / 6,
-    first_step_seconds=10,
-    evaluation_seconds=2,
-    evaluated=64,
-    peak_memory_bytes=7,
-    steps=4,
-    source="me",
-)
 
 
 def test_a_run_s_speed_is_that_of_its_steps_but_the_first_and_what_is_left_is_its_evaluations():

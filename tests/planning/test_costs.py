@@ -4,7 +4,6 @@ import pytest
 
 from configs import resolved
 from gptlab.model.config import flops_per_token, parameter_count
-from gptlab.planning.calibration import Measurement
 from gptlab.planning.costs import (
     RunLength,
     disk_usage,
@@ -15,20 +14,12 @@ from gptlab.planning.costs import (
 )
 from gptlab.planning.memory import ParallelLayout, count_by_part, count_shares
 from gptlab.planning.plans import plan_hardware
+from measured_run import TAKEN
 
 GPT2 = resolved("experiment=gpt2_openwebtext").with_vocabulary(50257)
 N = 124_373_760  # parameters, with a vocabulary of 50,304 and without biases
 CONFIG = resolved("trainer=cpu").with_vocabulary(257)  # 1,200 steps of 12 x 128 tokens, evaluated every 200
 BLOCKS = 12 * (12 * 768**2 + 2 * 768)
-TAKEN = Measurement(
-    tokens_per_second=400 / 6,
-    first_step_seconds=10,
-    evaluation_seconds=2,
-    evaluated=64,
-    peak_memory_bytes=7,
-    steps=4,
-    source="me",
-)
 
 
 def test_ddp_sends_every_gradient_almost_twice():

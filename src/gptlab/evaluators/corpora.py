@@ -23,7 +23,7 @@ class ScoredCorpus(NamedTuple):
 
     Attributes:
         prepared: The data.
-        eot_id: The id that documents are told apart by; None where each window is read as one text.
+        eot_id: Id that separates documents; None if each window is read as one text.
     """
 
     prepared: TokenDataset

@@ -52,7 +52,7 @@ def build_attention_context(
     Args:
         config: Configuration of the model.
         idx: Token ids (B, T).
-        documents: Document numbers (B, T); None where each sequence is one document.
+        documents: Document numbers (B, T); None if each sequence is one document.
         dtype: Type of the model's weights.
         flex: Whether the masks are FlexAttention's.
     """

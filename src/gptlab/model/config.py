@@ -141,7 +141,7 @@ class GPTConfig(FrozenConfig):
         return self.attention_window is None or (layer + 1) % self.global_every == 0 or layer == self.n_layer - 1
 
     def value_embedding(self, layer: int) -> int | None:
-        """Returns the index of the value embedding that a block, counted from 0, mixes in; None where it has none."""
+        """Returns the index of the value embedding that a block, counted from 0, mixes in, or None."""
         from_the_end = min(layer, self.n_layer - 1 - layer)
         return from_the_end if from_the_end < self.value_embeddings else None
 

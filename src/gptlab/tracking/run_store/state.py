@@ -41,8 +41,8 @@ class RunState(BaseModel):
     """State of a run.
 
     Attributes:
-        state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; it
-            goes on when started again), "interrupted" (by the user), "diverged", "config_error" (the configuration or
+        state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; the
+            same command resumes it), "interrupted" (by the user), "diverged", "config_error" (the configuration or
             its input is wrong), "failed" (an error), "lost" (its process is no longer there and has not said why).
         status: Exit status; None while it runs.
         message: What went wrong, in a sentence.

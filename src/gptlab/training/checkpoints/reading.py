@@ -74,7 +74,7 @@ def read_plain(path: Path) -> Any:
             f"{path} is refused: it holds more than tensors and plain data, which could run any code. "
             "Nothing of it was run."
         ) from error
-    except Exception as error:  # torch raises many kinds of errors for a file that is no checkpoint
+    except Exception as error:  # torch raises errors of many types for other files
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 

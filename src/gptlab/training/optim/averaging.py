@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from gptlab.training.optim.muon import local_tensor
 
 AVERAGE, DECAY = "average", "ema_decay"  # key of the moment, and key of a parameter group
 
@@ -76,8 +77,8 @@ def _update_averages(optimizer: Optimizer, *_: object) -> None:
                 moments = optimizer.state[parameter]
                 if AVERAGE not in moments:
                     moments[AVERAGE] = parameter.detach().clone()
-                averages.append(_local_tensor(moments[AVERAGE]))
-                weights.append(_local_tensor(parameter.detach()))
+                averages.append(local_tensor(moments[AVERAGE]))
+                weights.append(local_tensor(parameter.detach()))
         if not averages:
             continue
         # One kernel for all tensors. torch.optim.swa_utils.get_ema_multi_avg_fn calls the same function, but accepts
@@ -87,8 +88,3 @@ def _update_averages(optimizer: Optimizer, *_: object) -> None:
         else:
             share = ((1 - group[DECAY]) * (1 - bad)).to(averages[0].device)
             torch._foreach_lerp_(averages, weights, [share] * len(averages))
-
-
-def _local_tensor(tensor: Tensor) -> Tensor:
-    """Returns this rank's shard of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
