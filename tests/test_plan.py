@@ -127,12 +127,14 @@ def test_a_run_is_scored_and_the_next_of_its_shape_has_its_time_forecast(user):
     ],
     ids=["mini", "nano"],
 )
-def test_a_plan_s_memory_is_near_what_a_run_has(user, arguments):
-    """Within 10 %, before anything was measured; with oneDNN on any CPU, since MKL keeps buffers of its own."""
-    arguments = [*TEXT, *arguments, "train.eval_windows=40", "trainer=cpu", "trainer.float32_matmul=onednn"]
+def test_the_planned_memory_is_within_ten_percent_of_the_measured_peak(user, arguments):
+    """With malloc returning what is freed and MKL matmuls: fragmentation and oneDNN's buffers differ between CPUs."""
+    user.environment["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+    arguments = [*TEXT, *arguments, "train.eval_windows=40", "trainer=cpu", "trainer.float32_matmul=default"]
     before = planned(user, *arguments)
     assert before["measured"] is None
-    # not in a fork, which has in its memory what the process that it comes from has imported
+    # in a process of its own: a fork would start with the memory of its parent
     assert_success(user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=900))
     score = json.loads((user.only_run() / "forecast.json").read_text())["score"]
-    assert before["memory"]["total"] == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)
+    expected = before["memory"]["total"] - before["memory"]["holes"]
+    assert expected == pytest.approx(score["peak_memory_bytes"]["measured"], rel=0.10)
