@@ -1,5 +1,5 @@
-"""From a corpus to batches: text is split, tokenized and written as token shards, once, and read in a fixed order.
+"""Data pipeline: splits and tokenizes a corpus into cached token shards, and reads them as batches in a fixed order.
 
-``prepare`` writes the shards, ``shards`` reads them, ``order`` says which window is at which position, and ``batches``
-cuts a rank's share. No Lightning, no Hydra; only ``batches`` imports torch.
+``prepare`` writes the shards, ``shards`` reads them, ``order`` maps positions to windows, and ``batches`` builds the
+micro-batches of a rank. Imports neither Lightning nor Hydra; only ``batches`` imports torch.
 """

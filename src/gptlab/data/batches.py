@@ -1,6 +1,6 @@
-"""Micro-batches, each a function of its number alone: identical for any number of devices and workers.
+"""Micro-batches as map-style datasets: each depends only on its index, for any number of devices and workers.
 
-Shapes: B sequences of the micro-batch, T time.
+Shapes: B sequences of a micro-batch, T tokens of a sequence.
 """
 
 from typing import NamedTuple
@@ -14,15 +14,16 @@ from torch.utils.data import Dataset
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.streams import TokenStream
 
-AT_ONCE = 1024  # windows whose starts are computed together, which costs little more than those of one batch
-IGNORE_INDEX = -100  # default ignore_index of cross_entropy: the target is not scored
+WINDOWS_PER_GROUP = 1024  # their starts are computed together, which costs little more than those of one micro-batch
+IGNORE_INDEX = -100  # default ignore_index of cross_entropy: excluded from the loss
 
 
 class Batch(NamedTuple):
-    """Token ids (B, T), next token ids (B, T), and document numbers.
+    """Micro-batch: token IDs (B, T), target token IDs (B, T), and document numbers (B, T) or None.
 
-    ``documents`` (B, T) numbers the documents within each sequence. Each but the first begins with an end-of-text
-    token, as a text generated without a prompt does. It is None if documents are not separated.
+    ``documents`` numbers the documents within each sequence from 0. Each document except the first begins with an
+    end-of-text token, as does text that is generated without a prompt. ``documents`` is None unless attention is
+    masked at document boundaries.
     """
 
     idx: Tensor
@@ -31,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class RankSlice(NamedTuple):
-    """One rank's share of the sequences that all ranks process at once: at most ``world_size * micro_batch_size``."""
+    """One rank's slice of the ``world_size * micro_batch_size`` sequences of one forward pass on all ranks."""
 
     rank: int
     world_size: int
@@ -39,17 +40,18 @@ class RankSlice(NamedTuple):
 
 
 class TrainBatches(Dataset[Batch]):
-    """Training micro-batches of one rank: number m, for any m >= 0.
+    """Training micro-batches of one rank, indexed by m >= 0 without an upper bound.
 
-    With A micro-batches per step, number m is micro-batch m % A of optimizer step m // A. A is the same for all steps
-    and is computed from the last stage; with a single stage, the windows of a micro-batch do not depend on A.
+    With A gradient accumulation steps, index m is micro-batch m % A of optimizer step m // A. A is the same for all
+    steps and is computed from the last stage of the batch size schedule. With a single stage, the windows of a
+    micro-batch do not depend on A.
 
     Args:
         stream: Tokens of the train split.
         order: Order of the windows.
-        part: Rank, world size, and micro-batch size of the last stage.
-        eot_id: End-of-text id that separates documents; None if they are not separated.
-        stages: Number of windows of every step; None for a constant number.
+        part: Rank, world size, and micro-batch size in the last stage.
+        eot_id: ID of the end-of-text token at which attention is masked, or None for packed documents.
+        stages: Global batch size of every step, in windows. Default: ``world_size * micro_batch_size`` at every step.
     """
 
     def __init__(
@@ -61,14 +63,14 @@ class TrainBatches(Dataset[Batch]):
         stages: BatchSizeSchedule | None = None,
     ) -> None:
         self.stream, self.order, self.part, self.eot_id = stream, order, part, eot_id
-        at_once = part.world_size * part.micro_batch_size
-        self.stages = stages or BatchSizeSchedule(at_once)
-        self.accumulation = self.stages.sizes[-1] // at_once
-        self.at_once = max(1, AT_ONCE // part.micro_batch_size)
+        windows_per_pass = part.world_size * part.micro_batch_size
+        self.stages = stages or BatchSizeSchedule(windows_per_pass)
+        self.accumulation = self.stages.sizes[-1] // windows_per_pass
+        self.group_size = max(1, WINDOWS_PER_GROUP // part.micro_batch_size)
         self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def positions(self, number: int) -> NDArray[np.int64]:
-        """Returns the global positions (B,) of micro-batch ``number`` in the order of the windows."""
+        """Returns the positions (B,), in the order of the windows, of the windows of micro-batch ``number``."""
         step, micro = divmod(number, self.accumulation)
         size = self.stages.batch(step) // (self.part.world_size * self.accumulation)
         first = self.stages.first(step) + (micro * self.part.world_size + self.part.rank) * size
@@ -79,18 +81,28 @@ class TrainBatches(Dataset[Batch]):
         return _batch(self.stream, self._starts(number), self.order.block_size, self.eot_id)
 
     def _starts(self, number: int) -> NDArray[np.int64]:
-        """Returns the first tokens (B,) of the windows of micro-batch ``number``."""
-        group, index = divmod(number, self.at_once)
+        """Returns the start offsets (B,) of the windows of micro-batch ``number`` in the stream."""
+        group, index = divmod(number, self.group_size)
         if self._latest is None or self._latest[0] != group:
-            first = group * self.at_once
-            positions = [self.positions(n) for n in range(first, first + self.at_once)]
+            first = group * self.group_size
+            positions = [self.positions(n) for n in range(first, first + self.group_size)]
             ends = np.cumsum([len(part) for part in positions])
             self._latest = group, np.split(self.order.starts(np.concatenate(positions)), ends[:-1])
         return self._latest[1][index]
 
 
 class EvaluationBatches(Dataset[Batch]):
-    """One rank's share of the evaluation windows. All ranks have equally many batches, padded with unscored windows."""
+    """Evaluation micro-batches of one rank.
+
+    All ranks have the same number of batches. They are padded with windows whose targets are ``IGNORE_INDEX``.
+
+    Args:
+        stream: Tokens of the evaluated split.
+        starts: Start offsets (N,) of all windows, for all ranks.
+        block_size: Sequence length T.
+        part: Rank, world size and micro-batch size.
+        eot_id: ID of the end-of-text token at which attention is masked, or None for packed documents.
+    """
 
     def __init__(
         self,
@@ -121,7 +133,7 @@ class EvaluationBatches(Dataset[Batch]):
 
 def _batch(stream: TokenStream, starts: NDArray[np.int64], block_size: int, eot_id: int | None) -> Batch:
     rows = torch.from_numpy(stream.read(starts, block_size + 1))  # (B, T + 1)
-    # clone(), not contiguous(): for a single row that is a view, and writing into targets would change idx
+    # clone(), not contiguous(): contiguous() of a single row is a view, and writing to targets would change idx
     idx = rows[:, :-1].clone(memory_format=torch.contiguous_format)
     targets = rows[:, 1:].clone(memory_format=torch.contiguous_format)
     documents = None if eot_id is None else (idx == eot_id).cumsum(dim=1)

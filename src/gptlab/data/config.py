@@ -1,4 +1,4 @@
-"""Configuration of the corpus and of the tokenizer."""
+"""Config groups ``data`` and ``tokenizer``."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,32 +11,31 @@ class DataConfig(FrozenConfig):
     """Corpus, and how it is split, stored and ordered.
 
     Attributes:
-        corpus: The reader: see ``gptlab.data.sources.corpora``.
-        source: A file or folder (text, shakespeare): .parquet and .jsonl hold records, all else is text; .gz and .zst
-            are decompressed.
-        path: Prepared shards: a folder, its URL, or a glob of others' token files (shards); the name of a data set on
-            the Hugging Face hub, or its folder (huggingface).
-        subset: The hub data set's configuration, where it has several.
-        streaming: Read the data set as it comes instead of storing it first (huggingface).
-        column: The column or field that holds the text (huggingface, .parquet, .jsonl).
-        cache_dir: Where prepared shards are kept and looked for.
-        val_split: "documents" gives whole documents to val, drawn by a hash of their names, and at least one; "tail"
-            gives it the end of one single text; "auto" is "tail" for one single text and "documents" for all else.
-        val_fraction: Share of val: of the documents, or of the characters of the text.
-        split_seed: Chooses the documents of val.
-        separator: Whether the end of text stands after each document or before it.
-        undecodable: What becomes of bytes that are no UTF-8: "replace" by U+FFFD, or "refuse" the file.
-        task_bytes: Text, at most, that is tokenized at a time and makes a shard of each split; bounds the memory that a
-            worker needs.
-        documents: "packed": a sequence is what follows in the stream; "masked": attention does not reach back beyond
-            the last end of text, and positions count from it.
-        order: "shuffled" anew each epoch; "sequential" as the corpus has them; "block" shuffles the shards, and the
-            windows of so many at a time, so that few are in use.
-        block_shards: Shards whose windows ``order=block`` shuffles together.
-        cache_limit_gb: Of remote shards (path is a URL), how much of this machine's disk they may take.
-        limit_windows: Train on the first so many windows only (``debug=overfit``).
-        num_workers: Processes that prepare batches ahead; 0 prepares them in the training process. The batches are the
-            same.
+        corpus: Name of the reader; see ``gptlab.data.sources.corpora``.
+        source: File or directory of the corpus (text, shakespeare). Files named .parquet and .jsonl are read as
+            records, all others as text; .gz and .zst are decompressed.
+        path: Prepared shards: a directory, its URL, or a glob of token files of other programs (shards). Name of a
+            dataset on the Hugging Face Hub, or its local directory (huggingface).
+        subset: Configuration of the Hub dataset, if it has several (huggingface).
+        streaming: Whether to stream the dataset instead of downloading it first (huggingface).
+        column: Column or field that holds the text (huggingface, .parquet, .jsonl).
+        cache_dir: Cache directory of prepared shards.
+        val_split: "documents" assigns whole documents, at least one, to val by a hash of their names. "tail" assigns
+            the end of a single text to val. "auto" means "tail" for a single text and "documents" otherwise.
+        val_fraction: Fraction of the documents, or of the characters of a single text, that is assigned to val.
+        split_seed: Seed that selects the documents of val.
+        separator: Whether the end-of-text token is inserted after or before each document.
+        undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
+        task_bytes: Maximum size, in bytes of text, of one tokenization task, which writes one shard per split. It
+            bounds the memory of a worker.
+        documents: "packed" lets attention cross document boundaries. "masked" restricts attention to the tokens since
+            the last end-of-text token and restarts the positions there.
+        order: "shuffled" reshuffles all windows every epoch. "sequential" keeps the order of the corpus. "block"
+            shuffles the shards, then the windows of ``block_shards`` shards at a time, so that few shards are in use.
+        block_shards: Number of shards whose windows ``order=block`` shuffles together.
+        cache_limit_gb: Disk space, in GB, that remote shards (``path`` is a URL) may use on this machine.
+        limit_windows: Trains on the first ``limit_windows`` windows only (``debug=overfit``). None uses all windows.
+        num_workers: Processes that prefetch batches; 0 builds them in the training process. The batches are identical.
     """
 
     corpus: Literal["python_stdlib", "shakespeare", "shakespeare_plays", "text", "huggingface", "shards"]
@@ -61,7 +60,7 @@ class DataConfig(FrozenConfig):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the shards are behind a URL."""
+        """Whether the shards are read from a URL."""
         return self.corpus == "shards" and self.path is not None and "://" in self.path
 
 
@@ -69,11 +68,12 @@ class TokenizerConfig(FrozenConfig):
     """Tokenizer.
 
     Attributes:
-        name: "bytes" (UTF-8 bytes and an end-of-text id), "characters" (the corpus' own characters), "gpt2" (BPE) or
-            "bpe" (trained on the corpus).
-        vocab_dir: Folder with GPT-2's vocab.bpe and encoder.json, looked in first.
-        vocab_size: Of "bpe": ids, the end of text included; None for the others, where it follows.
-        train_mb: Of "bpe": text that it is trained on, from all over the corpus; None for the others.
+        name: "bytes" (UTF-8 bytes and an end-of-text token), "characters" (the characters of the corpus), "gpt2" (BPE
+            of GPT-2) or "bpe" (BPE trained on the corpus).
+        vocab_dir: Directory with GPT-2's vocab.bpe and encoder.json, which takes precedence over other locations.
+        vocab_size: Number of token IDs of "bpe", including the end-of-text token. None for other tokenizers.
+        train_mb: Megabytes of text, sampled from the whole corpus, on which "bpe" is trained. None for other
+            tokenizers.
     """
 
     name: Literal["bytes", "characters", "gpt2", "bpe"]
@@ -84,5 +84,7 @@ class TokenizerConfig(FrozenConfig):
     @model_validator(mode="after")
     def _bpe_is_trained(self) -> Self:
         if self.name == "bpe" and (self.vocab_size is None or self.train_mb is None):
-            raise ValueError("tokenizer=bpe needs a size and text to train on: vocab_size=4096 and train_mb=1000")
+            raise ValueError(
+                "tokenizer=bpe requires vocab_size and train_mb, for example vocab_size=4096 train_mb=1000"
+            )
         return self

@@ -1,8 +1,8 @@
-"""Order of training: which window is at each position, without an index, and which positions each step consumes.
+"""Order of the training windows, computed without an index, and the range of windows that each step consumes.
 
 The window at global position p is a pure function of the data, the seed and p. Step s consumes the positions
-[first(s), first(s + 1)) of the ``BatchSizeSchedule``: [s G, (s + 1) G) for a constant global batch of G windows.
-Devices, workers and micro-batches only slice that range. Imports no torch.
+[first(s), first(s + 1)) of the ``BatchSizeSchedule``. For a constant global batch of G windows that is
+[s G, (s + 1) G). Devices, workers and micro-batches only slice that range. Imports no torch.
 """
 
 import hashlib
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Manifest
 
-ROUNDS = 6  # four make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
+ROUNDS = 6  # four rounds make a Feistel network pseudo-random (Luby and Rackoff 1988); two more for small domains
 
 
 def permute(index: NDArray[np.uint64], size: int, key: int) -> NDArray[np.uint64]:
     """Permutes [0, size) under ``key``, in O(1) memory.
 
-    A balanced Feistel network over the next even power of two, walked until it lands inside (Black and Rogaway 2002,
-    "Ciphers with arbitrary finite domains", section 3, cycle walking).
+    Applies a balanced Feistel network over the next even power of two, again until the result is below ``size`` (cycle
+    walking: Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 3).
 
     Args:
-        index: Any shape, values in [0, size).
-        size: At most 2^62.
-        key: 64 bits.
+        index: Values in [0, size), of any shape.
+        size: Size of the domain, at most 2^62.
+        key: 64-bit key.
 
     Returns:
-        The shape of ``index``.
+        The permuted values, with the shape of ``index``.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
@@ -56,7 +56,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class ShardSequence(NamedTuple):
-    """Order of the shards in an epoch, and the cumulative number of windows by shard and by block of shards."""
+    """Order of the shards in an epoch, and the cumulative number of windows per shard and per block of shards."""
 
     shards: NDArray[np.int64]
     ends: NDArray[np.int64]
@@ -64,26 +64,26 @@ class ShardSequence(NamedTuple):
 
 
 class WindowOrder:
-    """First token of the training window at each position.
+    """Maps each position of the training order to the start of a window in the token stream.
 
-    Every epoch cuts the stream into windows of T tokens without overlap (each needs one token more, for its last
-    target) and shuffles them. It also moves the cuts by an offset below T, drawn for the epoch, so that over epochs a
-    token is seen at every position of a window. The next epoch follows at once, also within a batch.
+    Every epoch divides the stream into windows of T tokens, plus one token for the last target, that do not overlap,
+    and shuffles them. An offset below T, drawn for each epoch, shifts all windows, so that over the epochs a token
+    occurs at every position of a window. An epoch follows the previous one without a gap, also within a batch.
 
-    The order "block" cuts each shard by itself, so that no window spans two, shuffles the shards, and shuffles the
-    windows of ``block_shards`` successive ones together: few shards are in use at a time.
+    The order "block" divides each shard separately, so that no window spans two shards. It shuffles the shards, and
+    then the windows of ``block_shards`` consecutive shards together, so that few shards are in use at a time.
 
     Args:
-        shards: Tokens of each shard of the stream.
-        block_size: T.
+        shards: Number of tokens of each shard of the stream.
+        block_size: Sequence length T.
         seed: Seed of the run.
         fingerprint: Fingerprint of the data.
         order: "shuffled", "sequential" or "block".
         block_shards: Number of shards that "block" shuffles together.
-        limit_windows: Use only the first so many windows of the stream, without the offset.
+        limit_windows: Uses only the first ``limit_windows`` windows of the stream, without the offset.
 
     Raises:
-        ValueError: The stream, or for "block" every shard, is shorter than 2 T.
+        ValueError: The stream (for "block", every shard) is shorter than 2 T tokens.
     """
 
     def __init__(
@@ -98,44 +98,44 @@ class WindowOrder:
     ) -> None:
         self.block_size, self.seed, self.fingerprint = block_size, seed, fingerprint
         self.order = "shuffled" if order == "block" and limit_windows is not None else order
-        self.block_shards, self.moves = block_shards, limit_windows is None
-        self.some_tokens = -(-block_shards * sum(shards) // len(shards))  # of a block, about
-        # what is cut by itself; as many windows of it as fit after any offset
+        self.block_shards, self.has_offset = block_shards, limit_windows is None
+        self.tokens_per_block = -(-block_shards * sum(shards) // len(shards))  # on average
+        # Segments that are divided into windows separately, each into as many windows as fit after any offset.
         self.ends = np.cumsum(shards if self.order == "block" else [sum(shards)], dtype=np.int64)
         self.begins = np.concatenate(([0], self.ends[:-1]))
-        self.fitting = np.maximum(self.ends - self.begins - block_size, 0) // block_size
-        self.usable = np.flatnonzero(self.fitting)  # shards that hold a window
-        self.windows = int(self.fitting.sum())
+        self.num_windows = np.maximum(self.ends - self.begins - block_size, 0) // block_size
+        self.usable = np.flatnonzero(self.num_windows)  # segments that hold at least one window
+        self.windows = int(self.num_windows.sum())
         if limit_windows is not None:
             self.windows = min(self.windows, limit_windows)
         if self.windows < 1:
             longest = int((self.ends - self.begins).max())
-            raise ValueError(f"{longest} tokens are fewer than two windows of {block_size}")
+            raise ValueError(f"{longest} tokens are fewer than two windows of block_size={block_size}")
         self._sequences: dict[int, ShardSequence] = {}
 
     def starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """First tokens (N,) of the windows at ``positions`` (N,)."""
+        """Returns the start offsets (N,) in the stream of the windows at ``positions`` (N,)."""
         epochs, indices = np.divmod(positions, self.windows)
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            offset = self._draw("offset", epoch) % self.block_size if self.moves else 0
+            offset = self._draw("offset", epoch) % self.block_size if self.has_offset else 0
             starts[here] = self._ordered(indices[here], epoch) + offset
         return starts
 
     def ahead(self, position: int) -> list[tuple[int, int]]:
-        """Returns the ranges of tokens that are read from ``position`` on, in the order of their use.
+        """Returns the token ranges (begin, end) that are read next, starting at ``position``, in order of use.
 
-        For "block" these are the shards of this block and the next one, for "sequential" about as many tokens; for
-        "shuffled", all tokens.
+        For "block" these are the shards of the current and the next block, for "sequential" about as many tokens, and
+        for "shuffled" all tokens.
         """
         epoch, index = divmod(position, self.windows)
-        total = int(self.ends[-1]) if self.moves else self.windows * self.block_size + 1
+        total = int(self.ends[-1]) if self.has_offset else self.windows * self.block_size + 1
         if self.order == "shuffled":
             return [(0, total)]
         if self.order == "sequential":
             start = index * self.block_size
-            return [(start, min(start + 2 * self.some_tokens, total))]
+            return [(start, min(start + 2 * self.tokens_per_block, total))]
         sequence = self._sequence(epoch)
         block = int(np.searchsorted(sequence.block_ends, index, side="right"))
         wanted = sequence.shards[block * self.block_shards : (block + 2) * self.block_shards].tolist()
@@ -144,31 +144,31 @@ class WindowOrder:
         return [(int(self.begins[shard]), int(self.ends[shard])) for shard in wanted]
 
     def _ordered(self, indices: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-        """First tokens of an epoch's windows, without its offset."""
+        """Returns the start offsets of an epoch's windows, before the epoch's offset is added."""
         if self.order == "sequential":
             return indices * self.block_size
         if self.order == "shuffled":
             return self._permute(indices, self.windows, "order", epoch) * self.block_size
         shards, ends, block_ends = self._sequence(epoch)
         blocks = np.searchsorted(block_ends, indices, side="right")
-        ranks = np.empty_like(indices)  # in the order of the shards
+        ranks = np.empty_like(indices)  # index of each window when shards are concatenated in the order of the epoch
         for block in np.unique(blocks).tolist():
             here, begin = blocks == block, int(block_ends[block - 1]) if block else 0
             size = int(block_ends[block]) - begin
             ranks[here] = begin + self._permute(indices[here] - begin, size, f"block {block}", epoch)
         at = np.searchsorted(ends, ranks, side="right")
-        windows = ranks - (ends - self.fitting[shards])[at]
+        windows = ranks - (ends - self.num_windows[shards])[at]
         return self.begins[shards[at]] + windows * self.block_size
 
     def _sequence(self, epoch: int) -> ShardSequence:
-        """Returns the order of the shards in an epoch; two are cached, as the end of an epoch also needs the next."""
+        """Returns the order of the shards in an epoch. Caches two, because the end of an epoch also needs the next."""
         if epoch not in self._sequences:
             self._sequences = dict([*self._sequences.items()][-1:]) | {epoch: self._new_sequence(epoch)}
         return self._sequences[epoch]
 
     def _new_sequence(self, epoch: int) -> ShardSequence:
         shards = self.usable[self._permute(np.arange(len(self.usable)), len(self.usable), "shards", epoch)]
-        ends = np.cumsum(self.fitting[shards])
+        ends = np.cumsum(self.num_windows[shards])
         lasts = range(self.block_shards - 1, len(ends) + self.block_shards - 1, self.block_shards)
         return ShardSequence(shards, ends, ends[np.minimum(lasts, len(ends) - 1)])
 
@@ -182,7 +182,11 @@ class WindowOrder:
 
 
 def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed: int) -> WindowOrder:
-    """Builds the order of a run with this data, block size and seed."""
+    """Builds the training order of a run from its data, block size and seed.
+
+    Raises:
+        ValueError: The data is shorter than two windows.
+    """
     shards = [shard.tokens for shard in manifest.splits["train"]]
     return WindowOrder(
         shards, block_size, seed, manifest.fingerprint(), config.order, config.block_shards, config.limit_windows
@@ -190,24 +194,30 @@ def training_order(manifest: Manifest, config: DataConfig, block_size: int, seed
 
 
 def evaluation_starts(tokens: int, block_size: int, windows: int | None) -> NDArray[np.int64]:
-    """First tokens of the windows that every evaluation scores: all, or ``windows`` of them, evenly spread."""
+    """Returns the start offsets (N,) of the windows that every evaluation scores.
+
+    Args:
+        tokens: Number of tokens of the split.
+        block_size: Sequence length T. Windows do not overlap.
+        windows: Number of windows, evenly spaced over the split. None scores all of them.
+    """
     available = (tokens - 1) // block_size
     count = available if windows is None else min(windows, available)
     return (np.arange(count, dtype=np.int64) * available // max(count, 1)) * block_size
 
 
-BatchSizeStage = tuple[int, int]  # the last step of a stage, counted from 1, and the windows of each of its steps
+BatchSizeStage = tuple[int, int]  # last step of the stage (counted from 1), global batch size in windows
 
 
 class BatchSizeSchedule:
-    """Global batch size of every step, and the positions that it consumes: pure functions of the step.
+    """Piecewise constant global batch size, and the range of positions that each step consumes.
 
-    Smaller batches come first, as the noise of a gradient matters more the lower the loss is (McCandlish et al. 2018,
-    An Empirical Model of Large-Batch Training, section 2.2; Smith et al. 2018, Don't Decay the Learning Rate, Increase
-    the Batch Size).
+    The batch size usually grows, because the noise of the gradient matters more at a lower loss (McCandlish et al.
+    2018, An Empirical Model of Large-Batch Training, section 2.2; Smith et al. 2018, Don't Decay the Learning Rate,
+    Increase the Batch Size).
 
     Args:
-        batch: Windows of a step after the earlier stages.
+        batch: Global batch size of the last stage, in windows.
         earlier: Earlier stages, in order.
     """
 
@@ -218,15 +228,15 @@ class BatchSizeSchedule:
         self._firsts = [0, *accumulate(length * size for length, (_, size) in zip(lengths, earlier, strict=True))]
 
     def batch(self, step: int) -> int:
-        """Number of windows of step ``step``, counted from 0."""
+        """Returns the global batch size, in windows, of step ``step`` (counted from 0)."""
         return self.sizes[bisect_right(self._begins, step) - 1]
 
     def first(self, step: int) -> int:
-        """Position of the first window of step ``step``, counted from 0: the number of windows of all steps before."""
+        """Returns the first position of step ``step`` (counted from 0): the number of windows of all earlier steps."""
         stage = bisect_right(self._begins, step) - 1
         return self._firsts[stage] + (step - self._begins[stage]) * self.sizes[stage]
 
     def steps(self, windows: int) -> int:
-        """Smallest number of steps, at least one, that consume so many windows."""
+        """Returns the smallest number of steps, at least one, that consume at least ``windows`` windows."""
         stage = bisect_left(self._firsts, windows) - 1
         return self._begins[stage] - (self._firsts[stage] - windows) // self.sizes[stage]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gptlab.data.sources.corpora import Corpus, open_corpus
-from gptlab.data.sources.readers import WINDOW, split_spans
+from gptlab.data.sources.readers import BLOCK_BYTES, split_spans
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
 from gptlab.errors import UserError
 from preparing import data_config, prepare_text, tokens_on_disk
@@ -133,10 +133,10 @@ def test_a_file_of_exactly_the_size_is_one_span_and_of_a_byte_more_two(tmp_path)
 
 def test_the_next_place_to_cut_is_found_however_far_away_it_is(tmp_path):
     path = tmp_path / "a.txt"
-    for before in (WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, 3 * WINDOW):
+    for before in (BLOCK_BYTES - 2, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, BLOCK_BYTES + 2, 3 * BLOCK_BYTES):
         path.write_bytes(b"x" * before + b" y")
         assert list(split_spans(path, 1)) == [(0, before, before), (before, before + 2, 2)]
-    lines = [b"{%d: 0}\n" % n + b" " * n for n in (WINDOW - 9, WINDOW - 8, 2 * WINDOW)]
+    lines = [b"{%d: 0}\n" % n + b" " * n for n in (BLOCK_BYTES - 9, BLOCK_BYTES - 8, 2 * BLOCK_BYTES)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ends = [n + 1 for n, byte in enumerate(b"\n".join(lines)) if byte == 10]
     assert [span.stop for span in split_spans(tmp_path / "a.jsonl", 1)] == [

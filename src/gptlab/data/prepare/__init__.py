@@ -1,4 +1,4 @@
-"""Preparation of a corpus: split into train and val, tokenized by worker processes, written into the cache.
+"""Data preparation: splits a corpus into train and val, tokenizes it in worker processes, and caches the shards.
 
-The bytes are the same for any number of workers and machines, and an interrupted preparation resumes.
+The shards are bit-identical for any number of workers and machines. An interrupted preparation resumes.
 """

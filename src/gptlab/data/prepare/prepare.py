@@ -1,8 +1,8 @@
-"""Preparation of a corpus as token shards, once: prepared data is cached. Imports no torch.
+"""Preparation of a corpus as cached token shards. Imports no torch.
 
-The corpus is cut into tasks that do not depend on who does them. Each task writes its shards and then its record; the
-manifest comes last. Killed at any moment, a preparation goes on with the tasks that have no record, and ends with the
-same bytes whatever the number of workers or machines.
+The corpus is divided into tasks independently of the number of workers and machines. Each task writes its shards and
+then its record. The manifest is written last. A preparation that was killed resumes with the tasks that have no
+record, and its result is bit-identical for any number of workers and machines.
 """
 
 import errno
@@ -50,11 +50,11 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NUM_TASKS = 64  # a small corpus is cut into so many, for all cores to have some; but not into ...
-MIN_TASK_BYTES = 2**24  # ... less than so many bytes
-MAX_SPLIT_RATIO = 3  # times data.val_fraction, or a third of it: more or less is warned of
-NUM_SAMPLE_TEXTS = 8  # of the corpus, at most, on which a faster encoder is tried
-TOKENIZER_FILE = "tokenizer.json"  # in a folder that is being made: the tokenizer's record
+NUM_TASKS = 64  # a small corpus is divided into this many tasks, so that all cores are used ...
+MIN_TASK_BYTES = 2**24  # ... unless the tasks would be smaller than this
+MAX_SPLIT_RATIO = 3  # largest ratio of the actual val fraction to data.val_fraction, or its inverse, without a warning
+NUM_SAMPLE_TEXTS = 8  # maximum number of texts on which the bulk encoder is compared with the tokenizer
+TOKENIZER_FILE = "tokenizer.json"  # the tokenizer's record, present only while the directory is being prepared
 
 
 def prepare(
@@ -63,49 +63,49 @@ def prepare(
     work: PrepareOptions = PrepareOptions(),  # noqa: B008  (a constant)
     trained: Tokenizer | None = None,
 ) -> TokenDataset:
-    """Returns the prepared data that the configuration names; prepares it if the cache does not have it.
+    """Returns the prepared data of a config, and prepares it first if it is not in the cache.
 
-    Processes that ask at the same time, on one file system, wait for the one that makes it.
+    Concurrent calls on one file system wait for the process that prepares the data.
 
     Args:
-        config: The corpus.
-        tokenizer: Its tokenizer.
-        work: Who prepares.
-        trained: A tokenizer of that name that another corpus has made; None makes it of this one.
+        config: Config of the corpus.
+        tokenizer: Config of the tokenizer.
+        work: Number of workers and machines.
+        trained: Tokenizer that was built from another corpus. Default: builds the tokenizer from this corpus.
 
     Raises:
         UserError: The corpus, the vocabulary or the shards are missing, empty or damaged, the disk is full, or other
-            machines have not done their parts yet.
+            machines have not finished their parts yet.
     """
     cache_dir = Path(config.cache_dir).expanduser()
     if config.source and Path(config.source).expanduser().resolve() in (cache_dir / "data").resolve().parents:
         raise UserError(
-            f"data.cache_dir={config.cache_dir} lies inside data.source={config.source}, so prepared data would be "
-            "read as text the next time; name a folder outside."
+            f"data.cache_dir={config.cache_dir} is inside data.source={config.source}, so prepared data would be read "
+            "as text next time. Choose a directory outside of data.source."
         )
     if config.corpus == "shards":
         return open_shards(config, tokenizer)
     ensure_cache_dir(config)
     corpus, config = open_corpus(config), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
-    # machines that share a preparation do different tasks, and need not wait for each other
+    # Machines that share a preparation work on different tasks and do not need the lock.
     with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
         if not (folder / MANIFEST).exists():
             _run_preparation(folder, config, tokenizer, corpus, work, trained)
-        elif (folder / TOKENIZER_FILE).exists():  # killed before all was cleared up
+        elif (folder / TOKENIZER_FILE).exists():  # killed before the intermediate files were deleted
             _remove_intermediate_files(folder)
     try:
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
     except UserError as error:
-        raise UserError(f"{error} Delete {folder} to have it prepared again.") from error
+        raise UserError(f"{error} Delete {folder} to prepare the data again.") from error
     return TokenDataset(LocalFolder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
-    """Returns the manifest of prepared data; None if it is not prepared yet.
+    """Returns the manifest of prepared data, or None if the data is not prepared yet.
 
-    Nothing is made, hashed or fetched: what is behind a URL, or is to be downloaded first, is not looked for.
+    Writes, hashes and downloads nothing. Returns None for a corpus that would have to be downloaded first.
     """
     if config.corpus == "shards":
         folder = Path(config.path or "").expanduser()
@@ -119,7 +119,7 @@ def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | 
 def _cache_folder(
     config: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus, trained: Tokenizer | None = None
 ) -> Path:
-    """Names the folder by everything that its content depends on."""
+    """Returns the cache directory, whose name hashes everything on which its content depends."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
     made = trained.record() if trained else [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
     key = json.dumps([FORMAT, corpus.fingerprint(), made, cut])
@@ -135,8 +135,8 @@ def _run_preparation(
     work: PrepareOptions,
     trained: Tokenizer | None,
 ) -> None:
-    """Runs the tasks that are not done yet, then writes the manifest if all are done."""
-    log.info("Preparing %s with tokenizer=%s, once: %s", corpus.origin, tokenizer_config.name, folder)
+    """Runs the remaining tasks of this machine, then writes the manifest if the tasks of all machines are done."""
+    log.info("Preparing %s with tokenizer=%s in %s", corpus.origin, tokenizer_config.name, folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // NUM_TASKS, MIN_TASK_BYTES)))
     threshold = val_threshold(config, corpus, tasks)
     if threshold not in (None, config.val_fraction * HASH_RANGE):
@@ -148,7 +148,7 @@ def _run_preparation(
         folder.mkdir(exist_ok=True)
         tokenizer = trained or _tokenizer(folder, tokenizer_config, corpus, tasks)
         if done:
-            log.info("%d of %d tasks were done before.", len(done), len(mine))
+            log.info("Resuming: %d of %d tasks are already done.", len(done), len(mine))
         earlier = sum(shard.tokens for shards in _collect_splits(folder, done).values() for shard in shards)
         record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
         with start_workers(work, todo, tokenizer, vocab_dir) as pool:
@@ -157,33 +157,34 @@ def _run_preparation(
             run_tasks(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
         if waiting := _partition_tasks(folder, tasks)[1]:
             raise UserError(
-                f"This machine's part is done; {len(waiting)} of {len(tasks)} tasks in {folder} are not, the first of "
-                f"them task {waiting[0].number}. When every part is done: merge=true."
+                f"The tasks of prepare.part={work.part} are done, but {len(waiting)} of {len(tasks)} tasks in {folder} "
+                f"are not (the first is task {waiting[0].number}). When all parts are done, run with merge=true."
             )
-        # parts that end at the same time would take away each other's files
+        # Parts that finish at the same time would delete each other's files.
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
                 manifest = _write_manifest(folder, corpus, tasks, tokenizer)
                 _warn_of_unequal_split(manifest, config)
-                if len(todo) == len(tasks):  # all were written, and hashed, just now
+                if len(todo) == len(tasks):  # this process has just written and hashed all shards
                     record_verified(folder, manifest, folder.parent)
     except BrokenProcessPool as error:
         raise UserError(
-            "A worker was killed, most likely for want of memory: fewer workers or a smaller data.task_bytes need "
-            "less. What is done is kept: start again."
+            "A worker process was killed, most likely because memory ran out. Use fewer workers or a smaller "
+            "data.task_bytes and run the command again. Finished tasks are kept."
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         left = sum(task.bytes for task in _partition_tasks(folder, mine)[1])
         raise UserError(
-            f"The disk of {folder} is full; about {2 * left / 1e9:.1f} GB more are needed at most "
-            "(of compressed text, several times as much). What is done is kept: make room and start again."
+            f"The disk of {folder} is full. The remaining tasks need at most about {2 * left / 1e9:.1f} GB more "
+            "(several times as much for compressed text). Free disk space and run the command again. Finished tasks "
+            "are kept."
         ) from error
 
 
 def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: list[Task]) -> Tokenizer:
-    """Builds the tokenizer, or loads it when a preparation is resumed."""
+    """Builds the tokenizer, or loads it if a preparation is resumed."""
     path = folder / TOKENIZER_FILE
     if path.exists():
         return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
@@ -210,13 +211,13 @@ def _discard_stale_records(folder: Path, tasks: list[Task], threshold: float | N
     """Deletes the records of tasks that were split with another threshold, so that they are redone."""
     for task in _partition_tasks(folder, tasks)[0]:
         path = record_path(folder, task)
-        with suppress(FileNotFoundError):  # another machine's part has deleted it
+        with suppress(FileNotFoundError):  # another machine has deleted it
             if json.loads(path.read_text()).get("threshold") != threshold:
                 path.unlink()
 
 
 def _collect_splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]:
-    """Concatenates the records of tasks."""
+    """Returns the shards of each split from the records of ``tasks``."""
     records = [json.loads(record_path(folder, task).read_text()) for task in tasks]
     return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
 
@@ -226,7 +227,7 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
     splits = _collect_splits(folder, tasks)
     for split in SPLITS:
         if not splits[split]:
-            raise UserError(f"{corpus.origin} is empty or too short: it leaves no text for {split}.")
+            raise UserError(f"{corpus.origin} is empty or too short: the {split} split has no text.")
     manifest = Manifest(
         format=FORMAT,
         origin=corpus.origin,
@@ -238,8 +239,8 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
     manifest.save(folder)
     if replaced := sum(shard.num_replaced for shard in manifest.shards()):
         log.warning(
-            "%d documents of %s hold bytes that are no UTF-8; U+FFFD stands for them. "
-            "data.undecodable=refuse would name the first.",
+            "%d documents of %s contain bytes that are not valid UTF-8, which were replaced by U+FFFD. "
+            "data.undecodable=refuse stops at the first one and names its file.",
             *(replaced, corpus.origin),
         )
     _remove_intermediate_files(folder)
@@ -247,19 +248,19 @@ def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: 
 
 
 def _warn_of_unequal_split(manifest: Manifest, config: DataConfig) -> None:
-    """Warns if val is much larger or smaller than ``data.val_fraction``, as with few documents."""
+    """Warns if the fraction of val differs much from ``data.val_fraction``, as it may with few documents."""
     sizes = {split: sum(shard.bytes for shard in manifest.splits[split]) for split in SPLITS}
     share = sizes["val"] / max(1, sum(sizes.values()))
     if not config.val_fraction / MAX_SPLIT_RATIO <= share <= config.val_fraction * MAX_SPLIT_RATIO:
         log.warning(
-            "%.1f %% of %s is val, with data.val_fraction=%s: it has few documents, or they differ much in length. "
-            "Another data.split_seed chooses others.",
+            "%.1f%% of %s is in val, although data.val_fraction=%s, because there are few documents or their lengths "
+            "differ much. Another data.split_seed selects other documents.",
             *(100 * share, manifest.origin, config.val_fraction),
         )
 
 
 def _remove_intermediate_files(folder: Path) -> None:
-    """Deletes intermediate files, the tokenizer's record last: once it is gone, nothing is left to delete."""
+    """Deletes the intermediate files. The tokenizer's record is last, so its absence means that all are deleted."""
     kept = {MANIFEST, TOKENIZER_FILE} | {shard.file for shard in load_shards(folder).shards()}
     for path in folder.iterdir():
         if path.name not in kept:
@@ -273,12 +274,12 @@ def _sample_texts(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
 
 
 def _can_use_bulk_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
-    """Whether gigatoken is there and gives the same ids as the tokenizer all over the corpus."""
+    """Whether gigatoken is installed and gives the same token IDs as the tokenizer on a sample of the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
     if is_equivalent(tokenizer, encode, _sample_texts(corpus, tasks[:: -(-len(tasks) // NUM_SAMPLE_TEXTS)])):
-        log.info("gigatoken gives the same ids on a sample of the corpus, and encodes it.")
+        log.info("Using gigatoken, which gives the same token IDs as the tokenizer on a sample of the corpus.")
         return True
-    log.warning("gigatoken gives other ids on a sample of the corpus; the tokenizer itself encodes it.")
+    log.warning("Not using gigatoken: its token IDs differ from the tokenizer's on a sample of the corpus.")
     return False

@@ -1,4 +1,4 @@
-"""Split of a corpus into train and val: by documents or, for a single text, at its end. Imports no torch."""
+"""Train/val split of a corpus: by document, or the end of a single text. Imports no torch."""
 
 import hashlib
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from gptlab.data.sources.corpora import Corpus, Task, list_files, open_corpus
 from gptlab.data.sources.readers import Document, file_kind
 from gptlab.errors import UserError
 
-HASH_RANGE = 2**64  # a document draws a whole number below this
+HASH_RANGE = 2**64  # document hashes are integers in [0, HASH_RANGE)
 
 
 def has_several_documents(config: DataConfig) -> bool:
-    """Whether a corpus has more than one document. Of a file of records two are read, and else nothing.
+    """Whether a corpus has more than one document. Reads at most two records of a file of records, and no other text.
 
     Raises:
-        UserError: A file of records is damaged, or does not have the column.
+        UserError: A file of records is damaged or lacks the column.
     """
     if config.corpus != "text":
         return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
@@ -33,9 +33,9 @@ def has_several_documents(config: DataConfig) -> bool:
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
-    """Replaces ``data.val_split=auto`` by "tail" for a single document and by "documents" for several.
+    """Replaces ``data.val_split=auto`` with "tail" for a single document and with "documents" for several.
 
-    It stays where the source is missing, which opening the corpus reports.
+    Keeps "auto" if the source is missing. Opening the corpus reports that error.
     """
     if config.val_split != "auto" or _is_missing(config):
         return config
@@ -43,7 +43,7 @@ def resolve_val_split(config: DataConfig) -> DataConfig:
 
 
 def check_val_split(config: DataConfig) -> None:
-    """Refuses ``data.val_split=tail`` for several documents, each of which would be split in two.
+    """Raises an error if ``data.val_split=tail`` is used with several documents, which it would each split in two.
 
     Raises:
         UserError: There are several documents, or a file of records is damaged.
@@ -51,25 +51,25 @@ def check_val_split(config: DataConfig) -> None:
     if config.val_split == "tail" and not _is_missing(config) and has_several_documents(config):
         origin = config.source or config.path or f"data={config.corpus}"
         raise UserError(
-            f"data.val_split=tail needs a single document, but {origin} has several, and each would be split in two. "
-            "Use data.val_split=documents."
+            f"data.val_split=tail requires a single document, but {origin} has several, and each would be split in "
+            "two. Use data.val_split=documents."
         )
 
 
 def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> float | None:
-    """Returns the number below which a document's draw puts it in val, or None for ``val_split=tail``.
+    """Returns the hash below which a document is assigned to val, or None for ``val_split=tail``.
 
-    It is ``val_fraction`` of all draws, except where that leaves a split empty, as it may with few documents: then the
-    document with the smallest draw goes to val, or the one with the largest to train. As many documents are read as it
-    takes to find one of each split, about 1 / val_fraction.
+    The threshold is ``val_fraction * HASH_RANGE``. If that would leave a split empty, as it may with few documents, the
+    document with the smallest hash is assigned to val, or the one with the largest hash to train. Documents are read
+    until one of each split is found, about 1 / val_fraction of them.
 
     Args:
-        config: With a resolved ``val_split``.
-        corpus: Its documents.
+        config: Config of the data, with a resolved ``val_split``.
+        corpus: The corpus.
         tasks: All tasks of the corpus, in order.
 
     Raises:
-        UserError: There are not two documents with text.
+        UserError: Fewer than two documents have text.
     """
     if config.val_split == "tail":
         return None
@@ -84,29 +84,29 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
         number = "no" if largest < 0 else "only one"
         hint = "" if largest < 0 or config.corpus == "huggingface" else " Use data.val_split=tail to split it."
         raise UserError(
-            f"data.val_split=documents: {corpus.origin} holds {number} document with text, and train and val need one "
-            f"each.{hint}"
+            f"data.val_split=documents requires one document with text for each of train and val, but {corpus.origin} "
+            f"has {number} document with text.{hint}"
         )
     return smallest + 1 if smallest >= threshold else largest
 
 
 def document_hash(name: str, seed: int) -> int:
-    """Returns what a document draws, from its name and ``data.split_seed`` alone."""
+    """Returns the hash of a document, in [0, HASH_RANGE), from its name and ``data.split_seed``."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
 
 
 def _is_missing(config: DataConfig) -> bool:
-    """Whether ``data=text`` names a file or folder that does not exist, or none."""
+    """Whether the source of ``data=text`` is not set or does not exist."""
     return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
 
 
 def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
-    """Yields the names of the documents that have text, in order, once for each part."""
+    """Yields the names of the documents that have text, in order. The name of a divided document repeats."""
     return (document.name for task in tasks for document in corpus.documents(task) if document.text)
 
 
 class SplitPart(NamedTuple):
-    """Part of a document that a split gets, and whether the document begins and ends with it."""
+    """Part of a document that is assigned to a split, and whether the document begins or ends with it."""
 
     split: Split
     text: str
@@ -115,15 +115,22 @@ class SplitPart(NamedTuple):
 
 
 def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[SplitPart]:
-    """Yields a document for train or val by its draw or, without a threshold, its two parts for both."""
+    """Yields the parts of a document: one for train or val by its hash, or without a threshold one for each.
+
+    Args:
+        document: A document, or a part of one.
+        val_fraction: Fraction of the characters that is assigned to val if ``threshold`` is None.
+        seed: ``data.split_seed``.
+        threshold: Result of ``val_threshold``.
+    """
     name, text, begin, end, _ = document
     if threshold is not None:
         yield SplitPart("val" if document_hash(name, seed) < threshold else "train", text, begin == 0, end == 1)
         return
     boundary = 1 - val_fraction
-    # in characters of a whole document; of a part of one, by the part's share of the bytes
+    # The boundary is in characters of the document; begin and end of a part are fractions of its bytes.
     cut = int(len(text) * ((boundary - begin) / (end - begin)))
-    # if train began in an earlier part, it ends in this one with at least one character
+    # If train began in an earlier part, at least one character of this part ends it.
     cut = min(max(cut, int(0 < begin < boundary)), len(text))
     if begin < boundary:
         yield SplitPart("train", text[:cut], begin == 0, boundary <= end)

@@ -1,4 +1,4 @@
-"""Tasks of a preparation, each tokenized into shards of its own, by several worker processes."""
+"""Tasks of a preparation: each is tokenized into its own shards, by several worker processes."""
 
 import functools
 import json
@@ -31,10 +31,10 @@ class PrepareOptions(NamedTuple):
     """Workers and machines of a preparation, and its progress callback.
 
     Attributes:
-        workers: Processes; the bytes are the same with any number.
-        part: Which of the tasks this machine does, of ``parts`` that share them out.
-        parts: 1 does them all.
-        report: Called with bytes done, bytes in all and tokens done, at the beginning and after every task.
+        workers: Number of worker processes. The result does not depend on it.
+        part: Index of this machine among the ``parts`` machines that share the tasks.
+        parts: Number of machines that share the tasks.
+        report: Callback with (bytes done, total bytes, tokens done), called at the start and after every task.
     """
 
     workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -44,7 +44,7 @@ class PrepareOptions(NamedTuple):
 
 
 def preload_workers(work: PrepareOptions, tasks: list[Task]) -> None:
-    """Starts the fork server, which imports what workers need while this process continues."""
+    """Starts the fork server, which imports the modules of the workers while this process continues."""
     if min(work.workers, len(tasks)) > 1 and FORKSERVER:
         forkserver.set_forkserver_preload(_modules_to_preload())
         forkserver.ensure_running()
@@ -54,7 +54,7 @@ def preload_workers(work: PrepareOptions, tasks: list[Task]) -> None:
 def start_workers(
     work: PrepareOptions, tasks: list[Task], tokenizer: Tokenizer, vocab_dir: str | None
 ) -> Iterator[Executor | None]:
-    """Starts worker processes, which load the tokenizer meanwhile; yields None if one process is enough."""
+    """Starts worker processes, which load the tokenizer. Yields their pool, or None if one process is enough."""
     number = min(work.workers, len(tasks))
     if number <= 1:
         yield None
@@ -64,29 +64,30 @@ def start_workers(
     about = (life, json.dumps(tokenizer.record()), vocab_dir)
     with ours, ProcessPoolExecutor(number, context, initializer=_init_worker, initargs=about) as pool:
         try:
-            # a process starts when there is something to do, and whoever starts it waits for it
+            # The pool starts a process only when a job is submitted, and the submitting thread waits for the start.
             threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
             yield pool
         except Exception:
-            pool.shutdown(wait=True, cancel_futures=True)  # what is begun is finished, or taken away
+            pool.shutdown(wait=True, cancel_futures=True)  # running tasks finish or delete their files
             raise
-        except BaseException:  # an interrupt does not wait: what is begun is done anew
+        except BaseException:  # an interrupt does not wait for running tasks, which are repeated later
             pool.shutdown(wait=False, cancel_futures=True)
             ours.close()
             raise
 
 
 def _modules_to_preload() -> list[str]:
-    """Returns the modules that workers preload: those that they need, and gptlab's that this program has imported.
+    """Returns the modules to preload: those of the tasks, and all gptlab modules that the main program has imported.
 
-    A worker imports that program again (multiprocessing's programming guidelines). torch is left out: no task needs it.
+    A worker imports the main program again (see the programming guidelines of multiprocessing). If the main program has
+    imported torch, only this module is preloaded, because no task needs torch.
     """
     ours = [name for name in sys.modules if name.startswith("gptlab.")]
     return [__name__] if "torch" in sys.modules else ours
 
 
 def _init_worker(life: Connection, record: str, vocab_dir: str | None) -> None:
-    """Leaves Ctrl-C to the parent, and exits when the parent closes its end of ``life``, also by its death."""
+    """Ignores Ctrl-C, which the parent handles, and exits when the parent closes its end of ``life`` or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
@@ -105,15 +106,15 @@ def run_tasks(
     work: PrepareOptions,
     pool: Executor | None,
 ) -> None:
-    """Runs the tasks and reports each.
+    """Runs the remaining tasks and reports the progress after each.
 
     Args:
-        work_on: Does one, and returns its tokens.
-        tasks: What is left to do.
-        total: Bytes of these tasks and of those that were done before.
-        tokens: Of those that were done before.
-        work: Who hears of it.
-        pool: From ``start_workers``; None does them in this process.
+        work_on: Runs one task and returns its number of tokens.
+        tasks: The remaining tasks.
+        total: Bytes of the remaining tasks and of those that are already done.
+        tokens: Tokens of the tasks that are already done.
+        work: Options with the progress callback.
+        pool: Worker pool from ``start_workers``. None runs the tasks in this process.
     """
     done = total - sum(task.bytes for task in tasks)
     work.report(done, total, tokens)
@@ -138,7 +139,18 @@ def run_task(
     threshold: float | None,
     task: Task,
 ) -> int:
-    """Tokenizes one task into its shards, writes its record, and returns the number of its tokens."""
+    """Tokenizes one task into its shards, writes its record, and returns its number of tokens.
+
+    Args:
+        folder: Directory of the shards.
+        corpus: The corpus.
+        config: Config of the data, with a resolved ``val_split``.
+        record: Record of the tokenizer.
+        vocab_dir: Directory of GPT-2's vocabulary, or None.
+        fast: Whether to encode with the bulk encoder.
+        threshold: Result of ``val_threshold``.
+        task: The task.
+    """
     tokenizer, bulk = _cached_tokenizer(json.dumps(record), vocab_dir)
     encode = bulk if fast and bulk else tokenizer.encode
     ends = [] if tokenizer.end_of_text is None else [np.uint32(tokenizer.end_of_text)]
@@ -167,16 +179,16 @@ def run_task(
 
 @functools.lru_cache(maxsize=1)
 def _cached_tokenizer(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
-    """Returns a worker's tokenizer and its bulk encoder, if there is one; cached from task to task."""
+    """Returns the tokenizer and its bulk encoder, if there is one. Caches them for the next task of the process."""
     tokenizer = load_tokenizer(json.loads(record), vocab_dir)
     return tokenizer, bulk_encoder(tokenizer)
 
 
 def token_dtype(tokenizer: Tokenizer) -> Literal["uint16", "uint32"]:
-    """Returns the dtype of shards: two bytes if all ids fit, else four."""
+    """Returns the dtype of the shards: uint16 if all token IDs fit, otherwise uint32."""
     return "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
 
 
 def record_path(folder: Path, task: Task) -> Path:
-    """Returns the path of a task's record, which is written after its shards."""
+    """Returns the path of the record of a task, which is written after its shards."""
     return folder / f"task_{task.number:06d}.json"

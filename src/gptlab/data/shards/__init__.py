@@ -1,4 +1,4 @@
-"""Token shards: the manifest that describes them, streams over local and remote files, and other programs' formats.
+"""Token shards: manifest, streams over local and remote files, and the formats of other programs.
 
-Shards are verified by their SHA-256, and one process at a time writes them.
+Shards are verified by their SHA-256 and written by one process at a time.
 """

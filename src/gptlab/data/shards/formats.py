@@ -1,12 +1,12 @@
-"""Token files of other programs: reading and writing. All are little-endian.
+"""Reads and writes token files of other programs. All are little-endian.
 
 | format  | layout                                                                                            |
 |---------|---------------------------------------------------------------------------------------------------|
 | nanogpt | raw uint16 (nanoGPT's train.bin, val.bin)                                                         |
-| llmc    | 256 int32: 20240520, 1, tokens; then uint16 (llm.c, modded-nanogpt); or 20240801, 7: then uint32  |
+| llmc    | 256 int32 (20240520, 1, tokens), then uint16 (llm.c, modded-nanogpt); or (20240801, 7), uint32    |
 | npy     | a one-dimensional uint16 array as numpy saves it (build-nanogpt)                                  |
 
-Telling raw tokens from a header is safe: both magic numbers begin with a uint16 beyond GPT-2's vocabulary.
+Raw tokens cannot be confused with a header: both magic numbers begin with a uint16 beyond GPT-2's vocabulary.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
 HEADER_INTS, HEADER_BYTES = 256, 1024
-LLMC_UINT16, LLMC_UINT32 = (20240520, 1), (20240801, 7)  # magic and version
-CHUNK = 2**22  # tokens looked at or copied at a time
+LLMC_UINT16, LLMC_UINT32 = (20240520, 1), (20240801, 7)  # magic number, version
+CHUNK = 2**22  # tokens that are read or written at a time
 
 Format = Literal["nanogpt", "llmc"]
 
 
 class TokenFileLayout(NamedTuple):
-    """Position and dtype of the tokens in a file."""
+    """Byte offset, number and dtype of the tokens in a file."""
 
     offset: int
     tokens: int
@@ -37,7 +37,11 @@ class TokenFileLayout(NamedTuple):
 
 
 def read_layout(path: Path) -> TokenFileLayout:
-    """Detects the layout of a token file from its content; raises UserError if it is inconsistent."""
+    """Detects the layout of a token file from its content.
+
+    Raises:
+        UserError: The header, the shape or the size of the file is invalid.
+    """
     size = path.stat().st_size
     if path.suffix == ".npy":
         return _npy_layout(path)
@@ -45,16 +49,16 @@ def read_layout(path: Path) -> TokenFileLayout:
     if len(header) == HEADER_INTS and int(header[0]) in (LLMC_UINT16[0], LLMC_UINT32[0]):
         magic, version, tokens = (int(value) for value in header[:3])
         if (magic, version) not in (LLMC_UINT16, LLMC_UINT32):
-            raise UserError(f"{path} has llm.c's magic number {magic} but version {version}, which is unknown.")
+            raise UserError(f"{path} has llm.c's magic number {magic} but the unknown version {version}.")
         dtype: Literal["uint16", "uint32"] = "uint16" if magic == LLMC_UINT16[0] else "uint32"
         expected = HEADER_BYTES + tokens * np.dtype(dtype).itemsize
         if size != expected:
             raise UserError(
-                f"{path} should have {expected:,} bytes by its header ({tokens:,} tokens) and has {size:,}."
+                f"{path} has {size:,} bytes, but its header ({tokens:,} tokens) requires {expected:,} bytes."
             )
         return TokenFileLayout(HEADER_BYTES, tokens, dtype)
     if size % 2:
-        raise UserError(f"{path} has an odd number of bytes, {size:,}: it cannot be uint16 tokens.")
+        raise UserError(f"{path} has an odd number of bytes ({size:,}), so it cannot hold uint16 tokens.")
     return TokenFileLayout(0, size // 2, "uint16")
 
 
@@ -62,26 +66,29 @@ def _npy_layout(path: Path) -> TokenFileLayout:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise UserError(f"{path} is not an array that numpy saved: {error}.") from error
+        raise UserError(f"{path} is not an array saved by numpy: {error}.") from error
     if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise UserError(f"{path} holds {array.dtype} of shape {array.shape}; tokens are one row of uint16 or uint32.")
+        raise UserError(
+            f"{path} holds {array.dtype} values of shape {array.shape}. Tokens must be a one-dimensional array of "
+            "uint16 or uint32."
+        )
     return TokenFileLayout(array.offset, len(array), "uint16" if array.dtype.itemsize == 2 else "uint32")
 
 
 def split_from_name(path: Path) -> Split:
-    """Returns the split that a file's name contains; raises UserError if it contains neither or both."""
+    """Returns the split that is part of a file's name. Raises UserError if the name contains neither or both."""
     named = [split for split in SPLITS if split in path.name]
     if len(named) != 1:
-        raise UserError(f"{path}: its name should hold either train or val, to say which split it is.")
+        raise UserError(f"{path}: the file name must contain either train or val to identify its split.")
     return named[0]
 
 
 def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
-    """Builds the manifest of token files where they are; every token is read once, hashed and checked.
+    """Builds the manifest of existing token files. Reads, hashes and checks every token once.
 
     Raises:
-        UserError: A file's length, magic or shape is wrong, files differ in their type, a split is missing, or an id is
-            beyond the vocabulary; the file and the offset are named.
+        UserError: The size, header or shape of a file is invalid, the files differ in dtype, a split is missing, or a
+            token ID is outside of the vocabulary. The message names the file and the offset.
     """
     splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     dtypes = {}
@@ -90,9 +97,9 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
         dtypes[found.dtype] = path
         splits[split_from_name(path)].append(_read_shard(path, found, tokenizer))
     if missing := [split for split in SPLITS if not splits[split]]:
-        raise UserError(f"Among {paths[0]} and {len(paths) - 1} other files there is none for {' and '.join(missing)}.")
+        raise UserError(f"{paths[0]} and {len(paths) - 1} other files include none for {' and '.join(missing)}.")
     if len(dtypes) > 1:
-        raise UserError(f"{' and '.join(map(str, dtypes.values()))} differ in their type: {', '.join(dtypes)}.")
+        raise UserError(f"{' and '.join(map(str, dtypes.values()))} differ in dtype: {', '.join(dtypes)}.")
     return Manifest(
         format=FORMAT,
         origin=str(paths[0].parent),
@@ -112,8 +119,8 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
         if (beyond := chunk >= tokenizer.vocab_size).any():
             index = start + int(beyond.argmax())
             raise UserError(
-                f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, beyond "
-                f"the {tokenizer.vocab_size:,} ids of the tokenizer."
+                f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, which "
+                f"is outside of the tokenizer's vocabulary of {tokenizer.vocab_size:,} token IDs."
             )
         digest.update(chunk.tobytes())
         text_bytes += int(lengths[chunk].sum(dtype=np.int64))
@@ -129,20 +136,28 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
 
 
 def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
-    """Writes shards as another program's files: nanogpt's train.bin and val.bin, or one llmc file for each shard.
+    """Writes shards as token files of another program, and returns their paths.
+
+    The format "nanogpt" gives train.bin and val.bin, the format "llmc" one file per shard.
+
+    Args:
+        store: Store of the shards.
+        manifest: Manifest of the shards.
+        kind: Format of the files.
+        out: Directory of the files, created if missing.
 
     Raises:
-        UserError: The vocabulary does not fit uint16, or a file is there already.
+        UserError: The vocabulary does not fit into uint16, or a file exists already.
     """
     if manifest.vocab_size > 2**16:
-        raise UserError(f"{manifest.vocab_size:,} ids do not fit the uint16 of format={kind}.")
+        raise UserError(f"format={kind} stores uint16, which cannot hold vocab_size={manifest.vocab_size:,} token IDs.")
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for split in SPLITS:
         for name, shards in _output_files(split, manifest.splits[split], kind):
             path = out / name
             if path.exists():
-                raise UserError(f"{path} is there already; name another folder: out=<dir>")
+                raise UserError(f"{path} already exists. Choose another directory with out=<dir>.")
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
             unfinished = path.with_name(f".{path.name}")
@@ -157,7 +172,7 @@ def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> l
 
 
 def _output_files(split: Split, shards: list[Shard], kind: Format) -> Iterator[tuple[str, list[Shard]]]:
-    """Yields the files of a split, each with the shards that go into it."""
+    """Yields the output files of a split, each with the shards that it will contain."""
     if kind == "nanogpt":
         yield f"{split}.bin", shards
     else:

@@ -1,4 +1,4 @@
-"""Token shards: raw little-endian uint16 or uint32 files, described by a manifest beside them."""
+"""Token shards: raw little-endian uint16 or uint32 files, described by a manifest in the same directory."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from gptlab.config.base import FrozenConfig
 from gptlab.errors import UserError
 
 MANIFEST = "manifest.json"
-LOCK = ".lock"  # the file beside a prepared folder that keeps two processes from making it at once
-SUFFIXES = (".bin", ".npy")  # of files of tokens
+LOCK = ".lock"  # suffix of the lock file of a directory, which keeps two processes from preparing it concurrently
+SUFFIXES = (".bin", ".npy")  # of token files
 FORMAT = 1
 
 Split = Literal["train", "val"]
@@ -25,15 +25,16 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 
 
 class Shard(FrozenConfig):
-    """File of tokens.
+    """Metadata of one token file.
 
     Attributes:
-        file: Name in the folder, or path elsewhere.
-        offset: Bytes before the tokens.
+        file: File name in the directory of the manifest, or a path to another directory.
+        offset: Number of bytes before the tokens.
         tokens: Number of tokens.
-        bytes: UTF-8 bytes of their text; the end of text has none.
-        documents: Number of documents that end here.
-        num_replaced: Documents, or parts of them, in which U+FFFD replaces bytes that are not UTF-8; "mended" in JSON.
+        bytes: Number of UTF-8 bytes of the text. End-of-text tokens count as 0 bytes.
+        documents: Number of documents that end in this file.
+        num_replaced: Number of documents, or parts of documents, in which U+FFFD replaces bytes that are not valid
+            UTF-8. Stored as "mended" in JSON.
         sha256: SHA-256 of the tokens.
     """
 
@@ -49,15 +50,15 @@ class Shard(FrozenConfig):
 
 
 class Manifest(FrozenConfig):
-    """Description of a folder of shards.
+    """Metadata of a directory of shards.
 
     Attributes:
-        format: Version of this layout.
-        origin: Where the text came from, for people.
-        tokenizer: The tokenizer's record; see ``gptlab.data.tokenizers.tokenizer``.
-        vocab_size: Number of ids V.
-        dtype: Of the files, little-endian.
-        splits: The shards of train and val, in order.
+        format: Version of the manifest format.
+        origin: Human-readable origin of the text.
+        tokenizer: Record of the tokenizer; see ``gptlab.data.tokenizers.tokenizer``.
+        vocab_size: Number of token IDs V.
+        dtype: Little-endian dtype of the token files.
+        splits: Shards of train and val, in order.
     """
 
     format: Literal[1]
@@ -71,15 +72,15 @@ class Manifest(FrozenConfig):
     @classmethod
     def _both_splits(cls, splits: dict[Split, list[Shard]]) -> dict[Split, list[Shard]]:
         if missing := [split for split in SPLITS if split not in splits]:
-            raise ValueError(f"there is no {' and no '.join(missing)}")
+            raise ValueError(f"missing splits: {', '.join(missing)}")
         return splits
 
     def shards(self) -> list[Shard]:
-        """All shards, those of train first."""
+        """Returns all shards, those of train first."""
         return [shard for split in SPLITS for shard in self.splits[split]]
 
     def file_size(self, shard: Shard) -> int:
-        """Bytes of a shard's file."""
+        """Returns the size of a shard's file in bytes."""
         return shard.offset + shard.tokens * np.dtype(self.dtype).itemsize
 
     def tokens(self, split: Split) -> int:
@@ -87,11 +88,11 @@ class Manifest(FrozenConfig):
         return sum(shard.tokens for shard in self.splits[split])
 
     def bytes(self, split: Split) -> int:
-        """Returns the UTF-8 bytes of the text of a split, the denominator of bits per byte."""
+        """Returns the number of UTF-8 bytes of the text of a split, the denominator of bits per byte."""
         return sum(shard.bytes for shard in self.splits[split])
 
     def fingerprint(self) -> str:
-        """A hash of the tokens and what they mean; where the files lie does not matter."""
+        """Returns a SHA-256 of the tokens and the tokenizer. It does not depend on the location of the files."""
         hashes = {split: [shard.sha256 for shard in self.splits[split]] for split in SPLITS}
         return hashlib.sha256(json.dumps([self.tokenizer, hashes], sort_keys=True).encode()).hexdigest()
 
@@ -101,25 +102,29 @@ class Manifest(FrozenConfig):
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of ``folder``; raises UserError if there is none, or it is invalid."""
+    """Reads the manifest of ``folder``. Raises UserError if it is missing or invalid."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} holds no prepared data: there is no {MANIFEST} in it.")
+        raise UserError(f"{folder} does not contain prepared data: {MANIFEST} is missing.")
     try:
         return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # pydantic's own, or that it is no text
+    except ValueError as error:  # pydantic's ValidationError, or a UnicodeDecodeError
         raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
 
 
 def load_shards(folder: Path) -> Manifest:
-    """Reads the manifest of ``folder`` and checks the size of its shards; raises UserError for the first wrong one."""
+    """Reads the manifest of ``folder`` and checks the sizes of its shards.
+
+    Raises:
+        UserError: The manifest is missing or invalid, or a shard is missing or has the wrong size.
+    """
     manifest = load_manifest(folder)
     for shard in manifest.shards():
         file, expected = folder / shard.file, manifest.file_size(shard)
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
-            found = "is missing" if size is None else f"has {size:,}"
-            raise UserError(f"{file} should have {expected:,} bytes and {found}.")
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise UserError(f"{file} {found}, but its manifest requires {expected:,} bytes.")
     return manifest
 
 
@@ -127,8 +132,8 @@ class ShardWriter:
     """Writes one shard under a temporary name, hashes and syncs it, then renames it.
 
     Args:
-        path: Final name.
-        dtype: Of the tokens.
+        path: Final path of the file.
+        dtype: dtype of the tokens.
     """
 
     def __init__(self, path: Path, dtype: str) -> None:
@@ -139,7 +144,14 @@ class ShardWriter:
         self._file = self._unfinished.open("wb")
 
     def add(self, ids: NDArray[Any], text_bytes: int, documents: int, num_replaced: int = 0) -> None:
-        """Appends ``ids``, the tokens of ``text_bytes`` bytes of UTF-8, which end ``documents`` documents."""
+        """Appends tokens.
+
+        Args:
+            ids: Token IDs (N,).
+            text_bytes: Number of UTF-8 bytes of their text.
+            documents: Number of documents that end with them.
+            num_replaced: Number of documents in which invalid UTF-8 was replaced.
+        """
         data = np.ascontiguousarray(ids, dtype=self.dtype).data
         self._file.write(data)
         self._digest.update(data)
@@ -149,7 +161,7 @@ class ShardWriter:
         self.num_replaced += num_replaced
 
     def finish(self) -> list[Shard]:
-        """Closes, syncs and renames the file; returns the shard, or nothing if it has no tokens."""
+        """Closes, syncs and renames the file. Returns the shard in a list, which is empty if there are no tokens."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -170,7 +182,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Deletes the unfinished file."""
         self._unfinished.unlink(missing_ok=True)
-        with suppress(OSError):  # of a full disk, which would be written to once more
+        with suppress(OSError):  # closing flushes the file, which fails if the disk is full
             self._file.close()
 
 
@@ -189,7 +201,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def fsync_path(path: Path) -> None:
-    """Syncs a file, or the names in a folder, to disk."""
+    """Syncs a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -198,5 +210,5 @@ def fsync_path(path: Path) -> None:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Returns a unique name beside ``path``; a process id would not do, as containers may share it."""
+    """Returns a unique path in the same directory. A process ID is not unique, because containers may share it."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

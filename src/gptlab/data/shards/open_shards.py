@@ -1,4 +1,4 @@
-"""Opening existing shards: prepared ones, here or behind a URL, and those of other programs."""
+"""Opens existing shards: prepared directories, local or remote, and token files of other programs."""
 
 import logging
 from glob import glob, has_magic
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 
 def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False) -> TokenDataset:
-    """Opens the shards that data.path names.
+    """Opens the shards at ``data.path``.
 
     Args:
-        config: Names the shards.
-        tokenizer: Tokenizer of the tokens; token files of other programs do not name it.
-        any_tokenizer: Whether prepared shards may have another tokenizer, which is then used.
+        config: Config of the data.
+        tokenizer: Tokenizer of the shards. Token files of other programs do not specify it.
+        any_tokenizer: Whether to accept prepared shards of another tokenizer, which is then used.
 
     Raises:
-        UserError: It is not there, not whole, or in other tokens.
+        UserError: The shards are missing, incomplete, damaged, or made with another tokenizer.
     """
     if config.path is None:
         raise UserError(
-            "data=shards needs the shards: data.path=<a prepared folder or its URL, or a glob of token files>"
+            "data=shards requires data.path=<a prepared directory, the URL of one, or a glob of token files>"
         )
     cache_dir = ensure_cache_dir(config)
     store: ShardStore
@@ -48,31 +48,31 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
     if (name := manifest.tokenizer["name"]) != tokenizer.name and not any_tokenizer:
-        raise UserError(f"{config.path} holds tokens of tokenizer={name}, not of tokenizer={tokenizer.name}.")
+        raise UserError(f"{config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}.")
     return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
 def ensure_cache_dir(config: DataConfig) -> Path:
-    """Creates data.cache_dir; raises UserError if it cannot."""
+    """Creates ``data.cache_dir`` and returns its path. Raises UserError if that fails."""
     cache_dir = Path(config.cache_dir).expanduser()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache_dir={config.cache_dir} cannot be used: {error}.") from error
+        raise UserError(f"data.cache_dir={config.cache_dir} cannot be created: {error}.") from error
     return cache_dir
 
 
 def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
-    """Returns the prepared folder that ``path`` names; describes token files of other programs in the cache."""
-    named = Path(path).expanduser()  # a folder's own name may look like a glob
+    """Returns the prepared directory at ``path``, or one in the cache that describes token files of other programs."""
+    named = Path(path).expanduser()  # the name of a directory may contain glob characters
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
     folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
     prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
     if len(folders) == 1 and prepared:
         return folders.pop()
     if not matches or prepared or len(folders) > 1:
-        found = f"matches files of {len(folders)} folders" if matches else "matches nothing"
-        raise UserError(f"data.path={path} {found}; it should name one folder of shards (looked from {Path.cwd()}).")
+        found = f"matches files in {len(folders)} directories" if matches else "matches nothing"
+        raise UserError(f"data.path={path} {found}. It must match one directory of shards (relative to {Path.cwd()}).")
     inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
     files = [path for path in inside if path.suffix in SUFFIXES]
     if not files:
@@ -80,8 +80,8 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path
     meta = files[0].with_name(META_FILE)
     if meta.exists() and tokenizer.name != "characters":
         raise UserError(
-            f"{meta} says that the tokens beside it are characters, not those of tokenizer={tokenizer.name}; "
-            "tokenizer=characters reads it."
+            f"tokenizer={tokenizer.name} does not match {meta}, which maps the tokens to characters. "
+            "Use tokenizer=characters."
         )
     read = [*files, meta] if meta.exists() else files
     listing = FileCorpus(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
@@ -89,12 +89,12 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path
 
 
 def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
-    """Writes the manifest of token files that are elsewhere, once."""
+    """Writes the manifest of token files into ``folder``, if it does not exist yet."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
             known = _tokenizer(files[0], tokenizer)
-            log.info("Reading %d token files in %s, once: %s", len(files), files[0].parent, folder)
+            log.info("Reading %d token files in %s to write their manifest: %s", len(files), files[0].parent, folder)
             manifest = build_manifest(files, known)
             record_verified(folder, manifest, folder.parent)
             manifest.save(folder)
@@ -102,12 +102,12 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
 
 
 def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
-    """Builds the tokenizer of a token file; for characters, from the meta.pkl beside it."""
+    """Builds the tokenizer of a token file; for characters, from the meta.pkl in the same directory."""
     if config.name in ("gpt2", "bytes"):
         return load_tokenizer({"name": config.name}, config.vocab_dir)
     if config.name == "characters" and (meta := file.with_name(META_FILE)).exists():
         return read_meta(meta)
     raise UserError(
-        f"{file} does not say which tokens tokenizer={config.name} means; gpt2 or bytes would, and characters with "
-        f"nanoGPT's {META_FILE} beside it."
+        f"{file} cannot be read with tokenizer={config.name}, because it does not contain the vocabulary. Use "
+        f"tokenizer=gpt2 or bytes, or characters if nanoGPT's {META_FILE} is in the same directory."
     )

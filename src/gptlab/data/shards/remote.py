@@ -1,7 +1,7 @@
-"""Shards behind a URL, prefetched into a local folder of limited size. Imports no torch.
+"""Remote shards, prefetched into a local cache directory of limited size. Imports no torch.
 
-All processes of a machine share the folder: a shard has its name there only when its SHA-256 is right, whoever fetches
-it holds its lock, and the shard that was not used for longest makes room for the next.
+All processes of a machine share the directory. A shard gets its final name only after its SHA-256 is verified, the
+process that downloads it holds its lock, and the least recently used shards are evicted.
 """
 
 import errno
@@ -26,23 +26,23 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 8  # to fetch a file before giving up: about two minutes
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts: twice as long each time
-DENIED_STATUSES = (401, 403)  # statuses of HTTP that will not change by asking again
-SILENCE = 60.0  # seconds without a byte after which a connection counts as broken
+MAX_ATTEMPTS = 8  # download attempts per file, which take about two minutes
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts, doubled after each attempt
+DENIED_STATUSES = (401, 403)  # HTTP status codes that are not retried
+READ_TIMEOUT = 60.0  # seconds without data after which a connection is broken
 
 
 class RemoteFolder:
-    """Prepared folder behind any URL that fsspec opens: s3://, gs://, hf://, https://, file://.
+    """Prepared directory at any URL that fsspec supports: s3://, gs://, hf://, https://, file://.
 
     Args:
-        url: Of the folder; credentials come from the environment, never in the URL.
-        cache_dir: Where fetched shards are kept, in a folder of their own.
-        limit: Bytes that they may take there.
+        url: URL of the directory, without credentials, which come from the environment.
+        cache_dir: Cache directory, in which the shards get a subdirectory.
+        limit: Maximum number of bytes of the cached shards.
 
     Raises:
-        UserError: The URL holds a password, there is no manifest behind it or nothing can open it, or the manifest
-            names files that are not beside it.
+        UserError: The URL contains a password or cannot be opened, its manifest is missing or invalid, or the manifest
+            names files in other directories.
     """
 
     def __init__(self, url: str, cache_dir: Path, limit: float) -> None:
@@ -53,48 +53,49 @@ class RemoteFolder:
             try:
                 self.manifest = load_manifest(Path(folder))
             except UserError as error:
-                raise UserError(f"What {self.url} has is no prepared data: {error}") from None
+                raise UserError(f"{self.url} does not contain prepared data: {error}") from None
         self.sizes = {shard.file: self.manifest.file_size(shard) for shard in self.manifest.shards()}
         if elsewhere := [name for name in self.sizes if Path(name).name != name or Path(name).suffix not in SUFFIXES]:
             raise UserError(
-                f"{self.url}/{MANIFEST} names {elsewhere[0]}, which does not lie beside it. It describes files of "
-                "another machine: write them anew with python -m gptlab.prepare convert=..., or prepare them there."
+                f"{self.url}/{MANIFEST} names {elsewhere[0]}, which is not in the same directory, because it describes "
+                "token files on another machine. Convert them with python -m gptlab.prepare convert=..., or prepare "
+                "the data again on that machine."
             )
-        # by content: what two URLs hold alike is kept once, and other shards never take the place of these, nor the
-        # same ones under other names, which have the same fingerprint
+        # Named by content: identical data at two URLs is cached once, and different data never shares a directory. The
+        # fingerprint would not do, because it does not depend on the file names.
         content = self.manifest.model_dump_json().encode()
         self.folder = cache_dir / f"remote-{hashlib.sha256(content).hexdigest()[:12]}"
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         self.manifest.save(self.folder)
         self._ahead: queue.Queue[Sequence[Shard]] = queue.Queue()
-        self._fetcher = 0  # the process whose thread fetches ahead
+        self._fetcher = 0  # ID of the process that started the prefetch thread
 
     def __getstate__(self) -> dict[str, Any]:
-        """Queues and threads do not travel to worker processes: each has its own."""
+        """Omits the queue and the thread, which each worker process creates for itself."""
         return {**self.__dict__, "_ahead": None, "_fetcher": 0}
 
     def open(self, shard: Shard) -> FileIO:
-        """Opens a shard's file, fetching it if it is missing.
+        """Opens a shard's file, and downloads it first if it is not cached.
 
         Raises:
-            UserError: It cannot be fetched, or is not what the manifest says.
+            UserError: The file cannot be downloaded, or its size or SHA-256 differs from the manifest.
         """
         with self._lock(shard.file):
             return self._present(shard).open("rb", buffering=0)
 
-    def check_room(self, at_once: Sequence[Shard]) -> None:
-        """Raises UserError if the shards that are in use at the same time exceed the limit."""
-        needed = sum({shard.file: self.sizes[shard.file] for shard in at_once}.values())
+    def check_room(self, shards: Sequence[Shard]) -> None:
+        """Raises UserError if ``shards``, which are in use at the same time, exceed the cache limit."""
+        needed = sum({shard.file: self.sizes[shard.file] for shard in shards}.values())
         if needed > self.limit:
             raise UserError(
                 f"data.cache_limit_gb={self.limit / 1e9:g} is less than the {needed / 1e9:.3g} GB of {self.url} that "
-                "are in use at the same time: fetching would never end. Give more, or use fewer shards at a time: "
-                "data.order=block, with a smaller data.block_shards."
+                "are in use at the same time, so shards would be downloaded again and again. Increase the limit, or "
+                "use fewer shards at a time with data.order=block and a smaller data.block_shards."
             )
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Fetches shards in the background, in order."""
-        if self._fetcher != os.getpid():  # the first time, or in a worker that was forked
+        """Downloads shards in the background, in order."""
+        if self._fetcher != os.getpid():  # first call in this process, which may be a forked worker
             self._fetcher, self._ahead = os.getpid(), queue.Queue()
             threading.Thread(target=self._fetch_ahead, daemon=True).start()
         self._ahead.put(shards)
@@ -103,34 +104,34 @@ class RemoteFolder:
         while True:
             for shard in self._ahead.get():
                 if not self._ahead.empty():
-                    break  # others are expected by now
+                    break  # a later call expects other shards
                 try:
                     with self._lock(shard.file).acquire(blocking=False):
                         self._present(shard)
                 except Timeout:
-                    continue  # another process fetches it
+                    continue  # another process downloads it
                 except (UserError, OSError) as error:
-                    log.warning("Not fetched ahead: %s", error)  # whoever reads it tries again, and fails if need be
+                    log.warning("Prefetching failed: %s", error)  # reading the shard tries again and raises the error
 
     def _present(self, shard: Shard) -> Path:
-        """Returns a shard's file, fetched and verified; the caller holds its lock."""
+        """Returns the path of a shard's verified file, downloaded if necessary. The caller holds its lock."""
         path = self.folder / shard.file
         if not path.exists():
-            for left in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # by a process that was killed
-                left.unlink(missing_ok=True)
+            for stale in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # of a process that was killed
+                stale.unlink(missing_ok=True)
             self._make_room(shard)
-            log.info("Fetching %s/%s, %.1f MB.", self.url, shard.file, self.sizes[shard.file] / 1e6)
+            log.info("Downloading %s/%s (%.1f MB).", self.url, shard.file, self.sizes[shard.file] / 1e6)
             self._get(shard.file, path, shard)
-        os.utime(path)  # used now
+        os.utime(path)  # marks it as the most recently used
         return path
 
     def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
-        """Fetches a file, checks it, and renames it to its final name."""
+        """Downloads a file, verifies it, and renames it to its final name."""
         wrong = set[str]()
         _fetch_to(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
-        """Fetches a file once; a wrong hash that is in ``wrong``, those of earlier attempts, is final."""
+        """Tries once to download a file. A wrong hash that is already in ``wrong`` is not retried."""
         filesystem, root = _filesystem(self.url)
         filesystem.get_file(f"{root}/{name}", str(path))
         if shard is None:
@@ -143,10 +144,10 @@ class RemoteFolder:
         if found != shard.sha256:
             kind = UserError if found in wrong else OSError
             wrong.add(found)
-            raise kind(f"what came has the SHA-256 {found}, not {shard.sha256}")
+            raise kind(f"the downloaded file has the SHA-256 {found}, not {shard.sha256}")
 
     def _make_room(self, shard: Shard) -> None:
-        """Removes the least recently used shards until ``shard`` fits, and reserves its size for other processes."""
+        """Evicts the least recently used shards until ``shard`` fits, and reserves its space."""
         with self._lock("room"):
             kept = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
@@ -160,10 +161,10 @@ class RemoteFolder:
                     break
                 try:
                     with self._lock(path.name).acquire(blocking=False):
-                        path.unlink(missing_ok=True)  # whoever has it open reads on
+                        path.unlink(missing_ok=True)  # processes that have it open can still read it
                         used -= self.sizes[path.name]
                 except Timeout:
-                    continue  # it is being opened
+                    continue  # another process is opening it
             _temporary_path(self.folder / shard.file).touch()
 
     def _lock(self, name: str) -> FileLock:
@@ -171,41 +172,48 @@ class RemoteFolder:
 
 
 def fetch_files(pattern: str, cache_dir: Path) -> Path:
-    """Fetches all token files that a URL with wildcards matches; returns their folder.
+    """Downloads all token files that match a URL with wildcards, and returns their directory.
 
-    Nothing says what their SHA-256 should be, so only their sizes are checked here.
+    Only the sizes of the files are checked, because their SHA-256 is unknown.
+
+    Args:
+        pattern: URL with wildcards, without credentials.
+        cache_dir: Cache directory, in which the files get a subdirectory.
+
+    Raises:
+        UserError: The URL contains a password or matches nothing, or a file cannot be downloaded.
     """
     _check_no_secret(pattern)
     folder = cache_dir / f"files-{hashlib.sha256(pattern.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
 
-    def look() -> None:
+    def list_matches() -> None:
         filesystem, path = _filesystem(pattern)
         found.update(filesystem.glob(path, detail=True))
 
-    def fetch(place: str, unfinished: Path) -> None:
+    def fetch(remote_path: str, unfinished: Path) -> None:
         filesystem, _ = _filesystem(pattern)
-        filesystem.get_file(place, str(unfinished))
-        _check_size(unfinished, filesystem.size(place))
+        filesystem.get_file(remote_path, str(unfinished))
+        _check_size(unfinished, filesystem.size(remote_path))
 
     with FileLock(f"{folder}{LOCK}"):
-        _with_retries(pattern, look)
-        for place, about in sorted(found.items()):
-            path = folder / PurePosixPath(place).name
-            if about["type"] == "file" and not path.exists():
-                log.info("Fetching %s.", place)
-                _fetch_to(path, place, functools.partial(fetch, place))
+        _with_retries(pattern, list_matches)
+        for remote_path, info in sorted(found.items()):
+            path = folder / PurePosixPath(remote_path).name
+            if info["type"] == "file" and not path.exists():
+                log.info("Downloading %s.", remote_path)
+                _fetch_to(path, remote_path, functools.partial(fetch, remote_path))
     if not any(folder.iterdir()):
         raise UserError(f"data.path={pattern} matches nothing.")
     return folder
 
 
-def _fetch_to(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
-    """Fetches a file under a temporary name, and renames it when it is complete."""
+def _fetch_to(path: Path, source: str, fetch: Callable[[Path], None]) -> None:
+    """Downloads a file under a temporary name, and renames it when it is complete."""
     unfinished = _temporary_path(path)
     try:
-        _with_retries(what, lambda: fetch(unfinished))
+        _with_retries(source, lambda: fetch(unfinished))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -213,18 +221,18 @@ def _fetch_to(path: Path, what: str, fetch: Callable[[Path], None]) -> None:
 
 def _check_size(path: Path, expected: int) -> None:
     if (size := path.stat().st_size) != expected:
-        raise OSError(f"{size:,} bytes came of {expected:,}")
+        raise OSError(f"received {size:,} of {expected:,} bytes")
 
 
-def _with_retries(what: str, fetch: Callable[[], None]) -> None:
-    """Calls ``fetch``, again after a transient failure, with growing waits."""
-    import tenacity  # needed by remote shards alone
+def _with_retries(source: str, fetch: Callable[[], None]) -> None:
+    """Calls ``fetch`` and retries transient errors with exponential backoff."""
+    import tenacity  # only needed for remote shards
 
-    def tell(state: tenacity.RetryCallState) -> None:
+    def log_retry(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None and state.next_action is not None  # noqa: S101, PT018
         log.warning(
-            "%s: %s. Attempt %d of %d in %.0f s.",
-            *(what, _reason(state.outcome.exception())),
+            "%s: %s. Retrying (attempt %d of %d) in %.0f s.",
+            *(source, _reason(state.outcome.exception())),
             *(state.attempt_number + 1, MAX_ATTEMPTS, state.next_action.sleep),
         )
 
@@ -232,29 +240,29 @@ def _with_retries(what: str, fetch: Callable[[], None]) -> None:
         stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
         wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
         retry=tenacity.retry_if_exception(_is_transient),
-        before_sleep=tell,
+        before_sleep=log_retry,
         reraise=True,
     )
     try:
         attempts(fetch)
     except FileNotFoundError:
-        raise UserError(f"{what} is not there.") from None
+        raise UserError(f"{source} does not exist.") from None
     except Exception as error:
-        raise UserError(f"{what} could not be fetched: {_reason(error)}.") from error
+        raise UserError(f"{source} could not be downloaded: {_reason(error)}.") from error
 
 
 def _check_no_secret(url: str) -> None:
-    for link in url.split("::"):  # of a chain, as in simplecache::https://...
+    for link in url.split("::"):  # URLs can be chained, as in simplecache::https://...
         try:
             parts = urlsplit(link)
         except ValueError:
-            raise UserError("data.path= has :// in it and is no URL.") from None
+            raise UserError("data.path contains :// but is not a valid URL.") from None
         token = parts.scheme in ("http", "https") and parts.username
         if parts.password or parts.query or token:
             raise UserError(
-                f"data.path={parts.scheme}://{parts.hostname or ''}... holds a password or a signature, which would be "
-                "written into every run directory. Give credentials as the protocol takes them: ~/.netrc, AWS_PROFILE, "
-                "HF_TOKEN."
+                f"data.path={parts.scheme}://{parts.hostname or ''}... contains a password, token or signature, which "
+                "would be written to every run directory. Provide credentials in the way of the protocol, for example "
+                "~/.netrc, AWS_PROFILE or HF_TOKEN."
             )
 
 
@@ -263,25 +271,25 @@ def _temporary_path(path: Path) -> Path:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """Returns fsspec's filesystem of a URL, and the path there."""
-    import fsspec  # slow to import, and needed by remote shards alone
+    """Returns the fsspec filesystem of a URL and the path in that filesystem."""
+    import fsspec  # slow to import and only needed for remote shards
 
     options = {}
     if url.startswith("http"):
         import aiohttp
 
-        # its own limit is on the whole of a transfer, which a large shard on a slow line does not keep
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        # The default limits the total time of a transfer, which a large shard on a slow connection exceeds.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=READ_TIMEOUT, sock_read=READ_TIMEOUT)
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     return fsspec.core.url_to_fs(url, **options)
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether to try again: not where the answer was no, or where the fault is on this side."""
-    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
+    """Whether to retry after ``error``: not if access was denied, and not if the cause is on this machine."""
+    permanent = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     denied = getattr(error, "status", None) in DENIED_STATUSES
-    return isinstance(error, Exception) and not isinstance(error, lasting) and not full and not denied
+    return isinstance(error, Exception) and not isinstance(error, permanent) and not full and not denied
 
 
 def _reason(error: BaseException | None) -> str:

@@ -1,4 +1,4 @@
-"""Streams of tokens: a split as if it were one array, read from its shards."""
+"""Token streams: random access to the tokens of a split, across its shards."""
 
 import os
 from collections import OrderedDict
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from gptlab.data.shards.manifest import Manifest, Shard, Split
 from gptlab.errors import UserError
 
-OPEN_FILES = 64  # of a stream at a time, far below what a process may have open
+OPEN_FILES = 64  # maximum number of open files per stream, far below the limit of a process
 
 
 class ShardStore(Protocol):
@@ -21,24 +21,24 @@ class ShardStore(Protocol):
 
     @property
     def folder(self) -> Path:
-        """The folder on this machine that they are in, or are kept in while they are used."""
+        """Local directory of the shards, or the one in which they are cached."""
         ...
 
     def open(self, shard: Shard) -> FileIO:
-        """Opens a shard's file, fetching it if need be."""
+        """Opens a shard's file, and downloads it first if necessary."""
         ...
 
-    def check_room(self, at_once: Sequence[Shard]) -> None:
-        """Raises UserError if there is no room for the shards that are in use at the same time."""
+    def check_room(self, shards: Sequence[Shard]) -> None:
+        """Raises UserError if ``shards``, which are in use at the same time, exceed the disk limit."""
         ...
 
     def expect(self, shards: Sequence[Shard]) -> None:
-        """Announces the shards that are read next, in order."""
+        """Announces the shards that are read next, in order, so that they can be prefetched."""
         ...
 
 
 class LocalFolder:
-    """Shards in a local folder, or at the local paths of a manifest."""
+    """Shards in a local directory, or at the local paths of a manifest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class LocalFolder:
         """Opens a shard's file."""
         return (self.folder / shard.file).open("rb", buffering=0)
 
-    def check_room(self, at_once: Sequence[Shard]) -> None:
+    def check_room(self, shards: Sequence[Shard]) -> None:
         """Does nothing: all shards are local."""
 
     def expect(self, shards: Sequence[Shard]) -> None:
@@ -55,14 +55,15 @@ class LocalFolder:
 
 
 class TokenStream:
-    """Tokens of one split.
+    """Tokens of one split, as one sequence.
 
-    They are read, not mapped: what a process has read of a mapped file counts as its memory, up to the whole corpus.
+    The files are read with ``pread``, not memory-mapped, because the pages of a memory map would count as memory of the
+    process, up to the size of the corpus.
 
     Args:
-        store: Where the shards are.
-        manifest: Which shards there are.
-        split: Train or val.
+        store: Store of the shards.
+        manifest: Manifest of the shards.
+        split: "train" or "val".
     """
 
     def __init__(self, store: ShardStore, manifest: Manifest, split: Split) -> None:
@@ -76,19 +77,28 @@ class TokenStream:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drops open files: each worker process opens its own."""
+        """Omits open files, which each worker process opens for itself."""
         return self.__dict__ | {"_files": OrderedDict(), "_expected": ()}
 
     def read(self, starts: Sequence[int] | NDArray[np.int64], length: int) -> NDArray[np.int64]:
-        """Reads ``length`` tokens from each start: (len(starts), length). A row may cross shards.
+        """Reads ``length`` tokens from each start offset. A row may span several shards.
+
+        Args:
+            starts: Start offsets (N,) in the stream.
+            length: Number of tokens of each row.
+
+        Returns:
+            Token IDs (N, length).
 
         Raises:
-            IndexError: A row ends beyond the stream.
-            UserError: A shard ends before it should.
+            IndexError: A row exceeds the stream.
+            UserError: A shard's file is shorter than the manifest requires.
         """
         begins = np.asarray(starts, dtype=np.int64)
         if len(begins) and not 0 <= begins.min() <= begins.max() <= len(self) - length:
-            raise IndexError(f"rows of {length} tokens from {begins.min()} to {begins.max()}, of {len(self)} tokens")
+            raise IndexError(
+                f"rows of {length} tokens with starts {begins.min()} to {begins.max()} exceed the {len(self)} tokens"
+            )
         rows = np.empty((len(begins), length), dtype=self.dtype)
         first = np.searchsorted(self.ends, begins, side="right")
         offsets = begins - np.concatenate(([0], self.ends))[first]
@@ -97,22 +107,22 @@ class TokenStream:
         return rows.astype(np.int64)
 
     def chunks(self, size: int) -> Iterator[NDArray[np.int64]]:
-        """Reads all tokens in order, ``size`` at a time."""
+        """Yields all tokens in order, ``size`` at a time."""
         for start in range(0, len(self), size):
             yield self.read([start], min(size, len(self) - start))[0]
 
     def expect(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """Announces the ranges of tokens that are read next, in order."""
+        """Announces the token ranges (begin, end) that are read next, in order, so that shards can be prefetched."""
         if ranges == self._expected:
             return
         self._expected = ranges
         expected = self.within(ranges)
         self.store.expect([self.shards[number] for number in expected])
         for number in set(self._files).difference(expected):
-            self._files.pop(number).close()  # a file that is removed takes room on the disk while it is open
+            self._files.pop(number).close()  # a deleted file occupies disk space until it is closed
 
     def within(self, ranges: Sequence[tuple[int, int]]) -> list[int]:
-        """Numbers of the shards that hold the tokens of ``ranges``, each from one to another; each number once."""
+        """Returns the indices, without duplicates, of the shards that hold the token ranges (begin, end)."""
         found: dict[int, None] = {}
         for start, stop in ranges:
             first, last = np.searchsorted(self.ends, [start, stop - 1], side="right").tolist()
@@ -120,7 +130,7 @@ class TokenStream:
         return list(found)
 
     def _fill(self, row: NDArray[Any], shard: int, offset: int) -> None:
-        """Fills ``row`` with the tokens from ``offset`` of a shard on, continuing in the next shards."""
+        """Fills ``row`` with tokens starting at ``offset`` of a shard, and continues in the next shards."""
         filled = 0
         while filled < len(row):
             part = row[filled : filled + self.shards[shard].tokens - offset]
@@ -128,12 +138,12 @@ class TokenStream:
                 begin = self.shards[shard].offset + offset * self.dtype.itemsize
                 data = os.pread(self._open(shard).fileno(), part.nbytes, begin)
                 if len(data) != part.nbytes:
-                    raise UserError(f"{self.shards[shard].file} ends before its token {offset + len(part):,}.")
+                    raise UserError(f"{self.shards[shard].file} is truncated before token {offset + len(part):,}.")
                 part[:] = np.frombuffer(data, dtype=self.dtype)
             filled, shard, offset = filled + len(part), shard + 1, 0
 
     def _open(self, shard: int) -> FileIO:
-        """Returns a shard's open file; closes the least recently used one if too many are open."""
+        """Returns a shard's open file. Closes the least recently used file if too many are open."""
         if shard in self._files:
             self._files.move_to_end(shard)
         else:

@@ -1,4 +1,4 @@
-"""Prepared data: its shards, whether they still are what was written, and what is in them. Imports no torch."""
+"""Prepared data: shards with their tokenizer, verification of the shards, and decoding of samples. Imports no torch."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-MANY = 10**9  # tokens; hashing more takes seconds and is logged
-MAX_PREFIX = 2**22  # tokens searched for the first documents
-CHUNK = 2**18  # tokens read at a time; more would not fit the processor's cache
+LOG_HASHING_ABOVE = 10**9  # tokens; hashing more takes seconds and is logged
+MAX_PREFIX = 2**22  # number of tokens that are searched for the first documents
+CHUNK = 2**18  # tokens that are read at a time, which fit into the processor's cache
 
 
 class TokenDataset(NamedTuple):
@@ -32,34 +32,36 @@ class TokenDataset(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Folder of the shards, or of the cache that they are fetched into."""
+        """Directory of the shards, or the one in which they are cached."""
         return self.store.folder
 
     def stream(self, split: Split) -> TokenStream:
-        """Returns the tokens of one split."""
+        """Returns the token stream of one split."""
         return TokenStream(self.store, self.manifest, split)
 
 
 def verify_shards(store: ShardStore, shards: Sequence[Shard]) -> int:
-    """Hashes shards again and returns their number; raises UserError for the first that has changed."""
+    """Hashes the shards again and returns their number. Raises UserError if the SHA-256 of a shard has changed."""
     for shard in shards:
         with store.open(shard) as file:
             file.seek(shard.offset)
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != shard.sha256:
             raise UserError(
-                f"{store.folder / shard.file} is not what was written: its SHA-256 is {found}, not {shard.sha256}."
+                f"{store.folder / shard.file} has changed since it was written: its SHA-256 is {found}, not "
+                f"{shard.sha256}."
             )
     return len(shards)
 
 
 def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Hashes the shards of ``folder`` that are new on this machine or were touched since they were last hashed.
+    """Verifies the shards of ``folder`` that are new or were modified since they were last hashed.
 
-    Hashed files are remembered by size, times and inode, so that untouched data costs nothing.
+    The size, times and inode of hashed files are recorded in ``cache_dir``, so that unmodified files are not hashed
+    again.
 
     Raises:
-        UserError: The tokens of a shard have changed.
+        UserError: The SHA-256 of a shard has changed.
     """
     memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
@@ -67,21 +69,21 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
         now = _file_states(folder, manifest)
         touched = [shard for shard in manifest.shards() if known.get(shard.file) != now[shard.file]]
         if touched:
-            if (size := sum(shard.tokens for shard in touched)) > MANY:
-                log.info("Hashing %d shards of %s, once: %s tokens.", len(touched), folder, f"{size:,}")
+            if (size := sum(shard.tokens for shard in touched)) > LOG_HASHING_ABOVE:
+                log.info("Verifying %d shards of %s with %s tokens.", len(touched), folder, f"{size:,}")
             verify_shards(LocalFolder(folder), touched)
             write_durably(memory, json.dumps(now))
 
 
 def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Remembers shards as they are now, right after they were hashed."""
+    """Records the current state of the shards as verified. Call it directly after they were hashed."""
     memory = _verified_file(folder, cache_dir)
     with FileLock(f"{memory}.lock"):
         write_durably(memory, json.dumps(_file_states(folder, manifest)))
 
 
 def _verified_file(folder: Path, cache_dir: Path) -> Path:
-    """Returns the file that remembers the hashed shards of ``folder``."""
+    """Returns the path of the record of the verified shards of ``folder``."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     memory = cache_dir / "verified" / f"{name}.json"
     memory.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +91,7 @@ def _verified_file(folder: Path, cache_dir: Path) -> Path:
 
 
 def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
-    """Returns what changes when a shard's file is touched, and its expected hash."""
+    """Returns the expected hash of each shard and the file attributes that change when the file is modified."""
     stats = ((shard, (folder / shard.file).stat()) for shard in manifest.shards())
     return {
         shard.file: [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -106,7 +108,12 @@ def _read_verified(memory: Path) -> dict[str, object]:
 
 
 def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
-    """Returns the length of the longest document without its end of text; of the stream if there is no such id."""
+    """Returns the number of tokens of the longest document, without its end-of-text token.
+
+    Args:
+        stream: The tokens.
+        end_of_text: ID of the end-of-text token. If None, the stream is one document.
+    """
     if end_of_text is None:
         return len(stream)
     longest, begin, start = 0, 0, 0
@@ -120,7 +127,7 @@ def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
 
 
 def first_documents(prepared: TokenDataset, split: Split, documents: int, tokens: int) -> list[str]:
-    """Decodes the first ``tokens`` tokens of each of the first documents of a split."""
+    """Decodes the first ``tokens`` tokens of each of the first ``documents`` documents of a split."""
     stream = prepared.stream(split)
     ids = stream.read([0], min(len(stream), MAX_PREFIX))[0]
     end = prepared.tokenizer.end_of_text
@@ -133,7 +140,17 @@ def first_documents(prepared: TokenDataset, split: Split, documents: int, tokens
 def batch_texts(
     prepared: TokenDataset, order: WindowOrder, step: int, stages: BatchSizeSchedule
 ) -> list[tuple[int, str]]:
-    """Decodes the windows of step ``step``, counted from 1 as in metrics.csv, each with its first token."""
+    """Decodes the windows of one training step.
+
+    Args:
+        prepared: The data.
+        order: Order of the windows.
+        step: Step, counted from 1 as in metrics.csv.
+        stages: Batch size schedule.
+
+    Returns:
+        The start offset and the text of each window of the global batch.
+    """
     stream = prepared.stream("train")
     starts = order.starts(np.arange(stages.first(step - 1), stages.first(step), dtype=np.int64))
     rows = stream.read(starts, order.block_size + 1)

@@ -1,4 +1,4 @@
-"""Corpora by name, and the readers of their files: text, JSON Lines and parquet, compressed or not.
+"""Corpora and the readers of their files: text, JSON Lines and Parquet, compressed or not.
 
-A corpus is cut into tasks of about the same size, which are read independently and in any order.
+A corpus is divided into tasks of about the same size, which are read independently and in any order.
 """

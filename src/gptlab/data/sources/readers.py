@@ -1,7 +1,7 @@
-"""Readers of file formats: splitting a file into independent spans, and reading the documents of a span.
+"""Readers of file formats: splits a file into independent spans and reads the documents of a span.
 
-Where a span lies does not change what is read: documents have names of their own, and a text that is too large for one
-span is cut where no tokenizer of GPT-2's kind would join the sides.
+The result does not depend on the spans. The names of documents do not depend on them, and a text that is too large for
+one span is split only where the pre-tokenization of GPT-2 also splits it.
 """
 
 import gzip
@@ -18,11 +18,11 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 from gptlab.data.tokenizers.tokenizer import replace_surrogates
 from gptlab.errors import UserError
 
-WINDOW = 2**16  # bytes looked at in search of a place to cut
-LONGEST = 4  # bytes of a character in UTF-8
+BLOCK_BYTES = 2**16  # bytes that are read at a time when searching for an offset at which to split
+MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
 
-# A character that is no white space (in UTF-8, of one byte to four) and then white space. GPT-2's pattern never joins
-# the two, and looks at nothing before the place where it stands, so both sides are tokenized as they would be together.
+# A character that is not whitespace (one to four bytes in UTF-8), followed by whitespace. GPT-2's pattern never matches
+# across this boundary and has no lookbehind, so both sides are tokenized as in the whole text.
 CUT = re.compile(
     rb"(?:[!-~]"
     rb"|[\xc3-\xdf][\x80-\xbf]"  # U+0085 and U+00A0 begin with C2
@@ -32,14 +32,14 @@ CUT = re.compile(
 
 
 class Document(NamedTuple):
-    """A document, or a part of one; its name does not depend on where the corpus is.
+    """Document, or a part of one. Its name does not depend on the location of the corpus.
 
     Attributes:
-        name: Of the whole document.
-        text: Of this part.
-        begin: Where the part begins, as a share of the document: 0 for a whole one.
-        end: Where the part ends: 1 for a whole one.
-        has_replacements: Whether U+FFFD in it replaces bytes that are not UTF-8.
+        name: Name of the whole document.
+        text: Text of this part.
+        begin: Start of the part as a fraction of the document: 0 for a whole document.
+        end: End of the part as a fraction of the document: 1 for a whole document.
+        has_replacements: Whether U+FFFD replaces bytes that are not valid UTF-8.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Document(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Part of a file: bytes, or row groups of a parquet file; and its approximate size in bytes."""
+    """Range of bytes of a file, or of row groups of a parquet file, and its approximate size in bytes."""
 
     start: int
     stop: int
@@ -58,12 +58,12 @@ class Span(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Settings of reading text.
+    """Options for reading text.
 
     Attributes:
-        column: Where it stands in a record (jsonl, parquet).
-        undecodable: What becomes of bytes that are no UTF-8.
-        part_bytes: Of a compressed text, how much is held at a time.
+        column: Column or field of a record that holds the text (jsonl, parquet).
+        undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
+        part_bytes: Size in bytes of the parts in which a compressed text is read.
     """
 
     column: str | None
@@ -81,7 +81,7 @@ def split_spans(path: Path, size: int) -> Iterator[Span]:
         try:
             metadata = pq.read_metadata(path)
         except pa.ArrowException as error:
-            raise UserError(f"{path} is damaged or no parquet: {error}") from error
+            raise UserError(f"{path} is damaged or not a parquet file: {error}") from error
         for group in range(metadata.num_row_groups):
             yield Span(group, group + 1, metadata.row_group(group).total_byte_size)
     elif _is_compressed(path) or length <= size:
@@ -95,7 +95,18 @@ def split_spans(path: Path, size: int) -> Iterator[Span]:
 
 
 def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Reads the documents of one span; raises UserError with the file and the position of what cannot be read."""
+    """Yields the documents of one span.
+
+    Args:
+        path: Path of the file.
+        name: Name of the file in the names of its documents.
+        span: Span from ``split_spans``.
+        decoding: Options for reading text.
+
+    Raises:
+        UserError: The file is damaged, lacks the column, or is not valid UTF-8 with ``undecodable="refuse"``. The
+            message names the file and the position.
+    """
     try:
         match file_kind(path):
             case "parquet":
@@ -107,17 +118,17 @@ def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Ite
             case _:
                 yield _read_text(path, name, span, decoding)
     except _corruption_errors() as error:
-        raise UserError(f"{path} is damaged or not what its name says: {error}") from error
+        raise UserError(f"{path} is damaged or does not have the format of its file name: {error}") from error
 
 
 def file_kind(path: Path) -> str:
-    """Returns the kind of a file by its name: parquet, jsonl or text, compressed or not."""
+    """Returns the format of a file from its name: "parquet", "jsonl" or "text", compressed or not."""
     suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
     return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
 
 
 class _Frames(io.RawIOBase):
-    """Decompressed .zst file with all its frames; raises EOFError if the last is cut off, unlike zstandard."""
+    """Decompressed content of all frames of a .zst file. Unlike zstandard, raises EOFError if it is truncated."""
 
     def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
         self._file, self._begin, self._text = path.open("rb"), begin, b""
@@ -129,11 +140,11 @@ class _Frames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._text:
             ended = self._frame is None or self._frame.eof
-            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(WINDOW)
+            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(BLOCK_BYTES)
             if not block and ended:
                 return 0
             if not block:
-                raise EOFError("it ends in the middle of a frame")
+                raise EOFError("the last frame is truncated")
             self._frame = self._begin() if ended else self._frame
             self._text = self._frame.decompress(block)
         size = min(len(buffer), len(self._text))
@@ -146,7 +157,7 @@ class _Frames(io.RawIOBase):
 
 
 def _corruption_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that libraries raise for a damaged file, of those that are imported."""
+    """Returns the exceptions that the imported libraries raise for a damaged file."""
     names = {"zstandard": "ZstdError", "pyarrow": "ArrowException"}
     found = [getattr(sys.modules[module], name) for module, name in names.items() if sys.modules.get(module)]
     return (EOFError, gzip.BadGzipFile, zlib.error, *found)
@@ -157,35 +168,38 @@ def _is_compressed(path: Path) -> bool:
 
 
 def _open(path: Path) -> BinaryIO:
-    """Opens a file, decompressed by its name."""
+    """Opens a file and decompresses it according to its suffix."""
     if path.suffix == ".gz":
         return cast(BinaryIO, gzip.open(path))
     if path.suffix == ".zst":
         try:
             import zstandard
         except ImportError as error:
-            raise UserError(f"{path} cannot be decompressed without zstandard: pip install zstandard") from error
+            raise UserError(
+                f"{path} cannot be decompressed, because zstandard is not installed. Install it with: "
+                "pip install zstandard"
+            ) from error
         return io.BufferedReader(_Frames(path, zstandard.ZstdDecompressor().decompressobj))
     return path.open("rb")
 
 
 def _next_cut(path: Path, wanted: int, kind: str) -> int:
-    """Returns the first offset at or after ``wanted`` where a file can be cut: after a line, or before white space."""
+    """Returns the first offset >= ``wanted`` at which a file can be split: after a line, or before whitespace."""
     pattern = re.compile(rb"\n") if kind == "jsonl" else CUT
     with path.open("rb") as file:
-        offset, tail = max(wanted - LONGEST, 0), b""  # where the character that ends at wanted may begin
+        offset, tail = max(wanted - MAX_CHARACTER_BYTES, 0), b""  # start of the character that ends at wanted, at most
         file.seek(offset)
-        while block := file.read(WINDOW):
+        while block := file.read(BLOCK_BYTES):
             begin = offset - len(tail)
             for found in pattern.finditer(tail + block):
                 if begin + found.end() >= wanted:
                     return begin + found.end()
-            offset, tail = offset + len(block), (tail + block)[-LONGEST:]
+            offset, tail = offset + len(block), (tail + block)[-MAX_CHARACTER_BYTES:]
     return path.stat().st_size
 
 
 def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tuple[str, bool]:
-    """Decodes UTF-8; also returns whether bytes were replaced. An error names the byte, counted from ``start``."""
+    """Decodes UTF-8 and returns the text and whether bytes were replaced. ``start`` is the offset of ``data``."""
     try:
         return data.decode(), False
     except UnicodeDecodeError as error:
@@ -193,7 +207,7 @@ def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tupl
             return data.decode(errors="replace"), True
         raise UserError(
             f"{where} is not UTF-8 at byte {start + error.start}: {data[error.start : error.start + 8]!r}. "
-            "data.undecodable=replace puts U+FFFD there."
+            "data.undecodable=replace replaces such bytes with U+FFFD."
         ) from error
 
 
@@ -206,9 +220,9 @@ def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Documen
 
 
 def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
-    """Reads a compressed text in the parts that ``split_spans`` would make of the plain file."""
+    """Reads a compressed text in the parts into which ``split_spans`` would split the decompressed file."""
     with _open(path) as file:
-        length = sum(map(len, iter(lambda: file.read(WINDOW), b"")))  # which nothing else tells for certain
+        length = sum(map(len, iter(lambda: file.read(BLOCK_BYTES), b"")))  # headers do not reliably have the length
     with _open(path) as file:
         start = 0
         for data in _split_parts(file, decoding.part_bytes):
@@ -219,24 +233,24 @@ def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator
 
 
 def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
-    """Yields parts of about ``size`` bytes, cut like ``split_spans``; an empty file is one part."""
+    """Yields parts of about ``size`` bytes, split as in ``split_spans``. An empty file is one part."""
     held, ended = bytearray(), False
     while not ended:
-        begin, cut = max(size - LONGEST, 0), None
+        begin, cut = max(size - MAX_CHARACTER_BYTES, 0), None
         while not ended:
             cut = next((found.end() for found in CUT.finditer(held, begin) if found.end() >= size), None)
             if cut is not None:
                 break
-            begin = max(begin, len(held) - LONGEST)  # where a character may begin that what follows cuts off
-            block = file.read(max(WINDOW, size - len(held)))
+            begin = max(begin, len(held) - MAX_CHARACTER_BYTES)  # the last character may continue in the next block
+            block = file.read(max(BLOCK_BYTES, size - len(held)))
             held += block
             ended = not block
-        yield bytes(held[:cut])  # to the end, where there is no cut
+        yield bytes(held[:cut])  # all of it if cut is None
         del held[:cut]
 
 
 def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Reads one JSON object per line; a document is named by the offset of its line in the decompressed file."""
+    """Reads one JSON object per line. A document is named by the offset of its line in the decompressed file."""
     with _open(path) as file:
         if span.start:
             file.seek(span.start)
@@ -250,8 +264,8 @@ def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterat
                 try:
                     content, replaced = _decode(line, decoding, where)
                     record = json.loads(content)
-                except (ValueError, RecursionError) as error:  # no JSON, or more than Python takes
-                    raise UserError(f"{where}: not JSON: {error}.") from error
+                except (ValueError, RecursionError) as error:  # not JSON, or nested too deeply
+                    raise UserError(f"{where} is not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
                 if (checked := check_text(text, decoding.column, columns, where)) is not None:
@@ -260,7 +274,7 @@ def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterat
 
 
 def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Reads the rows of one row group, a few at a time."""
+    """Reads the rows of one row group in batches."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
@@ -276,18 +290,18 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
 
 
 def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:
-    """Returns a record's text, which may be None; raises UserError if the column is missing or not text."""
+    """Returns the text of a record, or None if it is null. Raises UserError if the column is missing or not text."""
     if column not in columns:
         raise UserError(missing_column(column, columns, where))
     if text is not None and not isinstance(text, str):
         raise UserError(
-            f"{where}: data.column={column} holds no text but {type(text).__name__}: {text!r:.80}. "
+            f"{where}: data.column={column} contains {type(text).__name__} instead of text: {text!r:.80}. "
             f"The columns are {', '.join(columns)}."
         )
-    return text if text is None else replace_surrogates(text)  # JSON can spell lone surrogates
+    return text if text is None else replace_surrogates(text)  # JSON escapes can encode lone surrogates
 
 
 def missing_column(column: str | None, columns: list[str], where: str) -> str:
-    """Returns the message that a column is missing, with those that exist."""
-    named = "data.column is needed to read" if column is None else f"data.column={column} is not in"
-    return f"{named} {where}; it has {', '.join(columns) or 'no columns'}."
+    """Returns the error message for a missing column, with the names of the existing ones."""
+    problem = "data.column is required to read" if column is None else f"data.column={column} is not in"
+    return f"{problem} {where}. Its columns are: {', '.join(columns) or 'none'}."

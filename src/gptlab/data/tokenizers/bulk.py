@@ -1,4 +1,4 @@
-"""Faster encoder for preparation: gigatoken, used only if it returns the same ids as the tokenizer."""
+"""Faster encoder for preparation: gigatoken, used only if it returns the same token IDs as the tokenizer."""
 
 import base64
 import importlib.util
@@ -14,12 +14,12 @@ from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Toke
 
 Encode = Callable[[str], NDArray[np.uint32]]
 
-SAMPLE_BYTES = 2**20  # of each corpus, on which the two encoders are compared
+SAMPLE_BYTES = 2**20  # size of the sample of the corpus on which the two encoders are compared
 ADVERSARIAL = (END_OF_TEXT, " " * 1000 + "x", "\0\x85 é\u3000 \ufeff\r\n\t \n", "a\n" * 100 + "👩‍👧 你好", "'S'll ' s")
 
 
 def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
-    """Builds gigatoken's encoder for ``tokenizer``; returns None if gigatoken is missing or has none."""
+    """Builds gigatoken's encoder for ``tokenizer``. Returns None if gigatoken is not installed or lacks support."""
     if importlib.util.find_spec("gigatoken") is None:
         return None
     import gigatoken
@@ -39,7 +39,7 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
 
 
 def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterable[str]]) -> bool:
-    """Whether ``encode`` returns the tokenizer's ids, on adversarial text and on the beginnings of ``samples``.
+    """Whether ``encode`` returns the tokenizer's token IDs on adversarial text and on the beginnings of ``samples``.
 
     Args:
         tokenizer: Tokenizer to compare with.
@@ -51,7 +51,7 @@ def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterab
 
 
 def take_characters(texts: Iterable[str], size: float) -> Iterator[str]:
-    """Yields texts until ``size`` characters have been seen."""
+    """Yields the first ``size`` characters of the concatenated texts, text by text."""
     for text in texts:
         yield text[: int(size)]
         size -= len(text)

@@ -1,12 +1,12 @@
-"""Tokenizers in other programs' files: Hugging Face's tokenizer.json or vocab.json, nanoGPT's meta.pkl.
+"""Tokenizer files of other programs: Hugging Face's tokenizer.json or vocab.json, nanoGPT's meta.pkl.
 
-| tokenizer  | in tokenizer.json                                            |
+| tokenizer  | representation in tokenizer.json                             |
 |------------|--------------------------------------------------------------|
 | gpt2, bpe  | byte-level BPE                                               |
-| bytes      | the same without merges: one token per byte                  |
-| characters | a word table, before which text is split into characters     |
+| bytes      | byte-level BPE without merges: one token per byte            |
+| characters | WordLevel model after splitting the text into characters     |
 
-In a text, transformers encodes <|endoftext|> as one token, gptlab as the characters that it consists of.
+transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as ordinary text.
 """
 
 import hashlib
@@ -31,25 +31,25 @@ from gptlab.errors import UserError
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# SHA-256 of GPT-2's 50,257 tokens in the order of their ids, one a line
+# SHA-256 of GPT-2's 50,257 tokens in the order of their IDs, one per line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-GPT2_ROWS = (50257, 50304)  # of its embedding, the latter as nanoGPT pads it
-META_FILE = "meta.pkl"  # beside the train.bin and val.bin that nanoGPT's data/shakespeare_char/prepare.py writes
-MAX_META_BYTES = 2**26  # every character of Unicode, twice, takes less
+GPT2_ROWS = (50257, 50304)  # rows of the token embedding: unpadded, and padded by nanoGPT
+META_FILE = "meta.pkl"  # written by nanoGPT's data/shakespeare_char/prepare.py next to train.bin and val.bin
+MAX_META_BYTES = 2**26  # more than two tables of all Unicode characters
 
 
 def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
-    """Returns the record of a model's tokenizer, as one of gptlab's.
+    """Returns the gptlab record of the tokenizer of an external model.
 
     Args:
-        path: Hugging Face folder, or nanoGPT's checkpoint, which may have a meta.pkl beside it.
-        rows: Rows of the embedding; without a tokenizer's file, GPT-2's number of rows means GPT-2's tokenizer.
+        path: Directory of a Hugging Face model, or a nanoGPT checkpoint, which may have a meta.pkl in its directory.
+        rows: Rows of the token embedding. Without tokenizer files, the number of rows of GPT-2 implies its tokenizer.
 
     Returns:
-        The record; None if nothing says what the ids mean.
+        The record, or None if the tokenizer is unknown.
 
     Raises:
-        UserError: gptlab does not have this tokenizer.
+        UserError: gptlab does not support the tokenizer, or its file is invalid.
     """
     if (meta := path.parent / META_FILE).is_file() and path.is_file():
         return read_meta(meta).record()
@@ -64,14 +64,14 @@ def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
 
 
 class ByteLevelBPE(NamedTuple):
-    """Byte-level BPE: its tokens in the order of their ids, the last one the end of text, and its merges in order."""
+    """Byte-level BPE: tokens in the order of their IDs, with the end-of-text token last, and merges in order."""
 
     tokens: list[str]
     merges: list[tuple[str, str]]
 
 
 def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
-    """Converts a tokenizer to byte-level BPE; returns None for one that is not."""
+    """Converts a tokenizer to byte-level BPE. Returns None for the characters tokenizer."""
     if isinstance(tokenizer, BytesTokenizer):
         return ByteLevelBPE([*(bytes_to_unicode(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -83,20 +83,20 @@ def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
     if isinstance(tokenizer, BPETokenizer):
         model = json.loads(tokenizer.trained)["model"]
         vocabulary = model["vocab"]
-        tokens_there = sorted(vocabulary, key=lambda token: vocabulary[token])
-        return ByteLevelBPE([*tokens_there, END_OF_TEXT], _parse_merges(model["merges"]))
+        trained_tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+        return ByteLevelBPE([*trained_tokens, END_OF_TEXT], _parse_merges(model["merges"]))
     return None
 
 
 def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str, Any]]:
-    """Converts a tokenizer to the files that transformers' AutoTokenizer loads.
+    """Converts a tokenizer to the files that transformers' AutoTokenizer loads. Inverse of ``tokenizer_record``.
 
     Args:
         tokenizer: Tokenizer of gptlab.
-        block_size: Block size of its model.
+        block_size: Block size of the model.
 
     Returns:
-        Content of each JSON file, by name; ``tokenizer_record`` is the inverse.
+        Content of each JSON file, by file name.
     """
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Written
@@ -113,7 +113,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
         written.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         written.decoder = decoders.Fuse()
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # it takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
         **({"bos_token": end, "eos_token": end, "unk_token": end} if end else {}),
@@ -122,7 +122,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
 
 
 def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Returns the two tokens that merge into one: those that remain after all merges of lower rank."""
+    """Returns the two tokens that are merged into ``token``: those that remain after all merges of lower rank."""
     parts = [bytes((byte,)) for byte in token]
     while len(parts) > 2:
         at = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
@@ -133,7 +133,7 @@ def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes
 def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     model = described.get("model")
     if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
-        raise UserError(f"{path} does not describe a tokenizer that gptlab has: it has no model with a vocab.")
+        raise UserError(f"{path} is not a supported tokenizer: it has no model with a vocab.")
     if model.get("type") == "WordLevel" and all(len(token) == 1 for token in vocabulary if token != END_OF_TEXT):
         return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
     cut = described.get("pre_tokenizer") or {}
@@ -145,19 +145,22 @@ def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
     if not ours or any(token != END_OF_TEXT for token in added):
         raise UserError(
-            f"{path} is a tokenizer that gptlab has not: it has byte-level BPE as GPT-2's is, with {END_OF_TEXT} "
-            "as the only special token."
+            f"{path} is not a supported tokenizer. gptlab supports byte-level BPE as in GPT-2, with {END_OF_TEXT} as "
+            "the only special token."
         )
     return _byte_level(path, {**vocabulary, **added}, model.get("merges", []))
 
 
 def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> dict[str, Any]:
-    """Returns the record of a byte-level BPE, whose last id is the end of text."""
+    """Returns the record of a byte-level BPE whose last ID is the end-of-text token."""
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
     if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_SHA256:
         return {"name": "gpt2"}
     if sorted(vocabulary.values()) != list(range(len(tokens))) or tokens[-1] != END_OF_TEXT:
-        raise UserError(f"{path} has not {END_OF_TEXT} as the last of its ids, or they have gaps.")
+        raise UserError(
+            f"{path} is not a supported tokenizer: its token IDs must be contiguous and the last one must be "
+            f"{END_OF_TEXT}."
+        )
     if not merges and [unicode_to_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
         return {"name": "bytes"}
     from tokenizers import models
@@ -169,13 +172,13 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
 
 
 def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
-    """Parses merges; older files have a pair as one string with a space."""
+    """Parses merges. Older files have each pair as one string with a space."""
     pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
     return [(first, second) for first, second in pairs]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError if the file has none."""
+    """Reads a JSON object. Raises UserError if the file cannot be read or contains something else."""
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -186,25 +189,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists, numbers and strings; all else in a pickle begins by naming a class or a function."""
+    """Unpickles dicts, lists, numbers and strings. All other objects refer to a class or a function by name."""
 
     def find_class(self, module: str, name: str) -> Never:
-        """Refuses every name."""
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is no plain data and could run any code")
+        """Raises UnpicklingError for every class and function."""
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data and could run any code")
 
 
 def read_meta(path: Path) -> CharactersTokenizer:
-    """Builds the tokenizer that nanoGPT's meta.pkl describes, without running code in it.
+    """Builds the tokenizer of nanoGPT's meta.pkl, without running code from the pickle.
 
     Raises:
-        UserError: The file holds anything but one character for each id.
+        UserError: The file is not a pickle of plain data that maps each token ID to a different character.
     """
     meta = _load_plain(path)
     itos = meta.get("itos") if isinstance(meta, dict) else None
     if not isinstance(itos, dict) or not all(_is_character(text) for text in itos.values()):
-        raise UserError(f"{path} does not say which characters the tokens are: it has no table itos from ids to them.")
+        raise UserError(f"{path} has no table itos that maps token IDs to characters.")
     if set(itos) != set(range(len(itos))) or len(set(itos.values())) < len(itos):
-        raise UserError(f"{path} does not give each id from 0 to {len(itos) - 1} a character of its own.")
+        raise UserError(f"{path} must map each token ID from 0 to {len(itos) - 1} to a different character.")
     return CharactersTokenizer("".join(itos[number] for number in range(len(itos))))
 
 
@@ -213,11 +216,11 @@ def _is_character(text: Any) -> bool:
 
 
 def _load_plain(path: Path) -> Any:
-    """Unpickles plain data."""
+    """Unpickles plain data. Raises UserError for anything else."""
     if (size := path.stat().st_size) > MAX_META_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, which no table of characters needs.")
+        raise UserError(f"{path} has {size:,} bytes, which is too large for a table of characters.")
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file).load()
-        except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
-            raise UserError(f"{path} is refused: {error}.") from error
+        except Exception as error:  # a damaged pickle can raise any exception
+            raise UserError(f"{path} cannot be loaded as plain data: {error}.") from error

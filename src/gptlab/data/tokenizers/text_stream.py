@@ -1,4 +1,4 @@
-"""Streaming decoding: token ids to text, incrementally."""
+"""Incremental decoding of token IDs to text."""
 
 import codecs
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Decodes ids incrementally; returns complete characters only, and nothing that may begin a stop string.
+    """Decodes token IDs incrementally. Returns only complete characters, and holds back a possible stop string.
 
     Args:
-        tokenizer: Of the ids.
-        stops: Strings, none of them empty, at the first of which the text ends; they are not part of it.
+        tokenizer: Tokenizer of the token IDs.
+        stops: Non-empty strings. The text ends before the first occurrence of any of them.
 
     Attributes:
-        ended: Whether a stop string was met.
+        ended: Whether a stop string was found.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
@@ -23,14 +23,14 @@ class TextStream:
         self._held = ""
 
     def push(self, ids: Sequence[int]) -> str:
-        """Adds ids; returns the text that is final by now."""
-        return self._sure(self._characters.decode(self.tokenizer.to_bytes(ids)), last=False)
+        """Adds token IDs and returns the text that has become final."""
+        return self._final_text(self._characters.decode(self.tokenizer.to_bytes(ids)), last=False)
 
     def close(self) -> str:
-        """Returns the rest; incomplete characters become U+FFFD."""
-        return self._sure(self._characters.decode(b"", final=True), last=True)
+        """Returns the rest of the text, with incomplete characters replaced by U+FFFD."""
+        return self._final_text(self._characters.decode(b"", final=True), last=True)
 
-    def _sure(self, more: str, *, last: bool) -> str:
+    def _final_text(self, more: str, *, last: bool) -> str:
         if self.ended:
             return ""
         text = self._held + more
@@ -44,5 +44,5 @@ class TextStream:
 
 
 def _partial_stop_length(text: str, stop: str) -> int:
-    """Length of the longest beginning of ``stop`` that ``text`` ends with."""
+    """Returns the length of the longest proper prefix of ``stop`` that is a suffix of ``text``."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back. Each has a record, plain data from which it can be rebuilt."""
+"""Tokenizers. Each can be serialized to a record, a JSON-compatible dict from which it can be rebuilt."""
 
 import functools
 import re
@@ -16,13 +16,13 @@ from gptlab.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Much of Unicode's white space, and then something else.
+# A long sequence of Unicode whitespace, followed by another character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode, with "?"."""
+    """Replaces lone surrogates, which cannot be encoded in UTF-8, with "?"."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -31,41 +31,41 @@ def replace_surrogates(text: str) -> str:
 
 
 class Tokenizer(Hashable, Protocol):
-    """Interface of tokenizers."""
+    """Interface of all tokenizers."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids V, the end of text included."""
+        """Number of token IDs V, including the end-of-text token."""
         ...
 
     @property
     def end_of_text(self) -> int | None:
-        """The id that separates documents; None where there is none."""
+        """ID of the end-of-text token, which separates documents, or None if the tokenizer has none."""
         ...
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Ids of ``text``, which is ordinary text throughout: no part of it becomes a special token."""
+        """Returns the token IDs (N,) of ``text``. Encodes special tokens in the text as ordinary text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decodes ids; bytes that are not UTF-8 become U+FFFD, and the end of text is spelled out."""
+        """Returns the text of ``ids``, with invalid UTF-8 replaced by U+FFFD and end-of-text tokens spelled out."""
         ...
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:
-        """Bytes of ``ids``, which may begin and end within a character."""
+        """Returns the UTF-8 bytes of ``ids``, which may begin or end within a character."""
         ...
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """Returns the number of UTF-8 bytes of each id (V,); 0 for the end of text."""
+        """Returns the number of UTF-8 bytes of each token (V,), 0 for the end-of-text token."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """Returns plain data from which ``load_tokenizer`` builds the tokenizer."""
+        """Returns the JSON-compatible record from which ``load_tokenizer`` rebuilds the tokenizer."""
         ...
 
 
 class BytesTokenizer:
-    """UTF-8 bytes, and an id for the end of text."""
+    """UTF-8 bytes and an end-of-text token."""
 
     vocab_size = 257
     end_of_text = 256
@@ -87,7 +87,7 @@ class BytesTokenizer:
 
 
 class CharactersTokenizer:
-    """Distinct characters of one corpus in code point order, as in nanoGPT's character data."""
+    """Distinct characters of one corpus, in code point order, as in nanoGPT's character-level data."""
 
     end_of_text = None
 
@@ -104,8 +104,8 @@ class CharactersTokenizer:
             return np.fromiter((self._id[character] for character in text), dtype=np.uint32, count=len(text))
         except KeyError as error:
             raise UserError(
-                f"The character {error.args[0]!r} is not among the {len(self.characters)} that this tokenizer knows: "
-                f"{self.characters!r}"
+                f"The character {error.args[0]!r} is not in the vocabulary of the tokenizer, which has "
+                f"{len(self.characters)} characters: {self.characters!r}"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
@@ -122,10 +122,13 @@ class CharactersTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), run by tiktoken.
+    """Byte-level BPE of GPT-2 (Radford et al. 2019, section 2.2), implemented with tiktoken.
+
+    Args:
+        vocab_dir: Directory of the vocabulary; see ``gptlab.data.tokenizers.gpt2_vocabulary.gpt2_merges``.
 
     Raises:
-        UserError: The vocabulary is not to be had; see ``gptlab.data.tokenizers.gpt2_vocabulary``.
+        UserError: The vocabulary cannot be loaded.
     """
 
     vocab_size = 50257
@@ -133,7 +136,7 @@ class GPT2Tokenizer:
 
     def __init__(self, vocab_dir: str | None) -> None:
         self.merges = gpt2_merges(vocab_dir)
-        import tiktoken  # slow to import, so after what can be wrong
+        import tiktoken  # slow to import, so only after the vocabulary is loaded
         from tiktoken_ext.openai_public import r50k_pat_str
 
         self._encoding = tiktoken.Encoding(
@@ -148,8 +151,8 @@ class GPT2Tokenizer:
         text = replace_surrogates(text)
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except ValueError:  # tiktoken does not go back over a million characters of white space
-            # GPT-2's pattern never takes the last one together with those before it
+        except ValueError:  # tiktoken cannot backtrack over a million whitespace characters
+            # GPT-2's pattern never matches the last one together with those before it.
             cuts = [0, *(space.end() - 1 for space in LONG_SPACE.finditer(text)), len(text)]
             parts = (text[begin:end] for begin, end in pairwise(cuts))
             return np.concatenate([self._encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
@@ -173,14 +176,14 @@ class GPT2Tokenizer:
 class BPETokenizer:
     """Byte-level BPE trained on the corpus (Sennrich et al. 2016, over bytes as in Radford et al. 2019, section 2.2).
 
-    The last id is the end of text, which no text is encoded as.
+    The last ID is the end-of-text token, which ``encode`` never returns.
 
     Args:
-        trained: The tokenizers library's own JSON.
+        trained: Serialized tokenizer (JSON) of the tokenizers library.
     """
 
     def __init__(self, trained: str) -> None:
-        from tokenizers import Tokenizer as Trained  # slow to import, and needed by this tokenizer alone
+        from tokenizers import Tokenizer as Trained  # slow to import and only needed for this tokenizer
 
         self.trained = trained
         self._bpe = Trained.from_str(trained)
@@ -189,11 +192,11 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Trains on ``texts``; the vocabulary has at most ``vocab_size`` ids, the end of text included."""
+        """Trains a tokenizer on ``texts`` with at most ``vocab_size`` token IDs, including the end-of-text token."""
         from tokenizers import pre_tokenizers, trainers
 
         bpe = empty_bpe()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte, so that any text can be written
+        alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that any text can be encoded
         bpe.train_from_iterator(
             (replace_surrogates(text) for text in texts),
             trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
@@ -217,7 +220,7 @@ class BPETokenizer:
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
-        """Bytes of each id but the last."""
+        """Bytes of each token except the last."""
         ids = self._bpe.get_vocab()
         return [unicode_to_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
 
@@ -234,23 +237,29 @@ def empty_bpe() -> Any:
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Ids to continue from: those of ``prompt`` or, where it is empty, of the start of a new document."""
+    """Returns the token IDs of ``prompt``, or of the start of a document if it is empty.
+
+    A document starts after an end-of-text token or, if the tokenizer has none, after a newline.
+    """
     if prompt:
         return tokenizer.encode(prompt).tolist()
     if tokenizer.end_of_text is not None:
         return [tokenizer.end_of_text]
     try:
-        return tokenizer.encode("\n").tolist()  # a line ends, and another begins
+        return tokenizer.encode("\n").tolist()
     except UserError:
-        return [0]  # a corpus without lines: something has to come first
+        return [0]  # the corpus has no newlines, and the model needs at least one token
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
-    """Builds the tokenizer that ``config`` names.
+    """Builds the tokenizer of a config.
 
     Args:
-        config: Which.
-        texts: Of the corpus: all for "characters", those to train on for "bpe"; the others do not read them.
+        config: Config of the tokenizer.
+        texts: All texts of the corpus for "characters", the training texts for "bpe". Not read by other tokenizers.
+
+    Raises:
+        UserError: The vocabulary of GPT-2 cannot be loaded.
     """
     if config.name == "characters":
         found: set[str] = set()
@@ -258,13 +267,21 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             found.update(text)
         return CharactersTokenizer("".join(sorted(found)))
     if config.name == "bpe":
-        assert config.vocab_size is not None  # noqa: S101  (what the settings guarantee)
+        assert config.vocab_size is not None  # noqa: S101  (validated by TokenizerConfig)
         return BPETokenizer.train(texts, config.vocab_size)
     return load_tokenizer({"name": config.name}, config.vocab_dir)
 
 
 def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
-    """Builds a tokenizer from its record; raises UserError if its vocabulary is missing."""
+    """Builds a tokenizer from its record.
+
+    Args:
+        record: Result of ``Tokenizer.record``.
+        vocab_dir: Directory of GPT-2's vocabulary, or None.
+
+    Raises:
+        UserError: The vocabulary of GPT-2 cannot be loaded.
+    """
     if record["name"] == "bytes":
         return BytesTokenizer()
     if record["name"] == "characters":
@@ -274,4 +291,4 @@ def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
     return _gpt2(vocab_dir)
 
 
-_gpt2 = functools.lru_cache(maxsize=1)(GPT2Tokenizer)  # asked for several times, and a tenth of a second each
+_gpt2 = functools.lru_cache(maxsize=1)(GPT2Tokenizer)  # takes about 0.1 s and is needed several times
