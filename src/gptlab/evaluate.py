@@ -1,4 +1,4 @@
-"""Score a trained model: python -m gptlab.evaluate run=<model> [group=option ...] [key=value ...]."""
+"""Evaluates a trained model: python -m gptlab.evaluate run=<model> [group=option ...] [key=value ...]."""
 
 from pathlib import Path
 
@@ -19,9 +19,9 @@ from gptlab.tracking.run_directory import best_checkpoint
 
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
 def main(values: DictConfig) -> int:
-    """Loads the model, scores it, prints and writes the results."""
+    """Loads the model, evaluates it, and prints and writes the results."""
     config = validate(EvaluateConfig, resolve_to_dict(values))
-    source = open_model_source(config.run)  # says what is wrong before torch is imported, as the next three do
+    source = open_model_source(config.run)  # this and the next three report errors before torch is imported
     check_request(config, source)
     corpus = open_scored_corpus(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None
     examples = _examples(config, source) if config.hellaswag is not None else None
@@ -30,7 +30,7 @@ def main(values: DictConfig) -> int:
 
 
 def _names_tokenizer() -> bool:
-    """Whether the command line names a tokenizer."""
+    """Whether the command line sets a tokenizer."""
     return any(override.startswith("tokenizer") for override in HydraConfig.get().overrides.task)
 
 
@@ -42,7 +42,7 @@ def _examples(config: EvaluateConfig, source: ModelSource) -> list[Example]:
 def _score(
     config: EvaluateConfig, source: ModelSource, corpus: ScoredCorpus | None, examples: list[Example] | None
 ) -> None:
-    """Runs every evaluation that is configured; the first rank prints, writes and sends the results."""
+    """Runs all configured evaluations. The first rank prints and writes the results and sends them to W&B."""
     from gptlab.evaluators.evaluator import create_eval_context, evaluate_corpus, evaluate_hellaswag
     from gptlab.pretrained.weights import load_model
     from gptlab.tracking.wandb.evaluations import send_evaluation

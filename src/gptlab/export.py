@@ -1,4 +1,4 @@
-"""Write a trained model for other programs: python -m gptlab.export run=<model> format=<format> out=<folder>."""
+"""Exports a trained model for other programs: python -m gptlab.export run=<model> format=<format> out=<dir>."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ PUSHED = ("hf", "gguf")
 
 
 class ExportConfig(FrozenConfig):
-    """What to export, to which format, and where to; see conf/export.yaml."""
+    """Config of ``python -m gptlab.export``; see conf/export.yaml."""
 
     run: Annotated[str, Field(min_length=1)]
     format: FormatName
@@ -31,18 +31,18 @@ class ExportConfig(FrozenConfig):
     @model_validator(mode="after")
     def _is_shared(self) -> Self:
         if self.push is not None and self.format not in PUSHED:
-            raise ValueError(f"push uploads what others load from the hub: format={' or format='.join(PUSHED)}")
+            raise ValueError(f"push requires format={' or format='.join(PUSHED)}, not format={self.format}")
         return self
 
 
 @command("export", keys=set(known_keys(ExportConfig)))
 def main(values: DictConfig) -> int:
-    """Writes the model, compares what was written with it, and uploads it if ``push`` is set."""
+    """Exports the model, compares the export with it, and uploads the export if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)
     source = open_model_source(config.run)
-    check_format(config.format, config.dtype, source.model, source.record)  # what is wrong is said without torch
+    check_format(config.format, config.dtype, source.model, source.record)  # reports errors before torch is imported
     from gptlab.exporters.exporter import ExportMismatch, export_model
 
     try:
@@ -54,7 +54,7 @@ def main(values: DictConfig) -> int:
     print("\n".join(f"  {line}" for line in certificate.lines()))
     print(list_upload(out))
     if config.push is not None and config.dry_run:
-        print(f"Not uploaded: dry_run=true. To upload it: hf upload {config.push} {out}")
+        print(f"Not uploaded, because dry_run=true. Upload it with: hf upload {config.push} {out}")
     elif config.push is not None:
         print(f"Uploaded: {push(out, config.push)}")
     return DONE

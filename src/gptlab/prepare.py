@@ -1,4 +1,4 @@
-"""A corpus to verified shards: python -m gptlab.prepare [group=option ...] [key=value ...]."""
+"""Prepares a corpus as verified token shards: python -m gptlab.prepare [group=option ...] [key=value ...]."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from gptlab.tracking.run_directory import load_config
 
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
-    """Prepares data, or replays, converts or inspects what is prepared."""
+    """Prepares data, or inspects, converts or replays prepared data."""
     config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
         _replay(Path(config.replay).expanduser(), config.step)
@@ -46,20 +46,20 @@ def main(values: DictConfig) -> int:
 def _inspect(prepared: TokenDataset, *, verified: bool) -> None:
     if verified:
         number = verify_shards(prepared.store, prepared.manifest.shards())
-        print(f"{number} shards are what was written.")
+        print(f"Verified {number} shards: their SHA-256 is unchanged.")
     print_prepared(prepared)
 
 
 def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
-        raise UserError("convert needs a folder to write into: out=<dir>")
+        raise UserError("convert requires an output directory: out=<dir>")
     prepared = open_existing_shards(config, path)
     for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
         print(written)
 
 
 def _replay(directory: Path, step: int) -> None:
-    """Prints the global batch of a step of a run, from its own configuration and data."""
+    """Prints the global batch of one step of a run."""
     config = load_config(directory)
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)

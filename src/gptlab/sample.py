@@ -1,4 +1,4 @@
-"""Let a trained model write: python -m gptlab.sample run=<model> [key=value ...]."""
+"""Generates text with a trained model: python -m gptlab.sample run=<model> [key=value ...]."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class SampleConfig(SamplingConfig):
-    """What to write, and how; see conf/sample.yaml and ``gptlab.model.generation.generate``."""
+    """Config of ``python -m gptlab.sample``; see conf/sample.yaml and ``gptlab.model.generation.generate``."""
 
     run: Annotated[str, Field(min_length=1)]
     prompt: str
@@ -40,29 +40,29 @@ class SampleConfig(SamplingConfig):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.prompts is not None and (self.prompt or self.interactive):
-            raise ValueError("prompts is a file of prompts, so there can be neither prompt nor interactive beside it")
+            raise ValueError("prompts cannot be combined with prompt or interactive=true")
         if self.interactive and self.prompt:
-            raise ValueError("interactive=true asks for prompts one after the other, so there is no prompt to set")
+            raise ValueError("interactive=true reads prompts from the terminal and cannot be combined with prompt")
         return self
 
     @model_validator(mode="after")
     def _one_stream(self) -> Self:
         if (self.stream or self.interactive) and (self.num_samples > 1 or self.prompts is not None):
-            what = "interactive=true" if self.interactive else "stream=true"
-            raise ValueError(f"{what} shows one text as it comes: it needs num_samples=1 and no file of prompts")
+            override = "interactive=true" if self.interactive else "stream=true"
+            raise ValueError(f"{override} prints one text at a time and requires num_samples=1 and no file of prompts")
         return self
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How to draw."""
+        """Sampling options."""
         return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
 @command("sample", keys=set(known_keys(SampleConfig)), literal_keys=("prompt",))
 def main(values: DictConfig) -> int:
-    """Loads the model, continues the prompts, and prints the texts."""
+    """Loads the model, generates texts and prints them."""
     config = validate(SampleConfig, resolve_to_dict(values))
-    source = open_model_source(config.run)  # says what is wrong before torch is imported
+    source = open_model_source(config.run)  # reports errors before torch is imported
     prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
     inference = _load(config, source)
     if config.interactive:
@@ -75,13 +75,13 @@ def main(values: DictConfig) -> int:
 
 
 def _lines(path: Path) -> list[str]:
-    r"""Reads prompts, one a line; a line may write a line break as \n."""
+    r"""Reads prompts, one per line. Replaces \n in a line with a newline."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read: {error}.") from error
     if not (lines := text.splitlines()):
-        raise UserError(f"prompts={path} has no line: there should be a prompt in each.")
+        raise UserError(f"prompts={path} is empty. It must contain one prompt per line.")
     return [line.replace(r"\n", "\n") for line in lines]
 
 
@@ -115,13 +115,13 @@ def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[
     )
     if generator.may_exceed_block:
         block = inference.model.config.block_size
-        told = f"A text that is longer than the block of {block:,} tokens goes on from the last {block // 2:,} of them."
-        print(told, file=sys.stderr)
+        note = f"A text longer than block_size={block} tokens continues from its last {block // 2} tokens."
+        print(note, file=sys.stderr)
     return generator
 
 
 def _print_texts(generator: "TextGenerator", config: SampleConfig) -> None:
-    """Prints all texts when they are complete."""
+    """Prints all texts after they are complete."""
     texts = generator.prompts
     for pieces in generator:
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
@@ -147,10 +147,10 @@ def _report(generator: "TextGenerator", config: SampleConfig) -> None:
 
 
 def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
-    """Continues typed prompts until Ctrl-D; Ctrl-C ends a text."""
+    """Continues prompts from the terminal until Ctrl-D. Ctrl-C stops a text."""
     from gptlab.model.generation.sampler import row_seeds
 
-    print("Type how a text begins; Ctrl-D ends this, and Ctrl-C a text.")
+    print("Enter a prompt. Ctrl-C stops a text, Ctrl-D exits.")
     number = 0
     while True:
         try:
@@ -162,7 +162,7 @@ def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
         except EOFError:
             print()
             return
-        except UserError as error:  # a character that the tokenizer does not know
+        except UserError as error:  # a character that is not in the vocabulary
             print(error)
 
 

@@ -1,4 +1,4 @@
-"""Scoring a model: loss and bits per byte, HellaSwag, and the model adapter of lm-evaluation-harness.
+"""Evaluation metrics: loss and bits per byte, HellaSwag, and the model adapter for lm-evaluation-harness.
 
-No Lightning, no Hydra: training validates with it, and ``gptlab.evaluators`` evaluates trained models with it.
+Imports neither Lightning nor Hydra. Used for validation during training and by ``gptlab.evaluators``.
 """

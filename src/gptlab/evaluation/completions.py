@@ -1,10 +1,10 @@
-"""Accuracy on completions: the HellaSwag score that reproductions of GPT-2 report.
+"""Multiple-choice accuracy: the HellaSwag score that reproductions of GPT-2 report.
 
-The loss of an ending after its context is summed over its tokens (acc), or their mean is taken (acc_norm); the model
-chooses the ending with the lowest (llm.c, dev/data/hellaswag.py). The harness encodes the same texts in another way and
-divides by characters, so that its figures are others.
+The model chooses the ending with the lowest loss, summed over the tokens of the ending (acc) or averaged over them
+(acc_norm), as in llm.c (dev/data/hellaswag.py). lm-evaluation-harness tokenizes the texts differently and normalizes by
+characters, so its results differ.
 
-Shapes: B rows, T time.
+Shapes: B rows, T tokens of a row.
 """
 
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from gptlab.evaluation.hellaswag import Example
 
 
 class Scorer(Protocol):
-    """Model that returns token losses; see ``gptlab.model.gpt.GPT``."""
+    """Model that computes the loss of each token; see ``gptlab.model.gpt.GPT``."""
 
     def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
-        """Returns the loss of every token (B, T), 0 where it is not scored."""
+        """Returns the loss of every token (B, T), 0 for tokens that are not scored."""
         ...
 
 
 class EndingLoss(NamedTuple):
-    """Loss of one ending: the sum in nats, and the number of its tokens."""
+    """Loss of one ending: the sum in nats, and the number of tokens."""
 
     nats: float
     tokens: int
 
 
 class AccuracyCounts(NamedTuple):
-    """Number of examples, and of those answered correctly by the lowest sum and by the lowest mean."""
+    """Number of examples, and of correct answers by the lowest sum and by the lowest mean of the losses."""
 
     by_sum: int
     by_mean: int
@@ -51,20 +51,37 @@ class AccuracyCounts(NamedTuple):
 
 
 def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
-    """Returns a rank's batches; all ranks have equally many, of which the last may be empty.
+    """Returns the batches of one rank, with examples of similar length in a batch.
 
-    Examples of similar length are batched together.
+    All ranks have the same number of batches, of which the last may be empty.
+
+    Args:
+        examples: Examples of all ranks.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        batch_size: Number of examples per batch.
     """
     mine = sorted(examples[rank::world_size], key=_length, reverse=True)
-    most = -(-len(examples) // world_size)
-    return [mine[first : first + batch_size] for first in range(0, most, batch_size)]
+    largest_share = -(-len(examples) // world_size)
+    return [mine[first : first + batch_size] for first in range(0, largest_share, batch_size)]
 
 
 @torch.no_grad()
 def ending_losses(
     model: Scorer, examples: Sequence[Example], *, block_size: int, device: torch.device, chunk: int | None
 ) -> list[list[EndingLoss]]:
-    """Scores all endings of some examples in one batch; texts longer than the block lose their beginning."""
+    """Computes the loss of every ending of the examples, in one batch.
+
+    Args:
+        model: Model on ``device``.
+        examples: Examples of the batch.
+        block_size: Maximum number of tokens of a row. Longer texts are truncated on the left.
+        device: Device of the model.
+        chunk: Chunk size of the loss, as in ``GPT.token_losses``.
+
+    Returns:
+        The losses of the endings of each example.
+    """
     rows, counts = [], []
     for example in examples:
         for ending in example.endings:
@@ -84,7 +101,7 @@ def ending_losses(
 
 
 def count_correct(losses: Sequence[Sequence[EndingLoss]], labels: Sequence[int]) -> AccuracyCounts:
-    """Counts correct answers; of equally likely endings, the first is the answer."""
+    """Counts the correct answers. If several endings have the lowest loss, the first one is the answer."""
     by_sum = by_mean = 0
     for endings, label in zip(losses, labels, strict=True):
         sums, means = [loss.nats for loss in endings], [loss.nats / loss.tokens for loss in endings]

@@ -1,7 +1,7 @@
-"""Model adapter of lm-evaluation-harness (Gao et al. 2023) for a GPT in this process.
+"""Model adapter of lm-evaluation-harness (Gao et al. 2023) for a GPT.
 
-It follows the harness' own ``hf`` model: texts are encoded, cut from the left and scored as there, so that a model and
-its export to Hugging Face give the same answers. Shapes: B rows, T time, N scored tokens, V vocabulary.
+Encodes, truncates and scores texts as the harness' ``hf`` model does, so that a model and its Hugging Face export give
+the same results. Shapes: B rows, T tokens of a row, N scored tokens, V vocabulary.
 """
 
 import hashlib
@@ -27,23 +27,23 @@ from gptlab.model.generation.generate import generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.gpt import GPT
 
-Request = tuple[Any, list[int], list[int]]  # its texts, the ids of its context and those of its continuation
-Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether every token of it is the likeliest
-MAX_GEN_TOKS = 256  # where a task does not say: HFLM.max_gen_toks
-SEED = 1234  # simple_evaluate's own default, of what is not greedy
-GENERATION_BATCH = 8  # tokens between two looks at whether all texts have ended
+Request = tuple[Any, list[int], list[int]]  # texts, token IDs of the context, token IDs of the continuation
+Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would generate it
+MAX_GEN_TOKS = 256  # default, as HFLM.max_gen_toks
+SEED = 1234  # of sampling; default of simple_evaluate
+GENERATION_BATCH = 8  # number of tokens after which to check whether all texts have ended
 SAMPLING_KEYS = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
 
 
 class HarnessModel(TemplateLM):
-    """Answers the requests of lm-evaluation-harness.
+    """Model interface of lm-evaluation-harness for a GPT.
 
     Args:
-        model: On its device.
-        tokenizer: The model's.
-        batch_size: Rows at a time.
-        device: The model's.
-        autocast: Returns the context manager of a forward pass, which sets its precision.
+        model: The model, on ``device``.
+        tokenizer: Tokenizer of the model.
+        batch_size: Number of rows per batch.
+        device: Device of the model.
+        autocast: Returns a context manager that sets the precision of a forward pass.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def device(self) -> torch.device:
-        """The model's."""
+        """Device of the model."""
         return self._placed_on
 
     @property
@@ -77,23 +77,23 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text, which stands before a text that has no context."""
+        """ID of the end-of-text token, which precedes a text without a context."""
         if (end := self.encoding.end_of_text) is None:
             raise UserError(
-                "The task has texts without a context, before which an end of text would stand; this model's "
-                f"tokenizer, {self.encoding.record()['name']}, has none."
+                f"tokenizer={self.encoding.record()['name']} of this model has no end-of-text token, but the task has "
+                "texts without a context, which must start with one."
             )
         return end
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encodes a text; <|endoftext|> in it becomes the token, as with ``hf``."""
+        """Returns the token IDs of a text. Encodes <|endoftext|> as the end-of-text token, like the ``hf`` model."""
         if (end := self.encoding.end_of_text) is None:
             return self.encoding.encode(string).tolist()
         first, *others = (self.encoding.encode(part).tolist() for part in string.split(END_OF_TEXT))
         return [*first, *(id_ for part in others for id_ in (end, *part))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns log-likelihoods of whole texts, in windows of the block that overlap in their first token only."""
+        """Returns the log-likelihoods of whole texts, scored in windows that overlap by one token."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -110,25 +110,26 @@ class HarnessModel(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> list[Answer]:
-        """Answers tokenized requests, longest first; contexts that several one-token continuations share are run once.
+        """Scores tokenized requests, longest first. One-token continuations of the same context share a row.
 
-        The harness asks ``loglikelihood`` of a model, and TemplateLM, which cuts texts into ids, asks this of its
-        subclasses: abstract there, though its name is private (read in lm_eval 0.4.13).
+        Implements the abstract method of TemplateLM that its ``loglikelihood`` calls with tokenized texts (lm_eval
+        0.4.13).
 
         Raises:
             UserError: A continuation is longer than the block.
         """
-        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)  # what the model sees, and the requests for that
+        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)  # requests by the input of the model
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
-                    f"A continuation has {len(continuation)} tokens, more than the model's block of {self.max_length}."
+                    f"A continuation of the task has {len(continuation)} tokens, which exceeds block_size="
+                    f"{self.max_length} of the model."
                 )
-            context = context or [self.prefix_token_id]  # it was of spaces, which have gone over to the continuation
+            context = context or [self.prefix_token_id]  # a context of spaces was moved to the continuation
             asked[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
         rows = sorted(asked, key=lambda row: (-len(row), row))
         answers: list[Answer] = [(0.0, False)] * len(requests)
-        for first in self._watched(range(0, len(rows), self.batch_size), "scoring"):
+        for first in self._with_progress(range(0, len(rows), self.batch_size), "scoring"):
             batch = rows[first : first + self.batch_size]
             counts = [max(len(requests[number][2]) for number in asked[row]) for row in batch]
             for row, logits in zip(batch, self._logits(batch, counts), strict=True):
@@ -140,7 +141,7 @@ class HarnessModel(TemplateLM):
         return answers
 
     def _logits(self, rows: Sequence[Sequence[int]], counts: Sequence[int]) -> Sequence[Tensor]:
-        """Logits (N, V) of what follows the last so many tokens of each row."""
+        """Returns, for each row, the logits (N, V) after its last N tokens, with N from ``counts``."""
         idx = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
         scored = torch.zeros_like(idx, dtype=torch.bool)
         for number, (row, count) in enumerate(zip(rows, counts, strict=True)):
@@ -150,15 +151,15 @@ class HarnessModel(TemplateLM):
             return self.model.logits_at(idx.to(self.device), scored.to(self.device)).split(list(counts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts up to a stop string; requests with the same settings are batched."""
-        alike: dict[str, list[int]] = defaultdict(list)
+        """Continues contexts until a stop string. Batches requests with the same options."""
+        groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
-            alike[repr(request.args[1])].append(number)
+            groups[repr(request.args[1])].append(number)
         texts = [""] * len(requests)
-        for numbers in alike.values():
+        for numbers in groups.values():
             ids = {number: self.tok_encode(requests[number].args[0]) for number in numbers}
             numbers.sort(key=lambda number, ids=ids: -len(ids[number]))  # type: ignore[misc]
-            for first in self._watched(range(0, len(numbers), self.batch_size), "writing"):
+            for first in self._with_progress(range(0, len(numbers), self.batch_size), "generating"):
                 batch = numbers[first : first + self.batch_size]
                 settings = requests[batch[0]].args[1]
                 for number, text in zip(batch, self._continued([ids[n] for n in batch], settings, first), strict=True):
@@ -167,14 +168,14 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _continued(self, contexts: Sequence[list[int]], settings: dict[str, Any], first: int) -> list[str]:
-        """Continues contexts with the same settings; ``first`` is the index of the first one among these."""
+        """Continues contexts with the same options. ``first`` is the index of the first context in its group."""
         kwargs: dict[str, Any] = {**normalize_gen_kwargs(settings, MAX_GEN_TOKS)}
         stops = handle_stop_sequences(kwargs.pop("until"), eos=END_OF_TEXT)
         most = kwargs.pop("max_gen_toks")
         if most >= self.max_length:
             raise UserError(
-                f"The task has the model write {most} tokens, which leaves no room for a context in its block of "
-                f"{self.max_length} (max_gen_toks in the task's generation_kwargs)."
+                f"max_gen_toks={most} in the task's generation_kwargs leaves no room for a context, because the model "
+                f"has block_size={self.max_length}."
             )
         prompts = [ids[-(self.max_length - most) :] or prompt_ids(self.encoding, "") for ids in contexts]
         streams = [TextStream(self.encoding, [stop for stop in stops if stop]) for _ in prompts]
@@ -201,13 +202,13 @@ class HarnessModel(TemplateLM):
                         break
         return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
 
-    def _watched(self, batches: range, what: str) -> Iterable[int]:
-        """Wraps batches in a progress bar, on the first rank and in a terminal."""
-        bar: Iterable[int] = tqdm(batches, desc=what, unit="batch", disable=True if self.rank else None)
+    def _with_progress(self, batches: range, description: str) -> Iterable[int]:
+        """Wraps batches in a progress bar on the first rank, if the output is a terminal."""
+        bar: Iterable[int] = tqdm(batches, desc=description, unit="batch", disable=True if self.rank else None)
         return bar
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """Gathers one number of every rank."""
+        """Gathers a scalar tensor from every rank."""
         if self.world_size == 1:
             return tensor
         parts = [torch.zeros_like(tensor) for _ in range(self.world_size)]
@@ -215,7 +216,7 @@ class HarnessModel(TemplateLM):
         return torch.stack(parts)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
-        """Gathers objects of all ranks on rank ``dst``; returns None on the others."""
+        """Gathers objects from all ranks on rank ``dst``. Returns None on the other ranks."""
         if self.world_size == 1:
             return [obj]
         gathered = [None] * self.world_size if self.rank == dst else None
@@ -223,13 +224,13 @@ class HarnessModel(TemplateLM):
         return gathered
 
     def barrier(self) -> None:
-        """Waits for the other ranks."""
+        """Waits for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
 
 def model_fingerprint(model: GPT) -> str:
-    """A hash of a model: the harness keeps answers by their questions alone, whoever has given them."""
+    """Returns a hash of the config and the weights of a model, for the harness' cache, whose keys omit the model."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
@@ -237,7 +238,7 @@ def model_fingerprint(model: GPT) -> str:
 
 
 def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
-    """Scores a continuation (N) by the logits (N, V) before its tokens."""
+    """Scores a continuation (N,) with the logits (N, V) that predict its tokens."""
     targets = torch.tensor(continuation, device=logits.device)
     chances = torch.log_softmax(logits.float(), dim=-1)
     value = chances.gather(1, targets[:, None]).sum(dtype=torch.float64)
@@ -245,9 +246,11 @@ def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
 
 
 def _sampling_config(kwargs: dict[str, Any]) -> SamplingConfig:
-    """Converts a task's generation settings; raises UserError for one without a counterpart."""
+    """Converts the generation_kwargs of a task. Raises UserError for an option that gptlab does not support."""
     sampled = kwargs.pop("do_sample")
     if unknown := set(kwargs) - SAMPLING_KEYS:
-        raise UserError(f"The task's generation_kwargs have {', '.join(sorted(unknown))}, which gptlab does not have.")
+        raise UserError(
+            f"generation_kwargs of the task have {', '.join(sorted(unknown))}, which gptlab does not support."
+        )
     given = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0, **kwargs}
     return SamplingConfig(**(given if sampled else {**given, "temperature": 0.0}))

@@ -1,10 +1,10 @@
-"""HellaSwag's examples (Zellers et al. 2019): JSON Lines, and llm.c's binary format. Imports no torch.
+"""HellaSwag examples (Zellers et al. 2019) as JSON Lines and in llm.c's binary format. Imports no torch.
 
 | file   | layout                                                                                               |
 |--------|------------------------------------------------------------------------------------------------------|
-| .jsonl | an object a line, with ctx, endings and label (hellaswag_val.jsonl of the data set itself)             |
-| .bin   | of llm.c: 256 int32 (20240522, 1, examples, bytes of the longest), then a record of uint16 an example:  |
-|        | 65535, its bytes, its number, label, 4, then the context and the endings, each after its length        |
+| .jsonl | one object per line with ctx, endings and label (hellaswag_val.jsonl of the dataset)                 |
+| .bin   | llm.c: 256 int32 (20240522, 1, examples, bytes of the longest record), then a uint16 record per      |
+|        | example: 65535, bytes, index, label, 4, then the context and the endings, each after its length      |
 """
 
 import json
@@ -20,13 +20,13 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 
 MAGIC, VERSION, HEADER_INTS = 20240522, 1, 256
-EXAMPLE_MARKER = 2**16 - 1  # of a record: no token of GPT-2's has this id
-ENDINGS = 4  # which llm.c expects
-PREFIX = 5  # numbers of a record before its context
+EXAMPLE_MARKER = 2**16 - 1  # start of a record; not a token ID of GPT-2
+ENDINGS = 4  # endings per example in llm.c's format
+PREFIX = 5  # uint16 values of a record before its context
 
 
 class Example(NamedTuple):
-    """Context and its possible endings, as token ids, and the index of the correct ending."""
+    """Context and its possible endings as token IDs, and the index of the correct ending."""
 
     context: list[int]
     endings: list[list[int]]
@@ -34,12 +34,17 @@ class Example(NamedTuple):
 
 
 def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Example]:
-    """Reads the first ``limit`` examples, or all.
+    """Reads the examples of HellaSwag.
 
-    An ending is encoded by itself, after a space, as llm.c and build-nanogpt do it.
+    Each ending is encoded separately, preceded by a space, as in llm.c and build-nanogpt.
+
+    Args:
+        path: JSON Lines file or .bin file of llm.c.
+        tokenizer: Tokenizer of the model.
+        limit: Number of examples to read. None reads all.
 
     Raises:
-        UserError: The file is missing or damaged, or its tokens are not those of ``tokenizer``.
+        UserError: The file is missing, damaged or empty, or was made with another tokenizer.
     """
     try:
         with path.open("rb") as file:
@@ -47,33 +52,35 @@ def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[E
         if is_bin:
             if (name := tokenizer.record()["name"]) != "gpt2":
                 raise UserError(
-                    f"{path} holds GPT-2's tokens, and the model's are of tokenizer={name}: take the .jsonl."
+                    f"{path} holds tokens of tokenizer=gpt2, but the model has tokenizer={name}. Use the .jsonl file."
                 )
             examples = _read_bin(path)
         else:
             examples = _read_jsonl(path, tokenizer, limit)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
-            f"The examples of HellaSwag cannot be read from {path}: {error}. It should be hellaswag_val.jsonl "
-            "(github.com/rowanz/hellaswag, in data/), or the .bin that llm.c makes of it."
+            f"The HellaSwag examples cannot be read from {path}: {error}. Use hellaswag_val.jsonl from "
+            "github.com/rowanz/hellaswag (in data/), or the .bin file that llm.c writes."
         ) from error
     if not examples:
-        raise UserError(f"{path} holds no example.")
+        raise UserError(f"{path} contains no examples.")
     return examples[:limit]
 
 
-# what is checked before a run starts is scored in the same process, with the same tokenizer
+# The same process reads the examples to check the config of a run, and again to score them.
 read_examples_cached = lru_cache(maxsize=1)(read_examples)
 
 
 def write_bin(path: Path, examples: Sequence[Example]) -> None:
-    """Writes examples, in GPT-2's tokens, in llm.c's format.
+    """Writes examples, encoded with GPT-2's tokenizer, in llm.c's format.
 
     Raises:
-        UserError: They do not fit the format.
+        UserError: There are too many examples, or one does not fit the format.
     """
     if len(examples) >= EXAMPLE_MARKER:
-        raise UserError(f"{path}: {len(examples):,} examples, and their numbers have 16 bits.")
+        raise UserError(
+            f"{path} cannot hold {len(examples):,} examples, because the format stores their index in 16 bits."
+        )
     records = [_bin_record(path, number, example) for number, example in enumerate(examples)]
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:4] = (MAGIC, VERSION, len(records), max((record.nbytes for record in records), default=0))
@@ -82,12 +89,15 @@ def write_bin(path: Path, examples: Sequence[Example]) -> None:
 
 def _bin_record(path: Path, number: int, example: Example) -> NDArray[np.uint16]:
     if len(example.endings) != ENDINGS:
-        raise UserError(f"{path}: example {number} has {len(example.endings)} endings, and llm.c's have {ENDINGS}.")
+        raise UserError(
+            f"{path}: example {number} has {len(example.endings)} endings, but llm.c requires {ENDINGS} endings."
+        )
     parts = [value for ids in (example.context, *example.endings) for value in (len(ids), *ids)]
     size = 2 * (PREFIX + len(parts))
     if size >= EXAMPLE_MARKER or max(parts) >= EXAMPLE_MARKER:
         raise UserError(
-            f"{path}: example {number} does not fit: its size and its ids should be below {EXAMPLE_MARKER}."
+            f"{path}: example {number} does not fit the format: its size in bytes and its token IDs must be less than "
+            f"{EXAMPLE_MARKER}."
         )
     return np.array([EXAMPLE_MARKER, size, number, example.label, ENDINGS, *parts], dtype="<u2")
 
@@ -95,10 +105,10 @@ def _bin_record(path: Path, number: int, example: Example) -> NDArray[np.uint16]
 def _read_bin(path: Path) -> list[Example]:
     content = path.read_bytes()
     if len(content) < 4 * HEADER_INTS or len(content) % 2:
-        raise ValueError(f"{len(content):,} bytes are no whole file")
+        raise ValueError(f"the file is truncated ({len(content):,} bytes)")
     version, number = np.frombuffer(content, dtype="<i4", count=3).tolist()[1:]
     if version != VERSION:
-        raise ValueError(f"it is of version {version}, not {VERSION}")
+        raise ValueError(f"it has version {version} instead of {VERSION}")
     stream = np.frombuffer(content, dtype="<u2", offset=4 * HEADER_INTS).tolist()
     examples, offset = [], 0
     for count in range(number):
@@ -111,14 +121,14 @@ def _read_bin(path: Path) -> list[Example]:
             or len(texts) != 1 + endings
             or not 0 <= label < endings
         ):
-            raise ValueError(f"the record of example {count} (uint16 number {offset:,}) is damaged")
+            raise ValueError(f"the record of example {count} (at uint16 offset {offset:,}) is damaged")
         examples.append(Example(texts[0], texts[1:], label))
         offset += size // 2
     return examples
 
 
 def _split_record(record: list[int]) -> list[list[int]]:
-    """Splits a record into its context and its endings; returns nothing if a length is wrong."""
+    """Splits a record into its context and its endings. Returns an empty list if a length is wrong."""
     texts, offset = [], 0
     while offset < len(record):
         end = offset + 1 + record[offset]
@@ -141,7 +151,7 @@ def _read_jsonl(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[Exa
 
 
 def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
-    """Encodes one line; the hub's copy of the data set has the label as text."""
+    """Encodes one line. The label may be a string, as in the dataset on the Hugging Face Hub."""
     values: dict[str, Any] = fields if isinstance(fields, dict) else {}
     context: Any
     endings: Any
@@ -151,6 +161,6 @@ def _parse_example(fields: Any, tokenizer: Tokenizer, number: int) -> Example:
         label = int(label)
     is_complete = isinstance(context, str) and context and isinstance(endings, list) and isinstance(label, int)
     if not is_complete or not 0 <= label < len(endings) or not all(isinstance(ending, str) for ending in endings):
-        raise ValueError(f"line {number} has no ctx, endings and label that go together")
+        raise ValueError(f"line {number} has no valid ctx, endings and label")
     beginning = tokenizer.encode(context).tolist()
     return Example(beginning, [tokenizer.encode(f" {ending}").tolist() for ending in endings], label)

@@ -1,6 +1,6 @@
-"""Loss and bits per byte: sums over tokens, and a whole split scored in windows that may overlap.
+"""Loss and bits per byte of a whole split, scored in windows that may overlap.
 
-Shapes: N windows of a split, B windows of a batch, T time (the block), V vocabulary.
+Shapes: N windows of a split, B windows of a batch, T tokens of a window (block size), V vocabulary.
 """
 
 import math
@@ -18,22 +18,22 @@ from gptlab.model.gpt import GPT
 
 
 class LossSums:
-    """Sums over scored tokens, which can be added over batches and devices in any order.
+    """Running sums for the loss and bits per byte, which can be added over batches and devices in any order.
 
-    Bits per byte, unlike the loss, does not depend on the tokenizer: the nats of all tokens of text, over ln 2 times
-    the bytes of that text. Special tokens are left out (Gao et al. 2020, The Pile, section 3.1).
+    Unlike the loss, bits per byte does not depend on the tokenizer: it is the sum of the losses in nats, divided by
+    ln 2 and the number of UTF-8 bytes, without special tokens (Gao et al. 2020, The Pile, section 3.1).
 
     Args:
-        token_bytes: Bytes of text of each id (V,); 0 for special tokens.
+        token_bytes: Number of UTF-8 bytes of each token (V,), 0 for special tokens.
     """
 
     def __init__(self, token_bytes: Tensor) -> None:
         self.token_bytes = token_bytes
-        # nats, tokens; nats and bytes of the tokens that stand for text
+        # nats, tokens, nats without special tokens, bytes
         self.sums = torch.zeros(4, dtype=torch.float64, device=token_bytes.device)
 
     def add(self, nats: Tensor, targets: Tensor) -> None:
-        """Adds the losses (B, T) of ``targets`` (B, T), which are -100 where not scored."""
+        """Adds the losses ``nats`` (B, T) of ``targets`` (B, T). Targets of -100 are not scored."""
         nats, targets = nats.flatten().double(), targets.flatten()
         scored = targets != IGNORE_INDEX
         lengths = torch.where(scored, self.token_bytes[targets.clamp(min=0)].long(), 0)
@@ -41,7 +41,7 @@ class LossSums:
         self.sums += torch.stack((nats.sum(), scored.sum(), text_nats.sum(), lengths.sum()))
 
     def result(self) -> tuple[float, float]:
-        """Returns the loss (nats per token) and bits per byte of everything added; nan if nothing was."""
+        """Returns the mean loss in nats per token and the bits per byte, nan if there are no tokens."""
         nats, tokens, text_nats, text_bytes = self.sums.tolist()
         return (
             nats / tokens if tokens else math.nan,
@@ -50,12 +50,12 @@ class LossSums:
 
 
 class EvalWindows(NamedTuple):
-    """Windows of a token stream, an array (N,) each.
+    """Evaluation windows of a token stream, as arrays (N,).
 
     Attributes:
-        begins: First token of a window.
-        lengths: Tokens of a window: the block or, in the last one, fewer; the token after each is predicted.
-        scored: Number of a window's predictions that are scored, the last ones.
+        begins: Start offset of each window in the stream.
+        lengths: Number of input tokens of each window: the block size, or less for the last window.
+        scored: Number of predictions of each window that are scored, counted from its end.
     """
 
     begins: NDArray[np.int64]
@@ -64,24 +64,24 @@ class EvalWindows(NamedTuple):
 
 
 def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) -> EvalWindows:
-    """Cuts a stream into windows that begin ``stride`` tokens after each other.
+    """Divides a stream into windows that start every ``stride`` tokens.
 
-    The first window scores all of its predictions, every other one those that no window before it has made, which are
-    its last ``stride``: they have a context of ``block_size - stride`` tokens at least ("Perplexity of fixed-length
-    models" in transformers' documentation). With a stride of the whole block no two windows overlap. A last, shorter
-    window scores what is left.
+    The first window scores all of its predictions. Every other window scores its last ``stride`` predictions, which no
+    earlier window has scored, with a context of at least ``block_size - stride`` tokens ("Perplexity of fixed-length
+    models" in the documentation of transformers). The last window may be shorter. With ``stride=block_size``, windows
+    do not overlap.
 
     Args:
         tokens: Length of the stream.
-        block_size: T.
-        stride: Tokens between the beginnings of two windows, 1 to T.
-        limit: Number of whole windows to score, evenly spread, as evaluations during training do; None scores all.
+        block_size: Window length T.
+        stride: Distance between the starts of two windows, 1 to T tokens.
+        limit: Number of full windows to score, evenly spaced, as in evaluations during training. None scores all.
 
     Raises:
         ValueError: The stream has fewer than two tokens.
     """
     if tokens < 2:
-        raise ValueError(f"{tokens} tokens: the first of a text is not predicted, so two are needed at least")
+        raise ValueError(f"{tokens} tokens are too few, because the first token is not predicted; two are required")
     targets = tokens - 1
     number = 1 + max(0, -(-(targets - block_size) // stride))
     begins = np.arange(number, dtype=np.int64) * stride
@@ -96,16 +96,16 @@ def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) ->
 
 
 class WindowBatches:
-    """One rank's share of the batches of windows.
+    """Batches of evaluation windows of one rank.
 
-    Which windows are in a batch does not depend on the number of ranks, so neither do its losses.
+    The windows of a batch, and therefore its losses, do not depend on the number of ranks.
 
     Args:
-        stream: The tokens.
+        stream: The token stream.
         windows: Windows of the stream.
-        block_size: T.
-        batch_size: B; the last batch may have fewer.
-        eot_id: End-of-text id, at which attention is masked; None leaves documents packed.
+        block_size: Window length T.
+        batch_size: Batch size B. The last batch may be smaller.
+        eot_id: ID of the end-of-text token at which attention is masked, or None for packed documents.
         rank: Rank of this process.
         world_size: Number of processes that share the batches.
     """
@@ -128,7 +128,7 @@ class WindowBatches:
         return len(self.parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields the batches; targets that are not scored are -100."""
+        """Yields the batches. Targets that are not scored are -100."""
         self.stream.expect([(0, len(self.stream))])
         for part in self.parts:
             begins, lengths, scored = (values[part] for values in self.windows)
@@ -147,7 +147,14 @@ class WindowBatches:
 
 @torch.no_grad()
 def accumulate_losses(sums: LossSums, model: GPT, batches: Iterable[Batch], chunk: int | None) -> None:
-    """Adds the losses of batches to ``sums``, on its device; ``chunk`` as in ``GPT.token_losses``."""
+    """Adds the losses of batches to ``sums``.
+
+    Args:
+        sums: Running sums, on the device of the model.
+        model: The model.
+        batches: Batches, on any device.
+        chunk: Chunk size of the loss, as in ``GPT.token_losses``.
+    """
     device = sums.token_bytes.device
     for batch in batches:
         idx, targets = batch.idx.to(device), batch.targets.to(device)

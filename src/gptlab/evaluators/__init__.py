@@ -1,5 +1,5 @@
-"""Evaluation of trained models, for ``python -m gptlab.evaluate``: what to score, on what, and what comes of it.
+"""Evaluation of trained models by ``python -m gptlab.evaluate``.
 
-``gptlab.evaluation`` computes the scores; this package has the corpus in the model's own tokens, the device and the
-processes, the tasks of lm-evaluation-harness, and the results as a table and as JSON.
+``gptlab.evaluation`` computes the metrics. This package prepares the corpus with the model's tokenizer, sets up devices
+and processes, runs the tasks of lm-evaluation-harness, and reports the results as a table and as JSON.
 """

@@ -1,4 +1,4 @@
-"""Corpus that a model is scored on, in the model's own tokens. Imports no torch."""
+"""Corpus on which a model is scored, prepared with the tokenizer of the model. Imports no torch."""
 
 import json
 import logging
@@ -22,8 +22,8 @@ class ScoredCorpus(NamedTuple):
     """Corpus to score.
 
     Attributes:
-        prepared: The data.
-        eot_id: Id that separates documents; None if each window is read as one text.
+        prepared: The prepared data.
+        eot_id: ID of the end-of-text token at which attention is masked, or None for packed documents.
     """
 
     prepared: TokenDataset
@@ -31,32 +31,33 @@ class ScoredCorpus(NamedTuple):
 
 
 def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer_is_named: bool) -> ScoredCorpus:
-    """Prepares the corpus to score: the one that is configured, or the run's training data.
+    """Prepares the corpus to score: the one in ``config``, or else the training data of the run.
 
-    It is prepared in the model's own tokenizer, since a model has a loss in no other: a BPE or a table of characters is
-    taken from the model, not made of this corpus. A run that was trained within documents is scored within them.
+    The corpus is tokenized with the tokenizer of the model: a trained BPE or a table of characters is taken from the
+    model and not built from the corpus. A run that was trained with ``data.documents=masked`` is also scored with it.
 
     Args:
-        config: Names the corpus.
+        config: Config of the evaluation.
         source: The model.
-        tokenizer_is_named: Whether a tokenizer stands on the command line, and not just in an option of ``data``.
+        tokenizer_is_named: Whether the command line, and not only an option of ``data``, sets a tokenizer.
 
     Raises:
-        UserError: No corpus is named, it cannot be had or split so, or it holds other tokens than the model's.
+        UserError: No corpus is set, it is missing or cannot be split, or its tokenizer is not that of the model.
     """
     model = source.tokenizer()
     record = model.record()
     if tokenizer_is_named and config.tokenizer is not None and config.tokenizer.name != record["name"]:
         raise UserError(
-            f"tokenizer={config.tokenizer.name} is not that of {config.run}, which is {record['name']}: a model has a "
-            "loss in its own tokens alone. Leave it out."
+            f"tokenizer={config.tokenizer.name} differs from the tokenizer of {config.run}, which is {record['name']}. "
+            "A model can only be scored with its own tokenizer. Remove the override tokenizer=."
         )
     run = load_config(source.path) if source.is_run else None
     if config.data is None:
         if run is None:
             raise UserError(
-                f"run={config.run} was not trained here, so nothing says what it is to be scored on. Name a corpus: "
-                "data=openwebtext, data=text data.source=<file> split=all; or tasks=[...], or hellaswag=<file>."
+                f"run={config.run} is not a run of gptlab, so its training data is unknown. Set the corpus to score "
+                "with data=openwebtext, or data=text data.source=<file> split=all, or use tasks=[...] or "
+                "hellaswag=<file>."
             )
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
@@ -66,18 +67,18 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
     prepared = prepare_with_progress(data, tokenizer, PrepareOptions(), trained)
     if not _are_equivalent(prepared.manifest.tokenizer, record):
         raise UserError(
-            f"{prepared.manifest.origin} is prepared in other tokens (tokenizer="
-            f"{prepared.manifest.tokenizer['name']}) than those of {config.run} (tokenizer={record['name']}, "
-            f"{model.vocab_size:,} ids), so its ids mean nothing to the model."
+            f"{prepared.manifest.origin} was prepared with another tokenizer "
+            f"({prepared.manifest.tokenizer['name']}) than that of {config.run} ({record['name']}, "
+            f"{model.vocab_size:,} token IDs), so it cannot be scored."
         )
     if config.data is None and load_manifest(source.path).fingerprint() != prepared.manifest.fingerprint():
-        log.warning("%s is not any more what %s was trained on.", prepared.manifest.origin, config.run)
+        log.warning("%s has changed since %s was trained on it.", prepared.manifest.origin, config.run)
     masked = "masked" in {data.documents, run.data.documents if run else data.documents}
     return ScoredCorpus(prepared, _eot_id(prepared, data) if masked else None)
 
 
 def _tokenizer_settings(record: dict[str, str], source: ModelSource, named: TokenizerConfig | None) -> TokenizerConfig:
-    """Settings that mean the model's tokenizer; of one that was trained, the size and the text do not matter here."""
+    """Returns the config of the model's tokenizer. For a trained BPE, ``vocab_size`` and ``train_mb`` are not used."""
     vocab_dir = (named.vocab_dir if named else None) or source.vocab_dir
     made = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
     values = {"name": record["name"], "vocab_dir": vocab_dir, "vocab_size": None, "train_mb": None, **made}
@@ -85,7 +86,7 @@ def _tokenizer_settings(record: dict[str, str], source: ModelSource, named: Toke
 
 
 def _are_equivalent(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two records give the same ids; a BPE that went through another program's files is spelled otherwise."""
+    """Whether two records give the same token IDs. Files of other programs serialize the same BPE differently."""
     if one == other or (one["name"], other["name"]) != ("bpe", "bpe"):
         return one == other
     pieces = [json.loads(record["trained"])["model"] for record in (one, other)]
@@ -95,6 +96,6 @@ def _are_equivalent(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _eot_id(prepared: TokenDataset, data: DataConfig) -> int | None:
     if prepared.tokenizer.end_of_text is None:
         raise UserError(
-            f"data.documents={data.documents}: the tokenizer has no end of text that documents could be told apart by."
+            f"data.documents={data.documents} requires an end-of-text token, which the tokenizer of the model lacks."
         )
     return prepared.tokenizer.end_of_text

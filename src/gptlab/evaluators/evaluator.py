@@ -1,4 +1,4 @@
-"""Evaluation of a model on a corpus and on HellaSwag, by one process or by those that torchrun or srun started."""
+"""Evaluation of a model on a corpus and on HellaSwag, in one process or in several started by torchrun or srun."""
 
 import math
 import time
@@ -32,8 +32,8 @@ class EvalContext(NamedTuple):
     """Device, precision and rank of one process of an evaluation.
 
     Attributes:
-        device: Device that the model is on.
-        precision: "float32", or "bfloat16" for matrix products, with weights and losses in float32.
+        device: Device of the model.
+        precision: "float32", or "bfloat16" for matmuls in bfloat16 with weights and losses in float32.
         rank: Rank of this process.
         world_size: Number of processes.
     """
@@ -44,7 +44,7 @@ class EvalContext(NamedTuple):
     world_size: int
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns the context manager that computes in this precision."""
+        """Returns a context manager that sets this precision."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -57,7 +57,11 @@ class EvalContext(NamedTuple):
 
 
 def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> EvalContext:
-    """Chooses the GPU if there is one, and joins the process group if torchrun or srun started this process."""
+    """Selects the GPU if there is one, and joins the process group if torchrun or srun started this process.
+
+    Args:
+        precision: Precision. "auto" means bfloat16 on GPUs that support it, otherwise float32.
+    """
     cuda = torch.cuda.is_available()
     rank, world_size = 0, 1
     if launched_externally():
@@ -75,7 +79,17 @@ def create_eval_context(precision: Literal["auto", "float32", "bfloat16"]) -> Ev
 
 
 def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, context: EvalContext) -> EvalResult:
-    """Scores a model on ``config.split`` of a corpus; every process returns the result of all."""
+    """Scores a model on ``config.split`` of a corpus. Every process returns the result over all processes.
+
+    Args:
+        model: Model, on the device of ``context``.
+        corpus: Corpus to score.
+        config: Config of the evaluation.
+        context: Device, precision and rank.
+
+    Raises:
+        UserError: A split has fewer than two tokens.
+    """
     prepared, block_size = corpus.prepared, model.config.block_size
     stride = config.stride or block_size
     sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()).to(context.device))
@@ -96,7 +110,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
     loss, bits_per_byte = sums.result()
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
     seconds = time.perf_counter() - begun
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows beyond
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above about 709
     values = {
         "data": prepared.manifest.origin,
         "fingerprint": prepared.manifest.fingerprint(),
@@ -114,7 +128,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
     }
     rows = [
         ("data", f"{prepared.manifest.origin}, {config.split}"),
-        ("scored", f"{tokens:,} tokens, {text_bytes:,} bytes of text; windows of {block_size:,}, {stride:,} apart"),
+        ("scored", f"{tokens:,} tokens, {text_bytes:,} bytes of text; block size {block_size:,}, stride {stride:,}"),
         ("loss", f"{loss:.4f} nats per token"),
         ("perplexity", f"{perplexity:,.2f}"),
         ("bits per byte", f"{bits_per_byte:.4f}"),
@@ -124,7 +138,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
 
 
 def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, context: EvalContext) -> EvalResult:
-    """Scores a model on HellaSwag; every process returns the result of all."""
+    """Scores a model on HellaSwag. Every process returns the result over all processes."""
     device, block_size = context.device, model.config.block_size
     chunk, begun = resolve_loss_chunk("auto", model.config), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)
@@ -144,16 +158,21 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
     }
     rows = [
         ("HellaSwag", f"{config.hellaswag}, {found.examples:,} examples"),
-        ("acc", f"{found.acc:.2%}, by the sum of an ending's losses"),
-        ("acc_norm", f"{found.acc_norm:.2%}, by their mean"),
+        ("acc", f"{found.acc:.2%} (lowest sum of token losses)"),
+        ("acc_norm", f"{found.acc_norm:.2%} (lowest mean of token losses)"),
     ]
     return EvalResult("hellaswag", values, {"acc": found.acc, "acc_norm": found.acc_norm}, rows)
 
 
 @contextmanager
-def track_progress(what: str, context: EvalContext, total: int) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
-    """Shows a progress bar of ``total`` batches on the first rank; yields the wrapper of the batches."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("batches ·"), TimeRemainingColumn())
+def track_progress(
+    description: str, context: EvalContext, total: int
+) -> Iterator[Callable[[Iterable[T]], Iterator[T]]]:
+    """Shows a progress bar of ``total`` batches on the first rank. Yields a function that wraps the batches."""
+    columns = (
+        *(TextColumn(description), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("batches ·"), TimeRemainingColumn()),
+    )
     hidden = context.rank > 0 or not get_console().is_terminal
     with Progress(*columns, console=get_console(), transient=True, disable=hidden) as bar:
         task = bar.add_task("", total=total)

@@ -1,4 +1,4 @@
-"""Result of an evaluation: printed as a table and written as JSON beside the run. Imports no torch."""
+"""Results of an evaluation: printed as a table and written as JSON to the run directory. Imports no torch."""
 
 import json
 import math
@@ -23,10 +23,10 @@ class EvalResult(NamedTuple):
     """Result of an evaluation.
 
     Attributes:
-        what: "loss", "hellaswag" or "tasks".
-        values: Plain data for the JSON file.
-        metrics: Values by name, for a logger.
-        rows: Cells of the printed table; the first row is its heading, if rows have more than two cells.
+        what: Kind of evaluation: "loss", "hellaswag" or "tasks".
+        values: Content of the JSON file.
+        metrics: Metrics by name, for a logger.
+        rows: Cells of the printed table. If rows have more than two cells, the first row is the heading.
     """
 
     what: str
@@ -36,23 +36,28 @@ class EvalResult(NamedTuple):
 
 
 def results_folder(out: str | None, source: ModelSource) -> Path:
-    """Creates the folder of results: ``out``, else evaluations/ in the run directory, else in the working directory.
+    """Creates the directory of the results and returns its path.
+
+    It is ``out`` if set, otherwise evaluations/ in the run directory, or in the working directory if the model is not a
+    run.
 
     Raises:
-        UserError: It cannot be created.
+        UserError: The directory cannot be created.
     """
     folder = Path(out).expanduser() if out else (source.path if source.is_run else Path()) / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"Results cannot be written into {folder}: {error}. Name another one: out=<folder>") from None
+        raise UserError(
+            f"Results cannot be written to {folder}: {error}. Choose another directory with out=<dir>."
+        ) from None
     return folder
 
 
 def write_result(result: EvalResult, conditions: dict[str, Any], folder: Path) -> Path:
-    """Writes <what>_<time>.json, with the conditions of the evaluation, and returns its path."""
-    named = f"{result.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    path = next(p for n in range(1, 10**6) if not (p := folder / f"{named}{f'-{n}' if n > 1 else ''}.json").exists())
+    """Writes a result and the conditions of the evaluation to <what>_<time>.json, and returns its path."""
+    stem = f"{result.what}_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    path = next(p for n in range(1, 10**6) if not (p := folder / f"{stem}{f'-{n}' if n > 1 else ''}.json").exists())
     header = {"what": result.what, "gptlab": metadata.version("gptlab"), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_durably(path, json.dumps(_to_json(header | conditions | result.values), indent=2) + "\n")
     return path
@@ -71,7 +76,7 @@ def print_result(result: EvalResult) -> None:
 
 
 def _to_json(value: Any) -> Any:
-    """Converts the harness' values to what JSON has; non-finite numbers become null."""
+    """Converts values of the harness to JSON types. Non-finite numbers become null."""
     if isinstance(value, dict):
         return {str(key): _to_json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Configuration of ``python -m gptlab.evaluate``, and its checks before anything is loaded. Imports no torch."""
+"""Config of ``python -m gptlab.evaluate`` and its validation before a model is loaded. Imports no torch."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +11,12 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.pretrained.source import ModelSource
 
-TOKENS_PER_BATCH = 8192  # of a batch whose size is not named
+TOKENS_PER_BATCH = 8192  # default batch size
 Split = Literal["val", "train", "all"]
 
 
 class EvaluateConfig(FrozenConfig):
-    """What to score, on what, and how; see conf/evaluate.yaml."""
+    """Config of ``python -m gptlab.evaluate``; see conf/evaluate.yaml."""
 
     run: Annotated[str, Field(min_length=1)]
     data: DataConfig | None = None
@@ -36,40 +36,44 @@ class EvaluateConfig(FrozenConfig):
 
     @property
     def on_corpus(self) -> bool:
-        """Whether the loss on a corpus is asked for: it is where nothing else is."""
+        """Whether to score a corpus, which is the default without ``tasks`` and ``hellaswag``."""
         return not self.tasks and self.hellaswag is None
 
     def _named(self, keys: tuple[str, ...]) -> str:
         return " and ".join(key for key in keys if getattr(self, key) is not None)
 
     def rows(self, block_size: int) -> int:
-        """Number of windows, texts or examples per batch, for a model of this block size."""
+        """Returns the number of windows, texts or examples per batch, for a model with this block size."""
         return self.batch_size or max(1, TOKENS_PER_BATCH // block_size)
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Self:
         corpus, tasks = ("data", "windows", "stride"), ("task_dir", "num_fewshot", "cache")
         if not self.on_corpus and (idle := self._named(corpus)):
-            raise ValueError(f"tasks and hellaswag bring their own texts: {idle} would mean nothing")
+            raise ValueError(f"{idle} cannot be combined with tasks or hellaswag, which have their own texts")
         if not self.tasks and (idle := self._named(tasks)):
-            raise ValueError(f"{idle} would mean nothing without tasks")
+            raise ValueError(f"{idle} has no effect without tasks")
         if self.on_corpus and self.limit is not None:
-            raise ValueError("limit is of tasks and hellaswag; of a corpus, windows=<number> scores a part")
+            raise ValueError(
+                "limit applies only to tasks and hellaswag; use windows=<number> for part of a corpus"
+            )
         return self
 
 
 def check_request(config: EvaluateConfig, source: ModelSource) -> None:
-    """Checks a request before anything is loaded.
+    """Checks a config before the model is loaded.
 
     Raises:
-        UserError: A package or a folder is missing, or the stride is longer than the model's block.
+        UserError: A package or a directory is missing, or the stride exceeds the block size of the model.
     """
     if config.stride is not None and config.stride > source.model.block_size:
         raise UserError(
-            f"stride={config.stride} would leave tokens out: the model's block has {source.model.block_size}, and the "
-            "stride is at most as long."
+            f"stride={config.stride} would skip tokens. It must be at most block_size={source.model.block_size} of the "
+            "model."
         )
     if config.tasks and find_spec("lm_eval") is None:
-        raise UserError("tasks= needs the lm_eval package: pip install 'gptlab[harness]'")
+        raise UserError(
+            "tasks requires the lm_eval package, which is not installed. Install it with: pip install 'gptlab[harness]'"
+        )
     if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
-        raise UserError(f"task_dir={config.task_dir} is no folder (looked from {Path.cwd()}).")
+        raise UserError(f"task_dir={config.task_dir} is not a directory (relative to {Path.cwd()}).")

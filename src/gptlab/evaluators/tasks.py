@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, whose import takes seconds."""
+"""Tasks of lm-evaluation-harness. Import this module lazily, because importing the harness takes seconds."""
 
 import logging
 import os
@@ -19,30 +19,30 @@ from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
 
-# of what simple_evaluate returns
+# Keys of the result of simple_evaluate to store
 RESULT_KEYS = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
 
 class HarnessTasks(TaskManager):
-    """The harness' tasks and those of a folder; a task that cannot be loaded is a UserError."""
+    """TaskManager of the harness that raises UserError for a task that cannot be loaded."""
 
     def load(self, task_list: Any) -> Any:
-        """Loads tasks with their data sets, which come from the hub or its cache."""
+        """Loads tasks with their datasets, which are downloaded from the Hugging Face Hub if they are not cached."""
         try:
             return super().load(task_list)
-        except Exception as error:  # whatever datasets, the network or a task's own code raises
+        except Exception as error:  # datasets, the network and the code of a task raise many types
             home = os.environ.get("HF_HOME", "~/.cache/huggingface")
             raise UserError(
                 f"tasks={','.join(map(str, task_list))} cannot be loaded: {type(error).__name__}: {first_line(error)}\n"
-                "Where it is the data set that cannot be had: load it once on a machine with internet (the same "
-                f"command does), and copy the cache of the Hugging Face hub here ({home}; HF_HOME names another)."
+                "If a dataset cannot be downloaded, run the same command on a machine with internet access and copy "
+                f"the cache of the Hugging Face Hub to {home} on this machine (HF_HOME sets another directory)."
             ) from error
 
 
 def find_tasks(config: EvaluateConfig) -> HarnessTasks:
-    """Finds the tasks by name; raises UserError for an unknown one.
+    """Finds the tasks of ``config.tasks`` by name. Raises UserError if a task is unknown.
 
-    The harness' own tasks are thousands of files, which are not read if ``config.task_dir`` has all tasks.
+    Does not index the thousands of task files of the harness if all tasks are in ``config.task_dir``.
     """
     folder = Path(config.task_dir).expanduser() if config.task_dir else None
     with _quiet_harness():
@@ -54,8 +54,8 @@ def find_tasks(config: EvaluateConfig) -> HarnessTasks:
     for task in config.tasks:
         if not every.match_tasks([task]):
             raise UserError(
-                f"tasks={task}: lm-evaluation-harness has no such task.{did_you_mean(task, every.all_tasks)} All are "
-                "listed by: lm-eval ls tasks"
+                f"Unknown task in tasks={task}.{did_you_mean(task, every.all_tasks)} List all tasks of "
+                "lm-evaluation-harness with: lm-eval ls tasks"
             )
     return every
 
@@ -63,7 +63,15 @@ def find_tasks(config: EvaluateConfig) -> HarnessTasks:
 def evaluate_tasks(
     model: GPT, tokenizer: Tokenizer, tasks: HarnessTasks, config: EvaluateConfig, context: EvalContext
 ) -> EvalResult | None:
-    """Runs tasks; returns the result on the first rank, None on the others."""
+    """Runs the tasks. Returns the result on the first rank and None on the other ranks.
+
+    Args:
+        model: Model, on the device of ``context``.
+        tokenizer: Tokenizer of the model.
+        tasks: Result of ``find_tasks``.
+        config: Config of the evaluation.
+        context: Device, precision and rank.
+    """
     rows = config.rows(model.config.block_size)
     adapter = HarnessModel(model, tokenizer, batch_size=rows, device=context.device, autocast=context.autocast)
     cache = (
@@ -100,7 +108,7 @@ def evaluate_tasks(
 
 @contextmanager
 def _quiet_harness() -> Iterator[None]:
-    """Lets the harness log errors only."""
+    """Limits the logging of the harness to errors."""
     logger = logging.getLogger("lm_eval")
     before = logger.level
     logger.setLevel(logging.ERROR)

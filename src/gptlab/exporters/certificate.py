@@ -1,4 +1,4 @@
-"""Certificate of an export: its comparisons with the reference, and their results."""
+"""Certificate of an export: the comparisons with the reference and their results."""
 
 import json
 import re
@@ -18,12 +18,12 @@ class Check(NamedTuple):
     """One comparison of an export with the reference.
 
     Attributes:
-        what: Was compared.
-        by: The library that read or ran the export, with its version.
-        result: In words.
-        passed: Whether it is what it should be.
-        difference: Largest absolute one, where there is such.
-        tolerance: That it may have.
+        what: Name of the compared quantity.
+        by: Name and version of the library that read or ran the export.
+        result: Human-readable result.
+        passed: Whether the comparison succeeded.
+        difference: Largest absolute difference, if the comparison is numeric.
+        tolerance: Largest allowed difference, if the comparison is numeric.
     """
 
     what: str
@@ -38,10 +38,10 @@ class Certificate(NamedTuple):
     """All comparisons of an export.
 
     Attributes:
-        about: The source, the format and the type of the weights.
-        reference: What was compared with.
-        checks: In order.
-        unchecked: What was not compared, each with the reason.
+        about: The gptlab version, the model, the format and the dtype.
+        reference: Reference of the comparisons.
+        checks: Comparisons, in order.
+        unchecked: Quantities that were not compared, each with the reason.
     """
 
     about: Mapping[str, Any]
@@ -55,15 +55,15 @@ class Certificate(NamedTuple):
         return [check for check in self.checks if not check.passed]
 
     def lines(self) -> list[str]:
-        """One a comparison, for people."""
+        """Returns human-readable lines, one per comparison."""
         done = [f"{check.what} by {check.by}: {check.result}" for check in self.checks]
-        rounded = self.reference.rounding
-        told = (
+        rounding = self.reference.rounding
+        effect = (
             []
-            if rounded is None
-            else [f"storing in {self.about['dtype']} itself moves the logits by up to {rounded:.2g}"]
+            if rounding is None
+            else [f"rounding the weights to {self.about['dtype']} changes the logits by up to {rounding:.2g}"]
         )
-        return done + [f"not checked: {text}" for text in self.unchecked] + told
+        return done + [f"not checked: {text}" for text in self.unchecked] + effect
 
     def save(self, folder: Path) -> None:
         """Writes certificate.json."""
@@ -82,23 +82,23 @@ class Certificate(NamedTuple):
                 "tensors_sha256": reference.tensors,
             },
         }
-        text = re.sub(r"\n\s+(?=[\d\]])", " ", json.dumps(values, indent=2))  # a list of numbers in one line
+        text = re.sub(r"\n\s+(?=[\d\]])", " ", json.dumps(values, indent=2))  # lists of numbers on one line
         (folder / CERTIFICATE).write_text(text + "\n", encoding="utf-8")
 
 
 def version(package: str) -> str:
-    """Returns a package's name and version."""
+    """Returns the name and version of a package."""
     return f"{package} {metadata.version(package)}"
 
 
 def compare_scores(score: ScoreFunction, reference: Reference, by: str, relative: float) -> list[Check]:
-    """Compares logits and the greedy continuation with those of the exported model.
+    """Compares the logits and the greedy continuation of an exported model with the reference.
 
     Args:
-        score: Of the exported model.
-        reference: Ours.
-        by: Who runs it.
-        relative: Largest difference of logits, in parts of the largest logit.
+        score: Returns the logits of the exported model.
+        reference: Reference of the comparison.
+        by: Library that runs the exported model.
+        relative: Tolerance of the logits, relative to the largest logit.
     """
     difference = (score(reference.prompts) - reference.logits).abs().max().item()
     theirs = greedy_continuation(score, reference.beginning, len(reference.greedy.ids)).ids
@@ -109,18 +109,18 @@ def compare_scores(score: ScoreFunction, reference: Reference, by: str, relative
 
 
 def compare_logits(difference: float, reference: Reference, by: str, relative: float, *, of: str = "logits") -> Check:
-    """Checks the largest difference of logits, or of what ``of`` names."""
+    """Checks the largest difference of the logits, or of the quantity ``of``, against its tolerance."""
     tolerance = relative * reference.scale
     shape = "x".join(map(str, reference.prompts.shape))
-    where = f"prompts of {shape} tokens, whose logits reach {reference.scale:.3g}"
-    result = f"largest difference {difference:.2g}, {tolerance:.2g} allowed; {where}"
+    where = f"prompts of {shape} tokens, largest logit {reference.scale:.3g}"
+    result = f"largest difference {difference:.2g}, tolerance {tolerance:.2g} ({where})"
     return Check(of, by, result, difference <= tolerance, difference, tolerance)
 
 
 def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relative: float) -> Check:
-    """Checks a greedy continuation.
+    """Compares a greedy continuation with the reference.
 
-    It may part from ours where two tokens were as likely as each other, within twice the tolerance of a logit.
+    It may differ from the first token on at which the two highest logits differ by at most twice the tolerance.
     """
     ids = _until(reference.greedy.ids, reference.end_of_text)
     other = _until(theirs, reference.end_of_text)
@@ -129,39 +129,40 @@ def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relativ
     )
     what = f"greedy continuation of {len(reference.beginning)} tokens"
     if ids == other:
-        return Check(what, by, f"the same {len(ids)} tokens", passed=True)
+        return Check(what, by, f"{len(ids)} of {len(ids)} tokens identical", passed=True)
     margin = reference.greedy.margins[at] if at < len(ids) else None
     tied = margin is not None and margin <= 2 * relative * reference.scale
-    why = f"two tokens are {margin:.1g} apart there" if tied else "the next token is another one"
-    return Check(what, by, f"the same {at} of {len(ids)} tokens; {why}", passed=tied)
+    reason = f"the two highest logits differ by only {margin:.1g}" if tied else "the next token differs"
+    return Check(what, by, f"{at} of {len(ids)} tokens identical; {reason}", passed=tied)
 
 
 def compare_tensors(theirs: Iterator[tuple[str, Tensor]], reference: Reference, by: str) -> Check:
-    """Compares the tensors that a library reads from the file with the reference, bit by bit.
+    """Compares the tensors that a library reads from the export with the reference, bit by bit.
 
     Args:
-        theirs: By the names and in the orientation of nanoGPT, as they are stored, one after the other.
-        reference: Ours.
-        by: Who reads them.
+        theirs: Tensors of the export in their stored dtype, with the names and in the orientation of nanoGPT.
+        reference: Reference of the comparison.
+        by: Library that reads the tensors.
     """
     found = {name: tensor_hash(tensor) for name, tensor in theirs}
     wrong = sorted(
         name for name in reference.tensors.keys() | found.keys() if found.get(name) != reference.tensors.get(name)
     )
     right = len(reference.tensors.keys() - set(wrong))
-    result = f"{right} of {len(reference.tensors)} bit-equal"
-    named = f", but not {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}" if wrong else ""
-    return Check("tensors", by, result + named, passed=not wrong)
+    result = f"{right} of {len(reference.tensors)} bit-identical"
+    names = f", but not {', '.join(wrong[:3])}{', ...' if len(wrong) > 3 else ''}" if wrong else ""
+    return Check("tensors", by, result + names, passed=not wrong)
 
 
 def compare_texts(theirs: Sequence[Sequence[int]], ours: Sequence[Sequence[int]], by: str) -> Check:
-    """Compares two tokenizers on some texts."""
+    """Compares the token IDs of several texts."""
     right = sum(list(one) == list(two) for one, two in zip(theirs, ours, strict=True))
     tokens = sum(len(ids) for ids in ours)
-    return Check("tokenizer", by, f"the same ids of {right} of {len(ours)} texts ({tokens} tokens)", right == len(ours))
+    result = f"token IDs of {right} of {len(ours)} texts identical ({tokens} tokens)"
+    return Check("tokenizer", by, result, right == len(ours))
 
 
 def _until(ids: Sequence[int], end: int | None) -> list[int]:
-    """Returns the ids before the end of text."""
+    """Returns the token IDs before the first end-of-text token."""
     cut = list(ids)
     return cut[: cut.index(end)] if end in cut else cut

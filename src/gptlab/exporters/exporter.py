@@ -1,4 +1,4 @@
-"""An export from start to end: reference, files, certificate, model card."""
+"""Export of a model: reference, files, certificate and model card."""
 
 from importlib import metadata
 from pathlib import Path
@@ -18,30 +18,41 @@ WRITERS = {"hf": huggingface, "nanogpt": nanogpt, "llmc": llmc, "gguf": gguf, "o
 
 
 class ExportMismatch(Exception):  # noqa: N818
-    """The exported model differs from its source; the message says how."""
+    """Raised if the exported model differs from its source or cannot be loaded."""
 
 
 def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: Path) -> Certificate:
-    """Writes a model to ``out`` and compares what was written with it.
+    """Exports a model to ``out``, and compares the export with the model.
+
+    Args:
+        source: Model to export.
+        form: Export format.
+        dtype: dtype of the weights.
+        out: Directory of the export, which must not exist or must be empty.
+
+    Returns:
+        The certificate, which is also saved in ``out``.
 
     Raises:
-        ExportMismatch: The export differs from the model; nothing of it is left.
-        UserError: The folder cannot be created, or the source cannot be read.
+        ExportMismatch: The export differs from the model. ``out`` is not created.
+        UserError: The directory cannot be created, or the source cannot be read.
     """
     tokenizer = source.tokenizer() if source.record is not None else None
     job = ExportRequest(source, form, dtype, tokenizer, model_title(source))
     with atomic_folder(out) as folder:
-        reference = _write(job, folder)  # our model is gone before another library loads its own
+        reference = _write(job, folder)  # frees the memory of the model before another library loads the export
         try:
             checked = WRITERS[form].check(job, folder, reference)
-        except Exception as error:  # whatever another library raises for a file that it cannot read
-            why = str(error).strip() or type(error).__name__
-            raise ExportMismatch(f"{out} is not written: what was exported cannot be loaded again. {why}") from error
+        except Exception as error:  # other libraries raise many types
+            reason = str(error).strip() or type(error).__name__
+            raise ExportMismatch(f"{out} was not written, because the export cannot be loaded: {reason}") from error
         about = {"gptlab": metadata.version("gptlab"), "model": job.title, "format": form, "dtype": dtype}
         certificate = Certificate(about, reference, checked.checks, checked.unchecked)
         if failed := certificate.failed:
             differences = "; ".join(f"{check.what} by {check.by}: {check.result}" for check in failed)
-            raise ExportMismatch(f"{out} is not written: what was exported is not {source.name}. {differences}.")
+            raise ExportMismatch(
+                f"{out} was not written, because the export differs from {source.name}: {differences}."
+            )
         certificate.save(folder)
         (folder / CARD_FILE).write_text(render_model_card(job, certificate), encoding="utf-8")
     return certificate

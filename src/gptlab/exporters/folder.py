@@ -1,4 +1,4 @@
-"""Folder of an export: written whole or not at all, and uploaded to the Hugging Face hub. Imports no torch."""
+"""Directory of an export: written atomically, and uploaded to the Hugging Face Hub. Imports no torch."""
 
 import shutil
 import uuid
@@ -11,46 +11,50 @@ from gptlab.errors import UserError, first_line
 
 
 def check_output_free(out: Path) -> None:
-    """Raises UserError if ``out`` exists and is not an empty folder."""
+    """Raises UserError if ``out`` exists and is not an empty directory."""
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"out={out} is there already: an export makes a new folder, or fills an empty one.")
+        raise UserError(f"out={out} already exists. Choose a new or an empty directory.")
 
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``out`` and renames it to ``out`` at the end; removes it after an exception.
+    """Yields a temporary directory, which is renamed to ``out`` on success and deleted after an exception.
 
     Raises:
-        UserError: The folder cannot be created.
+        UserError: The directory cannot be created, or ``out`` exists and is not empty.
     """
     out = out.absolute()
-    beside = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
+    temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be made: {error}.") from error
+        raise UserError(f"out={out} cannot be created: {error}.") from error
     try:
-        yield beside
-        for file in beside.iterdir():
+        yield temporary
+        for file in temporary.iterdir():
             fsync_path(file)
-        check_output_free(out)  # it may have been made in the meantime
-        beside.rename(out)  # over an empty folder, too
+        check_output_free(out)  # it may have been created in the meantime
+        temporary.rename(out)  # also replaces an empty directory
         fsync_path(out.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def list_upload(folder: Path) -> str:
-    """Lists the files that would be uploaded, with their sizes in bytes."""
+    """Returns a list of the files to upload, with their sizes in bytes."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     lines = [f"  {size:>13,} bytes  {name}" for name, size in sizes.items()]
-    return "\n".join([*lines, f"  {sum(sizes.values()):>13,} bytes in all"])
+    return "\n".join([*lines, f"  {sum(sizes.values()):>13,} bytes in total"])
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads a folder to a model repository, created if missing, and returns the repository's URL.
+    """Uploads a directory to a model repository on the Hugging Face Hub, and returns the URL of the repository.
 
-    The token is that of ``hf auth login``, or HF_TOKEN.
+    Creates the repository if it does not exist. Authenticates with the token of ``hf auth login`` or HF_TOKEN.
+
+    Args:
+        folder: Directory to upload.
+        repository: Repository ID, ``<owner>/<name>``.
 
     Raises:
         UserError: The upload fails.
@@ -64,7 +68,7 @@ def push(folder: Path, repository: str) -> str:
         hub.upload_folder(folder_path=folder, repo_id=repository, commit_message="Export from gptlab")
     except (OSError, HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
         raise UserError(
-            f"{folder} is written, but push={repository} failed: {first_line(error)}\n"
-            f"To upload it later: hf auth login, and hf upload {repository} {folder}"
+            f"{folder} was written, but the upload push={repository} failed: {first_line(error)}\n"
+            f"Upload it later with: hf auth login, then hf upload {repository} {folder}"
         ) from error
     return str(address)

@@ -2,11 +2,11 @@
 
 | format  | for                                          | implementation of the model                             |
 |---------|----------------------------------------------|---------------------------------------------------------|
-| hf      | transformers, and every server that loads it | transformers, modeling_gpt2.py                          |
+| hf      | transformers and compatible servers          | transformers, modeling_gpt2.py                          |
 | nanogpt | karpathy/nanoGPT                             | nanoGPT, model.py: head tied to ``wte``, exact GELU     |
 | llmc    | karpathy/llm.c                               | llm.c, train_gpt2.c: head tied to ``wte``, tanh GELU    |
 | gguf    | llama.cpp                                    | llama.cpp, LLM_ARCH_GPT2: tanh GELU                     |
-| onnx    | onnxruntime and other graph runtimes         | gptlab's own                                            |
+| onnx    | onnxruntime and other graph runtimes         | the exported graph of gptlab's model                    |
 """
 
 from importlib.util import find_spec
@@ -24,10 +24,10 @@ class FormatCapabilities(NamedTuple):
 
     Attributes:
         dtypes: Supported dtypes of the weights.
-        activations: Supported values of ``model.activation``; None for all.
-        tied_only: Whether the head is always tied to the embedding.
-        biases: Whether the format always has biases; zeros are written for a model without biases.
-        tokenizers: Supported tokenizers; None for any, or no known tokenizer.
+        activations: Supported values of ``model.activation``, or None for all.
+        tied_only: Whether the format requires weight tying.
+        biases: Whether the format always has biases. If so, zeros are written for a model without biases.
+        tokenizers: Supported tokenizers, or None if any tokenizer, or an unknown one, is supported.
         packages: Packages required to write the format.
     """
 
@@ -60,9 +60,9 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
 
     Args:
         name: Name of the format.
-        dtype: Dtype of the weights.
-        model: Shape and options of the model.
-        record: Record of the model's tokenizer, if known.
+        dtype: dtype of the weights.
+        model: Config of the model.
+        record: Record of the model's tokenizer, or None if it is unknown.
 
     Raises:
         UserError: A package is missing, or the format does not support the dtype, an option or the tokenizer.
@@ -70,20 +70,20 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
     form = FORMATS[name]
     if missing := [package for package in form.packages if find_spec(package) is None]:
         raise UserError(
-            f"format={name} needs {' and '.join(f'the {package} package' for package in missing)}: "
+            f"format={name} requires {' and '.join(f'the {package} package' for package in missing)}. Install with: "
             "pip install 'gptlab[export]'"
         )
     if dtype not in form.dtypes:
-        raise UserError(f"dtype={dtype}: format={name} has weights in {' or '.join(form.dtypes)}.")
+        raise UserError(f"format={name} does not support dtype={dtype}. Use dtype={' or '.join(form.dtypes)}.")
     if foreign := _unsupported_options(form, model):
         raise UserError(
-            f"format={name} has no {', no '.join(foreign)}: this model would be another one there. "
-            "format=onnx holds every option."
+            f"format={name} does not support {', '.join(foreign)} of this model. format=onnx supports every model."
         )
     if form.tokenizers is not None and (record is None or record["name"] not in form.tokenizers):
-        kind = "no tokenizer that is known" if record is None else f"tokenizer={record['name']}"
+        kind = "an unknown tokenizer" if record is None else f"tokenizer={record['name']}"
         raise UserError(
-            f"format={name} holds the tokenizer, and this model has {kind}; llama.cpp has {', '.join(form.tokenizers)}."
+            f"format={name} includes the tokenizer, which must be {' or '.join(form.tokenizers)}, but this model has "
+            f"{kind}."
         )
 
 

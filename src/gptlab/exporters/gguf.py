@@ -1,7 +1,7 @@
-"""GGUF file for llama.cpp, laid out as its convert_hf_to_gguf.py writes a GPT2LMHeadModel.
+"""GGUF file for llama.cpp, with the layout of its convert_hf_to_gguf.py for a GPT2LMHeadModel.
 
-The file is checked by llama.cpp itself, which xllamacpp runs in this process: a server that listens on this machine
-alone, at a port of its own choice. Token ids are available only over HTTP.
+The file is checked with llama.cpp, which xllamacpp runs in this process as a server on a free port of 127.0.0.1,
+because token IDs are only available over HTTP.
 """
 
 import json
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
 
 FILE = "model.gguf"
 ARCHITECTURE = "gpt2"
-# llama.cpp wants merges where there are none: this one never happens, since nothing merges into the end of text
+# llama.cpp requires at least one merge. This one never applies, because no merge produces the end-of-text token.
 NO_MERGE = "<|endoftext|> <|endoftext|>"
-# Differences of logits. llama.cpp's GELU is a table of float16, and with weights in float16 so are the inputs of a
-# product (ggml-cpu, GGML_GELU_FP16 and vec_dot_f16).
+# Relative tolerance of the logits. llama.cpp computes GELU with a float16 table and, for float16 weights, rounds the
+# inputs of a matmul to float16 (ggml-cpu, GGML_GELU_FP16 and vec_dot_f16).
 RELATIVE = {"float32": 2e-3, "float16": 5e-3}
-TOP_TOKENS = 1000  # tokens whose probabilities llama.cpp returns
-SURE = 1e9  # added to a logit so that its token is drawn
+TOP_TOKENS = 1000  # number of tokens whose probabilities llama.cpp returns
+FORCING_BIAS = 1e9  # logit bias with which llama.cpp always samples a token
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes the metadata and the tokenizer, then the weights one after the other."""
+    """Writes model.gguf: metadata and tokenizer, then the weights, one tensor at a time."""
     import gguf
 
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
@@ -76,7 +76,9 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Reads the file with the gguf library and, if xllamacpp is installed, runs it with llama.cpp."""
     checks = [compare_tensors(_read(folder / FILE, job, list(reference.tensors)), reference, version("gguf"))]
     if find_spec("xllamacpp") is None:
-        return CheckResult(checks, ["logits, continuation and tokenizer, since xllamacpp (llama.cpp) is not installed"])
+        return CheckResult(
+            checks, ["logits, continuation and tokenizer, because xllamacpp (llama.cpp) is not installed"]
+        )
     return CheckResult([*checks, *_by_llama_cpp(job, folder / FILE, reference)], [])
 
 
@@ -84,7 +86,7 @@ def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
     from gguf import TokenType
 
     bpe = as_byte_level_bpe(job.tokenizer) if job.tokenizer is not None else None
-    assert bpe is not None  # noqa: S101  (what check_format guarantees)
+    assert bpe is not None  # noqa: S101  (guaranteed by check_format)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(bpe.tokens)
@@ -96,14 +98,14 @@ def _add_tokenizer(writer: "GGUFWriter", job: ExportRequest) -> None:
 
 
 def _names(layers: int) -> Callable[[str], str]:
-    """Returns the function from a name of ``to_external`` to the tensor's name in the file."""
+    """Returns a function that maps names of ``to_external`` to the tensor names of the file."""
     import gguf
 
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, layers)
 
     def name_of(name: str) -> str:
         found = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None  # noqa: S101  (every tensor of a GPT-2 has one)
+        assert found is not None  # noqa: S101  (GGUF names every tensor of a GPT-2)
         return found
 
     return name_of
@@ -121,32 +123,32 @@ def _read(path: Path, job: ExportRequest, names: list[str]) -> Iterator[tuple[st
 
 
 def _by_llama_cpp(job: ExportRequest, path: Path, reference: Reference) -> Iterator[Check]:
-    """Compares log probabilities, the greedy continuation and the tokenizer."""
+    """Compares log-probabilities, the greedy continuation and the tokenizer with llama.cpp."""
     by, relative = f"llama.cpp of {version('xllamacpp')}", RELATIVE[job.dtype]
     server = _Server(path, context=job.source.model.block_size)
-    of = f"log probabilities of the {min(TOP_TOKENS, job.source.model.known_vocab_size):,} likeliest tokens"
+    of = f"log-probabilities of the top {min(TOP_TOKENS, job.source.model.known_vocab_size):,} tokens"
     yield compare_logits(_difference(server, job, reference), reference, by, relative, of=of)
     if tokens := len(reference.greedy.ids):
         ids = server.ask("completion", prompt=reference.beginning, n_predict=tokens, return_tokens=True)["tokens"]
         yield compare_greedy(ids, reference, by, relative)
-    assert job.tokenizer is not None  # noqa: S101  (what check_format guarantees)
+    assert job.tokenizer is not None  # noqa: S101  (guaranteed by check_format)
     texts = comparison_texts(job.tokenizer)
     theirs = [server.ask("tokenize", content=text)["tokens"] for text in texts]
     yield compare_texts(theirs, [job.tokenizer.encode(text).tolist() for text in texts], by)
 
 
 def _difference(server: "_Server", job: ExportRequest, reference: Reference) -> float:
-    """Returns the largest difference of log probabilities near the end and in the middle of each prompt.
+    """Returns the largest difference of log-probabilities near the end and in the middle of each prompt.
 
-    llama.cpp returns them only for tokens that complete a character, so a logit bias forces such a token; the
-    probabilities are those before the bias.
+    llama.cpp returns them only if the sampled token completes a character. A logit bias forces such a token and does
+    not affect the returned probabilities.
     """
     worst = 0.0
-    whole = _whole_character(job)
+    forced = _complete_character(job)
     for prompt, logits in zip(reference.prompts, reference.logits, strict=True):
-        for length in {len(prompt) // 2, len(prompt) - 1} - {0}:  # the block has to have room for what is drawn
-            drawn = {"n_predict": 1, "n_probs": TOP_TOKENS, "logit_bias": [[whole, SURE]]}
-            answer = server.ask("completion", prompt=prompt[:length].tolist(), **drawn)["completion_probabilities"][0]
+        for length in {len(prompt) // 2, len(prompt) - 1} - {0}:  # leaves room for the sampled token
+            options = {"n_predict": 1, "n_probs": TOP_TOKENS, "logit_bias": [[forced, FORCING_BIAS]]}
+            answer = server.ask("completion", prompt=prompt[:length].tolist(), **options)["completion_probabilities"][0]
             ours = logits[length - 1].log_softmax(-1)
             theirs = {entry["id"]: entry["logprob"] for entry in answer["top_logprobs"]}
             found = torch.tensor(list(theirs.values())) - ours[list(theirs)]
@@ -154,13 +156,14 @@ def _difference(server: "_Server", job: ExportRequest, reference: Reference) -> 
     return worst
 
 
-def _whole_character(job: ExportRequest) -> int:
+def _complete_character(job: ExportRequest) -> int:
+    """Returns the ID of a token that is a complete character."""
     assert job.tokenizer is not None  # noqa: S101
     return int(job.tokenizer.encode("e")[0])
 
 
 class _Server:
-    """Server of llama.cpp with one model, on the CPU; its KV cache is float32, as gptlab's is."""
+    """llama.cpp server with one model on the CPU, with a float32 KV cache as in gptlab."""
 
     def __init__(self, path: Path, context: int) -> None:
         import xllamacpp
@@ -177,10 +180,10 @@ class _Server:
         for threads in (settings.cpuparams, settings.cpuparams_batch):
             threads.n_threads = torch.get_num_threads()
         self._server = xllamacpp.Server(settings)
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # to this machine, by no proxy
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # ignores proxy settings
 
     def ask(self, endpoint: str, **values: Any) -> dict[str, Any]:
-        """Posts values to an endpoint and returns its answer."""
+        """Posts values to an endpoint and returns its response."""
         if endpoint == "completion":
             values |= {"temperature": 0, "cache_prompt": False}
         url = f"{self._server.listening_address}/{endpoint}"

@@ -1,4 +1,4 @@
-"""Hugging Face folder, which transformers' ``from_pretrained`` loads."""
+"""Hugging Face model directory, which transformers' ``from_pretrained`` loads."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -28,11 +28,11 @@ from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, open_safetensors
 GENERATION = "generation_config.json"
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-RELATIVE = 2e-5  # difference of logits: both compute in float32
+RELATIVE = 2e-5  # relative tolerance of the logits: both programs compute in float32
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes config.json, model.safetensors, generation_config.json and the tokenizer's files."""
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer files."""
     end = job.end_of_text
     files: dict[str, Any] = {
         DESCRIPTION: _description(model.config, end, job.dtype),
@@ -50,23 +50,28 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Loads the export with safetensors and, if installed, with transformers."""
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
-        return CheckResult(checks, ["logits and continuation, since transformers is not installed"])
+        return CheckResult(checks, ["logits and continuation, because transformers is not installed"])
     unchecked = [NO_TOKENIZER] if job.tokenizer is None else []
     return CheckResult([*checks, *_by_transformers(job, folder, reference)], unchecked)
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:
-    """Writes a safetensors file with one tensor in memory at a time, which its own library cannot.
+    """Writes a safetensors file with only one tensor in memory at a time, which the safetensors library cannot do.
 
-    The layout (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes; the header, JSON, with
-    each tensor's type, shape and place; the tensors.
+    Layout (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes, the header as JSON with the
+    dtype, shape and offsets of each tensor, and the tensors.
+
+    Args:
+        tensors: Tensors by name, each with the dtype of the model.
+        stored: dtype of each tensor in the file.
+        path: Path of the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * stored[name].itemsize
-        place = [begin, end]
-        header[name] = {"dtype": SAFETENSORS[stored[name]], "shape": list(tensor.shape), "data_offsets": place}
+        offsets = [begin, end]
+        header[name] = {"dtype": SAFETENSORS[stored[name]], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -76,7 +81,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.
 
 
 def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[str, Any]:
-    """Returns transformers' GPT2Config; n_ctx is read by llama.cpp's converter."""
+    """Returns the GPT2Config of transformers. n_ctx is required by llama.cpp's converter."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",

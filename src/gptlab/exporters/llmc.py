@@ -1,4 +1,4 @@
-"""llm.c's files: weights, and GPT-2's tokens (karpathy/llm.c, train_gpt2.py: write_model, write_tokenizer)."""
+"""llm.c files: weights and GPT-2's tokens (karpathy/llm.c, train_gpt2.py: write_model, write_tokenizer)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +19,10 @@ from gptlab.model.modern import meta_gpt
 WEIGHTS, TOKENS = "model.bin", "gpt2_tokenizer.bin"
 MAGIC, TOKENS_MAGIC, TOKENS_VERSION = 20240326, 20240328, 2
 VERSIONS = {"float32": 3, "bfloat16": 5}
-HEADER = 256  # int32
-ROWS = 128  # the vocabulary is padded to a multiple of this, with zeros
-RELATIVE = 2e-6  # difference of logits, since biases of zero are added where there were none
-# the parameters of all blocks, one kind after the other
+HEADER = 256  # number of int32 values
+ROWS = 128  # the vocabulary is padded with zeros to a multiple of this
+RELATIVE = 2e-6  # relative tolerance of the logits, because zero biases are added to a model without biases
+# Parameters of the blocks, in the order of the file. Each is stored for all blocks before the next one.
 OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
@@ -43,7 +43,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Reads the file by its header, and runs the model that it describes."""
+    """Reads the file according to its header and runs the model with gptlab."""
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]
     model = meta_gpt(config.model_copy(update={"bias": True, "pad_vocab_to_multiple_of": 1}))
@@ -52,8 +52,10 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     model.load_weights(state)
     with torch.no_grad():
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
-    no_package = "what llm.c itself makes of it, which is no package"
-    return CheckResult(checks, [no_package, *omitted_tokenizer(job, (GPT2Tokenizer,), "llm.c has GPT-2's alone")])
+    no_package = "loading with llm.c, because it is not a Python package"
+    return CheckResult(
+        checks, [no_package, *omitted_tokenizer(job, (GPT2Tokenizer,), "llm.c only supports that of GPT-2")]
+    )
 
 
 def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
@@ -72,7 +74,7 @@ def _layout(config: GPTConfig, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields the tensors one after the other, as views of the file."""
+    """Yields the tensors as memory-mapped views of the file."""
     header = np.fromfile(path, dtype="<i4", count=HEADER)
     _, block, rows, layers, heads, width, padded = header[1:8].tolist()
     sizes = {"block_size": block, "n_layer": layers, "n_head": heads, "n_embd": width}
@@ -93,7 +95,7 @@ def _header(*numbers: int) -> bytes:
 
 
 def _write_tokens(tokenizer: GPT2Tokenizer, path: Path) -> None:
-    """Writes the bytes of every token, preceded by their number in one byte."""
+    """Writes the bytes of every token, each preceded by its length in one byte."""
     tokens = [tokenizer.to_bytes([i]) for i in range(tokenizer.vocab_size)]
     with path.open("wb") as file:
         file.write(_header(TOKENS_MAGIC, TOKENS_VERSION, len(tokens), tokenizer.end_of_text))

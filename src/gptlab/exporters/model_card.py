@@ -1,4 +1,4 @@
-"""README.md of an export: a model card as the Hugging Face hub shows it, with the certificate. Imports no torch."""
+"""README.md of an export: a model card for the Hugging Face Hub, with the certificate. Imports no torch."""
 
 from importlib import metadata
 from pathlib import Path
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class ModelCardInfo(NamedTuple):
-    """Training of a run up to its best checkpoint; all None for a model that gptlab did not train.
+    """Training of a run up to its best checkpoint. All attributes are None for a model that gptlab did not train.
 
     Attributes:
-        dataset: Name of the training data, without a path of this machine.
+        dataset: Name of the training data, without the path on this machine.
         step: Step of the best checkpoint.
-        tokens: Tokens seen by then.
-        val_loss: Validation loss there, nats per token.
-        bits_per_byte: The same in bits per byte of text.
+        tokens: Number of training tokens up to that step.
+        val_loss: Validation loss at that step, in nats per token.
+        bits_per_byte: Validation loss at that step, in bits per byte.
     """
 
     dataset: str | None = None
@@ -34,11 +34,11 @@ class ModelCardInfo(NamedTuple):
 
     @classmethod
     def of(cls, source: ModelSource) -> Self:
-        """Reads the run directory of a source."""
+        """Reads the training of a source from its run directory."""
         if not source.is_run:
             return cls()
         origin = load_manifest(source.path).origin
-        dataset = Path(origin).name if Path(origin).is_absolute() else origin  # no path of this machine
+        dataset = Path(origin).name if Path(origin).is_absolute() else origin  # without the path on this machine
         scored = [row for row in Run(source.path).rows if "val/loss" in row]
         if not scored:
             return cls(dataset)
@@ -48,7 +48,7 @@ class ModelCardInfo(NamedTuple):
 
 
 def model_title(source: ModelSource) -> str:
-    """Returns a model's name without a path of this machine."""
+    """Returns the name of a model, without the path on this machine."""
     return Run(source.path).name if source.is_run else Path(source.name.removeprefix("hf://")).name
 
 
@@ -57,11 +57,11 @@ LIBRARIES: dict[FormatName, str] = {"hf": "transformers", "gguf": "llama.cpp", "
 USAGE: dict[FormatName, str] = {
     "hf": """from transformers import pipeline
 
-write = pipeline("text-generation", "<this folder>")
-print(write("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
+generator = pipeline("text-generation", "<this directory>")
+print(generator("Once", max_new_tokens=50, do_sample=False)[0]["generated_text"])""",
     "nanogpt": """import torch
 
-checkpoint = torch.load("ckpt.pt", weights_only=True)  # model, model_args; python sample.py --out_dir=<this folder>""",
+checkpoint = torch.load("ckpt.pt", weights_only=True)  # or: python sample.py --out_dir=<this directory>""",
     "llmc": "./train_gpt2cu -e model.bin",
     "gguf": """llama-completion -m model.gguf -p "Once" -n 50 --temp 0""",
     "onnx": """import numpy as np
@@ -73,7 +73,7 @@ session = onnxruntime.InferenceSession("model.onnx")
 
 
 def render_model_card(job: "ExportRequest", certificate: "Certificate") -> str:
-    """Renders the description, the usage and the certificate of an export."""
+    """Returns the Markdown text of the model card: description, usage and certificate."""
     front = ["---", *_front(job), "---"]
     uses = "python" if job.format in ("hf", "nanogpt", "onnx") else "sh"
     parts = [
@@ -83,8 +83,8 @@ def render_model_card(job: "ExportRequest", certificate: "Certificate") -> str:
         f"(format={job.format}, {job.dtype}).",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _facts(job).items())]),
         f"## Use\n\n```{uses}\n{USAGE[job.format]}\n```",
-        "## Certificate\n\nWhat was exported was loaded again and compared with the model that it was made of; "
-        "certificate.json has the numbers.\n\n" + "\n".join(f"- {line}" for line in certificate.lines()),
+        "## Certificate\n\nThe export was loaded again and compared with its source model. certificate.json has all "
+        "values.\n\n" + "\n".join(f"- {line}" for line in certificate.lines()),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -96,14 +96,14 @@ def _front(job: "ExportRequest") -> list[str]:
 
 def _facts(job: "ExportRequest") -> dict[str, str]:
     model, info = job.source.model, ModelCardInfo.of(job.source)
-    size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, block of {model.block_size:,} tokens"
+    size = f"{model.n_layer} layers, {model.n_head} heads, width {model.n_embd}, block size {model.block_size:,}"
     options = f"positions {model.positions}, norm {model.norm}, activation {model.activation}"
     tokenizer = job.source.record["name"] if job.source.record is not None else "unknown"
     rows = {
         "architecture": f"{size}; {options}; {'with' if model.bias else 'without'} biases; "
-        f"head {'tied to the embedding' if model.tie_weights else 'of its own'}",
+        f"head {'tied to the embedding' if model.tie_weights else 'not tied to the embedding'}",
         "parameters": f"{parameter_count(model.model_copy(update={'pad_vocab_to_multiple_of': 1})):,}",
-        "tokenizer": f"{tokenizer}, {model.vocab_size:,} ids",
+        "tokenizer": f"{tokenizer}, {model.vocab_size:,} token IDs",
         "trained on": info.dataset,
         "steps": f"{info.step:,}" if info.step is not None else None,
         "tokens seen": f"{info.tokens:,}" if info.tokens is not None else None,

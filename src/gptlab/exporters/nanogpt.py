@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint: ckpt.pt, and meta.pkl for a character tokenizer."""
+"""nanoGPT checkpoint: ckpt.pt, and meta.pkl for a character tokenizer."""
 
 import pickle
 from pathlib import Path
@@ -18,11 +18,11 @@ from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 
 CHECKPOINT = "ckpt.pt"
-NO_LOSS = 1e9  # what nanoGPT's train.py begins with
+NO_LOSS = 1e9  # initial best_val_loss of nanoGPT's train.py
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes what nanoGPT's train.py saves, without the optimizer, and meta.pkl for characters."""
+    """Writes the checkpoint of nanoGPT's train.py without optimizer state, and meta.pkl for a character tokenizer."""
     config, info = model.config, ModelCardInfo.of(job.source)
     state = to_external(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
@@ -44,13 +44,13 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
 
 
 def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
-    """Reads the export with gptlab's own reader; nanoGPT is not a package."""
+    """Reads and runs the export with gptlab, because nanoGPT is not a package."""
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
     named = to_external(model, transposed=False, biases=False)
     checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
     with torch.no_grad():
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
-    no_package = "what nanoGPT itself makes of it, which is no package"
-    whose = "nanoGPT has characters and GPT-2's"
-    return CheckResult(checks, [no_package, *omitted_tokenizer(job, (CharactersTokenizer, GPT2Tokenizer), whose)])
+    no_package = "loading with nanoGPT, because it is not a Python package"
+    reason = "nanoGPT only supports characters and that of GPT-2"
+    return CheckResult(checks, [no_package, *omitted_tokenizer(job, (CharactersTokenizer, GPT2Tokenizer), reason)])

@@ -1,4 +1,4 @@
-"""ONNX graph of any gptlab model, with its weights in a file beside it."""
+"""ONNX graph of any gptlab model, with its weights in a separate file."""
 
 import logging
 import warnings
@@ -21,12 +21,12 @@ from gptlab.model.modern import meta_gpt
 
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 INPUT, OUTPUT = "input_ids", "logits"
-MOST_AT_ONCE = 2**16  # sequences; the tracer wants a bound
-RELATIVE = 2e-5  # difference of logits: both compute in float32
+MAX_BATCH_SIZE = 2**16  # upper bound that the tracer requires
+RELATIVE = 2e-5  # relative tolerance of the logits: both programs compute in float32
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Traces the model without weights, then writes these one at a time, without a second copy in memory."""
+    """Traces the model without weights, then writes the weights one at a time to avoid a second copy in memory."""
     import onnx_ir
 
     tensors = {name: tensor.contiguous() for name, tensor in unpadded_parameters(model).items()}
@@ -35,7 +35,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
     with _quiet_exporter():
         program = trace_model(model)
         for value in program.model.graph.initializers.values():
-            value.const_value = None  # there is nothing in it, so nothing to be folded into another
+            value.const_value = None  # has no data, and must not be used for constant folding
         program.optimize()
     graph, end = program.model.graph, 0
     with (folder / WEIGHTS).open("wb") as file:
@@ -43,10 +43,10 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
             if name in tensors:
                 begin, end = end, end + tensors[name].nbytes
                 file.write(tensors[name].view(torch.uint8).numpy().data)
-                about = {"shape": value.shape, "name": name, "base_dir": str(folder)}
-                value.const_value = onnx_ir.ExternalTensor(WEIGHTS, begin, end - begin, onnx_ir.DataType.FLOAT, **about)
+                info = {"shape": value.shape, "name": name, "base_dir": str(folder)}
+                value.const_value = onnx_ir.ExternalTensor(WEIGHTS, begin, end - begin, onnx_ir.DataType.FLOAT, **info)
     for node in graph.all_nodes():
-        node.metadata_props.clear()  # the lines of gptlab that it comes from, on this machine
+        node.metadata_props.clear()  # removes source locations, which contain paths of this machine
         node.doc_string = None
     onnx_ir.save(program.model, folder / GRAPH)
 
@@ -55,11 +55,11 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Reads the weights and, if onnxruntime is installed, runs the graph."""
     checks = [compare_tensors(_read(folder, job.source.model), reference, version("onnx"))]
     if find_spec("onnxruntime") is None:
-        return CheckResult(checks, ["logits and continuation, since onnxruntime is not installed"])
+        return CheckResult(checks, ["logits and continuation, because onnxruntime is not installed"])
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.disable_prepacking", "1")  # no second copy of the weights
+    options.add_session_config_entry("session.disable_prepacking", "1")  # avoids a second copy of the weights
     options.enable_cpu_mem_arena = False
     session = onnxruntime.InferenceSession(folder / GRAPH, options, providers=["CPUExecutionProvider"])
 
@@ -71,7 +71,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silences the exporter's warnings of a missing torchvision and of missing weights."""
+    """Suppresses the exporter's warnings about a missing torchvision and about missing weights."""
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -82,31 +82,35 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def trace_model(model: GPT) -> Any:
-    """Traces the model for any batch and time, without its weights and the padding of its vocabulary."""
-    network = meta_gpt(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
+    """Traces the model for any batch size and sequence length, without its weights and its vocabulary padding.
+
+    Returns:
+        The ``torch.onnx.ONNXProgram``.
+    """
+    meta_model = meta_gpt(model.config.model_copy(update={"pad_vocab_to_multiple_of": 1})).eval().requires_grad_(False)
     example = torch.zeros((2, min(8, model.config.block_size)), dtype=torch.long, device="meta")
-    batch = torch.export.Dim("batch", min=1, max=MOST_AT_ONCE)
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)
     time = torch.export.Dim("time", min=1, max=model.config.block_size)
     return torch.onnx.export(
-        network,
+        meta_model,
         (example,),
         input_names=[INPUT],
         output_names=[OUTPUT],
         dynamic_shapes=({0: batch, 1: time},),
         dynamo=True,
         verbose=False,
-        optimize=False,  # it would want the weights
+        optimize=False,  # would require the weights
     )
 
 
 def _read(folder: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights one after the other, by the names of ``to_external``."""
+    """Yields the weights with the names of ``to_external``, memory-mapped."""
     import numpy as np
     import onnx
 
     for tensor in onnx.load(folder / GRAPH, load_external_data=False).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            data = np.memmap(folder / place["location"], "<f4", "c", int(place["offset"]), tuple(tensor.dims))
+            entries = {entry.key: entry.value for entry in tensor.external_data}
+            data = np.memmap(folder / entries["location"], "<f4", "c", int(entries["offset"]), tuple(tensor.dims))
             name = EMBEDDING if tensor.name == HEAD and config.tie_weights else tensor.name
             yield name if name == HEAD else f"transformer.{name}", torch.from_numpy(data)

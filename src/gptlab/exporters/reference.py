@@ -1,6 +1,6 @@
-"""Reference that an export is compared with, computed from the model before it is written.
+"""Reference with which an export is compared, computed from the model before the export is written.
 
-Shapes: B prompts, T time, V vocabulary.
+Shapes: B prompts, T tokens of a prompt, V vocabulary.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ from torch import Tensor
 from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
-PROMPTS, LONGEST = 2, 64
-BEGINNING, CONTINUATION = 8, 16  # tokens of what is continued, and of what is added
-ScoreFunction = Callable[[Tensor], Tensor]  # ids (B, T) to logits (B, T, V)
+PROMPTS, MAX_PROMPT_TOKENS = 2, 64
+BEGINNING, CONTINUATION = 8, 16  # number of tokens of the greedy continuation's prompt, and of the continuation
+ScoreFunction = Callable[[Tensor], Tensor]  # maps token IDs (B, T) to logits (B, T, V)
 
 
 class GreedyContinuation(NamedTuple):
     """Greedy continuation of a text.
 
     Attributes:
-        ids: That were added.
-        margins: By how much the logit of each is above the next best.
+        ids: Token IDs of the continuation.
+        margins: Difference between the highest and the second highest logit at each token.
     """
 
     ids: list[int]
@@ -34,13 +34,13 @@ class Reference(NamedTuple):
     """Outputs and weights that an exported model must reproduce.
 
     Attributes:
-        prompts: Token ids (B, T).
-        logits: Of them (B, T, V).
-        beginning: Token ids that are continued.
-        greedy: How.
-        tensors: SHA-256 of each tensor by the name and in the orientation of nanoGPT, as it is stored.
-        rounding: The largest difference that storing the weights in fewer bits made to the logits; None: none was made.
-        end_of_text: The id at which other programs end a text.
+        prompts: Token IDs (B, T).
+        logits: Logits (B, T, V) of the prompts, with the weights rounded to their stored dtype.
+        beginning: Token IDs of the prompt of the greedy continuation.
+        greedy: The greedy continuation.
+        tensors: SHA-256 of each tensor in its stored dtype, with the name and in the orientation of nanoGPT.
+        rounding: Largest difference of the logits caused by rounding the weights, or None without rounding.
+        end_of_text: ID of the end-of-text token, at which other programs stop, or None.
     """
 
     prompts: Tensor
@@ -53,7 +53,7 @@ class Reference(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """The largest logit, which differences are relative to, but at least 1."""
+        """Largest absolute logit, but at least 1. Tolerances are relative to it."""
         return max(1.0, self.logits.abs().max().item())
 
 
@@ -61,13 +61,13 @@ class Reference(NamedTuple):
 def make_reference(
     model: GPT, stored: Mapping[str, torch.dtype], *, biases: bool, end_of_text: int | None
 ) -> Reference:
-    """Rounds the weights to the format's dtypes, and computes what the exported model must reproduce.
+    """Rounds the weights to their stored dtypes, and computes the reference.
 
     Args:
-        model: On the CPU, in float32; its weights are rounded.
-        stored: Type of each tensor of ``to_external`` in the file.
-        biases: See ``to_external``.
-        end_of_text: The tokenizer's.
+        model: Model on the CPU, in float32. Its weights are rounded in place.
+        stored: dtype of each tensor of ``to_external`` in the file.
+        biases: As in ``to_external``.
+        end_of_text: ID of the end-of-text token, or None.
     """
     prompts = _prompts(model.config.known_vocab_size, model.config.block_size, end_of_text)
     exact = model(prompts)
@@ -87,7 +87,7 @@ def make_reference(
 
 
 def greedy_continuation(score: ScoreFunction, beginning: Sequence[int], tokens: int) -> GreedyContinuation:
-    """Continues a text by ``tokens`` tokens, always the likeliest."""
+    """Continues a text by ``tokens`` tokens with greedy decoding."""
     ids, margins = list(beginning), []
     for _ in range(tokens):
         logits = score(torch.tensor([ids]))[0, -1]
@@ -98,22 +98,22 @@ def greedy_continuation(score: ScoreFunction, beginning: Sequence[int], tokens: 
 
 
 def tensor_hash(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's elements."""
+    """Returns the SHA-256 of the elements of a tensor."""
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _prompts(vocab_size: int, block_size: int, end_of_text: int | None) -> Tensor:
-    """Returns ids from the whole vocabulary, without the end of text, which is its last id."""
+    """Returns token IDs (B, T) from the whole vocabulary except the end-of-text token, which is the last ID."""
     known = max(1, vocab_size - (end_of_text is not None))
-    numbers = torch.arange(PROMPTS * min(block_size, LONGEST))
+    numbers = torch.arange(PROMPTS * min(block_size, MAX_PROMPT_TOKENS))
     return ((numbers * 7919 + 13) % known).view(PROMPTS, -1)
 
 
 def _round(model: GPT, stored: Mapping[str, torch.dtype]) -> bool:
-    """Rounds weights in place to the dtypes that they are stored in; returns whether any changes."""
-    less = {name: dtype for name, dtype in stored.items() if dtype != torch.float32}
+    """Rounds weights in place to their stored dtypes. Returns whether any dtype is not float32."""
+    reduced = {name: dtype for name, dtype in stored.items() if dtype != torch.float32}
     for name, parameter in model.named_parameters():
-        dtype = less.get(name) or less.get(f"transformer.{name}")
+        dtype = reduced.get(name) or reduced.get(f"transformer.{name}")
         if dtype is not None:
-            parameter.copy_(parameter.to(dtype))  # where it is a file's own page, that becomes a page of this process
-    return bool(less)
+            parameter.copy_(parameter.to(dtype))  # copies memory-mapped pages into the memory of this process
+    return bool(reduced)

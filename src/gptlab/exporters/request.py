@@ -1,4 +1,4 @@
-"""Interface of the formats: the request that they get, and the result of their check."""
+"""Interface of the format modules: the export request, and the result of ``check``."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,10 +11,10 @@ from gptlab.exporters.certificate import Check
 from gptlab.exporters.formats import DtypeName, FormatName
 from gptlab.pretrained.source import ModelSource
 
-# of English, code, white space, and scripts beyond Latin
+# English, code, whitespace, and non-Latin scripts
 TEXTS = ("It was 1984, wasn't it? They'd never know.", "\tdef f(x):  return x**2\r\n\n  # end  ", "naïve 東京 🙂 x²\n")
 
-NO_TOKENIZER = "the tokenizer: nothing says what this model's ids mean, so none is written"
+NO_TOKENIZER = "tokenizer, because the tokenizer of this model is unknown and was not exported"
 
 
 class ExportRequest(NamedTuple):
@@ -22,10 +22,10 @@ class ExportRequest(NamedTuple):
 
     Attributes:
         source: Model to export.
-        format: Format to export to.
-        dtype: Dtype of the weights.
-        tokenizer: Tokenizer of the model; None if it is unknown.
-        title: Name of the model in its card.
+        format: Export format.
+        dtype: dtype of the weights.
+        tokenizer: Tokenizer of the model, or None if it is unknown.
+        title: Name of the model in the model card.
     """
 
     source: ModelSource
@@ -36,12 +36,12 @@ class ExportRequest(NamedTuple):
 
     @property
     def end_of_text(self) -> int | None:
-        """End-of-text id of the tokenizer."""
+        """ID of the end-of-text token, or None if there is none or the tokenizer is unknown."""
         return self.tokenizer.end_of_text if self.tokenizer is not None else None
 
 
 class CheckResult(NamedTuple):
-    """Comparisons that a format's reader made, and what was not compared, each with the reason."""
+    """Comparisons of an export, and the quantities that were not compared, each with the reason."""
 
     checks: Sequence[Check]
     unchecked: Sequence[str]
@@ -50,7 +50,7 @@ class CheckResult(NamedTuple):
 def tensor_dtypes(job: ExportRequest, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Returns the dtype in which each tensor of ``to_external`` is stored.
 
-    For llama.cpp, vectors and positions stay in float32, as its convert_hf_to_gguf.py has them.
+    In GGUF, vectors and positional embeddings stay in float32, as in llama.cpp's convert_hf_to_gguf.py.
     """
     dtype: torch.dtype = getattr(torch, job.dtype)
     gguf = job.format == "gguf"
@@ -60,17 +60,17 @@ def tensor_dtypes(job: ExportRequest, tensors: Mapping[str, Tensor]) -> dict[str
     }
 
 
-def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], whose: str) -> list[str]:
-    """Returns the note that the tokenizer is not exported, unless its type is in ``known``."""
+def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], reason: str) -> list[str]:
+    """Returns a note that the tokenizer was not exported, or an empty list if its type is in ``known``."""
     if job.tokenizer is None:
         return [NO_TOKENIZER]
     if isinstance(job.tokenizer, known):
         return []
-    return [f"the tokenizer: {whose}, so this one is left out"]
+    return [f"tokenizer, because {reason}, so it was not exported"]
 
 
 def comparison_texts(tokenizer: Tokenizer) -> Sequence[str]:
-    """Returns texts to compare a tokenizer by, in its own characters."""
+    """Returns texts, in the characters of a tokenizer, on which to compare it with another program."""
     if isinstance(tokenizer, CharactersTokenizer):
         return ("".join(2 * character for character in tokenizer.characters),)
     return TEXTS

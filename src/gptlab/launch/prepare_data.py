@@ -1,4 +1,4 @@
-"""Data preparation with a progress bar, and what gptlab.prepare prints. Imports no torch."""
+"""Data preparation with a progress bar, and the output of gptlab.prepare. Imports no torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,12 +25,16 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 def prepare_with_progress(
     data: DataConfig, tokenizer: TokenizerConfig, work: PrepareOptions, trained: Tokenizer | None = None
 ) -> TokenDataset:
-    """Calls ``gptlab.data.prepare.prepare.prepare`` with a progress bar: MB/s, tokens, time left."""
+    """Calls ``gptlab.data.prepare.prepare.prepare`` with a progress bar.
+
+    Raises:
+        UserError: As ``prepare``.
+    """
     with _progress_bar() as bar:
         task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
 
         def report(done: int, of: int, tokens: int) -> None:
-            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # of an earlier preparation: it took no time
+            if (earlier := bar.tasks[task].fields["earlier"]) is None:  # first call: bytes of a resumed preparation
                 bar.reset(task, completed=done, total=of, visible=True, tokens=tokens, speed="–", earlier=done)
                 return
             speed = (done - earlier) / (bar.tasks[task].elapsed or 1e-9) / 1e6
@@ -53,7 +57,7 @@ def _progress_bar() -> Iterator[Progress]:
 
 
 class WorkConfig(FrozenConfig):
-    """Processes and machines that prepare; see ``gptlab.data.prepare.tasks.PrepareOptions``."""
+    """Workers and machines of a preparation; see ``gptlab.data.prepare.tasks.PrepareOptions``."""
 
     workers: PositiveInt | None
     part: NonNegativeInt
@@ -62,12 +66,12 @@ class WorkConfig(FrozenConfig):
     @model_validator(mode="after")
     def _check_part(self) -> Self:
         if self.part >= self.parts:
-            raise ValueError(f"prepare.part={self.part}: the parts are counted from 0, so the last is {self.parts - 1}")
+            raise ValueError(f"prepare.part={self.part} must be less than prepare.parts={self.parts}")
         return self
 
 
 class PrepareCommand(FrozenConfig):
-    """Configuration of ``python -m gptlab.prepare``; see conf/prepare.yaml."""
+    """Config of ``python -m gptlab.prepare``; see conf/prepare.yaml."""
 
     data: DataConfig
     tokenizer: TokenizerConfig
@@ -83,13 +87,13 @@ class PrepareCommand(FrozenConfig):
 
 
 def open_existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
-    """Opens a prepared folder or its URL, or token files of other programs, with the tokenizer that they name."""
+    """Opens prepared shards, local or remote, with their tokenizer, or token files of other programs."""
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
     return open_shards(data, config.tokenizer, any_tokenizer=True)
 
 
 def print_prepared(prepared: TokenDataset) -> None:
-    """Prints the contents of prepared data, and how its first documents begin."""
+    """Prints a summary of prepared data and the beginnings of its first training documents."""
     manifest, console = prepared.manifest, get_console()
     table = Table(box=box.SIMPLE)
     for column in ("", "shards", "tokens", "documents", "MB of text", "bytes per token", "longest document"):
@@ -103,15 +107,17 @@ def print_prepared(prepared: TokenDataset) -> None:
         table.add_row(
             split, *(f"{number:,}" for number in numbers), f"{text / 1e6:,.1f}", f"{text / tokens:.3f}", f"{longest:,}"
         )
-    console.print(f"{manifest.origin}\n{manifest.tokenizer['name']}, {manifest.vocab_size:,} ids, {manifest.dtype}")
+    tokenizer = f"tokenizer {manifest.tokenizer['name']}, {manifest.vocab_size:,} token IDs, {manifest.dtype}"
+    console.print(f"{manifest.origin}\n{tokenizer}")
     console.print(table)
     for beginning in first_documents(prepared, "train", documents=3, tokens=60):
-        console.print(Panel(Text(beginning), box=box.ROUNDED, title="a document of train begins", title_align="left"))
+        title = "beginning of a training document"
+        console.print(Panel(Text(beginning), box=box.ROUNDED, title=title, title_align="left"))
     console.print(f"Prepared: {prepared.folder}", soft_wrap=True)
 
 
 def print_batch(windows: list[tuple[int, str]]) -> None:
-    """Prints the windows of a batch, each with the position of its first token."""
+    """Prints the windows of a global batch, each with its start offset in the stream."""
     for number, (start, text) in enumerate(windows):
-        title = f"window {number}, from token {start:,}"
+        title = f"window {number}, starting at token {start:,}"
         get_console().print(Panel(Text(text), box=box.ROUNDED, title=title, title_align="left"))

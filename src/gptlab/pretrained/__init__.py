@@ -1,5 +1,5 @@
-"""Trained models and their weights: runs, Hugging Face, nanoGPT.
+"""Trained models: runs of gptlab, Hugging Face models and nanoGPT checkpoints.
 
-``source`` says what a model is without torch, ``weights`` loads it, ``text_generator`` generates text with it, and
-``language_model`` is the Python API, ``gptlab.load``.
+``source`` describes a model without importing torch, ``weights`` loads it, ``text_generator`` generates text with it,
+and ``language_model`` is the Python API behind ``gptlab.load``.
 """

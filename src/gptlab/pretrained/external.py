@@ -1,11 +1,11 @@
-"""Weights of other programs: a GPT-2 of Hugging Face, a checkpoint of nanoGPT. Imports no torch.
+"""Models of other programs: Hugging Face GPT-2 and nanoGPT checkpoints. Imports no torch.
 
-| what         | layout                                                                                            |
-|--------------|---------------------------------------------------------------------------------------------------|
-| Hugging Face | a folder: config.json, and model.safetensors or the files that model.safetensors.index.json lists |
-| nanoGPT      | a file of ``torch.save``: a dict with model (the parameters) and model_args (their shape)         |
+| program      | layout                                                                                               |
+|--------------|------------------------------------------------------------------------------------------------------|
+| Hugging Face | a directory: config.json, and model.safetensors or the files that model.safetensors.index.json lists |
+| nanoGPT      | a file of ``torch.save``: a dict with model (the parameters) and model_args (the hyperparameters)    |
 
-Files that could only be read by running what they say (pytorch_model.bin) are refused.
+Pickled weights (pytorch_model.bin) are rejected, because unpickling them can run arbitrary code.
 """
 
 import zipfile
@@ -24,11 +24,11 @@ from gptlab.tracking.run_store.runs import CONFIG
 
 DESCRIPTION, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # the same names everywhere
-ROUNDED_TO = (1, 64, 128)  # rows of an embedding, by those who pad it: nanoGPT has 50304 for 50257
+SIZES = ("vocab_size", "n_layer", "n_head", "n_embd")  # same names in all programs
+ROUNDED_TO = (1, 64, 128)  # multiples to which the vocabulary is padded: nanoGPT has 50304 rows for 50257
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# What else a GPT-2 of transformers may be, with what it is here; a config.json that does not say means the same
-# (transformers, configuration_gpt2.py).
+# Options of transformers' GPT-2 with the only values that gptlab supports, which are also the defaults for a missing
+# key (transformers, configuration_gpt2.py).
 FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
@@ -39,19 +39,24 @@ FIXED = {
 
 
 def is_external(path: Path) -> bool:
-    """Whether ``path`` is no run directory but weights of others."""
+    """Whether ``path`` is a model of another program and not a run directory."""
     names = (DESCRIPTION, WEIGHTS, INDEX, *PICKLED)
     return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
 
 
 def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
-    """Checks without torch that weights can be read and fit a model, whose vocabulary may be unknown yet.
+    """Checks, without importing torch, that weights can be read and fit a model.
+
+    Args:
+        path: Directory of a Hugging Face model, or a nanoGPT checkpoint.
+        model: Config of the model. Its ``vocab_size`` may still be None.
 
     Returns:
-        The shape of the weights, for ``check_external_shape``; None for a checkpoint of nanoGPT, which needs torch.
+        The shape of the weights, for ``check_external_shape``. None for a nanoGPT checkpoint, whose shape can only be
+        read with torch.
 
     Raises:
-        UserError: Names the file, and what is wrong with it.
+        UserError: A file is missing or damaged, or the weights do not fit the model.
     """
     if path.is_file():
         check_archive(path)
@@ -60,18 +65,22 @@ def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
     check_external_shape(path, shape, model)
     for file in weight_files(path):
         with open_safetensors(file, "numpy"):
-            pass  # its header is right, and it is as long as that says
+            pass  # opening the file validates its header and its length
     return shape
 
 
 def check_archive(path: Path) -> None:
-    """Raises UserError if a file cannot be a checkpoint of nanoGPT."""
+    """Raises UserError if a file cannot be a nanoGPT checkpoint."""
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a checkpoint of nanoGPT: that is an archive. Nothing in it was run.")
+        raise UserError(f"{path} is not a nanoGPT checkpoint, because it is not a zip archive. It was not unpickled.")
 
 
 def check_external_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
-    """Checks that weights of a shape fit a model; extra rows that only pad the vocabulary are allowed."""
+    """Checks that weights of shape ``there`` fit a model. Padding of the vocabulary is allowed.
+
+    Raises:
+        UserError: The shape or an option differs.
+    """
     wanted = model.vocab_size
     if wanted is None or fits_vocabulary(there["vocab_size"], wanted):
         there = {**there, "vocab_size": wanted}
@@ -79,42 +88,42 @@ def check_external_shape(path: Path, there: Mapping[str, Any], model: GPTConfig)
 
 
 def fits_vocabulary(rows: int, vocab_size: int) -> bool:
-    """Whether an embedding of so many rows is that of a vocabulary: of its size, or padded."""
+    """Whether an embedding with ``rows`` rows fits a vocabulary, with or without padding."""
     return rows in (-(-vocab_size // multiple) * multiple for multiple in ROUNDED_TO)
 
 
 def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
-    """Converts nanoGPT's model_args to gptlab's names; its head is always tied and its GELU exact."""
-    bias = arguments.get("bias", True) if isinstance(arguments, dict) else None  # it was no choice at first
+    """Converts nanoGPT's model_args to gptlab's config keys. nanoGPT always uses weight tying and the exact GELU."""
+    bias = arguments.get("bias", True) if isinstance(arguments, dict) else None  # missing in old checkpoints
     sizes = _sizes(f"model_args of {path}", arguments, "block_size")
     return {**sizes, "bias": bias, "tie_weights": True, "activation": "gelu"}
 
 
 @contextmanager
 def open_safetensors(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
-    """Opens a safetensors file; raises UserError if it is invalid or incomplete."""
+    """Opens a safetensors file. Raises UserError if it is invalid or incomplete."""
     try:
         with safe_open(file, framework=framework) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a whole safetensors file: {error}.") from error
+        raise UserError(f"{file} is not a complete safetensors file: {error}.") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a Hugging Face folder; raises UserError if one is missing."""
+    """Returns the safetensors files of a Hugging Face model. Raises UserError if one is missing."""
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         if pickled := [name for name in PICKLED if (folder / name).exists()]:
             raise UserError(
-                f"{folder / pickled[0]} is a pickle, which can run any code when it is read; convert it to safetensors "
-                "where it is trusted: transformers' save_pretrained writes them."
+                f"{folder / pickled[0]} is a pickle, which can run arbitrary code when it is loaded. If you trust it, "
+                "convert it to safetensors with transformers' save_pretrained."
             )
         raise UserError(f"{folder} has neither {WEIGHTS} nor {INDEX}.")
     table = read_json(folder / INDEX).get("weight_map")
     names = list(table.values()) if isinstance(table, dict) else []
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise UserError(f"{folder / INDEX} does not list files of its own folder in weight_map.")
+        raise UserError(f"weight_map of {folder / INDEX} must list files in the same directory.")
     files = [folder / name for name in sorted(set(names))]
     if missing := [file.name for file in files if not file.is_file()]:
         raise UserError(f"{folder} lacks {', '.join(missing)}, which {INDEX} lists.")
@@ -122,30 +131,34 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_hf_shape(folder: Path) -> dict[str, Any]:
-    """Converts config.json of a Hugging Face GPT-2 to gptlab's names."""
+    """Converts config.json of a Hugging Face GPT-2 to gptlab's config keys.
+
+    Raises:
+        UserError: The model is not a GPT-2, lacks a size, or has an option that gptlab does not support.
+    """
     path = folder / DESCRIPTION
     config = read_json(path)
     if (kind := config.get("model_type")) != "gpt2":
-        raise UserError(f"{path} describes a model of type {kind}; gptlab reads gpt2.")
+        raise UserError(f"{path} has model_type={kind}, but gptlab only supports gpt2.")
     sizes = _sizes(str(path), config, "n_positions")
     activation = config.get("activation_function", "gelu_new")
-    if config.get("n_inner") == 4 * sizes["n_embd"]:  # which None means
+    if config.get("n_inner") == 4 * sizes["n_embd"]:  # equivalent to None
         del config["n_inner"]
     other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
     if activation not in ACTIVATIONS:
         other["activation_function"] = activation
     if other:
         named = ", ".join(f"{key}={value}" for key, value in other.items())
-        raise UserError(f"{path} has {named}, which gptlab's GPT cannot be.")
+        raise UserError(f"{path} has {named}, which gptlab does not support.")
     tied = config.get("tie_word_embeddings", True)
     return {**sizes, "bias": True, "tie_weights": tied, "activation": ACTIVATIONS[activation]}
 
 
 def _sizes(origin: str, values: Any, block_size: str) -> dict[str, int]:
-    """Reads the sizes of a model, as integers; raises UserError for one that is missing."""
+    """Reads the sizes of a model. Raises UserError if one is missing or not an integer."""
     names = {key: key for key in SIZES} | {"block_size": block_size}
     found = {key: values.get(name) if isinstance(values, dict) else None for key, name in names.items()}
     sizes = {key: size for key, size in found.items() if isinstance(size, int)}
     if missing := [names[key] for key in found if key not in sizes]:
-        raise UserError(f"{origin} does not give {', '.join(missing)} as whole numbers.")
+        raise UserError(f"{origin} must have integer values of {', '.join(missing)}.")
     return sizes

@@ -23,16 +23,16 @@ from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.text_generator import TOKENS_PER_PIECE, InferenceModel, TextGenerator
 from gptlab.pretrained.weights import load_model
 
-Text = str | Sequence[int] | Tensor  # a text, or token ids (T,) of one
+Text = str | Sequence[int] | Tensor  # a text, or its token IDs (T,)
 
 
 class TextLoss(NamedTuple):
     """Loss of a model on a text.
 
     Attributes:
-        loss: Nats per token, of the tokens after the first.
-        bits_per_byte: See ``gptlab.evaluation.loss``.
-        nats: Of each token after the first (T - 1,).
+        loss: Mean loss in nats per token, without the first token.
+        bits_per_byte: Bits per byte; see ``gptlab.evaluation.loss``.
+        nats: Loss (T - 1,) of each token after the first, in nats.
     """
 
     loss: float
@@ -41,15 +41,15 @@ class TextLoss(NamedTuple):
 
 
 class LanguageModel:
-    """Trained network with its tokenizer. Its methods take texts or token ids.
+    """Trained model with its tokenizer. Its methods accept texts or token IDs.
 
     Args:
-        network: In its training mode or not, and on any device; both stay as they are.
-        tokenizer: Its own.
+        network: The model, on any device and in training or evaluation mode. Neither is changed.
+        tokenizer: Tokenizer of the model.
 
     Attributes:
-        network: The GPT, a torch module with GPT-2's parameter names.
-        tokenizer: Encodes and decodes.
+        network: The GPT, a ``torch.nn.Module`` with GPT-2's parameter names.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(self, network: GPT, tokenizer: Tokenizer) -> None:
@@ -59,44 +59,47 @@ class LanguageModel:
         config = self.network.config
         count = sum(parameter.numel() for parameter in self.network.parameters())
         return (
-            f"LanguageModel({count:,} parameters: {config.n_layer} blocks of {config.n_embd}, {config.n_head} heads, "
-            f"block {config.block_size:,}, {config.known_vocab_size:,} ids, {self.device})"
+            f"LanguageModel({count:,} parameters, n_layer={config.n_layer}, n_head={config.n_head}, "
+            f"n_embd={config.n_embd}, block_size={config.block_size}, vocab_size={config.known_vocab_size}, "
+            f"device={self.device})"
         )
 
     @property
     def device(self) -> torch.device:
-        """Device of the network."""
+        """Device of the model."""
         return self.network.wte.weight.device
 
     def ids(self, text: Text) -> Tensor:
-        """Token ids (1, T) of a text, on the network's device; "" is the start of a new document.
+        """Returns the token IDs (1, T) of a text on the model's device. "" means the start of a document.
 
         Raises:
-            UserError: There are more than fit the block, or an id that the vocabulary has not.
+            UserError: There are no token IDs, more than ``block_size``, or some outside of the vocabulary.
         """
         ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
         config = self.network.config
         if not 0 < len(ids) <= config.block_size:
-            raise UserError(f"A text of {len(ids):,} tokens does not fit: there can be 1 to {config.block_size:,}.")
+            raise UserError(
+                f"The text has {len(ids):,} tokens, but the model accepts 1 to block_size={config.block_size:,} tokens."
+            )
         if not 0 <= min(ids) <= max(ids) < config.known_vocab_size:
-            raise UserError(f"The ids are from 0 to {config.known_vocab_size - 1:,}; one of these is not.")
+            raise UserError(f"Token IDs must be in the range from 0 to {config.known_vocab_size - 1:,}.")
         return torch.tensor([ids], device=self.device)
 
     def tokens(self, text: Text) -> list[str]:
-        """Decodes every token of a text by itself; incomplete characters become U+FFFD."""
+        """Decodes every token of a text separately, with incomplete characters replaced by U+FFFD."""
         return [self.tokenizer.decode([number]) for number in self.ids(text)[0].tolist()]
 
     def logits(self, text: Text) -> Tensor:
-        """Returns the logits (T, V) of a text, with gradients unless under torch.no_grad()."""
+        """Returns the logits (T, V) of a text. Gradients are recorded unless ``torch.no_grad()`` is active."""
         logits: Tensor = self.network(self.ids(text))
         return logits[0]
 
     @torch.no_grad()
     def loss(self, text: Text) -> TextLoss:
-        """Returns the loss of a text, without its first token; raises UserError for fewer than two tokens."""
+        """Returns the loss of a text, without its first token. Raises UserError if it has fewer than two tokens."""
         ids = self.ids(text)
         if ids.size(1) < 2:
-            raise UserError("A loss needs a text of two tokens or more: the first is not foretold.")
+            raise UserError("The loss requires at least two tokens, because the first token is not predicted.")
         nats = F.cross_entropy(self.logits(ids)[:-1].float(), ids[0, 1:], reduction="none")
         sums = LossSums(torch.from_numpy(self.tokenizer.token_bytes()).to(self.device))
         sums.add(nats, ids[0, 1:])
@@ -105,14 +108,20 @@ class LanguageModel:
     def generate(
         self, prompt: str = "", *, num_samples: int = 1, max_new_tokens: int | None = None, **settings: Any
     ) -> list[str]:
-        """Continues a prompt; returns the texts that ``gptlab.sample`` prints with the same settings.
+        """Continues a prompt. Returns the same texts as ``gptlab.sample`` with the same options.
 
         Args:
-            prompt: "" begins a new document.
-            num_samples: How many texts.
-            max_new_tokens: Most that each gains.
-            settings: As in conf/sample.yaml, with its defaults: seed, stop, temperature, top_k, top_p, min_p,
-                repetition_penalty.
+            prompt: Prompt. "" starts a new document.
+            num_samples: Number of texts.
+            max_new_tokens: Maximum number of new tokens per text. Default: as in conf/sample.yaml.
+            settings: Options of conf/sample.yaml, with the defaults there: seed, stop, temperature, top_k, top_p,
+                min_p, repetition_penalty.
+
+        Returns:
+            The prompt with its continuation, ``num_samples`` times.
+
+        Raises:
+            UserError: An option is unknown or invalid.
         """
         defaults = _sample_defaults()
         wanted = {**{key: defaults[key] for key in (*SamplingConfig.model_fields, "seed", "stop")}, **settings}
@@ -133,25 +142,32 @@ class LanguageModel:
 
     @property
     def names(self) -> list[str]:
-        """Names that ``capture`` and ``change`` accept, in the order of the network; see ``gptlab.model.capture``."""
+        """Names that ``capture`` and ``change`` accept, in the order of the model; see ``gptlab.model.capture``."""
         return activation_names(self.network)
 
     def capture(self, text: Text, *names: str) -> dict[str, Tensor]:
-        """Runs a text through the network and returns activations by name, without the batch dimension.
+        """Runs the model on a text and returns activations by name, without the batch dimension.
 
         Args:
-            text: One that fits the block.
-            names: Or patterns: ``h.0``, ``h.*.mlp``, ``*.attn.weights``.
+            text: Text of at most ``block_size`` tokens.
+            names: Names, or patterns of names: ``h.0``, ``h.*.mlp``, ``*.attn.weights``.
 
         Returns:
-            (T, C) of most, (T, 4 C) within an MLP, (nh, T, T) of attention's weights.
+            Activations: (T, C) for most names, (T, 4 C) within an MLP, (nh, T, T) for attention weights.
+
+        Raises:
+            UserError: No activation matches a name, or the text is too long.
         """
         with capture_activations(self.network, names) as activations:
             self.logits(text)
         return {name: tensor[0] for name, tensor in activations.items()}
 
     def change(self, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> AbstractContextManager[None]:
-        """Context manager that replaces activations (1, T, ...) by functions of them."""
+        """Returns a context manager that replaces activations (1, T, ...) with functions of them.
+
+        Args:
+            changes: Functions by names, or patterns of names.
+        """
         return replace_activations(self.network, changes)
 
 
@@ -166,16 +182,16 @@ def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.flo
     """Loads a trained model.
 
     Args:
-        name: A run directory, a Hugging Face folder, nanoGPT's checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl or
-            hf://<owner>/<name>.
-        device: One of torch's; None is the GPU where there is one.
-        dtype: Of the weights and of what is computed.
+        name: A run directory, the directory of a Hugging Face model, a nanoGPT checkpoint, gpt2, gpt2-medium,
+            gpt2-large, gpt2-xl or hf://<owner>/<name>.
+        device: Device. Default: the GPU if there is one, otherwise the CPU.
+        dtype: dtype of the weights and of the computation.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        UserError: There is none, it cannot be read, or nothing says what its ids mean.
+        UserError: The model does not exist or cannot be read, or its tokenizer is unknown.
     """
     source = open_model_source(name)
     tokenizer = source.tokenizer()

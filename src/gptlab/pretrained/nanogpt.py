@@ -1,7 +1,7 @@
-"""Checkpoints of nanoGPT: read without unpickling, and resumed exactly or refused.
+"""nanoGPT checkpoints: read without arbitrary unpickling, and converted to resume training exactly.
 
-A resumed run has nanoGPT's weights, the moments of its AdamW and its step. Its batches are those that a run of this
-configuration would have from that step on: nanoGPT draws every batch at random, an order that cannot be continued.
+A resumed run starts with nanoGPT's weights, AdamW state and step. Its batches are those of a gptlab run with the same
+config from that step on. nanoGPT draws every batch at random, and that order cannot be continued.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,48 +21,55 @@ from gptlab.training.optim.schedules import learning_rate
 
 
 def read_nanogpt_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint of nanoGPT, whose tensors stay on disk until they are used; raises UserError if it is none."""
+    """Reads a nanoGPT checkpoint with memory-mapped tensors.
+
+    Raises:
+        UserError: The file is not a nanoGPT checkpoint.
+    """
     checkpoint = read_plain(path)
     if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("model", {})):
         raise UserError(
-            f"{path} is not a checkpoint of nanoGPT: it has no model of named tensors. A run of gptlab is named by "
-            "its directory."
+            f"{path} is not a nanoGPT checkpoint: its key 'model' must map names to tensors. To use a gptlab run, pass "
+            "its run directory."
         )
     return checkpoint
 
 
 def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Checkpoint:
-    """Converts nanoGPT's checkpoint to the one that a run of ``config`` would have written at that step.
+    """Converts a nanoGPT checkpoint to a Lightning checkpoint of a run with ``config`` at the same step.
 
     Args:
         path: nanoGPT's ckpt.pt.
-        config: Configuration of the run that resumes it.
+        config: Config of the run that resumes it.
         model: Model of that run.
 
     Raises:
-        UserError: The file is no such checkpoint, or the next step would differ from nanoGPT's.
+        UserError: The file is not a complete nanoGPT checkpoint, or the next step would differ from nanoGPT's.
     """
     checkpoint = read_nanogpt_checkpoint(path)
     step, state = checkpoint.get("iter_num"), checkpoint.get("optimizer")
     if not isinstance(step, int) or not isinstance(state, dict) or not state.get("state"):
-        raise _refusal(path, "it has no iter_num, or no state of its optimizer. Its weights alone: init_from=")
+        raise _mismatch(path, "it lacks iter_num or the optimizer state. init_from loads only the weights")
     if step >= config.steps:
-        raise _refusal(path, f"it has made {step:,} steps, and train.max_steps={config.steps:,} is not beyond")
+        raise _mismatch(path, f"it is at step {step:,}, but train.max_steps={config.steps:,} is not greater")
     _check_settings(path, config, step, state["param_groups"])
     weights = from_external(checkpoint["model"], transposed=False)
     own = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
-    moments = dict(_moments(path, state, {name: tensor for name, tensor in weights.items() if name != HEAD}))
+    moments = dict(_adam_states(path, state, {name: tensor for name, tensor in weights.items() if name != HEAD}))
     if shapes := [name for name in own if name not in weights or weights[name].shape != own[name].shape]:
-        raise _refusal(
+        raise _mismatch(
             path,
-            f"{shapes[0]} is {tuple(weights[shapes[0]].shape) if shapes[0] in weights else 'not'} there and "
-            f"{tuple(own[shapes[0]].shape)} here; the embedding's rows are model.pad_vocab_to_multiple_of",
+            f"{shapes[0]} is {tuple(weights[shapes[0]].shape) if shapes[0] in weights else 'missing'} in the "
+            f"checkpoint and {tuple(own[shapes[0]].shape)} in this run. The number of rows of the embedding depends on "
+            "model.pad_vocab_to_multiple_of",
         )
-    if late := [name for name, kept in moments.items() if int(kept["step"]) != step]:
-        raise _refusal(path, f"its AdamW has updated {late[0]} {int(moments[late[0]]['step']):,} times, not {step:,}")
+    if late := [name for name, values in moments.items() if int(values["step"]) != step]:
+        raise _mismatch(
+            path, f"its AdamW has updated {late[0]} {int(moments[late[0]]['step']):,} times instead of {step:,} times"
+        )
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{"params": [names[p] for p in g["params"]]} for g in parameter_groups(model, config.optimizer)]
-    return {  # as Lightning's own checkpoints (``_CheckpointConnector.dump_checkpoint``, read in lightning 2.6.6)
+    return {  # keys as in ``_CheckpointConnector.dump_checkpoint`` of lightning 2.6.6
         "epoch": 0,
         "global_step": step,
         "pytorch-lightning_version": "2.6.5",
@@ -74,10 +81,10 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
 
 
 def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[str, Any]]) -> None:
-    """Checks that the optimizer's next step is nanoGPT's."""
+    """Checks that the next optimizer step is identical to nanoGPT's."""
     own = config.optimizer
     if not isinstance(own, AdamWConfig):
-        raise _refusal(path, f"its optimizer is AdamW, and this run's is {own.name}: optimizer=adamw")
+        raise _mismatch(path, f"its optimizer is AdamW, but this run has optimizer={own.name}. Use optimizer=adamw")
     lr = learning_rate(step, config.schedule, lr=own.lr, max_steps=config.steps)
     wanted = {
         "optimizer.betas": (tuple(own.betas), tuple(groups[0]["betas"])),
@@ -88,28 +95,32 @@ def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[
             round(groups[0]["lr"], 12),
         ),
     }
-    if other := [f"{key} is {there} there and {here} here" for key, (here, there) in wanted.items() if here != there]:
-        raise _refusal(path, "; ".join(other))
+    if differences := [
+        f"{key} is {theirs} in the checkpoint and {ours} in this run"
+        for key, (ours, theirs) in wanted.items()
+        if ours != theirs
+    ]:
+        raise _mismatch(path, "; ".join(differences))
 
 
-def _moments(
+def _adam_states(
     path: Path, state: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yields the moments by name; nanoGPT numbers the parameters in the order of its network, matrices first."""
+    """Yields the optimizer state of each parameter. nanoGPT numbers parameters in module order, matrices first."""
     order = [name for name in weights if weights[name].dim() >= 2] + [n for n in weights if weights[n].dim() < 2]
     if [number for group in state["param_groups"] for number in group["params"]] != list(range(len(order))):
-        raise _refusal(path, "its optimizer has other groups than matrices and vectors")
+        raise _mismatch(path, "its optimizer must have two parameter groups, for matrices and for vectors")
     for number, name in enumerate(order):
-        kept = state["state"].get(number, {})
-        if any(not isinstance(kept.get(key), Tensor) for key in ("step", "exp_avg", "exp_avg_sq")) or any(
-            kept[key].shape != weights[name].shape for key in ("exp_avg", "exp_avg_sq")
+        values = state["state"].get(number, {})
+        if any(not isinstance(values.get(key), Tensor) for key in ("step", "exp_avg", "exp_avg_sq")) or any(
+            values[key].shape != weights[name].shape for key in ("exp_avg", "exp_avg_sq")
         ):
-            raise _refusal(path, f"the moments of {name} are not there, or are another parameter's")
-        yield name, {"step": kept["step"].float(), "exp_avg": kept["exp_avg"], "exp_avg_sq": kept["exp_avg_sq"]}
+            raise _mismatch(path, f"the optimizer state of {name} is missing or has the wrong shape")
+        yield name, {"step": values["step"].float(), "exp_avg": values["exp_avg"], "exp_avg_sq": values["exp_avg_sq"]}
 
 
-def _refusal(path: Path, why: str) -> UserError:
-    return UserError(f"resume_from_nanogpt={path} cannot go on exactly: {why}.")
+def _mismatch(path: Path, reason: str) -> UserError:
+    return UserError(f"resume_from_nanogpt={path} cannot be resumed exactly: {reason}.")
 
 
 def _are_tensors(state: Any) -> bool:

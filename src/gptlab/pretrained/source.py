@@ -1,4 +1,4 @@
-"""Where a trained model comes from: a run directory, or weights of other programs, on disk or on the Hugging Face hub.
+"""Sources of trained models: run directories, models of other programs on disk, and the Hugging Face Hub.
 
 Imports no torch.
 """
@@ -24,21 +24,21 @@ from gptlab.pretrained.external import (
 from gptlab.tracking.run_directory import load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
 
-HUB_FILES = [  # of a repository; never a pickle
+HUB_FILES = [  # files to download from a repository, none of them a pickle
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
 ]
 
 
 class ModelSource(NamedTuple):
-    """Where a trained model is, and what it is.
+    """Location and description of a trained model.
 
     Attributes:
-        name: Name by which it was opened.
-        path: Run directory, Hugging Face folder, or nanoGPT's file.
-        model: Shape and options.
-        record: Record of its tokenizer; None if the tokenizer is unknown.
-        vocab_dir: Folder of GPT-2's vocabulary, if known.
+        name: Name with which the model was opened.
+        path: Run directory, directory of a Hugging Face model, or nanoGPT checkpoint.
+        model: Config of the model.
+        record: Record of the tokenizer, or None if it is unknown.
+        vocab_dir: Directory of GPT-2's vocabulary, if known.
     """
 
     name: str
@@ -49,44 +49,49 @@ class ModelSource(NamedTuple):
 
     @property
     def is_run(self) -> bool:
-        """Whether it is a run of gptlab."""
+        """Whether the source is a run of gptlab."""
         return (self.path / CONFIG).is_file()
 
     def tokenizer(self) -> Tokenizer:
-        """Builds its tokenizer; raises UserError if that is unknown."""
+        """Builds the tokenizer of the model. Raises UserError if it is unknown."""
         if self.record is None:
             raise UserError(
-                f"Nothing says what the {self.model.vocab_size} ids of {self.name} mean: "
+                f"The tokenizer of {self.name} (vocab_size={self.model.vocab_size}) is unknown. "
                 + (
-                    f"put nanoGPT's {META_FILE} beside it."
+                    f"Copy nanoGPT's {META_FILE} to the directory of the checkpoint."
                     if self.path.is_file()
-                    else "there is no tokenizer.json in that folder."
+                    else "Its directory has no tokenizer.json."
                 )
             )
         return load_tokenizer(self.record, self.vocab_dir)
 
 
 def resolve_path(name: str) -> Path:
-    """Returns the path that ``name`` means; downloads a model of the hub, and raises UserError if it cannot."""
+    """Returns the local path of a model, and downloads it first if it is on the Hub and not in the cache.
+
+    Raises:
+        UserError: The download fails.
+    """
     return _hub_folder(name) if is_on_hub(name) else Path(name).expanduser()
 
 
 def open_model_source(name: str) -> ModelSource:
-    """Describes a trained model, without reading its weights.
+    """Opens a trained model without reading its weights.
 
     Args:
-        name: A run directory, a folder that transformers' ``save_pretrained`` wrote, a checkpoint of nanoGPT, gpt2,
+        name: A run directory, a directory written by transformers' ``save_pretrained``, a nanoGPT checkpoint, gpt2,
             gpt2-medium, gpt2-large, gpt2-xl, or hf://<owner>/<name>.
 
     Raises:
-        UserError: There is none, it has another architecture, or its vocabulary does not fit its tokenizer.
+        UserError: The model does not exist, has an unsupported architecture, or its vocabulary does not fit its
+            tokenizer.
     """
     path = resolve_path(name)
     if not is_external(path):
         if not path.exists():
             raise UserError(
-                f"{name}: there is no such run directory, folder or file (looked from {Path.cwd()}), and of the hub's "
-                f"models {', '.join(GPT2_REPOSITORIES)} have names of their own; any other is hf://<owner>/<name>."
+                f"{name} does not exist (relative to {Path.cwd()}). Use a run directory, the directory of a Hugging "
+                f"Face model, a nanoGPT checkpoint, {', '.join(GPT2_REPOSITORIES)}, or hf://<owner>/<name>."
             )
         config = load_config(path)
         require_checkpoint(path)
@@ -103,10 +108,12 @@ def open_model_source(name: str) -> ModelSource:
 
 
 def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
-    """Returns the vocabulary size of a tokenizer; raises UserError if an embedding of ``rows`` does not fit it."""
+    """Returns the vocabulary size of a tokenizer. Raises UserError if an embedding with ``rows`` rows does not fit."""
     size = GPT2Tokenizer.vocab_size if record["name"] == "gpt2" else load_tokenizer(record, None).vocab_size
     if not fits_vocabulary(rows, size):
-        raise UserError(f"{name} has an embedding of {rows} ids, and its tokenizer {size}: one of them is another's.")
+        raise UserError(
+            f"{name} has an embedding with {rows} rows, which does not fit its tokenizer with {size} token IDs."
+        )
     return size
 
 
@@ -118,10 +125,10 @@ def _nanogpt_shape(path: Path) -> dict[str, Any]:
 
 
 def _hub_folder(name: str) -> Path:
-    """Returns the folder of a model in the Hugging Face cache, downloaded if it is missing.
+    """Returns the directory of a model in the Hugging Face cache, and downloads it first if it is missing.
 
     Raises:
-        UserError: It is not there and cannot be downloaded.
+        UserError: The model is not in the cache and cannot be downloaded.
     """
     from huggingface_hub import snapshot_download  # takes half a second to import
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -132,13 +139,14 @@ def _hub_folder(name: str) -> Path:
         if any(folder.glob("*.safetensors")):
             return folder
     except (LocalEntryNotFoundError, HFValidationError):
-        pass  # the network says what is wrong with a name
+        pass  # the download reports invalid names
     try:
         return Path(snapshot_download(repository, allow_patterns=HUB_FILES))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
-            f"{name} is neither in the cache of the Hugging Face hub ({home}) nor to be had through the network: "
-            f"{first_line(error)}\nTo get it: on a machine with internet, hf download {repository} config.json "
-            "model.safetensors tokenizer.json --local-dir <folder>; copy that folder here, and name it instead."
+            f"{name} is not in the cache of the Hugging Face Hub ({home}) and could not be downloaded: "
+            f"{first_line(error)}\nOn a machine with internet access, run hf download {repository} config.json "
+            "model.safetensors tokenizer.json --local-dir <directory>. Copy that directory to this machine and pass "
+            f"its path instead of {name}."
         ) from error

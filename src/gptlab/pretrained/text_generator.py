@@ -1,4 +1,4 @@
-"""Text generation: prompts to text, streamed, and its speed."""
+"""Text generation: streams the continuations of prompts and measures the speed."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ from gptlab.model.generation.inference import (
 )
 from gptlab.model.gpt import GPT
 
-TOKENS_PER_PIECE = 16  # where nobody waits for the text: fetching tokens synchronizes with the device
-MIN_TOKENS_TO_COMPILE = 5000  # of a row, on a GPU
+TOKENS_PER_PIECE = 16  # if the text is not streamed to a user: reading tokens synchronizes with the device
+MIN_TOKENS_TO_COMPILE = 5000  # new tokens per text above which compile=auto compiles the model on a GPU
 
 
 class InferenceModel(NamedTuple):
@@ -33,14 +33,14 @@ class InferenceModel(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """Speed of a generation.
+    """Speed of text generation.
 
     Attributes:
-        prompt_tokens: Tokens of all prompts.
+        prompt_tokens: Number of tokens of all prompts.
         prefill_seconds: Time until the first new tokens.
-        tokens: New tokens of all texts after the first of each.
-        decode_seconds: Time that these took.
-        bytes_read: Bytes of weights and cache read in that time.
+        tokens: Number of new tokens of all texts, without the first of each.
+        decode_seconds: Time to generate ``tokens``.
+        bytes_read: Bytes of the weights and of the KV cache that were read in ``decode_seconds``.
     """
 
     prompt_tokens: int
@@ -56,10 +56,19 @@ def build_inference_model(
     *,
     precision: Precision,
     int8: bool,
-    compile: Literal["auto"] | bool,  # noqa: A002  (the setting's name)
+    compile: Literal["auto"] | bool,  # noqa: A002  (name of the config key)
     max_new_tokens: int,
 ) -> InferenceModel:
-    """Prepares a model for inference on this machine's first device; see conf/sample.yaml."""
+    """Prepares a model for inference on the GPU if there is one, otherwise on the CPU.
+
+    Args:
+        model: Model, on the CPU.
+        tokenizer: Tokenizer of the model.
+        precision: dtype of the weights and of the computation.
+        int8: Whether to quantize the weights to int8.
+        compile: Whether to compile the model; "auto" decides by device and ``max_new_tokens``.
+        max_new_tokens: Maximum number of new tokens per text.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compiled = (device.type == "cuda" and max_new_tokens >= MIN_TOKENS_TO_COMPILE) if compile == "auto" else compile
     model = prepare_for_inference(model, precision, device, int8=int8, packed=not compiled)
@@ -67,16 +76,16 @@ def build_inference_model(
 
 
 class TextGenerator:
-    """Generates texts: iterating yields pieces of each text, and then ``speed`` is known.
+    """Iterator over the pieces of generated texts. ``speed`` is available after the iteration.
 
     Args:
         inference: Model prepared for inference.
         prompts: P prompts.
-        sampling: How to draw.
+        sampling: Sampling options.
         stop: Strings before which a text ends.
-        seeds: One for each text, P times the number of continuations of a prompt.
-        max_new_tokens: Most new tokens of each text.
-        tokens_per_piece: Tokens of a text in a piece.
+        seeds: Seed of each text, for P times the number of texts per prompt.
+        max_new_tokens: Maximum number of new tokens per text.
+        tokens_per_piece: Number of tokens per piece.
     """
 
     def __init__(
@@ -106,11 +115,11 @@ class TextGenerator:
 
     @property
     def may_exceed_block(self) -> bool:
-        """Whether a text may become longer than ``block_size``."""
+        """Whether a text may become longer than ``block_size`` tokens."""
         return max(map(len, self.ids)) + self.max_new_tokens > self.inference.model.config.block_size
 
     def __iter__(self) -> Iterator[list[str]]:
-        """Yields the next piece of every text, until all have ended; pieces may be empty."""
+        """Yields the next piece of every text until all texts have ended. A piece may be empty."""
         model, _, device, compiled = self.inference
         rows = generate(
             model,
@@ -143,21 +152,21 @@ class TextGenerator:
         return [stream.push(row) for stream, row in zip(self.streams, ids, strict=True)]
 
     def speed(self) -> Speed:
-        """Returns the speed so far."""
+        """Returns the speed of the texts that were generated so far."""
         model, rows, prompt = self.inference.model, len(self.seeds), max(map(len, self.ids))
         mean_length = min(prompt + self._steps // 2, model.config.block_size)
-        each = bytes_per_token(model, rows, mean_length)
+        step_bytes = bytes_per_token(model, rows, mean_length)
         return Speed(
             prompt_tokens=sum(map(len, self.ids)),
             prefill_seconds=self._first - self._start,
             tokens=rows * (self._steps - 1),
             decode_seconds=self._last - self._first,
-            bytes_read=each * (self._steps - 1),
+            bytes_read=step_bytes * (self._steps - 1),
         )
 
 
 def report(speed: Speed, device: torch.device) -> str:
-    """Formats a speed, beside the memory bandwidth, which is measured now."""
+    """Formats a speed and compares it with the memory bandwidth of ``device``, which this function measures."""
     bandwidth = measure_memory_bandwidth(device)
     prefill = speed.prompt_tokens / max(speed.prefill_seconds, 1e-9)
     lines = [f"prefill   {speed.prompt_tokens:,} tokens in {speed.prefill_seconds:.3f} s: {prefill:,.1f} tokens/s"]
@@ -165,7 +174,7 @@ def report(speed: Speed, device: torch.device) -> str:
         read = speed.bytes_read / speed.decode_seconds
         lines.append(
             f"decode    {speed.tokens:,} tokens in {speed.decode_seconds:.3f} s: "
-            f"{speed.tokens / speed.decode_seconds:,.1f} tokens/s, {read / 1e9:.1f} GB/s of weights and cache"
+            f"{speed.tokens / speed.decode_seconds:,.1f} tokens/s, {read / 1e9:.1f} GB/s of weights and KV cache"
         )
-        lines.append(f"memory    {bandwidth / 1e9:.1f} GB/s measured; decoding reached {read / bandwidth:.0%} of it")
+        lines.append(f"memory    {bandwidth / 1e9:.1f} GB/s measured, of which decoding used {read / bandwidth:.0%}")
     return "\n".join(lines)

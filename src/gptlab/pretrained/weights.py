@@ -1,4 +1,4 @@
-"""Loading weights of runs and of other programs. Nothing is unpickled but tensors and plain data."""
+"""Loads the weights of runs and of other programs. Unpickles only tensors and plain data."""
 
 from pathlib import Path
 
@@ -17,10 +17,15 @@ from gptlab.training.checkpoints.reading import read_weights
 
 
 def load_weights(model: GPT, path: Path) -> None:
-    """Loads weights into ``model``: the best of a run (their average if it kept one), or those of another program.
+    """Loads weights into ``model``.
+
+    Args:
+        model: The model.
+        path: Run directory, whose best checkpoint is loaded (its averaged weights, if there are any), or a model of
+            another program.
 
     Raises:
-        UserError: They cannot be read, or do not fit.
+        UserError: The weights cannot be read or do not fit the model.
     """
     model.load_state_dict(_read_weights(model, path))
 
@@ -28,7 +33,10 @@ def load_weights(model: GPT, path: Path) -> None:
 def load_model(source: ModelSource) -> GPT:
     """Builds a trained model on the CPU, in float32 and evaluation mode.
 
-    Float32 weights are memory-mapped from the file.
+    float32 weights are memory-mapped from the file.
+
+    Raises:
+        UserError: The weights cannot be read or do not fit the model.
     """
     model = meta_gpt(source.model)
     weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
@@ -51,7 +59,7 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
 
 
 def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
-    """Returns the state dict of ``model`` from weights that ``gptlab.pretrained.external`` describes."""
+    """Returns the state dict of ``model`` from the weights of another program."""
     state: dict[str, Tensor] = {}
     if path.is_file():
         checkpoint = read_nanogpt_checkpoint(path)

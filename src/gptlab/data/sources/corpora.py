@@ -160,7 +160,7 @@ class HubCorpus:
         ]
 
     def documents(self, task: Task) -> Iterator[Document]:
-        """Yields the rows of a task, in order. Their names are row numbers, with the number of the file if streaming."""
+        """Yields the rows of a task, in order. Each is named by its row number, and by its file if streaming."""
         rows = self._rows()
         ((_, span),) = task.parts
         if self.streaming:
