@@ -1,4 +1,4 @@
-"""Batches that grow, against sums written out."""
+"""Batch size schedule compared with sums over the steps."""
 
 from itertools import accumulate
 
@@ -10,11 +10,11 @@ from gptlab.data.batches import RankSlice, TrainBatches
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
 
 EARLIER = [(3, 4), (5, 8), (6, 12)]
-SIZES = [4, 4, 4, 8, 8, 12, *[24] * 20]  # of every step
+SIZES = [4, 4, 4, 8, 8, 12, *[24] * 20]  # global batch size of every step
 FIRSTS = [0, *accumulate(SIZES)]
 
 
-def test_every_step_begins_where_the_one_before_ends():
+def test_steps_consume_contiguous_positions():
     stages = BatchSizeSchedule(24, EARLIER)
     assert [stages.batch(step) for step in range(26)] == SIZES
     assert [stages.first(step) for step in range(27)] == FIRSTS
@@ -24,14 +24,14 @@ def test_every_step_begins_where_the_one_before_ends():
     ]
 
 
-def test_a_batch_that_never_changes_is_a_product():
+def test_constant_batch_size_gives_multiples_of_the_step():
     stages = BatchSizeSchedule(7)
     assert [(stages.batch(step), stages.first(step)) for step in range(5)] == [(7, 7 * step) for step in range(5)]
     assert [stages.steps(windows) for windows in (1, 7, 8, 70)] == [1, 1, 2, 10]
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_a_step_reads_its_windows_however_it_is_dealt_out(tmp_path, world_size, accumulation):
+def test_scheduled_step_reads_the_same_windows_for_any_world_size(tmp_path, world_size, accumulation):
     tokens = np.random.default_rng(0).permutation(5000).astype(np.uint32)
     order = WindowOrder([5000], BLOCK_SIZE, 3, "data", "shuffled", 1, None)
     stream, held = stream_of(tokens, tmp_path), 24 // (world_size * accumulation)

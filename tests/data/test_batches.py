@@ -14,7 +14,7 @@ BLOCK_SIZE = 16
 
 
 def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStream:
-    """Write ``tokens`` into several shards."""
+    """Writes ``tokens`` to several shards and returns their stream."""
     shards: list[Shard] = []
     for start in range(0, len(tokens), shard_tokens):
         writer = ShardWriter(folder / f"train_{start}.bin", "uint32")
@@ -27,7 +27,7 @@ def stream_of(tokens: np.ndarray, folder, shard_tokens: int = 700) -> TokenStrea
 
 @pytest.fixture
 def tokens():
-    return np.random.default_rng(0).permutation(5000).astype(np.uint32)  # each token tells its place
+    return np.random.default_rng(0).permutation(5000).astype(np.uint32)  # each token identifies its position
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def order(tokens):
     ("world_size", "accumulation", "micro_batch_size"),
     [(1, 1, 24), (1, 24, 1), (2, 1, 12), (2, 3, 4), (4, 1, 6), (4, 2, 3), (4, 6, 1), (3, 8, 1)],
 )
-def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
+def test_step_reads_the_same_windows_for_any_world_size(
     tokens, order, tmp_path, world_size, accumulation, micro_batch_size
 ):
     stream, global_batch = stream_of(tokens, tmp_path), 24
@@ -55,14 +55,14 @@ def test_a_step_reads_the_same_windows_however_it_is_dealt_out(
         assert sorted(row for batch in batches for row in batch.idx.tolist()) == expected
 
 
-def test_a_thousand_ranks_share_a_step_without_gap_or_overlap():
+def test_1024_ranks_share_a_step_without_gaps_or_overlap():
     parts = [RankSlice(rank, world_size=1024, micro_batch_size=4) for rank in range(1024)]
     for step in (0, 7, 10**9):
         positions = [TrainBatches(None, None, part).positions(2 * step + micro) for micro in range(2) for part in parts]
         np.testing.assert_array_equal(np.sort(np.concatenate(positions)), np.arange(8192 * step, 8192 * (step + 1)))
 
 
-def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
+def test_targets_are_the_next_tokens(tokens, order, tmp_path):
     batches = TrainBatches(stream_of(tokens, tmp_path), order, RankSlice(1, 2, 8))
     for number in (0, 1, 30):
         idx, targets, documents = batches[number]
@@ -74,16 +74,16 @@ def test_targets_are_the_tokens_that_follow(tokens, order, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-def test_worker_processes_prepare_the_same_batches_in_the_same_order(tokens, order, tmp_path):
+def test_worker_processes_give_the_same_batches_in_the_same_order(tokens, order, tmp_path):
     batches = TrainBatches(stream_of(tokens, tmp_path), order, RankSlice(0, 2, 4), eot_id=int(tokens[1000]))
-    batches[0]  # the files that this process has open are no hindrance
+    batches[0]  # opens files, which worker processes do not inherit
 
     def first(workers):
         loader = DataLoader(batches, batch_size=None, sampler=count(5), num_workers=workers)
         return list(islice(loader, 20))
 
-    here, there = first(0), first(3)
-    for number, (one, other) in enumerate(zip(here, there, strict=True), start=5):
+    without_workers, with_workers = first(0), first(3)
+    for number, (one, other) in enumerate(zip(without_workers, with_workers, strict=True), start=5):
         expected = batches[number]
         for batch in (one, other):
             assert torch.equal(batch.idx, expected.idx)
@@ -96,7 +96,7 @@ SHARES += list(product(range(1, 10), range(1, 5), range(1, 4)))
 
 
 @pytest.mark.parametrize(("windows", "world_size", "micro_batch_size"), SHARES)
-def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
+def test_evaluation_scores_every_window_once_in_the_same_number_of_batches(
     tokens, tmp_path, windows, world_size, micro_batch_size
 ):
     starts = evaluation_starts(len(tokens), BLOCK_SIZE, windows)
@@ -112,7 +112,7 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
             for inputs, following in zip(idx.tolist(), targets.tolist(), strict=True):
                 if set(following) == {-100}:
                     unscored += 1
-                    assert inputs == tokens[:BLOCK_SIZE].tolist()  # a window that a model can read
+                    assert inputs == tokens[:BLOCK_SIZE].tolist()  # padding is a valid window
                 else:
                     scored.append((*inputs, following[-1]))
                     assert following[:-1] == inputs[1:]
@@ -121,11 +121,11 @@ def test_an_evaluation_scores_every_window_once_in_equally_many_batches(
 
 
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_documents_are_numbered_by_the_borders_of_each_sequence(tmp_path, evaluation):
-    tokens = np.random.default_rng(1).integers(0, 6, size=2000).astype(np.uint32)  # every sixth is a border
+def test_documents_are_numbered_within_each_sequence(tmp_path, evaluation):
+    tokens = np.random.default_rng(1).integers(0, 6, size=2000).astype(np.uint32)
     stream = stream_of(tokens, tmp_path)
     order = WindowOrder([2000], BLOCK_SIZE, 3, "data", "shuffled", 1, None)
-    for eot_id in (4, 17):  # the second is nowhere
+    for eot_id in (4, 17):  # 17 does not occur
         if evaluation:
             batches = EvaluationBatches(
                 stream, evaluation_starts(2000, BLOCK_SIZE, 15), BLOCK_SIZE, RankSlice(0, 1, 8), eot_id
@@ -137,7 +137,7 @@ def test_documents_are_numbered_by_the_borders_of_each_sequence(tmp_path, evalua
             for row, found in zip(idx.tolist(), documents.tolist(), strict=True):
                 expected, document = [], 0
                 for token in row:
-                    document += token == eot_id  # which begins the next
+                    document += token == eot_id  # the end-of-text token belongs to the next document
                     expected.append(document)
                 assert found == expected
     assert batches[0].documents.max() == 0

@@ -1,4 +1,4 @@
-"""Bits per byte by the manifest, by the evaluation, and from the files that the corpus was read from."""
+"""Bits per byte from the manifest, from the evaluation, and computed directly from the source files."""
 
 import math
 
@@ -30,9 +30,9 @@ def prepared(request, tmp_path) -> TokenDataset:
 
 
 def model_of(vocab_size: int) -> torch.Tensor:
-    """Make up logits (7, V) of what follows an id, by its remainder, whose nats are told exactly in float32.
+    """Returns logits (7, V), indexed by the previous token ID modulo 7, with losses that are exact in float32.
 
-    One id has e**40 times the probability of any other, so that the others' nats are their distance from it.
+    One token has e**40 times the probability of any other, so the loss of another token is the difference of logits.
     """
     generator = torch.Generator().manual_seed(0)
     logits = -torch.randint(40, 91, (7, vocab_size), generator=generator).double()
@@ -41,13 +41,13 @@ def model_of(vocab_size: int) -> torch.Tensor:
 
 
 def nats_of(ids: list[int], end: int) -> list[float]:
-    """Nats of each id, in float64; the first one follows an end of text."""
+    """Returns the loss in nats of each token, in float64. The first one follows an end-of-text token."""
     nats = -model_of(end + 1).log_softmax(-1)
     return nats[torch.tensor([end, *ids[:-1]]) % 7, torch.tensor(ids)].tolist()
 
 
 def ids_from_files(prepared: TokenDataset) -> tuple[list[int], int]:
-    """Ids of val as the tokenizers' own libraries give them, each document ended, and the bytes of its text."""
+    """Returns the token IDs of val, encoded with the libraries of the tokenizers, and the bytes of the text."""
     record, end = prepared.manifest.tokenizer, prepared.manifest.vocab_size - 1
     ids, size = [], 0
     for path in sorted((prepared.folder.parents[1] / "source").iterdir()):
@@ -64,11 +64,11 @@ def ids_from_files(prepared: TokenDataset) -> tuple[list[int], int]:
     return ids, size
 
 
-def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluation(prepared):
+def test_bits_per_byte_agree_between_files_manifest_and_evaluation(prepared):
     manifest, stream = prepared.manifest, prepared.stream("val")
     end = manifest.vocab_size - 1
 
-    # from the files: ends of text stand for no text
+    # from the files, without end-of-text tokens
     ids, size = ids_from_files(prepared)
     assert len(ids) > 1000
     assert ids.count(end) > 5
@@ -77,13 +77,13 @@ def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluat
     assert 50 < np.mean(text_nats) < 80
     directly = math.fsum(text_nats) / math.log(2) / size
 
-    # by the manifest: nats of the tokens on the disk
+    # from the manifest: losses of the tokens in the shards
     row = stream.read([0], len(stream))[0].tolist()
     on_disk = np.array(nats_of(row, end))
     by_manifest = on_disk[np.array(row) != end].sum() / (math.log(2) * manifest.bytes("val"))
     assert by_manifest == pytest.approx(directly, rel=1e-9)
 
-    # by the evaluation, in windows of one token, which have all targets but the first token, which nothing precedes
+    # from the evaluation in windows of one token, which score all tokens except the first
     batches = EvaluationBatches(stream, evaluation_starts(len(stream), 1, None), 1, RankSlice(0, 1, 100))
     model, sums = model_of(end + 1), LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
     for number in range(len(batches)):
@@ -98,7 +98,7 @@ def test_bits_per_byte_by_the_manifest_are_those_of_the_files_and_of_the_evaluat
     assert (some_nats + nats[0]) / math.log(2) / (some_bytes + first) == pytest.approx(by_manifest, rel=1e-9)
 
 
-def test_the_manifest_s_bytes_are_the_files_whichever_tokens_stand_for_them(prepared):
+def test_bytes_in_the_manifest_are_the_file_sizes_for_every_tokenizer(prepared):
     in_val = {name for name in TEXTS if is_in_val(name, BY_DOCUMENTS["val_fraction"])}
     sizes = {name: len(text.encode()) for name, text in TEXTS.items()}
     assert prepared.manifest.bytes("val") == sum(sizes[name] for name in in_val)

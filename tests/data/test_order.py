@@ -17,7 +17,7 @@ MASK = 2**64 - 1
 
 
 def permute_one(index: int, size: int, key: int) -> int:
-    """Walk one index through the same network in Python's unbounded integers."""
+    """Permutes one index with the same network in Python's unbounded integers."""
 
     def mix(x: int) -> int:
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
@@ -37,7 +37,7 @@ def permute_one(index: int, size: int, key: int) -> int:
             return index
 
 
-def test_permute_is_a_bijection_at_every_size_and_key():
+def test_permute_is_a_bijection_for_every_size_and_key():
     for size in SIZES:
         for key in KEYS:
             out = permute(np.arange(size, dtype=np.uint64), size, key)
@@ -45,14 +45,14 @@ def test_permute_is_a_bijection_at_every_size_and_key():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 17, 64, 65, 1009, 10**6, 2**40 + 1, 2**62])
-def test_permute_is_the_published_network_in_exact_arithmetic(size):
+def test_permute_matches_the_published_network_in_exact_arithmetic(size):
     indices = sorted({0, size // 3, size // 2, size - 1})
     for key in (*KEYS, 0x0123456789ABCDEF):
         out = permute(np.array(indices, dtype=np.uint64), size, key)
         assert out.tolist() == [permute_one(index, size, key) for index in indices]
 
 
-def test_permute_does_not_depend_on_the_shape_of_its_argument_and_leaves_it_alone():
+def test_permute_accepts_any_shape_and_does_not_modify_its_argument():
     index = np.arange(60, dtype=np.uint64).reshape(3, 4, 5)
     out = permute(index, 61, 7)
     assert out.shape == (3, 4, 5)
@@ -60,34 +60,34 @@ def test_permute_does_not_depend_on_the_shape_of_its_argument_and_leaves_it_alon
     np.testing.assert_array_equal(index.ravel(), np.arange(60))
 
 
-def test_every_key_gives_its_own_permutation():
+def test_every_key_gives_a_different_permutation():
     index = np.arange(50, dtype=np.uint64)
     assert len({permute(index, 50, key).tobytes() for key in range(500)}) == 500
 
 
-def test_over_keys_an_index_lands_everywhere_equally_often():
+def test_permuted_index_is_uniform_over_keys():
     size, keys = 16, 4000
     index = np.arange(size, dtype=np.uint64)
     places = np.stack([permute(index, size, key) for key in range(keys)])
     for column in (0, 1, size - 1):
         counts = np.bincount(places[:, column].astype(int), minlength=size)
         chi_square = ((counts - keys / size) ** 2 / (keys / size)).sum()  # 15 degrees of freedom
-        assert chi_square < 44.3, counts  # its 99.99 % quantile
+        assert chi_square < 44.3, counts  # the 99.99% quantile
 
 
 @pytest.mark.parametrize("size", [4099, 100_003])
-def test_neighbours_of_the_permutation_are_uncorrelated(size):
+def test_neighbors_in_the_permutation_are_uncorrelated(size):
     out = permute(np.arange(size, dtype=np.uint64), size, 12345).astype(np.int64)
     limit = 5 / np.sqrt(size)
     for lag in (1, 2, 3, 64):
         assert abs(np.corrcoef(out[:-lag], out[lag:])[0, 1]) < limit, lag
     assert abs(np.corrcoef(out, np.arange(size))[0, 1]) < limit
     steps = np.bincount((out[1:] - out[:-1]) % size * 64 // size, minlength=64)
-    assert ((steps - size / 64) ** 2 / (size / 64)).sum() < 113.5  # chi-square, 63 degrees of freedom, 99.99 %
+    assert ((steps - size / 64) ** 2 / (size / 64)).sum() < 113.5  # chi-square, 63 degrees of freedom, 99.99%
 
 
 @pytest.mark.parametrize("size", [10**10 + 1, 2**62])
-def test_permute_of_a_huge_range_needs_no_memory(size):
+def test_permute_of_a_huge_range_needs_constant_memory(size):
     indices = np.array([0, 1, 2, 3, size // 2, size - 2, size - 1], dtype=np.uint64)
     tracemalloc.start()
     out = permute(indices, size, 99)
@@ -99,11 +99,11 @@ def test_permute_of_a_huge_range_needs_no_memory(size):
 
 
 @pytest.mark.parametrize(("tokens", "block_size"), [(1000, 8), (1001, 8), (1007, 8), (64, 32), (999, 1), (4096, 50)])
-def test_an_epoch_reads_each_window_once_inside_the_stream_and_without_overlap(tokens, block_size):
+def test_epoch_reads_each_window_once_without_overlap(tokens, block_size):
     order = WindowOrder(
         [tokens], block_size, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None
     )
-    # as many windows as fit at the largest offset, T - 1, with one token more for the last target
+    # as many windows as fit at the largest offset, T - 1, with one more token for the last target
     fitting = max(w for w in range(tokens) if block_size - 1 + w * block_size + 1 <= tokens)
     assert order.windows == fitting
     for epoch in range(5):
@@ -114,15 +114,15 @@ def test_an_epoch_reads_each_window_once_inside_the_stream_and_without_overlap(t
         assert starts.max() + block_size + 1 <= tokens
 
 
-def test_epochs_have_their_own_shuffles_and_offsets():
+def test_epochs_have_different_shuffles_and_offsets():
     order = WindowOrder([10_000], 100, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
     epochs = order.starts(np.arange(50 * order.windows)).reshape(50, -1)
     offsets = epochs.min(axis=1)
-    assert len(set(offsets.tolist())) > 30  # 50 draws out of 100 places: 39 or 40 are expected
+    assert len(set(offsets.tolist())) > 30  # 39 or 40 are expected for 50 draws from 100 offsets
     assert len({(epoch - offset).tobytes() for epoch, offset in zip(epochs, offsets, strict=True)}) == 50
 
 
-def test_a_window_is_a_function_of_its_position_alone():
+def test_window_depends_only_on_its_position():
     order = WindowOrder([1003], 8, seed=5, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
     positions = np.arange(4 * order.windows)
     whole = order.starts(positions)
@@ -135,33 +135,33 @@ def test_a_window_is_a_function_of_its_position_alone():
 
 
 @pytest.mark.parametrize("change", [{"seed": 6}, {"fingerprint": "other data"}])
-def test_seed_and_data_choose_the_order(change):
-    settings = {"seed": 5, "fingerprint": "data"}
+def test_order_depends_on_seed_and_data(change):
+    original = {"seed": 5, "fingerprint": "data"}
     one, other = (
         WindowOrder([10_000], 8, **chosen, order="shuffled", block_shards=1, limit_windows=None).starts(np.arange(1000))
-        for chosen in (settings, settings | change)
+        for chosen in (original, original | change)
     )
     assert (one == other).mean() < 0.02
 
 
 @pytest.mark.parametrize(("limit", "windows"), [(1, 1), (5, 5), (10_000, 124)])
-def test_limited_windows_are_the_first_ones_in_every_epoch(limit, windows):
+def test_limit_windows_uses_the_first_windows_in_every_epoch(limit, windows):
     order = WindowOrder([1000], 8, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=limit)
     epochs = np.sort(order.starts(np.arange(20 * windows)).reshape(20, windows), axis=1)
     np.testing.assert_array_equal(epochs, np.tile(8 * np.arange(windows), (20, 1)))
 
 
-def test_a_stream_shorter_than_two_windows_is_refused():
+def test_stream_shorter_than_two_windows_raises():
     assert (
         WindowOrder([64], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None).windows
         == 1
     )
-    with pytest.raises(ValueError, match="63 tokens are fewer than two windows of 32"):
+    with pytest.raises(ValueError, match="63 tokens are fewer than two windows of block_size=32"):
         WindowOrder([63], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
 
 
 @pytest.mark.parametrize(("tokens", "windows"), [(0, 0), (8, 0), (9, 1), (16, 1), (17, 2), (1000, 124), (1001, 125)])
-def test_evaluation_reads_every_window_that_has_its_last_target(tokens, windows):
+def test_evaluation_reads_every_complete_window(tokens, windows):
     expected = [start for start in range(0, tokens, 8) if start + 8 + 1 <= tokens]
     assert len(expected) == windows
     assert evaluation_starts(tokens, 8, None).tolist() == expected
@@ -169,17 +169,17 @@ def test_evaluation_reads_every_window_that_has_its_last_target(tokens, windows)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 60, 124, 125])
-def test_a_limited_evaluation_is_spread_evenly_over_the_stream(count):
+def test_limited_evaluation_is_evenly_spaced(count):
     starts = evaluation_starts(1001, 8, count)  # 125 windows
     assert len(starts) == count
     assert starts[0] == 0
     assert starts[-1] + 8 + 1 <= 1001
     np.testing.assert_array_equal(starts % 8, 0)
-    gaps = np.diff([*starts, 1000]) // 8  # to the next one, and from the last to the end
+    gaps = np.diff([*starts, 1000]) // 8  # between windows, and from the last window to the end
     assert set(gaps.tolist()) <= {125 // count, -(-125 // count)}
 
 
-# --- the order "sequential", and the order "block" against its definition in plain Python
+# --- the order "sequential", and the order "block" compared with its definition in plain Python
 
 
 def order_of(shards, block_size, order, block_shards=1, limit_windows=None) -> WindowOrder:
@@ -195,7 +195,7 @@ def order_of(shards, block_size, order, block_shards=1, limit_windows=None) -> W
 
 
 def draw(purpose: str, epoch: int) -> int:
-    """64 bits of the run of ``order_of``."""
+    """Returns the 64 bits that ``order_of`` draws for a purpose in an epoch."""
     digest = hashlib.blake2b(f"data\0005\0{purpose}\0{epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -205,12 +205,12 @@ def permuted(items: list, key: int) -> list:
 
 
 def blocks_of(shards, block_size, block_shards, epoch) -> list[list[tuple[int, int]]]:
-    """An epoch's blocks, each a list of windows: the number of the shard and the start in the stream."""
+    """Returns the blocks of an epoch, each a list of windows: index of the shard and start offset in the stream."""
     offset = draw("offset", epoch) % block_size
     windows: dict[int, list[tuple[int, int]]] = {}
     for number, tokens in enumerate(shards):
         begin = sum(shards[:number])
-        # as many as fit at the largest offset, T - 1, with one token more for the last target
+        # as many as fit at the largest offset, T - 1, with one more token for the last target
         fitting = [w for w in range(tokens) if block_size - 1 + (w + 1) * block_size + 1 <= tokens]
         if fitting:
             windows[number] = [(number, begin + offset + w * block_size) for w in fitting]
@@ -234,7 +234,7 @@ CASES = [
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
 @pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
-def test_blocks_are_read_as_they_are_defined(shards, block_size, block_shards, epoch):
+def test_block_order_matches_its_definition(shards, block_size, block_shards, epoch):
     order = order_of(shards, block_size, "block", block_shards)
     expected = [window for block in blocks_of(shards, block_size, block_shards, epoch) for window in block]
     assert order.windows == len(expected)
@@ -247,7 +247,7 @@ def test_blocks_are_read_as_they_are_defined(shards, block_size, block_shards, e
 
 
 @pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
-def test_an_epoch_of_blocks_reads_each_window_once_and_no_epoch_is_like_another(shards, block_size, block_shards):
+def test_block_order_reads_each_window_once_and_differs_between_epochs(shards, block_size, block_shards):
     order = order_of(shards, block_size, "block", block_shards)
     epochs = order.starts(np.arange(20 * order.windows)).reshape(20, -1)
     begins, offsets = np.cumsum([0, *shards]), {}
@@ -258,23 +258,23 @@ def test_an_epoch_of_blocks_reads_each_window_once_and_no_epoch_is_like_another(
         assert len(offsets[number]) == 1  # one offset for all shards
     assert len({epoch.tobytes() for epoch in epochs}) == 20
     if block_size > 1:
-        assert len(set().union(*offsets.values())) > 4  # of 20 draws out of 8
+        assert len(set().union(*offsets.values())) > 4  # for 20 draws from 8 offsets
 
 
-def test_a_block_shuffles_its_shards_together():
+def test_windows_of_a_block_are_shuffled_together():
     shards, block_shards = [808] * 9, 3  # 100 windows each
     order = order_of(shards, 8, "block", block_shards)
     of_shard = order.starts(np.arange(3 * order.windows)) // 808
     for block in of_shard.reshape(9, 300):
-        assert np.bincount(block, minlength=9).tolist().count(100) == 3  # exactly three shards, whole
+        assert np.bincount(block, minlength=9).tolist().count(100) == 3  # exactly three whole shards
         changes = (block[1:] != block[:-1]).mean()
-        assert changes > 0.55  # 2/3 are expected of three shards mixed well
+        assert changes > 0.55  # 2/3 is expected for three well-mixed shards
     sequences = of_shard.reshape(3, 3, 300)
-    assert len({tuple(sorted(set(epoch[0].tolist()))) for epoch in sequences}) > 1  # other shards are put together
+    assert len({tuple(sorted(set(epoch[0].tolist()))) for epoch in sequences}) > 1  # blocks consist of other shards
 
 
 @pytest.mark.parametrize("name", ["sequential", "block"])
-def test_in_every_order_a_window_is_a_function_of_its_position_alone(name):
+def test_window_depends_only_on_its_position_in_every_order(name):
     shards = [100, 40, 0, 333, 15, 16, 90]
     order = order_of(shards, 8, name, 2)
     positions = np.arange(4 * order.windows)
@@ -286,7 +286,7 @@ def test_in_every_order_a_window_is_a_function_of_its_position_alone(name):
     np.testing.assert_array_equal(order_of(shards, 8, name, 2).starts(shuffled), whole[shuffled])
 
 
-def test_sequential_windows_follow_each_other_from_each_epochs_offset_on():
+def test_sequential_windows_are_contiguous_from_the_offset_of_the_epoch():
     order = order_of([300, 0, 703], 8, "sequential")
     assert order.windows == max(w for w in range(1003) if 7 + w * 8 + 1 <= 1003)
     for epoch in range(5):
@@ -295,29 +295,29 @@ def test_sequential_windows_follow_each_other_from_each_epochs_offset_on():
 
 
 @pytest.mark.parametrize(("shards", "block_size", "block_shards"), CASES)
-def test_what_is_ahead_of_a_position_in_a_block_are_the_shards_of_it_and_of_the_next(shards, block_size, block_shards):
+def test_ahead_returns_the_shards_of_the_current_and_the_next_block(shards, block_size, block_shards):
     order = order_of(shards, block_size, "block", block_shards)
     blocks = [block for epoch in range(3) for block in blocks_of(shards, block_size, block_shards, epoch)]
     position = 0
     for block, following in pairwise(blocks):
-        here, there = ({number for number, _ in windows} for windows in (block, following))
+        current, following_shards = ({number for number, _ in windows} for windows in (block, following))
         for _ in block:
             ahead = order.ahead(position)
             named = [int(np.searchsorted(np.cumsum(shards), begin, side="right")) for begin, _ in ahead]
             assert [(sum(shards[:n]), sum(shards[: n + 1])) for n in named] == ahead  # whole shards
-            assert (set(named[: len(here)]), set(named[len(here) :])) == (here, there)  # in this sequence
+            assert (set(named[: len(current)]), set(named[len(current) :])) == (current, following_shards)
             position += 1
 
 
 @pytest.mark.parametrize(("name", "limit"), [("sequential", None), ("shuffled", None), ("shuffled", 5), ("block", 5)])
-def test_what_is_ahead_holds_the_windows_that_follow(name, limit):
+def test_ahead_contains_the_next_windows(name, limit):
     shards, block_shards = [100, 40, 60, 333, 16, 90], 2
     order = order_of(shards, 8, name, block_shards, limit)
     total = sum(shards)
     for position in range(2 * order.windows):
         ((begin, end),) = order.ahead(position)
         left = order.windows - position % order.windows
-        if name == "sequential":  # two blocks of shards of the mean length, or what is left of the epoch
+        if name == "sequential":  # two blocks of shards of average length, or the rest of the epoch
             left = min(left, 2 * block_shards * total // len(shards) // 8 - 1)
         starts = order.starts(np.arange(position, position + left))
         assert begin <= starts.min()
@@ -328,7 +328,7 @@ def test_what_is_ahead_holds_the_windows_that_follow(name, limit):
 
 
 @pytest.mark.parametrize("limit", [1, 5, 10_000])
-def test_limited_blocks_are_the_first_windows_of_the_stream(limit):
+def test_limit_windows_with_block_order_uses_the_first_windows(limit):
     shards = [10, 40, 333, 100]
     order = order_of(shards, 8, "block", 2, limit)
     assert order.windows == min(limit, (sum(shards) - 8) // 8)
@@ -336,7 +336,7 @@ def test_limited_blocks_are_the_first_windows_of_the_stream(limit):
     np.testing.assert_array_equal(epochs, np.tile(8 * np.arange(order.windows), (5, 1)))
 
 
-def test_blocks_of_shards_that_are_all_too_short_are_refused():
-    with pytest.raises(ValueError, match="15 tokens are fewer than two windows of 8"):
+def test_block_order_with_too_short_shards_raises():
+    with pytest.raises(ValueError, match="15 tokens are fewer than two windows of block_size=8"):
         order_of([15, 3, 15, 0], 8, "block")
     assert order_of([15, 3, 16, 0], 8, "block").windows == 1

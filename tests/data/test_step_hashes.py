@@ -1,4 +1,4 @@
-"""The token ids of every step, in the order of their positions, whoever reads them."""
+"""The token IDs of every step are identical for any number of ranks and workers."""
 
 import hashlib
 from types import SimpleNamespace
@@ -18,7 +18,18 @@ from gptlab.training.datamodule import TokenDataModule
 from preparing import data_config
 
 T, STEPS, SEED = 16, 1000, 7
-SHARDS = [61_000, 7_000, 40_003, 12, 33_000, 50_001, 29_000, 90_000, 18_000, 75_000]  # tokens; one without a window
+SHARDS = [
+    61_000,
+    7_000,
+    40_003,
+    12,
+    33_000,
+    50_001,
+    29_000,
+    90_000,
+    18_000,
+    75_000,
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +58,10 @@ def order(request) -> str:
 
 @pytest.fixture(scope="module")
 def expected(order, tokens, prepared) -> dict[int, list[str]]:
-    """For two global batches, hashes of the steps' windows, cut out of all tokens in one array."""
+    """Hashes of the windows of every step, for two global batch sizes, computed from one array of all tokens."""
     windows = training_order(prepared.manifest, data_config(order=order), T, SEED)
     assert 1 < 5 * windows.windows < STEPS * 128
-    # from the last step to the first, so that what an order remembers cannot help
+    # from the last step to the first, so that the cache of the order is not used
     starts = [windows.starts(np.arange(step * 1024, step * 1024 + 1024)) for step in reversed(range(STEPS))]
     rows = tokens.astype(np.int64)[np.concatenate(starts[::-1])[:, None] + np.arange(T + 1)]
     hashes = {size: [hash_of(some) for some in np.split(rows[: STEPS * size], STEPS)] for size in (128, 1024)}
@@ -59,23 +70,23 @@ def expected(order, tokens, prepared) -> dict[int, list[str]]:
 
 
 def hash_of(rows: np.ndarray) -> str:
-    """Hash the windows (N, T + 1) of a step."""
+    """Returns the hash of the windows (N, T + 1) of a step."""
     assert rows.dtype == np.int64
     return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
 
 
 def rows_of(batch: Batch) -> np.ndarray:
-    """Put the last target after the ids."""
+    """Returns the windows (B, T + 1) of a micro-batch."""
     return torch.cat((batch.idx, batch.targets[:, -1:]), dim=1).numpy()
 
 
 def loaded(prepared: TokenDataset, order: str, plan: BatchPlan, rank: int, num_workers: int):
-    """Micro-batches of a rank, as its trainer gets them."""
+    """Returns an iterator over the micro-batches of a rank, as its trainer gets them."""
     config = data_config(order=order, num_workers=num_workers)
     data = TokenDataModule(prepared, config, plan=plan, block_size=T, seed=SEED, eval_windows=None)
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    share = {"rank": rank}  # of the data
-    data.trainer = SimpleNamespace(global_step=0, distributed_sampler_kwargs=share, strategy=strategy)
+    sampler = {"rank": rank}
+    data.trainer = SimpleNamespace(global_step=0, distributed_sampler_kwargs=sampler, strategy=strategy)
     loader = data.train_dataloader()
     assert loader.num_workers == num_workers
     return iter(loader)
@@ -89,7 +100,7 @@ LARGE_PLANS = [(BatchPlan(4, 32, 1), 3), (BatchPlan(2, 128, 4), 2)]
 @pytest.mark.parametrize(
     ("plan", "num_workers"), [*PLANS, *(pytest.param(*plan, marks=pytest.mark.slow) for plan in LARGE_PLANS)]
 )
-def test_the_loaders_of_all_ranks_give_every_step_the_same_ids(prepared, order, expected, plan, num_workers):
+def test_loaders_of_all_ranks_give_the_same_token_ids(prepared, order, expected, plan, num_workers):
     ranks = [loaded(prepared, order, plan, rank, num_workers) for rank in range(plan.world_size)]
     found = []
     for _ in range(STEPS):
@@ -99,7 +110,7 @@ def test_the_loaders_of_all_ranks_give_every_step_the_same_ids(prepared, order, 
 
 
 @pytest.mark.slow
-def test_1024_ranks_give_every_step_the_same_ids(prepared, order, expected):
+def test_1024_ranks_give_the_same_token_ids(prepared, order, expected):
     windows = training_order(prepared.manifest, data_config(order=order), T, SEED)
     stream = prepared.stream("train")
     ranks = [TrainBatches(stream, windows, RankSlice(rank, 1024, 1)) for rank in range(1024)]

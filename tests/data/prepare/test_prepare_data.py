@@ -21,8 +21,8 @@ TEXTS = {f"{n:02d}.txt": f"Document {n}: " + "naïve 👍 text. " * (n % 7) for 
 
 
 @pytest.fixture(autouse=True)
-def _somewhere_else(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where settings without a cache_dir of their own leave what they remember
+def _temporary_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the default data.cache_dir is relative to the working directory
 
 
 @pytest.fixture
@@ -44,12 +44,12 @@ def prepare_shards(path: Path | None, tokenizer: str = "bytes") -> TokenDataset:
 
 
 def documents_on_disk(folder: Path, split: str) -> set[str]:
-    """Cut a split of bytes at the ends of text."""
+    """Returns the documents of a split of the bytes tokenizer."""
     assert tokens_on_disk(folder, split)[-1] == 256
     return set("".join(chr(i) for i in tokens_on_disk(folder, split)).split(chr(256))[:-1])
 
 
-def test_every_document_is_encoded_and_ended_and_its_tail_given_to_val(source):
+def test_tail_split_encodes_every_document_with_an_end_of_text_token(source):
     folder = prepare_text(source, "bytes", val_fraction=0.25).folder
     train, val = [], []
     for _, text in sorted(TEXTS.items()):
@@ -61,8 +61,8 @@ def test_every_document_is_encoded_and_ended_and_its_tail_given_to_val(source):
     assert len(list(folder.glob("train_*.bin"))) > 5
 
 
-def test_characters_of_both_splits_are_numbered_together_and_nothing_stands_between_documents(source):
-    write(source, {"99.txt": "abcdefghi" + "ß"})  # one character that only val has
+def test_characters_share_one_vocabulary_and_have_no_separator(source):
+    write(source, {"99.txt": "abcdefghi" + "ß"})  # ß only occurs in val
     prepared = prepare_text(source, "characters")
     texts = [text for _, text in sorted({**TEXTS, "99.txt": "abcdefghiß"}.items())]
     alphabet = sorted(set("".join(texts)))
@@ -73,14 +73,14 @@ def test_characters_of_both_splits_are_numbered_together_and_nothing_stands_betw
     assert tokens_on_disk(prepared.folder, "val") == [alphabet.index(character) for character in val]
 
 
-def test_gpt2_tokens_end_with_the_end_of_text(tmp_path, monkeypatch):
+def test_gpt2_tokens_end_with_the_end_of_text_token(tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     write(tmp_path, {"a.txt": "hello worldhello world"})
     folder = prepare_text(tmp_path / "a.txt", "gpt2", val_fraction=0.5).folder
     assert tokens_on_disk(folder, "train") == tokens_on_disk(folder, "val") == [31373, 995, 50256]
 
 
-def test_the_manifest_counts_what_the_files_hold(source):
+def test_manifest_matches_the_content_of_the_files(source):
     folder = prepare_text(source, "bytes", val_split="documents", val_fraction=0.3).folder
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["origin"] == str(source)
@@ -100,7 +100,7 @@ def test_the_manifest_counts_what_the_files_hold(source):
 
 
 @pytest.mark.parametrize("task_bytes", [7, 100, 10**9])
-def test_the_size_of_tasks_does_not_change_the_tokens(source, task_bytes):
+def test_task_bytes_does_not_change_the_tokens(source, task_bytes):
     by_documents = {"val_split": "documents", "val_fraction": 0.3}
     prepared = prepare_text(source, task_bytes=task_bytes, **by_documents)
     whole = prepare_text(source, task_bytes=2 * 10**9, **by_documents)
@@ -111,7 +111,7 @@ def test_the_size_of_tasks_does_not_change_the_tokens(source, task_bytes):
 
 
 @pytest.mark.parametrize(("characters", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, characters, dtype):
+def test_token_ids_are_stored_as_uint16_if_they_fit(tmp_path, characters, dtype):
     alphabet = "".join(chr(c) for c in range(0xE000, 0xE000 + characters))
     write(tmp_path, {"a.txt": alphabet})
     prepared = prepare_text(tmp_path / "a.txt", "characters")
@@ -126,11 +126,11 @@ def test_ids_are_stored_in_two_bytes_where_they_fit(tmp_path, characters, dtype)
 
 
 def named(folder: Path, split: str) -> set[str]:
-    """The numbers of the documents, which their text begins with."""
+    """Returns the document numbers, which are part of the texts."""
     return {text.split(":")[0].removeprefix("Document ") for text in documents_on_disk(folder, split)}
 
 
-def test_documents_are_given_to_val_by_their_names_alone(source):
+def test_documents_are_assigned_to_val_by_their_names_only(source):
     settings = {"val_split": "documents", "val_fraction": 0.3}
     first = prepare_text(source, **settings).folder
     train, val = named(first, "train"), named(first, "val")
@@ -151,10 +151,10 @@ def test_documents_are_given_to_val_by_their_names_alone(source):
     assert named(prepare_text(source, **settings, split_seed=2).folder, "val") != named(second, "val")
 
 
-def test_a_text_that_is_too_short_for_both_splits_is_refused(tmp_path):
+def test_text_that_is_too_short_for_both_splits_raises(tmp_path):
     write(tmp_path, {"b.txt": "1"})
     for _ in range(2):
-        with pytest.raises(UserError, match=r"b\.txt is empty or too short: it leaves no text for train"):
+        with pytest.raises(UserError, match=r"b\.txt is empty or too short: the train split has no text"):
             prepare_text(tmp_path / "b.txt")
     assert not list((tmp_path / "cache").rglob("manifest.json"))
 
@@ -162,7 +162,7 @@ def test_a_text_that_is_too_short_for_both_splits_is_refused(tmp_path):
 # --- the cache
 
 
-def test_prepared_data_is_used_again(source, caplog):
+def test_prepared_data_is_reused(source, caplog):
     caplog.set_level(logging.INFO, "gptlab")
     first = prepare_text(source)
     assert len(caplog.records) == 1
@@ -175,7 +175,7 @@ def test_prepared_data_is_used_again(source, caplog):
 
 
 @pytest.mark.parametrize("change", ["longer", "touched", "added", "removed"])
-def test_a_changed_source_is_prepared_anew_and_the_old_data_kept(source, change):
+def test_changed_source_is_prepared_again_and_old_data_is_kept(source, change):
     first = prepare_text(source)
     before = state(first.folder)
     if change == "longer":
@@ -193,7 +193,7 @@ def test_a_changed_source_is_prepared_anew_and_the_old_data_kept(source, change)
     assert state(first.folder) == before
 
 
-def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
+def test_every_config_key_that_changes_the_tokens_changes_the_directory(source):
     changes = [{}, {"tokenizer": "characters"}, {"val_fraction": 0.2}, {"task_bytes": 500}]
     changes += [
         {"separator": "before"},
@@ -209,7 +209,7 @@ def test_every_setting_that_changes_the_tokens_has_its_own_folder(source):
 
 
 @pytest.mark.parametrize("where", ["corpus", "shard"])
-def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_next_call(source, monkeypatch, where):
+def test_preparation_resumes_after_an_error_with_the_remaining_tasks(source, monkeypatch, where):
     def documents(self, task, read=FileCorpus.documents):
         for document in read(self, task):
             if document.name == "20.txt":
@@ -241,7 +241,7 @@ def test_after_a_failure_midway_what_is_done_is_kept_and_the_rest_done_by_the_ne
     assert {name: state(folder)[name] for name in kept} == kept
 
 
-def test_a_folder_without_a_manifest_is_completed_and_cleared_of_what_does_not_belong(source):
+def test_directory_without_a_manifest_is_completed_and_stale_files_are_deleted(source):
     folder = prepare_text(source).folder
     expected = hashes(folder)
     (folder / "manifest.json").unlink()
@@ -252,7 +252,7 @@ def test_a_folder_without_a_manifest_is_completed_and_cleared_of_what_does_not_b
     assert hashes(folder) == expected
 
 
-def test_of_those_who_ask_at_the_same_time_one_prepares(source, caplog):
+def test_concurrent_calls_prepare_the_data_once(source, caplog):
     caplog.set_level(logging.INFO, "gptlab")
     together = threading.Barrier(4)
 
@@ -266,18 +266,18 @@ def test_of_those_who_ask_at_the_same_time_one_prepares(source, caplog):
     assert [one.manifest for one in prepared] == [prepared[0].manifest] * 4
 
 
-def test_a_damaged_cache_is_named(source):
+def test_truncated_shard_in_the_cache_is_reported(source):
     path = prepare_text(source).folder / "train_000001.bin"
     size = path.stat().st_size
     os.truncate(path, size - 1)
-    with pytest.raises(UserError, match=rf"{path} should have {size:,} bytes and has {size - 1:,}"):
+    with pytest.raises(UserError, match=rf"{path} has {size - 1:,} bytes, but its manifest requires {size:,} bytes"):
         prepare_text(source)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_named(source, tmp_path):
+def test_cache_dir_that_cannot_be_created_is_reported(source, tmp_path):
     write(tmp_path, {"file": "x"})
     for cache_dir in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=rf"data\.cache_dir={cache_dir} cannot be used"):
+        with pytest.raises(UserError, match=rf"data\.cache_dir={cache_dir} cannot be created"):
             prepare_text(source, cache_dir=str(cache_dir))
 
 
@@ -285,14 +285,14 @@ def test_a_cache_folder_that_cannot_be_made_is_named(source, tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["", "*", "*.bin", "train_*.bin", "manifest.json"])
-def test_shards_are_found_by_their_folder_or_a_glob_of_its_files(source, pattern):
+def test_shards_are_found_by_directory_or_glob(source, pattern):
     prepared = prepare_text(source)
     found = prepare_shards(prepared.folder / pattern)
     assert (found.folder, found.manifest) == (prepared.folder, prepared.manifest)
     assert found.tokenizer.record() == {"name": "bytes"}
 
 
-def test_shards_bring_their_characters_along(source):
+def test_shards_include_their_characters(source):
     prepared = prepare_text(source, "characters")
     moved = prepared.folder.rename(source.parent / "moved")
     shutil.rmtree(source)
@@ -300,27 +300,27 @@ def test_shards_bring_their_characters_along(source):
     assert prepare_shards(moved, "characters").tokenizer.decode(ids[:10]) == "Document 0"
 
 
-def test_a_shards_folder_may_have_any_name(source):
+def test_directory_name_with_glob_characters_is_accepted(source):
     moved = prepare_text(source).folder.rename(source.parent / "run [1]*")
     assert prepare_shards(moved).folder == moved
 
 
-def test_shards_that_cannot_be_used_are_refused(source, tmp_path):
+def test_unusable_shards_raise(source, tmp_path):
     folder = prepare_text(source).folder
     for copy in ("copy", "copy2"):
         shutil.copytree(folder, tmp_path / copy)
-    with pytest.raises(UserError, match=r"data=shards needs the shards: data\.path="):
+    with pytest.raises(UserError, match=r"data=shards requires data\.path="):
         prepare_shards(None)
     with pytest.raises(UserError, match=r"data\.path=.*/none/\*\.bin matches nothing"):
         prepare_shards(tmp_path / "none" / "*.bin")
-    with pytest.raises(UserError, match=r"data\.path=.* matches files of 2 folders"):
+    with pytest.raises(UserError, match=r"data\.path=.* matches files in 2 directories"):
         prepare_shards(tmp_path / "copy*" / "*.bin")
     with pytest.raises(UserError, match=rf"data\.path={source} has neither a manifest.json nor token files"):
         prepare_shards(source)
-    with pytest.raises(UserError, match=rf"{folder} holds tokens of tokenizer=bytes, not of tokenizer=gpt2"):
+    with pytest.raises(UserError, match=rf"{folder} was prepared with tokenizer=bytes, not with tokenizer=gpt2"):
         prepare_shards(folder, "gpt2")
     os.truncate(tmp_path / "copy" / "val_000000.bin", 2)
-    with pytest.raises(UserError, match=r"copy/val_000000\.bin should have"):
+    with pytest.raises(UserError, match=r"copy/val_000000\.bin has 2 bytes"):
         prepare_shards(tmp_path / "copy")
 
 
@@ -329,13 +329,13 @@ def test_shards_that_cannot_be_used_are_refused(source, tmp_path):
 
 @pytest.mark.skipif(
     "GPTLAB_TINYSHAKESPEARE" not in os.environ,
-    reason="GPTLAB_TINYSHAKESPEARE does not name tinyshakespeare's input.txt (1.1 MB, a public download)",
+    reason="GPTLAB_TINYSHAKESPEARE is not set to the path of tinyshakespeare's input.txt (1.1 MB, a public download)",
 )
 @pytest.mark.parametrize(
     ("tokenizer", "vocab_size", "train", "val"),
     [("characters", 65, 1_003_854, 111_540), ("gpt2", 50_257, 301_966 + 1, 36_059 + 1)],
 )
-def test_tinyshakespeare_has_the_published_numbers_of_tokens(tmp_path, monkeypatch, tokenizer, vocab_size, train, val):
+def test_tinyshakespeare_has_the_published_token_counts(tmp_path, monkeypatch, tokenizer, vocab_size, train, val):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
     path = Path(os.environ["GPTLAB_TINYSHAKESPEARE"])
     prepared = prepare_text(path, tokenizer, corpus="shakespeare", cache_dir=str(tmp_path), task_bytes=10**8)
@@ -351,7 +351,7 @@ def test_tinyshakespeare_has_the_published_numbers_of_tokens(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("broken", [0, 2])
-def test_bytes_that_are_no_utf8_are_counted_and_told(tmp_path, caplog, broken):
+def test_invalid_utf8_is_counted_and_logged(tmp_path, caplog, broken):
     folder = tmp_path / "source"
     folder.mkdir()
     for number in range(4):
@@ -361,12 +361,12 @@ def test_bytes_that_are_no_utf8_are_counted_and_told(tmp_path, caplog, broken):
     assert ("2 documents" in caplog.text and "U+FFFD" in caplog.text) == bool(broken)
 
 
-def test_a_cache_inside_the_source_is_refused(source):
-    with pytest.raises(UserError, match=r"lies inside data\.source=.*name a folder outside"):
+def test_cache_dir_inside_the_source_raises(source):
+    with pytest.raises(UserError, match=r"is inside data\.source=.*Choose a directory outside"):
         prepare_text(source, cache_dir=str(source / "cache"))
     assert not (source / "cache").exists()
 
 
-def test_a_glob_of_prepared_folders_does_not_stumble_over_their_locks(source):
+def test_glob_of_prepared_directories_ignores_lock_files(source):
     folder = prepare_text(source).folder
     assert prepare_shards(folder.parent / "text-bytes-*").folder == folder

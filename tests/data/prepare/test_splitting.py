@@ -1,4 +1,4 @@
-"""Which documents are val's, and that each is whole."""
+"""Train/val split: by document or at the end of a single text."""
 
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ ANSWERS = [f"{n} and {n % 7} are {n + n % 7} END" for n in range(300)]
 
 
 def documents(prepared: TokenDataset, split: str) -> list[str]:
-    """Take a split of bytes apart at its ends of text."""
+    """Returns the documents of a split of the bytes tokenizer."""
     *texts, rest = "".join(map(chr, tokens_on_disk(prepared.folder, split))).split(chr(256))
     assert rest == ""
     return texts
@@ -46,7 +46,7 @@ def write_answers(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "folder", "datasets", "datasets, streamed"])
-def test_by_default_several_documents_are_split_into_whole_ones(tmp_path, kind, monkeypatch):
+def test_several_documents_are_split_by_document_by_default(tmp_path, kind, monkeypatch):
     values = {}
     if kind.startswith("datasets"):
         import datasets
@@ -66,7 +66,7 @@ def test_by_default_several_documents_are_split_into_whole_ones(tmp_path, kind, 
 
 
 @pytest.mark.parametrize("kind", ["plain", "gz", "folder"])
-def test_by_default_one_single_text_is_cut_at_its_end(tmp_path, kind):
+def test_single_text_is_split_at_its_end_by_default(tmp_path, kind):
     (folder := tmp_path / "source").mkdir()
     text = "".join(f"{n} words\n" for n in range(200)).encode()
     path = folder / ("a.txt.gz" if kind == "gz" else "a.txt")
@@ -85,7 +85,7 @@ def test_by_default_one_single_text_is_cut_at_its_end(tmp_path, kind):
 @pytest.mark.parametrize(
     ("option", "split"), [("shakespeare", "tail"), ("shakespeare_char", "tail"), ("shakespeare_plays", "documents")]
 )
-def test_shakespeare_is_one_text_and_the_plays_are_documents(option, split):
+def test_val_split_of_shakespeare_is_tail_and_of_the_plays_is_documents(option, split):
     values = defaults("data/text.yaml") | defaults(f"data/{option}.yaml")
     config = data_config(corpus=values["corpus"], val_split=values["val_split"])
     assert resolve_val_split(config).val_split == split
@@ -99,7 +99,7 @@ def drawn(name: str, seed: int) -> bytes:
 
 
 def write_few(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """Five texts, of several tasks each, and an empty one."""
+    """Writes five texts, each of several tasks, and an empty one."""
     (folder := tmp_path / "few").mkdir()
     texts = {f"{letter}.txt": f"{letter} is here " * 100 for letter in "abcde"}
     for name, text in {**texts, "empty.txt": ""}.items():
@@ -112,7 +112,7 @@ def seed_where(texts, condition) -> int:
 
 
 @pytest.mark.parametrize("work", [ALONE, PrepareOptions(workers=2)], ids=["alone", "two workers"])
-def test_of_few_documents_the_one_with_the_smallest_draw_is_val_where_no_other_is(tmp_path, work):
+def test_document_with_the_smallest_hash_is_val_if_val_would_be_empty(tmp_path, work):
     folder, texts = write_few(tmp_path)
     seed = seed_where(
         texts,
@@ -125,7 +125,7 @@ def test_of_few_documents_the_one_with_the_smallest_draw_is_val_where_no_other_i
     assert len(prepared.manifest.splits["val"]) > 1
 
 
-def test_of_few_documents_the_one_with_the_largest_draw_is_train_where_no_other_is(tmp_path):
+def test_document_with_the_largest_hash_is_train_if_train_would_be_empty(tmp_path):
     folder, texts = write_few(tmp_path)
     seed = seed_where(texts, lambda _, seed: all(is_in_val(name, 0.9, seed) for name in texts))
     last = max(texts, key=lambda name: drawn(name, seed))
@@ -136,52 +136,52 @@ def test_of_few_documents_the_one_with_the_largest_draw_is_train_where_no_other_
 
 @pytest.fixture
 def unlucky(tmp_path) -> tuple[Path, dict]:
-    """Few documents, of which none would be val by its draw alone."""
+    """Few documents, none of which has a hash below the threshold of val."""
     folder, texts = write_few(tmp_path)
     seed = seed_where(texts, lambda _, seed: not any(is_in_val(name, 0.1, seed) for name in texts))
     return folder, {"val_split": "documents", "val_fraction": 0.1, "split_seed": seed}
 
 
-def test_few_documents_are_split_the_same_in_parts(unlucky, tmp_path):
+def test_few_documents_are_split_identically_in_several_parts(unlucky, tmp_path):
     folder, values = unlucky
     expected = hashes(prepare_text(folder, **values, cache_dir=str(tmp_path / "expected")).folder)
     for part in (1, 2):
-        with pytest.raises(UserError, match="part is done"):
+        with pytest.raises(UserError, match=rf"prepare\.part={part} are done"):
             prepare_text(folder, **values, work=PrepareOptions(1, part, 3))
     assert hashes(prepare_text(folder, **values, work=PrepareOptions(1, 0, 3)).folder) == expected
 
 
-def test_a_preparation_that_left_val_empty_before_is_completed_with_a_document_in_it(unlucky, tmp_path, monkeypatch):
+def test_preparation_that_left_val_empty_is_completed_with_a_val_document(unlucky, tmp_path, monkeypatch):
     folder, values = unlucky
     expected = hashes(prepare_text(folder, **values, cache_dir=str(tmp_path / "expected")).folder)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "val_threshold", lambda *_: 0.1 * 2**64)  # as it was
-        with pytest.raises(UserError, match="no text for val"):
+        patch.setattr(prepare, "val_threshold", lambda *_: 0.1 * 2**64)  # as in earlier versions
+        with pytest.raises(UserError, match="the val split has no text"):
             prepare_text(folder, **values)
     records = list((tmp_path / "cache").rglob("task_*.json"))
     for record in records[1:]:
         content = json.loads(record.read_text())
-        del content["threshold"]  # which they did not have
+        del content["threshold"]  # earlier versions did not write it
         record.write_text(json.dumps(content))
     assert len(records) > 5
     assert hashes(prepare_text(folder, **values).folder) == expected
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
-        ("a.txt", "some text", r"only one document.* data\.val_split=tail to split it"),
-        ("a.jsonl", '{"text": "some text"}\n{"text": ""}\n', r"only one document.* data\.val_split=tail to split it"),
+        ("a.txt", "some text", r"only one document.* data\.val_split=tail"),
+        ("a.jsonl", '{"text": "some text"}\n{"text": ""}\n', r"only one document.* data\.val_split=tail"),
         ("a.jsonl", '{"text": ""}\n', "no document with text"),
     ],
 )
-def test_less_than_two_documents_are_refused_and_one_can_be_cut(tmp_path, name, content, told):
+def test_a_single_document_is_rejected_for_documents_and_accepted_for_tail(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"data\.val_split=documents: {path} holds {told}"):
+    with pytest.raises(UserError, match=rf"data\.val_split=documents requires .*{path} has {message}"):
         prepare_text(path, column="text", val_split="documents")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    if "one" in told:
+    if "one" in message:
         check_val_split(data_config(source=str(path), column="text", val_split="tail"))
         assert documents(prepare_text(path, column="text", val_split="tail"), "val") == ["t"]
 
@@ -190,23 +190,25 @@ def test_less_than_two_documents_are_refused_and_one_can_be_cut(tmp_path, name, 
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "folder", "datasets"])
-def test_tail_is_refused_for_several_documents(tmp_path, kind):
+def test_tail_with_several_documents_raises(tmp_path, kind):
     source = write_answers(tmp_path, "parquet" if kind == "datasets" else kind)
     values = {"corpus": "huggingface", "path": str(source.parent)} if kind == "datasets" else {"source": str(source)}
     config = data_config(**values, column="text", val_split="tail")
-    with pytest.raises(UserError, match=r"data\.val_split=tail needs a single document.*Use data\.val_split=documents"):
+    with pytest.raises(
+        UserError, match=r"data\.val_split=tail requires a single document.*Use data\.val_split=documents"
+    ):
         check_val_split(config)
     check_val_split(config.model_copy(update={"val_split": "auto"}))
 
 
-def test_tail_and_the_default_report_a_missing_source(tmp_path):
+def test_missing_source_is_reported_for_tail_and_auto(tmp_path):
     for split in ("tail", "auto"):
         check_val_split(data_config(source=str(tmp_path / "none.jsonl"), val_split=split))
-        with pytest.raises(UserError, match="there is no such file or folder"):
+        with pytest.raises(UserError, match=r"none\.jsonl does not exist"):
             prepare_text(tmp_path / "none.jsonl", val_split=split)
 
 
-def test_a_single_record_is_split_at_its_end_by_default(tmp_path):
+def test_single_record_is_split_at_its_end_by_default(tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "0123456789"}\n{"text": ""}\n')
     prepared = prepare_text(tmp_path / "one.jsonl", column="text", val_split="auto")
     assert documents(prepared, "train") + documents(prepared, "val") == ["012345678", "9"]

@@ -1,4 +1,4 @@
-"""Preparations in tasks: shared out, killed, short of room, and still the same bytes."""
+"""Preparation in tasks: shared among workers and machines, killed, on a full disk, with bit-identical shards."""
 
 import errno
 import itertools
@@ -53,7 +53,7 @@ ROWS = {"column": "text", "task_bytes": 3000, "val_split": "documents", "val_fra
 
 @pytest.fixture
 def expected(source) -> dict[str, str]:
-    """Hashes of what an undisturbed preparation in one process leaves."""
+    """Hashes of the files of an uninterrupted preparation in one process."""
     return hashes(prepare_text(source, **ROWS, cache_dir=str(source.parent / "expected")).folder)
 
 
@@ -63,35 +63,35 @@ def only_folder(cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_workers_add_up_to_the_same_bytes(source, expected, workers):
+def test_number_of_workers_does_not_change_the_files(source, expected, workers):
     assert len(expected) > 30
     folder = prepare_text(source, **ROWS, work=PrepareOptions(workers=workers)).folder
     assert hashes(folder) == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_progress_is_told_in_bytes_up_to_the_total_and_in_tokens_up_to_the_manifests(source, workers):
-    told = []
-    work = PrepareOptions(workers=workers, report=lambda *numbers: told.append(numbers))
+def test_progress_is_reported_up_to_the_size_of_the_source_and_the_tokens_of_the_manifest(source, workers):
+    reports = []
+    work = PrepareOptions(workers=workers, report=lambda *numbers: reports.append(numbers))
     manifest = prepare_text(source, **ROWS, work=work).manifest
-    done, totals, tokens = (list(column) for column in zip(*told, strict=True))
-    assert len(told) > 15
+    done, totals, tokens = (list(column) for column in zip(*reports, strict=True))
+    assert len(reports) > 15
     assert set(totals) == {source.stat().st_size}
     assert done == sorted(done)
-    assert len(set(done)) == len(told)
+    assert len(set(done)) == len(reports)
     assert done[-1] == source.stat().st_size
     assert tokens == sorted(tokens)
     assert tokens[-1] == manifest.tokens("train") + manifest.tokens("val")
     prepare_text(source, **ROWS, work=work)
-    assert len(told) == len(totals)
+    assert len(reports) == len(totals)
 
 
-def test_what_a_worker_cannot_read_is_told_as_it_would_be_without_workers(source):
+def test_error_in_a_worker_is_reported_as_without_workers(source):
     with source.open("a") as file:
         file.write('{"text": "broken}\n')
     messages = []
     for workers in (1, 2):
-        with pytest.raises(UserError, match=rf"{source}, line at byte \d+: not JSON") as caught:
+        with pytest.raises(UserError, match=rf"{source}, line at byte \d+ is not JSON") as caught:
             prepare_text(source, **ROWS, work=PrepareOptions(workers=workers))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
@@ -101,12 +101,14 @@ def test_what_a_worker_cannot_read_is_told_as_it_would_be_without_workers(source
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_parts_in_any_order_make_the_same_bytes(source, expected, order):
+def test_parts_in_any_order_give_identical_files(source, expected, order):
     tasks = -(-source.stat().st_size // 3050)
     for done, part in enumerate(order, start=1):
         work = PrepareOptions(workers=1, part=part, parts=3)
         if done < 3:
-            with pytest.raises(UserError, match=r"part is done; \d+ of \d+ tasks in .* are not.* task \d") as caught:
+            with pytest.raises(
+                UserError, match=r"part=\d are done, but \d+ of \d+ tasks in .* are not.* task \d"
+            ) as caught:
                 prepare_text(source, **ROWS, work=work)
             left, of = (int(number) for number in re.findall(r"(\d+) of (\d+) tasks", str(caught.value))[0])
             assert of == pytest.approx(tasks, abs=2)
@@ -118,8 +120,8 @@ def test_parts_in_any_order_make_the_same_bytes(source, expected, order):
     assert state(only_folder(source.parent / "cache")) == before
 
 
-def test_a_part_does_its_own_tasks_alone_and_whoever_does_all_only_the_rest(source, expected):
-    with pytest.raises(UserError, match="part is done"):
+def test_part_runs_only_its_own_tasks_and_a_full_run_the_rest(source, expected):
+    with pytest.raises(UserError, match=r"prepare\.part=1 are done"):
         prepare_text(source, **ROWS, work=PrepareOptions(workers=1, part=1, parts=3))
     folder = only_folder(source.parent / "cache")
     done = {name: when for name, when in state(folder).items() if name.endswith(".bin")}
@@ -129,19 +131,19 @@ def test_a_part_does_its_own_tasks_alone_and_whoever_does_all_only_the_rest(sour
     assert {name: state(folder)[name] for name in done} == done
 
 
-def test_characters_are_the_same_ones_in_every_part(source):
+def test_characters_are_identical_in_every_part(source):
     expected = hashes(prepare_text(source, "characters", **ROWS, cache_dir=str(source.parent / "expected")).folder)
     for part in (2, 0):
-        with pytest.raises(UserError, match="part is done"):
+        with pytest.raises(UserError, match=rf"prepare\.part={part} are done"):
             prepare_text(source, "characters", **ROWS, work=PrepareOptions(workers=1, part=part, parts=3))
     assert hashes(prepare_text(source, "characters", **ROWS, work=PrepareOptions(2)).folder) == expected
 
 
-# --- the end of text
+# --- end-of-text tokens
 
 
 @pytest.mark.parametrize("separator", ["after", "before"])
-def test_the_end_of_text_stands_after_or_before_every_document(tmp_path, separator):
+def test_end_of_text_token_is_after_or_before_every_document(tmp_path, separator):
     rows = [json.loads(line)["text"].encode() for line in lines(100).splitlines()]
     path = tmp_path / "source.jsonl"
     path.write_text(lines(100))
@@ -156,7 +158,7 @@ def test_the_end_of_text_stands_after_or_before_every_document(tmp_path, separat
 
 
 def cut(ids: list[int]) -> list[list[int]]:
-    """Take a stream apart at its ends of text."""
+    """Splits a stream into documents at its end-of-text tokens."""
     places = [n for n, token in enumerate(ids) if token == 256]
     if places[-1] == len(ids) - 1:
         return [ids[begin + 1 : end] for begin, end in itertools.pairwise([-1, *places])]
@@ -164,7 +166,7 @@ def cut(ids: list[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("separator", ["after", "before"])
-def test_a_text_in_many_tasks_is_one_document_with_one_end_of_text(tmp_path, separator):
+def test_text_in_many_tasks_has_one_end_of_text_token_per_split(tmp_path, separator):
     text = "".join(f"word {n} naïve 👍 and\r\n" for n in range(500))
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
@@ -181,7 +183,7 @@ def test_a_text_in_many_tasks_is_one_document_with_one_end_of_text(tmp_path, sep
 
 @pytest.mark.parametrize("separator", ["after", "before"])
 @pytest.mark.parametrize("word", [899, 900, 901])
-def test_a_text_that_is_cut_next_to_where_val_begins_has_its_ends_of_text(tmp_path, separator, word):
+def test_task_boundary_next_to_the_val_boundary_keeps_the_end_of_text_tokens(tmp_path, separator, word):
     path = tmp_path / "a.txt"
     path.write_bytes(b"x" * word + b" " + b"y" * (1000 - word))
     folder = prepare_text(path, task_bytes=word, separator=separator).folder
@@ -194,7 +196,7 @@ def test_a_text_that_is_cut_next_to_where_val_begins_has_its_ends_of_text(tmp_pa
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 20, 40, 64])
-def test_a_full_disk_is_told_with_what_is_missing_and_room_is_all_that_is_needed_to_go_on(
+def test_full_disk_is_reported_with_the_missing_space_and_the_preparation_resumes(
     source, expected, monkeypatch, fails_at
 ):
     calls = itertools.count(1)
@@ -206,7 +208,7 @@ def test_a_full_disk_is_told_with_what_is_missing_and_room_is_all_that_is_needed
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UserError, match=r"disk of .* is full; about \d+\.\d GB more are needed.*is kept"):
+        with pytest.raises(UserError, match=r"disk of .* is full.* at most about \d+\.\d GB more.*are kept"):
             prepare_text(source, **ROWS)
     folder = only_folder(source.parent / "cache")
     done = {name: when for name, when in state(folder).items() if name.endswith(".bin")}
@@ -216,14 +218,14 @@ def test_a_full_disk_is_told_with_what_is_missing_and_room_is_all_that_is_needed
 
     assert prepare_text(source, **ROWS).folder == folder
     assert hashes(folder) == expected
-    # a shard whose record was not written is made again
+    # a shard whose record was not written is written again
     assert sum(state(folder)[name] == when for name, when in done.items()) >= len(done) - 2
 
 
-def test_a_full_disk_is_told_in_bytes_of_tokens(tmp_path, monkeypatch):
+def test_missing_disk_space_is_estimated_from_the_token_size(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 100)
-    os.truncate(path, 2_600_000_000)  # takes no room
+    os.truncate(path, 2_600_000_000)  # a sparse file
     calls = itertools.count(1)
 
     def fsync(descriptor):
@@ -240,7 +242,7 @@ def test_a_full_disk_is_told_in_bytes_of_tokens(tmp_path, monkeypatch):
 TINY_DISK = """
 set -e
 mount -t tmpfs -o size=64k none "$1"
-"$2" "$3" "$4" 2 2> "$1/../told" && exit 3
+"$2" "$3" "$4" 2 2> "$1/../stderr" && exit 3
 find "$1" -name ".train*" -o -name ".val*" -o -name manifest.json > "$1/../left"
 mount -o remount,size=1m "$1"
 "$2" "$3" "$4" 2
@@ -248,10 +250,10 @@ cp -r "$1" "$1/../copied"
 """
 
 
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, which can mount a small disk, is not there")
-def test_on_a_disk_that_is_really_full_a_preparation_stops_with_a_sentence_and_goes_on_when_there_is_room(
-    source, script, tmp_path
-):
+@pytest.mark.skipif(
+    shutil.which("unshare") is None, reason="unshare, which is required to mount a small disk, is not installed"
+)
+def test_preparation_on_a_small_disk_reports_the_full_disk_and_resumes_on_a_larger_one(source, script, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     source.write_text(lines(1500))
@@ -260,11 +262,11 @@ def test_on_a_disk_that_is_really_full_a_preparation_stops_with_a_sentence_and_g
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", TINY_DISK, "sh", *arguments], capture_output=True, text=True, check=False
     )
-    if not (tmp_path / "told").exists():
-        pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
+    if not (tmp_path / "stderr").exists():
+        pytest.skip(f"a disk cannot be mounted on this machine: {done.stderr}")
     assert done.returncode == 0, done.stderr
-    told = (tmp_path / "told").read_text()
-    assert re.search(r"UserError: The disk of .* is full; about 0\.\d GB more are needed .*What is done is kept", told)
+    stderr = (tmp_path / "stderr").read_text()
+    assert re.search(r"UserError: The disk of .* is full.* about 0\.\d GB more.*Finished tasks are kept", stderr)
     assert (tmp_path / "left").read_text() == ""
     assert hashes(only_folder(tmp_path / "copied")) == expected
 
@@ -280,7 +282,7 @@ def script(tmp_path) -> Path:
 
 
 def start(script: Path, values: dict, workers: int) -> subprocess.Popen:
-    """Begin to prepare, as the leader of a group of processes."""
+    """Starts a preparation as the leader of a process group."""
     arguments = [sys.executable, str(script), json.dumps(values), str(workers)]
     return subprocess.Popen(arguments, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
@@ -293,9 +295,7 @@ def values_of(source: Path, **values) -> dict:
     ("tokenizer", "kills"),
     [("bytes", 6), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("bytes", 20), ("gpt2", 4)))],
 )
-def test_killed_at_any_time_with_all_its_workers_a_preparation_goes_on_to_the_same_bytes(
-    source, script, tokenizer, kills
-):
+def test_preparation_killed_with_its_workers_resumes_to_identical_files(source, script, tokenizer, kills):
     source.write_text(lines(1500))
     script.write_text(SCRIPT.replace("bytes", tokenizer))
     expected = hashes(prepare_text(source, tokenizer, **ROWS, cache_dir=str(source.parent / "expected")).folder)
@@ -305,7 +305,7 @@ def test_killed_at_any_time_with_all_its_workers_a_preparation_goes_on_to_the_sa
     for number in range(kills):
         cache = source.parent / f"cache {number}"
         process = start(script, values_of(source, cache_dir=str(cache)), workers=2)
-        # at any stage, and at any moment of a task
+        # after a random number of tasks and at a random moment of the next one
         records = int(random.integers(0, tasks - 5))
         wait_until(lambda: cache.exists() and len(list(cache.glob("text-*/task_*.json"))) >= records, seconds=30)  # noqa: B023
         time.sleep(random.uniform(0, 0.02))
@@ -318,8 +318,8 @@ def test_killed_at_any_time_with_all_its_workers_a_preparation_goes_on_to_the_sa
     assert killed >= 0.75 * kills
 
 
-# Killed before the n-th time that it opens, renames or removes a file or makes a folder in the cache, or when it has
-# just opened one and written nothing.
+# For each n, kills the process before it opens, renames or deletes a file or creates a directory in the cache for the
+# n-th time, or directly after it has opened a file.
 DYING_SCRIPT = (
     SCRIPT
     + """
@@ -355,7 +355,7 @@ DYING_SCRIPT = (
 )
 
 
-def test_killed_before_any_change_of_its_folder_a_preparation_goes_on_to_the_same_bytes(tmp_path):
+def test_preparation_killed_before_any_file_operation_resumes_to_identical_files(tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text(lines(80))
     rows = ROWS | {"task_bytes": 1000}
@@ -373,7 +373,7 @@ def test_killed_before_any_change_of_its_folder_a_preparation_goes_on_to_the_sam
         assert hashes(folder) == expected
 
 
-def test_workers_do_not_outlive_a_parent_that_is_killed(source, script, tmp_path):
+def test_workers_exit_when_their_parent_is_killed(source, script, tmp_path):
     source.write_text(lines(30_000))
     process = start(script, values_of(source, task_bytes=300), workers=2)
     try:
@@ -399,30 +399,30 @@ def group_exists(leader: int) -> bool:
 def wait_until(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"condition not met within {seconds} s"
         time.sleep(0.005)
 
 
-def test_a_worker_that_is_killed_is_told_and_what_is_done_is_kept(source):
-    source.write_text(lines(3000))  # so that there is work left when the first task is done
+def test_killed_worker_is_reported_and_finished_tasks_are_kept(source):
+    source.write_text(lines(3000))  # enough tasks that some are left when the first one is done
     expected = hashes(prepare_text(source, **ROWS, cache_dir=str(source.parent / "expected")).folder)
 
     def kill_a_worker(done: int, *_) -> None:
         for child in multiprocessing.active_children() if done else ():
             os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(UserError, match=r"worker was killed, .* memory: .*data\.task_bytes.* is kept"):
+    with pytest.raises(UserError, match=r"worker process was killed, .* memory .*data\.task_bytes.* are kept"):
         prepare_text(source, **ROWS, work=PrepareOptions(workers=2, report=kill_a_worker))
     assert list(only_folder(source.parent / "cache").glob("task_*.json"))
     assert hashes(prepare_text(source, **ROWS).folder) == expected
 
 
-def test_parts_that_begin_and_end_at_the_same_time_do_not_disturb_each_other(source, expected, monkeypatch):
-    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in containers
+def test_concurrent_parts_give_identical_files(source, expected, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # containers may share process IDs
     together = threading.Barrier(4)
 
     def do(part: int) -> str:
-        """Return the folder, or what the user is told."""
+        """Returns the directory or the error message."""
         together.wait()
         try:
             return str(prepare_text(source, **ROWS, work=PrepareOptions(workers=1, part=part, parts=4)).folder)
@@ -433,15 +433,15 @@ def test_parts_that_begin_and_end_at_the_same_time_do_not_disturb_each_other(sou
         done = list(threads.map(do, range(4)))
     folder = only_folder(source.parent / "cache")
     assert str(folder) in done
-    assert all(answer == str(folder) or "part is done" in answer for answer in done)
+    assert all(answer == str(folder) or f"prepare.part={part} are done" in answer for part, answer in enumerate(done))
     assert hashes(folder) == expected
 
 
-def test_an_interrupt_does_not_wait_for_workers_and_what_they_left_is_cleared_away(source):
+def test_interrupt_does_not_wait_for_workers_and_their_files_are_deleted_later(source):
     expected = hashes(prepare_text(source, **ROWS, cache_dir=str(source.parent / "expected")).folder)
 
     def interrupt(done: int, *_) -> None:
-        (only_folder(source.parent / "cache") / ".train_000099.bin.0123").touch()  # as a worker that is killed leaves
+        (only_folder(source.parent / "cache") / ".train_000099.bin.0123").touch()  # as left by a killed worker
         if done:
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Changed shards are found, and unchanged ones cost nothing; what is in prepared data, against counts by hand."""
+"""Verification of shards, and statistics of prepared data compared with known values."""
 
 import hashlib
 import json
@@ -48,13 +48,13 @@ def folder(tmp_path):
 
 @pytest.fixture
 def check(tmp_path, folder):
-    """The check of the shards, whose manifest it holds from now on, in one cache."""
+    """Function that checks the shards against their original manifest, with one cache."""
     manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
     return lambda: check_unchanged(folder, manifest, tmp_path / "cache")
 
 
 def flip(path, place=7) -> tuple[str, str]:
-    """Flip a bit and keep the size; return the hashes of the tokens before and after."""
+    """Flips a bit and returns the hashes of the tokens before and after."""
     data = bytearray(path.read_bytes())
     before = hashlib.sha256(data[4:]).hexdigest()
     data[place] ^= 0x10
@@ -63,22 +63,23 @@ def flip(path, place=7) -> tuple[str, str]:
 
 
 def damaged(path, before: str, after: str):
-    sentence = f"{path} is not what was written: its SHA-256 is {after}, not {before}."
-    return pytest.raises(UserError, match=f"^{re.escape(sentence)}$")
+    return pytest.raises(
+        UserError, match=rf"^{re.escape(str(path))} has changed .* SHA-256 is {after}, not {before}\.$"
+    )
 
 
-def test_verifying_hashes_every_shard_and_names_the_first_that_is_damaged(folder, hashed):
+def test_verify_shards_hashes_every_shard_and_reports_the_first_damaged_one(folder, hashed):
     manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
     assert verify_shards(LocalFolder(folder), manifest.shards()) == 4
     assert hashed == NAMES
-    flip(folder / NAMES[0], place=3)  # the header holds no tokens
+    flip(folder / NAMES[0], place=3)  # in the header, which is not hashed
     flip(folder / NAMES[3], place=-1)
     hashes = flip(folder / NAMES[2], place=4)
     with damaged(folder / NAMES[2], *hashes):
         verify_shards(LocalFolder(folder), manifest.shards())
 
 
-def test_what_nobody_touched_is_hashed_once(check, folder, hashed):
+def test_unmodified_shards_are_hashed_once(check, folder, hashed):
     check()
     assert hashed == NAMES
     for path in folder.iterdir():
@@ -91,7 +92,7 @@ def test_what_nobody_touched_is_hashed_once(check, folder, hashed):
     assert hashed == [*NAMES, NAMES[1]]
 
 
-def test_each_folder_is_remembered_by_itself(check, folder, hashed, tmp_path):
+def test_directories_are_recorded_separately(check, folder, hashed, tmp_path):
     check()
     manifest = write_shards(tmp_path / "other", PIECES[:1])
     check_unchanged(tmp_path / "other", manifest, tmp_path / "cache")
@@ -99,7 +100,7 @@ def test_each_folder_is_remembered_by_itself(check, folder, hashed, tmp_path):
     assert hashed == [*NAMES, NAMES[0]]
 
 
-def test_a_flipped_bit_is_found_each_time_until_it_is_put_right(check, folder):
+def test_flipped_bit_is_reported_until_it_is_restored(check, folder):
     check()
     before, after = flip(folder / NAMES[1])
     for _ in range(2):
@@ -109,12 +110,12 @@ def test_a_flipped_bit_is_found_each_time_until_it_is_put_right(check, folder):
     check()
 
 
-def test_a_shard_that_was_damaged_before_it_was_first_used_is_found(check, folder):
+def test_shard_damaged_before_first_use_is_reported(check, folder):
     with damaged(folder / NAMES[3], *flip(folder / NAMES[3], place=-1)):
         check()
 
 
-def test_two_shards_that_changed_places_are_found(check, folder):
+def test_swapped_shards_are_reported(check, folder):
     check()
     one, other = folder / NAMES[0], folder / NAMES[1]
     one.rename(folder / "aside")
@@ -125,7 +126,7 @@ def test_two_shards_that_changed_places_are_found(check, folder):
         check()
 
 
-def test_a_file_of_the_same_size_and_time_in_the_place_of_another_is_found(check, folder):
+def test_replaced_file_of_same_size_and_time_is_reported(check, folder):
     check()
     path, was = folder / NAMES[2], (folder / NAMES[2]).stat()
     (folder / "new").write_bytes(path.read_bytes())
@@ -137,7 +138,7 @@ def test_a_file_of_the_same_size_and_time_in_the_place_of_another_is_found(check
         check()
 
 
-def test_another_manifest_of_the_same_files_is_not_taken_on_trust(check, folder, tmp_path):
+def test_changed_manifest_of_the_same_files_is_verified_again(check, folder, tmp_path):
     check()
     path = folder / "manifest.json"
     right = hashlib.sha256((folder / NAMES[0]).read_bytes()[4:]).hexdigest()
@@ -148,7 +149,7 @@ def test_another_manifest_of_the_same_files_is_not_taken_on_trust(check, folder,
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"train_000000.bin": 3}'])
-def test_a_broken_memory_is_as_good_as_none(check, hashed, tmp_path, content):
+def test_invalid_record_of_verified_files_is_ignored(check, hashed, tmp_path, content):
     check()
     (memory,) = (tmp_path / "cache" / "verified").glob("*.json")
     memory.write_bytes(content)
@@ -170,30 +171,30 @@ def prepared(tmp_path) -> TokenDataset:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 33, 10**6])
-def test_the_longest_document_wherever_the_chunks_are_cut(prepared, monkeypatch, chunk):
+def test_longest_document_does_not_depend_on_chunk_size(prepared, monkeypatch, chunk):
     monkeypatch.setattr(token_dataset, "CHUNK", chunk)
     stream = prepared.stream("train")
     assert longest_document(stream, 256) == len(DOCUMENTS[1])
     assert longest_document(stream, None) == len(stream)
 
 
-def test_first_documents_are_decoded_and_cut(prepared):
+def test_first_documents_are_decoded_and_truncated(prepared):
     assert first_documents(prepared, "train", documents=2, tokens=11) == ["short", "the longest"]
     assert first_documents(prepared, "val", documents=9, tokens=99) == [text for text in DOCUMENTS if text]
 
 
 @pytest.mark.parametrize("place", [0, 10, -1])
-def test_one_flipped_bit_is_found_and_its_shard_named(prepared, place):
+def test_flipped_bit_is_reported_with_its_shard(prepared, place):
     assert verify_shards(prepared.store, prepared.manifest.shards()) == 2
     path = prepared.folder / "val.bin"
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"val\.bin is not what was written"):
+    with pytest.raises(UserError, match=r"val\.bin has changed"):
         verify_shards(prepared.store, prepared.manifest.shards())
 
 
-def test_the_batch_of_a_step_is_what_the_order_says(prepared):
+def test_batch_texts_match_the_training_order(prepared):
     order = WindowOrder([prepared.manifest.tokens("train")], 4, 1, "data", "shuffled", 1, None)
     ids = prepared.stream("train").read([0], prepared.manifest.tokens("train"))[0]
     starts = order.starts(np.arange(6, 9))  # step 3 of batches of three

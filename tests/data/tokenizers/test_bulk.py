@@ -1,4 +1,4 @@
-"""The fast encoder is used where it is proven, and only there."""
+"""The bulk encoder is used only if it gives the same token IDs as the tokenizer."""
 
 import json
 import sysconfig
@@ -16,13 +16,13 @@ from preparing import data_config, text_values, tokenizer_config
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Sources of the standard library, at its top: 8 MB of real text."""
+    """Source files of the standard library's top directory: 8 MB of text."""
     root = Path(sysconfig.get_path("stdlib"))
     return [path.read_text("utf-8", errors="replace") for path in sorted(root.glob("*.py"))]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bpe"])
-def test_gigatoken_gives_the_tokenizer_s_ids(texts, name):
+def test_gigatoken_gives_the_token_ids_of_the_tokenizer(texts, name):
     tokenizer = GPT2Tokenizer(None) if name == "gpt2" else BPETokenizer.train(texts[:30], 1000)
     encode = bulk_encoder(tokenizer)
     for text in (*bulk.ADVERSARIAL, *texts[:80], "a\ud800b", ""):
@@ -30,7 +30,7 @@ def test_gigatoken_gives_the_tokenizer_s_ids(texts, name):
     assert is_equivalent(tokenizer, encode, [texts])
 
 
-def test_an_encoder_that_differs_anywhere_in_the_sample_is_not_proven(texts):
+def test_encoder_that_differs_on_the_sample_is_not_equivalent(texts):
     tokenizer = GPT2Tokenizer(None)
     for odd in (bulk.ADVERSARIAL[0], texts[7]):
         assert not is_equivalent(
@@ -38,14 +38,14 @@ def test_an_encoder_that_differs_anywhere_in_the_sample_is_not_proven(texts):
         )
 
 
-def test_tokenizers_that_need_no_help_have_none():
+def test_bytes_tokenizer_has_no_bulk_encoder():
     assert bulk_encoder(BytesTokenizer()) is None
 
 
-@pytest.mark.parametrize("lies", [False, True])
-def test_prepared_bytes_are_the_tokenizer_s_with_and_without_it(tmp_path, monkeypatch, lies):
+@pytest.mark.parametrize("wrong_encoder", [False, True])
+def test_wrong_bulk_encoder_is_not_used(tmp_path, monkeypatch, wrong_encoder):
     (tmp_path / "text.txt").write_text("some words, and some more words\n" * 200)
-    if lies:  # an encoder that gives other ids must not be used
+    if wrong_encoder:
         wrong = np.zeros(1, dtype=np.uint32)
         monkeypatch.setattr("gptlab.data.prepare.prepare.bulk_encoder", lambda _: lambda text: wrong)
     config = data_config(**text_values(tmp_path / "text.txt", task_bytes=10**6))

@@ -1,4 +1,4 @@
-"""nanoGPT's character data, with the meta.pkl that says what its ids mean."""
+"""nanoGPT's character-level data with meta.pkl, which maps token IDs to characters."""
 
 import pickle
 
@@ -16,7 +16,7 @@ TEXT = "To be, or not to be: that is the question.\né" * 20
 
 
 def nanogpt_data(folder, text: str = TEXT):
-    """Write what nanoGPT's data/shakespeare_char/prepare.py does, as it does it."""
+    """Writes the files of nanoGPT's data/shakespeare_char/prepare.py."""
     folder.mkdir(exist_ok=True)
     chars = sorted(set(text))
     stoi = {ch: i for i, ch in enumerate(chars)}
@@ -33,7 +33,7 @@ def opened(folder, cache, name: str = "characters"):
     return open_shards(config, tokenizer_config(name))
 
 
-def test_character_data_of_nanogpt_is_the_text_it_was_made_of(tmp_path):
+def test_nanogpt_character_data_decodes_to_its_text(tmp_path):
     prepared = opened(nanogpt_data(tmp_path / "char"), tmp_path / "cache")
     stream = prepared.stream("train")
     assert prepared.tokenizer.decode(stream.read([0], len(stream))[0].tolist()) == TEXT[: int(len(TEXT) * 0.9)]
@@ -42,7 +42,7 @@ def test_character_data_of_nanogpt_is_the_text_it_was_made_of(tmp_path):
     assert prepared.manifest.tokenizer == {"name": "characters", "characters": "".join(sorted(set(TEXT)))}
 
 
-def test_another_table_beside_the_same_tokens_is_read_anew(tmp_path):
+def test_changed_meta_file_is_read_again(tmp_path):
     folder = nanogpt_data(tmp_path / "char")
     opened(folder, tmp_path / "cache")
     itos = dict(enumerate("abcdefghijklmnopqrstuvwxyz"))
@@ -50,71 +50,71 @@ def test_another_table_beside_the_same_tokens_is_read_anew(tmp_path):
     assert opened(folder, tmp_path / "cache").tokenizer.decode([0, 25]) == "az"
 
 
-def test_ids_in_any_order_and_every_protocol(tmp_path):
+def test_meta_file_is_read_in_any_order_and_pickle_protocol(tmp_path):
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {1: "b", 0: "\U0001f600"}}, protocol))
         assert read_meta(tmp_path / "meta.pkl").characters == "\U0001f600b"
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_characters_are_not_taken_for_other_tokens(tmp_path, name):
-    with pytest.raises(UserError, match=rf"meta\.pkl says that .* not those of tokenizer={name}; tokenizer=characters"):
+def test_characters_with_another_tokenizer_raise(tmp_path, name):
+    with pytest.raises(UserError, match=rf"tokenizer={name} does not match .*meta\.pkl.*tokenizer=characters"):
         opened(nanogpt_data(tmp_path / "char"), tmp_path / "cache", name)
 
 
-def test_without_a_table_nobody_knows_the_characters(tmp_path):
+def test_characters_without_a_meta_file_raise(tmp_path):
     (nanogpt_data(tmp_path / "char") / "meta.pkl").unlink()
-    with pytest.raises(UserError, match=r"train\.bin does not say which tokens tokenizer=characters means"):
+    with pytest.raises(UserError, match=r"train\.bin cannot be read with tokenizer=characters"):
         opened(tmp_path / "char", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
-        ({"vocab_size": 3}, "it has no table itos"),
-        ([1, 2], "it has no table itos"),
-        ({"itos": {0: "a", 1: "bc"}}, "it has no table itos"),
-        ({"itos": {0: "a", 1: 7}}, "it has no table itos"),
-        ({"itos": {0: "a", 1: "\ud800"}}, "it has no table itos"),
-        ({"itos": {0: "a", 2: "b"}}, "does not give each id from 0 to 1 a character of its own"),
-        ({"itos": {0: "a", 1: "a"}}, "does not give each id from 0 to 1 a character of its own"),
-        ({"itos": {0: BytesTokenizer()}}, r"it names .*BytesTokenizer.* could run any code"),
+        ({"vocab_size": 3}, "has no table itos"),
+        ([1, 2], "has no table itos"),
+        ({"itos": {0: "a", 1: "bc"}}, "has no table itos"),
+        ({"itos": {0: "a", 1: 7}}, "has no table itos"),
+        ({"itos": {0: "a", 1: "\ud800"}}, "has no table itos"),
+        ({"itos": {0: "a", 2: "b"}}, "must map each token ID from 0 to 1 to a different character"),
+        ({"itos": {0: "a", 1: "a"}}, "must map each token ID from 0 to 1 to a different character"),
+        ({"itos": {0: BytesTokenizer()}}, r"refers to .*BytesTokenizer.* could run any code"),
     ],
 )
-def test_what_a_table_lacks_is_said(tmp_path, content, sentence):
+def test_invalid_meta_file_is_reported(tmp_path, content, message):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(UserError, match=sentence) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_meta(tmp_path / "meta.pkl")
     assert str(tmp_path / "meta.pkl") in str(error.value)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 20])
-def test_a_damaged_table_is_refused(tmp_path, cut):
+def test_damaged_meta_file_raises(tmp_path, cut):
     path = nanogpt_data(tmp_path) / "meta.pkl"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"meta\.pkl is refused"):
+    with pytest.raises(UserError, match=r"meta\.pkl cannot be loaded as plain data"):
         read_meta(path)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_payload_is_refused_and_not_run(tmp_path, protocol):
+def test_pickle_payload_raises_and_is_not_run(tmp_path, protocol):
     canary = Canary(tmp_path / "canary")
     folder = nanogpt_data(tmp_path / "char")
     (folder / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a"}, "x": canary}, protocol))
-    with pytest.raises(UserError, match=r"meta\.pkl is refused: it names \w+\.mkdir, which"):
+    with pytest.raises(UserError, match=r"meta\.pkl cannot be loaded as plain data: it refers to \w+\.mkdir"):
         opened(folder, tmp_path / "cache")
     assert not canary.was_run()
 
 
-def test_the_opcodes_that_call_without_a_name_on_the_stack_are_refused_as_well(tmp_path):
+def test_inst_and_obj_opcodes_raise(tmp_path):
     canary = tmp_path / "canary"
     for payload in (
         b"(S'" + str(canary).encode() + b"'\nios\nmkdir\n.",  # INST
         b"(cos\nmkdir\nS'" + str(canary).encode() + b"'\no.",  # OBJ
     ):
-        pickle.loads(payload)  # noqa: S301  (the proof)
+        pickle.loads(payload)  # noqa: S301  (shows that the payload runs)
         canary.rmdir()
         (tmp_path / "meta.pkl").write_bytes(payload)
-        with pytest.raises(UserError, match=r"it names os\.mkdir"):
+        with pytest.raises(UserError, match=r"refers to os\.mkdir"):
             read_meta(tmp_path / "meta.pkl")
         assert not canary.exists()

