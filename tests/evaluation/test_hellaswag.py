@@ -1,4 +1,4 @@
-"""HellaSwag: its files, and which ending a model with known chances finds likeliest."""
+"""HellaSwag: reading and writing its files, and the accuracy of a model with known probabilities."""
 
 import json
 import math
@@ -21,15 +21,15 @@ LINE = {
     "label": 3,
     "endings": ["wraps skis.", "rips tiles.", "holds a cube.", "pulls up roofing."],
 }
-# in GPT-2's ids, made up; the label of the second is not the first ending either
+# arbitrary token IDs of GPT-2
 EXAMPLES = [
     Example([15, 27, 300], [[7], [8, 9], [10, 11, 12], [50256, 1]], 2),
     Example([65534 % 50257, 2], [[1, 1, 1, 1], [2], [3, 4], [5]], 1),
 ]
 
 
-def by_hand(path, examples):
-    """The layout, number by number."""
+def write_reference(path, examples):
+    """Writes llm.c's layout value by value."""
     header = np.zeros(256, dtype="<i4")
     stream: list[int] = []
     longest = 0
@@ -44,8 +44,8 @@ def by_hand(path, examples):
     path.write_bytes(header.tobytes() + np.array(stream, dtype="<u2").tobytes())
 
 
-def test_llm_c_s_file_is_read_and_written(tmp_path):
-    by_hand(tmp_path / "theirs.bin", EXAMPLES)
+def test_llmc_file_is_read_and_written(tmp_path):
+    write_reference(tmp_path / "theirs.bin", EXAMPLES)
     gpt2 = load_tokenizer({"name": "gpt2"}, None)
     assert read_examples(tmp_path / "theirs.bin", gpt2, None) == EXAMPLES
     assert read_examples(tmp_path / "theirs.bin", gpt2, 1) == EXAMPLES[:1]
@@ -53,7 +53,7 @@ def test_llm_c_s_file_is_read_and_written(tmp_path):
     assert (tmp_path / "ours.bin").read_bytes() == (tmp_path / "theirs.bin").read_bytes()
 
 
-def test_lines_are_encoded_as_gpt2_s_trainers_do(tmp_path):
+def test_jsonl_lines_are_encoded_as_in_llmc(tmp_path):
     path = tmp_path / "hellaswag_val.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in (LINE, LINE | {"label": "1"})) + "\n")
     first, second = read_examples(path, BytesTokenizer(), None)
@@ -61,49 +61,47 @@ def test_lines_are_encoded_as_gpt2_s_trainers_do(tmp_path):
     assert [bytes(ending) for ending in first.endings] == [f" {ending}".encode() for ending in LINE["endings"]]
     assert (first.label, second.label) == (3, 1)
     assert len(read_examples(path, BytesTokenizer(), 1)) == 1
-    # GPT-2's ids of "The quick" and " brown fox", which tiktoken's documentation has
+    # token IDs of "The quick" and " brown fox" from tiktoken's documentation
     path.write_text(json.dumps({"ctx": "The quick", "endings": ["brown fox", "jumps"], "label": 0}))
     (example,) = read_examples(path, load_tokenizer({"name": "gpt2"}, None), None)
     assert example == Example([464, 2068], [[7586, 21831], [18045]], 0)
 
 
 def damaged(path, place: int, value: int) -> None:
-    by_hand(path, EXAMPLES)
+    write_reference(path, EXAMPLES)
     stream = np.fromfile(path, dtype="<u2")
     stream[512 + place] = value
     stream.tofile(path)
 
 
 @pytest.mark.parametrize("place", [0, 1, 3, 4, 5, 9, 22])
-def test_a_damaged_file_is_told(tmp_path, place):
+def test_damaged_record_is_reported(tmp_path, place):
     damaged(tmp_path / "x.bin", place, 999)
-    with pytest.raises(
-        UserError, match=r"x\.bin: the record of example [01] .* is damaged\. It should be hellaswag_val"
-    ):
+    with pytest.raises(UserError, match=r"x\.bin: the record of example [01] .* is damaged.*hellaswag_val"):
         read_examples(tmp_path / "x.bin", load_tokenizer({"name": "gpt2"}, None), None)
 
 
-def test_what_is_wrong_with_a_file_is_told(tmp_path):
+def test_invalid_hellaswag_file_is_reported(tmp_path):
     gpt2, path = load_tokenizer({"name": "gpt2"}, None), tmp_path / "x"
     with pytest.raises(UserError, match="No such file"):
         read_examples(path, gpt2, None)
-    by_hand(path, EXAMPLES)
-    with pytest.raises(UserError, match="holds GPT-2's tokens, and the model's are of tokenizer=bytes"):
+    write_reference(path, EXAMPLES)
+    with pytest.raises(UserError, match=r"holds tokens of tokenizer=gpt2, but .* tokenizer=bytes"):
         read_examples(path, BytesTokenizer(), None)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(UserError, match="the record of example 1"):
         read_examples(path, gpt2, None)
     for wrong in ({"label": 4}, {"label": -1}, {"label": None}, {"endings": "abcd"}, {"endings": [1, 2]}, {"ctx": ""}):
         path.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE | wrong))
-        with pytest.raises(UserError, match="line 2 has no ctx, endings and label that go together"):
+        with pytest.raises(UserError, match="line 2 has no valid ctx, endings and label"):
             read_examples(path, gpt2, None)
     path.write_text("")
-    with pytest.raises(UserError, match="holds no example"):
+    with pytest.raises(UserError, match="contains no examples"):
         read_examples(path, gpt2, None)
     path.write_text(json.dumps(LINE))
-    with pytest.raises(UserError, match="The character 'A' is not among the 2 that"):
+    with pytest.raises(UserError, match="The character 'A' is not in the vocabulary"):
         read_examples(path, CharactersTokenizer("ab"), None)
-    with pytest.raises(UserError, match=r"example 0 has 3 endings, and llm\.c's have 4"):
+    with pytest.raises(UserError, match=r"example 0 has 3 endings, but llm\.c requires 4"):
         write_bin(path, [EXAMPLES[0]._replace(endings=[[1], [2], [3]])])
     with pytest.raises(UserError, match="example 0 does not fit"):
         write_bin(path, [EXAMPLES[0]._replace(context=[65535])])
@@ -112,16 +110,16 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path):
 
 
 class Bigrams:
-    """A model of three ids in which what follows depends on the last one alone; it notes what it was shown."""
+    """Bigram model with three tokens, which records the widths of its inputs."""
 
-    chances = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 16, 1 / 16, 7 / 8]])
+    probabilities = torch.tensor([[1 / 2, 1 / 4, 1 / 4], [1 / 8, 3 / 4, 1 / 8], [1 / 16, 1 / 16, 7 / 8]])
 
     def __init__(self) -> None:
         self.widths: list[int] = []
 
     def token_losses(self, idx, targets, documents, chunk):
         self.widths.append(idx.size(1))
-        nats = -self.chances[idx, targets.clamp(min=0)].log()
+        nats = -self.probabilities[idx, targets.clamp(min=0)].log()
         return torch.where(targets < 0, 0, nats)
 
 
@@ -129,19 +127,19 @@ def losses_of(examples, block_size=100, model=None):
     return ending_losses(model or Bigrams(), examples, block_size=block_size, device=torch.device("cpu"), chunk=None)
 
 
-# After 0: [1] has 1/4; [0, 0] has 1/4 in all and 1/2 a token; [2, 2, 2] 1/4 · 49/64 in all; [1, 0] 1/32.
+# Probabilities after token 0: [1] 1/4; [0, 0] 1/4, 1/2 per token; [2, 2, 2] 1/4 · 49/64; [1, 0] 1/32.
 KNOWN = Example([2, 0], [[1], [0, 0], [2, 2, 2], [1, 0]], 2)
 
 
-def test_losses_of_endings_by_hand():
+def test_losses_of_endings_match_known_probabilities():
     (endings,) = losses_of([KNOWN])
     assert [loss.tokens for loss in endings] == [1, 2, 3, 2]
     expected = [-math.log(chance) for chance in (1 / 4, 1 / 4, 1 / 4 * 49 / 64, 1 / 32)]
     assert [loss.nats for loss in endings] == pytest.approx(expected, rel=1e-6)
 
 
-def test_both_accuracies_where_they_differ():
-    # sums: the first two endings are equally likely, so the first is the answer; means: 1.386, 0.693, 0.551, 1.733
+def test_acc_and_acc_norm_where_they_differ():
+    # sums: the first two endings are equally probable, so the first is the answer; means: 1.386, 0.693, 0.551, 1.733
     for label, by_sum, by_mean in ((0, 1, 0), (1, 0, 0), (2, 0, 1), (3, 0, 0)):
         assert count_correct(losses_of([KNOWN]), [label]) == AccuracyCounts(by_sum, by_mean, 1)
     found = count_correct(losses_of([KNOWN] * 5), [0, 2, 2, 2, 1])
@@ -149,20 +147,20 @@ def test_both_accuracies_where_they_differ():
     assert count_correct([[EndingLoss(4.0, 4), EndingLoss(3.0, 1)]], [1]) == AccuracyCounts(1, 0, 1)
 
 
-def test_what_is_longer_than_the_block_loses_its_beginning():
+def test_long_examples_are_truncated_on_the_left():
     model = Bigrams()
     (endings,) = losses_of([Example([1, 1, 1, 0], [[2, 2, 2], [1, 1]], 0)], block_size=3, model=model)
     assert model.widths == [3]
-    assert [loss.tokens for loss in endings] == [3, 2]  # of 0 2 2 2, and of 1 0 1 1
+    assert [loss.tokens for loss in endings] == [3, 2]  # inputs 0 2 2 2 and 1 0 1 1
     assert [loss.nats for loss in endings] == pytest.approx(
         [-math.log(1 / 4 * 49 / 64), -math.log(1 / 4 * 3 / 4)], rel=1e-6
     )
     (endings,) = losses_of([Example([1], [[2, 2, 0, 0, 1]], 0)], block_size=2)
-    assert endings[0].tokens == 2  # of 0 0 1, after which nothing of the context is left
+    assert endings[0].tokens == 2  # input 0 0 1, without any token of the context
     assert endings[0].nats == pytest.approx(-math.log(1 / 2 * 1 / 4), rel=1e-6)
 
 
-def test_examples_are_dealt_out_once_and_in_equally_many_batches():
+def test_rank_batches_contain_every_example_once():
     generator = np.random.default_rng(0)
     examples = [Example([0] * int(generator.integers(1, 9)), [[1, number], [2], [0], [1]], 0) for number in range(11)]
     for ranks in (1, 2, 3, 5, 11):

@@ -1,4 +1,4 @@
-"""Loss and bits per byte against sums by hand, of batches and of a whole split."""
+"""Loss and bits per byte of batches and of a whole split, compared with direct computation in float64."""
 
 import math
 
@@ -14,12 +14,12 @@ from gptlab.model.gpt import GPT
 from gptlab.model.loss import LogitSettings, token_losses
 from preparing import prepare_text
 
-# Five ids: one, two, three and four bytes of text, and the end of text.
+# Five tokens: one, two, three and four bytes of text, and the end-of-text token.
 TOKEN_BYTES = torch.tensor([1, 2, 3, 4, 0], dtype=torch.uint8)
 
 
-def by_hand(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
-    """Loss and bits per byte in float64, token by token."""
+def expected_result(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """Returns the loss and bits per byte, computed token by token in float64."""
     nats, tokens, text_nats, text_bytes = 0.0, 0, 0.0, 0
     for row, target in zip(logits.reshape(-1, logits.shape[-1]).astype(np.float64), targets.flatten(), strict=True):
         if target == -100:
@@ -32,7 +32,7 @@ def by_hand(logits: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
 
 
 def nats_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses (B, T) of logits (B, T, V), which a head of ones and zeros lets through."""
+    """Returns the losses (B, T) of logits (B, T, V), using an identity matrix as the head."""
     vocab_size = logits.size(-1)
     unit = torch.eye(vocab_size, dtype=logits.dtype)
     settings = LogitSettings(vocab_size, None)
@@ -56,29 +56,29 @@ def scored():
 def test_loss_and_bits_per_byte_of_probabilities_that_are_powers_of_two():
     logits = torch.log(torch.tensor([1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16])).expand(1, 4, 5)
     sums = LossSums(TOKEN_BYTES)
-    add(sums, logits, torch.tensor([[0, 1, 4, -100]]))  # 1, 2 and 4 bits; the 4 stand for no text
+    add(sums, logits, torch.tensor([[0, 1, 4, -100]]))  # 1, 2 and 4 bits; the last for the end-of-text token
     loss, bits_per_byte = sums.result()
     assert loss == pytest.approx((1 + 2 + 4) / 3 * math.log(2), rel=1e-6)
     assert bits_per_byte == pytest.approx((1 + 2) / (1 + 2), rel=1e-6)
 
 
-def test_loss_and_bits_per_byte_equal_float64_by_hand(scored):
+def test_loss_and_bits_per_byte_match_float64(scored):
     logits, targets = scored
     sums = LossSums(TOKEN_BYTES)
     add(sums, logits, targets)
-    assert sums.result() == pytest.approx(by_hand(logits.numpy(), targets.numpy()), rel=1e-6)
+    assert sums.result() == pytest.approx(expected_result(logits.numpy(), targets.numpy()), rel=1e-6)
 
 
-def test_half_precision_logits_are_summed_in_float32(scored):
+def test_bfloat16_logits_are_summed_in_float32(scored):
     logits, targets = scored
     sums = LossSums(TOKEN_BYTES)
     add(sums, logits.bfloat16(), targets)
     rounded = logits.bfloat16().double().numpy()
-    assert sums.result() == pytest.approx(by_hand(rounded, targets.numpy()), rel=1e-6)
+    assert sums.result() == pytest.approx(expected_result(rounded, targets.numpy()), rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1, 1, 1), (2, 4), (5, 1), (3, 3)])
-def test_sums_add_up_over_any_split_into_batches_and_devices(scored, sizes):
+def test_sums_do_not_depend_on_batches_and_devices(scored, sizes):
     logits, targets = scored
     whole = LossSums(TOKEN_BYTES)
     add(whole, logits, targets)
@@ -91,36 +91,36 @@ def test_sums_add_up_over_any_split_into_batches_and_devices(scored, sizes):
     assert total[3] == sum((1, 2, 3, 4, 0)[target] for target in targets.flatten().tolist() if target >= 0)
 
 
-def test_many_small_additions_lose_nothing_to_rounding():
+def test_many_small_additions_are_not_lost_to_rounding():
     logits = torch.log(torch.tensor([0.7, 0.1, 0.1, 0.05, 0.05])).expand(1, 50, 5)
     sums = LossSums(TOKEN_BYTES)
-    sums.sums[:] = torch.tensor([1e9, 1e9, 1e9, 1e9])  # in float32 the next additions would be below its precision
+    sums.sums[:] = torch.tensor([1e9, 1e9, 1e9, 1e9])  # the next additions would be lost in float32
     for _ in range(100):
         add(sums, logits, torch.zeros(1, 50, dtype=torch.long))
     assert (sums.sums[0] - 1e9).item() == pytest.approx(-5000 * math.log(0.7), rel=1e-6)
     assert (sums.sums[1] - 1e9).item() == 5000
 
 
-def test_where_nothing_is_scored_the_result_is_nan():
+def test_result_without_scored_tokens_is_nan():
     sums = LossSums(TOKEN_BYTES)
     assert all(math.isnan(value) for value in sums.result())
     add(sums, torch.zeros(1, 3, 5), torch.full((1, 3), -100))
     assert all(math.isnan(value) for value in sums.result())
-    add(sums, torch.zeros(1, 1, 5), torch.tensor([[4]]))  # a special token alone has a loss but no bytes
+    add(sums, torch.zeros(1, 1, 5), torch.tensor([[4]]))  # a special token has a loss but no bytes
     loss, bits_per_byte = sums.result()
     assert loss == pytest.approx(math.log(5), rel=1e-6)
     assert math.isnan(bits_per_byte)
 
 
-BLOCK = 16  # of the tiny model
-END = 256  # of text, in bytes
+BLOCK = 16  # block size of the tiny model
+END = 256  # end-of-text token of the bytes tokenizer
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
     torch.manual_seed(0)
     model = GPT(tiny_config(vocab_size=257)).double().eval()
-    for parameter in model.parameters():  # far from uniform, so that context counts
+    for parameter in model.parameters():  # far from uniform, so that the context has an effect
         torch.nn.init.normal_(parameter, std=0.3)
     return model
 
@@ -141,7 +141,7 @@ def tokens(prepared) -> list[int]:
 
 
 def sums_of(model, prepared, *, stride=BLOCK, limit=None, batch_size=3, eot_id=None, ranks=1) -> torch.Tensor:
-    """What the processes of an evaluation have together."""
+    """Returns the sums over all processes of an evaluation."""
     stream = prepared.stream("val")
     windows = cut_windows(len(stream), BLOCK, stride, limit)
     total = torch.zeros(4, dtype=torch.float64)
@@ -155,41 +155,41 @@ def sums_of(model, prepared, *, stride=BLOCK, limit=None, batch_size=3, eot_id=N
 
 
 @torch.no_grad()
-def surprise(model: GPT, context: list[int], token: int) -> float:
-    """Nats of one token after its context, in float64."""
+def loss_of_token(model: GPT, context: list[int], token: int) -> float:
+    """Returns the loss in nats of one token after its context, in float64."""
     logits = model(torch.tensor([context]))[0, -1].numpy()
     return float(np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token])
 
 
 def naive(model: GPT, tokens: list[int], stride: int, *, masked: bool = False) -> list[float]:
-    """Nats of every token but the first, one at a time: the first window that reaches a token gives it its context."""
+    """Returns the loss in nats of every token except the first, with the context of the first window that has it."""
     nats = []
-    for place in range(1, len(tokens)):
+    for position in range(1, len(tokens)):
         begin = 0
-        while begin + BLOCK < place:
+        while begin + BLOCK < position:
             begin += stride
-        context = tokens[begin:place]
+        context = tokens[begin:position]
         if masked:
             ends = [number for number, token in enumerate(context) if token == END]
             context = context[ends[-1] :] if ends else context
-        nats.append(surprise(model, context, tokens[place]))
+        nats.append(loss_of_token(model, context, tokens[position]))
     return nats
 
 
-def test_windows_by_hand():
+def test_cut_windows_matches_known_values():
     windows = cut_windows(12, 4, 2, None)  # predicts tokens 1 to 11
     assert windows.begins.tolist() == [0, 2, 4, 6, 8]
     assert windows.lengths.tolist() == [4, 4, 4, 4, 3]
     assert windows.scored.tolist() == [4, 2, 2, 2, 1]
     assert [part.tolist() for part in cut_windows(10, 4, 4, None)] == [[0, 4, 8], [4, 4, 1], [4, 4, 1]]
     assert [part.tolist() for part in cut_windows(3, 4, 1, None)] == [[0], [2], [2]]
-    assert cut_windows(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 whole ones, as evaluation_starts has them
-    with pytest.raises(ValueError, match="1 tokens: the first of a text is not predicted"):
+    assert cut_windows(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 full windows, as in evaluation_starts
+    with pytest.raises(ValueError, match="1 tokens are too few"):
         cut_windows(1, 4, 4, None)
 
 
 @pytest.mark.parametrize("stride", [1, 3, 5, 8])
-def test_every_token_is_scored_once_after_enough_context(stride):
+def test_every_token_is_scored_once_with_enough_context(stride):
     for tokens in range(2, 40):
         windows = cut_windows(tokens, 8, stride, None)
         scored = []
@@ -201,15 +201,15 @@ def test_every_token_is_scored_once_after_enough_context(stride):
 
 
 @pytest.mark.parametrize("stride", [BLOCK, 5, 1])
-def test_loss_of_a_split_is_that_of_one_token_at_a_time(model, prepared, tokens, stride):
+def test_loss_of_a_split_matches_one_token_at_a_time(model, prepared, tokens, stride):
     nats = naive(model, tokens, stride)
-    assert (len(tokens) - 1) % BLOCK  # the last window is not whole
+    assert (len(tokens) - 1) % BLOCK  # the last window is shorter
     sums = sums_of(model, prepared, stride=stride)
     assert sums[1] == len(tokens) - 1
     assert sums[0].item() == pytest.approx(math.fsum(nats), rel=1e-6)
 
 
-def test_bits_per_byte_count_text_alone(model, prepared, tokens):
+def test_bits_per_byte_exclude_end_of_text_tokens(model, prepared, tokens):
     nats = naive(model, tokens, BLOCK)
     text = [(n, token) for n, token in zip(nats, tokens[1:], strict=True) if token != END]
     assert 0 < len(text) < len(nats)
@@ -219,14 +219,14 @@ def test_bits_per_byte_count_text_alone(model, prepared, tokens):
     assert sums.result()[1] == pytest.approx(expected, rel=1e-6)
 
 
-def test_documents_that_are_told_apart_are_scored_within_themselves(model, prepared, tokens):
+def test_masked_documents_are_scored_separately(model, prepared, tokens):
     nats = naive(model, tokens, 5, masked=True)
     assert math.fsum(nats) != pytest.approx(math.fsum(naive(model, tokens, 5)), rel=1e-4)
     sums = sums_of(model, prepared, stride=5, eot_id=END)
     assert sums[0].item() == pytest.approx(math.fsum(nats), rel=1e-6)
 
 
-def test_processes_and_batches_change_nothing(model, prepared):
+def test_evaluation_does_not_depend_on_ranks_and_batch_size(model, prepared):
     alone = sums_of(model, prepared, stride=7)
     for ranks in (2, 3, 7):
         torch.testing.assert_close(sums_of(model, prepared, stride=7, ranks=ranks), alone, rtol=1e-12, atol=0)
@@ -237,7 +237,7 @@ def test_processes_and_batches_change_nothing(model, prepared):
 
 @torch.no_grad()
 def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch_size: int) -> torch.Tensor:
-    """Sums over all ranks of an evaluation during training."""
+    """Returns the sums over all ranks of an evaluation during training."""
     stream = prepared.stream("val")
     starts = evaluation_starts(len(stream), BLOCK, windows)
     sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()))
@@ -251,7 +251,7 @@ def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
-def test_an_evaluation_in_training_does_not_depend_on_ranks_and_micro_batches(
+def test_validation_in_training_does_not_depend_on_ranks_and_micro_batches(
     model, prepared, world_size, micro_batch_size
 ):
     for windows in range(1, 10):

@@ -1,4 +1,4 @@
-"""llama.cpp's file: what stands in it, by gguf's own reader, and what llama.cpp writes with it."""
+"""Content of GGUF files, read with the gguf package, and the text that llama.cpp generates with them."""
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_file_holds_what_the_converter_would_write(tmp_path, monkeypatch, dtype):
+def test_gguf_file_matches_the_layout_of_the_converter(tmp_path, monkeypatch, dtype):
     tokenizer = tokenizer_of("bpe")
     model = random_model(vocab_size=tokenizer.vocab_size, tie_weights=False, pad_vocab_to_multiple_of=64, bias=False)
     export(monkeypatch, tmp_path / "out", model, "gguf", dtype, tokenizer)
@@ -62,35 +62,35 @@ GPT2 = pytest.param("gpt2", "float32", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bytes", "float32"), ("bpe", "float16"), GPT2])
-def test_llama_cpp_writes_the_same(tmp_path, monkeypatch, kind, dtype):
+def test_llama_cpp_generates_the_same_text(tmp_path, monkeypatch, kind, dtype):
     xllamacpp = pytest.importorskip("xllamacpp")
     tokenizer = tokenizer_of(kind)
     model = random_model(vocab_size=tokenizer.vocab_size, block_size=64)
     whole = [i for i in range(256) if (token := tokenizer.to_bytes([i])).isascii() and token.decode().isprintable()]
     likely = torch.zeros(tokenizer.vocab_size, 1)
     likely[whole] = 1
-    model.wte.weight.mul_(likely)  # nothing but whole characters: llama.cpp tells no others apart
+    model.wte.weight.mul_(likely)  # only complete characters, as llama.cpp returns no other tokens
     certificate = export(monkeypatch, tmp_path / "out", model, "gguf", dtype, tokenizer)
     compared = {check.what: check for check in certificate.checks}
-    assert compared["tensors"].result == "28 of 28 bit-equal"
-    scored = compared[f"log probabilities of the {min(1000, tokenizer.vocab_size):,} likeliest tokens"]
+    assert compared["tensors"].result == "28 of 28 bit-identical"
+    scored = compared[f"log-probabilities of the top {min(1000, tokenizer.vocab_size):,} tokens"]
     assert 0 < scored.difference < scored.tolerance
-    assert compared["greedy continuation of 8 tokens"].result == "the same 16 tokens"
-    assert compared["tokenizer"].result.startswith("the same ids of 3 of 3 texts")
-    settings = xllamacpp.CommonParams()  # and as anyone would run it
+    assert compared["greedy continuation of 8 tokens"].result == "16 of 16 tokens identical"
+    assert compared["tokenizer"].result.startswith("token IDs of 3 of 3 texts identical")
+    settings = xllamacpp.CommonParams()  # with default settings
     settings.model.path = str(tmp_path / "out" / "model.gguf")
     settings.n_gpu_layers = settings.verbosity = 0
     server = xllamacpp.Server(settings)
-    told = server.handle_completions({"prompt": "the cow", "max_tokens": 12, "temperature": 0})
+    response = server.handle_completions({"prompt": "the cow", "max_tokens": 12, "temperature": 0})
     prompt = tokenizer.encode("the cow").tolist()
-    assert told["choices"][0]["text"] == tokenizer.decode(greedy_continuation(model, prompt, 12).ids)
+    assert response["choices"][0]["text"] == tokenizer.decode(greedy_continuation(model, prompt, 12).ids)
 
 
-def test_without_llama_cpp_the_certificate_says_so(tmp_path, monkeypatch):
+def test_certificate_without_llama_cpp_lists_unchecked_quantities(tmp_path, monkeypatch):
     monkeypatch.setattr("gptlab.exporters.gguf.find_spec", lambda name: None)
     model = random_model(vocab_size=257)
     certificate = export(monkeypatch, tmp_path / "out", model, "gguf", tokenizer=tokenizer_of("bytes"))
-    told = "not checked: logits, continuation and tokenizer, since xllamacpp (llama.cpp) is not installed"
-    assert told in certificate.lines()
-    assert told in (tmp_path / "out" / "README.md").read_text()
+    note = "not checked: logits, continuation and tokenizer, because xllamacpp (llama.cpp) is not installed"
+    assert note in certificate.lines()
+    assert note in (tmp_path / "out" / "README.md").read_text()
     assert [check.what for check in certificate.checks] == ["tensors"]

@@ -1,4 +1,4 @@
-"""What is exported to transformers is there the network that it was here, bit by bit, and reads and writes its text."""
+"""Models exported to transformers: identical weights and logits, the same tokenizer and the same generated text."""
 
 import json
 
@@ -20,7 +20,7 @@ VARIANTS = {"plain": {}, "untied": {"tie_word_embeddings": False}, "exact": {"ac
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_a_gpt2_of_transformers_comes_back_bit_by_bit(tmp_path, variant):
+def test_round_trip_from_transformers_is_bit_identical(tmp_path, variant):
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, **variant, bos_token_id=None, eos_token_id=None)).eval()
@@ -46,7 +46,7 @@ def test_a_gpt2_of_transformers_comes_back_bit_by_bit(tmp_path, variant):
     ids=["with biases", "without", "padded", "untied and padded"],
 )
 @pytest.mark.parametrize("block", [16, 9], ids=["whole", "cropped"])
-def test_ours_is_the_same_network_there(tmp_path, monkeypatch, changes, block):
+def test_exported_model_has_the_same_logits_in_transformers(tmp_path, monkeypatch, changes, block):
     model = random_model(**changes)
     model.crop_block_size(block)
     assert not export(monkeypatch, tmp_path / "out", model, "hf").failed
@@ -63,7 +63,7 @@ def test_ours_is_the_same_network_there(tmp_path, monkeypatch, changes, block):
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "gpt2", "characters"])
-def test_text_goes_in_and_comes_out_as_here(tmp_path, monkeypatch, kind):
+def test_exported_tokenizer_and_generated_text_match(tmp_path, monkeypatch, kind):
     tokenizer = tokenizer_of(kind)
     model = random_model(vocab_size=tokenizer.vocab_size, block_size=64)
     certificate = export(monkeypatch, tmp_path / "out", model, "hf", tokenizer=tokenizer)
@@ -74,18 +74,18 @@ def test_text_goes_in_and_comes_out_as_here(tmp_path, monkeypatch, kind):
     assert theirs(TEXT, verbose=False).input_ids == ids
     assert theirs.decode(ids) == TEXT
     assert theirs.eos_token_id == tokenizer.end_of_text
-    likeliest = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
     prompt = tokenizer.encode("the cow").tolist()
     settings = {"seeds": [0], "max_new_tokens": 12, "decoder": plain_decoder(model), "device": torch.device("cpu")}
-    ours = collect_tokens(generate(model, [prompt], likeliest, **settings))[0].tolist()
-    assert tokenizer.end_of_text not in ours  # where theirs would stop
-    write = pipeline("text-generation", str(tmp_path / "out"), dtype=torch.float32)
-    (written,) = write("the cow", max_new_tokens=12, do_sample=False)
+    ours = collect_tokens(generate(model, [prompt], greedy, **settings))[0].tolist()
+    assert tokenizer.end_of_text not in ours  # transformers would stop there
+    generator = pipeline("text-generation", str(tmp_path / "out"), dtype=torch.float32)
+    (written,) = generator("the cow", max_new_tokens=12, do_sample=False)
     assert written["generated_text"] == tokenizer.decode(prompt + ours)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_are_rounded_once(tmp_path, monkeypatch, dtype):
+def test_weights_are_rounded_to_the_dtype_once(tmp_path, monkeypatch, dtype):
     model, kind = random_model(), getattr(torch, dtype)
     certificate = export(monkeypatch, tmp_path / "out", model, "hf", dtype)
     there = load_file(tmp_path / "out" / "model.safetensors")
@@ -97,19 +97,19 @@ def test_weights_are_rounded_once(tmp_path, monkeypatch, dtype):
     prompts = certificate.reference.prompts
     expected = (rounded(prompts) - model(prompts)).abs().max().item()
     assert certificate.reference.rounding == pytest.approx(expected)
-    assert certificate.lines()[-1].startswith(f"storing in {dtype} itself moves the logits by up to 0.")
+    assert certificate.lines()[-1].startswith(f"rounding the weights to {dtype} changes the logits by up to 0.")
 
 
-def test_the_certificate_says_what_transformers_found(tmp_path, monkeypatch):
+def test_certificate_contains_the_comparisons_with_transformers(tmp_path, monkeypatch):
     certificate = export(monkeypatch, tmp_path / "out", random_model(), "hf")
     saved = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert saved["passed"]
     tensors, logits, continuation = saved["checks"]
-    assert tensors["result"] == "28 of 28 bit-equal"
+    assert tensors["result"] == "28 of 28 bit-identical"
     assert logits["by"].startswith("transformers 5")
     assert 0 <= logits["difference"] <= logits["tolerance"]
-    assert continuation["result"] == "the same 8 tokens"  # the block of 16 is full then
-    assert saved["not_checked"] == ["the tokenizer: nothing says what this model's ids mean, so none is written"]
+    assert continuation["result"] == "8 of 8 tokens identical"  # up to the block size of 16
+    assert saved["not_checked"] == ["tokenizer, because the tokenizer of this model is unknown and was not exported"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert all(line in card for line in certificate.lines())

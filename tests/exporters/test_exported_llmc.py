@@ -1,4 +1,4 @@
-"""llm.c's files, byte by byte as its train_gpt2.py writes them."""
+"""llm.c files compared byte by byte with the layout of its train_gpt2.py."""
 
 import struct
 
@@ -16,7 +16,7 @@ def as_float32(values: np.ndarray) -> bytes:
 
 
 def as_bfloat16(values: np.ndarray) -> bytes:
-    """To the nearest, ties to even."""
+    """Rounds to nearest, ties to even."""
     bits = np.ascontiguousarray(values, dtype="<f4").view("<u4")
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
@@ -25,7 +25,7 @@ def as_bfloat16(values: np.ndarray) -> bytes:
     ("dtype", "version", "written"), [("float32", 3, as_float32), ("bfloat16", 5, as_bfloat16)], ids=["3", "5"]
 )
 @pytest.mark.parametrize(("bias", "vocab_size"), [(True, 61), (False, 61), (True, 128)])
-def test_weights_are_where_llm_c_looks_for_them(tmp_path, monkeypatch, dtype, version, written, bias, vocab_size):
+def test_weights_match_the_layout_of_llmc(tmp_path, monkeypatch, dtype, version, written, bias, vocab_size):
     model = random_model(bias=bias, vocab_size=vocab_size, pad_vocab_to_multiple_of=64)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     export(monkeypatch, tmp_path / "out", model, "llmc", dtype)
@@ -42,7 +42,7 @@ def test_weights_are_where_llm_c_looks_for_them(tmp_path, monkeypatch, dtype, ve
     assert (tmp_path / "out" / "model.bin").read_bytes() == expected
 
 
-def test_gpt2_s_tokens_are_written_by_their_bytes(tmp_path, monkeypatch):
+def test_gpt2_tokens_match_the_layout_of_llmc(tmp_path, monkeypatch):
     tokenizer = tokenizer_of("gpt2")
     export(monkeypatch, tmp_path / "out", random_model(vocab_size=50257), "llmc", tokenizer=tokenizer)
     content = (tmp_path / "out" / "gpt2_tokenizer.bin").read_bytes()

@@ -1,4 +1,4 @@
-"""nanoGPT's checkpoint: what its train.py would load, read again by gptlab, and the network of its formulas."""
+"""nanoGPT checkpoints: their content, and the logits in transformers and in gptlab."""
 
 import pickle
 
@@ -13,7 +13,7 @@ from gptlab.pretrained.weights import load_model
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["with biases", "without"])
-def test_a_checkpoint_is_the_same_network(tmp_path, monkeypatch, bias):
+def test_exported_checkpoint_has_the_same_logits(tmp_path, monkeypatch, bias):
     tokenizer = tokenizer_of("characters")
     size = tokenizer.vocab_size
     model = random_model(activation="gelu", bias=bias, vocab_size=size, pad_vocab_to_multiple_of=64, n_layer=1)
@@ -36,12 +36,12 @@ def test_a_checkpoint_is_the_same_network(tmp_path, monkeypatch, bias):
     missing = theirs.load_state_dict(turned, strict=False).missing_keys
     assert all(name.endswith(".bias") for name in missing)
     assert bool(missing) == (not bias)
-    with torch.no_grad():  # the formulas, and what gptlab makes of the file
+    with torch.no_grad():  # in transformers and in gptlab
         torch.testing.assert_close(theirs(idx).logits, model(idx), atol=1e-5, rtol=0)
         assert torch.equal(load_model(open_model_source(str(path)))(idx), model(idx))
 
 
-def test_characters_go_with_it(tmp_path, monkeypatch):
+def test_characters_are_exported_in_meta_pkl(tmp_path, monkeypatch):
     tokenizer = tokenizer_of("characters")
     model = random_model(activation="gelu", vocab_size=tokenizer.vocab_size)
     export(monkeypatch, tmp_path / "out", model, "nanogpt", tokenizer=tokenizer)
@@ -51,9 +51,9 @@ def test_characters_go_with_it(tmp_path, monkeypatch):
     assert open_model_source(str(tmp_path / "out" / "ckpt.pt")).record == tokenizer.record()
 
 
-def test_another_tokenizer_is_said_to_be_left_out(tmp_path, monkeypatch):
+def test_omitted_tokenizer_is_listed_in_the_certificate(tmp_path, monkeypatch):
     tokenizer = tokenizer_of("bytes")
     model = random_model(activation="gelu", vocab_size=257)
     certificate = export(monkeypatch, tmp_path / "out", model, "nanogpt", tokenizer=tokenizer)
-    assert any("this one is left out" in line for line in certificate.unchecked)
+    assert any("tokenizer" in line and "was not exported" in line for line in certificate.unchecked)
     assert not (tmp_path / "out" / "meta.pkl").exists()

@@ -1,4 +1,4 @@
-"""The graph for onnxruntime, of every option that there is."""
+"""ONNX graphs of models with all options, run with onnxruntime."""
 
 import numpy as np
 import onnx
@@ -22,25 +22,27 @@ UNTIED = pytest.param({"tie_weights": False, "pad_vocab_to_multiple_of": 64}, ma
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [pytest.param(ALL, id="everything"), UNTIED])
-def test_onnxruntime_gives_the_same_logits_at_any_shape(tmp_path, monkeypatch, changes):
-    model = random_model(**changes, block_size=300)  # longer than what this one computes in another way
+def test_onnxruntime_gives_the_same_logits_for_any_shape(tmp_path, monkeypatch, changes):
+    model = random_model(
+        **changes, block_size=300
+    )  # short sequences use another code path
     export(monkeypatch, tmp_path / "out", model, "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    (given,), (told,) = session.get_inputs(), session.get_outputs()
-    assert (given.name, given.shape, told.name) == ("input_ids", ["batch", "time"], "logits")
+    (graph_input,), (graph_output,) = session.get_inputs(), session.get_outputs()
+    assert (graph_input.name, graph_input.shape, graph_output.name) == ("input_ids", ["batch", "time"], "logits")
     for shape in ((1, 1), (2, 5), (2, 300)):
         idx = torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
         (logits,) = session.run(["logits"], {"input_ids": idx.numpy()})
         np.testing.assert_allclose(logits, model(idx).numpy(), atol=1e-5, rtol=0)
     content = (tmp_path / "out" / "model.onnx").read_bytes()
     assert str(tmp_path).encode() not in content
-    assert b".py" not in content  # nor the lines of code that it was traced through
+    assert b".py" not in content  # no source locations
     weights = {tensor.name for tensor in onnx.load_model_from_string(content).graph.initializer}
     assert weights >= {name for name, _ in model.named_parameters()} - {"wte.weight"}
 
 
 @pytest.mark.slow
-def test_a_graph_is_traced_for_the_whole_block_and_not_for_what_is_short_here():
+def test_graph_is_traced_for_all_sequence_lengths():
     time, batch = sorted(
         map(str, trace_model(random_model(block_size=300)).exported_program.range_constraints.values())
     )

@@ -1,4 +1,4 @@
-"""What a model card knows of a run, and what it does not tell."""
+"""Training information in a model card, without paths of this machine."""
 
 import pytest
 
@@ -9,8 +9,8 @@ from gptlab.pretrained.source import ModelSource
 from run_directories import rows_of, write_run
 
 
-@pytest.mark.parametrize(("origin", "told"), [("/home/someone/secret/text.txt", "text.txt"), ("a/b, c", "a/b, c")])
-def test_a_card_has_the_best_row_and_no_path_of_this_machine(tmp_path, origin, told):
+@pytest.mark.parametrize(("origin", "dataset"), [("/home/someone/secret/text.txt", "text.txt"), ("a/b, c", "a/b, c")])
+def test_model_card_has_the_best_checkpoint_and_no_local_path(tmp_path, origin, dataset):
     rows = rows_of(20)
     rows[[row["step"] for row in rows].index(10) + 1]["val/loss"] = 1.0  # the best is not the last
     run = write_run(tmp_path / "outputs" / "first" / "2026-11-25", rows=rows)
@@ -20,10 +20,10 @@ def test_a_card_has_the_best_row_and_no_path_of_this_machine(tmp_path, origin, t
     source = ModelSource(str(run), run, tiny_config(), None, None)
     assert model_title(source) == "first/2026-11-25"
     best = next(row for row in rows if row.get("val/loss") == 1.0)
-    assert ModelCardInfo.of(source) == ModelCardInfo(told, 10, 10 * 768, 1.0, best["val/bits_per_byte"])
+    assert ModelCardInfo.of(source) == ModelCardInfo(dataset, 10, 10 * 768, 1.0, best["val/bits_per_byte"])
 
 
-def test_a_model_of_another_origin_has_its_name(tmp_path):
+def test_title_of_an_external_model_is_its_name(tmp_path):
     for name, title in (("gpt2", "gpt2"), ("hf://someone/model", "model"), (str(tmp_path / "folder"), "folder")):
         source = ModelSource(name, tmp_path, tiny_config(), None, None)
         assert (model_title(source), ModelCardInfo.of(source)) == (title, ModelCardInfo())

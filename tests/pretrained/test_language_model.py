@@ -1,4 +1,4 @@
-"""What a notebook is given computes what the commands compute."""
+"""The Python API gives the same results as the commands."""
 
 import math
 
@@ -18,7 +18,7 @@ def directory(user, runs):
     return runs.give(user, "begun", "callbacks=checkpoint")
 
 
-def test_a_model_scores_continues_and_shows_what_is_within(user, directory):
+def test_language_model_methods_match_the_commands(user, directory):
     assert gptlab.load is load
     model, tokenizer = load(str(directory))
     ids = torch.tensor([tokenizer.encode(TEXT).tolist()])
@@ -53,24 +53,24 @@ def test_a_model_scores_continues_and_shows_what_is_within(user, directory):
 
 
 @pytest.mark.parametrize(
-    ("ask", "sentence"),
+    ("call", "message"),
     [
-        (lambda model: model.logits("x" * 33), r"A text of 33 tokens does not fit: there can be 1 to 32"),
-        (lambda model: model.logits([]), "A text of 0 tokens does not fit"),
-        (lambda model: model.logits([3, 257]), "The ids are from 0 to 256; one of these is not"),
-        (lambda model: model.loss("x"), "A loss needs a text of two tokens or more"),
+        (lambda model: model.logits("x" * 33), r"has 33 tokens, but the model accepts 1 to block_size=32"),
+        (lambda model: model.logits([]), "has 0 tokens"),
+        (lambda model: model.logits([3, 257]), "must be in the range from 0 to 256"),
+        (lambda model: model.loss("x"), "requires at least two tokens"),
         (lambda model: model.generate("x", temprature=1), "Unknown config key `temprature`. Did you mean temperature"),
         (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl is nothing in this network\. Did you mean h\.0\.mlp"),
     ],
     ids=range(6),
 )
-def test_a_mistake_gets_a_sentence(directory, ask, sentence):
+def test_invalid_arguments_raise_user_errors(directory, call, message):
     model, _ = load(str(directory))
-    with pytest.raises(UserError, match=sentence):
-        ask(model)
+    with pytest.raises(UserError, match=message):
+        call(model)
 
 
-def test_the_package_says_what_it_has():
+def test_package_exports_match_all():
     assert [getattr(gptlab, name).__name__ for name in gptlab.__all__] == gptlab.__all__
     with pytest.raises(AttributeError, match="module 'gptlab' has no attribute 'laod'"):
         _ = gptlab.laod

