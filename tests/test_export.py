@@ -45,12 +45,12 @@ def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folde
     done = export(user, "format=gguf", "push=me/model")
     assert_success(done)
     assert re.search(
-        r"log probabilities of the 257 likeliest tokens by llama\.cpp of .*: largest difference .* allowed", done.stdout
+        r"log-probabilities of the top 257 tokens by llama\.cpp of .*: largest difference .* tolerance", done.stdout
     )
-    assert "the same 16 tokens" in done.stdout
+    assert "16 of 16 tokens identical" in done.stdout
     size = (user.folder / "out" / "model.gguf").stat().st_size
     assert f"{size:,} bytes  model.gguf\n" in done.stdout
-    assert "Not uploaded: dry_run=true. To upload it: hf upload me/model out" in done.stdout
+    assert "Not uploaded, because dry_run=true. Upload it with: hf upload me/model out" in done.stdout
     assert "hf_secret" not in done.stdout + done.stderr
     assert {path.name for path in (user.folder / "out").iterdir()} == {"model.gguf", "README.md", "certificate.json"}
 
@@ -68,18 +68,18 @@ def test_an_export_that_differs_fails_and_leaves_nothing(user, folder, monkeypat
     monkeypatch.chdir(user.folder)
     assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "llmc"})) == FAILED
     told = capsys.readouterr().err
-    assert "gptlab: out is not written: what was exported is not gpt2. tensors by numpy" in told
-    assert "27 of 28 bit-equal, but not transformer.wte.weight" in told
+    assert "gptlab: out was not written, because the export differs from gpt2: tensors by numpy" in told
+    assert "27 of 28 bit-identical, but not transformer.wte.weight" in told
     assert not [path for path in user.folder.iterdir() if "out" in path.name]
 
 
 MISTAKES = {
-    "an option": (["format=nanogpt"], "format=nanogpt has no model.activation=gelu_tanh"),
+    "an option": (["format=nanogpt"], "format=nanogpt does not support model.activation=gelu_tanh"),
     "pushed": (
         ["format=onnx", "push=me/model"],
-        "push uploads what others load from the hub: format=hf or format=gguf",
+        "push requires format=hf or format=gguf",
     ),
-    "there already": (["format=hf", "out=gpt2"], "out=gpt2 is there already"),
+    "there already": (["format=hf", "out=gpt2"], "out=gpt2 already exists"),
 }
 
 
@@ -117,9 +117,7 @@ def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
         raise ConnectionError("no route to host\nand more")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
-    with pytest.raises(
-        UserError, match=r"push=me/model failed: no route to host\nTo upload it later: hf auth login, and"
-    ):
+    with pytest.raises(UserError, match=r"push=me/model failed: no route to host\nUpload it later with: hf auth login"):
         push(tmp_path, "me/model")
 
 

@@ -92,7 +92,7 @@ def test_a_run_of_nanogpt_goes_on_with_its_moments_as_it_would_have_there(user, 
     for name, tensor in weights(directory).items():
         torch.testing.assert_close(tensor, model.state_dict()[name], atol=1e-5, rtol=0, msg=name)
     again = user.train(f"resume_from_nanogpt={path}", *AS_IN_NANOGPT, "name=again", "optimizer.lr=1e-4")
-    assert_config_error(again, f"resume_from_nanogpt={path} cannot go on exactly: the learning rate at step 3")
+    assert_config_error(again, f"resume_from_nanogpt={path} cannot be resumed exactly: the learning rate at step 3")
     assert not (user.folder / "outputs" / "again").exists()
     path.rename(user.folder / "elsewhere")
     assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=7"))  # it has all of it

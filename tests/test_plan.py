@@ -90,7 +90,7 @@ def test_the_command_for_a_budget_is_one_that_runs(user):
         (["mfu=2"], "mfu=2 is not valid: it should be less than or equal to 1"),
         (["budgt=5"], "Unknown config key `budgt`. Did you mean budget?"),
         (["model.n_head=3"], "n_head=3 does not divide n_embd=128"),
-        (["data=text", "data.source=none.txt"], "data.source=none.txt: there is no such file or folder"),
+        (["data=text", "data.source=none.txt"], "data.source=none.txt does not exist"),
         (["tokenizer=characters"], "The vocabulary of tokenizer=characters is that of its text"),
         (["json=/none/plan.json"], "json=/none/plan.json cannot be written"),
         (["trainer=ddp", "trainer.devices=8"], "train.global_batch_size=12 is not divisible by 8"),

@@ -30,7 +30,7 @@ def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
     assert texts[2].startswith("line 7\nline 8")
     assert len(texts) == 7
     assert texts[0] != texts[1]
-    assert "A text that is longer than the block of 32 tokens goes on from the last 16 of them." in one.stderr
+    assert "longer than block_size=32 tokens continues from its last 16 tokens" in one.stderr
     # the first row, streamed alone, is the first of six; and it ends before its own fifth character
     alone = ("prompt=def f(x):", "max_new_tokens=40", "stream=true")
     streamed = user.python("gptlab.sample", f"run={run}", *alone, "report=true")
@@ -91,9 +91,9 @@ def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
 
 
 MISTAKES = {
-    "two sources": (["prompts=a", "prompt=b"], "prompts is a file of prompts, so there can be neither prompt"),
-    "two streams": (["stream=true", "num_samples=2"], "stream=true shows one text as it comes"),
-    "interactive": (["interactive=true", "prompt=a"], "interactive=true asks for prompts one after the other"),
+    "two sources": (["prompts=a", "prompt=b"], "prompts cannot be combined with prompt"),
+    "two streams": (["stream=true", "num_samples=2"], "stream=true prints one text at a time"),
+    "interactive": (["interactive=true", "prompt=a"], "interactive=true reads prompts from the terminal"),
     "no file": (["prompts=none.txt"], "prompts=none.txt cannot be read"),
     "top_p": (["top_p=1.5"], "top_p=1.5 is not valid: it should be less than or equal to 1"),
     "precision": (["precision=int8"], "precision='int8' is not valid: it should be 'float32' or 'bfloat16'"),

@@ -38,7 +38,7 @@ def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
     shown = user.python("gptlab.prepare", f"inspect={server.url}", "verify=true")
     assert_success(shown)
     shards = len(list(server.folder.glob("*.bin")))
-    assert f"{shards} shards are what was written." in shown.stdout
+    assert f"Verified {shards} shards" in shown.stdout
     assert "line 0: the cat has 0 of 0" in shown.stdout
 
 
@@ -62,8 +62,8 @@ main()
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json could not be fetched: Cannot connect"),
-        ("http://user:hunter2@127.0.0.1:9/data", "data.path=http://127.0.0.1... holds a password"),
+        ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json could not be downloaded: Cannot connect"),
+        ("http://user:hunter2@127.0.0.1:9/data", "data.path=http://127.0.0.1... contains a password"),
     ],
 )
 def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
@@ -83,4 +83,4 @@ def test_a_url_is_inspected_in_the_tokens_that_it_holds(user):
     (folder,) = (path for path in (user.folder / "cache").glob("text-*") if path.is_dir())
     shown = user.python("gptlab.prepare", f"inspect=file://{folder}")
     assert_success(shown)
-    assert "bpe, 300 ids, uint16" in shown.stdout
+    assert "bpe, 300 token IDs, uint16" in shown.stdout

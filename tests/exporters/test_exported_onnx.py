@@ -23,9 +23,7 @@ UNTIED = pytest.param({"tie_weights": False, "pad_vocab_to_multiple_of": 64}, ma
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [pytest.param(ALL, id="everything"), UNTIED])
 def test_onnxruntime_gives_the_same_logits_for_any_shape(tmp_path, monkeypatch, changes):
-    model = random_model(
-        **changes, block_size=300
-    )  # short sequences use another code path
+    model = random_model(**changes, block_size=300)  # short sequences use another code path
     export(monkeypatch, tmp_path / "out", model, "onnx")
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     (graph_input,), (graph_output,) = session.get_inputs(), session.get_outputs()

@@ -118,9 +118,9 @@ class WindowOrder:
         epochs, indices = np.divmod(positions, self.windows)
         starts = np.empty(len(positions), dtype=np.int64)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
+            in_epoch = epochs == epoch
             offset = self._draw("offset", epoch) % self.block_size if self.has_offset else 0
-            starts[here] = self._ordered(indices[here], epoch) + offset
+            starts[in_epoch] = self._ordered(indices[in_epoch], epoch) + offset
         return starts
 
     def ahead(self, position: int) -> list[tuple[int, int]]:
@@ -153,9 +153,9 @@ class WindowOrder:
         blocks = np.searchsorted(block_ends, indices, side="right")
         ranks = np.empty_like(indices)  # index of each window when shards are concatenated in the order of the epoch
         for block in np.unique(blocks).tolist():
-            here, begin = blocks == block, int(block_ends[block - 1]) if block else 0
+            in_block, begin = blocks == block, int(block_ends[block - 1]) if block else 0
             size = int(block_ends[block]) - begin
-            ranks[here] = begin + self._permute(indices[here] - begin, size, f"block {block}", epoch)
+            ranks[in_block] = begin + self._permute(indices[in_block] - begin, size, f"block {block}", epoch)
         at = np.searchsorted(ends, ranks, side="right")
         windows = ranks - (ends - self.num_windows[shards])[at]
         return self.begins[shards[at]] + windows * self.block_size

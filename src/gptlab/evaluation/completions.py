@@ -61,9 +61,9 @@ def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_
         world_size: Number of processes.
         batch_size: Number of examples per batch.
     """
-    mine = sorted(examples[rank::world_size], key=_length, reverse=True)
+    own = sorted(examples[rank::world_size], key=_length, reverse=True)
     largest_share = -(-len(examples) // world_size)
-    return [mine[first : first + batch_size] for first in range(0, largest_share, batch_size)]
+    return [own[first : first + batch_size] for first in range(0, largest_share, batch_size)]
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ class HarnessModel(TemplateLM):
         Raises:
             UserError: A continuation is longer than the block.
         """
-        asked: dict[tuple[int, ...], list[int]] = defaultdict(list)  # requests by the input of the model
+        requests_by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)  # requests by the input of the model
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
                 raise UserError(
@@ -126,14 +126,14 @@ class HarnessModel(TemplateLM):
                     f"{self.max_length} of the model."
                 )
             context = context or [self.prefix_token_id]  # a context of spaces was moved to the continuation
-            asked[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
-        rows = sorted(asked, key=lambda row: (-len(row), row))
+            requests_by_input[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(number)
+        rows = sorted(requests_by_input, key=lambda row: (-len(row), row))
         answers: list[Answer] = [(0.0, False)] * len(requests)
         for first in self._with_progress(range(0, len(rows), self.batch_size), "scoring"):
             batch = rows[first : first + self.batch_size]
-            counts = [max(len(requests[number][2]) for number in asked[row]) for row in batch]
+            counts = [max(len(requests[number][2]) for number in requests_by_input[row]) for row in batch]
             for row, logits in zip(batch, self._logits(batch, counts), strict=True):
-                for number in asked[row]:
+                for number in requests_by_input[row]:
                     texts, _, continuation = requests[number]
                     answers[number] = _score_continuation(logits[-len(continuation) :], continuation)
                     if texts is not None:
@@ -171,13 +171,13 @@ class HarnessModel(TemplateLM):
         """Continues contexts with the same options. ``first`` is the index of the first context in its group."""
         kwargs: dict[str, Any] = {**normalize_gen_kwargs(settings, MAX_GEN_TOKS)}
         stops = handle_stop_sequences(kwargs.pop("until"), eos=END_OF_TEXT)
-        most = kwargs.pop("max_gen_toks")
-        if most >= self.max_length:
+        max_new_tokens = kwargs.pop("max_gen_toks")
+        if max_new_tokens >= self.max_length:
             raise UserError(
-                f"max_gen_toks={most} in the task's generation_kwargs leaves no room for a context, because the model "
-                f"has block_size={self.max_length}."
+                f"max_gen_toks={max_new_tokens} in the task's generation_kwargs leaves no room for a context, because "
+                f"the model has block_size={self.max_length}."
             )
-        prompts = [ids[-(self.max_length - most) :] or prompt_ids(self.encoding, "") for ids in contexts]
+        prompts = [ids[-(self.max_length - max_new_tokens) :] or prompt_ids(self.encoding, "") for ids in contexts]
         streams = [TextStream(self.encoding, [stop for stop in stops if stop]) for _ in prompts]
         texts, waiting = [""] * len(prompts), []
         seeds = row_seeds(SEED + self.rank, first + len(prompts))[first:]
@@ -188,13 +188,13 @@ class HarnessModel(TemplateLM):
                 prompts,
                 sampling,
                 seeds=seeds,
-                max_new_tokens=most,
+                max_new_tokens=max_new_tokens,
                 decoder=plain_decoder(self.model),
                 device=self.device,
             )
             for step, ids in enumerate(rows, 1):
                 waiting.append(ids)
-                if step % GENERATION_BATCH == 0 or step == most:
+                if step % GENERATION_BATCH == 0 or step == max_new_tokens:
                     pieces = torch.stack(waiting, dim=1).tolist()
                     texts = [text + s.push(piece) for text, s, piece in zip(texts, streams, pieces, strict=True)]
                     waiting = []

@@ -86,13 +86,13 @@ def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) ->
     number = 1 + max(0, -(-(targets - block_size) // stride))
     begins = np.arange(number, dtype=np.int64) * stride
     lengths = np.minimum(block_size, targets - begins)
-    every = EvalWindows(begins, lengths, lengths - np.where(begins == 0, 0, block_size - stride))
+    windows = EvalWindows(begins, lengths, lengths - np.where(begins == 0, 0, block_size - stride))
     if limit is None:
-        return every
-    whole = max(1, int((lengths == block_size).sum()))
-    count = min(limit, whole)
-    chosen = np.arange(count, dtype=np.int64) * whole // count
-    return EvalWindows(*(part[chosen] for part in every))
+        return windows
+    num_full = max(1, int((lengths == block_size).sum()))
+    count = min(limit, num_full)
+    chosen = np.arange(count, dtype=np.int64) * num_full // count
+    return EvalWindows(*(part[chosen] for part in windows))
 
 
 class WindowBatches:

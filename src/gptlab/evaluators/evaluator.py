@@ -94,7 +94,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
     stride = config.stride or block_size
     sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()).to(context.device))
     splits = SPLITS if config.split == "all" else (config.split,)
-    parts, begun = [], time.perf_counter()
+    parts, start = [], time.perf_counter()
     for split in splits:
         stream = prepared.stream(split)
         try:
@@ -109,7 +109,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
     sums.sums = context.all_reduce(sums.sums)
     loss, bits_per_byte = sums.result()
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above about 709
     values = {
         "data": prepared.manifest.origin,
@@ -140,7 +140,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
 def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, context: EvalContext) -> EvalResult:
     """Scores a model on HellaSwag. Every process returns the result over all processes."""
     device, block_size = context.device, model.config.block_size
-    chunk, begun = resolve_loss_chunk("auto", model.config), time.perf_counter()
+    chunk, start = resolve_loss_chunk("auto", model.config), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)
     batches = rank_batches(examples, context.rank, context.world_size, config.rows(block_size))
     with context.autocast(), track_progress("HellaSwag", context, len(batches)) as track:
@@ -154,7 +154,7 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
         "examples": found.examples,
         "acc": found.acc,
         "acc_norm": found.acc_norm,
-        "seconds": time.perf_counter() - begun,
+        "seconds": time.perf_counter() - start,
     }
     rows = [
         ("HellaSwag", f"{config.hellaswag}, {found.examples:,} examples"),

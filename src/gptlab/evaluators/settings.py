@@ -54,9 +54,7 @@ class EvaluateConfig(FrozenConfig):
         if not self.tasks and (idle := self._named(tasks)):
             raise ValueError(f"{idle} has no effect without tasks")
         if self.on_corpus and self.limit is not None:
-            raise ValueError(
-                "limit applies only to tasks and hellaswag; use windows=<number> for part of a corpus"
-            )
+            raise ValueError("limit applies only to tasks and hellaswag; use windows=<number> for part of a corpus")
         return self
 
 

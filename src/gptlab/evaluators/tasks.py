@@ -47,17 +47,17 @@ def find_tasks(config: EvaluateConfig) -> HarnessTasks:
     folder = Path(config.task_dir).expanduser() if config.task_dir else None
     with _quiet_harness():
         if folder is not None:
-            own = HarnessTasks(include_path=folder, include_defaults=False)
-            if set(config.tasks) <= set(own.all_subtasks):
-                return own
-        every = HarnessTasks(include_path=folder)
+            local_tasks = HarnessTasks(include_path=folder, include_defaults=False)
+            if set(config.tasks) <= set(local_tasks.all_subtasks):
+                return local_tasks
+        manager = HarnessTasks(include_path=folder)
     for task in config.tasks:
-        if not every.match_tasks([task]):
+        if not manager.match_tasks([task]):
             raise UserError(
-                f"Unknown task in tasks={task}.{did_you_mean(task, every.all_tasks)} List all tasks of "
+                f"Unknown task in tasks={task}.{did_you_mean(task, manager.all_tasks)} List all tasks of "
                 "lm-evaluation-harness with: lm-eval ls tasks"
             )
-    return every
+    return manager
 
 
 def evaluate_tasks(
@@ -77,7 +77,7 @@ def evaluate_tasks(
     cache = (
         f"{Path(config.cache).expanduser()}-{model_fingerprint(model)}-{context.precision}" if config.cache else None
     )
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with _quiet_harness():
         found = simple_evaluate(
             adapter,
@@ -90,7 +90,7 @@ def evaluate_tasks(
         )
     if found is None:  # not the first rank
         return None
-    values = {key: found[key] for key in RESULT_KEYS if key in found} | {"seconds": time.perf_counter() - begun}
+    values = {key: found[key] for key in RESULT_KEYS if key in found} | {"seconds": time.perf_counter() - start}
     metrics: dict[str, float] = {}
     table: list[tuple[str, ...]] = [("task", "shots", "metric", "value", "± standard error")]
     for task, results in found["results"].items():

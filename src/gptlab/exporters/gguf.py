@@ -114,12 +114,12 @@ def _names(layers: int) -> Callable[[str], str]:
 def _read(path: Path, job: ExportRequest, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     import gguf
 
-    there = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "c").tensors}
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path, "c").tensors}
     name_of = _names(job.source.model.n_layer)
     for name in names:
-        if (data := there.pop(name_of(name), None)) is not None:
+        if (data := stored.pop(name_of(name), None)) is not None:
             yield name, torch.from_numpy(data)
-    yield from ((name, torch.from_numpy(data)) for name, data in there.items())
+    yield from ((name, torch.from_numpy(data)) for name, data in stored.items())
 
 
 def _by_llama_cpp(job: ExportRequest, path: Path, reference: Reference) -> Iterator[Check]:

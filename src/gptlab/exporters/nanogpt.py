@@ -47,8 +47,8 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Reads and runs the export with gptlab, because nanoGPT is not a package."""
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
-    named = to_external(model, transposed=False, biases=False)
-    checks = [compare_tensors(iter(named.items()), reference, f"{version('torch')}, weights only")]
+    tensors = to_external(model, transposed=False, biases=False)
+    checks = [compare_tensors(iter(tensors.items()), reference, f"{version('torch')}, weights only")]
     with torch.no_grad():
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
     no_package = "loading with nanoGPT, because it is not a Python package"

@@ -74,13 +74,13 @@ def make_reference(
     rounded = _round(model, stored)
     logits = model(prompts) if rounded else exact
     beginning = prompts[0, : max(1, min(BEGINNING, model.config.block_size // 2))].tolist()
-    named = to_external(model, transposed=False, biases=biases)
+    tensors = to_external(model, transposed=False, biases=biases)
     return Reference(
         prompts,
         logits,
         beginning,
         greedy_continuation(model, beginning, min(CONTINUATION, model.config.block_size - len(beginning))),
-        {name: tensor_hash(tensor.to(stored[name])) for name, tensor in named.items()},
+        {name: tensor_hash(tensor.to(stored[name])) for name, tensor in tensors.items()},
         (logits - exact).abs().max().item() if rounded else None,
         end_of_text,
     )

@@ -75,16 +75,16 @@ def check_archive(path: Path) -> None:
         raise UserError(f"{path} is not a nanoGPT checkpoint, because it is not a zip archive. It was not unpickled.")
 
 
-def check_external_shape(path: Path, there: Mapping[str, Any], model: GPTConfig) -> None:
-    """Checks that weights of shape ``there`` fit a model. Padding of the vocabulary is allowed.
+def check_external_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig) -> None:
+    """Checks that weights of shape ``shape`` fit a model. Padding of the vocabulary is allowed.
 
     Raises:
         UserError: The shape or an option differs.
     """
-    wanted = model.vocab_size
-    if wanted is None or fits_vocabulary(there["vocab_size"], wanted):
-        there = {**there, "vocab_size": wanted}
-    check_shape(path, {**GPT2_OPTIONS, **there}, model)
+    vocab_size = model.vocab_size
+    if vocab_size is None or fits_vocabulary(shape["vocab_size"], vocab_size):
+        shape = {**shape, "vocab_size": vocab_size}
+    check_shape(path, {**GPT2_OPTIONS, **shape}, model)
 
 
 def fits_vocabulary(rows: int, vocab_size: int) -> bool:
@@ -148,8 +148,8 @@ def read_hf_shape(folder: Path) -> dict[str, Any]:
     if activation not in ACTIVATIONS:
         other["activation_function"] = activation
     if other:
-        named = ", ".join(f"{key}={value}" for key, value in other.items())
-        raise UserError(f"{path} has {named}, which gptlab does not support.")
+        options = ", ".join(f"{key}={value}" for key, value in other.items())
+        raise UserError(f"{path} has {options}, which gptlab does not support.")
     tied = config.get("tie_word_embeddings", True)
     return {**sizes, "bias": True, "tie_weights": tied, "activation": ACTIVATIONS[activation]}
 

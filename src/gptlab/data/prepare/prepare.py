@@ -141,20 +141,20 @@ def _run_preparation(
     threshold = val_threshold(config, corpus, tasks)
     if threshold not in (None, config.val_fraction * HASH_RANGE):
         _discard_stale_records(folder, tasks, threshold)
-    mine = [task for task in tasks if task.number % work.parts == work.part]
-    done, todo = _partition_tasks(folder, mine)
+    own_tasks = [task for task in tasks if task.number % work.parts == work.part]
+    done, todo = _partition_tasks(folder, own_tasks)
     preload_workers(work, todo)
     try:
         folder.mkdir(exist_ok=True)
         tokenizer = trained or _tokenizer(folder, tokenizer_config, corpus, tasks)
         if done:
-            log.info("Resuming: %d of %d tasks are already done.", len(done), len(mine))
+            log.info("Resuming: %d of %d tasks are already done.", len(done), len(own_tasks))
         earlier = sum(shard.tokens for shards in _collect_splits(folder, done).values() for shard in shards)
         record, vocab_dir = tokenizer.record(), tokenizer_config.vocab_dir
         with start_workers(work, todo, tokenizer, vocab_dir) as pool:
             fast = bool(todo) and _can_use_bulk_encoder(tokenizer, corpus, tasks)
             work_on = functools.partial(run_task, folder, corpus, config, record, vocab_dir, fast, threshold)
-            run_tasks(work_on, todo, sum(task.bytes for task in mine), earlier, work, pool)
+            run_tasks(work_on, todo, sum(task.bytes for task in own_tasks), earlier, work, pool)
         if waiting := _partition_tasks(folder, tasks)[1]:
             raise UserError(
                 f"The tasks of prepare.part={work.part} are done, but {len(waiting)} of {len(tasks)} tasks in {folder} "
@@ -175,7 +175,7 @@ def _run_preparation(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        left = sum(task.bytes for task in _partition_tasks(folder, mine)[1])
+        left = sum(task.bytes for task in _partition_tasks(folder, own_tasks)[1])
         raise UserError(
             f"The disk of {folder} is full. The remaining tasks need at most about {2 * left / 1e9:.1f} GB more "
             "(several times as much for compressed text). Free disk space and run the command again. Finished tasks "

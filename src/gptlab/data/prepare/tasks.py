@@ -60,9 +60,9 @@ def start_workers(
         yield None
         return
     context = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
-    life, ours = context.Pipe(duplex=False)
-    about = (life, json.dumps(tokenizer.record()), vocab_dir)
-    with ours, ProcessPoolExecutor(number, context, initializer=_init_worker, initargs=about) as pool:
+    life_end, parent_end = context.Pipe(duplex=False)
+    initargs = (life_end, json.dumps(tokenizer.record()), vocab_dir)
+    with parent_end, ProcessPoolExecutor(number, context, initializer=_init_worker, initargs=initargs) as pool:
         try:
             # The pool starts a process only when a job is submitted, and the submitting thread waits for the start.
             threading.Thread(target=lambda: [pool.submit(os.getpid) for _ in range(number)]).start()
@@ -72,7 +72,7 @@ def start_workers(
             raise
         except BaseException:  # an interrupt does not wait for running tasks, which are repeated later
             pool.shutdown(wait=False, cancel_futures=True)
-            ours.close()
+            parent_end.close()
             raise
 
 
@@ -82,8 +82,8 @@ def _modules_to_preload() -> list[str]:
     A worker imports the main program again (see the programming guidelines of multiprocessing). If the main program has
     imported torch, only this module is preloaded, because no task needs torch.
     """
-    ours = [name for name in sys.modules if name.startswith("gptlab.")]
-    return [__name__] if "torch" in sys.modules else ours
+    imported = [name for name in sys.modules if name.startswith("gptlab.")]
+    return [__name__] if "torch" in sys.modules else imported
 
 
 def _init_worker(life: Connection, record: str, vocab_dir: str | None) -> None:

@@ -77,10 +77,10 @@ def _npy_layout(path: Path) -> TokenFileLayout:
 
 def split_from_name(path: Path) -> Split:
     """Returns the split that is part of a file's name. Raises UserError if the name contains neither or both."""
-    named = [split for split in SPLITS if split in path.name]
-    if len(named) != 1:
+    splits = [split for split in SPLITS if split in path.name]
+    if len(splits) != 1:
         raise UserError(f"{path}: the file name must contain either train or val to identify its split.")
-    return named[0]
+    return splits[0]
 
 
 def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:

@@ -149,14 +149,14 @@ class RemoteFolder:
     def _make_room(self, shard: Shard) -> None:
         """Evicts the least recently used shards until ``shard`` fits, and reserves its space."""
         with self._lock("room"):
-            kept = sorted(
+            cached = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
                 key=lambda path: path.stat().st_mtime,
             )
-            coming = {path.name[1:].rpartition(".")[0] for path in self.folder.glob(".*.*")}
-            used = sum(self.sizes[path.name] for path in kept) + sum(self.sizes.get(name, 0) for name in coming)
+            unfinished = {path.name[1:].rpartition(".")[0] for path in self.folder.glob(".*.*")}
+            used = sum(self.sizes[path.name] for path in cached) + sum(self.sizes.get(name, 0) for name in unfinished)
             used += self.sizes[shard.file]
-            for path in kept:
+            for path in cached:
                 if used <= self.limit:
                     break
                 try:

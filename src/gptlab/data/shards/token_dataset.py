@@ -63,31 +63,31 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     Raises:
         UserError: The SHA-256 of a shard has changed.
     """
-    memory = _verified_file(folder, cache_dir)
-    with FileLock(f"{memory}.lock"):
-        known = _read_verified(memory)
-        now = _file_states(folder, manifest)
-        touched = [shard for shard in manifest.shards() if known.get(shard.file) != now[shard.file]]
-        if touched:
-            if (size := sum(shard.tokens for shard in touched)) > LOG_HASHING_ABOVE:
-                log.info("Verifying %d shards of %s with %s tokens.", len(touched), folder, f"{size:,}")
-            verify_shards(LocalFolder(folder), touched)
-            write_durably(memory, json.dumps(now))
+    record = _verified_file(folder, cache_dir)
+    with FileLock(f"{record}.lock"):
+        known = _read_verified(record)
+        states = _file_states(folder, manifest)
+        modified = [shard for shard in manifest.shards() if known.get(shard.file) != states[shard.file]]
+        if modified:
+            if (size := sum(shard.tokens for shard in modified)) > LOG_HASHING_ABOVE:
+                log.info("Verifying %d shards of %s with %s tokens.", len(modified), folder, f"{size:,}")
+            verify_shards(LocalFolder(folder), modified)
+            write_durably(record, json.dumps(states))
 
 
 def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     """Records the current state of the shards as verified. Call it directly after they were hashed."""
-    memory = _verified_file(folder, cache_dir)
-    with FileLock(f"{memory}.lock"):
-        write_durably(memory, json.dumps(_file_states(folder, manifest)))
+    record = _verified_file(folder, cache_dir)
+    with FileLock(f"{record}.lock"):
+        write_durably(record, json.dumps(_file_states(folder, manifest)))
 
 
 def _verified_file(folder: Path, cache_dir: Path) -> Path:
     """Returns the path of the record of the verified shards of ``folder``."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    memory = cache_dir / "verified" / f"{name}.json"
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    return memory
+    record = cache_dir / "verified" / f"{name}.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    return record
 
 
 def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
@@ -99,9 +99,9 @@ def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
     }
 
 
-def _read_verified(memory: Path) -> dict[str, object]:
+def _read_verified(record: Path) -> dict[str, object]:
     try:
-        content = json.loads(memory.read_text(encoding="utf-8"))
+        content = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -136,14 +136,16 @@ def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path} is not a supported tokenizer: it has no model with a vocab.")
     if model.get("type") == "WordLevel" and all(len(token) == 1 for token in vocabulary if token != END_OF_TEXT):
         return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
-    cut = described.get("pre_tokenizer") or {}
-    ours = (
+    pre_tokenizer = described.get("pre_tokenizer") or {}
+    pre_tokenizer_options = [pre_tokenizer.get(key) for key in ("type", "add_prefix_space")]
+    supported = (
         model.get("type") in ("BPE", None)
         and described.get("normalizer") is None
-        and (cut.get("type"), cut.get("add_prefix_space"), cut.get("use_regex", True)) == ("ByteLevel", False, True)
+        and pre_tokenizer_options == ["ByteLevel", False]
+        and pre_tokenizer.get("use_regex", True) is True
     )
     added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
-    if not ours or any(token != END_OF_TEXT for token in added):
+    if not supported or any(token != END_OF_TEXT for token in added):
         raise UserError(
             f"{path} is not a supported tokenizer. gptlab supports byte-level BPE as in GPT-2, with {END_OF_TEXT} as "
             "the only special token."
