@@ -61,7 +61,7 @@ MISTAKES = {
     "not tinyshakespeare": (["data=shakespeare_char", "data.source=text.txt"], "is not the tinyshakespeare text"),
     "no vocabulary": (
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
-        "tokenizer.vocab_dir=. lacks vocab.bpe and encoder.json",
+        " lacks vocab.bpe and encoder.json",
     ),
     "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is not the 257 ids"),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
