@@ -1,4 +1,4 @@
-"""The model in plain torch: GPT-2 in ``gpt``, what has been found since in ``modern``, attention, kernels and the loss.
+"""The model in plain PyTorch: GPT-2 in ``gpt``, later variants in ``modern``, attention, kernels and the loss.
 
-``config`` describes every option once. Imports no Lightning, no Hydra and nothing of ``data``.
+``config`` defines the config keys of the model. Imports no Lightning, no Hydra and nothing from ``gptlab.data``.
 """

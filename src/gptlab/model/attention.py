@@ -1,7 +1,7 @@
 """Causal self-attention: positions, masks and heads.
 
 Shapes: B batch, T time (of the queries), S time of the keys, C channels, nh heads, hs head size. ``documents`` (B, T)
-numbers the document that each token belongs to; the tokens of a document stand together.
+holds the index of each token's document; the tokens of a document are consecutive.
 """
 
 import torch
@@ -17,18 +17,18 @@ RotaryTables = tuple[Tensor, Tensor]  # cosines and sines (B or 1, 1, T, hs / 2)
 
 
 class AttentionContext:
-    """What the attention of every block needs to know about a forward pass.
+    """Positions, masks, rotary tables and KV cache of one forward pass, shared by the attention of all blocks.
 
-    A plain class: of the arguments of a block, FSDP casts the floating-point tensors in tuples and dataclasses too, and
-    the rotary tables must keep their precision.
+    This is a plain class because FSDP casts floating-point tensors in the tuples and dataclasses that a block receives,
+    and the rotary tables must keep their precision.
 
     Args:
         positions: Position (B or 1, T) of every token in its document, counted from 0.
-        mask: Mask of the blocks that see all earlier tokens.
-        window_mask: Mask of the blocks that see a window of them.
+        mask: Mask of the blocks that attend to all earlier tokens.
+        window_mask: Mask of the blocks that attend to a sliding window.
         rotary: Rotary tables; None with learned positions.
-        cache: Keys and values of earlier tokens; None without any.
-        cache_position: Where the tokens go in the cache.
+        cache: Keys and values of earlier tokens; None for a forward pass without KV cache.
+        cache_position: Slots of the tokens in the cache.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class AttentionContext:
 def build_attention_context(
     config: GPTConfig, idx: Tensor, documents: Tensor | None, dtype: torch.dtype, *, flex: bool
 ) -> AttentionContext:
-    """Builds the context of a pass over whole sequences: a token sees what precedes it in its document.
+    """Builds the context of a forward pass over full sequences, in which attention stays within each document.
 
     Args:
         config: Configuration of the model.
-        idx: Token ids (B, T).
-        documents: Document numbers (B, T); None if each sequence is one document.
-        dtype: Type of the model's weights.
-        flex: Whether the masks are FlexAttention's.
+        idx: Token IDs (B, T).
+        documents: Document index (B, T) of every token; None if each sequence is one document.
+        dtype: Dtype of the model's weights.
+        flex: Whether to build the masks for FlexAttention.
     """
     if documents is None:
         positions, mask = torch.arange(idx.size(1), device=idx.device)[None], None
@@ -68,7 +68,7 @@ def build_attention_context(
 def build_cached_context(
     config: GPTConfig, cache: KVCache, position: CachePosition, dtype: torch.dtype
 ) -> AttentionContext:
-    """Builds the context of a pass over tokens whose predecessors are in ``cache``."""
+    """Builds the context of a forward pass over new tokens; the earlier tokens are in ``cache``."""
     mask = position.mask(None)
     window_mask = position.mask(config.attention_window) if config.attention_window else mask
     rotary = _rotary(config, position.positions, dtype)
@@ -84,7 +84,18 @@ def positions_within(documents: Tensor) -> Tensor:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the mask is built outside of the compiled model
 def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *, flex: bool) -> Mask:
-    """Lets a token see itself and what precedes it, within its document and the window where there are such."""
+    """Builds a causal mask, restricted to the token's document and to a sliding window if these are given.
+
+    Args:
+        idx: Token IDs (B, T), of which only the shape and the device are used.
+        documents: Document index (B, T) of every token; None if each sequence is one document.
+        window: Number of tokens that a token attends to, including itself; None for no limit.
+        flex: Whether to build a mask for FlexAttention.
+
+    Returns:
+        FlexAttention's block mask if ``flex``, otherwise a boolean mask (B or 1, 1, T, T), true where a query attends
+        to a key.
+    """
     B, T = idx.shape  # noqa: N806
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -102,32 +113,35 @@ def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *,
 
 
 def rotary_tables(positions: Tensor, head_size: int, base: float, dtype: torch.dtype, *, half: bool) -> RotaryTables:
-    """Computes cosines and sines of the angles by which ``rotate`` turns queries and keys.
+    """Computes the cosines and sines of the angles by which ``rotate`` rotates queries and keys.
 
     Args:
-        positions: (B or 1, T).
-        head_size: hs.
-        base: The slowest pair turns ``base`` times slower than the fastest (Su et al. 2021, section 3.2.2).
-        dtype: Type of the model; the tables have at least float32.
-        half: Leave the slower half of the pairs unturned.
+        positions: Positions (B or 1, T).
+        head_size: Head size hs.
+        base: Base of the geometric series of frequencies (Su et al. 2021, section 3.2.2).
+        dtype: Dtype of the model; the tables are at least float32.
+        half: Whether only the faster half of the channel pairs is rotated.
+
+    Returns:
+        Cosines and sines, each (B or 1, 1, T, hs / 2).
     """
     pairs = head_size // 2
-    turning = pairs // 2 if half else pairs
-    exponents = torch.arange(turning, device=positions.device, dtype=torch.float32) / turning
-    frequencies = F.pad(base**-exponents, (0, pairs - turning))
+    rotated = pairs // 2 if half else pairs
+    exponents = torch.arange(rotated, device=positions.device, dtype=torch.float32) / rotated
+    frequencies = F.pad(base**-exponents, (0, pairs - rotated))
     angles = (positions[:, None, :, None] * frequencies).to(torch.promote_types(dtype, torch.float32))
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, tables: RotaryTables) -> Tensor:
-    """Turns the pairs of channels (i, i + hs / 2) of every head of x (B, nh, T, hs)."""
+    """Rotates the channel pairs (i, i + hs / 2) of every head of x (B, nh, T, hs); same shape and dtype."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what precedes it (Vaswani et al. 2017, section 3.2)."""
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
 
     uses_window = False
 
@@ -139,19 +153,19 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Returns what each position of ``x`` (B, T, C) takes from the positions it sees; same shape."""
+        """Computes self-attention over ``x`` (B, T, C); same shape."""
         q, k, v = self.c_attn(x).chunk(3, dim=2)
         return self.attend(self.split_heads(q), self.split_heads(k), self.split_heads(v), ctx)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: AttentionContext) -> Tensor:
-        """Attends over keys and values (B, nh, T, hs) and those of the cache, and projects the result (B, T, C)."""
+        """Attends to ``k`` and ``v`` (B, nh, T, hs) and those in the cache; returns the projected output (B, T, C)."""
         if ctx.cache is not None and ctx.cache_position is not None:
             k, v = ctx.cache.layers[self.layer].update(k, v, ctx.cache_position)
         y = attend(q, k, v, self.mask(ctx), self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Returns the attention weights (B, nh, T, T) of a pass without a cache."""
+        """Returns the attention weights (B, nh, T, T) of a forward pass without KV cache."""
         q, k, _ = self.c_attn(x).chunk(3, dim=2)
         return attention_weights(self.split_heads(q), self.split_heads(k), self.mask(ctx))
 

@@ -1,8 +1,8 @@
-"""Capture of a model's activations by name, and their replacement.
+"""Captures and replaces a model's activations by name.
 
-Names are those of the modules (``GPT.named_modules``): wte, h.0.ln_1, h.0.attn, h.0.attn.c_attn, h.0, ln_f. The
-activation of a module is its output: of a block the residual stream (B, T, C), of an attention what it adds to it.
-h.0.attn.weights is no module: the attention weights (B, nh, T, T).
+Names are those of ``GPT.named_modules``: wte, h.0.ln_1, h.0.attn, h.0.attn.c_attn, h.0, ln_f. The activation of a
+module is its output: for a block the residual stream (B, T, C), for an attention layer the tensor (B, T, C) that is
+added to the residual stream. h.0.attn.weights is not a module: it names the attention weights (B, nh, T, T).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,11 +17,11 @@ from gptlab.errors import UserError, did_you_mean
 from gptlab.model.attention import CausalSelfAttention
 from gptlab.model.gpt import GPT
 
-WEIGHTS = ".weights"  # after the name of an attention
+WEIGHTS = ".weights"  # suffix after the name of an attention layer
 
 
 def activation_names(model: GPT) -> list[str]:
-    """Returns all names that can be captured, in the order of the model."""
+    """Returns the names of all activations that can be captured, in module order."""
     names = []
     for name, module in model.named_modules():
         if name and not isinstance(module, nn.ModuleList):
@@ -33,19 +33,19 @@ def activation_names(model: GPT) -> list[str]:
 
 @contextmanager
 def capture_activations(model: GPT, patterns: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Keeps activations of every forward pass in the context; a later pass replaces those of an earlier one.
+    """Captures activations of every forward pass within the context; a later pass overwrites those of an earlier one.
 
-    Attention weights are those of passes over whole sequences, not of cached generation.
+    Attention weights are captured only in forward passes without KV cache.
 
     Args:
-        model: The model; activations are on its device and in its type.
-        patterns: Names, or patterns of names: ``h.*.mlp``, ``*.attn.weights``.
+        model: The model. Activations are on its device and in the dtype in which they were computed.
+        patterns: Names or glob patterns, e.g. ``h.*.mlp``, ``*.attn.weights``.
 
     Yields:
-        The activations by name, as they are computed. They are part of the graph: gradients flow through them.
+        A dict from name to activation, filled during the forward pass. The tensors are part of the autograd graph.
 
     Raises:
-        UserError: No name matches a pattern.
+        UserError: A pattern matches no name.
     """
     captured: dict[str, Tensor] = {}
     names = [name for pattern in patterns for name in _matching_names(model, pattern)]
@@ -53,7 +53,7 @@ def capture_activations(model: GPT, patterns: Iterable[str]) -> Iterator[dict[st
     def keep(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(module, CausalSelfAttention) and name.endswith(WEIGHTS):
             x, ctx = inputs[:2]
-            if ctx.cache is None:  # otherwise there are keys beyond those of x
+            if ctx.cache is None:  # with a cache there are more keys than those of x
                 captured[name] = module.weights(x, ctx)
         else:
             captured[name] = output[0] if isinstance(output, tuple) else output
@@ -67,14 +67,14 @@ def capture_activations(model: GPT, patterns: Iterable[str]) -> Iterator[dict[st
 
 @contextmanager
 def replace_activations(model: GPT, changes: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replaces activations by functions of them in every forward pass in the context (activation patching, ablation).
+    """Applies functions to activations in every forward pass within the context (activation patching, ablation).
 
     Args:
         model: The model.
-        changes: Functions by names or patterns; the output of an attention can be replaced, but not its weights.
+        changes: A function from activation to replacement of the same shape, for each name or glob pattern.
 
     Raises:
-        UserError: No name matches a pattern.
+        UserError: A pattern matches no name, or matches attention weights, which cannot be replaced.
     """
 
     def replace(function: Callable[[Tensor], Tensor], module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -84,7 +84,10 @@ def replace_activations(model: GPT, changes: Mapping[str, Callable[[Tensor], Ten
         for pattern, function in changes.items():
             for name in _matching_names(model, pattern):
                 if name.endswith(WEIGHTS):
-                    raise UserError(f"{name} can be captured, not changed: the kernels never write them down.")
+                    raise UserError(
+                        f"{name} can be captured but not replaced: the attention kernels do not return the weights. "
+                        f"Replace the output of {name.removesuffix(WEIGHTS)} instead."
+                    )
                 hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(replace, function)))
         yield
 
@@ -93,4 +96,4 @@ def _matching_names(model: GPT, pattern: str) -> list[str]:
     known = activation_names(model)
     if found := [name for name in known if fnmatchcase(name, pattern)]:
         return found
-    raise UserError(f"{pattern} is nothing in this network.{did_you_mean(pattern, known)}")
+    raise UserError(f"{pattern} matches no activation of this model.{did_you_mean(pattern, known)}")

@@ -1,4 +1,4 @@
-"""Configuration of the model, and what follows from it alone: parameter counts and FLOPs. Imports no torch."""
+"""Configuration of the model, its parameter counts and its FLOPs. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
@@ -8,20 +8,20 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from gptlab.config.base import FrozenConfig
 
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
-GPT2_ACTIVATIONS = ("gelu", "gelu_tanh")  # gptlab.model.gpt has them; others are in gptlab.model.modern
+GPT2_ACTIVATIONS = ("gelu", "gelu_tanh")  # implemented in gptlab.model.gpt; the others are in gptlab.model.modern
 
 
 @dataclass(frozen=True)
 class Option:
-    """Metadata of a field of ``GPTConfig``, from which the constants below it are derived.
+    """Metadata of a field of ``GPTConfig``, from which the constants below that class are derived.
 
     Attributes:
-        kind: "size": GPT-2 comes in several, and files of other programs give it; "variant": these files give it, too;
-            "modern": found since GPT-2; "unrecorded": other programs do not record it, since it does not change what a
-            trained GPT-2 computes.
-        gpt2: Its value in GPT-2; None for a size.
-        shapes_weights: Whether weights of one value do not fit a model of another. A longer block can be cropped, so
-            ``block_size`` is compared by itself.
+        kind: "size": differs between the sizes of GPT-2, and is recorded in the files of other programs. "variant": not
+            a size, but also recorded there. "modern": introduced after GPT-2. "unrecorded": not recorded by other
+            programs, because it does not change the output of a trained GPT-2.
+        gpt2: Value in GPT-2; None for a size.
+        shapes_weights: Whether models with different values have parameters of different names or shapes.
+            ``block_size`` is compared separately, because a longer one can be cropped.
     """
 
     kind: Literal["size", "variant", "modern", "unrecorded"]
@@ -33,40 +33,44 @@ Size = Annotated[PositiveInt, Option("size", shapes_weights=True)]
 
 
 class GPTConfig(FrozenConfig):
-    """The shape and the options of a GPT-2 class decoder.
+    """Size and architecture of a GPT-2 class decoder.
 
     Attributes:
-        block_size: Longest context T, in tokens.
+        block_size: Maximum context length T in tokens.
         vocab_size: Vocabulary size V; None until the tokenizer is known.
         n_layer: Number of residual blocks L.
-        n_head: Attention heads nh of a block; must divide ``n_embd``.
-        n_embd: Width C.
-        bias: Whether the linear layers and LayerNorms have biases (GPT-2 does).
-        dropout: Dropout probability on the embedding, the attention weights and both residual branches.
-        activation: "gelu_tanh" is OpenAI's GPT-2, "gelu" the exact form nanoGPT trains with; "relu_squared" is that of
-            So et al. 2021 (Primer), section 4.1.
-        norm: "layer" is LayerNorm, "rms" RMSNorm (Zhang and Sennrich 2019).
-        positions: "learned" embeds them (GPT-2); "rotary" rotates queries and keys (Su et al. 2021, RoFormer, section
-            3.2); "rotary_half" rotates half of each head only, the faster half of the frequencies (Jordan et al. 2024,
-            modded-nanogpt).
+        n_head: Number of attention heads nh per block; must divide ``n_embd``.
+        n_embd: Embedding width C.
+        bias: Whether the linear layers and LayerNorms have biases, as in GPT-2.
+        dropout: Dropout probability of the embedding, the attention weights and both residual branches.
+        activation: "gelu_tanh" is the tanh approximation of GELU, as in OpenAI's GPT-2; "gelu" is the exact GELU, as in
+            nanoGPT; "relu_squared" is from So et al. 2021 (Primer), section 4.1.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019).
+        positions: "learned" is a positional embedding, as in GPT-2; "rotary" rotates queries and keys (Su et al. 2021,
+            RoFormer, section 3.2); "rotary_half" rotates only half of each head, with the faster half of the
+            frequencies (Jordan et al. 2024, modded-nanogpt).
         rope_base: Base of the rotary frequencies.
-        qk_norm: RMS-normalize queries and keys of each head (Henry et al. 2020).
+        qk_norm: RMS-normalize the queries and keys of each head (Henry et al. 2020).
         embedding_norm: Normalize the embedding before the first block (modded-nanogpt).
-        zero_init: Start with projections (both ``c_proj``, an untied ``lm_head``) at zero, every block as the identity
-            (Zhang et al. 2019, Fixup; Yang et al. 2022, muP, for the head).
-        logit_soft_cap: Limit logits to this by tanh (Gemma Team 2024, Gemma 2, section 2); None does not.
-        value_residual: Mix the first block's values into those of all (Zhou et al. 2024, Value Residual Learning).
-        value_embeddings: So many of the first and of the last blocks mix an embedding of the token into their values;
-            the first block shares it with the last, and so on (modded-nanogpt).
+        zero_init: Initialize the projections (both ``c_proj``, and an untied ``lm_head``) to zero, so that every block
+            starts as the identity (Zhang et al. 2019, Fixup; Yang et al. 2022, muP, for the head).
+        logit_soft_cap: Limit the absolute value of logits to this with tanh (Gemma Team 2024, Gemma 2, section 2); None
+            for no limit.
+        value_residual: Mix the first block's values into those of all later blocks (Zhou et al. 2024, Value Residual
+            Learning).
+        value_embeddings: Number of value embeddings. This many of the first blocks and as many of the last mix an
+            embedding of the token into their values. The first block shares its embedding with the last block, the
+            second with the second to last, and so on (modded-nanogpt).
         x0_skips: Mix the embedding into the input of every block (modded-nanogpt).
-        unet_skips: Add the output of the first blocks to the input of the last ones, in mirrored order (Ronneberger et
-            al. 2015; modded-nanogpt).
-        attention_window: Tokens that a position sees, itself included (Beltagy et al. 2020, section 3.1); None: all.
-        global_every: With a window, every n-th block sees all earlier tokens; the last one always does.
-        tie_weights: Whether ``lm_head`` shares its matrix with ``wte``.
-        pad_vocab_to_multiple_of: The embedding gets rows up to a multiple of this; the extra ones are never scored,
+        unet_skips: Add the outputs of the first half of the blocks to the inputs of the second half, in mirrored order
+            (Ronneberger et al. 2015; modded-nanogpt).
+        attention_window: Number of tokens that a token attends to, including itself (sliding window, Beltagy et al.
+            2020, section 3.1); None for no limit.
+        global_every: With ``attention_window``, every n-th block and the last block attend to all earlier tokens.
+        tie_weights: Whether ``lm_head`` shares its weight with ``wte``.
+        pad_vocab_to_multiple_of: Pad the rows of the embedding to a multiple of this. The padding is never scored,
             sampled or exported.
-        activation_checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: Recompute each block in the backward pass instead of storing its activations.
     """
 
     block_size: Annotated[PositiveInt, Option("size")]
@@ -101,8 +105,8 @@ class GPTConfig(FrozenConfig):
             below = max(h for h in divisors if h < self.n_head)
             above = min((h for h in divisors if h > self.n_head), default=None)
             raise ValueError(
-                f"n_head={self.n_head} does not divide n_embd={self.n_embd}; "
-                f"the nearest that do: {below}{f' and {above}' if above else ''}"
+                f"n_head={self.n_head} does not divide n_embd={self.n_embd}. "
+                f"Nearest divisors: {below}{f' and {above}' if above else ''}"
             )
         return self
 
@@ -111,8 +115,8 @@ class GPTConfig(FrozenConfig):
         pairs = {"learned": 1, "rotary": 2, "rotary_half": 4}[self.positions]
         if self.head_size % pairs:
             raise ValueError(
-                f"positions={self.positions} turns the parts of a head in pairs: n_embd={self.n_embd} over "
-                f"n_head={self.n_head} makes heads of {self.head_size}, which is no multiple of {pairs}"
+                f"positions={self.positions} needs a head size that is a multiple of {pairs}, but "
+                f"n_embd={self.n_embd} / n_head={self.n_head} is {self.head_size}"
             )
         return self
 
@@ -120,8 +124,8 @@ class GPTConfig(FrozenConfig):
     def _two_ends(self) -> Self:
         if 2 * self.value_embeddings > self.n_layer:
             raise ValueError(
-                f"value_embeddings={self.value_embeddings} needs n_layer of at least {2 * self.value_embeddings}, one "
-                f"block at each end for each of them, but n_layer={self.n_layer}; at most {self.n_layer // 2} fit"
+                f"value_embeddings={self.value_embeddings} needs two blocks per value embedding, but "
+                f"n_layer={self.n_layer}. The maximum is value_embeddings={self.n_layer // 2}"
             )
         return self
 
@@ -132,37 +136,37 @@ class GPTConfig(FrozenConfig):
 
     @property
     def is_gpt2(self) -> bool:
-        """Whether ``gptlab.model.gpt.GPT`` is the model: no option in use that has been found since GPT-2."""
+        """Whether ``gptlab.model.gpt.GPT`` implements this configuration: it uses no option introduced after GPT-2."""
         modern = any(getattr(self, name) != value for name, value in GPT2_OPTIONS.items())
         return not (modern or self.zero_init or self.activation not in GPT2_ACTIVATIONS)
 
     def is_global(self, layer: int) -> bool:
-        """Whether a block, counted from 0, sees all earlier tokens, whatever the window."""
+        """Returns whether block ``layer``, counted from 0, attends to all earlier tokens."""
         return self.attention_window is None or (layer + 1) % self.global_every == 0 or layer == self.n_layer - 1
 
     def value_embedding(self, layer: int) -> int | None:
-        """Returns the index of the value embedding that a block, counted from 0, mixes in, or None."""
-        from_the_end = min(layer, self.n_layer - 1 - layer)
-        return from_the_end if from_the_end < self.value_embeddings else None
+        """Returns the index of the value embedding that block ``layer``, counted from 0, mixes in, or None."""
+        index = min(layer, self.n_layer - 1 - layer)
+        return index if index < self.value_embeddings else None
 
     def num_extra_values(self, layer: int) -> int:
-        """Returns how many values a block, counted from 0, mixes into its own."""
+        """Returns the number of values that block ``layer``, counted from 0, mixes into its own."""
         return (self.value_residual and layer > 0) + (self.value_embedding(layer) is not None)
 
     def has_skip(self, layer: int) -> bool:
-        """Whether a block, counted from 0, gets the output of its mirrored block of the first half."""
+        """Returns whether block ``layer``, counted from 0, receives the output of its mirrored block (U-Net skip)."""
         return self.unet_skips and 2 * layer >= self.n_layer + self.n_layer % 2
 
     @property
     def known_vocab_size(self) -> int:
-        """The vocabulary size V, once it is known; ValueError before."""
+        """The vocabulary size V; raises ValueError if it is not known yet."""
         if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not known yet: it is the tokenizer's")
+            raise ValueError("model.vocab_size is not known yet: it is set from the tokenizer")
         return self.vocab_size
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: V rounded up to ``pad_vocab_to_multiple_of``."""
+        """Number of rows of the embedding: V rounded up to a multiple of ``pad_vocab_to_multiple_of``."""
         multiple = self.pad_vocab_to_multiple_of
         return -(-self.known_vocab_size // multiple) * multiple
 
@@ -182,9 +186,9 @@ class LoRAConfig(FrozenConfig):
     """Low-rank adaptation (Hu et al. 2022, section 4.1) of a trained model.
 
     Attributes:
-        rank: Rank r of the update.
-        alpha: The update is scaled by alpha / r.
-        targets: Linear layers of every block.
+        rank: Rank r of the updates.
+        alpha: Scaling: the updates are multiplied by alpha / r.
+        targets: Linear layers of every block that are adapted.
     """
 
     rank: PositiveInt
@@ -193,17 +197,17 @@ class LoRAConfig(FrozenConfig):
 
 
 class SamplingConfig(FrozenConfig):
-    """How a token is drawn from the model's distribution; the filters apply in this order, from below.
+    """Sampling parameters, applied in the order repetition penalty, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: Divides the logits; 0 takes the likeliest token.
-        top_k: Draw only from the k likeliest tokens (Fan et al. 2018, section 5.1); None: from all.
-        top_p: Draw only from the likeliest tokens that together have this probability (Holtzman et al. 2020, section
-            3.1); None: from all.
-        min_p: Draw only from tokens at least this times as likely as the likeliest (Nguyen et al. 2024, section 3);
-            None: from all.
-        repetition_penalty: Divides the logits above 0, and multiplies those below, of tokens that the text already has
-            (Keskar et al. 2019, CTRL, section 4.1), before all else; 1 leaves them.
+        temperature: Divides the logits; 0 selects the most likely token.
+        top_k: Sample only from the k most likely tokens (Fan et al. 2018, section 5.1); None for all tokens.
+        top_p: Sample only from the smallest set of most likely tokens whose total probability is at least this
+            (Holtzman et al. 2020, section 3.1); None for all tokens.
+        min_p: Sample only from tokens whose probability is at least this fraction of the largest one (Nguyen et al.
+            2024, section 3); None for all tokens.
+        repetition_penalty: Divides positive logits, and multiplies negative ones, of tokens that are already in the
+            text (Keskar et al. 2019, CTRL, section 4.1); 1 disables it.
     """
 
     temperature: NonNegativeFloat
@@ -221,7 +225,7 @@ def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
 
 
 def parameter_count(config: GPTConfig) -> int:
-    """Counts every trainable parameter, including the padding of the vocabulary, and a tied head once."""
+    """Counts all trainable parameters, including the padding of the vocabulary; a tied head is counted once."""
     C, L = config.n_embd, config.n_layer  # noqa: N806
     matrices = 3 * C * C + C * C + 4 * C * C + 4 * C * C  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
     biases = 3 * C + C + 4 * C + C
@@ -231,7 +235,7 @@ def parameter_count(config: GPTConfig) -> int:
 
 
 def embedding_count(config: GPTConfig) -> int:
-    """Counts the parameters of embeddings and of an untied head, which "non-embedding parameters" exclude.
+    """Counts the parameters of the embeddings and of an untied head, i.e. all but the "non-embedding parameters".
 
     Source: Kaplan et al. 2020, section 2.1.
     """
@@ -240,11 +244,11 @@ def embedding_count(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Returns the floating-point operations of one training token, forward and backward.
+    """Returns the floating-point operations per training token, forward and backward.
 
-    6 N + 12 L nh hs T, with N the parameters of matrix products (no embedding that is only looked up). Source:
-    Chowdhery et al. 2022 (PaLM), appendix B. Blocks with a window have its width for T. Recomputed activations do not
-    count.
+    6 N + 12 L nh hs T, where N is the number of parameters used in matmuls, without embedding lookups. Source:
+    Chowdhery et al. 2022 (PaLM), appendix B. In blocks with a sliding window, T is the window size. Recomputed
+    activations are not counted.
     """
     multiplied = parameter_count(config) - _lookup_count(config)
     if config.tie_weights:
@@ -255,17 +259,17 @@ def flops_per_token(config: GPTConfig) -> int:
 
 
 def _lookup_count(config: GPTConfig) -> int:
-    """Counts the parameters of embeddings, of which a token takes one row."""
+    """Counts the parameters of the embedding tables, in which a token looks up one row each."""
     positions = config.block_size if config.positions == "learned" else 0
     return ((1 + config.value_embeddings) * config.padded_vocab_size + positions) * config.n_embd
 
 
 def _mix_count(config: GPTConfig) -> int:
-    """Counts the learned mixing weights of the blocks: two for x0, one for a skip, one for each of several values."""
+    """Counts the mixing weights of the blocks: two per x0 skip, one per U-Net skip, one per value in a mix."""
     layers = range(config.n_layer)
-    of_values = [config.num_extra_values(layer) for layer in layers]
+    extra_values = [config.num_extra_values(layer) for layer in layers]
     return (
         2 * config.n_layer * config.x0_skips
         + sum(config.has_skip(layer) for layer in layers)
-        + sum(1 + number for number in of_values if number)
+        + sum(1 + number for number in extra_values if number)
     )

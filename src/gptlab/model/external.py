@@ -1,4 +1,4 @@
-"""GPT-2's parameters as other programs store them: nanoGPT, transformers, OpenAI's files on the hub."""
+"""Converts parameters from and to the names and shapes of nanoGPT, transformers and OpenAI's GPT-2 on the Hub."""
 
 import re
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from gptlab.model.gpt import GPT
 
 # torch.compile's prefix, and the name under which GPT2LMHeadModel and nanoGPT's GPT hold the decoder
 PREFIX = re.compile(r"^(_orig_mod\.)?(transformer\.)?")
-BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, which older versions store
+BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, stored by older versions
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 EMBEDDING, POSITIONS, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
-BY_TOKEN = re.compile(r"^(wte|lm_head|value_embeds\.\d+)\.weight$")  # one row an id
-WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # in GPT-2
+BY_TOKEN = re.compile(r"^(wte|lm_head|value_embeds\.\d+)\.weight$")  # one row per token ID
+WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # weights that have a bias in GPT-2
 
 
 def from_external(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
@@ -22,7 +22,10 @@ def from_external(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str,
 
     Args:
         state: Parameters by the other program's names.
-        transposed: Whether the blocks' matrices are stored (in, out), as transformers' Conv1D has them.
+        transposed: Whether the matrices of the blocks are stored as (in, out), as in transformers' Conv1D.
+
+    Returns:
+        The parameters by gptlab's names, as views; their shapes are not checked.
     """
     named = {PREFIX.sub("", name): tensor for name, tensor in state.items() if not BUFFER.search(name)}
     if not transposed:
@@ -31,51 +34,51 @@ def from_external(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str,
 
 
 def fit_shapes(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fits the shapes of parameters of ``from_external`` to ``model``.
+    """Fits the parameters returned by ``from_external`` to the shapes of ``model``.
 
-    Positions from ``block_size`` on and rows from the vocabulary size on are dropped; rows that only pad the model's
-    own embedding keep their values.
+    Positions beyond ``block_size`` and rows beyond the vocabulary size are dropped. Padding rows of the model's
+    embedding keep their values.
 
     Raises:
-        ValueError: A tensor is missing, unknown, of another shape, or not of a floating-point type.
+        ValueError: A parameter is missing, unknown, of another shape, or not floating-point.
     """
     own = model.state_dict()
     head = state.get(HEAD) if not model.config.tie_weights else state.pop(HEAD, None)
     if model.config.tie_weights and EMBEDDING in state:
         if head is not None and not torch.equal(head, state[EMBEDDING]):
-            raise ValueError(f"{HEAD} is not {EMBEDDING}, and model.tie_weights is true")
+            raise ValueError(f"{HEAD} and {EMBEDDING} differ, but model.tie_weights=true")
         state[HEAD] = state[EMBEDDING]
     if missing := sorted(own.keys() - state.keys()):
-        raise ValueError(f"there is no {', no '.join(missing[:3])}")
+        raise ValueError(f"missing parameters: {', '.join(missing[:3])}")
     if unknown := sorted(state.keys() - own.keys()):
-        raise ValueError(f"there is no place for {', '.join(unknown[:3])}")
+        raise ValueError(f"unknown parameters: {', '.join(unknown[:3])}")
     vocab_size, block_size = model.config.known_vocab_size, model.config.block_size
     for name, rows in ((EMBEDDING, vocab_size), (HEAD, vocab_size), (POSITIONS, block_size)):
         state[name] = _with_rows(state[name], own[name], rows)
     for name, tensor in state.items():
         if tensor.shape != own[name].shape or not tensor.is_floating_point():
-            found, wanted = (f"{tuple(each.shape)} of {each.dtype}" for each in (tensor, own[name]))
-            raise ValueError(f"{name} is {found}, not {wanted}")
+            found, expected = (f"{tuple(each.shape)} of {each.dtype}" for each in (tensor, own[name]))
+            raise ValueError(f"{name} is {found}, expected {expected}")
     return state
 
 
 def unpadded_parameters(model: GPT) -> dict[str, Tensor]:
-    """Returns views of the parameters without the rows that only pad the vocabulary, and without a tied head."""
+    """Returns views of the parameters, without the padding rows of the vocabulary and without a tied head."""
     rows = model.config.known_vocab_size
     named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     return {name: tensor[:rows] if BY_TOKEN.match(name) else tensor for name, tensor in named}
 
 
 def to_external(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tensor]:
-    """Renames parameters to those of nanoGPT and transformers: the inverse of ``from_external`` and ``fit_shapes``.
+    """Renames parameters to the names of nanoGPT and transformers; inverts ``from_external`` and ``fit_shapes``.
 
     Args:
-        model: A GPT-2; other options have no names there.
+        model: A model with ``config.is_gpt2``; those programs have no names for the parameters of other options.
         transposed: As in ``from_external``.
-        biases: Whether to add zeros where the model has no biases.
+        biases: Whether to add zero biases if the model has no biases.
 
     Returns:
-        Views, except for the zeros; without a tied head.
+        The parameters without a tied head, as views, except for zero biases.
     """
     named: dict[str, Tensor] = {}
     for name, tensor in unpadded_parameters(model).items():
@@ -87,7 +90,7 @@ def to_external(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tens
 
 
 def _with_rows(external: Tensor, own: Tensor, rows: int) -> Tensor:
-    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``, or ``external`` if that does not fit."""
+    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``; ``external`` itself if it does not fit."""
     if external.shape[1:] != own.shape[1:] or len(external) < rows or not external.is_floating_point():
         return external
     return external[:rows] if rows == len(own) else torch.cat((external[:rows].to(own.dtype), own[rows:]))

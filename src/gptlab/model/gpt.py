@@ -1,4 +1,4 @@
-"""The GPT-2 decoder (Radford et al. 2019), with GPT-2's names. ``gptlab.model.modern`` has what has been found since.
+"""The GPT-2 decoder (Radford et al. 2019), with GPT-2's module names. Later variants are in ``gptlab.model.modern``.
 
 Shapes: B batch, T time, C channels (``n_embd``), V vocabulary.
 """
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh":
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward network, four times as wide inside."""
+    """Position-wise feed-forward network with hidden width 4 C."""
 
     def __init__(self, config: GPTConfig, activation: nn.Module) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transforms each position of ``x`` (B, T, C) by itself; same shape."""
+        """Transforms each position of ``x`` (B, T, C) independently; same shape."""
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
@@ -69,7 +69,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if not config.is_gpt2:
-            raise ValueError("GPT is GPT-2 alone; build_gpt builds models with other options")
+            raise ValueError("GPT implements only the options of GPT-2; use build_gpt for other options")
         self.config = config
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
@@ -82,16 +82,16 @@ class GPT(nn.Module):
         self.init_weights()
 
     def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
-        """Scores the next token at every position.
+        """Computes the next-token logits at every position.
 
         Args:
-            idx: Token ids (B, T), T at most ``block_size``.
-            documents: Number (B, T) of the document that each token belongs to: attention stays within it, and
-                positions count from its beginning. None: each sequence is one document.
+            idx: Token IDs (B, T); T is at most ``block_size``.
+            documents: Document index (B, T) of every token. Attention stays within a document, and positions start at 0
+                in each. None if each sequence is one document.
 
         Returns:
-            Logits (B, T, V) over the real vocabulary: the padding of the embedding is cut off here, so it can be
-            neither learned nor sampled.
+            Logits (B, T, V) over the vocabulary, without the padding of the embedding, which is therefore neither
+            learned nor sampled.
 
         Raises:
             ValueError: T is greater than ``block_size``.
@@ -99,23 +99,23 @@ class GPT(nn.Module):
         return self._logits(self.hidden_states(idx, self.attention_context(idx, documents)))
 
     def hidden_states(self, idx: Tensor, ctx: AttentionContext) -> Tensor:
-        """Returns the input (B, T, C) of the head."""
+        """Returns the final hidden states (B, T, C), which are the input of the head."""
         x = self.drop(self.wte(idx) + self.wpe(ctx.positions))
         for block in self.h:
             x = self.run_block(block, x, ctx)
         return self.ln_f(x)
 
     def run_block(self, block: nn.Module, *args: Any) -> Any:
-        """Calls a block; with activation checkpointing, its activations are recomputed in the backward pass."""
+        """Calls a block. With activation checkpointing, its activations are recomputed in the backward pass."""
         if self.config.activation_checkpointing and self.training:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
     def attention_context(self, idx: Tensor, documents: Tensor | None) -> AttentionContext:
-        """Builds the attention context of whole sequences, with the arguments of ``forward``."""
+        """Builds the attention context of full sequences; arguments and errors as in ``forward``."""
         if (length := idx.size(1)) > self.config.block_size:
-            raise ValueError(f"a sequence of {length} tokens does not fit block_size={self.config.block_size}")
-        flex = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention has no dropout
+            raise ValueError(f"a sequence of {length} tokens is longer than block_size={self.config.block_size}")
+        flex = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention does not support dropout
         return build_attention_context(self.config, idx, documents, self.wte.weight.dtype, flex=flex)
 
     def loss(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
@@ -123,30 +123,30 @@ class GPT(nn.Module):
 
         Args:
             idx: As in ``forward``.
-            targets: Ids of the next tokens (B, T), -100 where not scored.
+            targets: IDs of the next tokens (B, T), -100 where not scored.
             documents: As in ``forward``.
-            chunk: Tokens whose logits exist at a time; None computes all at once.
+            chunk: Number of tokens whose logits are in memory at a time; None for all tokens.
         """
         x = self.hidden_states(idx, self.attention_context(idx, documents)).flatten(0, 1)
         return lm_loss(x, self._head_weight(), targets.flatten(), self.logit_settings, chunk)
 
     def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
-        """Returns the loss in nats of every token (B, T), 0 where not scored, for evaluation; arguments as ``loss``."""
+        """Returns the loss in nats of every token (B, T), 0 where not scored; arguments as in ``loss``."""
         x = self.hidden_states(idx, self.attention_context(idx, documents)).flatten(0, 1)
         return token_losses(x, self._head_weight(), targets.flatten(), self.logit_settings, chunk).view_as(targets)
 
     def logits_at(self, idx: Tensor, selected: Tensor) -> Tensor:
-        """Scores the next token where ``selected`` (B, T) is true, row after row: logits (N, V)."""
+        """Returns the next-token logits (N, V) of the N positions where ``selected`` (B, T) is true, in row order."""
         x = self.hidden_states(idx, self.attention_context(idx, None))
         return self.logit_settings.logits(x[selected], self._head_weight())
 
     def next_logits(self, idx: Tensor, cache: KVCache, position: CachePosition) -> Tensor:
-        """Scores what follows the last of some tokens, whose predecessors are in the cache.
+        """Computes the next-token logits after the last of some new tokens; the earlier tokens are in the cache.
 
         Args:
-            idx: Token ids (B, T).
-            cache: Gets their keys and values.
-            position: Where these go; slots from ``block_size`` on have no learned position.
+            idx: IDs of the new tokens (B, T).
+            cache: KV cache, to which the keys and values of the new tokens are added.
+            position: Slots of the new tokens; learned positions allow only slots below ``block_size``.
 
         Returns:
             Logits (B, V).
@@ -158,38 +158,38 @@ class GPT(nn.Module):
         return self.logit_settings.cap(self.lm_head(x)[..., : self.logit_settings.vocab_size])
 
     def _head_weight(self) -> Tensor:
-        """The head's matrix (R, C); under tensor parallelism, the whole of it on each device."""
+        """Returns the head's weight (R, C); under tensor parallelism, the full weight on each device."""
         weight = self.lm_head.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes the given tensors as parameters, without copying them."""
+        """Uses the given tensors as parameters, without copying them."""
         self.load_state_dict(weights, assign=True)
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Shares the matrix of the embedding with the head, with ``tie_weights``."""
+        """Shares the weight of the embedding with the head, if ``config.tie_weights``."""
         if self.config.tie_weights:
             self.lm_head.weight = self.wte.weight
 
     def crop_block_size(self, block_size: int) -> None:
-        """Truncates the positional embedding to ``block_size``; ValueError if it has fewer positions."""
+        """Truncates the positional embedding to ``block_size``; raises ValueError if it has fewer positions."""
         if not 0 < block_size <= self.config.block_size:
-            raise ValueError(f"cannot crop a block of {self.config.block_size} to {block_size}")
+            raise ValueError(f"cannot crop block_size={self.config.block_size} to {block_size}")
         self.config = self.config.model_copy(update={"block_size": block_size})
         if self.wpe is not None:
             self.wpe.weight = nn.Parameter(self.wpe.weight.detach()[:block_size].clone())
             self.wpe.num_embeddings = block_size
 
     def init_weights(self) -> None:
-        """Initializes all parameters, in their order."""
+        """Initializes all parameters, in the order of ``named_parameters``."""
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Draws from N(0, 0.02), residual projections from N(0, 0.02 / sqrt(2 L)) (Radford et al. 2019, section 2.3).
+        """Initializes a parameter from a normal distribution with standard deviation 0.02; biases are 0.
 
-        Biases are 0.
+        The standard deviation of residual projections is 0.02 / sqrt(2 L) (Radford et al. 2019, section 2.3).
         """
         if parameter.dim() >= 2:
             is_residual = name.endswith("c_proj.weight")

@@ -1,4 +1,4 @@
-"""Attention kernels, and what chooses between them.
+"""Attention kernels and their selection.
 
 Shapes: B batch, T time (of the queries), S time of the keys, nh heads, hs head size.
 """
@@ -11,18 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
-SHORT_SEQUENCE = 256  # keys; up to here the attention weights of a head fit a core's cache
+SHORT_SEQUENCE = 256  # number of keys up to which the attention weights of a head fit in a core's cache
 Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's own; None is plain causal attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
     """Computes attention of q (B, nh, T, hs) over k and v (B, nh, S, hs) with the fastest kernel for these inputs.
 
-    One query, T = 1, is that of the last key: without a mask it attends to all of them.
+    A single query (T = 1) is that of the last key: without a mask it attends to all keys.
+
+    Returns:
+        The output of every head (B, nh, T, hs), in the dtype of q.
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q.is_cuda)(q, k, v, block_mask=mask)
-    if q.dtype != k.dtype:  # the cache may keep a wider type, which is computed in
+    if q.dtype != k.dtype:  # the cache may have a wider dtype, in which attention is then computed
         return attend(q.to(k.dtype), k, v, mask, dropout).to(q.dtype)
     is_single_token = q.size(2) == 1
     if q.device.type == "cpu" and q.dtype == torch.float32:
@@ -42,15 +45,15 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask) -> Tensor:
 
 
 def _materialized_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Computes attention with all of its weights at once (Vaswani et al. 2017, equation 1).
+    """Computes attention with the full matrix of attention weights (Vaswani et al. 2017, equation 1).
 
-    torch's kernel for the CPU makes many small products, which oneDNN is slow to start.
+    PyTorch's CPU kernel splits attention into many small matmuls, for which oneDNN has a high overhead.
     """
     return F.dropout(attention_weights(q, k, mask), dropout) @ v
 
 
 def _single_token_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """The same for the last token of every row, as matrix-vector products that leave the cache untransposed."""
+    """Computes attention of one query per row, as matrix-vector products that do not transpose the cache."""
     scores = (k @ (q * q.size(-1) ** -0.5).transpose(2, 3)).transpose(2, 3)  # (B, nh, 1, S)
     if mask is not None:
         scores = _masked(scores, mask)
@@ -65,5 +68,5 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 @cache
 def _flex_attention(compiled: bool) -> Any:
-    """Returns FlexAttention, which skips the blocks that a mask leaves empty only when it is compiled."""
+    """Returns FlexAttention, which skips the empty blocks of a mask only when it is compiled."""
     return torch.compile(flex_attention) if compiled else flex_attention

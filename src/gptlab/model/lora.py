@@ -1,6 +1,7 @@
 """Low-rank adaptation (Hu et al. 2022, LoRA, section 4.1): W + (alpha / r) B A, where only A and B are trained.
 
-A layer keeps its weight and bias under their own names, and has lora_A (r, in) and lora_B (out, r) besides.
+An adapted layer keeps the names of its weight and bias, and has the additional parameters lora_A (r, in) and lora_B
+(out, r).
 """
 
 import math
@@ -16,11 +17,11 @@ LORA_A, LORA_B = "lora_A", "lora_B"
 
 
 class LoRALinear(nn.Linear):
-    """Frozen linear layer with a trained low-rank update, which starts at zero.
+    """Frozen linear layer with a trained low-rank update, which is initialized to zero.
 
     Args:
-        linear: The layer whose weight and bias it keeps.
-        config: The rank r and alpha.
+        linear: Layer whose weight and bias are used.
+        config: Rank r and alpha.
     """
 
     def __init__(self, linear: nn.Linear, config: LoRAConfig) -> None:
@@ -30,10 +31,10 @@ class LoRALinear(nn.Linear):
         self.scale = config.alpha / config.rank
         self.lora_A = nn.Parameter(linear.weight.new_empty(config.rank, linear.in_features))
         self.lora_B = nn.Parameter(linear.weight.new_zeros(linear.out_features, config.rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as in nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies (..., in), adds the bias and the update; (..., out)."""
+        """Applies the layer and its low-rank update to x (..., in); returns (..., out)."""
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
@@ -49,7 +50,7 @@ def add_lora(model: GPT, config: LoRAConfig) -> None:
 
 @torch.no_grad()
 def merge_lora(state: dict[str, Tensor], config: LoRAConfig) -> dict[str, Tensor]:
-    """Adds the low-rank updates to the weights: turns parameters of a model with LoRA into those without."""
+    """Merges the low-rank updates into the weights; returns the parameters of a model without LoRA layers."""
     plain = {name: tensor for name, tensor in state.items() if not name.endswith((f".{LORA_A}", f".{LORA_B}"))}
     for name in [name.removesuffix(f".{LORA_A}") for name in state if name.endswith(f".{LORA_A}")]:
         down, up = state[f"{name}.{LORA_A}"].double(), state[f"{name}.{LORA_B}"].double()

@@ -1,6 +1,6 @@
-"""Cross-entropy of the head, optionally in chunks of tokens, so that the logits of a whole batch never exist.
+"""Cross-entropy loss of the head, optionally in chunks of tokens, to avoid storing the logits of a full batch.
 
-Shapes: N tokens, C channels, R rows of the head (its padding included), V vocabulary.
+Shapes: N tokens, C channels, R rows of the head's weight (including padding), V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # cross_entropy's own ignore_index: a target that is not scored
+IGNORED = -100  # target that is not scored; the default ignore_index of cross_entropy
 
 
 class LogitSettings(NamedTuple):
-    """How the head computes logits, apart from its matrix.
+    """Settings of the head, apart from its weight.
 
     Attributes:
-        vocab_size: V; rows from there on only pad the matrix.
+        vocab_size: Vocabulary size V; further rows of the weight are padding.
         soft_cap: See ``GPTConfig.logit_soft_cap``.
     """
 
@@ -24,11 +24,11 @@ class LogitSettings(NamedTuple):
     soft_cap: float | None
 
     def logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Computes logits (..., V) of hidden states (..., C) with a matrix (R, C)."""
+        """Computes logits (..., V) from hidden states (..., C) and the head's weight (R, C)."""
         return self.cap(F.linear(x, weight)[..., : self.vocab_size])
 
     def cap(self, logits: Tensor) -> Tensor:
-        """Limits logits to between -cap and cap by tanh (Gemma Team 2024, Gemma 2, section 2)."""
+        """Limits logits to [-soft_cap, soft_cap] with tanh (Gemma Team 2024, Gemma 2, section 2)."""
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
@@ -37,10 +37,10 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSett
 
     Args:
         x: Hidden states (N, C).
-        weight: Matrix (R, C) of the head.
-        targets: Ids (N,), -100 where not scored.
-        settings: How the head computes logits.
-        chunk: Tokens at a time; None computes all at once.
+        weight: Weight (R, C) of the head.
+        targets: Token IDs (N,), -100 where not scored.
+        settings: Settings of the head.
+        chunk: Number of tokens whose logits are in memory at a time; None for all tokens.
     """
     parts = zip(x.split(chunk or len(x)), targets.split(chunk or len(x)), strict=True)
     return torch.cat(
@@ -52,7 +52,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSett
 
 
 def lm_loss(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings, chunk: int | None) -> Tensor:
-    """Returns the mean loss () in nats per scored token, for training; arguments as ``token_losses``."""
+    """Returns the mean loss () in nats per scored token, for training; arguments as in ``token_losses``."""
     if chunk is None or chunk >= len(x):
         return F.cross_entropy(settings.logits(x, weight).float(), targets, ignore_index=IGNORED)
     if torch.is_autocast_enabled(x.device.type):  # autocast does not reach into an autograd.Function
@@ -60,17 +60,17 @@ def lm_loss(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings,
     return _chunked_loss(x, weight, targets, settings, chunk)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the loop would be unrolled, all chunks kept at once
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the loop would be unrolled, with all chunks in memory
 def _chunked_loss(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings, chunk: int) -> Tensor:
     loss: Tensor = _ChunkedLoss.apply(x, weight, targets, settings, chunk)
     return loss
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Computes the gradient of each chunk together with its logits, which are neither kept nor recomputed.
+    """Computes the gradient of each chunk together with its logits, which are neither stored nor recomputed.
 
-    As Liger's fused linear cross entropy (Hsu et al. 2024, section 3.2). torch's ``linear_cross_entropy`` does the
-    same, but returns the loss in the precision of the hidden states, and supports neither padding nor soft caps.
+    Source: Liger's fused linear cross entropy (Hsu et al. 2024, section 3.2). PyTorch's ``linear_cross_entropy`` does
+    the same, but returns the loss in the dtype of the hidden states, and supports neither padding nor soft caps.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class _ChunkedLoss(torch.autograd.Function):
         count = (targets != IGNORED).sum()
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         x_grads: list[Tensor] = []
-        is_trained = ctx.needs_input_grad[1]  # not with LoRA
+        is_trained = ctx.needs_input_grad[1]  # false with LoRA
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if is_trained else None
         for part, target in zip(x.split(chunk), targets.split(chunk), strict=True):
             loss, gradient = _chunk_loss(part @ matrix.T, target, settings, count)
@@ -94,8 +94,8 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, weight_grad = ctx.saved_tensors
         if weight_grad is not None:
-            weight_grad.mul_(upstream[0])  # in place: it is as large as the head
-        # in float32: a factor of 1/12, of an accumulated batch, is 0.2 % too large in bfloat16
+            weight_grad.mul_(upstream[0])  # in place, because it is as large as the head's weight
+        # in float32: 1/12, the factor for accumulation over 12 micro-batches, is 0.2 % too large in bfloat16
         return (x_grad.float() * upstream[0]).to(x_grad.dtype), weight_grad, None, None, None
 
 

@@ -1,4 +1,4 @@
-"""What has been found since GPT-2, each an option of ``GPTConfig``; the papers are named there.
+"""Model variants introduced after GPT-2, selected by the options of ``GPTConfig``, which cites the papers.
 
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
 """
@@ -15,12 +15,16 @@ from gptlab.model.loss import LogitSettings
 
 
 def build_gpt(config: GPTConfig) -> GPT:
-    """Builds the model of a configuration: ``GPT`` where it is GPT-2, otherwise ``ModernGPT``."""
+    """Builds the model of a configuration: ``GPT`` if ``config.is_gpt2``, otherwise ``ModernGPT``.
+
+    Raises:
+        ValueError: ``config.vocab_size`` is None.
+    """
     return GPT(config) if config.is_gpt2 else ModernGPT(config)
 
 
 def meta_gpt(config: GPTConfig) -> GPT:
-    """Builds a model on the meta device, whose parameters take no memory, for ``GPT.load_weights``."""
+    """Builds a model on the meta device, where parameters use no memory, for ``GPT.load_weights``."""
     with torch.device("meta"):
         return build_gpt(config)
 
@@ -29,7 +33,7 @@ class ReLUSquared(nn.Module):
     """Squared ReLU (So et al. 2021, Primer, section 4.1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies it to every element; same shape."""
+        """Applies squared ReLU elementwise; same shape."""
         return F.relu(x).square()
 
 
@@ -44,26 +48,26 @@ class WeightedSum(nn.Module):
         self.weight = nn.Parameter(torch.tensor(initial))
 
     def forward(self, *terms: Tensor) -> Tensor:
-        """Sums as many terms as there are weights."""
+        """Returns the weighted sum of ``terms``, one per weight."""
         return sum(weight * term for weight, term in zip(self.weight.unbind(), terms, strict=True))  # type: ignore[return-value]
 
 
 class ModernAttention(CausalSelfAttention):
-    """Attention with a window, QK-norm, rotary positions, and other values mixed into its own."""
+    """Attention with optional sliding window, QK-norm, rotary positions and additional values."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.uses_window, self.qk_norm = not config.is_global(layer), config.qk_norm
         extra = config.num_extra_values(layer)
-        self.mix_values = WeightedSum(*[0.5] * (1 + extra)) if extra else None  # modded-nanogpt's weights
+        self.mix_values = WeightedSum(*[0.5] * (1 + extra)) if extra else None  # as in modded-nanogpt
 
-    def forward(  # type: ignore[override]  # takes values, and returns its own
+    def forward(  # type: ignore[override]  # also takes and returns values
         self, x: Tensor, ctx: AttentionContext, extra_values: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Attends, with ``extra_values`` (B, T, C) mixed into the block's own values.
+        """Computes self-attention over ``x`` (B, T, C), with ``extra_values`` (B, T, C) mixed into its values.
 
         Returns:
-            The output, and the values before mixing; both (B, T, C).
+            The output and the values before mixing, both (B, T, C).
         """
         q, k, values = self.c_attn(x).chunk(3, dim=2)
         v = values if self.mix_values is None else self.mix_values(values, *extra_values)
@@ -71,7 +75,7 @@ class ModernAttention(CausalSelfAttention):
         return self.attend(q, k, self.split_heads(v), ctx), values
 
     def queries_and_keys(self, q: Tensor, k: Tensor, ctx: AttentionContext) -> tuple[Tensor, Tensor]:
-        """Normalizes and rotates queries and keys (B, T, C) by heads: (B, nh, T, hs)."""
+        """Splits queries and keys (B, T, C) into heads (B, nh, T, hs), then normalizes and rotates them."""
         q, k = self.split_heads(q), self.split_heads(k)
         if self.qk_norm:
             q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON) for part in (q, k))
@@ -80,7 +84,7 @@ class ModernAttention(CausalSelfAttention):
         return q, k
 
     def weights(self, x: Tensor, ctx: AttentionContext) -> Tensor:
-        """Returns the attention weights (B, nh, T, T) of a pass without a cache."""
+        """Returns the attention weights (B, nh, T, T) of a forward pass without KV cache."""
         q, k, _ = self.c_attn(x).chunk(3, dim=2)
         return attention_weights(*self.queries_and_keys(q, k, ctx), self.mask(ctx))
 
@@ -102,7 +106,7 @@ class ModernBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Transforms the residual stream.
 
-        FSDP finds the tensors that need a gradient among these arguments, so they are no part of ``ctx``.
+        FSDP looks for tensors that need a gradient among the arguments, so these tensors are not part of ``ctx``.
 
         Args:
             x: Output of the previous block (B, T, C).
@@ -112,7 +116,7 @@ class ModernBlock(nn.Module):
             extra_values: Values (B, T, C) to mix into the block's own.
 
         Returns:
-            The output, and the block's own values; both (B, T, C).
+            The output and the block's values before mixing, both (B, T, C).
         """
         if self.mix_skip is not None and skip is not None:
             x = x + self.mix_skip(skip)
@@ -125,10 +129,10 @@ class ModernBlock(nn.Module):
 
 
 class ModernGPT(GPT):
-    """GPT with any options; see ``GPT``."""
+    """GPT with any combination of options; see ``GPT``."""
 
     def __init__(self, config: GPTConfig) -> None:
-        nn.Module.__init__(self)  # modules in their own order, which is that of the parameters and the random draws
+        nn.Module.__init__(self)  # not GPT's: module order determines the order of parameters and of random draws
         self.config = config
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
         rows = config.padded_vocab_size
@@ -145,7 +149,7 @@ class ModernGPT(GPT):
         self.init_weights()
 
     def hidden_states(self, idx: Tensor, ctx: AttentionContext) -> Tensor:
-        """Returns the input (B, T, C) of the head."""
+        """Returns the final hidden states (B, T, C), which are the input of the head."""
         config = self.config
         value_embeds = [embed(idx) for embed in self.value_embeds]  # (B, T, C) each
         x = self.wte(idx) if self.wpe is None else self.wte(idx) + self.wpe(ctx.positions)
@@ -164,7 +168,7 @@ class ModernGPT(GPT):
         return self.ln_f(x)
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
-        """Initializes as GPT-2; with ``zero_init``, projections and an untied head are 0."""
+        """Initializes a parameter as in GPT-2; with ``zero_init``, projections and an untied head are 0."""
         if self.config.zero_init and name.endswith(("c_proj.weight", "lm_head.weight")):
             nn.init.zeros_(parameter)
         else:

@@ -1,6 +1,6 @@
 """Generation with a KV cache: each token is computed once (Pope et al. 2023, section 2.1).
 
-Shapes: B rows, P prompts (each for B / P rows), T time, S slots of the cache, V vocabulary.
+Shapes: B rows, P prompts (B / P rows each), T time, S slots of the cache, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +13,16 @@ from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import sample_next_token, uniform_numbers
 from gptlab.model.gpt import GPT
 
-NextLogits = Callable[[Tensor, KVCache, CachePosition], Tensor]  # as GPT.next_logits
+NextLogits = Callable[[Tensor, KVCache, CachePosition], Tensor]  # signature of GPT.next_logits
 
 
 class Decoder:
-    """Computes the logits of one token after the other.
+    """Next-token function of a model, and the bucket size of the KV cache.
 
     Args:
-        next_logits: ``GPT.next_logits``, or what computes the same.
-        bucket: The slots attended over are a multiple of this; a compiled function has a graph for each multiple.
+        next_logits: ``GPT.next_logits`` or an equivalent function.
+        bucket: The number of slots attended over is rounded up to a multiple of this. A compiled function has one graph
+            per multiple.
     """
 
     def __init__(self, next_logits: NextLogits, bucket: int) -> None:
@@ -29,7 +30,7 @@ class Decoder:
 
 
 def plain_decoder(model: GPT) -> Decoder:
-    """Returns a decoder that is not compiled and attends over no slot that is not needed."""
+    """Returns a decoder that is not compiled and attends only over the slots in use."""
     return Decoder(model.next_logits, 1)
 
 
@@ -44,23 +45,23 @@ def generate(
     decoder: Decoder,
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Continues prompts of any lengths, all at once.
+    """Generates continuations of a batch of prompts, which may have different lengths.
 
-    A row depends on its prompt and its seed, and on no other row (except for floating-point rounding in batches of
-    different sizes). A row that grows past ``block_size``, or a prompt that is longer, continues from its last
-    ``block_size // 2`` tokens, with the cache recomputed.
+    A row depends only on its prompt and its seed, not on other rows (except for floating-point rounding in batches of
+    different sizes). If a prompt or a row is longer than ``block_size``, generation continues from its last
+    ``block_size // 2`` tokens, for which the cache is recomputed.
 
     Args:
-        model: Its training mode is restored at the end.
-        prompts: Token ids of P prompts, none of them empty.
-        sampling: How to draw.
-        seeds: Seeds of all rows, P times the number of continuations of a prompt; those of a prompt are consecutive.
-        max_new_tokens: Number of new tokens of each row.
+        model: The model; its training mode is restored at the end.
+        prompts: Token IDs of P prompts, none of them empty.
+        sampling: Sampling parameters.
+        seeds: One seed per row: P times the number of continuations per prompt. The seeds of a prompt are consecutive.
+        max_new_tokens: Number of new tokens per row.
         decoder: Decoder of ``model``.
         device: Device of the model.
 
     Yields:
-        The next token id of every row (B,), on the device, without synchronization.
+        The next token ID of every row (B,), on the device. The host does not synchronize with the device.
     """
     rows = _Rows(model, prompts, len(seeds) // len(prompts), max_new_tokens, decoder, device)
     uniforms = uniform_numbers(seeds, max_new_tokens).to(device)
@@ -79,7 +80,7 @@ def generate(
 
 
 class _Rows:
-    """Token ids of the rows so far, padded on the left, and their cache."""
+    """Token IDs of the rows, left-padded, and their KV cache."""
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class _Rows:
         self.next_slot = 0
 
     def next_logits(self) -> Tensor:
-        """Scores the next token of every row (B, V)."""
+        """Computes the next-token logits (B, V) of every row."""
         if self.cache is None:
             self.cache = KVCache(self.model.config.n_layer, self.num_slots)
             logits = self._prefill(self.cache)
@@ -115,7 +116,7 @@ class _Rows:
         if self.next_slot == self.num_slots:
             return self._prefill(self.cache)
         slot, self.next_slot = self.next_slot, self.next_slot + 1
-        is_end = self.decoder.bucket == 1  # with buckets the same for every token, which a compiled graph needs
+        is_end = self.decoder.bucket == 1  # constant with buckets, as a compiled graph requires
         slots, num_slots = self.slots[slot : self.next_slot], self._bucketed(self.next_slot)
         position = CachePosition(slots, self.row_starts, num_slots, is_end)
         return self.decoder.next_logits(self.ids[:, self.end - 1 : self.end], self.cache, position)
@@ -127,14 +128,14 @@ class _Rows:
         self.lengths = [length + 1 for length in self.lengths]
 
     def seen_tokens(self) -> Tensor:
-        """Returns which tokens every row has (B, V)."""
+        """Returns a mask (B, V) of the tokens that each row contains."""
         seen = torch.zeros((len(self.prompts), self.model.config.known_vocab_size), dtype=torch.bool)
         for row, prompt in enumerate(self.prompts):
             seen[row, list(prompt)] = True
         return seen.to(self.device).repeat_interleave(self.copies, dim=0)
 
     def _prefill(self, cache: KVCache) -> Tensor:
-        """Computes the whole context of the rows; returns the logits of their next tokens (B, V)."""
+        """Fills the cache with the full context of the rows; returns their next-token logits (B, V)."""
         block = self.model.config.block_size
         self.lengths = [length if length <= block else max(block // 2, 1) for length in self.lengths]
         width = max(self.lengths)
@@ -145,7 +146,7 @@ class _Rows:
         return self.model.next_logits(self.ids[:, self.end - width : self.end], cache, position)
 
     def _repeat_rows(self, times: int) -> None:
-        """Repeats every row ``times`` times in a row."""
+        """Repeats every row ``times`` times, consecutively."""
         assert self.cache is not None  # noqa: S101
         self.cache, self.ids = self.cache.repeat_rows(times), self.ids.repeat_interleave(times, dim=0)
         self.row_starts = None if self.row_starts is None else self.row_starts.repeat_interleave(times, dim=0)
@@ -156,5 +157,5 @@ class _Rows:
 
 
 def collect_tokens(tokens: Iterator[Tensor]) -> Tensor:
-    """Returns all tokens of ``generate`` (B, max_new_tokens)."""
+    """Collects the tokens that ``generate`` yields into one tensor (B, max_new_tokens)."""
     return torch.stack(list(tokens), dim=1)

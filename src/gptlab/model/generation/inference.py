@@ -1,7 +1,8 @@
-"""Models prepared for inference: weights in the number format and the memory layout that are read fastest.
+"""Prepares models for inference: dtype, quantization and memory layout of the weights.
 
-Generating one text multiplies every matrix with one vector, so a token takes as long as reading the matrices. Shapes:
-(..., in) and (..., out) of a linear layer.
+Generating a single text multiplies every matrix by one vector, so the time per token is that of reading the matrices.
+
+Shapes: (..., in) and (..., out) are the input and the output of a linear layer.
 """
 
 import statistics
@@ -19,18 +20,18 @@ from gptlab.model.gpt import GPT, MLP
 
 Precision = Literal["float32", "bfloat16"]
 MAX_INT8_ROWS = 32  # with more rows, converting an int8 weight once is cheaper than the int8 kernel
-SPLIT_MIN_NUMEL = 2**22  # int8 weights from this size on gain more from split inputs than splitting costs
-BUCKET = 256  # slots: a compiled step attends over a multiple of it
-BYTE_ZERO, HALF_RANGE = 128, 127 * 256  # zero point of a byte; of two bytes, so that both fit after rounding up
-BANDWIDTH_BYTES = 2**28  # more than caches hold
+SPLIT_MIN_NUMEL = 2**22  # elements of an int8 weight from which split inputs save more time than splitting costs
+BUCKET = 256  # a compiled step attends over a multiple of this number of slots
+BYTE_ZERO, HALF_RANGE = 128, 127 * 256  # zero point of a byte; half the range of two bytes, with room to round up
+BANDWIDTH_BYTES = 2**28  # larger than the caches
 BANDWIDTH_REPEATS = 7
 
 
 class PackedLinear(nn.Module):
-    """Linear layer whose weight is in the layout that oneDNN reads fastest, for inference on CPUs.
+    """Linear layer for inference on CPUs, whose weight is in the layout that oneDNN reads fastest.
 
-    torch's own ``linear`` reads a plain weight at a third to half of that speed when there are few rows. torch.compile
-    replaces it with the same operators where it freezes weights.
+    With few rows, ``torch.nn.functional.linear`` reads a plain weight at a third to half of that speed. torch.compile
+    uses the same operators when it freezes weights.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -40,19 +41,19 @@ class PackedLinear(nn.Module):
         self.activation, self.algorithm = "none", ""
 
     def fuse_gelu(self, approximate: str) -> None:
-        """Applies GELU to the output, before it is rounded to the number format."""
+        """Fuses a GELU into the layer; it is applied before the output is rounded to its dtype."""
         self.activation, self.algorithm = "gelu", approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies (..., in), adds the bias and applies the activation if there is one; (..., out)."""
+        """Applies the layer and the fused activation, if any, to x (..., in); returns (..., out)."""
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], self.algorithm)
 
 
 class Int8Linear(nn.Module):
-    """Linear layer whose weight is rounded to 8 bits, with a scale for every output (symmetric).
+    """Linear layer with a symmetrically quantized 8-bit weight and one scale per output.
 
-    The error of a weight is at most half a scale, 1/254 of the largest of its row (Dettmers et al. 2022, section 2.1,
-    absmax by vector).
+    The quantization error of an element is at most half a scale, which is 1/254 of the largest absolute value in its
+    row (Dettmers et al. 2022, section 2.1, vector-wise absmax quantization).
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -65,7 +66,7 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies (..., in) and adds the bias; (..., out)."""
+        """Applies the layer to x (..., in); returns (..., out)."""
         rows = x.reshape(-1, x.size(-1))
         if len(rows) <= MAX_INT8_ROWS:
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
@@ -76,10 +77,11 @@ class Int8Linear(nn.Module):
 
 
 class SplitInt8Linear(nn.Module):
-    """``Int8Linear`` for large weights on CPUs that multiply 8-bit integers, with the numbers as precise as bfloat16's.
+    """``Int8Linear`` for large weights on CPUs with 8-bit integer instructions, with the precision of bfloat16 inputs.
 
-    The input is rounded to 16 bits, with an error of at most 1/65,024 of the largest number of its row, and split into
-    two rows of 8 bits; the weight is read once for both. The products are exact, and summed as integers.
+    The input is rounded to 16 bits, with an error of at most 1/65,024 of the largest absolute value in its row, and
+    split into two rows of 8 bits; the weight is read once for both. The multiplications are exact, and their results
+    are summed as integers.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -88,15 +90,15 @@ class SplitInt8Linear(nn.Module):
         self.weight = torch.ops.onednn.qlinear_prepack(weight, [2, weight.size(1)])
         self.scale, self.zeros = scale / HALF_RANGE, torch.zeros(len(scale), dtype=torch.int32)
         self.bias = torch.zeros(()) if linear.bias is None else linear.bias.detach().float()
-        self.origin = torch.tensor(BYTE_ZERO * 257 + 0.5)  # 0 in both bytes, and a half since int() truncates
+        self.origin = torch.tensor(BYTE_ZERO * 257 + 0.5)  # zero point of both bytes; 0.5 because int() truncates
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiplies (..., in) and adds the bias; (..., out)."""
+        """Applies the layer to x (..., in); returns (..., out)."""
         rows = x.reshape(-1, x.size(-1))
         largest = torch.linalg.vector_norm(rows, torch.inf, dim=1, keepdim=True, dtype=torch.float32)
         largest.clamp_(min=torch.finfo(torch.float32).tiny)
         split = torch.addcdiv(self.origin, rows, largest, value=HALF_RANGE).int().view(torch.uint8)
-        low_high = split.view(len(rows), -1, 4)[:, :, :2].permute(2, 0, 1).flatten(0, 1)  # the least byte comes first
+        low_high = split.view(len(rows), -1, 4)[:, :, :2].permute(2, 0, 1).flatten(0, 1)  # the low byte comes first
         y = torch.ops.onednn.qlinear_pointwise(
             low_high, 1.0, BYTE_ZERO, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
@@ -106,21 +108,21 @@ class SplitInt8Linear(nn.Module):
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rounds a weight (out, in) to 8 bits; returns it with the scale (out,) to multiply it with."""
+    """Quantizes a weight (out, in) to int8; returns it and the scales (out,) by which to multiply its rows."""
     weight = weight.detach().float()
     scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 def prepare_for_inference(model: GPT, precision: Precision, device: torch.device, *, int8: bool, packed: bool) -> GPT:
-    """Prepares a model for inference, in place; the weights of its linear layers are no longer parameters.
+    """Prepares a model for inference, in place. Quantized and packed weights are no longer parameters.
 
     Args:
         model: The model.
-        precision: Type of the weights, the cache and the computation.
-        device: Device to move it to.
-        int8: Round the weights of the linear layers to 8 bits, but not the embeddings.
-        packed: Use the layout of weights that the CPU reads fastest, where there is one.
+        precision: Dtype of the weights, the cache and the computation.
+        device: Device to which the model is moved.
+        int8: Whether to quantize the weights of the linear layers, but not the embeddings, to 8 bits.
+        packed: Whether to use the weight layout that the CPU reads fastest, if there is one.
     """
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     model = model.to(device, dtype).eval().requires_grad_(False)
@@ -134,14 +136,14 @@ def prepare_for_inference(model: GPT, precision: Precision, device: torch.device
 
 
 def supports_packing(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there is a faster layout for weights of this type on this device."""
+    """Returns whether there is a faster layout for weights of this dtype on this device."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def supports_split_int8(device: torch.device) -> bool:
-    """Whether the device sums products of 8-bit integers exactly (VNNI)."""
+    """Returns whether the device has instructions for exact sums of 8-bit integer multiplications (VNNI)."""
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -150,9 +152,9 @@ def supports_split_int8(device: torch.device) -> bool:
 
 
 def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
-    """Returns a decoder of ``model``, if asked compiled once for every ``BUCKET`` slots of the cache.
+    """Builds a decoder of ``model``; if ``compiled``, with one graph for every ``BUCKET`` slots of the cache.
 
-    On a CPU the weights are frozen into the compiled graph, where they are packed, and must not change.
+    On a CPU, compiling packs the weights and freezes them into the graph, so they must not change afterwards.
     """
     if not compiled:
         return plain_decoder(model)
@@ -166,12 +168,12 @@ def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
 
 
 def bytes_per_token(model: GPT, rows: int, length: int) -> int:
-    """Returns the bytes that one decoding step reads: all matrices once, and the rows' keys and values.
+    """Returns the bytes that one decoding step reads: all matrices once, and the keys and values of all rows.
 
     Args:
-        model: Prepared by ``prepare_for_inference``.
+        model: A model prepared by ``prepare_for_inference``.
         rows: Number of rows.
-        length: Tokens of each row in the cache.
+        length: Number of tokens of each row in the cache.
     """
     config = model.config
     layers = (nn.Linear, PackedLinear, Int8Linear, SplitInt8Linear)
@@ -182,9 +184,9 @@ def bytes_per_token(model: GPT, rows: int, length: int) -> int:
 
 
 def measure_memory_bandwidth(device: torch.device) -> float:
-    """Measures the bytes per second at which the device, with all of torch's threads, sums a large tensor.
+    """Measures the memory bandwidth of the device in bytes per second, by summing a large tensor with all threads.
 
-    Memory bandwidth bounds the speed at which one text is generated.
+    Memory bandwidth bounds the speed at which a single text is generated.
     """
     numbers = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
     seconds = []
@@ -207,7 +209,7 @@ def _int8(linear: nn.Linear, *, split: bool) -> nn.Module:
 
 
 def _fuse_gelu(model: nn.Module) -> None:
-    """Lets the layers before a GELU apply it."""
+    """Fuses every GELU into the packed layer before it."""
     for part in model.modules():
         if isinstance(part, MLP) and isinstance(part.c_fc, PackedLinear) and isinstance(part.act, nn.GELU):
             part.c_fc.fuse_gelu(part.act.approximate)
@@ -215,7 +217,7 @@ def _fuse_gelu(model: nn.Module) -> None:
 
 
 def _replace_linear(model: nn.Module, new: Callable[[nn.Linear], nn.Module]) -> None:
-    """Replaces the linear layers one by one, so that each old weight is freed as soon as the new one exists."""
+    """Replaces the linear layers one by one, so that each old weight is freed once the new one is created."""
     for part in list(model.modules()):
         for name, child in list(part.named_children()):
             if isinstance(child, nn.Linear):

@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class CachePosition(NamedTuple):
-    """Where new tokens go in the cache.
+    """Position of new tokens in the KV cache.
 
     Attributes:
-        slots: Consecutive slots (T,) of the tokens, the same in every row.
-        row_starts: First slot (B,) of every row, where the rows start at different ones; earlier slots are masked.
-        num_slots: Slots attended over, from the first one; those after the tokens are masked.
-        is_end: Whether the tokens are in the last of these slots, so that none comes after them.
+        slots: Consecutive slots (T,) of the new tokens, the same in every row.
+        row_starts: First slot (B,) of every row; earlier slots are masked. None if all rows start at slot 0.
+        num_slots: Number of slots attended over, starting at slot 0; those after the new tokens are masked.
+        is_end: Whether the new tokens are in the last of these slots.
     """
 
     slots: Tensor
@@ -32,7 +32,11 @@ class CachePosition(NamedTuple):
         return (self.slots - self.row_starts[:, None]).clamp(min=0)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Returns which slots the tokens see (B or 1, 1, T, num_slots); None is plain causal attention."""
+        """Returns the attention mask (B or 1, 1, T, num_slots); None for plain causal attention.
+
+        Args:
+            window: Number of tokens that a token attends to, including itself; None for no limit.
+        """
         if window is None and self.row_starts is None and self.is_end and len(self.slots) in {1, self.num_slots}:
             return None
         keys, tokens = torch.arange(self.num_slots, device=self.slots.device), self.slots[:, None]
@@ -41,12 +45,12 @@ class CachePosition(NamedTuple):
             visible = visible & (tokens - keys < window)
         if self.row_starts is None:
             return visible[None, None]
-        # a slot before the row's first one sees itself, since a softmax over nothing is NaN
+        # a slot before the row's first one attends to itself, because a softmax over no elements is NaN
         return ((visible & (keys >= self.row_starts[:, None, None])) | (keys == tokens))[:, None]
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Returns the type in which keys and values of ``dtype`` are kept: on a CPU, attention is faster in float32."""
+    """Returns the dtype of the cache for keys and values of ``dtype``; on a CPU, attention is faster in float32."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
@@ -54,7 +58,7 @@ class LayerCache:
     """Keys and values (B, nh, S, hs) of one block, allocated by the first update.
 
     Args:
-        slots: S.
+        slots: Number of slots S.
     """
 
     def __init__(self, slots: int) -> None:
@@ -63,7 +67,7 @@ class LayerCache:
         self.values: Tensor | None = None
 
     def update(self, k: Tensor, v: Tensor, position: CachePosition) -> tuple[Tensor, Tensor]:
-        """Writes keys and values (B, nh, T, hs) at ``position``; returns those of all slots attended over."""
+        """Writes keys and values (B, nh, T, hs) at ``position``; returns those of the first ``num_slots`` slots."""
         if self.keys is None or self.values is None:
             shape, dtype = (*k.shape[:2], self.slots, k.size(3)), cache_dtype(k.dtype, k.device)
             self.keys, self.values = k.new_zeros(shape, dtype=dtype), v.new_zeros(shape, dtype=dtype)
@@ -72,26 +76,26 @@ class LayerCache:
         return self.keys[:, :, : position.num_slots], self.values[:, :, : position.num_slots]
 
     def repeat_rows(self, times: int) -> "LayerCache":
-        """Returns a cache with every row repeated ``times`` times in a row."""
+        """Returns a cache in which every row is repeated ``times`` times, consecutively."""
         other = LayerCache(self.slots)
         if self.keys is not None and self.values is not None:
-            other.keys, other.values = (kept.repeat_interleave(times, dim=0) for kept in (self.keys, self.values))
+            other.keys, other.values = (part.repeat_interleave(times, dim=0) for part in (self.keys, self.values))
         return other
 
 
 class KVCache:
-    """Keys and values of every block.
+    """Keys and values of all blocks.
 
     Args:
-        layers: L.
-        slots: S.
+        layers: Number of blocks L.
+        slots: Number of slots S.
     """
 
     def __init__(self, layers: int, slots: int) -> None:
         self.layers = [LayerCache(slots) for _ in range(layers)]
 
     def repeat_rows(self, times: int) -> "KVCache":
-        """Returns a cache with every row repeated ``times`` times in a row."""
+        """Returns a cache in which every row is repeated ``times`` times, consecutively."""
         other = KVCache(0, 0)
         other.layers = [layer.repeat_rows(times) for layer in self.layers]
         return other

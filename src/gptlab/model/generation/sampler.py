@@ -14,27 +14,28 @@ from gptlab.model.config import SamplingConfig
 
 
 def row_seeds(seed: int, rows: int) -> list[int]:
-    """Returns a 64-bit seed for each row, a function of the seed and the row's number alone."""
+    """Returns one 64-bit seed per row, which depends only on ``seed`` and the row's index."""
     sequences = (np.random.SeedSequence((seed, row)) for row in range(rows))
     return [int(sequence.generate_state(1, np.uint64)[0]) for sequence in sequences]
 
 
 def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
-    """Draws numbers in [0, 1) for each row (B, count), on the CPU; a row does not depend on other rows or on ``count``.
+    """Draws uniform numbers in [0, 1) of shape (B, count) on the CPU.
 
-    They have 24 bits, so that in float64 their product with a number is below that number.
+    A row depends only on its seed: a larger ``count`` appends numbers. The numbers have 24 bits, so in float64 their
+    product with a positive number is less than that number.
     """
     numbers = [np.random.default_rng(seed).random(count, dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(numbers))
 
 
 def sample_next_token(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Draws one id (B,) for each row, by inverting the cumulative distribution.
+    """Samples one token ID per row (B,), by inverting the cumulative distribution.
 
     Args:
-        logits: (B, V).
-        seen: Which tokens the rows have (B, V); None without a repetition penalty.
-        uniforms: A number in [0, 1) for each row (B,); the only source of randomness.
+        logits: Next-token logits (B, V).
+        seen: Mask (B, V) of the tokens that each row contains; None without a repetition penalty.
+        uniforms: Uniform numbers (B,) in [0, 1), the only source of randomness.
         sampling: Temperature, filters and repetition penalty.
     """
     if seen is not None:
@@ -42,9 +43,9 @@ def sample_next_token(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sam
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     values, ids = top_candidates(logits, sampling)
-    shares = filtered_probabilities(values.float() / sampling.temperature, sampling)
-    cumulative = shares.cumsum(dim=-1, dtype=torch.float64)
-    # the first whose sum is above the drawn number: never one of probability 0, which does not increase the sum
+    probabilities = filtered_probabilities(values.float() / sampling.temperature, sampling)
+    cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
+    # the first candidate whose cumulative probability exceeds the number, so never one with probability 0
     index = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)
     return (index if ids is None else ids.gather(1, index))[:, 0]
 
@@ -55,7 +56,7 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 
 
 def top_candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor | None]:
-    """Returns the logits (B, K) to draw from and their ids, the likeliest first; or all logits, in order, and None."""
+    """Returns the logits (B, K) of the candidates and their IDs, most likely first; or all logits unsorted and None."""
     vocabulary = logits.size(-1)
     if sampling.top_k is not None and sampling.top_k < vocabulary:
         return logits.topk(sampling.top_k)
@@ -65,12 +66,12 @@ def top_candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Te
 
 
 def filtered_probabilities(values: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Returns probabilities (B, K), 0 for what ``top_p`` and ``min_p`` leave out; they need not sum to 1."""
-    shares = F.softmax(values, dim=-1)
-    kept = shares
+    """Returns probabilities (B, K), 0 for tokens that ``top_p`` or ``min_p`` excludes; they may sum to less than 1."""
+    probabilities = F.softmax(values, dim=-1)
+    kept = probabilities
     if sampling.top_p is not None and sampling.top_p < 1:
-        before = shares.cumsum(dim=-1) - shares
+        before = probabilities.cumsum(dim=-1) - probabilities
         kept = kept.where(before < sampling.top_p, 0)
     if sampling.min_p is not None:
-        kept = kept.where(shares >= sampling.min_p * shares.amax(dim=-1, keepdim=True), 0)
+        kept = kept.where(probabilities >= sampling.min_p * probabilities.amax(dim=-1, keepdim=True), 0)
     return kept
