@@ -1,5 +1,6 @@
-"""The LightningModule and DataModule of a run, and how its batch and its hardware are chosen.
+"""Training: the LightningModule, the LightningDataModule, the batch plan and the choice of hardware.
 
-Optimizers and schedules are in ``optim``, strategies in ``distributed``; ``callbacks`` and ``checkpoints`` are those of
-a run. Hydra and the loggers are above this package: it takes configurations that are already validated.
+Optimizers and schedules are in ``optim``, strategies in ``distributed``, Lightning callbacks in ``callbacks`` and
+checkpoint files in ``checkpoints``. This package depends on neither Hydra nor loggers; it takes validated
+configurations.
 """

@@ -1,4 +1,4 @@
-"""How a global batch is divided among devices and micro-batches. Imports no torch."""
+"""Division of the global batch among devices and micro-batches. Imports no torch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,13 +8,13 @@ from gptlab.errors import UserError
 
 
 class BatchPlan(NamedTuple):
-    """``world_size * accumulation * micro_batch_size`` sequences make one optimizer step, or fewer in earlier stages.
+    """Division of a global batch of ``world_size * accumulation * micro_batch_size`` sequences.
 
     Attributes:
-        world_size: Ranks that read data of their own: a group that shares one model counts once.
-        micro_batch_size: Sequences that a device holds at once; in earlier stages, fewer.
-        accumulation: Micro-batches of a step, the same in all stages.
-        earlier: Stages before, of smaller batches.
+        world_size: Number of data-parallel ranks; a tensor-parallel group counts once.
+        micro_batch_size: Sequences per device and micro-batch in the last stage.
+        accumulation: Gradient accumulation: micro-batches per step, the same in all stages.
+        earlier: Earlier stages with smaller batches (train.batch_schedule).
     """
 
     world_size: int
@@ -31,16 +31,16 @@ class BatchPlan(NamedTuple):
 def plan_batch(
     global_batch_size: int, micro_batch_size: int | None, world_size: int, earlier: Sequence[BatchSizeStage] = ()
 ) -> BatchPlan:
-    """Derives the accumulation from the global batch.
+    """Derives gradient accumulation from the global batch size.
 
     Args:
-        global_batch_size: Sequences of a step in the last stage.
-        micro_batch_size: Sequences that a device holds at once; None is its whole share of the batch.
-        world_size: Ranks that read data of their own.
-        earlier: Stages before, of smaller batches.
+        global_batch_size: Sequences per step in the last stage.
+        micro_batch_size: Sequences per device and micro-batch; None is the device's full share of the batch.
+        world_size: Number of data-parallel ranks.
+        earlier: Earlier stages with smaller batches.
 
     Raises:
-        UserError: A batch is not divisible; the message names the nearest batches that are.
+        UserError: A batch size is not divisible; the message has the nearest sizes that are.
     """
     devices = f"{world_size} device{'s' if world_size > 1 else ''}"
     factors = f"{devices} x train.micro_batch_size={micro_batch_size}" if micro_batch_size else devices
@@ -48,16 +48,16 @@ def plan_batch(
     micro_batch_size = micro_batch_size or global_batch_size // world_size
     accumulation = global_batch_size // (world_size * micro_batch_size)
     for _, size in earlier:
-        factors = f"{devices} x {accumulation} accumulated"
-        _check_divisible("a batch of train.batch_schedule", size, factors, world_size * accumulation)
+        factors = f"{devices} x accumulation={accumulation}"
+        _check_divisible("train.batch_schedule: batch size", size, factors, world_size * accumulation)
     return BatchPlan(world_size, micro_batch_size, accumulation, tuple(earlier))
 
 
 def _check_divisible(name: str, batch: int, factors: str, divisor: int) -> None:
-    """Raises UserError if a batch is not divisible by ``divisor``, which is the product of ``factors``."""
+    """Raises UserError if a batch size is not divisible by ``divisor``, of which ``factors`` describes the factors."""
     if batch % divisor:
         below = batch // divisor * divisor
         nearest = [str(size) for size in (below, below + divisor) if size]
         raise UserError(
-            f"{name}={batch} is not divisible by {divisor} ({factors}). The nearest: {' and '.join(nearest)}."
+            f"{name}={batch} is not divisible by {divisor} ({factors}). Nearest valid values: {' and '.join(nearest)}."
         )

@@ -1,4 +1,4 @@
-"""How a model is trained, on what, and what is kept of it. Imports no torch."""
+"""Configuration of training: optimizer, schedule, trainer and callbacks. Imports no torch."""
 
 from itertools import pairwise
 from typing import Annotated, Literal, Self
@@ -11,7 +11,7 @@ from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Average = Annotated[float, Field(ge=0, lt=1)]  # what a running average keeps of itself at every step
+Average = Annotated[float, Field(ge=0, lt=1)]  # decay of a running average per step
 
 
 class AdamWConfig(FrozenConfig):
@@ -26,7 +26,7 @@ class AdamWConfig(FrozenConfig):
 
 
 class MuonConfig(FrozenConfig):
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for all else; see conf/optimizer/muon.yaml."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest; see conf/optimizer/muon.yaml."""
 
     name: Literal["muon"]
     lr: PositiveFloat
@@ -51,14 +51,14 @@ OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="name"
 
 
 class ConstantConfig(FrozenConfig):
-    """Warm-up, then the full rate."""
+    """Linear warm-up, then a constant learning rate."""
 
     name: Literal["constant"]
     warmup_steps: NonNegativeInt
 
 
 class CosineConfig(FrozenConfig):
-    """Warm-up, then half a cosine (Loshchilov and Hutter 2017); ``decay_steps`` None is the length of the run."""
+    """Linear warm-up, then cosine decay (Loshchilov and Hutter 2017). ``decay_steps=None`` is the length of the run."""
 
     name: Literal["cosine"]
     warmup_steps: NonNegativeInt
@@ -67,7 +67,7 @@ class CosineConfig(FrozenConfig):
 
 
 class LinearConfig(FrozenConfig):
-    """Warm-up, then a line; ``decay_steps`` None is the length of the run."""
+    """Linear warm-up, then linear decay. ``decay_steps=None`` is the length of the run."""
 
     name: Literal["linear"]
     warmup_steps: NonNegativeInt
@@ -76,7 +76,7 @@ class LinearConfig(FrozenConfig):
 
 
 class WSDConfig(FrozenConfig):
-    """Warm-up, stable, decay (Hu et al. 2024, MiniCPM, section 4)."""
+    """Warmup-stable-decay schedule (Hu et al. 2024, MiniCPM, section 4)."""
 
     name: Literal["wsd"]
     warmup_steps: NonNegativeInt
@@ -88,7 +88,7 @@ ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WSDCon
 
 
 class TrainConfig(FrozenConfig):
-    """Length, batch and rhythm of a run; see conf/train.yaml."""
+    """Length, batch size and intervals of a run; see conf/train.yaml."""
 
     max_steps: PositiveInt | None
     max_tokens: PositiveInt | None
@@ -111,8 +111,8 @@ class TrainConfig(FrozenConfig):
     def _one_length(self) -> Self:
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError(
-                "the length of the run is named once: train.max_steps=<steps>, or train.max_tokens=<tokens> with "
-                "train.max_steps=null"
+                "exactly one of max_steps and max_tokens must be set: train.max_steps=<steps>, or "
+                "train.max_tokens=<tokens> with train.max_steps=null"
             )
         return self
 
@@ -122,31 +122,31 @@ class TrainConfig(FrozenConfig):
         sizes = [*sizes, self.global_batch_size]
         if any(later <= earlier for numbers in (ends, sizes) for earlier, later in pairwise(numbers)):
             raise ValueError(
-                f"batch_schedule={[list(stage) for stage in self.batch_schedule]} should name growing batches, each "
-                "with the last step that has it, and all of them smaller than "
-                f"global_batch_size={self.global_batch_size}, which follows"
+                f"batch_schedule={[list(stage) for stage in self.batch_schedule]} must be a list of [last step, batch "
+                "size], both increasing, with all batch sizes less than "
+                f"global_batch_size={self.global_batch_size}"
             )
         return self
 
     @property
     def stages(self) -> BatchSizeSchedule:
-        """How many sequences every step has."""
+        """The number of sequences of every step."""
         return BatchSizeSchedule(self.global_batch_size, self.batch_schedule)
 
     def plan(self, world_size: int) -> BatchPlan:
-        """Deal the batches out to so many ranks that read data of their own; UserError: it cannot be done."""
+        """Divides the batches among ``world_size`` data-parallel ranks; raises UserError if they are not divisible."""
         return plan_batch(self.global_batch_size, self.micro_batch_size, world_size, self.batch_schedule)
 
     def steps(self, block_size: int) -> int:
-        """Length in optimizer steps: enough for ``max_tokens`` where that is what was named."""
+        """Returns the length of the run in optimizer steps: ``max_steps``, or enough steps for ``max_tokens``."""
         if self.max_steps is not None:
             return self.max_steps
-        assert self.max_tokens is not None  # noqa: S101  (what the validator guarantees)
+        assert self.max_tokens is not None  # noqa: S101  (guaranteed by the validator)
         return self.stages.steps(-(-self.max_tokens // block_size))
 
 
 class TrainerConfig(FrozenConfig):
-    """Devices and how the model is spread over them; see conf/trainer/."""
+    """Devices, strategy and precision; see conf/trainer/."""
 
     accelerator: Literal["auto", "cpu", "gpu"]
     devices: PositiveInt | Literal["auto"]
@@ -164,8 +164,8 @@ class TrainerConfig(FrozenConfig):
     def _single_is_one(self) -> Self:
         if self.strategy == "single" and (self.devices not in ("auto", 1) or self.num_nodes > 1):
             raise ValueError(
-                f"devices={self.devices} and num_nodes={self.num_nodes} need a strategy for several devices: "
-                "trainer=ddp or trainer=fsdp"
+                f"devices={self.devices} and num_nodes={self.num_nodes} need a distributed strategy, but "
+                "strategy=single. Use trainer=ddp or trainer=fsdp"
             )
         return self
 
@@ -173,36 +173,36 @@ class TrainerConfig(FrozenConfig):
     def _sharded_only(self) -> Self:
         if self.tensor_parallel > 1 and self.strategy != "fsdp_tp":
             raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} splits matrices over devices: it needs trainer=fsdp_tp, not "
-                f"strategy={self.strategy}"
+                f"tensor_parallel={self.tensor_parallel} splits matrices over devices, which strategy={self.strategy} "
+                "does not support. Use trainer=fsdp_tp"
             )
         if self.cpu_offload and self.strategy not in ("fsdp", "fsdp_tp"):
             raise ValueError(
-                "cpu_offload=true keeps on the CPU what FSDP has sharded: it needs trainer=fsdp or trainer=fsdp_tp, "
-                f"not strategy={self.strategy}"
+                f"cpu_offload=true offloads the shards of FSDP, which strategy={self.strategy} does not have. "
+                "Use trainer=fsdp or trainer=fsdp_tp"
             )
         return self
 
     def data_parallel(self, devices: int, num_nodes: int) -> int:
-        """Count the processes that read data of their own: ``tensor_parallel`` of a node share a model and a batch.
+        """Returns the number of data-parallel ranks: ``tensor_parallel`` devices of a node share a model and a batch.
 
         Args:
-            devices: Processes of a node.
-            num_nodes: Nodes.
+            devices: Number of devices per node.
+            num_nodes: Number of nodes.
 
         Raises:
-            UserError: They cannot be put into groups.
+            UserError: ``devices`` is not divisible by ``tensor_parallel``.
         """
         if devices % self.tensor_parallel:
             raise UserError(
-                f"trainer.tensor_parallel={self.tensor_parallel} has to divide the devices of a machine, and there are "
-                f"{devices} (trainer.devices)."
+                f"trainer.tensor_parallel={self.tensor_parallel} does not divide the number of devices per node, "
+                f"trainer.devices={devices}."
             )
         return devices // self.tensor_parallel * num_nodes
 
 
 class CheckpointConfig(FrozenConfig):
-    """When checkpoints are written, how, and which are kept; see conf/callbacks/checkpoint.yaml."""
+    """Interval, format and retention of checkpoints; see conf/callbacks/checkpoint.yaml."""
 
     every: PositiveInt | None
     keep_last: PositiveInt
@@ -212,7 +212,7 @@ class CheckpointConfig(FrozenConfig):
 
 
 class SamplesConfig(FrozenConfig):
-    """What is written as the model learns; see ``gptlab.model.generation.generate``."""
+    """Text samples during training; see ``gptlab.training.callbacks.samples``."""
 
     prompt: str
     num_samples: PositiveInt
@@ -222,7 +222,7 @@ class SamplesConfig(FrozenConfig):
 
 
 class HellaSwagConfig(FrozenConfig):
-    """What is scored as the model learns; see conf/callbacks/hellaswag.yaml."""
+    """HellaSwag accuracy during training; see conf/callbacks/hellaswag.yaml."""
 
     path: str
     every: PositiveInt | None
@@ -231,20 +231,20 @@ class HellaSwagConfig(FrozenConfig):
 
 
 class EarlyStoppingConfig(FrozenConfig):
-    """Stop after ``patience`` evaluations that improve val loss by no more than ``min_delta``."""
+    """Early stopping after ``patience`` evaluations that improve val loss by no more than ``min_delta``."""
 
     patience: PositiveInt
     min_delta: NonNegativeFloat
 
 
 class TraceConfig(FrozenConfig):
-    """Hashes of every so many steps; see ``gptlab.training.callbacks.determinism_trace``."""
+    """Determinism trace of every ``every`` steps; see ``gptlab.training.callbacks.determinism_trace``."""
 
     every: PositiveInt
 
 
 class CallbacksConfig(FrozenConfig):
-    """The callbacks that a run has; None is a callback it does not have."""
+    """Callbacks of a run; None disables a callback."""
 
     checkpoint: CheckpointConfig | None = None
     samples: SamplesConfig | None = None

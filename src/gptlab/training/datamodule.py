@@ -1,4 +1,4 @@
-"""The LightningDataModule: micro-batches from prepared shards, starting at the step of the run."""
+"""The LightningDataModule: micro-batches from prepared shards, starting at the current step."""
 
 import time
 from collections.abc import Iterator
@@ -19,31 +19,31 @@ class TimedLoader(DataLoader[Batch]):
     """DataLoader of micro-batches that measures how long training waits for them.
 
     Attributes:
-        waited: Seconds spent waiting for a micro-batch, since the beginning.
+        waited: Total seconds spent waiting for micro-batches.
     """
 
     waited = 0.0
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for batch in super().__iter__():
-            self.waited += time.perf_counter() - begun
+            self.waited += time.perf_counter() - started
             yield batch
-            begun = time.perf_counter()
+            started = time.perf_counter()
 
 
 class TokenDataModule(L.LightningDataModule):
-    """Batches of token windows.
+    """LightningDataModule of token windows.
 
     The position in the data is derived from the optimizer step, so there is no state to save.
 
     Args:
-        prepared: Shards and manifest.
-        config: Order, limits and loader processes.
-        plan: How a global batch is divided among ranks and micro-batches.
-        block_size: Tokens of a sequence, T.
-        seed: Seed of the order.
-        eval_windows: Windows that an evaluation scores; None is the whole val split.
+        prepared: Prepared dataset: shards and manifest.
+        config: Data order, limits and number of loader processes.
+        plan: Division of the global batch among ranks and micro-batches.
+        block_size: Tokens per sequence T.
+        seed: Seed of the data order.
+        eval_windows: Number of windows per evaluation; None for the full val split.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class TokenDataModule(L.LightningDataModule):
         self._loader: TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Endless micro-batches, starting at the step of the run."""
+        """Returns a loader of endless micro-batches, starting at the current step."""
         assert self.trainer is not None  # noqa: S101
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         self._loader = self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
@@ -73,7 +73,10 @@ class TokenDataModule(L.LightningDataModule):
         return 0.0 if self._loader is None else self._loader.waited
 
     def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> TimedLoader:
-        """Endless micro-batches of a rank, starting at a step, counted from 0; needs no trainer."""
+        """Returns a loader of endless micro-batches of a data rank, starting at a step, counted from 0.
+
+        Unlike ``train_dataloader``, this needs no trainer.
+        """
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
         batches = TrainBatches(
             self.prepared.stream("train"), order, self._slice(rank), self._eot_id(), self.plan.stages
@@ -87,7 +90,7 @@ class TokenDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """This rank's share of the evaluation windows, the same every time."""
+        """Returns a loader of this rank's share of the evaluation windows, the same in every evaluation."""
         starts = evaluation_starts(self.prepared.manifest.tokens("val"), self.block_size, self.eval_windows)
         stream = self.prepared.stream("val")
         stream.expect([(0, len(stream))])

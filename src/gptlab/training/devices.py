@@ -1,4 +1,4 @@
-"""The facts about devices that only torch knows, and the libraries and memory of this process."""
+"""Device detection with torch, the choice of the CPU's matmul library, and peak memory."""
 
 import os
 import resource
@@ -13,21 +13,22 @@ from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, launched_externally
 from gptlab.training.hardware import DeviceFacts, Hardware, has_compiler, processor_name, read_cpuinfo, resolve_hardware
 
-MIN_CAPABILITY = (7, 0)  # compute capability that Triton needs, with which torch.compile writes GPU code
+MIN_CAPABILITY = (7, 0)  # compute capability required by Triton, which torch.compile uses on GPUs
 
 
 def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
     """Resolves every "auto" of a configuration on this machine.
 
     Raises:
-        UserError: The configuration asks for more than this machine has.
+        UserError: The configuration requires devices or a launcher that are not available.
     """
     cuda = torch.cuda.is_available()
     if trainer.accelerator == "gpu" and not cuda:
-        raise UserError("trainer.accelerator=gpu: PyTorch sees no GPU on this machine; trainer=cpu trains without one.")
+        raise UserError("trainer.accelerator=gpu: PyTorch finds no GPU on this machine. Use trainer=cpu for the CPU.")
     if trainer.num_nodes > 1 and not launched_externally():
         raise UserError(
-            f"trainer.num_nodes={trainer.num_nodes}: the processes of several machines are started by torchrun or srun."
+            f"trainer.num_nodes={trainer.num_nodes}: gptlab starts processes only on this machine. "
+            "Start multi-node runs with torchrun or srun."
         )
     facts = _gpu_facts() if cuda and trainer.accelerator != "cpu" else _cpu_facts()
     chosen = resolve_hardware(facts, trainer, train, model)
@@ -36,18 +37,21 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
 
 
 def prepare_kernels(chosen: Hardware) -> None:
-    """Selects the library that computes this process's float32 matrix products on a CPU."""
+    """Selects the library for this process's float32 matmuls on the CPU."""
     _use_onednn("bf16" if chosen.float32_matmul == "onednn" else "none")
 
 
 def use_best_matmul(device: torch.device) -> None:
-    """Selects the fastest exact float32 matrix products for a device, outside of training."""
+    """Selects the fastest exact library for float32 matmuls if ``device`` is a CPU; for use outside of training."""
     if device.type == "cpu" and best_cpu_matmul() == "onednn":
         _use_onednn("bf16")
 
 
 def best_cpu_matmul() -> str:
-    """Returns "onednn" on AMD's processors, where MKL uses no AVX-512 and oneDNN is twice as fast in float32."""
+    """Returns "onednn" on AMD CPUs with AVX-512, which MKL does not use there; otherwise "default".
+
+    On these CPUs, oneDNN is twice as fast in float32.
+    """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return "default"
     is_amd = read_cpuinfo().get("vendor_id") == "AuthenticAMD"
@@ -55,11 +59,11 @@ def best_cpu_matmul() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the most bytes that the device, or for a CPU this process, has had in use."""
+    """Returns the peak memory in bytes: allocated by torch on a GPU, or used by this process for a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # the kernel's ru_maxrss begins with what the process had that started this one
+    if status.exists():  # ru_maxrss can include memory of the process that started this one
         return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -86,7 +90,7 @@ def _cpu_facts() -> DeviceFacts:
 
 
 def _check_count(facts: DeviceFacts, devices: int) -> None:
-    """Raises UserError if this machine has too few GPUs or cores for so many processes."""
+    """Raises UserError if this machine has too few GPUs or cores for ``devices`` processes."""
     if facts.accelerator == "cuda":
         if devices > facts.available:
             gpus = f"{facts.available} GPU{'s' if facts.available > 1 else ''}"
@@ -95,15 +99,15 @@ def _check_count(facts: DeviceFacts, devices: int) -> None:
     cores = os.cpu_count() or 1
     if devices > (most := MAX_PROCESSES_PER_CORE * cores):
         raise UserError(
-            f"trainer.devices={devices}: this machine has no GPU and {cores} CPU cores, "
-            f"on which at most {most} processes make sense."
+            f"trainer.devices={devices}: this machine has no GPU and {cores} CPU cores. Use at most "
+            f"trainer.devices={most}."
         )
 
 
 def _use_onednn(precision: str) -> str:
-    """Gives float32 products to oneDNN ("bf16") or to MKL ("none"); returns what was set before.
+    """Selects oneDNN ("bf16") or MKL ("none") for float32 matmuls; returns the previous value.
 
-    "bf16" allows oneDNN to round to bfloat16. It does so with AMX, and is exact otherwise.
+    "bf16" allows oneDNN to round to bfloat16. It does so only on CPUs with AMX.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before: str = matmul.fp32_precision
@@ -112,10 +116,10 @@ def _use_onednn(precision: str) -> str:
 
 
 def _is_exact() -> bool:
-    """Returns whether oneDNN's float32 products are exact even if it is allowed to round to bfloat16."""
+    """Returns whether oneDNN's matmuls have float32 precision even if it is allowed to round to bfloat16."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 256, 256, generator=generator).unbind()
     before = _use_onednn("bf16")
     error = ((a @ b).double() - a.double() @ b.double()).abs().max()
     _use_onednn(before)
-    return error.item() < 1e-3  # float32 is off by 3e-5 here, bfloat16 by 1e-1
+    return error.item() < 1e-3  # the error is about 3e-5 in float32 and 1e-1 in bfloat16

@@ -1,6 +1,6 @@
-"""What a run computes on: the table of GPUs, what is found without torch, and what "auto" means. Imports no torch.
+"""Hardware of a run: a table of GPUs, device detection, and the meaning of "auto". Imports no torch.
 
-``gptlab.training.devices`` asks torch for the same facts.
+``gptlab.training.devices`` detects the same facts with torch.
 
 Sources of the table: NVIDIA's data sheets (B200, H200, H100, A100, A40, A30, A10, L40S, L40, L4) and its white papers
 on the architectures Blackwell, Ada and Ampere GA102, appendix A (GeForce, A10G).
@@ -18,21 +18,21 @@ from gptlab.model.config import GPTConfig
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.distributed.processes import external_devices, launched_externally
 
-MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU gains by bfloat16
-MIN_WIDTH_COMPILE = 512  # and from which compiling pays off within a run on a CPU
-MAX_LOGITS_BYTES = 2**26  # of float32 logits that exist at a time
+MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU is faster in bfloat16
+MIN_WIDTH_COMPILE = 512  # n_embd from which compiling saves more time than it takes in a run on a CPU
+MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
 
 
 class GPU(NamedTuple):
-    """One kind of GPU.
+    """Data of a GPU model.
 
     Attributes:
-        name: CUDA's name, without the vendor.
-        flops: Peak FLOP/s of dense bfloat16 products accumulated in float32.
-        memory: Bytes, by the data sheet's GB; a card has slightly more, about as much as CUDA itself takes.
-        bandwidth: Memory bandwidth in bytes a second.
+        name: Name reported by CUDA, without the vendor.
+        flops: Peak FLOP/s of dense bfloat16 matmuls with float32 accumulation.
+        memory: Memory in bytes, from the data sheet's GB. A card has slightly more, about as much as CUDA itself uses.
+        bandwidth: Memory bandwidth in bytes per second.
     """
 
     name: str
@@ -62,42 +62,42 @@ GPUS = {
     "rtx3090": GPU("GeForce RTX 3090", 71e12, 24e9, 936e9),
 }
 
-# By CUDA's whole name: an RTX A1000 is not an A100, and a MIG slice is not a whole GPU.
+# By CUDA's full name: an RTX A1000 is not an A100, and a MIG slice is not a full GPU.
 BY_NAME = {gpu.name: gpu for gpu in GPUS.values()}
 
 
 def gpu_from_cuda_name(name: str) -> GPU | None:
-    """Returns the GPU of this CUDA name, or None if it is not in the table."""
+    """Returns the GPU with this CUDA name, or None if it is not in the table."""
     return BY_NAME.get(name.removeprefix(VENDOR_PREFIX))
 
 
 def gpu_from_name(name: str) -> GPU:
-    """Returns the GPU of a key of the table ("h100") or of CUDA's own name.
+    """Returns the GPU with this key of the table ("h100") or this CUDA name.
 
     Raises:
-        UserError: It is not in the table; the message has the nearest key.
+        UserError: The name is not in the table; the message has the nearest key.
     """
     if (gpu := gpu_from_cuda_name(name) or GPUS.get(name.lower())) is None:
         raise UserError(
-            f"gpu={name}: its speed and memory are not known here.{did_you_mean(name.lower(), GPUS)} "
-            f"There are {', '.join(GPUS)}."
+            f"gpu={name} is not in the table of known GPUs.{did_you_mean(name.lower(), GPUS)} "
+            f"Known GPUs: {', '.join(GPUS)}."
         )
     return gpu
 
 
 class Hardware(NamedTuple):
-    """What a run computes on, and how, with every "auto" resolved.
+    """Devices, precision and compilation of a run, with every "auto" resolved.
 
     Attributes:
         accelerator: "cuda" or "cpu".
-        name: The device's name: CUDA's, or the processor's with its cores.
+        name: Device name: CUDA's, or the processor's with its number of cores.
         devices: Processes per node, one per device.
-        num_nodes: Nodes.
+        num_nodes: Number of nodes.
         precision: One of Lightning's precision names.
-        compile: False, or what is compiled: the loss as a "whole", or each of the "blocks" by itself.
-        float32_matmul: "default", or "onednn" on a CPU for which oneDNN has faster kernels than MKL. Only torch can
-            tell: in a plan, "auto" stays at "default".
-        is_local: Whether it is this machine, so that what was measured here applies.
+        compile: False, "whole" to compile the loss function, or "blocks" to compile each block separately.
+        float32_matmul: "default", or "onednn" on a CPU for which oneDNN has faster kernels than MKL. This can only be
+            detected with torch, so in a plan, "auto" is "default".
+        is_local: Whether this describes the current machine, so that local measurements apply.
     """
 
     accelerator: Literal["cpu", "cuda"]
@@ -111,7 +111,7 @@ class Hardware(NamedTuple):
 
     @property
     def world_size(self) -> int:
-        """Devices over all nodes."""
+        """Number of devices on all nodes."""
         return self.devices * self.num_nodes
 
     @property
@@ -121,26 +121,26 @@ class Hardware(NamedTuple):
 
     @property
     def memory(self) -> float | None:
-        """Bytes of one device; of a CPU, this machine's. None if it is not known."""
+        """Memory of one device in bytes; for a CPU, that of this machine. None if it is not known."""
         if self.accelerator == "cuda":
             return self.gpu.memory if self.gpu else None
         return total_memory()
 
     def peak_flops(self) -> float | None:
-        """Returns the peak FLOP/s of one device at this precision, or None if it is not known for certain."""
+        """Returns the peak FLOP/s of one device at this precision, or None if it is not known."""
         return self.gpu.flops if self.gpu and self.precision.startswith("bf16") else None
 
 
 class DeviceFacts(NamedTuple):
-    """The facts by which "auto" is resolved.
+    """Properties of a machine from which every "auto" is resolved.
 
     Attributes:
         accelerator: "cuda" or "cpu".
         name: See ``Hardware``.
-        available: Devices of a node: its GPUs; 1 for a CPU.
-        has_bf16: Whether the device computes in bfloat16, without emulation.
+        available: Number of devices of a node: its GPUs, or 1 for a CPU.
+        has_bf16: Whether the device supports bfloat16 without emulation.
         can_compile: Whether torch.compile works for the device.
-        float32_matmul: The faster exact choice; see ``Hardware``.
+        float32_matmul: The fastest exact library; see ``Hardware``.
     """
 
     accelerator: Literal["cpu", "cuda"]
@@ -152,47 +152,47 @@ class DeviceFacts(NamedTuple):
 
 
 def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
-    """Resolves every "auto" of a configuration; under torchrun or srun, the number of devices and nodes is theirs.
+    """Resolves every "auto" of a configuration. Under torchrun or srun, these set the number of devices and nodes.
 
-    On a CPU, bfloat16 and compiling are chosen only for wide models in a single process: float32 is exact, and nearly
-    as fast for small ones, and several processes on one CPU only try out what GPUs will do.
+    On a CPU, bfloat16 and compilation are chosen only for wide models in a single process. For small models, float32 is
+    nearly as fast and more precise. Several processes on one CPU are only useful for tests.
     """
 
-    def gains(min_width: int) -> bool:
+    def is_faster(min_width: int) -> bool:
         is_wide = trainer.strategy == "single" and model.n_embd >= min_width
         return facts.accelerator == "cuda" or is_wide
 
     devices, num_nodes = _count_devices(trainer, facts.available)
-    best_precision = "bf16-mixed" if facts.has_bf16 and gains(MIN_WIDTH_BF16) else "32-true"
+    best_precision = "bf16-mixed" if facts.has_bf16 and is_faster(MIN_WIDTH_BF16) else "32-true"
     return Hardware(
         accelerator=facts.accelerator,
         name=facts.name,
         devices=devices,
         num_nodes=num_nodes,
         precision=best_precision if trainer.precision == "auto" else trainer.precision,
-        compile=_resolve_compile(trainer, train, gains=facts.can_compile and gains(MIN_WIDTH_COMPILE)),
+        compile=_resolve_compile(trainer, train, auto=facts.can_compile and is_faster(MIN_WIDTH_COMPILE)),
         float32_matmul=facts.float32_matmul if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
 
 
 def resolve_loss_chunk(chunk: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
-    """Returns how many tokens have their logits computed at a time; "auto" is 64 MiB of logits, None all tokens."""
+    """Returns the number of tokens whose logits are computed at a time; "auto" is 64 MiB of logits, None all tokens."""
     return MAX_LOGITS_BYTES // (4 * model.padded_vocab_size) if chunk == "auto" else chunk
 
 
 def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
-    """Returns the hardware that ``gptlab.training.devices.choose_devices`` will choose here, without asking torch.
+    """Returns the hardware that ``gptlab.training.devices.choose_devices`` chooses on this machine, without torch.
 
     Raises:
-        UserError: A GPU is required and nvidia-smi lists none.
+        UserError: trainer.accelerator=gpu, but nvidia-smi lists no GPU.
     """
     gpus = () if trainer.accelerator == "cpu" else list_gpus()
     if trainer.accelerator == "gpu" and not gpus:
         raise UserError(
-            "trainer.accelerator=gpu: this machine has no GPU that nvidia-smi would name. gpu=<name> plans for one "
-            "that is elsewhere."
+            "trainer.accelerator=gpu: nvidia-smi lists no GPU on this machine. Use gpu=<name> to plan for the GPU of "
+            "another machine."
         )
-    available = max(len(gpus), trainer.tensor_parallel)  # a plan for more devices than there are is allowed
+    available = max(len(gpus), trainer.tensor_parallel)  # a plan may have more devices than this machine
     if gpus:
         facts = DeviceFacts("cuda", gpus[0], available, has_bf16=True, can_compile=has_compiler())
     else:
@@ -202,14 +202,17 @@ def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
 
 
 def gpu_hardware(gpu: GPU, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
-    """Returns a machine with this GPU: as many as the trainer names, or one."""
+    """Returns the hardware of another machine with GPUs of this model, as many as ``trainer.devices`` says.
+
+    "auto" is ``trainer.tensor_parallel``, the smallest possible number.
+    """
     facts = DeviceFacts("cuda", gpu.name, trainer.tensor_parallel, has_bf16=True, can_compile=True)
     return resolve_hardware(facts, trainer, train, model)._replace(is_local=False)
 
 
 @cache
 def list_gpus() -> tuple[str, ...]:
-    """Returns the names of this machine's GPUs by nvidia-smi; none if that is not installed."""
+    """Returns the names of this machine's GPUs, as listed by nvidia-smi; empty if it is not installed."""
     try:
         command = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
@@ -220,7 +223,7 @@ def list_gpus() -> tuple[str, ...]:
 
 @cache
 def read_cpuinfo() -> dict[str, str]:
-    """Returns what the kernel reports about the first core, by its keys; nothing if there is no /proc/cpuinfo."""
+    """Returns the entries of /proc/cpuinfo for the first core; empty if the file does not exist."""
     try:
         lines = CPUINFO.read_text().partition("\n\n")[0].splitlines()
     except OSError:
@@ -229,12 +232,12 @@ def read_cpuinfo() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """Returns the name of this machine's processor, with its cores."""
+    """Returns the name of this machine's processor, with its number of cores."""
     return f"{read_cpuinfo().get('model name') or os.uname().machine}, {os.cpu_count()} cores"
 
 
 def total_memory() -> float:
-    """Returns the bytes of memory of this machine."""
+    """Returns this machine's memory in bytes."""
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
@@ -244,7 +247,7 @@ def has_compiler() -> bool:
 
 
 def _count_devices(trainer: TrainerConfig, available: int) -> tuple[int, int]:
-    """Returns the processes per node, and the nodes."""
+    """Returns the number of processes per node and the number of nodes."""
     if launched_externally():
         return external_devices()
     if trainer.strategy == "single":
@@ -252,11 +255,11 @@ def _count_devices(trainer: TrainerConfig, available: int) -> tuple[int, int]:
     return (available if trainer.devices == "auto" else trainer.devices), trainer.num_nodes
 
 
-def _resolve_compile(trainer: TrainerConfig, train: TrainConfig, *, gains: bool) -> Literal[False, "whole", "blocks"]:
-    """Returns what is compiled, if "auto" ``gains`` by it.
+def _resolve_compile(trainer: TrainerConfig, train: TrainConfig, *, auto: bool) -> Literal[False, "whole", "blocks"]:
+    """Returns which part of the model to compile; ``auto`` is the meaning of "auto".
 
-    Sharding runs hooks between the blocks, so that only these can be compiled.
+    FSDP runs hooks between the blocks, so only the blocks of a sharded model can be compiled.
     """
-    if not (gains if train.compile == "auto" else train.compile):
+    if not (auto if train.compile == "auto" else train.compile):
         return False
     return "blocks" if train.compile == "blocks" or trainer.strategy in ("fsdp", "fsdp_tp") else "whole"

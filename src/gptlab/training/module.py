@@ -1,4 +1,4 @@
-"""The LightningModule: what one training step and one evaluation are.
+"""The LightningModule: training step, validation, and the contents of checkpoints.
 
 Shapes: B sequences of the micro-batch, T time, V vocabulary.
 """
@@ -36,7 +36,7 @@ from gptlab.training.optim.optimizers import (
 )
 from gptlab.training.optim.schedules import learning_rate
 
-MODEL_PREFIX = "model."  # of the parameters' names in the module, which no checkpoint has
+MODEL_PREFIX = "model."  # prefix of parameter names in the LightningModule, which checkpoints omit
 
 
 class TrainingConfig(Protocol):
@@ -44,7 +44,7 @@ class TrainingConfig(Protocol):
 
     @property
     def seed(self) -> int:
-        """Seed of everything that is random while training."""
+        """Seed of all random numbers in training."""
 
     @property
     def model(self) -> GPTConfig:
@@ -52,15 +52,15 @@ class TrainingConfig(Protocol):
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The optimizer and its values."""
+        """The optimizer and its hyperparameters."""
 
     @property
     def schedule(self) -> ScheduleConfig:
-        """The learning-rate schedule and its values."""
+        """The learning-rate schedule and its parameters."""
 
     @property
     def train(self) -> TrainConfig:
-        """Length, batch and intervals of the run."""
+        """Length, batch size and intervals of the run."""
 
     @property
     def steps(self) -> int:
@@ -68,19 +68,19 @@ class TrainingConfig(Protocol):
 
 
 class GPTModule(L.LightningModule):
-    """Trains a GPT.
+    """LightningModule that trains a GPT.
 
     Args:
         model: The initialized model.
         config: The run's configuration.
-        token_bytes: Bytes of text of each id (V,); see ``gptlab.evaluation.loss``.
-        compile: What of the model to compile, if anything; see ``gptlab.training.hardware.Hardware``.
+        token_bytes: Number of bytes of text of each token ID (V,); see ``gptlab.evaluation.loss``.
+        compile: Which part of the model to compile, if any; see ``gptlab.training.hardware.Hardware``.
 
     Attributes:
         step_loss: Sum of the losses of this step's micro-batches on this rank.
         grad_norm: Gradient norm of the last step, before clipping.
-        bad_step: 1 if that norm is not finite and the step was skipped, else 0.
-        group_names: Names of the optimizer's parameter groups, if these have learning rates of their own.
+        bad_step: 1 if that norm is not finite, so that the step was skipped; otherwise 0.
+        group_names: Names of the optimizer's parameter groups, if each has its own learning rate; otherwise empty.
     """
 
     token_bytes: Tensor
@@ -91,7 +91,7 @@ class GPTModule(L.LightningModule):
         config: TrainingConfig,
         *,
         token_bytes: Tensor,
-        compile: Literal[False, "whole", "blocks"],  # noqa: A002  (torch's own word)
+        compile: Literal[False, "whole", "blocks"],  # noqa: A002  (PyTorch's name)
     ) -> None:
         super().__init__()
         self.model, self.config, self.compile_target = model, config, compile
@@ -102,7 +102,7 @@ class GPTModule(L.LightningModule):
         self.grad_norm = torch.zeros(())
         self.bad_step = torch.zeros(())
         self.group_names: list[str] = []
-        self._raw_weights: list[tuple[Tensor, Tensor]] = []  # while their averages are in their place
+        self._raw_weights: list[tuple[Tensor, Tensor]] = []  # trained weights, while the averages are swapped in
 
     def configure_model(self) -> None:
         """Compiles and shards the model in place, so that parameters keep their names."""
@@ -124,23 +124,23 @@ class GPTModule(L.LightningModule):
         return optimizer
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimizer step ``step``, counted from 0; with Muon, that of the matrices."""
+        """Returns the learning rate of optimizer step ``step``, counted from 0; with Muon, that of the matrices."""
         return learning_rate(step, self.config.schedule, lr=self.config.optimizer.lr, max_steps=self.max_steps)
 
     def group_lrs(self) -> dict[str, float]:
-        """Learning rates of the parameter groups at the last step, if they have rates of their own."""
+        """Returns the learning rates of the parameter groups at the last step, if each has its own; otherwise {}."""
         (optimizer,) = self.trainer.optimizers
         groups = optimizer.param_groups[: len(self.group_names)]
         return {f"lr/{name}": group["lr"] for name, group in zip(self.group_names, groups, strict=True)}
 
     @torch.no_grad()
     def weight_norm(self) -> float:
-        """Norm of all weights together, each counted once; collective: every rank must call it."""
+        """Returns the norm of all weights, each counted once. Collective: every rank must call it."""
         norm = torch.nn.utils.get_total_norm(list(self.model.parameters()))
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sets the step's learning rates, and seeds the generators from (seed, step, data rank, micro-batch)."""
+        """Sets the step's learning rates and seeds the random generators from (seed, step, data rank, micro-batch)."""
         step, micro = self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
             (optimizer,) = self.trainer.optimizers
@@ -155,15 +155,15 @@ class GPTModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the mean loss of a micro-batch, in nats per token."""
         if self.config.train.compile_mode != "default":
-            torch.compiler.cudagraph_mark_step_begin()  # outputs of the last call may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous call may be overwritten
         loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk)
         self.step_loss += loss.detach()
         return loss
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
-        """Clips the norm of all gradients together (Pascanu et al. 2013, algorithm 1), and keeps it for the log.
+        """Clips the global gradient norm (Pascanu et al. 2013, algorithm 1) and stores it in ``grad_norm``.
 
-        A step whose norm is not finite is skipped: it counts, as its tokens are consumed, but changes nothing.
+        A step whose norm is not finite is skipped: it changes nothing, but is counted, because its tokens are consumed.
         """
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -173,27 +173,27 @@ class GPTModule(L.LightningModule):
         self.skip_if_bad(optimizer)
 
     def skip_if_bad(self, optimizer: Optimizer) -> None:
-        """Skips the step if the norm of its gradient is not finite."""
+        """Skips the step if its gradient norm is not finite."""
         self.bad_step = 1 - self.grad_norm.isfinite().float()
         skip_step_if(optimizer, self.bad_step)
 
     def global_step_loss(self) -> float:
-        """Mean loss of the last step over its tokens on all ranks; collective: every rank must call it.
+        """Returns the mean loss of the last step over its tokens on all ranks. Collective: every rank must call it.
 
-        Micro-batches have equally many tokens, all of which are scored: the mean of their means is that of the tokens.
+        All micro-batches have the same number of scored tokens, so the mean of their means is the mean over tokens.
         """
         return reduce_over_data_ranks(
             self.step_loss / self.trainer.accumulate_grad_batches, self.trainer, "mean"
         ).item()
 
     def on_validation_start(self) -> None:
-        """Puts the average of the weights in their place, if one is kept: it is what is evaluated and sampled."""
+        """Swaps in the averages of the weights, if averaging is enabled, for evaluation and samples."""
         self._raw_weights = swap_in_averages(self.trainer.optimizers)
         if self._raw_weights:
             refresh_gathered_weights(self.trainer.strategy)
 
     def on_validation_end(self) -> None:
-        """Restores the trained weights, unless a checkpoint has done so, since it holds these and the average."""
+        """Restores the trained weights, unless this was already done to save a checkpoint."""
         swap_out_averages(self._raw_weights)
         if self._raw_weights:
             refresh_gathered_weights(self.trainer.strategy)
@@ -209,26 +209,25 @@ class GPTModule(L.LightningModule):
         self.sums.add(losses, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Publishes val/loss and val/bits_per_byte over the windows of all ranks, for callbacks and the log."""
+        """Logs val/loss and val/bits_per_byte over the windows of all ranks to Lightning's callback metrics."""
         self.sums.sums = reduce_over_data_ranks(self.sums.sums, self.trainer, "sum")
         loss, bits_per_byte = self.sums.result()
         self.log_dict({"val/loss": loss, "val/bits_per_byte": bits_per_byte}, logger=False)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives parameters and moments GPT-2's names, without prefix, and drops the loops, which the step implies."""
+        """Stores parameters and optimizer state by GPT-2's names, without prefix; omits Lightning's loop state."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
         states, config = checkpoint["optimizer_states"], self.config.optimizer
-        # empty on a rank that does not write, if all are gathered into one file
+        # for a checkpoint in one file, the optimizer state is empty on all ranks but the first
         checkpoint["optimizer_states"] = [name_state(state, self.model, config) for state in states if state]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the module's names, unless the strategy has loaded shards, and Lightning's progress at the step.
+        """Restores Lightning's progress and the module's parameter names, unless the strategy has loaded shards.
 
-        Lightning's loops have no public way to be set to a step, and what they would restore themselves counts
-        micro-batches, of which a step may have had another number before. So their counters are set here (read in
-        lightning 2.6.6).
+        Lightning has no public way to set its loops to a step. The state that they would save counts micro-batches,
+        whose number per step may have changed. Therefore their counters are set here (read in lightning 2.6.6).
         """
         step, epoch = checkpoint["global_step"], self.trainer.fit_loop.epoch_loop
         epoch.automatic_optimization.optim_progress.optimizer.step.total.completed = step
@@ -241,9 +240,10 @@ class GPTModule(L.LightningModule):
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the generators of the devices in use, as torch.manual_seed does.
+    """Seeds the random generators of the CPU and of CUDA, if that is in use.
 
-    That also formats this thread's stack for every device type that is not in use, which takes a millisecond a call.
+    torch.manual_seed would also format this thread's stack for every unused device type, which takes a millisecond per
+    call.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
@@ -251,5 +251,5 @@ def seed_generators(seed: int) -> None:
 
 
 def derive_seed(*parts: int) -> int:
-    """Mixes numbers into one seed of 64 bits (numpy's SeedSequence), the same on every machine."""
+    """Mixes numbers into one 64-bit seed (numpy's SeedSequence), the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])

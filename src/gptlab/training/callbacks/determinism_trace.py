@@ -29,9 +29,9 @@ class DeterminismTrace(L.Callback):
     """Writes one line of JSON every ``every`` steps.
 
     A line has the step, a hash of its tokens, its global loss and gradient norm (exact, as ``repr``), and a hash of
-    every parameter and optimizer moment after the step. A resumed run keeps the lines up to its first step. All ranks
-    sum the hashes of their tokens and gather sharded tensors, one at a time; rank 0 hashes the tensors and writes the
-    line.
+    every parameter and every tensor of the optimizer state after the step. A resumed run keeps the lines up to its
+    first step. All ranks sum the hashes of their tokens and gather sharded tensors, one at a time; rank 0 hashes the
+    tensors and writes the line.
 
     Args:
         path: The trace file, written by rank 0 only.
@@ -81,7 +81,7 @@ class DeterminismTrace(L.Callback):
 
 
 def named_tensors(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Tensor]]:
-    """Yields every parameter and, as <parameter>.<moment>, its optimizer state; if sharded, this rank's shards."""
+    """Yields every parameter and, as <parameter>.<key>, its optimizer state; if sharded, this rank's shards."""
     for name, parameter in module.model.named_parameters():
         yield name, parameter.detach()
         for optimizer in trainer.optimizers:
@@ -97,7 +97,7 @@ def zero_sums() -> NDArray[np.int64]:
 def hash_windows(batch: Batch) -> NDArray[np.int64]:
     """Hashes each window (T + 1,) of a micro-batch; returns sums (LANES,) that add up over micro-batches and ranks.
 
-    The sums do not depend on which rank had which window. They do not overflow for up to 2**31 windows.
+    The sums do not depend on the distribution of the windows over ranks. They do not overflow for up to 2**31 windows.
     """
     rows = torch.cat((batch.idx, batch.targets[:, -1:]), dim=1).cpu().numpy()  # (B, T + 1)
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=LANES * BITS // 8).digest() for row in rows)

@@ -1,4 +1,4 @@
-"""Detects steps without a finite gradient, and loss spikes."""
+"""Detects steps with a non-finite gradient, and loss spikes."""
 
 import logging
 import math
@@ -22,16 +22,16 @@ BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
 class TrainingHealthMonitor(L.Callback):
     """Counts and reports bad steps and loss spikes; ends the run after ``max_bad_steps`` bad steps in a row.
 
-    The module itself skips a bad step, on the device. This callback learns of it one step later, at the same step on
-    all ranks.
+    The module itself skips a bad step, on the device. This callback receives the report one step later, at the same
+    step on all ranks.
 
     Args:
         step_sync: Reports every step.
-        config: The limits: ``max_bad_steps`` in a row, ``spike_sigma`` and ``spike_window``.
+        config: The limits ``max_bad_steps`` (in a row), ``spike_sigma`` and ``spike_window``.
         replay: Command that prints the batch of a step, without its last argument ``step=<n>``.
 
     Attributes:
-        listeners: Called on the first rank with the kind of event and a sentence that describes it.
+        listeners: Called on the first rank with the kind of event and a message that describes it.
     """
 
     def __init__(self, step_sync: StepSync, config: TrainConfig, replay: str) -> None:
@@ -44,35 +44,35 @@ class TrainingHealthMonitor(L.Callback):
         step_sync.listeners.append(self.check_step)
 
     def check_step(self, report: StepReport) -> None:
-        """Counts a step, and reports it if it is bad or a spike."""
+        """Counts a step, and logs a warning if it is bad or a loss spike."""
         self._latest = report.step
         self.in_a_row = self.in_a_row + 1 if report.is_bad else 0
         self.bad_steps += report.is_bad
         if report.is_bad:
             self._warn(
                 BAD_STEP,
-                f"step {report.step}: the gradient is not finite (the loss is {report.loss:.4f}), so the step was "
-                f"skipped: {self.in_a_row} in a row, of at most {self.max_bad_steps}.",
+                f"step {report.step}: skipped, because its gradient is not finite (loss {report.loss:.4f}). Bad steps "
+                f"in a row: {self.in_a_row} of at most {self.max_bad_steps}.",
                 report.step,
             )
         elif self._detector and (expected := self._detector.expected(report.loss)) is not None:
             self.loss_spikes += 1
             self._warn(
                 SPIKE,
-                f"step {report.step}: the loss is {report.loss:.4f}, where {expected:.4f} was expected: more than "
-                f"{self._detector.sigma:g} standard deviations above the mean of the steps before.",
+                f"step {report.step}: the loss {report.loss:.4f} is more than {self._detector.sigma:g} standard "
+                f"deviations above {expected:.4f}, the mean of the previous steps.",
                 report.step,
             )
 
-    def _warn(self, kind: str, what: str, step: int) -> None:
-        sentence = f"{what} Its batch: {self.replay} step={step}"
+    def _warn(self, kind: str, description: str, step: int) -> None:
+        message = f"{description} To print its batch: {self.replay} step={step}"
         if is_first_rank():
-            log.warning("%s", sentence)
-        self._notify(kind, sentence)
+            log.warning("%s", message)
+        self._notify(kind, message)
 
-    def _notify(self, kind: str, sentence: str) -> None:
+    def _notify(self, kind: str, message: str) -> None:
         for listener in self.listeners if is_first_rank() else ():
-            listener(kind, sentence)
+            listener(kind, message)
 
     def counts(self) -> dict[str, float]:
         """Returns the totals so far, for a row of metrics; every rank must call it at the same step."""
@@ -85,15 +85,16 @@ class TrainingHealthMonitor(L.Callback):
     ) -> None:
         """Raises ``Diverged`` after ``max_bad_steps`` bad steps in a row; all ranks do so at the same step."""
         if self.in_a_row >= self.max_bad_steps:
-            sentence = (
+            message = (
                 f"The gradient was not finite for {self.in_a_row} steps in a row (train.max_bad_steps), up to step "
-                f"{self._latest}. The batch of the first of them: {self.replay} step={self._latest - self.in_a_row + 1}"
+                f"{self._latest}. To print the batch of the first of them: {self.replay} "
+                f"step={self._latest - self.in_a_row + 1}"
             )
-            self._notify(DIVERGED, sentence)
-            raise Diverged(sentence)
+            self._notify(DIVERGED, message)
+            raise Diverged(message)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Collects and reports the last step."""
+        """Waits for the report of the last step."""
         self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,10 +118,10 @@ class TrainingHealthMonitor(L.Callback):
 class SpikeDetector:
     """Detects losses above the mean of the preceding window by more than ``sigma`` standard deviations.
 
-    The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Here a loss above
-    the limit enters the window as the limit itself, so that a spike does not hide the next one, while a loss that stays
-    high becomes the expected one. A spike lasts as long as the losses are above the limit, and is reported once. No
-    spike is reported before half the window is full.
+    The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Unlike there, a
+    loss above the limit is added to the window as the limit itself, so that a spike does not hide the next one, but the
+    mean adapts to a loss that remains high. A spike lasts as long as losses are above the limit, and is reported once.
+    No spike is reported before half of the window is full.
 
     Args:
         sigma: Number of standard deviations.
@@ -132,7 +133,7 @@ class SpikeDetector:
         self._losses, self._is_high = deque[float](maxlen=window), False
 
     def expected(self, loss: float) -> float | None:
-        """Adds the next loss; returns the mean of the window before it if a spike begins with it, else None."""
+        """Adds the next loss; returns the mean of the window before it if it starts a spike, otherwise None."""
         if not math.isfinite(loss):  # not a spike, but a step that is skipped
             return None
         mean, limit = self._limit()

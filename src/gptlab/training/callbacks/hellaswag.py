@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class HellaSwag(L.Callback):
-    """Logs hellaswag/acc and hellaswag/acc_norm after validation, of the weights that validation evaluates.
+    """Logs hellaswag/acc and hellaswag/acc_norm after validation, with the same weights as in validation.
 
     Scoring is deterministic and restores the model's training mode. The examples are split over the data ranks.
 
@@ -59,8 +59,8 @@ class HellaSwag(L.Callback):
         metrics = {"hellaswag/acc": self.latest.acc, "hellaswag/acc_norm": self.latest.acc_norm}
         log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
         if trainer.is_global_zero:
-            shares = f"acc {self.latest.acc:.2%}, acc_norm {self.latest.acc_norm:.2%}"
-            log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", shares, f"{self.latest.examples:,}")
+            accuracy = f"acc {self.latest.acc:.2%}, acc_norm {self.latest.acc_norm:.2%}"
+            log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", accuracy, f"{self.latest.examples:,}")
 
     def _score(self, trainer: L.Trainer, module: GPTModule) -> AccuracyCounts:
         watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
@@ -82,7 +82,7 @@ class HellaSwag(L.Callback):
                     if batch:
                         counts += torch.tensor(count_correct(losses, [e.label for e in batch]), device=module.device)
                     for watchdog in watchdogs:
-                        watchdog.note()
+                        watchdog.record_progress()
         finally:
             module.model.train(training)
         return AccuracyCounts(*reduce_over_data_ranks(counts, trainer, "sum").tolist())

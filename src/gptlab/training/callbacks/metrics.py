@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Measures seconds of training since the last reading; evaluation, samples and checkpoints do not count.
+    """Measures seconds of training since the last reading, without evaluation, samples and checkpoints.
 
     Args:
         clock: Returns the current time in seconds.
@@ -118,7 +118,7 @@ class MetricsCallback(L.Callback):
         if step == 1 or step % self.log_every == 0 or step == self.max_steps:
             self._record_step(trainer, pl_module, step)
         if step == self.max_steps:
-            trainer.should_stop = True  # makes Lightning evaluate after the last step, whatever its interval
+            trainer.should_stop = True  # makes Lightning evaluate after the last step, whatever the interval
 
     def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         assert isinstance(module, GPTModule)  # noqa: S101
@@ -199,17 +199,17 @@ def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> Non
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[None]:
     """Defers the first Ctrl-C until the block has completed."""
-    waiting: list[FrameType | None] = []
+    deferred: list[FrameType | None] = []
 
-    def hold_back(number: int, frame: FrameType | None) -> None:
-        if waiting and callable(owner):
-            owner(number, frame)
-        waiting.append(frame)
+    def defer(number: int, frame: FrameType | None) -> None:
+        if deferred and callable(handler):
+            handler(number, frame)
+        deferred.append(frame)
 
-    owner = signal.signal(signal.SIGINT, hold_back)
+    handler = signal.signal(signal.SIGINT, defer)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, owner)
-    if waiting and callable(owner):
-        owner(signal.SIGINT, waiting[0])
+        signal.signal(signal.SIGINT, handler)
+    if deferred and callable(handler):
+        handler(signal.SIGINT, deferred[0])

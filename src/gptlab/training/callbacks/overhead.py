@@ -12,14 +12,14 @@ NULL_CONTEXT = nullcontext()
 
 
 class GarbageCollection(L.Callback):
-    """Collects garbage after every evaluation and every ``COLLECT_EVERY`` steps, and at no other time.
+    """Collects garbage only after every evaluation and every ``COLLECT_EVERY`` steps.
 
-    By default each rank collects at a different moment, after many allocations, and all other ranks wait for it.
-    Objects that exist after the first step live until the end of the run, and are frozen: they are not examined again.
+    With automatic collection, each rank collects at a different time, and all other ranks wait for it. Objects that
+    exist after the first step are frozen: most exist until the end of the run, so the collector ignores them.
     """
 
     def __init__(self) -> None:
-        self._holds = False
+        self._is_active = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -27,26 +27,26 @@ class GarbageCollection(L.Callback):
         """Disables automatic collection after the first step; from then on collects every ``COLLECT_EVERY`` steps."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if not self._holds:
-            if gc.isenabled():  # otherwise other code controls collection
+        if not self._is_active:
+            if gc.isenabled():  # otherwise other code controls garbage collection
                 gc.disable()
                 gc.collect()
                 gc.freeze()
-                self._holds = True
+                self._is_active = True
         elif trainer.global_step % COLLECT_EVERY == 0:
             gc.collect()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collects garbage of the evaluation and its callbacks."""
-        if self._holds:
+        if self._is_active:
             gc.collect()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Enables automatic collection again."""
-        if self._holds:
+        if self._is_active:
             gc.unfreeze()
             gc.enable()
-            self._holds = False
+            self._is_active = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Enables automatic collection again."""

@@ -1,4 +1,4 @@
-"""Stops a run on a signal: all ranks save a checkpoint of the same step, from which the run can be resumed."""
+"""Preemption: on a signal, all ranks save a checkpoint of the same step, from which the run can be resumed."""
 
 import logging
 import signal
@@ -14,18 +14,18 @@ from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 
 log = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # sent by schedulers before a job ends; submitit: USR2
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # sent by schedulers before a job ends; submitit: SIGUSR2
 
 
 class Preempted(Exception):  # noqa: N818  (not an error)
-    """Raised after a run has been stopped by a signal and, if it saves checkpoints, saved."""
+    """Raised in a run that received a signal, after a checkpoint is saved, if the run saves checkpoints."""
 
 
 class Preemption(L.Callback):
     """Stops all ranks at the same step when one of them receives a signal, also during an evaluation.
 
     Args:
-        step_sync: Shares the stop request between the ranks.
+        step_sync: Shares the preemption flag between the ranks.
         checkpoints: Saves the run; None if the run saves no checkpoints.
     """
 
@@ -34,9 +34,9 @@ class Preemption(L.Callback):
         self._agreement = DelayedAllReduce()  # used during an evaluation, when there are no step reports
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Replaces Lightning's own handling of SIGTERM, which no public setting turns off.
+        """Disables Lightning's handling of SIGTERM, for which there is no public option.
 
-        Its handler broadcasts regardless of what the other ranks are doing, and because of it every micro-batch of a
+        Its handler starts a broadcast regardless of what the other ranks are doing, and every micro-batch of a
         distributed run waits for a broadcast (Lightning issue 21487; read in lightning 2.6.6).
         """
         connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop  # noqa: SLF001
@@ -44,21 +44,21 @@ class Preemption(L.Callback):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the signal handlers. Before training starts there is nothing to save."""
+        """Installs the signal handlers. Before training starts, there is nothing to save."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops if the ranks have agreed to. After the last step the run continues, as only its evaluation is left."""
+        """Stops the run if the ranks have agreed to, except after the last step, when only an evaluation remains."""
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if is_step and self.step_sync.agreed_stop and trainer.global_step != trainer.max_steps:
             is_evaluated = self.checkpoints is not None and self.checkpoints.is_evaluated(trainer)
             self._stop(trainer, evaluation_due=is_evaluated)
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """Stops if the ranks have agreed to; the resumed run repeats the evaluation."""
+        """Stops the run if the ranks have agreed to; the resumed run repeats the evaluation."""
         sums = self._agreement.add(torch.full((1,), float(self.step_sync.stop_requested), device=pl_module.device))
         if sums is not None and sums[0] > 0 and trainer.global_step != trainer.max_steps:
             self._stop(trainer, evaluation_due=True)

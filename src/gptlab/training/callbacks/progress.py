@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 log = logging.getLogger(__name__)
 
 REFRESHES = 2  # of the bar per second; drawing it takes time from the steps
-LINES = 20  # progress lines that a run writes to its log and, without a terminal, to the console
+LINES = 20  # progress lines in the log of a run and, without a terminal, on the console
 
 
 class ProgressDisplay:

@@ -1,4 +1,4 @@
-"""Saves checkpoints; after a resume, runs an evaluation that was still due."""
+"""Saves checkpoints; in a resumed run, runs an evaluation that preemption prevented."""
 
 import logging
 import math
@@ -20,20 +20,20 @@ class RunCheckpoint(Checkpoint):
 
     Args:
         files: Writes the checkpoints.
-        folder: Folder of the checkpoints.
+        folder: Directory of the checkpoints.
         every: Steps between checkpoints, in addition to those after evaluations; None for no additional ones.
         eval_every: Steps between evaluations.
     """
 
     def __init__(self, files: AtomicCheckpointIO, folder: Path, *, every: int | None, eval_every: int) -> None:
         self.files, self.folder, self.every, self.eval_every = files, folder, every, eval_every
-        self.evaluation_due = False  # the checkpoint was saved before the evaluation of its step
+        self.evaluation_due = False  # whether the checkpoint was saved before the evaluation of its step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Runs the evaluation that was still due when the checkpoint was saved.
+        """Runs the evaluation that was due when the checkpoint was saved, if any.
 
-        ``Trainer.validate`` cannot be called while ``Trainer.fit`` runs, so the loop is run as Lightning itself does
-        within an epoch (``_TrainingEpochLoop.on_advance_end``, read in lightning 2.6.6).
+        ``Trainer.validate`` cannot be called while ``Trainer.fit`` runs, so the validation loop is run as Lightning
+        itself does within an epoch (``_TrainingEpochLoop.on_advance_end``, read in lightning 2.6.6).
         """
         if self.evaluation_due:
             trainer.validating = True
@@ -43,7 +43,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Raises errors of the writing thread; saves if a checkpoint is due and no evaluation follows this step."""
+        """Raises errors of the background thread; saves if a checkpoint is due and no evaluation follows this step."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.files.check()
@@ -72,7 +72,7 @@ class RunCheckpoint(Checkpoint):
         self.files.wait()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Waits for a pending checkpoint; logs its error, if any, as the run already ends with another one."""
+        """Waits for a pending checkpoint; logs its error, if any, because the run already ends with another one."""
         try:
             self.files.wait()
         except Exception as error:

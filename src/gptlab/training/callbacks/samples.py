@@ -21,14 +21,14 @@ class Samples(L.Callback):
     """Writes <folder>/step_<step>.txt after every evaluation.
 
     Args:
-        config: Sampling settings.
+        config: Prompt, number of samples and sampling parameters.
         tokenizer: Encodes the prompt and decodes the samples.
-        folder: Output folder; created when needed.
-        seed: Combined with the step into the seed of the samples. Training's random state is not changed.
+        folder: Output directory; created when needed.
+        seed: Combined with the step to the seed of the samples. The random state of training is not changed.
 
     Attributes:
         latest: The texts of the latest evaluation.
-        listeners: Called with the step, on the first rank, after its texts are written.
+        listeners: Called with the step, on the first rank, after the texts are written.
     """
 
     def __init__(self, config: SamplesConfig, tokenizer: Tokenizer, folder: Path, seed: int) -> None:

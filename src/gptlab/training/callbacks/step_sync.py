@@ -1,4 +1,4 @@
-"""Per-step all-reduce of the stop flag, the loss and the bad-step flag."""
+"""Per-step all-reduce of the preemption flag, the loss and the bad-step flag."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,11 +25,11 @@ class StepReport(NamedTuple):
 
 
 class StepSync(L.Callback):
-    """Sums the stop flag, loss and bad-step flag of all ranks; the sums arrive one step later (``DelayedAllReduce``).
+    """Sums preemption flag, loss and bad-step flag over all ranks; results are one step late (``DelayedAllReduce``).
 
     Attributes:
-        stop_requested: Whether this rank was asked to stop; set by signal handlers.
-        agreed_stop: Whether any rank was asked to stop. It becomes true on all ranks at the same step.
+        stop_requested: Preemption flag of this rank; set by signal handlers.
+        agreed_stop: Whether the flag of any rank is set. It becomes true on all ranks at the same step.
         listeners: Called with every report, on every rank, in the order of the steps.
     """
 

@@ -1,4 +1,4 @@
-"""Watchdog: reports the stacks of a process that makes no progress and ends it."""
+"""Watchdog: writes the stack traces of a process that makes no progress, and ends it."""
 
 import contextlib
 import faulthandler
@@ -13,29 +13,29 @@ from typing import Any, Self
 import lightning as L
 
 CHECKS = 10  # per timeout
-HUNG_STATUS = 124  # the exit status of timeout(1)
+HUNG_STATUS = 124  # exit code of a hung process, as for timeout(1)
 STDERR = 2  # the file descriptor, which a redirected ``sys.stderr`` does not affect
 
 
 class Watchdog(L.Callback):
-    """Ends this process if ``note``, which Lightning's hooks call, has not been called for ``timeout`` seconds.
+    """Ends this process after ``timeout`` seconds without progress, i.e. without calls of Lightning's hooks.
 
-    Writes the stacks of all threads to ``<folder>/rank_<r>.txt`` and to stderr, then ends the process immediately: a
-    process that hangs in a collective or in a driver runs no handler and no ``finally``. All ranks wait for one that
-    hangs, so each writes its own stacks after the timeout. The first rank ends first, and its launcher ends the others.
+    Writes the stack traces of all threads to ``<folder>/rank_<r>.txt`` and to stderr, then ends the process
+    immediately, because a process that hangs in a collective or a driver runs no signal handler and no ``finally``. All
+    ranks wait for a rank that hangs, so each writes its own stack traces after the timeout. The first rank ends first,
+    and its launcher ends the others.
 
-    Used as a context manager, it also covers code without Lightning hooks: the set-up of a process group and the
-    teardown. A thread that never releases the GIL also blocks the watching thread. Therefore faulthandler, which does
-    not need the GIL, is set to end the process somewhat later (with its own exit status 1), and is postponed at every
-    check.
+    As a context manager, it also covers code without Lightning hooks: the set-up of the process group and the teardown.
+    A thread that never releases the GIL also blocks the watchdog's thread. Therefore faulthandler, which does not need
+    the GIL, is scheduled to end the process somewhat later (with exit code 1), and is rescheduled at every check.
 
     Args:
         trainer: The trainer to watch.
         timeout: Seconds without progress.
-        folder: Folder of the stacks; created when needed.
+        folder: Directory of the stack traces; created when needed.
 
     Attributes:
-        listeners: Called with a sentence, each in a daemon thread that is not joined, before the process ends.
+        listeners: Called with the message before the process ends, each in a daemon thread that is not joined.
     """
 
     def __init__(self, trainer: L.Trainer, timeout: float, folder: Path) -> None:
@@ -46,17 +46,17 @@ class Watchdog(L.Callback):
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
 
-    def note(self, *_: Any, **__: Any) -> None:
-        """Records progress."""
-        self._noted = time.monotonic()
+    def record_progress(self, *_: Any, **__: Any) -> None:
+        """Restarts the timeout."""
+        self._last_progress = time.monotonic()
 
-    setup = on_fit_start = on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = note
-    on_validation_start = on_validation_batch_start = on_validation_batch_end = on_validation_end = note
-    on_save_checkpoint = on_load_checkpoint = on_exception = teardown = note
+    setup = on_fit_start = on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = record_progress
+    on_validation_start = on_validation_batch_start = on_validation_batch_end = on_validation_end = record_progress
+    on_save_checkpoint = on_load_checkpoint = on_exception = teardown = record_progress
 
     def __enter__(self) -> Self:
-        self.note()
-        self._put_off()
+        self.record_progress()
+        self._reschedule_faulthandler()
         self._thread.start()
         return self
 
@@ -65,20 +65,20 @@ class Watchdog(L.Callback):
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def _put_off(self) -> None:
+    def _reschedule_faulthandler(self) -> None:
         faulthandler.dump_traceback_later(1.5 * self.timeout, exit=True, file=STDERR)
 
     def _watch(self) -> None:
         while True:
-            self._put_off()
-            left = self._noted + self.timeout - time.monotonic()
+            self._reschedule_faulthandler()
+            left = self._last_progress + self.timeout - time.monotonic()
             if left <= 0:
-                self._give_up()
+                self._end_process()
             if self._ended.wait(min(left, self.timeout / CHECKS)):
                 return
 
-    def _give_up(self) -> None:
-        """Writes the stacks of all threads, gives the other ranks time to do the same, and ends the process."""
+    def _end_process(self) -> None:
+        """Writes the stack traces of all threads, gives other ranks time to do the same, and ends the process."""
         rank = self.trainer.global_rank
         faulthandler.dump_traceback(STDERR)  # first, as it needs no disk, which may be the cause of the hang
         where = "above"
@@ -87,12 +87,12 @@ class Watchdog(L.Callback):
             with (self.folder / f"rank_{rank}.txt").open("w") as file:
                 faulthandler.dump_traceback(file)
             where = f"in {self.folder / f'rank_{rank}.txt'}"
-        sentence = (
-            f"gptlab: rank {rank} made no progress for {self.timeout:g} seconds (trainer.hang_timeout), and ends. "
-            f"Where its threads stand is {where}\n"
+        message = (
+            f"gptlab: rank {rank} made no progress for {self.timeout:g} seconds (trainer.hang_timeout) and is "
+            f"terminated. The stack traces of its threads are {where}\n"
         )
-        os.write(STDERR, sentence.encode())  # no logging: the thread that hangs may hold its lock
+        os.write(STDERR, message.encode())  # no logging: the thread that hangs may hold its lock
         for listener in self.listeners:
-            threading.Thread(target=listener, args=(sentence.strip(),), daemon=True).start()
+            threading.Thread(target=listener, args=(message.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))
         os._exit(HUNG_STATUS)

@@ -1,8 +1,8 @@
 """Reads checkpoints. Only tensors and plain data are unpickled.
 
-A checkpoint has ``global_step``, ``callbacks``, ``state_dict`` under GPT-2's own parameter names, and
-``optimizer_states``, with the moments of each parameter by its name. state.pt holds all of it; for a sharded
-checkpoint, the files of torch.distributed.checkpoint hold the tensors of the last two, and state.pt the rest.
+A checkpoint has ``global_step``, ``callbacks``, ``state_dict`` with GPT-2's parameter names, and ``optimizer_states``,
+with the optimizer state of each parameter by its name. state.pt holds all of it. In a sharded checkpoint, the files of
+torch.distributed.checkpoint hold the tensors of the last two, and state.pt the rest.
 """
 
 import pickle
@@ -31,7 +31,7 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
     """Reads a checkpoint onto the CPU.
 
     Args:
-        checkpoint_dir: Folder of the checkpoint.
+        checkpoint_dir: Directory of the checkpoint.
         wanted: Selects the tensors of a sharded checkpoint by the names of ``flatten_tensors``; those of state.pt are
             memory-mapped and read when used.
 
@@ -43,12 +43,15 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
         try:
             _unflatten_tensors(read_tensors(checkpoint_dir, wanted), checkpoint)
         except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"The shards of {checkpoint_dir} do not belong to its {STATE}: {error!r}.") from error
+            raise UserError(f"The shards of {checkpoint_dir} do not match its {STATE}: {error!r}.") from error
     return checkpoint
 
 
 def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
-    """Reads the parameters of a checkpoint, or their averages if saved; a tied matrix has its average under ``wte``."""
+    """Reads the parameters of a checkpoint, or their averages if saved.
+
+    Only ``wte.weight``, not ``lm_head.weight``, has an average if the two are tied.
+    """
     checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
     states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
     averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
@@ -59,7 +62,7 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
     """Reads state.pt; raises UserError if it holds anything but tensors and plain data, which is not executed."""
     checkpoint = read_plain(checkpoint_dir / STATE)
     if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
-        raise UserError(f"{checkpoint_dir / STATE} is not a checkpoint of gptlab: it has no global_step.")
+        raise UserError(f"{checkpoint_dir / STATE} is not a gptlab checkpoint: it has no global_step.")
     states = checkpoint.get("callbacks", {})
     checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): state for name, state in states.items()}
     return checkpoint
@@ -71,8 +74,8 @@ def read_plain(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
         raise UserError(
-            f"{path} is refused: it holds more than tensors and plain data, which could run any code. "
-            "Nothing of it was run."
+            f"{path} was not loaded: it contains objects other than tensors and plain data, and unpickling these could "
+            "run arbitrary code."
         ) from error
     except Exception as error:  # torch raises errors of many types for other files
         raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
@@ -84,7 +87,7 @@ def is_sharded(checkpoint_dir: Path) -> bool:
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Flattens tensors to model.<parameter> and optimizer.<number>.<parameter>.<moment>; a moment's name has no dot."""
+    """Flattens tensors to model.<parameter> and optimizer.<number>.<parameter>.<key>; a key has no dot."""
     flat = {f"model.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
     for number, optimizer in enumerate(checkpoint["optimizer_states"]):
         for name, moments in optimizer["state"].items():

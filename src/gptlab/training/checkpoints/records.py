@@ -1,7 +1,7 @@
-"""Checkpoint folders: naming, verification, atomic commit and pruning. Imports no torch.
+"""Checkpoint directories: naming, verification, atomic commit and pruning. Imports no torch.
 
 ``checkpoints/step_000200/`` holds the files saved after step 200 and, in record.json, the size and SHA-256 of each.
-It is written under another name, synced, read back, and only then renamed; the record is the last file written.
+The directory is written under another name, synced, read back, and only then renamed. The record is written last.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 RECORD, STATE = "record.json", "state.pt"
 PREFIX = "step_"
-# prefixes of folders that are not checkpoints: being written, being removed, or being replaced by another
+# prefixes of directories that are not checkpoints: being written, being removed, or being replaced
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
 
 
 class CheckpointMetadata(FrozenConfig):
-    """Step of a checkpoint, its val loss if it was evaluated, and whether its evaluation is still due."""
+    """Step of a checkpoint, its val loss if it was evaluated, and whether its evaluation has yet to run."""
 
     step: int
     val_loss: float | None
@@ -35,7 +35,7 @@ class CheckpointMetadata(FrozenConfig):
 
 
 class SavedFile(FrozenConfig):
-    """Size in bytes and SHA-256 of a file of a checkpoint."""
+    """Size in bytes and SHA-256 of a checkpoint file."""
 
     bytes: int
     sha256: str
@@ -101,16 +101,16 @@ def best_intact(folder: Path) -> Path | None:
 
 
 def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, written: dict[str, str]) -> None:
-    """Turns a folder of files into a checkpoint: syncs and rereads the files, records their hashes, renames the folder.
+    """Turns a directory into a checkpoint: syncs and rereads its files, records their hashes, and renames it.
 
     Args:
-        unfinished: The folder, with the same parent as ``checkpoint_dir``.
-        checkpoint_dir: The checkpoint; an existing one is replaced.
+        unfinished: The directory, with the same parent as ``checkpoint_dir``.
+        checkpoint_dir: Path of the checkpoint; an existing one is replaced.
         facts: Metadata of the checkpoint.
         written: SHA-256 of the data that was written, for the files for which it is known.
 
     Raises:
-        OSError: A file that is read back differs from what was written.
+        OSError: A file that is read back differs from the data that was written.
     """
     names = sorted(path.name for path in unfinished.iterdir())
     for name in names:
@@ -118,7 +118,7 @@ def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, wr
     files = _hashes(unfinished, names)
     for name, sha256 in written.items():
         if files[name].sha256 != sha256:
-            raise OSError(f"{unfinished / name} is not on the disk as it was written")
+            raise OSError(f"{unfinished / name} on the disk differs from the data that was written")
     write_durably(
         unfinished / RECORD, CheckpointRecord(format=FORMAT, facts=facts, files=files).model_dump_json(indent=2) + "\n"
     )
@@ -133,32 +133,32 @@ def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, wr
 
 def prune_checkpoints(folder: Path, newest_step: int, keep_last: int, keep_best: bool) -> None:
     """Removes checkpoints up to ``newest_step``, except the last ``keep_last`` and, if ``keep_best``, the best one."""
-    places = [
+    found = [
         checkpoint_dir for checkpoint_dir in list_checkpoints(folder) if checkpoint_step(checkpoint_dir) <= newest_step
     ]
-    kept = set(places[-keep_last:])
-    if keep_best and places:
-        kept.add(min(places, key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir))))
-    for checkpoint_dir in places:
+    kept = set(found[-keep_last:])
+    if keep_best and found:
+        kept.add(min(found, key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir))))
+    for checkpoint_dir in found:
         if checkpoint_dir not in kept:
             remove_checkpoint(checkpoint_dir)
 
 
 def remove_checkpoint(checkpoint_dir: Path) -> None:
-    """Removes a checkpoint; it is renamed first, so that it never exists in part."""
-    doomed = checkpoint_dir.with_name(REMOVED + checkpoint_dir.name)
-    shutil.rmtree(doomed, ignore_errors=True)
-    checkpoint_dir.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Removes a checkpoint; it is renamed first, so that an incomplete checkpoint never has its name."""
+    removed = checkpoint_dir.with_name(REMOVED + checkpoint_dir.name)
+    shutil.rmtree(removed, ignore_errors=True)
+    checkpoint_dir.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def unfinished_path(checkpoint_dir: Path) -> Path:
-    """Returns the path of the folder in which a checkpoint is written."""
+    """Returns the path of the directory in which a checkpoint is written."""
     return checkpoint_dir.with_name(UNFINISHED + checkpoint_dir.name)
 
 
 def clean_up(folder: Path) -> None:
-    """Removes folders that an interrupted run left; restores a replaced checkpoint, and warns of unfinished ones."""
+    """Removes directories left by an interrupted run; restores a replaced checkpoint and warns of unfinished ones."""
     for path in folder.glob(f"{REPLACED}*"):
         checkpoint_dir = path.with_name(path.name.removeprefix(REPLACED))
         path.rename(checkpoint_dir if not checkpoint_dir.exists() else path.with_name(REMOVED + checkpoint_dir.name))
@@ -166,14 +166,14 @@ def clean_up(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
-        log.warning("The run ended while it wrote %s, which is ignored.", path.name.removeprefix(UNFINISHED))
+        log.warning("Removed the unfinished checkpoint %s of an interrupted run.", path.name.removeprefix(UNFINISHED))
 
 
-def _first_intact(places: Iterable[Path]) -> Path | None:
-    for checkpoint_dir in places:
-        if (what := find_corruption(checkpoint_dir)) is None:
+def _first_intact(checkpoint_dirs: Iterable[Path]) -> Path | None:
+    for checkpoint_dir in checkpoint_dirs:
+        if (defect := find_corruption(checkpoint_dir)) is None:
             return checkpoint_dir
-        log.warning("%s is damaged and is not used: %s.", checkpoint_dir, what)
+        log.warning("%s is damaged and is not used: %s.", checkpoint_dir, defect)
     return None
 
 
@@ -187,7 +187,7 @@ def _val_loss(checkpoint_dir: Path) -> float:
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, SavedFile]:
-    """Hashes files as read from the disk, four at a time."""
+    """Hashes files as they are on the disk, four at a time."""
     names = list(names)
     with ThreadPoolExecutor(4) as pool:
         return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))

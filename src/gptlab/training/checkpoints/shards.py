@@ -1,9 +1,9 @@
 """Reads the shards of torch.distributed.checkpoint (DCP) without executing anything that they contain.
 
-DCP describes its shards in a pickle, ``.metadata``, and stores everything that is not a tensor as a pickle, too. A
-checkpoint may come from an untrusted source, so neither is unpickled: the description is read into placeholders, which
-refer to no class or function of any library, and a new ``Metadata`` is built from those that describe tensors.
-Anything else raises an error.
+DCP describes its shards in a pickle, ``.metadata``, and also pickles everything that is not a tensor. A checkpoint may
+come from an untrusted source, so neither is unpickled. The description is read into placeholders, which do not refer to
+classes or functions of any library, and a new ``Metadata`` is built from those that describe tensors. Anything else
+raises an error.
 """
 
 import io
@@ -94,7 +94,7 @@ def read_metadata(path: Path) -> Metadata:
     """Reads DCP's description of tensors.
 
     Raises:
-        UserError: The file is damaged, or describes anything but tensors stored completely in the files beside it.
+        UserError: The file is damaged, or describes anything but tensors stored completely in files next to it.
     """
     try:
         metadata = _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
@@ -128,7 +128,7 @@ class _Placeholder:
 
     def __setstate__(self, state: Any) -> None:
         if not self.has_state or self.state is not None:
-            raise pickle.UnpicklingError(f"it gives {type(self).__name__} a state")
+            raise pickle.UnpicklingError(f"unexpected state of {type(self).__name__}")
         self.state = state
 
 
@@ -172,7 +172,7 @@ class _PlaceholderUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) not in _PLACEHOLDERS:
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which does not describe a tensor")
         return _PLACEHOLDERS[module, name]
 
 
@@ -185,12 +185,12 @@ def _metadata(found: Any) -> Metadata:
     stored = {_index(index): _storage(info) for index, info in state["storage_data"].items()}
     for index in stored:
         if index.fqn not in described:
-            raise ValueError(f"it stores {index.fqn}, which it does not describe")
+            raise ValueError(f"{index.fqn} is stored but not described")
     return Metadata(described, storage_data=stored, storage_meta=StorageMeta(), version=state.get("version"))
 
 
 def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
-    """Checks that every tensor is stored completely: its chunks fill it, and lie within files of the given sizes.
+    """Checks that every tensor is stored completely: its chunks fill it and are within files of the given sizes.
 
     Raises:
         ValueError: A chunk is missing or out of bounds, or the chunks do not fill their tensor.
@@ -204,10 +204,10 @@ def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
             if info is None or info.length < numel * tensor.properties.dtype.itemsize:
                 raise ValueError(f"a chunk of {name} is not stored")
             if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
-                raise ValueError(f"a chunk of {name} lies outside of {info.relative_path}")
+                raise ValueError(f"a chunk of {name} is outside of {info.relative_path}")
             ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
             if any(end > size for end, size in zip(ends, tensor.size, strict=True)):
-                raise ValueError(f"a chunk of {name} lies outside of it")
+                raise ValueError(f"a chunk of {name} is outside of the tensor")
             filled += numel
         if filled != math.prod(tensor.size):
             raise ValueError(f"the chunks of {name} do not fill it")
@@ -241,7 +241,7 @@ def _storage(found: Any) -> _StorageInfo:
     state = _state(found, "_StorageInfo", "filesystem")
     name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
     if PurePath(name).name != name or name == ".." or state.get("transform_descriptors"):
-        raise ValueError(f"it has shards elsewhere than beside it, or transformed: {name}")
+        raise ValueError(f"the shard {name} is in another directory or transformed")
     return _StorageInfo(name, _plain(offset, int), _plain(length, int))
 
 
@@ -250,7 +250,7 @@ def _size(found: Any) -> torch.Size:
         raise ValueError(f"expected a size, got {found!r:.40}")
     sizes = [_plain(size, int) for size in _plain(found.args[0], tuple)]
     if min(sizes, default=0) < 0 or math.prod(sizes) > 2**62:
-        raise ValueError(f"it has the size {sizes}")
+        raise ValueError(f"invalid size {sizes}")
     return torch.Size(sizes)
 
 

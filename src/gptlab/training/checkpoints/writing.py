@@ -1,4 +1,4 @@
-"""Writes checkpoints: one file or the shards of all ranks, synchronously or in a thread during training."""
+"""Writes checkpoints: one file or the shards of all ranks, synchronously or in a background thread."""
 
 import errno
 import hashlib
@@ -28,16 +28,16 @@ WriteFunction = Callable[[Path, Checkpoint], Hashes | None]
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Writes checkpoints so that a crash at any moment leaves the older ones intact; replaces Lightning's CheckpointIO.
+    """CheckpointIO that writes checkpoints so that a crash at any moment leaves the older ones intact.
 
     Args:
-        keep_last: Number of newest checkpoints to keep.
-        keep_best: Whether to keep the checkpoint with the lowest val loss as well.
-        asynchronous: Whether to write in a thread during training; ``check`` and ``wait`` raise its errors.
+        keep_last: Number of most recent checkpoints to keep.
+        keep_best: Whether to also keep the checkpoint with the lowest val loss.
+        asynchronous: Whether to write in a background thread; ``check`` and ``wait`` raise its errors.
 
     Attributes:
         listeners: Called with every committed checkpoint and its metadata, on the first rank, before older ones are
-            removed; in the writing thread if ``asynchronous``.
+            removed; in the background thread if ``asynchronous``.
     """
 
     def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
@@ -53,7 +53,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def save_shards(self, checkpoint: Checkpoint, path: Path, facts: CheckpointMetadata) -> None:
         """Writes the shards of all ranks into ``path``; every rank must call this."""
-        if self._group is None:  # a separate group: the thread's collectives must not mix with those of training
+        if self._group is None:  # a separate group, so that the thread's collectives do not mix with those of training
             self._group = dist.new_group(backend="gloo")
         group = self._group
 
@@ -75,12 +75,12 @@ class AtomicCheckpointIO(CheckpointIO):
         """Does nothing: old checkpoints are removed after the next one is committed."""
 
     def check(self) -> None:
-        """Raises the error of the writing thread, if that has ended with one."""
+        """Raises the error of the background thread, if it has ended with one; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits for the writing thread and raises its error, if any."""
+        """Waits for the background thread and raises its error, if any."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -94,7 +94,7 @@ class AtomicCheckpointIO(CheckpointIO):
         self._pending = self._thread.submit(self._finish, write, copy, checkpoint_dir, facts)
 
     def _finish(self, write: WriteFunction, state: Any, checkpoint_dir: Path, facts: CheckpointMetadata) -> None:
-        """Writes and commits the checkpoint, then prunes old ones. A full disk is logged; training continues."""
+        """Writes and commits the checkpoint, then prunes old ones. If the disk is full, logs an error and returns."""
         unfinished = unfinished_path(checkpoint_dir)
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,8 @@ class AtomicCheckpointIO(CheckpointIO):
                 raise
             shutil.rmtree(unfinished, ignore_errors=True)
             log.error(
-                "The disk of %s is full: step %d is not saved, and training goes on. The older checkpoints stay; "
-                "make room before the next one is due.",
+                "The disk of %s is full, so the checkpoint of step %d was not saved. Training continues, and older "
+                "checkpoints are kept. Free some space before the next checkpoint.",
                 *(checkpoint_dir.parent, facts.step),
             )
 

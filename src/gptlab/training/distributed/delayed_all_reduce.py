@@ -1,4 +1,4 @@
-"""All-reduce of a small vector at every step that delays its result by one call instead of blocking."""
+"""All-reduce of a small vector per step, which returns its result one call later instead of blocking."""
 
 from collections.abc import Callable
 
@@ -10,9 +10,10 @@ from torch import Tensor
 class DelayedAllReduce:
     """Sums a small vector over all ranks; each sum is returned one call later.
 
-    A call starts the sum of its own values and returns that of the previous call, which has had a full step to finish,
-    so no rank waits for the slowest and no host for its device. Every rank must make the same calls in the same order;
-    all ranks then get the same sums at the same call. A single process has the same delay, and no collective.
+    A call starts the sum of its own values and returns that of the previous call, which has had a full step to finish.
+    Thus no rank waits for the slowest one, and the host does not wait for its device. Every rank must make the same
+    calls in the same order; all ranks then get the same sums at the same call. In a single process, the delay is the
+    same, but there is no collective.
     """
 
     def __init__(self) -> None:
@@ -33,9 +34,9 @@ class DelayedAllReduce:
 
 
 def _on_cpu(values: Tensor) -> Callable[[], list[float]]:
-    """Starts a sum in float64, which Gloo's own threads compute."""
+    """Starts a sum in float64, computed by Gloo's threads."""
     sums = values.detach().to(torch.float64, copy=True)
-    work = dist.all_reduce(sums, async_op=True) if _are_several() else None
+    work = dist.all_reduce(sums, async_op=True) if _is_distributed() else None
 
     def wait() -> list[float]:
         if work is not None:
@@ -48,7 +49,7 @@ def _on_cpu(values: Tensor) -> Callable[[], list[float]]:
 def _on_cuda(values: Tensor) -> Callable[[], list[float]]:
     """Starts a sum in float32 and its copy to the host, both in stream order; only reading the result waits."""
     sums = values.detach().to(torch.float32, copy=True)
-    if _are_several():
+    if _is_distributed():
         dist.all_reduce(sums)  # the device waits, the host does not
     on_host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
     on_host.copy_(sums, non_blocking=True)
@@ -62,5 +63,5 @@ def _on_cuda(values: Tensor) -> Callable[[], list[float]]:
     return wait
 
 
-def _are_several() -> bool:
+def _is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

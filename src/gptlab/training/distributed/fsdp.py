@@ -1,4 +1,4 @@
-"""FSDP2 strategy: parameters, gradients and optimizer moments sharded over devices."""
+"""FSDP2 strategy: parameters, gradients and optimizer state are sharded over devices."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,12 +40,12 @@ from gptlab.training.optim.optimizers import check_groups
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's FSDP2 strategy, with tensor parallelism within groups of devices that share one batch.
 
-    Replaces Lightning's checkpoints: ours name the model's parameters without the LightningModule's prefix, in one file
-    or in shards.
+    Checkpoints differ from Lightning's: parameters have the model's names, without the LightningModule's prefix, and
+    are stored in one file or in shards.
 
     Args:
-        config: Sharding and offloading settings, and the tensor-parallel size.
-        plan: Provides the number of data-parallel ranks.
+        config: Options for sharding and offloading, and the tensor-parallel size.
+        plan: Batch plan, which has the number of data-parallel ranks.
         hardware: Accelerator and precision of the run.
         sharded_checkpoints: Whether each rank writes its own shards of a checkpoint.
     """
@@ -61,7 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.config, self.hardware, self.sharded_checkpoints = config, hardware, sharded_checkpoints
 
     @property
-    def network(self) -> GPT:
+    def gpt(self) -> GPT:
         """The model being trained."""
         assert self.lightning_module is not None  # noqa: S101
         return cast(GPT, self.lightning_module.model)
@@ -76,7 +76,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             self.lightning_module.to(self.root_device)  # all tensors, before the parameters are offloaded
         if self.config.tensor_parallel > 1:
             parallelize_blocks(model, self.device_mesh["tensor_parallel"])
-        on_gpu = self.root_device.type == "cuda"  # without a GPU, nothing is pinned, and offloading moves nothing
+        on_gpu = self.root_device.type == "cuda"  # without a GPU, memory is not pinned and offloading has no effect
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         wrap = partial(
             fully_shard,
@@ -98,17 +98,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         """Accumulates unsharded gradients on each rank; the last micro-batch of a step reduces them once."""
-        network = cast(FSDPModule, self.network)
-        network.set_requires_gradient_sync(False)
+        model = cast(FSDPModule, self.gpt)
+        model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            network.set_requires_gradient_sync(True)
+            model.set_requires_gradient_sync(True)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Keeps the blocks' parameters gathered between forward passes; reshards them on exit."""
-        blocks = cast(list[FSDPModule], list(self.network.h))
+        blocks = cast(list[FSDPModule], list(self.gpt.h))
         for block in blocks:
             block.set_reshard_after_forward(False, recurse=False)
         try:
@@ -120,17 +120,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def reshard(self) -> None:
         """Frees the gathered parameters of the model."""
-        for part in (*self.network.h, self.network):
+        for part in (*self.gpt.h, self.gpt):
             cast(FSDPModule, part).reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the parameters: this rank's shards or, for a one-file checkpoint, full tensors on the first rank."""
-        return get_model_state_dict(self.network, options=self._options())
+        return get_model_state_dict(self.gpt, options=self._options())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the optimizer's state, sharded or full as in ``lightning_module_state_dict``."""
         plain = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return cast(dict[str, Any], get_optimizer_state_dict(self.network, plain, options=self._options()))
+        return cast(dict[str, Any], get_optimizer_state_dict(self.gpt, plain, options=self._options()))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Writes the shards of all ranks, or one file on the first rank."""
@@ -141,16 +141,16 @@ class FSDP2Strategy(ModelParallelStrategy):
             files.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a checkpoint of any strategy into the model and the optimizers; returns the other entries."""
+        """Loads a checkpoint of any strategy into the model and the optimizers; returns its other entries."""
         checkpoint_dir = Path(checkpoint_path)
         checkpoint = read_state(checkpoint_dir)
         if is_sharded(checkpoint_dir):
             options = StateDictOptions()
             groups = [state["param_groups"] for state in checkpoint.pop("optimizer_states")]
             for optimizer, saved in zip(self.optimizers, groups, strict=True):
-                check_groups(saved, optimizer.param_groups)  # before its moments are loaded
-            moments = [get_optimizer_state_dict(self.network, o, options=options) for o in self.optimizers]
-            model = get_model_state_dict(self.network, options=options)
+                check_groups(saved, optimizer.param_groups)  # before the optimizer state is loaded
+            moments = [get_optimizer_state_dict(self.gpt, o, options=options) for o in self.optimizers]
+            model = get_model_state_dict(self.gpt, options=options)
             state: dict[str, Any] = {"state_dict": model, "optimizer_states": moments}
             load_shards(checkpoint_dir, flatten_tensors(state))
             for found, saved in zip(moments, groups, strict=True):
@@ -158,9 +158,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         else:
             options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
             state = {key: checkpoint.pop(key) for key in ("state_dict", "optimizer_states")}
-        set_model_state_dict(self.network, state["state_dict"], options=options)
+        set_model_state_dict(self.gpt, state["state_dict"], options=options)
         for optimizer, found in zip(self.optimizers, state["optimizer_states"], strict=True):
-            set_optimizer_state_dict(self.network, optimizer, found, options=options)
+            set_optimizer_state_dict(self.gpt, optimizer, found, options=options)
         return checkpoint
 
     def _options(self) -> StateDictOptions:

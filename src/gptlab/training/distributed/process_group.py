@@ -1,4 +1,4 @@
-"""The launcher environment of a run's processes, and the process group that they join before anything is written."""
+"""Cluster environment and process group of a run."""
 
 import atexit
 import os
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """Returns the environment that launched this process, regardless of variables that a scheduler has left in it."""
+    """Returns the environment of this process's launcher, ignoring variables of a scheduler that did not start it."""
     if launched_by_torchrun():
         return TorchElasticEnvironment()
     if launched_by_srun():
@@ -40,7 +40,7 @@ class SrunEnvironment(SLURMEnvironment):
     """SLURM environment for any job step; Lightning's own accepts only --ntasks-per-node and steps of the full job."""
 
     def __init__(self) -> None:
-        # Lightning's own requeue would write checkpoints outside ours, and load them by itself
+        # Lightning's own requeue would save and load checkpoints in addition to those of the run
         super().__init__(auto_requeue=False)
 
     @property
@@ -61,18 +61,18 @@ class SrunEnvironment(SLURMEnvironment):
         return int(os.environ["SLURM_STEP_NUM_TASKS"])
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Accepts any numbers: they are those of the job step (``gptlab.training.distributed.processes``)."""
+        """Accepts any values: they are read from the job step (``gptlab.training.distributed.processes``)."""
 
     @staticmethod
     def _validate_srun_variables() -> None:
-        """Accepts ``srun --ntasks`` as well, for which Lightning's constructor raises (read in lightning 2.6.6)."""
+        """Also accepts ``srun --ntasks``, for which Lightning's constructor raises (read in lightning 2.6.6)."""
 
 
 def join_group(hardware: Hardware) -> None:
-    """Joins the process group of the run, which Lightning then uses as it is.
+    """Joins the process group of the run, which Lightning then uses. Does nothing in a run with a single process.
 
-    On one machine the ranks rendezvous through a file, so that no network port is opened; under torchrun and srun, at
-    the address that the launcher provides.
+    On one machine the ranks rendezvous through a file, so no network port is opened. Under torchrun and srun they
+    rendezvous at the address that the launcher provides.
     """
     if dist.is_initialized() or not (is_worker() or hardware.world_size > 1):
         return
@@ -111,7 +111,7 @@ def run_on_first_rank(make: Callable[[], T]) -> T:
     dist.broadcast_object_list(made, src=0)
     if isinstance(made[0], UserError):
         raise made[0]
-    return made[0]  # type: ignore[return-value]  # what make returned, None included
+    return made[0]  # type: ignore[return-value]  # the result of make, which may be None
 
 
 def _leave_group() -> None:

@@ -1,15 +1,15 @@
-"""Rank and launcher of this process, read from the environment before Lightning does. Imports no torch."""
+"""Rank and launcher of this process, read from environment variables. Imports no torch."""
 
 import os
 
 from gptlab.errors import UserError
 
 MAX_PROCESSES_PER_CORE = 4  # with more, processes on a CPU only wait for each other
-RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # variable with the file through which the workers of one machine rendezvous
+RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # environment variable: file through which the workers of one machine rendezvous
 
 
 def is_worker() -> bool:
-    """Returns whether ``gptlab.launch.supervisor`` started this process as one of the workers of one machine."""
+    """Returns whether ``gptlab.launch.supervisor`` started this process as one of several workers on one machine."""
     return RENDEZVOUS in os.environ
 
 
@@ -24,16 +24,22 @@ def launched_by_torchrun() -> bool:
 
 
 def launched_by_srun() -> bool:
-    """Returns whether srun started this process as one of several; an allocation alone starts none."""
+    """Returns whether srun started this process as one of several tasks; being in an allocation is not enough."""
     return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def external_devices() -> tuple[int, int]:
-    """Returns processes per node and nodes, as set by torchrun or SLURM; raises UserError if nodes differ."""
+    """Returns the processes per node and the number of nodes, as set by torchrun or SLURM.
+
+    Raises:
+        UserError: The nodes have different numbers of processes.
+    """
     if launched_by_srun():
         processes, nodes = int(os.environ["SLURM_STEP_NUM_TASKS"]), int(os.environ.get("SLURM_STEP_NUM_NODES", 1))
         if processes % nodes:
-            raise UserError(f"srun has started {processes} tasks on {nodes} nodes: every node needs the same number.")
+            raise UserError(
+                f"srun started {processes} tasks on {nodes} nodes. Every node needs the same number of tasks."
+            )
         return processes // nodes, nodes
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     return devices, int(os.environ["WORLD_SIZE"]) // devices

@@ -1,4 +1,4 @@
-"""Builds the distributed strategy, compiles the model, and hides sharding from the rest of the code."""
+"""Builds the distributed strategy, compiles the model, and provides helpers that work with any strategy."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,12 +34,12 @@ def build_strategy(
             return "auto"
 
 
-def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *, shapes: int) -> None:
-    """Compiles the loss as a whole, or each block separately: identical blocks share the compiled code.
+def compile_in_place(model: GPT, target: Literal["whole", "blocks"], mode: str, *, shapes: int) -> None:
+    """Compiles the loss functions, or each block separately; identical blocks share the compiled code.
 
     Args:
         model: The model to compile; its parameters keep their names.
-        what: "whole" or "blocks".
+        target: "whole" for the loss functions, "blocks" for each block separately.
         mode: The ``mode`` of torch.compile.
         shapes: Number of input shapes in training. If there are several, each is compiled separately. By default, torch
             would compile for dynamic shapes from the second on, which is slower, and stop compiling after the eighth.
@@ -47,7 +47,7 @@ def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *,
     options: dict[str, Any] = {"mode": mode}
     if shapes > 1:
         options |= {"dynamic": False, "recompile_limit": RECOMPILES * shapes}
-    if what == "blocks":
+    if target == "blocks":
         for block in model.h:
             block.compile(**options)
     else:
@@ -56,7 +56,7 @@ def compile_in_place(model: GPT, what: Literal["whole", "blocks"], mode: str, *,
 
 
 def gathered_weights(strategy: Strategy) -> AbstractContextManager[None]:
-    """Keeps a sharded model's weights gathered between forward passes, for generation; no-op for other models."""
+    """Keeps a sharded model's weights gathered between forward passes, for generation; a no-op for other models."""
     return strategy.gathered() if isinstance(strategy, FSDP2Strategy) else nullcontext()
 
 
@@ -76,7 +76,7 @@ def refresh_gathered_weights(strategy: Strategy) -> None:
 
 
 def data_rank(trainer: L.Trainer) -> int:
-    """Returns which share of the data this rank reads: ranks that share one model read the same data."""
+    """Returns this process's data-parallel rank; the ranks of a tensor-parallel group have the same one."""
     return (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
 
 

@@ -22,8 +22,8 @@ from gptlab.model.modern import WeightedSum
 def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
     """Splits the blocks of a model over ``mesh``, in place.
 
-    Every parameter becomes a DTensor with its former name and, when gathered, its former layout, so checkpoints are
-    identical to those of one device. nh must be divisible by tp.
+    Every parameter becomes a DTensor with the same name and, when gathered, the same layout as before, so checkpoints
+    are identical to those of one device. nh must be divisible by tp.
     """
     heads = model.config.n_head
     for block in model.h:
@@ -48,7 +48,7 @@ def parallelize_blocks(model: GPT, mesh: DeviceMesh) -> None:
 class ReplicatedLayer(ParallelStyle):
     """Replicated layer: every device of the group computes it redundantly, with DTensor parameters.
 
-    Thus all parameters are on one mesh, which norms over all gradients and fused optimizers require.
+    Thus all parameters are on one mesh, as global gradient norms and fused optimizers require.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -66,8 +66,8 @@ class ReplicatedLayer(ParallelStyle):
 def _own_heads(qkv: DTensor, n_head: int) -> Tensor:
     """Returns the queries, keys and values (B, T, 3C / tp) of this device's heads from those of all heads (B, T, 3C).
 
-    The rows of ``c_attn`` are split in the order of GPT-2's matrix, which is not by heads; so they are gathered first
-    and then split by heads.
+    The rows of ``c_attn`` are split in the order of GPT-2's matrix, which is not by heads. Therefore they are first
+    gathered and then split by heads.
     """
     by_heads = qkv.unflatten(2, (3, n_head, -1))  # (B, T, 3, nh, hs)
     return by_heads.redistribute(placements=[Shard(3)]).to_local().flatten(2)

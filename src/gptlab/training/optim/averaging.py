@@ -1,9 +1,9 @@
-"""Exponential moving average (EMA) of the weights, less noisy than the last weights (Polyak and Juditsky 1992).
+"""Exponential moving average (EMA) of the weights, which is less noisy than the weights (Polyak and Juditsky 1992).
 
-The average is an additional moment of each parameter in the optimizer's state, so it is sharded, moved, saved, loaded,
-named and traced as the other moments are, and a checkpoint holds the trained weights as well. Lightning's
-WeightAveraging, over ``torch.optim.swa_utils.AveragedModel``, does not fit: it copies the module, which FSDP2 does not
-allow, replaces the weights in a checkpoint by the average, and updates the average after skipped steps, too.
+The average is an additional tensor in the optimizer state of each parameter, so it is sharded, moved, saved, loaded,
+named and traced like the rest of that state, and a checkpoint holds the trained weights as well. Lightning's
+WeightAveraging, based on ``torch.optim.swa_utils.AveragedModel``, cannot be used: it copies the module, which FSDP2
+does not allow, replaces the weights in a checkpoint with the average, and also updates the average after skipped steps.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gptlab.training.optim.muon import local_tensor
 
-AVERAGE, DECAY = "average", "ema_decay"  # key of the moment, and key of a parameter group
+AVERAGE, DECAY = "average", "ema_decay"  # key in a parameter's state, and key in a parameter group
 
 
 def enable_averaging(optimizer: Optimizer, decay: float) -> None:
@@ -27,8 +27,8 @@ def enable_averaging(optimizer: Optimizer, decay: float) -> None:
 def decay_at(step: int, decay: float) -> float:
     """Returns the decay of the average at a step, counted from 0: at most ``decay``.
 
-    It is smaller at first, so that the initial weights are soon forgotten; the rule is that of TensorFlow's
-    ``ExponentialMovingAverage`` (argument ``num_updates``).
+    It is smaller at first, so that the influence of the initial weights decreases quickly. The formula is that of
+    TensorFlow's ``ExponentialMovingAverage`` (argument ``num_updates``).
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -67,7 +67,7 @@ def _update_averages(optimizer: Optimizer, *_: object) -> None:
     """Moves the averages toward the weights after a step; they are initialized to the weights after the first step.
 
     A skipped step leaves them unchanged: either its parameters have no gradient, or ``found_inf`` is 1 on the device,
-    which the host does not wait for (see ``gptlab.training.optim.optimizers.skip_step_if``).
+    for which the host does not wait (see ``gptlab.training.optim.optimizers.skip_step_if``).
     """
     bad: Tensor | None = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:
@@ -81,8 +81,8 @@ def _update_averages(optimizer: Optimizer, *_: object) -> None:
                 weights.append(local_tensor(parameter.detach()))
         if not averages:
             continue
-        # One kernel for all tensors. torch.optim.swa_utils.get_ema_multi_avg_fn calls the same function, but accepts
-        # no decay that is a tensor on the device (read in torch 2.13).
+        # One kernel for all tensors. torch.optim.swa_utils.get_ema_multi_avg_fn calls the same function, but does not
+        # accept a decay that is a tensor on the device (read in torch 2.13).
         if bad is None:
             torch._foreach_lerp_(averages, weights, 1 - group[DECAY])
         else:

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Muon, Optimizer
 Group = dict[str, Any]
 Matrices = list[tuple[Tensor, Tensor, Tensor]]  # (parameter, gradient, momentum)
 
-MOMENTUM = "momentum_buffer"  # key of the moment in the state, as in torch.optim.Muon
+MOMENTUM = "momentum_buffer"  # key in a parameter's state, as in torch.optim.Muon
 
 # Largest number of elements in a stack. On a CPU, a larger stack exceeds the cache and is slower; elsewhere the limit
 # bounds memory.
@@ -24,13 +24,13 @@ CPU_STACK, STACK = 2**20, 2**26
 
 
 class StackedMuon(Muon):
-    """torch.optim.Muon (Jordan et al. 2024) that orthogonalizes matrices of the same shape in one batched product.
+    """torch.optim.Muon (Jordan et al. 2024) that orthogonalizes matrices of the same shape with batched matmuls.
 
-    Orthogonalizing small matrices one by one would leave a device waiting for kernel launches. For a sharded matrix,
+    If small matrices were orthogonalized one by one, a device would wait for kernel launches. For a sharded matrix,
     every device gathers the full update, orthogonalizes it redundantly, and keeps its own shard.
 
     Attributes:
-        found_inf: A tensor () that is 1 if the step must change nothing, as for torch's fused optimizers; or None.
+        found_inf: None, or a tensor () that is 1 if the step must change nothing, as for PyTorch's fused optimizers.
 
     Args:
         groups: As for torch.optim.Muon.
@@ -50,7 +50,7 @@ class StackedMuon(Muon):
         """Performs one step with the gradients present; ``closure`` is not called."""
         for group in self.param_groups:
             for stack in stack_by_shape(self._matrices(group)):
-                self._step_of(group, stack)
+                self._step_stack(group, stack)
 
     def _matrices(self, group: Group) -> Matrices:
         """Collects the parameters of a group that have a gradient, with gradient and momentum (initialized to 0)."""
@@ -63,8 +63,8 @@ class StackedMuon(Muon):
                 matrices.append((parameter, gradient, state[MOMENTUM]))
         return matrices
 
-    def _step_of(self, group: Group, stack: Matrices) -> None:
-        """Performs a step of matrices of one shape."""
+    def _step_stack(self, group: Group, stack: Matrices) -> None:
+        """Performs one step for matrices of one shape."""
         dtype = getattr(torch, group["ns_dtype"])
         updates = torch.stack([gather_parts(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
         updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
@@ -80,15 +80,15 @@ class StackedMuon(Muon):
 
     def _apply(self, group: Group, parameter: Tensor, update: Tensor) -> None:
         """Applies weight decay to this device's shard of a matrix and subtracts its shard of the update."""
-        part, rate, shape = local_tensor(parameter), group["lr"], parameter.shape
+        part, lr, shape = local_tensor(parameter), group["lr"], parameter.shape
         decaying: Tensor | float = 1.0
         if group["cautious"]:
-            decaying = (update * part).ge_(0)  # 1 where their signs do not differ, else 0
-        new = part * (1 - rate * group["weight_decay"] * decaying)
-        self._set(part, new.sub_(update, alpha=rate * rate_factor(group["adjust_lr_fn"], shape)))
+            decaying = (update * part).ge_(0)  # 1 if their signs do not differ, else 0
+        new = part * (1 - lr * group["weight_decay"] * decaying)
+        self._set(part, new.sub_(update, alpha=lr * rate_factor(group["adjust_lr_fn"], shape)))
 
     def _set(self, target: Tensor, value: Tensor) -> None:
-        """Overwrites a tensor unless ``found_inf`` is 1; decided on the device, without synchronizing the host."""
+        """Overwrites a tensor unless ``found_inf`` is 1, which is read on the device, without synchronization."""
         if self.found_inf is None:
             target.copy_(value)
         else:
@@ -99,8 +99,8 @@ def rate_factor(adjust_lr: str | None, shape: torch.Size) -> float:
     """Returns the factor of the learning rate of a matrix of shape (m, n), as in torch.optim.Muon.
 
     Args:
-        adjust_lr: "match_rms_adamw" is ``0.2 sqrt(max(m, n))``, with which updates have the root mean square of AdamW's
-            (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); "original", the default of
+        adjust_lr: "match_rms_adamw" is ``0.2 sqrt(max(m, n))``, which gives updates the root mean square of AdamW's
+            updates (Liu et al. 2025, Muon is Scalable for LLM Training, section 2.2); "original", the default of
             torch.optim.Muon, is ``sqrt(max(1, m / n))`` (Jordan et al. 2024).
         shape: Shape of the matrix.
     """
@@ -145,7 +145,7 @@ class MuonWithAdamW(Optimizer):
 
 
 def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
-    """Groups matrices by shape, in stacks of at most ``STACK`` (``CPU_STACK``) elements and at least one matrix."""
+    """Groups matrices by shape into stacks of at most ``STACK`` (``CPU_STACK``) elements and at least one matrix."""
     by_shape: dict[torch.Size, Matrices] = defaultdict(list)
     for matrix in matrices:
         by_shape[matrix[0].shape].append(matrix)
@@ -158,9 +158,10 @@ def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Moves the singular values of matrices (K, m, n) close to 1 and keeps their singular vectors; same shape.
 
-    A Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The matrices are divided by
-    their norm first, so that no singular value is above 1; with torch's ``coefficients`` those that are not tiny end
-    between 0.6 and 1.3 after five steps (Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks).
+    This is a Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The matrices are first
+    divided by their norm, so that no singular value is greater than 1. With torch's ``coefficients``, all but tiny
+    singular values are between 0.6 and 1.3 after five steps (Jordan et al. 2024, Muon: An optimizer for hidden layers
+    in neural networks).
     """
     a, b, c = coefficients
     is_tall = x.size(1) > x.size(2)
@@ -178,7 +179,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
-    """Gathers the full tensor from the shards of all devices; they are sharded as ``parameter`` is."""
+    """Gathers the full tensor from the shards of all devices, which are sharded like ``parameter``."""
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
@@ -186,8 +187,8 @@ def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=strides).full_tensor()
 
 
-def local_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """Returns this device's shard of a tensor that is sharded as ``parameter`` is; nothing is communicated."""
+def local_part(full: Tensor, parameter: Tensor) -> Tensor:
+    """Returns this device's shard of a full tensor, sharded like ``parameter``, without communication."""
     if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        return full
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()

@@ -13,13 +13,13 @@ from gptlab.training.optim.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.optim.schedules import learning_rate, momentum
 
 GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # parameter groups of a Muon run
-State = dict[str, Any]  # an optimizer's state_dict: the moments of each parameter, and the groups
+State = dict[str, Any]  # an optimizer's state_dict: the state of each parameter, and the parameter groups
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> Optimizer:
     """Builds the optimizer over ``parameter_groups``.
 
-    Loading a state restores the moments only; the hyperparameters remain those of ``config``.
+    Loading a state dict restores only the state of each parameter; the hyperparameters remain those of ``config``.
     """
     groups = parameter_groups(model, config)
     adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
@@ -38,7 +38,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
         optimizer = AdamW(groups, **adamw)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    optimizer.register_load_state_dict_pre_hook(_keep_own_hyperparameters)
     return optimizer
 
 
@@ -53,11 +53,11 @@ def set_step_hyperparameters(
 
 
 def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
-    """Makes the next step change nothing, neither weights nor moments nor step counts, if ``bad`` () is 1.
+    """Skips the next step if ``bad`` () is 1: weights, optimizer state and step counts do not change.
 
-    Fused kernels read it on the device, as they do for torch.amp.GradScaler, and so does Muon; for other optimizers the
-    host waits for it. The attribute ``found_inf``, with which torch.amp.GradScaler informs fused optimizers, is not
-    documented (read in torch 2.13).
+    Fused kernels, as with torch.amp.GradScaler, and Muon read ``bad`` on the device; for other optimizers the host
+    waits for it. The attribute ``found_inf``, which torch.amp.GradScaler sets for fused optimizers, is not documented
+    (read in torch 2.13).
     """
     if all(group.get("fused", True) for group in optimizer.param_groups):  # Muon's groups have no such key
         optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -66,7 +66,10 @@ def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Splits the parameters into groups with their own settings. A tied parameter appears once; no group is empty."""
+    """Splits the parameters into groups with different hyperparameters. A tied parameter appears once.
+
+    Empty groups are omitted.
+    """
     groups = muon_groups(model, config) if isinstance(config, MuonConfig) else decay_groups(model, config.weight_decay)
     return [group for group in groups if group["params"]]
 
@@ -79,7 +82,7 @@ def group_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits the parameters as GPT-2 does: matrices and embeddings decay, biases and LayerNorms do not."""
+    """Splits the parameters as GPT-2: weight decay for matrices and embeddings, none for biases and LayerNorms."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
@@ -90,10 +93,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
     """Splits the parameters into the matrices of the blocks, for Muon, and embeddings, head and vectors, for AdamW.
 
-    An embedding tied to the head belongs to the head's group. Vectors do not decay.
+    An embedding tied to the head belongs to the head's group. Vectors have no weight decay.
     """
     decay = config.adamw_weight_decay
-    rates = (config.lr, config.embedding_lr, config.head_lr, config.vector_lr)
+    lrs = (config.lr, config.embedding_lr, config.head_lr, config.vector_lr)
     decays = (config.weight_decay, decay, decay, 0.0)
     heads = {
         parameter for name, parameter in model.named_parameters(remove_duplicate=False) if name.startswith("lm_head.")
@@ -102,8 +105,8 @@ def muon_groups(model: nn.Module, config: MuonConfig) -> list[dict[str, Any]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts[_kind(name, parameter, is_head=parameter in heads)].append(parameter)
-    settings = zip(GROUP_NAMES, rates, decays, strict=True)
-    return [{"params": parts[kind], "lr": rate, "weight_decay": decay} for kind, rate, decay in settings]
+    hyperparameters = zip(GROUP_NAMES, lrs, decays, strict=True)
+    return [{"params": parts[kind], "lr": lr, "weight_decay": decay} for kind, lr, decay in hyperparameters]
 
 
 def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
@@ -135,15 +138,15 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None
     """Checks that the parameter groups of a checkpoint match those of an optimizer.
 
     Raises:
-        UserError: The groups have other sizes, or only one of the two has averages of the weights.
+        UserError: The groups have different sizes, or only one of the two has averages of the weights.
     """
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in own]:
-        what = "The checkpoint has the moments of another optimizer, or of another network."
+        reason = "The optimizer state of the checkpoint is that of another optimizer or another model."
     elif [DECAY in group for group in saved] != [DECAY in group for group in own]:
-        what = "A run keeps an average of its weights (train.ema_decay) from its beginning to its end, or not at all."
+        reason = "Averaging of the weights (train.ema_decay) can be neither enabled nor disabled in a resumed run."
     else:
         return
-    raise UserError(f"{what} A new run can start from its weights: init_from=<run directory>")
+    raise UserError(f"{reason} To start a new run from its weights, use init_from=<run directory>.")
 
 
 def _relabel(state: State, labels: dict[Any, Any]) -> State:
@@ -157,8 +160,8 @@ def _relabel(state: State, labels: dict[Any, Any]) -> State:
     }
 
 
-def _with_own_settings(optimizer: Optimizer, state: State) -> State:
-    """Replaces the hyperparameters in a state by the optimizer's own; raises UserError if the groups do not match."""
+def _keep_own_hyperparameters(optimizer: Optimizer, state: State) -> State:
+    """Replaces the hyperparameters in a state with the optimizer's own; raises UserError if the groups do not match."""
     saved, own = state["param_groups"], optimizer.param_groups
     check_groups(saved, own)
-    return state | {"param_groups": [mine | {"params": its["params"]} for its, mine in zip(saved, own, strict=True)]}
+    return state | {"param_groups": [new | {"params": old["params"]} for old, new in zip(saved, own, strict=True)]}

@@ -1,4 +1,4 @@
-"""The learning rate and Muon's momentum as pure functions of the step."""
+"""Learning rate and Muon's momentum as pure functions of the step."""
 
 import math
 
@@ -45,7 +45,7 @@ def momentum(step: int, config: MuonConfig) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Returns the elapsed fraction of [start, end]: 0 before it, 1 from ``end`` on, even if it is empty."""
+    """Returns the elapsed fraction of [start, end]: 0 before ``start``, 1 from ``end`` on, even if they are equal."""
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / max(end - start, 1))
