@@ -69,7 +69,7 @@ def test_two_processes_and_a_resume_at_a_border_change_nothing(user, grown):
 
 def test_other_devices_must_fit_all_batches(user, grown):
     done = user.python("gptlab.train", f"resume={grown}", "train.max_steps=9", "train.micro_batch_size=4")
-    assert "a batch of train.batch_schedule=4 is not divisible by 3 " in done.stderr
+    assert "train.batch_schedule: batch size=4 is not divisible by 3 " in done.stderr
     assert done.returncode == 2
 
 

@@ -26,9 +26,9 @@ def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
     assert done.returncode == DIVERGED
     assert done.stderr == (
         "gptlab: The gradient was not finite for 2 steps in a row (train.max_bad_steps), up to step 5. "
-        f"The batch of the first of them: {replay} step=4\n"
+        f"To print the batch of the first of them: {replay} step=4\n"
     )
-    assert f"so the step was skipped: 1 in a row, of at most 2. Its batch: {replay} step=4\n" in done.stdout
+    assert f"Bad steps in a row: 1 of at most 2. To print its batch: {replay} step=4\n" in done.stdout
     assert metrics(directory, "bad_steps") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2}
     losses, norms = metrics(directory, "train/loss"), metrics(directory, "grad_norm")
     for step in range(1, 6):
@@ -126,9 +126,9 @@ def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
     resumed = user.python("gptlab.train", f"resume={halted}", "train.max_steps=12", timeout=300)
     assert_success(resumed)
     for step in (8, 11):  # so soon after the resume that its own steps would not be enough to judge by
-        (told,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
-        (again,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss is")]
-        assert told.partition(" Its batch")[0] == again.partition(" Its batch")[0]
+        (expected,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss ")]
+        (warning,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss ")]
+        assert warning.partition(" To print")[0] == expected.partition(" To print")[0]
     states = [
         newest_state(directory)["callbacks"]["TrainingHealthMonitor"] for directory in (halted, user.only_run("whole"))
     ]

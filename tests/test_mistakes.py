@@ -18,27 +18,27 @@ MISTAKES = {
     "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be a valid integer"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be greater than 0"),
     "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
-    "heads and width": (["model.n_head=3"], "n_head=3 does not divide n_embd=128; the nearest that do: 2 and 4"),
+    "heads and width": (["model.n_head=3"], "n_head=3 does not divide n_embd=128. Nearest divisors: 2 and 4"),
     "batch and micro-batch": (
         ["train.global_batch_size=10", "train.micro_batch_size=4"],
-        "train.global_batch_size=10 is not divisible by 4 (1 device x train.micro_batch_size=4). The nearest: 8 and 12",
+        "train.global_batch_size=10 is not divisible by 4 (1 device x train.micro_batch_size=4). Nearest valid",
     ),
     "batch and devices": (
         ["trainer=ddp", "trainer.devices=8"],
-        "train.global_batch_size=12 is not divisible by 8 (8 devices). The nearest: 8 and 16",
+        "train.global_batch_size=12 is not divisible by 8 (8 devices). Nearest valid values: 8 and 16",
     ),
     "an earlier batch and devices": (
         ["train.batch_schedule=[[5,3]]", "trainer=ddp", "trainer.devices=2"],
-        "a batch of train.batch_schedule=3 is not divisible by 2 (2 devices x 1 accumulated). The nearest: 2 and 4.",
+        "train.batch_schedule: batch size=3 is not divisible by 2 (2 devices x accumulation=1). Nearest",
     ),
     "batches that do not grow": (
         ["train.batch_schedule=[[5,8],[9,4]]"],
-        "train: batch_schedule=[[5, 8], [9, 4]] should name growing batches, each with the last step that has it",
+        "train: batch_schedule=[[5, 8], [9, 4]] must be a list of [last step, batch size], both increasing",
     ),
-    "devices without a strategy": (["trainer.devices=2"], "need a strategy for several devices: trainer=ddp"),
+    "devices without a strategy": (["trainer.devices=2"], "need a distributed strategy, but strategy=single"),
     "devices and groups": (
         ["trainer=fsdp_tp", "trainer.devices=3"],
-        "trainer.tensor_parallel=2 has to divide the devices of a machine, and there are 3 (trainer.devices).",
+        "trainer.tensor_parallel=2 does not divide the number of devices per node, trainer.devices=3.",
     ),
     "an average that cannot move": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
@@ -53,7 +53,7 @@ MISTAKES = {
         "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",
     ),
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
-    "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "the length of the run is named once"),
+    "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "exactly one of max_steps and max_tokens must be set"),
     "missing value": (["data=text"], "data.source is missing: name it on the command line"),
     "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt does not exist"),
     "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
@@ -80,7 +80,7 @@ def test_a_mistake_gets_a_sentence(without_torch, arguments, sentence):
 
 def test_more_gpus_than_there_are(user):
     done = user.train("trainer=gpu", "trainer.devices=1", "trainer.accelerator=gpu")
-    assert_config_error(done, "PyTorch sees no GPU on this machine; trainer=cpu trains without one")
+    assert_config_error(done, "PyTorch finds no GPU on this machine. Use trainer=cpu")
     assert not (user.folder / "outputs").exists()
 
 

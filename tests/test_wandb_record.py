@@ -126,7 +126,7 @@ def test_what_goes_wrong_is_an_alert(user):
     (record,) = records(user.only_run())
     first, last = of_kind(record, "alert")  # one of the three bad steps
     assert (first["title"], first["level"], first["wait_duration"]) == ("Step skipped", "ERROR", "300000")
-    assert first["text"].startswith("step 4: the gradient is not finite")
+    assert first["text"].startswith("step 4: skipped, because its gradient is not finite")
     assert last["title"] == "Run diverged"
     assert done.stderr == f"gptlab: {last['text']}\n"
     assert exit_code(record) == DIVERGED

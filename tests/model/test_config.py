@@ -75,7 +75,7 @@ def test_flops_are_what_torch_counts():
 
 
 def test_heads_must_divide_the_width():
-    with pytest.raises(ValidationError, match=r"n_head=5 does not divide n_embd=32; the nearest that do: 4 and 8"):
+    with pytest.raises(ValidationError, match=r"n_head=5 does not divide n_embd=32\. Nearest divisors: 4 and 8"):
         tiny_config(n_head=5)
 
 

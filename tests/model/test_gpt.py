@@ -175,7 +175,7 @@ def test_a_cropped_block_gives_the_same_logits_and_refuses_more():
     assert model.wpe.weight.shape == (8, 32)
     with pytest.raises(ValueError, match=r"9 tokens .*block_size=8"):
         model(torch.arange(9)[None])
-    with pytest.raises(ValueError, match="cannot crop a block of 8 to 16"):
+    with pytest.raises(ValueError, match="cannot crop block_size=8 to 16"):
         model.crop_block_size(16)
 
 

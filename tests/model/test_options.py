@@ -213,9 +213,9 @@ def test_attention_is_torch_s_whatever_the_length(length):
 
 
 def test_mistakes_are_told():
-    with pytest.raises(ValidationError, match=r"value_embeddings=2 .* n_layer=2; at most 1 fit"):
+    with pytest.raises(ValidationError, match=r"value_embeddings=2 .* n_layer=2\. The maximum is value_embeddings=1"):
         tiny_config(value_embeddings=2)
-    with pytest.raises(ValidationError, match=r"positions=rotary_half .* heads of 6, which is no multiple of 4"):
+    with pytest.raises(ValidationError, match=r"positions=rotary_half .* multiple of 4, but .* is 6"):
         tiny_config(n_embd=12, n_head=2, positions="rotary_half")
 
 

@@ -60,7 +60,7 @@ def test_language_model_methods_match_the_commands(user, directory):
         (lambda model: model.logits([3, 257]), "must be in the range from 0 to 256"),
         (lambda model: model.loss("x"), "requires at least two tokens"),
         (lambda model: model.generate("x", temprature=1), "Unknown config key `temprature`. Did you mean temperature"),
-        (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl is nothing in this network\. Did you mean h\.0\.mlp"),
+        (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl matches no activation .* Did you mean h\.0\.mlp"),
     ],
     ids=range(6),
 )

@@ -1,4 +1,4 @@
-"""A process that makes no progress writes its stacks and ends; one that does is left alone."""
+"""Watchdog: a process without progress writes its stack traces and ends; one with progress does not."""
 
 import subprocess
 import sys
@@ -17,45 +17,46 @@ from gptlab.training.callbacks.watchdog import Watchdog
 trainer = SimpleNamespace(callbacks=[], global_rank=3)
 with Watchdog(trainer, 2.0, Path(sys.argv[1])) as watchdog:
     assert trainer.callbacks == [watchdog]
-    watchdog.listeners += [lambda sentence: time.sleep(60), lambda sentence: print("heard:", sentence, flush=True)]
-    print("begun", flush=True)
-    {what}
+    watchdog.listeners += [lambda message: time.sleep(60), lambda message: print("received:", message, flush=True)]
+    print("started", flush=True)
+    {code}
 """
 HANGS = {
-    "asleep": ("def waits(): time.sleep(60)\n    waits()", HUNG_STATUS, "in waits"),
-    "with Python's lock held": ("ctypes.PyDLL(None).sleep(60)", 1, ""),  # no Python thread runs then
+    "sleeping": ("def waits(): time.sleep(60)\n    waits()", HUNG_STATUS, "in waits"),
+    "holding the GIL": ("ctypes.PyDLL(None).sleep(60)", 1, ""),  # no Python thread runs
 }
 
 
-def watched(folder: Path, what: str) -> tuple[subprocess.CompletedProcess[str], float]:
-    command = (sys.executable, "-c", PROGRAM.format(what=what), str(folder))
+def run_watched(folder: Path, code: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    command = (sys.executable, "-c", PROGRAM.format(code=code), str(folder))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()  # Lightning is imported
-    begun = time.monotonic()
+    started = time.monotonic()
     output, errors = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors), time.monotonic() - begun
+    return subprocess.CompletedProcess(command, process.returncode, output, errors), time.monotonic() - started
 
 
-@pytest.mark.parametrize(("what", "status", "frame"), HANGS.values(), ids=HANGS)
-def test_a_process_that_hangs_says_where_and_ends(tmp_path: Path, what: str, status: int, frame: str) -> None:
-    done, seconds = watched(tmp_path / "stacks", what)
-    assert done.returncode == status, done.stderr
+@pytest.mark.parametrize(("code", "exit_code", "frame"), HANGS.values(), ids=HANGS)
+def test_a_hung_process_writes_its_stack_traces_and_ends(tmp_path: Path, code: str, exit_code: int, frame: str) -> None:
+    done, seconds = run_watched(tmp_path / "stacks", code)
+    assert done.returncode == exit_code, done.stderr
     assert 1.9 < seconds < 10
     assert "most recent call first" in done.stderr
-    if status == HUNG_STATUS:
+    if exit_code == HUNG_STATUS:
         stacks = tmp_path / "stacks" / "rank_3.txt"
         assert frame in stacks.read_text()
         assert frame in done.stderr
-        assert "rank 3 made no progress for 2 seconds (trainer.hang_timeout), and ends. " in done.stderr
+        assert "rank 3 made no progress for 2 seconds (trainer.hang_timeout)" in done.stderr
         assert str(stacks) in done.stderr
-        (heard,) = [line for line in done.stdout.splitlines() if line.startswith("heard: ")]
-        assert heard.removeprefix("heard: ") in done.stderr
+        (received,) = [line for line in done.stdout.splitlines() if line.startswith("received: ")]
+        assert received.removeprefix("received: ") in done.stderr
 
 
 @pytest.mark.slow
-def test_a_process_that_goes_on_is_left_alone(tmp_path: Path) -> None:
-    done, seconds = watched(tmp_path / "stacks", "[(time.sleep(0.5), watchdog.on_train_batch_end()) for _ in range(6)]")
+def test_a_process_that_makes_progress_is_not_ended(tmp_path: Path) -> None:
+    progress = "[(time.sleep(0.5), watchdog.on_train_batch_end()) for _ in range(6)]"
+    done, seconds = run_watched(tmp_path / "stacks", progress)
     assert (done.returncode, done.stderr) == (0, "")
     assert seconds > 2.9
     assert not (tmp_path / "stacks").exists()

@@ -1,4 +1,4 @@
-"""A checkpoint is there whole or not at all, and what is kept is what was asked for."""
+"""Checkpoint directories: atomic commit, verification and pruning."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ from gptlab.training.checkpoints.records import (
 
 
 def save(folder: Path, step: int, val_loss: float | None = None) -> Path:
-    """A checkpoint of two files."""
+    """Commits a checkpoint of two files."""
     checkpoint_dir = checkpoint_path(folder, step)
     unfinished = unfinished_path(checkpoint_dir)
     unfinished.mkdir(parents=True)
@@ -40,14 +40,14 @@ def steps(folder: Path) -> list[int]:
     return [checkpoint_step(checkpoint_dir) for checkpoint_dir in list_checkpoints(folder)]
 
 
-def test_the_newest_is_by_step_and_the_best_by_loss(tmp_path):
+def test_newest_is_by_step_and_best_is_by_val_loss(tmp_path):
     for step, loss in ((9, 2.0), (10, 1.0), (11, None), (1_000_000, 3.0), (999_999, 1.0)):
         save(tmp_path, step, loss)
     assert newest_intact(tmp_path) == checkpoint_path(tmp_path, 1_000_000)
-    assert best_intact(tmp_path) == checkpoint_path(tmp_path, 999_999)  # of equal ones the newer
+    assert best_intact(tmp_path) == checkpoint_path(tmp_path, 999_999)  # the newer of two with the same val loss
 
 
-def test_without_an_evaluation_the_newest_is_the_best(tmp_path):
+def test_without_val_losses_the_best_checkpoint_is_the_newest(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2)
     assert best_intact(tmp_path) == checkpoint_path(tmp_path, 2)
@@ -66,7 +66,7 @@ def flip(checkpoint_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("damage", "message"),
     [
         (cut, "__0_0.distcp has 1,699 bytes instead of 1,700"),
         (flip, "state.pt has the SHA-256"),
@@ -74,36 +74,36 @@ def flip(checkpoint_dir: Path) -> None:
         (lambda checkpoint_dir: (checkpoint_dir / RECORD).unlink(), f"{RECORD}: No such file"),
         (lambda checkpoint_dir: (checkpoint_dir / RECORD).write_text("{}"), f"{RECORD} is not a record"),
     ],
-    ids=["truncated", "one bit flipped", "a file missing", "no record", "no such record"],
+    ids=["truncated", "one bit flipped", "missing file", "missing record", "invalid record"],
 )
-def test_a_damaged_checkpoint_is_named_once_and_the_one_before_is_used(tmp_path, caplog, harm, told):
+def test_a_damaged_checkpoint_is_reported_once_and_the_previous_one_is_used(tmp_path, caplog, damage, message):
     older, newer = save(tmp_path, 3, 1.0), save(tmp_path, 6, 0.5)
-    harm(newer)
+    damage(newer)
     with caplog.at_level(logging.WARNING):
         assert newest_intact(tmp_path) == older
     (record,) = caplog.records
     assert str(newer) in record.message
-    assert told in record.message
+    assert message in record.message
     assert find_corruption(older) is None
     assert best_intact(tmp_path) == older
 
 
-def test_the_last_ones_and_the_best_are_kept_and_later_ones_left_alone(tmp_path):
+def test_pruning_keeps_the_last_and_best_checkpoints_and_later_steps(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5), (9, 0.1)):
         save(tmp_path, step, loss)
     prune_checkpoints(tmp_path, 5, keep_last=2, keep_best=True)
-    assert steps(tmp_path) == [2, 4, 5, 9]  # 9 is of a time that this run has not come to
+    assert steps(tmp_path) == [2, 4, 5, 9]  # step 9 is later than the newest step of this run
     prune_checkpoints(tmp_path, 5, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [5, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000005", "step_000009"]
 
 
-def test_what_is_not_on_the_disk_as_it_was_written_becomes_no_checkpoint(tmp_path):
+def test_a_file_that_differs_from_the_written_data_is_not_committed(tmp_path):
     unfinished = tmp_path / ".unfinished-step_000001"
     unfinished.mkdir()
     (unfinished / "state.pt").write_bytes(b"what the disk has")
     facts = CheckpointMetadata(step=1, val_loss=None, evaluation_due=False)
-    with pytest.raises(OSError, match=r"state.pt is not on the disk as it was written"):
+    with pytest.raises(OSError, match=r"state.pt on the disk differs from the data"):
         commit(
             unfinished,
             checkpoint_path(tmp_path, 1),
@@ -113,7 +113,7 @@ def test_what_is_not_on_the_disk_as_it_was_written_becomes_no_checkpoint(tmp_pat
     assert steps(tmp_path) == []
 
 
-def test_the_record_can_be_checked_with_common_tools(tmp_path):
+def test_the_record_has_the_size_and_sha256_of_every_file(tmp_path):
     checkpoint_dir = save(tmp_path, 7, 1.25)
     record = json.loads((checkpoint_dir / RECORD).read_text())
     assert record["facts"] == {"step": 7, "val_loss": 1.25, "evaluation_due": False}
@@ -123,7 +123,7 @@ def test_the_record_can_be_checked_with_common_tools(tmp_path):
     assert set(record["files"]) == {"state.pt", "__0_0.distcp"}
 
 
-def test_every_file_is_synced_before_the_name_is_given_and_the_name_after(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename_and_the_parent_directory_after(tmp_path, monkeypatch):
     events = []
     fsync, rename = os.fsync, Path.rename
 
@@ -144,7 +144,7 @@ def test_every_file_is_synced_before_the_name_is_given_and_the_name_after(tmp_pa
     assert events[cut + 1 :] == ["sync checkpoints"]
 
 
-def test_what_a_killed_run_was_writing_is_cleared_away_and_told(tmp_path, caplog):
+def test_clean_up_removes_unfinished_checkpoints_with_a_warning(tmp_path, caplog):
     save(tmp_path, 3)
     unfinished = unfinished_path(checkpoint_path(tmp_path, 6))
     unfinished.mkdir()
@@ -153,6 +153,5 @@ def test_what_a_killed_run_was_writing_is_cleared_away_and_told(tmp_path, caplog
     with caplog.at_level(logging.WARNING):
         clean_up(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000003"]
-    assert [record.message for record in caplog.records] == [
-        "The run ended while it wrote step_000006, which is ignored."
-    ]
+    (record,) = caplog.records
+    assert "unfinished checkpoint step_000006" in record.message

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: what describes the shards and what they hold is read without running any of it."""
+"""Sharded checkpoints: metadata and tensors are read without unpickling."""
 
 import contextlib
 import copy
@@ -35,7 +35,7 @@ TENSORS = {
 
 @pytest.fixture
 def checkpoint_dir(tmp_path) -> Path:
-    """A sharded checkpoint, as DCP writes it."""
+    """A sharded checkpoint written by DCP."""
     checkpoint_dir = tmp_path / "step_000001"
     save(copy.deepcopy(TENSORS), storage_writer=FileSystemWriter(checkpoint_dir), no_dist=True)
     state = {"global_step": 1, "callbacks": {}, "optimizer_states": [{"param_groups": []}]}
@@ -43,29 +43,29 @@ def checkpoint_dir(tmp_path) -> Path:
     return checkpoint_dir
 
 
-def honest(checkpoint_dir: Path) -> Metadata:
-    return pickle.loads((checkpoint_dir / ".metadata").read_bytes())  # noqa: S301  (the library's own way)
+def unpickled_metadata(checkpoint_dir: Path) -> Metadata:
+    return pickle.loads((checkpoint_dir / ".metadata").read_bytes())  # noqa: S301  (as DCP does)
 
 
-def test_metadata_is_what_the_library_reads(checkpoint_dir):
-    found, expected = read_metadata(checkpoint_dir / ".metadata"), honest(checkpoint_dir)
+def test_metadata_equals_that_read_by_dcp(checkpoint_dir):
+    found, expected = read_metadata(checkpoint_dir / ".metadata"), unpickled_metadata(checkpoint_dir)
     assert found.state_dict_metadata == expected.state_dict_metadata
     assert found.storage_data == expected.storage_data
     assert [index.index for index in found.storage_data] == [index.index for index in expected.storage_data]
     assert found.version == expected.version
 
 
-def test_a_chunk_is_described_by_a_file_a_place_and_a_length(checkpoint_dir):
+def test_a_chunk_is_described_by_file_offset_and_length(checkpoint_dir):
     names = [field.name for field in dataclasses.fields(_StorageInfo)]
     assert names == ["relative_path", "offset", "length", "transform_descriptors"]
     size = sum(tensor.nbytes for tensor in TENSORS.values())
-    for info in honest(checkpoint_dir).storage_data.values():
+    for info in unpickled_metadata(checkpoint_dir).storage_data.values():
         assert info.transform_descriptors is None
         assert 0 <= info.offset < info.offset + info.length <= (checkpoint_dir / info.relative_path).stat().st_size
         assert info.length > size / 4
 
 
-def test_tensors_are_read_as_they_were_written(checkpoint_dir):
+def test_read_tensors_equal_the_written_ones(checkpoint_dir):
     found = read_tensors(checkpoint_dir, lambda name: True)
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], TENSORS[name]) for name in TENSORS)
@@ -77,35 +77,35 @@ def test_tensors_are_read_as_they_were_written(checkpoint_dir):
 
 
 def hide_payload(checkpoint_dir: Path, canary: Canary) -> Metadata:
-    """Append a pickle to the shards, and let a description store the tensor there."""
+    """Appends a pickle to the shards; returns metadata in which a tensor is stored there."""
     content = io.BytesIO()
     torch.save(canary, content)
     shard = checkpoint_dir / "__0_0.distcp"
     offset = shard.stat().st_size
     shard.write_bytes(shard.read_bytes() + content.getvalue())
-    description = honest(checkpoint_dir)
+    description = unpickled_metadata(checkpoint_dir)
     description.storage_data[MetadataIndex(NAME)] = _StorageInfo(shard.name, offset, len(content.getvalue()))
     return description
 
 
 def write_entry_of_bytes(checkpoint_dir: Path, canary: Canary) -> None:
-    """A description in which a tensor is stored as bytes: DCP's planner unpickles these."""
+    """Writes metadata in which a tensor is stored as bytes, which DCP's planner unpickles."""
     description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[NAME] = BytesStorageMetadata()
     (checkpoint_dir / ".metadata").write_bytes(pickle.dumps(description))
 
 
 class Layout:
-    """A name that the first reader takes for a layout, and the second, by what the first left behind, for another."""
+    """Object whose unpickled value depends on the cache of ``_get_layout``, which the first reading changes."""
 
     def __reduce__(self):
         return torch.serialization._get_layout, ("torch.strided",)
 
 
 def write_entry_that_changes(checkpoint_dir: Path, canary: Canary) -> None:
-    """A pickle whose first reading shows a tensor, and whose second shows bytes.
+    """Writes metadata whose first unpickling gives a tensor, and whose second gives bytes.
 
-    The first sets the cache of ``torch.serialization._get_layout``, by a BUILD of that function.
+    The first sets the cache of ``torch.serialization._get_layout``, by a BUILD opcode on that function.
     """
     description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[Layout()] = BytesStorageMetadata()
@@ -120,7 +120,7 @@ def layouts(monkeypatch):
 
 
 @pytest.mark.parametrize("write", [write_entry_of_bytes, write_entry_that_changes])
-def test_a_pickle_in_place_of_a_tensor_is_not_run(checkpoint_dir, tmp_path, layouts, write):
+def test_a_pickle_stored_as_a_tensor_is_not_executed(checkpoint_dir, tmp_path, layouts, write):
     canary = Canary(tmp_path / "canary")
     write(checkpoint_dir, canary)
     for attempt in (
@@ -132,7 +132,7 @@ def test_a_pickle_in_place_of_a_tensor_is_not_run(checkpoint_dir, tmp_path, layo
             attempt()
         assert not canary.was_run()
         assert NAME not in torch.serialization._get_layout.cache.values()
-    # what the library does with it
+    # DCP executes it
     reader = FileSystemReader(checkpoint_dir)
     shown = reader.read_metadata().state_dict_metadata[NAME]
     assert isinstance(shown, TensorStorageMetadata) == (write is write_entry_that_changes)
@@ -141,7 +141,7 @@ def test_a_pickle_in_place_of_a_tensor_is_not_run(checkpoint_dir, tmp_path, layo
 
 
 def test_bytes_among_the_shards_are_not_unpickled(checkpoint_dir, tmp_path, monkeypatch):
-    """Should a description with bytes get through, the planner refuses them."""
+    """Checks the planner, which is a second line of defense after the metadata."""
     canary = Canary(tmp_path / "canary")
     description = hide_payload(checkpoint_dir, canary)
     description.state_dict_metadata[NAME] = BytesStorageMetadata()
@@ -151,16 +151,16 @@ def test_bytes_among_the_shards_are_not_unpickled(checkpoint_dir, tmp_path, monk
     assert not canary.was_run()
 
 
-def of_another_size(description: Metadata) -> None:
+def negative_size(description: Metadata) -> None:
     description.state_dict_metadata[NAME].chunks[0] = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([-3, 2]))
 
 
-def beside_its_place(description: Metadata) -> None:
+def shard_in_another_directory(description: Metadata) -> None:
     for info in description.storage_data.values():
         info.relative_path = "../step_000002/__0_0.distcp"
 
 
-def of_text(description: Metadata) -> None:
+def text_instead_of_tensor(description: Metadata) -> None:
     description.state_dict_metadata[NAME] = "tensor"
 
 
@@ -181,39 +181,39 @@ def beyond_its_file(description: Metadata) -> None:
     description.storage_data[MetadataIndex(NAME, (0, 0))].length = 10**9
 
 
-def of_nothing(description: Metadata) -> None:
+def without_description(description: Metadata) -> None:
     del description.state_dict_metadata[NAME]
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (of_another_size, r"size \[-3, 2\]"),
-        (beside_its_place, r"\.\./step_000002"),
-        (of_text, "expected TensorStorageMetadata, got 'tensor'"),
+        (negative_size, r"size \[-3, 2\]"),
+        (shard_in_another_directory, r"\.\./step_000002"),
+        (text_instead_of_tensor, "expected TensorStorageMetadata, got 'tensor'"),
         (without_chunks, f"chunks of {NAME} do not fill it"),
         (larger_than_its_chunks, f"chunks of {NAME} do not fill it"),
         (larger_than_its_bytes, f"a chunk of {NAME} is not stored"),
-        (beyond_its_file, f"a chunk of {NAME} lies outside of __0_0.distcp"),
-        (of_nothing, f"stores {NAME}"),
+        (beyond_its_file, f"a chunk of {NAME} is outside of __0_0.distcp"),
+        (without_description, f"{NAME} is stored but not described"),
     ],
 )
-def test_a_description_that_is_wrong_is_refused(checkpoint_dir, change, reason):
-    description = honest(checkpoint_dir)
+def test_invalid_metadata_raises(checkpoint_dir, change, reason):
+    description = unpickled_metadata(checkpoint_dir)
     change(description)
     (checkpoint_dir / ".metadata").write_bytes(pickle.dumps(description))
     with pytest.raises(UserError, match=rf"\.metadata cannot be read as the description of shards: .*{reason}"):
         read_metadata(checkpoint_dir / ".metadata")
 
 
-def test_a_tensor_of_an_optimizer_that_is_not_there_is_refused(checkpoint_dir):
+def test_optimizer_tensors_without_an_optimizer_raise(checkpoint_dir):
     state = torch.load(checkpoint_dir / "state.pt", weights_only=True)
     torch.save(state | {"optimizer_states": []}, checkpoint_dir / "state.pt")
-    with pytest.raises(UserError, match=r"shards of .* do not belong to its state\.pt"):
+    with pytest.raises(UserError, match=r"shards of .* do not match its state\.pt"):
         read_checkpoint(checkpoint_dir)
 
 
-def test_damaged_bytes_raise_no_other_error(checkpoint_dir):
+def test_damaged_metadata_raises_only_user_errors(checkpoint_dir):
     content = (checkpoint_dir / ".metadata").read_bytes()
     generator = torch.Generator().manual_seed(1)
     for cut in range(0, len(content), 7):

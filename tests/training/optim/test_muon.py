@@ -183,5 +183,5 @@ def test_moments_of_another_optimizer_are_refused():
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, MUON, fused=False)
     state = torch.optim.AdamW(model.parameters()).state_dict()
-    with pytest.raises(UserError, match="the moments of another optimizer"):
+    with pytest.raises(UserError, match="that of another optimizer"):
         optimizer.load_state_dict(state)
