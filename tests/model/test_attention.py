@@ -1,4 +1,4 @@
-"""Masked documents, against each document alone."""
+"""Attention with masked documents, compared with each document alone."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DOCUMENTS = torch.tensor([[0] * 5 + [1] * 1 + [2] * 7 + [3] * 3, [4] * 16])  # (
 
 
 def alone(documents: torch.Tensor) -> list[tuple[int, slice]]:
-    """Row and place of every document."""
+    """Returns the row and the slice of every document."""
     found = []
     for row, numbers in enumerate(documents.tolist()):
         for number in sorted(set(numbers)):
@@ -22,12 +22,12 @@ def alone(documents: torch.Tensor) -> list[tuple[int, slice]]:
     return found
 
 
-def test_positions_count_from_the_beginning_of_each_document():
+def test_positions_start_at_zero_in_each_document():
     assert positions_within(DOCUMENTS).tolist() == [[*range(5), *range(1), *range(7), *range(3)], [*range(16)]]
 
 
 @pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"bias": False}])
-def test_a_document_in_a_sequence_of_several_is_scored_and_learnt_as_if_it_were_alone(options):
+def test_logits_and_gradients_of_packed_documents_equal_those_of_separate_documents(options):
     torch.manual_seed(0)
     model = GPT(tiny_config(**options)).double()
     idx = torch.randint(61, DOCUMENTS.shape)
@@ -41,17 +41,17 @@ def test_a_document_in_a_sequence_of_several_is_scored_and_learnt_as_if_it_were_
         logits.square().sum().backward()
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
-    assert not torch.allclose(together, model(idx), atol=1e-3)  # packed is something else
+    assert not torch.allclose(together, model(idx), atol=1e-3)  # without the mask the logits differ
 
 
-def test_one_document_is_what_no_documents_are():
+def test_a_single_document_equals_no_documents():
     model = GPT(tiny_config()).double()
     idx = torch.randint(61, (3, 16))
     torch.testing.assert_close(model(idx, torch.full_like(idx, 7)), model(idx), rtol=0, atol=1e-12)
 
 
-def test_flex_attention_and_the_mask_of_sdpa_agree():
-    """On the processor FlexAttention has no backward pass; its mask is what is tried here."""
+def test_flex_attention_agrees_with_sdpa():
+    """Tests the mask only, because FlexAttention has no backward pass on the CPU."""
     torch.manual_seed(0)
     documents = (torch.rand(2, 256) < 0.02).cumsum(dim=1)
     flex, plain = (attention_mask(documents, documents, None, flex=flex) for flex in (True, False))

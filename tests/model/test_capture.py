@@ -1,4 +1,4 @@
-"""Activations by name are what the network computes with, and what is put in their place is what it goes on with."""
+"""Capture and replacement of activations by name."""
 
 import pytest
 import torch
@@ -24,17 +24,17 @@ def idx() -> torch.Tensor:
     return torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(1))
 
 
-def network(**changes) -> GPT:
+def build_model(**changes) -> GPT:
     torch.manual_seed(0)
     model = build_gpt(tiny_config(**changes)).double()
-    for parameter in model.parameters():  # so that attention is not nearly even
+    for parameter in model.parameters():  # so that the attention weights are not nearly uniform
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
 @pytest.mark.parametrize("changes", OPTIONS.values(), ids=OPTIONS)
-def test_attention_s_weights_give_what_its_kernel_gives(idx, changes):
-    model = network(**changes)
+def test_captured_attention_weights_reproduce_the_kernel_s_output(idx, changes):
+    model = build_model(**changes)
     names = ["*.attn.weights", "*.attn", "*.attn.c_attn", *["*.attn.mix_values"] * ("value_residual" in changes)]
     with capture_activations(model, names) as found:
         model(idx)
@@ -50,8 +50,8 @@ def test_attention_s_weights_give_what_its_kernel_gives(idx, changes):
         torch.testing.assert_close(found[f"h.{layer}.attn"], expected, rtol=0, atol=1e-10)
 
 
-def test_a_mask_of_flex_attention_s_is_seen_as_well(idx):
-    model = network(attention_window=4, global_every=2, n_layer=3)
+def test_attention_weights_are_the_same_with_flex_attention_s_mask(idx):
+    model = build_model(attention_window=4, global_every=2, n_layer=3)
     x, attention = torch.randn(2, 16, 32, dtype=torch.float64), model.h[0].attn
     contexts = (build_attention_context(model.config, idx, None, x.dtype, flex=flex) for flex in (False, True))
     plain, flex = (attention.weights(x, ctx) for ctx in contexts)
@@ -59,8 +59,8 @@ def test_a_mask_of_flex_attention_s_is_seen_as_well(idx):
     assert torch.equal(plain > 0, attention_mask(idx, None, 4, flex=False).expand(2, 2, 16, 16))
 
 
-def test_the_stream_adds_up_from_block_to_block(idx):
-    model = network()
+def test_the_residual_stream_is_the_sum_of_the_captured_outputs(idx):
+    model = build_model()
     with capture_activations(model, ["drop", "h.?", "h.*.attn", "h.*.mlp", "ln_f"]) as found:
         logits = model(idx)
     x = found["drop"]
@@ -70,32 +70,32 @@ def test_the_stream_adds_up_from_block_to_block(idx):
     assert torch.equal(F.linear(found["ln_f"], model.wte.weight), logits)
     with capture_activations(model, ["ln_f"]) as later:
         pass
-    assert later == {}  # nothing ran within
+    assert later == {}  # there was no forward pass
 
 
-def test_gradients_flow_through_what_was_captured(idx):
-    model = network()
+def test_gradients_flow_through_captured_activations(idx):
+    model = build_model()
     with capture_activations(model, ["h.0"]) as found:
         model(idx)[0, -1, 5].backward(inputs=[model.wte.weight])
     assert found["h.0"].requires_grad
 
 
-def test_what_is_changed_is_what_the_network_goes_on_with(idx):
-    model, source = network(), idx.flip(0)
+def test_the_model_continues_with_replaced_activations(idx):
+    model, source = build_model(), idx.flip(0)
     with capture_activations(model, ["h.0"]) as found:
         other = model(source)
-    # the whole residual stream of the other texts after the first block
+    # the full residual stream of the source after the first block
     with replace_activations(model, {"h.0": lambda x: found["h.0"]}):
         assert torch.equal(model(idx), other)
     with replace_activations(model, {"*.attn": torch.zeros_like, "*.mlp": torch.zeros_like}):
         without = model(idx)
     embedded = model.wte(idx) + model.wpe.weight[:16]
     assert torch.equal(without, F.linear(model.ln_f(embedded), model.wte.weight))
-    assert not torch.equal(model(idx), without)  # the hooks are gone
+    assert not torch.equal(model(idx), without)  # the hooks were removed
 
 
-def test_a_name_that_is_not_there_and_weights_that_cannot_be_changed(idx):
-    model = network()
+def test_unknown_names_and_replaced_attention_weights_raise(idx):
+    model = build_model()
     assert {"wte", "h.1.attn.weights", "h.1.mlp.act", "ln_f", "lm_head"} <= set(activation_names(model))
     with pytest.raises(UserError, match=r"h\.0\.atn matches no activation .* Did you mean h\.0\.attn\?"):
         capture_activations(model, ["h.0.atn"]).__enter__()

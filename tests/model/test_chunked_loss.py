@@ -1,4 +1,4 @@
-"""The loss in chunks against torch's own, of all logits at once."""
+"""The chunked loss, compared with torch's cross-entropy of all logits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def by_torch(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [1, 8, 40])
-def test_a_loss_in_chunks_and_its_gradients_are_torch_s(chunk, cap):
+def test_the_chunked_loss_and_its_gradients_match_torch(chunk, cap):
     x, weight, targets = tensors(torch.float32)
     loss = lm_loss(x, weight, targets, LogitSettings(V, cap), chunk)
     (3 * loss).backward()
@@ -37,10 +37,10 @@ def test_a_loss_in_chunks_and_its_gradients_are_torch_s(chunk, cap):
     assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(weight.grad.double(), exact_weight.grad, rtol=1e-5, atol=1e-6)
-    assert not weight.grad[V:].any()  # the padding learns nothing
+    assert not weight.grad[V:].any()  # no gradient of the padding
 
 
-def test_in_bfloat16_chunks_are_as_exact_as_the_whole():
+def test_in_bfloat16_the_chunked_loss_is_as_precise_as_the_unchunked_one():
     _, exact_weight, targets = tensors(torch.float64)
     errors = []
     for chunk in (None, 8):
@@ -57,19 +57,19 @@ def test_in_bfloat16_chunks_are_as_exact_as_the_whole():
     assert errors[1] < 1.5 * errors[0]
 
 
-def test_a_share_of_an_accumulated_batch_is_that_share_in_bfloat16_too():
+def test_the_factor_of_gradient_accumulation_is_exact_in_bfloat16():
     _, weight, targets = tensors(torch.float32)
     gradients = []
-    for share in (1, 12):  # 1/12 in bfloat16 is 0.2 % too much
+    for micro_batches in (1, 12):  # 1/12 is 0.2 % too large in bfloat16
         x = tensors(torch.bfloat16)[0]
-        (lm_loss(x, weight.detach(), targets, LogitSettings(V, None), 8) / share).backward()
-        gradients.append(share * x.grad.double())
+        (lm_loss(x, weight.detach(), targets, LogitSettings(V, None), 8) / micro_batches).backward()
+        gradients.append(micro_batches * x.grad.double())
     ratio = gradients[1].norm() / gradients[0].norm()
     assert ratio.item() == pytest.approx(1, abs=2e-4)
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 8, 40])
-def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
+def test_token_losses_match_torch_and_are_zero_where_not_scored(chunk):
     x, weight, targets = tensors(torch.float32)
     found = token_losses(x, weight, targets, LogitSettings(V, 3.0), chunk)
     logits = 3 * torch.tanh((x @ weight.T)[:, :V] / 3)
@@ -77,7 +77,7 @@ def test_nats_of_every_token_are_torch_s_and_zero_where_none_is_scored(chunk):
     assert (found == 0).equal(targets == -100)
 
 
-def test_the_model_s_loss_is_that_of_its_logits():
+def test_the_model_s_loss_is_the_cross_entropy_of_its_logits():
     torch.manual_seed(0)
     model = build_gpt(tiny_config(vocab_size=61, pad_vocab_to_multiple_of=64, logit_soft_cap=1.5)).double()
     idx, targets = torch.randint(61, (2, 3, 16)).unbind()

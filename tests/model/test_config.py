@@ -24,7 +24,7 @@ PUBLISHED = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_
 
 
 def size(name: str, **changes: object) -> GPTConfig:
-    """The configuration of a named size, out of conf/model/."""
+    """Returns the configuration of a size in conf/model/."""
     options = OmegaConf.load(configuration_folder() / "model" / "gpt.yaml")
     shape = OmegaConf.load(configuration_folder() / "model" / f"{name}.yaml").model
     return GPTConfig(**{**OmegaConf.merge(options, shape), "vocab_size": 50257, **changes})
@@ -42,7 +42,7 @@ def test_sizes_have_their_published_parameter_counts(name):
     assert parameter_count(config) == PUBLISHED[name]
 
 
-def test_counts_of_nanogpt():
+def test_parameter_counts_match_nanogpt():
     assert parameter_count(size("gpt2", bias=False, pad_vocab_to_multiple_of=64)) == 124_373_760
     assert parameter_count(size("mini", bias=False, vocab_size=65)) == 10_745_088
 
@@ -50,22 +50,22 @@ def test_counts_of_nanogpt():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("pad_vocab_to_multiple_of", [1, 64])
-def test_parameter_count_is_the_network_s(bias, tie_weights, pad_vocab_to_multiple_of):
+def test_parameter_count_matches_the_model(bias, tie_weights, pad_vocab_to_multiple_of):
     config = tiny_config(bias=bias, tie_weights=tie_weights, pad_vocab_to_multiple_of=pad_vocab_to_multiple_of)
     assert parameter_count(config) == count(config)
 
 
-def test_flops_of_gpt2_by_hand():
+def test_flops_of_gpt2_match_nanogpt():
     # nanoGPT's estimate_mfu: 6 N + 12 L H Q T with N without wpe = 123,653,376
     assert flops_per_token(size("gpt2")) == 6 * 123_653_376 + 12 * 12 * 12 * 64 * 1024
 
 
-def test_flops_do_not_count_an_untied_embedding():
+def test_flops_exclude_an_untied_embedding():
     assert flops_per_token(size("gpt2", tie_weights=False)) == flops_per_token(size("gpt2"))
 
 
-def test_flops_are_what_torch_counts():
-    # the counter sees matrix products alone, so no biases and LayerNorms; and attention only where it is made of them
+def test_flops_match_torch_s_counter():
+    # the counter counts only matmuls: no biases and LayerNorms, and attention only with the math backend
     config = tiny_config(n_embd=64, block_size=32)
     model, idx = build_gpt(config), torch.randint(config.vocab_size, (3, 32))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -74,12 +74,12 @@ def test_flops_are_what_torch_counts():
     assert counter.get_total_flops() == idx.numel() * (flops_per_token(config) - 6 * vectors)
 
 
-def test_heads_must_divide_the_width():
+def test_n_head_must_divide_n_embd():
     with pytest.raises(ValidationError, match=r"n_head=5 does not divide n_embd=32\. Nearest divisors: 4 and 8"):
         tiny_config(n_head=5)
 
 
-OTHER_VALUES = {  # each field's, in a GPT that is otherwise tiny
+OTHER_VALUES = {  # for every field, a value that differs from that of the tiny configuration
     **{"block_size": 8, "vocab_size": 60, "n_layer": 3, "n_head": 4, "n_embd": 64, "bias": False, "dropout": 0.1},
     **{"activation": "relu_squared", "norm": "rms", "positions": "rotary", "rope_base": 500, "qk_norm": True},
     **{"embedding_norm": True, "zero_init": True, "logit_soft_cap": 15, "value_residual": True, "value_embeddings": 1},
@@ -88,36 +88,36 @@ OTHER_VALUES = {  # each field's, in a GPT that is otherwise tiny
 }
 
 
-def test_every_field_has_metadata_from_which_the_lists_of_options_are_derived():
+def test_every_field_has_metadata_and_the_constants_match_it():
     assert list(OPTIONS) == list(GPTConfig.model_fields) == list(OTHER_VALUES)
     listed = {"modern": GPT2_OPTIONS, "unrecorded": EXTERNAL_DEFAULTS}
     for name, option in OPTIONS.items():
         assert (name in SHAPE_KEYS) == option.shapes_weights
         assert [kind for kind, options in listed.items() if name in options] == [option.kind] * (option.kind in listed)
     sizes = {name: TINY[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
-    recorded = {"bias": True, "activation": "gelu_tanh", "tie_weights": True}  # by every file of another program
+    recorded = {"bias": True, "activation": "gelu_tanh", "tie_weights": True}  # in the files of other programs
     assert GPTConfig(**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **recorded, **sizes).is_gpt2
 
 
-def test_gpt2_s_values_are_the_defaults_of_the_configuration():
+def test_gpt2_s_values_are_the_defaults_in_yaml():
     values = defaults("model/gpt.yaml")
     gpt2 = {name: option.gpt2 for name, option in OPTIONS.items() if option.kind != "size"}
     assert values.keys() == OPTIONS.keys()
-    assert {name: values[name] for name in gpt2} == gpt2 | {"global_every": 4}  # unused without a window
+    assert {name: values[name] for name in gpt2} == gpt2 | {"global_every": 4}  # not used without attention_window
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
-def test_metadata_says_which_fields_shape_the_weights(name):
+def test_shapes_weights_is_correct_for_every_field(name):
     def shapes(config: GPTConfig) -> list[tuple[str, torch.Size]]:
         return [(name, tensor.shape) for name, tensor in meta_gpt(config).named_parameters()]
 
     differ = shapes(tiny_config()) != shapes(tiny_config(**{name: OTHER_VALUES[name]}))
-    # a longer block can be cropped; heads change what the rows of c_attn mean, but not their number
+    # a longer block_size can be cropped; n_head changes the meaning of the rows of c_attn, but not their number
     exceptions = {"block_size", "n_head"}
     assert differ == (OPTIONS[name].shapes_weights != (name in exceptions))
 
 
-def test_gpt_is_gpt2_alone():
+def test_gpt_accepts_only_gpt2_s_options():
     for name, value in OTHER_VALUES.items():
         config = tiny_config(**{name: value})
         modern = OPTIONS[name].kind == "modern" or name in {"zero_init", "activation"}

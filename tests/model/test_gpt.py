@@ -1,4 +1,4 @@
-"""Parity with transformers' GPT-2, and what our own options promise."""
+"""GPT: parity with transformers' GPT-2, and properties of the model's options."""
 
 import math
 
@@ -15,7 +15,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 
 
 def pair(dtype: torch.dtype, activation: str = "gelu_tanh") -> tuple[GPT, GPT2LMHeadModel]:
-    """Our model and transformers' with the same random weights."""
+    """Returns gptlab's and transformers' model with the same random weights."""
     torch.manual_seed(0)
     config = tiny_config(vocab_size=97, n_layer=3, n_head=4, n_embd=48, block_size=24, activation=activation)
     theirs = GPT2LMHeadModel(
@@ -31,7 +31,7 @@ def pair(dtype: torch.dtype, activation: str = "gelu_tanh") -> tuple[GPT, GPT2LM
             attn_pdrop=0.0,
         )
     )
-    for parameter in theirs.parameters():  # biases and LayerNorms away from 0 and 1, so that they count
+    for parameter in theirs.parameters():  # biases not 0 and LayerNorms not 1, so that they have an effect
         torch.nn.init.normal_(parameter, std=0.2)
     ours = GPT(config)
     ours.load_state_dict(to_ours(theirs.state_dict()))
@@ -52,19 +52,19 @@ def idx() -> torch.Tensor:
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
-def test_logits_are_transformers(dtype, tolerance, activation, idx):
+def test_logits_match_transformers(dtype, tolerance, activation, idx):
     ours, theirs = pair(dtype, activation)
     torch.testing.assert_close(ours(idx), theirs(idx).logits, atol=tolerance, rtol=0)
 
 
-def test_loss_and_every_gradient_are_transformers(idx):
+def test_loss_and_gradients_match_transformers(idx):
     ours, theirs = pair(torch.float64)
     loss = F.cross_entropy(ours(idx)[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
     loss.backward()
     expected = F.cross_entropy(theirs(idx).logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
-    # transformers' own loss is computed in float32 whatever the model's precision
+    # transformers computes its own loss in float32 for every dtype of the model
     torch.testing.assert_close(loss.float(), theirs(idx, labels=idx).loss, atol=1e-6, rtol=0)
     gradients = to_ours({name: parameter.grad for name, parameter in theirs.named_parameters()})
     assert gradients.keys() == {name for name, _ in ours.named_parameters()}
@@ -72,7 +72,7 @@ def test_loss_and_every_gradient_are_transformers(idx):
         torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-9, rtol=0, msg=name)
 
 
-def test_three_optimizer_steps_are_transformers(idx):
+def test_three_optimizer_steps_match_transformers(idx):
     ours, theirs = pair(torch.float64)
     optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (ours, theirs)]
     for step in range(3):
@@ -90,14 +90,14 @@ def test_three_optimizer_steps_are_transformers(idx):
         torch.testing.assert_close(ours.state_dict()[name], tensor, atol=1e-9, rtol=0, msg=name)
 
 
-def test_greedy_continuation_is_transformers(idx):
+def test_greedy_continuation_matches_transformers(idx):
     ours, theirs = pair(torch.float64)
     prompt = idx[:, :5]
     expected = theirs.generate(prompt, max_new_tokens=19, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert extended(ours, prompt.tolist(), many=19) == expected[:, 5:].tolist()
 
 
-def test_the_future_does_not_change_the_past(idx):
+def test_logits_do_not_depend_on_later_tokens(idx):
     ours, _ = pair(torch.float64)
     changed = idx.clone()
     changed[:, 10:] = (changed[:, 10:] + 1) % 97
@@ -105,7 +105,7 @@ def test_the_future_does_not_change_the_past(idx):
     assert not torch.equal(ours(idx)[:, 10:], ours(changed)[:, 10:])
 
 
-def test_padding_of_the_vocabulary_changes_nothing():
+def test_padding_of_the_vocabulary_has_no_effect():
     torch.manual_seed(0)
     config = tiny_config(vocab_size=61, pad_vocab_to_multiple_of=64)
     padded, plain = GPT(config), GPT(tiny_config(vocab_size=61))
@@ -116,14 +116,14 @@ def test_padding_of_the_vocabulary_changes_nothing():
     assert padded.wte.weight.shape == (64, 32)
     torch.testing.assert_close(padded(idx), plain(idx), atol=1e-6, rtol=0)
     F.cross_entropy(padded(idx).flatten(0, 1), idx.flatten()).backward()
-    assert torch.equal(padded.wte.weight.grad[61:], torch.zeros(3, 32))  # never learnt
+    assert torch.equal(padded.wte.weight.grad[61:], torch.zeros(3, 32))  # never learned
     with torch.no_grad():
-        padded.wte.weight[61:] = 100 * torch.ones(3, 32)  # logits far above all others, were they there
+        padded.wte.weight[61:] = 100 * torch.ones(3, 32)  # their logits would be the largest
     drawn = extended(padded, idx.tolist(), sampling(temperature=5.0), many=50)
     assert max(map(max, drawn)) < 61  # never sampled
 
 
-def test_initial_weights_have_gpt2_s_spread():
+def test_initial_weights_have_gpt2_s_standard_deviations():
     torch.manual_seed(0)
     model = GPT(tiny_config(n_embd=256, n_layer=8, vocab_size=2000, n_head=4))
     for name, parameter in model.named_parameters():
@@ -135,14 +135,14 @@ def test_initial_weights_have_gpt2_s_spread():
             assert set(parameter.tolist()) == {1.0 if "ln_" in name and name.endswith("weight") else 0.0}, name
 
 
-def test_a_fresh_model_knows_nothing():
+def test_the_loss_of_an_untrained_model_is_log_v():
     torch.manual_seed(0)
     idx = torch.randint(61, (64, 16))
     loss = F.cross_entropy(GPT(tiny_config())(idx).flatten(0, 1), torch.randint(61, (64 * 16,)))
     assert loss.item() == pytest.approx(math.log(61), abs=0.05)
 
 
-def test_activation_checkpointing_gives_bitwise_the_same_gradients():
+def test_gradients_with_activation_checkpointing_are_bit_identical():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_activation_checkpointing_gives_bitwise_the_same_gradients():
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
 
 
-def test_dropout_acts_while_training_alone():
+def test_dropout_is_applied_only_in_training():
     torch.manual_seed(0)
     model, idx = GPT(tiny_config(dropout=0.5)), torch.arange(16)[None]
     assert not torch.equal(model(idx), model(idx))
@@ -160,13 +160,13 @@ def test_dropout_acts_while_training_alone():
     assert torch.equal(model(idx), model(idx))
 
 
-def test_tied_and_untied_heads():
+def test_weight_tying_shares_the_head_s_weight():
     tied, untied = GPT(tiny_config()), GPT(tiny_config(tie_weights=False))
     assert tied.lm_head.weight is tied.wte.weight
     assert untied.lm_head.weight is not untied.wte.weight
 
 
-def test_a_cropped_block_gives_the_same_logits_and_refuses_more():
+def test_cropped_block_size_gives_the_same_logits_and_rejects_longer_sequences():
     torch.manual_seed(0)
     model, idx = GPT(tiny_config()), torch.arange(8)[None]
     before = model(idx)
@@ -179,7 +179,7 @@ def test_a_cropped_block_gives_the_same_logits_and_refuses_more():
         model.crop_block_size(16)
 
 
-def test_parameters_have_gpt2_s_names():
+def test_parameter_names_are_gpt2_s():
     names = {name for name, _ in GPT(tiny_config(n_layer=1)).named_parameters()}
     leaves = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
     block = {f"h.0.{leaf}.{kind}" for leaf in leaves for kind in ("weight", "bias")}

@@ -1,4 +1,4 @@
-"""LoRA computes what the peft library computes, and merged, the weights give the same."""
+"""LoRA: parity with the peft library, merging, and gradients."""
 
 import peft
 import pytest
@@ -13,7 +13,7 @@ ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
 def adapted(targets: list[str], *, bias: bool = True) -> tuple[GPT, GPT, LoRAConfig]:
-    """A network, and the same one adapted, with something learnt."""
+    """Returns a model, the same model with LoRA layers, and the configuration of these."""
     torch.manual_seed(0)
     plain = GPT(tiny_config(bias=bias)).double()
     other = GPT(plain.config).double()
@@ -23,7 +23,7 @@ def adapted(targets: list[str], *, bias: bool = True) -> tuple[GPT, GPT, LoRACon
     return plain, other, config
 
 
-def learn(model: GPT) -> None:
+def randomize_updates(model: GPT) -> None:
     for layer in model.modules():
         if isinstance(layer, LoRALinear):
             torch.nn.init.normal_(layer.lora_B, std=0.3)
@@ -35,10 +35,10 @@ def idx() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", [ALL, ["attn.c_attn"], ["mlp.c_proj", "attn.c_proj"]], ids=len)
-def test_it_begins_as_the_network_that_it_was_and_then_gives_what_peft_gives(idx, targets):
+def test_lora_is_initially_the_identity_and_matches_peft(idx, targets):
     plain, ours, _ = adapted(targets)
     assert torch.equal(ours(idx), plain(idx))
-    learn(ours)
+    randomize_updates(ours)
     logits = ours(idx)
     theirs = peft.inject_adapter_in_model(
         peft.LoraConfig(r=3, lora_alpha=7.0, target_modules=rf"h\.\d+\.({'|'.join(targets)})"), plain
@@ -54,19 +54,19 @@ def test_it_begins_as_the_network_that_it_was_and_then_gives_what_peft_gives(idx
     torch.testing.assert_close(logits, theirs(idx), rtol=0, atol=1e-12)
 
 
-def test_merged_weights_give_the_same_and_have_the_names_of_a_plain_network(idx):
+def test_merged_weights_give_the_same_logits_in_a_model_without_lora(idx):
     plain, ours, config = adapted(ALL, bias=False)
-    learn(ours)
+    randomize_updates(ours)
     assert not torch.allclose(ours(idx), plain(idx), atol=1e-3)
     logits = ours(idx)
     plain.load_state_dict(merge_lora(ours.state_dict(), config))
     torch.testing.assert_close(plain(idx), logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [None, 5], ids=["at once", "in chunks"])
-def test_only_what_lora_adds_has_a_gradient(idx, chunk):
+@pytest.mark.parametrize("chunk", [None, 5], ids=["one chunk", "several chunks"])
+def test_only_lora_parameters_have_a_gradient(idx, chunk):
     plain, ours, config = adapted(ALL)
-    learn(ours)
+    randomize_updates(ours)
     ours.loss(idx, idx.roll(-1, 1), None, chunk).backward()
     trained = {name for name, parameter in ours.named_parameters() if parameter.grad is not None}
     assert trained == {name for name, _ in ours.named_parameters() if ".lora_" in name}
@@ -77,12 +77,12 @@ def test_only_what_lora_adds_has_a_gradient(idx, chunk):
     assert set(ours.state_dict()) - trained == set(plain.state_dict())
 
 
-def test_the_gradient_in_chunks_is_that_at_once(idx):
+def test_gradients_do_not_depend_on_the_loss_chunk(idx):
     gradients = []
     for chunk in (None, 5):
         _, ours, _ = adapted(ALL)
         torch.manual_seed(1)
-        learn(ours)
+        randomize_updates(ours)
         ours.loss(idx, idx.roll(-1, 1), None, chunk).backward()
         gradients.append({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():

@@ -1,4 +1,4 @@
-"""Decisions about devices, and the MFU: never a wrong number."""
+"""Choice of devices, precision and compilation; peak FLOP/s and peak memory."""
 
 import platform
 import subprocess
@@ -23,7 +23,7 @@ AUTO = defaults("trainer/auto.yaml") | {"devices": "auto", "strategy": "ddp"}
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with four H100, as torch would describe it."""
+    """Makes torch report four H100 GPUs."""
     for name, value in {
         "is_available": True,
         "device_count": 4,
@@ -35,13 +35,13 @@ def gpus(monkeypatch):
     monkeypatch.setenv("CC", "cc")
 
 
-def test_a_gpu_machine_uses_what_it_has(gpus):
+def test_auto_uses_all_gpus_with_bfloat16_and_compilation(gpus):
     chosen = choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
     assert chosen == Hardware("cuda", "NVIDIA H100 80GB HBM3", 4, 1, "bf16-mixed", compile="whole")
     assert chosen.peak_flops() == 989.4e12
 
 
-def test_what_is_named_is_what_is_used(gpus):
+def test_explicit_values_are_used(gpus):
     named = AUTO | {"accelerator": "cpu", "devices": 2, "precision": "bf16-true"}
     chosen = choose_devices(TrainerConfig(**named), TRAIN.model_copy(update={"compile": True}), MODEL)
     assert (chosen.accelerator, chosen.devices, chosen.precision, chosen.compile) == ("cpu", 2, "bf16-true", "whole")
@@ -56,19 +56,17 @@ def test_what_is_named_is_what_is_used(gpus):
         ("fsdp", False, False),
     ],
 )
-def test_blocks_are_compiled_by_themselves_where_that_is_asked_for_or_the_model_is_sharded(
-    gpus, strategy, wanted, expected
-):
+def test_blocks_are_compiled_separately_if_configured_or_if_the_model_is_sharded(gpus, strategy, wanted, expected):
     trainer = TrainerConfig(**AUTO | {"strategy": strategy})
     assert choose_devices(trainer, TRAIN.model_copy(update={"compile": wanted}), MODEL).compile == expected
 
 
-def test_more_gpus_than_there_are_are_refused(gpus):
+def test_more_gpus_than_available_raise(gpus):
     with pytest.raises(UserError, match=r"trainer.devices=8: this machine has 4 GPUs"):
         choose_devices(TrainerConfig(**AUTO | {"devices": 8}), TRAIN, MODEL)
 
 
-def test_an_old_gpu_computes_in_float32_and_a_machine_without_compiler_does_not_compile(gpus, monkeypatch):
+def test_auto_is_float32_on_an_old_gpu_and_no_compilation_without_a_compiler(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.delenv("CC")
     monkeypatch.setattr(hardware.shutil, "which", lambda _: None)
@@ -76,7 +74,7 @@ def test_an_old_gpu_computes_in_float32_and_a_machine_without_compiler_does_not_
     assert (chosen.precision, chosen.compile) == ("32-true", False)
 
 
-def test_several_machines_need_someone_who_starts_them():
+def test_several_nodes_need_a_launcher():
     with pytest.raises(UserError, match="with torchrun or srun"):
         choose_devices(TrainerConfig(**AUTO | {"num_nodes": 2}), TRAIN, MODEL)
 
@@ -88,7 +86,7 @@ def test_several_machines_need_someone_who_starts_them():
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, (4, 2)),
     ],
 )
-def test_torchrun_and_slurm_say_how_many_there_are(monkeypatch, variables, expected):
+def test_torchrun_and_slurm_set_the_number_of_devices_and_nodes(monkeypatch, variables, expected):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     chosen = choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
@@ -99,27 +97,27 @@ def test_torchrun_and_slurm_say_how_many_there_are(monkeypatch, variables, expec
     ("name", "precision", "peak"),
     [
         ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),
-        ("NVIDIA A100-SXM4-80GB", "32-true", None),  # TF32 or not: not known for certain
+        ("NVIDIA A100-SXM4-80GB", "32-true", None),  # unknown whether TF32 is used
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16-mixed", None),
         ("NVIDIA RTX A1000", "bf16-mixed", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
-def test_a_peak_is_known_for_the_whole_name_or_not_at_all(name, precision, peak):
+def test_peak_flops_are_known_only_for_full_names_in_bfloat16(name, precision, peak):
     assert Hardware("cuda", name, 1, 1, precision, compile=False).peak_flops() == peak
 
 
-def test_a_cpu_has_no_published_peak():
+def test_peak_flops_of_a_cpu_are_unknown():
     assert Hardware("cpu", "AVX512", 1, 1, "bf16-mixed", compile=False).peak_flops() is None
 
 
-def test_mfu_by_hand():
-    # PaLM, appendix B: observed tokens a second over those at which the peak would be reached
+def test_flops_per_token_match_the_formula():
+    # PaLM, appendix B
     flops = flops_per_token(tiny_config())
     assert flops == 6 * (61 * 32 + 2 * (12 * 32 * 32 + 13 * 32) + 64) + 12 * 2 * 32 * 16
 
 
-def test_only_the_step_of_slurm_counts(monkeypatch):
+def test_devices_and_nodes_are_those_of_the_slurm_step_not_of_the_job(monkeypatch):
     numbers = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}  # one task of a larger job
     for name, value in numbers.items():
         monkeypatch.setenv(name, value)
@@ -130,14 +128,14 @@ def test_only_the_step_of_slurm_counts(monkeypatch):
         choose_devices(TrainerConfig(**AUTO | {"accelerator": "cpu"}), TRAIN, MODEL)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the key is one of x86 alone")
-def test_torch_says_of_a_cpu_whether_it_computes_in_bfloat16():
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86 flags")
+def test_torch_reports_avx512_bf16():
     flags = hardware.read_cpuinfo()["flags"].split()
     assert torch.cpu.get_capabilities()["avx512_bf16"] == ("avx512_bf16" in flags)
 
 
 def cpu(monkeypatch, *, bf16: bool, **changes):
-    """What is chosen on a CPU with a compiler, with bfloat16 or without, for a model and a trainer."""
+    """Returns the hardware chosen on a CPU with a compiler; ``changes`` are those of the model, and ``trainer``."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setenv("CC", "cc")
@@ -145,7 +143,7 @@ def cpu(monkeypatch, *, bf16: bool, **changes):
     return choose_devices(TrainerConfig(**single), TRAIN, tiny_config(**changes))
 
 
-def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
+def test_on_a_cpu_auto_is_bfloat16_and_compilation_for_wide_models(monkeypatch):
     wide = {"n_embd": 768, "n_head": 12}
     chosen = cpu(monkeypatch, bf16=True, **wide)
     assert (chosen.precision, chosen.compile) == ("bf16-mixed", "whole")
@@ -160,7 +158,7 @@ def test_a_cpu_gives_wide_models_bfloat16_and_compiles_them(monkeypatch):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, exact):
+def test_onednn_is_chosen_only_on_amd_and_only_if_exact(monkeypatch, exact):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(devices, "_is_exact", lambda: exact)
     for vendor in ("AuthenticAMD", "GenuineIntel"):
@@ -171,12 +169,12 @@ def test_onednn_multiplies_on_amd_alone_and_only_where_it_is_exact(monkeypatch, 
     assert named.float32_matmul == "default"
 
 
-def test_onednn_s_float32_products_are_float32():
+def test_onednn_s_float32_matmuls_have_float32_precision():
     chosen = Hardware("cpu", "", 1, 1, "32-true", compile=False, float32_matmul="onednn")
     a, b = torch.randn(2, 300, 300).unbind()
     exact = a.double() @ b.double()
     if not devices._is_exact():  # on processors with AMX
-        pytest.skip("oneDNN rounds to bfloat16 here, and is not chosen")
+        pytest.skip("oneDNN rounds to bfloat16 on this machine and is not chosen")
     try:
         devices.prepare_kernels(chosen)
         torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
@@ -185,16 +183,16 @@ def test_onednn_s_float32_products_are_float32():
     torch.testing.assert_close((a @ b).double(), exact, rtol=0, atol=2e-4)
 
 
-def test_logits_are_there_for_64_mib_at_a_time():
+def test_auto_loss_chunk_is_64_mib_of_logits():
     chunk = resolve_loss_chunk("auto", tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64))
     assert 2**26 - 4 * 50304 < chunk * 50304 * 4 <= 2**26
     assert resolve_loss_chunk(7, MODEL) == 7
     assert resolve_loss_chunk(None, MODEL) is None
 
 
-def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():
-    """The kernel's ``ru_maxrss`` begins with the parent's: the child of a process of 800 MB would have had 800 MB."""
-    ballast = bytearray(800 * MB)  # written, so resident
+def test_peak_memory_excludes_the_parent_process():
+    """``ru_maxrss`` starts at the parent's value: for the child of a process of 800 MB, it would be 800 MB."""
+    ballast = bytearray(800 * MB)  # written, and therefore resident
     child = "import torch; from gptlab.training.devices import peak_memory; print(peak_memory(torch.device('cpu')))"
     before = int(subprocess.check_output((sys.executable, "-c", child)))
     grown = child.replace("print", f"ballast = bytes(1) * {200 * MB}; print")
@@ -203,7 +201,7 @@ def test_a_peak_is_this_process_own_and_not_that_of_the_one_that_started_it():
     assert int(subprocess.check_output((sys.executable, "-c", grown))) - before == pytest.approx(200 * MB, abs=10 * MB)
 
 
-def test_gpus_are_known_by_two_names_and_a_wrong_one_by_the_nearest():
+def test_gpu_from_name_accepts_two_names_and_suggests_the_nearest():
     assert gpu_from_name("NVIDIA H100 80GB HBM3") is gpu_from_name("H100") is GPUS["h100"]
     with pytest.raises(UserError, match=r"gpu=h1000 .* Did you mean h100\?"):
         gpu_from_name("h1000")

@@ -1,4 +1,4 @@
-"""What a step is made of."""
+"""GPTModule: random seeds and resuming at a step."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from gptlab.training.module import GPTModule, seed_generators
 
 
-def test_generators_are_seeded_as_torch_does_it():
+def test_seed_generators_matches_torch_manual_seed():
     for seed in (0, 7, 2**64 - 1):
         torch.manual_seed(seed)
         expected = torch.rand(3), torch.nn.functional.dropout(torch.ones(64))
@@ -26,7 +26,7 @@ def test_generators_are_seeded_as_torch_does_it():
 
 
 class Resuming(BoringModel):
-    """Is given the step of a checkpoint, as a GPTModule is, which has loaded the rest."""
+    """Model that sets Lightning's progress to step 5, as a GPTModule does when it loads a checkpoint."""
 
     config = SimpleNamespace(optimizer=None)
 
@@ -35,7 +35,7 @@ class Resuming(BoringModel):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_lightning_goes_on_at_the_step_of_a_checkpoint(micro_batches):
+def test_lightning_continues_at_the_step_of_a_checkpoint(micro_batches):
     seen: list[tuple[int, int]] = []
 
     class Steps(L.Callback):
@@ -62,5 +62,5 @@ def test_lightning_goes_on_at_the_step_of_a_checkpoint(micro_batches):
     )
     trainer.fit(Resuming())
     fifth, sixth = ([(step, step * micro_batches + micro) for micro in range(micro_batches)] for step in (5, 6))
-    assert seen == [*fifth, (6, -1), *sixth]  # evaluated at even steps, as it would have been
+    assert seen == [*fifth, (6, -1), *sixth]  # evaluated at even steps, as in an uninterrupted run
     assert trainer.global_step == 7

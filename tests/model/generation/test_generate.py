@@ -1,4 +1,4 @@
-"""Generation through the cache, against recomputation and against transformers."""
+"""Generation with a KV cache, compared with recomputation and with transformers."""
 
 import pytest
 import torch
@@ -31,11 +31,11 @@ def model() -> GPT:
 @pytest.mark.parametrize("bucket", [1, 8])
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
-def test_every_position_is_scored_as_without_a_cache_alone_and_among_others(options, bucket):
+def test_cached_logits_equal_those_without_cache_in_single_and_ragged_batches(options, bucket):
     model, idx, begins = network(**options), torch.randint(61, (3, 16)), torch.tensor([0, 3, 6])
     for rows, ragged in (((0,), False), ((0, 1, 2), False), ((0, 1, 2), True)):
         cache, first, at = KVCache(model.config.n_layer, 16), 7, torch.tensor(rows)
-        for width in range(first, 17):  # a prefill of the first seven, then one token after the other
+        for width in range(first, 17):  # a prefill of seven tokens, then one token at a time
             slots = torch.arange(first if width == first else 1) + (0 if width == first else width - 1)
             visible = width if width == first else -(-width // bucket) * bucket
             position = CachePosition(slots, begins[at] if ragged else None, visible, is_end=visible == width)
@@ -47,7 +47,7 @@ def test_every_position_is_scored_as_without_a_cache_alone_and_among_others(opti
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_greedy_rows_of_different_lengths_are_transformers(copies):
+def test_greedy_rows_of_different_lengths_match_transformers(copies):
     torch.manual_seed(0)
     sizes = {"n_positions": 32, "vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 2}
     theirs = GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=None)).eval()
@@ -65,9 +65,9 @@ def test_greedy_rows_of_different_lengths_are_transformers(copies):
         assert ids == expected[0, prompt.size(1) :].tolist()
 
 
-def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_much_follows(model):
+def test_a_row_does_not_depend_on_other_rows_or_on_max_new_tokens(model):
     prompts, how = [[1, 2, 3], [4], list(range(5, 20)), [7] * 40], sampling(top_k=20, repetition_penalty=1.2)
-    together = extended(model, prompts, how, many=40)  # past the block, in every row at another time
+    together = extended(model, prompts, how, many=40)  # exceeds block_size, in every row at a different step
     seeds = row_seeds(0, 4)
     for row, prompt in enumerate(prompts):
         rows = generate(
@@ -77,13 +77,13 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_much_follows(model):
     assert len({tuple(row) for row in extended(model, [[1]], sampling(), many=20, copies=4)}) == 4
 
 
-def test_samples_of_a_prompt_are_those_of_its_copies(model):
+def test_several_samples_of_a_prompt_equal_samples_of_its_copies(model):
     prompts = [[1, 2, 3], [4]]
     copies = [prompt for prompt in prompts for _ in range(3)]
     assert extended(model, prompts, sampling(), many=25, copies=3) == extended(model, copies, sampling(), many=25)
 
 
-def test_same_seed_same_text_whatever_else_is_random_and_the_training_s_randomness_is_left_alone(model):
+def test_samples_depend_only_on_the_seed_and_leave_torch_s_random_state_unchanged(model):
     model.train()
     torch.manual_seed(99)
     before = torch.get_rng_state()
@@ -95,7 +95,7 @@ def test_same_seed_same_text_whatever_else_is_random_and_the_training_s_randomne
     assert first != extended(model, [[0]], sampling(), many=20, copies=2, seed=2)
 
 
-def test_past_the_block_a_text_goes_on_from_the_last_half_of_it(model):
+def test_beyond_block_size_generation_continues_from_the_last_half_of_the_context(model):
     with torch.no_grad():
         for length in (1, 15, 16, 17, 40):
             text, context = list(range(length)), list(range(length))
@@ -107,7 +107,7 @@ def test_past_the_block_a_text_goes_on_from_the_last_half_of_it(model):
             assert extended(model, [list(range(length))], many=30) == [text[length:]]
 
 
-def test_the_first_token_out_comes_before_the_second_is_computed(model):
+def test_each_token_is_yielded_before_the_next_is_computed(model):
     scored = []
 
     def score(idx, cache, position):
@@ -123,12 +123,12 @@ def test_the_first_token_out_comes_before_the_second_is_computed(model):
     rows.close()
 
 
-def test_the_cache_is_taken_once(model):
-    places = set()
+def test_the_cache_is_allocated_once(model):
+    addresses = set()
 
     def score(idx, cache, position):
-        places.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
+        addresses.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
         return model.next_logits(idx, cache, position)
 
     extended(model, [[1], [2, 3]], many=50, decoder=type(plain_decoder(model))(score, 1))
-    assert len(places) == 1
+    assert len(addresses) == 1

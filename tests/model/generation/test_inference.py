@@ -1,4 +1,4 @@
-"""Networks that are made to be read fast, against the plain ones."""
+"""Models prepared for inference, compared with the unprepared ones."""
 
 import copy
 
@@ -23,7 +23,7 @@ from gptlab.model.generation.inference import (
 )
 from gptlab.model.gpt import GPT
 
-PACKS = pytest.mark.skipif(not supports_packing(torch.bfloat16, CPU), reason="needs a CPU that computes in bfloat16")
+PACKS = pytest.mark.skipif(not supports_packing(torch.bfloat16, CPU), reason="needs a CPU with bfloat16 instructions")
 
 
 def prepared(model: GPT, precision: str, **options) -> GPT:
@@ -42,21 +42,21 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("operator", ARGUMENTS)
-def test_torch_s_private_operators_take_what_they_took(operator):
-    """On any CPU; what they compute is compared below, on those that can."""
+def test_private_operators_of_torch_have_the_expected_arguments(operator):
+    """Runs on any CPU; the results are tested below, on CPUs that support the operators."""
     namespace, name = operator.split("::")
     schema = getattr(getattr(torch.ops, namespace), name).default._schema
     assert [argument.name for argument in schema.arguments] == ARGUMENTS[operator].split()
 
 
-def test_vnni_is_a_capability_that_torch_names():
+def test_torch_reports_vnni():
     assert torch.cpu._is_vnni_supported() == torch.cpu.get_capabilities().get("avx512_vnni", False)
 
 
 @PACKS
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_computes_what_the_plain_one_does(rows, bias):
+def test_a_packed_layer_matches_the_plain_layer(rows, bias):
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7)):  # bfloat16 has 8 bits
         linear = nn.Linear(97, 61, bias=bias).to(dtype).requires_grad_(False)
@@ -66,7 +66,7 @@ def test_a_packed_layer_computes_what_the_plain_one_does(rows, bias):
 
 @PACKS
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
-def test_a_packed_layer_applies_gelu_as_torch_does(approximate):
+def test_a_packed_layer_with_fused_gelu_matches_torch(approximate):
     torch.manual_seed(0)
     linear, x = nn.Linear(97, 61).requires_grad_(False), 3 * torch.randn(5, 97)
     layer = PackedLinear(linear)
@@ -75,10 +75,10 @@ def test_a_packed_layer_applies_gelu_as_torch_does(approximate):
     torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU with 8-bit integer instructions")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16, 70])
-def test_a_split_int8_layer_multiplies_16_bits_of_each_row_by_the_rounded_weight(rows, dtype):
+def test_a_split_int8_layer_multiplies_16_bit_inputs_by_the_rounded_weight(rows, dtype):
     torch.manual_seed(0)
     linear = nn.Linear(3072, 64).to(dtype).requires_grad_(False)
     linear.weight[3] = 0  # has no scale
@@ -88,12 +88,12 @@ def test_a_split_int8_layer_multiplies_16_bits_of_each_row_by_the_rounded_weight
     scale = linear.weight.double().abs().amax(1, keepdim=True) / 127
     rounded = (linear.weight.double() / scale.clamp(min=1e-30)).round() * scale
     expected = x.double() @ rounded.T + linear.bias.double()
-    off = x.double().abs().amax(-1, keepdim=True) / 65_024 * rounded.abs().sum(1)  # if every rounding went one way
+    off = x.double().abs().amax(-1, keepdim=True) / 65_024 * rounded.abs().sum(1)  # the sum of all rounding errors
     assert found.dtype == dtype
     assert ((found.double() - expected).abs() <= off + torch.finfo(dtype).eps * expected.abs() + 1e-7).all()
 
 
-@pytest.mark.parametrize("rows", [1, 32, 33, 60])  # on both sides of the number where the way changes
+@pytest.mark.parametrize("rows", [1, 32, 33, 60])  # below and above MAX_INT8_ROWS
 def test_an_int8_layer_multiplies_by_the_rounded_weight(rows):
     torch.manual_seed(0)
     linear = nn.Linear(96, 64).requires_grad_(False)
@@ -108,47 +108,47 @@ def test_an_int8_layer_multiplies_by_the_rounded_weight(rows):
 @PACKS
 @pytest.mark.parametrize("options", [{}, {"bias": False, "tie_weights": False, "positions": "rotary"}])
 @torch.no_grad()
-def test_a_prepared_network_scores_as_the_plain_one(options):
+def test_a_prepared_model_gives_the_same_logits_within_rounding(options):
     model, idx = network(**options), torch.randint(61, (3, 16))
     plain = model(idx)
     torch.testing.assert_close(prepared(model, "float32")(idx), plain, atol=1e-5, rtol=1e-5)
     coarse = prepared(model, "bfloat16", packed=False)(idx)
-    # of the spread of the logits, which is 3 here: rounding to 8 bits at every layer adds up to no more than this
+    # the standard deviation of the logits is 3; the rounding errors of all layers together are below this tolerance
     torch.testing.assert_close(prepared(model, "bfloat16")(idx), coarse, atol=0.1, rtol=0)
     torch.testing.assert_close(coarse.float(), plain, atol=0.15, rtol=0)
     torch.testing.assert_close(prepared(model, "float32", int8=True)(idx), plain, atol=0.3, rtol=0)
 
 
-@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU that multiplies 8-bit integers")
+@pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU with 8-bit integer instructions")
 @torch.no_grad()
-def test_a_network_with_split_int8_layers_scores_as_one_with_plain_ones(monkeypatch):
+def test_split_int8_layers_give_the_same_logits_as_int8_layers(monkeypatch):
     model, idx = network(), torch.randint(61, (3, 16))
     plain = prepared(model, "float32", int8=True)
     monkeypatch.setattr(inference, "SPLIT_MIN_NUMEL", 0)
     split = prepared(model, "float32", int8=True)
     assert isinstance(split.lm_head, SplitInt8Linear)
-    torch.testing.assert_close(split(idx), plain(idx), atol=2e-3, rtol=0)  # of logits that spread over 3
+    torch.testing.assert_close(split(idx), plain(idx), atol=2e-3, rtol=0)  # the standard deviation of the logits is 3
 
 
 @PACKS
-def test_a_prepared_network_writes_the_same():
+def test_a_packed_model_generates_the_same_tokens():
     model, how = network(), sampling(top_k=20)
     packed = prepared(model, "float32")
     assert extended(packed, [[1, 2, 3], [4]], how, many=40) == extended(model, [[1, 2, 3], [4]], how, many=40)
 
 
-def test_the_bytes_that_a_token_reads():
-    model = GPT(tiny_config())  # width 32, 2 layers, 61 ids
+def test_bytes_per_token():
+    model = GPT(tiny_config())  # n_embd=32, n_layer=2, vocab_size=61
     matrices = 2 * 12 * 32 * 32 + 61 * 32
     cache = 3 * 10 * 2 * 2 * 32
     assert bytes_per_token(model, 3, 10) == 4 * (matrices + cache)
     half = prepared(model, "bfloat16", packed=False)
-    assert bytes_per_token(half, 3, 10) == 2 * matrices + 4 * cache  # the CPU keeps float32
+    assert bytes_per_token(half, 3, 10) == 2 * matrices + 4 * cache  # the cache is in float32 on a CPU
     assert bytes_per_token(prepared(model, "bfloat16", int8=True), 1, 0) == matrices
 
 
 @pytest.mark.slow
-def test_a_compiled_decoder_writes_the_same_from_few_graphs():
+def test_a_compiled_decoder_generates_the_same_tokens_with_one_graph_per_bucket():
     model = network(block_size=2 * BUCKET)
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters

@@ -1,4 +1,4 @@
-"""Drawing, against transformers' filters and the distribution itself."""
+"""Sampling, compared with transformers' filters and with the expected distribution."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def expected_distribution(logits: torch.Tensor, seen: list[int], settings: dict) -> torch.Tensor:
-    """What transformers draws from."""
+    """Returns the distribution from which transformers samples."""
     ids, scores = torch.tensor([seen]), logits[None]
     processors = [
         RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]),
@@ -43,33 +43,33 @@ def expected_distribution(logits: torch.Tensor, seen: list[int], settings: dict)
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
-def test_draws_follow_the_distribution_that_transformers_makes(changes):
-    settings, many = PLAIN | changes, 100_000
+def test_samples_follow_transformers_distribution(changes):
+    settings, count = PLAIN | changes, 100_000
     logits = torch.linspace(-2, 3, 12)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
     expected = expected_distribution(logits, [3, 7, 7], settings)
-    seen = torch.zeros(many, 12, dtype=torch.bool)
+    seen = torch.zeros(count, 12, dtype=torch.bool)
     seen[:, [3, 7]] = True
-    uniforms = uniform_numbers([0], many)[0]
-    ids = sample_next_token(logits.expand(many, 12), seen, uniforms, SamplingConfig(**settings))
-    drawn = ids.bincount(minlength=12) / many
+    uniforms = uniform_numbers([0], count)[0]
+    ids = sample_next_token(logits.expand(count, 12), seen, uniforms, SamplingConfig(**settings))
+    drawn = ids.bincount(minlength=12) / count
     assert torch.equal(drawn > 0, expected > 0)
-    errors = (expected * (1 - expected) / many).sqrt()
-    assert ((drawn - expected).abs() <= 4.5 * errors).all()  # 4.5 standard errors of each share
+    errors = (expected * (1 - expected) / count).sqrt()
+    assert ((drawn - expected).abs() <= 4.5 * errors).all()  # within 4.5 standard errors
 
 
-def test_the_least_and_the_greatest_number_draw_what_can_be_drawn():
+def test_the_smallest_and_the_largest_number_select_possible_tokens():
     logits = torch.tensor([[-1000.0, 0.0, 1.0, -1000.0]])
-    uniforms = torch.tensor([0.0, 1 - 2**-24])  # all that float32 has from 0 to 1 lies between them
+    uniforms = torch.tensor([0.0, 1 - 2**-24])  # the smallest and the largest number in [0, 1)
     drawn = sample_next_token(logits.expand(2, 4), None, uniforms, SamplingConfig(**PLAIN))
     assert drawn.tolist() == [1, 2]
     assert sample_next_token(logits, None, uniforms[:1], SamplingConfig(**PLAIN | {"temperature": 0})).tolist() == [2]
 
 
-def test_the_numbers_of_a_row_are_its_own():
+def test_the_numbers_of_a_row_depend_only_on_its_seed():
     seeds = row_seeds(7, 3)
     assert row_seeds(7, 5)[:3] == seeds
     assert len({*seeds, *row_seeds(8, 3)}) == 6
     numbers = uniform_numbers(seeds, 40)
     assert torch.equal(uniform_numbers(seeds[1:], 20), numbers[1:, :20])
-    # the mean of many is a half, within four standard errors
+    # the mean is 0.5 within four standard errors
     assert abs(uniform_numbers([1], 10_000).mean() - 0.5) < 4 / (12 * 10_000) ** 0.5

@@ -1,4 +1,4 @@
-"""Hashes of tokens and tensors: what they must see, and what they must not."""
+"""Determinism trace: hashes of tokens and tensors, and lines of resumed runs."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def rows() -> torch.Tensor:
     return torch.randint(0, 50257, (12, 33), generator=torch.Generator().manual_seed(0))
 
 
-def test_tokens_hash_alike_however_the_windows_are_dealt_out(rows):
+def test_token_hash_does_not_depend_on_the_order_and_division_of_windows(rows):
     total = [0, 0, 0, 0]
     for row in rows.numpy().astype("<i8"):
         parts = struct.unpack("<4I", hashlib.blake2b(row.tobytes(), digest_size=16).digest())
@@ -39,17 +39,17 @@ def test_tokens_hash_alike_however_the_windows_are_dealt_out(rows):
             assert format_sums(sums) == expected
 
 
-def test_one_other_token_anywhere_is_another_hash(rows):
+def test_token_hash_changes_with_any_token(rows):
     before = format_sums(hash_windows(batch_of(rows)))
-    for checkpoint_dir in ((0, 0), (5, 7), (11, 32)):  # the last is a target alone
+    for position in ((0, 0), (5, 7), (11, 32)):  # the last is only a target
         changed = rows.clone()
-        changed[checkpoint_dir] += 1
+        changed[position] += 1
         assert format_sums(hash_windows(batch_of(changed))) != before
     twice = torch.cat((rows[:1], rows[:1], rows[2:]))
     assert format_sums(hash_windows(batch_of(twice))) != before
 
 
-def test_a_tensor_s_hash_is_that_of_its_bytes(rows):
+def test_tensor_hash_is_the_hash_of_its_bytes(rows):
     tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     expected = hashlib.blake2b(np.ascontiguousarray(tensor.numpy()).tobytes(), digest_size=8).hexdigest()
     assert hash_tensor(tensor) == hash_tensor(tensor.t().contiguous().t()) == expected
@@ -62,7 +62,7 @@ def test_a_tensor_s_hash_is_that_of_its_bytes(rows):
 
 
 def expected_tokens(text: str, directory: Path) -> list[str]:
-    """Hashes of six steps of twelve windows, cut out of the text's first nine tenths."""
+    """Returns the token hashes of six steps of twelve windows, from the first nine tenths of the text."""
     tokens = np.array([*text[: int(len(text) * 0.9)].encode(), 256])
     order = WindowOrder([len(tokens)], 32, 1337, load_manifest(directory).fingerprint(), "shuffled", 1, None)
     starts = order.starts(np.arange(6 * 12)).reshape(6, 12, 1)
@@ -71,7 +71,7 @@ def expected_tokens(text: str, directory: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):
+def test_a_trace_has_tokens_metrics_and_tensors_of_every_step(user):
     assert_success(user.train("callbacks=[checkpoint,trace]", "train.micro_batch_size=4"))
     directory = user.only_run()
     lines = [json.loads(line) for line in (directory / "trace.jsonl").read_text().splitlines()]
@@ -80,19 +80,19 @@ def test_a_trace_has_every_step_its_numbers_and_what_is_saved(user):
     assert {line["step"]: float(line["loss"]) for line in lines} == metrics(directory, "train/loss")
     assert [line["tokens"] for line in lines] == expected_tokens((user.folder / "text.txt").read_text(), directory)
     for name, tensor in weights(directory).items():
-        if name != "lm_head.weight":  # the embedding's, which is there once
+        if name != "lm_head.weight":  # tied to wte.weight, which is listed once
             expected = hashlib.blake2b(tensor.numpy().tobytes(), digest_size=8).hexdigest()
             assert lines[-1]["tensors"][name] == expected, name
     assert {"wte.weight.exp_avg", "h.1.ln_2.bias.exp_avg_sq"} < set(lines[-1]["tensors"])
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_keeps_the_trace_up_to_there(user):
+def test_a_resumed_run_continues_the_trace(user):
     assert_success(user.train("name=whole", "callbacks=[checkpoint,trace]"))
     assert_success(user.train("name=halted", "callbacks=[checkpoint,trace]"))
     whole, halted = user.only_run("whole") / "trace.jsonl", user.only_run("halted") / "trace.jsonl"
     expected = whole.read_text()
-    # as if it had been killed in the middle of a line, two steps after it was saved
+    # as if the run had been killed while writing a line, two steps after its last checkpoint
     last = halted.parent / "checkpoints" / "step_000006"
     last.rename(halted.parent / "taken_away")
     lines = halted.read_text().splitlines(keepends=True)

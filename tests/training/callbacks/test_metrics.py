@@ -7,14 +7,14 @@ from gptlab.training.callbacks.metrics import Stopwatch, defer_interrupt
 
 @pytest.fixture(autouse=True)
 def interrupts_arrive():
-    """Who started the tests may have them ignored."""
-    owner = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Enables SIGINT, which the process that started the tests may ignore."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, owner)
+    signal.signal(signal.SIGINT, handler)
 
 
 def interrupted(times: int) -> list[str]:
-    """What is written by somebody who is interrupted before it."""
+    """Returns the rows that are written if ``times`` interrupts arrive before the write."""
     written = []
 
     def write() -> None:
@@ -29,21 +29,21 @@ def interrupted(times: int) -> list[str]:
     return written
 
 
-def test_an_interrupt_waits_until_the_row_is_written():
+def test_an_interrupt_is_deferred_until_the_row_is_written():
     assert interrupted(1) == ["row"]
 
 
-def test_a_second_interrupt_does_not_wait():
+def test_a_second_interrupt_is_not_deferred():
     assert interrupted(2) == []
 
 
-def test_a_stopwatch_counts_between_run_and_pause():
+def test_a_stopwatch_measures_time_between_run_and_pause():
     now = [0.0]
     watch = Stopwatch(lambda: now[0])
-    steps = [("run", 2), ("pause", 30), ("run", 4), ("run", 5), ("read", 7)]  # and the seconds that follow
-    for what, seconds in steps[:-1]:
-        getattr(watch, what)()
+    steps = [("run", 2), ("pause", 30), ("run", 4), ("run", 5), ("read", 7)]  # each with the seconds that follow
+    for method, seconds in steps[:-1]:
+        getattr(watch, method)()
         now[0] += seconds
     assert watch.read() == 2 + 4 + 5
     now[0] += 7
-    assert watch.read() == 7  # it went on
+    assert watch.read() == 7  # it continued to run

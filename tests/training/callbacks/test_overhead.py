@@ -1,4 +1,4 @@
-"""Garbage is collected at steps that are the same everywhere, and at no other time."""
+"""Garbage collection at the same steps on all ranks, and at no other time."""
 
 import gc
 import sys
@@ -11,7 +11,7 @@ from gptlab.training.callbacks.overhead import COLLECT_EVERY, GarbageCollection
 
 
 class Cycle:
-    """What only a collection takes away."""
+    """Object that only the garbage collector frees."""
 
     def __init__(self):
         self.me = self
@@ -26,24 +26,24 @@ def enabled():
 
 
 def step(garbage, number, *, accumulated=1):
-    """The last micro-batch of a step."""
+    """Ends the last micro-batch of a step."""
     trainer = SimpleNamespace(accumulate_grad_batches=accumulated, global_step=number)
     garbage.on_train_batch_end(trainer, None, None, None, number * accumulated - 1)
 
 
-def test_garbage_stays_until_its_turn(enabled):
+def test_garbage_is_collected_only_at_the_scheduled_steps(enabled):
     garbage = GarbageCollection()
     assert gc.get_freeze_count() == 0
     step(garbage, 1)
     assert not gc.isenabled()
-    assert gc.get_freeze_count() > 1000  # all that there was
-    for collects in (lambda: step(garbage, COLLECT_EVERY), lambda: garbage.on_validation_end(None, None)):
+    assert gc.get_freeze_count() > 1000  # all existing objects
+    for collect in (lambda: step(garbage, COLLECT_EVERY), lambda: garbage.on_validation_end(None, None)):
         left = weakref.ref(Cycle())
         for number in (2, COLLECT_EVERY - 1, COLLECT_EVERY + 1):
             step(garbage, number)
-        keep = [[] for _ in range(100_000)]  # Python alone would have looked for garbage by now
+        keep = [[] for _ in range(100_000)]  # would trigger automatic collection
         assert left() is not None
-        collects()
+        collect()
         assert left() is None
         del keep
 
@@ -51,21 +51,21 @@ def test_garbage_stays_until_its_turn(enabled):
 NO_CYCLES = """
 import gc, sys
 from gptlab.training.callbacks.overhead import GarbageCollection
-takes_over = GarbageCollection.on_train_batch_end
-def counts(self, trainer, *rest):
-    takes_over(self, trainer, *rest)
+on_train_batch_end = GarbageCollection.on_train_batch_end
+def count_garbage(self, trainer, *rest):
+    on_train_batch_end(self, trainer, *rest)
     if trainer.global_step == 5:
         gc.collect()
     if trainer.global_step == 45:
         print("unreachable:", gc.collect(), "enabled:", gc.isenabled())
-GarbageCollection.on_train_batch_end = counts
+GarbageCollection.on_train_batch_end = count_garbage
 from gptlab.train import main
 main()
 """
 
 
 @pytest.mark.slow
-def test_steps_leave_nothing_that_only_a_collection_takes_away(user):
+def test_training_steps_create_no_reference_cycles(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=50")
     rare = ("train.eval_every=50", "train.eval_windows=10", "train.log_every=10")
     done = user.run(sys.executable, "-c", NO_CYCLES, *small, *rare)
@@ -74,7 +74,7 @@ def test_steps_leave_nothing_that_only_a_collection_takes_away(user):
 
 
 @pytest.mark.parametrize("end", ["on_train_end", "on_exception"])
-def test_at_the_end_all_is_as_before(enabled, end):
+def test_automatic_collection_is_restored_at_the_end(enabled, end):
     garbage = GarbageCollection()
     step(garbage, 1)
     getattr(garbage, end)(*(None,) * (2 if end == "on_train_end" else 3))
@@ -82,7 +82,7 @@ def test_at_the_end_all_is_as_before(enabled, end):
     assert gc.get_freeze_count() == 0
 
 
-def test_who_has_turned_it_off_keeps_it(enabled):
+def test_disabled_automatic_collection_stays_disabled(enabled):
     gc.disable()
     garbage = GarbageCollection()
     step(garbage, 1)
@@ -90,7 +90,7 @@ def test_who_has_turned_it_off_keeps_it(enabled):
     assert (gc.isenabled(), gc.get_freeze_count()) == (False, 0)
 
 
-def test_nothing_happens_within_a_step(enabled):
+def test_a_micro_batch_within_a_step_has_no_effect(enabled):
     garbage = GarbageCollection()
     trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=0)
     garbage.on_train_batch_end(trainer, None, None, None, 0)

@@ -1,4 +1,4 @@
-"""Lightning's own handling of SIGTERM, and that it is replaced."""
+"""Replacement of Lightning's handling of SIGTERM."""
 
 import signal
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ MICRO_BATCHES = 3
 
 
 class Handlers(L.Callback):
-    """Notes what answers SIGTERM when training starts, before the callbacks that follow have had their say."""
+    """Records the SIGTERM handler when training starts, before later callbacks change it."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.found = signal.getsignal(signal.SIGTERM)
 
 
 class Silent(Preemption):
-    """Does nothing of its own at a micro-batch."""
+    """Preemption without its own work per micro-batch."""
 
     def on_train_batch_end(self, *_: object) -> None:
         pass
@@ -34,20 +34,20 @@ class Silent(Preemption):
 
 @pytest.fixture
 def broadcasts(tmp_path: Path, monkeypatch) -> Iterator[list[object]]:
-    """What is broadcast in a group of one process, which Lightning takes for one of two."""
+    """The broadcast tensors in a process group of one rank, for which Lightning sees world size 2."""
     sent: list[object] = []
-    owners = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     monkeypatch.setattr(L.Trainer, "world_size", property(lambda _: 2))
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: sent.append(tensor))
     yield sent
     dist.destroy_process_group()
-    for number, owner in owners.items():
-        signal.signal(number, owner)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def fit(*callbacks: L.Callback) -> object:
-    """Train for some micro-batches; return what answered SIGTERM."""
+    """Trains for some micro-batches; returns the SIGTERM handler."""
     handlers = Handlers()
     trainer = L.Trainer(
         accelerator="cpu",
@@ -64,13 +64,13 @@ def fit(*callbacks: L.Callback) -> object:
     return handlers.found
 
 
-def test_every_micro_batch_of_lightning_s_waits_for_a_broadcast_and_its_handler_answers_sigterm(broadcasts):
+def test_lightning_handles_sigterm_and_broadcasts_at_every_micro_batch(broadcasts):
     before = signal.getsignal(signal.SIGTERM)
     assert fit() is not before
     assert len(broadcasts) == MICRO_BATCHES
 
 
-def test_with_preemption_there_is_neither(broadcasts):
+def test_preemption_disables_lightning_s_handler_and_broadcasts(broadcasts):
     before = signal.getsignal(signal.SIGTERM)
     assert fit(Silent(StepSync(), None)) is before
     assert broadcasts == []

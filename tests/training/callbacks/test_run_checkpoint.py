@@ -1,4 +1,4 @@
-"""The evaluation that a checkpoint came before."""
+"""RunCheckpoint: the evaluation that is due in a resumed run."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ STEPS = 2
 
 
 class Unsaved(RunCheckpoint):
-    """Saves nothing, and notes the steps at which an evaluation ended and training steps were made."""
+    """RunCheckpoint that saves nothing and records the order of training steps and evaluations."""
 
     def __init__(self, *, evaluation_due: bool) -> None:
         files = AtomicCheckpointIO(keep_last=1, keep_best=False, asynchronous=False)
@@ -29,7 +29,7 @@ class Unsaved(RunCheckpoint):
 
 
 @pytest.mark.parametrize("due", [True, False])
-def test_an_evaluation_that_is_due_comes_before_the_first_step(due):
+def test_a_due_evaluation_runs_before_the_first_step(due):
     callback = Unsaved(evaluation_due=due)
     trainer = L.Trainer(
         accelerator="cpu",

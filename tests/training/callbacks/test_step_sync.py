@@ -1,4 +1,4 @@
-"""What the ranks know of a step, one step later."""
+"""StepSync: reports of a step, one step later."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ LIMITS: Any = SimpleNamespace(max_bad_steps=3, spike_sigma=6.0, spike_window=8)
 
 
 class Steps:
-    """Ends micro-batches, two a step, as a Trainer with one process would."""
+    """Ends micro-batches, two per step, as a Trainer with one process does."""
 
     def __init__(self, step_sync: StepSync) -> None:
         self.step_sync, self.module = step_sync, GPTModule.__new__(GPTModule)
@@ -23,44 +23,44 @@ class Steps:
     def take(self, step: int, loss: float, bad: float = 0.0) -> None:
         trainer: Any = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_step=step - 1)
         for micro in range(2):
-            self.module.step_loss = torch.tensor(loss * (micro + 1))  # the sum over the micro-batches so far
+            self.module.step_loss = torch.tensor(loss * (micro + 1))  # the sum over the micro-batches of the step
             self.module.bad_step = torch.tensor(bad)
             trainer.global_step += micro
             self.step_sync.on_train_batch_end(trainer, self.module, None, None, 2 * (step - 1) + micro)
 
 
-def test_a_step_is_known_one_step_later() -> None:
-    step_sync, known = StepSync(), list[StepReport]()
-    step_sync.listeners.append(known.append)
+def test_a_step_is_reported_one_step_later() -> None:
+    step_sync, reports = StepSync(), list[StepReport]()
+    step_sync.listeners.append(reports.append)
     steps = Steps(step_sync)
     steps.take(1, 2.5)
-    assert known == []
+    assert reports == []
     steps.take(2, 1.5, bad=1.0)
-    assert known == [StepReport(1, 2.5, False)]
+    assert reports == [StepReport(1, 2.5, False)]
     step_sync.collect()
-    assert known == [StepReport(1, 2.5, False), StepReport(2, 1.5, True)]
+    assert reports == [StepReport(1, 2.5, False), StepReport(2, 1.5, True)]
     step_sync.collect()
     steps.take(3, 0.5)
-    assert len(known) == 2
+    assert len(reports) == 2
 
 
-def test_a_stop_is_agreed_on_one_step_later_and_for_good() -> None:
+def test_the_preemption_flag_is_agreed_on_one_step_later_and_remains_set() -> None:
     step_sync = StepSync()
     steps = Steps(step_sync)
     step_sync.stop_requested = True
     steps.take(1, 1.0)
     assert not step_sync.agreed_stop
     step_sync.stop_requested = False
-    steps.take(2, float("nan"))  # which does not hide it
+    steps.take(2, float("nan"))  # does not hide the flag
     assert step_sync.agreed_stop
     steps.take(3, 1.0)
     assert step_sync.agreed_stop
 
 
-def test_a_checkpoint_knows_of_the_step_before_it() -> None:
+def test_the_saved_state_includes_the_last_step() -> None:
     step_sync = StepSync()
-    guard, steps = TrainingHealthMonitor(step_sync, LIMITS, ""), Steps(step_sync)
+    monitor, steps = TrainingHealthMonitor(step_sync, LIMITS, ""), Steps(step_sync)
     steps.take(1, 2.0)
     steps.take(2, 4.0, bad=1.0)
-    state = guard.state_dict()
+    state = monitor.state_dict()
     assert (state["bad_steps"], state["in_a_row"], state["spikes"]["losses"]) == (1, 1, [2.0])

@@ -1,4 +1,4 @@
-"""Sums over ranks, one call late."""
+"""DelayedAllReduce: sums over ranks, returned one call later."""
 
 from pathlib import Path
 
@@ -9,17 +9,17 @@ import torch.multiprocessing as mp
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
 
 
-def test_one_process_knows_its_numbers_one_call_later() -> None:
+def test_a_single_process_gets_its_values_one_call_later() -> None:
     agreement = DelayedAllReduce()
     assert agreement.collect() is None
     assert agreement.add(torch.tensor([1.0, 2.0])) is None
     assert agreement.add(torch.tensor([3.0, 4.0])) == [1.0, 2.0]
     assert agreement.collect() == [3.0, 4.0]
-    assert agreement.collect() is None  # once
+    assert agreement.collect() is None  # returned only once
     assert agreement.add(torch.tensor([5.0, 6.0])) is None
 
 
-def test_values_changed_afterwards_do_not_count() -> None:
+def test_later_changes_of_the_values_have_no_effect() -> None:
     agreement, values = DelayedAllReduce(), torch.tensor([1.0], dtype=torch.float64)
     agreement.add(values)
     values.zero_()
@@ -35,7 +35,7 @@ def _rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_know_the_same_sums_one_call_later(tmp_path: Path) -> None:
+def test_two_processes_get_the_same_sums_one_call_later(tmp_path: Path) -> None:
     mp.spawn(_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
     expected = [None, *([1.0, 20.0 * step + 1, 2 * float(torch.tensor(1e-9))] for step in range(3))]
     for rank in range(2):

@@ -1,4 +1,4 @@
-"""What two processes hold and communicate, by torch's own count."""
+"""Memory and communication of two processes with each strategy, counted by torch."""
 
 import json
 import os
@@ -12,12 +12,12 @@ import spread
 from spread import MICRO_BATCHES, STEPS
 
 BLOCKS = 2
-GROUPS = BLOCKS + 1  # what FSDP handles at once: each block, and what remains
+GROUPS = BLOCKS + 1  # FSDP units: each block, and the remaining parameters
 
 
 @pytest.fixture(scope="module")
 def found():
-    """What the script has found, by strategy."""
+    """The results of the script, by strategy."""
     script = Path(spread.__file__)
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script))
     paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -28,30 +28,30 @@ def found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "at_once"), [("ddp", 1), ("fsdp", GROUPS), ("fsdp_tp", 0)])
-def test_gradients_are_reduced_once_a_step_and_not_once_a_micro_batch(found, strategy, at_once):
+@pytest.mark.parametrize(("strategy", "collectives"), [("ddp", 1), ("fsdp", GROUPS), ("fsdp_tp", 0)])
+def test_gradients_are_reduced_once_per_step_not_per_micro_batch(found, strategy, collectives):
     assert MICRO_BATCHES > 1
-    assert found[strategy]["reduced"] == STEPS * at_once
+    assert found[strategy]["reduced"] == STEPS * collectives
 
 
 @pytest.mark.slow
-def test_sampling_gathers_a_sharded_network_once(found):
-    assert found["fsdp"]["gathered"] == GROUPS  # of three forward passes
+def test_sampling_gathers_a_sharded_model_once(found):
+    assert found["fsdp"]["gathered"] == GROUPS  # in three forward passes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "share"), [("ddp", 1), ("fsdp", 1 / 2), ("fsdp_tp", 1 / 2)])
-def test_a_process_holds_its_share_of_the_blocks(found, strategy, share):
+def test_each_process_holds_its_share_of_the_blocks(found, strategy, share):
     assert found[strategy]["held"] == share
 
 
 @pytest.mark.slow
-def test_a_split_network_computes_what_the_whole_one_does(found):
+def test_tensor_parallel_logits_and_gradients_match_those_of_one_device(found):
     assert found["fsdp_tp"]["split"]["logits"] < 1e-6
     assert found["fsdp_tp"]["split"]["gradients"] < 1e-6
 
 
 @pytest.mark.slow
-def test_processes_that_split_a_network_drop_out_alike(found):
-    # else what both hold whole would drift apart
+def test_dropout_is_the_same_on_all_devices_of_a_tensor_parallel_group(found):
+    # otherwise replicated activations would diverge
     assert found["fsdp_tp"]["alike"]

@@ -1,4 +1,4 @@
-"""What torch asks of a layer's style."""
+"""The interface of torch's ParallelStyle."""
 
 from types import SimpleNamespace
 
@@ -8,10 +8,10 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from gptlab.training.distributed.tensor_parallel import ReplicatedLayer
 
 
-def test_a_style_has_one_method_which_torch_calls_with_the_layer_and_the_mesh(monkeypatch):
+def test_parallelize_module_calls_apply_with_the_layer_and_the_mesh(monkeypatch):
     assert ParallelStyle.__abstractmethods__ == {"_apply"}
-    called = []
-    monkeypatch.setattr(ReplicatedLayer, "_apply", lambda self, *arguments: called.append(arguments))
+    calls = []
+    monkeypatch.setattr(ReplicatedLayer, "_apply", lambda self, *arguments: calls.append(arguments))
     layer, mesh = nn.Linear(2, 2), SimpleNamespace(ndim=1)
     parallelize_module(layer, mesh, ReplicatedLayer())
-    assert called == [(layer, mesh)]
+    assert calls == [(layer, mesh)]

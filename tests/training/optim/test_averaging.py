@@ -1,4 +1,4 @@
-"""The average of the weights against sums written by hand."""
+"""Averages of the weights, compared with explicit weighted sums."""
 
 import math
 
@@ -14,10 +14,10 @@ from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 
 ADAMW = AdamWConfig(name="adamw", lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
 MUON = MuonConfig(**defaults("optimizer/muon.yaml") | {"ns_dtype": "float32"})
-DECAY = 0.4  # which the warm-up, 2/11, 3/12, 4/13, 5/14 and 6/15, comes to at the sixth step
+DECAY = 0.4  # reached by the warm-up 2/11, 3/12, 4/13, 5/14, 6/15 at the sixth step
 
 
-def built(config=ADAMW, *, fused: bool = True):
+def build(config=ADAMW, *, fused: bool = True):
     torch.manual_seed(0)
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, config, fused=fused)
@@ -39,8 +39,8 @@ def averages(model, optimizer) -> dict[str, torch.Tensor]:
     return {name: optimizer.state[parameter]["average"].clone() for name, parameter in model.named_parameters()}
 
 
-def by_hand(weights: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
-    """The first weights, and every later ones, each by its share of the whole; in float64."""
+def weighted_sum(weights: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
+    """Returns the average as an explicit sum of the weights after all steps, in float64."""
     shares = [(1 - decay) * math.prod(decays[later + 1 :]) for later, decay in enumerate(decays)]
     assert sum(shares) == pytest.approx(1)
     return sum(share * weight.double() for share, weight in zip(shares, weights, strict=True))
@@ -48,8 +48,8 @@ def by_hand(weights: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_the_average_is_that_of_all_steps_by_their_shares(config, fused):
-    model, optimizer = built(config, fused=fused)
+def test_the_average_is_the_weighted_sum_over_all_steps(config, fused):
+    model, optimizer = build(config, fused=fused)
     history = []
     for step in range(8):
         make_step(model, optimizer, step)
@@ -57,17 +57,17 @@ def test_the_average_is_that_of_all_steps_by_their_shares(config, fused):
     decays = [0, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 0.4, 0.4]
     found = averages(model, optimizer)
     assert found.keys() == history[0].keys()
-    assert "lm_head.weight" not in found  # it is wte.weight
+    assert "lm_head.weight" not in found  # tied to wte.weight
     for name, average in found.items():
-        expected = by_hand([weights[name] for weights in history], decays)
+        expected = weighted_sum([weights[name] for weights in history], decays)
         torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=0, msg=name)
         assert (average - history[-1][name]).abs().max() > 1e-4, name
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_a_bad_step_leaves_it_alone_and_the_next_moves_it(config, fused):
-    model, optimizer = built(config, fused=fused)
+def test_a_skipped_step_does_not_change_the_average_and_the_next_step_does(config, fused):
+    model, optimizer = build(config, fused=fused)
     for step in range(3):
         make_step(model, optimizer, step)
     before = averages(model, optimizer)
@@ -80,36 +80,36 @@ def test_a_bad_step_leaves_it_alone_and_the_next_moves_it(config, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_bad_first_step_is_no_obstacle(fused):
-    model, optimizer = built(fused=fused)
+def test_the_first_step_can_be_skipped(fused):
+    model, optimizer = build(fused=fused)
     initial = model.wte.weight.detach().clone()
     make_step(model, optimizer, 0, bad=True)
     assert torch.equal(model.wte.weight, initial)
     make_step(model, optimizer, 1)
     state = optimizer.state[model.wte.weight]
     assert state["step"] == 1
-    kept = 2 / 11 if fused else 0  # otherwise it begins here
+    kept = 2 / 11 if fused else 0  # unfused, the average starts at this step
     expected = kept * initial.double() + (1 - kept) * model.wte.weight.detach().double()
     torch.testing.assert_close(state["average"].double(), expected, atol=1e-6, rtol=0)
 
 
-def test_put_in_place_and_back_the_weights_stay_where_they_are():
-    model, optimizer = built()
+def test_swapping_averages_in_and_out_is_in_place():
+    model, optimizer = build()
     for step in range(3):
         make_step(model, optimizer, step)
     names = dict(model.named_parameters())
     trained = {name: p.detach().clone() for name, p in names.items()}
-    places = {name: p.data_ptr() for name, p in names.items()}
+    addresses = {name: p.data_ptr() for name, p in names.items()}
     kept = swap_in_averages([optimizer])
     assert all(torch.equal(names[name], average) for name, average in averages(model, optimizer).items())
     assert model.lm_head.weight is model.wte.weight
     swap_out_averages(kept)
     assert all(torch.equal(names[name], weights) for name, weights in trained.items())
-    assert places == {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert addresses == {name: p.data_ptr() for name, p in model.named_parameters()}
 
 
-def test_without_an_average_a_state_is_what_it_was_and_does_not_become_one():
-    model, optimizer = built()
+def test_states_with_and_without_averages_are_incompatible():
+    model, optimizer = build()
     plain = build_optimizer(model, ADAMW, fused=True)
     for one, others in ((plain, optimizer), (optimizer, plain)):
         with pytest.raises(UserError, match=r"train\.ema_decay\) can be neither enabled nor disabled"):

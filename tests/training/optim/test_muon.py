@@ -1,4 +1,4 @@
-"""Muon against torch's own, against a singular value decomposition, and by hand."""
+"""Muon, compared with torch's Muon, with a singular value decomposition, and with hand-computed values."""
 
 import copy
 import io
@@ -18,7 +18,17 @@ from gptlab.training.optim.optimizers import build_optimizer, name_state, number
 MUON = MuonConfig(**defaults("optimizer/muon.yaml") | {"ns_dtype": "float32"})
 PLAIN = {"ns_dtype": "float64", "cautious": False}
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
-SHAPES = [(12, 4), (4, 4), (16, 4), (4, 16), (12, 4), (4, 4), (16, 4), (4, 16), (5, 3)]  # two blocks, and one by itself
+SHAPES = [
+    (12, 4),
+    (4, 4),
+    (16, 4),
+    (4, 16),
+    (12, 4),
+    (4, 4),
+    (16, 4),
+    (4, 16),
+    (5, 3),
+]  # two blocks, and one more matrix
 
 
 def matrices(dtype: torch.dtype) -> list[nn.Parameter]:
@@ -33,7 +43,7 @@ def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
 
 
 @pytest.mark.parametrize(("elements", "longest"), [(2**20, 2), (100, 1)])
-def test_matrices_of_one_shape_are_put_together_as_far_as_they_fit(elements, longest, monkeypatch):
+def test_matrices_of_one_shape_are_stacked_up_to_the_limit(elements, longest, monkeypatch):
     monkeypatch.setattr(muon, "CPU_STACK", elements)
     numbered = [(matrix, number, number) for number, matrix in enumerate(matrices(torch.float32))]
     found = [[number for _, number, _ in stack] for stack in stack_by_shape(numbered)]
@@ -44,8 +54,8 @@ def test_matrices_of_one_shape_are_put_together_as_far_as_they_fit(elements, lon
 
 @pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_stacked_it_is_torch_s_muon(dtype, adjust_lr, monkeypatch):
-    if dtype != "bfloat16":  # which is all that torch's has
+def test_stacked_muon_matches_torch_s_muon(dtype, adjust_lr, monkeypatch):
+    if dtype != "bfloat16":  # the only dtype of torch's Muon
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     weights = torch.float64 if dtype == "float64" else torch.float32
     ours, theirs = matrices(weights), matrices(weights)
@@ -65,7 +75,7 @@ def test_stacked_it_is_torch_s_muon(dtype, adjust_lr, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
 @pytest.mark.parametrize("steps", [1, 5])
-def test_newton_schulz_is_a_polynomial_of_the_singular_values(steps, shape):
+def test_orthogonalize_applies_a_polynomial_to_the_singular_values(steps, shape):
     x = torch.randn(3, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     u, s, v = torch.linalg.svd(x, full_matrices=False)
     s = s / s.square().sum(1, keepdim=True).sqrt()
@@ -74,11 +84,11 @@ def test_newton_schulz_is_a_polynomial_of_the_singular_values(steps, shape):
         s = a * s + b * s**3 + c * s**5
     found = orthogonalize(x, COEFFICIENTS, steps, 1e-7)
     torch.testing.assert_close(found, u @ torch.diag_embed(s) @ v, atol=1e-12, rtol=0)
-    if steps == 5 and shape != (5, 5):  # a square matrix has tiny ones
+    if steps == 5 and shape != (5, 5):  # a square matrix has tiny singular values
         assert 0.6 < s.min() < s.max() < 1.3
 
 
-def test_a_gradient_of_zeros_moves_nothing():
+def test_a_zero_gradient_changes_nothing():
     parameters = matrices(torch.float64)
     before = copy.deepcopy(parameters)
     for parameter in parameters:
@@ -87,8 +97,8 @@ def test_a_gradient_of_zeros_moves_nothing():
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
 
 
-def test_cautious_weights_decay_where_the_update_has_their_sign():
-    # of one element the orthogonalised update is its sign, times what the polynomial makes of 1 in one step: 0.701
+def test_cautious_weights_decay_only_where_the_update_has_their_sign():
+    # for one element, the orthogonalized update is its sign times 0.701, the value of the polynomial at 1
     weights = [nn.Parameter(torch.tensor([[value]], dtype=torch.float64)) for value in (2.0, -2.0, 2.0, -2.0)]
     for weight, gradient in zip(weights, (3.0, -3.0, -3.0, 3.0), strict=True):
         weight.grad = torch.full_like(weight, gradient)
@@ -108,7 +118,7 @@ class WithValueEmbeddings(GPT):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_exactly_the_matrices_of_the_blocks_are_muon_s(tied):
+def test_muon_optimizes_exactly_the_matrices_of_the_blocks(tied):
     model = WithValueEmbeddings(tiny_config(n_layer=1, tie_weights=tied))
     groups = build_optimizer(model, MUON, fused=False).param_groups
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -117,7 +127,7 @@ def test_exactly_the_matrices_of_the_blocks_are_muon_s(tied):
         {"wte.weight", "wpe.weight", "value_embeds.0.weight", "value_embeds.1.weight"},
         {"lm_head.weight"},
     )
-    if tied:  # the embedding of the tokens is learnt as the head that it is
+    if tied:  # the tied token embedding is in the head's group
         head = {"wte.weight"}
         embeddings -= head
     assert found == {
@@ -130,16 +140,16 @@ def test_exactly_the_matrices_of_the_blocks_are_muon_s(tied):
     assert ["momentum" in group for group in groups] == [True, False, False, False]
 
 
-def test_all_rates_follow_the_schedule_and_the_momentum_warms_up():
+def test_all_learning_rates_follow_the_schedule_and_momentum_warms_up():
     config = MUON.model_copy(update={"momentum_warmup_steps": 4})
     schedule = LinearConfig(name="linear", warmup_steps=0, decay_steps=10, min_lr_ratio=0.0)
     optimizer = build_optimizer(GPT(tiny_config(tie_weights=False)), config, fused=False)
-    whole = [MUON.lr, MUON.embedding_lr, MUON.head_lr, MUON.vector_lr]
+    base = [MUON.lr, MUON.embedding_lr, MUON.head_lr, MUON.vector_lr]
     momenta = {0: 0.85, 1: 0.875, 2: 0.9, 4: 0.95, 5: 0.95, 9: 0.95}
-    for step in (5, 0, 1, 9, 4, 2):  # a function of the step, whatever came before
+    for step in (5, 0, 1, 9, 4, 2):  # a function of the step only
         set_step_hyperparameters(optimizer, step, config, schedule, max_steps=10)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        assert rates == pytest.approx([lr * (1 - step / 10) for lr in whole], rel=1e-12)
+        lrs = [group["lr"] for group in optimizer.param_groups]
+        assert lrs == pytest.approx([lr * (1 - step / 10) for lr in base], rel=1e-12)
         assert optimizer.param_groups[0]["momentum"] == pytest.approx(momenta[step], abs=1e-12)
     constant = ConstantConfig(name="constant", warmup_steps=0)
     set_step_hyperparameters(optimizer, 0, MUON.model_copy(update={"momentum_warmup_steps": 0}), constant, max_steps=10)
@@ -154,7 +164,7 @@ def steps(model: GPT, optimizer: torch.optim.Optimizer, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_what_is_loaded_goes_on_bit_for_bit_with_the_settings_of_the_configuration(fused):
+def test_a_loaded_optimizer_is_bit_identical_and_keeps_its_own_hyperparameters(fused):
     torch.manual_seed(0)
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, MUON, fused=fused)
@@ -179,7 +189,7 @@ def test_what_is_loaded_goes_on_bit_for_bit_with_the_settings_of_the_configurati
     assert its.state[other.wte.weight]["step"] == 6
 
 
-def test_moments_of_another_optimizer_are_refused():
+def test_the_state_of_another_optimizer_raises():
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, MUON, fused=False)
     state = torch.optim.AdamW(model.parameters()).state_dict()

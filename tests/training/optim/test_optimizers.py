@@ -13,7 +13,7 @@ MUON = MuonConfig(**defaults("optimizer/muon.yaml"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_exactly_the_matrices_and_embeddings_decay(tied):
+def test_weight_decay_applies_to_matrices_and_embeddings_only(tied):
     model = GPT(tiny_config(n_layer=1, tie_weights=tied))
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(model, ADAMW, fused=False).param_groups
@@ -27,7 +27,7 @@ def test_exactly_the_matrices_and_embeddings_decay(tied):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_one_step_is_adamw_by_hand(fused):
+def test_one_adamw_step_matches_the_formula(fused):
     torch.manual_seed(0)
     model = GPT(tiny_config()).double()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -36,7 +36,7 @@ def test_one_step_is_adamw_by_hand(fused):
     optimizer.step()
     for name, parameter in model.named_parameters():
         g, decay = parameter.grad, 0.1 if parameter.dim() > 1 else 0.0
-        # Loshchilov and Hutter 2019, algorithm 2, at t = 1: both moments' corrections leave g and |g|
+        # Loshchilov and Hutter 2019, algorithm 2, at t = 1: the bias-corrected moments are g and g**2
         expected = before[name] * (1 - 0.1 * decay) - 0.1 * g / (g.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-10, rtol=1e-7, msg=name)
 
@@ -44,11 +44,11 @@ def test_one_step_is_adamw_by_hand(fused):
 @pytest.mark.parametrize("bad_step", [0, 2])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("config", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_a_bad_step_leaves_no_trace(config, fused, bad_step):
+def test_a_skipped_step_changes_neither_weights_nor_optimizer_state(config, fused, bad_step):
     torch.manual_seed(0)
     model = GPT(tiny_config())
     optimizer = build_optimizer(model, config, fused=fused)
-    twin = copy.deepcopy(model)  # which never sees the bad step
+    twin = copy.deepcopy(model)  # does not have the bad step
     its_optimizer = build_optimizer(twin, config, fused=fused)
     for step in range(4):
         is_bad = step == bad_step
@@ -66,4 +66,4 @@ def test_a_bad_step_leaves_no_trace(config, fused, bad_step):
     assert len(state) == len(list(model.parameters()))
     for number, values in state.items():
         assert all(torch.equal(value, its_state[number][name]) for name, value in values.items()), number
-        assert values.get("step", 3) == 3  # Muon counts nothing
+        assert values.get("step", 3) == 3  # Muon has no step count
