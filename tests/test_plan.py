@@ -84,7 +84,7 @@ def test_the_command_for_a_budget_is_one_that_runs(user):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["gpu=h10"], "gpu=h10 is not in the table of known GPUs. Did you mean h100?"),
+        (["gpu=h10"], "gpu=h10 is not in the table of GPUs. Did you mean h100?"),
         (["budget=5"], "budget=5 FLOPs is too small for any model of the ladder: at least"),
         (["budget=-5"], "budget=-5 is not valid: it should be greater than 0"),
         (["mfu=2"], "mfu=2 is not valid: it should be less than or equal to 1"),
