@@ -116,7 +116,8 @@ def _repository_files(page: File) -> list[str]:
     """Returns the files outside of docs/ and conf/ that a page links to."""
     targets: list[str] = []
     _outside_fences(
-        page.content_string, lambda text: targets.extend(filter(None, (_target(page, m[2]) for m in LINK.finditer(text)))) or ""
+        page.content_string,
+        lambda text: targets.extend(filter(None, (_target(page, m[2]) for m in LINK.finditer(text)))) or "",
     )
     return [target for target in dict.fromkeys(targets) if _site_page(target) is None and (ROOT / target).is_file()]
 
