@@ -1,6 +1,6 @@
-"""Checks the built site: every link leads to a file and an anchor that exist, and a page fetches nothing from a network.
+"""Checks the built site: no link is dead, and no page fetches anything from a network.
 
-python docs/tools/check_site.py site
+Usage: ``python docs/tools/check_site.py site``
 """
 
 import sys

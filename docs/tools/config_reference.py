@@ -75,7 +75,7 @@ def read_config_file(path: Path, conf: Path) -> ConfigFile:
 
 
 def read_configuration(conf: Path) -> list[ConfigFile]:
-    """Reads every file of conf/ but Hydra's help texts and the W&B sweep files, which are made from the search spaces."""
+    """Reads every file of conf/ but Hydra's help texts and the W&B sweep files, which are made from ``sweeps/``."""
     paths = [*sorted(conf.glob("*.yaml")), *sorted(conf.glob("*/**/*.yaml"))]
     folders = ("hydra/help/", "sweeps/wandb/")
     return [read_config_file(path, conf) for path in paths if not path.relative_to(conf).as_posix().startswith(folders)]

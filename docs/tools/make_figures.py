@@ -5,6 +5,7 @@ twice, for light and for dark pages (``<name>-dark``). The report needs Chromium
 """
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,6 @@ import rich
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from PIL import Image
-from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import DEFAULT_TERMINAL_THEME, SVG_EXPORT_THEME, TerminalTheme
 from rich.text import Text
@@ -96,14 +96,8 @@ def main() -> None:
 def run(arguments: tuple[str, ...]) -> str:
     """Runs a command of gptlab in outputs/figures and returns what it prints in a terminal, with its colors."""
     terminal = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "COLUMNS": str(COLUMNS)}  # colors, but no progress bar
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=RUNS,
-        env=os.environ | terminal,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, env = [sys.executable, "-m", *arguments], os.environ | terminal
+    done = subprocess.run(command, cwd=RUNS, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{command_line(arguments)} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -151,7 +145,8 @@ def draw_chart(name: str, draw: Callable[[Axes, Theme], None], size: tuple[float
 
 def draw_terminal(name: str, command: str, output: str) -> None:
     """Writes the output of a command as an SVG of a terminal, with the reader's own monospaced font."""
-    template = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    rich_template = inspect.signature(Console.export_svg).parameters["code_format"].default
+    template = re.sub(r"@font-face \{\{.*?\}\}", "", rich_template, flags=re.DOTALL)
     template = template.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono")
     template = template.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")
     text = Text.from_ansi(re.sub(r"\x1b\[\?25[lh]|\r", "", output).strip("\n"))

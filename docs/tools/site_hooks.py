@@ -114,11 +114,8 @@ def _target(file: File, link: str) -> str | None:
 
 def _repository_files(page: File) -> list[str]:
     """Returns the files outside of docs/ and conf/ that a page links to."""
-    targets: list[str] = []
-    _outside_fences(
-        page.content_string,
-        lambda text: targets.extend(filter(None, (_target(page, m[2]) for m in LINK.finditer(text)))) or "",
-    )
+    links = LINK.finditer(FENCE.sub("", page.content_string))
+    targets = [target for link in links if (target := _target(page, link[2])) is not None]
     return [target for target in dict.fromkeys(targets) if _site_page(target) is None and (ROOT / target).is_file()]
 
 
@@ -163,4 +160,5 @@ def _show_file(target: str) -> str:
     """Renders a page with the text of a file; the search leaves it out."""
     text = (ROOT / target).read_text(encoding="utf-8", errors="replace")
     language = LANGUAGES.get(posixpath.splitext(target)[1], "text")
-    return f"---\nsearch:\n  exclude: true\ntitle: {target}\n---\n\n# `{target}`\n\n``````{language}\n{text.rstrip()}\n``````\n"
+    head = f"---\nsearch:\n  exclude: true\ntitle: {target}\n---\n\n# `{target}`\n"
+    return f"{head}\n``````{language}\n{text.rstrip()}\n``````\n"
