@@ -30,7 +30,7 @@ from gptlab.sweeps.analysis.table import analyze_sweep
 ROOT = Path(__file__).parents[2]
 FIGURES, RUNS = ROOT / "docs" / "figures", ROOT / "outputs" / "figures"
 COLUMNS = 100  # of a recorded terminal
-TRAIN = ("gptlab.train",)
+PREPARE, TRAIN = ("gptlab.prepare",), ("gptlab.train",)
 SWEEP = ("gptlab.train", "-m", "sweeps=lr", "model=tiny", "train.max_steps=300", "train.eval_every=100")
 PROVE = ("gptlab.prove", "model=tiny")
 MODELS = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1.6B"}
@@ -79,6 +79,7 @@ def main() -> None:
     """Makes all pictures, or those that the command line names."""
     FIGURES.mkdir(exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
+    record("prepare", PREPARE)  # first, so that no training run reports that it prepares its data
     pictures = {
         "train": lambda: draw_terminal("train", command_line(TRAIN), record("train", TRAIN)),
         "loss": draw_loss,
@@ -148,13 +149,13 @@ def draw_terminal(name: str, command: str, output: str) -> None:
     rich_template = inspect.signature(Console.export_svg).parameters["code_format"].default
     template = re.sub(r"@font-face \{\{.*?\}\}", "", rich_template, flags=re.DOTALL)
     template = template.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono")
-    template = template.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")
     text = Text.from_ansi(re.sub(r"\x1b\[\?25[lh]|\r", "", output).strip("\n"))
     for theme in THEMES:
         with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
             console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
-            console.print(Text(f"$ {command}", "bold"), text, sep="\n", soft_wrap=True)
+            console.print(Text(f"$ {command}", "bold"), text, "", sep="\n")
         svg = console.export_svg(title="", theme=theme.terminal, code_format=template, unique_id=name)
+        svg = svg.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")  # a border on light pages as well
         (FIGURES / f"{name}{theme.suffix}.svg").write_text(re.sub(r"[ \t]+\n", "\n", svg), encoding="utf-8")
 
 
