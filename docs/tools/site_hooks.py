@@ -1,13 +1,12 @@
 """MkDocs hooks: pages that are made at build time, links to files of the repository, and pictures in light and dark.
 
 - README.md is the front page and CONTRIBUTING.md a page. ``reference/`` is generated from conf/.
-- A link to another file of the repository leads to a page that shows the file; a file that is not there is a warning,
-  which ``mkdocs build --strict`` makes an error.
+- A link to another file or directory of the repository leads to a page that shows the file, or the names in the
+  directory. MkDocs warns of one that is not there, which is an error under ``--strict``.
 - ``<picture>`` with a source for prefers-color-scheme: dark, which GitHub understands, becomes two images of which the
   site's palette shows one.
 """
 
-import logging
 import os
 import posixpath
 import re
@@ -20,8 +19,6 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import ROOT, anchor, page_name, render_pages
-
-log = logging.getLogger("mkdocs.plugins.gptlab")
 
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # files at the top that are pages
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"#]*)(#[^)\s\"]*)?")
@@ -113,10 +110,10 @@ def _target(file: File, link: str) -> str | None:
 
 
 def _repository_files(page: File) -> list[str]:
-    """Returns the files outside of docs/ and conf/ that a page links to."""
+    """Returns the files and directories outside of docs/ and conf/ that a page links to."""
     links = LINK.finditer(FENCE.sub("", page.content_string))
     targets = [target for link in links if (target := _target(page, link[2])) is not None]
-    return [target for target in dict.fromkeys(targets) if _site_page(target) is None and (ROOT / target).is_file()]
+    return [target for target in dict.fromkeys(targets) if _site_page(target) is None and (ROOT / target).exists()]
 
 
 def _site_page(target: str) -> str | None:
@@ -145,20 +142,17 @@ def _site_link(file: File, link: str, fragment: str) -> str:
     if (target := _target(file, link)) is None:
         return link + fragment
     if not (ROOT / target).exists():
-        log.warning("%s links to %s, which does not exist", _written_at(file), target)
-        return link + fragment
-    page = _site_page(target)
-    if page is None and (ROOT / target).is_dir():
-        log.warning("%s links to the directory %s: link to a file in it", _written_at(file), target)
-        return link
-    page, _, own = (page or _source_page(target)).partition("#")
+        return link + fragment  # of which MkDocs warns
+    page, _, own = (_site_page(target) or _source_page(target)).partition("#")
     relative = os.path.relpath(page, posixpath.dirname(file.src_uri) or ".").replace(os.sep, "/")
     return relative + (f"#{own}" if own else fragment)
 
 
 def _show_file(target: str) -> str:
-    """Renders a page with the text of a file; the search leaves it out."""
-    text = (ROOT / target).read_text(encoding="utf-8", errors="replace")
+    """Renders a page with the text of a file, or the names in a directory; the search leaves it out."""
+    path = ROOT / target
+    names = [f"{inside.name}{'/' * inside.is_dir()}" for inside in path.iterdir()] if path.is_dir() else []
+    text = "\n".join(sorted(names)) if names else path.read_text(encoding="utf-8", errors="replace")
     language = LANGUAGES.get(posixpath.splitext(target)[1], "text")
     head = f"---\nsearch:\n  exclude: true\ntitle: {target}\n---\n\n# `{target}`\n"
     return f"{head}\n``````{language}\n{text.rstrip()}\n``````\n"
