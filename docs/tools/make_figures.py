@@ -82,7 +82,7 @@ def main() -> None:
     record("prepare", PREPARE)  # first, so that no training run reports that it prepares its data
     pictures = {
         "train": lambda: draw_terminal("train", command_line(TRAIN), record("train", TRAIN)),
-        "loss": draw_loss,
+        "training": draw_loss,
         "sweep": draw_sweep_table,
         "lr": draw_learning_rates,
         "memory": draw_memory,
@@ -91,7 +91,7 @@ def main() -> None:
     }
     for name in sys.argv[1:] or pictures:
         pictures[name]()
-        print(*sorted(str(path.relative_to(ROOT)) for path in FIGURES.glob(f"{name}*")))
+        print(*sorted(str(path.relative_to(ROOT)) for path in FIGURES.iterdir() if path.stem in (name, f"{name}-dark")))
 
 
 def run(arguments: tuple[str, ...]) -> str:
@@ -175,7 +175,7 @@ def draw_loss() -> None:
         axes.grid()
         axes.legend()
 
-    draw_chart("loss", draw, (8, 4))
+    draw_chart("training", draw, (8, 4))
 
 
 def sweep_directory() -> Path:
