@@ -234,7 +234,7 @@ def draw_memory() -> None:
         axes.set(xlabel=f"peak memory (GB): bf16-mixed, micro-batches of {MICRO_BATCH} x 1,024 tokens")
         axes.set_xlim(0, 1.12 * max(left.values()))
         axes.invert_yaxis()
-        axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1))
+        axes.get_figure().legend(ncols=3, loc="outside upper center")
 
     draw_chart("memory", draw, (8, 3.6))
 
