@@ -29,7 +29,7 @@ from gptlab.sweeps.analysis.table import analyze_sweep
 
 ROOT = Path(__file__).parents[2]
 FIGURES, RUNS = ROOT / "docs" / "figures", ROOT / "outputs" / "figures"
-COLUMNS = 100  # of a recorded terminal
+COLUMNS, NARROW = 100, 98  # of a recorded terminal; below 100, the table of a sweep has fewer columns
 PREPARE, TRAIN = ("gptlab.prepare",), ("gptlab.train",)
 SWEEP = ("gptlab.train", "-m", "sweeps=lr", "model=tiny", "train.max_steps=300", "train.eval_every=100")
 PROVE = ("gptlab.prove", "model=tiny")
@@ -63,15 +63,11 @@ class Theme(NamedTuple):
     scheme: str
 
 
+LIGHT = ("#4269d0", "#d1242f", "#3ca951", "#b8860b", "#8250df", "#6e7781")
+DARK = ("#79a8ff", "#ff7b72", "#56d364", "#e3b341", "#bc8cff", "#9aa4af")
 THEMES = (
-    Theme(
-        *("", "#1f2328", ("#4269d0", "#d1242f", "#3ca951", "#b8860b", "#8250df", "#6e7781")),
-        *(DEFAULT_TERMINAL_THEME, "light"),
-    ),
-    Theme(
-        *("-dark", "#e6edf3", ("#79a8ff", "#ff7b72", "#56d364", "#e3b341", "#bc8cff", "#9aa4af")),
-        *(SVG_EXPORT_THEME, "dark"),
-    ),
+    Theme("", "#1f2328", LIGHT, DEFAULT_TERMINAL_THEME, "light"),
+    Theme("-dark", "#e6edf3", DARK, SVG_EXPORT_THEME, "dark"),
 )
 
 
@@ -169,9 +165,9 @@ def draw_loss() -> None:
         tokens, losses = read_metrics(directory, "val/loss")
         axes.plot(tokens, losses, "o-", color=theme.colors[1], lw=2, ms=6, label="val loss")
         axes.annotate(
-            f"{losses[-1]:.3f}", (tokens[-1], losses[-1]), (0, 10), textcoords="offset points", ha="center", va="bottom"
+            f"{losses[-1]:.3f}", (tokens[-1], losses[-1]), (0, 22), textcoords="offset points", ha="center", va="bottom"
         )
-        axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", xlim=(0, tokens[-1] * 1.03))
+        axes.set(xlabel="tokens (millions)", ylabel="loss (nats per token)", xlim=(0, tokens[-1] * 1.05))
         axes.grid()
         axes.legend()
 
@@ -187,7 +183,7 @@ def sweep_directory() -> Path:
 def draw_sweep_table() -> None:
     """The table and the answer that end a sweep."""
     answers = analyze_sweep(sweep_directory())
-    rich.reconfigure(width=COLUMNS, force_terminal=True, color_system="truecolor")
+    rich.reconfigure(width=NARROW, force_terminal=True, color_system="truecolor")
     with rich.get_console().capture() as captured:
         print_answers(answers)
     draw_terminal("sweep", command_line(SWEEP), captured.get())
@@ -248,10 +244,10 @@ def draw_report() -> None:
     for theme in THEMES:
         path = FIGURES / f"report{theme.suffix}.png"
         with chromium() as browser:
-            page = Seen(browser, viewport={"width": 1100, "height": 1000}, color_scheme=theme.scheme)
+            page = Seen(browser, viewport={"width": 1100, "height": 1348}, color_scheme=theme.scheme)
             page.open(RUNS / "report.html").page.wait_for_timeout(500)
             page.page.screenshot(path=path)
-        Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
+        Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":
