@@ -3,6 +3,8 @@
 # make test-all the slow ones as well
 # make bench    gptlab beside what people do without it: training, generation, data, the loop and its guards (about an hour)
 # make lint     ruff, mypy, import-linter
+# make docs     the documentation as a site, in site/, and the checks of its links and commands (no network)
+# make figures  the pictures in docs/figures, from runs that it starts (about ten minutes)
 # Each makes .venv first when it is missing or older than what it is made from.
 
 PYTHON ?= python3
@@ -10,7 +12,7 @@ BIN := .venv/bin
 # Multi-process tests share few cores: one thread a process keeps them from fighting.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint bench format clean
+.PHONY: train test test-slow test-all lint docs figures bench format clean
 
 train: .venv/ready
 	$(BIN)/python -m gptlab.train
@@ -32,6 +34,14 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python docs/tools/check_site.py site
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_docs.py
+
+figures: .venv/ready
+	$(BIN)/python docs/tools/make_figures.py
+
 bench: .venv/ready
 	$(BIN)/python -m gptlab.bench suite=all
 
@@ -48,4 +58,4 @@ format: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv dist build site .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,338 @@
+"""The documentation: its commands are valid, its configuration reference is whole, and its pictures are there."""
+
+import html
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain, zip_longest
+from pathlib import Path
+from subprocess import run
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from check_site import broken_links
+from chromium import chromium, why_not
+from commands import assert_success
+from config_reference import anchor, page_name, read_config_file, read_configuration, render_pages
+from gptlab.benchmarks.config import BenchCommand
+from gptlab.config.base import known_keys, validate
+from gptlab.config.command import _quote_override, configuration_folder
+from gptlab.config.option_groups import OptionGroups
+from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.schema import RunConfig
+from gptlab.dashboard import DashboardConfig
+from gptlab.evaluators.settings import EvaluateConfig
+from gptlab.export import ExportConfig
+from gptlab.launch.prepare_data import PrepareCommand
+from gptlab.planning.settings import KEYS, resolve_plan
+from gptlab.report import ReportConfig
+from gptlab.runs import RunsCommand
+from gptlab.sample import SampleConfig
+from gptlab.verification.configs import ProveArguments, resolve_proof
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+PAGES = [
+    *(path for name in ("README.md", "CONTRIBUTING.md") if (path := ROOT / name).exists()),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+HELP = sorted((CONF / "hydra" / "help").glob("*.yaml"))
+CONFIGS = {
+    "bench": BenchCommand,
+    "dashboard": DashboardConfig,
+    "evaluate": EvaluateConfig,
+    "export": ExportConfig,
+    "prepare": PrepareCommand,
+    "report": ReportConfig,
+    "runs": RunsCommand,
+    "sample": SampleConfig,
+}
+EXTRA_KEYS = {"plan": set(KEYS), "prove": set(known_keys(ProveArguments))}  # in addition to those of a run
+LITERAL_KEYS = {"report": ("runs", "out"), "runs": ("filter",), "sample": ("prompt",)}
+FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"-m gptlab\.(\w+)(.*)")
+PLACEHOLDER = re.compile(r"<[^<>]*>|(?<![^=,\[])\.\.\.")
+PICTURE = re.compile(r"<picture>.*?</picture>", re.DOTALL)
+UNCOMMENTED = {  # the summary of the file says what they are
+    "_target_": "Hydra's own: the class of the launcher or the sweeper",
+    "name": "names the option in the configuration of a run, by the name of its file or of the one that it extends",
+    "tensorboard": "an empty group, which turns the logger on",
+    "mode": "Hydra's own: a file of the group sweeps is run as a sweep",
+}
+CHOICES = {"<suite>": "train", "<format>": "hf"}
+
+
+def code_lines(path: Path) -> list[str]:
+    """Lines of code of a page: of its fenced blocks, and each inline span."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".yaml":  # in a help text, a description follows the command after two spaces or more
+        return [re.split(r"(?<=\S) {2,}", line.strip())[0] for line in text.splitlines()]
+    fenced = [block[0].replace("\\\n", " ") for block in FENCE.finditer(text)]
+    inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
+    return [*chain.from_iterable(block.splitlines() for block in fenced), *(span.replace("\n", " ") for span in inline)]
+
+
+def command_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The commands of a page: their names and their arguments."""
+    for line in code_lines(path):
+        for found in COMMAND.finditer(re.sub(r"\[[^\[\]=]*(=[^\[\]]*)? \.\.\.\]", "", line)):
+            arguments = found[2]
+            if path.suffix == ".yaml":  # a long command has one space before its description
+                arguments = re.sub(r"(?<!--cfg) (?=[a-z][a-z-]*( |$)).*", "", arguments)
+            yield found[1], arguments
+
+
+def split_arguments(text: str) -> list[str]:
+    """Arguments of a command, without a comment and what a shell would do next."""
+    words = shlex.split(text, comments=True)
+    end = next((n for n, word in enumerate(words) if word in ("|", "&&", ";", ">", "...")), len(words))
+    return words[:end]
+
+
+def points(overrides: list[str]) -> Iterator[list[str]]:
+    """The overrides of trials of a sweep, so that each value is in one of them."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    varied = []
+    for override in parsed:
+        if override.is_discrete_sweep():
+            values = [str(value) for value in override.sweep_string_iterator()]
+        elif override.is_sweep_override():
+            values = [str(override.value().start), str(override.value().end)]
+        else:
+            continue
+        varied.append([f"{override.get_key_element()}={value}" for value in values])
+    for trial in zip_longest(*varied):
+        yield [*fixed, *(choice or choices[-1] for choice, choices in zip(trial, varied, strict=True))]
+    if not varied:
+        yield fixed
+
+
+def check_command(name: str, arguments: list[str]) -> None:
+    """Composes and validates the configuration of a command, and of each trial of a sweep."""
+    flags = get_args_parser().parse_args(arguments)
+    OptionGroups(name, [CONF]).check_experiments(flags.overrides)
+    overrides = [_quote_override(override, LITERAL_KEYS.get(name, ())) for override in flags.overrides]
+    for trial in points(overrides) if flags.multirun else [overrides]:
+        trial = ["resume=auto" if override.startswith("resume=") else override for override in trial]
+        values = compose(name, overrides=trial)
+        if flags.cfg is None and not flags.help:
+            validate_command(name, values, [o for o in trial if not o.startswith("hydra")])
+
+
+def validate_command(name: str, values: DictConfig, overrides: list[str]) -> None:
+    match name:
+        case "train":
+            resolve(values, overrides)
+        case "plan":
+            resolve_plan(values, overrides)
+        case "prove":
+            resolve_proof(values, overrides)
+        case _:
+            validate(CONFIGS[name], resolve_to_dict(values))
+
+
+def fill(text: str, value: str) -> str:
+    """A command with a value for each placeholder."""
+    return PLACEHOLDER.sub(lambda place: CHOICES.get(place[0], value), text)
+
+
+@cache
+def problem(name: str, text: str) -> str | None:
+    """What is wrong with a command line; None if it is valid with some value for its placeholders."""
+    if name == "worker":  # started by gptlab itself
+        return None
+    found = None
+    for filling in ("x", "1"):
+        filled = fill(text, filling)
+        try:
+            check_command(name, split_arguments(filled))
+        except (Exception, SystemExit) as error:  # whatever Hydra, OmegaConf or gptlab raise
+            found = f"python -m gptlab.{name}{text}: {type(error).__name__}: {error} {error.__cause__ or ''}"
+        else:
+            return None
+    return found
+
+
+@pytest.fixture
+def composing(tmp_path, monkeypatch):
+    """Hydra can compose, in a directory without runs."""
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
+        yield
+
+
+@pytest.mark.parametrize("page", [*PAGES, *HELP], ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_command_of_a_page_is_valid(composing, page):
+    problems = [found for command in command_lines(page) if (found := problem(*command))]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("python -m gptlab.train modle.n_layer=3", "modle"),
+        ("python -m gptlab.train model.n_layers=3", "n_layers"),
+        ("python -m gptlab.train model=gtp2", "gtp2"),
+        ("python -m gptlab.train train.compile=sometimes", "train.compile"),
+        ("python -m gptlab.train -m optimizer.lr=1e-3,-1", "optimizer.lr"),
+        ("python -m gptlab.train -m hydra.sweeper.serach=tpe", "serach"),
+        ("python -m gptlab.evaluate run=<model> windos=3", "windos"),
+        ("python -m gptlab.tran", "tran"),
+        ("python -m gptlab.train --mulitrun", "SystemExit"),
+    ],
+)
+def test_a_mistake_in_a_command_of_a_page_is_found(composing, tmp_path, line, message):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n```sh\n{line}   # what it does\n```\n", encoding="utf-8")
+    (command,) = command_lines(page)
+    assert message in (problem(*command) or "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_make_target_of_a_page_exists(page):
+    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {target for line in code_lines(page) for target in re.findall(r"(?:^|&& )make ([a-z][\w-]*)", line.strip())}
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_config_key_of_a_page_exists(page):
+    keys = {*known_keys(RunConfig), *chain.from_iterable(EXTRA_KEYS.values())}
+    keys |= {key for config in CONFIGS.values() for key in known_keys(config)}
+    keys |= {key.name for file in read_configuration(CONF) for key in file.keys}
+    groups = {key.partition(".")[0] for key in keys if "." in key}
+    spans = (span for line in code_lines(page) for span in re.findall(r"(?:^| )\+?([a-z_]+(?:\.[a-z_0-9]+)+)=", line))
+    assert {span for span in spans if span.partition(".")[0] in groups} <= keys
+
+
+def flatten(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a file, but for the defaults list."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        elif key != "defaults":
+            yield f"{prefix}{key}", value
+
+
+REFERENCE = render_pages(CONF)
+FILES = [path for path in sorted(CONF.rglob("*.yaml")) if path.parts[-2] not in ("help", "wandb")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(CONF).as_posix())
+def test_the_reference_has_every_key_with_its_default_and_its_comment(path):
+    name = path.relative_to(CONF).with_suffix("").as_posix()
+    group = name.rpartition("/")[0]
+    text = path.read_text(encoding="utf-8")
+    prefix = f"{group.replace('/', '.')}." if group and "@package _global_" not in text else ""
+    section = REFERENCE[page_name(group)].partition(f"{{ #{anchor(name)} }}")[2].partition("\n## ")[0]
+    rows = [re.fullmatch(r"\| `(.*?)` \| <code>(.*)</code> \| (.*) \|", line) for line in section.splitlines()]
+    shown = {row[1]: (yaml.safe_load(html.unescape(row[2])), row[3]) for row in rows if row}
+    assert {key: default for key, (default, _) in shown.items()} == dict(flatten(yaml.safe_load(text), prefix))
+    uncommented = [key for key, (_, comment) in shown.items() if len(comment) < 3]
+    assert [key for key in uncommented if key.rpartition(".")[2] not in UNCOMMENTED] == []
+    assert read_config_file(path, CONF).summary
+
+
+def test_a_comment_is_read_behind_its_value_and_above_its_key(tmp_path):
+    (tmp_path / "group").mkdir()
+    path = tmp_path / "group" / "option.yaml"
+    path.write_text(
+        "# Summary.\n# Second line.\ndefaults:\n  - base   # no key\na: 1   # behind\n       # and below\n"
+        "# above\nb: 'x # y'\n# Heading\nc:   # of c\n  d: {e: [1, 2]}   # flow | pipe\nf: null\n",
+        encoding="utf-8",
+    )
+    file = read_config_file(path, tmp_path)
+    assert (file.name, file.summary, file.defaults) == ("group/option", "Summary. Second line.", ["base"])
+    assert [tuple(key) for key in file.keys] == [
+        ("group.a", "1", "behind and below", ""),
+        ("group.b", "'x # y'", "above", ""),
+        ("group.c.d.e", "[1, 2]", "", "Heading of c flow | pipe"),
+        ("group.f", "null", "", ""),
+    ]
+
+
+def test_every_picture_is_there_in_light_and_dark_and_is_small():
+    figures = ROOT / "docs" / "figures"
+    names = {path.name for path in figures.iterdir()}
+    light = {name for name in names if not Path(name).stem.endswith("-dark")}
+    assert {f"{Path(name).stem}-dark{Path(name).suffix}" for name in light} == names - light
+    assert [path.name for path in figures.iterdir() if path.stat().st_size > 200_000] == []
+    made = (ROOT / "docs" / "tools" / "make_figures.py").read_text(encoding="utf-8")
+    assert [name for name in light if f'"{Path(name).stem}": ' not in made] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_picture_of_a_page_has_both_files_and_a_text(page):
+    for picture in PICTURE.findall(page.read_text(encoding="utf-8")):
+        dark, light = re.findall(r"(?:srcset|src)=\"([^\"]+)\"", picture)
+        assert "prefers-color-scheme: dark" in picture
+        assert Path(light).stem + "-dark" == Path(dark).stem
+        assert (page.parent / light).exists()
+        assert (page.parent / dark).exists()
+        assert re.search(r"alt=\"[^\"]+\"", picture)
+
+
+def test_dead_links_and_what_is_fetched_from_a_network_are_found(tmp_path):
+    (tmp_path / "other.html").write_text('<h1 id="there">Other</h1>')
+    links = ("other.html", "other.html#there", "https://example.com", "other.html#nothing", "nothing.html", "#nothing")
+    (tmp_path / "index.html").write_text(
+        "".join(f'<a href="{link}">link</a>' for link in links) + '<script src="https://example.com/x.js"></script>'
+    )
+    assert [sentence.split()[-1].split("/")[-1] for sentence in broken_links(tmp_path)] == [
+        *("anchor", "exist", "anchor", "network")
+    ]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs")
+    place = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(place)]
+    assert_success(run(command, cwd=ROOT, capture_output=True, text=True, check=False))
+    return place
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if reason := why_not():
+        pytest.skip(reason)
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("loss_chunk", "train.loss_chunk"), ("LanguageModel", "LanguageModel"), ("preemption", "Preemption")],
+)
+def test_the_search_of_a_site_on_disk_finds_keys_classes_and_prose(site, browser, words, found):
+    page = browser.new_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.fill(".md-search__input", words)
+    page.wait_for_selector(".md-search-result__item")
+    assert found in page.inner_text(".md-search-result")
+    assert not [url for url in requests if not url.startswith(("file:", "data:"))]
+
+
+@pytest.mark.slow
+def test_the_api_pages_show_docstrings_with_shapes(site):
+    text = (site / "api" / "models.html").read_text(encoding="utf-8")
+    assert "(B, T)" in text
+    for name in ("load", "LanguageModel", "GPTConfig", "GPT.forward", "build_gpt"):
+        assert re.search(rf'id="gptlab\.[\w.]*\.{name}"', text), name
+
+
+@pytest.mark.slow
+def test_no_link_of_the_site_is_dead(site):
+    assert list(broken_links(site)) == []
