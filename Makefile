@@ -38,6 +38,7 @@ docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/tools/check_site.py site
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_docs.py
+	@echo "To read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 figures: .venv/ready
 	$(BIN)/python docs/tools/make_figures.py
