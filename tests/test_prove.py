@@ -15,8 +15,8 @@ TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32"
 MISTAKES = {
     "an unknown key": (["prove.step=3"], "Unknown config key `prove.step`. Did you mean prove.steps?"),
     "an unknown key of the run": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean"),
-    "nothing to go on with": (["prove.kill_after=6"], "kill_after=6 leaves nothing to go on with"),
-    "a resume": (["resume=text.txt"], "A proof starts its runs itself, and from their beginning"),
+    "no steps to resume": (["prove.kill_after=6"], "kill_after=6 leaves no steps to resume"),
+    "a resume": (["resume=text.txt"], "cannot be used with resume="),
 }
 
 
@@ -32,7 +32,7 @@ def test_a_sharded_run_keeps_its_promises(user):
     done = user.python("gptlab.prove", *TINY, *few, "trainer=fsdp", "trainer.devices=2", timeout=900)
     assert_success(done)
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
-    assert done.stdout.endswith(f"Proved: {folder.relative_to(user.folder) / 'prove.json'}\n")
+    assert done.stdout.endswith(f"Passed: {folder.relative_to(user.folder) / 'prove.json'}\n")
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".diff") == [
         "environment.json",
         "prove.json",
@@ -96,13 +96,13 @@ def test_a_resume_that_changes_one_moment_is_found_by_its_step_and_tensor(user):
     few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.out=proof", "model.dropout=0.1", "train.global_batch_size=1")
     done = user.python("gptlab.prove", *TINY, *few, timeout=900)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.endswith("Not proved: proof/prove.json\nWhat was run is in proof/runs\n")
+    assert done.stdout.endswith("Failed: proof/prove.json\nThe runs are in proof/runs\n")
     report = json.loads((user.folder / "proof" / "prove.json").read_text())
     assert report["passed"] is False
     (resumed,) = (proof for proof in report["proofs"] if proof["passed"] is False)
     assert resumed["name"] == "killed and resumed"
     assert resumed["details"]["difference"]["tensors"] == ["h.1.ln_2.bias", "h.1.ln_2.bias.exp_avg"]
-    named = "it differs first at step 4: 2 of 112 tensors, the first of them h.1.ln_2.bias"
-    assert resumed["what"] == f"killed after step 3; {named}"  # two runs that nobody killed are the same
+    named = "first difference at step 4: 2 of 112 tensors differ, first h.1.ln_2.bias"
+    assert resumed["what"] == f"killed after step 3; {named}"  # two uninterrupted runs are equal
     assert (user.folder / "proof" / "runs" / "killed" / "trace.jsonl").exists()
-    assert "not possible: the micro-batch is one sequence" in " ".join(done.stdout.split())
+    assert "not possible: micro_batch_size=1" in " ".join(done.stdout.split())

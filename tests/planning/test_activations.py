@@ -9,11 +9,11 @@ from conftest import tiny_config
 from gptlab.model import kernels
 from gptlab.model.modern import build_gpt
 from gptlab.planning.activations import (
-    NUMBER_SIZES,
+    DTYPE_SIZES,
     SHORT_SEQUENCE,
     ForwardPass,
+    backbone_bytes,
     head_bytes,
-    network_bytes,
     weight_copy_bytes,
 )
 
@@ -54,7 +54,7 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - sum(copies), sum(copies)
 
 
-@pytest.mark.parametrize("precision", NUMBER_SIZES)
+@pytest.mark.parametrize("precision", DTYPE_SIZES)
 @pytest.mark.parametrize(
     ("changes", "chunk"),
     [
@@ -74,9 +74,9 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
 )
 def test_activations_are_what_autograd_saves(precision, changes, chunk):
     config = tiny_config(**WIDE | changes)
-    forward = ForwardPass(config, 3, NUMBER_SIZES[precision], on_gpu=False)
+    forward = ForwardPass(config, 3, DTYPE_SIZES[precision], on_gpu=False)
     activations, copies = saved(config, 3, precision, chunk)
-    assert network_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
+    assert backbone_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
     if not config.activation_checkpointing:
         assert weight_copy_bytes(forward, chunk) == copies
 

@@ -53,4 +53,4 @@ def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     (tmp_path / calibration.FOLDER).touch()
     config = resolved("trainer=cpu", f"data.cache_dir={tmp_path}").with_vocabulary(257)
     save_measurement(config, plan_hardware(config, []), TAKEN)
-    assert "is not kept for plans" in caplog.text
+    assert "cannot be saved for later forecasts" in caplog.text

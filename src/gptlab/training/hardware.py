@@ -79,8 +79,7 @@ def gpu_from_name(name: str) -> GPU:
     """
     if (gpu := gpu_from_cuda_name(name) or GPUS.get(name.lower())) is None:
         raise UserError(
-            f"gpu={name}: its speed and memory are not known here.{did_you_mean(name.lower(), GPUS)} "
-            f"There are {', '.join(GPUS)}."
+            f"gpu={name} is not in the table of GPUs.{did_you_mean(name.lower(), GPUS)} Available: {', '.join(GPUS)}."
         )
     return gpu
 

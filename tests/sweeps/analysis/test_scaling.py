@@ -8,9 +8,9 @@ import pytest
 from scipy import optimize
 
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.scaling_report import ModelSize, ScalingAnswer, fit_sweep, read_sized_runs
 from gptlab.sweeps.analysis.report import report_sweep
 from gptlab.sweeps.analysis.scaling_fit import ScalingLaw, fit_scaling_law, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.scaling_report import ModelSize, ScalingAnswer, fit_sweep, read_sized_runs
 from sweeps_by_hand import trial, write_model, write_sweep
 
 # Hoffmann et al. 2022, equation 10, as nanoGPT's scaling_laws.ipynb has it
