@@ -73,7 +73,7 @@ def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
 
 def test_a_program_that_fails_is_told():
     assert run_timed("-c", "print(7)").printed == "7\n"
-    with pytest.raises(UserError, match=r"status 3:\nno"):
+    with pytest.raises(UserError, match=r"exit code 3:\nno"):
         run_timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
 
 
@@ -97,14 +97,14 @@ def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monke
 def test_the_data_suite_compares_the_same_tokens(user):
     done = user.python("gptlab.bench", *SMALL, "out=measured")
     assert_success(done)
-    assert done.stdout.endswith("Measured: measured/data.json\n")
+    assert done.stdout.endswith("Results: measured/data.json\n")
     assert (user.folder / "measured" / "environment.json").exists()
     report = json.loads((user.folder / "measured" / "data.json").read_text())
     preparation, loader = report["parts"]
     names = [row["name"] for row in preparation["rows"]]
-    assert names == ["nanoGPT's way", "gptlab, tiktoken", "gptlab, gigatoken"]
+    assert names == ["nanoGPT", "gptlab, tiktoken", "gptlab, gigatoken"]
     assert len({row["medians"]["tokens"] for row in preparation["rows"]}) == 1
-    assert [row["name"] for row in loader["rows"]] == ["nanoGPT's way", "gptlab"] * 2
+    assert [row["name"] for row in loader["rows"]] == ["nanoGPT", "gptlab"] * 2
     assert len({row["group"] for row in loader["rows"]}) == 2
     for part in report["parts"]:
         for number, row in enumerate(part["rows"]):
@@ -192,10 +192,10 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
             flops = found["% of ceiling"] / 100 * found["ceiling GFLOP/s"] * 1e9 / found["tokens/s"]
             assert flops == pytest.approx(flops_per_token(config), rel=1e-6)
     assert [row["name"] for row in memory["rows"]] == [
-        "logits at once",
-        "logits in chunks",
-        "compiled, at once",
-        "compiled, in chunks",
+        "full logits",
+        "chunked logits",
+        "compiled, full logits",
+        "compiled, chunked logits",
     ]
 
 
@@ -257,7 +257,7 @@ def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
 def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
     config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
     (part,) = speedrun.ladder(config, "cache", 2)
-    assert [row.name for row in part.rows] == ["the whole recipe", "without rotary"]
+    assert [row.name for row in part.rows] == ["full recipe", "without rotary"]
     assert {a for asked in made_runs[1:] for a in asked if a.startswith("without=")} == {
         "without=nothing",
         "without=rotary",
@@ -279,7 +279,7 @@ def test_the_ladder_leaves_out_every_part_that_there_is(made_runs):
     assert asked[0] == "nothing"
     assert sorted(asked) == sorted(there_are)
     assert [row.name for row in part.rows] == [
-        "the whole recipe",
+        "full recipe",
         *(f"without {a.replace('_', ' ')}" for a in asked[1:]),
     ]
 
@@ -296,9 +296,9 @@ MISTAKES = {
     "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
     "no nanoGPT": (
         ["suite=speedrun", "speedrun.source=text.txt", "speedrun.nanogpt=."],
-        "is no checkout of nanoGPT with data/shakespeare_char/train.bin",
+        "is not a checkout of nanoGPT with data/shakespeare_char/train.bin",
     ),
-    "no room": (["preparation.corpus_mb=1000000000"], "make room, or name another cache_dir or a smaller corpus"),
+    "no room": (["preparation.corpus_mb=1000000000"], "preparation.corpus_mb=1000000000 needs"),
     "no folder": (["cache_dir=text.txt"], "cache_dir=text.txt cannot be used"),
 }
 

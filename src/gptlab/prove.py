@@ -55,9 +55,7 @@ def _create_folder(out: str | None) -> Path:
         folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)
     except OSError as error:
-        raise UserError(
-            f"prove.out={out} cannot be created or contains other runs: {error}."
-        ) from error
+        raise UserError(f"prove.out={out} cannot be created or contains other runs: {error}.") from error
     return folder
 
 

@@ -202,14 +202,14 @@ def test_a_search_that_is_killed_finds_what_it_would_have_found(tmp_path, search
 
 def test_another_sweep_in_the_directory_is_refused(tmp_path):
     swept(tmp_path, ["x=1,2"], FakeRunner())
-    with pytest.raises(UserError, match=r"holds another sweep, over x=1,2; this one is over x=1,3"):
+    with pytest.raises(UserError, match=r"contains a different sweep.* x=1,2, the current one is x=1,3"):
         swept(tmp_path, ["x=1,3"], FakeRunner())
 
 
 def test_two_processes_cannot_be_at_work_on_one_sweep(tmp_path):
     class Second(FakeRunner):
         def start(self, trial, config, run_dir):
-            with pytest.raises(UserError, match="a process is at work on it"):
+            with pytest.raises(UserError, match="Another process is running this sweep"):
                 swept(tmp_path, ["x=1,2"], FakeRunner())
             return super().start(trial, config, run_dir)
 

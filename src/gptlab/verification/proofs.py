@@ -176,7 +176,8 @@ def compare_losses(
     if others := [ours.step for ours, theirs in zip(expected, found, strict=False) if ours.tokens != theirs.tokens]:
         return ProofResult(name, False, f"trained on different tokens, first at step {others[0]}", details)
     passed = largest <= tolerance
-    what = f"largest difference {largest:.1e} at step {step}, {'within' if passed else 'exceeds'} tolerance {tolerance:.0e}"
+    limit = f"{'within' if passed else 'exceeds'} tolerance {tolerance:.0e}"
+    what = f"largest difference {largest:.1e} at step {step}, {limit}"
     return ProofResult(name, passed, f"{what} ({details['on']}, float32, no dropout)", details)
 
 

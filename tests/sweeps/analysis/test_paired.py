@@ -127,7 +127,7 @@ def test_a_comparison_that_says_nothing_is_not_corrected_for():
     alone = compare(*pair).p
     claims = compare_all({"a": pair, "b": ({("1",): 1.0}, {("1",): 2.0}), "c": pair})
     assert [claims[name].p for name in "abc"] == [pytest.approx(2 * alone), None, pytest.approx(2 * alone)]
-    assert [claims[name].is_shown for name in "abc"] == [True, False, True]
+    assert [claims[name].is_significant for name in "abc"] == [True, False, True]
 
 
 def false_alarms(comparisons, seeds, is_paired=True):
@@ -136,7 +136,7 @@ def false_alarms(comparisons, seeds, is_paired=True):
     for _ in range(comparisons):
         shared = is_paired * rng.normal(0, 1, seeds)
         mine, theirs = (by_seed(shared + rng.normal(0, 1, seeds), first=f) for f in (1, first))
-        alarms += compare_all({"": (mine, theirs)})[""].is_shown
+        alarms += compare_all({"": (mine, theirs)})[""].is_significant
     return alarms
 
 
@@ -156,6 +156,6 @@ def test_false_alarms_are_no_more_than_5_in_100(seeds, is_paired):
 def test_a_real_difference_of_three_standard_deviations_is_found_at_five_seeds():
     rng = np.random.default_rng(0)
     found = [compare_all({"": (by_seed(rng.normal(-3, 1, 5)), by_seed(rng.normal(0, 1, 5)))})[""] for _ in range(100)]
-    assert sum(claim.is_shown and claim.comparison.difference < 0 for claim in found) >= 90
+    assert sum(claim.is_significant and claim.comparison.difference < 0 for claim in found) >= 90
     differences = [compare_all({"": (by_seed(rng.normal(3, 1, 5)), by_seed(np.zeros(5)))})[""] for _ in range(100)]
-    assert sum(claim.is_shown for claim in differences) >= 99
+    assert sum(claim.is_significant for claim in differences) >= 99
