@@ -1,4 +1,4 @@
-"""The whole command, where promises are kept and where one is broken."""
+"""End-to-end tests of python -m gptlab.prove, with proofs that pass and one that fails."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from processes import is_alive
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "an unknown key": (["prove.step=3"], "Unknown config key `prove.step`. Did you mean prove.steps?"),
     "an unknown key of the run": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean"),
     "no steps to resume": (["prove.kill_after=6"], "kill_after=6 leaves no steps to resume"),
@@ -20,14 +20,14 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    assert_config_error(user.python("gptlab.prove", *arguments), sentence)
+@pytest.mark.parametrize(("arguments", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_config_errors_name_the_key(user, arguments, message):
+    assert_config_error(user.python("gptlab.prove", *arguments), message)
     assert not (user.folder / "outputs").exists()
 
 
 @pytest.mark.slow
-def test_a_sharded_run_keeps_its_promises(user):
+def test_fsdp_run_passes_all_proofs(user):
     few = ("prove.ranks=[1,2,4,5]", "prove.workers=[0,2]", "prove.steps=4", "prove.kill_after=2")
     done = user.python("gptlab.prove", *TINY, *few, "trainer=fsdp", "trainer.devices=2", timeout=900)
     assert_success(done)
@@ -59,11 +59,13 @@ def test_a_sharded_run_keeps_its_promises(user):
             hashes["0 workers"] == hashes["2 workers"] == proofs["tokens of 2 ranks"]["details"]["hashes"]["0 workers"]
         )
     assert 0 <= proofs["losses, fsdp on 2"]["details"]["largest_difference"] < 1e-5
-    assert proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28  # a weight, its two moments and their step
+    assert (
+        proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28
+    )  # a weight, its two moments and their step count
 
 
 @pytest.mark.slow
-def test_a_proof_that_is_told_to_end_leaves_no_process(user):
+def test_terminated_proof_leaves_no_process(user):
     proof = user.begin("gptlab.prove", *TINY, "prove.out=proof")
     proof.until((user.folder / "proof" / "runs" / "uninterrupted" / "train.log").exists)
     children = proof.children()
@@ -88,7 +90,7 @@ if "gptlab.worker" in sys.orig_argv:
 
 
 @pytest.mark.slow
-def test_a_resume_that_changes_one_moment_is_found_by_its_step_and_tensor(user):
+def test_resume_that_changes_a_moment_fails_with_step_and_tensor(user):
     (user.folder / "elsewhere").mkdir()
     (user.folder / "elsewhere" / "sitecustomize.py").write_text(PERTURBED)
     paths = [str(user.folder / "elsewhere"), *filter(None, [os.environ.get("PYTHONPATH")])]

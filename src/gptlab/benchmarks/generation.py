@@ -63,8 +63,8 @@ def measure(bench: GenerateBench, rounds: int) -> Iterator[ResultTable]:
     caption = (
         f"{bench.model.n_layer} layers of width {bench.model.n_embd}, random weights; {bench.tokens} tokens after a "
         f"prompt of {bench.prompt_tokens}, sampled with temperature 0.8 and top_k 200 in a new process, after a "
-        "warm-up; speed by the median time per token. GB/s: weights and KV cache read per second; % of bandwidth: share "
-        "of the bandwidth at which the same process sums a large tensor. Recomputed: without a KV cache, as in nanoGPT, "
+        "warm-up; speed by the median time per token. GB/s: weights and KV cache read per second. % of bandwidth: of "
+        "the bandwidth at which the same process sums a large tensor. Recomputed: without a KV cache, as in nanoGPT, "
         f"timed at every {bench.recomputed_every}th token. Peak MB: peak memory of the process, including the "
         "creation of the model in float32."
     )
