@@ -158,9 +158,8 @@ def test_overhead_suite_measures_a_run_and_a_bare_loop_with_equal_losses(user):
             assert sample["loss"] == plain["loss"]  # bit-identical: the same steps
             assert sample["% more ms"] == pytest.approx(100 * (sample["ms"] / plain["ms"] - 1))
     losses = [part["rows"][0]["medians"]["loss"] for part in parts]
-    assert losses == pytest.approx(
-        [losses[0]] * 2, rel=2e-2
-    )  # the same run with a different micro-batch size and precision
+    # the same run with a different micro-batch size and precision
+    assert losses == pytest.approx([losses[0]] * 2, rel=2e-2)
     assert losses[0] < 5  # it has learned: log(257) is 5.5
 
 

@@ -59,9 +59,8 @@ def test_fsdp_run_passes_all_proofs(user):
             hashes["0 workers"] == hashes["2 workers"] == proofs["tokens of 2 ranks"]["details"]["hashes"]["0 workers"]
         )
     assert 0 <= proofs["losses, fsdp on 2"]["details"]["largest_difference"] < 1e-5
-    assert (
-        proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28
-    )  # a weight, its two moments and their step count
+    # a weight, its two moments and their step count
+    assert proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28
 
 
 @pytest.mark.slow

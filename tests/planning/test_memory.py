@@ -62,9 +62,8 @@ def test_largest_micro_batch_fits_and_one_more_does_not(gpu):
     assert estimate_memory(GPT2, machine, spread, largest, chunk).total <= GPUS[gpu].memory
     assert estimate_memory(GPT2, machine, spread, largest + 1, chunk).total > GPUS[gpu].memory
     xl = resolved("model=gpt2-xl").with_vocabulary(50257)
-    assert (
-        largest_micro_batch(xl, plan_hardware(xl, ["l4"]), spread, chunk) == 0
-    )  # 16 bytes per parameter, 1.6 billion parameters
+    # 16 bytes per parameter, 1.6 billion parameters
+    assert largest_micro_batch(xl, plan_hardware(xl, ["l4"]), spread, chunk) == 0
 
 
 def test_plan_counts_parameters_tokens_and_flops():

@@ -48,7 +48,7 @@ def test_answer_table_matches_hand_computed_statistics(tmp_path):
     assert (baseline.verdict, baseline.is_baseline, baseline.difference) == ("baseline", True, None)
     assert (worst.difference, worst.difference_se) == pytest.approx((1.0, 0.1 / 3**0.5))
     assert best.verdict == "better by 0.320 ± 0.020 nats (3 seeds)"
-    assert other.verdict == "no significant difference"
+    assert other.verdict == "not significant"
     assert worst.verdict == "worse by 1.000 ± 0.058 nats (3 seeds)"
     # t = 16 and 17.3 with two degrees of freedom, where p = 1 - t / sqrt(t² + 2)
     p = [1 - t / (t * t + 2) ** 0.5 for t in (10 * 3**0.5, 16)]
@@ -86,7 +86,7 @@ def test_answer_says_that_the_baseline_is_best(tmp_path):
 def test_identical_runs_have_no_significant_difference(tmp_path):
     same = {"1": (2.0, 2.1), "2": (2.0, 2.1)}
     found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
-    assert [row.verdict for row in found.rows] == ["baseline", "no significant difference"]
+    assert [row.verdict for row in found.rows] == ["baseline", "not significant"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
     assert found.answer.endswith("no significant difference to the second best (optimizer.lr=2)")
 
@@ -234,7 +234,7 @@ def test_at_most_8_of_100_sweeps_without_a_difference_report_one(tmp_path):
         seeds = rng.normal(0, 0.02, 3)
         values = {str(lr): 2 + seeds + rng.normal(0, 0.01, 3) for lr in range(6)}
         found = analyze_sweep(write_sweep(tmp_path / str(number), trials_of(values)))
-        verdicts = {row.verdict for row in found.rows} - {"baseline", "no significant difference"}
+        verdicts = {row.verdict for row in found.rows} - {"baseline", "not significant"}
         claimed += bool(verdicts) or "better than" in found.answer
         uncorrected += any(row.p is not None and row.p < 0.05 for row in found.rows)
     assert claimed <= 8

@@ -36,9 +36,8 @@ def test_welch_test_without_common_seeds_matches_r():
 
 
 def test_two_seeds_match_the_cauchy_distribution():
-    found = compare(
-        by_seed((0.1, 0.3)), by_seed((0.0, 0.0))
-    )  # mean 0.2, standard error 0.1, t = 2, one degree of freedom
+    # mean 0.2, standard error 0.1, t = 2, one degree of freedom
+    found = compare(by_seed((0.1, 0.3)), by_seed((0.0, 0.0)))
     assert (found.difference, found.se) == pytest.approx((0.2, 0.1))
     assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
     assert found.high == pytest.approx(0.2 + 0.1 * math.tan(math.pi * 0.475))

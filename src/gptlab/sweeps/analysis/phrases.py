@@ -6,7 +6,7 @@ from typing import NamedTuple
 from gptlab.sweeps.analysis.significance import Claim, Estimate
 
 BASELINE = "baseline"
-NO_DIFFERENCE = "no significant difference"
+NOT_SIGNIFICANT = "not significant"
 ONE_SEED = "one seed, significance unknown"
 UNITS = {"train/loss": "nats", "val/loss": "nats", "val/bits_per_byte": "bits per byte"}
 DIGITS = 4  # decimal places of a value without a standard error
@@ -51,7 +51,7 @@ def verdict(claim: Claim, metric: str) -> str:
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
-        return NO_DIFFERENCE
+        return NOT_SIGNIFICANT
     return f"{_word(claim)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
 
 
@@ -94,5 +94,5 @@ def _compared_with(claim: Claim, metric: str, other: str) -> str:
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
-        return f"{NO_DIFFERENCE} to {other}"
+        return f"no significant difference to {other}"
     return f"{_word(claim)} than {other} by {_amount(claim, metric)}"

@@ -94,7 +94,7 @@ def _table(answers: SweepAnswers, width: int) -> Table:
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
         f"{answers.metric}{f', {unit}' if unit else ''}": [_format(row.mean, row.se) for row in answers.rows],
-        **({"difference to baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
+        **({"difference\nto baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
         **_counts(answers.rows),
         **_sizes(answers.rows, ("parameters",) if omits_tokens else ("parameters", "tokens")),
         **(_scores(answers.rows) if width >= MIN_WIDE_COLUMNS else {}),
