@@ -185,7 +185,7 @@ def _moments(
     weights = parts.all * size / divided
     trained_bytes = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
     backbone, head = backbone_bytes(forward), head_bytes(forward, chunk)
-    recomputed = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
+    last_block = backbone + (block_bytes(forward, 0) if config.model.activation_checkpointing else 0)
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
@@ -209,12 +209,9 @@ def _moments(
 
     return [
         at("after the logits are computed", trained_bytes, copies, backbone + head, forward_logits, 0.0),
-        at("in the forward pass of the last block", trained_bytes, copies, backbone + recomputed, 0.0, 0.0),
+        at("in the forward pass of the last block", trained_bytes, copies, last_block, 0.0, 0.0),
         at("at the start of the backward pass", with_head, copies, backbone + head, backward_logits, 0.0),
-        at(
-            *("in the backward pass of the last block", with_head, copies, backbone + recomputed),
-            *(0.0, _block_gradients(forward)),
-        ),
+        at("in the backward pass of the last block", with_head, copies, last_block, 0.0, _block_gradients(forward)),
         at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, forward, parts)),
     ]
 
