@@ -1,4 +1,4 @@
-"""The benchmark: how it measures, by hand, and the whole command on very little."""
+"""Benchmarks: measurement and reports, and end-to-end tests of each suite with small sizes."""
 
 import json
 import sys
@@ -37,19 +37,23 @@ SMALL = (
 )
 
 
-def test_ways_are_measured_in_turns_and_compared_by_their_medians():
+def test_variants_alternate_and_are_compared_by_their_medians():
     calls = []
 
-    def way(group, name, values):
+    def variant(group, name, values):
         def measure(number):
             calls.append((number, group, name))
             return {"MB/s": values[number]}
 
         return Variant(group, name, measure)
 
-    ways = [way("a", "plain", [4.0, 1.0, 2.0]), way("a", "ours", [6.0, 5.0, 90.0]), way("b", "plain", [7.0, 7.0, 7.0])]
-    rows = measure_in_turns(ways, 3)
-    assert calls == [(n, *way) for n in range(3) for way in (("a", "plain"), ("a", "ours"), ("b", "plain"))]
+    variants = [
+        variant("a", "plain", [4.0, 1.0, 2.0]),
+        variant("a", "ours", [6.0, 5.0, 90.0]),
+        variant("b", "plain", [7.0, 7.0, 7.0]),
+    ]
+    rows = measure_in_turns(variants, 3)
+    assert calls == [(n, *variant) for n in range(3) for variant in (("a", "plain"), ("a", "ours"), ("b", "plain"))]
     part = ResultTable("title", "caption", "MB/s", (), rows)
     assert [row.median("MB/s") for row in rows] == [2.0, 6.0, 7.0]
     assert [part.ratio(row) for row in rows] == [1.0, 3.0, 1.0]
@@ -57,7 +61,7 @@ def test_ways_are_measured_in_turns_and_compared_by_their_medians():
     assert rows[1].shown("MB/s", spread=True) == "6.00 (5.00–90.00)"
 
 
-def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
+def test_report_contains_samples_medians_and_ratios(tmp_path):
     rows = [
         Result("", "plain", [{"x": 2.0, "y": 1.0}, {"x": 4.0, "y": 3.0}]),
         Result("", "ours", [{"x": 9.0}, {"x": 6.0}]),
@@ -71,13 +75,13 @@ def test_a_report_has_every_sample_the_medians_and_the_ratios(tmp_path):
     assert rows[1].shown("y") == "–"
 
 
-def test_a_program_that_fails_is_told():
+def test_failed_process_raises_with_its_exit_code_and_output():
     assert run_timed("-c", "print(7)").printed == "7\n"
-    with pytest.raises(UserError, match=r"status 3:\nno"):
+    with pytest.raises(UserError, match=r"exit code 3:\nno"):
         run_timed("-c", "import sys; print('no', file=sys.stderr); sys.exit(3)")
 
 
-def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monkeypatch):
+def test_corpus_repeats_only_when_there_is_no_more_text(tmp_path, monkeypatch):
     root = tmp_path / "root"
     root.mkdir()
     for name, text in {"a.py": "a" * 300_000, "b.txt": "é" * 150_000, "same.md": "a" * 300_000, "c.bin": "c"}.items():
@@ -94,17 +98,17 @@ def test_a_corpus_repeats_itself_only_when_there_is_no_more_text(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_data_suite_compares_the_same_tokens(user):
+def test_data_suite_compares_the_same_tokens(user):
     done = user.python("gptlab.bench", *SMALL, "out=measured")
     assert_success(done)
-    assert done.stdout.endswith("Measured: measured/data.json\n")
+    assert done.stdout.endswith("Results: measured/data.json\n")
     assert (user.folder / "measured" / "environment.json").exists()
     report = json.loads((user.folder / "measured" / "data.json").read_text())
     preparation, loader = report["parts"]
     names = [row["name"] for row in preparation["rows"]]
-    assert names == ["nanoGPT's way", "gptlab, tiktoken", "gptlab, gigatoken"]
+    assert names == ["nanoGPT", "gptlab, tiktoken", "gptlab, gigatoken"]
     assert len({row["medians"]["tokens"] for row in preparation["rows"]}) == 1
-    assert [row["name"] for row in loader["rows"]] == ["nanoGPT's way", "gptlab"] * 2
+    assert [row["name"] for row in loader["rows"]] == ["nanoGPT", "gptlab"] * 2
     assert len({row["group"] for row in loader["rows"]}) == 2
     for part in report["parts"]:
         for number, row in enumerate(part["rows"]):
@@ -112,13 +116,13 @@ def test_the_data_suite_compares_the_same_tokens(user):
             metric = part["metric"]
             assert row["medians"][metric] > 0
             assert row["ratio"] == pytest.approx(row["medians"][metric] / baseline["medians"][metric])
-    # nothing but the corpus is kept
+    # only the corpus is kept
     kept = {path.name for path in (user.folder / "cache" / "bench").iterdir()}
     assert kept == {"text-1MB.jsonl", "text-1MB.json"}
 
 
 @pytest.mark.slow
-def test_the_guards_suite_measures_steps_with_them_and_without(user):
+def test_guards_suite_measures_steps_with_and_without_guards(user):
     tiny = ("guards.steps=20", "guards.model.n_layer=1", "guards.model.n_embd=16", "guards.model.block_size=8")
     done = user.python("gptlab.bench", "suite=guards", "rounds=2", *tiny, "out=measured")
     assert_success(done)
@@ -134,7 +138,7 @@ def test_the_guards_suite_measures_steps_with_them_and_without(user):
 
 
 @pytest.mark.slow
-def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(user):
+def test_overhead_suite_measures_a_run_and_a_bare_loop_with_equal_losses(user):
     run = "data=text data.source=text.txt model=tiny model.n_layer=1 model.block_size=16 train.global_batch_size=4"
     runs = {
         "characters": run,
@@ -151,21 +155,22 @@ def test_the_overhead_suite_measures_a_run_and_a_bare_loop_that_learns_the_same(
         bare, whole = part["rows"]
         assert whole["ratio"] == pytest.approx(whole["medians"]["steps/s"] / bare["medians"]["steps/s"])
         for plain, sample in zip(bare["samples"], whole["samples"], strict=True):
-            assert sample["loss"] == plain["loss"]  # to the bit: these are the same steps
+            assert sample["loss"] == plain["loss"]  # bit-identical: the same steps
             assert sample["% more ms"] == pytest.approx(100 * (sample["ms"] / plain["ms"] - 1))
     losses = [part["rows"][0]["medians"]["loss"] for part in parts]
-    assert losses == pytest.approx([losses[0]] * 2, rel=2e-2)  # the same run, in other micro-batches and precision
-    assert losses[0] < 5  # it has learnt: of 257 ids
+    # the same run with a different micro-batch size and precision
+    assert losses == pytest.approx([losses[0]] * 2, rel=2e-2)
+    assert losses[0] < 5  # it has learned: log(257) is 5.5
 
 
-def test_all_suites_leave_a_report_each_in_one_folder(user, monkeypatch):
+def test_suite_all_writes_one_report_per_suite(user, monkeypatch):
     parts = {
         suite: [ResultTable(suite, "caption", "x", (), [Result("", "plain", [{"x": 1.0}])])] for suite in bench.ALL
     }
     monkeypatch.setattr(bench, "_measure", lambda suite, config: iter(parts[suite]))
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         values = compose("bench", ["suite=all", f"out='{user.folder}'"])
-    task = bench.main.__wrapped__  # without the command line around it
+    task = bench.main.__wrapped__  # without the command line
     assert task(values) == DONE
     reports = {path.stem: json.loads(path.read_text()) for path in user.folder.glob("*.json")}
     assert set(reports) == {*bench.ALL, "environment"}
@@ -173,7 +178,7 @@ def test_all_suites_leave_a_report_each_in_one_folder(user, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_loss(user):
+def test_train_suite_optimizations_do_not_change_the_loss(user):
     parts = ("characters", "characters_large", "gpt2", "memory")
     shape = ["n_layer=1", "n_embd=32", "n_head=2", "block_size=16", "vocab_size=300", "pad_vocab_to_multiple_of=1"]
     tiny = [f"train.{part}.model.{value}" for part in parts for value in shape]
@@ -185,22 +190,22 @@ def test_the_train_suite_adds_one_lever_after_the_other_and_none_changes_the_los
         losses = [row["medians"]["loss"] for row in part["rows"]]
         shape = {"n_layer": 1, "n_embd": 32, "n_head": 2, "block_size": 16, "vocab_size": 300}
         config = tiny_config(**shape, bias="character" not in part["title"].lower())
-        tolerance = 1e-5 if part["title"].startswith("Small") else 1e-3  # bfloat16 in the others
+        tolerance = 1e-5 if part["title"].startswith("Small") else 1e-3  # the others use bfloat16
         assert losses == pytest.approx([losses[0]] * len(losses), rel=tolerance)
         for row in part["rows"]:
             found = row["medians"]
             flops = found["% of ceiling"] / 100 * found["ceiling GFLOP/s"] * 1e9 / found["tokens/s"]
             assert flops == pytest.approx(flops_per_token(config), rel=1e-6)
     assert [row["name"] for row in memory["rows"]] == [
-        "logits at once",
-        "logits in chunks",
-        "compiled, at once",
-        "compiled, in chunks",
+        "full logits",
+        "chunked logits",
+        "compiled, full logits",
+        "compiled, chunked logits",
     ]
 
 
 @pytest.mark.slow
-def test_the_generate_suite_measures_every_way(user):
+def test_generate_suite_measures_every_variant(user):
     sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "block_size": 64, "vocab_size": 500}
     tiny = [f"generate.model.{name}={value}" for name, value in sizes.items()]
     assert_success(
@@ -226,8 +231,8 @@ METRICS = """step,tokens,train/loss,tokens_per_second,val/loss
 
 
 @pytest.fixture
-def made_runs(monkeypatch):
-    """Runs that are not made: each leaves METRICS behind, and the seed decides the loss. What was asked for."""
+def fake_runs(monkeypatch):
+    """Replaces runs by fake ones that write METRICS, with a loss that depends on the seed; returns their arguments."""
     asked = []
 
     def timed(*arguments, environment=None, folder=None):
@@ -242,11 +247,11 @@ def made_runs(monkeypatch):
     return asked
 
 
-def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
+def test_speedrun_reports_the_fraction_of_runs_that_reach_the_target(fake_runs):
     config = SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
     (part,) = speedrun.time_to_loss(config, "cache", 3)
-    assert made_runs[0][:2] == ("-m", "gptlab.prepare")
-    assert [[a for a in asked if a.startswith("seed=")] for asked in made_runs[1:]] == [
+    assert fake_runs[0][:2] == ("-m", "gptlab.prepare")
+    assert [[a for a in asked if a.startswith("seed=")] for asked in fake_runs[1:]] == [
         [f"seed={seed}"] for seed in (1, 1, 2, 2, 3, 3)
     ]
     for row in part.rows:
@@ -254,11 +259,11 @@ def test_whole_runs_are_counted_that_reach_the_loss(made_runs):
         assert (row.median("reached"), row.median("seconds"), row.median("runs/min")) == (pytest.approx(2 / 3), 30, 2)
 
 
-def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
+def test_ladder_reports_steps_and_seconds_to_the_target(fake_runs):
     config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
     (part,) = speedrun.ladder(config, "cache", 2)
-    assert [row.name for row in part.rows] == ["the whole recipe", "without rotary"]
-    assert {a for asked in made_runs[1:] for a in asked if a.startswith("without=")} == {
+    assert [row.name for row in part.rows] == ["full recipe", "without rotary"]
+    assert {a for asked in fake_runs[1:] for a in asked if a.startswith("without=")} == {
         "without=nothing",
         "without=rotary",
     }
@@ -266,25 +271,25 @@ def test_the_ladder_tells_when_each_run_was_at_the_loss(made_runs):
         assert row.median("steps to it") == 20
         assert row.median("s to it") == pytest.approx(100 / 50 + 900 / 100 + 1000 / 200)
     late = SpeedrunBench(source=None, nanogpt=None, target=2.015, parts=[])
-    (part,) = speedrun.ladder(late, "cache", 2)  # which the second seed does not reach
+    (part,) = speedrun.ladder(late, "cache", 2)  # the second seed does not reach it
     assert part.rows[0].shown("steps to it") == "–"
     assert "steps to it" not in part.record()["rows"][0]["medians"]
 
 
-def test_the_ladder_leaves_out_every_part_that_there_is(made_runs):
+def test_ladder_omits_every_part_of_the_recipe(fake_runs):
     config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=None)
     (part,) = speedrun.ladder(config, "cache", 1)
-    there_are = {path.stem for path in (configuration_folder() / "without").glob("*.yaml")}
-    asked = [a.removeprefix("without=") for arguments in made_runs for a in arguments if a.startswith("without=")]
+    options = {path.stem for path in (configuration_folder() / "without").glob("*.yaml")}
+    asked = [a.removeprefix("without=") for arguments in fake_runs for a in arguments if a.startswith("without=")]
     assert asked[0] == "nothing"
-    assert sorted(asked) == sorted(there_are)
+    assert sorted(asked) == sorted(options)
     assert [row.name for row in part.rows] == [
-        "the whole recipe",
+        "full recipe",
         *(f"without {a.replace('_', ' ')}" for a in asked[1:]),
     ]
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "an unknown suite": (
         ["suite=dat"],
         "suite='dat' is not valid: it should be 'train', 'generate', 'data', 'overhead', 'guards', 'speedrun'",
@@ -296,14 +301,14 @@ MISTAKES = {
     "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
     "no nanoGPT": (
         ["suite=speedrun", "speedrun.source=text.txt", "speedrun.nanogpt=."],
-        "is no checkout of nanoGPT with data/shakespeare_char/train.bin",
+        "is not a checkout of nanoGPT with data/shakespeare_char/train.bin",
     ),
-    "no room": (["preparation.corpus_mb=1000000000"], "make room, or name another cache_dir or a smaller corpus"),
+    "no room": (["preparation.corpus_mb=1000000000"], "preparation.corpus_mb=1000000000 needs"),
     "no folder": (["cache_dir=text.txt"], "cache_dir=text.txt cannot be used"),
 }
 
 
-def test_a_wrong_configuration_imports_no_torch(user):
+def test_invalid_config_imports_no_torch(user):
     code = """
 import sys
 sys.argv[1:] = ["suite=dat"]
@@ -316,7 +321,7 @@ except SystemExit as end:
     assert user.run(sys.executable, "-c", code).stdout == "2 False False\n"
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    assert_config_error(user.python("gptlab.bench", *arguments), sentence)
+@pytest.mark.parametrize(("arguments", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_config_errors_name_the_key(user, arguments, message):
+    assert_config_error(user.python("gptlab.bench", *arguments), message)
     assert not (user.folder / "outputs").exists()

@@ -38,6 +38,6 @@ def test_an_interrupt_ends_a_whole_sweep(user):
     directory = user.only_run("sweep")
     assert sorted(path.name for path in directory.iterdir() if path.is_dir()) == ["0", "1"]
     assert max(metrics(directory / "0", "val/loss")) == 5
-    assert "The sweep goes on where it stopped with the same command." in output
+    assert "Run the same command again to resume the sweep." in output
     assert "Interrupted at step" in (directory / "1" / "train.log").read_text()
     assert processes_of(user.folder) == []

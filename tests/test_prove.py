@@ -1,4 +1,4 @@
-"""The whole command, where promises are kept and where one is broken."""
+"""End-to-end tests of python -m gptlab.prove, with proofs that pass and one that fails."""
 
 import json
 import os
@@ -12,27 +12,27 @@ from processes import is_alive
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "an unknown key": (["prove.step=3"], "Unknown config key `prove.step`. Did you mean prove.steps?"),
     "an unknown key of the run": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean"),
-    "nothing to go on with": (["prove.kill_after=6"], "kill_after=6 leaves nothing to go on with"),
-    "a resume": (["resume=text.txt"], "A proof starts its runs itself, and from their beginning"),
+    "no steps to resume": (["prove.kill_after=6"], "kill_after=6 leaves no steps to resume"),
+    "a resume": (["resume=text.txt"], "cannot be used with resume="),
 }
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_sentence(user, arguments, sentence):
-    assert_config_error(user.python("gptlab.prove", *arguments), sentence)
+@pytest.mark.parametrize(("arguments", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_config_errors_name_the_key(user, arguments, message):
+    assert_config_error(user.python("gptlab.prove", *arguments), message)
     assert not (user.folder / "outputs").exists()
 
 
 @pytest.mark.slow
-def test_a_sharded_run_keeps_its_promises(user):
+def test_fsdp_run_passes_all_proofs(user):
     few = ("prove.ranks=[1,2,4,5]", "prove.workers=[0,2]", "prove.steps=4", "prove.kill_after=2")
     done = user.python("gptlab.prove", *TINY, *few, "trainer=fsdp", "trainer.devices=2", timeout=900)
     assert_success(done)
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
-    assert done.stdout.endswith(f"Proved: {folder.relative_to(user.folder) / 'prove.json'}\n")
+    assert done.stdout.endswith(f"Passed: {folder.relative_to(user.folder) / 'prove.json'}\n")
     assert sorted(path.name for path in folder.iterdir() if path.suffix != ".diff") == [
         "environment.json",
         "prove.json",
@@ -59,11 +59,12 @@ def test_a_sharded_run_keeps_its_promises(user):
             hashes["0 workers"] == hashes["2 workers"] == proofs["tokens of 2 ranks"]["details"]["hashes"]["0 workers"]
         )
     assert 0 <= proofs["losses, fsdp on 2"]["details"]["largest_difference"] < 1e-5
-    assert proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28  # a weight, its two moments and their step
+    # a weight, its two moments and their step count
+    assert proofs["checkpoint round trip"]["details"]["tensors"] == 4 * 28
 
 
 @pytest.mark.slow
-def test_a_proof_that_is_told_to_end_leaves_no_process(user):
+def test_terminated_proof_leaves_no_process(user):
     proof = user.begin("gptlab.prove", *TINY, "prove.out=proof")
     proof.until((user.folder / "proof" / "runs" / "uninterrupted" / "train.log").exists)
     children = proof.children()
@@ -88,7 +89,7 @@ if "gptlab.worker" in sys.orig_argv:
 
 
 @pytest.mark.slow
-def test_a_resume_that_changes_one_moment_is_found_by_its_step_and_tensor(user):
+def test_resume_that_changes_a_moment_fails_with_step_and_tensor(user):
     (user.folder / "elsewhere").mkdir()
     (user.folder / "elsewhere" / "sitecustomize.py").write_text(PERTURBED)
     paths = [str(user.folder / "elsewhere"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -96,13 +97,13 @@ def test_a_resume_that_changes_one_moment_is_found_by_its_step_and_tensor(user):
     few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.out=proof", "model.dropout=0.1", "train.global_batch_size=1")
     done = user.python("gptlab.prove", *TINY, *few, timeout=900)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout.endswith("Not proved: proof/prove.json\nWhat was run is in proof/runs\n")
+    assert done.stdout.endswith("Failed: proof/prove.json\nThe runs are in proof/runs\n")
     report = json.loads((user.folder / "proof" / "prove.json").read_text())
     assert report["passed"] is False
     (resumed,) = (proof for proof in report["proofs"] if proof["passed"] is False)
     assert resumed["name"] == "killed and resumed"
     assert resumed["details"]["difference"]["tensors"] == ["h.1.ln_2.bias", "h.1.ln_2.bias.exp_avg"]
-    named = "it differs first at step 4: 2 of 112 tensors, the first of them h.1.ln_2.bias"
-    assert resumed["what"] == f"killed after step 3; {named}"  # two runs that nobody killed are the same
+    named = "first difference at step 4: 2 of 112 tensors differ, first h.1.ln_2.bias"
+    assert resumed["what"] == f"killed after step 3; {named}"  # two uninterrupted runs are equal
     assert (user.folder / "proof" / "runs" / "killed" / "trace.jsonl").exists()
-    assert "not possible: the micro-batch is one sequence" in " ".join(done.stdout.split())
+    assert "not possible: micro_batch_size=1" in " ".join(done.stdout.split())

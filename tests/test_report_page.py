@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gptlab.sweeps.analysis.fitting import ScalingAnswer, write_scaling
+from gptlab.sweeps.analysis.scaling_report import ScalingAnswer, write_scaling
 from gptlab.sweeps.analysis.table import analyze_sweep
 from report_pages import (  # noqa: F401
     HOSTILE,

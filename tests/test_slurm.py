@@ -167,10 +167,10 @@ def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
 def test_a_partition_that_takes_no_jobs_is_named(slurm, user):
     sweep = ("-m", "hydra/launcher=slurm", "seed=1,2", *SMALL)
     assert_config_error(
-        user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition; there are tests"
+        user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition. Available: tests"
     )
     assert slurm.run("scontrol", "update", "PartitionName=tests", "State=DOWN").returncode == 0
     try:
-        assert_config_error(user.python("gptlab.train", *sweep), "takes no jobs now: it is down")
+        assert_config_error(user.python("gptlab.train", *sweep), "accepts no jobs: its state is down")
     finally:
         slurm.run("scontrol", "update", "PartitionName=tests", "State=UP")

@@ -1,4 +1,4 @@
-"""Measure gptlab, beside what people do without it: python -m gptlab.bench suite=<suite> [key=value ...]."""
+"""Benchmarks gptlab against common alternatives: python -m gptlab.bench suite=<suite> [key=value ...]."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,28 +15,28 @@ from gptlab.exit_codes import DONE
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_directory import claim_directory
 
-ALL = ("train", "generate", "data", "overhead", "guards")  # the others need a text from elsewhere
+ALL = ("train", "generate", "data", "overhead", "guards")  # the other suites need a text that may have to be downloaded
 
 
 @command("bench", keys=set(known_keys(BenchCommand)))
 def main(values: DictConfig) -> int:
-    """Measures, prints the tables, and writes the numbers with the environment."""
+    """Runs the benchmark suites, prints their tables, and writes the results and the environment."""
     config = validate(BenchCommand, resolve_to_dict(values))
     measured = {suite: _measure(suite, config) for suite in (ALL if config.suite == "all" else [config.suite])}
-    directory = _directory(config.out)
+    directory = _create_directory(config.out)
     record_environment(directory)
-    for suite, of_suite in measured.items():
+    for suite, tables in measured.items():
         parts = []
-        for part in of_suite:
+        for part in tables:
             print_result_table(part)
             parts.append(part)
-        print(f"Measured: {write_report(directory, suite, config.rounds, parts)}")
+        print(f"Results: {write_report(directory, suite, config.rounds, parts)}")
     return DONE
 
 
 def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
-    """Starts a suite."""
-    # with torch, which is not imported before the configuration is checked
+    """Returns an iterator that runs a suite; raises UserError if the suite cannot run."""
+    # lazy: imports torch, which is not needed to check the config
     from gptlab.benchmarks import data, generation, overhead, speedrun, training
 
     match suite:
@@ -58,15 +58,15 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
             raise ValueError(suite)
 
 
-def _directory(out: str | None) -> Path:
-    """Creates the folder for the numbers."""
+def _create_directory(out: str | None) -> Path:
+    """Creates the directory of the results."""
     try:
         if out is None:
             return claim_directory(Path("outputs/bench"))
         directory = Path(out).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be made: {error}.") from error
+        raise UserError(f"out={out} cannot be created: {error}.") from error
     return directory
 
 

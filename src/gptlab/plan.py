@@ -1,4 +1,4 @@
-"""Plan a run: python -m gptlab.plan [what gptlab.train takes ...] [gpu=... budget=... calibrate=true json=...]."""
+"""Plans a run: python -m gptlab.plan [overrides of gptlab.train ...] [gpu=... budget=... calibrate=true json=...]."""
 
 import json
 import shlex
@@ -21,21 +21,21 @@ from gptlab.planning.settings import KEYS, resolve_plan, run_overrides, with_voc
 
 @command("plan", keys={*known_keys(RunConfig), *KEYS})
 def main(values: DictConfig) -> int:
-    """Prints what a run will need and, for a budget, which run it should be."""
+    """Prints the plan of a run and, for a budget, the compute-optimal run."""
     overrides = list(HydraConfig.get().overrides.task)
-    config, wanted = resolve_plan(values, overrides)
+    config, plan_config = resolve_plan(values, overrides)
     config, manifest = with_vocabulary(config)
-    choice = None if wanted.budget is None else choose_run(config, wanted.budget, wanted.gpus)
+    choice = None if plan_config.budget is None else choose_run(config, plan_config.budget, plan_config.gpus)
     config = choice.config if choice else config
-    if wanted.calibrate:
+    if plan_config.calibrate:
         calibrate(config)
         config, manifest = with_vocabulary(config)
-    plan = make_plan(config, manifest, wanted.gpus, wanted.mfu)
+    plan = make_plan(config, manifest, plan_config.gpus, plan_config.mfu)
     print_plan(plan)
     if choice is not None:
         print_choice(choice, shlex.join(("python", "-m", "gptlab.train", *run_overrides(overrides), *choice.overrides)))
-    if wanted.json_file is not None:
-        _write(Path(wanted.json_file).expanduser(), plan)
+    if plan_config.json_file is not None:
+        _write(Path(plan_config.json_file).expanduser(), plan)
     return DONE
 
 

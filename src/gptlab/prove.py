@@ -1,4 +1,4 @@
-"""Prove a configuration: python -m gptlab.prove [what gptlab.train takes ...] [prove.<key>=<value> ...]."""
+"""Verifies a configuration: python -m gptlab.prove [overrides of gptlab.train ...] [prove.<key>=<value> ...]."""
 
 import shutil
 import signal
@@ -24,36 +24,38 @@ from gptlab.verification.runs import ProofRuns
 
 @command("prove", keys={*known_keys(RunConfig), *known_keys(ProveArguments)})
 def main(values: DictConfig) -> int:
-    """Checks the configuration, runs it in several ways, and reports which of its promises it keeps."""
+    """Runs a configuration in several ways to verify data order, resume and equality of ranks."""
     if values.resume is not None or launched_externally():
-        raise UserError("A proof starts its runs itself, and from their beginning: without resume=, torchrun and srun.")
-    config, wanted = resolve_proof(values, list(HydraConfig.get().overrides.task))
+        raise UserError(
+            "gptlab.prove starts its own runs from step 0: it cannot be used with resume=, torchrun or srun."
+        )
+    config, prove = resolve_proof(values, list(HydraConfig.get().overrides.task))
     config, prepared, _ = preflight(config)
-    from gptlab.verification.proofs import ProofCase, prove_all  # torch is needed from here on
+    from gptlab.verification.proofs import ProofCase, prove_all  # imports torch
 
     quiet_lightning()
-    case = ProofCase(config, prepared, wanted)
-    folder = _folder(wanted.out)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # which ends what is running
+    case = ProofCase(config, prepared, prove)
+    folder = _create_folder(prove.out)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the exit kills the current run
     proofs = list(prove_all(case, ProofRuns(folder / "runs")))
-    print_proofs(config, wanted.steps, proofs)
+    print_proofs(config, prove.steps, proofs)
     path = write_report(folder, config, proofs)
     if not all_passed(proofs):
-        print(f"Not proved: {path}\nWhat was run is in {folder / 'runs'}")
+        print(f"Failed: {path}\nThe runs are in {folder / 'runs'}")
         return FAILED
-    if not wanted.keep:
+    if not prove.keep:
         shutil.rmtree(folder / "runs")
-    print(f"Proved: {path}")
+    print(f"Passed: {path}")
     return DONE
 
 
-def _folder(out: str | None) -> Path:
-    """Creates the folder of the report and the runs."""
+def _create_folder(out: str | None) -> Path:
+    """Creates the directory of the report and the runs."""
     try:
         folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"prove.out={out} cannot be made, or holds the runs of another proof: {error}.") from error
+        raise UserError(f"prove.out={out} cannot be created or contains other runs: {error}.") from error
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What a run on this machine has taken, in round numbers."""
+"""A measurement with round numbers."""
 
 from gptlab.planning.calibration import Measurement
 

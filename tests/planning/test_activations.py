@@ -1,4 +1,4 @@
-"""What autograd really saves, tensor by tensor, against what a plan says."""
+"""Forecast of activations, against the bytes of the tensors that autograd saves."""
 
 from contextlib import nullcontext
 
@@ -9,11 +9,11 @@ from conftest import tiny_config
 from gptlab.model import kernels
 from gptlab.model.modern import build_gpt
 from gptlab.planning.activations import (
-    NUMBER_SIZES,
+    DTYPE_SIZES,
     SHORT_SEQUENCE,
     ForwardPass,
+    backbone_bytes,
     head_bytes,
-    network_bytes,
     weight_copy_bytes,
 )
 
@@ -25,8 +25,8 @@ MODERN = {  # conf/model/gpt2_modern.yaml
 }
 
 
-def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, int]:
-    """Bytes of what autograd saves of a training loss: of all but the weights, and of copies of the weights."""
+def saved_bytes(config, batch: int, precision: str, chunk: int | None) -> tuple[int, int]:
+    """Returns the bytes that autograd saves for a training loss: of activations, and of copies of weights."""
     torch.manual_seed(0)
     model = build_gpt(config)
     if precision == "bf16-true":
@@ -37,8 +37,8 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if (place := tensor.untyped_storage().data_ptr()) not in own:
-            kept[place] = tensor
+        if (address := tensor.untyped_storage().data_ptr()) not in own:
+            kept[address] = tensor
         return tensor
 
     idx = torch.randint(config.vocab_size, (batch, config.block_size))
@@ -54,7 +54,7 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - sum(copies), sum(copies)
 
 
-@pytest.mark.parametrize("precision", NUMBER_SIZES)
+@pytest.mark.parametrize("precision", DTYPE_SIZES)
 @pytest.mark.parametrize(
     ("changes", "chunk"),
     [
@@ -63,8 +63,8 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
         pytest.param({"block_size": 300, "bias": False, "activation": "gelu"}, 100, id="chunks"),
         pytest.param({"block_size": 300, "activation": "relu_squared", "tie_weights": False}, None, id="relu"),
         pytest.param({"block_size": 300, "activation_checkpointing": True}, 100, id="checkpointed"),
-        pytest.param({"norm": "rms", "positions": "rotary", "qk_norm": True}, None, id="short, turned"),
-        pytest.param({"block_size": 300, "positions": "rotary_half", "bias": False}, None, id="long, turned"),
+        pytest.param({"norm": "rms", "positions": "rotary", "qk_norm": True}, None, id="short, rotary"),
+        pytest.param({"block_size": 300, "positions": "rotary_half", "bias": False}, None, id="long, rotary"),
         pytest.param({"dropout": 0.1}, None, id="short, dropout"),
         pytest.param({"block_size": 300, "dropout": 0.1}, None, id="long, dropout"),
         pytest.param({"block_size": 300, "attention_window": 64}, None, id="window"),
@@ -72,14 +72,14 @@ def saved(config, batch: int, precision: str, chunk: int | None) -> tuple[int, i
         pytest.param(MODERN, None, id="modern"),
     ],
 )
-def test_activations_are_what_autograd_saves(precision, changes, chunk):
+def test_forecast_activations_are_those_that_autograd_saves(precision, changes, chunk):
     config = tiny_config(**WIDE | changes)
-    forward = ForwardPass(config, 3, NUMBER_SIZES[precision], on_gpu=False)
-    activations, copies = saved(config, 3, precision, chunk)
-    assert network_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
+    forward = ForwardPass(config, 3, DTYPE_SIZES[precision], on_gpu=False)
+    activations, copies = saved_bytes(config, 3, precision, chunk)
+    assert backbone_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
     if not config.activation_checkpointing:
         assert weight_copy_bytes(forward, chunk) == copies
 
 
-def test_a_short_sequence_is_what_the_attention_takes_for_one():
+def test_short_sequence_limit_equals_that_of_the_kernels():
     assert SHORT_SEQUENCE == kernels.SHORT_SEQUENCE

@@ -1,4 +1,4 @@
-"""What is chosen for a budget, against the papers' own tables and the real configuration."""
+"""Compute-optimal runs, against the tables of the papers and the composed configuration."""
 
 import pytest
 
@@ -15,21 +15,21 @@ def with_vocabulary(*overrides: str):
 
 
 @pytest.mark.parametrize(("parameters", "batch", "rate"), [(7e9, 2304, 4.2e-4), (67e9, 4608, 3.2e-4)])
-def test_batch_and_rate_are_those_of_deepseek(parameters, batch, rate):
+def test_batch_size_and_learning_rate_match_deepseek_table(parameters, batch, rate):
     # Bi et al. 2024, table 2: two trillion tokens, sequences of 4096; 6 N FLOPs a token
     budget = 6 * parameters * 2e12
     assert optimal_batch_tokens(budget) == pytest.approx(batch * 4096, rel=0.03)
     assert optimal_learning_rate(budget) == pytest.approx(rate, rel=0.02)
 
 
-def test_the_ladder_has_gpt2_s_sizes():
+def test_ladder_contains_gpt2_sizes():
     shapes = {(size.n_layer, size.n_head, size.n_embd) for size in model_ladder(with_vocabulary(*GPT2).model)}
     assert {(12, 12, 768), (24, 16, 1024), (36, 20, 1280)} <= shapes
 
 
 @pytest.mark.parametrize("budget", [1e15, 1e17, 1e19, 1e21])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_the_run_that_is_chosen_takes_the_budget(budget, devices):
+def test_chosen_run_uses_the_budget(budget, devices):
     choice = choose_compute_optimal(with_vocabulary(*GPT2), budget, devices)
     composed = with_vocabulary(*GPT2, *choice.overrides)
     assert composed == choice.config
@@ -39,13 +39,13 @@ def test_the_run_that_is_chosen_takes_the_budget(budget, devices):
     assert composed.train.global_batch_size % devices == 0
 
 
-def test_chinchilla_s_own_budget_gives_its_size():
+def test_chinchilla_budget_gives_its_model_size():
     # Hoffmann et al. 2022, table 1: Chinchilla, 70B parameters and 1.4T tokens, 5.76e23 FLOPs; table 3: 1B for 1.21e20
     choice = choose_compute_optimal(with_vocabulary(*GPT2), 1.21e20, 1)
     assert parameter_count(choice.config.model) == pytest.approx(1e9, rel=0.25)
 
 
-def test_muon_keeps_its_rate_and_what_was_named_otherwise_gives_way():
+def test_muon_keeps_its_learning_rate_and_other_overrides_are_replaced():
     named = ("optimizer=muon", "train.micro_batch_size=6", "train.batch_schedule=[[4,6]]", "train.max_steps=null")
     config = with_vocabulary(*GPT2, *named, "train.max_tokens=1e6")
     choice = choose_compute_optimal(config, 1e17, 1)
@@ -54,9 +54,9 @@ def test_muon_keeps_its_rate_and_what_was_named_otherwise_gives_way():
 
 
 @pytest.mark.parametrize(
-    ("budget", "sentence"),
-    [(1e9, r"budget=1e\+09 FLOPs is too small .* at least"), (1e27, r"budget=1e\+27 FLOPs is too large: the largest")],
+    ("budget", "message"),
+    [(1e9, r"budget=1e\+09 FLOPs is too small .* at least"), (1e27, r"budget=1e\+27 FLOPs is too large")],
 )
-def test_what_no_size_fits_is_refused(budget, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_budget_out_of_range_raises(budget, message):
+    with pytest.raises(UserError, match=message):
         choose_compute_optimal(with_vocabulary(*GPT2), budget, 1)

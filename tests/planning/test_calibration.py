@@ -1,4 +1,4 @@
-"""Speeds as they are read from a run, and times as they follow from them, by hand."""
+"""Measurements of runs, against hand-computed values."""
 
 from configs import resolved
 from gptlab.planning import calibration
@@ -16,16 +16,16 @@ ROWS = [
 ]
 
 
-def test_a_run_s_speed_is_that_of_its_steps_but_the_first_and_what_is_left_is_its_evaluations():
+def test_speed_excludes_the_first_step_and_the_rest_is_evaluation():
     assert measure_run(ROWS, seconds=20, evaluations=2, evaluated=64, peak_memory=7, source="me") == TAKEN
 
 
-def test_a_run_of_a_step_or_of_a_second_half_tells_nothing():
+def test_short_or_resumed_run_gives_no_measurement():
     for rows in (ROWS[:1], ROWS[1:]):
         assert measure_run(rows, seconds=20, evaluations=2, evaluated=64, peak_memory=7, source="me") is None
 
 
-def test_what_was_measured_is_known_to_runs_of_the_same_shape_on_the_same_machine(tmp_path, monkeypatch):
+def test_measurement_is_found_for_similar_runs_on_the_same_machine(tmp_path, monkeypatch):
     def config(*overrides: str):
         return resolved("trainer=cpu", f"data.cache_dir={tmp_path}", *overrides).with_vocabulary(257)
 
@@ -49,8 +49,8 @@ def test_what_was_measured_is_known_to_runs_of_the_same_shape_on_the_same_machin
     assert find_measurement(config(), hardware) is None
 
 
-def test_a_cache_that_cannot_be_written_ends_no_run(tmp_path, caplog):
+def test_unwritable_cache_logs_a_warning(tmp_path, caplog):
     (tmp_path / calibration.FOLDER).touch()
     config = resolved("trainer=cpu", f"data.cache_dir={tmp_path}").with_vocabulary(257)
     save_measurement(config, plan_hardware(config, []), TAKEN)
-    assert "is not kept for plans" in caplog.text
+    assert "cannot be saved for later forecasts" in caplog.text

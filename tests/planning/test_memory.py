@@ -1,4 +1,4 @@
-"""Memory by kind, by hand; and that a plan decides as a run does."""
+"""Peak memory by kind, against hand-computed values, and the hardware settings of a plan, against those of a run."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CHUNK = resolve_loss_chunk(GPT2.train.loss_chunk, GPT2.model)
 
 @pytest.mark.parametrize("model", ["nano", "mini", "gpt2"])
 @pytest.mark.parametrize("bf16", [True, False])
-def test_a_plan_decides_as_a_run_does(model, bf16, monkeypatch):
+def test_plan_resolves_the_hardware_settings_of_a_run(model, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bf16})
     monkeypatch.setattr(hardware, "list_gpus", lambda: ())
@@ -27,13 +27,13 @@ def test_a_plan_decides_as_a_run_does(model, bf16, monkeypatch):
     for spread in ("trainer=auto", "trainer=ddp", "trainer=fsdp"):
         config = resolved(f"model={model}", spread, "tokenizer=bytes").with_vocabulary(257)
         chosen = choose_devices(config.trainer, config.train, config.model)
-        assert plan_hardware(config, []) == chosen._replace(float32_matmul="default")  # which only torch can tell
+        assert plan_hardware(config, []) == chosen._replace(float32_matmul="default")  # only torch can resolve it
 
 
-def test_weights_gradients_and_moments_by_hand():
+def test_weights_gradients_and_optimizer_state():
     adamw = estimate_memory(GPT2, H100, ParallelLayout("ddp", 8), 12, CHUNK)
     assert (adamw.weights, adamw.moments, adamw.gradients) == (4 * N, 8 * N, 4 * N)
-    assert adamw.libraries == 0  # which are not in the GPU
+    assert adamw.libraries == 0  # libraries do not use GPU memory
     assert estimate_memory(GPT2, plan_hardware(GPT2, []), ParallelLayout("ddp", 8), 12, None).libraries > 0
     sharded = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 8), 12, CHUNK)
     assert (sharded.weights, sharded.moments) == (4 * N / 8, N)
@@ -43,7 +43,7 @@ def test_weights_gradients_and_moments_by_hand():
     assert estimate_memory(GPT2, pure, ParallelLayout("ddp", 8), 12, None).weights == 2 * N
 
 
-def test_each_measure_saves_what_it_is_for():
+def test_checkpointing_chunks_and_tensor_parallelism_reduce_memory():
     plain = resolved("experiment=gpt2_openwebtext", "train.loss_chunk=null").with_vocabulary(50257)
     model = plain.model.model_copy(update={"activation_checkpointing": True})
     checkpointed = plain.model_copy(update={"model": model})
@@ -56,16 +56,17 @@ def test_each_measure_saves_what_it_is_for():
 
 
 @pytest.mark.parametrize("gpu", ["h100", "l4"])
-def test_the_largest_micro_batch_fits_and_one_more_does_not(gpu):
+def test_largest_micro_batch_fits_and_one_more_does_not(gpu):
     machine, spread, chunk = plan_hardware(GPT2, [gpu]), ParallelLayout("single", 1), CHUNK
     largest = largest_micro_batch(GPT2, machine, spread, chunk)
     assert estimate_memory(GPT2, machine, spread, largest, chunk).total <= GPUS[gpu].memory
     assert estimate_memory(GPT2, machine, spread, largest + 1, chunk).total > GPUS[gpu].memory
     xl = resolved("model=gpt2-xl").with_vocabulary(50257)
-    assert largest_micro_batch(xl, plan_hardware(xl, ["l4"]), spread, chunk) == 0  # 16 bytes of each of 1.6 billion
+    # 16 bytes per parameter, 1.6 billion parameters
+    assert largest_micro_batch(xl, plan_hardware(xl, ["l4"]), spread, chunk) == 0
 
 
-def test_a_plan_counts_what_the_run_will():
+def test_plan_counts_parameters_tokens_and_flops():
     plan = make_plan(GPT2, None, ["h100"], 0.4)
     assert sum(plan.parameters.values()) == parameter_count(GPT2.model) == N
     assert plan.length.tokens == 600_000 * 491_520

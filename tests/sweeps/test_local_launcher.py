@@ -1,4 +1,4 @@
-"""Processes of trials: their devices, their ends."""
+"""LocalLauncher: devices, exit codes and signals of trial processes."""
 
 import os
 import signal
@@ -41,15 +41,15 @@ def on_gpus(monkeypatch, number, visible=None):
         (4, 2, "auto", "4,5,6,7", ["4,5", "6,7"]),
     ],
 )
-def test_trials_have_devices_of_their_own(monkeypatch, gpus, devices, at_once, visible, expected):
+def test_each_trial_gets_its_own_devices(monkeypatch, gpus, devices, at_once, visible, expected):
     on_gpus(monkeypatch, gpus, visible)
     strategy = "single" if devices == 1 else "ddp"
-    made = LocalLauncher(LocalLauncherConfig(at_once=at_once), trainer(devices=devices, strategy=strategy))
-    assert made.at_once == len(expected)
-    assert [made.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(made.at_once)] == expected
+    launcher = LocalLauncher(LocalLauncherConfig(at_once=at_once), trainer(devices=devices, strategy=strategy))
+    assert launcher.at_once == len(expected)
+    assert [launcher.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(launcher.at_once)] == expected
 
 
-def test_on_a_cpu_one_at_a_time_and_several_share_the_cores(monkeypatch):
+def test_cpu_default_is_one_trial_and_concurrent_trials_share_the_cores(monkeypatch):
     on_gpus(monkeypatch, 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -66,26 +66,26 @@ class NoConfig:
 
 
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """A pool, and what starts a process in it that runs a line of Python."""
+def started(tmp_path, monkeypatch):
+    """A launcher, and a function that starts a process in it that runs a line of Python."""
     on_gpus(monkeypatch, 0)
-    made = LocalLauncher(LocalLauncherConfig(at_once=2), trainer())
+    launcher = LocalLauncher(LocalLauncherConfig(at_once=2), trainer())
 
-    def begin(number, code):
+    def start(number, code):
         script = tmp_path / f"trial_{number}.py"
         script.write_text(f"import os, sys, time, signal\nprint('ready', os.getpid(), flush=True)\n{code}\n")
         monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, str(script)))
-        made.start(Trial(number=number, overrides={}, config_hash=""), NoConfig(), tmp_path / str(number))
+        launcher.start(Trial(number=number, overrides={}, config_hash=""), NoConfig(), tmp_path / str(number))
         return tmp_path / str(number) / local_launcher.OUTPUT
 
-    yield made, begin
-    made.close()
+    yield launcher, start
+    launcher.close()
 
 
-def ends(made, number) -> int:
+def wait_for_end(launcher, number) -> int:
     until = time.monotonic() + 30
     while True:
-        for found, status in made.ended():
+        for found, status in launcher.ended():
             assert found == number
             return status
         assert time.monotonic() < until
@@ -100,37 +100,37 @@ def wait_for(text, path):
 
 
 @pytest.mark.parametrize(("code", "status"), [("sys.exit(0)", DONE), ("sys.exit(3)", 3), ("1 / 0", 1)])
-def test_a_trial_s_status_is_its_process_s_and_what_it_says_is_kept(begun, code, status):
-    made, begin = begun
-    output = begin(7, code)
-    assert made.is_busy
-    assert made.has_room
-    assert ends(made, 7) == status
+def test_exit_code_and_output_of_a_trial_are_recorded(started, code, status):
+    launcher, start = started
+    output = start(7, code)
+    assert launcher.is_busy
+    assert launcher.has_room
+    assert wait_for_end(launcher, 7) == status
     assert "ready" in output.read_text()
     assert ("ZeroDivisionError" in output.read_text()) == (code == "1 / 0")
 
 
-def test_a_killed_trial_has_failed(begun):
-    made, begin = begun
-    output = begin(0, "time.sleep(60)")
+def test_killed_trial_returns_its_signal(started):
+    launcher, start = started
+    output = start(0, "time.sleep(60)")
     wait_for("ready", output)
     os.kill(int(output.read_text().split()[1]), signal.SIGKILL)
-    assert ends(made, 0) == 128 + signal.SIGKILL
+    assert wait_for_end(launcher, 0) == 128 + signal.SIGKILL
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, INTERRUPTED)])
-def test_signals_are_handed_on_and_nothing_begins_any_more(begun, number, status):
-    made, begin = begun
-    wait_for("ready", begin(0, "signal.pthread_sigmask(signal.SIG_SETMASK, [])\ntime.sleep(60)"))
-    made.forward_signal(number)
-    assert not made.has_room
-    assert ends(made, 0) == status
+def test_signals_are_forwarded_and_no_more_trials_start(started, number, status):
+    launcher, start = started
+    wait_for("ready", start(0, "signal.pthread_sigmask(signal.SIG_SETMASK, [])\ntime.sleep(60)"))
+    launcher.forward_signal(number)
+    assert not launcher.has_room
+    assert wait_for_end(launcher, 0) == status
 
 
-def test_what_does_not_end_after_an_interrupt_is_killed(begun, monkeypatch):
-    made, begin = begun
+def test_trial_that_ignores_an_interrupt_is_killed(started, monkeypatch):
+    launcher, start = started
     monkeypatch.setattr(local_launcher, "GRACE", 0.2)
-    output = begin(0, "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf', flush=True)\ntime.sleep(60)")
-    wait_for("deaf", output)
-    made.forward_signal(signal.SIGINT)
-    assert ends(made, 0) == INTERRUPTED
+    output = start(0, "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ignoring', flush=True)\ntime.sleep(60)")
+    wait_for("ignoring", output)
+    launcher.forward_signal(signal.SIGINT)
+    assert wait_for_end(launcher, 0) == INTERRUPTED

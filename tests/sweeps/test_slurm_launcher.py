@@ -1,4 +1,4 @@
-"""Trials on SLURM, without a SLURM: what is a job's result, and which jobs are waited for."""
+"""SlurmLauncher with fake SLURM programs: results of jobs, and which jobs are waited for."""
 
 import os
 import sys
@@ -22,49 +22,49 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("status", [DONE, FAILED])
-def test_the_result_of_a_job_is_the_exit_status_of_its_trial(monkeypatch, status):
+def test_result_of_a_job_is_the_exit_code_of_its_trial(monkeypatch, status):
     monkeypatch.setattr(worker, "run_job", lambda path: status)
     assert TrialJob(Path("job.json"))() == status
 
 
-def test_a_mistake_is_a_result(monkeypatch, capsys):
-    def refused(path):
+def test_config_error_is_a_result(monkeypatch, capsys):
+    def reject(path):
         raise UserError("no data")
 
-    monkeypatch.setattr(worker, "run_job", refused)
+    monkeypatch.setattr(worker, "run_job", reject)
     assert TrialJob(Path("job.json"))() == CONFIG_ERROR
     assert "no data" in capsys.readouterr().err
 
 
-def test_a_trial_that_was_stopped_leaves_no_result(monkeypatch):
+def test_preempted_trial_stores_no_result(monkeypatch):
     monkeypatch.setattr(worker, "run_job", lambda path: PREEMPTED)
     with pytest.raises(SystemExit, match=rf"^{PREEMPTED}$"):
         TrialJob(Path("job.json"))()
 
 
-def test_nor_does_one_that_submitit_has_put_back_into_the_queue(monkeypatch):
-    monkeypatch.setattr(worker, "run_job", lambda path: sys.exit(-1))  # as submitit's handler ends the process
+def test_trial_requeued_by_submitit_stores_no_result(monkeypatch):
+    monkeypatch.setattr(worker, "run_job", lambda path: sys.exit(-1))  # as in submitit's signal handler
     with pytest.raises(SystemExit, match=r"^-1$"):
         TrialJob(Path("job.json"))()
 
 
 class Slurm:
-    """Fakes of SLURM's programs on the PATH; ``queue`` sets the output of squeue."""
+    """Fake SLURM programs on the PATH; ``queue`` sets the output of squeue."""
 
     def __init__(self, folder: Path, monkeypatch) -> None:
         self.folder = folder / "bin"
         self.folder.mkdir()
         for name in ("squeue", "sbatch", "srun"):
-            self.say(name, "exit 1")
+            self.install(name, "exit 1")
         monkeypatch.setenv("PATH", f"{self.folder}:{os.environ['PATH']}")
         monkeypatch.setattr(slurm_launcher, "POLL_SECONDS", 0.0)
 
-    def say(self, name: str, line: str) -> None:
+    def install(self, name: str, line: str) -> None:
         (self.folder / name).write_text(f"#!/bin/sh\n{line}\n")
         (self.folder / name).chmod(0o755)
 
     def queue(self, *rows: str) -> None:
-        self.say("squeue", "; ".join(f"echo {row}" for row in rows) or "true")
+        self.install("squeue", "; ".join(f"echo {row}" for row in rows) or "true")
 
 
 @pytest.fixture
@@ -90,50 +90,50 @@ def leave_result(trials: SlurmLauncher, folder: Path, status: int) -> None:
 
 
 @pytest.mark.parametrize("state", ["running", "stopped", "failed"])
-@pytest.mark.parametrize("of_slurm", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
-def test_a_job_that_slurm_has_is_waited_for_whatever_the_sweep_thinks_of_it(trials, slurm, tmp_path, state, of_slurm):
-    slurm.queue("6 RUNNING", f"7 {of_slurm}")
+@pytest.mark.parametrize("slurm_state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED"])
+def test_active_job_is_reattached_in_any_trial_state(trials, slurm, tmp_path, state, slurm_state):
+    slurm.queue("6 RUNNING", f"7 {slurm_state}")
     assert trials.reattach(trial(state))
     assert trials.is_busy
     assert [trials.ended() for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize("rows", [("7 CANCELLED",), ("7 TIMEOUT", "6 RUNNING"), ()])
-def test_a_job_that_is_over_is_not(trials, slurm, tmp_path, rows):
+def test_ended_job_is_not_reattached(trials, slurm, tmp_path, rows):
     slurm.queue(*rows)
     assert not trials.reattach(trial())
     assert not trials.is_busy
 
 
-def test_a_trial_without_a_job_is_not_asked_about(trials, tmp_path):
+def test_trial_without_a_job_is_not_reattached(trials, tmp_path):
     assert not trials.reattach(trial(job=None))
 
 
-def test_a_result_that_was_left_while_the_sweep_was_away_counts(trials, slurm, tmp_path):
+def test_result_stored_while_no_sweep_process_ran_is_used(trials, slurm, tmp_path):
     slurm.queue()
     leave_result(trials, tmp_path, DONE)
     assert trials.reattach(trial())
     assert trials.ended() == [(3, DONE)]
-    assert not trials.reattach(trial("failed"))  # it is to be run again
+    assert not trials.reattach(trial("failed"))  # a retry
 
 
-def test_no_second_job_is_submitted_while_slurm_does_not_answer(trials, slurm, tmp_path):
-    with pytest.raises(UserError, match=r"SLURM does not answer .* whether job 7 of trial 3 still"):
+def test_reattach_raises_when_squeue_fails(trials, slurm, tmp_path):
+    with pytest.raises(UserError, match=r"squeue failed.* whether job 7 of trial 3 is"):
         trials.reattach(trial())
 
 
-def test_a_job_is_not_given_up_while_slurm_does_not_answer(trials, slurm, tmp_path):
+def test_job_is_waited_for_while_squeue_fails(trials, slurm, tmp_path):
     slurm.queue("7 RUNNING")
     assert trials.reattach(trial())
-    slurm.say("squeue", "exit 1")
+    slurm.install("squeue", "exit 1")
     assert [trials.ended() for _ in range(5)] == [[]] * 5
     slurm.queue()
     ended = [status for _ in range(3) for status in trials.ended()]
     assert ended == [(3, PREEMPTED)]
 
 
-def test_what_slurm_says_of_a_job_that_it_does_not_take_is_told(trials, slurm, tmp_path, monkeypatch):
+def test_rejected_job_raises_with_the_reason(trials, slurm, tmp_path, monkeypatch):
     monkeypatch.setattr(slurm_launcher.Job, "write", lambda *_: None)
-    slurm.say("sbatch", "echo the partition is full >&2; exit 1")
-    with pytest.raises(UserError, match=r"does not take the job of trial 3: .*the partition is full"):
+    slurm.install("sbatch", "echo the partition is full >&2; exit 1")
+    with pytest.raises(UserError, match=r"rejected the job of trial 3: .*the partition is full"):
         trials.start(trial(), None, tmp_path / "3")

@@ -1,4 +1,4 @@
-"""What a sweep varies: grids and distributions, from what people type."""
+"""Search space of a sweep: grids and distributions from command-line overrides."""
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -7,7 +7,7 @@ from gptlab.errors import UserError
 from gptlab.sweeps.space import SearchSpace
 
 
-def test_a_grid_has_every_combination_the_last_key_fastest():
+def test_grid_has_every_combination_with_the_last_key_fastest():
     space = SearchSpace({}, ["optimizer.lr=1e-3,2e-3", "train.max_steps=4", "seed=range(1,4)"])
     assert space.fixed == ["train.max_steps=4"]
     assert space.written == {"optimizer.lr": "1e-3,2e-3", "seed": "range(1,4)"}
@@ -15,19 +15,19 @@ def test_a_grid_has_every_combination_the_last_key_fastest():
     assert points == [(lr, seed) for lr in ("0.001", "0.002") for seed in ("1", "2", "3")]
 
 
-def test_the_command_line_comes_before_the_file():
+def test_command_line_takes_precedence_over_params():
     space = SearchSpace({"optimizer.lr": "1,2,3", "seed": "1,2"}, ["seed=7", "sweeps=lr"])
     assert list(space.varied) == ["optimizer.lr"]
     assert space.fixed == ["seed=7", "sweeps=lr"]
 
 
-def test_groups_and_additions_are_varied_like_values():
+def test_config_groups_and_added_keys_can_be_varied():
     space = SearchSpace({}, ["model=nano,tiny", "+data.x=1,2", "~debug"])
     assert next(list(point.items()) for point in space.grid()) == [("model", "nano"), ("+data.x", "1")]
     assert space.fixed == ["~debug"]
 
 
-def test_a_search_draws_from_what_is_written():
+def test_overrides_become_optuna_distributions():
     space = SearchSpace(
         {},
         ["optimizer.lr=tag(log, interval(1e-4, 1e-2))", "model.n_layer=int(interval(2, 8))", "model.norm=layer,rms"],
@@ -44,21 +44,21 @@ def test_a_search_draws_from_what_is_written():
     ("arguments", "sentence"),
     [
         (["optimizer.lr=interval(1, 2)"], "infinitely many values"),
-        (["seed=range(3,3)"], "has no value"),
+        (["seed=range(3,3)"], "has no values"),
     ],
 )
-def test_what_is_no_grid_is_refused(arguments, sentence):
+def test_invalid_grid_raises(arguments, sentence):
     with pytest.raises(UserError, match=sentence):
         SearchSpace({}, arguments).grid()
 
 
-def test_one_point_is_a_grid_and_no_search():
+def test_space_without_varied_keys_is_a_grid_of_one_point():
     space = SearchSpace({}, ["train.max_steps=3"])
     assert space.grid() == [{}]
-    with pytest.raises(UserError, match="varies nothing that could be searched"):
+    with pytest.raises(UserError, match="No key is varied"):
         space.distributions()
 
 
-def test_an_empty_interval_is_refused():
-    with pytest.raises(UserError, match="begin before its end"):
+def test_empty_interval_raises():
+    with pytest.raises(UserError, match="is an empty interval"):
         SearchSpace({}, ["optimizer.lr=interval(2, 1)"]).distributions()

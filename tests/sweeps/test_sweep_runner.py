@@ -1,4 +1,4 @@
-"""The conductor, with trials that are only numbers: whatever ends when, every trial is run once and none is lost."""
+"""SweepRunner with fake trials: every trial runs exactly once, in whatever order trials and sweep processes end."""
 
 import contextlib
 import json
@@ -35,22 +35,22 @@ GRID = ["x=1,2,3,4,5,6", "seed=1,2"]
 
 
 class Killed(BaseException):
-    """The process of the sweep is gone, without a word."""
+    """Stands for a SIGKILL of the sweep process."""
 
 
-class FakeRunner:
-    """Ends trials in the order of their start, two at a time; ``statuses`` says how, by number."""
+class FakeLauncher:
+    """Launcher that ends trials in the order of their start, two at a time, with ``statuses`` by number."""
 
     at_once = 2
 
     def __init__(self, statuses=None, dies_after=math.inf):
         self.statuses, self.dies_after = statuses or {}, dies_after
         self.running, self.started, self.finished = {}, [], []
-        self.heard = False
+        self.is_stopped = False
 
     @property
     def has_room(self):
-        return len(self.running) < self.at_once and not self.heard
+        return len(self.running) < self.at_once and not self.is_stopped
 
     @property
     def is_busy(self):
@@ -80,7 +80,7 @@ class FakeRunner:
         return [(number, status)]
 
     def forward_signal(self, number):
-        self.heard = True
+        self.is_stopped = True
 
     def close(self):
         pass
@@ -92,21 +92,21 @@ class Values(SimpleNamespace):
 
 
 def compose(point):
-    if point["x"] == "mistake":
-        raise UserError("x=mistake is no number.")
+    if point["x"] == "invalid":
+        raise UserError("x=invalid is not a number.")
     x, seed = float(point["x"]), int(point.get("seed", 0))
     return Values(x=x, seed=seed, loss=(x - 4) ** 2 + seed / 100)
 
 
-def swept(folder: Path, arguments, runner, **changes):
+def run_sweep(folder: Path, arguments, runner, **changes):
     settings = SweeperConfig(**SETTINGS | changes)
     space = SearchSpace({}, list(arguments))
     n_trials = len(space.grid()) if settings.search == "grid" else settings.n_trials
-    what = Sweep(
+    definition = Sweep(
         question="", space=space.written, fixed=[], search=settings.search, n_trials=n_trials, baseline={},
         definition=" ".join(arguments), wandb_group="",
     )  # fmt: skip
-    store = SweepStore(folder, what)
+    store = SweepStore(folder, definition)
     try:
         return SweepRunner(store, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
     finally:
@@ -114,13 +114,13 @@ def swept(folder: Path, arguments, runner, **changes):
 
 
 @pytest.fixture(autouse=True)
-def no_pause(monkeypatch):
+def no_polling_delay(monkeypatch):
     monkeypatch.setattr(sweep_runner, "POLL_SECONDS", 0)
 
 
-def test_every_point_is_run_and_its_value_kept(tmp_path):
-    runner = FakeRunner()
-    assert swept(tmp_path, GRID, runner) == DONE
+def test_every_point_runs_and_its_value_is_stored(tmp_path):
+    runner = FakeLauncher()
+    assert run_sweep(tmp_path, GRID, runner) == DONE
     trials = load_trials(tmp_path)
     assert [trial.number for trial in trials] == list(range(12)) == sorted(runner.started)
     assert {trial.state for trial in trials} == {"done"}
@@ -131,9 +131,9 @@ def test_every_point_is_run_and_its_value_kept(tmp_path):
     )
 
 
-def test_failures_are_told_and_the_others_go_on(tmp_path):
-    runner = FakeRunner({3: FAILED, 5: DIVERGED, 7: 137, 8: PRUNED})
-    assert swept(tmp_path, GRID, runner) == DIVERGED
+def test_failures_are_recorded_and_the_other_trials_run(tmp_path):
+    runner = FakeLauncher({3: FAILED, 5: DIVERGED, 7: 137, 8: PRUNED})
+    assert run_sweep(tmp_path, GRID, runner) == DIVERGED
     trials = {trial.number: trial for trial in load_trials(tmp_path)}
     assert Counter(trial.state for trial in trials.values()) == {"done": 8, "failed": 2, "diverged": 1, "pruned": 1}
     assert trials[3].message == "because 3"
@@ -143,54 +143,54 @@ def test_failures_are_told_and_the_others_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("first", range(13))
-def test_a_sweep_that_is_killed_twice_runs_every_trial_once(tmp_path, first):
+def test_sweep_killed_twice_runs_every_trial_once(tmp_path, first):
     statuses, finished = {3: FAILED, 5: DIVERGED}, []
     for dies_after in (first, 2, math.inf):
-        runner = FakeRunner(statuses, dies_after)
+        runner = FakeLauncher(statuses, dies_after)
         with contextlib.suppress(Killed):
-            assert swept(tmp_path, GRID, runner) == DIVERGED
+            assert run_sweep(tmp_path, GRID, runner) == DIVERGED
         finished += runner.finished
     assert sorted(finished) == list(range(12))
     assert Counter(trial.state for trial in load_trials(tmp_path)) == {"done": 10, "failed": 1, "diverged": 1}
 
 
-def test_what_was_stopped_is_run_again_and_what_failed_only_where_that_is_asked_for(tmp_path):
-    assert swept(tmp_path, GRID, FakeRunner({0: PREEMPTED, 1: INTERRUPTED, 2: FAILED})) == PREEMPTED
-    again = FakeRunner()
-    assert swept(tmp_path, GRID, again) == FAILED
+def test_preempted_trials_are_resumed_and_failed_trials_only_with_retry(tmp_path):
+    assert run_sweep(tmp_path, GRID, FakeLauncher({0: PREEMPTED, 1: INTERRUPTED, 2: FAILED})) == PREEMPTED
+    again = FakeLauncher()
+    assert run_sweep(tmp_path, GRID, again) == FAILED
     assert again.started == [0, 1]
-    once_more = FakeRunner()
-    assert swept(tmp_path, GRID, once_more, retry=True) == DONE
+    once_more = FakeLauncher()
+    assert run_sweep(tmp_path, GRID, once_more, retry=True) == DONE
     assert once_more.started == [2]
 
 
-def test_a_point_that_cannot_be_is_one_trial_with_a_config_error(tmp_path):
-    runner = FakeRunner()
-    assert swept(tmp_path, ["x=1,mistake,3"], runner) == CONFIG_ERROR
+def test_invalid_point_is_a_trial_with_a_config_error(tmp_path):
+    runner = FakeLauncher()
+    assert run_sweep(tmp_path, ["x=1,invalid,3"], runner) == CONFIG_ERROR
     assert [trial.state for trial in load_trials(tmp_path)] == ["done", "config_error", "done"]
-    assert load_trials(tmp_path)[1].message == "x=mistake is no number."
+    assert load_trials(tmp_path)[1].message == "x=invalid is not a number."
 
 
-def test_the_same_configuration_is_run_once(tmp_path):
-    runner = FakeRunner()
+def test_equal_configurations_run_once(tmp_path):
+    runner = FakeLauncher()
     runner.at_once = 1
-    assert swept(tmp_path, ["x=1,1.0,2"], runner) == DONE
+    assert run_sweep(tmp_path, ["x=1,1.0,2"], runner) == DONE
     assert runner.started == [0, 2]
     assert [trial.value for trial in load_trials(tmp_path)] == [9, 9, 4]
 
 
 @pytest.mark.parametrize("search", ["random", "tpe", "cmaes"])
-def test_a_search_that_is_killed_finds_what_it_would_have_found(tmp_path, search):
+def test_killed_search_resumes_with_the_same_points(tmp_path, search):
     space = ["x=interval(0.0,10.0)"]
     options = {"search": search, "n_trials": 12}
-    whole, parts = FakeRunner(), []
+    whole, parts = FakeLauncher(), []
     whole.at_once = 1
-    assert swept(tmp_path / "whole", space, whole, **options) == DONE
+    assert run_sweep(tmp_path / "whole", space, whole, **options) == DONE
     for dies_after in (5, math.inf):
-        runner = FakeRunner(dies_after=dies_after)
+        runner = FakeLauncher(dies_after=dies_after)
         runner.at_once = 1
         with contextlib.suppress(Killed):
-            swept(tmp_path / "killed", space, runner, **options)
+            run_sweep(tmp_path / "killed", space, runner, **options)
         parts += runner.finished
     assert parts == list(range(12))
     points = [[trial.overrides for trial in load_trials(tmp_path / name)] for name in ("whole", "killed")]
@@ -200,32 +200,34 @@ def test_a_search_that_is_killed_finds_what_it_would_have_found(tmp_path, search
         assert abs(float(best.overrides["x"]) - 4) < 1
 
 
-def test_another_sweep_in_the_directory_is_refused(tmp_path):
-    swept(tmp_path, ["x=1,2"], FakeRunner())
-    with pytest.raises(UserError, match=r"holds another sweep, over x=1,2; this one is over x=1,3"):
-        swept(tmp_path, ["x=1,3"], FakeRunner())
+def test_directory_with_a_different_sweep_raises(tmp_path):
+    run_sweep(tmp_path, ["x=1,2"], FakeLauncher())
+    with pytest.raises(UserError, match=r"contains a different sweep.* x=1,2, the current one is x=1,3"):
+        run_sweep(tmp_path, ["x=1,3"], FakeLauncher())
 
 
-def test_two_processes_cannot_be_at_work_on_one_sweep(tmp_path):
-    class Second(FakeRunner):
+def test_second_process_of_a_running_sweep_raises(tmp_path):
+    class Second(FakeLauncher):
         def start(self, trial, config, run_dir):
-            with pytest.raises(UserError, match="a process is at work on it"):
-                swept(tmp_path, ["x=1,2"], FakeRunner())
+            with pytest.raises(UserError, match="Another process is running this sweep"):
+                run_sweep(tmp_path, ["x=1,2"], FakeLauncher())
             return super().start(trial, config, run_dir)
 
-    assert swept(tmp_path, ["x=1,2"], Second()) == DONE
+    assert run_sweep(tmp_path, ["x=1,2"], Second()) == DONE
 
 
-def test_the_newest_unfinished_sweep_of_the_same_definition_goes_on(tmp_path, monkeypatch):
+def test_newest_unfinished_sweep_of_the_same_definition_is_resumed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    what = Sweep(question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, definition="a",
-                 wandb_group="")  # fmt: skip
-    first = find_or_create_sweep_dir("name", what)
-    what.save(first)
-    assert find_or_create_sweep_dir("name", what) == first
-    assert find_or_create_sweep_dir("name", what.model_copy(update={"definition": "b"})) != first
-    store = SweepStore(first, what)
+    definition = Sweep(
+        question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, definition="a",
+        wandb_group="",
+    )  # fmt: skip
+    first = find_or_create_sweep_dir("name", definition)
+    definition.save(first)
+    assert find_or_create_sweep_dir("name", definition) == first
+    assert find_or_create_sweep_dir("name", definition.model_copy(update={"definition": "b"})) != first
+    store = SweepStore(first, definition)
     for number in range(2):
         trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
         store.write(sweep_runner.Trial(**trial))
-    assert find_or_create_sweep_dir("name", what) != first
+    assert find_or_create_sweep_dir("name", definition) != first

@@ -1,5 +1,5 @@
-"""``gptlab.bench``: speed as ratios of runs that alternate on one machine.
+"""``gptlab.bench``: compares the speed of alternating runs on one machine.
 
-Each suite is a file, whose processes are started with ``python -m``. ``config`` has what they measure, ``measuring``
-what they share.
+Each suite is a module, whose measurements run in processes started with ``python -m``. ``config`` defines the config
+keys of all suites, ``measuring`` their common functions.
 """

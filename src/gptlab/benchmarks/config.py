@@ -1,4 +1,4 @@
-"""What each suite measures; see conf/bench.yaml for the values. Imports no torch."""
+"""Configuration of the benchmark suites; see conf/bench.yaml for the defaults. Imports no torch."""
 
 from typing import Annotated, Literal
 
@@ -10,14 +10,14 @@ from gptlab.training.config import AdamWConfig
 
 
 class PreparationBench(FrozenConfig):
-    """The corpus to prepare, of suite=data."""
+    """Corpus that suite=data prepares."""
 
     corpus_mb: PositiveInt
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
 
 
 class LoaderBench(FrozenConfig):
-    """The batches to load, of suite=data."""
+    """Batches that suite=data loads."""
 
     block_size: PositiveInt
     micro_batch_sizes: list[PositiveInt]
@@ -26,7 +26,7 @@ class LoaderBench(FrozenConfig):
 
 
 class GenerateBench(FrozenConfig):
-    """The texts to generate, of suite=generate."""
+    """Texts that suite=generate generates."""
 
     model: GPTConfig
     prompt_tokens: PositiveInt
@@ -36,12 +36,12 @@ class GenerateBench(FrozenConfig):
     compiled: bool
 
 
-class LoopsOfRun(FrozenConfig):
-    """A run whose loop is compared with a bare one.
+class OverheadRun(FrozenConfig):
+    """Run whose training loop is compared with a bare loop.
 
     Attributes:
         arguments: Command-line arguments of ``gptlab.train``.
-        turns: Turns of each of the two loops, of ten steps.
+        turns: Number of turns of each of the two loops; a turn has ten timed steps.
     """
 
     arguments: list[str]
@@ -49,14 +49,14 @@ class LoopsOfRun(FrozenConfig):
 
 
 class OverheadBench(FrozenConfig):
-    """The runs of suite=overhead."""
+    """Runs of suite=overhead."""
 
-    characters: LoopsOfRun
-    characters_large: LoopsOfRun
+    characters: OverheadRun
+    characters_large: OverheadRun
 
 
 class GuardsBench(FrozenConfig):
-    """The steps of suite=guards."""
+    """Training steps of suite=guards."""
 
     model: GPTConfig
     optimizer: AdamWConfig
@@ -64,13 +64,13 @@ class GuardsBench(FrozenConfig):
     steps: PositiveInt
 
 
-class StepsOfModel(FrozenConfig):
-    """A model to train for some steps.
+class TrainingSteps(FrozenConfig):
+    """Model that is trained for a few steps.
 
     Attributes:
-        model: The model.
+        model: Model config.
         batch_size: Sequences per step.
-        steps: Timed steps, after some for warm-up.
+        steps: Number of timed steps, after the warm-up.
     """
 
     model: GPTConfig
@@ -79,22 +79,22 @@ class StepsOfModel(FrozenConfig):
 
 
 class TrainBench(FrozenConfig):
-    """The models of suite=train."""
+    """Models of suite=train."""
 
-    characters: StepsOfModel
-    characters_large: StepsOfModel
-    gpt2: StepsOfModel
-    memory: StepsOfModel
+    characters: TrainingSteps
+    characters_large: TrainingSteps
+    gpt2: TrainingSteps
+    memory: TrainingSteps
 
 
 class SpeedrunBench(FrozenConfig):
-    """The runs of suite=speedrun and suite=ladder.
+    """Runs of suite=speedrun and suite=ladder.
 
     Attributes:
-        source: The file with tinyshakespeare; None downloads it.
-        nanogpt: A checkout of nanoGPT in which data/shakespeare_char/prepare.py was run; None omits nanoGPT.
-        target: Val loss, in nats per token.
-        parts: Parts of the recipe to leave out, one at a time; None takes those of sweeps=ladder.
+        source: File with the tinyshakespeare text, or None to download it.
+        nanogpt: Checkout of nanoGPT in which data/shakespeare_char/prepare.py was run, or None to omit nanoGPT.
+        target: Target val loss, in nats per token.
+        parts: Parts of the recipe to omit, one at a time, or None for those of sweeps=ladder.
     """
 
     source: str | None
@@ -104,7 +104,7 @@ class SpeedrunBench(FrozenConfig):
 
 
 class BenchCommand(FrozenConfig):
-    """What to measure, and how often."""
+    """Config keys of ``gptlab.bench``."""
 
     suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
     rounds: PositiveInt

@@ -1,4 +1,4 @@
-"""A corpus of real text that every machine has: the text files of Python and its packages, one document each."""
+"""Corpus of real text that exists on every machine: the text files of Python and its packages, one document each."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ from gptlab.errors import UserError
 
 CODE = {".py", ".pyi", ".pyx", ".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh", ".js", ".ts", ".css"}
 SUFFIXES = CODE | {".html", ".md", ".rst", ".txt", ".json", ".csv", ".xml", ".toml", ".yaml", ".ipynb"}
-LARGEST = 2**20  # bytes; larger files are tables
+LARGEST = 2**20  # bytes; larger files are mostly tables of data
 
 
 class TextCorpus(NamedTuple):
-    """A file of JSON lines, {"text": ...}.
+    """JSON Lines file of documents, {"text": ...}.
 
     Attributes:
-        path: The file.
-        bytes: Bytes of UTF-8 in all texts.
-        documents: Number of texts.
-        distinct: Bytes of distinct texts; less than ``bytes`` if this machine has too little text.
+        path: Path of the file.
+        bytes: Number of UTF-8 bytes of all documents.
+        documents: Number of documents.
+        distinct: Number of bytes of distinct documents; less than ``bytes`` if this machine has too little text.
     """
 
     path: Path
@@ -34,7 +34,11 @@ class TextCorpus(NamedTuple):
 
 
 def text_corpus(folder: Path, megabytes: int) -> TextCorpus:
-    """Returns a corpus of at least so many MB, which is created if ``folder`` lacks it."""
+    """Returns a corpus of at least ``megabytes`` MB, which is created if it is not in ``folder``.
+
+    Raises:
+        UserError: There are no text files.
+    """
     path, about = folder / f"text-{megabytes}MB.jsonl", folder / f"text-{megabytes}MB.json"
     if path.exists() and about.exists():
         return TextCorpus(path, **json.loads(about.read_text()))
@@ -50,7 +54,7 @@ def text_corpus(folder: Path, megabytes: int) -> TextCorpus:
                     if size >= wanted:
                         break
                 if size == before:
-                    raise UserError(f"There are no files of text in {' or '.join(map(str, _roots()))}.")
+                    raise UserError(f"No text files found in {' or '.join(map(str, _roots()))}.")
                 distinct = distinct or size
             unfinished.replace(path)
         finally:
@@ -64,7 +68,7 @@ def _roots() -> list[Path]:
 
 
 def _texts() -> Iterator[str]:
-    """Yields every text once, in an order that mixes the packages."""
+    """Yields every distinct text once, in an order that mixes the packages."""
     walks = ((folder, name) for root in _roots() for folder, _, names in os.walk(root) for name in names)
     paths = {Path(folder, name) for folder, name in walks if Path(name).suffix in SUFFIXES}
     seen = set()

@@ -1,4 +1,4 @@
-"""suite=data: a corpus to shards, and batches from shards."""
+"""suite=data: preparation of a corpus to shards, and loading of batches from shards."""
 
 import hashlib
 import importlib.util
@@ -18,10 +18,10 @@ from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
 from gptlab.errors import UserError
 
-ROOM = 12  # bytes of disk for a byte of text: the corpus, and all that the plain way keeps of it on the way
+ROOM = 12  # bytes of disk space per byte of text: the corpus, and the intermediate files of datasets.map
 CORES = PrepareOptions().workers
 
-# gptlab.prepare as it runs where gigatoken is not installed: a module that is None is one that is not found
+# runs gptlab.prepare as if gigatoken were not installed: importing a module that is None in sys.modules fails
 WITHOUT_GIGATOKEN = """
 import runpy, sys
 if __name__ == "__main__":
@@ -31,28 +31,28 @@ if __name__ == "__main__":
 
 
 def measure(cache: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
-    """Returns an iterator that measures one part after the other.
+    """Returns an iterator that measures the preparation, then the loader.
 
     Raises:
-        UserError: At once, if the disk has no room.
+        UserError: There is not enough disk space. Raised by this call, not by the iterator.
     """
     return _parts(_make_folder(cache, preparation.corpus_mb), preparation, loader, rounds)
 
 
 def _make_folder(cache: Path, megabytes: int) -> Path:
-    """Creates the folder where corpora are kept."""
-    kept = cache / "bench"
+    """Creates the cache directory of the corpora; raises UserError if there is not enough disk space."""
+    folder = cache / "bench"
     try:
-        kept.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(kept).free
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"cache_dir={cache} cannot be used: {error}.") from error
     if free < (needed := ROOM * megabytes * 10**6):
         raise UserError(
-            f"{kept} has {free / 1e9:,.1f} GB free and preparation.corpus_mb={megabytes} needs {needed / 1e9:,.1f}: "
-            "make room, or name another cache_dir or a smaller corpus."
+            f"preparation.corpus_mb={megabytes} needs {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB "
+            "free. Free disk space, or choose another cache_dir or a smaller corpus."
         )
-    return kept
+    return folder
 
 
 def _parts(folder: Path, preparation: PreparationBench, loader: LoaderBench, rounds: int) -> Iterator[ResultTable]:
@@ -64,29 +64,29 @@ def _parts(folder: Path, preparation: PreparationBench, loader: LoaderBench, rou
 
 
 class _Preparation:
-    """Prepares one corpus in several ways: whole commands, in processes and folders of their own."""
+    """Prepares a corpus with several programs, each as a whole command with its own process and directory."""
 
     def __init__(self, corpus: TextCorpus, val_fraction: float, work: Path) -> None:
         self.corpus, self.val_fraction, self.work = corpus, val_fraction, work
         self.prepared = work / "prepared"
 
     def part(self, rounds: int) -> ResultTable:
-        """Measures all ways that are installed."""
+        """Measures all programs that are installed."""
         path, total, documents, distinct = self.corpus
-        repeated = "" if distinct == total else f" (of which {distinct / 1e6:,.0f} MB differ: the rest repeats them)"
+        repeated = "" if distinct == total else f" ({distinct / 1e6:,.0f} MB distinct, repeated)"
         caption = (
-            f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands, start-up "
-            f"included, with {CORES} processes each; inside: without the start of Python and its imports. "
-            "nanoGPT's way: datasets.map over tiktoken, then a file of tokens."
+            f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands including "
+            f"start-up, with {CORES} processes each; inside: seconds without the start of Python and imports. "
+            "nanoGPT: datasets.map with tiktoken, then one file of tokens per split."
         )
-        ways = [Variant("", "nanoGPT's way", self.plain), Variant("", "gptlab, tiktoken", self.without_gigatoken)]
+        variants = [Variant("", "nanoGPT", self.plain), Variant("", "gptlab, tiktoken", self.without_gigatoken)]
         if importlib.util.find_spec("gigatoken"):
-            ways.append(Variant("", "gptlab, gigatoken", self.with_gigatoken))
-        rows = measure_in_turns(ways, rounds)
-        return ResultTable("Preparation: text to GPT-2's tokens", caption, "MB/s", ("seconds", "inside"), rows)
+            variants.append(Variant("", "gptlab, gigatoken", self.with_gigatoken))
+        rows = measure_in_turns(variants, rounds)
+        return ResultTable("Preparation: text to GPT-2 tokens", caption, "MB/s", ("seconds", "inside"), rows)
 
     def plain(self, _: int) -> Sample:
-        """Prepares by datasets' map, with nothing in its cache."""
+        """Prepares with datasets.map and an empty cache."""
         module, folder = "gptlab.benchmarks.plain", self.work / "plain"
         environment = os.environ | {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
         arguments = (str(self.corpus.path), str(folder), str(self.val_fraction), str(CORES))
@@ -97,11 +97,11 @@ class _Preparation:
         return self._sample(run, start, sum(json.loads(run.printed.splitlines()[-1]).values()))
 
     def without_gigatoken(self, _: int) -> Sample:
-        """Prepares as if gigatoken were not installed."""
+        """Prepares with gptlab as if gigatoken were not installed."""
         return self._gptlab("-c", WITHOUT_GIGATOKEN)
 
     def with_gigatoken(self, _: int) -> Sample:
-        """Prepares with gigatoken."""
+        """Prepares with gptlab and gigatoken."""
         return self._gptlab("-m", "gptlab.prepare")
 
     def _gptlab(self, *program: str) -> Sample:
@@ -129,14 +129,14 @@ class _Preparation:
 
 
 def _many_tokens(folder: Path, tokens: int) -> Path:
-    """Creates a folder of one shard with so many tokens, all 0: a sparse file, which takes no room."""
+    """Creates a prepared corpus with one shard of ``tokens`` zeros, a sparse file that uses no disk space."""
     folder.mkdir()
     file = folder / "train_000000.bin"
     try:
         file.touch()
         os.truncate(file, tokens * np.dtype("uint16").itemsize)
     except OSError as error:
-        raise UserError(f"{file} cannot have loader.many_tokens={tokens:,} tokens: {error}.") from error
+        raise UserError(f"loader.many_tokens={tokens} is too large: {file} cannot be created: {error}.") from error
     digest = hashlib.sha256(str(tokens).encode()).hexdigest()
     shard = Shard(file=file.name, tokens=tokens, bytes=tokens, documents=1, sha256=digest)
     Manifest(
@@ -151,30 +151,30 @@ def _many_tokens(folder: Path, tokens: int) -> Path:
 
 
 def _loading(config: LoaderBench, prepared: Path, many: Path, rounds: int) -> ResultTable:
-    """Measures batches from a small corpus and from a large one."""
+    """Measures loading of batches from a small and from a large corpus."""
 
-    def way(name: str, folder: Path, size: int) -> Variant:
+    def variant(name: str, folder: Path, size: int) -> Variant:
         tokens, cold = load_manifest(folder).tokens("train"), folder == many
-        todo = {"way": name, "folder": str(folder), "micro_batch_size": size, "cold": cold} | shape
+        task = {"loader": name, "folder": str(folder), "micro_batch_size": size, "cold": cold} | shape
 
         def run(number: int) -> Sample:
-            values = json.dumps(todo | {"seed": number})
+            values = json.dumps(task | {"seed": number})
             return json.loads(run_timed("-m", "gptlab.benchmarks.loading", values).printed)
 
-        where = "cold" if cold else "warm"
-        return Variant(f"batch {size}, {tokens:,} tokens, {where}", name, run)
+        cache = "cold" if cold else "warm"
+        return Variant(f"micro-batch {size}, {tokens:,} tokens, {cache} page cache", name, run)
 
     shape = {"block_size": config.block_size, "batches": config.batches}
-    ways = [
-        way(name, folder, size)
+    variants = [
+        variant(name, folder, size)
         for folder in (prepared, many)
         for size in config.micro_batch_sizes
-        for name in ("nanoGPT's way", "gptlab")
+        for name in ("nanoGPT", "gptlab")
     ]
     caption = (
-        f"{config.batches:,} batches of windows of {config.block_size:,} tokens in shuffled order, in a fresh process "
-        "without workers; the larger file is sparse, and cold: the kernel forgets it before each. Memory is that "
-        "of the process after them, pages of mapped files included."
+        f"{config.batches:,} batches of windows of {config.block_size:,} tokens in shuffled order, in a new process "
+        "without data loader workers. The larger file is sparse and is removed from the page cache before each "
+        "measurement. Resident MB: memory of the process at the end, including pages of mapped files."
     )
-    rows = measure_in_turns(ways, rounds)
+    rows = measure_in_turns(variants, rounds)
     return ResultTable("Loader: shards to batches", caption, "million tokens/s", ("resident MB",), rows)

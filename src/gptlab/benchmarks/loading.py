@@ -1,6 +1,6 @@
-"""Times batches in one process, by gptlab's and nanoGPT's way, and measures its memory.
+"""Loads batches with gptlab or as nanoGPT does, and measures the speed and memory of the process.
 
-python -m gptlab.benchmarks.loading <what to do, in JSON>
+python -m gptlab.benchmarks.loading <task as JSON>
 """
 
 import json
@@ -20,15 +20,15 @@ from gptlab.data.order import WindowOrder
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.shards.streams import LocalFolder, TokenStream
 
-WARM_UP = 10  # batches before the clock starts
+WARM_UP = 10  # batches that are not timed
 
 Pair = tuple[Tensor, Tensor]
 
 
 class Loading(FrozenConfig):
-    """What one process loads, and whether from a file that is not in the page cache."""
+    """Task of one process; ``cold`` removes the file from the page cache first."""
 
-    way: str
+    loader: str
     folder: str
     block_size: int
     micro_batch_size: int
@@ -37,23 +37,23 @@ class Loading(FrozenConfig):
     seed: int
 
 
-def gptlab_batches(todo: Loading) -> Callable[[int], Batch]:
-    """Returns batches as a training run without workers gets them."""
-    folder = Path(todo.folder)
+def gptlab_batches(task: Loading) -> Callable[[int], Batch]:
+    """Returns a function that loads a batch as a training run without data loader workers."""
+    folder = Path(task.folder)
     manifest = load_manifest(folder)
     stream = TokenStream(LocalFolder(folder), manifest, "train")
-    order = WindowOrder([len(stream)], todo.block_size, todo.seed, manifest.fingerprint(), "shuffled", 1, None)
-    return TrainBatches(stream, order, RankSlice(0, 1, todo.micro_batch_size)).__getitem__
+    order = WindowOrder([len(stream)], task.block_size, task.seed, manifest.fingerprint(), "shuffled", 1, None)
+    return TrainBatches(stream, order, RankSlice(0, 1, task.micro_batch_size)).__getitem__
 
 
-def plain_batches(todo: Loading) -> Callable[[int], Pair]:
-    """Returns batches as nanoGPT's train.py gets them: the file mapped for every batch, windows with replacement."""
-    path, size = first_shard(todo), todo.block_size
-    torch.manual_seed(todo.seed)
+def plain_batches(task: Loading) -> Callable[[int], Pair]:
+    """Returns a function that loads a batch as nanoGPT's train.py: maps the file, draws windows with replacement."""
+    path, size = first_shard(task), task.block_size
+    torch.manual_seed(task.seed)
 
     def batch(_: int) -> Pair:
         data = np.memmap(path, dtype=np.uint16, mode="r")
-        starts = torch.randint(len(data) - size, (todo.micro_batch_size,)).tolist()
+        starts = torch.randint(len(data) - size, (task.micro_batch_size,)).tolist()
         x = torch.stack([torch.from_numpy(data[i : i + size].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + size].astype(np.int64)) for i in starts])
         return x, y
@@ -62,27 +62,27 @@ def plain_batches(todo: Loading) -> Callable[[int], Pair]:
 
 
 def drop_page_cache(path: Path) -> None:
-    """Removes a file from the page cache, where the system supports it."""
+    """Removes a file from the page cache, if the operating system supports it."""
     if hasattr(os, "posix_fadvise"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def fill_page_cache(folder: Path) -> None:
-    """Reads all of a corpus into the page cache."""
+    """Reads the training split of a corpus into the page cache."""
     for shard in load_manifest(folder).splits["train"]:
         with (folder / shard.file).open("rb") as file:
             while file.read(2**24):
                 pass
 
 
-def first_shard(todo: Loading) -> Path:
-    """Returns the one file of tokens that nanoGPT's way reads."""
-    return Path(todo.folder, load_manifest(Path(todo.folder)).splits["train"][0].file)
+def first_shard(task: Loading) -> Path:
+    """Returns the first shard of the training split."""
+    return Path(task.folder, load_manifest(Path(task.folder)).splits["train"][0].file)
 
 
 def resident_mb() -> float | None:
-    """Returns the resident memory of this process, with the pages of mapped files; None if there is no /proc."""
+    """Returns the resident memory of this process, including mapped files, in MB, or None without /proc."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -90,20 +90,20 @@ def resident_mb() -> float | None:
     return int(status.split("VmRSS:")[1].split()[0]) / 1000
 
 
-def main(todo: Loading) -> None:
-    """Loads batches, and prints the measurements as JSON."""
-    if todo.cold:
-        drop_page_cache(first_shard(todo))
+def main(task: Loading) -> None:
+    """Loads batches and prints the measurements as JSON."""
+    if task.cold:
+        drop_page_cache(first_shard(task))
     else:
-        fill_page_cache(Path(todo.folder))
-    batch = gptlab_batches(todo) if todo.way == "gptlab" else plain_batches(todo)
+        fill_page_cache(Path(task.folder))
+    batch = gptlab_batches(task) if task.loader == "gptlab" else plain_batches(task)
     for number in range(WARM_UP):
         batch(number)
-    before, begun = resident_mb(), time.perf_counter()
-    for number in range(WARM_UP, WARM_UP + todo.batches):
+    before, start = resident_mb(), time.perf_counter()
+    for number in range(WARM_UP, WARM_UP + task.batches):
         batch(number)
-    seconds, after = time.perf_counter() - begun, resident_mb()
-    tokens = todo.batches * todo.micro_batch_size * todo.block_size
+    seconds, after = time.perf_counter() - start, resident_mb()
+    tokens = task.batches * task.micro_batch_size * task.block_size
     memory = {} if before is None or after is None else {"resident MB": after, "grown by MB": after - before}
     print(json.dumps({"million tokens/s": tokens / seconds / 1e6} | memory))
 

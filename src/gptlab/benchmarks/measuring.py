@@ -1,4 +1,4 @@
-"""What all suites share: variants measured in turns, medians with their spread, tables and a JSON file."""
+"""Common functions of the suites: alternating measurements, medians with their range, tables and a JSON file."""
 
 import json
 import statistics
@@ -15,11 +15,20 @@ from rich.table import Table
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 
-Sample = dict[str, float]  # what one measurement gave, by its name and unit
+Sample = dict[str, float]  # results of one measurement, by name (with unit)
+# headings of measures whose names in the JSON file are not clear
+HEADINGS = {
+    "% more ms": "ms, % more",
+    "% more CPU ms": "CPU ms, % more",
+    "%": "% of bandwidth",
+    "ms to the first": "ms to first token",
+    "steps to it": "steps to target",
+    "s to it": "seconds to target",
+}
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step: wall time, and CPU time of all cores."""
+    """Duration of a step in seconds: wall time, and CPU time of all cores."""
 
     wall: float
     cpu: float
@@ -31,23 +40,23 @@ class StepTime(NamedTuple):
 
 
 def summarize_steps(steps: Iterable[StepTime]) -> Sample:
-    """Summarizes steps by their medians."""
+    """Returns the medians of several steps."""
     wall, cpu = (statistics.median(times) for times in zip(*steps, strict=True))
     return {"steps/s": 1 / wall, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu}
 
 
 def relative_overhead(sample: Sample, plain: Sample) -> Sample:
-    """Returns how much longer steps take than plain ones, in percent."""
+    """Returns the additional time of a step compared with a plain step, in percent."""
     return {f"% more {unit}": 100 * (sample[unit] / plain[unit] - 1) for unit in ("ms", "CPU ms")}
 
 
 class Variant(NamedTuple):
-    """One way to do the task of a table.
+    """Variant of a task: a row of a table.
 
     Attributes:
-        group: Variants of one group do the same task; the first of them is the baseline of the others.
-        name: Its name in the table.
-        measure: Runs it once, in the round of the given number.
+        group: Group of variants with the same task; the first variant of a group is its baseline.
+        name: Name in the table.
+        measure: Function that takes the number of the round and measures the variant once.
     """
 
     group: str
@@ -56,22 +65,22 @@ class Variant(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A variant and its samples, one per round."""
+    """Samples of a variant, one per round."""
 
     group: str
     name: str
     samples: list[Sample]
 
     def measures(self) -> list[str]:
-        """Returns the names of what every round has measured."""
+        """Returns the names of the measures that every sample has."""
         return [measure for measure in self.samples[0] if all(measure in sample for sample in self.samples)]
 
     def median(self, measure: str) -> float:
-        """Returns the median of the rounds."""
+        """Returns the median of a measure over the rounds."""
         return statistics.median(self._values(measure))
 
     def shown(self, measure: str, *, spread: bool = False) -> str:
-        """Formats the median, optionally with the minimum and maximum; a dash if it was not measured."""
+        """Formats the median of a measure, optionally with its range; a dash if a sample does not have it."""
         if measure not in self.measures():
             return "–"
         median, values = self.median(measure), self._values(measure)
@@ -84,14 +93,14 @@ class Result(NamedTuple):
 
 
 class ResultTable(NamedTuple):
-    """One table of results.
+    """Table of results.
 
     Attributes:
-        title: What is measured.
-        caption: How it was measured.
-        metric: The measure that the ratios compare; more is better.
+        title: Title of the table.
+        caption: Description of the measurement.
+        metric: Measure that the ratios compare.
         others: Other measures in the table.
-        rows: The results, in the order of their groups.
+        rows: Results, in the order of their groups.
     """
 
     title: str
@@ -101,7 +110,7 @@ class ResultTable(NamedTuple):
     rows: list[Result]
 
     def ratio(self, row: Result) -> float:
-        """Returns the median of a row divided by that of its group's baseline."""
+        """Returns the median of a row divided by the median of the baseline of its group."""
         baseline = next(other for other in self.rows if other.group == row.group)
         return row.median(self.metric) / baseline.median(self.metric)
 
@@ -120,31 +129,36 @@ class ResultTable(NamedTuple):
         return {"title": self.title, "caption": self.caption, "metric": self.metric, "rows": rows}
 
 
-def measure_in_turns(ways: Iterable[Variant], rounds: int) -> list[Result]:
-    """Measures every variant once per round, so that a temporary slowdown of the machine affects all of them."""
-    rows = [(way, Result(way.group, way.name, [])) for way in ways]
+def measure_in_turns(variants: Iterable[Variant], rounds: int) -> list[Result]:
+    """Measures every variant once per round, so that a temporary slowdown of the machine affects all variants."""
+    rows = [(variant, Result(variant.group, variant.name, [])) for variant in variants]
     for number in range(rounds):
-        for way, row in rows:
-            what = f"round {number + 1} of {rounds} · {row.group} {row.name}"
-            with get_console().status(what):
-                row.samples.append(way.measure(number))
+        for variant, row in rows:
+            status = f"round {number + 1} of {rounds} · {row.group} {row.name}"
+            with get_console().status(status):
+                row.samples.append(variant.measure(number))
     return [row for _, row in rows]
 
 
 class TimedRun(NamedTuple):
-    """A process that has ended: its seconds from start to end, and what it printed."""
+    """Process that has ended: its duration in seconds and its standard output."""
 
     seconds: float
     printed: str
 
 
 def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder: Path | None = None) -> TimedRun:
-    """Runs this interpreter in a process of its own.
+    """Runs Python in a new process and measures its duration.
+
+    Args:
+        *arguments: Arguments of the interpreter.
+        environment: Environment variables, or None for those of this process.
+        folder: Working directory, or None for that of this process.
 
     Raises:
-        UserError: It failed; the message has the end of its output.
+        UserError: The process failed. The message contains the end of its error output.
     """
-    begun = time.perf_counter()
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *arguments],
         capture_output=True,
@@ -154,20 +168,20 @@ def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder
         check=False,
         errors="replace",
     )
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     if done.returncode:
-        told = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise UserError(f"python {' '.join(arguments)[:200]} failed with status {done.returncode}:\n{told}")
+        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
+        raise UserError(f"python {' '.join(arguments)[:200]} failed with exit code {done.returncode}:\n{tail}")
     return TimedRun(seconds, done.stdout)
 
 
 def print_result_table(part: ResultTable) -> None:
-    """Prints one table."""
-    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (and from–to).", highlight=False)
+    """Prints a table of results."""
+    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (range).", highlight=False)
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
     for column in (part.metric, "ratio", *part.others):
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(HEADINGS.get(column, column), justify="right", overflow="fold")
     group = ""
     for row in part.rows:
         if row.group != group:
@@ -179,7 +193,7 @@ def print_result_table(part: ResultTable) -> None:
 
 
 def write_report(folder: Path, suite: str, rounds: int, parts: list[ResultTable]) -> Path:
-    """Writes the tables to ``<folder>/<suite>.json``, and returns its path."""
+    """Writes the tables to ``<folder>/<suite>.json`` and returns its path."""
     path = folder / f"{suite}.json"
     report = {"suite": suite, "rounds": rounds, "parts": [part.record() for part in parts]}
     write_durably(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
-"""Prepares a corpus as users of nanoGPT do: datasets, its map, and one file of tokens per split.
+"""Prepares a corpus as nanoGPT does: datasets.map with tiktoken, and one file of tokens per split.
 
-python -m gptlab.benchmarks.plain <corpus.jsonl> <folder> <share of val> <processes>
+python -m gptlab.benchmarks.plain <corpus.jsonl> <folder> <val fraction> <processes>
 """
 
 import json
@@ -14,25 +14,25 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges
 
-BATCHES = 1024  # that a file of tokens is written in
+BATCHES = 1024  # number of pieces in which a file of tokens is written
 END_OF_TEXT = 50256
 
-# the vocabulary is looked for where gptlab does, so that no network is needed
+# the vocabulary is read from the same place as in gptlab, so that no network access is needed
 encoding = tiktoken.Encoding(
     "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2_merges(None), special_tokens={"<|endoftext|>": END_OF_TEXT}
 )
 
 
 def tokenize(example: dict[str, str]) -> dict[str, object]:
-    """Returns the ids of one document, followed by the end of text."""
+    """Returns the token IDs of a document, followed by the end-of-text token."""
     ids = [*encoding.encode_ordinary(example["text"]), END_OF_TEXT]
     return {"ids": ids, "len": len(ids)}
 
 
-def main(corpus: str, folder: str, share: float, processes: int) -> None:
-    """Prepares a corpus, and prints the number of tokens as JSON."""
+def main(corpus: str, folder: str, val_fraction: float, processes: int) -> None:
+    """Prepares a corpus and prints the number of tokens of each split as JSON."""
     rows = load_dataset("json", data_files=corpus, split="train", cache_dir=f"{folder}/cache")
-    splits = rows.train_test_split(test_size=share, seed=2357, shuffle=True)
+    splits = rows.train_test_split(test_size=val_fraction, seed=2357, shuffle=True)
     splits["val"] = splits.pop("test")
     tokenized = splits.map(tokenize, remove_columns=["text"], num_proc=processes)
     tokens = {}

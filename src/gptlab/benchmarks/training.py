@@ -1,6 +1,6 @@
-"""suite=train: training steps, from a plain loop to what gptlab does, one lever after the other.
+"""suite=train: training steps, from a plain loop to gptlab's defaults, with one more optimization per row.
 
-python -m gptlab.benchmarks.training <what to do, in JSON> measures one combination of levers.
+python -m gptlab.benchmarks.training <task as JSON> measures one combination of optimizations.
 """
 
 import json
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import AdamW
 
-from gptlab.benchmarks.config import StepsOfModel, TrainBench
+from gptlab.benchmarks.config import TrainBench, TrainingSteps
 from gptlab.benchmarks.measuring import Result, ResultTable, Sample, Variant, measure_in_turns, run_timed
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
@@ -26,20 +26,20 @@ from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import choose_devices, peak_memory, prepare_kernels
 from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
-WARM_UP = 2  # steps; the first compiles
-SIDE = 2048  # of the matrices whose product is the ceiling
+WARM_UP = 2  # steps that are not timed; the first includes compilation
+SIDE = 2048  # size of the square matrices of the matmul that measures the ceiling
 
 
 class Levers(NamedTuple):
-    """How a step is computed; the defaults are those of a plain loop.
+    """Optimizations of a training step; the defaults are those of a plain loop.
 
     Attributes:
-        fused: AdamW as one kernel.
-        float32_matmul: See ``gptlab.training.hardware.Hardware``.
+        fused: Whether AdamW is fused.
+        float32_matmul: Library of float32 matmuls; see ``gptlab.training.hardware.Hardware``.
         precision: "32-true" or "bf16-mixed".
-        compile: The loss and its gradient compiled.
-        chunked: The logits in chunks.
-        own: All of it as gptlab chooses.
+        compile: Whether the loss and its gradient are compiled.
+        chunked: Whether the logits are computed in chunks.
+        own: Whether gptlab chooses all of these automatically.
     """
 
     fused: bool = False
@@ -53,29 +53,29 @@ class Levers(NamedTuple):
 IN_FLOAT32 = {
     "plain loop: eager, float32": Levers(),
     "+ fused AdamW": Levers(fused=True),
-    "+ oneDNN's products": Levers(fused=True, float32_matmul="onednn"),
+    "+ oneDNN matmuls": Levers(fused=True, float32_matmul="onednn"),
     "+ compiled": Levers(fused=True, float32_matmul="onednn", compile=True),
-    "gptlab, by itself": Levers(own=True),
+    "gptlab, defaults": Levers(own=True),
 }
 IN_BFLOAT16 = {
     "plain loop: eager, float32": Levers(),
-    "+ oneDNN's products": Levers(float32_matmul="onednn"),
+    "+ oneDNN matmuls": Levers(float32_matmul="onednn"),
     "+ bfloat16": Levers(precision="bf16-mixed"),
     "+ fused AdamW": Levers(precision="bf16-mixed", fused=True),
     "+ compiled": Levers(precision="bf16-mixed", fused=True, compile=True),
-    "gptlab, by itself": Levers(own=True),
+    "gptlab, defaults": Levers(own=True),
 }
 EAGER = Levers(precision="bf16-mixed", fused=True)
 WITH_CHUNKS = {
-    "logits at once": EAGER,
-    "logits in chunks": EAGER._replace(chunked=True),
-    "compiled, at once": EAGER._replace(compile=True),
-    "compiled, in chunks": EAGER._replace(compile=True, chunked=True),
+    "full logits": EAGER,
+    "chunked logits": EAGER._replace(chunked=True),
+    "compiled, full logits": EAGER._replace(compile=True),
+    "compiled, chunked logits": EAGER._replace(compile=True, chunked=True),
 }
 
 
 def measure(bench: TrainBench, rounds: int) -> Iterator[ResultTable]:
-    """Measures one model after the other; every sample is a process of its own."""
+    """Measures one model after the other; each sample is measured in a new process."""
     for title, shape, levers in (
         ("Small character model", bench.characters, IN_FLOAT32),
         ("Character model", bench.characters_large, IN_BFLOAT16),
@@ -85,18 +85,18 @@ def measure(bench: TrainBench, rounds: int) -> Iterator[ResultTable]:
     yield _memory(bench.memory, rounds)
 
 
-def _steps(title: str, shape: StepsOfModel, levers: dict[str, Levers], rounds: int) -> ResultTable:
+def _steps(title: str, shape: TrainingSteps, levers: dict[str, Levers], rounds: int) -> ResultTable:
     caption = (
-        f"{_shape(shape)} Tokens/s by the median of {shape.steps} steps. The ceiling is that of matrix products in the "
-        "precision of the row, measured by the same process; beside it what the row reaches of it (6 N + 12 L C T "
-        "operations a token). Loss after the steps, on random tokens; peak: of the process' memory."
+        f"{_shape(shape)} Tokens/s by the median of {shape.steps} steps. Ceiling: FLOP/s of a large matmul in the "
+        "precision of the row, measured by the same process (a token counts 6 N + 12 L C T FLOPs). Loss: after the "
+        "last step, on random tokens. Peak MB: peak memory."
     )
     columns = ("% of ceiling", "loss", "peak MB")
     return ResultTable(f"{title}: training", caption, "tokens/s", columns, _rows(shape, levers, rounds))
 
 
-def _memory(shape: StepsOfModel, rounds: int) -> ResultTable:
-    caption = f"{_shape(shape)} Memory that the process has at most, weights, gradients and moments included."
+def _memory(shape: TrainingSteps, rounds: int) -> ResultTable:
+    caption = f"{_shape(shape)} Peak memory, including weights, gradients and optimizer state."
     rows = _rows(shape, WITH_CHUNKS, rounds)
     for row in rows:
         for sample, whole in zip(row.samples, rows[0].samples, strict=True):
@@ -104,50 +104,50 @@ def _memory(shape: StepsOfModel, rounds: int) -> ResultTable:
     return ResultTable("GPT-2: memory of a step", caption, "tokens/s", ("peak MB", "% less", "loss"), rows)
 
 
-def _rows(shape: StepsOfModel, levers: dict[str, Levers], rounds: int) -> list[Result]:
-    def way(name: str, chosen: Levers) -> Variant:
-        todo = {"levers": chosen._asdict(), "shape": shape.model_dump(mode="json")}
+def _rows(shape: TrainingSteps, levers: dict[str, Levers], rounds: int) -> list[Result]:
+    def variant(name: str, chosen: Levers) -> Variant:
+        task = {"levers": chosen._asdict(), "shape": shape.model_dump(mode="json")}
 
         def run(_: int) -> Sample:
-            return json.loads(run_timed("-m", "gptlab.benchmarks.training", json.dumps(todo)).printed.splitlines()[-1])
+            return json.loads(run_timed("-m", "gptlab.benchmarks.training", json.dumps(task)).printed.splitlines()[-1])
 
         return Variant("", name, run)
 
-    return measure_in_turns([way(name, chosen) for name, chosen in levers.items()], rounds)
+    return measure_in_turns([variant(name, chosen) for name, chosen in levers.items()], rounds)
 
 
-def _shape(shape: StepsOfModel) -> str:
+def _shape(shape: TrainingSteps) -> str:
     model = shape.model
     return (
-        f"{model.n_layer} layers of {model.n_embd}, {shape.batch_size} sequences of {model.block_size} tokens, "
-        f"{model.vocab_size:,} ids."
+        f"{model.n_layer} layers of width {model.n_embd}, {shape.batch_size} sequences of {model.block_size} tokens, "
+        f"vocabulary of {model.vocab_size:,}."
     )
 
 
-def measure_steps(shape: StepsOfModel, levers: Levers) -> dict[str, float]:
-    """Trains on random tokens, the same in every process."""
+def measure_steps(shape: TrainingSteps, levers: Levers) -> dict[str, float]:
+    """Trains on random tokens, which are the same in every process; returns speed, loss and peak memory."""
     devices = choose_settings(shape, levers)
     prepare_kernels(devices)
     device = torch.device(devices.accelerator)
     dtype = torch.bfloat16 if devices.precision == "bf16-mixed" else torch.float32
-    ceiling = product_flops(device, dtype)
+    ceiling = matmul_flops(device, dtype)
     torch.manual_seed(0)
     model = build_gpt(shape.model).to(device)
     size = (shape.batch_size, shape.model.block_size + 1)
     tokens = torch.randint(shape.model.known_vocab_size, size, device=device)
     optimizer = AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=levers.fused or levers.own)
     chunk = resolve_loss_chunk("auto", shape.model) if levers.chunked or levers.own else None
-    loss = loss_of(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), devices, chunk)
+    loss = build_loss(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), devices, chunk)
     seconds, last = [], 0.0
     for _ in range(WARM_UP + shape.steps):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         last = value.item()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     per_second = tokens[:, 1:].numel() / median(seconds[WARM_UP:])
     return {
         "tokens/s": per_second,
@@ -159,8 +159,8 @@ def measure_steps(shape: StepsOfModel, levers: Levers) -> dict[str, float]:
     }
 
 
-def choose_settings(shape: StepsOfModel, levers: Levers) -> Hardware:
-    """Returns what gptlab chooses, or what the levers say."""
+def choose_settings(shape: TrainingSteps, levers: Levers) -> Hardware:
+    """Returns the hardware settings that gptlab chooses, or those of the levers."""
     trainer = SimpleNamespace(
         accelerator="auto", strategy="single", devices=1, num_nodes=1, precision="auto", float32_matmul="auto"
     )
@@ -169,14 +169,14 @@ def choose_settings(shape: StepsOfModel, levers: Levers) -> Hardware:
     if levers.own:
         return chosen
     if levers.float32_matmul == "onednn" and chosen.float32_matmul != "onednn":
-        levers = levers._replace(float32_matmul="default")  # this processor has no use for it
+        levers = levers._replace(float32_matmul="default")  # no advantage on this CPU
     return chosen._replace(
         precision=levers.precision, compile="whole" if levers.compile else False, float32_matmul=levers.float32_matmul
     )
 
 
-def loss_of(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chunk: int | None) -> Callable[[], Tensor]:
-    """Returns a function that computes the loss () of the batch."""
+def build_loss(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chunk: int | None) -> Callable[[], Tensor]:
+    """Returns a function that computes the loss of the batch, a tensor of shape ()."""
 
     def plain() -> Tensor:
         return F.cross_entropy(model(idx).flatten(0, 1).float(), targets.flatten())
@@ -191,17 +191,17 @@ def loss_of(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chunk: 
     return loss
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of the product of two square matrices, the best of eight."""
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns the FLOP/s of a matmul of two square matrices, the best of eight measurements."""
     a, b = torch.randn(2, SIDE, SIDE, device=device).to(dtype).unbind()
     best = float("inf")
     for _ in range(8):
-        begun = time.perf_counter()
-        (a @ b).sum().item()  # waits for it
-        best = min(best, time.perf_counter() - begun)
+        start = time.perf_counter()
+        (a @ b).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
     return 2 * SIDE**3 / best
 
 
 if __name__ == "__main__":
-    todo = json.loads(sys.argv[1])
-    print(json.dumps(measure_steps(StepsOfModel.model_validate(todo["shape"]), Levers(**todo["levers"]))))
+    task = json.loads(sys.argv[1])
+    print(json.dumps(measure_steps(TrainingSteps.model_validate(task["shape"]), Levers(**task["levers"]))))

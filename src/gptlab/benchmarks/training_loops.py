@@ -1,6 +1,6 @@
-"""Training loops that take turns in one process: a run's and a bare one of the same steps, with and without guards.
+"""Training loops that alternate in one process: that of a run and a bare loop, or steps with and without guards.
 
-python -m gptlab.benchmarks.training_loops <what to do, in JSON>
+python -m gptlab.benchmarks.training_loops <task as JSON>
 """
 
 import json
@@ -44,19 +44,19 @@ from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule, TrainingConfig
 from gptlab.training.optim.optimizers import build_optimizer, set_step_hyperparameters
 
-TIMED = 10  # steps of a turn; one more comes before them, as it pays for what the other loop has displaced
+TIMED = 10  # timed steps of a turn, after one step that refills the caches that the other loop displaced
 TURN = 1 + TIMED
-GUARD_TURN = 10  # steps; the first of each is not timed, as it completes what the other way has begun
+GUARD_TURN = 10  # steps of a turn; the first one is not timed, because it completes work of the other variant
 LIMITS = SimpleNamespace(max_bad_steps=10, spike_sigma=6.0, spike_window=128)
-TIMEOUT = 600.0  # of the watchdog
+TIMEOUT = 600.0  # seconds of the watchdog
 
 
 class _TurnsDone(Exception):  # noqa: N818
-    """All turns are done."""
+    """Ends the training after the last turn."""
 
 
 class _BareLoop:
-    """A minimal training loop around the steps of a run: no checks, no metrics, no way to stop it."""
+    """Minimal training loop with the same steps as a run: no checks, no metrics, no signal handling."""
 
     def __init__(
         self, config: RunConfig, prepared: TokenDataset, devices: Hardware, data: TokenDataModule, plan: BatchPlan
@@ -74,12 +74,12 @@ class _BareLoop:
         self.done, self.loss = 0, torch.zeros(())
 
     def turn(self) -> StepTime:
-        """Runs the steps of a turn; returns the mean of those that are timed."""
+        """Runs the steps of a turn; returns the mean time of the timed steps."""
         self._step()
-        begun = _now(self.device)
+        start = _now(self.device)
         for _ in range(TIMED):
             self._step()
-        return _mean(begun, _now(self.device))
+        return _mean(start, _now(self.device))
 
     def _step(self) -> None:
         config, size = self.config, self.plan.accumulation
@@ -88,7 +88,7 @@ class _BareLoop:
         for number in range(self.done * size, (self.done + 1) * size):
             loss = self._loss(self.batches[number])
             if number % size == 0:
-                self.optimizer.zero_grad()  # where Lightning does it: when memory is freed decides what a step takes
+                self.optimizer.zero_grad()  # at the same point as Lightning: it affects the speed
             (loss / size).backward()
             self.loss += loss.detach()
         if config.train.grad_clip > 0:
@@ -104,7 +104,7 @@ class _BareLoop:
 
 
 class _AlternatingLoops(L.Callback):
-    """Runs the bare loop between the turns of the run, and times both.
+    """Alternates turns of the run with turns of the bare loop, and measures both.
 
     Attributes:
         whole: Mean step time of each turn of the run.
@@ -115,21 +115,21 @@ class _AlternatingLoops(L.Callback):
         self.loop, self.turns = loop, turns
         self.whole: list[StepTime] = []
         self.bare: list[StepTime] = []
-        self._begun = StepTime.now()
+        self._start = StepTime.now()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends a turn and starts the next: a turn includes all that Lightning does between two steps."""
+        """Ends a turn and starts the next one. A turn includes everything that Lightning does between two steps."""
         place = batch_idx % (TURN * self.loop.plan.accumulation)
         if place == 0:
             if batch_idx:
-                self.whole.append(_mean(self._begun, _now(pl_module.device)))
+                self.whole.append(_mean(self._start, _now(pl_module.device)))
             if len(self.whole) == self.turns:
                 raise _TurnsDone
             self.bare.append(self.loop.turn())
         elif place == self.loop.plan.accumulation:
-            self._begun = _now(pl_module.device)
+            self._start = _now(pl_module.device)
 
 
 def _now(device: torch.device) -> StepTime:
@@ -138,20 +138,20 @@ def _now(device: torch.device) -> StepTime:
     return StepTime.now()
 
 
-def _mean(begun: StepTime, ended: StepTime) -> StepTime:
-    return StepTime((ended.wall - begun.wall) / TIMED, (ended.cpu - begun.cpu) / TIMED)
+def _mean(start: StepTime, end: StepTime) -> StepTime:
+    return StepTime((end.wall - start.wall) / TIMED, (end.cpu - start.cpu) / TIMED)
 
 
 def compose_config(arguments: list[str], turns: int) -> RunConfig:
-    """Returns the configuration that ``gptlab.train`` makes of these arguments, as long as the turns need."""
-    length = turns * TURN + 1  # the last step, which would be evaluated, is not made
+    """Returns the configuration of ``gptlab.train`` with these arguments, with the length of the turns."""
+    length = turns * TURN + 1  # the last step, with its evaluation, is never run
     overrides = [*arguments, f"train.max_steps={length}", f"train.eval_every={length}", f"train.log_every={TIMED}"]
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return resolve(compose("train", overrides), overrides)
 
 
 def measure_loops(config: RunConfig, turns: int, folder: Path) -> tuple[Sample, Sample]:
-    """Trains in both loops, on one device; returns the samples of the bare loop and of the run's."""
+    """Trains with both loops on one device; returns the samples of the bare loop and of the run."""
     quiet_lightning()
     config, prepared, _ = preflight(config)
     devices = choose_devices(config.trainer, config.train, config.model)
@@ -174,7 +174,7 @@ def measure_loops(config: RunConfig, turns: int, folder: Path) -> tuple[Sample, 
 
 
 class _Module(GPTModule):
-    """A module whose guard against bad steps can be switched off."""
+    """Module whose guard against non-finite gradients can be disabled."""
 
     guarded = True
 
@@ -186,33 +186,33 @@ class _Module(GPTModule):
 
 
 class _AlternatingGuards(L.Callback):
-    """Alternates between training with and without the guards, and times every step.
+    """Alternates between training with and without guards, and measures every step.
 
     Attributes:
-        times: Times of the steps without guards, and of those with them.
+        times: Times of the steps without guards, and of the steps with guards.
     """
 
     def __init__(self) -> None:
         self.guards: list[L.Callback] = []
         self.times: tuple[list[StepTime], list[StepTime]] = ([], [])
-        self._begun = StepTime.now()
+        self._start = StepTime.now()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ends one step and starts the next: a step includes all that Lightning does between two."""
+        """Ends a step and starts the next one. A step includes everything that Lightning does between two steps."""
         now = _now(pl_module.device)
         assert isinstance(pl_module, _Module)  # noqa: S101
         if batch_idx % GUARD_TURN > 1 or (batch_idx % GUARD_TURN == 0 and batch_idx > 0):
-            self.times[pl_module.guarded].append(StepTime(now.wall - self._begun.wall, now.cpu - self._begun.cpu))
+            self.times[pl_module.guarded].append(StepTime(now.wall - self._start.wall, now.cpu - self._start.cpu))
         if batch_idx % GUARD_TURN == 0:
             pl_module.guarded = batch_idx // GUARD_TURN % 2 == 1
             trainer.callbacks = [self, *self.guards] if pl_module.guarded else [self]  # type: ignore[attr-defined]
-        self._begun = StepTime.now()
+        self._start = StepTime.now()
 
 
 def measure_guards(bench: GuardsBench) -> tuple[Sample, Sample]:
-    """Trains on random tokens; returns the samples of the steps without guards, and of as many with them."""
+    """Trains on random tokens; returns the samples of the steps without guards and with guards."""
     quiet_lightning()
     torch.manual_seed(0)
     turns, step_sync = _AlternatingGuards(), StepSync()
@@ -246,19 +246,19 @@ def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
 
 
 def _batches(model: GPTConfig, batch_size: int) -> DataLoader[Batch]:
-    assert model.vocab_size is not None  # noqa: S101  (conf/bench.yaml has it)
+    assert model.vocab_size is not None  # noqa: S101  (set in conf/bench.yaml)
     tokens = torch.randint(model.vocab_size, (batch_size, model.block_size + 1))
     batch = Batch(tokens[:, :-1], tokens[:, 1:], None)
     return DataLoader(cast(Any, [batch] * 10**6), batch_size=None)
 
 
-def main(todo: dict[str, Any]) -> tuple[Sample, Sample]:
-    """Measures the loops that ``todo`` names."""
-    if todo["loop"] == "guards":
-        return measure_guards(GuardsBench.model_validate(todo["bench"]))
+def main(task: dict[str, Any]) -> tuple[Sample, Sample]:
+    """Runs the measurement that ``task`` describes."""
+    if task["loop"] == "guards":
+        return measure_guards(GuardsBench.model_validate(task["bench"]))
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        rich.reconfigure(file=nowhere, force_terminal=True)  # the progress bar is drawn, where nobody sees it
-        return measure_loops(compose_config(todo["arguments"], todo["turns"]), todo["turns"], Path(folder))
+        rich.reconfigure(file=nowhere, force_terminal=True)  # draws the progress bar, but does not show it
+        return measure_loops(compose_config(task["arguments"], task["turns"]), task["turns"], Path(folder))
 
 
 if __name__ == "__main__":

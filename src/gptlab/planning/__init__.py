@@ -1,5 +1,5 @@
-"""What a run will need, before it is trained: parameters, memory, time, network traffic and disk.
+"""Forecast of the parameters, memory, time, network traffic and disk space of a run.
 
-``gptlab.plan`` prints it, or chooses a run for a budget of FLOPs; every run writes its own forecast and scores it at
-its end. Only ``forecast_callback`` imports torch.
+``gptlab.plan`` prints a plan, or chooses a run for a budget of FLOPs. Every run writes its own forecast and compares it
+with the measured values at the end. Only ``forecast_callback`` imports torch.
 """

@@ -1,4 +1,4 @@
-"""What to train with so much compute: size, tokens, batch and learning rate. Imports no torch."""
+"""Compute-optimal runs: model size, tokens, batch size and learning rate for a budget of FLOPs. Imports no torch."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,20 +9,20 @@ from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.training.config import AdamWConfig
 
-TOKENS_PER_PARAMETER = 20  # compute-optimal, about (Hoffmann et al. 2022, Chinchilla, section 3.4 and table A3)
-HEAD_SIZE = 64  # width of a head, in all of GPT-2's sizes
-MAX_HEADS = 64  # of the largest that is proposed
+TOKENS_PER_PARAMETER = 20  # approximately compute-optimal (Hoffmann et al. 2022, Chinchilla, section 3.4 and table A3)
+HEAD_SIZE = 64  # head size of all GPT-2 models
+MAX_HEADS = 64  # of the largest model of the ladder
 MIN_STEPS = 100
-MAX_RATIO = 3.0  # how far from 20 tokens a parameter a proposal may be
-WARMUP_FRACTION = 0.01  # of the steps, for budgets of a few of them
+MAX_RATIO = 3.0  # largest factor between the tokens per parameter of a choice and 20
+WARMUP_FRACTION = 0.01  # of the steps, for runs shorter than ten times the configured warm-up
 
 
 class ComputeOptimalChoice(NamedTuple):
-    """A run that is compute-optimal for a budget.
+    """Run that is compute-optimal for a budget.
 
     Attributes:
-        config: The run's configuration.
-        overrides: Overrides that turn the given configuration into it.
+        config: Configuration of the run.
+        overrides: Overrides that change the given configuration to it.
         tokens_per_parameter: Training tokens per parameter.
     """
 
@@ -32,18 +32,19 @@ class ComputeOptimalChoice(NamedTuple):
 
 
 def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> ComputeOptimalChoice:
-    """Chooses a run for a budget of FLOPs, forward and backward.
+    """Chooses a run for a budget of FLOPs (forward and backward).
 
-    Size and tokens: about 20 tokens a parameter (Hoffmann et al. 2022). Batch and learning rate: functions of the
-    budget (Bi et al. 2024, DeepSeek LLM, section 3.1), found with AdamW; another optimizer keeps its own rates.
+    Model size and tokens have about 20 tokens per parameter (Hoffmann et al. 2022). Global batch size and learning rate
+    are functions of the budget (Bi et al. 2024, DeepSeek LLM, section 3.1). These were fitted with AdamW, so the
+    learning rates of other optimizers are not changed.
 
     Args:
-        config: The configuration, with the vocabulary; only size, length, batch and learning rate change.
-        budget: FLOPs.
-        devices: Ranks that read data of their own, which the batch must be divisible by.
+        config: Configuration with the vocabulary size. Model size, length, batch size and learning rate change.
+        budget: FLOPs of the whole training.
+        devices: Number of data-parallel ranks. The global batch size is a multiple of it.
 
     Raises:
-        UserError: No model of the ladder, or no sensible number of steps, fits the budget.
+        UserError: The budget is too small or too large for the models of the ladder.
     """
     model = min(model_ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
     if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / MAX_RATIO:
@@ -51,8 +52,8 @@ def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> Co
     if ratio > TOKENS_PER_PARAMETER * MAX_RATIO:
         most = budget * TOKENS_PER_PARAMETER * MAX_RATIO / ratio
         raise UserError(
-            f"budget={budget:.3g} FLOPs is too large: the largest model of the ladder has "
-            f"{parameter_count(model):,} parameters, for at most {most:.1g}."
+            f"budget={budget:.3g} FLOPs is too large: the largest available model has {parameter_count(model):,} "
+            f"parameters, for a budget of at most {most:.1g} FLOPs."
         )
     per_sequence = flops_per_token(model) * model.block_size
     batch = _round_batch(optimal_batch_tokens(budget) / model.block_size, devices)
@@ -70,9 +71,10 @@ def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> Co
 
 
 def model_ladder(model: GPTConfig) -> list[GPTConfig]:
-    """Returns shapes between and around GPT-2's: as many blocks as heads of 64 up to 12, then three more per head.
+    """Returns model shapes that extend GPT-2's sizes: as many blocks as heads up to 12, then 3 more blocks per head.
 
-    So 12 heads have 12 blocks, 16 have 24, 20 have 36 (Radford et al. 2019, table 2); its largest, 25 and 48, nearly.
+    12 heads have 12 blocks, 16 have 24 and 20 have 36, as in GPT-2 (Radford et al. 2019, table 2). GPT-2 XL (25 heads,
+    48 blocks) is close to a shape of the ladder (25 heads, 51 blocks). The head size is 64.
     """
     found = []
     for heads in range(1, MAX_HEADS + 1):
@@ -84,28 +86,28 @@ def model_ladder(model: GPTConfig) -> list[GPTConfig]:
 
 
 def optimal_batch_tokens(budget: float) -> float:
-    """Returns the tokens of a step (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns the global batch size in tokens (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.2920 * budget**0.3271
 
 
 def optimal_learning_rate(budget: float) -> float:
-    """Returns AdamW's learning rate (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns the learning rate of AdamW (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
     return 0.3118 * budget**-0.1250
 
 
 def _ratio(model: GPTConfig, budget: float) -> float:
-    """Returns the tokens per parameter that a budget allows a model."""
+    """Returns the tokens per parameter of a model that is trained with a budget."""
     return budget / flops_per_token(model) / parameter_count(model)
 
 
 def _round_batch(batch: float, devices: int) -> int:
-    """Rounds a batch to one that is divisible by the devices, and if it is large, by 8 times as many."""
+    """Rounds a batch size to a multiple of the devices or, if it is large, of 8 times the devices."""
     parts = devices * 8 if batch >= 32 * devices else devices
     return max(1, round(batch / parts)) * parts
 
 
 def _values(config: RunConfig, model: GPTConfig, steps: int, batch: int, budget: float) -> dict[str, Any]:
-    """Returns the values that change, by config key."""
+    """Returns the changed values by config key."""
     values: dict[str, Any] = {f"model.{key}": getattr(model, key) for key in ("n_layer", "n_head", "n_embd")}
     values |= {"train.max_steps": steps, "train.global_batch_size": batch}
     if config.train.max_tokens is not None:
@@ -122,7 +124,7 @@ def _values(config: RunConfig, model: GPTConfig, steps: int, batch: int, budget:
 
 
 def _apply_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
-    """Applies values to a configuration, and validates it again."""
+    """Returns the validated configuration with changed values."""
     whole = config.model_dump(mode="json")
     for key, value in values.items():
         group, _, name = key.partition(".")
@@ -135,4 +137,6 @@ def _format_value(value: Any) -> str:
 
 
 def _too_small(budget: float, least: float) -> UserError:
-    return UserError(f"budget={budget:.3g} FLOPs is too small for any model of the ladder: at least {least:.1g}.")
+    return UserError(
+        f"budget={budget:.3g} FLOPs is too small for any available model. It needs at least {least:.1g} FLOPs."
+    )

@@ -1,7 +1,7 @@
-"""Measured speed and memory of runs on this machine, for plans of runs of the same shape. Imports no torch.
+"""Calibration: measured speed and memory of runs on this machine, for forecasts of similar runs. Imports no torch.
 
-Every run saves them in the cache when it ends, under a hash of the machine and of everything that decides how fast a
-step is.
+Every run saves its measurement in the cache directory at the end, under a hash of the machine and of all config keys
+that affect the speed or memory of a step.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from gptlab.training.hardware import Hardware, resolve_loss_chunk
 log = logging.getLogger(__name__)
 
 FOLDER = "measured"
-STEPS = 24  # of a run that is only measured
+STEPS = 24  # length of a calibration run
 EVAL_WINDOWS = 32
 
 
@@ -37,13 +37,13 @@ class Measurement(FrozenConfig):
     """Measured speed and memory of a run.
 
     Attributes:
-        tokens_per_second: Training throughput of all devices together, without the first step.
-        first_step_seconds: Duration of the first step, with compilation and allocation.
-        evaluation_seconds: Duration of an evaluation, with the sample and the checkpoint that follow it.
-        evaluated: Tokens of each evaluation.
-        peak_memory_bytes: Peak memory of the first rank's device.
-        steps: Measured steps.
-        source: Describes the run.
+        tokens_per_second: Training throughput of all devices, without the first step.
+        first_step_seconds: Duration of the first step, including compilation and allocation.
+        evaluation_seconds: Duration of an evaluation, including the sample and the checkpoint that follow it.
+        evaluated: Number of tokens per evaluation.
+        peak_memory_bytes: Peak memory of the device of rank 0.
+        steps: Number of measured steps.
+        source: Description of the measured run.
     """
 
     tokens_per_second: PositiveFloat
@@ -56,7 +56,7 @@ class Measurement(FrozenConfig):
 
 
 def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | None:
-    """Returns the measurement of a run of this shape on this machine, or None."""
+    """Returns the measurement of a run on this machine with the same speed-relevant config, or None."""
     if not hardware.is_local:
         return None
     try:
@@ -72,21 +72,21 @@ def save_measurement(config: RunConfig, hardware: Hardware, measured: Measuremen
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
     except OSError as error:
-        log.warning("What the run took is not kept for plans: %s", error)
+        log.warning("The measured speed and memory cannot be saved for later forecasts: %s", error)
 
 
 def measure_run(
     rows: list[MetricsRow], *, seconds: float, evaluations: int, evaluated: int, peak_memory: float, source: str
 ) -> Measurement | None:
-    """Returns a run's speed by its metrics, or None if it was too short to measure.
+    """Returns the measurement of a run, or None if the run was too short or was resumed.
 
     Args:
-        rows: The rows of metrics.csv.
+        rows: Rows of metrics.csv.
         seconds: Duration of the whole run.
         evaluations: Number of evaluations.
-        evaluated: Tokens of each.
-        peak_memory: Bytes.
-        source: Describes the run.
+        evaluated: Number of tokens per evaluation.
+        peak_memory: Peak memory of the device of rank 0, in bytes.
+        source: Description of the run.
     """
     speeds = [row for row in rows if row.get("tokens_per_second")]
     if len(speeds) < 2 or speeds[0]["step"] != 1:
@@ -107,26 +107,26 @@ def measure_run(
 
 
 def calibrate(config: RunConfig) -> None:
-    """Runs the first steps of a configuration in a process of its own, which saves its measurement.
+    """Runs the first steps of a configuration in a new process, which saves its measurement.
 
     Raises:
-        UserError: The run fails.
+        UserError: The calibration run failed.
     """
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
-        job, place, said = (Path(folder) / name for name in ("job.json", "run", "said.txt"))
-        Job(_shortened(config), place).write(job)
-        with said.open("wb") as output, start_worker(job, stdout=output, stderr=subprocess.STDOUT) as worker:
+        job, run_dir, log_file = (Path(folder) / name for name in ("job.json", "run", "output.log"))
+        Job(_shortened(config), run_dir).write(job)
+        with log_file.open("wb") as output, start_worker(job, stdout=output, stderr=subprocess.STDOUT) as worker:
             status = worker.wait()
         if status:
-            lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
             raise UserError(
-                f"calibrate=true: the run that was to be measured ended with status {status}. It said: "
+                f"calibrate=true: the calibration run failed with exit code {status}. The last lines of its output:\n"
                 + "\n".join(lines[-5:])
             )
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """Returns a run that is long enough to be measured, and writes to its own directory only."""
+    """Returns the configuration of a calibration run: a few steps, without loggers and without optional callbacks."""
     steps = min(STEPS, config.steps)
     windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
     changes = {"max_steps": steps, "max_tokens": None, "eval_every": steps, "eval_windows": windows, "log_every": 1}
@@ -148,7 +148,7 @@ def _path(config: RunConfig, hardware: Hardware) -> Path:
 
 
 def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
-    """Returns everything that decides how fast a step is, and how much memory it needs."""
+    """Returns all values that affect the speed and memory of a step."""
     train, trainer = config.train, config.trainer
     loss_chunk = resolve_loss_chunk(train.loss_chunk, config.model)
     return {
@@ -165,6 +165,6 @@ def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
 
 
 def _threads() -> int:
-    """Returns the number of threads that torch will use on a CPU."""
+    """Returns the number of CPU threads that torch will use."""
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() else len(os.sched_getaffinity(0))

@@ -1,26 +1,26 @@
-"""How long a run takes, what it sends over the network, and what it writes to disk. Imports no torch."""
+"""Forecast of the time, network traffic and disk space of a run. Imports no torch."""
 
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
 from gptlab.model.config import flops_per_token, parameter_count
-from gptlab.planning.activations import NUMBER_SIZES
+from gptlab.planning.activations import DTYPE_SIZES
 from gptlab.planning.calibration import Measurement
 from gptlab.planning.memory import ParallelLayout, count_shares
 from gptlab.training.config import MuonConfig
 from gptlab.training.hardware import Hardware
 
-FORWARD = 3  # an evaluated token costs a third of a trained one (Kaplan et al. 2020, section 2.1)
+FORWARD = 3  # a training token costs three times as much as an evaluated token (Kaplan et al. 2020, section 2.1)
 
 
 class RunLength(NamedTuple):
     """Length of a run.
 
     Attributes:
-        steps: Optimizer steps.
-        tokens: Tokens trained on.
-        evaluations: Evaluations, with the one at the end.
-        evaluated: Tokens of each evaluation; None if that is the whole val split, whose size is not known yet.
+        steps: Number of optimizer steps.
+        tokens: Number of training tokens.
+        evaluations: Number of evaluations, including the last one.
+        evaluated: Number of tokens per evaluation, or None for the whole val split if its size is unknown.
     """
 
     steps: int
@@ -30,13 +30,13 @@ class RunLength(NamedTuple):
 
 
 class TimeEstimate(NamedTuple):
-    """Forecast of a run's duration.
+    """Forecast of the duration of a run.
 
     Attributes:
-        what: The device.
-        tokens_per_second: Training throughput of all devices together.
+        what: Name of the device, with the number of devices if there are several.
+        tokens_per_second: Training throughput of all devices.
         seconds: Duration of the whole run.
-        why: The source of the throughput.
+        why: Source of the throughput.
     """
 
     what: str
@@ -46,12 +46,12 @@ class TimeEstimate(NamedTuple):
 
 
 class DiskUsage(NamedTuple):
-    """Bytes on disk.
+    """Disk space of a run in bytes.
 
     Attributes:
-        data: The tokens.
-        checkpoint: One checkpoint: weights and moments.
-        kept: All checkpoints that exist at a time, including the one being written.
+        data: Prepared tokens.
+        checkpoint: One checkpoint: weights and optimizer state.
+        kept: All checkpoints that exist at the same time, including the one being written.
     """
 
     data: float
@@ -60,7 +60,7 @@ class DiskUsage(NamedTuple):
 
 
 def run_length(config: RunConfig, val_tokens: int | None) -> RunLength:
-    """Returns the length of a run; ``val_tokens`` is the size of the val split, or None if it is not known."""
+    """Returns the length of a run; ``val_tokens`` is the size of the val split, or None if it is unknown."""
     block, steps, windows = config.model.block_size, config.steps, config.train.eval_windows
     whole = None if val_tokens is None else (val_tokens - 1) // block
     scored = whole if windows is None else min(windows, whole or windows)
@@ -69,7 +69,14 @@ def run_length(config: RunConfig, val_tokens: int | None) -> RunLength:
 
 
 def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mfu: float) -> TimeEstimate:
-    """Forecasts by MFU, the share of its peak that a GPU reaches in training (Chowdhery et al. 2022, appendix B)."""
+    """Forecasts the duration from the model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
+
+    Args:
+        config: Configuration with the vocabulary size.
+        length: Length of the run.
+        hardware: GPUs with known peak FLOPs.
+        mfu: MFU, between 0 and 1.
+    """
     assert hardware.gpu is not None  # noqa: S101
     speed = mfu * hardware.gpu.flops * hardware.world_size / flops_per_token(config.model)
     evaluated = length.evaluations * (length.evaluated or 0) / FORWARD
@@ -80,44 +87,52 @@ def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mf
 
 
 def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: Measurement) -> TimeEstimate:
-    """Forecasts by what a run of this shape took on this machine."""
+    """Forecasts the duration from the measurement of a similar run on this machine."""
     seconds = measured.first_step_seconds
     seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
     speed = FORWARD * measured.tokens_per_second
-    around = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # the sample, the checkpoint
-    seconds += length.evaluations * (around + (length.evaluated or measured.evaluated) / speed)
-    return TimeEstimate(hardware.name, measured.tokens_per_second, seconds, f"measured here: {measured.source}")
+    overhead = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # sample and checkpoint
+    seconds += length.evaluations * (overhead + (length.evaluated or measured.evaluated) / speed)
+    return TimeEstimate(
+        hardware.name, measured.tokens_per_second, seconds, f"measured on this machine: {measured.source}"
+    )
 
 
 def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
-    """Returns the bytes that a device sends in a step.
+    """Returns the number of bytes that a device sends per step.
 
-    With rings (Patarasuk and Yuan 2009), an all-reduce of a tensor sends 2 (n - 1) / n of its bytes, an all-gather or a
-    reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, where it was freed, again for the
-    backward pass (Zhao et al. 2023, section 3).
+    With ring algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an
+    all-gather or a reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with
+    ``reshard_after_forward``, again for the backward pass (Zhao et al. 2023, section 3).
+
+    Args:
+        config: Configuration with the vocabulary size.
+        spread: Parallel layout.
+        precision: Lightning's name of the precision.
+        micro_batch: Micro-batch size.
     """
-    n, kinds = spread.copies, NUMBER_SIZES[precision]
+    n, sizes = spread.copies, DTYPE_SIZES[precision]
     ring = (n - 1) / n
     if spread.strategy == "single":
         return 0.0
     parts = count_shares(config.model, spread.split)
-    gradients = parts.all * kinds.weight
+    gradients = parts.all * sizes.weight
     if spread.strategy == "ddp":
         return 2 * ring * gradients
     accumulation = max(1, config.train.global_batch_size // (micro_batch * n))
     times = 2 if config.trainer.reshard_after_forward else 1
-    gathered = (times * parts.blocks + parts.rest) * kinds.product
-    sharing = 0.0
+    gathered = (times * parts.blocks + parts.rest) * sizes.matmul
+    tensor_parallel = 0.0
     if spread.split > 1:
-        sharing = _within_blocks(config, spread, kinds.product, micro_batch)
-    return ring * gradients + accumulation * (ring * gathered + sharing)
+        tensor_parallel = _tensor_parallel_traffic(config, spread, sizes.matmul, micro_batch)
+    return ring * gradients + accumulation * (ring * gathered + tensor_parallel)
 
 
-def _within_blocks(config: RunConfig, spread: ParallelLayout, size: int, micro_batch: int) -> float:
-    """Returns the bytes that tensor-parallel devices send for one micro-batch.
+def _tensor_parallel_traffic(config: RunConfig, spread: ParallelLayout, size: int, micro_batch: int) -> float:
+    """Returns the number of bytes that a tensor-parallel device sends per micro-batch.
 
-    Attention and MLP each sum their output in the forward pass and their input's gradient in the backward pass
-    (Shoeybi et al. 2019, section 3); queries, keys and values go over all devices to come by heads, and back.
+    Attention and MLP each all-reduce their output in the forward pass and the gradient of their input in the backward
+    pass (Shoeybi et al. 2019, section 3). Queries, keys and values, and their gradients, are redistributed by heads.
     """
     model, ring = config.model, (spread.split - 1) / spread.split
     tensor = micro_batch * model.block_size * model.n_embd * size
@@ -125,12 +140,12 @@ def _within_blocks(config: RunConfig, spread: ParallelLayout, size: int, micro_b
 
 
 def disk_usage(config: RunConfig, precision: str, tokens: int) -> DiskUsage:
-    """Returns the bytes on disk of a run.
+    """Returns the disk space of a run in bytes.
 
     Args:
-        config: The configuration, with the vocabulary.
+        config: Configuration with the vocabulary size.
         precision: Lightning's name of the precision.
-        tokens: Tokens of the corpus, or those that the run reads if the corpus is not known yet.
+        tokens: Number of tokens of the corpus or, if it is not prepared, number of training tokens of the run.
     """
     model, kept = config.model, 0
     numbers = 3 * parameter_count(model)
@@ -138,7 +153,7 @@ def disk_usage(config: RunConfig, precision: str, tokens: int) -> DiskUsage:
         numbers -= count_shares(model).matrices
     if config.train.ema_decay is not None:
         numbers += parameter_count(model)
-    each = float(numbers * NUMBER_SIZES[precision].weight)
+    each = float(numbers * DTYPE_SIZES[precision].weight)
     if wanted := config.callbacks.checkpoint:
         kept = wanted.keep_last + wanted.keep_best + 1
     return DiskUsage(float(tokens * (2 if model.known_vocab_size <= 2**16 else 4)), each, kept * each)

@@ -1,4 +1,4 @@
-"""forecast.json of a run directory: what a run is expected to need, and what it needed. Imports no torch."""
+"""forecast.json in a run directory: expected and measured memory and time of the run. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ from gptlab.planning.report import format_bytes, format_duration
 from gptlab.tracking.run_store.runs import FORECAST, Run
 from gptlab.training.hardware import Hardware
 
-UNKNOWN = "no forecast of time: not calibrated here"
+UNKNOWN = "no time forecast: no similar run has been measured on this machine"
 
 
 def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware) -> None:
-    """Writes what a run is expected to need, at its start."""
+    """Writes the forecast of a run at its start."""
     time = _time(config, manifest, hardware)
     expected = estimate_peak_memory(config, hardware)
     record = {
@@ -39,17 +39,17 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardw
 def score_forecast(
     directory: Path, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> dict[str, str]:
-    """Writes the measured values beside the forecast, and saves the run's speed for later plans.
+    """Adds the measured values to forecast.json, and saves the measurement of the run for later forecasts.
 
     Args:
-        directory: The directory of a finished run.
-        config: Its configuration.
-        manifest: The manifest of its data.
-        hardware: What it ran on.
-        measured: "parameters", "peak_memory_bytes" and "seconds", which is None if the run ended early.
+        directory: Run directory of a finished run.
+        config: Configuration of the run.
+        manifest: Manifest of its data.
+        hardware: Hardware that it ran on.
+        measured: Values of "parameters", "peak_memory_bytes" and "seconds", which is None if the run ended early.
 
     Returns:
-        Rows for the table at the end of the run.
+        Rows for the summary table of the run.
     """
     run = Run(directory)
     _save_speed(run, config, manifest, hardware, measured)
@@ -62,7 +62,7 @@ def score_forecast(
 def _save_speed(
     run: Run, config: RunConfig, manifest: Manifest, hardware: Hardware, measured: dict[str, float | None]
 ) -> None:
-    """Saves the measurement of a run that was completed."""
+    """Saves the measurement of a run, if it ran to the end."""
     seconds, memory = measured["seconds"], measured["peak_memory_bytes"]
     if seconds is None or memory is None:
         return
@@ -97,13 +97,14 @@ def _scored(forecast: Any, measured: float | None) -> dict[str, float | None]:
 
 def _rows(score: dict[str, dict[str, float | None]], expected: dict[str, Any]) -> dict[str, str]:
     memory, seconds, parameters = score["peak_memory_bytes"], score["seconds"], score["parameters"]
-    peak, said = format_bytes(memory["measured"] or 0), []
+    peak, parts = format_bytes(memory["measured"] or 0), []
     if memory["ratio"]:
-        peak = f"{peak}; forecast {format_bytes(memory['forecast'] or 0)} (x {memory['ratio']:.2f})"
+        peak = f"{peak}; forecast {format_bytes(memory['forecast'] or 0)} (measured / forecast {memory['ratio']:.2f})"
     if parameters["ratio"]:
-        said.append("parameters exact" if parameters["ratio"] == 1 else f"parameters x {parameters['ratio']:.3f}")
+        exact = parameters["ratio"] == 1
+        parts.append("parameters exact" if exact else f"parameters measured / forecast {parameters['ratio']:.3f}")
     if seconds["ratio"]:
-        said.append(f"time {format_duration(seconds['forecast'] or 0)} (x {seconds['ratio']:.2f})")
+        parts.append(f"time {format_duration(seconds['forecast'] or 0)} (measured / forecast {seconds['ratio']:.2f})")
     elif not seconds["forecast"]:
-        said.append(expected.get("why", UNKNOWN))
-    return {"peak memory": peak, "forecast": "; ".join(said)}
+        parts.append(expected.get("why", UNKNOWN))
+    return {"peak memory": peak, "forecast": "; ".join(parts)}

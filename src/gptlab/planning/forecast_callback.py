@@ -1,4 +1,4 @@
-"""The callback that forecasts a run at its start and scores the forecast at its end."""
+"""Callback that writes the forecast of a run at its start and scores the forecast at its end."""
 
 import lightning as L
 
@@ -8,12 +8,10 @@ from gptlab.training.devices import peak_memory
 
 
 class ForecastCallback(ExtraCallback):
-    """Writes forecast.json, what the run is expected to need, and scores it when the run is done.
-
-    Belongs on the first rank only.
+    """Writes forecast.json at the start of a run, and adds the measured values at the end. Used on rank 0 only.
 
     Args:
-        run: The run that is about to train.
+        run: Context of the run.
     """
 
     def __init__(self, run: RunContext) -> None:
@@ -21,11 +19,11 @@ class ForecastCallback(ExtraCallback):
         write_forecast(run.run_dir, run.config, run.manifest, run.devices)
 
     def summary(self, trainer: L.Trainer) -> dict[str, str]:
-        """Writes the score beside the forecast, and returns it as rows."""
+        """Scores the forecast and returns rows for the summary table of the run."""
         module, run = trainer.lightning_module, self.run
         measured = {
             "parameters": float(sum(parameter.numel() for parameter in module.parameters())),
-            # the module's device is the CPU by now, where Lightning's teardown has moved it
+            # not the device of the module: Lightning's teardown has moved it to the CPU
             "peak_memory_bytes": float(peak_memory(trainer.strategy.root_device)),
             "seconds": run.recorder.seconds if trainer.global_step >= run.config.steps else None,
         }

@@ -1,9 +1,9 @@
-"""Peak memory of a device, by kind. Imports no torch.
+"""Forecast of the peak memory of a device, by kind. Imports no torch.
 
-The peak is at one of five moments: when the head has computed the logits, or the forward pass is in the last block, and
-the gradients of the step before still exist; when the backward pass begins with the head, or is in the last block; and
-in the step of the optimizer. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows of the
-head.
+The peak is the maximum over five moments: after the logits are computed; in the forward pass of the last block; at the
+start of the backward pass, in the head; in the backward pass of the last block; and in the optimizer step. In the first
+two, the gradients of the previous step still exist. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows
+of the head.
 """
 
 from typing import NamedTuple
@@ -11,22 +11,22 @@ from typing import NamedTuple
 from gptlab.config.schema import RunConfig
 from gptlab.model.config import GPTConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
-    NUMBER_SIZES,
+    DTYPE_SIZES,
     ForwardPass,
+    backbone_bytes,
     block_bytes,
     head_bytes,
     mlp_bytes,
-    network_bytes,
     weight_copy_bytes,
 )
 from gptlab.training.config import MuonConfig
 from gptlab.training.hardware import Hardware
 
-# Bytes of a process with everything imported, before it has a network: measured with Python 3.11, torch 2.13 (CPU) and
-# lightning 2.6; and what torch.compile adds.
+# Bytes of a process with all libraries imported, before a model is built, and bytes that torch.compile adds. Measured
+# with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
 LIBRARIES, COMPILER = 500e6, 300e6
-# glibc's malloc keeps holes between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): measured, so much of what
-# the forward pass makes, kept or not.
+# Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). As
+# measured, this is 35% of the bytes that the blocks save in the forward pass.
 HOLES, MAPPED = 0.35, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
 
@@ -35,9 +35,9 @@ class ParameterShares(NamedTuple):
     """Number of parameters on one device.
 
     Attributes:
-        blocks: All blocks.
-        matrices: Among them the matrices, which Muon trains.
-        rest: Embeddings, final norm, and the head if it is not tied.
+        blocks: Parameters of all blocks.
+        matrices: Those of them that are weight matrices, which Muon trains.
+        rest: Parameters of the embeddings, the final norm, and the head if it is not tied.
     """
 
     blocks: int
@@ -46,17 +46,17 @@ class ParameterShares(NamedTuple):
 
     @property
     def all(self) -> int:
-        """Every parameter."""
+        """Number of all parameters."""
         return self.blocks + self.rest
 
 
 class ParallelLayout(NamedTuple):
-    """How a model is spread over devices.
+    """Parallel layout of a model over devices.
 
     Attributes:
         strategy: "single", "ddp", "fsdp" or "fsdp_tp".
-        devices: Devices of all nodes.
-        split: Devices that share every block (tensor parallelism).
+        devices: Number of devices on all nodes.
+        split: Number of devices that each block is split over (tensor parallelism).
     """
 
     strategy: str
@@ -65,12 +65,12 @@ class ParallelLayout(NamedTuple):
 
     @property
     def copies(self) -> int:
-        """Devices, or groups that share a model, that read data of their own."""
+        """Number of data-parallel ranks, or groups of ranks with tensor parallelism."""
         return self.devices // self.split
 
     @property
     def is_sharded(self) -> bool:
-        """Whether parameters, gradients and moments are divided."""
+        """Whether parameters, gradients and optimizer state are sharded."""
         return self.strategy in ("fsdp", "fsdp_tp")
 
 
@@ -78,16 +78,16 @@ class MemoryEstimate(NamedTuple):
     """Peak memory of one device in bytes, by kind.
 
     Attributes:
-        libraries: Python and the libraries, for a CPU; 0 for a GPU, whose memory by torch's count excludes CUDA's own.
-        weights: Parameters, or this device's share of them.
-        gradients: Gradients that exist at that moment.
-        moments: Moments of the optimizer, and the average of the weights.
-        copies: Copies of weights: in the type of the products, or gathered from the other devices.
+        libraries: Python and libraries, on a CPU; 0 on a GPU, because torch's count excludes the memory of CUDA itself.
+        weights: Parameters, or the shard of the device.
+        gradients: Gradients that exist at the moment of the peak.
+        moments: Optimizer state (the moments) and the moving average of the weights.
+        copies: Copies of weights in the dtype of the matmuls, or gathered from other devices.
         activations: Tensors saved for the backward pass.
         logits: Logits, loss and their temporary tensors.
-        holes: Freed memory that malloc does not return, on a CPU.
-        buffers: Temporary tensors of the optimizer and of reductions; the copy of an asynchronous checkpoint.
-        moment: The moment of the peak.
+        holes: Fragmentation: freed memory that malloc does not return, on a CPU.
+        buffers: Temporary tensors of the optimizer and of reductions; the copy for an asynchronous checkpoint.
+        moment: Moment of the peak, in words.
     """
 
     libraries: float
@@ -118,12 +118,12 @@ def count_by_part(config: GPTConfig) -> dict[str, int]:
         "mlp": config.n_layer * (8 * width * width + 5 * width * config.bias),
         "lm_head": 0 if config.tie_weights else rows * width,
     }
-    norms = parameter_count(config) - sum(parts.values())  # and the few weights that mix
+    norms = parameter_count(config) - sum(parts.values())  # and the few mixing weights
     return {name: count for name, count in (parts | {"norms": norms}).items() if count}
 
 
 def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
-    """Counts the parameters of a device if ``split`` devices share the matrices of the blocks (norms stay whole)."""
+    """Counts the parameters on one device when the matrices of the blocks are split over ``split`` devices."""
     total = parameter_count(config)
     parts = count_by_part(config)
     matrices = config.n_layer * 12 * config.n_embd**2
@@ -139,16 +139,16 @@ def estimate_memory(
     """Returns the peak memory of one device.
 
     Args:
-        config: The configuration, with the vocabulary.
-        hardware: What it runs on, which decides kernels and precision.
-        spread: How the model is spread.
-        micro_batch: Sequences that a device holds at once.
-        chunk: Tokens whose logits are computed at a time; None is all.
+        config: Configuration with the vocabulary size.
+        hardware: Hardware of the run, with its precision and compilation.
+        spread: Parallel layout.
+        micro_batch: Micro-batch size.
+        chunk: Number of tokens whose logits are computed at a time, or None for all.
     """
     forward = ForwardPass(
         config.model,
         micro_batch,
-        NUMBER_SIZES[hardware.precision],
+        DTYPE_SIZES[hardware.precision],
         on_gpu=hardware.accelerator == "cuda",
         split=spread.split,
         compiled=hardware.compile is not False,
@@ -157,7 +157,7 @@ def estimate_memory(
 
 
 def largest_micro_batch(config: RunConfig, hardware: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
-    """Returns the most sequences that fit in a device at once, or None if its memory is not known."""
+    """Returns the largest micro-batch size that fits on a device, or None if the memory of the device is unknown."""
     room = hardware.memory
     if room is None:
         return None
@@ -179,56 +179,58 @@ def largest_micro_batch(config: RunConfig, hardware: Hardware, spread: ParallelL
 def _moments(
     config: RunConfig, hardware: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
-    """Returns the memory at each moment that may be the peak."""
+    """Returns the memory at each moment that can be the peak."""
     parts = count_shares(config.model, spread.split)
-    size, divided = forward.kinds.weight, spread.copies if spread.is_sharded else 1
+    size, divided = forward.sizes.weight, spread.copies if spread.is_sharded else 1
     weights = parts.all * size / divided
     trained_bytes = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
-    network, head = network_bytes(forward), head_bytes(forward, chunk)
-    again = block_bytes(forward, 0) if config.model.activation_checkpointing else 0
+    backbone, head = backbone_bytes(forward), head_bytes(forward, chunk)
+    last_block = backbone + (block_bytes(forward, 0) if config.model.activation_checkpointing else 0)
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
-        "moments": _moments_of(config, parts, size) / divided if config.lora is None else 2 * trained_bytes,
-        "holes": 0.0 if forward.on_gpu else _holes(forward),
+        "moments": _optimizer_state(config, parts, size) / divided if config.lora is None else 2 * trained_bytes,
+        "holes": 0.0 if forward.on_gpu else _fragmentation(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
-    making, learning = _logits(forward, chunk)
-    waiting = weights + 2 * trained_bytes if _copies_checkpoints(config) else 0.0
-    # gradients persist if micro-batches accumulate in them, and in DDP's buckets
-    stay = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
-    of_its_head = max(stay, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided)
+    forward_logits, backward_logits = _logits(forward, chunk)
+    checkpoint_copy = weights + 2 * trained_bytes if _copies_checkpoints(config) else 0.0
+    # gradients persist during gradient accumulation, and in DDP's buckets
+    persistent = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
+    with_head = max(
+        persistent, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided
+    )
 
     def at(
         moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float
     ) -> MemoryEstimate:
         numbers = {"gradients": gradients, "copies": copies, "activations": activations, "logits": logits}
-        return MemoryEstimate(**always, **numbers, buffers=buffers + waiting, moment=moment)
+        return MemoryEstimate(**always, **numbers, buffers=buffers + checkpoint_copy, moment=moment)
 
     return [
-        at("when the logits are there", trained_bytes, copies, network + head, making, 0.0),
-        at("when the forward pass is in the last block", trained_bytes, copies, network + again, 0.0, 0.0),
-        at("when the backward pass begins", of_its_head, copies, network + head, learning, 0.0),
-        at("when the backward pass is in the last block", of_its_head, copies, network + again, 0.0, _between(forward)),
-        at("in the optimizer's step", trained_bytes, 0.0, 0.0, 0.0, _stepping(config, forward, parts)),
+        at("after the logits are computed", trained_bytes, copies, backbone + head, forward_logits, 0.0),
+        at("in the forward pass of the last block", trained_bytes, copies, last_block, 0.0, 0.0),
+        at("at the start of the backward pass", with_head, copies, backbone + head, backward_logits, 0.0),
+        at("in the backward pass of the last block", with_head, copies, last_block, 0.0, _block_gradients(forward)),
+        at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, forward, parts)),
     ]
 
 
-def _between(forward: ForwardPass) -> float:
-    """Returns the bytes of the gradients within a block in the backward pass: of its MLP and of the stream."""
-    return 8.0 * forward.product // forward.split + forward.stream
+def _block_gradients(forward: ForwardPass) -> float:
+    """Returns the bytes of the activation gradients in a block: those of the MLP and of the residual stream."""
+    return 8.0 * forward.matmul // forward.split + forward.stream
 
 
-def _holes(forward: ForwardPass) -> float:
-    """Returns the bytes that malloc keeps; large tensors are returned."""
+def _fragmentation(forward: ForwardPass) -> float:
+    """Returns the freed bytes that malloc keeps; the memory of large tensors is returned to the system."""
     config = forward.config
     blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
-    are_large = 4 * forward.product // forward.split > MAPPED
+    are_large = 4 * forward.matmul // forward.split > MAPPED
     return HOLES * (blocks - (config.n_layer * mlp_bytes(forward) if are_large else 0))
 
 
-def _moments_of(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the bytes of the moments: two per parameter for AdamW, one for Muon's matrices; and of the average."""
+def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
+    """Returns the bytes of the moments (two per parameter with AdamW, one for Muon's matrices) and of the average."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
         numbers -= parts.matrices
@@ -241,9 +243,9 @@ def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares
     """Returns the bytes of copies of weights."""
     if not spread.is_sharded:
         return weight_copy_bytes(forward, chunk)
-    # what is no block is gathered for the whole step; of the blocks one, and the next ahead of it
+    # embeddings, final norm and head are gathered for the whole step, and two blocks at a time: one is prefetched
     blocks = forward.config.n_layer
-    return (parts.rest + 2 * parts.blocks / blocks) * forward.kinds.product
+    return (parts.rest + 2 * parts.blocks / blocks) * forward.sizes.matmul
 
 
 def _accumulates(config: RunConfig, spread: ParallelLayout, forward: ForwardPass) -> bool:
@@ -256,25 +258,25 @@ def _copies_checkpoints(config: RunConfig) -> bool:
 
 
 def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
-    """Returns the head's temporary bytes in the forward pass, and in the backward pass."""
-    config, size = forward.config, forward.kinds.product
+    """Returns the temporary bytes of the head in the forward pass and in the backward pass."""
+    config, size = forward.config, forward.sizes.matmul
     rows, vocabulary, tokens = config.padded_vocab_size, config.known_vocab_size, forward.tokens
     matrix = rows * config.n_embd
     if chunk is None or chunk >= tokens:
         if forward.compiled:
-            return 0.0, float(tokens * rows * size)  # the logits' gradient
-        made = tokens * rows * size + (tokens * vocabulary * 4 if size < 4 else 0)
-        return float(made), float(8 * tokens * vocabulary)  # two gradients in float32
-    each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # the product, logits, log p
-    copy = matrix * size if size < forward.kinds.weight else 0
-    return float(chunk * rows * each + copy), float(forward.product + matrix * forward.kinds.weight)
+            return 0.0, float(tokens * rows * size)  # the gradient of the logits
+        computed = tokens * rows * size + (tokens * vocabulary * 4 if size < 4 else 0)
+        return float(computed), float(8 * tokens * vocabulary)  # two gradients in float32
+    each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # matmul output, logits, log p
+    copy = matrix * size if size < forward.sizes.weight else 0
+    return float(chunk * rows * each + copy), float(forward.matmul + matrix * forward.sizes.weight)
 
 
-def _stepping(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
-    """Returns the temporary bytes of the optimizer's step: none for fused AdamW, for Muon the stacked matrices."""
+def _optimizer_buffers(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
+    """Returns the temporary bytes of the optimizer step: none for fused AdamW, the stacked matrices for Muon."""
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0
     largest = 4 * config.model.n_embd**2
     stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest), parts.matrices)
     size = 2 if config.optimizer.ns_dtype == "bfloat16" else 4
-    return float(stack * 4 * size + largest * 2 * forward.kinds.weight)
+    return float(stack * 4 * size + largest * 2 * forward.sizes.weight)

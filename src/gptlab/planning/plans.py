@@ -1,4 +1,4 @@
-"""The plan of a run: memory, time, network traffic and disk. Imports no torch."""
+"""Plan of a run: memory, time, network traffic and disk space. Imports no torch."""
 
 from typing import Any, NamedTuple
 
@@ -26,20 +26,20 @@ from gptlab.planning.memory import (
 )
 from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_loss_chunk
 
-COMPARED = ("h100", "a100", "l4", "rtx4090")  # if no GPU is named
-OTHERS = 8  # devices of the alternatives to a run on one device
+COMPARED = ("h100", "a100", "l4", "rtx4090")  # GPUs of the time forecast if none is given
+OTHERS = 8  # devices of the alternative layouts of a run on one device
 
 
 class LayoutAlternative(NamedTuple):
-    """Another layout of the model, and what each device then needs.
+    """Alternative parallel layout, with the needs of each device.
 
     Attributes:
-        spread: The layout.
+        spread: Parallel layout.
         batch: Micro-batch size.
         total: Peak memory of a device in bytes.
-        checkpointed: The same with activation checkpointing.
-        whole_logits: The same with the logits of a whole micro-batch at once.
-        traffic: Bytes that a device sends in a step.
+        checkpointed: Peak memory with activation checkpointing, in bytes.
+        whole_logits: Peak memory if the logits of a micro-batch are computed in one piece, in bytes.
+        traffic: Number of bytes that a device sends per step.
     """
 
     spread: ParallelLayout
@@ -51,22 +51,22 @@ class LayoutAlternative(NamedTuple):
 
 
 class RunPlan(NamedTuple):
-    """What a run will need.
+    """Forecast of everything that a run needs.
 
     Attributes:
-        config: The configuration, with the vocabulary.
-        hardware: What the memory is planned for.
+        config: Configuration with the vocabulary size.
+        hardware: Hardware that the memory is planned for.
         parameters: Number of parameters by part.
         length: Steps, tokens and evaluations.
         batch: Micro-batch size.
-        spread: How the model is spread.
+        spread: Parallel layout.
         memory: Peak memory of one device.
-        largest: The largest micro-batch that fits; None if the memory of a device is not known.
-        alternatives: Other layouts.
+        largest: Largest micro-batch size that fits, or None if the memory of a device is unknown.
+        alternatives: Alternative layouts.
         times: Forecast durations on this machine and on GPUs.
-        disk: Bytes on disk.
-        manifest: The manifest of the data; None if it is not prepared.
-        measured: The measurement of a run of this shape on this machine, if there is one.
+        disk: Disk space.
+        manifest: Manifest of the data, or None if the data is not prepared.
+        measured: Measurement of a similar run on this machine, or None.
     """
 
     config: RunConfig
@@ -98,42 +98,48 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
     """Plans a run.
 
     Args:
-        config: The configuration, with the vocabulary.
-        manifest: The manifest of its data; None if it is not prepared.
-        gpus: Names of GPUs; the memory is planned for the first, or for this machine if there are none.
-        mfu: Share of its peak that a GPU is assumed to reach.
+        config: Configuration with the vocabulary size.
+        manifest: Manifest of the data, or None if the data is not prepared.
+        gpus: Names of GPUs. The memory is planned for the first one, or for this machine if the list is empty.
+        mfu: Assumed model FLOPs utilization of GPUs, between 0 and 1.
 
     Raises:
-        UserError: A GPU is not in the table, or the batch is not divisible.
+        UserError: A GPU is not in the table, or the global batch size is not divisible by the devices.
     """
     hardware = plan_hardware(config, gpus)
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
-    done = run_length(config, manifest.tokens("val") if manifest else None)
+    length = run_length(config, manifest.tokens("val") if manifest else None)
     chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
     measured = find_measurement(config, hardware)
-    own = [estimate_from_measurement(done, hardware, measured)] if measured else []
+    local = [estimate_from_measurement(length, hardware, measured)] if measured else []
     return RunPlan(
         config=config,
         hardware=hardware,
         parameters=count_by_part(config.model),
-        length=done,
+        length=length,
         batch=batch,
         spread=spread,
         memory=estimate_memory(config, hardware, spread, batch, chunk),
         largest=largest_micro_batch(config, hardware, spread, chunk),
         alternatives=_alternatives(config, hardware, spread),
-        times=own + [estimate_at_mfu(config, done, plan_hardware(config, [gpu]), mfu) for gpu in gpus or COMPARED],
-        disk=disk_usage(config, hardware.precision, _tokens(done, manifest)),
+        times=local + [estimate_at_mfu(config, length, plan_hardware(config, [gpu]), mfu) for gpu in gpus or COMPARED],
+        disk=disk_usage(config, hardware.precision, _tokens(length, manifest)),
         manifest=manifest,
         measured=measured,
     )
 
 
 def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
-    """Chooses a run for a budget, and a micro-batch that fits.
+    """Chooses a compute-optimal run for a budget, with a micro-batch size that fits.
 
-    See ``choose_compute_optimal``, and for ``gpus`` ``make_plan``.
+    Args:
+        config: Configuration with the vocabulary size.
+        budget: FLOPs of the whole training.
+        gpus: Names of GPUs. The run is chosen for the first one, or for this machine if the list is empty.
+
+    Raises:
+        UserError: The budget is too small or too large, or a GPU is not in the table.
     """
     choice = choose_compute_optimal(config, budget, plan_layout(config, plan_hardware(config, gpus)).copies)
     config = choice.config
@@ -150,7 +156,7 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
 
 
 def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
-    """Returns what a plan is for: the first of the named GPUs, or this machine.
+    """Returns the hardware that a plan is for: the first of the given GPUs, or this machine.
 
     Raises:
         UserError: The GPU is not in the table, or this machine lacks the one that the configuration requires.
@@ -161,21 +167,21 @@ def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
 
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:
-    """Returns how a run's model is spread."""
+    """Returns the parallel layout of a run; raises UserError if its devices cannot be divided so."""
     trainer = config.trainer
-    trainer.data_parallel(hardware.devices, hardware.num_nodes)  # raises UserError if it is impossible
+    trainer.data_parallel(hardware.devices, hardware.num_nodes)  # raises UserError
     return ParallelLayout(trainer.strategy, hardware.world_size, trainer.tensor_parallel)
 
 
 def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimate:
-    """Returns what one device of a run needs at its fullest."""
+    """Returns the peak memory of one device of a run."""
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
     return estimate_memory(config, hardware, spread, batch, resolve_loss_chunk(config.train.loss_chunk, config.model))
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Returns a plan as plain data: bytes, seconds, tokens a second."""
+    """Returns a plan as plain data, in bytes, seconds and tokens per second."""
     model = plan.config.model
     return {
         "target": _hardware_to_dict(plan.hardware),
@@ -210,7 +216,7 @@ def _hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
 
 
 def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
-    """Returns every layout over the run's devices, or over eight if it has one."""
+    """Returns all layouts over the devices of the run, or over eight devices if it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
     ways = [
@@ -220,7 +226,7 @@ def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) ->
         ParallelLayout("fsdp_tp", devices, split),
     ]
     if config.model.value_residual or config.model.value_embeddings or config.model.n_head % split or devices % split:
-        ways = ways[:-1]  # what tensor parallelism cannot split
+        ways = ways[:-1]  # tensor parallelism cannot split these models
     return [_alternative(config, hardware, way) for way in ways]
 
 
@@ -228,13 +234,13 @@ def _alternative(config: RunConfig, hardware: Hardware, way: ParallelLayout) -> 
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
     chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
-    there = hardware._replace(compile=_compiled(hardware, way))
+    compiled = hardware._replace(compile=_compiled(hardware, way))
     return LayoutAlternative(
         way,
         batch,
-        estimate_memory(config, there, way, batch, chunk).total,
-        estimate_memory(config.model_copy(update={"model": model}), there, way, batch, chunk).total,
-        estimate_memory(config, there, way, batch, None).total,
+        estimate_memory(config, compiled, way, batch, chunk).total,
+        estimate_memory(config.model_copy(update={"model": model}), compiled, way, batch, chunk).total,
+        estimate_memory(config, compiled, way, batch, None).total,
         network_traffic(config, way, hardware.precision, batch),
     )
 
@@ -249,8 +255,8 @@ def _compiled(hardware: Hardware, way: ParallelLayout) -> Any:
     return "blocks" if hardware.compile and way.is_sharded else hardware.compile
 
 
-def _tokens(done: RunLength, manifest: Manifest | None) -> int:
-    """Returns the tokens on disk: those of the corpus, or at most those that the run reads."""
+def _tokens(length: RunLength, manifest: Manifest | None) -> int:
+    """Returns the number of tokens on disk: those of the corpus or, if it is not prepared, those that the run reads."""
     if manifest is None:
-        return done.tokens
+        return length.tokens
     return manifest.tokens("train") + manifest.tokens("val")

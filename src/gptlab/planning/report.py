@@ -1,4 +1,4 @@
-"""Prints a plan. Imports no torch."""
+"""Report of a plan: prints its tables. Imports no torch."""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,16 +11,16 @@ from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.plans import RunPlan
 from gptlab.training.hardware import resolve_loss_chunk
 
-SMALL = 50e6  # parameters of a model whose kernels do not fill a GPU
+SMALL = 50e6  # parameters; the kernels of a smaller model do not fill a GPU
 KINDS = {
-    "libraries": "python and libraries",
+    "libraries": "Python and libraries",
     "weights": "weights",
     "gradients": "gradients",
-    "moments": "moments",
+    "moments": "optimizer state",
     "copies": "copies of weights",
     "activations": "activations",
     "logits": "logits and loss",
-    "holes": "holes of malloc",
+    "holes": "malloc fragmentation",
     "buffers": "buffers",
 }
 
@@ -35,19 +35,19 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
-    """Prints what was chosen for a budget, why, and the command that runs it."""
+    """Prints the overrides that were chosen for a budget, their sources, and the command of the run."""
     console = get_console()
-    table = _table("what was chosen", ("", "", "by"))
+    table = _table("compute-optimal run", ("config key", "value", "source"))
     for override in choice.overrides:
         key, _, value = override.partition("=")
         table.add_row(key, value, _source(key))
     console.print(table)
-    console.print("The command:", style="bold")
-    print(command)  # for copying: neither wrapped nor colored
+    console.print("Command:", style="bold")
+    print(command)  # not wrapped or colored, so that it can be copied
 
 
 def format_bytes(number: float) -> str:
-    """Formats bytes with a unit, in powers of 1000."""
+    """Formats a number of bytes with a decimal unit: "3.07 GB"."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= size:
             return f"{number / size:,.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
@@ -55,7 +55,7 @@ def format_bytes(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration."""
+    """Formats a duration: "7.2 s", "1:02:03" or "7.5 days"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 3 * 86400:
@@ -64,22 +64,22 @@ def format_duration(seconds: float) -> str:
 
 
 def _run(plan: RunPlan) -> Table:
-    model, done, train = plan.config.model, plan.length, plan.config.train
+    model, length, train = plan.config.model, plan.length, plan.config.train
     count = parameter_count(model)
-    dealt = f"{plan.spread.copies} x {train.global_batch_size // plan.batch // plan.spread.copies} x {plan.batch}"
+    factors = f"{plan.spread.copies} x {train.global_batch_size // plan.batch // plan.spread.copies} x {plan.batch}"
     best = TOKENS_PER_PARAMETER * count
     rows = {
         "parameters": f"{count:,}: {', '.join(f'{name} {number:,}' for name, number in plan.parameters.items())}",
-        "FLOPs a token": f"{flops_per_token(model):.4g}, forward and backward (Chowdhery et al. 2022, appendix B)",
-        "steps": f"{done.steps:,} of {train.global_batch_size} sequences of {model.block_size}: {dealt} "
-        "(devices x accumulated x at once)",
-        "tokens": f"{done.tokens:,}{_epochs(plan)}",
-        "per parameter": f"{plan.tokens_per_parameter:.3g} tokens; compute-optimal are about {TOKENS_PER_PARAMETER}, "
-        f"{best:.3g} tokens (Hoffmann et al. 2022)",
+        "FLOPs per token": f"{flops_per_token(model):.4g}, forward and backward (Chowdhery et al. 2022, appendix B)",
+        "steps": f"{length.steps:,} of {train.global_batch_size} sequences of {model.block_size} tokens: {factors} "
+        "(devices x gradient accumulation x micro-batch)",
+        "tokens": f"{length.tokens:,}{_epochs(plan)}",
+        "per parameter": f"{plan.tokens_per_parameter:.3g} tokens; compute-optimal: about {TOKENS_PER_PARAMETER}, "
+        f"{best:.3g} tokens in total (Hoffmann et al. 2022)",
         "FLOPs": f"{plan.flops:.3g}",
-        "evaluations": f"{done.evaluations} of {f'{done.evaluated:,}' if done.evaluated else 'all'} tokens",
+        "evaluations": f"{length.evaluations} of {f'{length.evaluated:,}' if length.evaluated else 'all'} tokens",
         "data": f"{format_bytes(plan.disk.data)} of tokens"
-        + ("" if plan.manifest else ", if it has as many: it is not prepared"),
+        + ("" if plan.manifest else ", estimated from the length of the run: the corpus is not prepared"),
         "checkpoints": _checkpoints(plan),
     }
     return _pairs("run", rows)
@@ -94,31 +94,28 @@ def _epochs(plan: RunPlan) -> str:
 def _checkpoints(plan: RunPlan) -> str:
     if not plan.disk.kept:
         return "none"
-    return (
-        f"{format_bytes(plan.disk.checkpoint)} each; {format_bytes(plan.disk.kept)} with all that are there at a time"
-    )
+    return f"{format_bytes(plan.disk.checkpoint)} each, up to {format_bytes(plan.disk.kept)} in total"
 
 
 def _memory(plan: RunPlan) -> Table:
     hardware, chunk = plan.hardware, resolve_loss_chunk(plan.config.train.loss_chunk, plan.config.model)
     compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[hardware.compile]
-    title = (
-        f"memory of a device at its fullest, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
-    )
+    title = f"peak memory of a device, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
     rows = {
         name: format_bytes(number)
         for key, name in KINDS.items()
         if (number := getattr(plan.memory, key)) or key not in ("buffers", "holes")
     }
-    rows["together"] = f"{format_bytes(plan.memory.total)}{_of_all(plan)}"
+    rows["total"] = f"{format_bytes(plan.memory.total)}{_of_all(plan)}"
     if plan.measured is not None:
         rows["measured"] = f"{format_bytes(plan.measured.peak_memory_bytes)}, {plan.measured.source}"
     if plan.largest is not None:
         room = format_bytes(hardware.memory or 0)
-        largest = f"at most {plan.largest} at once" if plan.largest else "not one at once"
-        rows["sequences"] = f"{largest} in {room}" + (f", logits of {chunk:,} tokens at a time" if chunk else "")
+        largest = f"at most {plan.largest}" if plan.largest else "not even 1"
+        logits = f", with the logits of {chunk:,} tokens at a time" if chunk else ""
+        rows["micro-batch"] = f"{largest} in {room}{logits}"
     else:
-        rows["sequences"] = f"{hardware.name} is not in the table of GPUs: gpu=<name> plans for one that is"
+        rows["micro-batch"] = f"unknown: {hardware.name} is not in the table of GPUs. Set gpu=<name> to plan for a GPU."
     return _pairs(title, rows)
 
 
@@ -129,12 +126,15 @@ def _of_all(plan: RunPlan) -> str:
 
 def _spreads(plan: RunPlan) -> Table:
     table = _table(
-        "spread over devices: memory of each, and what it sends in a step",
-        ("", "devices", "at once", "memory", "checkpointed", "all logits at once", "sent"),
+        "parallel layouts: peak memory per device, and traffic per device and step",
+        (
+            *("strategy", "devices", "micro-\nbatch", "memory"),
+            *("memory,\ncheckpointed", "memory,\nfull\nlogits", "traffic"),
+        ),
     )
     for way in plan.alternatives:
         spread = way.spread
-        split = f", {spread.split} a block" if spread.split > 1 else ""
+        split = f" (tp={spread.split})" if spread.split > 1 else ""
         table.add_row(
             f"{spread.strategy}{split}",
             str(spread.devices),
@@ -145,28 +145,26 @@ def _spreads(plan: RunPlan) -> Table:
 
 
 def _times(plan: RunPlan) -> Table:
-    table = _table("time", ("on", "tokens/s", "time", ""))
+    table = _table("time", ("device", "tokens/s", "time", "source"))
     for time in plan.times:
         table.add_row(time.what, f"{time.tokens_per_second:,.0f}", format_duration(time.seconds), time.why)
     if plan.measured is None and plan.hardware.is_local:
-        table.add_row(
-            plan.hardware.name, "?", "?", "not calibrated here: calibrate=true does that, and any run of this shape"
-        )
+        table.add_row(plan.hardware.name, "?", "?", "not calibrated: set calibrate=true, or train a similar run")
     if parameter_count(plan.config.model) < SMALL:
-        table.caption = "So small a model reaches less of a GPU's peak: it waits for the next kernel most of the time."
+        table.caption = "A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed."
     return table
 
 
 def _source(key: str) -> str:
     if key.startswith("model."):
-        return "GPT-2's shapes, the one nearest to 20 tokens a parameter (Hoffmann et al. 2022)"
+        return "GPT-2 shape closest to 20 tokens per parameter (Hoffmann et al. 2022)"
     if key == "train.max_steps":
-        return "what the budget leaves"
+        return "budget / FLOPs per step"
     if key in ("train.global_batch_size", "optimizer.lr"):
         return "Bi et al. 2024 (DeepSeek LLM), section 3.1"
     if key == "train.micro_batch_size":
-        return "what fits"
-    return "follows"
+        return "largest that fits"
+    return "adjusted to the other values"
 
 
 def _pairs(title: str, rows: dict[str, str]) -> Table:

@@ -1,4 +1,4 @@
-"""The config keys of ``gptlab.plan`` beside those of a run. Imports no torch."""
+"""Config keys of ``gptlab.plan`` in addition to those of a run. Imports no torch."""
 
 from typing import Annotated
 
@@ -17,7 +17,7 @@ from gptlab.errors import UserError
 
 
 class PlanConfig(FrozenConfig):
-    """Keys of a plan; see conf/plan.yaml."""
+    """Config keys of a plan; see conf/plan.yaml."""
 
     gpu: list[str] | str | None
     mfu: Annotated[float, Field(gt=0, le=1)]
@@ -27,7 +27,7 @@ class PlanConfig(FrozenConfig):
 
     @property
     def gpus(self) -> list[str]:
-        """Names of GPUs."""
+        """Names of the GPUs, as a list."""
         return [self.gpu] if isinstance(self.gpu, str) else list(self.gpu or ())
 
 
@@ -35,22 +35,22 @@ KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
 
 
 def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, PlanConfig]:
-    """Resolves and validates what Hydra composed: the run, as ``gptlab.train`` does, and the keys of the plan."""
+    """Resolves and validates a composed config; returns the config of the run and that of the plan."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key not in KEYS])
-    wanted = OmegaConf.masked_copy(values, list(KEYS))
-    return resolve(run, run_overrides(overrides)), validate(PlanConfig, resolve_to_dict(wanted))
+    plan = OmegaConf.masked_copy(values, list(KEYS))
+    return resolve(run, run_overrides(overrides)), validate(PlanConfig, resolve_to_dict(plan))
 
 
 def run_overrides(overrides: list[str]) -> list[str]:
-    """Returns the overrides of the run, without the keys of the plan."""
+    """Returns the overrides of the run, without those of the plan."""
     return [override for override in overrides if override.lstrip("+").partition("=")[0] not in KEYS]
 
 
 def with_vocabulary(config: RunConfig) -> tuple[RunConfig, Manifest | None]:
-    """Completes a configuration with its vocabulary, from the data if it is prepared; it prepares nothing.
+    """Sets the vocabulary size of a configuration, and returns the manifest of its data if that is prepared.
 
     Raises:
-        UserError: The vocabulary depends on data that is not prepared, or the split of the data is not possible.
+        UserError: The vocabulary size depends on data that is not prepared, or the val split is not possible.
     """
     if not config.resume:
         check_val_split(config.data)
@@ -70,8 +70,8 @@ def _vocabulary(tokenizer: TokenizerConfig, data: DataConfig) -> int | None:
         case "bpe":
             return tokenizer.vocab_size
     if data.corpus == "shakespeare":
-        return 65  # characters of tinyshakespeare
+        return 65  # distinct characters of tinyshakespeare
     raise UserError(
-        f"The vocabulary of tokenizer={tokenizer.name} is that of its text, which is not prepared: python -m "
-        "gptlab.prepare with the same data= and tokenizer= does that."
+        f"The vocabulary size of tokenizer={tokenizer.name} is unknown because the data is not prepared. Run python -m "
+        "gptlab.prepare with the same data and tokenizer overrides first."
     )

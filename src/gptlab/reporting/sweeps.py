@@ -4,8 +4,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gptlab.sweeps.analysis.fitting import SCALING, ScalingAnswer
 from gptlab.sweeps.analysis.phrases import plus_minus
+from gptlab.sweeps.analysis.scaling_report import SCALING, ScalingAnswer
 from gptlab.sweeps.analysis.table import AnswerRow, analyze_sweep
 from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.tracking.run_store.sweeps import Sweep, load_trials

@@ -1,4 +1,4 @@
-"""Sweeps: a search space, the search that proposes points, launchers that train them, and the sweep's state on disk.
+"""Sweeps: search space, search, launchers, pruning, and the state of a sweep on disk.
 
-A sweep that was interrupted resumes with the same command; ``analysis`` says what it found.
+An interrupted sweep resumes when the same command is run again. ``analysis`` computes and prints the results.
 """

@@ -1,4 +1,4 @@
-"""Configuration of the sweeper and of its launchers; see conf/hydra/sweeper/ and conf/hydra/launcher/."""
+"""Configuration of the sweeper and its launchers; see conf/hydra/sweeper/ and conf/hydra/launcher/."""
 
 from typing import Annotated, Literal, Self
 
@@ -10,7 +10,7 @@ Amount = PositiveInt | None
 
 
 class PruneConfig(FrozenConfig):
-    """Pruning: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018), whose resource is tokens seen."""
+    """Configuration of pruning: ASHA (Li et al. 2020) or Hyperband (Li et al. 2018); the resource is tokens seen."""
 
     method: Literal["asha", "hyperband"]
     min_tokens: PositiveInt
@@ -18,7 +18,7 @@ class PruneConfig(FrozenConfig):
 
 
 class SweeperConfig(FrozenConfig):
-    """Question of a sweep, and how its points are chosen."""
+    """Configuration of a sweep: its question, metric and baseline, and how its points are chosen."""
 
     question: str
     search: Literal["grid", "random", "tpe", "cmaes"]
@@ -31,22 +31,22 @@ class SweeperConfig(FrozenConfig):
     params: dict[str, str | int | float | bool]
 
     @model_validator(mode="after")
-    def _searches_end(self) -> Self:
+    def _check_n_trials(self) -> Self:
         if self.search != "grid" and self.n_trials is None:
-            raise ValueError(f"search={self.search} goes on for ever: n_trials says how many points it may try")
+            raise ValueError(f"search={self.search} needs a number of points: set n_trials, for example n_trials=20")
         if self.search == "grid" and self.n_trials is not None:
-            raise ValueError("search=grid tries every point: n_trials belongs to random, tpe and cmaes")
+            raise ValueError(f"n_trials={self.n_trials} has no use with search=grid, which tries every point")
         return self
 
 
 class LocalLauncherConfig(FrozenConfig):
-    """Configuration of trials on this machine."""
+    """Configuration of the launcher that runs trials as processes on this machine."""
 
     at_once: PositiveInt | Literal["auto"]
 
 
 class SlurmLauncherConfig(FrozenConfig):
-    """Configuration of trials as SLURM jobs."""
+    """Configuration of the launcher that runs trials as SLURM jobs."""
 
     at_once: PositiveInt
     timeout_min: PositiveInt

@@ -1,6 +1,6 @@
-"""Launcher of trials on this machine: several processes at once, each with its own devices. Imports no torch.
+"""Launcher that runs trials as concurrent processes on this machine, each with its own devices. Imports no torch.
 
-Like the ranks of a run (``gptlab.launch.supervisor``), each process has its own session, and ends with this one.
+Like the ranks of a run (``gptlab.launch.supervisor``), each process has its own session and ends when this one ends.
 """
 
 import os
@@ -19,7 +19,7 @@ from gptlab.tracking.run_store.sweeps import Trial
 from gptlab.training.config import TrainerConfig
 
 JOB, OUTPUT = "job.json", "output.log"
-GRACE = 20.0  # seconds that trials have to end by themselves when the sweep is interrupted
+GRACE = 20.0  # seconds between an interrupt and SIGKILL
 
 
 class _Process(NamedTuple):
@@ -28,11 +28,11 @@ class _Process(NamedTuple):
 
 
 class LocalLauncher:
-    """Runs trials in processes of this machine.
+    """Runs trials as processes on this machine.
 
     Args:
-        config: Number of trials at once.
-        trainer: Trainer settings of the trials, which say how many devices each needs.
+        config: Number of concurrent trials.
+        trainer: Trainer config of the trials, which determines the number of devices per trial.
     """
 
     def __init__(self, config: LocalLauncherConfig, trainer: TrainerConfig) -> None:
@@ -41,11 +41,11 @@ class LocalLauncher:
         need = (gpus or 1) if need == "auto" else need
         fit = max(1, gpus // need)
         self.at_once = fit if config.at_once == "auto" else config.at_once
-        # trials beyond what fits share devices
+        # trials in excess of ``fit`` share devices
         self._devices = [range(slot % fit * need, (slot % fit + 1) * need) for slot in range(self.at_once)]
         self._has_gpus = gpus > 0
         self._running: dict[int, _Process] = {}
-        self._since: float | None = None  # when the sweep was interrupted
+        self._since: float | None = None  # time of the interrupt
         self._stopped: set[int] = set()  # signals forwarded to trials
 
     @property
@@ -59,22 +59,23 @@ class LocalLauncher:
         return bool(self._running)
 
     def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
-        """Starts a trial, whose output goes to output.log in its run directory."""
+        """Starts a trial in a new process, whose output is written to output.log in the run directory."""
         run_dir.mkdir(parents=True, exist_ok=True)
         Job(config, run_dir).write(run_dir / JOB)
         taken = {running.slot for running in self._running.values()}
         slot = next(slot for slot in range(self.at_once) if slot not in taken)
-        with block_signals(), (run_dir / OUTPUT).open("ab") as output:  # until it can answer
+        # the worker unblocks the signals when it can handle them
+        with block_signals(), (run_dir / OUTPUT).open("ab") as output:
             process = start_worker(run_dir / JOB, env=self.environment(slot), stdout=output, stderr=STDOUT)
         self._running[trial.number] = _Process(process, slot)
         return trial
 
     def reattach(self, trial: Trial) -> bool:
-        """Returns False: processes end with their sweep."""
+        """Returns False: the processes of an earlier sweep process ended with it."""
         return False
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit status) of the trials that have ended since the last call."""
+        """Returns (number, exit code) of the trials that ended since the last call."""
         if self._since is not None and time.monotonic() - self._since > GRACE:
             self._signal(signal.SIGKILL)
         done = [
@@ -87,7 +88,7 @@ class LocalLauncher:
         return [(number, self._status(process.returncode)) for number, process in done]
 
     def forward_signal(self, number: int) -> None:
-        """Forwards a signal to all trials; after an interrupt they are killed in ``GRACE`` seconds."""
+        """Forwards a signal to all trials; ``GRACE`` seconds after an interrupt, trials that still run are killed."""
         self._stopped.add(number)
         if number == signal.SIGINT and self._since is None:
             self._since = time.monotonic()
@@ -95,7 +96,7 @@ class LocalLauncher:
             running.process.send_signal(number)
 
     def close(self) -> None:
-        """Kills the trials that still run."""
+        """Kills the trials that are still running."""
         self._signal(signal.SIGKILL)
         for running in self._running.values():
             running.process.wait()
@@ -106,7 +107,7 @@ class LocalLauncher:
                 os.killpg(running.process.pid, number)
 
     def _status(self, returned: int) -> int:
-        """Converts a return code to an exit status; a process ended by a forwarded signal was stopped by it."""
+        """Converts a return code to an exit code; after a forwarded signal, to that of an interrupt or preemption."""
         if returned >= 0:
             return returned
         if signal.SIGINT in self._stopped:
@@ -116,7 +117,7 @@ class LocalLauncher:
         return 128 - returned if -returned in signal.valid_signals() else FAILED
 
     def environment(self, slot: int) -> dict[str, str]:
-        """Returns the environment of the trial in a slot: its devices, or its share of the cores."""
+        """Returns the environment variables of the trial in a slot: its visible GPUs, or its share of the CPU cores."""
         variables = dict(os.environ)
         if self._has_gpus:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

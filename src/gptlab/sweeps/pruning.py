@@ -1,4 +1,4 @@
-"""Pruning, in the process of a trial: after every evaluation, Optuna compares it with the others."""
+"""Pruning callback of a trial: reports every evaluation to the Optuna study, whose pruner may end the trial."""
 
 import json
 import logging
@@ -18,14 +18,14 @@ log = logging.getLogger(__name__)
 
 
 class PruningCallback(ExtraCallback):
-    """Ends a trial that has fallen behind, at the same step on all ranks.
+    """Ends a trial when the pruner decides so, at the same step on all ranks.
 
     Args:
-        run_dir: Run directory of the trial, in the sweep directory.
+        run_dir: Run directory of the trial, inside the sweep directory.
         recorder: Metrics callback, which counts tokens.
 
     Attributes:
-        pruned: Whether the trial was ended.
+        pruned: Whether the trial was pruned.
     """
 
     def __init__(self, run_dir: Path, recorder: MetricsCallback) -> None:
@@ -37,7 +37,7 @@ class PruningCallback(ExtraCallback):
         self._trial: optuna.Trial | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports the loss to the study, and stops if the pruner decides so."""
+        """Reports the validation loss to the study, and stops training if the pruner decides so."""
         step = trainer.global_step
         if trainer.sanity_checking or step == self.recorder.max_steps:
             return
@@ -48,7 +48,7 @@ class PruningCallback(ExtraCallback):
         if self.pruned:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                log.info("Pruned at step %d: others were better at this number of tokens.", step)
+                log.info("Pruned at step %d: other trials had a lower validation loss at this number of tokens.", step)
 
     def _should_prune(self, loss: float, tokens: int) -> bool:
         if self._trial is None:

@@ -1,7 +1,7 @@
-"""Search: proposes the points of a sweep, from a grid or by Optuna, which also prunes trials.
+"""Search: proposes the points of a sweep, from a grid or with an Optuna sampler.
 
-Optuna's study is a journal in the sweep directory, which the processes of the trials also read and write
-(``gptlab.sweeps.pruning``). Its trials have the numbers of those in the ``SweepStore``.
+The Optuna study is a journal in the sweep directory. The processes of the trials read and write it, too
+(``gptlab.sweeps.pruning``). Its trials have the same numbers as the trials in the ``SweepStore``.
 """
 
 import json
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 
 def open_storage(folder: Path) -> optuna.storages.JournalStorage:
-    """Opens the journal; its lock also works between machines that share the folder (Optuna's documentation)."""
+    """Opens the journal of the study; its lock also works on a file system shared by several machines (Optuna docs)."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = JournalFileBackend(str(folder / JOURNAL))
     return optuna.storages.JournalStorage(backend)
 
 
 def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
-    """Builds the pruner, whose resource is tokens seen."""
+    """Builds the pruner, whose resource is the number of tokens seen."""
     if config is None:
         return optuna.pruners.NopPruner()
     if config.method == "asha":
@@ -45,13 +45,16 @@ def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.
 
 
 class Search:
-    """Proposes the points of a sweep one by one, and gets the results.
+    """Proposes the points of a sweep one by one, and reports the results to Optuna.
 
     Args:
-        config: How points are chosen.
+        config: Configuration of the sweep.
         space: Search space.
         folder: Sweep directory.
-        max_tokens: Tokens of a trial that is not pruned.
+        max_tokens: Number of tokens of a trial that is not pruned.
+
+    Raises:
+        UserError: A grid over infinitely many values, or a search without a varied key.
     """
 
     def __init__(self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int) -> None:
@@ -61,7 +64,7 @@ class Search:
         self.distributions = space.distributions() if self.grid is None else {}
         self.study: optuna.Study | None = None
         if self.grid is not None and config.prune is not None:
-            random.Random(config.seed).shuffle(self.grid)  # noqa: S311  (else the best might come last, again and again)
+            random.Random(config.seed).shuffle(self.grid)  # noqa: S311  (in grid order, each trial might be better than the one before and none would be pruned)
         if self.grid is None or config.prune is not None:
             self.study = optuna.create_study(
                 storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction="minimize"
@@ -74,12 +77,12 @@ class Search:
         return len(self.grid) if self.grid is not None else self.config.n_trials or 0
 
     def propose(self, number: int) -> Point:
-        """Returns the point of a new trial; those with lower numbers exist already."""
+        """Returns the point of the new trial ``number``; all trials with lower numbers exist already."""
         if self.study is None:
             assert self.grid is not None  # noqa: S101
             return self.grid[number]
         known = self.study.get_trials(deepcopy=False)
-        if len(known) > number:  # asked for, and then the process ended before it was stored
+        if len(known) > number:  # proposed by an earlier process that ended before the trial was stored
             trial: Any = known[number]
         else:
             self.study.sampler = self._sampler(number)
@@ -91,7 +94,7 @@ class Search:
         return {key: format_value(trial.params[key]) for key in self.distributions}
 
     def prepare(self, trial: Trial, run_dir: Path) -> None:
-        """Writes what the process of a trial needs to know, if it may be pruned."""
+        """Writes prune.json, which the pruning callback of the trial reads, if the sweep has pruning."""
         if self.config.prune is None:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -99,7 +102,7 @@ class Search:
         (run_dir / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
 
     def tell(self, trial: Trial) -> None:
-        """Passes the result of a trial to Optuna."""
+        """Reports the result of a trial to Optuna."""
         if self.study is None:
             return
         value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
@@ -111,7 +114,7 @@ class Search:
         self.study.tell(trial.number, values, state=state, skip_if_finished=True)
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Returns the sampler of a point, seeded by its number, so that a killed sweep resumes with the same points."""
+        """Returns the sampler of a point, seeded with its number so that a resumed sweep proposes the same points."""
         seed = (self.config.seed * 1_000_003 + number) % 2**32
         match self.config.search:
             case "tpe":

@@ -1,4 +1,4 @@
-"""Launcher of trials as SLURM jobs, through submitit; they outlive the sweep's process. Imports no torch."""
+"""Launcher that runs trials as SLURM jobs through submitit; the jobs outlive this process. Imports no torch."""
 
 import logging
 import os
@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = ".submitit"
 POLL_SECONDS = 5.0
-SLURM_TIMEOUT = 60.0  # seconds that squeue may take; it gives up by itself after MessageTimeout, 10 by default
-PATIENCE = 3  # answers in a row that know nothing of a job before it is taken for gone
+SLURM_TIMEOUT = 60.0  # seconds to wait for squeue, whose own timeout (MessageTimeout) is 10 seconds by default
+PATIENCE = 3  # consecutive squeue calls without a job before the job counts as ended
 ENDED_JOB_STATES = (
     "CANCELLED",
     "COMPLETED",
@@ -38,29 +38,29 @@ ENDED_JOB_STATES = (
 
 
 class TrialJob:
-    """Function that a SLURM job runs; submitit pickles it.
+    """Callable that a SLURM job runs; submitit pickles it.
 
     Args:
-        file: The job file.
+        file: Job file of the trial.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def __call__(self) -> int:
-        """Runs the trial and returns its exit status, which submitit stores as the result of the job.
+        """Runs the trial and returns its exit code, which submitit stores as the result of the job.
 
-        A preempted trial stores no result: SystemExit, of submitit's handler or of this method, ends the process.
-        submitit or SLURM may requeue the job; otherwise the sweep reads the job's state from squeue.
+        A preempted trial stores no result: SystemExit, raised by submitit's signal handler or by this method, ends the
+        process. submitit or SLURM may requeue the job. Otherwise the sweep reads the job's state from squeue.
         """
-        worker = import_module(WORKER)  # by name, as it is above this package
+        worker = import_module(WORKER)  # by name: the module is in a layer above this package
         status = exit_status(lambda: worker.run_job(self.file))
         if status == PREEMPTED:
             sys.exit(status)
         return status
 
     def checkpoint(self) -> Any:
-        """Requeues the job, which was saved and resumes. submitit calls this."""
+        """Returns the submission that resumes the trial; submitit calls this when the job is preempted or times out."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)
@@ -69,11 +69,11 @@ class TrialJob:
 class SlurmLauncher:
     """Runs trials as SLURM jobs.
 
-    Whether a job has left a result is seen by its file: submitit's ``Job.done`` asks SLURM's accounting (sacct), which
-    many clusters do not have (``JobPaths.result_pickle``, read in submitit 1.5.4).
+    Looks for the result file of a job (``JobPaths.result_pickle``, as in submitit 1.5.4) instead of calling submitit's
+    ``Job.done``, which needs SLURM accounting (sacct). Many clusters do not have it.
 
     Args:
-        config: Resources of a job, and the number of jobs at once.
+        config: Resources of a job, and the number of concurrent jobs.
         folder: Sweep directory.
     """
 
@@ -106,11 +106,11 @@ class SlurmLauncher:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a job is waited for."""
+        """Whether the sweep is waiting for a job."""
         return bool(self._running) and not self._stopped
 
     def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
-        """Submits a trial; raises UserError with SLURM's reason if it is refused."""
+        """Submits a trial; raises UserError with the reason if SLURM rejects the job."""
         import submitit
 
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -119,15 +119,15 @@ class SlurmLauncher:
             job = self._executor.submit(TrialJob(run_dir / JOB))
         except submitit.core.utils.FailedJobError as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"SLURM does not take the job of trial {trial.number}: {reason}") from None
+            raise UserError(f"SLURM rejected the job of trial {trial.number}: {reason}") from None
         self._running[trial.number] = job
         return trial.model_copy(update={"job": str(job.job_id)})
 
     def reattach(self, trial: Trial) -> bool:
-        """Waits for the job of a trial from an earlier start of the sweep; returns whether there is one to wait for.
+        """Reattaches to the job of a trial that an earlier process submitted; returns whether there is one.
 
         Raises:
-            UserError: SLURM does not answer. A second job might write the run directory of the first.
+            UserError: squeue fails. Submitting again might start a second job in the same run directory.
         """
         import submitit
 
@@ -136,72 +136,72 @@ class SlurmLauncher:
         job: Any = submitit.SlurmJob(folder=self._logs / "%j", job_id=trial.job)
         has_result = job.paths.result_pickle.exists()
         if has_result and trial.state != "running":
-            return False  # its result was recorded, and it is to be run again
-        if not has_result and not self._lives(trial):
+            return False  # its result is recorded: this is a retry
+        if not has_result and not self._is_active(trial):
             return False
         self._running[trial.number] = job
         return True
 
-    def _lives(self, trial: Trial) -> bool:
-        """Whether SLURM has the job of a trial still running or in the queue."""
+    def _is_active(self, trial: Trial) -> bool:
+        """Whether the job of a trial is running or queued."""
         for attempt in range(PATIENCE):
             if attempt:
                 time.sleep(POLL_SECONDS)
             if (states := _states()) is not None:
                 return trial.job in states and states[trial.job] not in ENDED_JOB_STATES
         raise UserError(
-            f"SLURM does not answer (squeue), so it is unknown whether job {trial.job} of trial {trial.number} still "
-            "runs. Run the same command again once squeue works."
+            f"squeue failed, so it is unknown whether job {trial.job} of trial {trial.number} is still running. "
+            "Run the same command again when squeue works."
         )
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit status) of the trials that have ended since the last call."""
+        """Returns (number, exit code) of the trials that ended since the last call."""
         done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
         gone = [] if done or time.monotonic() - self._asked < POLL_SECONDS else self._gone()
         statuses = [(number, self._status(self._running.pop(number))) for number in done]
         for number in gone:
             del self._running[number]
-        return [*statuses, *((number, PREEMPTED) for number in gone)]  # cancelled, or its node is: it may begin again
+        return [*statuses, *((number, PREEMPTED) for number in gone)]  # canceled, or its node failed: it can be resumed
 
     def forward_signal(self, number: int) -> None:
-        """Stops waiting for the jobs, which continue."""
+        """Stops waiting for the jobs, which keep running."""
         self._stopped = True
 
     def close(self) -> None:
-        """Reports the jobs that continue."""
+        """Logs which jobs keep running."""
         if self._running and not self._reported:
             self._reported = True
             jobs = " ".join(str(job.job_id) for job in self._running.values())
-            log.info("%d jobs go on in SLURM. To watch them again: the same command. To end them: scancel %s",
+            log.info("%d SLURM jobs keep running. Run the same command again to wait for them, or scancel %s",
                      len(self._running), jobs)  # fmt: skip
 
     def _gone(self) -> list[int]:
-        """Returns the trials whose jobs SLURM no longer knows, and which left no result."""
+        """Returns the trials whose jobs are no longer in the queue and wrote no result."""
         self._asked = time.monotonic()
         if (states := _states()) is None:
             if not self._warned:
-                log.warning("SLURM does not answer (squeue). The sweep waits for its jobs.")
+                log.warning("squeue failed. The sweep keeps waiting for its jobs.")
             self._warned = True
             return []
         self._warned = False
         for number, job in self._running.items():
-            lives = str(job.job_id) in states and states[str(job.job_id)] not in ENDED_JOB_STATES
-            self._unknown[number] = 0 if lives else self._unknown.get(number, 0) + 1
+            is_active = str(job.job_id) in states and states[str(job.job_id)] not in ENDED_JOB_STATES
+            self._unknown[number] = 0 if is_active else self._unknown.get(number, 0) + 1
         return [number for number in self._running if self._unknown[number] >= PATIENCE]
 
     def _status(self, job: Any) -> int:
         try:
             return int(job.result())
-        except Exception as error:  # whatever ended the process
-            log.warning("SLURM job %s has failed: %s", job.job_id, str(error).strip().splitlines()[-1])
+        except Exception as error:  # submitit raises the exception of the job, of any type
+            log.warning("SLURM job %s failed: %s", job.job_id, str(error).strip().splitlines()[-1])
             return FAILED
 
 
 def _states() -> dict[str, str] | None:
-    """Returns the states of this user's jobs by their ids, or None if SLURM does not answer.
+    """Returns the states of this user's jobs by job ID, or None if squeue fails.
 
-    Ended jobs stay in the answer for a while (``MinJobAge``). Asked for single jobs, squeue fails for one that it has
-    forgotten as it does when the controller is away.
+    squeue lists ended jobs for a while (``MinJobAge``). It is called for all jobs of the user, because for a single job
+    the error of an expired job ID cannot be told from that of an unreachable controller.
     """
     command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
     try:
@@ -212,7 +212,7 @@ def _states() -> dict[str, str] | None:
 
 
 def check_cluster(config: SlurmLauncherConfig) -> None:
-    """Raises UserError if there is no SLURM, or its partition takes no jobs."""
+    """Raises UserError if submitit or SLURM is not installed, or if the partition does not exist or accepts no jobs."""
     if find_spec("submitit") is None:
         raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
     partition = config.partition
@@ -220,16 +220,16 @@ def check_cluster(config: SlurmLauncherConfig) -> None:
         raise UserError("hydra/launcher=slurm: there is no SLURM on this machine (no sbatch on the PATH).")
     done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"SLURM does not answer: {' '.join(done.stderr.split())}")
+        raise UserError(f"sinfo failed: {' '.join(done.stderr.split())}")
     rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
     names = sorted({name for name, _, _ in rows})
     asked = [state for name, state, starred in rows if name == partition or (not partition and starred.endswith("*"))]
     if partition and not asked:
         raise UserError(
-            f"hydra.launcher.partition={partition}: SLURM has no such partition; there are {', '.join(names)}."
+            f"hydra.launcher.partition={partition}: SLURM has no such partition. Available: {', '.join(names)}."
         )
     if asked and not any(state == "up" for state in asked):
         raise UserError(
-            f"SLURM's partition {partition or '(its default)'} takes no jobs now: it is {asked[0]}. "
-            "Another one: hydra.launcher.partition=<name>"
+            f"hydra.launcher.partition={partition or 'null (the default partition)'} accepts no jobs: its state is "
+            f"{asked[0]}. Choose another one: hydra.launcher.partition=<name>"
         )

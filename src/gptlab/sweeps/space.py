@@ -1,4 +1,4 @@
-"""Search space of a sweep: the points of a grid, or distributions to draw from. Imports no torch."""
+"""Search space of a sweep: the points of a grid, or distributions to sample from. Imports no torch."""
 
 import itertools
 from collections.abc import Mapping
@@ -10,20 +10,19 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from gptlab.errors import UserError
 
-Point = dict[str, str]  # what a trial changes, as it is written on a command line
+Point = dict[str, str]  # overrides of a trial: key -> value as on the command line
 
 
 class SearchSpace:
     """Overrides of a sweep, split into varied and fixed ones.
 
     Args:
-        params: Of hydra.sweeper.params; what the command line says of a key comes before it.
-        arguments: The overrides of the command line.
+        params: Values of hydra.sweeper.params; an override of the same key on the command line takes precedence.
+        arguments: Overrides of the command line.
 
     Attributes:
-        varied: The overrides with several values, by key.
-        fixed: All the others, as they are written.
-
+        varied: Overrides with several values or an interval, by key.
+        fixed: All other overrides, as written.
     """
 
     def __init__(self, params: Mapping[str, Any], arguments: list[str]) -> None:
@@ -37,44 +36,44 @@ class SearchSpace:
 
     @property
     def written(self) -> dict[str, str]:
-        """Varied keys, with their values as on a command line."""
+        """Varied keys and their values, as on the command line."""
         return {key: str(override.get_value_string()) for key, override in self.varied.items()}
 
     def grid(self) -> list[Point]:
-        """Returns every combination of the values, the last key varying fastest; one point if nothing is varied.
+        """Returns every combination of the values, with the last key varying fastest; one point if nothing is varied.
 
         Raises:
-            UserError: A key has infinitely many values, or none.
+            UserError: A key has an interval (infinitely many values) or no value.
         """
         values = []
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
                 raise UserError(
-                    f"{key}={override.get_value_string()} has infinitely many values: a grid needs them one by one "
-                    f"({key}=1,2,3), and a search draws from them (hydra.sweeper.search=tpe hydra.sweeper.n_trials=20)."
+                    f"{key}={override.get_value_string()} has infinitely many values, which search=grid cannot try. "
+                    f"List the values ({key}=1,2,3), or set hydra.sweeper.search=tpe hydra.sweeper.n_trials=20."
                 )
             values.append([str(value) for value in override.sweep_string_iterator()])
         empty = [key for key, found in zip(self.varied, values, strict=True) if not found]
         if empty:
-            raise UserError(f"{empty[0]}={self.written[empty[0]]} has no value: the sweep would be empty.")
+            raise UserError(f"{empty[0]}={self.written[empty[0]]} has no values, so the sweep has no trials.")
         return [dict(zip(self.varied, point, strict=True)) for point in itertools.product(*values)]
 
     def example(self) -> Point:
-        """A point that a search might draw."""
+        """Returns a point of the space: the first value of each distribution."""
         return {key: _first(distribution) for key, distribution in self.distributions().items()}
 
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Returns the distributions of a search, by key; raises UserError if there are none."""
+        """Returns the distribution of each varied key; raises UserError if no key is varied."""
         if not self.varied:
             raise UserError(
-                "The sweep varies nothing that could be searched: it needs a key with several values or an interval, "
+                "No key is varied. A search needs at least one key with several values or an interval, for example "
                 "optimizer.lr='tag(log, interval(1e-4, 1e-2))'."
             )
         return {key: _distribution(override) for key, override in self.varied.items()}
 
 
 def _first(distribution: BaseDistribution) -> str:
-    """The first value of a distribution."""
+    """Returns the first value of a distribution."""
     if isinstance(distribution, CategoricalDistribution):
         return str(distribution.choices[0])
     assert isinstance(distribution, FloatDistribution | IntDistribution)  # noqa: S101
@@ -82,7 +81,7 @@ def _first(distribution: BaseDistribution) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Formats a drawn value as on a command line."""
+    """Formats a sampled value as on the command line."""
     return repr(value) if isinstance(value, float) else str(value)
 
 
@@ -95,12 +94,12 @@ def _distribution(override: Override) -> BaseDistribution:
     if isinstance(sweep, IntervalSweep):
         low, high = sweep.start, sweep.end
         if low is None or high is None or not low < high:
-            raise UserError(f"{key}={override.get_value_string()} is empty: it has to begin before its end.")
+            raise UserError(f"{key}={override.get_value_string()} is an empty interval: start must be less than end.")
         is_log = "log" in sweep.tags
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log=is_log)
         return FloatDistribution(float(low), float(high), log=is_log)
     values = [str(value) for value in override.sweep_string_iterator()]
     if not values:
-        raise UserError(f"{key}={override.get_value_string()} has no value: the sweep would be empty.")
+        raise UserError(f"{key}={override.get_value_string()} has no values, so the sweep has no trials.")
     return CategoricalDistribution(values)

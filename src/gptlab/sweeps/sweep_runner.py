@@ -1,4 +1,4 @@
-"""Loop of a sweep: starts trials and records how they end. Imports no torch."""
+"""Main loop of a sweep: starts trials and records their results. Imports no torch."""
 
 import logging
 import signal
@@ -24,37 +24,37 @@ from gptlab.tracking.run_store.sweeps import FAILED_STATES, TRIAL_END_STATES, Tr
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.1  # seconds between looks at the trials
+POLL_SECONDS = 0.1
 Compose = Callable[[Point], RunConfig]
 
 
 class Launcher(Protocol):
-    """Runs trials: on this machine, or as jobs of a cluster."""
+    """Interface of launchers, which run trials on this machine or as jobs of a cluster."""
 
     at_once: int
 
     @property
     def has_room(self) -> bool:
-        """Whether another trial can begin."""
+        """Whether another trial can start."""
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is a trial to wait for."""
+        """Whether a trial is running or queued."""
 
     def start(self, trial: Trial, config: RunConfig, run_dir: Path) -> Trial:
-        """Starts a trial; returns it, with its job."""
+        """Starts a trial; returns it with its job ID, if the launcher has one."""
 
     def reattach(self, trial: Trial) -> bool:
-        """Whether a trial that an earlier start of the sweep began still runs; if so, ``ended`` will return it."""
+        """Whether a trial of an earlier process of the sweep is still running; if so, ``ended`` will return it."""
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit status) of the trials that have ended since the last call."""
+        """Returns (number, exit code) of the trials that ended since the last call."""
 
     def forward_signal(self, number: int) -> None:
-        """Handles a signal that this process received."""
+        """Handles a signal that the sweep received."""
 
     def close(self) -> None:
-        """Ends every process that would not end by itself."""
+        """Releases the launcher: kills the processes that are still running, if they belong to this process."""
 
 
 class _ReadyTrial(NamedTuple):
@@ -63,13 +63,13 @@ class _ReadyTrial(NamedTuple):
 
 
 class SweepRunner:
-    """Starts the trials of a sweep and records how they end.
+    """Starts the trials of a sweep and records their results.
 
     Args:
         store: State of the sweep.
-        search: Proposes points.
-        launcher: Runs trials.
-        compose: Composes the configuration of a point.
+        search: Search that proposes points.
+        launcher: Launcher that runs trials.
+        compose: Function that composes the configuration of a point.
         retry: Whether to run failed trials again.
     """
 
@@ -78,7 +78,7 @@ class SweepRunner:
         self.table = SweepTable(lambda: list(store.trials.values()), store.run_dir)
 
     def run(self) -> int:
-        """Runs all trials that have not ended; returns the exit status of the sweep."""
+        """Runs all trials that have not ended; returns the exit code of the sweep."""
         self._announce()
         waiting = self._waiting()
         with StopSignals(
@@ -104,11 +104,11 @@ class SweepRunner:
             for number, status in self.launcher.ended():
                 self._end(number, status)
             if not self.launcher.is_busy and not self.launcher.has_room:
-                break  # the user or the machine wants an end
+                break  # a signal was received
             time.sleep(POLL_SECONDS)
 
     def _waiting(self) -> Iterator[_ReadyTrial]:
-        """Yields the trials that have not ended; new ones are proposed when their turn comes."""
+        """Yields the trials that have not ended; new points are proposed only when a trial can start."""
         for number in range(self.search.n_trials):
             trial = self.store.trials.get(number)
             if trial is None:
@@ -121,7 +121,7 @@ class SweepRunner:
                 yield ready
 
     def _new(self, number: int) -> _ReadyTrial | None:
-        """Creates a trial; returns None if it has nothing to run."""
+        """Creates a trial; returns None if its config is invalid or an equal trial is done."""
         point = self.search.propose(number)
         try:
             config = self.compose(point)
@@ -132,14 +132,14 @@ class SweepRunner:
         trial = Trial(number=number, overrides=point, config_hash=config_hash(config))
         for same in self.store.trials.values():
             if same.config_hash == trial.config_hash and same.state == "done":
-                message = f"the same as trial {same.number}"
+                message = f"same configuration as trial {same.number}"
                 self._close(trial.to("done", status=DONE, value=same.value, message=message))
                 return None
         return _ReadyTrial(trial, config)
 
     def _begin(self, ready: _ReadyTrial) -> None:
         trial, run_dir = ready.trial, self.store.run_dir(ready.trial)
-        if self.launcher.reattach(trial):  # even if it seemed to have ended: two jobs must not write one run
+        if self.launcher.reattach(trial):  # whatever its state: two jobs must not write the same run
             self.store.write(trial.to("running", status=None, message=None))
             return
         self.search.prepare(trial, run_dir)
@@ -148,15 +148,15 @@ class SweepRunner:
         self.table.began(trial)
 
     def _end(self, number: int, status: int) -> None:
-        """Records how a trial has ended."""
+        """Records the result of a trial."""
         trial = self.store.trials[number]
         run_dir = self.store.run_dir(trial)
-        name, seen = END_STATES.get(status, "failed"), load_state(run_dir)
-        message = None if status in (DONE, PRUNED) else (seen and seen.message) or _last_line(run_dir / OUTPUT)
+        name, state = END_STATES.get(status, "failed"), load_state(run_dir)
+        message = None if status in (DONE, PRUNED) else (state and state.message) or _last_line(run_dir / OUTPUT)
         value = Run(run_dir).value(self.store.sweep.metric) if status in (DONE, PRUNED) else None
         if status == DONE and value is None:
-            name, status, message = "diverged", DIVERGED, f"{self.store.sweep.metric} was never a finite number"
-        tokens = seen.tokens if seen else 0
+            name, status, message = "diverged", DIVERGED, f"{self.store.sweep.metric} has no finite value"
+        tokens = state.tokens if state else 0
         self._close(trial.to(name, status=status, message=message, value=value, tokens=tokens))
 
     def _close(self, trial: Trial) -> None:
@@ -170,8 +170,8 @@ class SweepRunner:
         log.info("%-9s %s", "sweep", sweep.question)
         log.info("%-9s %s", "space", format_overrides(sweep.space))
         ended = sum(trial.state in TRIAL_END_STATES for trial in known)
-        log.info("%-9s %d%s, %d at once", "trials", self.search.n_trials,
-                 f", {ended} of them have ended before" if ended else "", self.launcher.at_once)  # fmt: skip
+        log.info("%-9s %d%s, up to %d concurrent", "trials", self.search.n_trials,
+                 f" ({ended} of them ended earlier)" if ended else "", self.launcher.at_once)  # fmt: skip
         log.info("%-9s %s", "directory", self.store.directory)
 
     def _status(self, received: list[int]) -> int:
@@ -189,18 +189,18 @@ class SweepRunner:
         if any(trial.state == "done" for trial in trials):
             report_sweep(self.store.directory)
         for trial in trials:
-            if trial.state in FAILED_STATES:  # in an earlier start of the sweep, too
+            if trial.state in FAILED_STATES:  # those of earlier processes of the sweep as well
                 self.table.ended(trial)
         log.info("%d trials: %s", self.search.n_trials, ", ".join(f"{n} {state}" for state, n in counts.items()))
         if status in (INTERRUPTED, PREEMPTED):
-            log.info("The sweep goes on where it stopped with the same command.")
+            log.info("Run the same command again to resume the sweep.")
         elif any(trial.state in FAILED_STATES for trial in trials):
-            log.info("To run again what has failed: the same command with hydra.sweeper.retry=true hydra.sweep.dir=%s",
+            log.info("To retry the failed trials, add hydra.sweeper.retry=true hydra.sweep.dir=%s to the command.",
                      self.store.directory)  # fmt: skip
 
 
 def _last_line(path: Path) -> str | None:
-    """Returns the last line that a process printed."""
+    """Returns the last line of a file that is not empty, or None."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:

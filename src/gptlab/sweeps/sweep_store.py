@@ -1,4 +1,4 @@
-"""State of a sweep on disk, and the directory of a sweep that is new or resumed. Imports no torch."""
+"""State of a sweep on disk, and the choice of the sweep directory. Imports no torch."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ from gptlab.tracking.run_store.sweeps import (
 )
 
 LOCK = ".lock"
-PRUNE = "prune.json"  # in the run directory of a trial that may be pruned: what its process needs to know
-# keys that do not change what a trial computes
+PRUNE = "prune.json"  # config of pruning, in the run directory of a trial that may be pruned
+# keys that do not change the result of a trial
 NON_IDENTITY_KEYS = {
     "resume": True,
     "force_resume": True,
@@ -33,24 +33,24 @@ NON_IDENTITY_KEYS = {
 
 
 def config_hash(config: RunConfig) -> str:
-    """Hashes what a configuration computes."""
+    """Returns the hash of all config keys that can change the result of a run."""
     return hash_values(config.model_dump(mode="json", exclude=NON_IDENTITY_KEYS))  # type: ignore[arg-type]
 
 
 def hash_values(values: Any) -> str:
-    """Hashes plain data."""
+    """Returns the hash of plain data: 16 hexadecimal digits of the SHA-256 of its JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class SweepStore:
-    """Trials of a sweep in memory, written to disk with every change; locks the sweep's directory.
+    """Trials of a sweep, in memory and on disk; holds the lock of the sweep directory.
 
     Args:
         directory: Sweep directory.
         sweep: Definition of the sweep.
 
     Raises:
-        UserError: The directory holds another sweep, or another process runs this one.
+        UserError: The directory contains another sweep, or another process is running this one.
     """
 
     def __init__(self, directory: Path, sweep: Sweep) -> None:
@@ -58,8 +58,9 @@ class SweepStore:
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
-                f"hydra.sweep.dir={directory} holds another sweep, over {format_overrides(earlier.space)}; this one is "
-                f"over {format_overrides(sweep.space)}, or another setting differs. Choose another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} contains a different sweep. Its search space is "
+                f"{format_overrides(earlier.space)}, the current one is {format_overrides(sweep.space)}, or another "
+                "config key differs. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
@@ -67,8 +68,8 @@ class SweepStore:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{directory} is the directory of this sweep, and a process is at work on it. For another one beside "
-                "it: hydra.sweep.dir=<directory>"
+                f"Another process is running this sweep in {directory}. To run the sweep a second time, set "
+                "hydra.sweep.dir=<directory>."
             ) from None
         if earlier is None:
             sweep.save(directory)
@@ -80,11 +81,11 @@ class SweepStore:
         self._lock.release()
 
     def run_dir(self, trial: Trial) -> Path:
-        """Run directory of a trial."""
+        """Returns the run directory of a trial."""
         return (self.directory / str(trial.number)).absolute()
 
     def write(self, trial: Trial) -> Trial:
-        """Writes a trial."""
+        """Writes a trial to disk and returns it."""
         trial.save(self.directory)
         self.trials[trial.number] = trial
         return trial
@@ -96,12 +97,12 @@ def is_prunable(run_dir: Path) -> bool:
 
 
 def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
-    """Returns the newest unfinished directory of the same sweep, or creates one."""
+    """Returns the newest directory with an unfinished sweep of the same definition, or creates a directory."""
     found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
     for directory in found:
         try:
             earlier = load_sweep(directory)
-        except UserError:  # damaged, and no reason not to begin another
+        except UserError:  # a damaged sweep is not resumed
             continue
         if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
             return directory
@@ -109,6 +110,6 @@ def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
 
 
 def _is_complete(directory: Path, sweep: Sweep) -> bool:
-    """Whether every trial has ended; those that the search has not proposed yet are missing."""
+    """Whether every trial has been proposed and has ended."""
     trials = load_trials(directory)
     return len(trials) >= sweep.n_trials and all(trial.state in TRIAL_END_STATES for trial in trials)

@@ -17,16 +17,16 @@ from gptlab.tracking.run_store.sweeps import Trial, format_overrides
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS = 20  # trials shown: the running ones, and the latest that have ended
+MAX_ROWS = 20  # running trials first, then the latest that ended
 COLORS = {"done": "green", "running": "cyan", "pruned": "yellow", "waiting": "dim"}
 
 
 class SweepTable:
-    """Live table in a terminal; elsewhere a line when a trial starts or ends.
+    """Live table of the trials in a terminal. Also logs a line when a trial starts or ends.
 
     Args:
-        trials: Returns all trials.
-        run_dir: Returns the run directory of a trial.
+        trials: Function that returns all trials.
+        run_dir: Function that returns the run directory of a trial.
     """
 
     def __init__(self, trials: Callable[[], list[Trial]], run_dir: Callable[[Trial], Path]) -> None:
@@ -42,12 +42,12 @@ class SweepTable:
         self._live.stop()
 
     def began(self, trial: Trial) -> None:
-        """Reports that a trial has started."""
-        again = " (again)" if trial.starts > 1 else ""
-        log.info("%s", f"trial {trial.number} begins{again}: {format_overrides(trial.overrides)}")
+        """Logs that a trial has started."""
+        again = f" (start {trial.starts})" if trial.starts > 1 else ""
+        log.info("%s", f"trial {trial.number} started{again}: {format_overrides(trial.overrides)}")
 
     def ended(self, trial: Trial) -> None:
-        """Reports how a trial has ended."""
+        """Logs the result of a trial."""
         value = "" if trial.value is None else f" · {trial.value:.4f}"
         reason = f": {trial.message}" if trial.message and trial.state not in ("done", "pruned") else ""
         log.info("%s", f"trial {trial.number} {trial.state}{value} · {format_overrides(trial.overrides)}{reason}")
@@ -55,7 +55,7 @@ class SweepTable:
     def _table(self) -> Group:
         table = Table(box=box.SIMPLE)
         for name, justify in (("trial", "right"), ("state", "left"), ("step", "right"), ("loss", "right"),
-                              ("val loss", "right"), ("left", "right"), ("what it changes", "left")):  # fmt: skip
+                              ("val loss", "right"), ("time left", "right"), ("overrides", "left")):  # fmt: skip
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         trials = self.trials()
         active = [trial for trial in trials if trial.state == "running"]

@@ -1,4 +1,4 @@
-"""Running a sweep that Hydra's sweeper plugin hands over. Imports no torch."""
+"""Implementation of the Hydra sweeper plugin. Imports no torch."""
 
 import time
 from collections.abc import Callable
@@ -34,41 +34,41 @@ def run_sweep(
     """Runs or resumes a sweep.
 
     Args:
-        context: Hydra's, with which a trial's configuration is composed.
-        composed: Of the sweep itself.
-        arguments: The overrides of the command line.
-        settings: Of hydra.sweeper.
-        launcher: Of hydra.launcher.
+        context: Hydra context, which composes the configuration of a trial.
+        composed: Configuration of the sweep, as composed by Hydra.
+        arguments: Overrides of the command line.
+        settings: Config group hydra.sweeper, without ``_target_``.
+        launcher: Config group hydra.launcher.
 
     Raises:
-        UserError: What is asked for cannot be run at all.
-        SweepIncomplete: Not every trial has come to a result.
+        UserError: The config of the sweep or launcher is invalid, no point is valid, or the sweep directory is in use.
+        SweepIncomplete: The exit code of the sweep is not 0: a trial failed, or the sweep was interrupted.
     """
-    wanted = validate(SweeperConfig, settings)
-    space, where = SearchSpace(wanted.params, arguments), _check_launcher(launcher)
+    config = validate(SweeperConfig, settings)
+    space, launcher_config = SearchSpace(config.params, arguments), _check_launcher(launcher)
 
     def compose(point: Point) -> RunConfig:
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):
-            del values["hydra"]  # which is Hydra's own, and of no job yet
+            del values["hydra"]  # not part of the configuration of a run
         return resolve_split(resolve(values, overrides).with_absolute_paths())
 
-    base = _check_space(space, compose, is_grid=wanted.search == "grid")
+    base = _check_space(space, compose, is_grid=config.search == "grid")
     if base.logger.wandb is not None:
         check_mode(base.logger.wandb)
-    what = _describe(wanted, space, base)
+    definition = _describe(config, space, base)
     named = any(override.startswith("hydra.sweep.dir=") for override in composed.hydra.overrides.hydra)
-    directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, what)
-    store = SweepStore(directory, what)
+    directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, definition)
+    store = SweepStore(directory, definition)
     try:
-        search = Search(wanted, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
+        search = Search(config, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
         runner: Launcher = (
-            LocalLauncher(where, base.trainer)
-            if isinstance(where, LocalLauncherConfig)
-            else SlurmLauncher(where, directory)
+            LocalLauncher(launcher_config, base.trainer)
+            if isinstance(launcher_config, LocalLauncherConfig)
+            else SlurmLauncher(launcher_config, directory)
         )
-        status = SweepRunner(store, search, runner, compose, retry=wanted.retry).run()
+        status = SweepRunner(store, search, runner, compose, retry=config.retry).run()
     finally:
         store.close()
     if status != DONE:
@@ -76,43 +76,43 @@ def run_sweep(
 
 
 def _check_space(space: SearchSpace, compose: Callable[[Point], RunConfig], *, is_grid: bool) -> RunConfig:
-    """Checks that a point is valid before anything is created; returns the configuration that all trials share."""
-    mistakes = []
+    """Checks that at least one point is valid; returns the configuration without the overrides of a point."""
+    errors = []
     for point in space.grid() if is_grid else [space.example()]:
         try:
             compose(point)
             break
         except UserError as error:
-            mistakes.append(error)
+            errors.append(error)
     else:
-        raise mistakes[0]
+        raise errors[0]
     return compose({})
 
 
-def _describe(wanted: SweeperConfig, space: SearchSpace, base: RunConfig) -> Sweep:
-    """Builds the definition of a sweep, with the hash of all that identifies it."""
-    grid = space.grid() if wanted.search == "grid" else None
-    chosen = wanted.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
+def _describe(config: SweeperConfig, space: SearchSpace, base: RunConfig) -> Sweep:
+    """Builds the definition of a sweep, with the hash that identifies it."""
+    grid = space.grid() if config.search == "grid" else None
+    identity = config.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
     return Sweep(
-        question=wanted.question or _question(space),
+        question=config.question or _question(space),
         space=space.written,
         fixed=space.fixed,
-        search=wanted.search,
-        n_trials=len(grid) if grid is not None else wanted.n_trials or 0,
-        metric=wanted.metric,
-        baseline={key: str(value) for key, value in wanted.baseline.items()},
+        search=config.search,
+        n_trials=len(grid) if grid is not None else config.n_trials or 0,
+        metric=config.metric,
+        baseline={key: str(value) for key, value in config.baseline.items()},
         definition=hash_values(
-            {"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | chosen
+            {"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | identity
         ),
         wandb_group=f"{base.name}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
 
 
 def _question(space: SearchSpace) -> str:
-    """Returns the question of a sweep that has none configured."""
+    """Returns a default question for a sweep without one."""
     keys = [key for key in space.varied if key != "seed"]
     if not keys:
-        return "How much do seeds differ?" if space.varied else "How good is this configuration?"
+        return "How much do runs with different seeds differ?" if space.varied else "How good is this configuration?"
     return f"Which {' and '.join(keys)} is best?"
 
 
@@ -128,6 +128,6 @@ def _check_launcher(launcher: dict[str, Any]) -> LocalLauncherConfig | SlurmLaun
             check_cluster(config)
             return config
     raise UserError(
-        f"hydra/launcher with {kind} runs no sweep of hydra/sweeper=gptlab; processes and slurm do, and "
-        "hydra/sweeper=basic takes any launcher."
+        f"hydra/launcher ({kind}) cannot be used with hydra/sweeper=gptlab. Use hydra/launcher=processes or slurm, or "
+        "hydra/sweeper=basic, which supports any launcher."
     )

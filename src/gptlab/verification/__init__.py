@@ -1,4 +1,4 @@
-"""``gptlab.prove``: a user's own configuration is run to verify order, resume and the equality of ranks.
+"""``gptlab.prove``: verifies data order, resume and the equality of ranks for a configuration by running it.
 
-Each proof compares short runs, in processes of their own, by the traces that they leave.
+Each proof compares the determinism traces of short runs, which are started as separate processes.
 """

@@ -1,4 +1,4 @@
-"""Compares two traces. Imports no torch."""
+"""Comparison of two determinism traces. Imports no torch."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class TraceStep(NamedTuple):
-    """A step of a trace, as ``gptlab.training.callbacks.determinism_trace`` writes it."""
+    """Step of a trace, as written by ``gptlab.training.callbacks.determinism_trace``."""
 
     step: int
     tokens: str
@@ -18,13 +18,13 @@ class TraceStep(NamedTuple):
 
 
 class TraceDifference(NamedTuple):
-    """The first difference between two traces.
+    """First difference between two traces.
 
     Attributes:
-        step: The first step that is not the same in both.
-        values: How its tokens, loss and gradient norm differ.
-        tensors: Parameters and moments that differ after it, in the order of the model.
-        of: Number of all parameters and moments.
+        step: First step that is not bit-identical.
+        values: Differences of its tokens, loss and gradient norm, in words.
+        tensors: Names of the parameters and optimizer states that differ after the step, in the order of the model.
+        of: Number of all parameters and optimizer states.
     """
 
     step: int
@@ -35,12 +35,12 @@ class TraceDifference(NamedTuple):
     def __str__(self) -> str:
         parts = list(self.values)
         if self.tensors:
-            parts.append(f"{len(self.tensors)} of {self.of} tensors, the first of them {self.tensors[0]}")
-        return f"first at step {self.step}: {'; '.join(parts)}"
+            parts.append(f"{len(self.tensors)} of {self.of} tensors differ, first {self.tensors[0]}")
+        return f"first difference at step {self.step}: {'; '.join(parts)}"
 
 
 def read_trace(path: Path) -> list[TraceStep]:
-    """Reads a trace; returns no steps if there is no file."""
+    """Reads a trace; returns an empty list if the file does not exist."""
     if not path.exists():
         return []
     return [TraceStep(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -52,7 +52,7 @@ def first_difference(expected: list[TraceStep], found: list[TraceStep]) -> Trace
         if ours == theirs:
             continue
         if ours is None or theirs is None:
-            return TraceDifference((ours or theirs).step, ["one of the runs has no such step"], [], 0)
+            return TraceDifference((ours or theirs).step, ["missing in one of the runs"], [], 0)
         values = [
             f"{name} {getattr(theirs, name)} instead of {getattr(ours, name)}"
             for name in ("step", "tokens", "loss", "grad_norm")
@@ -65,9 +65,9 @@ def first_difference(expected: list[TraceStep], found: list[TraceStep]) -> Trace
 
 
 def largest_difference(expected: list[TraceStep], found: list[TraceStep]) -> tuple[float, int]:
-    """Returns the largest difference of the losses of two traces, and its step.
+    """Returns the largest difference between the losses of two traces, and its step.
 
-    It is infinite if a loss is NaN, or one of the traces lacks a step.
+    The difference is infinite if a loss is NaN or if a step is missing in one of the traces.
     """
     differences = []
     for step, (ours, theirs) in enumerate(zip_longest(expected, found), 1):

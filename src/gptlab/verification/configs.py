@@ -1,4 +1,4 @@
-"""Configurations of the runs that a proof compares: the user's own, shortened. Imports no torch."""
+"""Configurations of the runs that a proof compares: the given configuration, shortened. Imports no torch."""
 
 import math
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -25,11 +25,11 @@ from gptlab.training.config import (
 S = TypeVar("S", bound=FrozenConfig)
 
 EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # short evaluations and samples
-LONGER = 100  # more steps of a run that is killed, so that it does not end before
+LONGER = 100  # additional steps of a run that will be killed, so that it does not end before
 
 
 class ProveConfig(FrozenConfig):
-    """How much is verified; see conf/prove.yaml."""
+    """Config keys of a proof; see conf/prove.yaml."""
 
     steps: Annotated[int, Field(ge=2)]
     kill_after: PositiveInt
@@ -40,32 +40,34 @@ class ProveConfig(FrozenConfig):
     out: str | None
 
     @model_validator(mode="after")
-    def _killed_before_the_end(self) -> Self:
+    def _check_kill_after(self) -> Self:
         if self.kill_after >= self.steps:
             raise ValueError(
-                f"kill_after={self.kill_after} leaves nothing to go on with: it should be less than steps={self.steps}"
+                f"kill_after={self.kill_after} leaves no steps to resume: it should be less than steps={self.steps}"
             )
         return self
 
 
 class ProveArguments(FrozenConfig):
-    """The keys of ``gptlab.prove`` beside those of a run."""
+    """Config keys of ``gptlab.prove`` in addition to those of a run."""
 
     prove: ProveConfig
 
 
 def resolve_proof(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, ProveConfig]:
-    """Resolves and validates what Hydra composed: the run, as ``gptlab.train`` does, and how much is verified."""
+    """Resolves and validates a composed config; returns the config of the run and that of the proof."""
     run = OmegaConf.masked_copy(values, [str(key) for key in values if key != "prove"])
     config = resolve(run, [override for override in overrides if not override.startswith("prove.")])
     return config, validate(ProveArguments, {"prove": resolve_to_dict(values.prove)}).prove
 
 
 def shortened(config: RunConfig, steps: int) -> RunConfig:
-    """Returns the first steps of a run, with its learning rates, evaluations, samples, checkpoints and a trace.
+    """Returns a configuration of the first ``steps`` steps of a run, with a trace and a checkpoint after every step.
+
+    The learning rates are those of the whole run. Evaluations and samples are shortened.
 
     Raises:
-        UserError: The run cannot be shortened without changing its steps.
+        UserError: The run cannot be shortened without changing its learning rates.
     """
     train = config.train
     windows = min(train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
@@ -85,47 +87,50 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
 
 
 def extended(short: RunConfig) -> RunConfig:
-    """Returns the same run, longer and with all its checkpoints, so that it is training when it is killed."""
+    """Returns a longer run that keeps all checkpoints, so that it is still training when it is killed."""
     steps = short.steps + LONGER
     callbacks = _with(short.callbacks, checkpoint=_with(_every_step(short.callbacks.checkpoint), keep_last=steps))
     return _with(short, train=_with(short.train, max_steps=steps), callbacks=callbacks)
 
 
 def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfig:
-    """Returns a run in one process whose losses differ from those of several processes only by rounding."""
-    alone = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
+    """Returns a run on one device, in float32 and without dropout, to compare with runs on several devices.
+
+    The losses of these runs differ only by rounding.
+    """
+    single = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
     return _with(
         short,
         model=_with(short.model, dropout=0.0),
         train=_with(short.train, compile=False),
-        trainer=_with(short.trainer, accelerator=accelerator, precision="32-true", **alone),
+        trainer=_with(short.trainer, accelerator=accelerator, precision="32-true", **single),
         callbacks=CallbacksConfig(trace=TraceConfig(every=1)),
     )
 
 
 def on_ranks(config: RunConfig, strategy: str, plan: BatchPlan) -> RunConfig:
-    """Returns the same run on the processes of a plan."""
+    """Returns the same run with the world size and micro-batch size of a batch plan."""
     trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
 
 
 def plan_ranks(train: TrainConfig, ranks: int, at_most: int) -> BatchPlan:
-    """Returns the batch plan for so many ranks, with the largest micro-batches up to ``at_most`` sequences.
+    """Returns the batch plan for a number of ranks, with the largest micro-batch size up to ``at_most``.
 
     Raises:
-        UserError: A batch is not divisible.
+        UserError: A global batch size is not divisible by the ranks.
     """
     whole = _with(train, micro_batch_size=None).plan(ranks)
-    most = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # which the accumulation has to divide
-    for accumulation in range(1, most + 1):
+    divisor = math.gcd(*(batch // ranks for batch in whole.stages.sizes))  # a multiple of every valid accumulation
+    for accumulation in range(1, divisor + 1):
         size, rest = divmod(whole.micro_batch_size, accumulation)
-        if most % accumulation == rest == 0 and size <= at_most:
+        if divisor % accumulation == rest == 0 and size <= at_most:
             return _with(train, micro_batch_size=size).plan(ranks)
-    raise UserError(f"train.batch_schedule has batches too small for an accumulation of micro-batches up to {at_most}.")
+    raise UserError(f"train.batch_schedule has global batch sizes that no micro-batch size up to {at_most} divides.")
 
 
 def _keep_rates(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleConfig:
-    """Returns a schedule that has the learning rates of the whole run in a shorter one."""
+    """Returns a schedule for the shortened run that has the learning rates of the whole run."""
     if isinstance(schedule, ConstantConfig):
         return schedule
     if not isinstance(schedule, WSDConfig):
@@ -133,14 +138,14 @@ def _keep_rates(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleCon
     stable = round(whole * (1 - schedule.decay_fraction))
     if steps > max(stable, schedule.warmup_steps):
         raise UserError(
-            f"prove.steps={steps}: in a run of {whole} steps, schedule=wsd begins to decay after {stable}, and cannot "
-            "be told to in a shorter one. Fewer steps, or a longer run (train.max_steps), would do."
+            f"prove.steps={steps} is too large: in a run of {whole} steps, schedule=wsd starts to decay after step "
+            f"{stable}, which a shortened run cannot reproduce. Decrease prove.steps or increase train.max_steps."
         )
-    return ConstantConfig(name="constant", warmup_steps=schedule.warmup_steps)  # until it decays
+    return ConstantConfig(name="constant", warmup_steps=schedule.warmup_steps)  # equal to WSD until the decay
 
 
 def _every_step(config: CheckpointConfig | None) -> CheckpointConfig:
-    """Returns the user's checkpoint settings, with a checkpoint after every step."""
+    """Returns the given checkpoint config, with a checkpoint after every step."""
     if config is not None:
         return _with(config, every=1)
     return CheckpointConfig(every=1, keep_last=1, keep_best=False, sharded="auto", asynchronous=False)

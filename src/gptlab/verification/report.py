@@ -1,4 +1,4 @@
-"""Results of proofs, as a table and as JSON. Imports no torch."""
+"""Report of proofs, as a table and as JSON. Imports no torch."""
 
 import json
 from pathlib import Path
@@ -21,10 +21,10 @@ class ProofResult(NamedTuple):
     """Result of a proof.
 
     Attributes:
-        name: What was verified.
-        passed: Whether it holds; None if it cannot be tried here.
-        what: A sentence.
-        details: Plain data.
+        name: Name of the proof.
+        passed: Whether it passed, or None if it is not possible with this configuration or on this machine.
+        what: Result in words.
+        details: Details, as plain data.
     """
 
     name: str
@@ -34,11 +34,11 @@ class ProofResult(NamedTuple):
 
 
 def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> None:
-    """Prints a row per proof, and below them the last output of failed runs."""
+    """Prints a table with a row per proof, and the last output of failed runs."""
     console = get_console()
     table = Table(box=box.SIMPLE)
-    table.add_column("promise", no_wrap=True)
-    table.add_column("kept")
+    table.add_column("proof", no_wrap=True)
+    table.add_column("passed")
     table.add_column(f"{steps} steps of {config.name}, {config.trainer.strategy}")
     for proof in proofs:
         table.add_row(proof.name, SIGNS[proof.passed], Text(proof.what, overflow="fold"))
@@ -49,7 +49,7 @@ def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> No
 
 
 def write_report(folder: Path, config: RunConfig, proofs: list[ProofResult]) -> Path:
-    """Writes prove.json, and the environment both in it and beside it."""
+    """Writes environment.json and prove.json, which includes the environment; returns the path of prove.json."""
     record_environment(folder)
     report: dict[str, Any] = {
         "passed": all_passed(proofs),
@@ -63,5 +63,5 @@ def write_report(folder: Path, config: RunConfig, proofs: list[ProofResult]) -> 
 
 
 def all_passed(proofs: list[ProofResult]) -> bool:
-    """Returns whether no proof has failed; one that cannot be tried here has not."""
+    """Returns whether no proof has failed; proofs that are not possible do not count."""
     return all(proof.passed is not False for proof in proofs)

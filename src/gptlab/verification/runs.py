@@ -1,4 +1,4 @@
-"""Runs of a proof, each in a process of its own with a log of its output. Imports no torch."""
+"""Runs of a proof, each in a separate process with its output in a log file. Imports no torch."""
 
 import contextlib
 import logging
@@ -21,29 +21,29 @@ from gptlab.verification.comparison import TraceStep, read_trace
 
 log = logging.getLogger(__name__)
 
-TAIL = 30  # lines of a failed run's output that are shown
+TAIL = 30  # printed lines of the output of a failed run
 POLL = 0.02  # seconds
 
 
-class RunFailed(Exception):  # noqa: N818  (it is what a proof finds)
-    """A run has failed.
+class RunFailed(Exception):  # noqa: N818  (a result of a proof)
+    """Raised when a run of a proof fails.
 
     Attributes:
-        tail: The end of its output.
+        tail: Last lines of its output.
     """
 
-    def __init__(self, sentence: str, tail: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, tail: str) -> None:
+        super().__init__(message)
         self.tail = tail
 
 
 class RunProcess:
-    """A run of a validated configuration; ``kill`` ends all its processes, and waits for their end.
+    """Running process of a validated configuration.
 
     Args:
-        config: The configuration.
-        run_dir: Its run directory, unless it resumes another.
-        output: The file for its output.
+        config: Configuration of the run.
+        run_dir: Run directory, not used if the run resumes another.
+        output: Log file for its output.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path, output: Path) -> None:
@@ -54,7 +54,10 @@ class RunProcess:
         self._copying.start()
 
     def kill(self) -> None:
-        """Kills its processes; its workers, which lead sessions of their own, end with it."""
+        """Kills all processes of the run and waits for their end.
+
+        Its workers have their own sessions, and end when the standard input of the run is closed.
+        """
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         assert self.process.stdin is not None  # noqa: S101
@@ -63,18 +66,18 @@ class RunProcess:
         self._copying.join()
 
     def _copy(self, output: Path) -> None:
-        """Copies its output until its last process has ended."""
+        """Copies the output of the run to the log file until its last process has ended."""
         assert self.process.stdout is not None  # noqa: S101
-        with output.open("wb", buffering=0) as file, self.process.stdout as said:
-            while data := os.read(said.fileno(), 2**16):
+        with output.open("wb", buffering=0) as file, self.process.stdout as stdout:
+            while data := os.read(stdout.fileno(), 2**16):
                 file.write(data)
 
 
 class ProofRuns:
-    """Runs configurations, each once, in folders of their names.
+    """Runs configurations by name, each once, with the name as run directory.
 
     Args:
-        folder: The folder of all runs.
+        folder: Directory of all runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,14 +85,14 @@ class ProofRuns:
         self._known: dict[str, list[TraceStep] | RunFailed] = {}
 
     def run_dir(self, name: str) -> Path:
-        """Returns the run directory of a name."""
+        """Returns the run directory of the run ``name``."""
         return self.folder / name
 
     def trace(self, name: str, config: RunConfig) -> list[TraceStep]:
-        """Runs a configuration to its end and returns the trace.
+        """Runs a configuration to the end and returns its trace; later calls with the same name return it again.
 
         Raises:
-            RunFailed: The run fails.
+            RunFailed: The run failed.
         """
         if name not in self._known:
             try:
@@ -102,9 +105,12 @@ class ProofRuns:
         return known
 
     def kill(self, name: str, config: RunConfig, after: int) -> Path:
-        """Runs until a step is saved, kills all processes at once, and returns the run directory.
+        """Runs until step ``after`` is saved, kills all processes, and returns the run directory.
 
-        Later checkpoints that were saved before the signal are removed, so that the run resumes from that step.
+        Removes later checkpoints that were saved before the signal, so that the run resumes from that step.
+
+        Raises:
+            RunFailed: The run ended before it was killed.
         """
         folder, status = self.run_dir(name) / CHECKPOINTS, None
         with self._running(name, config) as run:
@@ -121,26 +127,26 @@ class ProofRuns:
     def _traced(self, name: str, config: RunConfig) -> list[TraceStep]:
         with self._running(name, config) as run:
             status = run.process.wait()
-        if status:  # and all of its output is in the log
+        if status:
             raise self._failed(name, status)
         return read_trace((Path(config.resume) if config.resume else self.run_dir(name)) / TRACE)
 
     @contextmanager
     def _running(self, name: str, config: RunConfig) -> Iterator[RunProcess]:
-        """Starts a run; whatever happens, none of its processes is left."""
-        begun = time.monotonic()
+        """Starts a run, and kills its processes at the end, also after an exception."""
+        start = time.monotonic()
         with get_console().status(f"running: {name}"):
             run = RunProcess(config, self.run_dir(name), self._log(name))
             try:
                 yield run
             finally:
                 run.kill()
-        log.info("ran: %-28s %5.1f s", name, time.monotonic() - begun)
+        log.info("run %-28s %5.1f s", name, time.monotonic() - start)
 
     def _failed(self, name: str, status: int) -> RunFailed:
         lines = self._log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        end = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        return RunFailed(f"the run '{name}' {end}: {self._log(name)}", "\n".join(lines[-TAIL:]))
+        end = f"was killed by signal {-status}" if status < 0 else f"ended with exit code {status}"
+        return RunFailed(f"run '{name}' {end}, see {self._log(name)}", "\n".join(lines[-TAIL:]))
 
     def _log(self, name: str) -> Path:
         return self.folder / f"{name}.log"

@@ -1,4 +1,4 @@
-"""What is said of sweeps whose directories were written by hand."""
+"""Results of sweeps, from sweep directories with hand-written values."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ from gptlab.errors import UserError
 from gptlab.sweeps.analysis.phrases import plus_minus
 from gptlab.sweeps.analysis.report import print_answers, report_sweep
 from gptlab.sweeps.analysis.table import SweepAnswers, analyze_sweep
-from sweeps_by_hand import trial, write_model, write_sweep
+from sweep_directories import trial, write_model, write_sweep
 
 LR = "optimizer.lr"
-# by seeds 1, 2, 3; against the baseline of 1e-3: differences -0.3, -0.3, -0.36; 0.1, -0.1, 0.3; 1.0, 1.1, 0.9
+# seeds 1, 2, 3; differences to the baseline 1e-3: -0.3, -0.3, -0.36; 0.1, -0.1, 0.3; 1.0, 1.1, 0.9
 VALUES = {"1e-3": (2.0, 2.1, 2.2), "2e-3": (1.7, 1.8, 1.84), "4e-3": (2.1, 2.0, 2.5), "8e-3": (3.0, 3.2, 3.1)}
 BASELINE = {LR: 0.001}
 
@@ -30,27 +30,27 @@ def trials_of(values):
 
 @pytest.fixture
 def console():
-    """A wide screen, on which nothing is folded."""
+    """A terminal that is wide enough for the whole table."""
     width = rich.get_console().width
     rich.reconfigure(width=220)
     yield
     rich.reconfigure(width=width)
 
 
-def test_a_table_by_hand(tmp_path):
+def test_answer_table_matches_hand_computed_statistics(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
     assert [row.settings[LR] for row in found.rows] == ["2e-3", "1e-3", "4e-3", "8e-3"]  # the lowest mean first
     best, baseline, other, worst = found.rows
     assert (best.n, best.values) == (3, {"1": 1.7, "2": 1.8, "3": 1.84})
     assert best.mean == pytest.approx(5.34 / 3)
-    assert (best.difference, best.difference_se) == pytest.approx((-0.32, 0.02))  # squares 4, 4, 16 e-4 over 2, over 3
+    assert (best.difference, best.difference_se) == pytest.approx((-0.32, 0.02))  # sqrt((4 + 4 + 16) * 1e-4 / 2 / 3)
     assert (best.comparison, best.compared, best.is_baseline) == ("paired", 3, False)
     assert (baseline.verdict, baseline.is_baseline, baseline.difference) == ("baseline", True, None)
     assert (worst.difference, worst.difference_se) == pytest.approx((1.0, 0.1 / 3**0.5))
-    assert best.verdict == "better by 0.320 ± 0.020 nats at 3 seeds"
-    assert other.verdict == "no difference shown"
-    assert worst.verdict == "worse by 1.000 ± 0.058 nats at 3 seeds"
-    # t = 16 and 17.3 with two degrees of freedom, whose distribution is known in closed form: p = 1 - t / sqrt(t² + 2)
+    assert best.verdict == "better by 0.320 ± 0.020 nats (3 seeds)"
+    assert other.verdict == "not significant"
+    assert worst.verdict == "worse by 1.000 ± 0.058 nats (3 seeds)"
+    # t = 16 and 17.3 with two degrees of freedom, where p = 1 - t / sqrt(t² + 2)
     p = [1 - t / (t * t + 2) ** 0.5 for t in (10 * 3**0.5, 16)]
     assert (worst.p, best.p) == pytest.approx(p)
     assert (worst.p_holm, best.p_holm) == pytest.approx((3 * p[0], max(2 * p[1], 3 * p[0])))
@@ -61,69 +61,69 @@ def test_a_table_by_hand(tmp_path):
     assert (found.comparisons, found.keys, found.notes) == (3, [LR], [])
 
 
-def test_the_best_is_told_from_the_next(tmp_path):
+def test_best_point_is_compared_with_the_second_best(tmp_path):
     values = {"1": (2.0, 2.1, 2.2), "2": (1.7, 1.8, 1.84), "3": (1.71, 1.79, 1.86)}
     found = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values), {LR: 1}))
-    assert found.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=3)")
-    assert found.comparisons == 3  # two with the baseline, one of the best two
+    assert found.answer.endswith("nats; no significant difference to the second best (optimizer.lr=3)")
+    assert found.comparisons == 3  # two with the baseline, one between the best two
     values = {"1": (2.0, 2.1, 2.2), "2": (1.0, 1.1, 1.21), "3": (1.5, 1.601, 1.699)}
     found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values), {LR: 1}))
-    assert found.answer.endswith("; better than the next (optimizer.lr=3) by 0.4967 ± 0.0038 nats")
+    assert found.answer.endswith("; better than the second best (optimizer.lr=3) by 0.4967 ± 0.0038 nats")
 
 
-def test_a_baseline_that_is_best_says_so(tmp_path):
+def test_answer_says_that_the_baseline_is_best(tmp_path):
     values = {"1": (1.0, 1.1, 1.2), "2": (1.5, 1.6, 1.71), "3": (2.0, 2.2, 2.1)}
-    found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values)))  # none is named: the first
+    found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values)))  # the baseline is the first point
     assert found.answer == (
         "best: optimizer.lr=1, the baseline, 1.100 ± 0.058 nats; "
-        "better than the next (optimizer.lr=2) by 0.5033 ± 0.0033 nats"
+        "better than the second best (optimizer.lr=2) by 0.5033 ± 0.0033 nats"
     )
     assert found.comparisons == 2
     near = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values | {"2": (0.9, 1.2, 1.3)})))
-    assert near.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=2)")
+    assert near.answer.endswith("nats; no significant difference to the second best (optimizer.lr=2)")
 
 
-def test_identical_runs_show_no_difference(tmp_path):
+def test_identical_runs_have_no_significant_difference(tmp_path):
     same = {"1": (2.0, 2.1), "2": (2.0, 2.1)}
     found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
-    assert [row.verdict for row in found.rows] == ["baseline", "no difference shown"]
+    assert [row.verdict for row in found.rows] == ["baseline", "not significant"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
-    assert found.answer.endswith("no difference shown between it and the next (optimizer.lr=2)")
+    assert found.answer.endswith("no significant difference to the second best (optimizer.lr=2)")
 
 
-def test_one_seed_states_nothing_about_noise(tmp_path):
+def test_one_seed_has_no_standard_error_and_no_significance(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, trials_of({"1": (2.0,), "2": (1.5,)})))
-    assert [row.verdict for row in found.rows] == ["one seed: no statement about noise", "baseline"]
+    assert [row.verdict for row in found.rows] == ["one seed, significance unknown", "baseline"]
     assert (found.rows[0].difference, found.rows[0].difference_se, found.comparisons) == (-0.5, None, 0)
-    assert found.answer == "best: optimizer.lr=2, 1.5000 nats; one seed: no statement about noise"
+    assert found.answer == "best: optimizer.lr=2, 1.5000 nats; one seed, significance unknown"
 
 
-def test_seeds_alone_are_told_by_their_spread(tmp_path):
+def test_sweep_over_seeds_reports_their_standard_deviation(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, [trial({"seed": s}, value) for s, value in enumerate((1.0, 2.0, 6.0))]))
-    assert found.answer == "3.0 ± 1.5 nats over 3 seeds, whose standard deviation is 2.6 nats"
+    assert found.answer == "3.0 ± 1.5 nats over 3 seeds, standard deviation 2.6 nats"
     assert (found.keys, found.rows[0].settings, found.rows[0].verdict) == ([], {}, "baseline")
 
 
-def test_what_failed_is_left_out_and_counted(tmp_path):
+def test_failed_trials_are_excluded_and_counted(tmp_path):
     trials = trials_of(VALUES)
     trials[4] |= {"state": "failed", "value": None, "message": "out of memory"}
-    trials[7] |= {"value": None}  # it came to its end, and no number was recorded
-    trials[8] |= {"state": "diverged", "value": 0.1}  # what it had before counts for nothing
-    for number, state in {9: "mistaken", 10: "config_error", 11: "config_error"}.items():  # 9: by its earlier name
+    trials[7] |= {"value": None}  # finished without a value
+    trials[8] |= {"state": "diverged", "value": 0.1}  # its earlier value does not count
+    for number, state in {9: "mistaken", 10: "config_error", 11: "config_error"}.items():  # 9: its former name
         trials[number] |= {"state": state, "value": None}
     found = analyze_sweep(write_sweep(tmp_path, trials, BASELINE))
     rows = {row.settings[LR]: row for row in found.rows}
     assert (rows["2e-3"].n, rows["2e-3"].failed, rows["2e-3"].compared) == (2, 1, 2)
-    assert rows["2e-3"].difference == pytest.approx(-0.33)  # of the seeds that both have
-    assert (rows["4e-3"].n, rows["4e-3"].failed, rows["4e-3"].verdict) == (1, 2, "one seed: no statement about noise")
+    assert rows["2e-3"].difference == pytest.approx(-0.33)  # over the common seeds
+    assert (rows["4e-3"].n, rows["4e-3"].failed, rows["4e-3"].verdict) == (1, 2, "one seed, significance unknown")
     assert (rows["8e-3"].n, rows["8e-3"].mean, rows["8e-3"].verdict) == (0, None, "3 failed")
     assert found.rows[-1] is rows["8e-3"]
-    assert found.notes[0] == "Trial 4 (optimizer.lr=2e-3 seed=2) is left out, failed: out of memory"
-    assert found.notes[1] == "Trial 7 (optimizer.lr=4e-3 seed=2) is left out, done: it has no finite val/loss"
+    assert found.notes[0] == "Trial 4 (optimizer.lr=2e-3 seed=2) is excluded, state failed: out of memory"
+    assert found.notes[1] == "Trial 7 (optimizer.lr=4e-3 seed=2) is excluded, state done: val/loss has no finite value"
     assert len(found.notes) == 6
 
 
-def test_what_was_pruned_never_wins(tmp_path):
+def test_pruned_trials_never_win(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (0.5, 0.4)})
     for number in (2, 3):
         trials[number] |= {"state": "pruned"}
@@ -136,7 +136,7 @@ def test_what_was_pruned_never_wins(tmp_path):
     assert found.answer.startswith("best: optimizer.lr=1, the baseline")
 
 
-def test_a_sweep_under_way_says_so_far(tmp_path):
+def test_unfinished_sweep_reports_the_best_so_far(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)})
     trials[3] |= {"state": "running", "value": 1.2}
     found = analyze_sweep(write_sweep(tmp_path / "some", trials))
@@ -145,33 +145,33 @@ def test_a_sweep_under_way_says_so_far(tmp_path):
     begun = analyze_sweep(write_sweep(tmp_path / "begun", trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4)}), missing=2))
     assert begun.answer.startswith("best so far: optimizer.lr=2, 1.450 ± 0.050 nats")
     waiting = [t | {"state": "waiting", "value": None} for t in trials]
-    assert analyze_sweep(write_sweep(tmp_path / "none", waiting)).answer == "no trial has come to a value: 4 unfinished"
-    assert analyze_sweep(write_sweep(tmp_path / "empty", [])).answer == "no trial has come to a value: none was begun"
+    assert analyze_sweep(write_sweep(tmp_path / "none", waiting)).answer == "no trial has a value: 4 unfinished"
+    assert analyze_sweep(write_sweep(tmp_path / "empty", [])).answer == "no trial has a value: none was started"
 
 
-def test_a_baseline_without_a_value_is_told(tmp_path):
+def test_missing_baseline_or_baseline_value_is_reported(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4), "3": (1.6, 1.4)})
     other = analyze_sweep(write_sweep(tmp_path / "other", trials, {LR: 9}))
-    assert other.notes == ["The baseline, optimizer.lr=9, is no point of this sweep: nothing is compared with it."]
+    assert other.notes == ["The baseline optimizer.lr=9 is not a point of this sweep. No point is compared with it."]
     assert {row.verdict for row in other.rows} == {"no baseline"}
-    assert other.answer.endswith("nats; no difference shown between it and the next (optimizer.lr=3)")
+    assert other.answer.endswith("nats; no significant difference to the second best (optimizer.lr=3)")
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
     found = analyze_sweep(write_sweep(tmp_path / "failed", failed, {LR: 1}))
-    assert found.notes[0] == "The baseline, optimizer.lr=1, has no value: nothing is compared with it."
+    assert found.notes[0] == "The baseline optimizer.lr=1 has no value. No point is compared with it."
 
 
 @pytest.mark.parametrize(("named", "there"), [(0.001, "1.0e-3"), ("True", "true"), ("None", "null"), ("muon", "muon")])
-def test_a_baseline_is_found_however_its_value_is_written(tmp_path, named, there):
+def test_baseline_is_found_in_any_notation_of_its_value(tmp_path, named, there):
     trials = [trial({"x": "other"}, 1.0), trial({"x": there}, 2.0)]
     assert [row.is_baseline for row in analyze_sweep(write_sweep(tmp_path, trials, {"x": named})).rows] == [False, True]
 
 
-def test_a_folder_that_is_no_sweep_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"is the directory of no sweep: no sweep\.json is in it"):
+def test_directory_without_a_sweep_raises(tmp_path):
+    with pytest.raises(UserError, match=r"is not the directory of a sweep.* sweep\.json"):
         analyze_sweep(tmp_path)
 
 
-def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
+def test_csv_and_json_contain_the_printed_table(tmp_path, capsys, console):
     trials = trials_of(VALUES)
     trials[4] |= {"state": "failed", "message": "out of memory"}
     write_sweep(tmp_path, trials, BASELINE)
@@ -198,7 +198,7 @@ def test_the_files_hold_what_the_table_holds(tmp_path, capsys, console):
     assert re.search(r"1e-3 .* 1\.10 +baseline", printed)  # the mean of 1.2 and 1
 
 
-def test_models_of_several_sizes_are_told_by_their_parameters(tmp_path, capsys, console):
+def test_table_shows_parameters_of_models_of_different_sizes(tmp_path, capsys, console):
     write_sweep(tmp_path, [trial({"model.n_layer": n}, 1.0) for n in (2, 4)])
     for number, layers in enumerate((2, 4)):
         write_model(tmp_path / str(number), n_layer=layers)
@@ -209,7 +209,7 @@ def test_models_of_several_sizes_are_told_by_their_parameters(tmp_path, capsys, 
     assert "27,936" in capsys.readouterr().out
 
 
-def test_a_narrow_screen_has_every_verdict_whole(tmp_path, capsys, console):
+def test_narrow_terminal_shows_every_result_in_full(tmp_path, capsys, console):
     found = analyze_sweep(write_sweep(tmp_path, trials_of(VALUES), BASELINE))
     rich.reconfigure(width=80)
     print_answers(found)
@@ -218,7 +218,7 @@ def test_a_narrow_screen_has_every_verdict_whole(tmp_path, capsys, console):
     assert max(map(len, lines)) <= 80
 
 
-def test_a_standard_error_decides_how_many_digits_count():
+def test_standard_error_determines_the_number_of_digits():
     assert plus_minus(1.643211, 0.00214) == "1.6432 ± 0.0021"
     assert plus_minus(1.643211, 0.012) == "1.643 ± 0.012"
     assert plus_minus(123.4, 12) == "123 ± 12"
@@ -227,29 +227,33 @@ def test_a_standard_error_decides_how_many_digits_count():
     assert plus_minus(1.0, None) == "1.0000"
 
 
-def test_at_most_8_of_100_sweeps_without_any_difference_claim_one(tmp_path):
+def test_at_most_8_of_100_sweeps_without_a_difference_report_one(tmp_path):
     rng = np.random.default_rng(0)
     claimed = uncorrected = 0
     for number in range(100):
         seeds = rng.normal(0, 0.02, 3)
         values = {str(lr): 2 + seeds + rng.normal(0, 0.01, 3) for lr in range(6)}
         found = analyze_sweep(write_sweep(tmp_path / str(number), trials_of(values)))
-        verdicts = {row.verdict for row in found.rows} - {"baseline", "no difference shown"}
+        verdicts = {row.verdict for row in found.rows} - {"baseline", "not significant"}
         claimed += bool(verdicts) or "better than" in found.answer
         uncorrected += any(row.p is not None and row.p < 0.05 for row in found.rows)
     assert claimed <= 8
-    assert uncorrected > 8  # which is what the correction is for
+    assert uncorrected > 8  # why the correction is needed
 
 
-def test_the_best_at_the_edge_of_what_was_tried_is_told(tmp_path):
+def test_best_value_at_the_edge_of_the_grid_is_noted(tmp_path):
     def notes(name: str, key: str, **values: float) -> list[str]:
         runs = [trial({key: setting.replace("_", "."), "seed": 1}, value) for setting, value in values.items()]
         return analyze_sweep(write_sweep(tmp_path / name, runs)).notes[:1]
 
     largest = notes("largest", LR, **{"1e-3": 3.0, "2e-3": 2.0, "1e-2": 1.5})
-    assert largest == ["The best optimizer.lr is the largest that was tried, 1e-2: a larger one may be better."]
+    assert largest == [
+        "The best optimizer.lr is the largest value that was tried (1e-2). A larger value may be better."
+    ]
     smallest = notes("smallest", LR, **{"1e-3": 1.0, "2e-3": 2.0, "1e-2": 3.5})
-    assert smallest == ["The best optimizer.lr is the smallest that was tried, 1e-3: a smaller one may be better."]
+    assert smallest == [
+        "The best optimizer.lr is the smallest value that was tried (1e-3). A smaller value may be better."
+    ]
     within = notes("within", LR, **{"1e-3": 3.0, "2e-3": 2.0, "1e-2": 3.5})
     two = notes("two", LR, **{"1e-3": 3.0, "2e-3": 2.0})
     words = notes("words", "schedule", cosine=3.0, linear=2.0, wsd=1.0)

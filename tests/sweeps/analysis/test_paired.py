@@ -1,4 +1,4 @@
-"""Comparisons over seeds, beside published figures, other tests and simulations whose truth is known."""
+"""Comparisons over seeds, against published results, SciPy, and simulations with a known difference."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ def by_seed(values, first=1):
     return {(str(seed),): float(value) for seed, value in enumerate(values, first)}
 
 
-def test_students_own_data_give_the_published_figures():
+def test_paired_t_test_matches_r_on_students_data():
     found = compare(by_seed(FIRST), by_seed(SECOND))  # R: t.test(Pair(extra.1, extra.2) ~ 1, data = sleep2)
     assert (found.method, found.n, found.others) == ("paired", 10, 10)
     assert found.difference == pytest.approx(-1.58, abs=1e-12)
@@ -27,7 +27,7 @@ def test_students_own_data_give_the_published_figures():
     assert (found.low, found.high) == pytest.approx((-2.4598858, -0.7001142), abs=5e-8)
 
 
-def test_without_seeds_in_common_it_is_welchs_test_with_its_published_figures():
+def test_welch_test_without_common_seeds_matches_r():
     found = compare(by_seed(FIRST), by_seed(SECOND, first=101))  # R: t.test(extra ~ group, data = sleep)
     assert found.method == "welch"
     assert found.difference / found.se == pytest.approx(-1.8608, abs=5e-5)
@@ -35,10 +35,9 @@ def test_without_seeds_in_common_it_is_welchs_test_with_its_published_figures():
     assert (found.low, found.high) == pytest.approx((-3.3654832, 0.2054832), abs=5e-8)
 
 
-def test_two_seeds_are_a_cauchy_distribution():
-    found = compare(
-        by_seed((0.1, 0.3)), by_seed((0.0, 0.0))
-    )  # mean 0.2, standard error 0.1, t = 2, one degree of freedom
+def test_two_seeds_match_the_cauchy_distribution():
+    # mean 0.2, standard error 0.1, t = 2, one degree of freedom
+    found = compare(by_seed((0.1, 0.3)), by_seed((0.0, 0.0)))
     assert (found.difference, found.se) == pytest.approx((0.2, 0.1))
     assert found.p == pytest.approx(1 - 2 * math.atan(2) / math.pi)
     assert found.high == pytest.approx(0.2 + 0.1 * math.tan(math.pi * 0.475))
@@ -46,7 +45,7 @@ def test_two_seeds_are_a_cauchy_distribution():
 
 
 @pytest.mark.parametrize(("n", "others"), [(2, 2), (3, 3), (5, 5), (2, 7)])
-def test_both_tests_agree_with_scipys(n, others):
+def test_both_tests_match_scipy(n, others):
     rng = np.random.default_rng(n)
     for _ in range(20):
         mine, theirs = rng.normal(1, 0.1, n), rng.normal(1.05, 0.3, others)
@@ -59,7 +58,7 @@ def test_both_tests_agree_with_scipys(n, others):
             assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, *expected.confidence_interval()))
 
 
-def test_p_is_near_that_of_a_permutation_test():
+def test_p_value_is_close_to_a_permutation_test():
     rng = np.random.default_rng(3)
     for shift in (0.0, 0.5, 0.8):
         differences = rng.normal(shift, 1, 12)
@@ -69,15 +68,15 @@ def test_p_is_near_that_of_a_permutation_test():
         assert compare(by_seed(differences), by_seed(np.zeros(12))).p == pytest.approx(exact, abs=0.025)
 
 
-def test_what_a_seed_does_to_both_is_taken_out():
-    seeds = np.random.default_rng(0).normal(0, 0.5, 5)  # far more than what differs
+def test_pairing_removes_the_common_effect_of_seeds():
+    seeds = np.random.default_rng(0).normal(0, 0.5, 5)  # much larger than the difference
     own = np.array([0.002, -0.001, 0.0, 0.001, -0.002])
     better, other = by_seed(1.99 + seeds + own), by_seed(2 + seeds)
     assert compare(better, other).p < 0.001
     assert compare(better, by_seed(2 + seeds, first=101)).p > 0.9
 
 
-def test_seeds_that_one_of_them_lacks_are_left_out_of_the_pairs():
+def test_only_common_seeds_are_paired():
     point = {("1",): 1.0, ("2",): 2.0, ("3",): 9.0}
     found = compare(point, {("2",): 1.0, ("1",): 0.5, ("4",): -9.0})
     assert (found.method, found.n, found.difference) == ("paired", 2, 0.75)
@@ -87,15 +86,15 @@ def test_seeds_that_one_of_them_lacks_are_left_out_of_the_pairs():
     )
 
 
-def test_one_seed_has_a_difference_and_no_noise():
+def test_one_seed_has_a_difference_without_p_value():
     same = compare({("7",): 1.5}, {("7",): 1.0})
     assert (same.method, same.difference, same.se, same.p, same.low) == ("paired", 0.5, None, None, None)
-    of_several = compare({("7",): 1.5}, {("7",): 1.0, ("8",): 2.0})  # the seed that both have
+    of_several = compare({("7",): 1.5}, {("7",): 1.0, ("8",): 2.0})  # by the common seed
     assert (of_several.difference, of_several.p) == (0.5, None)
     assert compare({("7",): 1.5}, {("8",): 1.0, ("9",): 2.0}).difference == 0.0
 
 
-def test_what_is_identical_is_no_difference_and_what_has_no_noise_divides_by_nothing():
+def test_zero_standard_error_gives_p_value_0_or_1():
     values = by_seed((1.1, 1.2, 1.3))
     same = compare(values, dict(values))
     assert (same.difference, same.se, same.p, same.low, same.high) == (0, 0, 1, 0, 0)
@@ -105,57 +104,57 @@ def test_what_is_identical_is_no_difference_and_what_has_no_noise_divides_by_not
     assert (flat.method, flat.p) == ("welch", 1)
 
 
-def test_an_estimate_by_hand():
-    assert estimate([1.0, 2.0, 6.0]) == pytest.approx((3, 3.0, math.sqrt(7 / 3)))  # squares 4, 1, 9 over 2
+def test_estimate_matches_hand_computed_values():
+    assert estimate([1.0, 2.0, 6.0]) == pytest.approx((3, 3.0, math.sqrt(7 / 3)))  # deviations -2, -1, 3
     assert estimate([1.0, 2.0, 6.0]).deviation == pytest.approx(math.sqrt(7))
     assert estimate([4.0]) == (1, 4.0, None)
 
 
-def test_the_other_way_round_it_says_the_opposite():
+def test_reversed_comparison_equals_comparison_of_swapped_points():
     one, other = by_seed(FIRST[:4]), by_seed(SECOND, first=21)
     assert compare(one, other).reversed() == pytest.approx(compare(other, one))
 
 
-def test_holms_p_values_by_hand():
+def test_holm_matches_hand_computed_p_values():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
 
 
-def test_a_comparison_that_says_nothing_is_not_corrected_for():
+def test_comparison_without_p_value_does_not_count_in_the_correction():
     pair = (by_seed(FIRST), by_seed(SECOND))
     alone = compare(*pair).p
     claims = compare_all({"a": pair, "b": ({("1",): 1.0}, {("1",): 2.0}), "c": pair})
     assert [claims[name].p for name in "abc"] == [pytest.approx(2 * alone), None, pytest.approx(2 * alone)]
-    assert [claims[name].is_shown for name in "abc"] == [True, False, True]
+    assert [claims[name].is_significant for name in "abc"] == [True, False, True]
 
 
 def false_alarms(comparisons, seeds, is_paired=True):
-    """How many comparisons of runs that differ in their seeds alone tell a difference."""
+    """Counts significant differences between runs that differ only in the seed."""
     rng, alarms, first = np.random.default_rng(1), 0, 1 if is_paired else 101
     for _ in range(comparisons):
         shared = is_paired * rng.normal(0, 1, seeds)
         mine, theirs = (by_seed(shared + rng.normal(0, 1, seeds), first=f) for f in (1, first))
-        alarms += compare_all({"": (mine, theirs)})[""].is_shown
+        alarms += compare_all({"": (mine, theirs)})[""].is_significant
     return alarms
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
-def test_at_most_8_of_100_comparisons_of_the_same_are_false_alarms(seeds):
+def test_at_most_8_of_100_comparisons_without_a_difference_are_false_alarms(seeds):
     assert 0 < false_alarms(100, seeds) <= 8
 
 
 @pytest.mark.parametrize(("seeds", "is_paired"), [(2, True), (5, True), (2, False), (5, False)])
-def test_false_alarms_are_no_more_than_5_in_100(seeds, is_paired):
-    within = 3 * math.sqrt(0.05 * 0.95 / 4000)  # three standard deviations of what chance makes of 4,000
+def test_false_alarm_rate_is_at_most_5_percent(seeds, is_paired):
+    within = 3 * math.sqrt(0.05 * 0.95 / 4000)  # three standard deviations of the rate over 4,000 comparisons
     rate = false_alarms(4000, seeds, is_paired) / 4000
     assert rate < 0.05 + within
-    assert rate > (0.05 - within if is_paired else 0.01)  # Welch's is careful where there are few seeds
+    assert rate > (0.05 - within if is_paired else 0.01)  # Welch's test is conservative with few seeds
 
 
-def test_a_real_difference_of_three_standard_deviations_is_found_at_five_seeds():
+def test_difference_of_three_standard_deviations_is_found_with_five_seeds():
     rng = np.random.default_rng(0)
     found = [compare_all({"": (by_seed(rng.normal(-3, 1, 5)), by_seed(rng.normal(0, 1, 5)))})[""] for _ in range(100)]
-    assert sum(claim.is_shown and claim.comparison.difference < 0 for claim in found) >= 90
+    assert sum(claim.is_significant and claim.comparison.difference < 0 for claim in found) >= 90
     differences = [compare_all({"": (by_seed(rng.normal(3, 1, 5)), by_seed(np.zeros(5)))})[""] for _ in range(100)]
-    assert sum(claim.is_shown for claim in differences) >= 99
+    assert sum(claim.is_significant for claim in differences) >= 99

@@ -1,4 +1,4 @@
-"""Scaling laws, beside data whose law is known, other minimisers and published figures."""
+"""Scaling laws, against data with a known law, other optimizers and published results."""
 
 import json
 import math
@@ -8,14 +8,14 @@ import pytest
 from scipy import optimize
 
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import ModelSize, ScalingAnswer, fit_sweep, read_sized_runs
 from gptlab.sweeps.analysis.report import report_sweep
-from gptlab.sweeps.analysis.scaling import ScalingLaw, fit_scaling_law, fit_with_intervals, optimum
-from sweeps_by_hand import trial, write_model, write_sweep
+from gptlab.sweeps.analysis.scaling_fit import ScalingLaw, fit_scaling_law, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.scaling_report import ModelSize, ScalingAnswer, fit_sweep, read_sized_runs
+from sweep_directories import trial, write_model, write_sweep
 
-# Hoffmann et al. 2022, equation 10, as nanoGPT's scaling_laws.ipynb has it
+# Hoffmann et al. 2022, equation 10, with the values of nanoGPT's scaling_laws.ipynb
 CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
-SMALL = ScalingLaw(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)  # for runs of a laptop
+SMALL = ScalingLaw(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)  # for runs on a laptop
 
 
 def runs_of(law, sizes, lengths, noise=0.0, seed=0):
@@ -30,17 +30,17 @@ def runs_of(law, sizes, lengths, noise=0.0, seed=0):
     ids=["chinchilla", "small"],
 )
 @pytest.mark.parametrize(("noise", "within"), [(0, 1e-4), (3e-4, 0.02)])
-def test_known_coefficients_are_recovered(law, sizes, lengths, noise, within):
+def test_fit_recovers_known_coefficients(law, sizes, lengths, noise, within):
     assert fit_scaling_law(*runs_of(law, sizes, lengths, noise)) == pytest.approx(law, rel=within)
 
 
 def huber(law, n, d, losses):
-    """The objective of appendix D.2, as it is written there."""
+    """Objective of appendix D.2, as written there."""
     errors = np.abs(np.log(law.loss(n, d)) - np.log(losses))
     return np.where(errors <= 1e-3, errors**2 / 2, 1e-3 * (errors - 1e-3 / 2)).sum()
 
 
-def test_it_is_the_minimum_of_the_huber_loss_which_outliers_hardly_move():
+def test_fit_is_the_minimum_of_the_huber_loss_and_robust_to_outliers():
     n, d, losses = runs_of(CHINCHILLA, (7, 11, 7), (9, 12, 7), noise=1e-3)
     losses[[3, 20, 40]] *= 1.2
     found = fit_scaling_law(n, d, losses)
@@ -59,7 +59,7 @@ def test_it_is_the_minimum_of_the_huber_loss_which_outliers_hardly_move():
 
 @pytest.mark.parametrize("law", [CHINCHILLA, SMALL, ScalingLaw(0.5, 3.0, 4000.0, 0.2, 0.7)])
 @pytest.mark.parametrize("flops", [1e14, 5.76e23])
-def test_the_frontier_is_where_a_minimiser_finds_it(law, flops):
+def test_optimum_matches_numerical_minimization(law, flops):
     def along(log_n):
         return law.loss(math.exp(log_n), flops / 6 / math.exp(log_n))
 
@@ -70,9 +70,9 @@ def test_the_frontier_is_where_a_minimiser_finds_it(law, flops):
     assert math.log(n) == pytest.approx(lowest.x, abs=1e-4)
 
 
-def test_it_agrees_with_nanogpts_table():
-    """karpathy/nanoGPT, scaling_laws.ipynb: found there on grids, of a sixteenth and of a 256th of a decade."""
-    grid = runs_of(CHINCHILLA, (7, 11, 17), (9, 12, 13))  # the sizes and lengths of its table of losses
+def test_optimum_matches_nanogpt_table():
+    """karpathy/nanoGPT, scaling_laws.ipynb: results of grid searches with 16 and 256 points per decade."""
+    grid = runs_of(CHINCHILLA, (7, 11, 17), (9, 12, 13))  # sizes and lengths of its table of losses
     law = fit_scaling_law(*grid)
     n, d = law.optimum(2.21e19)  # "best model size: 316.23M, best dataset size: 11.65B"
     sixteenth = 10 ** (1 / 16)
@@ -84,7 +84,7 @@ def test_it_agrees_with_nanogpts_table():
     assert f"{law.loss(n, d):.2f}" == "2.76"
 
 
-def test_intervals_hold_the_truth_and_narrow_with_the_noise():
+def test_intervals_contain_the_true_values_and_shrink_with_the_noise():
     widths = []
     for noise in (3e-3, 3e-4):
         fitted = fit_with_intervals(*runs_of(SMALL, (4.5, 7, 5), (5, 7.5, 5), noise), resamples=60, seed=1)
@@ -102,20 +102,20 @@ def test_intervals_hold_the_truth_and_narrow_with_the_noise():
     assert widths[1] < widths[0] / 3
 
 
-def test_a_seed_draws_the_same_runs():
+def test_same_seed_draws_the_same_bootstrap_samples():
     runs = runs_of(SMALL, (4.5, 7, 4), (5, 7.5, 4), 1e-3)
     first, again, other = (fit_with_intervals(*runs, resamples=3, seed=seed).resampled for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_too_few_runs_are_refused():
+def test_too_few_runs_raise():
     with pytest.raises(UserError, match="4 runs of 2 sizes and 2 lengths"):
         fit_scaling_law([1e6, 1e6, 2e6, 2e6], [1e7, 2e7, 1e7, 2e7], [2.0, 1.9, 1.8, 1.7])
 
 
 def scaling_sweep(directory, widths, lengths):
-    """A sweep over widths and lengths, with two seeds, whose losses are those of a law."""
+    """Writes a sweep over widths and lengths with two seeds, whose losses follow a law."""
     points = [(w, t, s) for w in widths for t in lengths for s in (1, 2)]
     trials = [trial({"model.n_embd": w, "train.max_tokens": t, "seed": s}, 1.0, tokens=t) for w, t, s in points]
     write_sweep(directory, trials)
@@ -129,7 +129,7 @@ def scaling_sweep(directory, widths, lengths):
     return directory
 
 
-def test_a_sweep_over_sizes_and_tokens_gets_its_law(tmp_path, capsys):
+def test_sweep_over_sizes_and_tokens_reports_its_scaling_law(tmp_path, capsys):
     scaling_sweep(tmp_path, (32, 64, 128, 256), (10**5, 10**6, 10**7))
     runs = read_sized_runs(tmp_path)
     # 61 + 16 embeddings of 32, a norm of 64; two blocks of two norms, 12 · 32² weights and 9 · 32 biases
@@ -144,7 +144,7 @@ def test_a_sweep_over_sizes_and_tokens_gets_its_law(tmp_path, capsys):
     assert found.answer in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_sweep_too_small_for_a_law_is_told(tmp_path, capsys):
+def test_sweep_too_small_for_a_fit_reports_why(tmp_path, capsys):
     scaling_sweep(tmp_path, (32, 64), (10**5, 10**6))
     with pytest.raises(UserError, match="8 runs of 2 sizes and 2 lengths"):
         fit_sweep(tmp_path)

@@ -1,4 +1,4 @@
-"""Statistics of sweeps: comparisons with a baseline and their uncertainty, and scaling laws with intervals.
+"""Analysis of sweeps: comparisons with a baseline, with their uncertainty, and scaling laws with intervals.
 
 Imports no torch.
 """

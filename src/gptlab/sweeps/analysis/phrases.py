@@ -1,4 +1,4 @@
-"""Comparisons in words. Imports no torch."""
+"""Text of the results of a sweep: values with uncertainty, comparisons, the one-line answer. Imports no torch."""
 
 import math
 from typing import NamedTuple
@@ -6,10 +6,10 @@ from typing import NamedTuple
 from gptlab.sweeps.analysis.significance import Claim, Estimate
 
 BASELINE = "baseline"
-NO_DIFFERENCE = "no difference shown"
-ONE_SEED = "one seed: no statement about noise"
+NOT_SIGNIFICANT = "not significant"
+ONE_SEED = "one seed, significance unknown"
 UNITS = {"train/loss": "nats", "val/loss": "nats", "val/bits_per_byte": "bits per byte"}
-DIGITS = 4  # after the point, where no standard error says how many there should be
+DIGITS = 4  # decimal places of a value without a standard error
 MAX_DIGITS = 6
 
 
@@ -17,12 +17,12 @@ class BestResult(NamedTuple):
     """Contents of the one-line answer.
 
     Attributes:
-        name: Of the best point.
-        estimate: Of its value.
-        baseline: Name of the point that others are compared with; None where that has no value.
-        to_baseline: The best beside the baseline; None where it is the baseline.
-        following: Name of the next best point; None where there is none.
-        to_following: The best beside that one.
+        name: Name of the best point.
+        estimate: Estimate of its value.
+        baseline: Name of the baseline, or None if the baseline has no value.
+        to_baseline: Comparison of the best point with the baseline, or None if the best point is the baseline.
+        following: Name of the second best point, or None if no other point has a value.
+        to_following: Comparison of the best point with the second best.
     """
 
     name: str
@@ -34,7 +34,7 @@ class BestResult(NamedTuple):
 
 
 def plus_minus(value: float, se: float | None) -> str:
-    """Formats a value with its standard error, which has two significant digits."""
+    """Formats a value with its standard error, which gets two significant digits: "1.643 ± 0.012"."""
     if se is None:
         return f"{value:.{DIGITS}f}"
     digits = DIGITS if se == 0 else min(max(1 - math.floor(math.log10(se)), 0), MAX_DIGITS)
@@ -42,38 +42,38 @@ def plus_minus(value: float, se: float | None) -> str:
 
 
 def quantity(value: float, se: float | None, metric: str) -> str:
-    """Formats a value of a metric, with its unit."""
+    """Formats a value of a metric with its standard error and unit."""
     return f"{plus_minus(value, se)} {UNITS.get(metric, '')}".rstrip()
 
 
 def verdict(claim: Claim, metric: str) -> str:
-    """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats at 5 seeds"."""
+    """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats (5 seeds)"."""
     if claim.p is None:
         return ONE_SEED
-    if not claim.is_shown:
-        return NO_DIFFERENCE
-    return f"{_word(claim)} by {_amount(claim, metric)} at {claim.comparison.seeds}"
+    if not claim.is_significant:
+        return NOT_SIGNIFICANT
+    return f"{_word(claim)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
 
 
 def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
-    """Returns the one-line answer of a sweep of several points."""
+    """Returns the one-line answer of a sweep with several points."""
     role = f", the {BASELINE}" if best.name == best.baseline else ""
-    told = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
+    parts = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
     if best.to_baseline is not None:
-        told.append(_beside(best.to_baseline, metric, f"the {BASELINE} ({best.baseline})"))
+        parts.append(_compared_with(best.to_baseline, metric, f"the {BASELINE} ({best.baseline})"))
     if best.to_following is not None and best.following != best.baseline:
-        told.append(_beside(best.to_following, metric, f"the next ({best.following})"))
+        parts.append(_compared_with(best.to_following, metric, f"the second best ({best.following})"))
     if best.following is None:
-        told.append("no other point has a value")
-    return "; ".join(dict.fromkeys(told))
+        parts.append("no other point has a value")
+    return "; ".join(dict.fromkeys(parts))
 
 
 def spread_line(estimate: Estimate, metric: str) -> str:
-    """Returns the one-line answer of a sweep of one point: the spread of its seeds."""
+    """Returns the one-line answer of a sweep with one point: its mean and the standard deviation over seeds."""
     if estimate.deviation is None:
         return f"{quantity(*estimate[1:], metric)}; {ONE_SEED}"
-    apart = f"{estimate.deviation:.2g} {UNITS.get(metric, '')}".rstrip()
-    return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, whose standard deviation is {apart}"
+    deviation = f"{estimate.deviation:.2g} {UNITS.get(metric, '')}".rstrip()
+    return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, standard deviation {deviation}"
 
 
 def format_counts(counts: dict[str, int]) -> str:
@@ -89,10 +89,10 @@ def _amount(claim: Claim, metric: str) -> str:
     return quantity(abs(claim.comparison.difference), claim.comparison.se, metric)
 
 
-def _beside(claim: Claim, metric: str, other: str) -> str:
-    """Formats the comparison of the best point with another one."""
+def _compared_with(claim: Claim, metric: str, other: str) -> str:
+    """Formats the comparison of the best point with another point."""
     if claim.p is None:
         return ONE_SEED
-    if not claim.is_shown:
-        return f"{NO_DIFFERENCE} between it and {other}"
+    if not claim.is_significant:
+        return f"no significant difference to {other}"
     return f"{_word(claim)} than {other} by {_amount(claim, metric)}"

@@ -1,4 +1,4 @@
-"""Trials of a sweep grouped by point: those that differ in the seed alone. Imports no torch."""
+"""Points of a sweep: trials that differ only in the seed, grouped. Imports no torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,12 @@ NAMES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, 
 
 
 class Point(NamedTuple):
-    """One point of a sweep.
+    """Point of a sweep: one combination of hyperparameters, trained with one or more seeds.
 
     Attributes:
         settings: Overrides, without the seed.
-        trials: Its trials, by number.
-        values: Values of the trials that finished with one, by replicate.
+        trials: Trials of the point, in the order of their numbers.
+        values: Values of the trials that finished with a finite value, by replicate.
     """
 
     settings: dict[str, str]
@@ -26,44 +26,44 @@ class Point(NamedTuple):
 
     @property
     def failed(self) -> int:
-        """How many trials ended without a number."""
+        """Number of trials that failed or ended without a finite value."""
         return sum(is_failed(trial) for trial in self.trials)
 
     @property
     def pruned(self) -> int:
-        """How many trials were ended by the sweep; what they came to says nothing of the end."""
+        """Number of pruned trials; their values are not comparable with those of finished trials."""
         return sum(trial.state == "pruned" for trial in self.trials)
 
     @property
     def unfinished(self) -> int:
-        """How many trials have not come to their end."""
+        """Number of trials that have not ended."""
         return sum(trial.state not in ("done", "pruned", *FAILED_STATES) for trial in self.trials)
 
     @property
     def tokens(self) -> int:
-        """How many tokens a run of it has seen; the one that saw most."""
+        """Largest number of tokens that a trial of the point has seen."""
         done = [trial.tokens for trial in self.trials if has_value(trial)]
         return max(done or [trial.tokens for trial in self.trials])
 
 
 def has_value(trial: Trial) -> bool:
-    """Whether a trial came to its end with a number."""
+    """Whether a trial finished with a finite value."""
     return trial.state == "done" and trial.value is not None and math.isfinite(trial.value)
 
 
 def as_number(setting: str) -> float | None:
-    """Parses a setting as a finite number; returns None if it is not one."""
+    """Parses the value of an override as a finite number; returns None if it is not one."""
     number = _parsed(setting)
     return number if isinstance(number, float) and math.isfinite(number) else None
 
 
 def is_failed(trial: Trial) -> bool:
-    """Whether a trial ended without a number, by itself."""
+    """Whether a trial failed or finished without a finite value; pruned trials do not count."""
     return trial.state in FAILED_STATES or (trial.state == "done" and not has_value(trial))
 
 
 def group_points(trials: Sequence[Trial]) -> list[Point]:
-    """Groups trials that differ in the seed alone, in the order of the trials."""
+    """Groups trials that differ only in the seed, in the order of the trials."""
     points: dict[tuple[tuple[str, str], ...], Point] = {}
     for trial in trials:
         settings = {key: value for key, value in trial.overrides.items() if key != SEED}
@@ -71,12 +71,12 @@ def group_points(trials: Sequence[Trial]) -> list[Point]:
         point.trials.append(trial)
         if has_value(trial) and trial.value is not None:
             replicate = (trial.overrides[SEED],) if SEED in trial.overrides else ()
-            point.values.setdefault(replicate, trial.value)  # the same run twice is one run
+            point.values.setdefault(replicate, trial.value)  # equal trials count once
     return list(points.values())
 
 
 def find_point(points: Sequence[Point], settings: Mapping[str, str]) -> Point | None:
-    """Returns the first point with these settings."""
+    """Returns the first point with these overrides, or None."""
     wanted = {key: _parsed(value) for key, value in settings.items() if key != SEED}
     for point in points:
         if all(key in point.settings and _parsed(point.settings[key]) == value for key, value in wanted.items()):
@@ -85,7 +85,7 @@ def find_point(points: Sequence[Point], settings: Mapping[str, str]) -> Point | 
 
 
 def _parsed(value: str) -> str | float | bool | None:
-    """Parses a value, so that 1e-3 equals 0.001."""
+    """Parses the value of an override, so that 1e-3 equals 0.001."""
     try:
         return float(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Answers of a sweep, printed and written to files. Imports no torch."""
+"""Report of a sweep: prints its results and writes them to files. Imports no torch."""
 
 import csv
 import io
@@ -11,27 +11,34 @@ from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import LENGTHS, fit_sweep, print_scaling, varies_size_and_length, write_scaling
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
+from gptlab.sweeps.analysis.scaling_report import (
+    LENGTHS,
+    fit_sweep,
+    print_scaling,
+    varies_size_and_length,
+    write_scaling,
+)
 from gptlab.sweeps.analysis.significance import ALPHA
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
 
 CSV, JSON = "answers.csv", "answers.json"
-MIN_WIDE_COLUMNS = 100  # columns of a screen on which everything has its own
-RATIO = ".ratio"  # of what was measured to what was forecast
-STATISTICS = (  # of a row, as columns of the CSV
+MIN_WIDE_COLUMNS = 100  # width of a terminal from which on all columns are printed
+RATIO = ".ratio"  # measured / forecast
+RESULT = "result"  # heading of the verdicts
+STATISTICS = (  # columns of the CSV with fields of AnswerRow
     *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
     *("verdict", "is_baseline", "failed", "pruned", "unfinished", "tokens", "parameters"),
 )
 
 
 def report_sweep(directory: Path) -> SweepAnswers:
-    """Prints the answers of a sweep, and writes them into its directory.
+    """Prints the results of a sweep and writes them to answers.csv and answers.json in its directory.
 
-    A sweep over sizes and tokens gets its scaling law as well, or is told why there is none.
+    For a sweep over model sizes and training lengths, also fits a scaling law, or prints why that is not possible.
 
     Raises:
-        UserError: It is the directory of no sweep, or damaged.
+        UserError: ``directory`` is not the directory of a sweep, or is damaged.
     """
     answers = analyze_sweep(directory)
     print_answers(answers)
@@ -48,7 +55,7 @@ def report_sweep(directory: Path) -> SweepAnswers:
 
 
 def print_answers(answers: SweepAnswers) -> None:
-    """Prints the table, the notes and the answer."""
+    """Prints the table, the notes and the one-line answer."""
     console = get_console()
     console.print(_table(answers, console.width))
     for note in answers.notes:
@@ -58,13 +65,13 @@ def print_answers(answers: SweepAnswers) -> None:
 
 
 def write_answers(answers: SweepAnswers, directory: Path) -> None:
-    """Writes answers.csv and answers.json, atomically."""
+    """Writes answers.csv and answers.json atomically."""
     write_csv(answers, directory / CSV)
     write_durably(directory / JSON, answers.model_dump_json(indent=1) + "\n")
 
 
 def write_csv(answers: SweepAnswers, path: Path) -> None:
-    """Writes a row for each point: its settings, its statistics, and its forecast if there is one."""
+    """Writes a CSV row per point: its overrides, its statistics, and the scores of its forecast, if any."""
     scores = list(dict.fromkeys(name for row in answers.rows for name in row.forecast))
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -76,26 +83,25 @@ def write_csv(answers: SweepAnswers, path: Path) -> None:
 
 
 def _table(answers: SweepAnswers, width: int) -> Table:
-    """Builds the table for a terminal of ``width`` columns; a narrow one has differences in the verdicts only."""
+    """Builds the table for a terminal of ``width`` columns; a narrow one omits the difference and forecast columns."""
     table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
     unit = UNITS.get(answers.metric)
     keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
-    is_told = width < MIN_WIDE_COLUMNS and any(
-        key in LENGTHS for key in answers.keys
-    )  # how many tokens, by what is varied
-    differences = [_of(row.difference, row.difference_se) for row in answers.rows]
+    # in a narrow table, a varied length already shows the tokens
+    omits_tokens = width < MIN_WIDE_COLUMNS and any(key in LENGTHS for key in answers.keys)
+    differences = [_format(row.difference, row.difference_se) for row in answers.rows]
     columns = {
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
-        f"{answers.metric}{f', {unit}' if unit else ''}": [_of(row.mean, row.se) for row in answers.rows],
-        **({"difference": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
+        f"{answers.metric}{f', {unit}' if unit else ''}": [_format(row.mean, row.se) for row in answers.rows],
+        **({"difference\nto baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
         **_counts(answers.rows),
-        **_sizes(answers.rows, ("parameters",) if is_told else ("parameters", "tokens")),
+        **_sizes(answers.rows, ("parameters",) if omits_tokens else ("parameters", "tokens")),
         **(_scores(answers.rows) if width >= MIN_WIDE_COLUMNS else {}),
-        "verdict": [row.verdict for row in answers.rows],
+        RESULT: [row.verdict for row in answers.rows],
     }
     for name in columns:
-        is_last, is_text = name == "verdict", name == "verdict" or name in keys
+        is_last, is_text = name == RESULT, name == RESULT or name in keys
         table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_last)
     for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
         style = "dim" if row.mean is None else "bold" if row is answers.rows[0] else None
@@ -104,19 +110,19 @@ def _table(answers: SweepAnswers, width: int) -> Table:
 
 
 def _headings(keys: list[str]) -> dict[str, str]:
-    """Returns short headings of the varied keys: the last part of their names, if that is unique."""
+    """Returns a short heading for each varied key: the last part of its name, if that is unique."""
     short = {key: key.rpartition(".")[2] for key in keys}
     return {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
 
 
 def _counts(rows: list[AnswerRow]) -> dict[str, list[str]]:
-    """Returns a column for each way in which trials have no value, if there are any."""
+    """Returns the columns with the numbers of failed, pruned and unfinished trials, without empty columns."""
     columns = {name: [getattr(row, name) for row in rows] for name in ("failed", "pruned", "unfinished")}
     return {name: [str(count or "") for count in counts] for name, counts in columns.items() if any(counts)}
 
 
 def _sizes(rows: list[AnswerRow], names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns columns of parameters and tokens, if they differ."""
+    """Returns the columns of parameters and tokens, without those that are equal for all points."""
     columns = {name: [getattr(row, name) for row in rows] for name in names}
     return {
         name: [f"{size:,}" if size else "" for size in sizes]
@@ -126,7 +132,7 @@ def _sizes(rows: list[AnswerRow], names: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _scores(rows: list[AnswerRow]) -> dict[str, list[str]]:
-    """Returns columns of the ratios of measurement to forecast; the rest is in the files."""
+    """Returns the columns with the ratios of measured to forecast values; the files contain the other scores."""
     columns = {
         heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
         for name, heading in (
@@ -137,14 +143,12 @@ def _scores(rows: list[AnswerRow]) -> dict[str, list[str]]:
     return {heading: cells for heading, cells in columns.items() if any(cells)}
 
 
-def _of(value: float | None, se: float | None) -> str:
+def _format(value: float | None, se: float | None) -> str:
     return "" if value is None else plus_minus(value, se)
 
 
 def _legend(answers: SweepAnswers) -> str:
     tokens = {row.tokens for row in answers.rows} - {0}
-    seen = f"{tokens.pop():,} tokens a run. " if len(tokens) == 1 else ""
+    seen = f"{tokens.pop():,} tokens per run. " if len(tokens) == 1 else ""
     corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""
-    return (
-        f"{seen}± is one standard error. A difference is shown where p is below {ALPHA}{corrected} (docs/answers.md)."
-    )
+    return f"{seen}± is one standard error. A difference is significant if p < {ALPHA}{corrected}. See docs/answers.md."

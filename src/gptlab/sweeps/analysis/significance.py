@@ -1,6 +1,6 @@
-"""Significance of a difference between runs, paired by seed if possible. Imports no torch.
+"""Significance tests of differences between points, paired by seed if possible. Imports no torch.
 
-Values are such that lower is better. A replicate is what tells the runs of a point apart: their seed.
+Lower values are better. A replicate identifies a run of a point: its seed.
 """
 
 import math
@@ -10,19 +10,19 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import special
 
-ALPHA = 0.05  # how often a difference may be told that is none (Fisher 1925, section 12)
+ALPHA = 0.05  # significance level (Fisher 1925, section 12)
 
 Replicate = tuple[str, ...]
 Values = Mapping[Replicate, float]
 
 
 class Estimate(NamedTuple):
-    """Mean and its uncertainty.
+    """Mean with its uncertainty.
 
     Attributes:
         n: Number of values.
-        mean: Theirs.
-        se: Standard error of the mean; None of a single value.
+        mean: Mean of the values.
+        se: Standard error of the mean, or None for a single value.
     """
 
     n: int
@@ -31,7 +31,7 @@ class Estimate(NamedTuple):
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of the values; None of a single one."""
+        """Standard deviation of the values, or None for a single value."""
         return None if self.se is None else self.se * math.sqrt(self.n)
 
 
@@ -39,14 +39,14 @@ class Comparison(NamedTuple):
     """Comparison of the runs of two points.
 
     Attributes:
-        method: "paired" by replicate, or "welch" where there are not two replicates that both have.
-        n: Runs of the point that are compared; pairs, where they are paired.
-        others: Runs that they are compared with.
-        difference: Mean of the point less that of the other one: below 0 where the point is better.
-        se: Standard error of the difference; None where a point has one run, and so are the following.
-        p: How likely a difference of this size is, two-sided, where there is none.
-        low: Lower end of the 95 % interval of the difference.
-        high: Upper end.
+        method: "paired" (t-test paired by replicate), or "welch" (Welch's t-test) if fewer than two replicates match.
+        n: Number of runs of the point; number of pairs, if paired.
+        others: Number of runs of the other point; number of pairs, if paired.
+        difference: Mean of the point minus mean of the other point; negative if the point is better.
+        se: Standard error of the difference. ``se``, ``p``, ``low`` and ``high`` are None if a point has a single run.
+        p: Two-sided p-value, not corrected for multiple comparisons.
+        low: Lower end of the 95% confidence interval of the difference.
+        high: Upper end of that interval.
     """
 
     method: Literal["paired", "welch"]
@@ -60,12 +60,10 @@ class Comparison(NamedTuple):
 
     @property
     def seeds(self) -> str:
-        """How many seeds it rests on."""
+        """Number of seeds, as text: "5 seeds", "5 and 3 seeds, unpaired"."""
         if self.method == "paired":
             return f"{self.n} seeds"
-        return (
-            f"{self.n} seeds, not paired" if self.n == self.others else f"{self.n} and {self.others} seeds, not paired"
-        )
+        return f"{self.n} seeds, unpaired" if self.n == self.others else f"{self.n} and {self.others} seeds, unpaired"
 
     def reversed(self) -> "Comparison":
         """Returns the comparison seen from the other point."""
@@ -74,19 +72,19 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """Comparison among several, with its corrected p value.
+    """Comparison with a p-value that is corrected for multiple comparisons.
 
     Attributes:
-        comparison: Taken alone.
-        p: Of it, raised for all that were made; None where it says nothing.
+        comparison: The comparison, not corrected.
+        p: Corrected p-value, or None if the comparison has no p-value.
     """
 
     comparison: Comparison
     p: float | None
 
     @property
-    def is_shown(self) -> bool:
-        """Whether the difference is more than noise."""
+    def is_significant(self) -> bool:
+        """Whether the corrected p-value is below ``ALPHA``."""
         return self.p is not None and self.p < ALPHA
 
     def reversed(self) -> "Claim":
@@ -101,55 +99,55 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def compare(values: Values, others: Values) -> Comparison:
-    """Compares the runs of a point with those of another one.
+    """Compares the runs of a point with the runs of another point.
 
-    Two replicates that both have are enough for the t test of the differences (Student 1908); it takes out what a seed
-    does to both. Otherwise it is Welch's test (Welch 1947), which supposes no equal variances.
+    With at least two common replicates, uses the paired t-test (Student 1908), which removes the effect of a seed that
+    both points share. Otherwise uses Welch's t-test (Welch 1947), which does not assume equal variances.
 
     Args:
-        values: Of the point, by replicate; at least one.
-        others: Of the other one, likewise.
+        values: Values of the point by replicate, at least one.
+        others: Values of the other point by replicate, at least one.
     """
     common = [replicate for replicate in values if replicate in others]
     if len(common) > 1:
-        of = estimate([values[replicate] - others[replicate] for replicate in common])
-        return _t_test("paired", of.n, of.n, of.mean, of.se or 0.0, of.n - 1)
+        paired = estimate([values[replicate] - others[replicate] for replicate in common])
+        return _t_test("paired", paired.n, paired.n, paired.mean, paired.se or 0.0, paired.n - 1)
     mine, theirs = estimate(list(values.values())), estimate(list(others.values()))
     if mine.se is None or theirs.se is None:
         difference = values[common[0]] - others[common[0]] if common else mine.mean - theirs.mean
         return Comparison("paired" if common else "welch", mine.n, theirs.n, difference, None, None, None, None)
-    of_mean = (mine.se**2, theirs.se**2)  # variances
-    weights = sum(variance**2 / (n - 1) for variance, n in zip(of_mean, (mine.n, theirs.n), strict=True))
-    freedom = sum(of_mean) ** 2 / weights if weights else mine.n + theirs.n - 2
-    return _t_test("welch", mine.n, theirs.n, mine.mean - theirs.mean, math.sqrt(sum(of_mean)), freedom)
+    variances = (mine.se**2, theirs.se**2)  # of the means
+    weights = sum(variance**2 / (n - 1) for variance, n in zip(variances, (mine.n, theirs.n), strict=True))
+    freedom = sum(variances) ** 2 / weights if weights else mine.n + theirs.n - 2
+    return _t_test("welch", mine.n, theirs.n, mine.mean - theirs.mean, math.sqrt(sum(variances)), freedom)
 
 
 def compare_all(pairs: Mapping[str, tuple[Values, Values]]) -> dict[str, Claim]:
-    """Makes several comparisons, corrected so that together they err as rarely as one; by the names of the pairs."""
+    """Compares several pairs of points, with p-values corrected by ``holm``; returns the claims by name."""
     comparisons = {name: compare(*pair) for name, pair in pairs.items()}
     p_values = {name: comparison.p for name, comparison in comparisons.items() if comparison.p is not None}
-    raised = dict(zip(p_values, holm(list(p_values.values())), strict=True))
-    return {name: Claim(comparison, raised.get(name)) for name, comparison in comparisons.items()}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    return {name: Claim(comparison, corrected.get(name)) for name, comparison in comparisons.items()}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Raise the p values of several comparisons so that all of them together err as rarely as one (Holm 1979).
+    """Corrects p-values for multiple comparisons by the Holm-Bonferroni method (Holm 1979).
 
-    Below ``ALPHA`` are then those that Holm's procedure rejects, and in all but ``ALPHA`` of tables rightly.
+    The probability that any of the corrected p-values is below ``ALPHA`` by chance is at most ``ALPHA``.
     """
-    raised, highest = [0.0] * len(p_values), 0.0
+    corrected, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        raised[index] = highest
-    return raised
+        corrected[index] = highest
+    return corrected
 
 
 def _t_test(
     method: Literal["paired", "welch"], n: int, others: int, difference: float, se: float, freedom: float
 ) -> Comparison:
-    """Tests a difference by Student's distribution; without noise, every difference but 0 is significant."""
+    """Tests a difference with a t-test; if its standard error is 0, any difference other than 0 is significant."""
     if se == 0:
         return Comparison(method, n, others, difference, se, float(difference == 0), difference, difference)
     p = 2 * float(special.stdtr(freedom, -abs(difference) / se))
-    reach = se * float(special.stdtrit(freedom, 1 - ALPHA / 2))
-    return Comparison(method, n, others, difference, se, p, difference - reach, difference + reach)
+    half_width = se * float(special.stdtrit(freedom, 1 - ALPHA / 2))
+    return Comparison(method, n, others, difference, se, p, difference - half_width, difference + half_width)

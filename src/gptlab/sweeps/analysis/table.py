@@ -1,4 +1,4 @@
-"""Answers of a sweep: a row for each point, compared with the baseline, and a one-line answer. Imports no torch."""
+"""Results of a sweep: a row per point, compared with the baseline, and a one-line answer. Imports no torch."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from gptlab.errors import UserError
-from gptlab.sweeps.analysis.fitting import model_size
 from gptlab.sweeps.analysis.phrases import (
     BASELINE,
     BestResult,
@@ -18,39 +17,40 @@ from gptlab.sweeps.analysis.phrases import (
     verdict,
 )
 from gptlab.sweeps.analysis.points import Point, as_number, find_point, group_points, is_failed
+from gptlab.sweeps.analysis.scaling_report import model_size
 from gptlab.sweeps.analysis.significance import Claim, compare_all, estimate
 from gptlab.tracking.run_store.runs import Run, flatten
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides, load_sweep, load_trials
 
-NEXT_BEST = "\0"  # the comparison of the best two points, among those that are named by a point
+NEXT_BEST = "\0"  # key of the comparison of the best two points; the other keys are names of points
 
 
 class AnswerRow(BaseModel):
-    """Point of a sweep, and its comparison with the baseline; lower is better.
+    """Point of a sweep and its comparison with the baseline; lower values are better.
 
     Attributes:
-        settings: What it sets, but for the seed.
+        settings: Overrides of the point, without the seed.
         trials: Numbers of its trials.
-        values: What those came to that reached their end, by seed ("<seed>,<other>" with other replicates).
-        n: How many those are.
-        mean: Theirs; None where there are none.
-        se: Standard error of the mean; None below two.
-        comparison: How it was compared: "paired" by seed, or "welch"; None of the baseline, and where there is none.
-        compared: Runs of it in the comparison.
-        difference: Mean less the baseline's; of the pairs, where it is paired.
+        values: Values of the finished trials, by replicate (the seed).
+        n: Number of values.
+        mean: Mean of the values, or None without values.
+        se: Standard error of the mean, or None with fewer than two values.
+        comparison: Test used: "paired" by seed, or "welch". None for the baseline and without a baseline.
+        compared: Number of its runs in the comparison.
+        difference: Mean minus the mean of the baseline; over the pairs, if paired.
         difference_se: Standard error of the difference.
-        low: Lower end of the 95 % interval of the difference, taken alone.
-        high: Upper end.
-        p: Of the comparison, taken alone.
-        p_holm: Raised for all the comparisons of the sweep; what is below 0.05 the verdict calls a difference.
-        verdict: In plain words.
-        is_baseline: Whether the others are compared with it.
-        failed: Trials that ended without a number.
-        pruned: Trials that the sweep ended.
-        unfinished: Trials that have not come to their end.
-        tokens: That a run has seen.
-        parameters: Of the model; None where no run says so.
-        forecast: Means of what forecast.json says under "score", by dotted name.
+        low: Lower end of the 95% confidence interval of the difference, not corrected for multiple comparisons.
+        high: Upper end of that interval.
+        p: p-value of the comparison, not corrected.
+        p_holm: p-value corrected for all comparisons of the sweep; the difference is significant if it is below 0.05.
+        verdict: Result in words.
+        is_baseline: Whether the point is the baseline.
+        failed: Number of trials that failed or have no finite value.
+        pruned: Number of pruned trials.
+        unfinished: Number of trials that have not ended.
+        tokens: Number of tokens that a run has seen.
+        parameters: Number of parameters of the model, or None if no run recorded a valid model config.
+        forecast: Means of the numbers under "score" in the forecast.json of the runs, by dotted name.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -80,16 +80,16 @@ class AnswerRow(BaseModel):
 
 
 class SweepAnswers(BaseModel):
-    """Answers of a sweep.
+    """Results of a sweep.
 
     Attributes:
-        question: What it wants to know.
-        metric: That is compared.
-        keys: What is varied, but for the seed.
-        rows: The points, the best first; then those without a value.
-        answer: In one line.
-        comparisons: How many were made, and are corrected for.
-        notes: What is to be known beside, a sentence each.
+        question: Question of the sweep.
+        metric: Metric that is compared.
+        keys: Varied keys, without the seed.
+        rows: Points with a value, best first, then points without a value.
+        answer: One-line answer.
+        comparisons: Number of comparisons, for which the p-values are corrected.
+        notes: Warnings, one sentence each.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -107,11 +107,13 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
     """Compares the points of a sweep, which may still be running.
 
     Raises:
-        UserError: ``directory`` is not a sweep's, or is damaged.
+        UserError: ``directory`` is not the directory of a sweep, or is damaged.
     """
     sweep = load_sweep(directory)
     if sweep is None:
-        raise UserError(f"{directory} is the directory of no sweep: no sweep.json is in it (looked from {Path.cwd()}).")
+        raise UserError(
+            f"{directory} is not the directory of a sweep: it contains no sweep.json (current directory: {Path.cwd()})."
+        )
     trials = load_trials(directory)
     points = group_points(trials)
     ranked = sorted((point for point in points if point.values), key=lambda point: fmean(point.values.values()))
@@ -128,14 +130,14 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         metric=sweep.metric,
         keys=list(dict.fromkeys(key for point in points for key in point.settings)),
         rows=rows,
-        answer=_line(sweep, points, ranked, baseline, claims),
+        answer=_answer(sweep, points, ranked, baseline, claims),
         comparisons=sum(claim.p is not None for claim in claims.values()),
         notes=[*_edges(ranked), *_notes(sweep, trials, baseline)],
     )
 
 
 def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
-    """Compares every point with the baseline, and the best with the next if neither is the baseline; by name."""
+    """Compares every point with the baseline, and the best two if neither is the baseline; returns claims by name."""
     pairs = {}
     if baseline is not None and baseline.values:
         pairs = {format_overrides(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
@@ -145,7 +147,7 @@ def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
 
 
 def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> AnswerRow:
-    """Builds the row of a point; ``claim`` is its comparison with the baseline, if that has a value."""
+    """Builds the row of a point; ``claim`` is its comparison with the baseline, or None if there is none."""
     known: dict[str, Any] = {}
     if point.values:
         n, mean, se = estimate(list(point.values.values()))
@@ -155,8 +157,8 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
     else:
         n, words = 0, format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
     if claim is not None:
-        method, runs_of_it, _, difference, se, p, low, high = claim.comparison
-        known |= {"comparison": method, "compared": runs_of_it, "difference": difference, "difference_se": se}
+        method, compared_runs, _, difference, se, p, low, high = claim.comparison
+        known |= {"comparison": method, "compared": compared_runs, "difference": difference, "difference_se": se}
         known |= {"p": p, "low": low, "high": high, "p_holm": claim.p}
     runs = [Run(directory / str(trial.number)) for trial in point.trials]
     return AnswerRow(
@@ -176,37 +178,35 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
     )
 
 
-def _line(
+def _answer(
     sweep: Sweep, points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim]
 ) -> str:
     """Returns the one-line answer."""
-    missing = sweep.n_trials - sum(len(point.trials) for point in points)  # their turn has not come
+    missing = sweep.n_trials - sum(len(point.trials) for point in points)  # not proposed yet
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
-        return (
-            f"no trial has come to a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was begun'}"
-        )
+        return f"no trial has a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was started'}"
     estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
     if len(points) == 1:
         return spread_line(estimates[0], sweep.metric)
     names = [format_overrides(point.settings) for point in ranked]
-    compared = baseline is not None and baseline.values
-    of_baseline = format_overrides(baseline.settings) if baseline is not None and compared else None
+    is_comparable = baseline is not None and baseline.values
+    baseline_name = format_overrides(baseline.settings) if baseline is not None and is_comparable else None
     following = claims.get(NEXT_BEST)
     if len(ranked) > 1 and ranked[0] is baseline:
         following = claims[names[1]].reversed()
     return best_line(
-        BestResult(names[0], estimates[0], of_baseline, claims.get(names[0]), (*names, None)[1], following),
+        BestResult(names[0], estimates[0], baseline_name, claims.get(names[0]), (*names, None)[1], following),
         sweep.metric,
         is_over=unfinished == 0,
     )
 
 
 def _edges(ranked: list[Point]) -> list[str]:
-    """Say of which settings the best has the smallest or the largest value that was tried, of three or more.
+    """Returns a note for each key whose best value is the smallest or largest of at least three values that were tried.
 
-    Sizes of the model are left out: a larger one is better as a rule, and at another price.
+    Omits model sizes: a larger model is usually better, but costs more.
     """
     notes = []
     for key in ranked[0].settings if ranked else ():
@@ -216,27 +216,30 @@ def _edges(ranked: list[Point]) -> list[str]:
             continue
         end, beyond = ("smallest", "smaller") if best == min(values) else ("largest", "larger")
         shown = ranked[0].settings[key]
-        notes.append(f"The best {key} is the {end} that was tried, {shown}: a {beyond} one may be better.")
+        notes.append(f"The best {key} is the {end} value that was tried ({shown}). A {beyond} value may be better.")
     return notes
 
 
 def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[str]:
-    """Returns what went wrong, a sentence each."""
+    """Returns a note for a missing baseline and for each failed trial."""
     notes = []
     if baseline is None and trials:
         notes.append(
-            f"The baseline, {format_overrides(sweep.baseline)}, is no point of this sweep: nothing is compared with it."
+            f"The baseline {format_overrides(sweep.baseline)} is not a point of this sweep. "
+            "No point is compared with it."
         )
     elif baseline is not None and not baseline.values:
-        notes.append(f"The baseline, {format_overrides(baseline.settings)}, has no value: nothing is compared with it.")
+        notes.append(f"The baseline {format_overrides(baseline.settings)} has no value. No point is compared with it.")
     for trial in filter(is_failed, trials):
-        why = trial.message or f"it has no finite {sweep.metric}"
-        notes.append(f"Trial {trial.number} ({format_overrides(trial.overrides)}) is left out, {trial.state}: {why}")
+        reason = trial.message or f"{sweep.metric} has no finite value"
+        notes.append(
+            f"Trial {trial.number} ({format_overrides(trial.overrides)}) is excluded, state {trial.state}: {reason}"
+        )
     return notes
 
 
 def _scores(runs: list[Run]) -> dict[str, float]:
-    """Returns the means of the numbers under "score" in forecast.json."""
+    """Returns the means over the runs of the numbers under "score" in forecast.json, by dotted name."""
     found: dict[str, list[float]] = {}
     for run in runs:
         score = run.forecast.get("score")

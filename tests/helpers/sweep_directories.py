@@ -1,4 +1,4 @@
-"""Directories of sweeps, as a sweep leaves them, written by hand."""
+"""Writes sweep directories with given trials, without running a sweep."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ def trial(overrides: Mapping[str, Any], value: float | None = None, state: str =
 def write_sweep(
     directory: Path, trials: Sequence[dict[str, Any]], baseline: Mapping[str, Any] = {}, missing: int = 0
 ) -> Path:
-    """Write sweep.json and every trial.json; ``missing`` trials have not had their turn."""
+    """Writes sweep.json and every trial.json; ``missing`` more trials have not been proposed yet."""
     directory.mkdir(parents=True, exist_ok=True)
     keys = dict.fromkeys(key for trial in trials for key in trial["overrides"])
     sweep = {
@@ -40,5 +40,5 @@ def write_sweep(
 
 
 def write_model(directory: Path, **changes: Any) -> None:
-    """Write the configuration of a run, of which there is but the model."""
+    """Writes the config.yaml of a run, with the model config only."""
     (directory / "config.yaml").write_text(yaml.safe_dump({"model": TINY | changes}))

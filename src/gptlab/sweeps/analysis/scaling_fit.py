@@ -1,7 +1,7 @@
-"""Scaling laws: the loss of Hoffmann et al. 2022 ("Chinchilla") fitted to runs, and what is best for a budget.
+"""Fit of the scaling law of Hoffmann et al. 2022 ("Chinchilla") to runs, and the optimal model size for a budget.
 
-N are the parameters of a model, D the tokens that it is trained on, C = 6 N D the floating-point operations that takes
-(section 3.3 there). Imports no torch.
+N is the number of parameters of a model, D the number of training tokens and C = 6 N D the number of floating-point
+operations (section 3.3 of the paper). Imports no torch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from gptlab.errors import UserError
 
 Array = NDArray[np.float64]
 
-# Hoffmann et al. 2022, appendix D.2: the Huber loss's delta, and where L-BFGS begins
+# Hoffmann et al. 2022, appendix D.2: delta of the Huber loss, and the grid of starting points of L-BFGS
 DELTA = 1e-3
 START_GRID = {
     "a": np.arange(0, 26, 5.0),
@@ -26,13 +26,13 @@ START_GRID = {
     "alpha": np.arange(0, 2.1, 0.5),
     "beta": np.arange(0, 2.1, 0.5),
 }
-GRID_STARTS = 24  # of those 4,500 beginnings, so many are followed: those with the least loss
-RESTARTS = 1  # and resampled runs begin there, and at the law of all runs
-LBFGS_OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}  # of L-BFGS
-# Logs of the three terms at the middle of the runs, and the powers: beyond what runs can tell, near enough for floats.
+GRID_STARTS = 24  # L-BFGS is run from the best 24 of the 4,500 grid points
+RESTARTS = 1  # fits to resampled runs start from the law of all runs and from this many grid points
+LBFGS_OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}
+# Bounds of the logs of the three terms at the mean of the runs, and of the exponents: wide, but safe from overflow.
 BOUNDS = [(-30, 10), (-30, 10), (-30, 10), (0.01, 5), (0.01, 5)]
-CONFIDENCE_LEVEL = 0.95  # of intervals
-MIN_RUNS = 3  # sizes, and lengths: a power and a constant are not told apart by less
+CONFIDENCE_LEVEL = 0.95
+MIN_RUNS = 3  # distinct sizes and lengths: an exponent, a factor and a constant need three
 
 
 class ScalingLaw(NamedTuple):
@@ -46,36 +46,36 @@ class ScalingLaw(NamedTuple):
 
     @property
     def a(self) -> float:
-        """Power with which the best N grows with C (equation 4)."""
+        """Exponent of the optimal N in C (equation 4)."""
         return self.beta / (self.alpha + self.beta)
 
     @property
     def b(self) -> float:
-        """Power with which the best D grows with C (equation 4)."""
+        """Exponent of the optimal D in C (equation 4)."""
         return self.alpha / (self.alpha + self.beta)
 
     @property
     def G(self) -> float:  # noqa: N802  (its name in equation 4)
-        """Factor of the best N (equation 4)."""
+        """Factor of the optimal N (equation 4)."""
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def loss(self, parameters: float, tokens: float) -> float:
-        """Predict a loss, in nats per token."""
+        """Returns the predicted loss, in nats per token."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
     def optimum(self, flops: float) -> tuple[float, float]:
-        """Returns the parameters and the tokens of the lowest loss for a budget of operations (equation 4)."""
+        """Returns N and D with the lowest loss for a budget of floating-point operations (equation 4)."""
         return self.G * (flops / 6) ** self.a, (flops / 6) ** self.b / self.G
 
 
 class ScalingFit(NamedTuple):
-    """Fitted law, with its resampled fits.
+    """Fitted law, with bootstrap fits.
 
     Attributes:
-        law: Fitted to all runs.
-        resampled: Fitted to as many runs, drawn from these with replacement (Efron 1979).
-        runs: How many there were.
-        residual: Root of the mean square of log(measured / predicted).
+        law: Law fitted to all runs.
+        resampled: Laws fitted to bootstrap samples of the runs (Efron 1979).
+        runs: Number of runs.
+        residual: Root mean square of log(measured / predicted).
     """
 
     law: ScalingLaw
@@ -83,22 +83,22 @@ class ScalingFit(NamedTuple):
     runs: int
     residual: float
 
-    def interval(self, of: Callable[[ScalingLaw], float]) -> tuple[float, float]:
-        """Returns the ends of the 95 % interval of something that a law says, by percentiles of the resampled ones."""
+    def interval(self, quantity: Callable[[ScalingLaw], float]) -> tuple[float, float]:
+        """Returns the ends of the 95% interval of a quantity of the law: percentiles over the bootstrap fits."""
         ends = (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL))
-        low, high = np.percentile([of(law) for law in self.resampled], ends)
+        low, high = np.percentile([quantity(law) for law in self.resampled], ends)
         return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """What is best for a budget: each of the law that fits all runs, then the ends of its 95 % interval.
+    """Optimal model size and tokens for a budget: each value with the lower and upper end of its 95% interval.
 
     Attributes:
-        flops: The budget C.
-        parameters: Of the model.
-        tokens: To train it on.
-        loss: That it comes to, nats per token.
+        flops: Budget C, in floating-point operations.
+        parameters: Optimal number of parameters.
+        tokens: Optimal number of training tokens.
+        loss: Predicted loss, in nats per token.
     """
 
     flops: float
@@ -108,23 +108,22 @@ class Optimum:
 
 
 def fit_scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> ScalingLaw:
-    """Fits the law to runs: the least Huber loss between logs, by L-BFGS from a grid (appendix D.2).
+    """Fits the law to runs: minimizes the Huber loss between log losses with L-BFGS from a grid (appendix D.2).
 
     Args:
         parameters: N of every run.
         tokens: D of every run.
-        losses: That they came to, nats per token.
+        losses: Loss of every run, in nats per token.
 
     Raises:
-        UserError: There are too few runs, sizes or lengths to tell the five coefficients.
+        UserError: There are too few runs, sizes or lengths to determine the five coefficients.
     """
     logs = _logs(parameters, tokens, losses)
     sizes, lengths = len(set(parameters)), len(set(tokens))
     if sizes < MIN_RUNS or lengths < MIN_RUNS or len(losses) < len(ScalingLaw._fields):
         raise UserError(
-            f"A scaling law has {len(ScalingLaw._fields)} coefficients, and {len(losses)} runs of {sizes} sizes and "
-            f"{lengths} lengths cannot determine them. It takes as many runs, of at least {MIN_RUNS} sizes and "
-            f"{MIN_RUNS} lengths."
+            f"{len(losses)} runs of {sizes} sizes and {lengths} lengths are too few to fit a scaling law. It needs at "
+            f"least {len(ScalingLaw._fields)} runs, {MIN_RUNS} sizes and {MIN_RUNS} lengths."
         )
     return _descend(logs, _best_starts(logs, GRID_STARTS))
 
@@ -132,19 +131,19 @@ def fit_scaling_law(parameters: Sequence[float], tokens: Sequence[float], losses
 def fit_with_intervals(
     parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float], *, resamples: int, seed: int
 ) -> ScalingFit:
-    """Fits the law to runs, and again to runs drawn from them, for intervals.
+    """Fits the law to runs and to bootstrap samples of them, for intervals.
 
-    A draw that has too few sizes or lengths for a law is drawn again.
+    A sample with too few sizes or lengths for a fit is drawn again.
 
     Args:
         parameters: N of every run.
         tokens: D of every run.
-        losses: That they came to, nats per token.
-        resamples: How often to draw.
-        seed: Of the draws.
+        losses: Loss of every run, in nats per token.
+        resamples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Raises:
-        UserError: There are too few runs, sizes or lengths to tell the five coefficients.
+        UserError: There are too few runs, sizes or lengths to determine the five coefficients.
     """
     law = fit_scaling_law(parameters, tokens, losses)
     runs = np.array([parameters, tokens, losses], dtype=np.float64)
@@ -157,10 +156,10 @@ def fit_with_intervals(
 
 
 def optimum(fitted: ScalingFit, flops: float) -> Optimum:
-    """Returns the optimum for a budget of operations."""
+    """Returns the optimum for a budget of floating-point operations, with intervals."""
 
-    def with_interval(of: Callable[[ScalingLaw], float]) -> tuple[float, float, float]:
-        return (of(fitted.law), *fitted.interval(of))
+    def with_interval(quantity: Callable[[ScalingLaw], float]) -> tuple[float, float, float]:
+        return (quantity(fitted.law), *fitted.interval(quantity))
 
     return Optimum(
         flops,
@@ -177,7 +176,7 @@ def _logs(
 
 
 def _coordinates(law: ScalingLaw) -> Array:
-    """Returns the parameters that L-BFGS optimizes: a = log A, b = log B, e = log E, alpha, beta."""
+    """Returns the variables that L-BFGS optimizes: a = log A, b = log B, e = log E, alpha, beta."""
     return np.array([*np.log([law.A, law.B, law.E]), law.alpha, law.beta])
 
 
@@ -187,7 +186,7 @@ def _law(at: Array) -> ScalingLaw:
 
 
 def _terms(at: Array, logs: Array) -> Array:
-    """Returns the logs of the three terms of the predicted loss of every run, as a (3, runs) array."""
+    """Returns the logs of the three terms of the predicted losses, as a (3, runs) array."""
     a, b, e, alpha, beta = at
     return np.stack((a - alpha * logs[0], b - beta * logs[1], np.full_like(logs[0], e)))
 
@@ -197,22 +196,22 @@ def _residuals(at: Array, logs: Array) -> Array:
 
 
 def _objective(at: Array, logs: Array) -> tuple[float, Array]:
-    """Returns the Huber loss over delta squared, summed over the runs, and its gradient.
+    """Returns the Huber loss divided by delta squared, summed over the runs, and its gradient.
 
-    Summed and scaled, not averaged: L-BFGS stops where the loss moves little in absolute terms, which is how the
-    published fit came to stop too soon (Besiroglu et al. 2024, section 4).
+    It is summed and scaled, not averaged: L-BFGS stops when the absolute change of the objective is small, which made
+    the published fit stop too early (Besiroglu et al. 2024, section 4).
     """
     terms = _terms(at, logs)
     predicted = np.logaddexp.reduce(terms)
     residuals = (predicted - logs[2]) / DELTA
-    pull = np.clip(residuals, -1, 1) / DELTA  # the derivative of the Huber loss
-    shares = pull * np.exp(terms - predicted)  # of the three terms in it, (3, runs)
-    gradient = [*shares.sum(axis=1), -shares[0] @ logs[0], -shares[1] @ logs[1]]
+    derivative = np.clip(residuals, -1, 1) / DELTA  # of the Huber loss
+    by_term = derivative * np.exp(terms - predicted)  # (3, runs)
+    gradient = [*by_term.sum(axis=1), -by_term[0] @ logs[0], -by_term[1] @ logs[1]]
     return float(special.huber(1.0, residuals).sum()), np.array(gradient)
 
 
 def _best_starts(logs: Array, number: int) -> Array:
-    """Returns the starting points of the grid with the least Huber loss."""
+    """Returns the points of the starting grid with the lowest Huber loss."""
     grid = np.array(list(product(*START_GRID.values())))
     terms = np.stack(
         np.broadcast_arrays(
@@ -224,20 +223,20 @@ def _best_starts(logs: Array, number: int) -> Array:
 
 
 def _descend(logs: Array, starts: Array) -> ScalingLaw:
-    """Follow each beginning to its minimum, and take the lowest.
+    """Minimizes the objective from each starting point and returns the best law.
 
-    The logs of N and D are taken from their means on the way, which leaves the minimum where it is: else a and alpha, b
-    and beta could only move together, which L-BFGS does slowly.
+    The logs of N and D are centered first. This does not change the minimum, but removes the correlation of a with
+    alpha and of b with beta, which slows L-BFGS down.
     """
     means = logs[:2].mean(axis=1)
-    centred = logs - np.array([[*means, 0.0]]).T
+    centered = logs - np.array([[*means, 0.0]]).T
     found = []
     for start in starts:
         at = start.copy()
         at[:2] -= at[3:5] * means
         found.append(
             optimize.minimize(
-                _objective, at, args=(centred,), jac=True, method="L-BFGS-B", bounds=BOUNDS, options=LBFGS_OPTIONS
+                _objective, at, args=(centered,), jac=True, method="L-BFGS-B", bounds=BOUNDS, options=LBFGS_OPTIONS
             )
         )
     at = min(found, key=lambda result: result.fun).x
@@ -246,7 +245,7 @@ def _descend(logs: Array, starts: Array) -> ScalingLaw:
 
 
 def _bootstrap_samples(runs: Array, random: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """Yields the indices of resampled runs, always enough of them for a fit."""
+    """Yields the run indices of bootstrap samples that have enough sizes and lengths for a fit."""
     while True:
         drawn = random.integers(runs.shape[1], size=(runs.shape[1],))
         if all(len(np.unique(row[drawn])) >= MIN_RUNS for row in runs[:2]):

@@ -1,4 +1,4 @@
-"""Scaling law of a sweep over model sizes and tokens: its measurements, the fit, and how that is printed.
+"""Report of the scaling law of a sweep over model sizes and tokens: reads the runs, fits the law, prints and writes it.
 
 Imports no torch.
 """
@@ -15,7 +15,7 @@ from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, embedding_count, parameter_count
 from gptlab.sweeps.analysis.points import has_value
-from gptlab.sweeps.analysis.scaling import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.sweeps import load_sweep, load_trials
 
@@ -27,8 +27,8 @@ class ModelSize:
     """Size of a model.
 
     Attributes:
-        all: Its parameters.
-        non_embedding: Those that are in no embedding and no untied head.
+        all: Number of parameters.
+        non_embedding: Number of parameters without embeddings and an untied head.
     """
 
     all: int
@@ -37,13 +37,13 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class SizedRun:
-    """Measurements of a run for a scaling law.
+    """Size, tokens and loss of a run, to which a scaling law is fitted.
 
     Attributes:
-        trial: Its number.
-        size: Of its model.
-        tokens: That it has seen.
-        loss: That it came to, nats per token.
+        trial: Number of the trial.
+        size: Size of its model.
+        tokens: Number of tokens seen.
+        loss: Value of the sweep's metric, in nats per token.
     """
 
     trial: int
@@ -53,7 +53,7 @@ class SizedRun:
 
 
 def model_size(run: Run) -> ModelSize | None:
-    """Returns the size of a run's model; None if its configuration does not say."""
+    """Returns the size of a run's model, or None if the recorded configuration has no valid model."""
     try:
         config = GPTConfig.model_validate(run.config.get("model"))
         everything = parameter_count(config)
@@ -63,14 +63,14 @@ def model_size(run: Run) -> ModelSize | None:
 
 
 def varies_size_and_length(directory: Path) -> bool:
-    """Whether a sweep varies both the model and how long it is trained."""
+    """Whether a sweep varies both the model and the length of training."""
     sweep = load_sweep(directory)
     keys = [] if sweep is None else list(sweep.space)
     return any(key.partition(".")[0] == "model" for key in keys) and any(key in LENGTHS for key in keys)
 
 
 def read_sized_runs(directory: Path) -> list[SizedRun]:
-    """Reads size, tokens and loss of every trial of a sweep that finished with a finite value."""
+    """Returns size, tokens and loss of every finished trial of a sweep that has a finite value."""
     found = []
     for trial in load_trials(directory):
         size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
@@ -80,22 +80,23 @@ def read_sized_runs(directory: Path) -> list[SizedRun]:
 
 
 SCALING = "scaling.json"
-RESAMPLES, SEED = 200, 0  # of the intervals
-BUDGETS = (1, 10, 100)  # that are spoken of, in those of the largest run
+RESAMPLES, SEED = 200, 0  # bootstrap of the intervals
+BUDGETS = (1, 10, 100)  # compute budgets of the printed optima, in multiples of the largest run
 
 
 class ScalingAnswer(BaseModel):
-    """Scaling law of a sweep over sizes and tokens, with its predictions.
+    """Scaling law of a sweep over model sizes and tokens, with its predictions.
 
-    N are all parameters of a model: for small ones, laws in those without embeddings mislead (Pearce and Song 2024).
+    N counts all parameters of a model, including embeddings. For small models, laws in non-embedding parameters are
+    misleading (Pearce and Song 2024).
 
     Attributes:
-        law: Its coefficients by name, fitted to all runs.
-        intervals: The 95 % interval of each coefficient, and of "a" and "b", the powers of the best N and D in C.
-        residual: Root of the mean square of log(measured / predicted).
-        runs: That it is fitted to.
-        optima: What is best for the budget of the largest run, and for larger ones.
-        answer: In one line.
+        law: Coefficients by name, fitted to all runs.
+        intervals: 95% interval of each coefficient, and of "a" and "b", the exponents of the optimal N and D in C.
+        residual: Root mean square of log(measured / predicted).
+        runs: Runs that the law was fitted to.
+        optima: Optimal model size and tokens for the compute of the largest run, and for larger budgets.
+        answer: The law in one line.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -112,7 +113,7 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
     """Fits a scaling law to the finished trials of a sweep.
 
     Raises:
-        UserError: They are too few to tell one.
+        UserError: There are too few runs, sizes or lengths for a fit.
     """
     runs = read_sized_runs(directory)
     sizes, tokens = [run.size.all for run in runs], [run.tokens for run in runs]
@@ -129,24 +130,25 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 
 
 def print_scaling(scaling: ScalingAnswer) -> None:
-    """Prints the coefficients, the optima of larger budgets, and the law in one line."""
+    """Prints the coefficients, the optima for several budgets, and the law in one line."""
     console, law = get_console(), ScalingLaw(**scaling.law)
-    table = Table("operations", "parameters", "tokens", "tokens / parameters", "loss", box=box.SIMPLE)
+    table = Table("FLOPs", "optimal parameters", "optimal tokens", "tokens / parameters", "loss", box=box.SIMPLE)
     for best in scaling.optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
             f"{best.flops:.2e}",
-            *(_format_interval(*of) for of in (best.parameters, best.tokens)),
+            *(_format_interval(*values) for values in (best.parameters, best.tokens)),
             ratio,
             _interval(*best.loss, ".3f"),
         )
-    coefficients = Table("coefficient", "fitted", "95 %", box=box.SIMPLE)
+    coefficients = Table("coefficient", "estimate", "95% CI", box=box.SIMPLE)
     for name, (low, high) in scaling.intervals.items():
         coefficients.add_row(name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}")
     console.print(coefficients, table)
     console.print(Text(scaling.answer, "bold"))
-    made = f"{len(scaling.runs)} runs, {scaling.residual:.2%} off; intervals of 95 % by {RESAMPLES} resamples"
-    console.print(Text(f"{made} (docs/answers.md).", "dim"))
+    summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
+    intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."
+    console.print(Text(f"{summary} {intervals} See docs/answers.md.", "dim"))
 
 
 def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
@@ -158,8 +160,8 @@ def _line(fitted: ScalingFit) -> str:
     law = fitted.law
     loss = f"loss = {law.E:.3g} + {law.A:.3g} / N^{law.alpha:.3g} + {law.B:.3g} / D^{law.beta:.3g}"
     return (
-        f"{loss}; the best N grows as C^{_interval(law.a, *fitted.interval(lambda law: law.a), '.2f')}, "
-        f"the best D as C^{_interval(law.b, *fitted.interval(lambda law: law.b), '.2f')}"
+        f"{loss}; optimal N grows as C^{_interval(law.a, *fitted.interval(lambda law: law.a), '.2f')}, "
+        f"optimal D as C^{_interval(law.b, *fitted.interval(lambda law: law.b), '.2f')}"
     )
 
 
@@ -168,7 +170,7 @@ def _interval(value: float, low: float, high: float, form: str) -> str:
 
 
 def _format_interval(value: float, low: float, high: float) -> str:
-    """Formats large numbers as 113k, 1.31M."""
+    """Formats large numbers with their interval, as in "113k (98k to 1.31M)"."""
     return f"{_format_large(value)} ({_format_large(low)} to {_format_large(high)})"
 
 
