@@ -83,7 +83,7 @@ def test_the_workspace_has_its_sections_over_tokens(spec):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "A workspace belongs to a project: name both, entity=<user or team> project=<project>"),
+        ((), "A workspace belongs to a W&B project. Set entity=<user or team> project=<project>"),
         (("entity=me", "project=models"), "Log in with `wandb login`"),
         ((*WORKSPACE, "out=nowhere/here.json"), "out=nowhere/here.json cannot be written"),
         (("entitty=me",), "Did you mean entity?"),

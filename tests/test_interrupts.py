@@ -22,7 +22,7 @@ def test_an_interrupted_run_can_go_on(user, trainer, to_all):
     run = training(user, *trainer)
     (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
     output = run.ended(INTERRUPTED).stdout
-    assert f"To go on: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
+    assert f"To resume: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
     assert processes_of(user.folder) == []
     done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
     assert_success(done)  # further than that already: nothing is left to do, which is no mistake

@@ -13,7 +13,7 @@ MISTAKES = {
     "added key": (["+model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "another option's key": (
         ["schedule=constant", "schedule.decay_steps=3"],
-        "schedule.decay_steps is a key of other options of schedule=",
+        "`schedule.decay_steps` belongs to other options of schedule=",
     ),
     "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be a valid integer"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be greater than 0"),
@@ -42,7 +42,7 @@ MISTAKES = {
     ),
     "an average that cannot move": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
-        "train.ema_decay=0.999 moves an average by less than bfloat16 can tell: trainer.precision=bf16-mixed keeps",
+        "train.ema_decay=0.999 updates an average by less than the resolution of bfloat16",
     ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
@@ -50,11 +50,11 @@ MISTAKES = {
     ),
     "unknown option": (
         ["model=gtp2"],
-        "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",
+        "Unknown option model=gtp2. Did you mean gpt2? Valid options: gpt, gpt2, gpt2-large,",
     ),
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
     "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "the length of the run is named once"),
-    "missing value": (["data=text"], "data.source is missing: name it on the command line"),
+    "missing value": (["data=text"], "data.source is missing. Set it on the command line"),
     "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt does not exist"),
     "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
     "too short": ([*TEXT, "model.block_size=50000"], "is too short: it has"),
@@ -63,7 +63,7 @@ MISTAKES = {
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
         " lacks vocab.bpe and encoder.json",
     ),
-    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is not the 257 ids"),
+    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 differs from tokenizer=bytes, which has 257"),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
     "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
     "unreadable override": (["{"], "{"),

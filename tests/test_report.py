@@ -25,26 +25,26 @@ def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
     assert_success(done)
     written = without_torch.folder / "lr=1.html"
-    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB; it opens without a network\.\n", done.stdout)
+    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB\. The file needs no network\.\n", done.stdout)
     assert written.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
-    assert "lr/now/3 is left out" in done.stderr
+    assert "lr/now/3 is omitted" in done.stderr
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
 
 def test_help_says_what_there_is(without_torch):
     done = without_torch.python(REPORT, "--help")
     assert_success(done)
-    for told in ("points: 1000", "live: false", "Exit status: 0 done (also after Ctrl-C where live=true)"):
-        assert told in done.stdout
+    for text in ("points: 1000", "live: false", "Exit codes: 0 done (with live=true, also after Ctrl-C)"):
+        assert text in done.stdout
 
 
 MISTAKES = {
-    "nothing there": (["runs=outputs/none"], "outputs/none: there is no such place"),
-    "no run there": (["runs=elsewhere"], "elsewhere: there is no run directory"),
+    "nothing there": (["runs=outputs/none"], "No runs found at outputs/none: it does not exist"),
+    "no run there": (["runs=elsewhere"], "No runs found at elsewhere: no run directory"),
     "runs not named": ([], "runs is missing"),
     "unknown key": (["run=x"], "Unknown config key `run`. Did you mean runs?"),
     "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),
-    "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a folder: name a file in it, out=outputs/report"),
+    "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a directory. Set a file: out=outputs/report"),
     "too few points": (["runs=outputs", "points=2"], "points=2 is not valid"),
     "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not valid"),
 }  # fmt: skip
@@ -64,14 +64,14 @@ def test_a_port_in_use_is_a_sentence(user):
         taken.listen()
         port = taken.getsockname()[1]
         done = user.python(REPORT, "runs=outputs", "live=true", f"port={port}")
-    assert_config_error(done, f"port={port} is in use: name another one; port=0 takes one that is free.")
+    assert_config_error(done, f"port={port} is in use. Set another port, or port=0 for a free one.")
 
 
 def test_the_command_serves_until_ctrl_c(user):
     write_run(user.folder / "outputs" / "quickstart" / "now", **running())
     command = user.begin(REPORT, "runs=outputs", "live=true", "port=0")
-    said = command.stdout.readline()
-    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ follows the runs; Ctrl-C ends it\.\n", said)[1])
+    line = command.stdout.readline()
+    port = int(re.fullmatch(r"Serving the report at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
     status, _, body = asked(port, "/")
     assert (status, b"gptlab report" in body) == (200, True)
     os.kill(command.pid, signal.SIGINT)

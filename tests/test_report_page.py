@@ -78,7 +78,7 @@ def test_time_is_that_of_training(seen, sweep, report):
     )
     assert singles["x"][: len(seconds)] == pytest.approx(seconds, rel=1e-6)
     assert singles["y"][: len(seconds)] == pytest.approx(column(sweep / "0", "train/loss")[1], rel=1e-6)
-    assert "training alone" in page.text("#loss-caption")
+    assert "training only" in page.text("#loss-caption")
 
 
 def test_every_other_metric_has_its_chart(seen, sweep, report):
@@ -107,8 +107,8 @@ def test_what_was_varied_is_drawn_with_its_best(seen, sweep, report):
     (best,) = page.traces("curve", "best")
     assert best["x"] == [2e-3]
     assert page.page.evaluate("document.getElementById('curve').layout.xaxis.type") == "log"
-    assert "★ the lowest mean" in page.text("#curve-caption")
-    assert "Left out: 1 run (1 diverged)." in page.text("#curve-caption")
+    assert "★ lowest mean" in page.text("#curve-caption")
+    assert "Omitted: 1 run (1 diverged)." in page.text("#curve-caption")
     assert not page.page.is_visible("#parallel-figure")
     assert not page.page.is_visible("#scaling-section")
 
@@ -130,7 +130,7 @@ def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, siz
     assert [len(trace["x"]) for trace in scaled] == [4, 4, 4]
     flops = page.page.evaluate("DATA.runs[0].flops")
     assert scaled[0]["x"] == pytest.approx([10 * TOKENS * flops] * 2 + [20 * TOKENS * flops] * 2)
-    assert "No law was fitted to them." in page.text("#scaling-caption")
+    assert "No scaling law was fitted." in page.text("#scaling-caption")
 
 
 def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):

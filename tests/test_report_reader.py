@@ -43,7 +43,7 @@ def test_filters_act_on_charts_and_tables(seen, report):
     assert page.text("#count") == "2 of 10 runs"
     page.page.fill("#search", "nothing like that")
     assert shown() == (0, set(), 0, 0)
-    assert "Nothing to draw" in page.text("#loss-caption")
+    assert "No data" in page.text("#loss-caption")
     page.page.fill("#search", "diverged")
     assert shown()[0] == 1
     page.page.click("#reset")
@@ -139,12 +139,12 @@ def test_nothing_is_wider_than_the_screen(seen, report, sizes):
             assert max(page.page.evaluate(right)) <= width
 
 
-# every element that shows a text of its own, its colour and what is behind it; and the lines of the loss
-COLOURS = """() => {
+# every element that shows a text of its own, its color and what is behind it; and the lines of the loss
+COLORS = """() => {
   const ground = element => {
     for (let one = element; one; one = one.parentElement) {
-      const colour = getComputedStyle(one).backgroundColor;
-      if (!/, 0\\)$|transparent/.test(colour)) return colour;
+      const color = getComputedStyle(one).backgroundColor;
+      if (!/, 0\\)$|transparent/.test(color)) return color;
     }
     return getComputedStyle(document.documentElement).backgroundColor;
   };
@@ -162,12 +162,12 @@ COLOURS = """() => {
 }"""
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Of WCAG 2.2."""
-    if colour.startswith("#"):
-        channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    if color.startswith("#"):
+        channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     else:
-        channels = [int(float(part)) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        channels = [int(float(part)) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -183,15 +183,15 @@ def test_light_and_dark_are_both_readable(seen, report):
     grounds = []
     for scheme in ("light", "dark"):
         page.page.emulate_media(color_scheme=scheme)
-        page.until("document.getElementById('loss').layout.font.color === colour('text')")  # drawn anew
-        texts, lines = page.page.evaluate(COLOURS)
+        page.until("document.getElementById('loss').layout.font.color === color('text')")  # drawn anew
+        texts, lines = page.page.evaluate(COLORS)
         assert len(texts) > 100
         assert len(lines) == 3
         assert [told for told in texts if contrast(*told[1:]) < 4.5] == []
         assert [told for told in lines if contrast(*told[1:]) < 3] == []
-        palette = page.page.evaluate("[...Array(COLOURS).keys()].map(i => colour(`c${i}`))")
+        palette = page.page.evaluate("[...Array(COLORS).keys()].map(i => color(`c${i}`))")
         scale = page.page.evaluate("[...Array(21).keys()].map(i => onScale(i / 20))")
-        card = page.page.evaluate("colour('card')")
+        card = page.page.evaluate("color('card')")
         assert [one for one in (*palette, *scale) if contrast(one, card) < 3] == []
         grounds.append((luminance(texts[0][2]), lines[0][1]))
     assert grounds[0][0] > 0.8 > 0.05 > grounds[1][0]

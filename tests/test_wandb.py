@@ -42,7 +42,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def send(user, output: str) -> None:
     """Type the command that a run has named last."""
-    command = next(line.split("end it: ")[1] for line in reversed(output.splitlines()) if "end it: " in line)
+    command = next(line.split("To upload it: ")[1] for line in reversed(output.splitlines()) if "To upload it: " in line)
     program, *arguments = shlex.split(command)
     assert_success(user.run(str(SCRIPTS / program), *arguments))
 
@@ -161,7 +161,7 @@ def test_a_server_that_goes_away_in_the_middle_stops_nothing(user, server, end):
     assert exit_code(record) == 0
     (sent,) = server.runs.values()
     assert len(sent.history) < 5000
-    assert output.count("W&B has not taken the whole record in time") == 1
+    assert output.count("W&B has not received the whole record in time") == 1
     assert "wandb:" not in output
     assert has_secret(user.folder) == []
 
@@ -182,7 +182,7 @@ def test_wandb_s_own_process_may_die(user, server):
     os.kill(core, signal.SIGKILL)
     done = run.ended(seconds=600)
     output = done.stdout + done.stderr
-    assert output.count("W&B has failed, and gets no more rows") == 1
+    assert output.count("W&B has failed and receives no more rows") == 1
     assert list(metrics_file(user.only_run())) == list(range(1, 3001))
     assert "Next: python -m gptlab.sample" in output
 

@@ -119,15 +119,15 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
     told = "\n".join(found["problems"])
     assert len(found["problems"]) == 5
     for name in ("bytes", "prose", "config", "folder"):
-        assert re.search(rf"runs/{name} is left out: .*{name}.* cannot be read", told), told
+        assert re.search(rf"runs/{name} is omitted: .*{name}.* cannot be read", told), told
     assert re.search("runs/good: a file in .* cannot be read", told)
 
 
 def test_with_no_run_that_can_be_read_there_is_no_report(tmp_path):
     (write_run(tmp_path / "runs" / "one") / "config.yaml").write_text("{")
-    with pytest.raises(UserError, match=r"no run there can be read\.\nruns/one is left out"):
+    with pytest.raises(UserError, match=r"none of the runs can be read\.\nruns/one is omitted"):
         gathered(tmp_path / "runs")
-    with pytest.raises(UserError, match="there is no such place"):
+    with pytest.raises(UserError, match="it does not exist"):
         gathered(tmp_path / "nothing")
 
 

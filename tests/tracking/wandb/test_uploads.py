@@ -71,7 +71,7 @@ def test_an_alert_that_cannot_be_sent_ends_no_run(tmp_path, caplog):
     record.alert("Loss spike", "nobody listens")  # there are none
     record.alerts = Alerts(run, 60.0)
     record.alert("Loss spike", "nobody hears")
-    assert caplog.messages == ["W&B has failed, and gets no more rows: gone. metrics.csv has them all."]
+    assert caplog.messages == ["W&B has failed and receives no more rows: gone. metrics.csv has all rows."]
 
 
 def checkpoint(tmp_path, step: int) -> Any:

@@ -59,7 +59,7 @@ def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
         logger.log_metrics({"loss": 1.0}, step)
     logger.finalize("success")
     assert run.rows == [(1, {"loss": 1.0})]
-    assert told() == ["W&B has failed, and gets no more rows: Connection lost. metrics.csv has them all."]
+    assert told() == ["W&B has failed and receives no more rows: Connection lost. metrics.csv has all rows."]
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])
@@ -77,4 +77,4 @@ def test_a_record_that_was_not_taken_in_time_is_named(run, tmp_path, told, monke
     RunWandbLogger(run, tmp_path, first_step=0).finalize("success")
     assert not (Path(run.sync_dir) / "run-abc.wandb.synced").exists()
     (message,) = told()
-    assert message.endswith("to send it: wandb sync --include-online wandb/run-20260101_000000-abc")
+    assert message.endswith("To upload it: wandb sync --include-online wandb/run-20260101_000000-abc")

@@ -117,7 +117,7 @@ class RunWandbLogger(WandbLogger):
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            log.warning("W&B has not received the whole record in time. To upload the rest: %s", self._command())
+            log.warning("W&B has not received the whole record in time. To upload it: %s", self._command())
             return
         if run.offline:
             log.info("The W&B record is kept in the run directory. To upload it: %s", self._command())
