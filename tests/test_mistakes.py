@@ -63,7 +63,10 @@ MISTAKES = {
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
         " lacks vocab.bpe and encoder.json",
     ),
-    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 differs from tokenizer=bytes, which has 257"),
+    "vocabulary too small": (
+        [*TEXT, "model.vocab_size=9"],
+        "model.vocab_size=9 differs from tokenizer=bytes, which has 257",
+    ),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
     "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
     "unreadable override": (["{"], "{"),

@@ -42,7 +42,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def send(user, output: str) -> None:
     """Type the command that a run has named last."""
-    command = next(line.split("To upload it: ")[1] for line in reversed(output.splitlines()) if "To upload it: " in line)
+    command = next(
+        line.split("To upload it: ")[1] for line in reversed(output.splitlines()) if "To upload it: " in line
+    )
     program, *arguments = shlex.split(command)
     assert_success(user.run(str(SCRIPTS / program), *arguments))
 

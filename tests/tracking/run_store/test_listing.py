@@ -76,7 +76,11 @@ def test_runs_are_sorted_and_those_without_a_value_come_last(outputs):
 
 @pytest.mark.parametrize(
     ("condition", "sentence"),
-    [("optimizer.lr", "filter=optimizer.lr is not valid"), ("=3", "filter==3 is not valid"), ("optimizer.rl=1", "optimizer.lr")],
+    [
+        ("optimizer.lr", "filter=optimizer.lr is not valid"),
+        ("=3", "filter==3 is not valid"),
+        ("optimizer.rl=1", "optimizer.lr"),
+    ],
 )
 def test_what_is_no_condition_is_refused(outputs, condition, sentence):
     with pytest.raises(UserError, match=sentence):
