@@ -1,4 +1,4 @@
-"""What a user may get wrong: a sentence, exit status 2, nothing written, and torch is not even imported."""
+"""Errors in the command line or the input: a message, exit code 2, nothing written, torch not imported."""
 
 import pytest
 
@@ -75,20 +75,20 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_sentence(without_torch, arguments, sentence):
+def test_an_invalid_command_line_is_a_config_error(without_torch, arguments, sentence):
     (without_torch.folder / "empty.txt").touch()
     assert_config_error(without_torch.python(TRAIN, *arguments), sentence)
     assert not (without_torch.folder / "outputs").exists()
 
 
-def test_more_gpus_than_there_are(user):
+def test_more_gpus_than_available_is_a_config_error(user):
     done = user.train("trainer=gpu", "trainer.devices=1", "trainer.accelerator=gpu")
     assert_config_error(done, "PyTorch sees no GPU on this machine; trainer=cpu trains without one")
     assert not (user.folder / "outputs").exists()
 
 
 @pytest.mark.slow
-def test_more_processes_than_make_sense(user):
+def test_too_many_processes_is_a_config_error(user):
     done = user.train("trainer=ddp", "trainer.devices=100000", "train.global_batch_size=100000")
     assert_config_error(done, "at most")
     assert "CPU cores" in done.stderr
@@ -105,7 +105,7 @@ def test_more_processes_than_make_sense(user):
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
     ],
 )
-def test_mistakes_in_sampling(without_torch, arguments, sentence):
+def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, sentence):
     assert_config_error(without_torch.python("gptlab.sample", *arguments), sentence)
 
 
@@ -134,7 +134,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
         ),
     ],
 )
-def test_a_command_has_its_own_experiments(without_torch, module, own, other, sentence):
+def test_an_experiment_of_another_command_is_a_config_error(without_torch, module, own, other, sentence):
     assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
     done = without_torch.python(module, "--help")
     (listed,) = (

@@ -1,4 +1,4 @@
-"""The report command: what it writes, how it is served, and its sentences."""
+"""The report command: file, server and error messages."""
 
 import http.client
 import json
@@ -19,7 +19,7 @@ from run_directories import rows_of, running, write_metrics, write_run, write_sw
 REPORT = "gptlab.report"
 
 
-def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):
+def test_a_report_needs_no_torch_and_prints_omitted_runs(without_torch):
     sweep = write_sweep(without_torch.folder / "outputs" / "lr" / "now", seeds=(1, 2))
     (sweep / "3" / "metrics.csv").write_text("nothing\n")
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
@@ -31,7 +31,7 @@ def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
 
-def test_help_says_what_there_is(without_torch):
+def test_report_help_lists_keys_and_exit_codes(without_torch):
     done = without_torch.python(REPORT, "--help")
     assert_success(done)
     for text in ("points: 1000", "live: false", "Exit codes: 0 done (with live=true, also after Ctrl-C)"):
@@ -51,13 +51,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_in_reports(without_torch, arguments, sentence):
+def test_an_invalid_report_command_is_a_config_error(without_torch, arguments, sentence):
     write_run(without_torch.folder / "outputs" / "quickstart" / "now")
     assert_config_error(without_torch.python(REPORT, *arguments), sentence)
     assert not list(without_torch.folder.rglob("*.html*"))
 
 
-def test_a_port_in_use_is_a_sentence(user):
+def test_a_port_in_use_is_a_config_error(user):
     write_run(user.folder / "outputs" / "quickstart" / "now")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -67,7 +67,7 @@ def test_a_port_in_use_is_a_sentence(user):
     assert_config_error(done, f"port={port} is in use. Set another port, or port=0 for a free one.")
 
 
-def test_the_command_serves_until_ctrl_c(user):
+def test_report_serves_until_ctrl_c(user):
     write_run(user.folder / "outputs" / "quickstart" / "now", **running())
     command = user.begin(REPORT, "runs=outputs", "live=true", "port=0")
     line = command.stdout.readline()
@@ -88,7 +88,7 @@ def asked(port: int, path: str, **headers: str) -> tuple[int, http.client.HTTPMe
     return answer.status, answer.headers, answer.read()
 
 
-def test_news_are_sent_when_there_are_some(tmp_path):
+def test_data_is_sent_only_when_it_has_changed(tmp_path):
     run = write_run(tmp_path / "runs" / "0", **running())
     with serving(tmp_path / "runs") as server:
         port = server.server_port
@@ -107,7 +107,7 @@ def test_news_are_sent_when_there_are_some(tmp_path):
 
 
 @pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "127.0.0.1.example.org:{port}", "localhost:1"])
-def test_other_hosts_are_refused(tmp_path, host):
+def test_requests_with_a_foreign_host_header_are_refused(tmp_path, host):
     write_run(tmp_path / "runs" / "0")
     with serving(tmp_path / "runs") as server:
         port = server.server_port
@@ -118,7 +118,7 @@ def test_other_hosts_are_refused(tmp_path, host):
         assert asked(port, "/../conftest.py")[0] == 404
 
 
-def test_only_this_machine_is_served(tmp_path):
+def test_the_server_listens_only_on_the_loopback_interface(tmp_path):
     write_run(tmp_path / "runs" / "0")
     with LiveServer(ReportDocument(str(tmp_path / "runs"), 1000).gather, port=0, poll=1) as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""The ready sweeps: each asks a question, has a baseline among its points and pairs its seeds."""
+"""The predefined sweeps: each has a question, a baseline among its points, and paired seeds."""
 
 from functools import cache
 from itertools import product
@@ -20,7 +20,7 @@ def options(params: dict[str, Any]) -> dict[str, list[str]]:
 
 @cache
 def configurations(name: str) -> dict[tuple[str, ...], RunConfig]:
-    """The points of a sweep with its first seed, by what is varied."""
+    """Returns the configurations of a sweep for its first seed, keyed by the varied values."""
     values, sweeper = read(name)
     chosen = [
         f"{group.partition('/')[2]}={option}" for part in values.pop("defaults", []) for group, option in part.items()
@@ -36,12 +36,12 @@ def configurations(name: str) -> dict[tuple[str, ...], RunConfig]:
     return {point: resolved(*chosen, *named, *map("=".join, zip(varied, point, strict=True))) for point in points}
 
 
-def test_there_are_those_that_the_readme_names():
+def test_the_sweeps_are_those_that_the_readme_names():
     assert FILES == ["batch_size", "ladder", "lr", "scaling", "seeds", "width_depth"]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_sweep_asks_and_pairs(name):
+def test_every_sweep_has_a_question_a_baseline_and_paired_seeds(name):
     _, sweeper = read(name)
     params = options(sweeper["params"])
     assert sweeper["question"].endswith("?")
@@ -51,7 +51,7 @@ def test_every_sweep_asks_and_pairs(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_point_is_another_valid_configuration(name):
+def test_every_point_is_a_different_valid_configuration(name):
     found = list(configurations(name).values())
     assert all(found.count(config) == 1 for config in found)
 
@@ -62,7 +62,7 @@ def test_batches_are_compared_at_equal_tokens_and_rates():
     assert {c.optimizer.lr for c in found} == {2e-3}
 
 
-def test_deep_and_wide_have_equal_blocks_and_tokens():
+def test_the_deep_and_the_wide_model_have_equal_blocks_and_tokens():
     found = configurations("width_depth")
     deep, wide = found["8", "64"], found["2", "128"]
     assert deep.model.n_layer * deep.model.n_embd**2 == wide.model.n_layer * wide.model.n_embd**2
@@ -71,7 +71,7 @@ def test_deep_and_wide_have_equal_blocks_and_tokens():
     assert len({(c.steps, c.train.global_batch_size, c.optimizer.lr) for c in found.values()}) == 1
 
 
-def test_scaling_has_sizes_and_lengths_enough_for_a_law():
+def test_the_scaling_sweep_has_enough_sizes_and_lengths_for_a_fit():
     found = configurations("scaling").values()
     sizes = sorted({parameter_count(c.with_vocabulary(257).model) for c in found})
     lengths = sorted({c.steps for c in found})
