@@ -144,12 +144,12 @@ def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, 
     check_shape(directory, shape, model, cropped=cropped)
 
 
-def check_shape(path: Path, there: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
-    """Checks that weights of shape ``there`` fit a model; raises UserError with the keys that differ."""
-    here = model.model_dump()
-    differences = [key for key in there if key != "block_size" and there[key] != here[key]]
-    if there["block_size"] < model.block_size or (there["block_size"] > model.block_size and not cropped):
+def check_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
+    """Checks that weights of a shape fit a model; raises UserError with the keys that differ."""
+    own = model.model_dump()
+    differences = [key for key in shape if key != "block_size" and shape[key] != own[key]]
+    if shape["block_size"] < model.block_size or (shape["block_size"] > model.block_size and not cropped):
         differences.append("block_size")
     if differences:
-        named = (f"model.{key}={here[key]}, but the weights have {there[key]}" for key in differences)
+        named = (f"model.{key}={own[key]}, but the weights have {shape[key]}" for key in differences)
         raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.")
