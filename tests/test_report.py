@@ -103,7 +103,7 @@ def test_data_is_sent_only_when_it_has_changed(tmp_path):
         assert [run["series"]["train/loss"]["step"][-1] for run in json.loads(body)["runs"]] == [25, 20]
         (tmp_path / "runs").rename(tmp_path / "gone")
         status, _, body = asked(port, "/data.json")
-        assert (status, b"there is no such place" in body) == (410, True)
+        assert (status, b"it does not exist" in body) == (410, True)
 
 
 @pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "127.0.0.1.example.org:{port}", "localhost:1"])
