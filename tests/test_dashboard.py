@@ -1,4 +1,4 @@
-"""Dashboards and W&B's sweeps as code: what they name is there, and what W&B would call works."""
+"""The W&B workspace and sweep files: their metrics and keys exist, and the commands of W&B's agent work."""
 
 import json
 import re
@@ -25,7 +25,7 @@ WORKSPACE = ("entity=me", "project=models", "dry_run=true")
 
 @pytest.fixture
 def spec(user) -> dict[str, Any]:
-    """What would be sent to W&B."""
+    """The specification that would be sent to W&B."""
     assert_success(user.python("gptlab.dashboard", *WORKSPACE, "out=here.json"))
     values = json.loads((user.folder / "here.json").read_text())
     assert (values["entity"], values["project"], values["name"]) == ("me", "models", "gptlab")
@@ -38,7 +38,7 @@ def panels(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def named(value: Any) -> Iterator[str]:
-    """Every metric, summary value and configuration key that panels name, as W&B addresses them."""
+    """Yields every metric, summary value and config key that panels name, as W&B addresses them."""
     if isinstance(value, dict):
         for key, one in value.items():
             if key in ("metrics", "xAxis", "yAxis", "accessor", "targetKey"):
@@ -50,7 +50,7 @@ def named(value: Any) -> Iterator[str]:
             yield from named(one)
 
 
-def test_every_metric_and_key_of_a_panel_is_one_that_runs_have(user, spec, runs):
+def test_runs_have_every_metric_and_key_of_the_panels(user, spec, runs):
     directory = runs.give(user, "halted", "train.max_steps=6", "schedule.decay_steps=9", "callbacks=checkpoint")
     header = set((directory / "metrics.csv").read_text().splitlines()[0].split(","))
     settings = dict(flatten(yaml.safe_load((directory / "config.yaml").read_text())))
@@ -58,17 +58,17 @@ def test_every_metric_and_key_of_a_panel_is_one_that_runs_have(user, spec, runs)
     keys = {name.removeprefix("config:").replace(".value", "", 1) for name in names if name.startswith("config:")}
     assert keys
     assert keys <= settings.keys()
-    best = {name for name in names if name.endswith("val/loss.min")}  # of the summary, where runs are told to keep it
+    best = {name for name in names if name.endswith("val/loss.min")}  # in the summary, by define_metric
     metrics = {name for name in names if not name.startswith("config:")} - best
     assert best == {"summary:val/loss.min", "val/loss.min"}
-    # a CPU's peak is not published, so it has no mfu
+    # a CPU has no published peak, so it has no mfu
     assert metrics - {"mfu"} == metrics & header
     assert {"tokens", "train/loss", "val/loss", "grad_norm", "weight_norm", "tokens_per_second", "mfu"} <= metrics
     (rates,) = (panel["config"]["metricRegex"] for panel in panels(spec) if "metricRegex" in panel["config"])
     assert {name for name in (*header, "lr/matrix") if re.search(rates, name)} == {"lr", "lr/matrix"}
 
 
-def test_the_workspace_has_its_sections_over_tokens(spec):
+def test_the_sections_of_the_workspace_plot_over_tokens(spec):
     sections = {section["name"]: section for section in spec["panelBankConfig"]["sections"]}
     assert list(sections) == ["Training health", "Throughput", "Sweep comparison", "Samples"]
     assert all(section["isOpen"] and section["panels"] for section in sections.values())
@@ -83,7 +83,7 @@ def test_the_workspace_has_its_sections_over_tokens(spec):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "A workspace belongs to a project: name both, entity=<user or team> project=<project>"),
+        ((), "A workspace belongs to a W&B project. Set entity=<user or team> project=<project>"),
         (("entity=me", "project=models"), "Log in with `wandb login`"),
         ((*WORKSPACE, "out=nowhere/here.json"), "out=nowhere/here.json cannot be written"),
         (("entitty=me",), "Did you mean entity?"),
@@ -94,7 +94,7 @@ def test_mistakes_are_sentences(user, tmp_path, arguments, sentence):
     assert_config_error(user.python("gptlab.dashboard", *arguments), sentence)
 
 
-def test_the_files_for_wandb_are_those_that_are_made(user):
+def test_the_committed_wandb_sweeps_are_up_to_date(user):
     assert_success(user.python("gptlab.dashboard", "wandb_sweeps=made"))
     made = {path.name: path.read_text() for path in (user.folder / "made").iterdir()}
     assert made == {path.name: path.read_text() for path in (SWEEPS / "wandb").iterdir()}
@@ -102,12 +102,12 @@ def test_the_files_for_wandb_are_those_that_are_made(user):
 
 
 def written(parameter: dict[str, Any]) -> list[Any]:
-    """What W&B may choose for a key."""
+    """Returns values that W&B may choose for a key."""
     return parameter["values"] if "values" in parameter else [parameter["min"], parameter["max"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_wandb_calls_is_a_run_of_the_sweep(name):
+def test_the_command_of_a_wandb_sweep_is_a_run_of_the_sweep(name):
     sweep = yaml.safe_load((SWEEPS / "wandb" / f"{name}.yaml").read_text())
     space = yaml.safe_load((SWEEPS / f"{name}.yaml").read_text())["hydra"]["sweeper"]["params"]
     assert (sweep["metric"], sweep["name"]) == ({"name": "val/loss", "goal": "minimize"}, name)
@@ -121,12 +121,12 @@ def test_what_wandb_calls_is_a_run_of_the_sweep(name):
         assert config.logger.wandb is not None
         settings = dict(flatten(config.model_dump(mode="json")))
         for key, one in point.items():
-            if key in settings:  # else it is a group
+            if key in settings:  # otherwise it is a group
                 assert settings[key] == one["value"], key
 
 
-def test_a_sweep_of_wandb_s_is_one_run(user):
-    """With the arguments of its agent, `-m gptlab.train` makes no multirun, whatever the sweep's file says."""
+def test_a_run_of_wandbs_agent_is_a_single_run(user):
+    """With the arguments of W&B's agent, gptlab.train starts no multirun, even if the sweep file has mode MULTIRUN."""
     command = yaml.safe_load((SWEEPS / "wandb" / "lr.yaml").read_text())["command"][4:-1]
     command.remove("logger=wandb")
     done = user.train(*command, "optimizer.lr=0.004", "callbacks=none")
@@ -166,23 +166,23 @@ def made(folder: Path, params: str, search: str = "seed: 0") -> dict[str, Any]:
         ),
     ],
 )
-def test_a_space_is_the_same_at_wandb(tmp_path, space, method, parameter):
+def test_a_search_space_is_converted_to_wandbs_parameters(tmp_path, space, method, parameter):
     sweep = made(tmp_path, f"{{key: '{space}', seed: 3}}")
     assert sweep["method"] == method
     assert sweep["parameters"] == {"key": parameter}
     assert sweep["command"][4:] == ["sweeps=x", "hydra.mode=RUN", "logger=wandb", "seed=3", "${args_no_hyphens}"]
-    for value in parameter.get("values", []):  # the agent writes str(value), and Hydra reads what it was
+    for value in parameter.get("values", []):  # the agent writes str(value), from which Hydra parses the value
         read = OverridesParser.create().parse_override(f"key={value}").value()
         assert read in list(OverridesParser.create().parse_override(f"key={space}").sweep_iterator())
 
 
 @pytest.mark.parametrize(("search", "method"), [("random", "random"), ("tpe", "bayes"), ("cmaes", "bayes")])
-def test_a_search_is_one_of_wandb_s(tmp_path, search, method):
+def test_a_search_method_is_converted_to_wandbs(tmp_path, search, method):
     sweep = made(tmp_path, "{seed: '1,2'}", f"search: {search}\n    n_trials: 7\n    question: Is it?")
     assert (sweep["method"], sweep["run_cap"], sweep["description"]) == (method, 7, "Is it?")
 
 
 @pytest.mark.parametrize("params", ["{}", "{seed: 1}", "{model: 'glob(*)'}", "{seed: '1,(2'}"])
-def test_a_space_without_values_is_refused(tmp_path, params):
+def test_a_search_space_without_values_is_an_error(tmp_path, params):
     with pytest.raises(UserError, match=r"x\.yaml"):
         made(tmp_path, params)

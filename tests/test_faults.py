@@ -136,7 +136,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit
     stopped = user.only_run("stopped")
     step = newest_state(stopped)["global_step"]
     assert step == last_step(user, "stopped") == json.loads((stopped / "state.json").read_text())["step"] < 60
-    assert f"Stopped by a signal at step {step}. To go on: python -m gptlab.train resume=" in output
+    assert f"Preempted by a signal at step {step}. To resume: python -m gptlab.train resume=" in output
     assert_success(user.python("gptlab.train", f"resume={stopped}"))
     same_run(user.only_run("whole"), stopped)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: the run ends, says how it goes on, and leaves no process behind."""
+"""Ctrl-C: the run ends, prints how to resume it, and leaves no process behind."""
 
 import os
 import signal
@@ -14,22 +14,22 @@ from processes import SMALL, TWO, processes_of, training
     ("trainer", "to_all"),
     [
         pytest.param(("trainer=cpu",), True, id="one process"),
-        pytest.param(TWO, True, id="two processes, as a terminal does", marks=pytest.mark.slow),
-        pytest.param(TWO, False, id="two processes, to the first alone", marks=pytest.mark.slow),
+        pytest.param(TWO, True, id="two processes, as from a terminal", marks=pytest.mark.slow),
+        pytest.param(TWO, False, id="two processes, only to the first", marks=pytest.mark.slow),
     ],
 )
-def test_an_interrupted_run_can_go_on(user, trainer, to_all):
+def test_an_interrupted_run_can_be_resumed(user, trainer, to_all):
     run = training(user, *trainer)
     (os.killpg if to_all else os.kill)(run.pid, signal.SIGINT)
     output = run.ended(INTERRUPTED).stdout
-    assert f"To go on: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
+    assert f"To resume: python -m gptlab.train resume=outputs/quickstart/{user.only_run().name}" in output
     assert processes_of(user.folder) == []
     done = user.python("gptlab.train", f"resume={user.only_run()}", "train.max_steps=1", "callbacks=none")
-    assert_success(done)  # further than that already: nothing is left to do, which is no mistake
+    assert_success(done)  # the run is already beyond this step: nothing to do is not an error
 
 
 @pytest.mark.slow
-def test_an_interrupt_ends_a_whole_sweep(user):
+def test_an_interrupt_ends_the_whole_sweep(user):
     sweep = ("-m", "name=sweep", "train.max_steps=5,1000000,6", "callbacks=checkpoint")
     run = user.begin("gptlab.train", *sweep, *TWO, *SMALL)
     run.until(lambda: list(user.folder.glob("outputs/sweep/*/1/checkpoints/step_*")))

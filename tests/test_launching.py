@@ -1,4 +1,4 @@
-"""However a run is launched: one run, one directory, each job once, and nothing left behind or open to the network."""
+"""Launching of runs: one run directory, each job once, no processes left behind, no ports open to the network."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def none_left(folder: Path) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_run_at_once(user, rank):
+def test_a_killed_rank_ends_the_run_immediately(user, rank):
     run = training(user, *TWO, "data.num_workers=1")
     os.kill(run.workers()[rank], signal.SIGKILL)
     run.ended(128 + signal.SIGKILL, seconds=30)
@@ -38,7 +38,7 @@ def test_a_killed_rank_ends_the_run_at_once(user, rank):
 
 
 @pytest.mark.slow
-def test_the_workers_end_with_a_killed_supervisor(user):
+def test_workers_of_a_run_end_with_a_killed_supervisor(user):
     run = training(user, *TWO, "data.num_workers=1")
     run.kill()
     assert none_left(user.folder)
@@ -46,16 +46,16 @@ def test_the_workers_end_with_a_killed_supervisor(user):
 
 
 def listening(pid: int) -> Iterator[str]:
-    """The addresses on which a process listens (proc(5): tcp, state 0A)."""
+    """Yields the addresses on which a process listens (proc(5): tcp, state 0A)."""
     sockets = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # closed in the meantime
             sockets.add(str(descriptor.readlink()))
     for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                words = bytes.fromhex(fields[1].partition(":")[0])  # of 32 bits each, in this machine's order
+                words = bytes.fromhex(fields[1].partition(":")[0])  # 32-bit words in this machine's byte order
                 swapped = b"".join(
                     words[i : i + 4][:: -1 if sys.byteorder == "little" else 1] for i in range(0, len(words), 4)
                 )
@@ -64,8 +64,8 @@ def listening(pid: int) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_nothing_listens_to_the_network(user, strategy):
-    with socket.socket() as server:  # the test sees what there is to see
+def test_workers_listen_only_on_the_loopback_interface(user, strategy):
+    with socket.socket() as server:  # a check that listening sockets are found
         server.bind(("0.0.0.0", 0))  # noqa: S104
         server.listen()
         assert "0.0.0.0" in listening(os.getpid())  # noqa: S104
@@ -78,7 +78,7 @@ def test_nothing_listens_to_the_network(user, strategy):
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_does_not_stop_the_others(user):
+def test_a_failed_job_does_not_stop_the_others(user):
     done = user.python("gptlab.train", "-m", "name=some", "trainer=cpu", "train.micro_batch_size=7,3,4", *SMALL)
     assert done.returncode == CONFIG_ERROR  # 7 does not divide the batch of 12
     directory = user.only_run("some")
@@ -90,7 +90,7 @@ def test_a_job_that_fails_does_not_stop_the_others(user):
 
 @pytest.fixture
 def two_nodes() -> Iterator[list[tuple[str, str, str]]]:
-    """Two network namespaces with a cable between them: name, address and interface of each."""
+    """Two connected network namespaces: name, address and interface of each."""
     nodes = [(f"gptlab-{os.getpid()}-{i}", f"10.213.7.{i + 1}", f"gl{os.getpid() % 100000}{'ab'[i]}") for i in (0, 1)]
     (one, _, left), (two, _, right) = nodes
     commands = [f"ip netns add {one}", f"ip netns add {two}"]
@@ -116,7 +116,7 @@ def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
     runs = []
     for number, (name, address, interface) in enumerate(two_nodes):
         where = ("--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1", f"--local-addr={address}")
-        # both have the name of this machine, by which torchrun would find out whose the endpoint is
+        # both have this machine's host name, by which torchrun would determine the host of the endpoint
         host = f"--rdzv-conf=is_host={number == 0}"
         meeting = ("--rdzv-backend=c10d", f"--rdzv-endpoint={two_nodes[0][1]}:29513", "--rdzv-id=7", host)
         command = ("ip", "netns", "exec", name, *TORCHRUN, *where, *meeting, "-m", "gptlab.train", "trainer=ddp")
@@ -132,11 +132,11 @@ def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
     finally:
         for run in runs:
             run.kill()
-    said = [(user.folder / f"{name}.log").read_text() for name, _, _ in two_nodes]
-    assert statuses == [0, 0], said
+    outputs = [(user.folder / f"{name}.log").read_text() for name, _, _ in two_nodes]
+    assert statuses == [0, 0], outputs
     directory = user.only_run("nodes")
     assert list(metrics(directory, "train/loss")) == [1, 2]
-    assert "".join(said).count("2 device(s) x") == 1
+    assert "".join(outputs).count("2 device(s) x") == 1
     assert_success(user.python("gptlab.train", "name=one", *SMALL))
     one = user.only_run("one")
     assert metrics(directory, "train/loss") == pytest.approx(metrics(one, "train/loss"), abs=1e-5)

@@ -67,5 +67,5 @@ def test_masked_documents_are_the_same_on_any_number_of_devices(author, strategy
 def test_tokens_without_an_end_of_text_cannot_be_masked(author):
     done = author.train(*MASKED, "tokenizer=characters")
     assert done.returncode == 2
-    assert "data.documents=masked: tokenizer=characters has no end-of-text id" in done.stderr
+    assert "data.documents=masked: tokenizer=characters has no end-of-text token" in done.stderr
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""What a user may get wrong: a sentence, exit status 2, nothing written, and torch is not even imported."""
+"""Errors in the command line or the input: a message, exit code 2, nothing written, torch not imported."""
 
 import pytest
 
@@ -13,7 +13,7 @@ MISTAKES = {
     "added key": (["+model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "another option's key": (
         ["schedule=constant", "schedule.decay_steps=3"],
-        "schedule.decay_steps is a key of other options of schedule=",
+        "`schedule.decay_steps` belongs to other options of schedule=",
     ),
     "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be a valid integer"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be greater than 0"),
@@ -42,7 +42,7 @@ MISTAKES = {
     ),
     "an average that cannot move": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
-        "train.ema_decay=0.999 moves an average by less than bfloat16 can tell: trainer.precision=bf16-mixed keeps",
+        "train.ema_decay=0.999 updates an average by less than the resolution of bfloat16",
     ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
@@ -50,11 +50,11 @@ MISTAKES = {
     ),
     "unknown option": (
         ["model=gtp2"],
-        "model=gtp2: there is no such option. Did you mean gpt2? There are gpt, gpt2, gpt2-large,",
+        "Unknown option model=gtp2. Did you mean gpt2? Valid options: gpt, gpt2, gpt2-large,",
     ),
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
     "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "exactly one of max_steps and max_tokens must be set"),
-    "missing value": (["data=text"], "data.source is missing: name it on the command line"),
+    "missing value": (["data=text"], "data.source is missing. Set it on the command line"),
     "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt does not exist"),
     "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
     "too short": ([*TEXT, "model.block_size=50000"], "is too short: it has"),
@@ -63,7 +63,10 @@ MISTAKES = {
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],
         " lacks vocab.bpe and encoder.json",
     ),
-    "vocabulary too small": ([*TEXT, "model.vocab_size=9"], "model.vocab_size=9 is not the 257 ids"),
+    "vocabulary too small": (
+        [*TEXT, "model.vocab_size=9"],
+        "model.vocab_size=9 differs from tokenizer=bytes, which has 257",
+    ),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
     "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
     "unreadable override": (["{"], "{"),
@@ -72,20 +75,20 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_a_sentence(without_torch, arguments, sentence):
+def test_an_invalid_command_line_is_a_config_error(without_torch, arguments, sentence):
     (without_torch.folder / "empty.txt").touch()
     assert_config_error(without_torch.python(TRAIN, *arguments), sentence)
     assert not (without_torch.folder / "outputs").exists()
 
 
-def test_more_gpus_than_there_are(user):
+def test_more_gpus_than_available_is_a_config_error(user):
     done = user.train("trainer=gpu", "trainer.devices=1", "trainer.accelerator=gpu")
     assert_config_error(done, "PyTorch finds no GPU on this machine. Use trainer=cpu")
     assert not (user.folder / "outputs").exists()
 
 
 @pytest.mark.slow
-def test_more_processes_than_make_sense(user):
+def test_too_many_processes_is_a_config_error(user):
     done = user.train("trainer=ddp", "trainer.devices=100000", "train.global_batch_size=100000")
     assert_config_error(done, "at most")
     assert "CPU cores" in done.stderr
@@ -102,7 +105,7 @@ def test_more_processes_than_make_sense(user):
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
     ],
 )
-def test_mistakes_in_sampling(without_torch, arguments, sentence):
+def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, sentence):
     assert_config_error(without_torch.python("gptlab.sample", *arguments), sentence)
 
 
@@ -131,7 +134,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
         ),
     ],
 )
-def test_a_command_has_its_own_experiments(without_torch, module, own, other, sentence):
+def test_an_experiment_of_another_command_is_a_config_error(without_torch, module, own, other, sentence):
     assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
     done = without_torch.python(module, "--help")
     (listed,) = (

@@ -1,4 +1,4 @@
-"""The report command: what it writes, how it is served, and its sentences."""
+"""The report command: file, server and error messages."""
 
 import http.client
 import json
@@ -19,59 +19,59 @@ from run_directories import rows_of, running, write_metrics, write_run, write_sw
 REPORT = "gptlab.report"
 
 
-def test_a_report_needs_no_torch_and_says_what_it_left_out(without_torch):
+def test_a_report_needs_no_torch_and_prints_omitted_runs(without_torch):
     sweep = write_sweep(without_torch.folder / "outputs" / "lr" / "now", seeds=(1, 2))
     (sweep / "3" / "metrics.csv").write_text("nothing\n")
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
     assert_success(done)
     written = without_torch.folder / "lr=1.html"
-    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB; it opens without a network\.\n", done.stdout)
+    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB\. The file needs no network\.\n", done.stdout)
     assert written.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
-    assert "lr/now/3 is left out" in done.stderr
+    assert "lr/now/3 is omitted" in done.stderr
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
 
-def test_help_says_what_there_is(without_torch):
+def test_report_help_lists_keys_and_exit_codes(without_torch):
     done = without_torch.python(REPORT, "--help")
     assert_success(done)
-    for told in ("points: 1000", "live: false", "Exit status: 0 done (also after Ctrl-C where live=true)"):
-        assert told in done.stdout
+    for text in ("points: 1000", "live: false", "Exit codes: 0 done (with live=true, also after Ctrl-C)"):
+        assert text in done.stdout
 
 
 MISTAKES = {
-    "nothing there": (["runs=outputs/none"], "outputs/none: there is no such place"),
-    "no run there": (["runs=elsewhere"], "elsewhere: there is no run directory"),
+    "nothing there": (["runs=outputs/none"], "No runs found at outputs/none: it does not exist"),
+    "no run there": (["runs=elsewhere"], "No runs found at elsewhere: no run directory"),
     "runs not named": ([], "runs is missing"),
     "unknown key": (["run=x"], "Unknown config key `run`. Did you mean runs?"),
     "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),
-    "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a folder: name a file in it, out=outputs/report"),
+    "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a directory. Set a file: out=outputs/report"),
     "too few points": (["runs=outputs", "points=2"], "points=2 is not valid"),
     "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not valid"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_in_reports(without_torch, arguments, sentence):
+def test_an_invalid_report_command_is_a_config_error(without_torch, arguments, sentence):
     write_run(without_torch.folder / "outputs" / "quickstart" / "now")
     assert_config_error(without_torch.python(REPORT, *arguments), sentence)
     assert not list(without_torch.folder.rglob("*.html*"))
 
 
-def test_a_port_in_use_is_a_sentence(user):
+def test_a_port_in_use_is_a_config_error(user):
     write_run(user.folder / "outputs" / "quickstart" / "now")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         done = user.python(REPORT, "runs=outputs", "live=true", f"port={port}")
-    assert_config_error(done, f"port={port} is in use: name another one; port=0 takes one that is free.")
+    assert_config_error(done, f"port={port} is in use. Set another port, or port=0 for a free one.")
 
 
-def test_the_command_serves_until_ctrl_c(user):
+def test_report_serves_until_ctrl_c(user):
     write_run(user.folder / "outputs" / "quickstart" / "now", **running())
     command = user.begin(REPORT, "runs=outputs", "live=true", "port=0")
-    said = command.stdout.readline()
-    port = int(re.fullmatch(r"http://127\.0\.0\.1:(\d+)/ follows the runs; Ctrl-C ends it\.\n", said)[1])
+    line = command.stdout.readline()
+    port = int(re.fullmatch(r"Serving the report at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
     status, _, body = asked(port, "/")
     assert (status, b"gptlab report" in body) == (200, True)
     os.kill(command.pid, signal.SIGINT)
@@ -88,7 +88,7 @@ def asked(port: int, path: str, **headers: str) -> tuple[int, http.client.HTTPMe
     return answer.status, answer.headers, answer.read()
 
 
-def test_news_are_sent_when_there_are_some(tmp_path):
+def test_data_is_sent_only_when_it_has_changed(tmp_path):
     run = write_run(tmp_path / "runs" / "0", **running())
     with serving(tmp_path / "runs") as server:
         port = server.server_port
@@ -103,11 +103,11 @@ def test_news_are_sent_when_there_are_some(tmp_path):
         assert [run["series"]["train/loss"]["step"][-1] for run in json.loads(body)["runs"]] == [25, 20]
         (tmp_path / "runs").rename(tmp_path / "gone")
         status, _, body = asked(port, "/data.json")
-        assert (status, b"there is no such place" in body) == (410, True)
+        assert (status, b"it does not exist" in body) == (410, True)
 
 
 @pytest.mark.parametrize("host", ["example.org", "127.0.0.1", "127.0.0.1.example.org:{port}", "localhost:1"])
-def test_other_hosts_are_refused(tmp_path, host):
+def test_requests_with_a_foreign_host_header_are_refused(tmp_path, host):
     write_run(tmp_path / "runs" / "0")
     with serving(tmp_path / "runs") as server:
         port = server.server_port
@@ -118,7 +118,7 @@ def test_other_hosts_are_refused(tmp_path, host):
         assert asked(port, "/../conftest.py")[0] == 404
 
 
-def test_only_this_machine_is_served(tmp_path):
+def test_the_server_listens_only_on_the_loopback_interface(tmp_path):
     write_run(tmp_path / "runs" / "0")
     with LiveServer(ReportDocument(str(tmp_path / "runs"), 1000).gather, port=0, poll=1) as server:
         assert server.socket.getsockname()[0] == "127.0.0.1"

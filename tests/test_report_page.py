@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (fixtures)
-"""What the report draws, in a browser: it is what the runs wrote, and nothing that they hold is more than text."""
+"""The report in a browser: charts have the data of the runs, and strings of runs are shown as text."""
 
 import json
 
@@ -22,7 +22,7 @@ from report_pages import (  # noqa: F401
 from run_directories import TOKENS, rows_of, write_metrics, write_run, write_sweep
 
 
-def test_a_page_from_disk_asks_for_nothing(seen, sweep, report):
+def test_a_page_from_disk_makes_no_requests(seen, sweep, report):
     page = seen(report)
     page.page.wait_for_timeout(300)
     assert page.requests == [report.as_uri()]
@@ -31,7 +31,7 @@ def test_a_page_from_disk_asks_for_nothing(seen, sweep, report):
     assert len(page.page.query_selector_all("#answers tbody tr")) == len(RATES)
 
 
-def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, report):
+def test_the_loss_chart_has_the_mean_and_band_of_the_seeds(seen, sweep, report):
     page = seen(report)
     flops = page.page.evaluate("DATA.runs[0].flops")
     for axis, factor in (("flops", flops), ("step", 1 / TOKENS), ("tokens", 1)):
@@ -54,7 +54,7 @@ def test_the_loss_is_that_of_the_runs_with_their_seeds_together(seen, sweep, rep
                 assert bands[point]["y"] == pytest.approx([*high, *reversed(low)], rel=1e-6)
 
 
-def test_the_frame_begins_after_the_first_tenth(seen, sweep, report):
+def test_the_y_range_is_that_of_the_loss_after_the_first_tenth(seen, sweep, report):
     page = seen(report)
     late = [loss for n in range(9) for loss in column(sweep / str(n), "train/loss")[1][2:]]  # of 20
     late += [loss for n in range(9) for loss in column(sweep / str(n), "val/loss")[1]]
@@ -65,7 +65,7 @@ def test_the_frame_begins_after_the_first_tenth(seen, sweep, report):
     assert page.page.evaluate("document.getElementById('loss').layout.yaxis.range")[1] > highest
 
 
-def test_time_is_that_of_training(seen, sweep, report):
+def test_the_time_axis_is_training_time(seen, sweep, report):
     page = seen(report)
     page.page.check("input[name=axis][value=time]")
     tokens, speed = column(sweep / "0", "tokens_per_second")
@@ -78,10 +78,10 @@ def test_time_is_that_of_training(seen, sweep, report):
     )
     assert singles["x"][: len(seconds)] == pytest.approx(seconds, rel=1e-6)
     assert singles["y"][: len(seconds)] == pytest.approx(column(sweep / "0", "train/loss")[1], rel=1e-6)
-    assert "training alone" in page.text("#loss-caption")
+    assert "training only" in page.text("#loss-caption")
 
 
-def test_every_other_metric_has_its_chart(seen, sweep, report):
+def test_every_other_metric_has_a_chart(seen, sweep, report):
     page = seen(report)
     charts = page.page.eval_on_selector_all("#training .chart", "all => all.map(one => [one.id, one.dataset.metric])")
     assert {metric for _, metric in charts} == {
@@ -94,7 +94,7 @@ def test_every_other_metric_has_its_chart(seen, sweep, report):
         assert singles["y"][: len(x)] == pytest.approx(y, rel=1e-6)
 
 
-def test_what_was_varied_is_drawn_with_its_best(seen, sweep, report):
+def test_the_varied_key_is_drawn_with_its_best_point(seen, sweep, report):
     page = seen(report)
     lowest = [
         [min(column(sweep / str(len(SEEDS) * p + s), "val/loss")[1]) for s in range(len(SEEDS))] for p in range(3)
@@ -107,13 +107,13 @@ def test_what_was_varied_is_drawn_with_its_best(seen, sweep, report):
     (best,) = page.traces("curve", "best")
     assert best["x"] == [2e-3]
     assert page.page.evaluate("document.getElementById('curve').layout.xaxis.type") == "log"
-    assert "★ the lowest mean" in page.text("#curve-caption")
-    assert "Left out: 1 run (1 diverged)." in page.text("#curve-caption")
+    assert "★ lowest mean" in page.text("#curve-caption")
+    assert "Omitted: 1 run (1 diverged)." in page.text("#curve-caption")
     assert not page.page.is_visible("#parallel-figure")
     assert not page.page.is_visible("#scaling-section")
 
 
-def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, sizes):
+def test_several_varied_keys_are_parallel_coordinates_and_sizes_a_scaling_chart(seen, sizes):
     page = seen(written(sizes))
     drawn = page.traces("parallel")
     assert len(drawn) == 12
@@ -130,10 +130,10 @@ def test_several_settings_are_parallel_coordinates_and_sizes_a_scaling(seen, siz
     assert [len(trace["x"]) for trace in scaled] == [4, 4, 4]
     flops = page.page.evaluate("DATA.runs[0].flops")
     assert scaled[0]["x"] == pytest.approx([10 * TOKENS * flops] * 2 + [20 * TOKENS * flops] * 2)
-    assert "No law was fitted to them." in page.text("#scaling-caption")
+    assert "No scaling law was fitted." in page.text("#scaling-caption")
 
 
-def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):
+def test_a_fitted_scaling_law_is_drawn(seen, sizes, tmp_path):
     sweep = write_sweep(tmp_path / "scaling" / "now", (1e-3,), (1,))
     fit = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
     more = {"residual": 0.01, "runs": [], "optima": [], "answer": "the best N grows as C^0.45"}
@@ -147,14 +147,16 @@ def test_a_fit_that_was_made_is_drawn(seen, sizes, tmp_path):
     assert page.traces("scaling", "runs")[0]["x"] == [6 * parameters * 20 * TOKENS]
     assert "E = 1.69 (1.6 to 1.8), A = 406.4, B = 410.7" in page.text("#scaling-caption")
     (frontier,) = page.traces("scaling", "frontier")
-    for compute, loss in zip(frontier["x"], frontier["y"], strict=True):  # no size has a lower loss for the compute
+    for compute, loss in zip(
+        frontier["x"], frontier["y"], strict=True
+    ):  # no model size has a lower loss at this compute
         others = (10 ** (i / 20) for i in range(20, 240))
         lowest = min(1.69 + 406.4 / n**0.34 + 410.7 / (compute / 6 / n) ** 0.28 for n in others)
         assert loss == pytest.approx(lowest, rel=1e-3)
         assert loss <= lowest
 
 
-def test_what_runs_hold_is_text(seen, tmp_path):
+def test_strings_of_runs_are_shown_as_text(seen, tmp_path):
     sweep = write_sweep(tmp_path / f"{HOSTILE.replace('/', '')}" / "now", (1e-3, 2e-3), (1,))
     rows = [{**row, f"<b>{HOSTILE}</b>": 1.0} for row in rows_of(6)]
     settings = {"data.source": HOSTILE, "name": HOSTILE, "optimizer.lr": 3e-3}

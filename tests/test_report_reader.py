@@ -1,5 +1,5 @@
 # ruff: noqa: F811  (fixtures)
-"""The report in its reader's hands: what is chosen acts on everything, on any screen, by day and by night, and live."""
+"""Interaction with the report: filters, legend, tables, screen sizes, dark mode and live updates."""
 
 import csv
 import math
@@ -34,7 +34,7 @@ def test_filters_act_on_charts_and_tables(seen, report):
         )
 
     every = {f"lr={rate}" for rate in RATES}
-    assert shown() == (10, every, 10, 3)  # a sample of each point
+    assert shown() == (10, every, 10, 3)  # one sample per point
     page.page.select_option("#sample-run", "")
     assert shown() == (10, every, 10, 9)
     page.page.fill("#search", "lr>0.001 seed=2")
@@ -43,7 +43,7 @@ def test_filters_act_on_charts_and_tables(seen, report):
     assert page.text("#count") == "2 of 10 runs"
     page.page.fill("#search", "nothing like that")
     assert shown() == (0, set(), 0, 0)
-    assert "Nothing to draw" in page.text("#loss-caption")
+    assert "No data" in page.text("#loss-caption")
     page.page.fill("#search", "diverged")
     assert shown()[0] == 1
     page.page.click("#reset")
@@ -75,7 +75,7 @@ def test_the_legend_hides_and_isolates_in_all_charts(seen, report):
     assert drawn == {("mean", "val/loss"), ("band", "val/loss")}
 
 
-def test_the_table_of_runs_is_sorted_and_says_how_they_ended(seen, sweep, report):
+def test_the_table_of_runs_can_be_sorted_and_shows_states(seen, sweep, report):
     page = seen(report)
     page.page.click("[data-sort=best]")
     cells = page.page.eval_on_selector_all(
@@ -87,7 +87,7 @@ def test_the_table_of_runs_is_sorted_and_says_how_they_ended(seen, sweep, report
     assert f"{min(best):.4f}" in cells[0]
 
 
-def test_samples_go_by_run_and_step(seen, report):
+def test_samples_are_selected_by_run_and_step(seen, report):
     page = seen(report)
     assert "at 0.001 with 1, step 20" in page.text("#samples")
     page.page.evaluate(
@@ -101,7 +101,7 @@ def test_samples_go_by_run_and_step(seen, report):
     assert "at 0.002 with 2, step 10" in page.text("#samples")
 
 
-def test_differences_are_marked_and_the_rest_is_folded(seen, sweep, report):
+def test_differing_config_values_are_highlighted_and_the_rest_is_collapsed(seen, sweep, report):
     page = seen(report)
     assert page.page.eval_on_selector_all("#config thead th", "all => all.map(one => one.innerText)") == [
         "run",
@@ -114,15 +114,15 @@ def test_differences_are_marked_and_the_rest_is_folded(seen, sweep, report):
 
     lowest = min(range(9), key=lambda number: min(column(sweep / str(number), "val/loss")[1]))
     seed = str(SEEDS[lowest % 3])
-    assert marked() == {"0.001", "0.004", "1", "2", "3", "4"} - {seed}  # the best has 0.002
+    assert marked() == {"0.001", "0.004", "1", "2", "3", "4"} - {seed}  # the best run has 0.002
     page.page.select_option("#reference", label="trial 0 · lr=0.001")
     assert marked() == {"0.002", "0.004", "2", "3", "4"}
     assert not page.page.is_visible("#common-table")
     page.page.click("#common summary")
     assert "schedule.warmup_steps" in page.text("#common-table")
     environment = page.text("#environment")
-    for told in ("Some CPU, 2 cores", "0123456789abcdef", "1 file: M src/gptlab/model/gpt.py", "8.0 GiB"):
-        assert told in environment
+    for found in ("Some CPU, 2 cores", "0123456789abcdef", "1 file: M src/gptlab/model/gpt.py", "8.0 GiB"):
+        assert found in environment
 
 
 @pytest.mark.slow
@@ -139,12 +139,12 @@ def test_nothing_is_wider_than_the_screen(seen, report, sizes):
             assert max(page.page.evaluate(right)) <= width
 
 
-# every element that shows a text of its own, its colour and what is behind it; and the lines of the loss
-COLOURS = """() => {
+# every element with its own text, its color and its background; and the lines of the loss chart
+COLORS = """() => {
   const ground = element => {
     for (let one = element; one; one = one.parentElement) {
-      const colour = getComputedStyle(one).backgroundColor;
-      if (!/, 0\\)$|transparent/.test(colour)) return colour;
+      const color = getComputedStyle(one).backgroundColor;
+      if (!/, 0\\)$|transparent/.test(color)) return color;
     }
     return getComputedStyle(document.documentElement).backgroundColor;
   };
@@ -162,12 +162,12 @@ COLOURS = """() => {
 }"""
 
 
-def luminance(colour: str) -> float:
-    """Of WCAG 2.2."""
-    if colour.startswith("#"):
-        channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+def luminance(color: str) -> float:
+    """Relative luminance (WCAG 2.2)."""
+    if color.startswith("#"):
+        channels = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     else:
-        channels = [int(float(part)) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+        channels = [int(float(part)) for part in color[color.index("(") + 1 : -1].split(",")[:3]]
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -178,27 +178,27 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.slow
-def test_light_and_dark_are_both_readable(seen, report):
+def test_light_and_dark_mode_have_sufficient_contrast(seen, report):
     page = seen(report, color_scheme="light")
     grounds = []
     for scheme in ("light", "dark"):
         page.page.emulate_media(color_scheme=scheme)
-        page.until("document.getElementById('loss').layout.font.color === colour('text')")  # drawn anew
-        texts, lines = page.page.evaluate(COLOURS)
+        page.until("document.getElementById('loss').layout.font.color === color('text')")  # rendered again
+        texts, lines = page.page.evaluate(COLORS)
         assert len(texts) > 100
         assert len(lines) == 3
-        assert [told for told in texts if contrast(*told[1:]) < 4.5] == []
-        assert [told for told in lines if contrast(*told[1:]) < 3] == []
-        palette = page.page.evaluate("[...Array(COLOURS).keys()].map(i => colour(`c${i}`))")
+        assert [found for found in texts if contrast(*found[1:]) < 4.5] == []
+        assert [found for found in lines if contrast(*found[1:]) < 3] == []
+        palette = page.page.evaluate("[...Array(COLORS).keys()].map(i => color(`c${i}`))")
         scale = page.page.evaluate("[...Array(21).keys()].map(i => onScale(i / 20))")
-        card = page.page.evaluate("colour('card')")
+        card = page.page.evaluate("color('card')")
         assert [one for one in (*palette, *scale) if contrast(one, card) < 3] == []
         grounds.append((luminance(texts[0][2]), lines[0][1]))
     assert grounds[0][0] > 0.8 > 0.05 > grounds[1][0]
     assert grounds[0][1] != grounds[1][1]
 
 
-def test_live_follows_what_is_written_and_keeps_what_is_chosen(seen, tmp_path):
+def test_a_live_page_updates_and_keeps_the_selection(seen, tmp_path):
     for number, rate in enumerate((1e-3, 2e-3)):
         write_run(
             tmp_path / "runs" / str(number), settings={"optimizer.lr": rate}, rows=rows_of(10, lr=rate), **running()
@@ -223,6 +223,7 @@ def test_live_follows_what_is_written_and_keeps_what_is_chosen(seen, tmp_path):
         page.until("document.getElementById('count').textContent === '1 of 3 runs'")
         assert page.page.inner_text("#live").startswith("live")
         assert {request.partition("?")[0] for request in page.requests} == {server.url, f"{server.url}data.json"}
-    page.until("document.getElementById('live').textContent.includes('has ended')")
-    page.complaints = [told for told in page.complaints if "Failed to load resource" not in told]  # of the ended server
+    page.until("document.getElementById('live').textContent.includes('has stopped')")
+    # the stopped server fails these requests
+    page.complaints = [found for found in page.complaints if "Failed to load resource" not in found]
     assert math.isclose(page.traces("loss")[0]["y"][-1], 1.2345)

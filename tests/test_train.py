@@ -225,4 +225,4 @@ def test_a_damaged_checkpoint_gets_a_sentence(user, first):
         path.write_bytes(path.read_bytes()[:1000])
     done = user.python("gptlab.sample", f"run={first}")
     assert done.returncode == 2
-    assert "has no checkpoint: only damaged ones are in" in done.stderr
+    assert "has no intact checkpoint: all of those in" in done.stderr

@@ -1,4 +1,4 @@
-"""What W&B's own settings forbid is not sent: with a key and a reachable server, that server hears nothing."""
+"""Opt-outs in W&B's own settings: even with an API key and a reachable server, nothing is sent."""
 
 import functools
 import json
@@ -29,15 +29,15 @@ from gptlab.training.checkpoints.records import CheckpointMetadata
 from wandb_server import Server
 
 TEXT = ("data=text", "data.source=text.txt", "model=tiny")
-OF_THE_PROCESS = ("WANDB_DATA_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT", "WANDB_SERVICE")  # set by what is tested
+OF_THE_PROCESS = ("WANDB_DATA_DIR", "WANDB_ERROR_REPORTING", "WANDB_SILENT", "WANDB_SERVICE")  # set by the tested code
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch, caplog) -> Iterator[Server]:
-    """A server that W&B's client would use: the folder of the user, empty, is `tmp_path`."""
+    """Server that W&B's client would use, with the empty `tmp_path` as home directory."""
     server = Server()
     for name in ("WANDB_MODE", "WANDB_DISABLED", "WANDB_CONFIG_DIR", "WANDB_DIR", *OF_THE_PROCESS):
-        monkeypatch.setenv(name, "")  # and as it was, afterwards
+        monkeypatch.setenv(name, "")  # restored afterwards
         monkeypatch.delenv(name)
     for name, value in (server.environment | {"HOME": str(tmp_path / "home")}).items():
         monkeypatch.setenv(name, value)
@@ -50,7 +50,7 @@ def server(tmp_path, monkeypatch, caplog) -> Iterator[Server]:
 
 
 def forbid(monkeypatch, how: str) -> None:
-    """Set variables ("A=b C=d"), with which a command of W&B's is typed, or a settings file is written."""
+    """Sets environment variables ("A=b C=d"), runs a W&B command with them, or writes a settings file."""
     *variables, last = how.split(" ")
     if "=" in last:
         variables, last = [*variables, last], ""
@@ -61,7 +61,7 @@ def forbid(monkeypatch, how: str) -> None:
     elif last:
         Path(last).parent.mkdir(parents=True, exist_ok=True)
         Path(last).write_text("[default]\nmode = disabled\nunknown = 1\n")
-    wandb.teardown()  # which the process of the user's command never knew
+    wandb.teardown()  # the process of a user's command would not have this state
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -71,7 +71,7 @@ def config_of(*overrides: str) -> RunConfig:
 
 @functools.cache
 def environment() -> str:
-    """What is recorded once, as it takes a while."""
+    """Environment record, created once since it takes a while."""
     record_environment(Path.cwd())
     return Path(ENVIRONMENT).read_text()
 
@@ -85,7 +85,7 @@ def run_directory(config: RunConfig) -> Path:
 
 
 def record_of(config: RunConfig, directory: Path, keep_until: int | None = None) -> RunWandbLogger | None:
-    """The record that a run has, among its loggers."""
+    """Returns the W&B logger of a run, if any."""
     records = [one for one in build_loggers(config, directory, keep_until) if isinstance(one, RunWandbLogger)]
     return records[0] if records else None
 
@@ -103,7 +103,7 @@ def record_of(config: RunConfig, directory: Path, keep_until: int | None = None)
         ("WANDB_CONFIG_DIR=conf conf/settings", "auto", "mode=disabled in conf/settings"),
     ],
 )
-def test_what_is_disabled_leaves_nothing_anywhere(server, monkeypatch, caplog, how, mode, source):
+def test_disabled_wandb_writes_and_sends_nothing(server, monkeypatch, caplog, how, mode, source):
     forbid(monkeypatch, how)
     directory = run_directory(config := config_of(f"logger.wandb.mode={mode}"))
     assert record_of(config, directory) is None
@@ -121,7 +121,7 @@ def test_what_is_disabled_leaves_nothing_anywhere(server, monkeypatch, caplog, h
         ("offline", "mode=offline in {cwd}/wandb/settings"),
     ],
 )
-def test_what_is_offline_stays_here(server, monkeypatch, caplog, capfd, how, source):
+def test_an_offline_record_is_not_sent(server, monkeypatch, caplog, capfd, how, source):
     forbid(monkeypatch, how)
     capfd.readouterr()
     directory = run_directory(config := config_of("logger.wandb.checkpoints=all"))
@@ -136,7 +136,7 @@ def test_what_is_offline_stays_here(server, monkeypatch, caplog, capfd, how, sou
 
 
 def use(record: RunWandbLogger | None, directory: Path, step: int) -> None:
-    """All that a run tells its record, and its end."""
+    """Logs everything that a run logs, and finalizes."""
     assert record is not None
     assert record.artifacts is not None
     checkpoint = directory / "checkpoints" / f"step_{step}"
@@ -151,7 +151,7 @@ def use(record: RunWandbLogger | None, directory: Path, step: int) -> None:
     record.finalize("success")
 
 
-def test_a_run_that_was_online_goes_on_offline(server, monkeypatch):
+def test_an_online_run_can_be_resumed_offline(server, monkeypatch):
     directory = run_directory(config := config_of("logger.wandb.checkpoints=all"))
     use(record_of(config, directory), directory, step=1)
     (run,) = server.runs.values()
@@ -164,7 +164,7 @@ def test_a_run_that_was_online_goes_on_offline(server, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["WANDB_MODE=offline", "WANDB_DISABLED=true", "disabled"])
-def test_online_contradicts_what_is_forbidden(server, monkeypatch, how):
+def test_mode_online_with_an_opt_out_is_an_error(server, monkeypatch, how):
     forbid(monkeypatch, how)
     config = config_of("logger.wandb.mode=online")
     with pytest.raises(UserError, match=rf"logger\.wandb\.mode=online contradicts .*{how}"):
@@ -172,7 +172,7 @@ def test_online_contradicts_what_is_forbidden(server, monkeypatch, how):
 
 
 @pytest.mark.parametrize("mode", ["off", ""])
-def test_an_unknown_mode_is_a_mistake(server, monkeypatch, mode):
+def test_an_unknown_wandb_mode_is_an_error(server, monkeypatch, mode):
     forbid(monkeypatch, f"WANDB_MODE={mode}")
     config = config_of()
     with pytest.raises(UserError, match=f"WANDB_MODE={mode} is not a mode of W&B"):
@@ -180,14 +180,14 @@ def test_an_unknown_mode_is_a_mistake(server, monkeypatch, mode):
 
 
 @pytest.mark.parametrize("how", ["WANDB_DISABLED=true", "WANDB_MODE=offline"])
-def test_an_evaluation_is_not_sent(server, monkeypatch, caplog, how):
+def test_an_evaluation_is_not_sent_with_an_opt_out(server, monkeypatch, caplog, how):
     directory = run_directory(config_of())
     (directory / "wandb_id").write_text("r1")
     (directory / "wandb" / "run-20260101_000000-r1").mkdir(parents=True)
     (directory / "wandb" / "run-20260101_000000-r1" / "run-r1.wandb").touch()
     forbid(monkeypatch, how)
     with monkeypatch.context() as context:
-        context.setitem(sys.modules, "wandb", None)  # an opt-out needs no client
+        context.setitem(sys.modules, "wandb", None)  # an opt-out must not import the client
         send_evaluation(directory, "loss", {"loss": 1.0})
     assert server.connections == 0
     (line,) = caplog.messages
@@ -195,7 +195,7 @@ def test_an_evaluation_is_not_sent(server, monkeypatch, caplog, how):
 
 
 @pytest.mark.parametrize("how", ["WANDB_DISABLED=true", "WANDB_MODE=offline"])
-def test_a_workspace_is_not_saved(server, monkeypatch, how):
+def test_a_workspace_is_not_saved_with_an_opt_out(server, monkeypatch, how):
     forbid(monkeypatch, how)
     with pytest.raises(UserError, match=f"because of {how}.*dry_run=true"):
         save_workspace(build_workspace("me", "models", "gptlab"))
@@ -213,7 +213,7 @@ CODE, MACHINE = {"git_commit", "git_uncommitted"}, {"host", "system", "processor
         ("WANDB__DISABLE_MACHINE_INFO=true", CODE | MACHINE),
     ],
 )
-def test_code_and_machine_may_be_left_out(server, monkeypatch, how, hidden):
+def test_wandb_settings_can_omit_code_and_machine(server, monkeypatch, how, hidden):
     forbid(monkeypatch, f"{how} WANDB_HOST=anonymous WANDB_MODE=offline")
     directory = run_directory(config := config_of())
     assert config.logger.wandb is not None
@@ -226,13 +226,13 @@ def test_code_and_machine_may_be_left_out(server, monkeypatch, how, hidden):
 
 @pytest.fixture
 def typed(user, server, tmp_path) -> Server:
-    """The server, for commands."""
+    """The server, in the environment of commands."""
     user.environment |= server.environment | {"HOME": str(tmp_path)}
     return server
 
 
 @pytest.mark.slow
-def test_processes_without_wandb_train_as_ever(user, typed):
+def test_two_processes_train_with_wandb_disabled(user, typed):
     user.environment["WANDB_MODE"] = "disabled"
     done = user.train("logger=wandb", "trainer=ddp", "trainer.devices=2")
     assert_success(done)
@@ -244,7 +244,7 @@ def test_processes_without_wandb_train_as_ever(user, typed):
 
 
 @pytest.mark.slow
-def test_a_sweep_is_refused_as_a_whole(user, typed):
+def test_a_sweep_with_a_contradicting_mode_is_refused_as_a_whole(user, typed):
     user.environment["WANDB_DISABLED"] = "true"
     online = ("logger=wandb", "logger.wandb.mode=online")
     done = user.python("gptlab.train", "-m", *TEXT, "optimizer.lr=1e-3,2e-3", "train.max_steps=1", *online)

@@ -1,4 +1,4 @@
-"""The record of an offline run, read back by W&B's own reader: nothing of the run is missing in it."""
+"""The record of an offline run, read by W&B's own reader, is complete."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ SWEEP = {"question": "?", "space": {}, "fixed": [], "search": "grid", "n_trials"
 
 
 def summaries(directory: Path) -> list[dict[str, Any]]:
-    """What W&B's reader says of each start of a run."""
+    """Returns what W&B's reader prints for each start of a run."""
     found = []
     for path in sorted(directory.glob("wandb/*run-2*/*.wandb"), key=lambda path: path.parent.name.split("run-")[1]):
         command = (SCRIPTS / "wandb", "leet", "inspect", "--summary", "--json", path)
@@ -39,7 +39,7 @@ def of_kind(record: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def table(directory: Path, summary: dict[str, Any]) -> list[list[Any]]:
-    """The rows of the last table of samples."""
+    """Returns the rows of the last table of samples."""
     (path,) = directory.glob(f"wandb/*run-2*/files/{summary['samples']['path']}")
     assert hashlib.sha256(path.read_bytes()).hexdigest() == summary["samples"]["sha256"]
     values = json.loads(path.read_text())
@@ -49,13 +49,13 @@ def table(directory: Path, summary: dict[str, Any]) -> list[list[Any]]:
 
 
 def written_samples(directory: Path) -> list[list[Any]]:
-    """What the run has put into samples/, a text each."""
+    """Returns the texts in samples/, one per row."""
     texts = {int(path.stem[5:]): path.read_text() for path in sorted(directory.glob("samples/step_*.txt"))}
     return [[step, step * 12 * 32, text.removeprefix("--- sample 1 ---\n")[:-1]] for step, text in texts.items()]
 
 
 def check_whole(directory: Path, *found: list[dict[str, Any]]) -> None:
-    """Every metric of metrics.csv, every key of the configuration and every table is in the record."""
+    """Checks that the record has all metrics of metrics.csv, all config keys and all tables."""
     summary = summaries(directory)[-1]
     assert (summary["state"], summary["exit_code"]) == ("finished", 0)
     assert summary["run_id"] == (directory / "wandb_id").read_text()
@@ -70,11 +70,14 @@ def check_whole(directory: Path, *found: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_everything_of_a_run_is_in_its_record(user):
+def test_the_record_has_all_metrics_config_samples_and_checkpoints(user):
     for command in (("init", "-q"), ("add", "text.txt"), ("commit", "-qm", "c")):
         subprocess.run(("git", "-c", "user.name=a", "-c", "user.email=b", *command), check=True, cwd=user.folder)
     commit = subprocess.check_output(("git", "rev-parse", "HEAD"), text=True, cwd=user.folder)
-    user.environment |= {"WANDB_API_KEY": KEY, "HOME": str(user.folder / "text.txt")}  # where nothing can be written
+    user.environment |= {
+        "WANDB_API_KEY": KEY,
+        "HOME": str(user.folder / "text.txt"),
+    }  # not a directory: nothing can be written there
     more = ("logger.wandb.checkpoints=all", "logger.wandb.tags=[a,b]", "callbacks.checkpoint.keep_last=1")
     assert_success(user.train(*OFFLINE, *more))
     directory = user.only_run()
@@ -93,7 +96,7 @@ def test_everything_of_a_run_is_in_its_record(user):
     artifacts = [one for one in of_kind(record, "artifact") if one["type"] == "model"]
     assert [one["name"] for one in artifacts] == [f"model-{begun['run_id']}"] * 2
     assert [set(one["aliases"]) for one in artifacts] == [{"latest", f"step-{step}", "best"} for step in (3, 6)]
-    for artifact, step in zip(artifacts, (3, 6), strict=True):  # the first is no longer in checkpoints/
+    for artifact, step in zip(artifacts, (3, 6), strict=True):  # the first one has been deleted from checkpoints/
         files = {one["path"]: Path(one["local_path"]) for one in artifact["manifest"]["contents"]}
         assert json.loads(files["record.json"].read_text())["facts"]["step"] == step
         digest = json.loads(files["record.json"].read_text())["files"]["state.pt"]["sha256"]
@@ -106,7 +109,7 @@ def test_everything_of_a_run_is_in_its_record(user):
     ("by", "state", "status"),
     [(signal.SIGINT, "failed", INTERRUPTED), (signal.SIGTERM, "failed", PREEMPTED), (signal.SIGKILL, "running", None)],
 )
-def test_a_run_that_goes_on_has_everything_once(user, by, state, status):
+def test_a_resumed_run_has_every_row_once(user, by, state, status):
     directory = interrupted(user, *OFFLINE[1:], "callbacks.samples.max_new_tokens=8", by=by, callbacks="default")
     (first,) = summaries(directory)
     assert (first["state"], first["exit_code"]) == (state, status)
@@ -119,12 +122,12 @@ def test_a_run_that_goes_on_has_everything_once(user, by, state, status):
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_is_an_alert(user):
+def test_skipped_steps_and_divergence_send_alerts(user):
     break_steps(user, "if step >= 4: loss = loss * float('nan')")
     done = user.train("train.max_steps=50", "train.max_bad_steps=3", "callbacks=none", *OFFLINE)
     assert done.returncode == DIVERGED
     (record,) = records(user.only_run())
-    first, last = of_kind(record, "alert")  # one of the three bad steps
+    first, last = of_kind(record, "alert")  # one for the three bad steps
     assert (first["title"], first["level"], first["wait_duration"]) == ("Step skipped", "ERROR", "300000")
     assert first["text"].startswith("step 4: skipped, because its gradient is not finite")
     assert last["title"] == "Run diverged"
@@ -133,7 +136,7 @@ def test_what_goes_wrong_is_an_alert(user):
 
 
 @pytest.mark.slow
-def test_a_run_that_hangs_says_so_and_ends_its_record(user):
+def test_a_hanging_run_sends_an_alert_and_ends_its_record(user):
     break_steps(user, "if step == 3: import time; time.sleep(3600)")
     done = user.train("trainer.hang_timeout=30", "callbacks=none", *OFFLINE, timeout=300)
     assert done.returncode == HUNG
@@ -154,7 +157,7 @@ def test_a_run_that_hangs_says_so_and_ends_its_record(user):
         ({}, False, True, (None, "sweep")),
     ],
 )
-def test_a_job_of_a_sweep_is_in_its_group(tmp_path, monkeypatch, named, in_sweep, agent, expected):
+def test_a_trial_is_in_the_wandb_group_of_its_sweep(tmp_path, monkeypatch, named, in_sweep, agent, expected):
     directory = tmp_path / "0"
     directory.mkdir()
     record_environment(directory)
@@ -165,7 +168,7 @@ def test_a_job_of_a_sweep_is_in_its_group(tmp_path, monkeypatch, named, in_sweep
         monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
         monkeypatch.setenv("WANDB_RUN_ID", "r1")
     for name in ("WANDB_DATA_DIR", "WANDB_ERROR_REPORTING"):
-        monkeypatch.setenv(name, str(tmp_path))  # and as it was, afterwards
+        monkeypatch.setenv(name, str(tmp_path))  # restored afterwards
     wandb.teardown()
     config = resolved("logger=wandb", "logger.wandb.mode=offline")
     run = init_run(config, config.logger.wandb.model_copy(update=named), directory)

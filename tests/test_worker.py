@@ -1,4 +1,4 @@
-"""Workers take a validated configuration as it is, and each process opens the data once."""
+"""Workers do not validate the configuration again, and each process opens the data once."""
 
 import json
 import os
@@ -46,7 +46,7 @@ sys.addaudithook(audit)
 
 
 class Log:
-    """What the processes of a command validated and opened."""
+    """Log of what the processes of a command validate and open."""
 
     def __init__(self, user) -> None:
         self.user, self.folder = user, user.folder / "observer"
@@ -60,7 +60,7 @@ class Log:
         user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(self.folder), others)))
 
     def of(self, *arguments: str) -> dict[str, list[int]]:
-        """Trains, and returns how often each process did what."""
+        """Trains, and returns how often each process did each of these."""
         (self.folder / "log.txt").unlink(missing_ok=True)
         assert_success(self.user.run(sys.executable, "-m", "gptlab.train", *arguments, timeout=300))
         lines = [line.split(maxsplit=1) for line in (self.folder / "log.txt").read_text().splitlines()]
@@ -77,25 +77,25 @@ DDP = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_validated_once_and_opens_the_data_once_a_process(user, runs, log):
+def test_a_run_of_two_processes_is_validated_once_and_opens_the_data_once_per_process(user, runs, log):
     run = runs.give(user, "first")
     assert_success(user.python("gptlab.prepare", "data=text", "data.source=text.txt"))
     found = log.of(*SMALL, *DDP, "name=two")
     assert found["validate RunConfig"] == [1]
-    assert found["open manifest.json"] == [1, 1, 1]  # the process that launches, and two workers
+    assert found["open manifest.json"] == [1, 1, 1]  # the launching process and two workers
     found = log.of(f"resume={run}", *DDP, "train.max_steps=7")
-    assert found["validate RunConfig"] == [2]  # what the earlier run recorded, and what is made of it
+    assert found["validate RunConfig"] == [2]  # the recorded configuration and the resumed one
     assert found["open config.yaml"] == [1]
 
 
 @pytest.mark.slow
-def test_the_trials_of_a_sweep_are_validated_by_the_sweep_alone(user, log):
+def test_the_trials_of_a_sweep_are_validated_only_by_the_sweep(user, log):
     found = log.of("-m", *SMALL, "seed=1,2", "train.max_steps=2", "train.eval_every=1", "trainer.accelerator=cpu")
-    assert found["validate RunConfig"] == [4]  # in one process: what the trials share, an example, and two trials
+    assert found["validate RunConfig"] == [4]  # in one process: the common configuration, an example, and two trials
 
 
 @pytest.mark.slow
-def test_other_weights_are_described_once(user, runs, log):
+def test_external_weights_are_read_once(user, runs, log):
     run = runs.give(user, "first")
     assert_success(user.python("gptlab.export", f"run={run}", "format=hf", "out=hf"))
     found = log.of(*SMALL, *DDP, "init_from=hf", "model.activation=gelu_tanh", "name=two")
@@ -103,14 +103,14 @@ def test_other_weights_are_described_once(user, runs, log):
     assert found["validate RunConfig"] == [1]
 
 
-def test_a_job_file_holds_the_job(tmp_path):
+def test_a_job_file_round_trips(tmp_path):
     config = resolved("train.batch_schedule=[[2,4],[4,8]]", "optimizer=muon", "init_from=gpt2")
     for run_dir, plan in ((None, None), (tmp_path / "run", plan_batch(16, 4, 2, [(2, 4), (4, 8)]))):
         Job(config, run_dir, plan).write(tmp_path / "job.json")
         assert read_job(tmp_path / "job.json") == (config, run_dir, plan)
 
 
-def test_a_job_that_was_queued_before_its_keys_were_renamed_is_read(tmp_path):
+def test_a_job_file_of_an_earlier_version_is_read(tmp_path):
     config = resolved()
     values = {"config": config.model_dump(mode="json"), "place": str(tmp_path / "run")}
     (tmp_path / "job.json").write_text(json.dumps(values))

@@ -9,7 +9,7 @@ __all__ = ["LanguageModel", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is: torch takes seconds, and most commands begin without it."""
+    """Imports public names on first access, since importing torch takes seconds and most commands start without it."""
     if name in __all__:
         from gptlab.pretrained import language_model
 

@@ -1,4 +1,4 @@
-"""What W&B shows of runs, as code: python -m gptlab.dashboard entity=<entity> project=<project> [key=value ...]."""
+"""Creates a W&B workspace: python -m gptlab.dashboard entity=<entity> project=<project> [key=value ...]."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from gptlab.exit_codes import DONE
 
 
 class DashboardConfig(FrozenConfig):
-    """Which workspace to build, and where it goes; see conf/dashboard.yaml."""
+    """Configuration of ``python -m gptlab.dashboard``; see conf/dashboard.yaml."""
 
     entity: str | None
     project: str | None
@@ -26,7 +26,7 @@ class DashboardConfig(FrozenConfig):
 
 @command("dashboard", keys=set(known_keys(DashboardConfig)))
 def main(values: DictConfig) -> int:
-    """Writes W&B's sweep files, or builds and saves the workspace."""
+    """Builds and saves the workspace or, with ``wandb_sweeps``, writes the sweep files."""
     config = validate(DashboardConfig, resolve_to_dict(values))
     if config.wandb_sweeps is not None:
         conf = configuration_folder()
@@ -36,8 +36,8 @@ def main(values: DictConfig) -> int:
         return DONE
     if not config.entity or not config.project:
         raise UserError(
-            "A workspace belongs to a project: name both, entity=<user or team> project=<project>, as they stand in "
-            "the project's address, wandb.ai/<entity>/<project>."
+            "A workspace belongs to a W&B project. Set entity=<user or team> project=<project>, as in the URL of the "
+            "project, wandb.ai/<entity>/<project>."
         )
     workspace = build_workspace(config.entity, config.project, config.name)
     if not config.dry_run:

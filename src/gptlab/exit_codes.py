@@ -1,4 +1,4 @@
-"""Exit statuses of the commands, and how an error becomes a message and a status. Imports no torch."""
+"""Exit codes of the commands, and the conversion of errors to messages and exit codes. Imports no torch."""
 
 import sys
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from gptlab.errors import Diverged, UserError
 from gptlab.training.distributed.processes import is_first_rank
 
 DONE = 0
-FAILED = 1  # as Python has it for an exception
-CONFIG_ERROR = 2  # the command, its configuration or its input is wrong
+FAILED = 1  # as Python exits after an uncaught exception
+CONFIG_ERROR = 2  # invalid command, configuration or input
 DIVERGED = 3  # the loss or the gradient was not finite for too many steps in a row
-PRUNED = 4  # a sweep ended the run early: no failure, and no result
-PREEMPTED = 75  # a signal asked the run to stop: it is saved, and resumes when it is started again (EX_TEMPFAIL)
-HUNG = 124  # a process made no progress for too long (as timeout(1) has it)
-INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+PRUNED = 4  # a sweep ended the run early; neither a failure nor a result
+PREEMPTED = 75  # a signal stopped the run after a checkpoint was saved; it can be resumed (EX_TEMPFAIL)
+HUNG = 124  # a process made no progress for too long (as with timeout(1))
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
 
 class SweepIncomplete(Exception):  # noqa: N818
-    """A sweep has ended, and not every trial has a result."""
+    """Raised when a sweep ends without a result for every trial."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -25,14 +25,14 @@ class SweepIncomplete(Exception):  # noqa: N818
 
 
 def report_error(error: Exception) -> int:
-    """Prints an error, on the first rank only, and returns its exit status."""
+    """Prints an error on the first rank and returns its exit code."""
     if is_first_rank():
         print(f"gptlab: {error}", file=sys.stderr)
     return DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """Calls ``work`` and returns its exit status; an error that has a status of its own is reported."""
+    """Calls ``work`` and returns its exit code; prints ``UserError`` and ``Diverged`` and returns their exit codes."""
     try:
         return work()
     except (UserError, Diverged) as error:

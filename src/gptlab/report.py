@@ -1,4 +1,4 @@
-"""Runs and sweeps as one HTML page: python -m gptlab.report runs=<run, sweep or glob> [key=value ...]."""
+"""Creates an HTML report of runs and sweeps: python -m gptlab.report runs=<run, sweep or glob> [key=value ...]."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from gptlab.reporting.page import render_page
 
 
 class ReportConfig(FrozenConfig):
-    """What to show, and where; see conf/report.yaml."""
+    """Configuration of ``python -m gptlab.report``; see conf/report.yaml."""
 
     runs: Annotated[str, Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)]
@@ -32,7 +32,7 @@ class ReportConfig(FrozenConfig):
 
 @command("report", keys=set(known_keys(ReportConfig)), literal_keys=("runs", "out"))
 def main(values: DictConfig) -> int:
-    """Writes the page, or serves it."""
+    """Writes the report to a file or, with live=true, serves it."""
     config = validate(ReportConfig, resolve_to_dict(values))
     document = ReportDocument(config.runs, config.points)
     found = document.gather()
@@ -44,21 +44,21 @@ def main(values: DictConfig) -> int:
     path = Path(config.out).expanduser()
     size = _write(path, render_page(found, poll=None))
     number = len(found["runs"])
-    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB; it opens without a network.")
+    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file needs no network.")
     return DONE
 
 
 def _serve(server: LiveServer) -> None:
-    """Serve until Ctrl-C."""
-    print(f"{server.url} follows the runs; Ctrl-C ends it.", flush=True)
+    """Serves the page until Ctrl-C."""
+    print(f"Serving the report at {server.url} (Ctrl-C stops the server).", flush=True)
     with server, suppress(KeyboardInterrupt):
         server.serve_forever(poll_interval=0.2)
 
 
 def _write(path: Path, text: str) -> int:
-    """Writes the page atomically; returns its size in bytes."""
+    """Writes the page atomically and returns its size in bytes."""
     if path.is_dir():
-        raise UserError(f"out={path} is a folder: name a file in it, out={path / 'report.html'}.")
+        raise UserError(f"out={path} is a directory. Set a file: out={path / 'report.html'}")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         size = unfinished.write_bytes(text.encode())

@@ -1,4 +1,4 @@
-"""List the runs that there are: python -m gptlab.runs [key=value ...]."""
+"""Lists runs: python -m gptlab.runs [key=value ...]."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from gptlab.tracking.run_store.runs import find_runs
 
 
 class RunsCommand(FrozenConfig):
-    """What to list, and how; see conf/runs.yaml."""
+    """Configuration of ``python -m gptlab.runs``; see conf/runs.yaml."""
 
     runs: str
     filter: str | None
@@ -32,11 +32,13 @@ class RunsCommand(FrozenConfig):
 
 @command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("filter",))
 def main(values: DictConfig) -> int:
-    """Prints a line for each run."""
+    """Prints one line per run."""
     config = validate(RunsCommand, resolve_to_dict(values))
     conditions = [Condition.parse(part) for part in (config.filter or "").split(",") if part.strip()]
     if config.watch is not None and not get_console().is_terminal:
-        raise UserError(f"watch={config.watch:g} draws the list anew in a terminal, and this is none.")
+        raise UserError(
+            f"watch={config.watch:g} redraws the list, which needs a terminal. Set watch=null to print it once."
+        )
     while True:
         lines = list_runs(find_runs(config.runs), conditions, config.sort, descending=config.descending)
         shown = lines[: config.limit]

@@ -19,12 +19,12 @@ log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" her
 
 @command("train", keys=set(known_keys(RunConfig)))
 def main(values: DictConfig) -> int:
-    """Validates the configuration and runs it."""
+    """Validates the configuration and trains."""
     hydra = HydraConfig.get()
     config = resolve(values, list(hydra.overrides.task))
     if hydra.mode != RunMode.MULTIRUN:
         return launch(config, run_dir=None, extra_callbacks=extra_callbacks)
-    log.info("job %s of the sweep: %s", hydra.job.num, " ".join(hydra.overrides.task))
+    log.info("trial %s of the sweep: %s", hydra.job.num, " ".join(hydra.overrides.task))
     run_dir = Path(hydra.runtime.output_dir)  # hydra/sweeper=basic
     return launch(config, run_dir, extra_callbacks=extra_callbacks, in_process=False)
 

@@ -1,7 +1,7 @@
 """Entry point of every process that gptlab starts for a run: python -m gptlab.worker <job file>.
 
-A worker is one rank of a run (started by ``launch.supervisor``), or a whole run: a trial of a sweep, a run of a proof,
-or one that measures the speed of this machine. Imports no torch before the run needs it.
+A worker is one rank of a run (started by ``launch.supervisor``) or a whole run: a trial of a sweep, a run of a proof or
+a calibration run. Imports no torch before the run needs it.
 """
 
 import sys
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Runs the job file that the command line names."""
+    """Runs the job file given on the command line and exits with its exit code."""
     exit_with_parent()
     log_to_console()
     path = Path(sys.argv[1])
@@ -28,8 +28,8 @@ def main() -> None:
 
 
 def run_rank(path: Path) -> int:
-    """Runs one rank of a run, whose configuration the supervisor's process has validated and completed."""
-    from gptlab.launch.train_run import train_run  # with torch, for which the signals wait
+    """Runs one rank of a run whose configuration the supervisor has validated and completed; returns the exit code."""
+    from gptlab.launch.train_run import train_run  # imports torch; signals stay blocked until then
 
     def train() -> int:
         job = read_job(path)
@@ -40,7 +40,7 @@ def run_rank(path: Path) -> int:
 
 
 def run_job(path: Path) -> int:
-    """Runs a validated configuration, in this process or in workers; returns the exit status."""
+    """Runs a validated configuration, in this process or in workers; returns the exit code."""
     unblock_signals()
     log_to_console()
     job = read_job(path)
@@ -48,13 +48,13 @@ def run_job(path: Path) -> int:
 
 
 def extra_callbacks(run: "RunContext") -> "list[ExtraCallback]":
-    """Builds the callbacks that a run has from packages above ``launch``: its forecast, and the pruning of a sweep."""
+    """Builds the callbacks from packages above ``launch``: the forecast and, for trials of a sweep, pruning."""
     from gptlab.planning.forecast_callback import ForecastCallback
     from gptlab.sweeps.sweep_store import is_prunable
 
     callbacks: list[ExtraCallback] = [ForecastCallback(run)] if is_first_rank() else []
     if is_prunable(run.run_dir):
-        from gptlab.sweeps.pruning import PruningCallback  # with Optuna
+        from gptlab.sweeps.pruning import PruningCallback  # imports Optuna
 
         callbacks.append(PruningCallback(run.run_dir, run.recorder))
     return callbacks

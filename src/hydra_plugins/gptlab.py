@@ -12,13 +12,13 @@ from omegaconf import DictConfig, OmegaConf
 
 
 class GptlabSweeper(Sweeper):
-    """Runs the trials of a sweep; configured by conf/hydra/sweeper/gptlab.yaml."""
+    """Sweeper that runs the trials of a sweep; configured by conf/hydra/sweeper/gptlab.yaml."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Stores the context and the configuration from which the trials are composed."""
+        """Stores the Hydra context and the configuration from which trials are composed."""
         self.hydra_context, self.config = hydra_context, config
 
     def sweep(self, arguments: list[str]) -> None:
@@ -29,23 +29,23 @@ class GptlabSweeper(Sweeper):
         run_sweep(self.hydra_context, self.config, arguments, self.settings, launcher)
 
 
-class _OfSweeper(Launcher):
-    """Launcher that only gptlab's sweeper can use, which gives each trial a folder and can resume it."""
+class _SweepLauncher(Launcher):
+    """Base class of launchers for gptlab's sweeper, which starts and resumes the trials itself."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Does nothing."""
+        """Does nothing; the sweeper configures the launcher."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Raises HydraException: these launchers need ``hydra/sweeper=gptlab``."""
-        raise HydraException("hydra/launcher=processes and slurm belong to hydra/sweeper=gptlab; others have basic")
+        raise HydraException("hydra/launcher=processes and slurm need hydra/sweeper=gptlab; others need basic.")
 
 
-class ProcessLauncher(_OfSweeper):
-    """Runs each trial in its own process on this machine; configured by conf/hydra/launcher/processes.yaml."""
+class ProcessLauncher(_SweepLauncher):
+    """Launcher that runs each trial in its own local process; configured by conf/hydra/launcher/processes.yaml."""
 
 
-class SlurmLauncher(_OfSweeper):
-    """Runs each trial as a SLURM job; configured by conf/hydra/launcher/slurm.yaml."""
+class SlurmLauncher(_SweepLauncher):
+    """Launcher that runs each trial as a SLURM job; configured by conf/hydra/launcher/slurm.yaml."""

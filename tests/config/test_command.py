@@ -1,4 +1,4 @@
-"""What is looked at on a command line before Hydra acts on it."""
+"""Checks of the command line before Hydra parses it."""
 
 import pytest
 from hydra._internal.utils import get_args_parser
@@ -8,7 +8,7 @@ from gptlab.exit_codes import CONFIG_ERROR
 
 
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--exp"])
-def test_hydra_s_flag_that_unpickles_is_refused(user, flag):
+def test_hydras_flag_that_unpickles_a_file_is_refused(user, flag):
     canary = Canary(user.folder / "canary")
     canary.write(user.folder / "config.pickle", "bare")
     done = user.python("gptlab.train", flag, "config.pickle")
@@ -18,7 +18,7 @@ def test_hydra_s_flag_that_unpickles_is_refused(user, flag):
     assert not (user.folder / "outputs").exists()
 
 
-def test_hydra_s_private_parser_gives_the_flags_and_overrides_that_are_looked_at():
+def test_hydras_private_parser_returns_the_checked_flags_and_overrides():
     arguments = ["-m", "--config-dir", "more", "--experimental-rerun=x.pickle", "seed=1,2", "name=a"]
     flags = get_args_parser().parse_args(arguments)
     assert flags.overrides == ["seed=1,2", "name=a"]

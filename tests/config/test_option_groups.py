@@ -1,4 +1,4 @@
-"""Which command an experiment is for."""
+"""Config groups of the commands, and the commands that an experiment is for."""
 
 import pytest
 
@@ -12,12 +12,12 @@ EVALUATIONS = [name for name in EXPERIMENTS if name.startswith("eval_")]
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "prove", "evaluate"])
-def test_every_experiment_is_for_those_that_train_or_for_the_one_that_scores(command):
+def test_every_experiment_is_for_training_commands_or_for_evaluate(command):
     scores = command == "evaluate"
     groups = OptionGroups(command, [CONF])
     fitting = [name for name in EXPERIMENTS if (name in EVALUATIONS) == scores]
     assert groups.fitting_options("experiment", EXPERIMENTS) == fitting
-    assert groups.fitting_options("model", EVALUATIONS) == EVALUATIONS  # only experiments are for one command
+    assert groups.fitting_options("model", EVALUATIONS) == EVALUATIONS  # only experiments are specific to a command
     for name in EXPERIMENTS:
         if (name in EVALUATIONS) == scores:
             groups.check_experiments([f"experiment={name}", "run=eval_gpt2"])
@@ -31,14 +31,14 @@ def test_every_experiment_is_for_those_that_train_or_for_the_one_that_scores(com
     ("text", "commands"),
     [
         ("defaults: [override /data: text]\nsplit: all", {"evaluate"}),
-        ("defaults: [speedrun_cpu, _self_]", {"train", "plan"}),  # as the one that it begins with
-        ("defaults:\n- override /data: text", {"train", "plan", "evaluate"}),  # which all have
+        ("defaults: [speedrun_cpu, _self_]", {"train", "plan"}),  # like the experiment that it includes
+        ("defaults:\n- override /data: text", {"train", "plan", "evaluate"}),  # all commands have this group
         ("gpu: h100\nname: x", {"plan"}),
-        ("trian: {max_steps: 3}", {"train", "plan", "evaluate"}),  # nobody's: told as what it is
-        ("{", {"train", "plan", "evaluate"}),  # Hydra's to tell
+        ("trian: {max_steps: 3}", {"train", "plan", "evaluate"}),  # an unknown key, which is reported as such
+        ("{", {"train", "plan", "evaluate"}),  # invalid YAML, which Hydra reports
     ],
 )
-def test_an_experiment_of_ones_own_is_for_the_commands_that_have_what_it_sets(tmp_path, text, commands):
+def test_a_user_experiment_is_for_the_commands_that_have_its_keys(tmp_path, text, commands):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     found = {
@@ -49,6 +49,6 @@ def test_an_experiment_of_ones_own_is_for_the_commands_that_have_what_it_sets(tm
     assert found == commands
 
 
-def test_groups_are_those_of_the_command():
+def test_groups_table_lists_the_groups_of_the_command():
     listed = [line.partition(": ")[0] for line in OptionGroups("prepare", [CONF]).table().splitlines()]
     assert listed == ["data", "tokenizer"]

@@ -1,4 +1,4 @@
-"""A workspace as JSON, beside what W&B's own library would send."""
+"""The workspace as JSON, compared with what W&B's library sends."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from wandb_workspaces.workspaces import interface
 from gptlab.dashboards.workspace import build_workspace, workspace_json
 
 
-def test_the_json_is_what_would_be_sent(monkeypatch):
+def test_workspace_json_equals_what_the_library_sends(monkeypatch):
     sent: list[Any] = []
 
     def upsert(view: Any) -> Any:
@@ -28,7 +28,7 @@ def test_the_json_is_what_would_be_sent(monkeypatch):
 
 
 def without_ids(spec: Any) -> Any:
-    """Leave out what the library draws anew each time."""
+    """Returns a specification without the IDs that the library generates randomly."""
     if isinstance(spec, dict):
         return {key: without_ids(value) for key, value in spec.items() if key not in ("id", "__id__", "ref")}
     return [without_ids(value) for value in spec] if isinstance(spec, list) else spec

@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests that look at a page as a reader does."""
+"""Headless Chromium for tests of pages."""
 
 import shutil
 import time
@@ -24,13 +24,13 @@ def _program() -> str | None:
 
 
 def why_not() -> str | None:
-    """Why there can be no browser here; None where there can."""
+    """Returns the reason why no browser is available, or None."""
     return None if _program() else "Chromium is not installed (apt-get install chromium)"
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser of playwright's."""
+    """Starts Playwright's Chromium."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -42,11 +42,11 @@ def chromium() -> Iterator[Any]:
 
 
 class Seen:
-    """A page, with what its browser complained of and what it asked for.
+    """Page with the errors and the requests of its browser.
 
     Args:
-        browser: See ``chromium``.
-        options: Of playwright's new_page: viewport, color_scheme.
+        browser: Browser from ``chromium``.
+        options: Options of Playwright's ``new_page``: viewport, color_scheme.
     """
 
     def __init__(self, browser: Any, **options: Any) -> None:
@@ -58,20 +58,20 @@ class Seen:
         self.page.on("request", lambda request: self.requests.append(request.url))
 
     def open(self, where: Path | str) -> "Seen":
-        """Go to a file or an address, and wait until it is drawn."""
+        """Opens a file or URL, and waits until it is rendered."""
         self.page.goto(where.absolute().as_uri() if isinstance(where, Path) else where)
         self.until("document.querySelector('#loss .main-svg') !== null")
         return self
 
     def until(self, condition: str) -> None:
-        """Wait until something is so; playwright's own wait is refused by the page's policy against eval."""
+        """Waits until a JavaScript condition holds; Playwright's own wait violates the page's policy against eval."""
         limit = time.monotonic() + 30
         while not self.page.evaluate(condition):
             assert time.monotonic() < limit, condition
             self.page.wait_for_timeout(20)
 
     def traces(self, chart: str, kind: str | None = None) -> list[dict[str, Any]]:
-        """What a chart draws: name, x, y and meta of its traces, as Plotly has them."""
+        """Returns the traces of a chart from Plotly: name, x, y and meta."""
         drawn = self.page.evaluate(
             "id => document.getElementById(id).data.map(t => ({name: t.name, x: t.x, y: t.y, meta: t.meta}))", chart
         )

@@ -1,4 +1,4 @@
-"""What the tests of the report's page share: the sweeps that are reported, a browser, and a server."""
+"""Fixtures of the tests of the report page: sweeps, a browser and a server."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory) -> Path:
-    """A sweep over three rates with three seeds, of which one trial has diverged, and its report."""
+    """Sweep over three learning rates and three seeds, with one more trial that diverged."""
     directory = write_sweep(tmp_path_factory.mktemp("page") / "lr" / "now", RATES, SEEDS)
     write_run(
         directory / "9",
@@ -51,7 +51,7 @@ def report(sweep) -> Path:
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory) -> Path:
-    """Runs of three sizes, two lengths and two rates."""
+    """Runs of three sizes, two lengths and two learning rates."""
     place = tmp_path_factory.mktemp("sizes") / "runs"
     for number, (width, steps, rate) in enumerate(
         (w, s, r) for w in (32, 64, 128) for s in (10, 20) for r in (1e-3, 2e-3)
@@ -69,7 +69,7 @@ def written(where: Path) -> Path:
 
 @pytest.fixture
 def seen(browser):
-    """Opens pages, and sees in the end that their browser had nothing to complain of."""
+    """Opens pages; checks at the end that the browser reported no errors."""
     opened = []
 
     def look(where, **options) -> Seen:
@@ -83,7 +83,7 @@ def seen(browser):
 
 
 def column(run: Path, name: str, over: str = "tokens") -> tuple[list[float], list[float]]:
-    """A column of metrics.csv, as anybody could read it."""
+    """Returns a column of metrics.csv over another one, read independently of gptlab."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row[name]]
     return [float(row[over]) for row in rows], [float(row[name]) for row in rows]
@@ -91,7 +91,7 @@ def column(run: Path, name: str, over: str = "tokens") -> tuple[list[float], lis
 
 @contextmanager
 def serving(where: Path) -> Iterator[LiveServer]:
-    """A server of a report, in a thread."""
+    """Serves a report in a thread."""
     with LiveServer(ReportDocument(str(where), 1000).gather, port=0, poll=0.1) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

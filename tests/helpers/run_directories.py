@@ -1,4 +1,4 @@
-"""Run directories and sweeps made by hand: what gptlab.train and a sweep leave, without training."""
+"""Writes run directories and sweep directories like those of gptlab.train, without training."""
 
 import csv
 import functools
@@ -16,7 +16,7 @@ from gptlab.config.resume import resolve
 from gptlab.tracking.run_store.state import RunState
 from gptlab.tracking.run_store.sweeps import Sweep, Trial
 
-TOKENS = 12 * 64  # of a step
+TOKENS = 12 * 64  # per step
 ENVIRONMENT: dict[str, Any] = {
     "time": "2026-11-25T03:00:00+0000",
     "command": "python -m gptlab.train",
@@ -37,7 +37,7 @@ def _composed(*overrides: str) -> str:
 
 
 def rows_of(steps: int, *, lr: float = 1e-3, seed: int = 1, eval_every: int = 5) -> list[dict[str, float]]:
-    """Rows as a run writes them, of a loss that falls to a floor of the rate's, with a ripple of the seed's."""
+    """Returns rows of metrics.csv, with a loss that falls to a floor that depends on ``lr``, and noise by ``seed``."""
     rows: list[dict[str, float]] = []
     floor = 1.6 + 0.12 * math.log(lr / 2e-3) ** 2
     for step in range(1, steps + 1):
@@ -63,7 +63,7 @@ def rows_of(steps: int, *, lr: float = 1e-3, seed: int = 1, eval_every: int = 5)
 
 
 def write_metrics(directory: Path, rows: list[dict[str, float]]) -> None:
-    """Write metrics.csv anew."""
+    """Overwrites metrics.csv."""
     columns = dict.fromkeys(key for row in rows for key in row)
     with (directory / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(columns))
@@ -80,16 +80,16 @@ def write_run(
     samples: dict[int, str] | None = None,
     **state: Any,
 ) -> Path:
-    """Make a run directory.
+    """Creates a run directory.
 
     Args:
-        directory: The run's.
-        overrides: Of its command line.
-        rows: Of metrics.csv.
-        settings: What its configuration has otherwise, by dotted name.
-        environment: What its environment has otherwise.
+        directory: Run directory.
+        overrides: Overrides of the command line.
+        rows: Rows of metrics.csv; None for those of ``rows_of(20)``.
+        settings: Changes of the configuration, by dotted name.
+        environment: Changes of environment.json.
         samples: Texts by step.
-        state: Of state.json.
+        state: Changes of state.json.
     """
     directory.mkdir(parents=True)
     config = yaml.safe_load(_composed(*overrides))
@@ -113,7 +113,7 @@ def write_run(
 def write_sweep(
     directory: Path, rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3), seeds: tuple[int, ...] = (1, 2, 3)
 ) -> Path:
-    """Make the directory of a sweep over the learning rate and the seed, with samples in every trial."""
+    """Creates the directory of a sweep over the learning rate and the seed, with samples in every trial."""
     space = {"optimizer.lr": ",".join(map(str, rates)), "seed": ",".join(map(str, seeds))}
     count = len(rates) * len(seeds)
     about = {"fixed": [], "search": "grid", "n_trials": count, "baseline": {}, "definition": "x", "wandb_group": "x"}
@@ -131,5 +131,5 @@ def write_sweep(
 
 
 def running(**state: Any) -> dict[str, Any]:
-    """State of a run on another machine that has just written."""
+    """Returns the state of a run in progress on another host."""
     return {"state": "running", "status": None, "updated": time.time(), "host": "elsewhere", **state}

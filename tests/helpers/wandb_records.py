@@ -1,4 +1,4 @@
-"""What a run leaves of its W&B record, read by W&B's own reader, and runs that were interrupted."""
+"""W&B records of runs, read by W&B's own reader, and interrupted runs."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ SCRIPTS = Path(sys.executable).parent
 
 
 def metrics_file(directory: Path) -> Table:
-    """What metrics.csv has of each step."""
+    """Returns the values in metrics.csv by step."""
     table: Table = {}
     with (directory / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
@@ -29,7 +29,7 @@ def metrics_file(directory: Path) -> Table:
 
 
 def records(directory: Path, kind: str = "*run-2*") -> list[list[dict[str, Any]]]:
-    """What W&B's reader finds in each record of a run, in the order in which they were begun."""
+    """Returns what W&B's reader prints for each record of a run, in order of their start."""
     found = []
     for path in sorted(directory.glob(f"wandb/{kind}/*.wandb"), key=lambda path: path.parent.name.split("run-")[1]):
         command = (SCRIPTS / "wandb", "leet", "inspect", "--json", path)
@@ -51,7 +51,7 @@ def has_secret(folder: Path) -> list[Path]:
 
 
 def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
-    """Start a run with W&B."""
+    """Starts a run with W&B."""
     small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
     rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
     return user.begin("gptlab.train", *small, *rhythm, *arguments)
@@ -60,7 +60,7 @@ def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
 def interrupted(
     user, *arguments: str, by: int = signal.SIGINT, silent: Server | None = None, callbacks: str = "checkpoint"
 ) -> Path:
-    """A run that was interrupted some steps after a checkpoint; its server may have fallen silent before."""
+    """Interrupts a run some steps after a checkpoint; ``silent`` is a server that hangs before."""
     length = ("train.max_steps=1000000", "schedule.decay_steps=1000")
     run = begin(user, *length, f"logger.wandb.finish_timeout={3 if silent else 60}", *arguments, callbacks=callbacks)
     if silent:
@@ -79,7 +79,7 @@ def interrupted(
 
 
 def resumed(user, directory: Path, *arguments: str) -> tuple[str, int, int]:
-    """Go on to some steps further: what was said, the steps of the interrupted run, and those of the whole."""
+    """Resumes a run for some steps; returns its output, the steps of the interrupted run, and those in total."""
     before = max(metrics_file(directory))
     after = before // 40 * 40 + 80
     done = user.python("gptlab.train", f"resume={directory}", f"train.max_steps={after}", *arguments, timeout=600)

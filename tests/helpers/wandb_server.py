@@ -1,7 +1,7 @@
-"""As much of a W&B server as a run, its resume and `wandb sync` ask for, on this machine.
+"""Local stand-in for a W&B server, sufficient for a run, its resume and `wandb sync`.
 
-It keeps what it is sent as W&B does: the lines of a run's history by their offsets, so that what is sent again under
-the same offset replaces, and what is sent after it adds.
+Like W&B, it stores the lines of a run's history by offset: a line that is sent again at the same offset replaces the
+earlier one.
 """
 
 import json
@@ -10,25 +10,25 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-KEY = "0123456789abcdef" * 2 + "00c0ffee"  # as long as W&B's
+KEY = "0123456789abcdef" * 2 + "00c0ffee"  # of the length of W&B's keys
 HISTORY, SUMMARY = "wandb-history.jsonl", "wandb-summary.json"
 
 
 class Run:
-    """What a server knows of one run."""
+    """Data of one run on the server."""
 
     def __init__(self) -> None:
-        self.lines: dict[str, dict[int, str]] = {}  # of each file of the stream, by offset
+        self.lines: dict[str, dict[int, str]] = {}  # lines of each file of the stream, by offset
         self.config: dict[str, Any] = {}
         self.exit_code: int | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows, in the order in which they were sent."""
+        """Rows in the order of their offsets."""
         return [json.loads(line) for _, line in sorted(self.lines.get(HISTORY, {}).items())]
 
     def take(self, request: dict[str, Any]) -> None:
-        """Keep what came through the stream of the run."""
+        """Stores a request to the stream of the run."""
         for name, part in (request.get("files") or {}).items():
             kept = self.lines.setdefault(name, {})
             kept.update(enumerate(part["content"], part["offset"]))
@@ -36,7 +36,7 @@ class Run:
             self.exit_code = request["exitcode"]
 
     def status(self) -> dict[str, Any]:
-        """What a run that is resumed asks for."""
+        """Returns the response to a run that is resumed."""
         history = self.lines.get(HISTORY, {})
         tail = json.dumps([history[max(history)]] if history else [])
         return {
@@ -56,12 +56,12 @@ class Run:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves until it dies or hangs.
+    """Server that can hang or shut down on request.
 
     Attributes:
-        runs: By their ids.
-        artifacts: The name of each that was announced, and its aliases; their files are not asked for.
-        connections: How many there were, whatever was asked.
+        runs: Runs by ID.
+        artifacts: Name and aliases of each created artifact; their files are not requested.
+        connections: Number of connections.
     """
 
     daemon_threads = True
@@ -77,19 +77,19 @@ class Server(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What leads W&B's client here."""
+        """Environment variables that direct W&B's client to this server."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_port}", "WANDB_API_KEY": KEY}
 
     def verify_request(self, *_: Any) -> bool:
-        """Count a connection."""
+        """Counts a connection."""
         self.connections += 1
         return True
 
     def handle_error(self, *_: Any) -> None:
-        """Stay silent when a client has left."""
+        """Ignores clients that have disconnected."""
 
     def die(self) -> None:
-        """Refuse every connection from now on."""
+        """Shuts down: connections are refused from now on."""
         self.shutdown()
         self.server_close()
 
@@ -98,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
-        """Answer a query, or take a piece of a run's stream."""
+        """Responds to a query, or stores a part of a run's stream."""
         body = self._body()
         if self.path == "/graphql":
             request = json.loads(body)
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer({}, status=404)  # the client's telemetry
 
     def do_PUT(self) -> None:
-        """Take a file, and forget it."""
+        """Accepts a file and discards it."""
         self._body()
         self._answer({})
 
@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return {
                     "createArtifact": {"artifact": {"id": "id", "state": "COMMITTED", "artifactSequence": sequence}}
                 }
-            case "":  # whether an artifact is there already
+            case "":  # whether an artifact exists
                 return {"project": {"artifact": None}}
             case "CreateRunFiles":
                 host = self.headers["Host"]
@@ -157,4 +157,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: Any) -> None:
-        """Stay silent."""
+        """Logs nothing."""

@@ -1,4 +1,4 @@
-"""Workers end together and hear the signals; what they do here is a few lines of each test's own."""
+"""The supervisor: exit codes, signals and the end of its workers, which run a few lines of code from each test."""
 
 import json
 import os
@@ -32,14 +32,14 @@ def work():
 sys.exit(run_stoppable(work))
 """
 FIRST = """
-while rank and not (here / "first").exists():  # rank 0 is as far
+while rank and not (here / "first").exists():  # until rank 0 is here
     time.sleep(0.02)
 (here / "first").touch()
 """
 
 
 class Team:
-    """Workers that do what a test says."""
+    """Two workers that run the code of a test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -56,7 +56,7 @@ class Team:
         return supervisor.supervise(supervisor.Job(self.config, None))
 
     def signal_when_ready(self, number: int) -> None:
-        """Send this process a signal as soon as both workers can take it."""
+        """Sends this process a signal as soon as both workers are ready."""
 
         def send() -> None:
             self.wait_for("ready0", "ready1")
@@ -71,7 +71,7 @@ class Team:
             time.sleep(0.02)
 
     def left(self) -> list[str]:
-        """The workers that are still there, and what they have started."""
+        """Returns the IDs of the workers and their children that are still alive."""
         found = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -84,7 +84,7 @@ class Team:
         return found
 
     def is_gone(self) -> bool:
-        """Whether all are, a moment after they were killed."""
+        """Whether all workers and their children end within a few seconds."""
         until = time.monotonic() + 5
         while self.left() and time.monotonic() < until:
             time.sleep(0.02)
@@ -96,7 +96,7 @@ def team(tmp_path, monkeypatch):
     monkeypatch.setattr(supervisor, "WORKER_COMMAND", (sys.executable, "-m", "deeds"))
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 0.3)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
+    # tests that run in the background inherit an ignored SIGINT, unlike those in a terminal
     owner = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield Team(tmp_path)
     signal.signal(signal.SIGINT, owner)
@@ -107,15 +107,15 @@ def team(tmp_path, monkeypatch):
     [
         ("sys.exit(0)", DONE),
         ("sys.exit(75 if rank else 0)", PREEMPTED),
-        ("time.sleep(rank); sys.exit(3)", DIVERGED),  # all of them know: the last one has its time
+        ("time.sleep(rank); sys.exit(3)", DIVERGED),  # reached by all ranks: the last one is not killed
         ("if rank: sys.exit(5)\ntime.sleep(60)", 5),
-        # the first to fail, not what the other made of it
+        # the first failure, not the second one that it caused
         (FIRST + "time.sleep(0.5 * rank); sys.exit(5 - 4 * rank)", 5),
         ("if rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)", 128 + signal.SIGKILL),
         ("if rank: raise OSError('full')\ntime.sleep(60)", 1),
     ],
 )
-def test_the_status_is_that_of_the_first_that_failed(team, deeds, status):
+def test_supervise_returns_the_exit_code_of_the_first_failure(team, deeds, status):
     began = time.monotonic()
     assert team.run(deeds) == status
     assert time.monotonic() - began < 20
@@ -123,28 +123,28 @@ def test_the_status_is_that_of_the_first_that_failed(team, deeds, status):
 
 
 @pytest.mark.slow
-def test_what_the_others_make_of_a_failure_is_not_told(team, monkeypatch):
+def test_later_failures_do_not_replace_the_first_exit_code(team, monkeypatch):
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 10)
     team.config.trainer.devices = 3
     assert team.run(FIRST + "time.sleep(rank)\nsys.exit((5, 124, 0)[rank])") == 5
-    monkeypatch.setattr(supervisor, "POLL_SECONDS", 3)  # two have ended when it looks again
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 3)  # two have ended at the next poll
     killed = "if rank == 1:\n    (here / 'killed').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     after = "while not (here / 'killed').exists(): time.sleep(0.02)\n"
     assert team.run(f"{killed}{after}time.sleep(4 * (rank == 2))\nsys.exit(1)") == 128 + signal.SIGKILL
 
 
-def test_nothing_is_left_of_a_worker_that_does_not_listen(team):
-    # rank 0 does not let signals in, and has started a process; rank 1 fails
+def test_a_worker_that_blocks_signals_is_killed_with_its_children(team):
+    # rank 0 blocks signals and has started a process; rank 1 fails
     assert team.run("if rank: sys.exit(1)\nsubprocess.Popen(('sleep', '60'))\ntime.sleep(60)") == 1
     assert team.is_gone()
 
 
-def test_a_process_that_outlives_its_worker_is_ended(team):
+def test_a_process_that_outlives_its_worker_is_killed(team):
     assert team.run("subprocess.Popen(('sleep', '60'))") == DONE
     assert team.is_gone()
 
 
-def test_workers_find_their_variables_and_nothing_stays_of_them(team):
+def test_workers_get_their_environment_variables_and_the_supervisor_keeps_its_own(team):
     before = dict(os.environ)
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME", "GPTLAB_RENDEZVOUS")
     deeds = f"job = sys.argv[1:] + [open(sys.argv[1]).read()] + [os.environ[name] for name in {names}]\n"
@@ -157,29 +157,29 @@ def test_workers_find_their_variables_and_nothing_stays_of_them(team):
     assert dict(os.environ) == before
 
 
-def test_a_signal_goes_to_all_and_then_to_whom_it_belonged(team):
-    told = []
-    earlier = signal.signal(signal.SIGUSR1, lambda number, frame: told.append((number, team.left())))
+def test_a_signal_is_forwarded_to_all_workers_and_then_to_the_earlier_handler(team):
+    received = []
+    earlier = signal.signal(signal.SIGUSR1, lambda number, frame: received.append((number, team.left())))
     try:
         team.signal_when_ready(signal.SIGUSR1)
         assert team.run(STOP) == PREEMPTED
-        assert told == [(signal.SIGUSR1, [])]  # once, and when no worker was left
+        assert received == [(signal.SIGUSR1, [])]  # once, after all workers have ended
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert len(told) == 2  # it is back
+        assert len(received) == 2  # the handler is restored
     finally:
         signal.signal(signal.SIGUSR1, earlier)
 
 
-def test_a_signal_that_comes_too_early_waits(team, monkeypatch, capfd):
+def test_a_signal_during_startup_is_delivered_later(team, monkeypatch, capfd):
     monkeypatch.setattr(supervisor, "GRACE_SECONDS", 10)
-    early = "(here / f'ready{rank}').touch()\ntime.sleep(1)\n"  # as an import does
+    early = "(here / f'ready{rank}').touch()\ntime.sleep(1)\n"  # like an import
     team.signal_when_ready(signal.SIGINT)
     assert team.run(early + "try: unblock_signals()\nexcept KeyboardInterrupt: sys.exit(130)") == INTERRUPTED
     assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("array", [None, "7"])
-def test_slurm_s_signal_puts_the_job_back_into_the_queue(team, monkeypatch, array):
+def test_slurms_signal_requeues_the_job(team, monkeypatch, array):
     calls = team.folder / "calls"
     (team.folder / "scontrol").write_text(f"#!/bin/sh\necho $* >> {calls}\n")
     (team.folder / "scontrol").chmod(0o755)
@@ -196,10 +196,10 @@ def test_slurm_s_signal_puts_the_job_back_into_the_queue(team, monkeypatch, arra
         (team.folder / name).unlink()
     team.signal_when_ready(signal.SIGTERM)
     assert team.run(STOP) == PREEMPTED
-    assert not calls.exists()  # whoever sends that decides what comes after
+    assert not calls.exists()  # the sender of SIGTERM decides whether to requeue
 
 
-def test_an_interrupt_ends_those_that_do_not_listen_too(team):
+def test_an_interrupt_also_ends_workers_that_block_signals(team):
     owner, began = signal.getsignal(signal.SIGINT), time.monotonic()
     team.signal_when_ready(signal.SIGINT)
     assert team.run("(here / f'ready{rank}').touch()\ntime.sleep(60)") == INTERRUPTED
@@ -227,7 +227,7 @@ supervisor.supervise(supervisor.Job(config, None))
     assert team.is_gone()
 
 
-def test_a_run_in_this_process_stops_before_it_listens():
+def test_a_signal_before_training_starts_preempts_the_run():
     def run() -> int:
         os.kill(os.getpid(), signal.SIGTERM)
         return DONE
@@ -237,21 +237,21 @@ def test_a_run_in_this_process_stops_before_it_listens():
     assert signal.getsignal(signal.SIGTERM) is owner
 
 
-def test_a_signal_is_noticed_whoever_answers_it():
-    told = []
-    earlier = signal.signal(signal.SIGUSR2, lambda number, frame: told.append(number))
+def test_a_signal_handled_by_training_reaches_the_earlier_handler():
+    received = []
+    earlier = signal.signal(signal.SIGUSR2, lambda number, frame: received.append(number))
 
     def run() -> int:
-        signal.signal(signal.SIGUSR2, lambda *_: None)  # as training does
+        signal.signal(signal.SIGUSR2, lambda *_: None)  # like training
         os.kill(os.getpid(), signal.SIGUSR2)
-        assert told == []
+        assert received == []
         return PREEMPTED
 
     try:
         assert signals.run_stoppable(run) == PREEMPTED
     finally:
         signal.signal(signal.SIGUSR2, earlier)
-    assert told == [signal.SIGUSR2]
+    assert received == [signal.SIGUSR2]
 
 
 @pytest.mark.parametrize(
@@ -261,11 +261,11 @@ def test_a_signal_is_noticed_whoever_answers_it():
         ({"strategy": "single", "devices": "auto"}, 1),
         ({"devices": "auto"}, 4),
         ({"devices": "auto", "accelerator": "cpu"}, 1),
-        ({"devices": 10**6}, 1),  # which the worker refuses
-        ({"devices": 2, "num_nodes": 2}, 1),  # as that
+        ({"devices": 10**6}, 1),  # the worker raises an error
+        ({"devices": 2, "num_nodes": 2}, 1),  # likewise
     ],
 )
-def test_the_count_workers(monkeypatch, trainer, number):
+def test_count_workers(monkeypatch, trainer, number):
     monkeypatch.setattr(supervisor, "count_gpus", lambda: 4)
     usual = {"strategy": "ddp", "num_nodes": 1, "accelerator": "auto"}
     assert supervisor._count_workers(SimpleNamespace(**usual | trainer)) == number

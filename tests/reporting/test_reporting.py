@@ -1,4 +1,4 @@
-"""What a report gathers: curves that keep what stands out, runs that belong together, and what could not be read."""
+"""Data of the report: downsampled curves, grouping of runs into points, and unreadable files."""
 
 import json
 import math
@@ -21,38 +21,38 @@ def gathered(where, points: int = 1000):
     return ReportDocument(str(where), points).gather()
 
 
-def test_a_thinned_curve_keeps_its_ends_and_every_extreme():
+def test_a_downsampled_curve_keeps_its_ends_and_extremes():
     values = [math.sin(i / 700) + (5 if i == 3333 else -5 if i == 7777 else 0) for i in range(10_000)]
     places = downsample(values, 100)
     assert len(places) <= 100
     assert places == sorted(set(places))
     assert {0, 3333, 7777, 9999} <= set(places)
-    for start in range(0, 10_000, 1000):  # of any stretch that is much longer than those it was cut into
+    for start in range(0, 10_000, 1000):  # in any range much longer than a segment
         kept = [values[place] for place in places if start <= place < start + 1000]
         assert max(kept) == pytest.approx(max(values[start : start + 1000]), abs=0.25)
         assert min(kept) == pytest.approx(min(values[start : start + 1000]), abs=0.25)
     assert downsample([3.0, 1.0, 2.0], 4) == [0, 1, 2]
 
 
-def test_what_is_no_number_hides_nothing_that_is():
+def test_downsampling_prefers_finite_values_to_nan():
     values = [math.nan if i % 3 else float(i) for i in range(1000)]
     places = downsample(values, 50)
     assert sum(math.isfinite(values[place]) for place in places) >= 48
-    assert len(downsample([math.nan] * 1000, 50)) == 26  # one of each stretch, and the ends
+    assert len(downsample([math.nan] * 1000, 50)) == 26  # one per segment, and the ends
 
 
 def test_time_is_tokens_over_throughput():
     rows = [
         {"step": 1, "tokens": 100, "tokens_per_second": 50.0},
         {"step": 2, "tokens": 200, "tokens_per_second": 200.0},
-        {"step": 3, "tokens": 300, "val/loss": 1.0},  # half-way to the next that is timed
+        {"step": 3, "tokens": 300, "val/loss": 1.0},  # half-way to the next row with a throughput
         {"step": 4, "tokens": 400, "tokens_per_second": 20.0},
         {"step": 4, "tokens": 400, "val/loss": 1.0},
     ]
     assert training_seconds(rows) == pytest.approx([2.0, 2.5, 7.5, 12.5, 12.5])
 
 
-def test_curves_are_the_rows_and_nan_is_nothing():
+def test_curves_equal_the_rows_with_nan_as_none():
     rows = rows_of(10)
     rows[3]["train/loss"] = math.nan
     found = curves(rows, 1000)
@@ -66,7 +66,7 @@ def test_curves_are_the_rows_and_nan_is_nothing():
     assert not {"step", "tokens"} & set(found)
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_point(tmp_path):
+def test_runs_that_differ_only_in_the_seed_are_one_point(tmp_path):
     write_sweep(tmp_path / "lr" / "now", rates=(1e-3, 2e-3), seeds=(1, 2, 3))
     found = gathered(tmp_path / "lr" / "now")
     assert found["keys"] == ["seed", "optimizer.lr"]
@@ -83,7 +83,7 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
     found = gathered(tmp_path)
     (run,) = found["runs"]
     assert run["name"] == "quickstart/now"
-    # GPT-2's layout by hand, with biases: two LayerNorms and four linear layers a block, a tied head of 257 rows
+    # GPT-2's layout with biases: two LayerNorms and four linear layers per block, a tied head of 257 rows
     model = GPTConfig.model_validate(
         ReportDocument(str(tmp_path), 10).reader.read([directory])[0][0].run.config["model"]
     )
@@ -101,10 +101,10 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
     assert (run["state"]["state"], run["state"]["seconds"]) == ("done", 12.5)
     assert found["environments"][run["environment"]]["packages"] == ENVIRONMENT["packages"]
     assert (run["start"]["command"], found["keys"], found["points"]) == ("python -m gptlab.train", [], ["quickstart"])
-    assert found["common"]["optimizer.lr"] == 2e-3  # of conf/model/nano.yaml
+    assert found["common"]["optimizer.lr"] == 2e-3  # from conf/model/nano.yaml
 
 
-def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
+def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path):
     good = write_run(tmp_path / "runs" / "good", samples={5: "text"})
     (good / "samples" / "step_000009.txt").write_bytes(b"\xff\xfe\xff")
     (write_run(tmp_path / "runs" / "bytes") / "metrics.csv").write_bytes(b"\x89PNG\xff\x00")
@@ -116,22 +116,22 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_shown(tmp_path):
     write_metrics(write_run(tmp_path / "runs" / "begun", settings={"seed": 3}), [])
     found = gathered(tmp_path / "runs")
     assert [run["name"] for run in found["runs"]] == ["begun", "good"]
-    told = "\n".join(found["problems"])
+    problems = "\n".join(found["problems"])
     assert len(found["problems"]) == 5
     for name in ("bytes", "prose", "config", "folder"):
-        assert re.search(rf"runs/{name} is left out: .*{name}.* cannot be read", told), told
-    assert re.search("runs/good: a file in .* cannot be read", told)
+        assert re.search(rf"runs/{name} is omitted: .*{name}.* cannot be read", problems), problems
+    assert re.search("runs/good: a file in .* cannot be read", problems)
 
 
-def test_with_no_run_that_can_be_read_there_is_no_report(tmp_path):
+def test_a_report_without_readable_runs_is_an_error(tmp_path):
     (write_run(tmp_path / "runs" / "one") / "config.yaml").write_text("{")
-    with pytest.raises(UserError, match=r"no run there can be read\.\nruns/one is left out"):
+    with pytest.raises(UserError, match=r"none of the runs can be read\.\nruns/one is omitted"):
         gathered(tmp_path / "runs")
-    with pytest.raises(UserError, match="there is no such place"):
+    with pytest.raises(UserError, match="it does not exist"):
         gathered(tmp_path / "nothing")
 
 
-def test_answers_and_trials_without_a_run_stand_beside(tmp_path):
+def test_sweep_data_includes_trials_without_a_run(tmp_path):
     directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3,), seeds=(1,))
     (directory / "scaling.json").write_text("no json")
     Trial(number=1, overrides={"optimizer.lr": "9"}, config_hash="x", state="config_error", message="too large").save(
@@ -143,7 +143,7 @@ def test_answers_and_trials_without_a_run_stand_beside(tmp_path):
     assert any("scaling.json cannot be read" in problem for problem in found["problems"])
 
 
-def test_the_answers_of_a_sweep_are_told_as_in_the_terminal(tmp_path):
+def test_sweep_results_equal_those_in_the_terminal(tmp_path):
     directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3, 2e-3), seeds=(1, 2))
     answers = gathered(directory)["sweeps"][0]["answers"]
     assert answers["columns"] == ["optimizer.lr", "seeds", "val/loss", "difference", "verdict", "tokens"]
@@ -153,9 +153,9 @@ def test_the_answers_of_a_sweep_are_told_as_in_the_terminal(tmp_path):
         [min(row.get("val/loss", 9) for row in rows_of(20, lr=lr, seed=seed)) for seed in (1, 2)] for lr in (2e-3, 1e-3)
     ]
     means = [sum(values) / 2 for values in lowest]
-    told = [row[2] for row in answers["rows"]]
-    assert [float(text.split(" ± ")[0]) for text in told] == pytest.approx(means, abs=1e-3)
-    assert [float(text.split(" ± ")[1]) for text in told] == pytest.approx(
+    losses = [row[2] for row in answers["rows"]]
+    assert [float(text.split(" ± ")[0]) for text in losses] == pytest.approx(means, abs=1e-3)
+    assert [float(text.split(" ± ")[1]) for text in losses] == pytest.approx(
         [abs(one - another) / 2 for one, another in lowest], rel=0.1
     )
     trial = json.loads((directory / "0" / "trial.json").read_text())
@@ -165,7 +165,7 @@ def test_the_answers_of_a_sweep_are_told_as_in_the_terminal(tmp_path):
     assert [row[failed] for row in answers["rows"]] == [None, 1]
 
 
-def test_many_runs_have_fewer_points_each_and_many_samples_are_chosen_from(tmp_path):
+def test_points_per_curve_and_samples_per_run_are_limited(tmp_path):
     rows = rows_of(400, eval_every=400)
     for number in range(3):
         write_run(
@@ -182,7 +182,7 @@ def test_many_runs_have_fewer_points_each_and_many_samples_are_chosen_from(tmp_p
     assert not gathered(tmp_path / "many", points=1000)["thinned"]
 
 
-def test_a_run_is_read_again_only_when_it_has_gone_on(tmp_path, monkeypatch):
+def test_a_run_is_read_again_only_when_its_files_change(tmp_path, monkeypatch):
     first, second = (write_run(tmp_path / "runs" / str(i), settings={"seed": i}) for i in range(2))
     read = []
     monkeypatch.setattr(
@@ -201,7 +201,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&<!--\u
 
 
 class Scripts(HTMLParser):
-    """Reads a page as a browser does: its elements, and what stands in its scripts."""
+    """Parses a page like a browser: its elements, and the content of its scripts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Scripts(HTMLParser):
             self.scripts[-1] += data
 
 
-def test_what_runs_hold_cannot_leave_the_data(tmp_path):
+def test_strings_of_runs_cannot_escape_the_embedded_data(tmp_path):
     write_run(tmp_path / "runs" / "0", settings={"data.source": HOSTILE}, samples={5: HOSTILE}, message=HOSTILE)
     write_run(tmp_path / "runs" / "1", settings={"seed": 9}, environment={"command": HOSTILE})
     document = gathered(tmp_path / "runs")
@@ -235,7 +235,7 @@ def test_what_runs_hold_cannot_leave_the_data(tmp_path):
     assert "unsafe" not in policy.partition("script-src")[2]
 
 
-def test_json_has_no_markup_and_no_number_that_json_lacks():
+def test_embedded_json_has_no_markup_and_no_nan():
     text = to_script_json({"a": [HOSTILE, math.nan, {"b": -math.inf}], "c": "\ud800"})
     assert not set("<>&\u2028") & set(text)
     assert json.loads(text) == {"a": [HOSTILE, None, {"b": None}], "c": "?"}

@@ -1,4 +1,4 @@
-"""What other libraries are not to say."""
+"""Silencing of other libraries' log messages."""
 
 import logging
 
@@ -7,7 +7,7 @@ from torch.distributed.tensor import _redistribute
 from gptlab.tracking.logs import quiet_lightning
 
 
-def test_torch_s_advice_on_meshes_is_not_heard():
+def test_quiet_lightning_silences_torchs_warnings_about_meshes():
     quiet_lightning()
     assert not _redistribute.logger.isEnabledFor(logging.WARNING)
     assert _redistribute.logger.isEnabledFor(logging.ERROR)

@@ -28,12 +28,12 @@ with run_lock.RunLock() as lock:
     print("held", flush=True)
     sys.stdin.read()
 """
-LEASE = 3.0  # much longer than the time between refreshes, on a machine that is busy, too
+LEASE = 3.0  # much longer than the time between refreshes, even on a busy machine
 
 
 @pytest.fixture
 def hold(tmp_path) -> Iterator:
-    """Start processes that hold the lock of tmp_path until their standard input is closed."""
+    """Starts processes that hold the lock of tmp_path until their standard input is closed."""
     held = []
 
     def start(lease: float = run_lock.LEASE) -> subprocess.Popen:
@@ -59,7 +59,7 @@ def short(monkeypatch):
 def acquire(folder: Path) -> None:
     with RunLock() as lock:
         lock.acquire(folder)
-        lock.acquire(folder)  # once is enough
+        lock.acquire(folder)  # no effect
         assert (folder / LOCK).exists()
     assert not (folder / LOCK).exists()
 
@@ -70,7 +70,7 @@ def on_another_host(folder: Path) -> None:
     (folder / LOCK).write_text(text)
 
 
-def test_a_live_owner_keeps_its_run_and_is_named(tmp_path, hold):
+def test_a_live_owner_keeps_its_lock_and_is_named(tmp_path, hold):
     owner = hold()
     with pytest.raises(UserError, match=rf"is being written by process {owner.pid} on {socket.gethostname()}"):
         acquire(tmp_path)
@@ -79,7 +79,7 @@ def test_a_live_owner_keeps_its_run_and_is_named(tmp_path, hold):
     acquire(tmp_path)
 
 
-def test_the_lock_of_a_killed_owner_is_taken_over_at_once(tmp_path, hold):
+def test_the_lock_of_a_killed_owner_is_taken_over_immediately(tmp_path, hold):
     owner = hold()
     owner.kill()
     owner.wait()
@@ -89,14 +89,14 @@ def test_the_lock_of_a_killed_owner_is_taken_over_at_once(tmp_path, hold):
     assert time.monotonic() - began < run_lock.LEASE
 
 
-def test_an_owner_that_is_about_to_end_is_waited_for(tmp_path, hold):
+def test_acquire_waits_for_an_owner_that_is_about_to_end(tmp_path, hold):
     owner, began = hold(), time.monotonic()
     threading.Timer(0.5, lambda: (owner.kill(), owner.wait())).start()
     acquire(tmp_path)
     assert 0.5 <= time.monotonic() - began < run_lock.LEASE
 
 
-def test_a_process_id_that_was_given_out_again_is_no_owner(tmp_path, hold):
+def test_a_reused_process_id_is_not_the_owner(tmp_path, hold):
     hold()
     text = (tmp_path / LOCK).read_text()
     start = next(line for line in text.splitlines() if line.startswith("start="))
@@ -104,7 +104,7 @@ def test_a_process_id_that_was_given_out_again_is_no_owner(tmp_path, hold):
     acquire(tmp_path)
 
 
-def test_an_owner_on_another_host_is_dead_when_it_no_longer_refreshes(tmp_path, hold, short):
+def test_an_owner_on_another_host_counts_as_dead_without_refreshes(tmp_path, hold, short):
     owner = hold(LEASE)
     on_another_host(tmp_path)
     with pytest.raises(UserError, match=rf"is being written by process {owner.pid} on elsewhere"):
@@ -114,7 +114,7 @@ def test_an_owner_on_another_host_is_dead_when_it_no_longer_refreshes(tmp_path, 
     acquire(tmp_path)
 
 
-def test_the_lock_in_a_copy_of_a_directory_is_nobody_s(tmp_path, hold, short):
+def test_the_lock_in_a_copied_directory_has_no_owner(tmp_path, hold, short):
     owner = hold(LEASE)
     copy = tmp_path.with_name("copy")
     shutil.copytree(tmp_path, copy)
@@ -140,7 +140,7 @@ def test_an_owner_whose_lock_was_deleted_exits(tmp_path, hold):
     assert b"is lost" in owner.stderr.read()
 
 
-def test_a_directory_in_which_nothing_can_be_created_is_named(tmp_path):
+def test_a_directory_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"nothing cannot be locked for writing: .*Not a directory"):
         acquire(tmp_path / "file" / "nothing")

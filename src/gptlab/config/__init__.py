@@ -1,5 +1,5 @@
-"""The configuration of a run: its schema, config groups, the Hydra application, and what a resume may change.
+"""Configuration of a run: schema, config groups, the Hydra application, and the keys that may change on a resume.
 
-``base`` validates and rebuilds configurations, ``schema`` has the fields of a run, and ``command`` is the decorator of
-every command's ``main``. Imports no torch.
+``base`` validates and rebuilds configurations, ``schema`` defines the config keys of a run, and ``command`` decorates
+the ``main`` of every command. Imports no torch.
 """

@@ -1,7 +1,6 @@
-"""Base class of every configuration class, and validation with messages a user can act on.
+"""Base class of all configuration classes, and validation with actionable error messages.
 
-Default values live in ``conf/`` alone, so a configuration class names each field, its type and its range, and nothing
-else.
+Default values are defined only in ``conf/``. Configuration classes define the type and the range of each field.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from gptlab.errors import UserError, did_you_mean
 
 
 class FrozenConfig(BaseModel):
-    """Immutable validated values; an unknown key or a wrong type is an error."""
+    """Base of the configuration classes: immutable, with an error for unknown keys and invalid values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -23,10 +22,14 @@ ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 
 def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
-    """Validates a whole resolved configuration.
+    """Validates a resolved configuration.
+
+    Args:
+        config_type: Class to build.
+        values: Nested plain data, keyed by field name.
 
     Raises:
-        UserError: Has a sentence for every value that is wrong.
+        UserError: A value is invalid, missing or unknown; the message has one line for each.
     """
     try:
         return config_type.model_validate(values)
@@ -43,7 +46,7 @@ def rebuild(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 
 
 def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted name of every config key, groups included."""
+    """Yields the dotted names of all config keys, including groups."""
     for name, field in config_type.model_fields.items():
         yield prefix + name
         for part in _config_types(field.annotation):
@@ -51,14 +54,14 @@ def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, keys: set[str]) -> str:
-    """Returns the message for a key that the configuration does not have, with the nearest of ``keys``."""
+    """Returns the error message for an unknown key, with the most similar one of ``keys``."""
     if key in keys:
-        return f"{key} is a key of other options of {key.partition('.')[0]}=, not of the one chosen here."
-    return f"Unknown config key `{key}`.{did_you_mean(key, keys)} All keys are listed by --cfg job."
+        return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
+    return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."
 
 
 def _rebuild_value(annotation: Any, value: Any) -> Any:
-    """Gives a JSON value the type that its annotation names: a configuration class, a tuple or plain data."""
+    """Converts a JSON value to the type of its annotation: a configuration class, a tuple or plain data."""
     if isinstance(value, Mapping):
         candidates = [config_type for config_type in _config_types(annotation) if _accepts_name(config_type, value)]
         return rebuild(candidates[0], value) if candidates else dict(value)
@@ -71,7 +74,7 @@ def _rebuild_value(annotation: Any, value: Any) -> Any:
 
 
 def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) -> bool:
-    """Whether ``values`` are of this member of a union, which its literal ``name`` tells."""
+    """Whether ``values`` belong to this member of a union, by its literal ``name``."""
     field = config_type.model_fields.get("name")
     if field is None or get_origin(field.annotation) is not Literal:
         return True
@@ -79,7 +82,7 @@ def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) ->
 
 
 def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
-    """Finds the configuration classes inside unions and annotations."""
+    """Yields the configuration classes in an annotation, including the members of unions."""
     if isinstance(annotation, type) and issubclass(annotation, FrozenConfig):
         yield annotation
     for part in get_args(annotation):
@@ -87,23 +90,23 @@ def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
 
 
 def _error_message(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) -> str:
-    """Returns a sentence about one error that pydantic found."""
+    """Returns the message for one of pydantic's errors."""
     key = _dotted_key(details["loc"], values)
     match details["type"]:
         case "extra_forbidden":
             return unknown_key(key, keys)
         case "missing":
-            return f"{key} is missing: name it on the command line, {key}=<value>."
+            return f"{key} is missing. Set it on the command line: {key}=<value>"
         case "value_error":
             return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
         case "union_tag_invalid":
-            return f"{key}.name={details['ctx']['tag']} is unknown; there are {details['ctx']['expected_tags']}."
+            return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
     expected = details["msg"].replace("Input should be ", "it should be ")
     return f"{key}={details['input']!r} is not valid: {expected}."
 
 
 def _dotted_key(location: tuple[int | str, ...], values: Any) -> str:
-    """Returns the key at ``location``, which also holds the members of unions that pydantic went through."""
+    """Returns the dotted key at ``location``, without the names of union members that pydantic inserts."""
     parts: list[str] = []
     for part in location:
         inside = values.get(part) if isinstance(values, Mapping) else None

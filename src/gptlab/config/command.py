@@ -1,4 +1,4 @@
-"""Turns a function into a command: Hydra, exit statuses, and messages instead of tracebacks. Imports no torch."""
+"""Decorator that turns a function into a command: Hydra, exit codes, error messages. Imports no torch."""
 
 import functools
 import os
@@ -27,7 +27,7 @@ Main = Callable[[], None]
 
 
 class JobFailed(Exception):  # noqa: N818
-    """A job that a launcher ran in another process has failed."""
+    """Raised in a launcher's process when its job has failed."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -35,25 +35,25 @@ class JobFailed(Exception):  # noqa: N818
 
 
 class _StopSweep(BaseException):
-    """The job was interrupted or preempted: no other job of the sweep is started."""
+    """Raised when a job was interrupted or preempted, so that no other job of the sweep starts."""
 
     def __init__(self, status: int) -> None:
         self.status = status
 
 
 def configuration_folder() -> Path:
-    """Returns conf/: that of the installed package, or else the one at the top of the checkout."""
+    """Returns the directory conf/ of the installed package or, if it has none, of the checkout."""
     package = Path(__file__).parents[1]
     return next(folder / "conf" for folder in (package, package.parents[1]) if (folder / "conf").is_dir())
 
 
 def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] = ()) -> Callable[[Task], Main]:
-    """Decorates the main function of a command: Hydra's flags, exit statuses, and no traceback for a user's error.
+    """Decorates the main function of a command: adds Hydra's flags, exit codes, and messages for user errors.
 
     Args:
         config_name: Name of the primary configuration in conf/.
-        keys: Dotted names of all config keys, of which the nearest is suggested for an unknown one.
-        literal_keys: Keys whose values are text, not Hydra's override grammar.
+        keys: Dotted names of all config keys, to suggest the most similar one for an unknown key.
+        literal_keys: Keys whose values are taken literally, not parsed by Hydra's override grammar.
     """
 
     def decorate(task: Task) -> Main:
@@ -61,7 +61,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
         @functools.wraps(task)
         def run_task(config: DictConfig) -> None:
-            log_to_console()  # in a launcher's process, main was not called
+            log_to_console()  # a launcher's process does not call main
             try:
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:
@@ -70,13 +70,13 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
                 raise JobFailed(status)
             if status in (INTERRUPTED, PREEMPTED):
                 raise _StopSweep(status)
-            statuses.append(status)  # in a sweep, the other jobs still run
+            statuses.append(status)  # in a sweep, the remaining jobs still run
 
         @functools.wraps(task)
         def main() -> None:
             log_to_console()
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints the error itself, and exits with 1
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
             try:
                 sys.argv[1:] = [_quote_override(argument, literal_keys) for argument in sys.argv[1:]]
                 groups = _check_command_line(config_name)
@@ -104,24 +104,27 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
 
 def _is_launched_job() -> bool:
-    """Whether this is a job of a sweep that a launcher runs in another process, perhaps on another machine."""
+    """Whether a launcher runs this job of a sweep in another process, possibly on another machine."""
     config = HydraConfig.get()
     return config.mode == RunMode.MULTIRUN and not config.launcher["_target_"].endswith(".BasicLauncher")
 
 
 def _check_command_line(config_name: str) -> OptionGroups:
-    """Checks the command line before Hydra reads it, and returns its config groups, which --help lists by ${groups:}.
+    """Checks the command line before Hydra parses it.
+
+    Returns:
+        The config groups of the command, which --help lists by ${groups:}.
 
     Raises:
-        UserError: It has an experiment of another command, or the flag of Hydra that unpickles a file.
+        UserError: The command line has an experiment of another command, or the Hydra flag that unpickles a file.
     """
-    # Hydra's own parser, which has no public name (read in hydra-core 1.3.8): a second one would have to know all of
-    # Hydra's flags, and how it lets them be abbreviated
+    # Hydra's parser has no public name (checked in hydra-core 1.3.8). A parser of our own would have to know all of
+    # Hydra's flags and their abbreviations.
     flags = get_args_parser().parse_args()
     if flags.experimental_rerun is not None:
         raise UserError(
-            f"--experimental-rerun={flags.experimental_rerun} is refused: it would unpickle the file, which can run "
-            "any code. A run is resumed with resume=<run directory>."
+            f"--experimental-rerun={flags.experimental_rerun} is refused: unpickling the file could run arbitrary "
+            "code. To resume a run: resume=<run directory>"
         )
     folders = [configuration_folder()] if flags.config_dir is None else [Path(flags.config_dir), configuration_folder()]
     groups = OptionGroups(config_name, folders)
@@ -131,7 +134,7 @@ def _check_command_line(config_name: str) -> OptionGroups:
 
 
 def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
-    """Quotes the value of an override if Hydra's grammar cannot parse it (a path with "=", code), or if it is text."""
+    """Quotes the value of an override if it is literal or Hydra's grammar cannot parse it (a path with "=", code)."""
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals or value.startswith(("'", '"')):
         return argument
@@ -143,21 +146,21 @@ def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
         pass
     if key in literal_keys:
         value = value.replace("${", r"\${")  # no interpolation
-    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes count only in front of a quote
+    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes are special only in front of a quote
     trailing = re.search(r"\\*$", escaped)
     return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
 
 
 def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> UserError:
-    """Turns an error of Hydra about a command line into a sentence."""
+    """Converts one of Hydra's errors about a command line to a ``UserError``."""
     message = str(error).strip()
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         options = groups.fitting_options(group, error.options)
         nearest = did_you_mean(option, options)
-        return UserError(f"{group}={option}: there is no such option.{nearest} There are {', '.join(options)}.")
+        return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
     if isinstance(error, OverrideParseException):
-        return UserError(f"{error.override} cannot be read: {message.splitlines()[0]}")
+        return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
         return UserError(unknown_key(found[1], keys))
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:

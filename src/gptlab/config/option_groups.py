@@ -1,6 +1,6 @@
-"""Config groups of a command and the options that fit it, read from the files of conf/. Imports no torch.
+"""Config groups of a command and their valid options, read from the files of conf/. Imports no torch.
 
-An experiment fits the commands that have every key it sets: one that sets ``run`` is for gptlab.evaluate.
+An experiment is valid for the commands that have every key it sets: one that sets ``run`` is for gptlab.evaluate.
 """
 
 import posixpath
@@ -20,8 +20,8 @@ class OptionGroups:
     """Config groups of one command.
 
     Args:
-        command: Name of the command and of its primary configuration.
-        folders: Folders with configuration files in the order in which they are searched; gptlab's own is the last.
+        command: Name of the command, which is also the name of its primary configuration.
+        folders: Directories with configuration files in search order; gptlab's own is the last.
     """
 
     def __init__(self, command: str, folders: Sequence[Path]) -> None:
@@ -29,7 +29,7 @@ class OptionGroups:
         self._own_keys = self._top_level_keys(command)
 
     def table(self) -> str:
-        """Lists the groups with their options, one line each."""
+        """Returns one line per config group with its options."""
         lines = []
         for group in sorted(self._own_keys - {"hydra"}):
             options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
@@ -42,10 +42,10 @@ class OptionGroups:
         return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
-        """Checks the experiments that a command line chooses.
+        """Checks the experiments selected on the command line.
 
         Raises:
-            UserError: One is for another command; the message names that command.
+            UserError: An experiment is for another command, which the message names.
         """
         for override in overrides:
             key, _, value = override.partition("=")
@@ -58,17 +58,17 @@ class OptionGroups:
                     )
 
     def _other_command(self, experiment: str) -> str | None:
-        """Returns the command that an experiment is for; None if it is this one, or if it fits none."""
+        """Returns the command that an experiment is for; None if that is this command, or if there is none."""
         keys = self._top_level_keys(f"{EXPERIMENT}/{experiment}")
         if keys <= self._own_keys:
             return None
         commands = {path.stem: self._top_level_keys(path.stem) for path in self.folders[-1].glob("*.yaml")}
         fitting = [name for name, known in commands.items() if EXPERIMENT in known and keys <= known]
-        # the one with the fewest keys: others may have all of them, and more
+        # the one with the fewest keys, since other commands may have a superset of them
         return min(fitting, key=lambda name: (len(commands[name]), name), default=None)
 
     def _top_level_keys(self, file: str) -> set[str]:
-        """Returns the groups and keys at the top level of a file; none if Hydra could not read it."""
+        """Returns the groups and keys at the top level of a file; empty if Hydra could not read it."""
         try:
             path = next(path for folder in self.folders if (path := folder / f"{file}.yaml").is_file())
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -83,5 +83,5 @@ class OptionGroups:
                 if isinstance(entry, dict) or posixpath.dirname(chosen) != posixpath.dirname(file):
                     names.add(chosen.partition("/")[0])
                 elif key != "_self_":
-                    names |= self._top_level_keys(chosen)  # of a file that this one includes
+                    names |= self._top_level_keys(chosen)  # of an included file
         return names

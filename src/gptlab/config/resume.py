@@ -1,4 +1,4 @@
-"""Which configuration a command line means: its own or, with resume=, that of an earlier run. Imports no torch."""
+"""Resolves the configuration of a new or a resumed run. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,8 @@ from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run
 
-# Keys that may change when a run is resumed: its length, the devices, and what is logged and kept. Any other would make
-# it another run.
+# Keys that may change when a run is resumed: its length, devices, logging and checkpoints. A change of any other key
+# would make it a different run.
 CHANGEABLE_KEYS = (
     "resume",
     "force_resume",
@@ -33,29 +33,32 @@ CHANGEABLE_KEYS = (
     "callbacks",
     "logger",
 )
-FIXED_KEYS = ("trainer.precision",)  # within those, but may not change
-START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts from; a resumed run has that behind it
+FIXED_KEYS = ("trainer.precision",)  # exceptions from the keys above
+START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
 AUTO = "auto"
 
 
 def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
-    """Resolves and validates what Hydra composed.
+    """Resolves and validates a composed configuration.
 
     Args:
-        values: The composed configuration.
+        values: Configuration composed by Hydra.
         overrides: Overrides of the command line. With resume=<run directory>, only these change the configuration of
-            the earlier run. With resume=auto, the whole configuration has to be that of the earlier run.
+            the earlier run. With resume=auto, the whole configuration must match that of the earlier run.
+
+    Returns:
+        The validated configuration, which is that of the earlier run with the overrides if a run is resumed.
 
     Raises:
-        UserError: A value is missing or wrong, or may not change when a run is resumed.
+        UserError: A value is missing or invalid, or cannot change when a run is resumed.
     """
     composed = resolve_to_dict(values)
     overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
-        composed["train"]["max_steps"] = None  # the default length gives way to the one that was given
+        composed["train"]["max_steps"] = None  # the given length replaces the default one
         overridden.append("train.max_steps")
     elif "train.max_steps" in overridden and "train.max_tokens" not in overridden:
-        overridden.append("train.max_tokens")  # which is null where it is not given
+        overridden.append("train.max_tokens")  # null by default
     if composed.get("resume") is None:
         return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
@@ -70,16 +73,16 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
 def merge_resume_config(
     values: dict[str, Any], overridden: list[str], run_dir: Path, earlier_config: RunConfig
 ) -> RunConfig:
-    """Applies overridden keys to the configuration of an earlier run, and validates the result.
+    """Applies overridden keys to the configuration of an earlier run and validates the result.
 
     Args:
-        values: Holds the values of the overridden keys.
-        overridden: Dotted names of keys or groups.
-        run_dir: The earlier run, which is resumed.
-        earlier_config: Its configuration.
+        values: Composed configuration with the values of the overridden keys.
+        overridden: Dotted names of the overridden keys or groups.
+        run_dir: Directory of the earlier run.
+        earlier_config: Configuration of the earlier run.
 
     Raises:
-        UserError: A key may not change when a run is resumed; with force_resume=true, the weights do not fit.
+        UserError: A key cannot change when a run is resumed; or, with force_resume=true, the weights do not fit.
     """
     earlier = earlier_config.model_dump(mode="json")
     precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
@@ -88,14 +91,14 @@ def merge_resume_config(
     for key in overridden:
         if not _may_change(key) and not is_forced and _get(values, key, key) != _get(earlier, key):
             raise UserError(
-                f"{key} cannot change when a run is resumed: it would be another run. "
-                f"What can: {', '.join(CHANGEABLE_KEYS)} (but {', '.join(FIXED_KEYS)}). To start a new run from these "
-                f"weights: init_from={run_dir}. To resume anyway: force_resume=true"
+                f"{key} cannot change when a run is resumed, since that would make it a different run. "
+                f"Keys that can change: {', '.join(CHANGEABLE_KEYS)} (except {', '.join(FIXED_KEYS)}). To start a new "
+                f"run from these weights: init_from={run_dir}. To resume anyway: force_resume=true"
             )
         if key.partition(".")[0] in values:
             _copy_key(key.split("."), values, earlier)
     if "trainer" in overridden and "trainer.precision" not in overridden:
-        earlier["trainer"]["precision"] = precision  # the devices were chosen, not the precision
+        earlier["trainer"]["precision"] = precision  # a trainer option selects devices, not the precision
     start = dict.fromkeys(START_KEYS)
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
     if is_forced:
@@ -104,27 +107,27 @@ def merge_resume_config(
 
 
 def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
-    """Turns the configuration of a new run into that of an earlier run, which is resumed.
+    """Returns the configuration that resumes an earlier run with the configuration of a new one.
 
     Raises:
-        UserError: They are not the same run.
+        UserError: A key differs that cannot change when a run is resumed.
     """
     values = config.with_absolute_paths().model_dump(mode="json")
     return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config)
 
 
 def resolve_split(config: RunConfig) -> RunConfig:
-    """Resolves ``data.val_split=auto``, which is for new runs: a resumed run keeps its split."""
+    """Resolves ``data.val_split=auto`` for a new run; a resumed run keeps its split."""
     return config.model_copy(update={"data": resolve_val_split(config.data)})
 
 
 def identity_changes(config: RunConfig, earlier_config: RunConfig) -> list[str]:
-    """Returns the keys that differ and may not change on a resume: those that make it another run."""
+    """Returns the keys that differ and cannot change on a resume, since they make it a different run."""
     return [key for key in _changed_keys(config, earlier_config) if not _may_change(key)]
 
 
 def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
-    """Returns the keys that differ from an earlier run's, without those that the tokenizer or the data decides."""
+    """Returns the keys that differ from an earlier run's, except those determined by the tokenizer or the data."""
     values, earlier = (c.with_absolute_paths().model_dump(mode="json") for c in (config, earlier_config))
     keys = {*_leaf_keys(values), *_leaf_keys(earlier)} - {*START_KEYS}
     if values["model"]["vocab_size"] is None:
@@ -135,12 +138,12 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
-    """Resolves a composed configuration into plain data; UserError names a mandatory value that is missing."""
+    """Resolves a composed configuration to plain data; raises UserError if a mandatory value is missing."""
     try:
         container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
-        raise UserError(f"{key} is missing: name it on the command line, {key}=<value>.") from None
+        raise UserError(f"{key} is missing. Set it on the command line: {key}=<value>") from None
     assert isinstance(container, dict)  # noqa: S101
     return {str(key): value for key, value in container.items()}
 
@@ -155,7 +158,7 @@ def _may_change(key: str) -> bool:
 
 
 def _leaf_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all values that are no groups."""
+    """Yields the dotted names of all leaf values."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _leaf_keys(value, f"{prefix}{name}.")
@@ -173,7 +176,7 @@ def _get(values: Any, key: str, default: Any = None) -> Any:
 
 
 def _copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Copies one value, or its whole group where one of the two does not have that group."""
+    """Copies a value, or its whole group if the source or the target does not have that group."""
     for part in path[:-1]:
         if target.get(part) is None or source.get(part) is None:
             target[part] = source.get(part)

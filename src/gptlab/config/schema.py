@@ -1,4 +1,4 @@
-"""RunConfig, the whole configuration of a training run: types, ranges, and what must fit together. Imports no torch."""
+"""Configuration of a training run: types, ranges, and checks across groups. Imports no torch."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,15 +11,15 @@ from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, LoRAConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what torch's generators take
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
 
-# OpenAI's four (Radford et al. 2019, table 2), by the names under which nanoGPT and transformers know them
+# OpenAI's four sizes (Radford et al. 2019, table 2) by the names that nanoGPT and transformers use
 GPT2_REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-HUB_PREFIX = "hf://"  # of any other model of the Hugging Face hub: hf://<owner>/<name>
+HUB_PREFIX = "hf://"  # prefix of other models on the Hugging Face Hub: hf://<owner>/<name>
 
 
 class WandbConfig(FrozenConfig):
-    """Weights & Biases logger."""
+    """Weights & Biases logger; see conf/logger/wandb.yaml."""
 
     project: str
     entity: str | None
@@ -38,16 +38,16 @@ class TensorBoardConfig(FrozenConfig):
 
 
 class LoggerConfig(FrozenConfig):
-    """Loggers of a run besides metrics.csv; None is one that it does not have."""
+    """Loggers of a run in addition to metrics.csv; None disables a logger."""
 
     wandb: WandbConfig | None = None
     tensorboard: TensorBoardConfig | None = None
 
 
 class RunConfig(FrozenConfig):
-    """Configuration of a training run.
+    """Configuration of a training run; see conf/train.yaml.
 
-    It is validated once, by the process that starts the run; workers take it as it is (``rebuild``).
+    It is validated once, by the process that starts the run. Workers rebuild it without validation (``rebuild``).
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -72,7 +72,7 @@ class RunConfig(FrozenConfig):
         named = [key for key in ("resume", "init_from", "resume_from_nanogpt") if getattr(self, key)]
         if len(named) > 1:
             raise ValueError(
-                f"{' and '.join(named)} exclude each other: a run is resumed, or it starts from other weights"
+                f"{' and '.join(named)} are mutually exclusive: a run either resumes or starts from other weights"
             )
         return self
 
@@ -81,8 +81,8 @@ class RunConfig(FrozenConfig):
         parts, heads = self.trainer.tensor_parallel, self.model.n_head
         if parts > 1 and (self.model.value_residual or self.model.value_embeddings):
             raise ValueError(
-                "model.value_residual and model.value_embeddings mix values that fsdp_tp splits by heads, which is "
-                "not implemented; trainer=fsdp and trainer=ddp have them"
+                "model.value_residual and model.value_embeddings are not implemented for trainer=fsdp_tp, which splits "
+                "attention values by heads. Use trainer=fsdp or trainer=ddp"
             )
         if heads % parts:
             raise ValueError(
@@ -94,12 +94,13 @@ class RunConfig(FrozenConfig):
     def _check_lora(self) -> Self:
         if self.lora and self.optimizer.name != "adamw":
             raise ValueError(
-                f"lora trains thin matrices, which optimizer={self.optimizer.name} is not for: optimizer=adamw"
+                f"optimizer={self.optimizer.name} is not suitable for the low-rank matrices of lora. Use "
+                "optimizer=adamw"
             )
         if self.lora and self.trainer.tensor_parallel > 1:
             raise ValueError(
-                f"trainer.tensor_parallel={self.trainer.tensor_parallel} splits matrices that lora has none of its own "
-                "parts for; trainer=fsdp and trainer=ddp have them"
+                f"trainer.tensor_parallel={self.trainer.tensor_parallel} is not implemented for lora. Use "
+                "trainer=fsdp or trainer=ddp"
             )
         return self
 
@@ -107,8 +108,8 @@ class RunConfig(FrozenConfig):
     def _check_ema_precision(self) -> Self:
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(
-                f"train.ema_decay={self.train.ema_decay} moves an average by less than bfloat16 can tell: "
-                "trainer.precision=bf16-mixed keeps the weights, and their average, in float32"
+                f"train.ema_decay={self.train.ema_decay} updates an average by less than the resolution of bfloat16. "
+                "trainer.precision=bf16-mixed keeps the weights and their average in float32"
             )
         return self
 
@@ -118,21 +119,24 @@ class RunConfig(FrozenConfig):
         return self.train.steps(self.model.block_size)
 
     def with_vocabulary(self, size: int) -> Self:
-        """Fills in the vocabulary size of the tokenizer.
+        """Returns a copy with the vocabulary size of the tokenizer.
+
+        Args:
+            size: Vocabulary size, in token IDs.
 
         Raises:
-            UserError: The model names another one.
+            UserError: ``model.vocab_size`` is set to another size.
         """
         if self.model.vocab_size not in (None, size):
             raise UserError(
-                f"model.vocab_size={self.model.vocab_size} is not the {size} ids of tokenizer={self.tokenizer.name}; "
-                "leave it null to take them. A larger embedding is model.pad_vocab_to_multiple_of."
+                f"model.vocab_size={self.model.vocab_size} differs from tokenizer={self.tokenizer.name}, which has "
+                f"{size} token IDs. Set it to null. For a larger embedding, set model.pad_vocab_to_multiple_of."
             )
         model = self.model.model_copy(update={"vocab_size": size})
         return self.model_copy(update={"model": model})
 
     def with_absolute_paths(self) -> Self:
-        """Makes paths absolute, so that the configuration means the same in any folder."""
+        """Returns a copy with absolute paths, which are valid in any working directory."""
         data = {key: _absolute(value) for key in ("source", "cache_dir") if (value := getattr(self.data, key))}
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
@@ -157,7 +161,7 @@ class RunConfig(FrozenConfig):
 
 
 def is_on_hub(name: str) -> bool:
-    """Whether ``name`` is a model of the Hugging Face hub; a folder or a file of that name comes first."""
+    """Whether ``name`` is a model on the Hugging Face Hub; a local path of that name takes precedence."""
     return (name in GPT2_REPOSITORIES or name.startswith(HUB_PREFIX)) and not Path(name).exists()
 
 

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 
 from gptlab.errors import UserError
 
-METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # our search method -> W&B's
+METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # gptlab's search method -> W&B's
 METRIC = "val/loss"
 
 
@@ -18,12 +18,12 @@ def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
     """Writes a file for `wandb sweep` for each sweep.
 
     Args:
-        sweeps: Folder of the sweeps.
-        logger: conf/logger/wandb.yaml, which names the project.
-        folder: Output folder; created when needed.
+        sweeps: Directory with the sweeps' configuration files.
+        logger: conf/logger/wandb.yaml, which defines the project.
+        folder: Output directory; created if necessary.
 
     Returns:
-        Paths of the files.
+        Paths of the written files.
 
     Raises:
         UserError: A search space cannot be read or is empty, or the files cannot be written.
@@ -40,7 +40,7 @@ def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
 
 
 def wandb_sweep(path: Path, project: str) -> str:
-    """Returns the YAML that `wandb sweep` reads, for one sweep.
+    """Returns the file for `wandb sweep` of one sweep, as YAML.
 
     Raises:
         UserError: The search space cannot be read or is empty.
@@ -50,7 +50,7 @@ def wandb_sweep(path: Path, project: str) -> str:
     overrides = [_parsed(path, key, value) for key, value in (sweeper.get("params") or {}).items()]
     varied = [override for override in overrides if override.is_sweep_override()]
     if not varied:
-        raise UserError(f"{path} varies nothing: hydra.sweeper.params has no key with several values.")
+        raise UserError(f"{path} varies no config key: hydra.sweeper.params has no key with several values.")
     fixed = [f"{o.get_key_element()}={o.get_value_string()}" for o in overrides if not o.is_sweep_override()]
     search = sweeper.get("search") or ("grid" if all(o.is_discrete_sweep() for o in varied) else "tpe")
     values: dict[str, Any] = {
@@ -62,15 +62,15 @@ def wandb_sweep(path: Path, project: str) -> str:
         "metric": {"name": sweeper.get("metric") or METRIC, "goal": "minimize"},
         "parameters": {override.get_key_element(): _parameter(path, override) for override in varied},
         **({"run_cap": sweeper["n_trials"]} if sweeper.get("n_trials") else {}),
-        # Hydra composes the rest of the sweep's file as usual, but for a single run
+        # Hydra composes the rest of the sweep's file as usual, for a single run
         "command": [
             *("${env}", "${interpreter}", "-m", "gptlab.train"),
             *(f"sweeps={path.stem}", "hydra.mode=RUN", "logger=wandb", *fixed, "${args_no_hyphens}"),
         ],
     }
     header = (
-        f"# Made from sweeps/{path.name} by python -m gptlab.dashboard wandb_sweeps=sweeps/wandb, not by hand.\n"
-        f"# wandb sweep sweeps/wandb/{path.name}, and on any number of machines the `wandb agent` that it names.\n"
+        f"# Generated from sweeps/{path.name} by python -m gptlab.dashboard wandb_sweeps=sweeps/wandb; do not edit.\n"
+        f"# Run `wandb sweep sweeps/wandb/{path.name}`, then the `wandb agent` command that it prints on any machine.\n"
     )
     return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
@@ -79,11 +79,11 @@ def _parsed(path: Path, key: str, value: object) -> Override:
     try:
         return OverridesParser.create().parse_override(f"{key}={value}")
     except HydraException as error:
-        raise UserError(f"{path}: hydra.sweeper.params has {key}={value}, which cannot be read: {error}") from None
+        raise UserError(f"{path}: hydra.sweeper.params has {key}={value}, which cannot be parsed: {error}") from None
 
 
 def _parameter(path: Path, override: Override) -> dict[str, Any]:
-    """Returns the W&B parameter specification of a key's values."""
+    """Returns W&B's parameter specification for the values of a key."""
     sweep = override.value()
     if isinstance(sweep, IntervalSweep):
         low, high = sweep.start, sweep.end
@@ -97,20 +97,20 @@ def _parameter(path: Path, override: Override) -> dict[str, Any]:
         return {**kind, "min": low, "max": high}
     try:
         values = [_plain(value) for value in override.sweep_iterator()]
-    except HydraException:  # for a glob, which is resolved only on the command line
+    except HydraException:  # for a glob, which Hydra resolves only on the command line
         values = []
     if not values:
-        raise UserError(f"{path}: {override.input_line} has no values that could be written down one by one.")
+        raise UserError(f"{path}: {override.input_line} cannot be expanded to a list of values.")
     return {"values": values}
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value that W&B's agent writes as Hydra reads it: numbers unchanged, others as Hydra's string."""
+    """Returns a value in a form that Hydra parses from W&B's agent: numbers unchanged, others as Hydra's string."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number else Transformer.str(value)
 
 
 def _question(text: str) -> str:
-    """Extracts the question from a sweep's comment, which ends with the command that runs the sweep."""
+    """Extracts the question from a sweep's comment, which begins with it and ends with the command to run."""
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# "))
     return comment.partition("python -m")[0].rstrip(": ")

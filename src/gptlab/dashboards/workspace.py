@@ -1,4 +1,4 @@
-"""W&B workspace of a project, defined in code. Imports no torch."""
+"""Defines the W&B workspace of a project. Imports no torch."""
 
 import json
 from typing import TYPE_CHECKING
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import LinePlot
     from wandb_workspaces.workspaces import Section, Workspace
 
-BEST = "val/loss.min"  # key in a run's summary
-# Settings that sweeps vary: columns of the parallel coordinates. A column may have the same value in all runs.
+BEST = "val/loss.min"  # key in W&B's summary of a run
+# Config keys that sweeps vary: columns of the parallel coordinates. A column may have the same value in all runs.
 VARIED = ("optimizer.lr", "train.global_batch_size", "model.n_layer", "model.n_embd", "train.max_steps", "seed")
 
 
@@ -43,7 +43,7 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
 def workspace_json(workspace: "Workspace") -> str:
     """Returns a workspace as the JSON that is sent to W&B.
 
-    wandb-workspaces 0.4.13 has no public method for this except ``Workspace.save``, which also sends it.
+    In wandb-workspaces 0.4.13, the only public method that creates it is ``Workspace.save``, which also sends it.
     """
     view = workspace._to_model()  # noqa: SLF001
     spec = json.loads(view.spec.model_dump_json(by_alias=True, exclude_none=True))
@@ -60,7 +60,7 @@ def save_workspace(workspace: "Workspace") -> str:
     if forbidden := opt_out():
         raise UserError(
             f"The workspace cannot be saved: W&B is {forbidden.mode} because of {forbidden.source}. Remove that "
-            "setting, or write the workspace into a file: dry_run=true."
+            "setting, or write the workspace to a file with dry_run=true."
         )
     start_client()
     try:
@@ -69,14 +69,14 @@ def save_workspace(workspace: "Workspace") -> str:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"The workspace cannot be saved: {reason}\nLog in with `wandb login`, and see that "
-            f"{workspace.entity}/{workspace.project} is a project that you may change; dry_run=true writes the "
-            "workspace into a file, and needs neither."
+            f"The workspace cannot be saved: {reason}\nLog in with `wandb login`, and check that you have "
+            f"write access to the project {workspace.entity}/{workspace.project}. Without W&B, dry_run=true writes the "
+            "workspace to a file."
         ) from None
 
 
 def _line(title: str, *metrics: str, **options: object) -> "LinePlot":
-    """Returns a line plot of metrics over the tokens seen."""
+    """Returns a line plot of metrics over tokens seen."""
     from wandb_workspaces.reports.v2.interface import LinePlot
 
     return LinePlot(title=title, x="tokens", y=list(metrics), **options)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def _health() -> "Section":
             _line("Gradient norm, before clipping", "grad_norm", log_y=True),
             _line("Weight norm", "weight_norm"),
             _line("Learning rates", metric_regex="^lr(/.*)?$"),
-            _line("Steps skipped, loss spikes", "bad_steps", "loss_spikes"),
+            _line("Skipped steps, loss spikes", "bad_steps", "loss_spikes"),
         ],
     )
 
@@ -107,9 +107,9 @@ def _throughput() -> "Section":
         name="Throughput",
         is_open=True,
         panels=[
-            _line("Tokens a second", "tokens_per_second"),
-            _line("Model FLOPs utilisation", "mfu"),
-            _line("Share of the time waiting for data", "data_wait"),
+            _line("Tokens per second", "tokens_per_second"),
+            _line("Model FLOPs utilization", "mfu"),
+            _line("Fraction of time waiting for data", "data_wait"),
             _line("Peak memory, GB", "peak_memory_gb"),
         ],
     )
@@ -146,7 +146,7 @@ def _comparison() -> "Section":
                 y=SummaryMetric(BEST),
                 log_x=True,
             ),
-            ParallelCoordinatesPlot(title="What goes with a low val loss", columns=[*columns, best]),
+            ParallelCoordinatesPlot(title="Hyperparameters and best val loss", columns=[*columns, best]),
             ParameterImportancePlot(with_respect_to=BEST),
             RunComparer(diff_only="split"),
         ],

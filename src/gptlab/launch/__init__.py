@@ -1,5 +1,5 @@
-"""From a validated configuration to the processes that train: launcher, preflight, supervisor, signals, requeue.
+"""Launching of runs: preflight checks, worker processes and their supervisor, signals, requeueing.
 
-The entry point of worker processes is ``gptlab.worker``, above this package: it adds the callbacks that a run has from
-``planning`` and ``sweeps``.
+The entry point of worker processes is ``gptlab.worker``, above this package, which adds the callbacks of ``planning``
+and ``sweeps``.
 """

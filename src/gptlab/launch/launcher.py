@@ -1,8 +1,8 @@
-"""From a validated configuration to the process or processes that train. Imports no torch before they do.
+"""Launches a run from a validated configuration. Imports no torch before training starts.
 
-Ranks that torchrun or srun has started train in their own process, and so does a single run on one device. All other
-runs train in workers (``supervisor``), one a device: their environment cannot leak into the next job of a sweep, and
-Hydra and the checks are not run again.
+Ranks started by torchrun or srun train in their own process, and so does a single run on one device. All other runs
+train in workers (``supervisor``), one per device. Their environment cannot leak into the next job of a sweep, and Hydra
+and the checks run only once.
 """
 
 import logging
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class ReadyRun(NamedTuple):
-    """A run that has passed all checks that need no torch.
+    """Run that has passed all checks that need no torch.
 
     Attributes:
-        config: The completed configuration: absolute paths, the split and the vocabulary are known.
-        prepared: The data.
-        plan: The batch plan; None if the number of devices is not known yet.
+        config: Completed configuration, with absolute paths, the val split and the vocabulary size.
+        prepared: Prepared data.
+        plan: Batch plan; None if the number of devices is not known yet.
     """
 
     config: RunConfig
@@ -55,34 +55,37 @@ def launch(
     """Runs a validated configuration to its end.
 
     Args:
-        config: From ``gptlab.config.base.validate``.
-        run_dir: The run directory that a sweep has assigned; None names one by the time.
+        config: Validated configuration.
+        run_dir: Run directory assigned by a sweep; None creates one named by the time.
         extra_callbacks: See ``gptlab.launch.train_run.train_run``; used if the run trains in this process.
         in_process: Whether a run on one device may train in this process, which then runs nothing else.
 
     Returns:
-        The exit status.
+        The exit code.
+
+    Raises:
+        UserError: The run cannot be started; see ``preflight`` and ``gptlab.launch.train_run.train_run``.
     """
     config, run_dir = find_resumable_run(config, run_dir)
     if config.resume:
         try:
             check_val_split(config.data)
         except UserError as error:
-            log.warning("This run keeps the split that it began with. %s", error)
+            log.warning("The resumed run keeps its original val split. %s", error)
     ready = preflight(config)
     if launched_externally() or (ready.config.trainer.strategy == "single" and in_process):
-        from gptlab.launch.train_run import train_run  # torch is needed from here on
+        from gptlab.launch.train_run import train_run  # imports torch
 
         return run_stoppable(lambda: train_run(*ready, run_dir, extra_callbacks=extra_callbacks))
-    read_examples_cached.cache_clear()  # the workers read it themselves
+    read_examples_cached.cache_clear()  # the workers read the examples themselves
     return supervise(Job(ready.config, run_dir, ready.plan))
 
 
 def preflight(config: RunConfig) -> ReadyRun:
-    """Checks all that can be checked without torch, prepares the data and completes the configuration.
+    """Runs all checks that need no torch, prepares the data and completes the configuration.
 
     Raises:
-        UserError: The run cannot be started; if possible, this is found before the data is prepared.
+        UserError: The run cannot be started. Checks that do not depend on the data run before it is prepared.
     """
     config = resolve_split(config.with_absolute_paths())
     plan = None
@@ -95,16 +98,16 @@ def preflight(config: RunConfig) -> ReadyRun:
     _check_loggers(config)
     prepared = open_data(config)
     if config.callbacks.samples is not None:
-        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if it cannot be encoded
+        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded
     if (hellaswag := config.callbacks.hellaswag) is not None:
-        read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises likewise
+        read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises if it cannot be read
     if config.resume:
         _check_same_data(config, prepared, Path(config.resume))
     _check_length(config, prepared.manifest)
     _check_order(config, prepared)
     config = config.with_vocabulary(prepared.manifest.vocab_size)
     if foreign_shape is not None and origin:
-        check_external_shape(origin, foreign_shape, config.model)  # now with the vocabulary
+        check_external_shape(origin, foreign_shape, config.model)  # with the vocabulary size
     elif origin_config is not None and origin:
         _check_same_tokens(prepared, origin)
         check_weights_fit(origin, origin_config.model, config.model)
@@ -112,16 +115,16 @@ def preflight(config: RunConfig) -> ReadyRun:
 
 
 def open_data(config: RunConfig) -> TokenDataset:
-    """Opens the data of a run, which is prepared first if it is not yet."""
+    """Opens the data of a run, and prepares it first if necessary."""
     return prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
 
 
 def _check_start(config: RunConfig, start: Path | None) -> None:
-    """Checks that the run can start from what it names: a checkpoint of an earlier run, other weights, or nothing."""
+    """Checks that the checkpoint or weights from which the run starts exist."""
     if start and not is_external(start) and not has_checkpoint(start):
-        raise UserError(f"{start} has no checkpoint yet: nothing is in {start / CHECKPOINTS}.")
+        raise UserError(f"{start} has no checkpoint yet: there is none in {start / CHECKPOINTS}.")
     if config.lora and not start:
-        raise UserError("lora adapts trained weights, and there are none: name them with init_from=.")
+        raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:
         check_val_split(config.data)
 
@@ -142,18 +145,18 @@ def _check_length(config: RunConfig, manifest: Manifest) -> None:
         if (tokens := manifest.tokens(split)) < needed[split]:
             larger_val = split == "val" and config.data.corpus != "shards"
             raise UserError(
-                f"{manifest.origin} is too short: it has {tokens} tokens for {split}, and "
-                f"model.block_size={block_size} needs at least {needed[split]}. A smaller block or more text would do"
-                f"{', or a larger data.val_fraction' if larger_val else ''}."
+                f"{manifest.origin} is too short: it has {tokens} tokens for {split}, but "
+                f"model.block_size={block_size} needs at least {needed[split]}. Use a smaller model.block_size or more "
+                f"text{', or a larger data.val_fraction' if larger_val else ''}."
             )
 
 
 def _check_order(config: RunConfig, prepared: TokenDataset) -> None:
-    """Checks that the data can be read in the order that is asked for."""
+    """Checks that the data can be read in the configured order."""
     if config.data.documents == "masked" and prepared.tokenizer.end_of_text is None:
         raise UserError(
-            f"data.documents=masked: tokenizer={config.tokenizer.name} has no end-of-text id that would separate "
-            "documents; data.documents=packed needs none."
+            f"data.documents=masked: tokenizer={config.tokenizer.name} has no end-of-text token to separate "
+            "documents. Use data.documents=packed."
         )
     try:
         order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
@@ -166,25 +169,25 @@ def _check_order(config: RunConfig, prepared: TokenDataset) -> None:
 
 
 def _check_same_data(config: RunConfig, prepared: TokenDataset, run_dir: Path) -> None:
-    """Refuses to resume on other data: the order would be another one, and nothing would say so."""
+    """Checks that a resumed run has the same data; other data would silently change the data order."""
     was, now = load_manifest(run_dir).fingerprint(), prepared.manifest.fingerprint()
     if was == now:
         return
     sentence = (
-        f"The data in {prepared.folder} is not what {run_dir} was trained on: its fingerprint is {now[:12]}, the run's "
-        f"is {was[:12]}."
+        f"The data in {prepared.folder} differs from the training data of {run_dir}: its fingerprint is {now[:12]}, "
+        f"the run's is {was[:12]}."
     )
     if not config.force_resume:
         raise UserError(
-            f"{sentence} For a new run on it from these weights: init_from={run_dir}. To resume anyway: "
+            f"{sentence} To start a new run on this data from these weights: init_from={run_dir}. To resume anyway: "
             "force_resume=true"
         )
-    log.warning("%s The run is resumed anyway.", sentence)
+    log.warning("%s Resuming anyway, as force_resume=true.", sentence)
 
 
 def _check_same_tokens(prepared: TokenDataset, run_dir: Path) -> None:
-    """Refuses weights that were trained on other tokens."""
+    """Checks that weights were trained with the same tokenizer."""
     if load_manifest(run_dir).tokenizer != prepared.manifest.tokenizer:
         raise UserError(
-            f"{run_dir} was trained on other tokens than tokenizer={prepared.manifest.tokenizer['name']} has here."
+            f"{run_dir} was trained with a different tokenizer than tokenizer={prepared.manifest.tokenizer['name']}."
         )

@@ -1,4 +1,4 @@
-"""Runs that start again by themselves, in a SLURM job or in a sweep, and resume. Imports no torch."""
+"""Requeueing of SLURM jobs, and automatic resuming of their runs and of trials of a sweep. Imports no torch."""
 
 import json
 import logging
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def requeue_slurm_job() -> None:
-    """Puts the SLURM job of this process back into the queue, once for all ranks; does nothing outside of SLURM."""
-    if "SLURM_JOB_ID" not in os.environ or is_worker() or not is_first_rank():  # a worker's supervisor does it
+    """Requeues the SLURM job of this process, once for all ranks; does nothing outside of SLURM."""
+    if "SLURM_JOB_ID" not in os.environ or is_worker() or not is_first_rank():  # the supervisor of a worker does this
         return
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
@@ -31,23 +31,24 @@ def requeue_slurm_job() -> None:
     except OSError as error:
         problem = str(error)
     if problem:
-        log.warning("SLURM job %s is not in the queue again: %s", job, problem)
+        log.warning("SLURM job %s cannot be requeued: %s", job, problem)
     else:
-        log.info("SLURM job %s is in the queue again, and resumes the run by itself.", job)
+        log.info("SLURM job %s is requeued and will resume the run automatically.", job)
 
 
 def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, Path | None]:
-    """Finds the run that this one continues: begun by the same sweep, or by this SLURM job before it was requeued.
+    """Finds an earlier run to resume: that of the same trial of a sweep, or of this SLURM job before it was requeued.
 
     Args:
-        config: A validated configuration.
-        run_dir: The run directory that a sweep has assigned.
+        config: Validated configuration.
+        run_dir: Run directory assigned by a sweep, if any.
 
     Returns:
-        The configuration, which resumes the earlier run if that has a checkpoint, and the run directory if it is known.
+        The configuration, which resumes the earlier run if that has a checkpoint, and the run directory, or None
+        for a new run without an assigned directory.
 
     Raises:
-        UserError: ``run_dir`` holds another run.
+        UserError: ``run_dir`` contains a different run.
     """
     if config.resume:
         return config, run_dir
@@ -55,7 +56,7 @@ def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConf
         earlier = load_config(run_dir)
         if changes := identity_changes(config, earlier):
             raise UserError(
-                f"{run_dir} holds another run already: {', '.join(changes)} would change. Use another hydra.sweep.dir, "
+                f"{run_dir} contains a different run: {', '.join(changes)} would change. Use another hydra.sweep.dir "
                 "or remove that directory."
             )
         return resume_as(config, run_dir, earlier), run_dir
@@ -69,14 +70,14 @@ def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConf
 
 
 def _runs_of_this_job(folder: Path) -> Iterator[Path]:
-    """Yields the run directories in ``folder`` that this SLURM job made before it was requeued, the newest first."""
+    """Yields the run directories in ``folder`` that this SLURM job created before it was requeued, newest first."""
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         return
-    found = [*folder.glob(f"*/{ENVIRONMENT}"), *folder.glob(f"*/*/{ENVIRONMENT}")]  # a run's own, or of a sweep
+    found = [*folder.glob(f"*/{ENVIRONMENT}"), *folder.glob(f"*/*/{ENVIRONMENT}")]  # of single runs and of trials
     for path in sorted(found, reverse=True):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # half written when the job was ended
+        except ValueError:  # incomplete: the job was killed while writing it
             continue
         if record.get("slurm_job") == os.environ["SLURM_JOB_ID"]:
             yield path.parent

@@ -1,4 +1,4 @@
-"""The signals that ask a run to stop, before and after training, whose callback answers them. Imports no torch."""
+"""Handling of preemption signals outside of training, where a callback handles them. Imports no torch."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class StoppedEarly(BaseException):
-    """A signal came before training could answer it: there is nothing to save."""
+    """Raised when a signal arrives before training has started, when there is nothing to save."""
 
 
 class StopSignals:
-    """Context manager that handles the signals asking a run to stop, and restores their handlers at the end.
+    """Context manager that handles preemption signals, and restores their handlers at the end.
 
     Args:
-        handler: Called for each signal, unless another handler is installed meanwhile.
-        signals: The signals; one that is ignored stays ignored.
+        handler: Called for each signal, unless another handler has been installed in the meantime.
+        signals: Signals to handle; ignored ones stay ignored.
 
     Attributes:
-        received: Numbers of the signals that had come at the last ``poll``, whoever handled them.
+        received: Numbers of the signals received until the last ``poll``, by any handler.
     """
 
     def __init__(self, handler: Handler, signals: tuple[signal.Signals, ...] = STOP_SIGNALS) -> None:
@@ -37,7 +37,7 @@ class StopSignals:
         self._read_end, self._write_end = os.pipe()
         for end in (self._read_end, self._write_end):
             os.set_blocking(end, False)
-        # Python writes the number of each signal to this pipe, whichever handler it has
+        # Python writes the number of each signal to this pipe, independent of its handler
         self._earlier_wakeup = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         earlier = {number: signal.getsignal(number) for number in self.signals}
         self._earlier = {number: kept for number, kept in earlier.items() if kept not in (signal.SIG_IGN, None)}
@@ -56,27 +56,27 @@ class StopSignals:
         os.close(self._write_end)
 
     def poll(self) -> list[int]:
-        """Returns the numbers of the signals that have come so far."""
+        """Returns the numbers of the signals received so far."""
         with contextlib.suppress(BlockingIOError):
             self.received.extend(number for number in os.read(self._read_end, 4096) if number in self._earlier)
         return self.received
 
     def forward(self, status: int) -> None:
-        """Calls the restored handlers if the run has stopped for a signal; without one, SIGUSR1 requeues a SLURM job.
+        """Calls the restored handlers if the run was preempted; SIGUSR1 without a handler requeues a SLURM job.
 
-        submitit's handler puts the job back into the queue and ends the process.
+        submitit's handler requeues the job and exits.
         """
         for number in dict.fromkeys(self.received if status == PREEMPTED else ()):
             earlier = self._earlier[signal.Signals(number)]
             if callable(earlier):
                 earlier(number, None)
             elif number == signal.SIGUSR1:
-                with block_signals():  # SLURM ends the job at once: the log message comes first
+                with block_signals():  # SLURM ends the job immediately: log first
                     requeue_slurm_job()
 
 
 def run_stoppable(run: Callable[[], int]) -> int:
-    """Calls ``run`` and returns its exit status; PREEMPTED if a signal came before training could answer it."""
+    """Calls ``run`` and returns its exit code, or PREEMPTED if a signal arrived before training started."""
     with StopSignals(_stop_early) as signals:
         try:
             status = run()
@@ -88,7 +88,7 @@ def run_stoppable(run: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Blocks the stop signals and SIGINT; a process started meanwhile has them blocked until ``unblock_signals``."""
+    """Blocks preemption signals and SIGINT, also in processes started meanwhile until they call ``unblock_signals``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
     try:
         yield
@@ -97,7 +97,7 @@ def block_signals() -> Iterator[None]:
 
 
 def unblock_signals() -> None:
-    """Unblocks the stop signals and SIGINT; those that have come meanwhile are delivered."""
+    """Unblocks preemption signals and SIGINT; pending ones are delivered."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*STOP_SIGNALS, signal.SIGINT))
 
 

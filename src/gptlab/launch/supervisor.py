@@ -1,8 +1,8 @@
-"""Worker processes, one for each device of this machine: started and watched from here. Imports no torch.
+"""Supervisor of worker processes, one per device of this machine. Imports no torch.
 
-The workers find each other in a file and talk over the loopback interface. Each leads a session of its own: a
-terminal's Ctrl-C reaches the supervisor alone, which forwards it, and what a worker has started is ended with it.
-Their standard input is a pipe that closes when the supervisor ends, however that happens, and then they end, too.
+Workers rendezvous through a file and communicate over the loopback interface. Each leads its own session, so that
+Ctrl-C in the terminal reaches only the supervisor, which forwards it, and so that the child processes of a worker end
+with it. Their standard input is a pipe, which closes when the supervisor ends for any reason; workers then exit, too.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
 from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZVOUS
 
-WORKER = "gptlab.worker"  # by name, as it is above this package
+WORKER = "gptlab.worker"  # by name, since it is in a layer above this package
 WORKER_COMMAND = (sys.executable, "-m", WORKER)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-COORDINATED = {DONE, PRUNED, PREEMPTED, DIVERGED}  # statuses all ranks agree on: each ends in its own time
-GRACE_SECONDS = 5.0  # that workers have to end by themselves, and once more after SIGTERM
+COORDINATED = {DONE, PRUNED, PREEMPTED, DIVERGED}  # exit codes that all ranks reach together: none has to be ended
+GRACE_SECONDS = 5.0  # grace period before SIGTERM, and again before SIGKILL
 POLL_SECONDS = 0.05
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 
@@ -41,12 +41,12 @@ Worker = subprocess.Popen[bytes]
 
 
 class Job(NamedTuple):
-    """What a worker runs.
+    """Work of a worker.
 
     Attributes:
-        config: A validated configuration; of a rank, completed by ``preflight``.
-        run_dir: The run directory; None names one by the time.
-        plan: The batch plan, if it is known.
+        config: Validated configuration; for a rank, completed by ``preflight``.
+        run_dir: Run directory; None creates one named by the time.
+        plan: Batch plan, if it is known.
     """
 
     config: RunConfig
@@ -64,9 +64,9 @@ class Job(NamedTuple):
 
 
 def read_job(path: Path) -> Job:
-    """Reads a job file; the configuration, which was validated before, is taken as it is."""
+    """Reads a job file; its configuration is not validated again."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job that was queued before the renaming
+    run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job queued by an earlier version
     plan = values.get("plan")
     if plan:
         plan = BatchPlan(**plan | {"earlier": tuple(tuple(stage) for stage in plan["earlier"])})
@@ -74,21 +74,21 @@ def read_job(path: Path) -> Job:
 
 
 def start_worker(job_file: Path, **options: Any) -> Worker:
-    """Starts a process that runs a job file, in a session of its own; it ends when its standard input is closed.
+    """Starts a process that runs a job file, in its own session; it ends when its standard input is closed.
 
     Args:
-        job_file: Written by ``Job.write``.
-        options: Passed to ``subprocess.Popen``.
+        job_file: File written by ``Job.write``.
+        options: Keyword arguments of ``subprocess.Popen``.
     """
     command = (*WORKER_COMMAND, str(job_file))
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
 
 
 def supervise(job: Job) -> int:
-    """Runs a completed configuration in workers, and returns when none of them is left.
+    """Runs a completed configuration in workers, and returns when all of them have ended.
 
     Returns:
-        DONE, PREEMPTED or INTERRUPTED; if workers have failed, the status of the first.
+        The exit code: DONE, PREEMPTED or INTERRUPTED, or that of the first worker that failed.
     """
     workers: list[Worker] = []
 
@@ -100,10 +100,10 @@ def supervise(job: Job) -> int:
     with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         job.write(folder / "job.json")
-        # at its end, the stack closes the workers' pipes and waits for them
+        # on exit, the stack closes the workers' pipes and waits for them
         with signals, contextlib.ExitStack() as stack:
             count = _count_workers(job.config.trainer)
-            with block_signals():  # until the workers can answer, and until all are there to receive them
+            with block_signals():  # until all workers are started and can handle them
                 workers.extend(stack.enter_context(_start_rank(rank, count, folder)) for rank in range(count))
             try:
                 status = _wait(workers, signals)
@@ -114,7 +114,7 @@ def supervise(job: Job) -> int:
 
 
 def exit_with_parent() -> None:
-    """In a worker: ends its session as soon as the other end of its standard input is closed."""
+    """Ends this worker's session as soon as the supervisor's end of its standard input is closed."""
 
     def watch() -> None:
         while os.read(0, 1):
@@ -125,7 +125,7 @@ def exit_with_parent() -> None:
 
 
 def _start_rank(rank: int, count: int, folder: Path) -> Worker:
-    """Starts one of ``count`` workers, with the environment variables that Lightning and torch expect of a launcher."""
+    """Starts one of ``count`` workers, with the environment variables that Lightning and torch expect."""
     variables = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -140,13 +140,13 @@ def _start_rank(rank: int, count: int, folder: Path) -> Worker:
 
 
 def _wait(workers: list[Worker], signals: StopSignals) -> int:
-    """Waits for the workers; when one has failed or the user has interrupted, the others have to end soon."""
+    """Waits for the workers; ends the others after a grace period if one fails or the user interrupts."""
     failed, deadlines = None, [(GRACE_SECONDS, signal.SIGTERM), (2 * GRACE_SECONDS, signal.SIGKILL)]
     since: float | None = None
-    while any([worker.poll() is None for worker in workers]):  # noqa: C419  (polls every one)
+    while any([worker.poll() is None for worker in workers]):  # noqa: C419  (polls all of them)
         statuses = {_exit_status(worker.returncode, signals) for worker in workers if worker.returncode is not None}
         if failed is None and (bad := statuses - COORDINATED):
-            failed = max(bad)  # a signal that killed one comes before what the others made of that
+            failed = max(bad)  # a killed worker (128 + n) takes precedence over the errors it caused in others
         if since is None and (failed is not None or signal.SIGINT in signals.poll()):
             since = time.monotonic()
         if since is not None and deadlines and time.monotonic() - since > deadlines[0][0]:
@@ -159,21 +159,21 @@ def _wait(workers: list[Worker], signals: StopSignals) -> int:
 
 
 def _signal_all(workers: list[Worker], number: int) -> None:
-    """Sends a signal to all workers and what they have started, which may outlive them."""
+    """Sends a signal to all workers and to their child processes, which may outlive them."""
     for worker in workers:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.pid, number)
 
 
 def _exit_status(returned: int, signals: StopSignals) -> int:
-    """Returns the exit status of a return code, as shells have it: 128 + n for a process that signal n has ended."""
-    if -returned in STOP_SIGNALS and -returned in signals.poll():  # which came after its work, and before its end
+    """Returns the exit code for a return code, as in shells: 128 + n for a process ended by signal n."""
+    if -returned in STOP_SIGNALS and -returned in signals.poll():  # arrived between the end of training and the exit
         return PREEMPTED
     return returned if returned >= 0 else 128 - returned
 
 
 def _count_workers(trainer: TrainerConfig) -> int:
-    """Returns the number of devices; 1 if ``gptlab.training.devices.choose_devices`` will refuse the configuration."""
+    """Returns the number of devices, or 1 if ``gptlab.training.devices.choose_devices`` will raise an error."""
     if trainer.strategy == "single" or trainer.num_nodes > 1:
         return 1
     most = MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1)
@@ -187,5 +187,5 @@ def _count_workers(trainer: TrainerConfig) -> int:
 
 @cache
 def count_gpus() -> int:
-    """Counts the GPUs that torch sees on this machine, in a process of its own."""
+    """Returns the number of GPUs that torch sees on this machine, counted in a child process."""
     return int(subprocess.run((sys.executable, "-c", COUNT_GPUS), stdout=subprocess.PIPE, check=True).stdout)

@@ -1,4 +1,4 @@
-"""One training run in this process: builds the module, the run directory, the callbacks and the Trainer, and fits."""
+"""Trains one run in this process: builds module, run directory, callbacks and Trainer, and calls ``fit``."""
 
 import contextlib
 import logging
@@ -63,14 +63,14 @@ from gptlab.training.module import GPTModule
 
 
 class RunContext(NamedTuple):
-    """What extra callbacks may need of a run.
+    """Arguments for the construction of extra callbacks.
 
     Attributes:
-        config: The completed configuration.
-        manifest: Of its data.
-        devices: What it computes on.
-        run_dir: Its directory.
-        recorder: Its metrics callback, which knows the tokens seen.
+        config: Completed configuration.
+        manifest: Manifest of the data.
+        devices: Devices of the run.
+        run_dir: Run directory.
+        recorder: Metrics callback of the run, which knows the tokens seen.
     """
 
     config: RunConfig
@@ -81,16 +81,16 @@ class RunContext(NamedTuple):
 
 
 class ExtraCallback(L.Callback):
-    """Base of the callbacks that packages above ``launch`` add to a run.
+    """Base class of callbacks that packages above ``launch`` add to a run.
 
     Attributes:
-        pruned: Whether it has ended the run early, which then exits with ``PRUNED``.
+        pruned: Whether the callback ended the run early, which then exits with ``PRUNED``.
     """
 
     pruned = False
 
     def summary(self, trainer: L.Trainer) -> dict[str, str]:
-        """Returns rows for the table that ends a run; called on every rank when training is done."""
+        """Returns additional rows of the final summary table; called on every rank when training is done."""
         return {}
 
 
@@ -105,22 +105,21 @@ def train_run(
     *,
     extra_callbacks: ExtraCallbacks,
 ) -> int:
-    """Trains, and leaves a run directory behind.
-
-    Every rank calls this. Nothing is written before everything that can be checked has been.
+    """Trains a run; called on every rank. All checks run before anything is written.
 
     Args:
-        config: Completed by ``gptlab.launch.launcher.preflight``.
-        prepared: The data.
-        plan: The batch plan; None if it depends on the number of devices of this machine.
-        run_dir: The run directory that a sweep has assigned; None names one by the time.
+        config: Configuration completed by ``gptlab.launch.launcher.preflight``.
+        prepared: Prepared data.
+        plan: Batch plan; None if it depends on the number of devices of this machine.
+        run_dir: Run directory assigned by a sweep; None creates one named by the time.
         extra_callbacks: Returns the callbacks of packages above this one, on each rank.
 
     Returns:
-        The exit status.
+        The exit code: DONE, PRUNED or PREEMPTED.
 
     Raises:
-        UserError: Devices, a checkpoint or a login are missing, or another process writes the run.
+        UserError: Devices, a checkpoint or a login are missing, or another process writes to the run directory.
+        Diverged: The gradient was not finite for too many steps in a row.
     """
     with RunLock() as lock:
         return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
@@ -164,7 +163,7 @@ def _train(
             end_state(run_dir, status)
         return status
     except Preempted:
-        print_stopped("Stopped by a signal", run_dir, trainer.global_step)
+        print_stopped("Preempted by a signal", run_dir, trainer.global_step)
         if is_first:
             step = trainer.global_step
             end_state(run_dir, PREEMPTED, step=step, tokens=recorder.tokens(step))
@@ -178,7 +177,7 @@ def _train(
 
 
 def _fit(trainer: L.Trainer, module: GPTModule, data: TokenDataModule, checkpoint: Path | None, run_dir: Path) -> None:
-    """Calls ``Trainer.fit``; an interrupt stays one, which Lightning would turn into exit status 1."""
+    """Calls ``Trainer.fit``; re-raises KeyboardInterrupt, which Lightning would turn into exit code 1."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (SystemExit, KeyboardInterrupt):
@@ -200,7 +199,7 @@ def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> T
 
 
 def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -> GPTModule:
-    """Builds the model, the same on every rank, and the module that trains it."""
+    """Builds the model, identical on every rank, and the LightningModule that trains it."""
     torch.manual_seed(config.seed)
     model = build_gpt(config.model)
     if config.init_from:
@@ -221,7 +220,7 @@ def build_trainer(
     checkpoint: Path | None,
     extra_callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """Builds Lightning's Trainer with the run's callbacks and loggers."""
+    """Builds the Trainer with the run's callbacks and loggers."""
     checkpointing = config.callbacks.checkpoint
     checkpoint_io = _build_checkpoint_io(checkpointing)
     return L.Trainer(
@@ -262,7 +261,7 @@ def _build_callbacks(
     health_monitor = TrainingHealthMonitor(step_sync, config.train, replay_command(run_dir))
     recorder.counts.append(health_monitor.counts)
     callbacks: list[L.Callback] = [step_sync, recorder, health_monitor]
-    if wanted.trace:  # before the checkpoints: each has its line
+    if wanted.trace:  # before the checkpoints, so that each checkpointed step has its line
         callbacks.append(DeterminismTrace(run_dir / TRACE, wanted.trace.every))
     if wanted.samples:
         callbacks.append(Samples(wanted.samples, prepared.tokenizer, run_dir / SAMPLES, config.seed))
@@ -283,7 +282,7 @@ def _build_callbacks(
 def _open_run_dir(
     config: RunConfig, prepared: TokenDataset, assigned_dir: Path | None, model: GPT, lock: RunLock
 ) -> Path:
-    """Creates and locks the run directory; on a resume, records the configuration in that of the earlier run."""
+    """Creates and locks the run directory; on a resume, records the configuration in the existing one."""
     if config.resume:
         record_config(config, Path(config.resume))
         return Path(config.resume)
@@ -297,7 +296,7 @@ def _open_run_dir(
 
 
 def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:
-    """Locks an earlier run and finds its newest checkpoint; None for a new run."""
+    """Locks the run to resume and returns its newest checkpoint; None for a new run."""
     if config.resume is None:
         return None
     lock.acquire(Path(config.resume))
@@ -306,20 +305,20 @@ def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:
 
 
 def _build_checkpoint_io(config: CheckpointConfig | None) -> AtomicCheckpointIO:
-    """Builds what reads checkpoints and, if the run is saved, writes them."""
+    """Builds the CheckpointIO that reads checkpoints and, if the run is saved, writes them."""
     if config is None:
         return AtomicCheckpointIO(keep_last=1, keep_best=False, asynchronous=False)
     return AtomicCheckpointIO(keep_last=config.keep_last, keep_best=config.keep_best, asynchronous=config.asynchronous)
 
 
 def _is_sharded(config: CheckpointConfig | None) -> bool:
-    """Whether a sharded run writes shards: by default it does."""
+    """Whether a sharded model is saved as sharded checkpoints, which is the default."""
     return config is not None and config.sharded in (True, "auto")
 
 
 def build_metrics_callback(config: RunConfig, devices: Hardware) -> MetricsCallback:
     """Builds the callback that records metrics."""
-    # with LoRA, the weights have no gradients, and the formula of the FLOPs does not hold
+    # with LoRA, most weights have no gradients, so that the FLOPs formula does not apply
     peak = devices.peak_flops() if config.lora is None else None
     return MetricsCallback(
         log_every=config.train.log_every,

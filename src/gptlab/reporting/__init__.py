@@ -1,4 +1,4 @@
-"""``gptlab.report``: run directories as one HTML page, written to a file or served live. Imports no torch.
+"""``gptlab.report``: HTML report of runs and sweeps, written to a file or served live. Imports no torch.
 
-``reading`` reads a run, ``document`` collects the page's data, ``page`` renders it and ``live`` serves it.
+``reading`` reads runs, ``document`` collects the data of the page, ``page`` renders it and ``live`` serves it.
 """

@@ -13,17 +13,17 @@ from gptlab.reporting.sweeps import describe_sweep
 from gptlab.tracking.run_store.runs import find_runs
 from gptlab.tracking.run_store.sweeps import load_sweep
 
-IGNORED_KEYS = ("seed", "name", "resume", "force_resume", "logger.")  # may differ within a point; a prefix ends in "."
-MAX_LABEL_PARTS = 4  # settings; points that differ in more are labeled by run name
+IGNORED_KEYS = ("seed", "name", "resume", "force_resume", "logger.")  # may differ within a point; prefixes end in "."
+MAX_LABEL_PARTS = 4  # config keys; points that differ in more are labeled by run name
 PER_START_KEYS = ("time", "command", "folder", "slurm_job")  # entries of the environment that differ between runs
 LOSS = "val/loss"
 
 
 class ReportDocument:
-    """Collects the runs and sweeps found at a location; every call of ``gather`` reads what has changed.
+    """Collects the runs and sweeps at a location; every call of ``gather`` reads the files that have changed.
 
     Args:
-        where: A run directory, a folder with runs below it, or a glob of either.
+        where: Run directory, a directory with runs below it, or a glob of these.
         points: Largest number of points per curve.
     """
 
@@ -34,7 +34,7 @@ class ReportDocument:
         """Returns all data of the page.
 
         Raises:
-            UserError: There is no run, or none that can be read.
+            UserError: There are no runs, or none of them can be read.
         """
         found = find_runs(self.where)
         problems: list[str] = []
@@ -42,10 +42,10 @@ class ReportDocument:
         sweeps = [sweep for parent in parents if (sweep := _sweep(parent, problems)) is not None]
         metrics = {sweep["metric"] for sweep in sweeps}
         self.reader.metric = metrics.pop() if len(metrics) == 1 else LOSS
-        entries, told = self.reader.read([run.directory for run in found])
-        problems += told
+        entries, unreadable = self.reader.read([run.directory for run in found])
+        problems += unreadable
         if not entries:
-            raise UserError("\n".join((f"{self.where}: no run there can be read.", *problems)))
+            raise UserError("\n".join((f"{self.where}: none of the runs can be read.", *problems)))
         return {
             "where": self.where,
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -67,7 +67,7 @@ def _sweep(directory: Path, problems: list[str]) -> dict[str, Any] | None:
 
 
 def _runs(entries: list[RunEntry]) -> dict[str, Any]:
-    """Returns the page's data on runs; settings and environments shared by several runs are stored once."""
+    """Returns the page's data on runs; config values and environments shared by several runs are stored once."""
     keys = differing([entry.settings for entry in entries])
     varied = _varied(entries, keys)
     point_of, labels = _points(entries, keys, varied)
@@ -100,7 +100,7 @@ def _runs(entries: list[RunEntry]) -> dict[str, Any]:
 
 
 def _names(entries: list[RunEntry]) -> list[str]:
-    """Returns short names for runs, without their common leading folders; numbered trials are named "trial <n>"."""
+    """Returns short names for runs, without common leading directories; numbered trials are named "trial <n>"."""
     parts = [entry.run.name.split("/") for entry in entries]
     if len(entries) == 1:
         return [entries[0].run.name]
@@ -113,16 +113,16 @@ def _names(entries: list[RunEntry]) -> list[str]:
 
 
 def differing(settings: list[dict[str, Any]]) -> list[str]:
-    """Returns the settings that are not the same in all runs, in the order of the configuration."""
+    """Returns the config keys whose values differ between runs, in the order of the configuration."""
     names = dict.fromkeys(key for one in settings for key in one)
     missing = object()
     return [key for key in names if len({repr(one.get(key, missing)) for one in settings}) > 1]
 
 
 def _varied(entries: list[RunEntry], keys: list[str]) -> list[str]:
-    """Returns the settings that were varied: overrides if all runs are trials of sweeps, otherwise those that differ.
+    """Returns the varied config keys: overrides if all runs are trials of sweeps, otherwise those that differ.
 
-    ``IGNORED_KEYS`` such as the seed are excluded: runs that differ only in them are one point.
+    ``IGNORED_KEYS`` such as the seed are excluded: runs that differ only in these belong to one point.
     """
     if all(entry.trial is not None for entry in entries):
         named = dict.fromkeys(key for entry in entries if entry.trial for key in entry.trial.overrides)
@@ -137,7 +137,7 @@ def _is_ignored(key: str) -> bool:
 
 
 def _value(entry: RunEntry, key: str) -> Any:
-    """Returns a run's value of a setting; the option of a config group is known from its trial's overrides only."""
+    """Returns the value of a config key; the option of a config group is known only from a trial's overrides."""
     if key in entry.settings:
         return entry.settings[key]
     return entry.trial.overrides.get(key) if entry.trial else None
@@ -147,7 +147,7 @@ def _points(entries: list[RunEntry], keys: list[str], varied: list[str]) -> tupl
     """Groups runs that are equal except for ``IGNORED_KEYS`` into points.
 
     Returns:
-        The point of each run, and the label of each point, made from the settings that were varied.
+        The point of each run, and the label of each point, made from the varied config keys.
     """
     compared = [key for key in keys if not _is_ignored(key)]
     places, points = _distinct(entries, lambda entry: {key: entry.settings.get(key) for key in compared})
@@ -165,18 +165,18 @@ def _points(entries: list[RunEntry], keys: list[str], varied: list[str]) -> tupl
 
 
 def _short(keys: Iterable[str]) -> dict[str, str]:
-    """Maps settings to the last part of their names if that is unique, otherwise to the full name."""
+    """Maps config keys to the last part of their names if that is unique, otherwise to the full name."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return {key: part if last[part := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
-def _distinct(entries: list[RunEntry], what: Callable[[RunEntry], Any]) -> tuple[list[int], list[Any]]:
-    """Returns, for every entry, the index of its value ``what(entry)``, and the distinct values."""
+def _distinct(entries: list[RunEntry], key: Callable[[RunEntry], Any]) -> tuple[list[int], list[Any]]:
+    """Returns, for every entry, the index of its value ``key(entry)``, and the distinct values."""
     places: dict[Hashable, int] = {}
     values: list[Any] = []
     found = []
     for entry in entries:
-        value = what(entry)
+        value = key(entry)
         name = json.dumps(value, sort_keys=True, default=str)
         if name not in places:
             places[name] = len(values)

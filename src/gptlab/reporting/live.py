@@ -28,7 +28,7 @@ class LiveServer(ThreadingHTTPServer):
     Args:
         gather: Returns the current document.
         port: TCP port; 0 for a free one.
-        poll: Seconds between requests of the page for new data.
+        poll: Seconds between the page's requests for new data.
 
     Raises:
         UserError: The port is in use or not permitted.
@@ -43,18 +43,18 @@ class LiveServer(ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
-            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
-            raise UserError(f"port={port} {why}: name another one; port=0 takes one that is free.") from None
-        # other Host headers come from a foreign page whose name resolves to this address (DNS rebinding)
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise UserError(f"port={port} {why}. Set another port, or port=0 for a free one.") from None
+        # other Host headers come from a foreign page whose host name resolves to this address (DNS rebinding)
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     def document(self) -> dict[str, Any]:
-        """Returns the current document; a lock makes concurrent requests read the files one after another."""
+        """Returns the current document; a lock serializes concurrent requests, which read the same files."""
         with self._turn:
             return self._gather()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignores errors of connections that the client closed before it had a response."""
+        """Ignores errors of connections that the client closed before receiving a response."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -71,21 +71,21 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Responds with the page or its data; rejects requests with a foreign Host header."""
         if self.headers.get("Host") not in self.server.hosts:
-            self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This is {self.server.url} and nothing else.\n")
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This server only serves {self.server.url}\n")
             return
         try:
             match self.path:
                 case "/":
                     self._answer(HTTPStatus.OK, "text/html", render_page(self.server.document(), self.server.poll))
                 case "/data.json":
-                    self._news(self.server.document())
+                    self._send_data(self.server.document())
                 case _:
-                    self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is / and /data.json.\n")
-        except UserError as error:  # the runs were removed
+                    self._answer(HTTPStatus.NOT_FOUND, "text/plain", "Not found. Valid paths: / and /data.json\n")
+        except UserError as error:  # e.g. the runs were removed
             self._answer(HTTPStatus.GONE, "text/plain", f"{error}\n")
 
-    def _news(self, document: dict[str, Any]) -> None:
-        """Sends the document, or status 304 if the client already has it; only ``made`` may differ."""
+    def _send_data(self, document: dict[str, Any]) -> None:
+        """Sends the document, or status 304 if the client already has it, apart from ``made``."""
         same = to_script_json({**document, "made": None})
         tag = f'"{hashlib.sha256(same.encode()).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:

@@ -23,31 +23,31 @@ def render_page(document: dict[str, Any], poll: float | None) -> str:
     Content Security Policy in the page's head allows only these scripts, and no external resources.
 
     Args:
-        document: See ``ReportDocument.gather``.
+        document: Data of the page, from ``ReportDocument.gather``.
         poll: Seconds between requests to the page's server for new data; None for a static file.
     """
-    parts = resources.files(__package__) / "page"
-    style = (parts / "style.css").read_text(encoding="utf-8")
-    script = "\n".join((parts / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    folder = resources.files(__package__) / "page"
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    script = "\n".join((folder / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     library = get_plotlyjs()
     source = "'none'" if poll is None else "'self'"
     policy = (
         "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
         f"script-src {_hash(library)} {_hash(script)}; connect-src {source}"
     )
-    pieces = {
+    parts = {
         "policy": policy,
         "style": style,
         "library": library,
         "script": script,
         "data": to_script_json(document | {"poll": poll}),
     }
-    template = (parts / "page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{ (\w+) \}\}", lambda place: pieces[place[1]], template)
+    template = (folder / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{ (\w+) \}\}", lambda match: parts[match[1]], template)
 
 
 def to_script_json(document: dict[str, Any]) -> str:
-    """Returns JSON that is safe in a script element for any strings; NaN and infinity become null."""
+    """Returns JSON that is safe inside a script element for any strings; NaN and infinity become null."""
     text = json.dumps(_finite(document), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,4 +1,4 @@
-"""Reads a run as plain data for the page. A run that cannot be read is reported and left out."""
+"""Reads runs as plain data for the page. A run that cannot be read is reported and omitted."""
 
 import csv
 import json
@@ -26,11 +26,11 @@ class RunEntry:
     Attributes:
         run: The run and its directory.
         settings: Flattened configuration.
-        shown: All other data of the page.
+        shown: All other data for the page.
         environment: Machine, packages and commit.
-        trial: The sweep's trial that the run belongs to, if any.
+        trial: Trial of a sweep that the run belongs to, if any.
         thinned: Whether a curve has fewer points than metrics.csv.
-        problems: Sentences that describe what could not be read.
+        problems: Messages about files that could not be read.
     """
 
     run: Run
@@ -55,7 +55,7 @@ class RunReader:
         self._known: dict[Path, tuple[Any, RunEntry | str]] = {}
 
     def read(self, directories: list[Path]) -> tuple[list[RunEntry], list[str]]:
-        """Returns the runs that can be read, and sentences about what cannot be read."""
+        """Returns the runs that can be read, and messages about runs and files that cannot be read."""
         points = max(FEWEST_POINTS, min(self.points, TOGETHER // max(1, len(directories))))
         entries, problems = [], []
         for directory in directories:
@@ -84,16 +84,16 @@ def _file_signatures(path: Path) -> tuple[int, int] | None:
 
 
 def _read(run: Run, points: int, metric: str) -> RunEntry | str:
-    """Reads a run, or returns a sentence that says why it is left out."""
+    """Reads a run, or returns a message that says why it is omitted."""
     try:
         settings = {key: _simplify(value) for key, value in run.settings.items()}
         trial = read_trial(run)
         _check_metrics(run)
         series = curves(run.rows, points)
     except UserError as error:
-        return f"{run.name} is left out: {error}"
+        return f"{run.name} is omitted: {error}"
     except (OSError, ValueError, csv.Error) as error:
-        return f"{run.name} is left out: {run.directory / METRICS} cannot be read: {error}"
+        return f"{run.name} is omitted: {run.directory / METRICS} cannot be read: {error}"
     samples, problems = _samples(run)
     parameters, flops = _size(run)
     shown = {
@@ -109,8 +109,8 @@ def _read(run: Run, points: int, metric: str) -> RunEntry | str:
         "trial": trial and trial.number,
     }
     thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
-    again = Run(run.directory)  # a new object, which does not hold the rows of metrics.csv
-    return RunEntry(again, settings, shown, run.environment, trial, thinned, problems)
+    without_rows = Run(run.directory)  # a new object, to free the cached rows of metrics.csv
+    return RunEntry(without_rows, settings, shown, run.environment, trial, thinned, problems)
 
 
 def _check_metrics(run: Run) -> None:
@@ -119,7 +119,7 @@ def _check_metrics(run: Run) -> None:
     if path.exists() and path.read_bytes()[:1024].strip():
         with path.open(newline="", encoding="utf-8") as file:
             if "step" not in (csv.DictReader(file).fieldnames or ()):
-                raise UserError(f"{path} cannot be read: its first line names no column step")
+                raise UserError(f"{path} cannot be read: its header has no column step")
 
 
 def _simplify(value: Any) -> Any:
@@ -134,7 +134,7 @@ def _state(entry: RunEntry) -> dict[str, Any] | None:
     if state is None:
         return {"state": entry.trial.state, "message": entry.trial.message} if entry.trial else None
     shown = state.model_dump(mode="json", exclude={"pid"})
-    if entry.trial is not None and entry.trial.state == "pruned":  # only recorded in the sweep's trial
+    if entry.trial is not None and entry.trial.state == "pruned":  # recorded only in trial.json
         shown["state"] = "pruned"
     return shown
 

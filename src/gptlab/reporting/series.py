@@ -12,7 +12,7 @@ AXES = ("step", "tokens")  # columns of a row that are axes, not metrics
 
 
 def downsample(values: Sequence[float], points: int) -> list[int]:
-    """Selects which values of a curve are drawn.
+    """Selects the values of a curve to draw.
 
     Keeps the first and the last value and, in each of as many equal segments as fit, the lowest and the highest, so
     that outliers remain visible. Non-finite values are kept only in segments without finite ones.
@@ -27,8 +27,8 @@ def downsample(values: Sequence[float], points: int) -> list[int]:
     if len(values) <= points:
         return list(range(len(values)))
     chosen = {0, len(values) - 1}
-    for stretch in np.array_split(np.arange(1, len(values) - 1), (points - 2) // 2):
-        finite = [int(place) for place in stretch if math.isfinite(values[place])] or [int(stretch[0])]
+    for segment in np.array_split(np.arange(1, len(values) - 1), (points - 2) // 2):
+        finite = [int(place) for place in segment if math.isfinite(values[place])] or [int(segment[0])]
         chosen |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
     return sorted(chosen)
 
@@ -36,7 +36,7 @@ def downsample(values: Sequence[float], points: int) -> list[int]:
 def training_seconds(rows: Sequence[MetricsRow]) -> list[float]:
     """Returns the seconds of training up to each row: the sum of tokens / tokens_per_second.
 
-    Evaluations, samples and checkpoints do not count, as in ``tokens_per_second``. The times of rows without it are
+    As in ``tokens_per_second``, evaluations, samples and checkpoints are excluded. The times of rows without it are
     interpolated by their tokens.
     """
     tokens, seconds = [0.0], [0.0]
@@ -49,7 +49,7 @@ def training_seconds(rows: Sequence[MetricsRow]) -> list[float]:
 
 
 def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[Any]]]:
-    """Returns every metric as {"step", "tokens", "seconds", "value"}: lists of one length; non-finite values: None."""
+    """Returns every metric as {"step", "tokens", "seconds", "value"}, lists of equal length; None if not finite."""
     rows = [row for row in rows if all(axis in row for axis in AXES)]
     times = training_seconds(rows)
     found: dict[str, dict[str, list[Any]]] = {}

@@ -1,4 +1,4 @@
-"""Data of a sweep for the page: its question, its results, and the trials without a run."""
+"""Data of a sweep for the page: question, results, and trials without a run."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from gptlab.tracking.run_store.sweeps import Sweep, load_trials
 
 
 def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[str, Any]:
-    """Returns the page's data on a sweep; appends sentences about what cannot be read to ``problems``."""
+    """Returns the page's data on a sweep; appends messages about files that cannot be read to ``problems``."""
     trials = load_trials(directory)
     return {
         "name": "/".join(directory.absolute().parts[-2:]),
@@ -31,11 +31,11 @@ def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[s
 
 @lru_cache(maxsize=64)
 def _answers(directory: Path, _trials: str) -> dict[str, Any]:
-    """Returns the results of a sweep so far as a table, like the terminal's; cached until a trial changes."""
+    """Returns the results of a sweep as a table, as in the terminal; cached until a trial changes."""
     found = analyze_sweep(directory)
-    told = [_describe_row(row, found.metric) for row in found.rows]
-    columns = list(dict.fromkeys(column for row in told for column in row))
-    rows = [[row.get(column) for column in columns] for row in told]
+    described = [_describe_row(row, found.metric) for row in found.rows]
+    columns = list(dict.fromkeys(column for row in described for column in row))
+    rows = [[row.get(column) for column in columns] for row in described]
     return {"answer": found.answer, "columns": columns, "rows": rows, "notes": found.notes}
 
 
@@ -58,7 +58,7 @@ def _with_error(value: float | None, error: float | None) -> str | None:
 
 
 def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Reads the scaling law fitted to a sweep over model sizes and tokens; returns None if there is none."""
+    """Reads the scaling law fitted to a sweep over model sizes and tokens; returns None if there is no fit."""
     try:
         found = ScalingAnswer.model_validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -1,5 +1,4 @@
-"""Run directories: what is written there during a run, and how it is shown and read later.
+"""Tracking of runs: run directory and lock, environment, logs, console output and loggers.
 
-The directory and its lock, the recorded environment, logs, console output and loggers; ``run_store`` reads past runs,
-``wandb`` keeps a record at Weights & Biases.
+``run_store`` reads run directories, ``wandb`` logs to Weights & Biases.
 """

@@ -26,20 +26,20 @@ COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled bloc
 
 
 def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: BatchPlan, directory: Path) -> None:
-    """Prints the configuration, the devices and the batch of a run that starts."""
+    """Logs model, data, devices and batch size at the start of a run."""
     block_size, stages = config.model.block_size, config.train.stages
-    products = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
-    precision = f"{devices.precision}{products}, {COMPILED[devices.compile]}"
+    matmuls = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
+    precision = f"{devices.precision}{matmuls}, {COMPILED[devices.compile]}"
     parts = config.trainer.tensor_parallel
     over = f"{plan.world_size} device(s)" if parts == 1 else f"{plan.world_size} group(s) of {parts} devices"
-    dealt = f"{over} x {plan.accumulation} accumulated x {plan.micro_batch_size} at once"
+    factors = f"{over} x {plan.accumulation} accumulation x {plan.micro_batch_size} micro-batch"
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
         "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
-        "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} ids",
+        "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} token IDs",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
-        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {dealt}",
+        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {factors}",
         **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
         "length": f"{config.steps:,} steps, {stages.first(config.steps) * block_size:,} tokens",
         "run": str(_display_path(directory)),
@@ -49,7 +49,7 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
 
 
 def _describe_lora(config: RunConfig) -> str:
-    """Describes the trained parameters, if LoRA is used."""
+    """Returns the number of LoRA parameters as text; empty without LoRA."""
     if config.lora is None:
         return ""
     return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
@@ -58,7 +58,7 @@ def _describe_lora(config: RunConfig) -> str:
 def print_summary(
     config: RunConfig, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
 ) -> None:
-    """Prints the last sample and the table that ends a run, with ``further`` rows."""
+    """Prints the last sample and the final summary table, to which ``further`` adds rows."""
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Samples) and callback.latest:
@@ -85,21 +85,21 @@ def print_summary(
 
 
 def print_stopped(why: str, directory: Path, step: int) -> None:
-    """Prints where a run stopped, and the command that resumes it."""
+    """Logs the step at which a run stopped and the command that resumes it; ``why`` begins the message."""
     if has_checkpoint(directory):
-        log.info("%s at step %d. To go on: python -m gptlab.train resume=%s", why, step, _display_path(directory))
+        log.info("%s at step %d. To resume: python -m gptlab.train resume=%s", why, step, _display_path(directory))
     else:
-        log.info("%s at step %d, before the first checkpoint.", why, step)
+        log.info("%s at step %d, before the first checkpoint: there is nothing to resume.", why, step)
 
 
 def replay_command(directory: Path) -> str:
-    """Returns the command that shows a batch of a run, without the step."""
+    """Returns the command that prints a batch of a run, without its argument step=."""
     return f"python -m gptlab.prepare replay={_display_path(directory)}"
 
 
 def _best(best: dict[str, float]) -> dict[str, str]:
     if not best:
-        return {"best val loss": "none: no evaluation gave a number"}
+        return {"best val loss": "none: no evaluation had a finite loss"}
     return {
         "best val loss": f"{best['val/loss']:.4f} at step {best['step']:,}",
         "bits per byte": f"{best['val/bits_per_byte']:.4f}",
@@ -107,10 +107,10 @@ def _best(best: dict[str, float]) -> dict[str, str]:
 
 
 def _mfu(recorder: MetricsCallback) -> str:
-    """Formats the model FLOPs utilization of the last record, or why there is none."""
+    """Formats the model FLOPs utilization of the last record, or the reason why it is unknown."""
     return f"{recorder.mfu:.1%}" if recorder.mfu is not None else "unknown (no published peak for this device)"
 
 
 def _display_path(directory: Path) -> Path:
-    """Returns a path relative to the working directory, if it is below."""
+    """Returns the path relative to the working directory if it is inside, otherwise unchanged."""
     return directory.relative_to(Path.cwd()) if directory.is_relative_to(Path.cwd()) else directory

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
-COMMAND = "GPTLAB_COMMAND"  # the variable by which a worker knows what its user has typed
+COMMAND = "GPTLAB_COMMAND"  # environment variable that passes the user's command line to workers
 
 
 def record_environment(directory: Path) -> None:
-    """Writes environment.json and, where the checkout has uncommitted changes, uncommitted.diff.
+    """Writes environment.json and, if the checkout has uncommitted changes, uncommitted.diff.
 
-    Environment variables are not recorded: they may hold secrets.
+    Environment variables are not recorded, since they may contain secrets.
     """
     commit, diff, status = _git("rev-parse", "HEAD"), _git("diff", "HEAD"), _git("status", "--porcelain")
     record: dict[str, Any] = {
@@ -48,7 +48,7 @@ def _lines_of(output: bytes) -> list[str]:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """Runs git in the working directory; returns None if that is no checkout, or there is no git."""
+    """Runs git in the working directory; returns None if that is not a checkout or git is not installed."""
     try:
         return subprocess.run(("git", *arguments), capture_output=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
@@ -63,7 +63,7 @@ def _lines(*command: str) -> list[str]:
 
 
 def _processor() -> str:
-    """Returns the name of the processor."""
+    """Returns the model name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

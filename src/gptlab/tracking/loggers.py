@@ -18,11 +18,11 @@ from gptlab.training.distributed.processes import is_first_rank
 
 
 class MetricsCSVLogger(CSVLogger):
-    """Logger of metrics.csv in the run directory, which a resumed run continues.
+    """Logger of metrics.csv in the run directory; a resumed run appends to it.
 
     Args:
-        directory: The run's.
-        keep_until: On a resume, the step up to which earlier rows stand; None for a new run.
+        directory: Run directory.
+        keep_until: On a resume, the last step whose row is kept; None for a new run.
     """
 
     def __init__(self, directory: Path, keep_until: int | None) -> None:
@@ -30,7 +30,7 @@ class MetricsCSVLogger(CSVLogger):
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
-            self.experiment.save()  # at once: Lightning's writer has removed the old file
+            self.experiment.save()  # immediately, since Lightning's writer has removed the old file
 
     def log_hyperparams(self, params: object = None) -> None:
         """Logs nothing: config.yaml has them."""
@@ -52,7 +52,7 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
 
 
 def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
-    """Reads the rows up to a step, with their values as strings."""
+    """Reads the rows up to a step, with values as strings."""
     if not is_first_rank() or not path.exists():
         return []
     with path.open(newline="") as file:
@@ -64,8 +64,8 @@ class RunStateLogger(Logger):
     """Logger of state.json in the run directory, rewritten with every row, but at most once a second.
 
     Args:
-        directory: The run's.
-        state: Where it stands.
+        directory: Run directory.
+        state: Initial state.
     """
 
     name = version = None
@@ -108,7 +108,7 @@ class RunStateLogger(Logger):
 
 
 def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) -> list[Logger]:
-    """Builds the loggers of metrics.csv, state.json, and those that are configured."""
+    """Builds the loggers of metrics.csv and state.json and those that are configured."""
     loggers: list[Logger] = []
     if config.logger.tensorboard is not None:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
@@ -116,7 +116,7 @@ def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) ->
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         record = build_wandb_logger(config, config.logger.wandb, directory, earlier)
         loggers += [record] if record is not None else []
-    # the last, so that nothing that can be refused stands after it has touched the file
+    # last, since the others may raise an error, and this one modifies the file
     return [
         *loggers,
         MetricsCSVLogger(directory, keep_until),

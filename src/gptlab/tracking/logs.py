@@ -1,4 +1,4 @@
-"""Log messages of a command: on the console, and in the run's train.log."""
+"""Logging of a command: to the console and to train.log in the run directory."""
 
 import logging
 from pathlib import Path
@@ -7,12 +7,12 @@ from rich import get_console
 
 from gptlab.training.distributed.processes import is_first_rank
 
-FILE_ONLY = {"file_only": True}  # `extra` of a message that the screen shows in another form
+FILE_ONLY = {"file_only": True}  # `extra` of a message that the console shows in another form
 NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints messages above the progress bar, and leaves out what the bar shows."""
+    """Handler that prints messages above the progress bar, except those that the bar shows."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one message."""
@@ -31,7 +31,7 @@ def log_to_console() -> None:
 
 
 def log_to_file(path: Path) -> logging.Handler:
-    """Also logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
+    """Adds a handler that logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("gptlab", "py.warnings"):
@@ -47,10 +47,10 @@ def close_log(handler: logging.Handler) -> None:
 
 
 def quiet_lightning() -> None:
-    """Silences Lightning's messages below warnings, whose advice does not fit gptlab."""
+    """Silences Lightning's messages below warnings, whose advice does not apply to gptlab."""
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # which warns, of every norm and checkpoint, that a mesh of two dimensions is reduced along one after the other;
-    # a private module's logger has no other name (read in torch 2.13)
+    # This logger warns at every norm and checkpoint that a two-dimensional mesh is reduced one dimension after the
+    # other. It is named after a private module (checked in torch 2.13).
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Run directories, outputs/<name>/<time>/, which hold everything about a run. Imports no torch."""
+"""Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
 import time
 from collections.abc import Mapping
@@ -25,18 +25,24 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
     """Creates and locks the directory of a new run, and writes its configuration, data manifest and environment.
 
     Args:
-        config: Complete configuration, enough to repeat the run.
-        manifest: Manifest of the data, with the tokenizer.
-        run_dir: Directory; None names it by the time.
+        config: Complete configuration, which suffices to repeat the run.
+        manifest: Manifest of the data, including the tokenizer.
+        run_dir: Run directory; None creates one named by the time.
         lock: Lock to acquire before anything is written.
+
+    Returns:
+        The absolute path of the run directory.
+
+    Raises:
+        UserError: The directory cannot be created or locked, or another process has written a run there.
     """
     try:
         directory = claim_directory(Path("outputs") / config.name) if run_dir is None else run_dir
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"No run directory can be made in {Path.cwd() / 'outputs'}: {error}.") from error
+        raise UserError(f"Cannot create a run directory in {Path.cwd() / 'outputs'}: {error}.") from error
     lock.acquire(directory)
-    if (directory / CONFIG).is_file() and has_checkpoint(directory):  # of the process that held the lock until now
+    if (directory / CONFIG).is_file() and has_checkpoint(directory):  # written by the previous owner of the lock
         raise UserError(
             f"{directory} was written by another process in the meantime. The same command resumes that run."
         )
@@ -52,12 +58,12 @@ def record_config(config: RunConfig, directory: Path) -> None:
 
 
 def without_origin(config: RunConfig) -> dict[str, Any]:
-    """Returns the configuration without what says that a run is resumed."""
+    """Returns the configuration as plain data, with ``resume`` and ``force_resume`` at their defaults."""
     return config.model_copy(update={"resume": None, "force_resume": False}).model_dump(mode="json")
 
 
 def claim_directory(parent: Path) -> Path:
-    """Creates a new directory, named by the time."""
+    """Creates a new directory named by the time; raises UserError if there are too many of the same second."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
         try:
@@ -65,15 +71,15 @@ def claim_directory(parent: Path) -> Path:
         except FileExistsError:
             continue
         return parent / name
-    raise UserError(f"{parent} already holds a thousand runs of {stamp}.")
+    raise UserError(f"{parent} already contains a thousand directories named {stamp}.")
 
 
 def load_config(directory: Path) -> RunConfig:
-    """Reads the configuration of a run; raises UserError if there is none, or it is not valid."""
+    """Reads the configuration of a run; raises UserError if it is missing or invalid."""
     path = directory / CONFIG
     if not path.is_file():
-        missing = f"there is no {CONFIG} in it" if directory.is_dir() else "there is no such directory"
-        raise UserError(f"{directory} is not a run directory: {missing} (looked from {Path.cwd()}).")
+        missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
+        raise UserError(f"{directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -87,7 +93,7 @@ def load_config(directory: Path) -> RunConfig:
 
 
 def newest_run(name: str) -> Path | None:
-    """Returns the run of a name with the newest intact checkpoint; None if there is none."""
+    """Returns the run directory of this name with the newest intact checkpoint; None if there is none."""
     run_dirs = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
     saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in run_dirs}
     runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
@@ -105,20 +111,20 @@ def newest_checkpoint(directory: Path) -> Path:
 
 
 def best_checkpoint(directory: Path) -> Path:
-    """Returns the intact checkpoint of a run with the lowest val loss; raises UserError if there is none."""
+    """Returns the best intact checkpoint of a run, by val loss; raises UserError if there is none."""
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
 def require_checkpoint(directory: Path) -> None:
-    """Raises UserError if a run has no checkpoint; reads none."""
+    """Raises UserError if a run has no checkpoint; does not verify checkpoints."""
     if not has_checkpoint(directory):
-        raise UserError(f"{directory} has no checkpoint: nothing is in {directory / CHECKPOINTS}.")
+        raise UserError(f"{directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:
     if checkpoint_dir is None:
         require_checkpoint(directory)
-        raise UserError(f"{directory} has no checkpoint: only damaged ones are in {directory / CHECKPOINTS}.")
+        raise UserError(f"{directory} has no intact checkpoint: all of those in {directory / CHECKPOINTS} are damaged.")
     return checkpoint_dir
 
 
@@ -127,23 +133,23 @@ def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, 
 
     Args:
         directory: Run directory, for the message.
-        trained: Model of the run.
-        model: Model that gets its weights.
-        cropped: Whether the block of ``model`` may be shorter.
+        trained: Model configuration of the run.
+        model: Model configuration to load the weights into.
+        cropped: Whether ``model.block_size`` may be smaller.
 
     Raises:
-        UserError: Names the keys that differ.
+        UserError: The weights do not fit; the message names the keys that differ.
     """
     shape = trained.model_dump(include={*SHAPE_KEYS, "block_size"})
     check_shape(directory, shape, model, cropped=cropped)
 
 
-def check_shape(path: Path, there: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
-    """Checks that weights of a shape fit a model; raises UserError that names ``path`` and the keys that differ."""
-    here = model.model_dump()
-    differences = [key for key in there if key != "block_size" and there[key] != here[key]]
-    if there["block_size"] < model.block_size or (there["block_size"] > model.block_size and not cropped):
+def check_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
+    """Checks that weights of a shape fit a model; raises UserError with the keys that differ."""
+    own = model.model_dump()
+    differences = [key for key in shape if key != "block_size" and shape[key] != own[key]]
+    if shape["block_size"] < model.block_size or (shape["block_size"] > model.block_size and not cropped):
         differences.append("block_size")
     if differences:
-        named = (f"model.{key} is {there[key]} there and {here[key]} here" for key in differences)
+        named = (f"model.{key}={own[key]}, but the weights have {shape[key]}" for key in differences)
         raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.")

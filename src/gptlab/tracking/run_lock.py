@@ -1,4 +1,4 @@
-"""Lock of a run directory, so that it has one writer. Imports no torch."""
+"""Lock of a run directory, which ensures a single writer. Imports no torch."""
 
 import contextlib
 import logging
@@ -15,19 +15,19 @@ from gptlab.exit_codes import FAILED
 
 log = logging.getLogger(__name__)
 
-LOCK = ".run.lock"  # names its owner's host, process and start time
+LOCK = ".run.lock"  # contains the owner's host, process and start time
 REFRESH = 5.0  # seconds between the owner's refreshes
 LEASE = 120.0  # seconds without a refresh after which the owner counts as dead; shared file systems may stall
-WAIT = 5.0  # seconds that a live owner has to end: workers outlive a killed supervisor by a moment
+WAIT = 5.0  # seconds to wait for a live owner to end: workers briefly outlive a killed supervisor
 POLL = 0.1  # seconds
 
 
 class RunLock:
     """Lock of a run directory, held by the process that writes there.
 
-    The owner refreshes the lock every ``REFRESH`` seconds. A lock is taken over at once where its owner is a process of
-    this host that has ended, and elsewhere after ``LEASE`` seconds without a refresh, by the waiting process's clock.
-    An owner that loses its lock (it was suspended, cut off from the file system, or the file was deleted) exits when
+    The owner refreshes the lock every ``REFRESH`` seconds. A lock is taken over immediately if its owner was a process
+    on this host that has ended, otherwise after ``LEASE`` seconds without a refresh, by the waiting process's clock. An
+    owner that loses its lock (it was suspended, disconnected from the file system, or the file was deleted) exits when
     its next refresh fails.
     """
 
@@ -42,10 +42,10 @@ class RunLock:
             self._lease.release()
 
     def acquire(self, directory: Path) -> None:
-        """Acquires the lock of ``directory``, unless this object holds a lock already.
+        """Acquires the lock of ``directory``, unless this object already holds a lock.
 
         Raises:
-            UserError: Another process holds it, or no file can be created there.
+            UserError: Another process holds the lock, or the lock file cannot be created.
         """
         if self._lease is not None:
             return
@@ -57,11 +57,11 @@ class RunLock:
                 waited = time.monotonic() - began
                 if waited > LEASE + WAIT or (waited > WAIT and _last_refresh(path) not in (refreshed, None)):
                     raise UserError(
-                        f"{directory} is being written by {_owner(path)}. Two processes would mix their rows and "
-                        "checkpoints: wait for the other one or end it, then run the same command again."
+                        f"{directory} is being written by {_owner(path)}, and two processes would corrupt its "
+                        "metrics and checkpoints. Wait for the other process or end it, then run this command again."
                     )
                 if waited < POLL:
-                    log.info("Waiting for %s, which writes %s ...", _owner(path), directory)
+                    log.info("Waiting for %s, which is writing to %s ...", _owner(path), directory)
                 time.sleep(POLL)
         except OSError as error:
             raise UserError(f"{directory} cannot be locked for writing: {error}.") from error
@@ -76,7 +76,7 @@ def _try_acquire(lease: SoftFileLease) -> bool:
 
 
 def _last_refresh(path: Path) -> tuple[int, int] | None:
-    """Returns what changes with each refresh of a lock; None if it does not exist."""
+    """Returns inode and modification time of a lock file, which change with each refresh; None if it does not exist."""
     with contextlib.suppress(OSError):
         stat = path.stat()
         return stat.st_ino, stat.st_mtime_ns
@@ -84,7 +84,7 @@ def _last_refresh(path: Path) -> tuple[int, int] | None:
 
 
 def _owner(path: Path) -> str:
-    """Returns the process that a lock file names, for messages."""
+    """Returns a description of the process that owns a lock file, for messages."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError, UnicodeDecodeError):
         fields = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
@@ -92,9 +92,9 @@ def _owner(path: Path) -> str:
 
 
 def _exit(loss: LeaseCompromise) -> None:
-    """Exits: the lock is lost, and another process may write the run. filelock calls this from its thread."""
+    """Exits, since the lock is lost and another process may write the run. filelock calls this from its thread."""
     path = Path(loss.lock_file)
     reason = f"{_owner(path)} took over this run" if loss.reason == "owner-changed" else f"{loss.error or loss.reason}"
-    # not logged: train.log may be another process's by now
+    # not logged: train.log may now belong to another process
     print(f"gptlab: The lock {path} is lost ({reason}). Exiting.", file=sys.stderr, flush=True)
     os._exit(FAILED)

@@ -1,4 +1,4 @@
-"""The list of runs: what is found, filtered, sorted and written."""
+"""Listing of runs: finding, filtering, sorting and formatting."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ from gptlab.tracking.run_store.state import RunState
 
 @pytest.fixture
 def outputs(tmp_path):
-    """Three runs: one done, one that diverged in a sweep, and one older than state.json."""
+    """Three runs: one done, one trial that diverged, and one trial without state.json."""
 
     def make(name, lr, n_layer, state, **values):
         directory = tmp_path / "outputs" / name
@@ -41,14 +41,14 @@ def lines(outputs, *conditions, sort="run", descending=False):
     return [line["run"].partition("/")[0] + line["run"][-2:] for line in found]
 
 
-def test_runs_are_found_wherever_they_are_and_jobs_in_their_order(outputs):
+def test_runs_are_found_at_any_depth_and_trials_in_order(outputs):
     names = [run.name for run in find_runs(str(outputs))]
     assert names == ["a/2026-01-01_00-00-00", "s/2026-01-02_00-00-00/2", "s/2026-01-02_00-00-00/10"]
     assert [run.name for run in find_runs(str(outputs / "s" / "*" / "1*"))] == ["s/2026-01-02_00-00-00/10"]
-    with pytest.raises(UserError, match="there is no such place"):
+    with pytest.raises(UserError, match="it does not exist"):
         find_runs(str(outputs / "none"))
     (outputs / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no run directory \(one with a config.yaml\)"):
+    with pytest.raises(UserError, match=r"no run directory \(with a config.yaml\)"):
         find_runs(str(outputs / "empty"))
 
 
@@ -76,19 +76,23 @@ def test_runs_are_sorted_and_those_without_a_value_come_last(outputs):
 
 @pytest.mark.parametrize(
     ("condition", "sentence"),
-    [("optimizer.lr", "a condition is a key"), ("=3", "a condition is a key"), ("optimizer.rl=1", "optimizer.lr")],
+    [
+        ("optimizer.lr", "filter=optimizer.lr is not valid"),
+        ("=3", "filter==3 is not valid"),
+        ("optimizer.rl=1", "optimizer.lr"),
+    ],
 )
-def test_what_is_no_condition_is_refused(outputs, condition, sentence):
+def test_an_invalid_condition_is_an_error(outputs, condition, sentence):
     with pytest.raises(UserError, match=sentence):
         lines(outputs, condition)
 
 
-def test_a_run_without_a_state_is_read_off_its_metrics(outputs):
+def test_a_run_without_a_state_is_listed_from_its_metrics(outputs):
     (line,) = list_runs(find_runs(str(outputs / "s" / "*" / "2")), [], "run", descending=False)
     assert (line["state"], line["step"], line["loss"], line["val_loss"]) == ("?", 10, 3.0, 3.25)
 
 
-def test_the_list_is_written_as_table_csv_and_json(outputs):
+def test_the_list_is_formatted_as_table_csv_and_json(outputs):
     found = list_runs(find_runs(str(outputs)), [], "run", descending=False)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(format_table(found[:2], [*COLUMNS, "model.norm"], left_out=1))
@@ -105,7 +109,7 @@ def test_the_list_is_written_as_table_csv_and_json(outputs):
     assert json.loads(format_json(found, ["step"])) == [{"step": 10}, {"step": 4}, {"step": 10}]
 
 
-def test_series_and_values_leave_out_what_is_not_there(outputs):
+def test_series_and_values_skip_missing_and_nan_values(outputs):
     run = Run(outputs / "a" / "2026-01-01_00-00-00")
     assert run.series("val/loss")[0] == [5, 10]
     assert run.value() == 3.25

@@ -1,4 +1,4 @@
-"""state.json: where a run stands, also of one that can no longer say so itself."""
+"""state.json: the state of a run, including runs whose process is gone."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def test_a_run_of_this_process_is_running(tmp_path):
 @pytest.mark.parametrize("is_reaped", [True, False], ids=["gone", "a zombie"])
 def test_a_run_whose_process_is_gone_is_lost(tmp_path, is_reaped):
     process = subprocess.Popen((sys.executable, "-c", ""))
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it has ended and is a zombie until it is reaped
     if is_reaped:
         process.wait()
     new_state(100).model_copy(update={"pid": process.pid, "seconds_left": 5.0}).save(tmp_path)
@@ -34,7 +34,7 @@ def test_a_run_whose_process_is_gone_is_lost(tmp_path, is_reaped):
 
 
 @pytest.mark.parametrize(("age", "expected"), [(SILENT_SECONDS / 2, "running"), (SILENT_SECONDS * 2, "lost")])
-def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected):
+def test_a_run_on_another_host_is_lost_without_updates(tmp_path, age, expected):
     RunState(state="running", pid=1, host="elsewhere", updated=time.time() - age).save(tmp_path)
     assert load_state(tmp_path).state == expected
 
@@ -46,21 +46,21 @@ def test_a_run_on_another_machine_is_judged_by_its_news(tmp_path, age, expected)
         *((DIVERGED, "diverged"), (CONFIG_ERROR, "config_error"), (FAILED, "failed"), (137, "failed")),
     ],
 )
-def test_an_end_is_written_down(tmp_path, status, state):
+def test_end_state_records_exit_code_and_message(tmp_path, status, state):
     new_state(10).model_copy(update={"step": 7, "loss": 2.5}).save(tmp_path)
     end_state(tmp_path, status, "why")
     found = load_state(tmp_path)
     assert (found.state, found.status, found.message, found.step, found.loss) == (state, status, "why", 7, 2.5)
 
 
-def test_a_run_that_was_stopped_is_at_the_step_that_was_saved(tmp_path):
-    new_state(100).model_copy(update={"step": 30, "tokens": 300}).save(tmp_path)  # the last step that was logged
+def test_a_preempted_run_records_the_step_of_its_checkpoint(tmp_path):
+    new_state(100).model_copy(update={"step": 30, "tokens": 300}).save(tmp_path)  # the last logged step
     end_state(tmp_path, PREEMPTED, step=54, tokens=540)
     found = load_state(tmp_path)
     assert (found.state, found.step, found.tokens) == ("stopped", 54, 540)
 
 
-def test_a_state_by_an_earlier_name_is_read_by_its_present_one(tmp_path):
+def test_a_state_with_an_earlier_name_is_read_by_its_current_one(tmp_path):
     (tmp_path / "state.json").write_text('{"state": "mistaken", "status": 2}')
     assert load_state(tmp_path).state == "config_error"
     (tmp_path / "0").mkdir()
@@ -69,13 +69,13 @@ def test_a_state_by_an_earlier_name_is_read_by_its_present_one(tmp_path):
     assert [trial.state for trial in load_trials(tmp_path)] == ["config_error"]
 
 
-def test_errors_have_the_status_that_commands_end_with():
+def test_status_of_returns_the_exit_code_of_the_command():
     errors = [KeyboardInterrupt(), Diverged(), UserError(), RuntimeError()]
     assert [status_of(error) for error in errors] == [INTERRUPTED, DIVERGED, CONFIG_ERROR, FAILED]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x"}'])
-def test_what_is_no_state_is_none(tmp_path, text):
+def test_a_missing_or_invalid_state_is_none(tmp_path, text):
     assert load_state(tmp_path) is None
     (tmp_path / "state.json").write_text(text)
     assert load_state(tmp_path) is None

@@ -1,4 +1,4 @@
-"""Alerts, artifacts and samples, with a stand-in for the run of W&B."""
+"""Alerts, artifacts and samples, with a stand-in for W&B's run."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 
 
 class Run:
-    """Keeps what it is given."""
+    """Stand-in for W&B's run that records its arguments."""
 
     id, offline = "abc", True
 
@@ -49,7 +49,7 @@ class Run:
         self.rows.append((step, commit, row))
 
 
-def test_a_second_alert_of_a_kind_waits():
+def test_alerts_of_a_kind_are_limited_in_time():
     run, clock = Run(), SimpleNamespace(now=100.0)
     alerts = Alerts(run, 60.0, lambda: clock.now)
     for now, kind in ((100, "Loss spike"), (101, "Step skipped"), (159, "Loss spike"), (161, "Loss spike")):
@@ -64,14 +64,14 @@ def test_a_second_alert_of_a_kind_waits():
     assert {alert["wait_duration"] for alert in run.alerts} == {60.0}
 
 
-def test_an_alert_that_cannot_be_sent_ends_no_run(tmp_path, caplog):
+def test_an_alert_that_cannot_be_sent_only_ends_the_record(tmp_path, caplog):
     run = Run()
     run.error = ConnectionResetError("gone")
     record = RunWandbLogger(run, tmp_path, first_step=0)
-    record.alert("Loss spike", "nobody listens")  # there are none
+    record.alert("Loss spike", "not sent")  # alerts are disabled
     record.alerts = Alerts(run, 60.0)
-    record.alert("Loss spike", "nobody hears")
-    assert caplog.messages == ["W&B has failed, and gets no more rows: gone. metrics.csv has them all."]
+    record.alert("Loss spike", "fails")
+    assert caplog.messages == ["W&B has failed and receives no more rows: gone. metrics.csv has all rows."]
 
 
 def checkpoint(tmp_path, step: int) -> Any:
@@ -97,7 +97,7 @@ def taken(tmp_path, which: Any, losses: list[float | None], best: float = math.i
     [
         ("all", math.inf, ["best 1", "2", "best 3", "4"]),
         ("best", math.inf, ["best 1", "best 3"]),
-        ("best", 2.5, ["best 3"]),  # a resumed run knows what was the best before
+        ("best", 2.5, ["best 3"]),  # a resumed run knows the earlier best
         ("all", 1.0, ["1", "2", "3", "4"]),
     ],
 )
@@ -113,7 +113,7 @@ def test_checkpoints_become_artifacts_with_their_aliases(tmp_path, which, best, 
     assert found == expected
 
 
-def test_what_is_sent_is_there_when_the_checkpoint_is_gone(tmp_path):
+def test_an_artifact_keeps_its_files_when_the_checkpoint_is_deleted(tmp_path):
     run = taken(tmp_path, "all", [3.0])
     (artifact, _), checkpoint_dir = run.artifacts[0], tmp_path / "checkpoints" / "step_000001"
     entries = artifact.manifest.entries
@@ -125,11 +125,11 @@ def test_what_is_sent_is_there_when_the_checkpoint_is_gone(tmp_path):
     assert kept.read_bytes() == b"weights 1"
 
 
-def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
+def test_a_checkpoint_that_is_saved_again_is_linked_separately(tmp_path):
     run = Run()
     uploader = BackgroundUploader()
     artifacts = CheckpointArtifacts(run, tmp_path, uploader, "all")
-    for loss in (None, 2.0):  # saved before its evaluation, and after it
+    for loss in (None, 2.0):  # saved before and after its evaluation
         artifacts.upload(
             checkpoint(tmp_path, 1), CheckpointMetadata(step=1, val_loss=loss, evaluation_due=loss is None)
         )
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_is_made_again_has_a_place_of_its_own(tmp_path):
     assert len(paths) == 2
 
 
-def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_path, caplog):
+def test_a_failed_upload_is_logged_and_the_next_one_is_sent(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "gptlab")
     run = Run()
     uploader = BackgroundUploader()
@@ -151,13 +151,13 @@ def test_a_checkpoint_that_cannot_be_sent_is_told_and_the_next_one_is_sent(tmp_p
     assert "checkpoint of step 1" in caplog.messages[0]
 
 
-def test_the_texts_of_a_file_are_those_that_were_written():
+def test_parse_samples_returns_the_texts_that_were_written():
     texts = ["one\n\ntwo\n", "--- sample\n", ""]
     written = "\n\n".join(f"{HEADING.format(i)}{text}" for i, text in enumerate(texts, 1)) + "\n"
     assert parse_samples(written) == texts
 
 
-def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
+def test_the_table_of_samples_has_all_samples_up_to_the_step(tmp_path):
     (tmp_path / "samples").mkdir()
     for step, texts in ((2, ["a", "b"]), (10, ["c", "d"]), (14, ["later", "of a run that was interrupted"])):
         text = "\n\n".join(f"--- sample {i} ---\n{text}" for i, text in enumerate(texts, 1))
@@ -165,18 +165,18 @@ def test_the_table_of_samples_has_all_that_was_written_up_to_the_step(tmp_path):
     run = Run()
     record = RunWandbLogger(run, tmp_path, first_step=0)
     record.uploader = BackgroundUploader()
-    record.log_samples(2, lambda step: 32 * step)  # before the first row, to which it could be added
+    record.log_samples(2, lambda step: 32 * step)  # before the first row: there is no row to add it to
     record.log_metrics({"val/loss": 1.0}, 10)
     record.log_samples(10, lambda step: 32 * step)
     record.uploader.close(60)
     _, (step, commit, row) = run.rows
-    assert (step, commit) == (None, False)  # into the row that is being written
+    assert (step, commit) == (None, False)  # added to the current row
     assert row["samples"].columns == ["step", "tokens", "text"]
     assert row["samples"].data == [[2, 64, "a"], [2, 64, "b"], [10, 320, "c"], [10, 320, "d"]]
 
 
 @pytest.mark.parametrize(("before", "expected"), [(1.5, 1.5), (3.0, 2.0), (math.inf, 2.0)])
-def test_the_lowest_loss_may_have_been_before_a_resume(tmp_path, before, expected):
+def test_the_summary_keeps_the_lowest_loss_from_before_a_resume(tmp_path, before, expected):
     run = wandb.init(dir=tmp_path, mode="offline", settings=wandb.Settings(silent=True, console="off"))
     run.define_metric("val/loss", summary="min")
     record = RunWandbLogger(run, tmp_path, first_step=0, best=before)
@@ -194,7 +194,7 @@ def test_the_lowest_loss_may_have_been_before_a_resume(tmp_path, before, expecte
     ("error", "exit_code"),
     [(None, 1), (KeyboardInterrupt(), 130), (Diverged("nan"), 3), (Preempted(), 75), (ValueError("x"), 1)],
 )
-def test_the_exit_code_is_that_of_the_process(tmp_path, error, exit_code):
+def test_wandb_gets_the_exit_code_of_the_process(tmp_path, error, exit_code):
     ended: list[Any] = []
     preempting = partial(ended.append, "preempting")
     run = SimpleNamespace(offline=True, finish=lambda exit_code: ended.append(exit_code), mark_preempting=preempting)

@@ -1,4 +1,4 @@
-"""The records that W&B's client leaves, read as W&B's own reader reads them."""
+"""Reading of W&B's records, compared with W&B's own reader."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ WANDB = Path(sys.executable).parent / "wandb"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    """A run directory with a record of rows from one byte to several blocks long."""
+    """Run directory with a record whose rows are from one byte to several blocks long."""
     directory = tmp_path_factory.mktemp("run")
     settings = wandb.Settings(silent=True, x_disable_stats=True, console="off")
     run = wandb.init(project="p", id="abc", dir=directory, mode="offline", settings=settings)
@@ -28,19 +28,19 @@ def directory(tmp_path_factory) -> Path:
 
 
 def steps(record: Path) -> list[int]:
-    """What W&B's reader finds."""
+    """Returns the steps that W&B's reader finds."""
     printed = subprocess.run((WANDB, "leet", "inspect", "--json", record), capture_output=True, check=True).stdout
     return [record["history"]["step"]["num"] for record in map(json.loads, printed.splitlines()) if "history" in record]
 
 
-def test_the_last_step_is_that_of_wandb_s_reader(directory):
+def test_last_step_agrees_with_wandbs_reader(directory):
     (record,) = wandb_records(directory)
     assert steps(record)[-1] == 39
     assert last_step(record) == 39
 
 
 @pytest.mark.parametrize("kept", [0, 100, 32768, 1_000_003])
-def test_a_record_that_was_cut_off_counts_up_to_there(directory, tmp_path, kept):
+def test_last_step_of_a_truncated_record_agrees_with_wandbs_reader(directory, tmp_path, kept):
     (whole,) = wandb_records(directory)
     assert whole.stat().st_size > 1_000_003
     record = tmp_path / "run-abc.wandb"
@@ -50,22 +50,22 @@ def test_a_record_that_was_cut_off_counts_up_to_there(directory, tmp_path, kept)
 
 
 @pytest.mark.parametrize("kept", [100, 32768, 1_000_003])
-def test_a_record_that_was_cut_off_is_mended_without_losing_a_row(directory, tmp_path, kept):
+def test_truncate_incomplete_keeps_every_complete_row(directory, tmp_path, kept):
     (whole,) = wandb_records(directory)
     record = tmp_path / "run-abc.wandb"
     record.write_bytes(whole.read_bytes()[:kept])
     found = steps(record)
     truncate_incomplete(record)
     assert steps(record) == found
-    mended = record.stat().st_size
-    assert mended < kept
+    size = record.stat().st_size
+    assert size < kept
     read = subprocess.run((WANDB, "leet", "inspect", "--json", record), capture_output=True, text=True, check=True)
     assert "unexpected EOF" not in read.stderr
     truncate_incomplete(record)
-    assert record.stat().st_size == mended  # what is whole stays
+    assert record.stat().st_size == size  # a complete record stays unchanged
 
 
-def test_a_whole_record_is_left_alone(directory):
+def test_truncate_incomplete_leaves_a_complete_record_unchanged(directory):
     (whole,) = wandb_records(directory)
     before = whole.read_bytes()
     truncate_incomplete(whole)
@@ -73,7 +73,7 @@ def test_a_whole_record_is_left_alone(directory):
 
 
 def row(step: int, length: int) -> bytes:
-    """A row of a step, as a message of so many bytes."""
+    """Returns the row of a step as a message of ``length`` bytes."""
     message = Record()
     message.history.step.num = step
     item = message.history.item.add(key="text", value_json='""')
@@ -84,32 +84,32 @@ def row(step: int, length: int) -> bytes:
 
 
 @pytest.mark.parametrize("left", [0, 1, 6, 7, 8])
-def test_the_end_of_a_block_may_be_left_empty(tmp_path, left):
-    """Two records, written by LevelDB's rules: the first leaves so many bytes of its block."""
+def test_padding_at_the_end_of_a_block_is_skipped(tmp_path, left):
+    """Two rows in LevelDB's format: the first one leaves ``left`` bytes of its block."""
     record, one, two = tmp_path / "run-abc.wandb", row(1, 32768 - 7 - 7 - left), row(2, 100)
-    content = b":W&B\xe1\xbe\x00" + piece(1, one)
+    content = b":W&B\xe1\xbe\x00" + fragment(1, one)
     if left < 7:
-        content += bytes(left) + piece(1, two)
+        content += bytes(left) + fragment(1, two)
     else:
-        content += piece(2, two[: left - 7]) + piece(4, two[left - 7 :])
+        content += fragment(2, two[: left - 7]) + fragment(4, two[left - 7 :])
     record.write_bytes(content)
     assert steps(record) == [1, 2]
     assert last_step(record) == 2
 
 
-def test_a_damaged_record_counts_up_to_there(tmp_path):
-    record, damaged = tmp_path / "run-abc.wandb", bytearray(piece(1, row(2, 100)))
+def test_last_step_stops_at_a_damaged_row(tmp_path):
+    record, damaged = tmp_path / "run-abc.wandb", bytearray(fragment(1, row(2, 100)))
     damaged[50] ^= 255
-    record.write_bytes(b":W&B\xe1\xbe\x00" + piece(1, row(1, 100)) + damaged)
+    record.write_bytes(b":W&B\xe1\xbe\x00" + fragment(1, row(1, 100)) + damaged)
     assert last_step(record) == 1
     assert steps(record) == [1]
 
 
-def piece(kind: int, data: bytes) -> bytes:
+def fragment(kind: int, data: bytes) -> bytes:
     return crc32(bytes([kind]) + data).to_bytes(4, "little") + len(data).to_bytes(2, "little") + bytes([kind]) + data
 
 
-def test_what_is_unsent_is_named_in_order(tmp_path, monkeypatch):
+def test_sync_command_names_unsent_records_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ("run-20260102_000000-a", "offline-run-20260101_000000-a", "offline-run-20260103_000000-a")
     for name in names:

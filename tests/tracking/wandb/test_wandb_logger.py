@@ -1,4 +1,4 @@
-"""The logger alone, over a run that does what W&B may do."""
+"""RunWandbLogger with a stand-in for W&B's run that can fail."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from gptlab.tracking.wandb.logger import RunWandbLogger
 
 
 class Run:
-    """Stands for W&B's; ``error`` is what it raises from then on."""
+    """Stand-in for W&B's run; raises ``error`` if it is set."""
 
     offline, id, sync_dir = False, "abc", ""
 
@@ -39,19 +39,19 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def told(caplog):
+def messages(caplog):
     caplog.set_level(logging.INFO, "gptlab")
     return lambda: [record.message for record in caplog.records]
 
 
-def test_rows_that_are_there_already_are_not_written_again(run, tmp_path):
+def test_rows_before_the_first_step_are_not_logged_again(run, tmp_path):
     logger = RunWandbLogger(run, tmp_path, first_step=5)
     for step in range(3, 8):
         logger.log_metrics({"loss": step}, step)
     assert run.rows == [(step, {"loss": step}) for step in (5, 6, 7)]
 
 
-def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
+def test_an_error_gives_one_warning_and_ends_the_record(run, tmp_path, messages):
     logger = RunWandbLogger(run, tmp_path, first_step=0)
     logger.log_metrics({"loss": 1.0}, 1)
     run.error = ConnectionResetError("Connection lost")
@@ -59,22 +59,22 @@ def test_an_error_is_one_warning_and_the_end_of_the_record(run, tmp_path, told):
         logger.log_metrics({"loss": 1.0}, step)
     logger.finalize("success")
     assert run.rows == [(1, {"loss": 1.0})]
-    assert told() == ["W&B has failed, and gets no more rows: Connection lost. metrics.csv has them all."]
+    assert messages() == ["W&B has failed and receives no more rows: Connection lost. metrics.csv has all rows."]
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])
-def test_a_record_that_was_taken_is_marked_so(run, tmp_path, told, status, exit_code):
+def test_a_completely_sent_record_is_marked_as_synced(run, tmp_path, messages, status, exit_code):
     logger = RunWandbLogger(run, tmp_path, first_step=0)
     logger.finalize(status)
     assert run.exit_code == exit_code
-    assert (Path(run.sync_dir) / "run-abc.wandb.synced").exists()  # the name under which W&B looks for it
-    assert told() == []
+    assert (Path(run.sync_dir) / "run-abc.wandb.synced").exists()  # the file name that W&B checks
+    assert messages() == []
 
 
-def test_a_record_that_was_not_taken_in_time_is_named(run, tmp_path, told, monkeypatch):
+def test_a_record_that_was_not_sent_in_time_is_named(run, tmp_path, messages, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run.error = TimeoutError("Timed out finishing run.")
     RunWandbLogger(run, tmp_path, first_step=0).finalize("success")
     assert not (Path(run.sync_dir) / "run-abc.wandb.synced").exists()
-    (message,) = told()
-    assert message.endswith("to send it: wandb sync --include-online wandb/run-20260101_000000-abc")
+    (message,) = messages()
+    assert message.endswith("To upload it: wandb sync --include-online wandb/run-20260101_000000-abc")

@@ -1,4 +1,4 @@
-/* Curves of a metric: over which axis, and several seeds of one point as their mean with a band. */
+/* Curves of a metric over the selected axis; the seeds of a point are drawn as mean and band. */
 
 const TIME = [
   [172800, 86400, "days"],
@@ -12,7 +12,7 @@ const AXES = {
   step: { label: "steps", title: () => "optimizer steps", of: (curve) => curve.step, layout: {} },
   flops: {
     label: "FLOPs",
-    title: () => "training FLOPs (tokens × FLOPs a token)",
+    title: () => "training FLOPs (tokens × FLOPs per token)",
     layout: { exponentformat: "power" },
     of: (curve, run) => curve.tokens.map((tokens) => (run.flops === null ? null : tokens * run.flops)),
   },
@@ -27,7 +27,7 @@ const AXES = {
   },
 };
 
-/** Seconds in the unit that suits the longest run, and its name. */
+/** Unit of time for the longest run: [from, seconds per unit, name]. */
 function timeUnit() {
   let longest = 0;
   for (const run of DATA.runs)
@@ -35,7 +35,7 @@ function timeUnit() {
   return TIME.find(([from]) => longest >= from);
 }
 
-/** What a run has of a metric, over the chosen axis: {x, y}; null where it has nothing. */
+/** Curve of a metric over the selected axis: {x, y, run}; null if the run does not have it. */
 function curveOf(run, metric) {
   const curve = run.series[metric];
   if (!curve) return null;
@@ -43,7 +43,7 @@ function curveOf(run, metric) {
   return x.length && x[0] !== null ? { x, y: curve.value, run } : null;
 }
 
-/** A curve's value at a place between its points; null outside them. */
+/** Value of a curve at a position, interpolated linearly; null outside of its range. */
 function at(curve, place) {
   let [low, high] = [0, curve.x.length - 1];
   if (place < curve.x[0] || place > curve.x[high]) return null;
@@ -58,8 +58,8 @@ function at(curve, place) {
   return y0 === null || y1 === null ? null : y0 + ((y1 - y0) * (place - x0)) / (x1 - x0);
 }
 
-/** The mean of curves and their lowest and highest, where all of them are. */
-function together(curves) {
+/** Mean, lowest and highest value of curves, at positions within the range of all of them. */
+function meanAndRange(curves) {
   const places = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
   const found = { x: [], mean: [], low: [], high: [] };
   for (const place of places) {
@@ -73,9 +73,9 @@ function together(curves) {
   return found;
 }
 
-const NO_SEEDS = ["failed", "diverged", "pruned", "config_error"]; // ended before their time: in no mean
+const NO_SEEDS = ["failed", "diverged", "pruned", "config_error"]; // ended early: excluded from means
 
-/** Curves behind one another in one trace, with gaps between them. */
+/** Concatenates curves to one trace, with gaps between them. */
 function joined(curves) {
   const trace = { x: [], y: [], text: [] };
   for (const curve of curves) {
@@ -87,7 +87,7 @@ function joined(curves) {
   return trace;
 }
 
-/** The traces of a metric, of the runs that are shown. */
+/** Traces of a metric for the shown runs. */
 function traces(metric, style) {
   const found = [];
   const shown = shownRuns();
@@ -97,7 +97,7 @@ function traces(metric, style) {
       .map((run) => curveOf(run, metric))
       .filter(Boolean);
     if (!curves.length) continue;
-    const { colour: own, dash } = look(point);
+    const { color: own, dash } = look(point);
     const name = plain(DATA.points[point]);
     const about = (kind) => ({ type: "scatter", name, meta: { point, metric, kind } });
     const hover = `<b>%{fullData.name}</b><br>${plain(metric)} %{y:.5~g} at %{x:.4~s}`;
@@ -121,7 +121,7 @@ function traces(metric, style) {
         hovertemplate: `${hover}<br>%{text}<extra></extra>`,
       });
     } else if (seeds.length > 1) {
-      const { x, mean: middle, low, high } = together(seeds);
+      const { x, mean: middle, low, high } = meanAndRange(seeds);
       const band = { x: [...x, ...[...x].reverse()], y: [...high, ...[...low].reverse()] };
       found.push({
         ...about("band"),
@@ -149,7 +149,7 @@ function lineOf(style, own, dash, length) {
   return { mode: style.markers && length <= 60 ? "lines+markers" : "lines", line, marker: { size: 5, color: own } };
 }
 
-/** The x-axis that was chosen. */
+/** Layout of the selected x-axis. */
 function xAxis() {
   const axis = AXES[CHOSEN.axis];
   return { title: { text: axis.title() }, type: CHOSEN.logX ? "log" : "linear", ...axis.layout };

@@ -1,9 +1,9 @@
-/* Which runs are shown: words, settings, states; and the legend, which all charts share. */
+/* Filters by words, config values and states, and the legend shared by all charts. */
 
-const MOST_CHOICES = 24; // values of a setting that are worth a list
+const MOST_CHOICES = 24; // config keys with more values get no list
 const stateOf = (run) => run.state?.state ?? "unknown";
 
-/** Every setting that runs can be told apart by, with its values; the state is one. */
+/** Config keys that runs can be filtered by, and the state, each with its values. */
 function choices() {
   const found = [["state", distinct(DATA.runs.map(stateOf))]];
   for (const key of DATA.keys) {
@@ -15,7 +15,7 @@ function choices() {
 
 const picked = (run, key) => (key === "state" ? stateOf(run) : (run.settings[key] ?? null));
 
-/** All settings of a run whose name is, or ends in, a word. */
+/** Values of all config keys of a run whose name is, or ends in, a name. */
 function settingsNamed(run, name) {
   const all = { ...DATA.common, ...run.settings, ...run.varied, state: stateOf(run), parameters: run.parameters };
   return Object.entries(all)
@@ -43,7 +43,7 @@ function fits(run, term) {
   return words.join("\n").toLowerCase().includes(term.toLowerCase());
 }
 
-/** The runs that the filters let through. */
+/** Runs that pass the filters. */
 function filteredRuns() {
   const terms = CHOSEN.text.split(/\s+/).filter(Boolean);
   return DATA.runs.filter(
@@ -53,7 +53,7 @@ function filteredRuns() {
   );
 }
 
-/** Of these, those whose point is not hidden in the legend. */
+/** Runs that pass the filters and whose point is not hidden in the legend. */
 const shownRuns = () => filteredRuns().filter((run) => !CHOSEN.hidden.has(run.point));
 
 function pick(key, values, each, on) {
@@ -93,7 +93,7 @@ function toggle(point) {
   render();
 }
 
-/** Show a point alone; or all, where it is alone already. */
+/** Shows only one point, or all points if only this one is shown. */
 function isolate(point, points) {
   const alone = points.every((other) => (other === point) !== CHOSEN.hidden.has(other));
   CHOSEN.hidden = new Set(alone ? [] : points.filter((other) => other !== point));
@@ -107,14 +107,14 @@ function renderLegend() {
     points.map((point, i) => {
       const swatch = make("span", { class: "swatch" });
       const drawn = { dash: "dashed", dot: "dotted", dashdot: "double" }[looks[i].dash] ?? "solid";
-      swatch.style.borderTop = `3px ${drawn} ${looks[i].colour}`;
+      swatch.style.borderTop = `3px ${drawn} ${looks[i].color}`;
       const number = DATA.runs.filter((run) => run.point === point).length;
       return make(
         "button",
         {
           type: "button",
           "data-point": point,
-          title: "click: hide or show; double-click: show alone",
+          title: "click: hide or show; double-click: show only this one",
           onclick: (event) => event.detail < 2 && toggle(point),
           ondblclick: () => {
             CHOSEN.hidden.delete(point);
@@ -145,7 +145,7 @@ function listenToFilters() {
     CHOSEN.text = event.target.value;
     clearTimeout(waiting);
     if (DATA.runs.length <= 50) render();
-    else waiting = setTimeout(render, 300); // for the next letter, as drawing takes its time
+    else waiting = setTimeout(render, 300); // waits for more input, since rendering takes time
   });
   byId("reset").addEventListener("click", () => {
     CHOSEN.text = byId("search").value = "";

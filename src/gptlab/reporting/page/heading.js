@@ -1,4 +1,4 @@
-/* What the report is of, and the answers to the questions of its sweeps. */
+/* Title, summary, and the answers of sweeps. */
 
 function renderHeader() {
   const names = DATA.sweeps.map((sweep) => sweep.name);
@@ -20,9 +20,9 @@ function renderHeader() {
   const seconds = runs.map((run) => run.state?.seconds ?? 0).reduce((a, b) => a + b, 0);
   const tiles = [
     ["runs", count(runs.length), `${finished} done`],
-    [`lowest ${DATA.metric}`, best ? fixed(valueOf(best)) : "–", best ? DATA.points[best.point] : "none yet"],
-    ["tokens seen", compact(tokens.reduce((a, b) => a + b, 0)), "of all runs"],
-    ["time", clock(seconds), "of all runs, one after another"],
+    [`lowest ${DATA.metric}`, best ? fixed(valueOf(best)) : "–", best ? DATA.points[best.point] : "no evaluation yet"],
+    ["tokens seen", compact(tokens.reduce((a, b) => a + b, 0)), "sum of all runs"],
+    ["wall time", clock(seconds), "sum of all runs"],
   ];
   fill(byId("tiles"), tiles, () =>
     tiles.map(([name, large, small]) =>
@@ -31,7 +31,7 @@ function renderHeader() {
   );
   fill(byId("problems"), DATA.problems, () =>
     DATA.problems.length
-      ? [make("ul", { class: "note", role: "alert" }, ...DATA.problems.map((told) => make("li", {}, told)))]
+      ? [make("ul", { class: "note", role: "alert" }, ...DATA.problems.map((problem) => make("li", {}, problem)))]
       : [],
   );
 }
@@ -48,11 +48,11 @@ function renderAnswers() {
         make(
           "p",
           { class: "hint" },
-          `${sweep.name}: ${plural(sweep.trials, "trial")}, search by ${sweep.search}, of `,
+          `${sweep.name}: ${plural(sweep.trials, "trial")}, ${sweep.search} search over `,
           make("code", {}, space.join(" ")),
         ),
       );
-      if (!sweep.answers) parts.push(make("p", { class: "hint" }, "No table of answers stands beside it yet."));
+      if (!sweep.answers) parts.push(make("p", { class: "hint" }, "No results yet."));
       return make("section", {}, ...parts);
     }),
   );
@@ -69,7 +69,7 @@ function answersTable({ columns, rows }) {
   const body = rows.map((row) => make("tr", {}, ...cells(row)));
   return make(
     "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of answers" },
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of results" },
     make("table", {}, make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body)),
   );
 }

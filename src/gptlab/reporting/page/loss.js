@@ -1,15 +1,15 @@
-/* The loss, and under it whatever else is in metrics.csv. */
+/* Charts of the loss and of all other metrics in metrics.csv. */
 
 const TITLES = {
-  "val/bits_per_byte": "Bits per byte of val",
-  tokens_per_second: "Throughput, tokens a second",
+  "val/bits_per_byte": "Val bits per byte",
+  tokens_per_second: "Throughput, tokens per second",
   peak_memory_gb: "Peak memory, GB",
   grad_norm: "Gradient norm",
   lr: "Learning rate",
-  data_wait: "Share of the time that waits for data",
-  mfu: "Model FLOPs utilisation",
-  bad_steps: "Steps skipped for their gradient",
-  loss_spikes: "Spikes of the loss",
+  data_wait: "Fraction of time waiting for data",
+  mfu: "Model FLOPs utilization",
+  bad_steps: "Skipped steps (non-finite gradient)",
+  loss_spikes: "Loss spikes",
 };
 const LOSSES = { train: { width: 1.2, faint: 0.25, alpha: 0.6 }, val: { width: 2.4, markers: true } };
 
@@ -20,17 +20,17 @@ function renderLoss() {
   const range = frame(drawn);
   const layout = {
     xaxis: xAxis(),
-    yaxis: { title: { text: "loss, nats a token" }, type: CHOSEN.logY ? "log" : "linear", ...(range ? { range } : {}) },
+    yaxis: { title: { text: "loss, nats per token" }, type: CHOSEN.logY ? "log" : "linear", ...(range ? { range } : {}) },
   };
   draw("loss", drawn, layout, `${CHOSEN.axis} ${CHOSEN.logX} ${CHOSEN.logY} ${CHOSEN.whole}`);
   byId("loss").setAttribute(
     "aria-label",
-    `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the table of runs has the lowest`,
+    `Loss over ${AXES[CHOSEN.axis].label} of ${plural(shownRuns().length, "run")}; the table of runs has the lowest values`,
   );
   byId("loss-caption").textContent = lossCaption(drawn, range);
 }
 
-/** Where the loss is after the first tenth of each curve: what comes before makes all else flat. Null: all of it. */
+/** Range of the loss after the first tenth of each curve, which would flatten the rest; null for the whole range. */
 function frame(drawn) {
   if (CHOSEN.whole || CHOSEN.logX || CHOSEN.logY) return null;
   let [low, high, highest] = [Infinity, -Infinity, -Infinity];
@@ -47,34 +47,34 @@ function frame(drawn) {
 }
 
 function lossCaption(drawn, range) {
-  const said = [];
-  if (CHOSEN.val && CHOSEN.train) said.push("Thick: val. Thin: train.");
+  const sentences = [];
+  if (CHOSEN.val && CHOSEN.train) sentences.push("Thick: val. Thin: train.");
   if (drawn.some((trace) => trace.meta.kind === "band")) {
-    said.push(
-      "Runs that differ in the seed alone are one line, their mean; the band is from the lowest to the highest, " +
-        "as far as all of them have come. Runs that failed, diverged or were pruned are in no mean.",
+    sentences.push(
+      "Runs that differ only in the seed are drawn as their mean, with a band from the lowest to the highest value, " +
+        "up to the end of the shortest one. Runs that failed, diverged or were pruned are excluded from means.",
     );
   }
-  if (orderedKey() === null && DATA.points.length > COLOURS * DASHES.length) {
-    said.push(`So many points have no colour each: theirs goes by their lowest ${DATA.metric}.`);
+  if (orderedKey() === null && DATA.points.length > COLORS * DASHES.length) {
+    sentences.push(`There are too many points for separate colors: points are colored by their lowest ${DATA.metric}.`);
   }
   if (CHOSEN.axis === "time")
-    said.push(
-      "Time is that of training alone: the sum of tokens / tokens_per_second. " +
-        "Evaluations, samples and checkpoints do not count.",
+    sentences.push(
+      "Time is training only: the sum of tokens / tokens_per_second. " +
+        "It excludes evaluations, samples and checkpoints.",
     );
   if (CHOSEN.axis === "flops") {
-    said.push("FLOPs a token, forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).");
+    sentences.push("FLOPs per token, forward and backward: 6 N + 12 L C T (Chowdhery et al. 2022, appendix B).");
     const unknown = shownRuns().filter((run) => run.flops === null).length;
     if (unknown)
-      said.push(`${plural(unknown, "run")} whose model cannot be read ${unknown === 1 ? "is" : "are"} not drawn.`);
+      sentences.push(`${plural(unknown, "run")} whose model configuration cannot be read ${unknown === 1 ? "is" : "are"} not drawn.`);
   }
-  if (range) said.push("The first tenth may begin above the frame: a double click, or “all of y”, shows it.");
-  if (!drawn.length) said.push("Nothing to draw: no run that is shown has a loss yet.");
-  return said.join(" ");
+  if (range) sentences.push("The first tenth may be above the visible range: double-click, or check “full y range”, to show it.");
+  if (!drawn.length) sentences.push("No data: none of the shown runs has a loss yet.");
+  return sentences.join(" ");
 }
 
-/** All metrics but the losses, those with a title first. */
+/** All metrics except the losses; those with a title come first. */
 function otherMetrics() {
   const there = new Set(DATA.runs.flatMap((run) => Object.keys(run.series)));
   const known = Object.keys(TITLES).filter((metric) => there.has(metric));
@@ -111,8 +111,8 @@ function renderTraining() {
     byId(`metric-${i}`).setAttribute("aria-label", `${TITLES[metric] ?? metric} over ${AXES[CHOSEN.axis].label}`);
   });
   byId("training-caption").textContent =
-    "Over the axis that is chosen for the loss. Throughput is that of training alone; " +
-    "memory is the GPU's, or on a CPU the process's.";
+    "Over the axis selected for the loss. Throughput is that of training only. " +
+    "Memory is that of the GPU or, on a CPU, of the process.";
 }
 
 function buildAxisControls() {
@@ -135,7 +135,7 @@ function buildAxisControls() {
     singles: "single seeds",
     logX: "log x",
     logY: "log y",
-    whole: "all of y",
+    whole: "full y range",
   };
   for (const [name, label] of Object.entries(switches)) {
     const box = make("input", {

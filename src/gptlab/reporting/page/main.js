@@ -1,4 +1,4 @@
-/* Draws everything; anew when the reader chooses, when day turns to night, and when the runs have gone on. */
+/* Renders the page; again on user input, on a change between light and dark mode, and on new data. */
 
 function render() {
   LOOKS.clear();
@@ -23,22 +23,22 @@ function renderAll() {
 
 function renderNotes() {
   const notes = [
-    `${plural(DATA.runs.length, "run")} found at ${DATA.where}. Everything is in this page: it loads nothing.`,
-    `A run's value is its lowest ${DATA.metric}, nats a token where that is a loss; runs that failed, diverged or ` +
-      "were pruned have none in the charts of what was varied.",
-    "FLOPs are tokens × FLOPs a token of the configuration's model; time is the sum of tokens / tokens_per_second, " +
-      "which is training alone.",
+    `${plural(DATA.runs.length, "run")} found at ${DATA.where}. This page contains all data and loads no external resources.`,
+    `The value of a run is its lowest ${DATA.metric}, in nats per token if that is a loss. Runs that failed, diverged or ` +
+      "were pruned are excluded from the charts of varied config keys.",
+    "FLOPs are tokens × FLOPs per token of the configured model. Time is the sum of tokens / tokens_per_second, which " +
+      "is training only.",
   ];
   if (DATA.thinned)
     notes.push(
-      `Long curves are thinned: at most ${count(DATA.points_a_curve)} points each (fewer where there are more than ` +
-        "30 runs), with the lowest and the highest of every stretch. metrics.csv has all.",
+      `Long curves are downsampled to at most ${count(DATA.points_a_curve)} points (fewer if there are more than 30 ` +
+        "runs), which include the lowest and the highest value of every segment. metrics.csv has all values.",
     );
-  if (DATA.poll) notes.push(`While it is open the page asks for news every ${DATA.poll} s.`);
+  if (DATA.poll) notes.push(`While the page is open, it requests new data every ${DATA.poll} s.`);
   fill(byId("notes"), notes, () => notes.map((note) => make("li", {}, note)));
 }
 
-/** Ask the server for news, again and again; the reader's choices and zooms stay. */
+/** Polls the server for new data; the user's selection and zoom are kept. */
 async function follow() {
   const status = byId("live");
   status.hidden = false;
@@ -51,15 +51,15 @@ async function follow() {
         DATA = await answer.json();
         renderAll();
       } else if (answer.status !== 304) throw new Error(await answer.text());
-      tell(status, "on", `live · ${new Date().toLocaleTimeString()}`);
+      showStatus(status, "on", `live · ${new Date().toLocaleTimeString()}`);
     } catch (error) {
-      tell(status, "off", error instanceof TypeError ? "the server has ended: this is what there was" : error.message);
+      showStatus(status, "off", error instanceof TypeError ? "the server has stopped; showing the last data" : error.message);
     }
     await new Promise((resolve) => setTimeout(resolve, DATA.poll * 1000));
   }
 }
 
-function tell(status, kind, text) {
+function showStatus(status, kind, text) {
   status.className = kind;
   status.textContent = text;
 }
@@ -75,7 +75,7 @@ renderAll();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", renderAll);
 let width = innerWidth;
 addEventListener("resize", () => {
-  if (innerWidth === width) return; // a phone's bar of addresses comes and goes
+  if (innerWidth === width) return; // the address bar of a phone appears and disappears
   width = innerWidth;
   requestAnimationFrame(render);
 });

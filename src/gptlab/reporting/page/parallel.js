@@ -1,6 +1,6 @@
-/* All that was varied at once, as parallel coordinates. */
+/* Parallel coordinates of all varied config keys. */
 
-/** Parallel coordinates, a row a setting and the loss as the last; a line a point, coloured by its loss. */
+/** One row per config key, with the loss as the last row, and one line per point, colored by its loss. */
 function renderParallel(keys) {
   const points = valuedPoints().sort((a, b) => b.mean - a.mean); // the best on top
   const rows = keys.map((key) => ({
@@ -41,7 +41,7 @@ function renderParallel(keys) {
       tickvals: rows.map((_, i) => i),
       showticklabels: false,
       fixedrange: true,
-      gridcolor: colour("line"),
+      gridcolor: color("line"),
       showline: false,
       zeroline: false,
     },
@@ -50,11 +50,11 @@ function renderParallel(keys) {
   draw("parallel", drawn, layout, "parallel");
   byId("parallel").setAttribute("aria-label", `Parallel coordinates of ${keys.join(", ")} and ${DATA.metric}`);
   byId("parallel-caption").textContent =
-    `A row for each setting that was varied, and ${DATA.metric} as the last: there, lower is further left. ` +
-    "One line a point, the mean of its seeds, coloured by that loss.";
+    `One row per varied config key, and ${DATA.metric} as the last row, with lower values to the left. ` +
+    "One line per point, the mean of its seeds, colored by that loss.";
 }
 
-/** Where on its row a value stands, from 0 to 1. */
+/** Position of a value on its row, from 0 to 1. */
 function share(row, any) {
   if (row.kind === "category")
     return row.values.length < 2 ? 0.5 : row.values.indexOf(value(any)) / (row.values.length - 1);
@@ -69,16 +69,16 @@ const nameOf = (row, i) => ({
   xanchor: "left",
   yanchor: "bottom",
   yshift: 9,
-  bgcolor: colour("card"),
+  bgcolor: color("card"),
   showarrow: false,
   text: `<b>${plain(row.key)}</b>`,
-  font: { color: colour("text") },
+  font: { color: color("text") },
 });
 
 function ticksOf(row, i) {
   const all = row.values;
-  const told = all.length <= 5 ? all : [all[0], all[Math.floor((all.length - 1) / 2)], all.at(-1)];
-  return told.map((one) => {
+  const ticks = all.length <= 5 ? all : [all[0], all[Math.floor((all.length - 1) / 2)], all.at(-1)];
+  return ticks.map((one) => {
     const x = share(row, one);
     const text = row.key === DATA.metric ? fixed(one) : value(one);
     return {
@@ -87,10 +87,10 @@ function ticksOf(row, i) {
       xanchor: x < 0.1 ? "left" : x > 0.9 ? "right" : "center",
       yanchor: "top",
       yshift: -8,
-      bgcolor: colour("card"),
+      bgcolor: color("card"),
       showarrow: false,
       text: plain(text.length > 14 ? `${text.slice(0, 13)}…` : text),
-      font: { color: colour("muted"), size: 11 },
+      font: { color: color("muted"), size: 11 },
     };
   });
 }

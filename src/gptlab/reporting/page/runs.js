@@ -1,4 +1,4 @@
-/* The table of runs. */
+/* Table of runs. */
 
 const SIGNS = {
   done: "✓",
@@ -20,15 +20,15 @@ function table(id, columns, rows) {
   byId(id).replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
 }
 
-/** What was measured for what was expected, if the forecast was scored. */
+/** Ratios of measured to forecast values, if the forecast was scored. */
 function forecastScore(run) {
   const score = run.forecast?.score;
   if (score === undefined || score === null) return null;
   if (typeof score !== "object") return value(score);
   const names = { peak_memory_bytes: "memory", seconds: "time" };
   const ratios = Object.entries(score).map(([name, own]) => [names[name] ?? name, isNumber(own) ? own : own?.ratio]);
-  const told = ratios.filter(([, ratio]) => isNumber(ratio)).map(([name, ratio]) => `${name} ×${+ratio.toFixed(3)}`);
-  return told.join(", ") || null;
+  const formatted = ratios.filter(([, ratio]) => isNumber(ratio)).map(([name, ratio]) => `${name} ×${+ratio.toFixed(3)}`);
+  return formatted.join(", ") || null;
 }
 
 const RUN_COLUMNS = {
@@ -97,7 +97,7 @@ function sorted(runs) {
   if (!column) return runs;
   const filled = runs.filter((run) => column.of(run) !== null);
   filled.sort((a, b) => ((column.of(a) > column.of(b)) - (column.of(a) < column.of(b))) * (CHOSEN.sort.up ? 1 : -1));
-  return [...filled, ...runs.filter((run) => column.of(run) === null)]; // what is missing stands last, either way
+  return [...filled, ...runs.filter((run) => column.of(run) === null)]; // runs without a value come last in either order
 }
 
 function renderRuns() {
@@ -122,7 +122,7 @@ function renderRuns() {
   });
   const rows = sorted(runs).map((run) => {
     const dot = make("span", { class: "dot" });
-    dot.style.background = look(run.point).colour;
+    dot.style.background = look(run.point).color;
     const first = make("th", { scope: "row", title: run.directory }, dot, run.name);
     return make(
       "tr",
@@ -137,14 +137,14 @@ function renderRuns() {
   renderWithoutRun();
 }
 
-/** The trials that never came to be a run. */
+/** Trials without a run directory. */
 function renderWithoutRun() {
   const missing = DATA.sweeps.flatMap((sweep) => sweep.without_run.map((trial) => ({ ...trial, sweep: sweep.name })));
-  const told = ({ sweep, number, state, message, overrides }) => {
+  const item = ({ sweep, number, state, message, overrides }) => {
     const settings = Object.entries(overrides).map((pair) => pair.join("="));
     return make("li", {}, `${sweep}/${number}: ${state}${message ? `, ${message}` : ""} (${settings.join(" ")})`);
   };
   fill(byId("without-run"), missing, () =>
-    missing.length ? [make("p", { class: "hint" }, "Trials without a run:"), make("ul", {}, ...missing.map(told))] : [],
+    missing.length ? [make("p", { class: "hint" }, "Trials without a run:"), make("ul", {}, ...missing.map(item))] : [],
   );
 }

@@ -1,12 +1,12 @@
-/* Loss against compute, where runs differ in size and tokens: what was measured, and the fit if one was made. */
+/* Loss over compute for runs of several sizes and token counts, with the fitted scaling law if there is one. */
 
-/** The law that was fitted: {law: {E, A, B, alpha, beta}, intervals, answer}; null where none was. */
-const theFit = () => DATA.sweeps.map((sweep) => sweep.scaling).find((scaling) => scaling?.law) ?? null;
+/** The fitted scaling law: {law: {E, A, B, alpha, beta}, intervals, answer}; null if there is none. */
+const scalingFit = () => DATA.sweeps.map((sweep) => sweep.scaling).find((scaling) => scaling?.law) ?? null;
 
-/** FLOPs as the axis has them: beside a law 6 N D, as the law has them, else those of the model's configuration. */
-const compute = (run) => tokensOf(run) * (theFit() ? 6 * run.parameters : run.flops);
+/** Training FLOPs: 6 N D, as in the scaling law, if one is fitted, otherwise those of the model's configuration. */
+const compute = (run) => tokensOf(run) * (scalingFit() ? 6 * run.parameters : run.flops);
 
-/** Runs with a value, their size N, tokens D and FLOPs C. */
+/** Runs with a value, with their size N, tokens D and FLOPs C. */
 function measured(runs) {
   return runs
     .filter((run) => valueOf(run) !== null && run.parameters && !NO_SEEDS.includes(stateOf(run)))
@@ -17,7 +17,7 @@ function renderScaling() {
   const all = measured(DATA.runs);
   const sizes = distinct(all.map((one) => one.N)).sort((a, b) => a - b);
   const lengths = distinct(all.map((one) => one.D));
-  const fit = theFit();
+  const fit = scalingFit();
   byId("scaling-section").hidden = !(all.length && (fit || (sizes.length > 1 && lengths.length > 1)));
   if (byId("scaling-section").hidden) return;
   const shown = measured(shownRuns());
@@ -55,20 +55,19 @@ function renderScaling() {
 }
 
 function scalingCaption(fit) {
-  const told =
-    "One point a run: its lowest loss, over the FLOPs of its tokens. A colour for each number of parameters.";
-  if (!fit) return `${told} No law was fitted to them.`;
+  const caption = "One marker per run: its lowest loss over its training FLOPs. One color per number of parameters.";
+  if (!fit) return `${caption} No scaling law was fitted.`;
   const numbers = Object.entries(fit.law).map(([name, number]) => {
     const interval = fit.intervals[name]?.map((end) => value(+end.toPrecision(3))).join(" to ");
     return `${name} = ${value(+number.toPrecision(4))}${interval ? ` (${interval})` : ""}`;
   });
   return (
-    `${told} Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, equation 2), fitted: ${numbers.join(", ")}. ` +
-    `Dashed: the lowest loss that it has for the FLOPs. ${fit.answer}`
+    `${caption} Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, equation 2), fitted: ${numbers.join(", ")}. ` +
+    `Dashed: the lowest loss of this law for each number of FLOPs. ${fit.answer}`
   );
 }
 
-/** 40 places from low to high, evenly in the logarithm. */
+/** 40 values from low to high, evenly spaced in the logarithm. */
 const spaced = (low, high) => Array.from({ length: 40 }, (_, i) => low * (high / low) ** (i / 39));
 
 function fitted({ E, A, B, alpha, beta }, runs, own, name) {
@@ -98,11 +97,11 @@ function frontier({ E, A, B, alpha, beta }, shown) {
   return {
     type: "scatter",
     mode: "lines",
-    name: "lowest for the FLOPs",
+    name: "compute-optimal",
     meta: { kind: "frontier" },
     x: budgets,
     y,
-    line: { color: colour("text"), width: 1.5, dash: "dash" },
+    line: { color: color("text"), width: 1.5, dash: "dash" },
     hoverinfo: "skip",
   };
 }

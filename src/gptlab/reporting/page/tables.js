@@ -1,7 +1,7 @@
-/* In what runs differ: their configurations, their environments. */
+/* Differences between the configurations and environments of runs. */
 
-/** The run that the others are marked against: the one that was chosen, else the best, else the first. */
-function reference(runs) {
+/** The run that the others are compared with: the selected one, otherwise the best, otherwise the first. */
+function referenceRun(runs) {
   const chosen = runs.find((run) => String(run.id) === CHOSEN.reference);
   const valued = runs.filter((run) => valueOf(run) !== null);
   return chosen ?? (valued.length ? valued.reduce((a, b) => (valueOf(b) < valueOf(a) ? b : a)) : runs[0]);
@@ -11,9 +11,9 @@ function renderReference(runs) {
   byId("config-controls").hidden = !DATA.keys.length;
   const options = () => [
     make("option", { value: "" }, `the lowest ${DATA.metric}`),
-    ...runs.map((run) => make("option", { value: run.id }, called(run))),
+    ...runs.map((run) => make("option", { value: run.id }, titleOf(run))),
   ];
-  fill(byId("reference"), runs.map(called), options);
+  fill(byId("reference"), runs.map(titleOf), options);
   if (!runs.some((run) => String(run.id) === CHOSEN.reference)) CHOSEN.reference = "";
   byId("reference").value = CHOSEN.reference;
 }
@@ -21,25 +21,25 @@ function renderReference(runs) {
 function renderConfig() {
   const runs = filteredRuns();
   renderReference(runs);
-  const beside = reference(runs);
-  const alone = DATA.runs.length > 1 ? "All runs have the same configuration." : "";
+  const reference = referenceRun(runs);
+  const same = DATA.runs.length > 1 ? "All runs have the same configuration." : "";
   byId("config-caption").textContent = DATA.keys.length
-    ? `The settings in which runs differ${beside ? `; marked is what is not as in ★ ${beside.name}` : ""}.`
-    : alone;
-  fill(byId("config"), [runs.map((run) => [run.name, run.settings]), DATA.keys, beside?.id], () =>
-    DATA.keys.length && beside ? differences(runs, beside) : [],
+    ? `Config keys whose values differ between runs.${reference ? ` Highlighted: values that differ from ★ ${reference.name}.` : ""}`
+    : same;
+  fill(byId("config"), [runs.map((run) => [run.name, run.settings]), DATA.keys, reference?.id], () =>
+    DATA.keys.length && reference ? differences(runs, reference) : [],
   );
   renderCommon();
 }
 
-/** The table of the settings in which runs differ. */
-function differences(runs, beside) {
+/** Table of the config keys whose values differ between runs. */
+function differences(runs, reference) {
   const head = ["run", ...DATA.keys].map((key) => make("th", { scope: "col" }, key));
-  const isOther = (run, key) => JSON.stringify(run.settings[key]) !== JSON.stringify(beside.settings[key]);
-  const told = (run, key) => (key in run.settings ? value(run.settings[key]) : "–");
+  const isOther = (run, key) => JSON.stringify(run.settings[key]) !== JSON.stringify(reference.settings[key]);
+  const text = (run, key) => (key in run.settings ? value(run.settings[key]) : "–");
   const rows = runs.map((run) => {
-    const name = make("th", { scope: "row" }, run === beside ? `★ ${run.name}` : run.name);
-    const cells = DATA.keys.map((key) => make("td", { class: isOther(run, key) ? "diff" : "" }, told(run, key)));
+    const name = make("th", { scope: "row" }, run === reference ? `★ ${run.name}` : run.name);
+    const cells = DATA.keys.map((key) => make("td", { class: isOther(run, key) ? "diff" : "" }, text(run, key)));
     return make("tr", {}, name, ...cells);
   });
   return [make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows)];
@@ -57,7 +57,7 @@ function renderCommon() {
     ),
   ]);
   byId("common").querySelector("summary").textContent =
-    `${plural(common.length, "setting")}${DATA.runs.length > 1 ? " that all runs share" : ""}`;
+    `${plural(common.length, "config key")}${DATA.runs.length > 1 ? " with the same value in all runs" : ""}`;
 }
 
 function renderEnvironment() {
@@ -81,10 +81,10 @@ function environmentCard(environment, runs) {
     system: machine.system,
     processor: machine.processor && `${machine.processor}, ${machine.cores} cores`,
     memory: machine.memory_bytes && `${(machine.memory_bytes / 2 ** 30).toFixed(1)} GiB`,
-    GPUs: machine.gpus?.join("; ") || "none seen",
+    GPUs: machine.gpus?.join("; ") || "none found",
     python: environment.python,
-    "git commit": environment.git?.commit ?? "no checkout",
-    uncommitted: uncommitted.length ? `${plural(uncommitted.length, "file")}: ${uncommitted.join(", ")}` : "nothing",
+    "git commit": environment.git?.commit ?? "not a checkout",
+    uncommitted: uncommitted.length ? `${plural(uncommitted.length, "file")}: ${uncommitted.join(", ")}` : "no changes",
   };
   if (!environment.machine)
     return make("div", { class: "card" }, make("h3", {}, names(runs)), make("p", {}, "No environment was recorded."));

@@ -1,6 +1,6 @@
 "use strict";
-/* What all parts of the page share: the data, what the reader has chosen, elements, numbers, colours.
-   Strings of runs are written as text (textContent), never as HTML; Plotly, which reads some HTML, has them by plain(). */
+/* Shared by all parts of the page: the data, the user's selection, elements, number formats, colors.
+   Strings of runs are inserted as text (textContent), never as HTML. Plotly interprets some HTML, so it gets them escaped by plain(). */
 
 let DATA = JSON.parse(document.getElementById("data").textContent);
 
@@ -11,10 +11,10 @@ const CHOSEN = {
   whole: false,
   train: true,
   val: true,
-  singles: true, // of the curves
+  singles: true, // whether the curve of each seed is drawn
   text: "",
   picked: new Map(),
-  hidden: new Set(), // which runs, which points
+  hidden: new Set(), // points hidden in the legend
   sort: { column: null, up: true },
   key: null,
   run: "points",
@@ -24,7 +24,7 @@ const CHOSEN = {
 
 const byId = (id) => document.getElementById(id);
 
-/** Make an element: make("td", {class: "number"}, "text", child, ...). */
+/** Creates an element: make("td", {class: "number"}, "text", child, ...). */
 function make(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -36,7 +36,7 @@ function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Put children in the place of what an element had, unless they are the same as last time: focus and scroll stay. */
+/** Replaces the children of an element, unless sameAs is unchanged, which keeps focus and scroll position. */
 function fill(element, sameAs, build) {
   const signature = JSON.stringify(sameAs);
   if (element.signature === signature) return;
@@ -44,7 +44,7 @@ function fill(element, sameAs, build) {
   element.replaceChildren(...build());
 }
 
-/** A string that Plotly shows as it is. */
+/** Escapes a string for Plotly. */
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 const distinct = (values) => [...new Map(values.map((value) => [JSON.stringify(value), value])).values()];
@@ -55,13 +55,13 @@ const count = (number) => (isNumber(number) ? number.toLocaleString("en-US", { m
 const fixed = (number, digits = 4) => (isNumber(number) ? number.toFixed(digits) : "–");
 const short = (key) => key.split(".").at(-1);
 
-/** A large number with four digits and a letter: 1.843M. */
+/** Formats a large number with four digits and a unit: 1.843M. */
 function compact(number) {
   if (!isNumber(number)) return "–";
   return Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 }).format(number);
 }
 
-/** A number of a configuration or a table: 0.001, 3e-05, 1,200. */
+/** Formats a value of a configuration or a table: 0.001, 3e-05, 1,200. */
 function value(any) {
   if (any === null || any === undefined) return "–";
   if (!isNumber(any)) return String(any);
@@ -71,7 +71,7 @@ function value(any) {
     : any.toExponential().replace("+", "");
 }
 
-/** 3:25:07. */
+/** Formats seconds: 3:25:07. */
 function clock(seconds) {
   if (!isNumber(seconds)) return "–";
   const whole = Math.round(seconds);
@@ -79,24 +79,24 @@ function clock(seconds) {
   return `${Math.floor(whole / 3600)}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}`;
 }
 
-/** What a run is called in a title: its name, and what was varied. */
-const called = (run) => (DATA.points.length > 1 ? `${run.name} · ${DATA.points[run.point]}` : run.name);
+/** Title of a run: its name and, if there are several, its point. */
+const titleOf = (run) => (DATA.points.length > 1 ? `${run.name} · ${DATA.points[run.point]}` : run.name);
 
-/** Tokens that a run has seen. */
+/** Number of tokens that a run has seen. */
 function tokensOf(run) {
   const last = Object.values(run.series).map((curve) => curve.tokens.at(-1) ?? 0);
   return run.state?.tokens || Math.max(0, ...last);
 }
 
-/** A colour of the style sheet, as it is in the mode (light or dark) of the moment. */
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+/** A color of the style sheet in the current mode (light or dark). */
+const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
 
-// What tells apart in either mode, to people who see all colours and to those who do not; dashes after the sixth.
+// Points are distinguished by colors, which suit both modes and color blindness, and by dashes after the sixth.
 const DASHES = ["solid", "dash", "dot", "dashdot"];
-const COLOURS = 6;
+const COLORS = 6;
 
-/** Scales from low (0) to high (1) after plasma (van der Walt and Smith 2015), without what a ground would swallow. */
+/** Color scales from low (0) to high (1) after plasma (van der Walt and Smith 2015), without shades close to the background. */
 const SCALES = {
   light: ["#0d0887", "#6a00a8", "#b12a90", "#d8576b", "#e0702f"],
   dark: ["#b450c8", "#d8576b", "#ed7953", "#fdb42f", "#f0f921"],
@@ -116,16 +116,16 @@ function onScale(share) {
   return `#${mixed.join("")}`;
 }
 
-/** The key, if there is one alone, whose numbers put the points in an order that colours can follow. */
+/** The only varied key, if its values are numbers and a color scale can show their order; otherwise null. */
 function orderedKey() {
   const numeric = DATA.varied.filter((key) => distinct(DATA.runs.map((run) => run.varied[key])).length > 1);
   if (numeric.length !== 1 || !DATA.runs.every((run) => isNumber(run.varied[numeric[0]]))) return null;
   return distinct(DATA.runs.map((run) => run.varied[numeric[0]])).length > 3 ? numeric[0] : null;
 }
 
-const LOOKS = new Map(); // as they are in this mode; emptied before everything is drawn
+const LOOKS = new Map(); // cache for the current mode, cleared before each rendering
 
-/** Colour and dash of a point. */
+/** Color and dash of a point. */
 function look(point) {
   if (!LOOKS.has(point)) LOOKS.set(point, newLook(point));
   return LOOKS.get(point);
@@ -136,13 +136,13 @@ function newLook(point) {
   if (key !== null) {
     const order = distinct(DATA.runs.map((run) => run.varied[key])).sort((a, b) => a - b);
     const own = DATA.runs.find((run) => run.point === point).varied[key];
-    return { colour: onScale(order.indexOf(own) / (order.length - 1)), dash: "solid" };
+    return { color: onScale(order.indexOf(own) / (order.length - 1)), dash: "solid" };
   }
-  if (DATA.points.length > COLOURS * DASHES.length) return { colour: onScale(rank(point)), dash: "solid" };
-  return { colour: colour(`c${point % COLOURS}`), dash: DASHES[Math.floor(point / COLOURS) % DASHES.length] };
+  if (DATA.points.length > COLORS * DASHES.length) return { color: onScale(rank(point)), dash: "solid" };
+  return { color: color(`c${point % COLORS}`), dash: DASHES[Math.floor(point / COLORS) % DASHES.length] };
 }
 
-/** Where a point stands among all by its lowest value: the worst at 0, the best at 1. */
+/** Rank of a point by its lowest value: 0 for the worst, 1 for the best. */
 function rank(point) {
   const lowest = new Map();
   for (const run of DATA.runs) {
@@ -153,14 +153,14 @@ function rank(point) {
   return worse / (lowest.size - 1);
 }
 
-/** The colour with so much of it left. */
+/** The color with an opacity. */
 const faded = (hex, alpha) =>
   hex +
   Math.round(alpha * 255)
     .toString(16)
     .padStart(2, "0");
 
-/** The layout of a chart that has a legend of its own, below it; with too many entries there is none. */
+/** Layout of a chart with its own legend below it, which is omitted if there are too many entries. */
 function legendBelow(id, entries, height) {
   if (entries < 2 || entries > 12) return { height };
   const rows = Math.ceil(entries / Math.max(1, Math.floor(byId(id).clientWidth / 240)));
@@ -168,13 +168,13 @@ function legendBelow(id, entries, height) {
   return { height: height + 22 * rows, margin: { l: 52, r: 12, t: 10, b: 56 + 22 * rows }, showlegend: true, legend };
 }
 
-/** Draw a chart anew, keeping the reader's zoom for as long as ``kept`` is the same. */
+/** Draws a chart, and keeps the user's zoom as long as ``kept`` is unchanged. */
 function draw(id, traces, layout, kept) {
   const element = byId(id);
   const axis = {
-    gridcolor: colour("grid"),
-    zerolinecolor: colour("grid"),
-    linecolor: colour("line"),
+    gridcolor: color("grid"),
+    zerolinecolor: color("grid"),
+    linecolor: color("line"),
     automargin: true,
     exponentformat: "B",
     title: { standoff: 8 },
@@ -184,18 +184,18 @@ function draw(id, traces, layout, kept) {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     showlegend: false,
-    font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12, color: colour("text") },
+    font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12, color: color("text") },
     margin: { l: 52, r: 12, t: 10, b: 42 },
     hovermode: "closest",
     uirevision: kept,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page
     hoverlabel: {
-      bgcolor: colour("card"),
-      bordercolor: colour("line"),
-      font: { color: colour("text") },
+      bgcolor: color("card"),
+      bordercolor: color("line"),
+      font: { color: color("text") },
       align: "left",
     },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("accent") },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: color("muted"), activecolor: color("accent") },
     ...layout,
     xaxis: { ...axis, ...layout.xaxis, title: { ...axis.title, ...layout.xaxis?.title } },
     yaxis: { ...axis, ...layout.yaxis, title: { ...axis.title, ...layout.yaxis?.title } },

@@ -1,8 +1,8 @@
-/* What was varied: the loss over one setting. */
+/* Loss over a varied config key. */
 
 const valueOf = (run) => run.best?.value ?? null;
 
-/** The points that are shown, each with its runs that have a value. */
+/** The shown points, each with its runs that have a value. */
 function valuedPoints() {
   const shown = shownRuns().filter((run) => valueOf(run) !== null && !NO_SEEDS.includes(stateOf(run)));
   return distinct(shown.map((run) => run.point)).map((point) => {
@@ -12,10 +12,10 @@ function valuedPoints() {
   });
 }
 
-/** The settings that have several values; among them the size, where the setting that makes it is a name. */
+/** Config keys with several values. */
 const variedKeys = () => DATA.varied.filter((key) => distinct(DATA.runs.map((run) => run.varied[key])).length > 1);
 
-/** How values lie along an axis: by their size, by its logarithm where they are spaced so, or one after another. */
+/** Axis type for values: category, linear, or log if their logarithms are more evenly spaced. */
 function spacing(values) {
   const sorted = [...values].sort((a, b) => a - b);
   if (!values.every(isNumber)) return { kind: "category", values: [...values].map(value) };
@@ -55,7 +55,7 @@ function renderVaried() {
   if (keys.length > 1) renderParallel(keys);
 }
 
-/** Points that are the same in all settings but one. */
+/** Groups of points that differ only in the selected key. */
 function families(points, keys) {
   const rest = keys.filter((key) => key !== CHOSEN.key);
   const found = new Map();
@@ -87,9 +87,9 @@ function renderCurve(keys) {
   byId("curve-caption").textContent = curveCaption(points, best, keys);
 }
 
-/** The runs of a family as dots, and through the means of its points a line with bars. */
+/** Traces of a family: runs as dots, and a line with error bars through the means of its points. */
 function familyTraces(name, family, i, axis, place) {
-  const own = colour(`c${i % COLOURS}`);
+  const own = color(`c${i % COLORS}`);
   const sorted = axis.kind === "category" ? family : [...family].sort((a, b) => place(a) - place(b));
   const about = { type: "scatter", name, legendgroup: name };
   const dots = {
@@ -100,7 +100,7 @@ function familyTraces(name, family, i, axis, place) {
     meta: { kind: "runs" },
     showlegend: false,
     marker: { color: faded(own, 0.5), size: 5 },
-    text: sorted.flatMap((point) => point.runs.map((run) => plain(called(run)))),
+    text: sorted.flatMap((point) => point.runs.map((run) => plain(titleOf(run)))),
     hovertemplate: "%{text}<br>%{y:.5f}<extra></extra>",
   };
   const bars = {
@@ -113,7 +113,7 @@ function familyTraces(name, family, i, axis, place) {
     y: sorted.map((point) => point.mean),
     mode: axis.kind === "category" ? "markers" : "lines+markers",
     meta: { kind: "mean" },
-    line: { color: own, width: 2, dash: DASHES[Math.floor(i / COLOURS) % DASHES.length] },
+    line: { color: own, width: 2, dash: DASHES[Math.floor(i / COLORS) % DASHES.length] },
     marker: { color: own, size: 9 },
     error_y: { type: "data", symmetric: false, color: own, thickness: 1.5, width: 4, ...bars },
     text: sorted.map((point) => plain(DATA.points[point.point])),
@@ -122,28 +122,28 @@ function familyTraces(name, family, i, axis, place) {
   return [dots, means];
 }
 
-/** The mark of the lowest mean. */
+/** Marker of the lowest mean. */
 function star(x, y) {
-  const marker = { symbol: "star", size: 18, color: colour("accent"), line: { color: colour("card"), width: 1 } };
+  const marker = { symbol: "star", size: 18, color: color("accent"), line: { color: color("card"), width: 1 } };
   const about = { name: "lowest", meta: { kind: "best" }, showlegend: false, hoverinfo: "skip" };
   return { type: "scatter", mode: "markers", x: [x], y: [y], marker, ...about };
 }
 
 function curveCaption(points, best, keys) {
-  const said = [
-    `The lowest ${DATA.metric} of every run; a line through the means of the seeds, bars from their lowest to highest.`,
+  const sentences = [
+    `Lowest ${DATA.metric} of each run. The line connects the means over seeds; bars range from the lowest to the highest.`,
   ];
-  if (keys.length > 1) said.push("One line for each choice of the other settings: point at it for its name.");
+  if (keys.length > 1) sentences.push("One line per combination of the other varied config keys; hover over it for its name.");
   if (best)
-    said.push(
-      `★ the lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
+    sentences.push(
+      `★ lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
     );
   const without = shownRuns().filter((run) => valueOf(run) === null || NO_SEEDS.includes(stateOf(run)));
   if (without.length) {
     const states = distinct(without.map(stateOf)).map(
       (state) => `${without.filter((run) => stateOf(run) === state).length} ${state}`,
     );
-    said.push(`Left out: ${plural(without.length, "run")} (${states.join(", ")}).`);
+    sentences.push(`Omitted: ${plural(without.length, "run")} (${states.join(", ")}).`);
   }
-  return said.join(" ");
+  return sentences.join(" ");
 }

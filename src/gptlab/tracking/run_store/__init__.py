@@ -1,4 +1,4 @@
-"""Runs and sweeps on disk: the files of their directories, found, read and listed, while they run or later.
+"""Run directories and sweep directories: finding, reading and listing runs, also while they are in progress.
 
 Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Listing of runs: filtered by their configuration, sorted, formatted. Imports no torch."""
+"""Lists runs: filters, sorts and formats them. Imports no torch."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ from gptlab.tracking.run_store.sweeps import read_trial
 COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
 HEADINGS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
 STYLES = {"done": "green", "running": "cyan", "pruned": "yellow", "stopped": "yellow", "interrupted": "yellow"}
-UNKNOWN = "?"  # the state of runs older than state.json
+UNKNOWN = "?"  # state of runs without state.json
 
 Line = dict[str, Any]
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -32,12 +32,12 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class Condition(NamedTuple):
-    """Condition that a listed run meets: model.n_layer>=6.
+    """Condition on a run, such as model.n_layer>=6.
 
     Attributes:
-        key: Of its configuration, or a column.
-        symbol: One of = != < <= > >=.
-        value: What it is compared with.
+        key: Config key or column.
+        symbol: Operator, one of = != < <= > >=.
+        value: Value to compare with.
     """
 
     key: str
@@ -46,17 +46,17 @@ class Condition(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Parses a condition; raises UserError if it is not one."""
+        """Parses a condition; raises UserError if it is invalid."""
         found = re.fullmatch(r"\s*([A-Za-z_][\w./]*)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", text)
         if found is None:
             raise UserError(
-                f"filter={text}: a condition is a key, one of {' '.join(_OPERATORS)} and a value, optimizer.lr>=1e-3; "
-                "several have commas between them."
+                f"filter={text} is not valid. A condition is a key, one of {' '.join(_OPERATORS)} and a value, such as "
+                "optimizer.lr>=1e-3. Separate several conditions by commas."
             )
         return cls(found[1], found[2], _value(found[3]))
 
     def holds(self, line: Line, settings: dict[str, Any]) -> bool:
-        """Whether it does; a key that a run does not have, or that cannot be compared, is no match."""
+        """Whether a run meets the condition; a missing key or a value that cannot be compared is no match."""
         missing = object()
         there = line[self.key] if self.key in line else settings.get(self.key, missing)
         if there is missing:
@@ -68,22 +68,22 @@ class Condition(NamedTuple):
 
 
 def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
-    """Returns a sorted line for every run that meets all conditions.
+    """Returns a line for every run that meets all conditions, sorted.
 
     Args:
-        runs: Which there are.
-        conditions: Joined by "and".
-        sort: A column, or a key of the configuration; what has no value comes last.
-        descending: The largest first.
+        runs: Runs to list.
+        conditions: Conditions, joined by "and".
+        sort: Column or config key to sort by; runs without a value come last.
+        descending: Whether the largest value comes first.
 
     Raises:
-        UserError: No run has such a key.
+        UserError: No run has the key ``sort`` or that of a condition.
     """
     everything = [(_line(run), run.settings) for run in runs]
     known = {key for line, settings in everything for key in (*line, *settings)}
     for key in (sort, *(condition.key for condition in conditions)):
         if key not in known:
-            raise UserError(f"{key} is neither a column nor a key of a configuration here.{did_you_mean(key, known)}")
+            raise UserError(f"{key} is neither a column nor a config key of these runs.{did_you_mean(key, known)}")
     kept = [
         settings | line
         for line, settings in everything
@@ -95,7 +95,7 @@ def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, de
 
 
 def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
-    """Formats lines as a table."""
+    """Formats lines as a rich table; ``left_out`` is the number of runs omitted by the limit."""
     columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
     drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in columns:
@@ -108,7 +108,7 @@ def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) ->
 
 
 def format_csv(lines: list[Line], columns: Sequence[str]) -> str:
-    """Formats lines as CSV, with plain numbers."""
+    """Formats lines as CSV, with unformatted numbers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -170,7 +170,7 @@ def _short(seconds: float) -> str:
 
 
 def _value(text: str) -> Any:
-    """Parses a value like the configuration does; unlike in YAML 1.1, 1e-3 is a number."""
+    """Parses a value as in the configuration; unlike in YAML 1.1, 1e-3 is a number."""
     try:
         return float(text)
     except ValueError:
@@ -178,5 +178,5 @@ def _value(text: str) -> Any:
 
 
 def _comparable(value: Any) -> tuple[bool, Any]:
-    """Numbers before text."""
+    """Sort key: numbers before text."""
     return (False, value) if isinstance(value, int | float) else (True, str(value))

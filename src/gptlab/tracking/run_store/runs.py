@@ -1,4 +1,4 @@
-"""Runs on disk: finding and reading run directories. Imports no torch."""
+"""Finds and reads run directories. Imports no torch."""
 
 import csv
 import glob
@@ -16,16 +16,16 @@ from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import RunState, load_state
 
 CONFIG, METRICS, FORECAST, SAMPLES = "config.yaml", "metrics.csv", "forecast.json", "samples"
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML has it
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML is built with it
 
 MetricsRow = dict[str, float]
 
 
 class Run:
-    """A run directory, whose files are read on demand.
+    """Run directory, whose files are read on demand.
 
     Args:
-        directory: The run's.
+        directory: Run directory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -33,29 +33,29 @@ class Run:
 
     @property
     def name(self) -> str:
-        """<name>/<time>, or for a job of a sweep <name>/<time>/<number>."""
+        """<name>/<time>, or <name>/<time>/<number> for a trial of a sweep."""
         parts = self.directory.absolute().parts
         return "/".join(parts[-3:] if parts[-1].isdigit() else parts[-2:])
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The resolved configuration, as nested plain data; UserError where it cannot be read."""
+        """Resolved configuration as nested plain data; raises UserError if it cannot be read."""
         try:
             values = _Loader((self.directory / CONFIG).read_text(encoding="utf-8")).get_single_data()
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{self.directory / CONFIG} cannot be read: {error}") from None
         if not isinstance(values, dict):
-            raise UserError(f"{self.directory / CONFIG} is not the configuration of a run.")
+            raise UserError(f"{self.directory / CONFIG} is not the configuration of a run: it is not a mapping.")
         return values
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration, flat: {"optimizer.lr": 1e-3, ...}."""
+        """Flattened configuration: {"optimizer.lr": 1e-3, ...}."""
         return dict(flatten(self.config))
 
     @property
     def state(self) -> RunState | None:
-        """State of the run; None if the run is older than state.json."""
+        """State of the run; None if it has no state.json."""
         return load_state(self.directory)
 
     @cached_property
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def samples(self) -> list[tuple[int, str]]:
-        """Samples as (step, text), by step."""
+        """Samples as (step, text), sorted by step."""
         found = (path for path in (self.directory / SAMPLES).glob("*.txt"))
         numbered = ((_step(path), path) for path in found)
         return sorted((step, path.read_text(encoding="utf-8")) for step, path in numbered if step is not None)
@@ -98,21 +98,24 @@ class Run:
 
 
 def find_runs(pattern: str) -> list[Run]:
-    """Finds runs: in a run directory, a folder with runs below it, or whatever a glob of these matches.
+    """Finds runs.
+
+    Args:
+        pattern: A run directory, a directory with runs up to three levels below it, or a glob of these.
 
     Raises:
-        UserError: There is none.
+        UserError: There are no runs.
     """
-    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207  (of absolute paths, too)
+    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207  (absolute paths, too)
     found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
     if not found:
-        there = "no such place" if not paths else f"no run directory (one with a {CONFIG}) in it or below"
-        raise UserError(f"{pattern}: there is {there} (looked from {Path.cwd()}).")
+        problem = f"no run directory (with a {CONFIG}) in it or below" if paths else "it does not exist"
+        raise UserError(f"No runs found at {pattern}: {problem} (working directory: {Path.cwd()}).")
     return [Run(directory) for directory in found]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, value) of nested dictionaries; an empty one is a value."""
+    """Yields (dotted name, value) of the leaves of nested dictionaries; an empty dictionary is a leaf."""
     for name, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{name}.")
@@ -128,7 +131,7 @@ def _runs_below(folder: Path) -> list[Path]:
 
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
-    """Sorts the jobs of a sweep by number: 2 before 10."""
+    """Returns a sort key that sorts the trials of a sweep by number: 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in directory.parts]
 
 
@@ -138,7 +141,7 @@ def _numbers(row: dict[str, str]) -> MetricsRow:
         try:
             if value:
                 numbers[key] = float(value)
-        except (TypeError, ValueError):  # a row that is just being written
+        except (TypeError, ValueError):  # a row that is currently being written
             continue
     return numbers
 

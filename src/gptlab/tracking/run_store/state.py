@@ -1,4 +1,4 @@
-"""state.json of a run directory: the state of a run, for other processes. Imports no torch."""
+"""State of a run for other processes, in state.json of its run directory. Imports no torch."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 
 STATE = "state.json"
-SILENT_SECONDS = 900.0  # seconds without news after which a run on another machine is taken for lost
+SILENT_SECONDS = 900.0  # seconds without an update after which a run on another host counts as lost
 
-EARLIER_NAMES = {"mistaken": "config_error"}  # in files that earlier versions wrote
+EARLIER_NAMES = {"mistaken": "config_error"}  # names written by earlier versions
 
 
 def _current_name(name: Any) -> Any:
@@ -41,24 +41,24 @@ class RunState(BaseModel):
     """State of a run.
 
     Attributes:
-        state: "running"; or how it ended: "done", "pruned" (its sweep saw no future in it), "stopped" (by a signal; the
-            same command resumes it), "interrupted" (by the user), "diverged", "config_error" (the configuration or
-            its input is wrong), "failed" (an error), "lost" (its process is no longer there and has not said why).
-        status: Exit status; None while it runs.
-        message: What went wrong, in a sentence.
-        step: Optimizer steps done.
-        max_steps: Length of the run.
-        tokens: Seen so far.
+        state: "running", or how the run ended: "done", "pruned" (by its sweep), "stopped" (preempted by a signal; can
+            be resumed), "interrupted" (by the user), "diverged", "config_error" (invalid configuration or input),
+            "failed" (an error), "lost" (its process is gone without having recorded an end).
+        status: Exit code; None while the run is in progress.
+        message: Error message, one sentence.
+        step: Optimizer steps completed.
+        max_steps: Length of the run in optimizer steps.
+        tokens: Tokens seen.
         loss: Latest train loss, nats per token.
         val_loss: Latest val loss, nats per token.
         best_val_loss: Lowest val loss, nats per token.
-        tokens_per_second: At the latest row.
-        seconds: Of work on the run so far, over all its starts.
-        seconds_left: Estimated.
-        began: When this start of the run began, seconds since the epoch.
-        updated: When this was written, likewise.
-        pid: Process that writes it.
-        host: Machine that it runs on.
+        tokens_per_second: Throughput at the latest row of metrics.csv.
+        seconds: Wall time of the run, summed over its starts.
+        seconds_left: Estimated remaining wall time.
+        began: Time of the latest start, seconds since the epoch.
+        updated: Time of the latest update, seconds since the epoch.
+        pid: ID of the process that writes the file.
+        host: Host name of the machine.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -81,20 +81,20 @@ class RunState(BaseModel):
     host: str = ""
 
     def save(self, directory: Path) -> None:
-        """Writes state.json atomically; it is not synced, as losing an update does no harm."""
+        """Writes state.json atomically; it is not synced to disk, since a lost update does no harm."""
         unfinished = directory / f".{STATE}.{os.getpid()}"
         unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
         unfinished.replace(directory / STATE)
 
 
 def new_state(max_steps: int) -> RunState:
-    """Returns the state of a run that starts in this process."""
+    """Returns the initial state of a run of ``max_steps`` optimizer steps in this process."""
     now = time.time()
     return RunState(max_steps=max_steps, began=now, updated=now, pid=os.getpid(), host=platform.node())
 
 
 def load_state(directory: Path) -> RunState | None:
-    """Reads state.json; returns None if there is none. A running state whose process is gone becomes "lost"."""
+    """Reads state.json; returns None if there is none. A "running" state becomes "lost" if its process is gone."""
     try:
         state = RunState.model_validate(json.loads((directory / STATE).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
@@ -111,10 +111,10 @@ def end_state(
 
     Args:
         directory: The run directory.
-        status: Exit status.
-        message: Why the run ended, if it failed.
-        step: Step that the run was saved at; None keeps the last one that was logged.
-        tokens: Tokens seen until then.
+        status: Exit code.
+        message: Error message, if the run failed.
+        step: Step of the final checkpoint; None keeps the last step that was logged.
+        tokens: Tokens seen until that step.
     """
     state = load_state(directory)
     if state is not None:
@@ -125,7 +125,7 @@ def end_state(
 
 
 def status_of(error: BaseException) -> int:
-    """Returns the exit status of a run that ends with an error."""
+    """Returns the exit code of a run that ends with an error."""
     match error:
         case KeyboardInterrupt():
             return INTERRUPTED
@@ -137,7 +137,7 @@ def status_of(error: BaseException) -> int:
 
 
 def _is_alive(state: RunState) -> bool:
-    """Whether the process is there, as far as one can see from here."""
+    """Whether the process exists; on another host, whether it has updated its state recently."""
     if state.host != platform.node():
         return time.time() - state.updated < SILENT_SECONDS
     with suppress(PermissionError):

@@ -1,7 +1,7 @@
-"""Sweeps on disk: what a sweep is, and the state of its trials. Imports no torch.
+"""Sweep directories: the definition of a sweep and the state of its trials. Imports no torch.
 
-<sweep directory>/sweep.json says what the sweep is; each trial has a folder named by its number, which is a run
-directory with trial.json beside the rest. trial.json has one writer, the process of the sweep.
+<sweep directory>/sweep.json defines the sweep. Each trial has a run directory, named by its number, that also contains
+trial.json. Only the process of the sweep writes trial.json.
 """
 
 import json
@@ -19,23 +19,23 @@ from gptlab.tracking.run_store.state import StateName
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
 FAILED_STATES = ("diverged", "config_error", "failed")
-TRIAL_END_STATES = ("done", "pruned", *FAILED_STATES)  # of which a trial is not run again
+TRIAL_END_STATES = ("done", "pruned", *FAILED_STATES)  # a trial in one of these is not run again
 
 
 class Trial(BaseModel):
     """One trial of a sweep.
 
     Attributes:
-        number: Number in the sweep, and name of its run directory.
-        overrides: Overrides of its point, as on a command line: {"optimizer.lr": "0.001", "seed": "1"}.
-        config_hash: Hash of its configuration; a second trial with the same one is not run.
-        state: See ``RunState``; a "waiting" trial has not started.
-        status: Exit status; None until it has ended.
+        number: Number in the sweep, and name of the run directory.
+        overrides: Overrides of the point, as on a command line: {"optimizer.lr": "0.001", "seed": "1"}.
+        config_hash: Hash of the configuration; a second trial with the same hash is not run.
+        state: State of the run (see ``RunState``), or "waiting" before its first start.
+        status: Exit code; None until the trial has ended.
         message: Error message, one sentence.
-        value: Value of the sweep's metric (lower is better), if any.
+        value: Lowest value of the sweep's metric (lower is better), if any.
         tokens: Tokens seen.
         starts: Number of starts.
-        job: Id of its job, if it runs on a cluster.
+        job: ID of the job on a cluster, if any.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,14 +65,14 @@ class Sweep(BaseModel):
     """Definition of a sweep.
 
     Attributes:
-        question: Question that it answers, one sentence.
-        space: Varied keys, as on a command line: {"optimizer.lr": "1e-3,2e-3"}.
-        fixed: Other overrides of the command line.
+        question: Question that the sweep answers, one sentence.
+        space: Search space, as on a command line: {"optimizer.lr": "1e-3,2e-3"}.
+        fixed: Overrides of the command line that are the same for all trials.
         search: How points are chosen: "grid", "random", "tpe" or "cmaes".
         n_trials: Number of points.
-        metric: Column of metrics.csv whose lowest value is compared.
-        baseline: Overrides of the point that others are compared with; empty: the first point.
-        definition: Hash of the definition, by which a sweep that is started again is recognized.
+        metric: Column of metrics.csv; the lowest value of each trial is compared.
+        baseline: Overrides of the point that the others are compared with; empty for the first point.
+        definition: Hash of the definition, which identifies a sweep that is started again.
         wandb_group: W&B group of its runs.
     """
 
@@ -105,13 +105,13 @@ def load_sweep(directory: Path) -> Sweep | None:
 
 
 def load_trials(directory: Path) -> list[Trial]:
-    """Reads the trials of a sweep, by number."""
+    """Reads the trials of a sweep, sorted by number; raises UserError if one is damaged."""
     found = (_load(Trial, path) for path in directory.glob(f"*/{TRIAL}"))
     return sorted((trial for trial in found if trial is not None), key=lambda trial: trial.number)
 
 
 def read_trial(run: Run) -> Trial | None:
-    """Reads trial.json of a run; None if it is not a trial of a sweep."""
+    """Reads trial.json of a run; returns None if the run is not a trial of a sweep."""
     return _load(Trial, run.directory / TRIAL)
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: the record of a run, with its samples, checkpoints and alerts.
+"""Weights & Biases: logging of metrics, samples, checkpoints and alerts.
 
-A run never depends on it: W&B may be unreachable, slow or forbidden, and the run directory has everything.
+Runs never depend on W&B, which may be unreachable, slow or disabled. The run directory has all data.
 """

@@ -1,4 +1,4 @@
-"""Evaluations of a finished run, added to its W&B record."""
+"""Adds evaluations of a finished run to its W&B record."""
 
 import logging
 import tempfile
@@ -17,28 +17,28 @@ log = logging.getLogger(__name__)
 def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) -> None:
     """Adds "evaluations/<what>/<metric>" to the summary of a run's W&B record, if it has one online.
 
-    The record of a run that is under way is its own process' alone, and gets nothing. W&B being away stops nothing: the
-    results are in the run directory.
+    A run in progress is skipped, since only its own process may write its record. A failure of W&B is logged as a
+    warning: the results are in the run directory.
 
     Args:
-        directory: The run's.
-        what: Of the results' file.
-        metrics: What was found, by name.
+        directory: Run directory.
+        what: Name of the evaluation, which is also the name of its results file.
+        metrics: Results by name.
     """
     settings = load_config(directory).logger.wandb
     if settings is None or settings.mode == "offline" or not _is_online(directory):
         return
     if (state := load_state(directory)) is not None and state.state == "running":
-        log.warning("The evaluation is not sent to W&B: the run is in progress and writes its own record there.")
+        log.warning("The evaluation is not sent to W&B, since the run is in progress and writes its own record there.")
         return
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:
         if forbidden := opt_out():
-            log.info("The evaluation is not sent to W&B, because of %s.", forbidden.source)
+            log.info("The evaluation is not sent to W&B because of %s.", forbidden.source)
             return
-        import wandb  # only now: an opt-out loads no client
+        import wandb  # after the opt-out check, so that an opt-out imports no client
 
-        # in a folder of its own: what lies in the run's is the record of the training
+        # in a temporary directory: wandb/ in the run directory is the record of training
         with tempfile.TemporaryDirectory(prefix="gptlab-", ignore_cleanup_errors=True) as folder:
             start_client()
             run = wandb.init(
@@ -51,12 +51,12 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
             )
             run.summary.update(summary)
             run.finish()
-    except Exception as error:  # whatever it is, the results are kept
+    except Exception as error:  # any error: the results are kept in the run directory
         log.warning("The evaluation is not sent to W&B: %s", " ".join(str(error).split()))
 
 
 def _is_online(directory: Path) -> bool:
-    """Whether W&B has a record of the run, or had a part of it at least."""
+    """Whether W&B has a record of the run, or at least of one of its starts."""
     records = wandb_records(directory)
     return any(
         not path.parent.name.startswith("offline") or path.with_suffix(SYNCED_SUFFIX).exists() for path in records

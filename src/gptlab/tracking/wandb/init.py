@@ -1,4 +1,4 @@
-"""Starting W&B's client for a run: online if that is allowed and possible, else in the run directory only."""
+"""Starts W&B's client for a run: online if allowed and possible, otherwise offline in the run directory."""
 
 import contextlib
 import json
@@ -19,14 +19,14 @@ from gptlab.tracking.wandb.opt_outs import opt_out
 
 log = logging.getLogger(__name__)
 
-ID = "wandb_id"  # the file that keeps a run's id
+ID = "wandb_id"  # file with the W&B ID of a run
 
 
 def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
-    """Starts W&B's client, online if that is allowed and possible; returns its run.
+    """Starts W&B's client, online if allowed and possible; returns W&B's run.
 
     Raises:
-        UserError: logger.wandb.mode=online, and W&B does not answer or there is no login.
+        UserError: logger.wandb.mode=online, but W&B does not respond or there is no login.
     """
     import wandb
 
@@ -36,7 +36,7 @@ def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
     if forbidden := opt_out():
         run = _init(config, settings, directory, "offline")
         log.info(
-            "W&B is offline because of %s. The record is kept in the run directory; to send it: %s",
+            "W&B is offline because of %s. The record is kept in the run directory. To upload it: %s",
             *(forbidden.source, sync_command(directory)),
         )
         return run
@@ -45,31 +45,31 @@ def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
     wandb.teardown()
-    for path in set(wandb_records(directory)) - set(before):  # nothing is in it
+    for path in set(wandb_records(directory)) - set(before):  # they are empty
         shutil.rmtree(path.parent)
     if settings.mode == "online":
         raise UserError(
-            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory: "
-            "logger.wandb.mode=offline, or auto for where W&B cannot be reached."
+            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory "
+            "with logger.wandb.mode=offline, or with auto whenever W&B cannot be reached."
         )
     run = _init(config, settings, directory, "offline")
     log.warning(
-        "W&B cannot be used (%s). The record is kept in the run directory; to send it: %s",
+        "W&B cannot be used (%s). The record is kept in the run directory. To upload it: %s",
         *(reason, sync_command(directory)),
     )
     return run
 
 
 def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any]:
-    """Returns the configuration shown by W&B: the run's own and, as "environment", the code and the machine.
+    """Returns the configuration for W&B: that of the run and, as "environment", code version and machine.
 
-    No variable of the environment is in it, and no command line: they may hold secrets. The settings whose names begin
-    with ``x_`` are not documented; the variables that set them are (read in wandb 0.31.0).
+    It excludes environment variables and the command line, which may contain secrets. Settings whose names begin with
+    ``x_`` are undocumented, but the environment variables that set them are documented (checked in wandb 0.31.0).
 
     Args:
-        config: Of the run.
-        directory: The run's.
-        client: Settings of W&B's client: what they forbid of the code and the machine is left out.
+        config: Configuration of the run.
+        directory: Run directory.
+        client: Settings of W&B's client; code and machine data that they disable are omitted.
     """
     values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
     git, machine, packages = values["git"], values["machine"], values["packages"]
@@ -88,8 +88,8 @@ def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any
 
 
 def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:
-    os.environ.pop("WANDB_SERVICE", None)  # that of a parent process, which would keep hold of a run that was given up
-    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # tables wait there, not in the user's home
+    os.environ.pop("WANDB_SERVICE", None)  # a parent process's service would keep an abandoned run alive
+    os.environ.setdefault("WANDB_DATA_DIR", str(directory / "wandb"))  # stages tables there, not in the home directory
     import wandb
 
     sweep = _sweep(directory)
@@ -111,8 +111,8 @@ def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Liter
 
 
 def start_client() -> Any:
-    """Starts W&B's client before wandb.init, which would prompt for a login; returns its settings."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's reports on itself would hold up the end of a run
+    """Starts W&B's client before wandb.init, which would otherwise prompt for a login; returns its settings."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # W&B's own error reports would delay the end of a run
     os.environ.setdefault("WANDB_SILENT", "true")  # it prints the settings files that it reads
     import wandb
 
@@ -120,7 +120,7 @@ def start_client() -> Any:
 
 
 def timeout_settings(settings: WandbConfig) -> Any:
-    """Returns W&B settings with the timeouts, which also silence its output."""
+    """Returns W&B settings with the configured timeouts and without console output."""
     import wandb
 
     return wandb.Settings(
@@ -132,19 +132,19 @@ def timeout_settings(settings: WandbConfig) -> Any:
 
 
 def _sweep(directory: Path) -> Sweep | None:
-    """Returns the sweep that a run is a trial of."""
-    with contextlib.suppress(UserError):  # damaged: no reason not to train
+    """Returns the sweep to which a run belongs, or None."""
+    with contextlib.suppress(UserError):  # damaged, which does not prevent training
         return load_sweep(directory.parent)
     return None
 
 
 def _agent() -> bool:
-    """Whether `wandb agent` has started this run, as one of a sweep of W&B's own."""
+    """Whether `wandb agent` has started this run as part of a W&B sweep."""
     return "WANDB_SWEEP_ID" in os.environ
 
 
 def _id(directory: Path) -> str:
-    """Returns the run's W&B id: its recorded one, that of W&B's agent, or a new one."""
+    """Returns the W&B ID of the run: the recorded one, that of W&B's agent, or a new one."""
     file = directory / ID
     if not file.exists():
         given = os.environ.get("WANDB_RUN_ID") if _agent() else None

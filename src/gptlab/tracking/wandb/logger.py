@@ -1,8 +1,8 @@
-"""A run's record on Weights & Biases. A failure of W&B ends the record, never the run.
+"""Logger for Weights & Biases. A failure of W&B ends its record, never the run.
 
-Steps of W&B are steps of the run. On a resume, rows are logged after those that W&B has: the server's count if it
-answers, else that of the records in the run directory. Rows that are there are not logged again; rows of metrics.csv
-that are missing there are logged first.
+W&B's steps are the run's optimizer steps. On a resume, W&B continues after the last row it has, which is known from the
+server if it responds, otherwise from the records in the run directory. Rows of metrics.csv that W&B lacks are logged
+first; the others are not logged again.
 """
 
 import logging
@@ -39,19 +39,19 @@ Rows = Iterable[Mapping[str, str]]
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's W&B logger, except that a failure of W&B never ends the run.
+    """Lightning's ``WandbLogger``, except that a failure of W&B never ends the run.
 
     Args:
-        run: W&B's run, in progress.
+        run: Run object of W&B's client.
         directory: Run directory.
         first_step: First step whose row W&B does not have yet.
-        best: Lowest validation loss so far.
+        best: Lowest validation loss so far, nats per token.
 
     Attributes:
-        uploader: Uploads samples and checkpoints; None uploads none.
-        finish_timeout: Seconds to wait for it at the end of the run.
-        alerts: Sends alerts; None sends none.
-        artifacts: Uploads checkpoints; None uploads none.
+        uploader: Background thread that uploads samples and checkpoints; None disables both.
+        finish_timeout: Seconds to wait for the uploader at the end of the run.
+        alerts: Sender of alerts; None disables alerts.
+        artifacts: Uploader of checkpoints; None disables them.
     """
 
     def __init__(self, run: Any, directory: Path, first_step: int, best: float = math.inf) -> None:
@@ -65,34 +65,34 @@ class RunWandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Logs a row; W&B's client merges it with an earlier one of the same step."""
+        """Logs a row of metrics; W&B's client merges rows of the same step."""
         if self.works and (step is None or step >= self.first_step):
             self._has_rows = True
             self._try(lambda: self.experiment.log(dict(metrics), step=step))
 
     def log_hyperparams(self, params: object = None) -> None:
-        """Logs nothing: wandb.init got the configuration."""
+        """Logs nothing: wandb.init has received the configuration."""
 
     def log_samples(self, step: int, tokens: Callable[[int], int]) -> None:
         """Logs the table of all samples up to a step, including those before a resume.
 
-        The table is added to the row that is current when it is uploaded: W&B accepts nothing for an earlier step.
+        The table is added to the current row at the time of the upload, since W&B rejects data for earlier steps.
 
         Args:
-            step: Step of the newest samples.
-            tokens: Maps a step to the tokens seen by then.
+            step: Step of the latest samples.
+            tokens: Returns the number of tokens seen up to a step.
         """
         if self.works and self.uploader is not None and self._has_rows:
             self.uploader.put(f"the samples of step {step}", lambda: self._send_samples(step, tokens))
 
     def alert(self, kind: str, sentence: str) -> None:
-        """Sends an alert."""
+        """Sends an alert with ``kind`` as its title, if alerts are enabled."""
         if self.works and self.alerts is not None:
             alerts = self.alerts
             self._try(lambda: alerts.send(kind, sentence))
 
     def give_up(self, sentence: str) -> None:
-        """Sends an alert that this process hangs and ends the record; called by the watchdog before it exits."""
+        """Sends an alert that this process hangs, and ends the record; called by the watchdog before it exits."""
         self.alert(STALL, sentence)
         if self.works:
             self._try(lambda: self._finish(HUNG))
@@ -113,22 +113,22 @@ class RunWandbLogger(WandbLogger):
         if math.isfinite(self.best_before):
             self._keep_best(run)
         if exit_code == PREEMPTED:
-            run.mark_preempting()  # W&B's agent starts it again
+            run.mark_preempting()  # so that W&B's agent restarts it
         try:
             run.finish(exit_code=exit_code)
         except TimeoutError:
-            log.warning("W&B has not taken the whole record in time. It is kept; to send it: %s", self._command())
+            log.warning("W&B has not received the whole record in time. To upload it: %s", self._command())
             return
         if run.offline:
-            log.info("The W&B record is kept in the run directory. To send it: %s", self._command())
+            log.info("The W&B record is kept in the run directory. To upload it: %s", self._command())
             return
         mark_synced(_record_path(run))
         if self.artifacts is not None:
             self.artifacts.clear()
 
     def _keep_best(self, run: Any) -> None:
-        """Restores the lowest val loss from before a resume: W&B's client summarizes only the rows that it logged."""
-        run.log({}, commit=True)  # what follows a summary of one's own is kept as it is
+        """Restores the lowest val loss from before a resume, since W&B's client summarizes only rows of this start."""
+        run.log({}, commit=True)  # commits the last row, so that the client does not overwrite the summary
         since = run.summary.get("val/loss", {}).get("min", math.inf)
         run.summary.update({"val/loss": {"min": min(self.best_before, since)}})
 
@@ -143,36 +143,36 @@ class RunWandbLogger(WandbLogger):
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, the run is worth more than its record
+        except Exception as error:  # any error: the run must not depend on W&B
             self.works = False
-            log.warning("W&B has failed, and gets no more rows: %s. metrics.csv has them all.", error)
+            log.warning("W&B has failed and receives no more rows: %s. metrics.csv has all rows.", error)
 
     def _command(self) -> str:
         return sync_command(self.directory)
 
 
 def build_wandb_logger(config: RunConfig, settings: WandbConfig, directory: Path, earlier: Rows) -> WandbLogger | None:
-    """Starts or resumes the record of a run; returns None if W&B's own settings disable it.
+    """Starts or resumes the W&B record of a run; returns None if W&B's own settings disable it.
 
     Args:
         config: Configuration of the run.
         settings: Its ``logger.wandb``.
-        directory: Run directory, where the run's id at W&B is kept.
+        directory: Run directory, which also stores the W&B ID of the run.
         earlier: Rows of metrics.csv, on a resume.
 
     Raises:
-        UserError: logger.wandb.mode=online, and W&B does not answer or there is no login.
+        UserError: logger.wandb.mode=online, but W&B does not respond or there is no login.
     """
     if (forbidden := opt_out()) and forbidden.mode == "disabled":
         log.info("W&B is off because of %s.", forbidden.source)
         return None
     if not is_first_rank():
-        return WandbLogger(offline=True)  # never starts a run: Lightning logs on the first rank only
+        return WandbLogger(offline=True)  # never starts a W&B run, as Lightning logs on the first rank only
     for path in wandb_records(directory):
         truncate_incomplete(path)
     before = {path: last_step(path) for path in wandb_records(directory)}
     for path, step in before.items():
-        if step < 0:  # of a start that was killed: `wandb sync` gives up at a record with nothing in it
+        if step < 0:  # the start was killed: `wandb sync` fails on an empty record
             mark_synced(path)
     run = init_run(config, settings, directory)
     run.define_metric("tokens")
@@ -192,14 +192,14 @@ def build_wandb_logger(config: RunConfig, settings: WandbConfig, directory: Path
         record.log_metrics({name: float(value) for name, value in row.items() if name != "step"}, int(row["step"]))
     if not run.offline:
         log.info("%-9s %s", "wandb", run.url)
-        for path in before:  # the server had it, or has just got it
+        for path in before:  # the server has all rows of earlier records now
             mark_synced(path)
     return record
 
 
 def _exit_code(status: str) -> int:
-    """Returns the exit status that this process will have."""
-    error = sys.exception()  # Lightning ends its loggers where it has caught what ends the run
+    """Returns the exit code that this process will have."""
+    error = sys.exception()  # Lightning finalizes loggers while it handles the exception that ends the run
     if status == "success":
         return DONE
     if isinstance(error, Preempted):
@@ -212,7 +212,7 @@ def _record_path(run: Any) -> Path:
 
 
 def attach_wandb(trainer: L.Trainer, recorder: MetricsCallback) -> None:
-    """Connects a run's W&B record, if it has one, with what reports samples, checkpoints and alerts."""
+    """Connects the W&B logger of a run, if any, to the callbacks that report samples, checkpoints and alerts."""
     for record in trainer.loggers:
         if not isinstance(record, RunWandbLogger):
             continue

@@ -11,11 +11,11 @@ FALSE_VALUES = ("", "0", "f", "false", "n", "no", "off")
 
 
 class OptOut(NamedTuple):
-    """Opt-out by the environment or by a settings file of W&B.
+    """Opt-out by an environment variable or a settings file of W&B.
 
     Attributes:
-        mode: offline: no connection. disabled: no record either.
-        source: The setting and its origin: "mode=offline in ~/.config/wandb/settings".
+        mode: "offline" (no connection) or "disabled" (also no record).
+        source: Setting and its origin, such as "mode=offline in ~/.config/wandb/settings".
     """
 
     mode: Literal["offline", "disabled"]
@@ -23,14 +23,14 @@ class OptOut(NamedTuple):
 
 
 def opt_out() -> OptOut | None:
-    """Returns the opt-out that W&B's own settings have, or None if they allow a connection.
+    """Returns the opt-out in W&B's own settings, or None if they allow a connection.
 
-    As in W&B, WANDB_MODE comes before the settings files. WANDB_DISABLED, which W&B's client no longer reads, comes
-    before both. A file that W&B ignores because another of its settings is wrong counts as well, and so does the one
-    that `wandb offline` writes to WANDB_DIR, which W&B's client does not read.
+    As in W&B, WANDB_MODE takes precedence over settings files. WANDB_DISABLED, which W&B's client no longer reads,
+    takes precedence over both. Also considered are files that W&B ignores because another setting in them is invalid,
+    and the file that `wandb offline` writes to WANDB_DIR, which W&B's client does not read.
 
     Raises:
-        UserError: The mode is not one of W&B's.
+        UserError: The mode is unknown to W&B.
     """
     disabled, mode = os.environ.get("WANDB_DISABLED", ""), os.environ.get("WANDB_MODE")
     if disabled.lower() not in FALSE_VALUES:
@@ -42,21 +42,21 @@ def opt_out() -> OptOut | None:
 
 
 def check_mode(settings: WandbConfig) -> None:
-    """Refuses logger.wandb.mode=online where W&B's own settings forbid a connection.
+    """Checks that W&B's own settings do not contradict logger.wandb.mode=online.
 
     Raises:
-        UserError: They do, or the mode is not one of W&B's.
+        UserError: They forbid a connection, or the mode in W&B's settings is unknown.
     """
     forbidden = opt_out()
     if forbidden and settings.mode == "online":
         raise UserError(
-            f"logger.wandb.mode=online contradicts {forbidden.source}: W&B is {forbidden.mode} here. Remove that "
-            "setting (in a settings file: `wandb enabled`), or leave the choice to it: logger.wandb.mode=auto."
+            f"logger.wandb.mode=online contradicts {forbidden.source}, by which W&B is {forbidden.mode}. Remove that "
+            "setting (in a settings file: `wandb enabled`), or follow it with logger.wandb.mode=auto."
         )
 
 
 def _opt_out_of(mode: str, source: str) -> OptOut | None:
-    """Returns the opt-out of a mode of W&B's; the client is imported only for a mode that forbids nothing."""
+    """Returns the opt-out for a W&B mode; imports W&B's client only for modes that are no opt-out."""
     if mode == "disabled":
         return OptOut("disabled", source)
     if mode in ("offline", "dryrun"):
@@ -70,10 +70,10 @@ def _opt_out_of(mode: str, source: str) -> OptOut | None:
 
 
 def _modes_in_files() -> list[tuple[Path, str]]:
-    """The settings files that set the mode: the folder's, else the user's. `wandb offline` writes them.
+    """Returns the settings files that set a mode: those of the directory if there are any, otherwise the user's.
 
-    W&B's public settings do not say which file a value comes from, and leave out files with a setting that is wrong, so
-    the files are read one by one with W&B's own reader (read in wandb 0.31.0).
+    W&B's public settings do not report the file of a value and skip files with an invalid setting. The files are
+    therefore read one by one with W&B's own reader (checked in wandb 0.31.0).
     """
     import wandb
     from wandb.sdk.lib.settings_file import SettingsFiles

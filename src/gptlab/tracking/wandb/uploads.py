@@ -1,4 +1,4 @@
-"""Uploads to W&B beside the metrics: checkpoints as artifacts, sent by a background thread, and alerts."""
+"""Uploads to W&B in addition to metrics: alerts, and checkpoints as artifacts from a background thread."""
 
 import itertools
 import logging
@@ -24,9 +24,9 @@ WARNINGS = {SPIKE}  # alerts of every other kind are errors
 
 
 class BackgroundUploader:
-    """Runs uploads one after the other in a background thread; a failed upload is logged and skipped.
+    """Runs uploads sequentially in a background thread, since W&B's client blocks during some of them.
 
-    W&B's client waits for its server during some of them.
+    A failed upload is logged and skipped.
     """
 
     def __init__(self) -> None:
@@ -35,37 +35,37 @@ class BackgroundUploader:
         self._thread.start()
 
     def put(self, what: str, send: Callable[[], None]) -> None:
-        """Queues an upload; ``what`` names it in messages."""
+        """Queues the upload ``send``; ``what`` is its name in messages."""
         self._waiting.put((what, send))
 
     def close(self, seconds: float) -> None:
-        """Waits at most so many seconds for the queued uploads."""
+        """Waits for the queued uploads, at most ``seconds``."""
         self._waiting.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            log.warning("W&B has not taken all samples and checkpoints in %g seconds.", seconds)
+            log.warning("W&B has not received all samples and checkpoints within %g seconds.", seconds)
 
     def _send_all(self) -> None:
         while (upload := self._waiting.get()) is not None:
             what, send = upload
             try:
                 send()
-            except Exception as error:  # whatever it is, the run is worth more
-                log.warning("W&B does not get %s: %s", what, " ".join(str(error).split()))
+            except Exception as error:  # any error: the run must not depend on W&B
+                log.warning("W&B does not receive %s: %s", what, " ".join(str(error).split()))
 
 
 class CheckpointArtifacts:
-    """Uploads checkpoints as artifacts, without making training wait.
+    """Uploads checkpoints as artifacts without blocking training.
 
-    Their files are hard-linked into ``<run_dir>/wandb/checkpoints`` until they are uploaded, even if the checkpoint is
-    deleted meanwhile; only then does this take disk space.
+    Their files are hard-linked into ``<run_dir>/wandb/checkpoints`` until they are uploaded. The links take disk space
+    only if the checkpoint is deleted in the meantime.
 
     Args:
-        run: W&B's run.
+        run: Run object of W&B's client.
         run_dir: Run directory.
-        uploader: Thread that uploads.
-        which: All checkpoints, or those that were the best when they were written.
-        best: Lowest validation loss so far.
+        uploader: Background thread that uploads.
+        which: "all" checkpoints, or each new "best" one.
+        best: Lowest validation loss so far, nats per token.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class CheckpointArtifacts:
         self.which, self.best = which, best
 
     def upload(self, checkpoint_dir: Path, metadata: CheckpointMetadata) -> None:
-        """Queues a committed checkpoint, if it is wanted."""
+        """Queues a completely saved checkpoint, if ``which`` includes it."""
         is_best = metadata.val_loss is not None and metadata.val_loss < self.best
         if metadata.val_loss is not None and is_best:
             self.best = metadata.val_loss
@@ -90,14 +90,14 @@ class CheckpointArtifacts:
             try:
                 self.uploader.put(what, partial(self._send, self._link(checkpoint_dir), metadata, aliases))
             except OSError as error:
-                log.warning("W&B does not get %s: %s", what, error)
+                log.warning("W&B does not receive %s: %s", what, error)
 
     def clear(self) -> None:
-        """Removes the links, once W&B has the files."""
+        """Removes the links; called when W&B has the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _link(self, checkpoint_dir: Path) -> Path:
-        """Links a checkpoint's files into a new folder; copies them if the file system has no links."""
+        """Links a checkpoint's files into a new directory; copies them if the file system has no hard links."""
         name = checkpoint_dir.name
         folder = next(path for i in itertools.count() if not (path := self.folder / f"{name}.{i}").exists())
         folder.mkdir(parents=True)
@@ -114,18 +114,18 @@ class CheckpointArtifacts:
         values = metadata.model_dump(mode="json", exclude={"evaluation_due"})
         artifact = wandb.Artifact(f"model-{self.run.id}", type="model", metadata=values)
         for path in sorted(folder.iterdir()):
-            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # neither copied here nor to the cache
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # not copied locally
         self.run.log_artifact(artifact, aliases=aliases)
 
 
 class Alerts:
-    """Sends alerts, at most one of a kind in ``wait`` seconds.
+    """Sends alerts, at most one of each kind per ``wait`` seconds.
 
-    W&B limits them too, but on its server: an offline run would keep all of them.
+    W&B also limits alerts, but only on its server: an offline run would record all of them.
 
     Args:
-        run: W&B's run.
-        wait: Seconds between two alerts of a kind.
+        run: Run object of W&B's client.
+        wait: Minimum seconds between two alerts of a kind.
         clock: Returns the time in seconds.
     """
 
