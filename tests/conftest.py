@@ -1,4 +1,4 @@
-"""What tests share: a small model's configuration, and commands run as a user runs them."""
+"""Shared by all tests: the configuration of a tiny model, and a user who runs commands."""
 
 import contextlib
 import hashlib
@@ -29,9 +29,9 @@ TINY: dict[str, Any] = {  # GPT-2's options
 }
 
 
-# Slow tests with limits of a few seconds, or that have to be faster than what they stop: no other runs beside them.
+# Slow tests with time limits of a few seconds, or that must outrun a process: no other test runs at the same time.
 ALONE = {"test_supervisor", "test_tasks", "test_watchdog"}
-# Modules of tests that wait more than they compute, or share a fixture that takes long: one worker runs them in turn.
+# Test modules that mostly wait, or that share a slow fixture: one worker runs each group, one test after the other.
 GROUPS = {"test_slurm": "slurm", "test_wandb": "wandb", "test_wandb_record": "wandb"}
 
 
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Scheduling(LoadScopeScheduling):
-    """Gives tests to workers one by one, and ``GROUPS`` as a whole and first."""
+    """Sends tests to workers one by one; sends each group of ``GROUPS`` as a whole, before the other tests."""
 
     def _split_scope(self, nodeid: str) -> str:
         return GROUPS.get(Path(nodeid.partition("::")[0]).stem, nodeid)
@@ -57,7 +57,7 @@ LIGHT_FORKS = ForkServer(WITHOUT_TORCH)  # for users whose torch cannot be impor
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begin to import what commands need, if there will be commands and this is the process that runs them."""
+    """Starts the fork server, if collected tests run commands and this is the process that runs the tests."""
     options = session.config.option
     controls_workers = options.numprocesses and not hasattr(session.config, "workerinput")
     if controls_workers or options.collectonly:
@@ -71,74 +71,74 @@ def tiny_config(**changes: Any) -> GPTConfig:
 
 
 def defaults(file: str) -> dict[str, Any]:
-    """What a file of conf/ says."""
+    """Returns the contents of a file in conf/."""
     return yaml.safe_load((configuration_folder() / file).read_text())
 
 
-# A tiny model on the text of a ``User``, quickly.
+# A short run of a tiny model on the text of a ``User``.
 SMALL = (
     *("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.max_steps=6"),
     *("train.eval_every=3", "train.eval_windows=10", "train.log_every=1"),
 )
 
 
-class Begun(subprocess.Popen[str]):
-    """A command under way, which leads a group of processes."""
+class RunningCommand(subprocess.Popen[str]):
+    """Running command that leads a process group."""
 
-    def until(self, happened: Callable[[], object]) -> None:
-        """Wait for what has to happen while the command runs."""
-        limit = time.monotonic() + 300  # far more than it takes: other processes may fill the machine
-        while not happened():
+    def until(self, condition: Callable[[], object]) -> None:
+        """Waits until a condition holds; fails if the command ends first."""
+        limit = time.monotonic() + 300  # far more than it takes, since other processes may use all cores
+        while not condition():
             assert self.poll() is None, "".join(self.communicate())
             assert time.monotonic() < limit
             time.sleep(0.01)
 
     def children(self) -> list[int]:
-        """The processes that it has started."""
+        """Returns the IDs of its child processes."""
         return [int(pid) for pid in subprocess.check_output(("pgrep", "-P", str(self.pid))).split()]
 
     def workers(self) -> dict[int, int]:
-        """The processes that train, by their ranks."""
+        """Returns the IDs of the training processes by rank."""
         variables = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in self.children()}
         return {int(value[5:]): pid for pid in variables for value in variables[pid] if value.startswith(b"RANK=")}
 
     def ended(self, status: int = DONE, seconds: float = 60) -> subprocess.CompletedProcess[str]:
-        """What it has said, once it and all that it has started are at their end, with this status."""
+        """Waits for the command and its child processes, checks its exit code, and returns it with its output."""
         output, errors = self.communicate(timeout=seconds)
         assert self.returncode == status, output + errors
         return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
 
 
 class User:
-    """Types commands in an empty folder, with a small text at hand."""
+    """Runs commands in a directory that contains only a small text."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.begun: list[Begun] = []
+        self.started: list[RunningCommand] = []
         self.environment = os.environ | {"GPTLAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        for name in ("WANDB_MODE", "WANDB_DISABLED"):  # which would turn off what is tested
+        for name in ("WANDB_MODE", "WANDB_DISABLED"):  # they would turn W&B off
             self.environment.pop(name, None)
-        # varied enough that a model learns something, and as much of it as the tests need
+        # varied enough for a model to learn something, and no longer than the tests need
         lines = (f"line {i}: the {['cat', 'dog', 'cow'][i % 3]} has {i * i % 97} of {i % 7}\n" for i in range(2000))
         (folder / "text.txt").write_text("".join(lines))
 
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end, in a new process."""
+        """Runs a command in a new process and waits for it."""
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
         )
 
     def python(self, module: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run ``python -m module`` to its end: in a fork of a process that has imported torch if that can be."""
+        """Runs ``python -m module`` and waits for it; uses a fork of a process that has imported torch, if possible."""
         command = (sys.executable, "-m", module, *arguments)
         for server in (FORKS, LIGHT_FORKS):
             if done := server.run(command, self.folder, self.environment, timeout):
                 return done
         return self.run(*command, timeout=timeout)
 
-    def begin(self, module: str, *arguments: str) -> Begun:
-        """Start a command that ends with the test, if not before."""
-        run = Begun(
+    def begin(self, module: str, *arguments: str) -> RunningCommand:
+        """Starts a command, which is killed at the end of the test if it still runs."""
+        run = RunningCommand(
             (sys.executable, "-m", module, *arguments),
             cwd=self.folder,
             env=self.environment,
@@ -146,18 +146,18 @@ class User:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # tests that run in the background inherit an ignored SIGINT, which no terminal would hand on
+            # tests that run in the background inherit an ignored SIGINT, unlike commands in a terminal
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        self.begun.append(run)
+        self.started.append(run)
         return run
 
     def train(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Train with ``SMALL``; ``arguments`` come after it."""
+        """Trains with the overrides ``SMALL``, followed by ``arguments``."""
         return self.python("gptlab.train", *SMALL, *arguments, **options)
 
     def only_run(self, name: str = "quickstart") -> Path:
-        """The one run directory there is under a name."""
+        """Returns the only run directory of this name."""
         (directory,) = (self.folder / "outputs" / name).iterdir()
         return directory
 
@@ -166,32 +166,31 @@ class User:
 def user(tmp_path: Path) -> Iterator[User]:
     user = User(tmp_path)
     yield user
-    for run in user.begun:
+    for run in user.started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
         run.wait()
 
 
 class Runs:
-    """Runs that several tests begin with: each is made once, and copied into a user's folder.
+    """Runs that several tests start from. Each is trained once and copied to a user's directory.
 
     Args:
-        folder: Where they are made; shared by the processes that run tests.
+        folder: Directory of the runs, shared by the processes that run tests.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def give(self, user: User, name: str, *arguments: str) -> Path:
-        """The run of the tiny model with this name and these arguments."""
-        place = self.folder / hashlib.sha256(json.dumps((name, *arguments)).encode()).hexdigest()[:16]
-        made = place / "outputs" / name
-        with FileLock(f"{place}.lock"):
-            if not place.exists():
-                place.mkdir()
-                done = User(place).train(f"name={name}", *arguments, timeout=600)
+        """Copies the run with this name and these overrides to the user's directory, and returns its run directory."""
+        folder = self.folder / hashlib.sha256(json.dumps((name, *arguments)).encode()).hexdigest()[:16]
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                done = User(folder).train(f"name={name}", *arguments, timeout=600)
                 assert done.returncode == 0, done.stdout + done.stderr
-        shutil.copytree(made, user.folder / "outputs" / name)
+        shutil.copytree(folder / "outputs" / name, user.folder / "outputs" / name)
         return user.only_run(name)
 
 
@@ -205,7 +204,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture
 def halted(user: User, runs: Runs) -> Path:
-    """A run of six steps, and beside it, as "whole", the same run of nine that was never interrupted."""
+    """Run of six steps. The run "whole" is the same run with nine steps, without an interruption."""
     for name, steps in (("whole", 9), ("halted", 6)):
         directory = runs.give(user, name, f"train.max_steps={steps}", "schedule.decay_steps=9", "callbacks=checkpoint")
     return directory
@@ -213,10 +212,10 @@ def halted(user: User, runs: Runs) -> Path:
 
 @pytest.fixture
 def without_torch(user):
-    """A user whose torch cannot be imported: what is wrong must be found before it is needed."""
+    """User whose torch cannot be imported, since invalid input must be found before torch is needed."""
     package = user.folder / "elsewhere" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
-    beside = os.environ.get("PYTHONPATH")  # where the tests look at another checkout than is installed
-    user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), beside)))
+    inherited = os.environ.get("PYTHONPATH")  # set if another checkout than the installed one is tested
+    user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), inherited)))
     return user

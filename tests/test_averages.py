@@ -1,4 +1,4 @@
-"""The average of the weights, end to end: what is evaluated, sampled and loaded is the average, and nothing else is."""
+"""The moving average of the weights (train.ema_decay), end to end: it is evaluated, sampled and loaded."""
 
 import json
 
@@ -29,7 +29,7 @@ def model_of(directory, weights: dict[str, torch.Tensor]) -> GPT:
 
 @torch.no_grad()
 def val_loss(user, model: GPT) -> float:
-    """Mean over all windows of 32 of the last tenth of the text, a byte a token."""
+    """Returns the mean loss over all windows of 32 bytes in the last tenth of the text."""
     text = (user.folder / "text.txt").read_text()
     tokens = torch.tensor([*text[int(len(text) * 0.9) :].encode(), 256])
     windows = tokens[: (len(tokens) - 1) // 32 * 32 + 1].unfold(0, 33, 32)
@@ -37,14 +37,14 @@ def val_loss(user, model: GPT) -> float:
 
 
 def sample(directory, model: GPT, step: int) -> str:
-    """What a model writes after a step, with the seed of that step."""
+    """Returns the sample of a model after a step, generated with the seed of that step."""
     config = yaml.safe_load((directory / "config.yaml").read_text())
-    wanted = config["callbacks"]["samples"]
+    settings = config["callbacks"]["samples"]
     rows = generate(
         model,
         [[*b"line"]],
         SamplingConfig(
-            temperature=wanted["temperature"], top_k=wanted["top_k"], top_p=None, min_p=None, repetition_penalty=1
+            temperature=settings["temperature"], top_k=settings["top_k"], top_p=None, min_p=None, repetition_penalty=1
         ),
         seeds=row_seeds(derive_seed(config["seed"], step), 1),
         max_new_tokens=30,
@@ -60,9 +60,9 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
     every = ("callbacks.checkpoint.every=1", "callbacks.checkpoint.keep_last=9")
     assert_success(user.train(*EMA, *every, *SAMPLES, "train.eval_windows=null"))
     directory = user.only_run()
-    places = sorted(directory.glob("checkpoints/*"))
-    steps = [torch.load(place / "state.pt", weights_only=True)["state_dict"] for place in places]
-    decays = [0, 2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # TensorFlow's warm-up, as far as it is less than 0.3
+    checkpoints = sorted(directory.glob("checkpoints/*"))
+    steps = [torch.load(checkpoint / "state.pt", weights_only=True)["state_dict"] for checkpoint in checkpoints]
+    decays = [0, 2 / 11, 3 / 12, 0.3, 0.3, 0.3]  # TensorFlow's warm-up, at most 0.3
     expected = {name: tensor.double() for name, tensor in steps[0].items()}
     losses = []
     for decay, weights in zip(decays, steps, strict=True):
@@ -76,7 +76,8 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
     evaluated = metrics(directory, "val/loss")
     assert evaluated == pytest.approx({step: losses[step - 1] for step in (3, 6)}, abs=2e-6)
     assert abs(evaluated[6] - val_loss(user, model_of(directory, steps[5]))) > 1e-3
-    assert json.loads((places[5] / "record.json").read_text())["facts"]["val_loss"] == evaluated[6]  # the best
+    facts = json.loads((checkpoints[5] / "record.json").read_text())["facts"]
+    assert facts["val_loss"] == evaluated[6]  # selects the best checkpoint
     model = load_model(open_model_source(str(directory)))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, found[name]), name
@@ -86,7 +87,7 @@ def test_the_average_is_evaluated_sampled_and_loaded(user):
 
 
 @pytest.mark.slow
-def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
+def test_averaging_cannot_be_enabled_when_a_run_is_resumed(user, halted):
     changed = ("train.ema_decay=0.9", "train.max_steps=9")
     done = user.python("gptlab.train", f"resume={halted}", *changed)
     assert_config_error(done, "train.ema_decay cannot change when a run is resumed")
@@ -96,28 +97,29 @@ def test_a_run_keeps_an_average_to_its_end_or_not_at_all(user, halted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "two groups of two"])
-def test_on_several_devices_it_is_the_average_of_one(user, runs, layout):
-    same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # beside which the gradients' rounding is small
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "fsdp_tp, 2 x 2"])
+def test_the_average_on_several_devices_is_that_of_one(user, runs, layout):
+    same = (*EMA, "trainer.precision=32-true", "optimizer.eps=1e-3")  # a large epsilon hides rounding of gradients
     one = runs.give(user, "averaged", *same)
-    assert_success(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
-    spread = user.only_run("spread")
+    assert_success(user.train("name=distributed", *same, *LAYOUTS[layout], timeout=600))
+    distributed = user.only_run("distributed")
     for name in ("train/loss", "val/loss"):
-        assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
-    found, expected = averages(spread), averages(one)
+        assert metrics(distributed, name) == pytest.approx(metrics(one, name), abs=1e-5), name
+    found, expected = averages(distributed), averages(one)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0, msg=name)
-    model = load_model(open_model_source(str(spread)))
+    model = load_model(open_model_source(str(distributed)))
     assert all(torch.equal(parameter, found[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.slow
-def test_its_promises_are_proved(user):
+def test_proofs_pass_with_an_average(user):
     few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.steps=4", "prove.kill_after=2")
     tiny = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
     assert_success(user.python("gptlab.prove", *tiny, *few, "train.ema_decay=0.9", timeout=900))
     (folder,) = (user.folder / "outputs" / "prove").iterdir()
     proofs = {proof["name"]: proof for proof in json.loads((folder / "prove.json").read_text())["proofs"]}
     assert proofs["killed and resumed"]["passed"] is True
-    assert proofs["checkpoint round trip"]["details"]["tensors"] == 5 * 28  # a weight, its moments, step and average
+    # a weight, its two moments, step count and average
+    assert proofs["checkpoint round trip"]["details"]["tensors"] == 5 * 28

@@ -1,4 +1,4 @@
-"""Batches that grow, end to end: each step's tokens against plain positions in the permutation of the text."""
+"""Growing batches, end to end: the tokens of each step are compared with the permutation of the text."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from gptlab.data.order import WindowOrder
 from gptlab.training.callbacks.determinism_trace import format_sums, hash_windows
 
 GROWING = ("train.batch_schedule=[[2,4],[4,8]]", "schedule.decay_steps=6", "callbacks=[checkpoint,trace]")
-SIZES = [4, 4, 8, 8, 12, 12]  # of the six steps
+SIZES = [4, 4, 8, 8, 12, 12]  # batch sizes of the six steps
 TWO = ("trainer=ddp", "trainer.devices=2")
 
 
@@ -23,7 +23,7 @@ def traced(directory) -> list[str]:
 
 
 def expected(user) -> list[str]:
-    """The hash of every step, from the text file on."""
+    """Returns the hash of the tokens of every step, computed from the text file."""
     text = (user.folder / "text.txt").read_text()
     cut = int(len(text) * 0.9)
     splits = {"train": [*text[:cut].encode(), 256], "val": [*text[cut:].encode(), 256]}
@@ -40,7 +40,7 @@ def grown(user, runs):
     return runs.give(user, "grown", *GROWING)
 
 
-def test_every_step_has_its_tokens_and_the_record_says_so(user, grown):
+def test_every_step_has_its_batch_size_and_the_run_records_it(user, grown):
     tokens = [32 * windows for windows in accumulate(SIZES)]
     assert traced(grown) == expected(user)
     assert metrics(grown, "tokens") == dict(enumerate(tokens, 1))
@@ -55,7 +55,7 @@ def test_every_step_has_its_tokens_and_the_record_says_so(user, grown):
 
 
 @pytest.mark.slow
-def test_two_processes_and_a_resume_at_a_border_change_nothing(user, grown):
+def test_two_processes_and_a_resume_between_stages_do_not_change_the_tokens(user, grown):
     assert_success(user.train("name=halted", *GROWING, "train.max_steps=4", "train.eval_every=2"))
     halted = user.only_run("halted")
     assert_success(
@@ -67,30 +67,30 @@ def test_two_processes_and_a_resume_at_a_border_change_nothing(user, grown):
         assert metrics(halted, name) == pytest.approx(metrics(grown, name), abs=1e-5), name
 
 
-def test_other_devices_must_fit_all_batches(user, grown):
+def test_a_resume_checks_that_every_batch_size_is_divisible(user, grown):
     done = user.python("gptlab.train", f"resume={grown}", "train.max_steps=9", "train.micro_batch_size=4")
     assert "train.batch_schedule: batch size=4 is not divisible by 3 " in done.stderr
     assert done.returncode == 2
 
 
 @pytest.mark.slow
-def test_a_length_in_tokens_ends_where_the_batches_have_come_to(user):
+def test_a_token_budget_ends_with_the_first_step_that_reaches_it(user):
     assert_success(user.train("train.max_steps=null", "train.max_tokens=700", *GROWING, "callbacks=none"))
-    assert max(metrics(user.only_run(), "tokens").items()) == (4, 768)  # 128, 256, 512 and 768
+    assert max(metrics(user.only_run(), "tokens").items()) == (4, 768)  # after 128, 256, 512 and 768 tokens
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [TWO, ("trainer=fsdp", "trainer.devices=2"), ("train.compile=true",)])
-def test_on_several_devices_and_compiled_the_losses_are_the_same(user, grown, spread):
-    assert_success(user.train("name=spread", *GROWING, *spread, timeout=600))
-    directory = user.only_run("spread")
+@pytest.mark.parametrize("overrides", [TWO, ("trainer=fsdp", "trainer.devices=2"), ("train.compile=true",)])
+def test_losses_are_the_same_on_several_devices_and_compiled(user, grown, overrides):
+    assert_success(user.train("name=changed", *GROWING, *overrides, timeout=600))
+    directory = user.only_run("changed")
     assert traced(directory) == traced(grown)
     for name in ("train/loss", "val/loss"):
         assert metrics(directory, name) == pytest.approx(metrics(grown, name), abs=1e-5), name
 
 
 @pytest.mark.slow
-def test_the_promises_of_growing_batches_are_proved(user):
+def test_proofs_pass_with_growing_batches(user):
     few = ("prove.ranks=[1,2,4]", "prove.workers=[0,2]", "prove.steps=6", "prove.kill_after=3")
     tiny = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32")
     assert_success(user.python("gptlab.prove", *tiny, *few, "train.batch_schedule=[[2,4],[4,8]]", timeout=900))

@@ -1,4 +1,4 @@
-"""Run directories that an earlier commit wrote (tests/compatibility) can still be used by every command."""
+"""Run directories of an earlier version (tests/compatibility) work with every command."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ from safetensors import safe_open
 from commands import assert_success, metrics
 
 STORED = Path(__file__).parent / "compatibility"
-MADE_IN = "/home/someone/gptlab"  # named by the text files in STORED
-WINDOWS = 55  # whole windows of 16 in the val split
+MADE_IN = "/home/someone/gptlab"  # path in the text files of STORED
+WINDOWS = 55  # windows of 16 tokens in the val split
 
-# Runs commands in one process, as imports take longer than any of them; a separator follows the output of each
+# Runs commands in one process, since imports take longer than any command. A separator follows each output.
 COMMANDS = """
 import json, runpy, sys
 for module, *arguments in json.loads(sys.argv[1]):
@@ -29,7 +29,7 @@ for module, *arguments in json.loads(sys.argv[1]):
 
 
 def restore(user, name: str) -> Path:
-    """Copies a stored run directory into the user's folder, with the paths in it made the user's."""
+    """Copies a stored run directory to the user's directory, and replaces the paths in its files."""
     run = user.folder / "outputs" / name / "earlier"
     shutil.copytree(STORED / name, run)
     shutil.copy(STORED / "text.txt", user.folder / "text.txt")
@@ -39,7 +39,7 @@ def restore(user, name: str) -> Path:
 
 
 @pytest.mark.parametrize(("name", "vocab_size"), [("single", 257), pytest.param("sharded", 27, marks=pytest.mark.slow)])
-def test_an_earlier_run_can_be_read_and_resumed(user, name, vocab_size):
+def test_a_run_of_an_earlier_version_can_be_read_and_resumed(user, name, vocab_size):
     run = restore(user, name)
     stored_loss = json.loads((run / "state.json").read_text())["val_loss"]
     commands = [

@@ -1,4 +1,4 @@
-"""Several processes: one run, one directory, and the numbers of one process."""
+"""Training in several processes: one run directory, and the losses of one process."""
 
 import sys
 
@@ -13,10 +13,10 @@ TWO = ("trainer.devices=2",)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_two_processes_compute_what_one_does(user, runs, strategy):
+def test_two_processes_have_the_losses_of_one(user, runs, strategy):
     one = runs.give(user, "first")
     assert_success(user.train("name=two", f"trainer={strategy}", *TWO, "train.micro_batch_size=2"))
-    two = user.only_run("two")  # there is one directory
+    two = user.only_run("two")  # exactly one directory
     for name in ("train/loss", "val/loss"):
         assert metrics(two, name) == pytest.approx(metrics(one, name), abs=1e-5), name
     assert metrics(two, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), abs=1e-4)
@@ -28,23 +28,24 @@ def test_two_processes_compute_what_one_does(user, runs, strategy):
 LAYOUTS = {
     "ddp": ("trainer=ddp", *TWO, "train.micro_batch_size=3"),
     "fsdp": ("trainer=fsdp", *TWO, "train.micro_batch_size=3"),
-    "fsdp, offloaded, kept whole": (
+    "fsdp, CPU offload, not resharded": (
         "trainer=fsdp",
         *TWO,
         "trainer.cpu_offload=true",
         "trainer.reshard_after_forward=false",
     ),
     "fsdp, compiled": ("trainer=fsdp", *TWO, "train.compile=true", "model.activation_checkpointing=true"),
-    "fsdp, in parts of unequal size": ("trainer=fsdp", "trainer.devices=3"),
-    "one group of two": ("trainer=fsdp_tp", *TWO, "train.micro_batch_size=4"),
-    "two groups of two": ("trainer=fsdp_tp", "trainer.devices=4", "train.micro_batch_size=3"),
+    "fsdp, uneven shards": ("trainer=fsdp", "trainer.devices=3"),
+    "fsdp_tp, 1 x 2": ("trainer=fsdp_tp", *TWO, "train.micro_batch_size=4"),
+    "fsdp_tp, 2 x 2": ("trainer=fsdp_tp", "trainer.devices=4", "train.micro_batch_size=3"),
 }
 
 
-# Muon in float32, as bfloat16 would make of a last bit another 2**-8; an epsilon that is large beside the gradient of
-# the keys' biases, which is nothing but rounding (softmax does not see them); clipped to less, as its norms are small
+# Muon in float32, since bfloat16 would turn a difference in the last bit into 2**-8. Epsilon is large compared with the
+# gradient of the key biases, which is only rounding (softmax is invariant to them). Gradients are clipped to a smaller
+# norm, so that every step is clipped.
 MUON = ("optimizer=muon", "optimizer.ns_dtype=float32", "optimizer.eps=1e-6", "train.grad_clip=0.1")
-# Of a compiled model the average is kept, too (test_averages has that of the others): compiling takes a minute.
+# The compiled model is also averaged, since compiling takes a minute (test_averages tests the other layouts).
 OPTIMIZERS = {"adamw": (), "muon": MUON, "adamw, average": ("train.ema_decay=0.3",)}
 CASES = [
     *((optimizer, layout) for optimizer in ("adamw", "muon") for layout in LAYOUTS if layout != "fsdp, compiled"),
@@ -54,28 +55,28 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "layout"), CASES)
-def test_twenty_steps_have_the_losses_of_one_process(user, runs, optimizer, layout):
+def test_twenty_distributed_steps_have_the_losses_of_one_process(user, runs, optimizer, layout):
     length = ("train.max_steps=20", "train.eval_every=10", "schedule.warmup_steps=4", "trainer.precision=32-true")
     same = (*length, *OPTIMIZERS[optimizer])
     one = runs.give(user, "twenty", *same, "train.micro_batch_size=4")
-    assert_success(user.train("name=spread", *same, *LAYOUTS[layout], timeout=600))
-    spread = user.only_run("spread")
+    assert_success(user.train("name=distributed", *same, *LAYOUTS[layout], timeout=600))
+    distributed = user.only_run("distributed")
     for name in ("train/loss", "val/loss", "val/bits_per_byte"):
-        assert metrics(spread, name) == pytest.approx(metrics(one, name), abs=1e-5), name
-    assert metrics(spread, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-5)
+        assert metrics(distributed, name) == pytest.approx(metrics(one, name), abs=1e-5), name
+    assert metrics(distributed, "grad_norm") == pytest.approx(metrics(one, "grad_norm"), rel=1e-5)
     assert min(metrics(one, "grad_norm").values()) > (0.1 if optimizer == "muon" else 1)  # every step was clipped
     assert len(metrics(one, "train/loss")) == 20
-    assert (spread / "samples" / "step_000020.txt").exists()
-    states = [newest_state(directory)["state_dict"] for directory in (one, spread)]
+    assert (distributed / "samples" / "step_000020.txt").exists()
+    states = [newest_state(directory)["state_dict"] for directory in (one, distributed)]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=0, msg=name)
     if optimizer == "adamw, average":
-        kept = [averages(directory) for directory in (one, spread)]
+        kept = [averages(directory) for directory in (one, distributed)]
         assert kept[0].keys() == kept[1].keys() == states[0].keys() - {"lm_head.weight"}
         for name, tensor in kept[0].items():
             torch.testing.assert_close(kept[1][name], tensor, atol=1e-4, rtol=0, msg=name)
-        model = load_model(open_model_source(str(spread)))
+        model = load_model(open_model_source(str(distributed)))
         assert all(torch.equal(parameter, kept[1][name]) for name, parameter in model.named_parameters())
 
 
@@ -90,14 +91,14 @@ def test_torchrun_starts_one_run(user):
 
 
 @pytest.mark.slow
-def test_a_sweep_over_processes_runs_each_job_once(user):
+def test_a_sweep_over_the_number_of_devices_runs_each_trial_once(user):
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
     done = user.python("gptlab.train", "-m", "name=sweep", "trainer=fsdp", "trainer.devices=2,1,3", *small, timeout=400)
     assert_success(done)
     directory = user.only_run("sweep")
-    jobs = [directory / job for job in ("0", "1", "2")]
-    assert sorted(path for path in directory.iterdir() if path.is_dir()) == jobs
-    for job, devices in zip(jobs, (2, 1, 3), strict=True):
-        assert metrics(job, "train/loss") == pytest.approx(metrics(jobs[0], "train/loss"), abs=1e-5)
-        assert f"{devices} device(s) x" in (job / "train.log").read_text()
+    trials = [directory / number for number in ("0", "1", "2")]
+    assert sorted(path for path in directory.iterdir() if path.is_dir()) == trials
+    for trial, devices in zip(trials, (2, 1, 3), strict=True):
+        assert metrics(trial, "train/loss") == pytest.approx(metrics(trials[0], "train/loss"), abs=1e-5)
+        assert f"{devices} device(s) x" in (trial / "train.log").read_text()
     assert done.stdout.count("done · ") == 3

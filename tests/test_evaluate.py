@@ -1,4 +1,4 @@
-"""The command that scores a trained model: its numbers, what it leaves, and what it refuses."""
+"""The evaluate command and HellaSwag during training: results, files and errors."""
 
 import json
 import math
@@ -45,42 +45,42 @@ def examples_file(folder: Path, number: int) -> Path:
     return path
 
 
-def found(directory: Path, what: str) -> dict:
-    """The only results of that kind."""
-    (path,) = directory.glob(f"evaluations/{what}_*.json")
+def found(directory: Path, kind: str) -> dict:
+    """Returns the only results of this kind."""
+    (path,) = directory.glob(f"evaluations/{kind}_*.json")
     return json.loads(path.read_text())
 
 
 def trained(directory: Path) -> GPT:
-    """The network of a run of the tiny model, by an independent reader."""
+    """Returns the model of a run, loaded independently of gptlab.pretrained."""
     model = GPT(GPTConfig(**yaml.safe_load((directory / "config.yaml").read_text())["model"]))
     model.load_state_dict(weights(directory))
     return model.eval()
 
 
 def choices(model: GPT, examples: list[Example], block: int = 32) -> list[tuple[int, int]]:
-    """The endings with the lowest sum and mean of losses, one text at a time."""
+    """Returns the endings with the lowest sum and mean of losses for each example, one text at a time."""
     chosen = []
     for example in examples:
         losses = []
         for ending in example.endings:
             ids = torch.tensor([(example.context + ending)[-(block + 1) :]])
             with torch.no_grad():
-                chances = model(ids[:, :-1])[0].double().log_softmax(dim=-1)
-            each = -chances[range(ids.size(1) - 1), ids[0, 1:]]
+                log_probabilities = model(ids[:, :-1])[0].double().log_softmax(dim=-1)
+            each = -log_probabilities[range(ids.size(1) - 1), ids[0, 1:]]
             losses.append(each[-len(ending) :])
         sums, means = [each.sum() for each in losses], [each.mean() for each in losses]
         chosen.append((sums.index(min(sums)), means.index(min(means))))
     return chosen
 
 
-def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, runs):
+def test_a_run_is_scored_on_its_val_split_as_in_training_and_on_hellaswag(user, runs):
     directory = runs.give(user, "first", "callbacks=checkpoint")
     done = user.python("gptlab.evaluate", f"run={directory}", "windows=10")
     assert_success(done)
     results = found(directory, "loss")
     in_training = metrics(directory, "val/loss")
-    assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # of the same ten windows
+    assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # over the same ten windows
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]), rel=1e-12)
     assert results["bits_per_byte"] == pytest.approx(min(metrics(directory, "val/bits_per_byte").values()), rel=1e-6)
     assert (results["tokens"], results["split"], results["block_size"], results["stride"]) == (320, "val", 32, 32)
@@ -97,7 +97,7 @@ def test_a_run_is_scored_on_its_own_val_as_in_training_and_on_hellaswag(user, ru
 
 
 def check_record_at_wandb(user, server, directory: Path, run) -> None:
-    """What a later evaluation finds comes into the summary, and changes nothing else; W&B may be away."""
+    """Checks that an evaluation is added to the W&B summary, changes nothing else, and works without the server."""
     kept, history = sorted(directory.glob("wandb/**/*")), run.history
     assert_success(user.python("gptlab.evaluate", f"run={directory}"))
     summary = json.loads(run.lines["wandb-summary.json"][0])
@@ -112,7 +112,7 @@ def check_record_at_wandb(user, server, directory: Path, run) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(user, runs):
+def test_two_processes_have_the_results_of_one(user, runs):
     directory = runs.give(user, "first", "callbacks=checkpoint")
     path = examples_file(user.folder, 13)
     (user.folder / "text.json").write_text("\n".join(json.dumps({"text": f"line {n}: the cow"}) for n in range(5)))
@@ -121,21 +121,21 @@ def test_two_processes_find_what_one_does(user, runs):
         "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
         "metric_list: [{metric: bits_per_byte}]\n"
     )
-    runs_of = (
+    requests = (
         ("stride=9", "batch_size=5", "split=all"),
         (f"hellaswag={path}", "batch_size=2", "tasks=[rolling]", f"task_dir={user.folder}"),
     )
     torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29511", "-m", "gptlab.evaluate")
-    for arguments in runs_of:
+    for arguments in requests:
         assert_success(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
         assert_success(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
-    for what in ("loss", "hellaswag", "tasks"):
-        one, two = (found(user.folder / number, what) for number in ("one", "two"))
+    for kind in ("loss", "hellaswag", "tasks"):
+        one, two = (found(user.folder / number, kind) for number in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
         for key in {"loss", "bits_per_byte", "tokens", "bytes", "acc", "acc_norm", "examples"} & set(one):
             assert two[key] == pytest.approx(one[key], rel=1e-12)
     results = [result["results"]["rolling"]["bits_per_byte,none"] for result in (one, two)]
-    assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches are others
+    assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches differ
     assert found(user.folder / "two", "loss")["tokens"] > 50_000
 
 
@@ -147,11 +147,11 @@ def with_hellaswag(user, name: str, *arguments: str) -> Path:
 
 
 @pytest.mark.slow
-def test_hellaswag_as_the_model_learns(user, runs):
+def test_hellaswag_during_training_has_the_accuracy_of_the_checkpoint(user, runs):
     without = runs.give(user, "first", "callbacks=checkpoint")
     directory = with_hellaswag(user, "with")
     mine, others = weights(directory), weights(without)
-    assert all(torch.equal(mine[name], others[name]) for name in others)  # nothing of the training has changed
+    assert all(torch.equal(mine[name], others[name]) for name in others)  # training is unaffected
     examples = read_examples(user.folder / "hellaswag.jsonl", BytesTokenizer(), None)
     chosen = choices(trained(directory), examples)
     by_sum, by_mean = (sum(c[i] == e.label for c, e in zip(chosen, examples, strict=True)) for i in (0, 1))
@@ -163,11 +163,11 @@ def test_hellaswag_as_the_model_learns(user, runs):
     assert not (user.folder / "outputs" / "never").exists()
 
 
-def test_hellaswag_is_read_once_in_the_process_that_trains(user):
+def test_the_training_process_reads_hellaswag_once(user):
     path = examples_file(user.folder, 3)
     text = ("data=text", f"data.source={user.folder}/text.txt", f"data.cache_dir={user.folder}/cache", "trainer=cpu")
-    asked_for = resolved("callbacks=hellaswag", f"callbacks.hellaswag.path={path}", *text)
-    config, prepared, plan = preflight(asked_for)
+    requested = resolved("callbacks=hellaswag", f"callbacks.hellaswag.path={path}", *text)
+    config, prepared, plan = preflight(requested)
     examples = read_examples(path, prepared.tokenizer, None)
     path.unlink()
     devices = choose_devices(config.trainer, config.train, config.model)
@@ -175,22 +175,22 @@ def test_hellaswag_is_read_once_in_the_process_that_trains(user):
     trainer = build_trainer(config, prepared, devices, plan, user.folder, recorder, None)
     assert [c.examples for c in trainer.callbacks if isinstance(c, HellaSwag)] == [examples]
     with pytest.raises(UserError, match="No such file"):
-        preflight(asked_for)  # of another run nothing is remembered
+        preflight(requested)  # nothing is cached for another run
 
 
 @pytest.mark.slow
-def test_hellaswag_is_the_same_on_two_processes(user):
-    settings = ("callbacks.hellaswag.every=4", "train.ema_decay=0.9")  # what is scored is the average
+def test_hellaswag_during_training_is_the_same_on_two_processes(user):
+    settings = ("callbacks.hellaswag.every=4", "train.ema_decay=0.9")  # the averaged weights are scored
     alone = with_hellaswag(user, "alone", *settings)
     for strategy in ("ddp", "fsdp"):
         two = with_hellaswag(user, strategy, *settings, f"trainer={strategy}", "trainer.devices=2")
         for name in ("hellaswag/acc", "hellaswag/acc_norm"):
-            assert list(metrics(alone, name)) == [6]  # of the evaluations at 3 and 6, the first since 4
+            assert list(metrics(alone, name)) == [6]  # the first evaluation from step 4 on; step 3 is too early
             assert metrics(two, name) == metrics(alone, name)
-        assert "of 11 examples" in (two / "train.log").read_text()  # each was scored once
+        assert "of 11 examples" in (two / "train.log").read_text()  # each is scored once
 
 
-def test_evaluations_that_are_scored(tmp_path):
+def test_hellaswag_runs_at_the_first_evaluation_after_every_interval(tmp_path):
     config = HellaSwagConfig(path="x", every=100, limit=None, batch_size=1)
     callback = HellaSwag(config, [], eval_every=30, max_steps=310, tokens=lambda step: step)
     assert [step for step in [*range(30, 310, 30), 310] if callback.is_due(step)] == [120, 210, 300, 310]
@@ -199,17 +199,17 @@ def test_evaluations_that_are_scored(tmp_path):
 
 
 def source_of(tokenizer: Tokenizer) -> ModelSource:
-    """A model that is no run."""
+    """Returns the source of a model that is not a run of gptlab."""
     shape = tiny_config(vocab_size=tokenizer.vocab_size)
     return ModelSource("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
 
 
-def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
+def test_a_corpus_is_prepared_with_the_tokenizer_of_the_model(tmp_path):
     (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
     config = asked(data=data_config(**text_values(tmp_path / "text.txt")))
     bpe = BPETokenizer.train(["ab ab abc bad " * 30], 270)
     for tokenizer in (BytesTokenizer(), bpe, CharactersTokenizer("\n ,abcdefg")):
-        for _ in range(2):  # made, and found again
+        for _ in range(2):  # prepared, then found in the cache
             corpus = open_scored_corpus(config, source_of(tokenizer), tokenizer_is_named=False)
             assert corpus.prepared.manifest.tokenizer == tokenizer.record()
             stream = corpus.prepared.stream("val")
@@ -224,7 +224,7 @@ def test_a_corpus_is_prepared_in_the_model_s_own_tokens(tmp_path):
         open_scored_corpus(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
 
 
-def test_other_tokens_than_the_model_s_are_refused(tmp_path):
+def test_data_of_another_tokenizer_is_an_error(tmp_path):
     (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
     theirs = prepare_text(tmp_path / "text.txt", "bpe", vocab_size=265, train_mb=1).folder
     ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
@@ -234,7 +234,7 @@ def test_other_tokens_than_the_model_s_are_refused(tmp_path):
     with pytest.raises(UserError, match="was prepared with tokenizer=bpe, not with tokenizer=bytes"):
         open_scored_corpus(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
     kept = json.loads((theirs / "manifest.json").read_text())["tokenizer"]["trained"]
-    theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same one, spelled otherwise
+    theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same tokenizer, formatted differently
     assert open_scored_corpus(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).eot_id is None
     named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
     with pytest.raises(UserError, match="tokenizer=gpt2 differs from the tokenizer of x, which is bpe"):
@@ -243,7 +243,7 @@ def test_other_tokens_than_the_model_s_are_refused(tmp_path):
         open_scored_corpus(asked(), ours, tokenizer_is_named=False)
 
 
-def test_what_does_not_go_together_is_told(monkeypatch):
+def test_invalid_combinations_of_options_are_errors(monkeypatch):
     for values, sentence in (
         ({"tasks": ["a"], "stride": 3, "windows": 4}, "windows and stride cannot be combined with tasks or hellaswag"),
         ({"hellaswag": "x", "num_fewshot": 3}, "num_fewshot has no effect without tasks"),
@@ -261,7 +261,7 @@ def test_what_does_not_go_together_is_told(monkeypatch):
         check_request(asked(tasks=["a"]), source)
 
 
-def test_mistakes_are_told_before_torch_is_imported(user, runs):
+def test_errors_are_found_before_torch_is_imported(user, runs):
     directory = runs.give(user, "first", "callbacks=checkpoint")
     package = user.folder / "elsewhere" / "torch"
     package.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The command that exports, as users type it, and what it takes of a machine."""
+"""The export command, end to end, and its peak memory."""
 
 import json
 import re
@@ -27,7 +27,7 @@ END = {"bos_token_id": 256, "eos_token_id": 256}
 
 @pytest.fixture
 def folder(user):
-    """A GPT-2 of bytes, as transformers saves it."""
+    """GPT-2 for bytes, saved by transformers."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 257, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 2}
     GPT2LMHeadModel(GPT2Config(**sizes, **END)).save_pretrained(user.folder / "gpt2")
@@ -40,7 +40,7 @@ def export(user, *arguments):
     return user.python("gptlab.export", "run=gpt2", "out=out", *arguments)
 
 
-def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folder):
+def test_an_export_prints_its_comparisons_and_the_upload_of_a_dry_run(user, folder):
     user.environment |= {"HF_TOKEN": "hf_secret"}
     done = export(user, "format=gguf", "push=me/model")
     assert_success(done)
@@ -55,7 +55,7 @@ def test_an_export_says_what_was_compared_and_what_would_be_uploaded(user, folde
     assert {path.name for path in (user.folder / "out").iterdir()} == {"model.gguf", "README.md", "certificate.json"}
 
 
-def test_an_export_that_differs_fails_and_leaves_nothing(user, folder, monkeypatch, capsys):
+def test_an_export_that_differs_from_its_model_fails_and_writes_nothing(user, folder, monkeypatch, capsys):
     write = llmc.write
 
     def tampered(model, job, folder):
@@ -83,7 +83,7 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torch):
+def test_errors_are_found_before_torch_is_imported(folder, without_torch):
     for arguments, sentence in MISTAKES.values():
         done = export(without_torch, *arguments)
         assert (done.returncode, sentence in done.stderr) == (CONFIG_ERROR, True), done.stderr
@@ -91,28 +91,28 @@ def test_a_mistake_gets_a_sentence_before_torch_is_imported(folder, without_torc
 
 
 class Hub:
-    """In the place of huggingface_hub's HfApi."""
+    """Stand-in for huggingface_hub's HfApi."""
 
-    asked: ClassVar[list] = []
+    calls: ClassVar[list] = []
 
     def create_repo(self, repository, **settings):
-        self.asked.append(("create", repository, settings))
+        self.calls.append(("create", repository, settings))
         return f"https://hub/{repository}"
 
     def upload_folder(self, **settings):
-        self.asked.append(("upload", settings["repo_id"], settings["folder_path"]))
+        self.calls.append(("upload", settings["repo_id"], settings["folder_path"]))
 
 
-def test_a_folder_is_uploaded_to_a_repository(user, folder, monkeypatch, capsys):
+def test_push_uploads_the_export_to_a_repository(user, folder, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "asked", [])
+    monkeypatch.setattr(Hub, "calls", [])
     monkeypatch.chdir(user.folder)
     assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "hf", "push": "me/model", "dry_run": False})) == DONE
     assert "Uploaded: https://hub/me/model\n" in capsys.readouterr().out
-    assert Hub.asked == [("create", "me/model", {"exist_ok": True}), ("upload", "me/model", Path("out"))]
+    assert Hub.calls == [("create", "me/model", {"exist_ok": True}), ("upload", "me/model", Path("out"))]
 
 
-def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
+def test_a_failed_upload_prints_how_to_upload_later(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ConnectionError("no route to host\nand more")
 
@@ -123,7 +123,7 @@ def test_an_upload_that_fails_says_how_it_is_done_later(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def gpt2_124m(tmp_path_factory):
-    """GPT-2 124M as transformers saves it, with random weights."""
+    """GPT-2 124M with random weights, saved by transformers."""
     folder = tmp_path_factory.mktemp("gpt2")
     with torch.device("meta"):
         names = {name: tensor.shape for name, tensor in GPT2LMHeadModel(GPT2Config()).named_parameters()}
@@ -158,7 +158,7 @@ print(json.dumps([imports, peak_memory(torch.device("cpu")), time.time() - begun
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "dtype"), MEASURED_IN)
-def test_gpt2_124m_takes_little_more_memory_than_twice_its_weights(user, gpt2_124m, form, dtype, record_property):
+def test_exporting_gpt2_124m_needs_about_twice_the_memory_of_its_weights(user, gpt2_124m, form, dtype, record_property):
     config = GPT2Config(
         activation_function="gelu" if form == "nanogpt" else "gelu_new", architectures=["GPT2LMHeadModel"]
     )
@@ -168,8 +168,8 @@ def test_gpt2_124m_takes_little_more_memory_than_twice_its_weights(user, gpt2_12
     assert_success(done)
     imports, peak, seconds = json.loads(done.stdout.splitlines()[-1])
     size = (gpt2_124m / "model.safetensors").stat().st_size
-    times = (peak - imports) / size
-    told = f"{form} {dtype}: {peak / 1e6:.0f} MB, {times:.2f} x the weights beyond imports, {seconds:.1f} s"
-    record_property("measured", told)
-    print(told)
-    assert peak - imports <= 2.2 * size, told
+    ratio = (peak - imports) / size
+    summary = f"{form} {dtype}: {peak / 1e6:.0f} MB, imports + {ratio:.2f} x the weights, {seconds:.1f} s"
+    record_property("measured", summary)
+    print(summary)
+    assert peak - imports <= 2.2 * size, summary

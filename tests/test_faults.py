@@ -1,4 +1,4 @@
-"""Runs that are killed, told to stop, or find their checkpoints damaged: they go on to the very same weights."""
+"""Killed and preempted runs, and damaged checkpoints: a resumed run ends with bit-identical weights."""
 
 import contextlib
 import json
@@ -16,36 +16,38 @@ from commands import assert_success, metrics, newest_state, same_run
 from gptlab.exit_codes import DONE, PREEMPTED
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
-RHYTHM = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
+EVALUATIONS = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
 TWO = ("trainer=ddp", "trainer.devices=2")
 
 
 def last_step(user, name: str) -> int:
-    """The newest step in the metrics of the only run of a name; 0 before the first."""
+    """Returns the last step in the metrics of the only run of this name, or 0."""
     for path in user.folder.glob(f"outputs/{name}/*/metrics.csv"):
-        with contextlib.suppress(FileNotFoundError):  # a run that goes on is just writing it anew
+        with contextlib.suppress(FileNotFoundError):  # a resumed run is rewriting it
             return max(metrics(path.parent, "tokens"), default=0)
     return 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("callbacks.checkpoint.asynchronous=true",)], ids=["at once", "in a thread"])
-def test_killed_twenty_times_a_run_ends_with_the_very_same_weights(user, extra):
+@pytest.mark.parametrize(
+    "extra", [(), ("callbacks.checkpoint.asynchronous=true",)], ids=["synchronous", "asynchronous"]
+)
+def test_a_run_killed_twenty_times_ends_with_bit_identical_weights(user, extra):
     kills = 20 if not extra else 5
-    steps = f"train.max_steps={15 * kills}"  # so many that none of them comes to its end
-    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, "name=whole", steps))
-    chance = random.Random(0)  # noqa: S311
+    steps = f"train.max_steps={15 * kills}"  # more than a killed run reaches
+    assert_success(user.python("gptlab.train", *TINY, *EVALUATIONS, "name=whole", steps))
+    rng = random.Random(0)  # noqa: S311
     for _ in range(kills):
         often = ("resume=auto", "callbacks.checkpoint.every=1")
-        run = user.begin("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, *often, *extra)
+        run = user.begin("gptlab.train", *TINY, *EVALUATIONS, "name=killed", steps, *often, *extra)
         reached = last_step(user, "killed")
-        # one to three steps further than it has ever come, and then at any moment of a step or of a checkpoint
-        goal = reached + chance.randint(1, 3)
+        # one to three steps beyond the last one, then at a random time within a step or the saving of a checkpoint
+        goal = reached + rng.randint(1, 3)
         run.until(lambda: last_step(user, "killed") >= goal)  # noqa: B023
-        time.sleep(chance.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
         os.killpg(run.pid, signal.SIGKILL)
         run.ended(-signal.SIGKILL)
-    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, "name=killed", steps, "resume=auto"))
+    assert_success(user.python("gptlab.train", *TINY, *EVALUATIONS, "name=killed", steps, "resume=auto"))
     same_run(user.only_run("whole"), user.only_run("killed"))
 
 
@@ -62,9 +64,9 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", [truncate, flip])
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halted, harm):
-    harm(halted / "checkpoints" / "step_000006" / "state.pt")
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(user, halted, damage):
+    damage(halted / "checkpoints" / "step_000006" / "state.pt")
     unfinished = halted / "checkpoints" / ".unfinished-step_000009"
     unfinished.mkdir()
     (unfinished / "state.pt").write_bytes(b"half")
@@ -77,7 +79,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(user, halt
 
 
 @pytest.mark.slow
-def test_an_error_of_the_thread_that_writes_ends_the_run_within_a_step_and_removes_nothing(user):
+def test_an_error_while_writing_asynchronously_ends_the_run_and_removes_no_checkpoint(user):
     (user.folder / "sitecustomize.py").write_text(
         "import gptlab.training.checkpoints.writing as writing\n"
         "write = writing._write_state\n"
@@ -89,8 +91,8 @@ def test_an_error_of_the_thread_that_writes_ends_the_run_within_a_step_and_remov
     )
     user.environment["PYTHONPATH"] = os.pathsep.join((str(user.folder), user.environment.get("PYTHONPATH", "")))
     thread = ("callbacks.checkpoint.asynchronous=true", "callbacks.checkpoint.keep_last=1")
-    slow = "train.micro_batch_size=1"  # so that the thread has the time of a step to fail in
-    done = user.python("gptlab.train", *TINY, *RHYTHM, *thread, slow, "train.max_steps=1000")
+    slow = "train.micro_batch_size=1"  # so that the thread fails within a step
+    done = user.python("gptlab.train", *TINY, *EVALUATIONS, *thread, slow, "train.max_steps=1000")
     assert done.returncode not in (DONE, PREEMPTED)
     assert "the writer fails" in done.stderr
     assert last_step(user, "quickstart") <= 8
@@ -107,13 +109,13 @@ cp -r outputs kept
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare, which can mount a small disk, is not there")
-def test_training_goes_on_when_the_disk_is_full(user):
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="requires unshare, which mounts a small disk")
+def test_training_continues_when_the_disk_is_full(user):
     endless = ("callbacks.checkpoint.keep_last=99", "callbacks.checkpoint.every=1", "train.max_steps=9")
-    command = ("sh", "-c", SMALL_DISK, "sh", sys.executable, "-m", "gptlab.train", *TINY, *RHYTHM, *endless)
+    command = ("sh", "-c", SMALL_DISK, "sh", sys.executable, "-m", "gptlab.train", *TINY, *EVALUATIONS, *endless)
     done = user.run("unshare", "-rm", *command)
     if "mount" in done.stderr:
-        pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
+        pytest.skip(f"unshare cannot mount a disk: {done.stderr}")
     assert_success(done)
     directory = next((user.folder / "kept" / "quickstart").iterdir())
     assert max(metrics(directory, "tokens")) == 9
@@ -126,10 +128,10 @@ def test_training_goes_on_when_the_disk_is_full(user):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit_for_bit(user):
+def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_resume_is_bit_identical(user):
     steps = "train.max_steps=60"
-    assert_success(user.python("gptlab.train", *TINY, *RHYTHM, *TWO, "name=whole", steps))
-    run = user.begin("gptlab.train", *TINY, *RHYTHM, *TWO, "name=stopped", steps)
+    assert_success(user.python("gptlab.train", *TINY, *EVALUATIONS, *TWO, "name=whole", steps))
+    run = user.begin("gptlab.train", *TINY, *EVALUATIONS, *TWO, "name=stopped", steps)
     run.until(lambda: last_step(user, "stopped") >= 4)
     os.kill(run.workers()[1], signal.SIGTERM)
     output = run.ended(PREEMPTED, seconds=120).stdout
@@ -142,12 +144,12 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_run_goes_on_bit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9",)], ids=["the weights", "their average"])
-def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(user, extra):
+@pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9",)], ids=["weights", "average"])
+def test_a_signal_during_an_evaluation_saves_immediately_and_the_resume_evaluates(user, extra):
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
-    rhythm = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
-    assert_success(user.python("gptlab.train", *TINY, *rhythm, "name=whole"))
-    run = user.begin("gptlab.train", *TINY, *rhythm, "name=stopped")
+    evaluations = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
+    assert_success(user.python("gptlab.train", *TINY, *evaluations, "name=whole"))
+    run = user.begin("gptlab.train", *TINY, *evaluations, "name=stopped")
     run.until(lambda: last_step(user, "stopped") == 3)
     time.sleep(0.2)
     run.send_signal(signal.SIGUSR1)
@@ -161,7 +163,7 @@ def test_a_signal_during_an_evaluation_saves_at_once_and_the_evaluation_is_made_
 
 
 @pytest.mark.slow
-def test_on_one_two_and_four_ranks_with_and_without_workers_a_run_sees_the_same_tokens(user):
+def test_the_tokens_do_not_depend_on_ranks_and_data_workers(user):
     small = (*TINY, "train.eval_every=3", "train.eval_windows=10", "callbacks=[checkpoint,trace]", "schedule=constant")
     assert_success(user.python("gptlab.train", *small, "name=whole", "train.max_steps=9"))
     assert_success(user.python("gptlab.train", *small, "name=moved", "train.max_steps=3"))

@@ -1,4 +1,4 @@
-"""Fine-tuning with LoRA, as a user types it."""
+"""Fine-tuning with LoRA, end to end."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ TUNED = ("name=tuned", "lora=all", "optimizer.lr=0.01", "schedule=constant", "sc
 
 @pytest.fixture
 def begun(user, runs):
-    """A run of six steps to begin with."""
+    """Run of six steps to start from."""
     return runs.give(user, "begun", "callbacks=checkpoint")
 
 
 @pytest.mark.slow
-def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun):
+def test_lora_trains_only_its_matrices_and_load_model_merges_them(user, begun):
     done = user.train(f"init_from={begun}", *TUNED, "callbacks=checkpoint")
     assert_success(done)
     assert "16,384 more trained (LoRA, rank 8)" in user.only_run("tuned").joinpath("train.log").read_text()
@@ -28,20 +28,20 @@ def test_lora_trains_few_numbers_and_what_is_loaded_has_them_merged(user, begun)
     for name, tensor in before["state_dict"].items():
         assert torch.equal(after["state_dict"][name], tensor), name
     (optimizer,) = after["optimizer_states"]
-    assert len(optimizer["state"]) == 2 * 4 * 2  # two matrices for four layers of two blocks
+    assert len(optimizer["state"]) == 2 * 4 * 2  # two matrices for each of four layers in two blocks
     assert all(".lora_" in name for name in optimizer["state"])
     losses = metrics(user.only_run("tuned"), "val/loss")
     assert losses[6] < metrics(begun, "val/loss")[6] - 0.05
     merged = load_model(open_model_source(str(user.only_run("tuned"))))
     assert set(merged.state_dict()) == set(before["state_dict"])
-    weight, learnt = (before["state_dict"]["h.0.mlp.c_fc.weight"], after["state_dict"])
-    expected = weight + 16 / 8 * learnt["h.0.mlp.c_fc.lora_B"] @ learnt["h.0.mlp.c_fc.lora_A"]
+    weight, trained = (before["state_dict"]["h.0.mlp.c_fc.weight"], after["state_dict"])
+    expected = weight + 16 / 8 * trained["h.0.mlp.c_fc.lora_B"] @ trained["h.0.mlp.c_fc.lora_A"]
     torch.testing.assert_close(merged.h[0].mlp.c_fc.weight.detach(), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [("trainer=ddp",), ("trainer=fsdp",)], ids=["ddp", "fsdp"])
-def test_it_learns_the_same_on_two_devices_and_when_it_goes_on(user, begun, devices):
+def test_two_devices_and_a_resume_give_the_weights_of_one_device(user, begun, devices):
     assert_success(user.train(f"init_from={begun}", *TUNED, "train.max_steps=6"))
     assert_success(
         user.train(f"init_from={begun}", *TUNED, "name=two", "train.max_steps=3", *devices, "trainer.devices=2")
@@ -52,7 +52,7 @@ def test_it_learns_the_same_on_two_devices_and_when_it_goes_on(user, begun, devi
     assert (one - load_model(open_model_source(str(begun)))(IDS)).abs().max() > 0.1
 
 
-def test_what_lora_needs_is_said(user, begun):
+def test_lora_without_pretrained_weights_or_adamw_is_an_error(user, begun):
     assert_config_error(user.train("lora=all"), "lora adapts trained weights")
     assert_config_error(user.train("lora=all", f"init_from={begun}", "optimizer=muon"), "Use optimizer=adamw")
     assert not (user.folder / "outputs" / "quickstart").exists()

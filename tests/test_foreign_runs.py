@@ -1,4 +1,4 @@
-"""Nothing in a run directory of somebody else is called: neither in its config.yaml nor in a .hydra beside it."""
+"""Nothing in another user's run directory is executed, neither from config.yaml nor from a .hydra directory."""
 
 import shutil
 from collections.abc import Iterator
@@ -18,28 +18,28 @@ STORED = Path(__file__).parent / "compatibility" / "single"
 
 
 class Call:
-    """A node of a configuration that makes a folder where something instantiates it.
+    """Config node that creates a directory when it is instantiated.
 
     Args:
-        path: That folder.
+        path: Directory to create.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.node = {"_target_": "os.mkdir", "path": str(path)}
         instantiate(self.node)
-        assert self.was_made(), "the payload does nothing, so that nothing would be proven"
+        assert self.was_made(), "the payload has no effect, so the test would prove nothing"
         path.rmdir()
 
     def was_made(self) -> bool:
         return self.path.exists()
 
     def of_hydra(self) -> dict[str, Any]:
-        """All of what Hydra instantiates or hands to Python's logging."""
+        """Returns a config with a node in every place that Hydra instantiates or passes to Python's logging."""
         handlers = {"x": {"()": "os.mkdir", "path": str(self.path)}}
         log = {"version": 1, "root": {"handlers": ["x"]}, "handlers": handlers}
-        called = {"launcher": self.node, "sweeper": self.node, "callbacks": {"x": self.node}}
-        return {"hydra": {**called, "job_logging": log, "hydra_logging": log, "searchpath": ["file://more"]}}
+        nodes = {"launcher": self.node, "sweeper": self.node, "callbacks": {"x": self.node}}
+        return {"hydra": {**nodes, "job_logging": log, "hydra_logging": log, "searchpath": ["file://more"]}}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def call(tmp_path) -> Call:
 
 
 def groups(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where a configuration has a group, the whole of it first."""
+    """Yields the paths of all groups in a configuration, the root first."""
     yield path
     for name, value in values.items():
         if isinstance(value, dict):
@@ -56,7 +56,7 @@ def groups(values: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def with_node(values: dict[str, Any], path: tuple[str, ...], node: dict[str, Any]) -> dict[str, Any]:
-    """Add a node's keys to the group at a path."""
+    """Adds the keys of a node to the group at a path."""
     if not path:
         return values | node
     return values | {path[0]: with_node(values[path[0]], path[1:], node)}
@@ -65,8 +65,8 @@ def with_node(values: dict[str, Any], path: tuple[str, ...], node: dict[str, Any
 CONFIG = yaml.safe_load((STORED / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("path", groups(CONFIG), ids=lambda path: ".".join(path) or "whole")
-def test_a_target_is_refused_by_its_key_in_every_group(tmp_path, call, path):
+@pytest.mark.parametrize("path", groups(CONFIG), ids=lambda path: ".".join(path) or "root")
+def test_a_target_in_any_group_is_refused_with_its_key(tmp_path, call, path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_node(CONFIG, path, call.node)))
     with pytest.raises(UserError) as error:
         load_config(tmp_path)
@@ -75,22 +75,22 @@ def test_a_target_is_refused_by_its_key_in_every_group(tmp_path, call, path):
 
 
 @pytest.mark.parametrize("key", ["name", "seed", "init_from", "model", "data", "callbacks", "logger"])
-def test_a_target_in_the_place_of_a_value_or_a_group_is_refused(tmp_path, call, key):
+def test_a_target_that_replaces_a_value_or_a_group_is_refused(tmp_path, call, key):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {key: call.node}))
     with pytest.raises(UserError, match=key):
         load_config(tmp_path)
     assert not call.was_made()
 
 
-def test_an_interpolation_is_text(tmp_path, monkeypatch):
-    monkeypatch.setenv("SECRET", "told")
+def test_an_interpolation_is_not_resolved(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "resolved")
     text = "${oc.env:SECRET}"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"data": CONFIG["data"] | {"source": text}}))
     assert load_config(tmp_path).data.source == text
 
 
 def commands(run: Path) -> dict[str, list[str]]:
-    """Every command that takes a run directory, and reads the configuration in it."""
+    """Returns the arguments of every command that reads the configuration of a run directory."""
     return {
         "gptlab.train": [f"resume={run}", "train.max_steps=41"],
         "gptlab.sample": [f"run={run}", "max_new_tokens=4"],
@@ -102,7 +102,7 @@ def commands(run: Path) -> dict[str, list[str]]:
 
 
 def restored(user) -> Path:
-    """A run of somebody else, in the folder of a user."""
+    """Copies another user's run to the directory of a user."""
     run = user.folder / "stranger"
     shutil.copytree(STORED, run)
     shutil.copy(STORED.parent / "text.txt", user.folder / "text.txt")
@@ -112,7 +112,7 @@ def restored(user) -> Path:
 
 
 @pytest.mark.slow
-def test_what_hydra_would_read_beside_a_run_is_left_alone(user, call):
+def test_hydra_files_in_a_run_directory_are_ignored(user, call):
     run, canary = restored(user), Canary(user.folder / "canary")
     for folder in (run / ".hydra", run / "more"):
         folder.mkdir()
@@ -129,13 +129,13 @@ def test_what_hydra_would_read_beside_a_run_is_left_alone(user, call):
         assert not canary.was_run(), module
 
 
-def test_a_node_of_hydra_in_the_configuration_of_a_run_is_not_acted_on(user, call):
+def test_a_hydra_node_in_the_configuration_of_a_run_is_not_executed(user, call):
     run = restored(user)
     values = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(values | call.of_hydra()))
     for module, arguments in commands(run).items():
         done = user.python(module, *arguments)
-        if module in ("gptlab.runs", "gptlab.report"):  # which show it as it is
+        if module in ("gptlab.runs", "gptlab.report"):  # these print it unchanged
             assert done.returncode == DONE, done.stdout + done.stderr
         else:
             assert done.returncode == CONFIG_ERROR, done.stdout + done.stderr

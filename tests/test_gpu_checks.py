@@ -1,4 +1,4 @@
-"""The scripts of tests/gpu, without a GPU: what they import exists, and they run on the CPU."""
+"""The scripts of tests/gpu without a GPU: their imports exist, and they run on the CPU."""
 
 import ast
 import csv
@@ -15,7 +15,7 @@ PACKAGE = Path(importlib.util.find_spec("gptlab").origin).parent
 
 
 def imports(script: Path) -> list[tuple[str, list[str]]]:
-    """The modules that a script imports, and the names that it takes from each."""
+    """Returns the modules that a script imports, and the names imported from each."""
     found = []
     for node in ast.walk(ast.parse(script.read_text())):
         if isinstance(node, ast.Import):
@@ -26,7 +26,7 @@ def imports(script: Path) -> list[tuple[str, list[str]]]:
 
 
 def defined(file: Path) -> set[str]:
-    """The names that a module defines or imports at its top level."""
+    """Returns the names that a module defines or imports at its top level."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
@@ -62,8 +62,8 @@ def test_every_module_and_file_that_gpu_checks_name_exists():
     assert scripts == {script.name for script in SCRIPTS} - {"measuring.py"}
 
 
-def judged(output: str) -> dict[str, list[str]]:
-    """The verdicts by the names of checks."""
+def verdicts_in(output: str) -> dict[str, list[str]]:
+    """Returns the verdicts by the name of the check."""
     verdicts: dict[str, list[str]] = {}
     for verdict, name in re.findall(r"^(PASS|FAIL|INFO) (?:unit|run)\.(\w+):", output, re.MULTILINE):
         verdicts.setdefault(name, []).append(verdict)
@@ -75,7 +75,7 @@ def test_unit_checks_pass_on_a_cpu(user):
     user.environment["CUDA_VISIBLE_DEVICES"] = ""
     done = user.run(sys.executable, "-W", "ignore", str(GPU / "unit_checks.py"), timeout=300)
     assert done.returncode == 0, done.stderr
-    verdicts = judged(done.stdout)
+    verdicts = verdicts_in(done.stdout)
     tree = ast.parse((GPU / "unit_checks.py").read_text())
     checks = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.decorator_list}
     assert verdicts.keys() == checks - {"cache_error"}
@@ -84,8 +84,9 @@ def test_unit_checks_pass_on_a_cpu(user):
 
 
 @pytest.mark.slow
-def test_the_judged_runs_of_gpu_checks_pass_on_a_cpu(user):
-    small = "model=tiny data=text data.source=../../../text.txt train.eval_windows=8"  # from the folder of each run
+def test_the_training_runs_of_gpu_checks_pass_on_a_cpu(user):
+    # the path of the text is relative to the working directory of each run
+    small = "model=tiny data=text data.source=../../../text.txt train.eval_windows=8"
     user.environment |= {
         "GPU": "trainer=cpu",
         "ONLY": "cpu32 gpu32 masked maskedcpu",
@@ -98,17 +99,17 @@ def test_the_judged_runs_of_gpu_checks_pass_on_a_cpu(user):
     done = user.run("bash", str(GPU / "check.sh"), "1", timeout=400)
     assert done.returncode == 0, done.stderr
     expected = {"gpu32": ["PASS"], "masked": ["PASS"]}
-    assert judged(done.stdout) == expected, done.stdout
-    assert judged((user.folder / "out/judged-1.txt").read_text()) == expected
+    assert verdicts_in(done.stdout) == expected, done.stdout
+    assert verdicts_in((user.folder / "out/judged-1.txt").read_text()) == expected
     assert (user.folder / "out/logs-1.tgz").exists()
     change_losses(user.folder / "work/part1/gpu32", by=0.1)
     judge = (sys.executable, str(GPU / "judge_runs.py"), "work/part1", "1", "gpu32", "masked")
-    assert judged(user.run(*judge).stdout) == {"gpu32": ["FAIL"], "masked": ["PASS"]}
+    assert verdicts_in(user.run(*judge).stdout) == {"gpu32": ["FAIL"], "masked": ["PASS"]}
 
 
-def change_losses(place: Path, by: float) -> None:
-    """Add a constant to the training losses that a run has recorded."""
-    (path,) = place.glob("outputs/*/*/metrics.csv")
+def change_losses(directory: Path, by: float) -> None:
+    """Adds a constant to the recorded training losses of a run."""
+    (path,) = directory.glob("outputs/*/*/metrics.csv")
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     with path.open("w", newline="") as file:

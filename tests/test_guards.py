@@ -1,4 +1,4 @@
-"""Runs that go wrong: steps without a finite gradient, loss spikes, processes that hang."""
+"""Steps with non-finite gradients, loss spikes, and processes that hang."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from gptlab.exit_codes import DIVERGED, HUNG
 from processes import processes_of
 
 TWO = ("trainer.devices=2",)
-# also the loss, as where the network itself overflows
+# also the loss, as if the model itself overflowed
 NAN_FROM = "if step >= {first}: self.step_loss.fill_(float('nan')); loss = loss * float('nan')"
 
 
 @pytest.mark.slow
-def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
+def test_a_run_with_non_finite_gradients_ends_and_names_the_first_bad_batch(user):
     break_steps(user, NAN_FROM.format(first=4))
     done = user.train("train.max_steps=50", "train.max_bad_steps=2", "train.eval_every=2", "callbacks=checkpoint")
     directory = user.only_run()
@@ -39,13 +39,13 @@ def test_a_run_without_a_finite_gradient_ends_and_says_what_to_look_at(user):
     assert_success(shown)
 
 
-def val_loss(place):
-    """What the record of a checkpoint says, which the best is chosen by."""
-    return json.loads((place / "record.json").read_text())["facts"]["val_loss"]
+def val_loss(checkpoint):
+    """Returns the val loss in the record of a checkpoint, by which the best one is selected."""
+    return json.loads((checkpoint / "record.json").read_text())["facts"]["val_loss"]
 
 
 def kept(directory):
-    """All tensors of the last checkpoint, weights and moments, by where they stand."""
+    """Returns all tensors of the last checkpoint, weights and optimizer state, by name."""
     checkpoint = newest_state(directory)
     (optimizer,) = checkpoint["optimizer_states"]
     state = {f"{number}.{name}": value for number, one in optimizer["state"].items() for name, value in one.items()}
@@ -67,7 +67,7 @@ def kept(directory):
         (("trainer=ddp", *TWO), ("train.ema_decay=0.9", "optimizer.fused=false")),
     ],
 )
-def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):
+def test_a_bad_step_of_one_rank_is_skipped_by_all(user, trainer, optimizer):
     same = (*trainer, *optimizer, "train.eval_every=50", "callbacks=checkpoint")
     same = (*same, "train.micro_batch_size=3", "schedule.decay_steps=9")
     assert_success(user.train("name=before", "train.max_steps=3", *same, timeout=300))
@@ -75,7 +75,7 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):
     assert_success(user.train("name=after", "train.max_steps=4", *same, timeout=300))
     before, after = (kept(user.only_run(name)) for name in ("before", "after"))
     assert before.keys() == after.keys()
-    assert len(before) > 50  # weights, and of each one moment or three
+    assert len(before) > 50  # weights, and one or three state tensors of each
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
     assert metrics(user.only_run("after"), "bad_steps") == {1: 0, 2: 0, 3: 0, 4: 1}
@@ -84,21 +84,21 @@ def test_a_bad_step_of_one_process_is_skipped_by_all(user, trainer, optimizer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
-def test_in_a_sweep_the_other_jobs_go_on(user, trainer):
+def test_a_diverged_trial_does_not_stop_the_other_trials(user, trainer):
     break_steps(user, "if self.max_steps == 7: loss = loss * float('nan')")
     small = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_windows=4", "train.log_every=1", *trainer)
     changes = ("name=sweep", "train.max_bad_steps=2", "train.max_steps=7,4")
     done = user.python("gptlab.train", "-m", *changes, *small, timeout=300)
     assert done.returncode == DIVERGED
-    told = "trial 0 diverged · train.max_steps=7: The gradient was not finite for 2 steps in a row"
-    assert done.stdout.count(told) == 2  # when it happens, and in the end
+    line = "trial 0 diverged · train.max_steps=7: The gradient was not finite for 2 steps in a row"
+    assert done.stdout.count(line) == 2  # when it happens and in the summary
     assert "Traceback" not in done.stderr
     assert list(metrics(user.only_run("sweep") / "1", "train/loss")) == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
-def test_an_evaluation_without_a_number_is_never_the_best(user):
-    # an infinite weight makes every evaluation NaN, until a later step puts a number there
+def test_an_evaluation_with_a_nan_loss_is_never_the_best(user):
+    # an infinite weight makes every evaluation NaN, until a later step replaces it with a finite one
     break_steps(user, "self.model.wte.weight.data[0, 0] = 0.01 if step >= 5 else float('inf')")
     done = user.train("train.max_steps=4", "train.eval_every=2", "callbacks=checkpoint", "train.max_bad_steps=50")
     assert_success(done)
@@ -114,8 +114,8 @@ def test_an_evaluation_without_a_number_is_never_the_best(user):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
-def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
-    # rank 0 alone sees it: the mean over the ranks decides
+def test_a_resumed_run_detects_the_same_loss_spikes(user, trainer):
+    # only on rank 0: the mean over the ranks is what counts
     break_steps(user, "if step in (8, 11) and rank == 0: self.step_loss += 5.0 * self.trainer.accumulate_grad_batches")
     same = ("schedule.decay_steps=12", "train.log_every=6", "train.spike_window=12", "train.eval_every=7")
     same = (*same, "callbacks=checkpoint", *trainer)
@@ -137,24 +137,24 @@ def test_a_spike_is_one_before_and_after_a_resume(user, trainer):
     assert len(states[0]["spikes"]["losses"]) == 12
 
 
-HANGS = "if step == 3 and rank == self.trainer.world_size - 1: import time; time.sleep(3600)  # for ever"
+HANGS = "if step == 3 and rank == self.trainer.world_size - 1: import time; time.sleep(3600)  # forever"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
-def test_a_run_that_hangs_says_where_and_ends(user, trainer):
+def test_a_hanging_run_writes_its_stacks_and_ends(user, trainer):
     break_steps(user, HANGS)
-    timeout = 30.0  # the processes must have started in this time
-    begun = time.monotonic()
+    timeout = 30.0  # long enough for the processes to start
+    start = time.monotonic()
     done = user.train("train.max_steps=50", f"trainer.hang_timeout={timeout}", *trainer, timeout=300)
     assert done.returncode == HUNG
-    assert time.monotonic() - begun < 4 * timeout
+    assert time.monotonic() - start < 4 * timeout
     stacks = user.only_run() / "stacks"
     last = len(trainer) - 1
     assert sorted(path.name for path in stacks.iterdir()) == [f"rank_{rank}.txt" for rank in range(last + 1)]
     assert "sitecustomize.py" in (stacks / f"rank_{last}.txt").read_text()
     assert f"gptlab: rank {last} made no progress for 30 seconds (trainer.hang_timeout)" in done.stderr
-    if last:  # the first waits for it in the backward pass
+    if last:  # rank 0 waits for it in the backward pass
         assert "sitecustomize.py" not in (stacks / "rank_0.txt").read_text()
         assert "backward" in (stacks / "rank_0.txt").read_text()
     until = time.monotonic() + 30

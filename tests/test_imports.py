@@ -1,11 +1,11 @@
-"""What imports what; the layers are import-linter's (pyproject.toml)."""
+"""Import cycles. Layers are checked by import-linter (pyproject.toml)."""
 
 import graphlib
 
 import grimp
 
 
-def test_no_files_import_each_other_in_a_cycle():
+def test_there_are_no_import_cycles():
     graph = grimp.build_graph("gptlab", cache_dir=None)
     imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     assert len(imports) > 100

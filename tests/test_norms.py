@@ -1,4 +1,4 @@
-"""What a run records of its weights and rates, beside what its checkpoint and its configuration say."""
+"""Recorded weight norms and learning rates, compared with the checkpoint and the configuration."""
 
 import pytest
 import torch
@@ -7,15 +7,15 @@ from commands import assert_success, metrics, weights
 from conftest import defaults
 
 MUON = defaults("optimizer/muon.yaml")
-SPREAD = [(f"trainer={name}", "trainer.devices=2") for name in ("ddp", "fsdp", "fsdp_tp")]
+DISTRIBUTED = [(f"trainer={name}", "trainer.devices=2") for name in ("ddp", "fsdp", "fsdp_tp")]
 
 
-@pytest.mark.parametrize("trainer", [("trainer=cpu",), *(pytest.param(t, marks=pytest.mark.slow) for t in SPREAD)])
-def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), *(pytest.param(t, marks=pytest.mark.slow) for t in DISTRIBUTED)])
+def test_the_weight_norm_is_that_of_the_saved_weights(user, trainer):
     assert_success(user.train(*trainer, "callbacks=checkpoint", "callbacks.checkpoint.sharded=false"))
     directory = user.only_run()
     found = weights(directory)
-    found.pop("lm_head.weight", None)  # wte once more
+    found.pop("lm_head.weight", None)  # tied to wte
     tensors = [tensor.double() for tensor in found.values()]
     expected = torch.cat([tensor.flatten() for tensor in tensors]).norm().item()
     norms = metrics(directory, "weight_norm")
@@ -25,7 +25,7 @@ def test_the_weight_norm_is_that_of_what_is_saved(user, trainer):
 
 
 @pytest.mark.slow
-def test_the_rates_of_muon_s_groups_are_recorded_one_by_one(user):
+def test_the_learning_rate_of_every_muon_group_is_recorded(user):
     assert_success(user.train("optimizer=muon", "callbacks=none"))
     directory = user.only_run()
     rate = metrics(directory, "lr")

@@ -1,4 +1,4 @@
-"""The notebook of the documentation runs as it stands, on a run that a user has."""
+"""The notebook of the documentation runs unchanged on a run of a user."""
 
 from pathlib import Path
 
@@ -21,11 +21,11 @@ def test_the_notebook_runs_on_the_newest_run_and_shows_its_numbers(user, runs):
     model, _ = load(str(directory))
     found = model.loss("def main(self):\n    return self")
     assert any(f"{found.loss:.3f} nats per token, {found.bits_per_byte:.3f} bits per byte" in text for text in printed)
-    looks = next(text for text in printed if text.startswith("h.0.attn.weights"))
-    assert [line.split()[0] for line in looks.splitlines()] == ["h.0.attn.weights", "h.1.attn.weights"]
+    listing = next(text for text in printed if text.startswith("h.0.attn.weights"))
+    assert [line.split()[0] for line in listing.splitlines()] == ["h.0.attn.weights", "h.1.attn.weights"]
 
 
-def test_the_stored_notebook_was_run_from_its_first_cell_to_its_last():
+def test_the_stored_notebook_was_executed_from_top_to_bottom_without_errors():
     cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)

@@ -1,4 +1,4 @@
-"""The wheel: it carries the configuration, and works where there is no checkout."""
+"""The wheel contains the configuration and works without a checkout."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def installed(user):
-    """A user with the wheel alone: built from the checkout, unpacked elsewhere and found first."""
+    """User with the wheel built from the checkout, unpacked to a directory that is first in PYTHONPATH."""
     assert_success(
         user.run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(user.folder), str(ROOT))
     )
@@ -32,9 +32,8 @@ def test_the_wheel_works_outside_the_checkout(installed):
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == sources | sweeps
     assert_success(installed.train("train.max_steps=2"))
     assert list(installed.only_run().glob("checkpoints/*/state.pt"))
-    assert_success(
-        installed.python("gptlab.report", "runs=outputs")
-    )  # its page is put together of files of the package
+    # the page is assembled from files of the package
+    assert_success(installed.python("gptlab.report", "runs=outputs"))
     report = (installed.folder / "report.html").read_text()
     assert installed.only_run().name in report
     assert "Plotly" in report

@@ -1,4 +1,4 @@
-"""No pickle is ever executed: no line of the sources could do it, and no file that a command reads makes it."""
+"""No pickle is executed: the source code has no unsafe calls, and no input file of a command triggers one."""
 
 import ast
 import hashlib
@@ -18,7 +18,7 @@ from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.tracking.run_directory import load_config
 
 SOURCES = sorted(Path(gptlab.__file__).parent.rglob("*.py"))
-RUNS_WHAT_IT_READS = {
+UNSAFE = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "pickle._load", "pickle._loads", "pickle._Unpickler"),
     *("dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads", "joblib.load", "shelve.open"),
     *("marshal.load", "marshal.loads", "pandas.read_pickle", "torch.jit.load", "numpy.lib.format.read_array"),
@@ -37,7 +37,7 @@ SAFE_BY = {
 
 
 def full_names(tree: ast.Module) -> dict[str, str]:
-    """What each imported name stands for."""
+    """Returns the qualified name of each imported name."""
     names = {}
     for node in ast.walk(tree):
         for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
@@ -49,7 +49,7 @@ def full_names(tree: ast.Module) -> dict[str, str]:
 
 
 def unsafe(source: str) -> set[str]:
-    """What a source names or calls that could run what it reads; a restricted reader is none of it."""
+    """Returns names in a source that could execute what they read, except for restricted unpicklers."""
     tree, found, restricted = ast.parse(source), set(), set()
     names = full_names(tree)
 
@@ -70,11 +70,11 @@ def unsafe(source: str) -> set[str]:
             if "ckpt_path" in given and given.get("weights_only") != "True":
                 found.add(full(node.func))
     mentioned = {node for node in ast.walk(tree) if isinstance(node, ast.Name | ast.Attribute)} - restricted
-    return found | {full(node) for node in mentioned} & RUNS_WHAT_IT_READS
+    return found | {full(node) for node in mentioned} & UNSAFE
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_no_source_could_run_what_it_reads(path):
+def test_no_source_file_can_execute_what_it_reads(path):
     assert unsafe(path.read_text(encoding="utf-8")) == set()
 
 
@@ -98,11 +98,11 @@ def test_no_source_could_run_what_it_reads(path):
         ("from hydra.utils import instantiate\ninstantiate(config)", "hydra.utils.instantiate"),
     ],
 )
-def test_the_search_finds_what_it_is_for(source, name):
+def test_the_search_finds_unsafe_names(source, name):
     assert name in unsafe(source)
 
 
-def test_the_search_passes_what_is_safe():
+def test_the_search_accepts_safe_calls():
     reader = (
         "import pickle\nclass Plain(pickle.Unpickler):\n    def find_class(self, module, name):\n        raise Error"
     )
@@ -111,7 +111,7 @@ def test_the_search_passes_what_is_safe():
 
 
 @pytest.mark.parametrize("name", SHA256)
-def test_a_payload_among_the_files_of_a_vocabulary_is_not_run(tmp_path, name):
+def test_a_payload_in_a_vocabulary_file_is_not_executed(tmp_path, name):
     canary = Canary(tmp_path / "canary")
     for file in SHA256:
         (tmp_path / file).write_text("{}")
@@ -121,7 +121,7 @@ def test_a_payload_among_the_files_of_a_vocabulary_is_not_run(tmp_path, name):
     assert not canary.was_run()
 
 
-def test_a_payload_for_the_record_of_a_tokenizer_is_not_run(tmp_path):
+def test_a_payload_in_a_manifest_is_not_executed(tmp_path):
     canary = Canary(tmp_path / "canary")
     canary.write(tmp_path / "manifest.json", "bare")
     with pytest.raises(UserError, match=r"manifest\.json is not a manifest"):
@@ -138,7 +138,7 @@ def test_a_payload_for_the_record_of_a_tokenizer_is_not_run(tmp_path):
         ("callbacks:\n  samples:\n    _target_: os.mkdir", "Unknown config key `callbacks.samples._target_`"),
     ],
 )
-def test_nothing_is_called_by_the_configuration_of_a_run(tmp_path, content, sentence):
+def test_the_configuration_of_a_run_executes_nothing(tmp_path, content, sentence):
     (tmp_path / "config.yaml").write_text(content.format(path=tmp_path / "canary"))
     with pytest.raises(UserError) as error:
         load_config(tmp_path)
@@ -146,12 +146,12 @@ def test_nothing_is_called_by_the_configuration_of_a_run(tmp_path, content, sent
     assert not (tmp_path / "canary").exists()
 
 
-def test_the_payload_of_the_yaml_works(tmp_path):
+def test_the_yaml_payload_works_with_an_unsafe_loader(tmp_path):
     yaml.unsafe_load(f"!!python/object/apply:os.mkdir [{tmp_path / 'canary'}]")
     assert (tmp_path / "canary").exists()
 
 
-def test_conf_names_nothing_to_be_called_but_the_plugins_of_gptlab():
+def test_conf_has_no_targets_except_gptlabs_plugins():
     for path in configuration_folder().rglob("*.yaml"):
         targets = [line for line in path.read_text(encoding="utf-8").splitlines() if "_target_" in line]
         plugins = path.parent.name in ("sweeper", "launcher")
@@ -159,16 +159,16 @@ def test_conf_names_nothing_to_be_called_but_the_plugins_of_gptlab():
 
 
 @pytest.mark.slow
-def test_no_command_runs_a_payload_in_a_checkpoint(user, runs):
+def test_no_command_executes_a_payload_in_a_checkpoint(user, runs):
     directory = runs.give(user, "halted", "train.max_steps=6", "schedule.decay_steps=9", "callbacks=checkpoint")
     canary = Canary(user.folder / "canary")
     kept = (directory / "metrics.csv").read_bytes()
     for kind in ("bare", "archive"):
-        for place in (directory / "checkpoints").iterdir():
-            content = canary.write(place / "state.pt", kind).read_bytes()
-            record = json.loads((place / "record.json").read_text())  # which whoever writes the one can write, too
+        for checkpoint in (directory / "checkpoints").iterdir():
+            content = canary.write(checkpoint / "state.pt", kind).read_bytes()
+            record = json.loads((checkpoint / "record.json").read_text())  # an attacker could write this file, too
             record["files"] = {"state.pt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
-            (place / "record.json").write_text(json.dumps(record))
+            (checkpoint / "record.json").write_text(json.dumps(record))
         for done in (
             user.python("gptlab.train", f"resume={directory}", "train.max_steps=9"),
             user.train(f"init_from={directory}"),

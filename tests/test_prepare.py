@@ -1,4 +1,4 @@
-"""The preparation command, as a user types it."""
+"""The prepare command, end to end."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def prepared(user):
     return folder
 
 
-def test_prepare_inspect_verify_and_a_flipped_byte(user):
+def test_verification_accepts_written_shards_and_finds_a_flipped_bit(user):
     assert_success(user.python("gptlab.prepare", *SMALL))
     folder = prepared(user)
     tokens = len((user.folder / "text.txt").read_bytes())
@@ -38,12 +38,12 @@ def test_prepare_inspect_verify_and_a_flipped_byte(user):
 def test_parts_on_several_machines_are_merged(user):
     for part in (2, 0, 1):
         done = user.python("gptlab.prepare", *SMALL, f"prepare.part={part}", "prepare.parts=3")
-    assert_success(done)  # the last to come finds every task done
+    assert_success(done)  # the last part finds all tasks done
     assert_success(user.python("gptlab.prepare", *SMALL, "merge=true"))
     assert (prepared(user) / "manifest.json").exists()
 
 
-def test_a_missing_part_is_told(user):
+def test_missing_parts_are_an_error(user):
     done = user.python("gptlab.prepare", *SMALL, "prepare.part=1", "prepare.parts=3")
     assert done.returncode == 2
     assert "prepare.part=1 are done" in done.stderr
@@ -51,7 +51,7 @@ def test_a_missing_part_is_told(user):
 
 
 @pytest.mark.slow
-def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
+def test_replay_prints_the_windows_of_a_training_step(user):
     assert_success(user.train("train.max_steps=2", "train.global_batch_size=2", "trainer=cpu"))
     shown = user.python("gptlab.prepare", f"replay={user.only_run()}", "step=2")
     assert_success(shown)
@@ -61,7 +61,7 @@ def test_a_replayed_step_is_the_batch_that_was_trained_on(user):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["llmc", pytest.param("nanogpt", marks=pytest.mark.slow)])
-def test_converted_shards_train_as_the_originals(user, form):
+def test_converted_shards_have_the_original_tokens_and_can_be_trained_on(user, form):
     assert_success(user.python("gptlab.prepare", *SMALL))
     folder = prepared(user)
     assert_success(user.python("gptlab.prepare", f"convert={folder}", f"format={form}", "out=theirs"))
@@ -75,7 +75,7 @@ def test_converted_shards_train_as_the_originals(user, form):
 
 
 @pytest.mark.slow
-def test_a_trained_tokenizer_trains_and_samples(user):
+def test_training_and_sampling_use_a_trained_tokenizer(user):
     assert_success(user.train("tokenizer=bpe", "tokenizer.vocab_size=300", "train.max_steps=2"))
     sampled = user.python("gptlab.sample", f"run={user.only_run()}", "prompt=the cat é", "max_new_tokens=3")
     assert_success(sampled)
@@ -94,7 +94,7 @@ def test_a_run_is_not_resumed_on_other_data(user):
 
 
 @pytest.mark.slow
-def test_a_run_is_not_resumed_on_shards_that_were_overwritten_or_removed(user):
+def test_a_run_is_not_resumed_on_overwritten_or_removed_shards(user):
     assert_success(user.train("data.task_bytes=10000"))
     directory = user.only_run()
     one, other = (prepared(user) / name for name in ("train_000001.bin", "train_000002.bin"))
@@ -102,7 +102,7 @@ def test_a_run_is_not_resumed_on_shards_that_were_overwritten_or_removed(user):
     assert content[0] != content[1]
     size = min(map(len, content))
 
-    one.write_bytes(content[1][:size] + content[0][size:])  # of the size that it has to have
+    one.write_bytes(content[1][:size] + content[0][size:])  # of unchanged size
     done = user.python("gptlab.train", f"resume={directory}", "train.max_steps=9")
     assert done.returncode == 2
     assert f"{one} has changed" in done.stderr

@@ -1,4 +1,4 @@
-"""Private API of libraries is used only where docs/architecture.md says so, and each use has its test."""
+"""Private API of libraries is used only where docs/architecture.md says so, and each use has a test."""
 
 import ast
 import importlib
@@ -16,7 +16,7 @@ import gptlab
 
 SOURCES, TESTS = Path(gptlab.__file__).parent, Path(__file__).parent
 DOCS = TESTS.parent / "docs" / "architecture.md"
-PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented: of named tuples, and of os
+PUBLIC = {"_replace", "_asdict", "_fields", "_exit"}  # documented names of named tuples and of os
 
 
 def is_private(name: str) -> bool:
@@ -25,17 +25,17 @@ def is_private(name: str) -> bool:
 
 @cache
 def table() -> dict[str, set[Path]]:
-    """The tests of each home."""
+    """Returns the tests of each file that may use private API."""
     text = DOCS.read_text(encoding="utf-8").partition("## Private API of libraries")[2].partition("\n## ")[0]
     rows = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| ")]
-    homes: dict[str, set[Path]] = {}
-    for *_, home, _, test in rows[1:]:
-        homes.setdefault(home, set()).add(TESTS / test.removesuffix(" |"))
-    return homes
+    files: dict[str, set[Path]] = {}
+    for *_, file, _, test in rows[1:]:
+        files.setdefault(file, set()).add(TESTS / test.removesuffix(" |"))
+    return files
 
 
 def used(tree: ast.Module) -> Iterator[str]:
-    """What a source imports or reads by a private name, but for its own class's."""
+    """Yields the private names that a source imports or reads, except for those of its own class."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
@@ -52,7 +52,7 @@ def used(tree: ast.Module) -> Iterator[str]:
 
 
 def shared_with_bases(kind: type) -> set[str]:
-    """Private names that a class has, or uses of itself, and that a library's class which it extends has as well."""
+    """Returns private names that a class defines or uses and that a library class among its bases has as well."""
 
     def names(one: type) -> set[str]:
         methods = {
@@ -68,7 +68,7 @@ def shared_with_bases(kind: type) -> set[str]:
     return names(kind) & theirs
 
 
-def test_private_names_are_used_in_their_homes_alone():
+def test_private_names_are_used_only_in_listed_files():
     found = {}
     for path in sorted(SOURCES.rglob("*.py")):
         names = set(used(ast.parse(path.read_text(encoding="utf-8"))))
@@ -77,27 +77,27 @@ def test_private_names_are_used_in_their_homes_alone():
     assert found == {}
 
 
-def test_private_methods_and_attributes_of_a_library_s_class_are_used_in_their_homes_alone():
+def test_private_members_of_library_classes_are_used_only_in_listed_files():
     found = {}
     for info in pkgutil.walk_packages([str(SOURCES)], "gptlab."):
         module = importlib.import_module(info.name)
-        home = str(Path(str(module.__file__)).relative_to(SOURCES))
+        file = str(Path(str(module.__file__)).relative_to(SOURCES))
         kinds = [kind for _, kind in inspect.getmembers(module, inspect.isclass) if kind.__module__ == info.name]
-        for kind in kinds if home not in table() else ():
+        for kind in kinds if file not in table() else ():
             if names := shared_with_bases(kind):
-                found[f"{home}: {kind.__name__}"] = names
+                found[f"{file}: {kind.__name__}"] = names
     assert found == {}
 
 
-@pytest.mark.parametrize("home", table())
-def test_a_home_is_there_and_so_are_its_tests(home):
-    assert (SOURCES / home).is_file()
-    assert table()[home]
-    for test in table()[home]:
+@pytest.mark.parametrize("file", table())
+def test_listed_files_and_their_tests_exist(file):
+    assert (SOURCES / file).is_file()
+    assert table()[file]
+    for test in table()[file]:
         assert test.is_file()
 
 
-def test_the_searches_find_what_they_are_for():
+def test_the_searches_find_private_names():
     source = "import torch\nfrom hydra._internal import utils\nfrom a import _b\ntorch._c_(x)\nself._own\nx._asdict()"
     assert set(used(ast.parse(source))) == {"hydra._internal.utils", "a._b", "torch._c_"}
     modules = ("training.distributed.process_group", "training.distributed.tensor_parallel", "evaluation.harness")
@@ -112,7 +112,7 @@ def test_the_searches_find_what_they_are_for():
     ]
 
 
-def test_libraries_with_a_private_use_are_bounded_from_above():
+def test_libraries_with_a_private_use_have_an_upper_bound():
     text = DOCS.read_text(encoding="utf-8").partition("## Private API of libraries")[2]
     libraries = {line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("| ")} - {"library"}
     pyproject = (TESTS.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the README promises of whole runs; slow."""
+"""Claims of the README about whole runs."""
 
 import json
 import math
@@ -14,12 +14,13 @@ from gptlab.tracking.run_directory import load_config
 pytestmark = pytest.mark.slow
 
 
-def test_the_default_job_learns_python(user):
+def test_the_default_run_learns_python(user):
     del user.environment["OMP_NUM_THREADS"]
     assert_success(user.python("gptlab.train", timeout=900))
     directory = user.only_run()
     assert min(metrics(directory, "val/bits_per_byte").values()) <= 2.6
-    sampled = user.python("gptlab.sample", f"run={directory}", "num_samples=8")  # one text of 200 bytes may have none
+    # eight samples, since one text of 200 bytes may have no keyword
+    sampled = user.python("gptlab.sample", f"run={directory}", "num_samples=8")
     assert_success(sampled)
     assert re.search(r"\b(def|self|import|return|class|if)\b", sampled.stdout), sampled.stdout
     assert sorted(directory.glob("samples/*"))[-1].name == "step_001200.txt"
@@ -27,14 +28,14 @@ def test_the_default_job_learns_python(user):
 
 @pytest.fixture
 def source():
-    """The file with tinyshakespeare."""
-    if (named := os.environ.get("GPTLAB_TINYSHAKESPEARE")) is None:
-        pytest.skip("needs the tinyshakespeare text: GPTLAB_TINYSHAKESPEARE=<input.txt>")
-    return named
+    """Path of tinyshakespeare."""
+    if (path := os.environ.get("GPTLAB_TINYSHAKESPEARE")) is None:
+        pytest.skip("requires tinyshakespeare: GPTLAB_TINYSHAKESPEARE=<input.txt>")
+    return path
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 4, 5])
-def test_the_speedrun_is_at_nanogpt_s_loss_with_fewer_parameters(user, source, seed):
+def test_the_speedrun_reaches_nanogpts_loss_with_fewer_parameters(user, source, seed):
     assert_success(
         user.python("gptlab.train", "experiment=speedrun_cpu", f"data.source={source}", f"seed={seed}", timeout=300)
     )
@@ -44,8 +45,8 @@ def test_the_speedrun_is_at_nanogpt_s_loss_with_fewer_parameters(user, source, s
 
 
 def test_the_ladder_runs_the_recipe_with_and_without_a_part(user, source):
-    todo = ("suite=ladder", f"speedrun.source={source}", "speedrun.parts=[muon]", "speedrun.target=3", "rounds=1")
-    assert_success(user.python("gptlab.bench", *todo, "out=measured", timeout=600))
+    arguments = ("suite=ladder", f"speedrun.source={source}", "speedrun.parts=[muon]", "speedrun.target=3", "rounds=1")
+    assert_success(user.python("gptlab.bench", *arguments, "out=measured", timeout=600))
     (part,) = json.loads((user.folder / "measured" / "ladder.json").read_text())["parts"]
     whole, without = (row["medians"] for row in part["rows"])
     assert whole["steps to it"] == 20
@@ -53,7 +54,7 @@ def test_the_ladder_runs_the_recipe_with_and_without_a_part(user, source):
     assert part["rows"][1]["ratio"] == pytest.approx(without["val loss"] / whole["val loss"])
 
 
-def test_nanogpt_s_character_run_on_a_cpu(user, source):
+def test_shakespeare_char_cpu_reaches_nanogpts_loss(user, source):
     del user.environment["OMP_NUM_THREADS"]
     assert_success(user.python("gptlab.train", "experiment=shakespeare_char_cpu", f"data.source={source}", timeout=900))
     directory = user.only_run("shakespeare_char_cpu")
@@ -67,5 +68,5 @@ def test_gpt2_runs_on_two_processes(user, strategy):
     assert_success(user.python("gptlab.train", *size, "train.eval_windows=24", timeout=1200))
     directory = user.only_run()
     assert list(metrics(directory, "train/loss")) == [1, 2]
-    # no tighter than a fresh model's self-predictions allow: a text repeats itself, uniform guesses do not
+    # a wide tolerance: with tied weights an untrained model favors its input token, which often recurs in text
     assert metrics(directory, "train/loss")[1] == pytest.approx(math.log(50257), abs=1)

@@ -1,4 +1,4 @@
-"""A run that goes on is the run it was: on other devices, in another place, to another length."""
+"""Resumed runs: bit-identical, on other devices, in another directory, and with another length."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ OPTIONS = {
     "dropout": (DECAY, "model.dropout=0.1"),
     "muon": (DECAY, "optimizer=muon", "optimizer.ns_dtype=float32"),
     "average": ("schedule=constant", "schedule.warmup_steps=0", "train.ema_decay=0.3"),
-    "growing": (DECAY, "train.batch_schedule=[[4,4],[8,8]]"),  # the halted run ends within a stage
+    "growing": (DECAY, "train.batch_schedule=[[4,4],[8,8]]"),  # the halted run ends in the middle of a stage
 }
 STRATEGIES = {
     "one device": (),
@@ -28,7 +28,12 @@ STRATEGIES = {
     "fsdp, one file": ("trainer=fsdp", "trainer.devices=2", "callbacks.checkpoint.sharded=false"),
     "fsdp_tp": ("trainer=fsdp_tp", "trainer.devices=2"),
 }
-TENSORS = {"dropout": 3, "muon": 1, "average": 4, "growing": 3}  # a matrix's moments, step and average
+TENSORS = {
+    "dropout": 3,
+    "muon": 1,
+    "average": 4,
+    "growing": 3,
+}  # state tensors of a matrix: moments, step count, average
 RESUMED = [
     *((options, "one device") for options in ("dropout", "muon", "average", "growing")),
     *(("average", strategy) for strategy in STRATEGIES if strategy != "one device"),
@@ -37,7 +42,7 @@ RESUMED = [
 
 
 def halted_and_whole(user, runs, options: str, strategy: str) -> tuple[Path, Path]:
-    """A run of six steps, and the same run of nine that was never interrupted."""
+    """Returns a run of six steps, and the same run of nine steps without an interruption."""
     same = (*OPTIONS[options], "callbacks=checkpoint", *STRATEGIES[strategy])
     kind = "" if options == "none" else f"_{options}_{strategy}".replace(",", "").replace(" ", "_")  # as in conftest
     halted = runs.give(user, f"halted{kind}", "train.max_steps=6", *same)
@@ -49,13 +54,13 @@ def halted_and_whole(user, runs, options: str, strategy: str) -> tuple[Path, Pat
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(user, runs, options, strategy):
     halted, whole = halted_and_whole(user, runs, options, strategy)
     resumed = (sys.executable, "-m", "gptlab.train", f"resume={halted}", "train.max_steps=9")
-    # once in an interpreter of its own, which has other hashes and addresses than the forks
+    # once in a new interpreter, whose hashes and addresses differ from those of the forks
     assert_success(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
     same_run(whole, halted)
     (optimizer,) = newest_state(halted)["optimizer_states"]
     assert len(optimizer["state"]) == 28  # all parameters of two blocks, by GPT-2's names
     assert len(optimizer["state"]["h.1.mlp.c_fc.weight"]) == TENSORS[options]
-    assert len(list(halted.parent.iterdir())) == 1  # it goes on in its directory
+    assert len(list(halted.parent.iterdir())) == 1  # it is resumed in its directory
 
 
 CHANGES = {
@@ -77,7 +82,7 @@ def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options,
     assert_success(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", *CHANGES[change]))
     for name in ("train/loss", "val/loss"):
         assert metrics(halted, name) == pytest.approx(metrics(whole, name), abs=1e-5), name
-    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # what is true from here on
+    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["max_steps"] == 9  # the new value
     (optimizer,) = newest_state(halted)["optimizer_states"]
     if options == "muon":
         kept = {name: set(moments) for name, moments in optimizer["state"].items()}
@@ -86,11 +91,11 @@ def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options,
 
 
 @pytest.mark.slow
-def test_a_moved_run_keeps_its_best(user, halted):
+def test_a_moved_run_keeps_its_best_checkpoint(user, halted):
     moved = user.folder / "moved"
     shutil.copytree(halted, moved)
     (best,) = moved.glob("checkpoints/step_000006/state.pt")
-    # a rate at which the next evaluations are worse
+    # a learning rate at which the next evaluations are worse
     config = yaml.safe_load((moved / "config.yaml").read_text())
     config["optimizer"]["lr"] = 5.0
     (moved / "config.yaml").write_text(yaml.safe_dump(config))
@@ -102,14 +107,14 @@ def test_a_moved_run_keeps_its_best(user, halted):
 
 
 @pytest.mark.slow
-def test_a_run_from_other_weights_goes_on_and_a_shorter_block_takes_them(user, halted):
+def test_a_run_from_other_weights_with_a_shorter_block_can_be_resumed(user, halted):
     assert_success(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
     second = user.only_run("second")
     assert_success(user.python("gptlab.train", f"resume={second}", "train.max_steps=6"))
     assert list(metrics(second, "val/loss")) == [3, 6]
 
 
-def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
+def test_a_refused_resume_does_not_change_the_metrics(user, halted):
     before = (halted / "metrics.csv").read_text()
     done = user.python("gptlab.train", f"resume={halted}", "train.max_steps=9", "trainer=gpu")
     assert done.returncode == CONFIG_ERROR
@@ -117,15 +122,15 @@ def test_a_refused_resume_leaves_the_metrics_alone(user, halted):
 
 
 @pytest.mark.slow
-def test_groups_and_lengths_that_the_run_did_not_have_can_be_named(user, halted):
+def test_a_resume_accepts_new_callbacks_and_another_length(user, halted):
     named = ("callbacks=default", "callbacks.samples.num_samples=2", "train.max_steps=null", "train.max_tokens=2700")
     assert_success(user.python("gptlab.train", f"resume={halted}", *named))
-    assert max(metrics(halted, "tokens")) == 8  # 384 tokens a step
+    assert max(metrics(halted, "tokens")) == 8  # 384 tokens per step
     assert_success(user.python("gptlab.train", f"resume={halted}", "train.max_steps=9"))
     assert max(metrics(halted, "tokens")) == 9
 
 
-def test_a_killed_worker_is_no_success(user):
+def test_a_killed_worker_fails_the_run(user):
     endless = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "callbacks=none")
     run = user.begin("gptlab.train", "trainer=ddp", "trainer.devices=1", *endless)
     run.until(lambda: list(user.folder.glob("outputs/*/*/metrics.csv")))
@@ -135,8 +140,8 @@ def test_a_killed_worker_is_no_success(user):
 
 
 @pytest.mark.slow
-def test_a_run_has_one_writer(user, halted):
-    """A second process that resumes a run ends with status 2, and leaves no row; when the first is killed, it may."""
+def test_only_one_process_at_a_time_writes_a_run(user, halted):
+    """A second process that resumes a run ends with exit code 2 and writes no row, until the first one is killed."""
     command = (f"resume={halted}", "train.max_steps=100000")
     first = user.begin("gptlab.train", *command)
     first.until(lambda: (halted / "metrics.csv").exists() and max(metrics(halted, "train/loss")) > 8)

@@ -1,4 +1,4 @@
-"""The command that writes, as users type it."""
+"""The sample command, end to end."""
 
 import os
 import pty
@@ -21,7 +21,7 @@ def run(user, runs):
     return runs.give(user, "first", "callbacks=checkpoint")
 
 
-def test_texts_stream_stop_and_do_not_depend_on_each_other(user, run):
+def test_a_text_depends_neither_on_other_texts_nor_on_streaming(user, run):
     (user.folder / "prompts.txt").write_text("def f(x):\nline 7\\nline 8\nä\n")
     one = user.python("gptlab.sample", f"run={run}", "prompts=prompts.txt", "num_samples=2", "max_new_tokens=40")
     assert_success(one)
@@ -51,18 +51,19 @@ def test_a_text_ends_before_a_stop_string(user, run):
     assert cut.stdout.split(f"\n{LINE}")[0] == "line" + text[4:].partition(stop)[0]
 
 
-def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
-    screen, theirs = pty.openpty()
-    endless = ("max_new_tokens=1000000", "temperature=0")  # which here never comes to an end of text
+def test_an_interactive_session_continues_after_ctrl_c_and_ends_with_ctrl_d(user, run):
+    terminal, child_end = pty.openpty()
+    endless = ("max_new_tokens=1000000", "temperature=0")  # the model generates no end-of-text token
     command = (sys.executable, "-m", "gptlab.sample", f"run={run}", "interactive=true", *endless)
     process = subprocess.Popen(
         command,
         cwd=user.folder,
         env=user.environment,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who started the tests may have it ignored
+        stdin=child_end,
+        stdout=child_end,
+        stderr=child_end,
+        # the process that started the tests may ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     shown = ""
 
@@ -71,23 +72,23 @@ def test_a_conversation_goes_on_after_ctrl_c_and_ends_with_ctrl_d(user, run):
         end = time.monotonic() + 60
         while not condition(shown):
             assert time.monotonic() < end, shown
-            if select.select([screen], [], [], 1)[0]:
-                shown += os.read(screen, 4096).decode(errors="replace")
+            if select.select([terminal], [], [], 1)[0]:
+                shown += os.read(terminal, 4096).decode(errors="replace")
 
     try:
         until(lambda text: text.endswith("\r\n> "))
         for number in (1, 2):
-            os.write(screen, f"line {number}\n".encode())
-            # what was typed is echoed, then shown again as the beginning of the text, which grows
+            os.write(terminal, f"line {number}\n".encode())
+            # the terminal echoes the prompt, then the command prints it again with the text that it generates
             until(lambda text, number=number: len(text.partition(f"line {number}")[2]) > 50)
             process.send_signal(signal.SIGINT)
             until(lambda text: text.endswith("\r\n> "))
-        os.write(screen, b"\x04")
+        os.write(terminal, b"\x04")
         assert process.wait(timeout=30) == 0
     finally:
         process.kill()
-        os.close(screen)
-        os.close(theirs)
+        os.close(terminal)
+        os.close(child_end)
 
 
 MISTAKES = {
@@ -101,7 +102,7 @@ MISTAKES = {
 }
 
 
-def test_a_mistake_gets_a_sentence_before_torch_is_imported(user, run):
+def test_errors_are_found_before_torch_is_imported(user, run):
     package = user.folder / "elsewhere" / "torch"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")

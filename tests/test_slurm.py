@@ -1,4 +1,4 @@
-"""On a real SLURM: srun starts one run, a stopped job goes on by itself, jobs of a sweep are jobs of the cluster."""
+"""Runs on a real SLURM cluster: srun, requeued jobs, and sweeps whose trials are jobs."""
 
 import json
 import re
@@ -34,15 +34,15 @@ def slurm(cluster, user) -> Cluster:
     return cluster
 
 
-def wait_for(is_so, seconds: float = 180) -> None:
+def wait_for(condition, seconds: float = 180) -> None:
     until = time.monotonic() + seconds
-    while not is_so():
+    while not condition():
         assert time.monotonic() < until
         time.sleep(0.2)
 
 
 def evaluated(directory: Path) -> int:
-    """The last step that was evaluated; 0 while a run that goes on writes its metrics anew."""
+    """Returns the last evaluated step, or 0 while a resumed run rewrites its metrics."""
     try:
         return max(metrics(directory, "val/loss"), default=0)
     except FileNotFoundError:
@@ -50,7 +50,7 @@ def evaluated(directory: Path) -> int:
 
 
 def submit(user, *arguments: str, options: str = "") -> str:
-    """Submit a run, as a batch script does; return the job's number."""
+    """Submits a batch script that starts a run with srun; returns the job ID."""
     command = " ".join((sys.executable, "-m", "gptlab.train", *arguments))
     script = f"#!/bin/bash\n#SBATCH --output={user.folder}/job.log --open-mode=append --requeue {options}\n"
     (user.folder / "job.sh").write_text(f"{script}srun {command}\n")
@@ -73,7 +73,7 @@ def test_srun_starts_one_run(slurm, user, strategy):
     assert json.loads((user.only_run("srun") / "environment.json").read_text())["slurm_job"]
 
 
-def test_srun_s_ranks_tell_a_mistake_once(slurm, user):
+def test_ranks_of_srun_print_an_error_once(slurm, user):
     command = (sys.executable, "-m", "gptlab.train", "trainer=ddp", "train.global_batch_size=7", *SMALL)
     done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
     assert done.returncode == CONFIG_ERROR
@@ -90,12 +90,12 @@ def test_srun_s_ranks_tell_a_mistake_once(slurm, user):
     ],
     ids=["one process", "two workers", "two ranks of srun"],
 )
-def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_directory(slurm, user, options, trainer):
+def test_a_signaled_job_is_requeued_and_resumed_in_the_same_directory(slurm, user, options, trainer):
     job = submit(user, *trainer, *LONG, options=options)
     wait_for(lambda: list(user.folder.glob("outputs/*/*/checkpoints/*")))
     directory = user.only_run()
     assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # as --signal=USR1@<seconds> does
-    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it has begun again
+    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it was restarted
     assert "SLURM job" in (user.folder / "job.log").read_text()
     before = max(map(checkpoint_step, list_checkpoints(directory / "checkpoints")))
     wait_for(lambda: evaluated(directory) > before)
@@ -103,33 +103,33 @@ def test_a_job_that_is_told_of_its_end_goes_on_in_the_same_directory(slurm, user
     assert steps == sorted(set(steps))
     assert directory == user.only_run()
     slurm.run("scancel", job)
-    wait_for(lambda: state(slurm, job) in ("", "CANCELLED", "COMPLETED", "FAILED"))  # SIGTERM is the end of it
+    wait_for(lambda: state(slurm, job) in ("", "CANCELLED", "COMPLETED", "FAILED"))  # SIGTERM ends it without a requeue
     assert directory == user.only_run()
 
 
 SWEEP = ("-m", "hydra/launcher=slurm", "trainer=ddp", "trainer.devices=2")
 
 
-def test_a_sweep_on_the_cluster_is_one_job_and_one_directory_each(slurm, user):
+def test_every_trial_of_a_sweep_is_one_job_with_one_directory(slurm, user):
     assert_success(user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2,3", *SMALL, timeout=400))
     directory = user.only_run("sweep")
-    jobs = sorted(path for path in directory.iterdir() if path.is_dir() and path.name != ".submitit")
-    assert [path.name for path in jobs] == ["0", "1", "2"]
-    assert [list(metrics(path, "train/loss")) for path in jobs] == [[1, 2]] * 3
-    numbers = {json.loads((path / "environment.json").read_text())["slurm_job"] for path in jobs}
+    trials = sorted(path for path in directory.iterdir() if path.is_dir() and path.name != ".submitit")
+    assert [path.name for path in trials] == ["0", "1", "2"]
+    assert [list(metrics(path, "train/loss")) for path in trials] == [[1, 2]] * 3
+    numbers = {json.loads((path / "environment.json").read_text())["slurm_job"] for path in trials}
     assert len(numbers) == 3
-    assert len({metrics(path, "train/loss")[2] for path in jobs}) == 3
+    assert len({metrics(path, "train/loss")[2] for path in trials}) == 3
 
 
-def test_a_job_of_a_sweep_that_fails_is_told(slurm, user):
+def test_a_failed_trial_sets_the_exit_code_of_the_sweep(slurm, user):
     done = user.python("gptlab.train", *SWEEP, "name=sweep", "train.global_batch_size=7,12", *SMALL, timeout=400)
     assert done.returncode == CONFIG_ERROR
     assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
 
 
 @pytest.mark.parametrize("by", ["submitit", "SLURM"])
-def test_a_sweep_waits_for_a_trial_that_is_requeued(slurm, user, by):
-    """submitit requeues a job whose time is over, which SIGUSR2 announces; SLURM one that is pre-empted."""
+def test_a_sweep_waits_for_a_requeued_trial(slurm, user, by):
+    """submitit requeues a job at its time limit, on SIGUSR2. SLURM requeues a preempted job."""
     length = ("train.max_steps=1500", "train.eval_every=100", "train.eval_windows=4", "callbacks=checkpoint")
     sweep = user.begin("gptlab.train", *SWEEP, "name=sweep", *SMALL[:3], *length)
     sweep.until(lambda: list(user.folder.glob("outputs/sweep/*/0/checkpoints/step_*")))
@@ -137,7 +137,7 @@ def test_a_sweep_waits_for_a_trial_that_is_requeued(slurm, user, by):
     job = json.loads((directory / "environment.json").read_text())["slurm_job"]
     requeue = ("scancel", "--signal=USR2") if by == "submitit" else ("scontrol", "requeue")
     assert slurm.run(*requeue, job).returncode == 0
-    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # the trial has begun again
+    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # the trial was restarted
     assert sweep.poll() is None
     assert json.loads((directory / "trial.json").read_text())["state"] == "running"
     done = sweep.ended(seconds=300)
@@ -149,7 +149,7 @@ def test_a_sweep_waits_for_a_trial_that_is_requeued(slurm, user, by):
     assert list(metrics(directory, "val/loss")) == list(range(100, 1501, 100))
 
 
-def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
+def test_a_restarted_sweep_adopts_the_running_jobs_of_a_killed_one(slurm, user):
     length = ("train.max_steps=300", "train.eval_every=5", "train.eval_windows=4")
     sweep = ("-m", "hydra/launcher=slurm", "name=sweep", "seed=1,2", *SMALL[:3], *length)
     run = user.begin("gptlab.train", *sweep)
@@ -164,7 +164,7 @@ def test_a_sweep_whose_process_is_killed_takes_up_its_jobs_again(slurm, user):
     assert [(directory / number / "train.log").read_text().count("model ") for number in ("0", "1")] == [1, 1]
 
 
-def test_a_partition_that_takes_no_jobs_is_named(slurm, user):
+def test_an_unknown_or_closed_partition_is_an_error(slurm, user):
     sweep = ("-m", "hydra/launcher=slurm", "seed=1,2", *SMALL)
     assert_config_error(
         user.python("gptlab.train", *sweep, "hydra.launcher.partition=gpu"), "no such partition. Available: tests"

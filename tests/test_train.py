@@ -1,4 +1,4 @@
-"""The training command, end to end: what it writes, and that its numbers are right."""
+"""The train command, end to end: files, metrics and losses."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from conftest import SMALL
 from reference_training import plain_training
 
 
-def test_a_run_leaves_its_record_and_says_where(user):
+def test_a_run_writes_its_files_and_prints_its_directory(user):
     done = user.train("name=first", "callbacks.samples.num_samples=2")
     assert_success(done)
     directory = user.only_run("first")
@@ -45,40 +45,40 @@ def test_a_run_leaves_its_record_and_says_where(user):
     assert yaml.safe_load((directory / "config.yaml").read_text())["model"]["vocab_size"] == 257
 
 
-def test_metrics_and_evaluations_have_their_names_and_steps(user):
+def test_metrics_and_evaluations_are_recorded_at_their_steps(user):
     assert_success(user.train("train.max_steps=7", "train.log_every=2"))
     directory = user.only_run()
     recorded = [1, 2, 4, 6, 7]  # the first, every second, the last
     for name in ("train/loss", "lr", "grad_norm", "tokens_per_second", "data_wait", "peak_memory_gb"):
         assert list(metrics(directory, name)) == recorded, name
-    # what is waited for before the first step and after an evaluation is no time of training
+    # waiting before the first step and after an evaluation does not count as training time
     assert {step: share > 0 for step, share in metrics(directory, "data_wait").items()} == {
         **dict.fromkeys((2, 4, 6), True),
         **dict.fromkeys((1, 7), False),
     }
     assert max(metrics(directory, "data_wait").values()) < 1
     memory = list(metrics(directory, "peak_memory_gb").values())
-    assert memory == pytest.approx(sorted(memory), rel=0.01)  # the most there ever was, as exactly as Linux counts it
+    assert memory == pytest.approx(sorted(memory), rel=0.01)  # never decreases, up to the accuracy of Linux
     assert 0.1 < memory[0] <= memory[-1] < 4
     lines = [line for line in (directory / "train.log").read_text().splitlines() if " · loss " in line]
     assert all(
         re.search(r" tokens/s, \d+\.\d % waiting for data · \d\.\d\d GB · \d:\d\d:\d\d left$", line) for line in lines
     )
     assert len(lines) == len(recorded)
-    assert list(metrics(directory, "val/loss")) == [3, 6, 7]  # every third, and once more at the end
+    assert list(metrics(directory, "val/loss")) == [3, 6, 7]  # every third step, and the last
     assert metrics(directory, "tokens") == {step: step * 12 * 32 for step in (1, 2, 3, 4, 6, 7)}
     loss, bits = metrics(directory, "val/loss"), metrics(directory, "val/bits_per_byte")
-    # one document, so no end of text is scored but, at most, the very last token: a byte a token
+    # one document, so that at most the last scored token is an end-of-text token: one byte per token
     assert bits == pytest.approx({step: value / math.log(2) for step, value in loss.items()}, rel=1e-3)
 
 
 @pytest.fixture
 def first(user, runs):
-    """A run of six steps with the small settings."""
+    """Run of six steps with ``SMALL``."""
     return runs.give(user, "first")
 
 
-def test_the_command_trains_as_a_plain_loop_does(user, first):
+def test_train_has_the_losses_and_weights_of_a_plain_loop(user, first):
     torch.set_num_threads(1)
     directory = first
     losses, model = plain_training(user, first, steps=6)
@@ -90,10 +90,10 @@ def test_the_command_trains_as_a_plain_loop_does(user, first):
 
 
 @pytest.mark.slow
-def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
+def test_losses_are_bit_identical_only_for_equal_seeds(user, runs):
     for name, seed in (("a", 1), ("c", 2)):
         runs.give(user, name, f"seed={seed}", "model.dropout=0.1")
-    # in an interpreter of its own, which has other hashes and addresses than the forks
+    # in a new interpreter, whose hashes and addresses differ from those of the forks
     assert_success(user.run(sys.executable, "-m", "gptlab.train", *SMALL, "name=b", "seed=1", "model.dropout=0.1"))
     a, b, c = (metrics(user.only_run(name), "train/loss") for name in "abc")
     assert a == b
@@ -101,7 +101,7 @@ def test_one_seed_gives_bit_equal_losses_and_another_does_not(user, runs):
 
 
 @pytest.mark.slow
-def test_evaluating_and_sampling_change_nothing(user):
+def test_evaluating_and_sampling_do_not_change_training(user):
     assert_success(user.train("name=often", "train.eval_every=1", "model.dropout=0.1"))
     assert_success(user.train("name=once", "train.eval_every=6", "model.dropout=0.1", "callbacks=none"))
     often, once = user.only_run("often"), user.only_run("once")
@@ -111,7 +111,7 @@ def test_evaluating_and_sampling_change_nothing(user):
 
 
 @pytest.mark.slow
-def test_micro_batches_and_workers_change_nothing(user, first):
+def test_micro_batches_and_data_workers_do_not_change_the_losses(user, first):
     assert_success(user.train("name=parts", "train.micro_batch_size=3", "data.num_workers=2"))
     parts = user.only_run("parts")
     assert metrics(parts, "train/loss") == pytest.approx(metrics(first, "train/loss"), abs=1e-5)
@@ -120,21 +120,21 @@ def test_micro_batches_and_workers_change_nothing(user, first):
 
 
 @pytest.mark.slow
-def test_a_length_in_tokens(user):
+def test_a_token_budget_is_rounded_up_to_a_whole_step(user):
     assert_success(
         user.python("gptlab.train", "data=text", "data.source=text.txt", "model=tiny", "train.max_tokens=4000")
     )
-    assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first multiple of a step >= 4000
+    assert list(metrics(user.only_run(), "tokens").values())[-1] == 6 * 12 * 64  # the first whole step at or above 4000
 
 
-def test_a_resume_cannot_become_another_run(user, first):
+def test_a_resume_with_another_learning_rate_is_an_error(user, first):
     done = user.python("gptlab.train", f"resume={first}", "optimizer.lr=1")
     assert done.returncode == 2
     assert "optimizer.lr cannot change when a run is resumed" in done.stderr
 
 
 @pytest.mark.slow
-def test_a_run_can_start_from_another_s_weights(user, first):
+def test_a_run_can_start_from_the_weights_of_another(user, first):
     assert_success(
         user.train(
             "name=second", f"init_from={first}", "train.max_steps=1", "optimizer.lr=1e-12", "train.eval_windows=null"
@@ -149,8 +149,8 @@ def test_a_run_can_start_from_another_s_weights(user, first):
 
 
 @pytest.mark.slow
-def test_early_stopping_by_name(user):
-    # a rate at which nothing is learnt: the first evaluation stays the best
+def test_early_stopping_ends_a_run_without_improvement(user):
+    # a learning rate at which nothing is learned: the first evaluation remains the best
     rate = ("optimizer.lr=1e-12", "train.max_steps=50", "callbacks.early_stopping.patience=2")
     done = user.train("callbacks=[default,early_stopping]", "callbacks.early_stopping.min_delta=0.1", *rate)
     assert_success(done)
@@ -159,7 +159,7 @@ def test_early_stopping_by_name(user):
 
 
 @pytest.mark.slow
-def test_several_loggers_at_once(user):
+def test_several_loggers_record_the_same_metrics(user):
     assert_success(user.train("logger=[csv,tensorboard,wandb]", "logger.wandb.mode=offline"))
     directory = user.only_run()
     assert list(metrics(directory, "val/loss")) == [3, 6]
@@ -191,9 +191,9 @@ def test_debug_options(user, option):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["true", "blocks"])
-def test_a_compiled_network_trains_the_same_and_keeps_its_names(user, what):
-    assert_success(user.train("name=compiled", f"train.compile={what}", timeout=300))
+@pytest.mark.parametrize("scope", ["true", "blocks"])
+def test_a_compiled_model_has_the_losses_and_parameter_names_of_an_eager_one(user, scope):
+    assert_success(user.train("name=compiled", f"train.compile={scope}", timeout=300))
     assert_success(user.train("name=eager", "train.compile=false"))
     compiled, eager = user.only_run("compiled"), user.only_run("eager")
     assert metrics(compiled, "train/loss") == pytest.approx(metrics(eager, "train/loss"), abs=1e-5)
@@ -202,7 +202,7 @@ def test_a_compiled_network_trains_the_same_and_keeps_its_names(user, what):
 
 
 @pytest.mark.slow
-def test_bfloat16_stays_near_float32(user):
+def test_bfloat16_losses_are_close_to_float32(user):
     assert_success(user.train("name=bf16", "trainer.precision=bf16-mixed"))
     assert_success(user.train("name=fp32", "trainer.precision=32-true"))
     bf16, fp32 = (metrics(user.only_run(name), "train/loss") for name in ("bf16", "fp32"))
@@ -220,7 +220,7 @@ def test_a_sample_is_the_same_for_the_same_seed(user, first):
     assert one.stdout.count("def f(x): # it's ${y}, \\ ") == 2
 
 
-def test_a_damaged_checkpoint_gets_a_sentence(user, first):
+def test_a_run_with_only_damaged_checkpoints_cannot_be_sampled(user, first):
     for path in first.glob("checkpoints/*/state.pt"):
         path.write_bytes(path.read_bytes()[:1000])
     done = user.python("gptlab.sample", f"run={first}")

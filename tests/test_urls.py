@@ -1,4 +1,4 @@
-"""The commands on shards behind a URL, as a user types them."""
+"""Commands that read shards from a URL, end to end."""
 
 import sys
 
@@ -13,7 +13,7 @@ BLOCKS = ("data=shards", "data.order=block", "data.block_shards=2")
 
 @pytest.fixture
 def server(user):
-    """The text in 16 shards of train, of 8 kB each."""
+    """Server of the text in 16 shards of the train split, of 8 kB each."""
     assert_success(user.python("gptlab.prepare", "data=text", "data.source=text.txt", "data.task_bytes=4000"))
     (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
     with served(folder) as server:
@@ -21,10 +21,10 @@ def server(user):
 
 
 @pytest.mark.slow
-def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
-    steps = "train.max_steps=60"  # of 12 windows: through six shards
+def test_training_and_inspection_of_a_url_are_those_of_its_directory(user, server):
+    steps = "train.max_steps=60"  # of 12 windows each: these read six shards
     assert_success(user.python("gptlab.train", "name=local", *BLOCKS, f"data.path={server.folder}", steps, *SMALL))
-    limited = ("data.cache_limit_gb=5e-5", "data.num_workers=1")  # 4 shards of train and those of val fit
+    limited = ("data.cache_limit_gb=5e-5", "data.num_workers=1")  # enough for 4 train shards and the val shards
     assert_success(
         user.python("gptlab.train", "name=remote", *BLOCKS, f"data.path={server.url}", steps, *limited, *SMALL)
     )
@@ -42,7 +42,7 @@ def test_a_url_trains_and_is_inspected_as_the_folder_behind_it(user, server):
     assert "line 0: the cat has 0 of 0" in shown.stdout
 
 
-def test_shards_that_do_not_fit_are_refused_before_they_are_fetched(user, server):
+def test_shards_above_the_cache_limit_are_an_error_before_any_download(user, server):
     done = user.python("gptlab.train", *BLOCKS, f"data.path={server.url}", "data.cache_limit_gb=1e-5", *SMALL)
     assert done.returncode == 2
     assert "data.cache_limit_gb=1e-05 is less than the" in done.stderr
@@ -66,7 +66,7 @@ main()
         ("http://user:hunter2@127.0.0.1:9/data", "data.path=http://127.0.0.1... contains a password"),
     ],
 )
-def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
+def test_an_unusable_url_is_an_error_that_does_not_reveal_a_password(user, url, sentence):
     done = user.run(sys.executable, "-c", ONE_ATTEMPT, "data=shards", f"data.path={url}", *SMALL)
     assert done.returncode == 2
     assert f"gptlab: {sentence}" in done.stderr
@@ -76,7 +76,7 @@ def test_a_url_that_cannot_be_used_gets_a_sentence(user, url, sentence):
     assert not [path for path in written if b"hunter2" in path.read_bytes()]
 
 
-def test_a_url_is_inspected_in_the_tokens_that_it_holds(user):
+def test_inspection_of_a_url_uses_the_tokenizer_of_its_manifest(user):
     assert_success(
         user.python("gptlab.prepare", "data=text", "data.source=text.txt", "tokenizer=bpe", "tokenizer.vocab_size=300")
     )

@@ -1,4 +1,4 @@
-"""data.val_split from the command to the run directory, and runs of before, which keep theirs."""
+"""data.val_split from the command to the run directory, and runs of earlier versions, which keep theirs."""
 
 import json
 import shutil
@@ -41,14 +41,14 @@ def write_records(folder: Path) -> None:
 
 
 def composed(*arguments: str) -> RunConfig:
-    """What ``gptlab.train`` makes of these arguments."""
+    """Returns the configuration of gptlab.train with these arguments."""
     overrides = list(arguments)
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return resolve(compose("train", overrides), overrides)
 
 
 def run_of(config: RunConfig, directory: Path) -> Path:
-    """A run directory with a checkpoint, of a configuration that is not looked at."""
+    """Creates a run directory with a checkpoint, without checking the configuration."""
     config = config.with_absolute_paths()
     prepared = prepare(config.data, config.tokenizer)
     with RunLock() as lock:
@@ -61,7 +61,7 @@ def run_of(config: RunConfig, directory: Path) -> Path:
     ("arguments", "split"),
     [(RECORDS, "documents"), (("data=text", "data.source=book.txt"), "tail"), (("data=python_stdlib",), "documents")],
 )
-def test_a_run_records_the_split_that_the_default_means(folder, arguments, split):
+def test_a_run_records_the_split_that_the_default_resolves_to(folder, arguments, split):
     config = composed(*SMALL, *arguments)
     assert preflight(config).config.data.val_split == split
     earlier = run_of(composed(*SMALL, *arguments, f"data.val_split={split}"), folder / "run")
@@ -69,14 +69,14 @@ def test_a_run_records_the_split_that_the_default_means(folder, arguments, split
     assert find_resumable_run(config, earlier)[0].resume == str(earlier)
 
 
-def test_a_run_of_before_that_cut_every_document_is_resumed_as_it_was(folder):
+def test_an_earlier_run_that_splits_every_document_is_resumed_unchanged(folder):
     new = (*SMALL, *RECORDS)
     earlier = run_of(composed(*new, "data.val_split=tail"), folder / "run")
     shutil.rmtree(folder / "cache")
     for arguments in (
         (f"resume={earlier}",),
         (f"resume={earlier}", "data.val_split=auto"),
-        new,  # in the place of a trial, or of a job that is requeued
+        new,  # as for a trial or a requeued job
         (*new, "data.val_split=tail"),
     ):
         config, prepared, _ = preflight(find_resumable_run(composed(*arguments), earlier)[0])
@@ -86,7 +86,7 @@ def test_a_run_of_before_that_cut_every_document_is_resumed_as_it_was(folder):
 
 
 @pytest.mark.parametrize("extra", [(), ("init_from",)], ids=["", "init_from"])
-def test_a_new_run_may_not_cut_every_document(folder, extra):
+def test_a_new_run_cannot_split_every_document(folder, extra):
     tail = (*SMALL, *RECORDS, "data.val_split=tail")
     extra = [f"init_from={run_of(composed(*tail), folder / 'run')}" for _ in extra]
     config = composed(*tail, "data.cache_dir=unwritten", *extra)
@@ -97,14 +97,14 @@ def test_a_new_run_may_not_cut_every_document(folder, extra):
 
 
 @pytest.mark.parametrize("module", ["prepare", pytest.param("plan", marks=pytest.mark.slow), "train"])
-def test_a_command_that_would_cut_every_document_ends_before_anything_is_written(user, module):
+def test_a_command_that_would_split_every_document_fails_before_anything_is_written(user, module):
     write_records(user.folder)
     assert_config_error(user.python(f"gptlab.{module}", *RECORDS, "data.val_split=tail"), REFUSED)
     assert not list(user.folder.glob("cache")) + list(user.folder.glob("outputs"))
 
 
-# gptlab.train of before: nothing is refused
-OF_BEFORE = """
+# gptlab.train of an earlier version, without the check
+EARLIER_VERSION = """
 import runpy
 from gptlab.launch import launcher
 launcher.check_val_split = lambda config: None
@@ -113,10 +113,10 @@ runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
-def test_a_run_of_before_is_resumed_and_evaluated_and_its_split_not_taken_over(user):
+def test_an_earlier_run_is_resumed_and_evaluated_but_new_runs_do_not_inherit_its_split(user):
     write_records(user.folder)
     old = (*SMALL, *RECORDS, "callbacks=checkpoint", "train.eval_every=3", "train.eval_windows=4")
-    assert_success(user.run(sys.executable, "-c", OF_BEFORE, *old, "data.val_split=tail"))
+    assert_success(user.run(sys.executable, "-c", EARLIER_VERSION, *old, "data.val_split=tail"))
     run = user.only_run()
     shutil.rmtree(user.folder / "cache")
     done = user.python("gptlab.evaluate", f"run={run}")

@@ -1,16 +1,16 @@
-"""Processes of the machine, and runs that do not end by themselves."""
+"""Running processes, and runs that do not end on their own."""
 
 import os
 from pathlib import Path
 
-from conftest import Begun
+from conftest import RunningCommand
 
 TWO = ("trainer=ddp", "trainer.devices=2")
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_every=5", "train.eval_windows=4")
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process runs; one that has ended may wait to be reaped."""
+    """Whether a process runs; a zombie does not."""
     try:
         os.kill(process, 0)
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -18,20 +18,20 @@ def is_alive(process: int) -> bool:
         return False
 
 
-def training(user, *arguments: str) -> Begun:
-    """A run that does not end by itself, and has saved its first checkpoint."""
+def training(user, *arguments: str) -> RunningCommand:
+    """Starts a run that does not end on its own, and waits for its first checkpoint."""
     run = user.begin("gptlab.train", *SMALL, "train.max_steps=1000000", "callbacks=checkpoint", *arguments)
     run.until(lambda: list(user.folder.glob("outputs/*/*/checkpoints/step_*")))
     return run
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of the processes that work in a folder."""
+    """Returns the command lines of the processes whose working directory is ``folder``."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             if (process / "cwd").readlink() == folder:
                 found.append((process / "cmdline").read_text())
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended in the meantime
             continue
     return found

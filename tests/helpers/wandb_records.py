@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import assert_success
-from conftest import Begun
+from conftest import RunningCommand
 from gptlab.exit_codes import INTERRUPTED, PREEMPTED
 from wandb_server import KEY, Server
 
@@ -50,7 +50,7 @@ def has_secret(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
-def begin(user, *arguments: str, callbacks: str = "checkpoint") -> Begun:
+def begin(user, *arguments: str, callbacks: str = "checkpoint") -> RunningCommand:
     """Starts a run with W&B."""
     small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
     rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
