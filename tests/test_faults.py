@@ -79,7 +79,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(user, h
 
 
 @pytest.mark.slow
-def test_an_error_while_writing_asynchronously_ends_the_run_and_removes_no_checkpoint(user):
+def test_an_error_of_the_checkpoint_thread_ends_the_run_and_removes_no_checkpoint(user):
     (user.folder / "sitecustomize.py").write_text(
         "import gptlab.training.checkpoints.writing as writing\n"
         "write = writing._write_state\n"
@@ -128,7 +128,7 @@ def test_training_continues_when_the_disk_is_full(user):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_resume_is_bit_identical(user):
+def test_a_signal_to_one_rank_preempts_all_and_the_resume_is_bit_identical(user):
     steps = "train.max_steps=60"
     assert_success(user.python("gptlab.train", *TINY, *EVALUATIONS, *TWO, "name=whole", steps))
     run = user.begin("gptlab.train", *TINY, *EVALUATIONS, *TWO, "name=stopped", steps)
@@ -145,7 +145,7 @@ def test_a_signal_to_one_rank_saves_the_same_step_on_all_and_the_resume_is_bit_i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9",)], ids=["weights", "average"])
-def test_a_signal_during_an_evaluation_saves_immediately_and_the_resume_evaluates(user, extra):
+def test_an_evaluation_interrupted_by_a_signal_is_repeated_on_resume(user, extra):
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
     evaluations = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
     assert_success(user.python("gptlab.train", *TINY, *evaluations, "name=whole"))

@@ -28,12 +28,7 @@ STRATEGIES = {
     "fsdp, one file": ("trainer=fsdp", "trainer.devices=2", "callbacks.checkpoint.sharded=false"),
     "fsdp_tp": ("trainer=fsdp_tp", "trainer.devices=2"),
 }
-TENSORS = {
-    "dropout": 3,
-    "muon": 1,
-    "average": 4,
-    "growing": 3,
-}  # state tensors of a matrix: moments, step count, average
+TENSORS = {"dropout": 3, "muon": 1, "average": 4, "growing": 3}  # optimizer state per matrix
 RESUMED = [
     *((options, "one device") for options in ("dropout", "muon", "average", "growing")),
     *(("average", strategy) for strategy in STRATEGIES if strategy != "one device"),

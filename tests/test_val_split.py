@@ -97,7 +97,7 @@ def test_a_new_run_cannot_split_every_document(folder, extra):
 
 
 @pytest.mark.parametrize("module", ["prepare", pytest.param("plan", marks=pytest.mark.slow), "train"])
-def test_a_command_that_would_split_every_document_fails_before_anything_is_written(user, module):
+def test_a_command_that_would_split_every_document_writes_nothing(user, module):
     write_records(user.folder)
     assert_config_error(user.python(f"gptlab.{module}", *RECORDS, "data.val_split=tail"), REFUSED)
     assert not list(user.folder.glob("cache")) + list(user.folder.glob("outputs"))
@@ -113,7 +113,7 @@ runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
-def test_an_earlier_run_is_resumed_and_evaluated_but_new_runs_do_not_inherit_its_split(user):
+def test_resume_and_evaluate_keep_the_split_of_an_earlier_run_but_init_from_does_not(user):
     write_records(user.folder)
     old = (*SMALL, *RECORDS, "callbacks=checkpoint", "train.eval_every=3", "train.eval_windows=4")
     assert_success(user.run(sys.executable, "-c", EARLIER_VERSION, *old, "data.val_split=tail"))

@@ -1,13 +1,13 @@
 #!/bin/bash
 # Checks gptlab on a GPU: bash tests/gpu/check.sh 1   (correctness, about 7 minutes)
 #                         bash tests/gpu/check.sh 2   (speed, about 5 minutes)
-# README.md beside this file explains the environment variables. One line a check; a failure does not stop the rest.
+# README.md in this directory explains the environment variables. A failed check does not stop the others.
 set -u
 PART=${1:-1}
 HERE=$(dirname "$(readlink -f "$0")"); ROOT=$(dirname "$(dirname "$HERE")")
 OUT=$(realpath -m "${OUT:-/tmp/gptlab-gpu/out}"); BASE=$(realpath -m "${WORK:-/tmp/gptlab-gpu/work}"); WORK=$BASE/part$PART
 PY=${PY:-python3}; case $PY in */*) PY=$(realpath -s "$PY");; esac
-JOBS=${JOBS:-8}; LIMIT=${LIMIT:-$([ "$PART" = 1 ] && echo 450 || echo 300)}   # seconds; checks that would pass it are skipped
+JOBS=${JOBS:-8}; LIMIT=${LIMIT:-$([ "$PART" = 1 ] && echo 450 || echo 300)}   # seconds; checks that would exceed it are skipped
 read -ra EXTRA <<<"${ARGS:-}"
 NANOGPT=${NANOGPT:+$(realpath -m "$NANOGPT")}
 STARTED=$SECONDS; TOKENS=$BASE/random_tokens
@@ -24,7 +24,7 @@ export CUBLAS_WORKSPACE_CONFIG=:4096:8
 left() { echo $((LIMIT - SECONDS + STARTED)); }
 at() { echo "---- $((SECONDS - STARTED)) s: $*"; }
 chosen() { [ -z "${ONLY:-}" ] || [[ " $ONLY " == *" $1 "* ]]; }
-# go NAME SECONDS COMMAND...: in a folder of its own, its output in log and its exit status in rc
+# go NAME SECONDS COMMAND...: runs a command in its own directory, with its output in log and its exit code in rc
 go() {
   local name=$1 most=$2 room; shift 2
   chosen "$name" || return
@@ -45,12 +45,12 @@ MODERN=(model=gpt2_modern tokenizer=bytes model.n_layer=4 model.n_embd=256 model
 BENCH=(data=shards "data.path=$TOKENS" tokenizer=gpt2 trainer=gpu train.eval_windows=32 callbacks=none)
 
 correctness() {
-  at "a first run on the CPU, which prepares the data"
+  at "first run on the CPU, which prepares the data"
   go cpu32 120 "${TRAIN[@]}" "${SMALL[@]}" trainer=cpu "${F32[@]}" train.compile=false "${EXTRA[@]}"
   at "checks in one process"
   go unit 130 "$PY" -W ignore "$HERE/unit_checks.py"; show unit '^(PASS|FAIL|INFO)'
   at "runs, $JOBS at a time"
-  ( runs; wait )   # a subshell: what it exports ends with it
+  ( runs; wait )   # a subshell limits the scope of exports
   go sample 60 "$PY" -m gptlab.sample run="$(echo "$WORK"/gpu16/outputs/*/*)" max_new_tokens=64 report=true
   at "GPT-2 124M with its defaults, 32 x 1024"
   random_tokens gpt2
@@ -86,7 +86,7 @@ runs() {
   many synced 120 "$PY" "$HERE/count_syncs.py" "${SMALL[@]}" "${G[@]}" train.max_steps=20 train.log_every=100 callbacks=none "${EXTRA[@]}"
 }
 
-# traces SUFFIX COMMAND...: a run, the same run again, and the same run stopped halfway and resumed
+# traces SUFFIX COMMAND...: a run, a repetition of it, and the same run stopped halfway and resumed
 traces() {
   local suffix=$1; shift
   local run=("$@" "${SMALL[@]}" "${G[@]}" train.max_steps=12 train.eval_every=6 "callbacks=[default,trace]" schedule.decay_steps=12 "${EXTRA[@]}")
@@ -95,7 +95,7 @@ traces() {
   many "half$suffix" 170 bash -c '"${@:2}" train.max_steps=6 && "${@:2:$1}" resume="$(echo outputs/*/*)" train.max_steps=12' _ $# "${run[@]}"
 }
 
-# random_tokens NAME...: where one of these checks is chosen
+# random_tokens NAME...: writes random tokens if one of these checks is selected
 random_tokens() {
   local name
   for name in "$@"; do
@@ -112,14 +112,14 @@ speed() {
     go nanogpt 90 "$PY" train.py --dataset=synth --batch_size=32 --gradient_accumulation_steps=1 --max_iters=60 --eval_iters=1 \
       --eval_interval=100000 --always_save_checkpoint=False --bias=True
   fi
-  at "GPT-2 124M: padded vocabulary, all logits at once"
+  at "GPT-2 124M: padded vocabulary, no loss chunks"
   go gpt2_best 90 "${TRAIN[@]}" "${BENCH[@]}" model=gpt2 model.pad_vocab_to_multiple_of=64 train.loss_chunk=null train.max_steps=80 \
     train.eval_every=80 train.global_batch_size=32
   at "GPT-2 124M with its defaults"
   go gpt2 100 "${TRAIN[@]}" "${BENCH[@]}" model=gpt2 train.max_steps=60 train.eval_every=60 train.global_batch_size=32
   at "kernels"
   go profile 60 bash -c '"$@" none; "$@" 333' _ "$PY" -W ignore "$HERE/profile_step.py"; show profile .
-  at "experiment=speedrun_gpu, 4 micro-batches of 32 x 1024 a step"
+  at "experiment=speedrun_gpu, 4 micro-batches of 32 x 1024 per step"
   go speedrun 100 "${TRAIN[@]}" experiment=speedrun_gpu data.path="$TOKENS" train.global_batch_size=128 train.max_steps=24 train.log_every=4 \
     train.eval_every=24 train.eval_windows=32 callbacks=none trainer.devices=1 model.pad_vocab_to_multiple_of=128
 }

@@ -1,7 +1,7 @@
 """Counts host-device synchronizations within training steps: python count_syncs.py <arguments of gptlab.train>.
 
-Counts the warnings of torch.cuda.set_sync_debug_mode from step 4 on, by the line of gptlab, Lightning or torch that
-caused them. A copy to the host whose event is waited for (``DelayedAllReduce``) causes no warning and is not counted.
+Counts the warnings of torch.cuda.set_sync_debug_mode after the first steps, by the line of gptlab, Lightning or torch
+that caused them. A copy to the host with an event (``DelayedAllReduce``) causes no warning and is not counted.
 """
 
 import logging
@@ -26,7 +26,7 @@ on_train_batch_start = GPTModule.on_train_batch_start
 
 
 def start_counting(module: GPTModule, batch: Any, batch_idx: int) -> None:
-    """Turn the warnings on from ``FIRST_STEP`` on, then call the module's own hook."""
+    """Enables the warnings from ``FIRST_STEP`` on, then calls the module's own hook."""
     counts = module.trainer.global_step >= FIRST_STEP
     if torch.cuda.is_available():
         torch.cuda.set_sync_debug_mode("warn" if counts else "default")
@@ -35,7 +35,7 @@ def start_counting(module: GPTModule, batch: Any, batch_idx: int) -> None:
 
 
 def count_warning(message: Any, *_: Any, **__: Any) -> None:
-    """Replace warnings.showwarning: count a synchronization by where it was caused."""
+    """Replaces warnings.showwarning; counts a synchronization by the line that caused it."""
     if "synchroniz" not in str(message):
         return
     frames = [frame for frame in traceback.extract_stack()[:-1] if "warnings.py" not in frame.filename]
@@ -48,13 +48,13 @@ def count_warning(message: Any, *_: Any, **__: Any) -> None:
 def main() -> None:
     warnings.showwarning = count_warning
     warnings.simplefilter("always")
-    logging.captureWarnings = lambda capture: None  # Lightning's, which would replace showwarning again
+    logging.captureWarnings = lambda capture: None  # Lightning's call would replace showwarning again
     GPTModule.on_train_batch_start = start_counting
     sys.argv = ["gptlab.train", *sys.argv[1:]]
     try:
         runpy.run_module("gptlab.train", run_name="__main__", alter_sys=True)
     except SystemExit as error:
-        print("status", error.code)
+        print("exit code", error.code)
     finally:
         lines = "; ".join(f"{count} x {line}" for line, count in syncs.most_common(8))
         print(f"SYNCS in {steps['counted']} steps: {syncs.total()}; {lines}")

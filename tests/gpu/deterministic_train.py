@@ -1,6 +1,6 @@
 """gptlab.train with torch's deterministic algorithms: python deterministic_train.py <arguments of gptlab.train>.
 
-check.sh sets CUBLAS_WORKSPACE_CONFIG, which cuBLAS needs for it.
+cuBLAS also requires CUBLAS_WORKSPACE_CONFIG, which check.sh sets.
 """
 
 import runpy

@@ -1,6 +1,6 @@
-"""Judges the runs that check.sh has made: python judge_runs.py <their folder> <1 or 2> [name ...].
+"""Judges the runs of check.sh: python judge_runs.py <directory of the runs> <1 or 2> [name ...].
 
-Prints a line of PASS, FAIL or INFO for each check; with names, for those runs alone.
+Prints a line with PASS, FAIL or INFO for each check. With names, only those runs are judged.
 """
 
 import csv
@@ -9,12 +9,12 @@ import statistics
 import sys
 from pathlib import Path
 
-WORK, PART, ONLY = Path(), "1", set()  # main sets them
+WORK, PART, ONLY = Path(), "1", set()  # set by main
 
 ATOMICS = "atomic additions: deterministic kernels are not requested"
-KNOWN = {  # checks that are expected to fail, and why
-    "offload": "training/callbacks/step_sync.py stacks tensors of the GPU and of the CPU",
-    "graphs3": "CUDA graphs with gradient accumulation: gradients lie in the graphs' memory (pytorch/pytorch#169545)",
+KNOWN = {  # checks that are expected to fail, and the reason
+    "offload": "training/callbacks/step_sync.py stacks GPU tensors with CPU tensors",
+    "graphs3": "CUDA graphs with gradient accumulation: gradients are in the graphs' memory (pytorch/pytorch#169545)",
     "growing": "torch.compile has no recompile_limit before torch 2.13 (training/distributed/strategies.py)",
     "again": ATOMICS,
     "half": ATOMICS,
@@ -36,13 +36,13 @@ def selected(name: str) -> bool:
 
 
 def run_dir(name: str) -> Path | None:
-    """Return the newest run directory of a check, or None if it has made none."""
+    """Returns the newest run directory of a check, or None if there is none."""
     found = sorted((WORK / name).glob("outputs/*/*/config.yaml"))
     return found[-1].parent if found else None
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    """Return the rows of metrics.csv, or an empty list if it does not exist."""
+    """Returns the rows of metrics.csv, or an empty list if it does not exist."""
     directory = run_dir(name)
     if directory is None or not (directory / "metrics.csv").exists():
         return []
@@ -51,7 +51,7 @@ def rows(name: str) -> list[dict[str, str]]:
 
 
 def column(name: str, key: str) -> dict[int, float]:
-    """Return a metric by step."""
+    """Returns a metric by step."""
     return {int(row["step"]): float(row[key]) for row in rows(name) if row.get(key)}
 
 
@@ -61,50 +61,49 @@ def log_lines(name: str) -> list[str]:
 
 
 def last_message(name: str) -> str:
-    """Return the last error in a log, or else its last line."""
+    """Returns the last error in a log, or its last line if there is no error."""
     lines = [line for line in log_lines(name) if line.strip()]
     errors = [line for line in lines if "Error" in line or "gptlab:" in line]
-    return (errors or lines or ["an empty log, or none"])[-1].strip()[:170]
+    return (errors or lines or ["empty or missing log"])[-1].strip()[:170]
 
 
 def status(name: str) -> str:
-    """Return the exit status of a check, "skipped" where there was no time for it, or "none"."""
+    """Returns the exit code of a check, "skipped" if no time was left for it, or "none"."""
     path = WORK / name / "rc"
     return path.read_text().strip() if path.exists() else "none"
 
 
 def succeeded(name: str) -> bool:
-    """Whether the command ended with 0; reports it where it did not."""
+    """Whether the exit code of the command is 0; reports a FAIL otherwise."""
     if status(name) == "0":
         return True
     if selected(name):
-        report("FAIL", name, f"status {status(name)}: {last_message(name)}")
+        report("FAIL", name, f"exit code {status(name)}: {last_message(name)}")
     return False
 
 
 def check_losses(name: str, other: str, limit: float) -> None:
-    """Compare the losses of training, step by step, and the last validation loss of two runs."""
+    """Compares the training losses by step, and the last validation loss, of two runs."""
     if not succeeded(name) or status(other) != "0":
         return
     a, b = column(name, "train/loss"), column(other, "train/loss")
     differences = [abs(a[step] - b[step]) for step in a.keys() & b.keys()]
     last_val, other_val = (list(column(run, "val/loss").values())[-1] for run in (name, other))
     val, worst = abs(last_val - other_val), max(differences, default=float("nan"))
-    text = f"{len(differences)} losses like those of {other}: largest difference {worst:.1e}, val {val:.1e}"
-    expect(worst <= limit and val <= limit, name, f"{text} (at most {limit:g})")
+    text = f"{len(differences)} losses compared with {other}: largest difference {worst:.1e}, val {val:.1e}"
+    expect(worst <= limit and val <= limit, name, f"{text} (limit {limit:g})")
 
 
 def check_equal_traces(name: str, other: str) -> None:
-    """Compare the traces of two runs, which have to be bit-identical."""
+    """Checks that the traces of two runs are bit-identical."""
     if not (succeeded(name) and succeeded(other)):
         return
     a, b = ((run_dir(run) / "trace.jsonl").read_text().splitlines() for run in (name, other))
     different = [json.loads(line)["step"] for line, own in zip(a, b, strict=False) if line != own]
     equal = not different and len(a) == len(b)
     first = min(different, default="?")
-    expect(
-        equal, name, f"bit-equal to {other}, {len(a)} steps" if equal else f"differs from {other} first at step {first}"
-    )
+    text = f"bit-identical to {other}, {len(a)} steps" if equal else f"differs from {other} from step {first} on"
+    expect(equal, name, text)
 
 
 def check_learns(name: str) -> None:
@@ -112,7 +111,7 @@ def check_learns(name: str) -> None:
         return
     losses = column(name, "train/loss")
     first, last = losses[min(losses)], losses[max(losses)]
-    expect(last < first, name, f"learns: {first:.3f} to {last:.3f}")
+    expect(last < first, name, f"train loss {first:.3f} at first, {last:.3f} at the end")
 
 
 def check_sample() -> None:
@@ -127,23 +126,23 @@ def check_synchronizations() -> None:
 
 
 def check_speed(name: str) -> None:
-    """Report speed and memory; check that memory does not grow and is as forecast."""
+    """Reports speed and memory; checks that memory does not grow and agrees with the forecast."""
     if not selected(name):
         return
     speeds = column(name, "tokens_per_second")
     steady = [speed for _, speed in sorted(speeds.items())][2:]
     if not steady:
-        report("FAIL", name, f"no speed: status {status(name)}: {last_message(name)}")
+        report("FAIL", name, f"no speed: exit code {status(name)}: {last_message(name)}")
         return
     mfu = list(column(name, "mfu").values())
     peaks = list(column(name, "peak_memory_gb").values())
     first_step = float(rows(name)[0]["tokens"]) / speeds[min(speeds)]
     text = f"{statistics.median(steady):,.0f} tokens/s, MFU {100 * mfu[-1] if mfu else float('nan'):.1f} %, "
-    text += f"peak {max(peaks, default=0):.1f} GB, first step {first_step:.0f} s (status {status(name)})"
+    text += f"peak {max(peaks, default=0):.1f} GB, first step {first_step:.0f} s (exit code {status(name)})"
     report("INFO", name, text)
     if len(peaks) > 3:
         expect(
-            peaks[-1] < 1.02 * peaks[2], name, f"memory does not grow: {peaks[2]:.2f} GB, in the end {peaks[-1]:.2f}"
+            peaks[-1] < 1.02 * peaks[2], name, f"peak memory {peaks[2]:.2f} GB at first, {peaks[-1]:.2f} GB at the end"
         )
     try:
         check_forecast(name, max(peaks, default=0))
@@ -152,19 +151,19 @@ def check_speed(name: str) -> None:
 
 
 def check_forecast(name: str, peak_gb: float) -> None:
-    """Compare the peak memory of metrics.csv with the forecast, and with what forecast.json says was measured."""
+    """Compares the peak memory in metrics.csv with the forecast, and with the measurement in forecast.json."""
     forecast = json.loads((run_dir(name) / "forecast.json").read_text())
     ratio = peak_gb * 1e9 / forecast["peak_memory_bytes"]
-    text = f"peak memory is x {ratio:.2f} of the forecast, {forecast['peak_memory_bytes'] / 1e9:.1f} GB"
+    text = f"peak memory is {ratio:.2f} x the forecast of {forecast['peak_memory_bytes'] / 1e9:.1f} GB"
     expect(0.85 < ratio < 1.15, name, text)
     measured = forecast.get("score", {}).get("peak_memory_bytes", {}).get("measured")
     if measured is not None:
-        text = f"forecast.json has measured {measured / 1e9:.1f} GB, metrics.csv {peak_gb:.1f} GB"
+        text = f"measured peak memory: {measured / 1e9:.1f} GB in forecast.json, {peak_gb:.1f} GB in metrics.csv"
         expect(abs(measured / (peak_gb * 1e9) - 1) < 0.1, name, text)
 
 
 def median_speed(name: str) -> float:
-    """Return tokens per second without the first two rows."""
+    """Returns the median of tokens per second without the first two rows."""
     return statistics.median([speed for _, speed in sorted(column(name, "tokens_per_second").items())][2:])
 
 
@@ -172,16 +171,16 @@ def compare_with_nanogpt() -> None:
     if not selected("nanogpt"):
         return
     if status("nanogpt") == "none":
-        report("INFO", "nanogpt", "skipped: NANOGPT is not given")
+        report("INFO", "nanogpt", "skipped: NANOGPT is not set")
         return
     try:
         lines = [line for line in log_lines("nanogpt") if line.startswith("iter ")]
         step = statistics.median([float(line.split("time ")[1].split("ms")[0]) for line in lines][5:])
         tokens = 32 * 1024 / step * 1e3
-        report("INFO", "nanogpt", f"{tokens:,.0f} tokens/s ({step:.1f} ms a step of 32 x 1024)")
+        report("INFO", "nanogpt", f"{tokens:,.0f} tokens/s ({step:.1f} ms per step of 32 x 1024)")
         for name, prefix in (("gpt2_best", ""), ("gpt2", "with its defaults: ")):
             ratio = median_speed(name) / tokens
-            expect(ratio > 0.97, name, f"{prefix}x {ratio:.2f} of nanoGPT's speed")
+            expect(ratio > 0.97, name, f"{prefix}{ratio:.2f} x the speed of nanoGPT")
     except (IndexError, ValueError, statistics.StatisticsError) as error:
         report("FAIL", "nanogpt", f"{error!r}; {last_message('nanogpt')}")
 

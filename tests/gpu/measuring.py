@@ -1,4 +1,4 @@
-"""The device, models of the shipped configuration, and measurements of time and memory."""
+"""The device, model configs of conf/model, and measurements of time and memory."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ SMALL = {"n_layer": 4, "n_head": 4, "n_embd": 256, "block_size": 256, "vocab_siz
 
 
 def config(name: str = "gpt2", **changes: Any) -> GPTConfig:
-    """Return the model of conf/model/<name>.yaml with GPT-2's vocabulary and these changes."""
+    """Returns the model config of conf/model/<name>.yaml with GPT-2's vocabulary and these changes."""
     folder = configuration_folder() / "model"
     values = yaml.safe_load((folder / "gpt.yaml").read_text())
     values |= yaml.safe_load((folder / f"{name}.yaml").read_text())["model"]
@@ -25,13 +25,13 @@ def config(name: str = "gpt2", **changes: Any) -> GPTConfig:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Waits for the GPU, if there is one."""
     if CUDA:
         torch.cuda.synchronize()
 
 
 def milliseconds(function: Callable[[], object], times: int = 20, warmup: int = 3) -> float:
-    """Return the median time of a call, measured with CUDA events on a GPU; on a CPU of three calls."""
+    """Returns the median time of a call, measured with CUDA events on a GPU; on a CPU the median of three calls."""
     times, warmup = (times, warmup) if CUDA else (3, 1)
     for _ in range(warmup):
         function()
@@ -45,14 +45,14 @@ def milliseconds(function: Callable[[], object], times: int = 20, warmup: int = 
             end.synchronize()
             measured.append(start.elapsed_time(end))
         else:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             function()
-            measured.append(1e3 * (time.perf_counter() - begun))
+            measured.append(1e3 * (time.perf_counter() - started))
     return sorted(measured)[len(measured) // 2]
 
 
 def peak_memory(function: Callable[[], object]) -> float:
-    """Return the MiB of GPU memory that a call allocates at its peak, beyond what was allocated before; 0 on a CPU."""
+    """Returns the peak GPU memory of a call in MiB, beyond what was allocated before; 0 on a CPU."""
     if not CUDA:
         function()
         return 0.0

@@ -34,11 +34,11 @@ def main() -> None:
 
     def seconds(steps: int) -> float:
         synchronize()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             step()
         synchronize()
-        return (time.perf_counter() - begun) / steps
+        return (time.perf_counter() - start) / steps
 
     first = seconds(1)
     seconds(3)
@@ -48,7 +48,7 @@ def main() -> None:
     mfu = f"{100 * speed * flops_per_token(shape) / gpu.flops:.1f} % MFU" if gpu else "MFU unknown"
     peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0
     print(
-        f"INFO profile chunk={chunk}: first step {first:.0f} s; {1e3 * took:.1f} ms a step, {speed:,.0f} tokens/s, "
+        f"INFO profile chunk={chunk}: first step {first:.0f} s; {1e3 * took:.1f} ms per step, {speed:,.0f} tokens/s, "
         f"{mfu}; peak {peak:.1f} GiB",
         flush=True,
     )
@@ -59,7 +59,7 @@ def main() -> None:
     kernels = sorted(profile.key_averages(), key=lambda kernel: -kernel.self_device_time_total)
     busy = sum(kernel.self_device_time_total for kernel in kernels) / 1e3 / PROFILED_STEPS
     launches = sum(kernel.count for kernel in kernels) // PROFILED_STEPS
-    print(f"     kernels {busy:.1f} ms of {1e3 * took:.1f} ms a step, {launches} launches")
+    print(f"     kernels {busy:.1f} ms of {1e3 * took:.1f} ms per step, {launches} launches")
     for kernel in kernels[:KERNELS]:
         each = kernel.self_device_time_total / 1e3 / PROFILED_STEPS
         print(f"     {each:8.2f} ms {kernel.count // PROFILED_STEPS:5d} x {kernel.key[:110]}")

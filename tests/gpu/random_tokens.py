@@ -1,4 +1,4 @@
-"""Random tokens of GPT-2's vocabulary in nanoGPT's format: python random_tokens.py <folder>."""
+"""Writes random tokens of GPT-2's vocabulary in nanoGPT's format: python random_tokens.py <directory>."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for split, tokens in TOKENS.items():
-        ids = (50256 * rng.power(0.35, tokens)).astype(np.uint16)  # some are far likelier than others, as words are
+        ids = (50256 * rng.power(0.35, tokens)).astype(np.uint16)  # a skewed distribution, like that of words
         ids.tofile(folder / f"{split}.bin")
 
 

@@ -1,6 +1,6 @@
-"""Checks within one process: python unit_checks.py [name ...]. Each prints lines of PASS, FAIL or INFO.
+"""Checks within one process: python unit_checks.py [name ...]. Prints lines with PASS, FAIL or INFO.
 
-A check that fails does not stop the others. Without a GPU they run on the CPU with small sizes, to test the script.
+A failed check does not stop the others. Without a GPU, they run on the CPU with small sizes, to test the script.
 Shapes: B batch, T time, N = B x T tokens, C channels.
 """
 
@@ -37,7 +37,7 @@ CHECKS: dict[str, Callable[[], None]] = {}
 
 
 def check(function: Callable[[], None]) -> Callable[[], None]:
-    """Register a check under its name."""
+    """Registers a check under its name."""
     CHECKS[function.__name__] = function
     return function
 
@@ -55,7 +55,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def worst_difference(results: list[list[Tensor]]) -> float:
-    """Return the largest relative difference between two lists of tensors."""
+    """Returns the largest relative difference between two lists of tensors."""
     return max(relative_difference(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -63,18 +63,18 @@ def worst_difference(results: list[list[Tensor]]) -> float:
 def ceilings() -> None:
     n = 8192 if CUDA else 256
     a, b = (torch.randn(n, n, device=DEVICE, dtype=BF16) for _ in range(2))
-    product = milliseconds(lambda: a @ b)
+    matmul = milliseconds(lambda: a @ b)
     source = torch.empty(2**30 if CUDA else 2**22, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copy = milliseconds(lambda: target.copy_(source))
-    flops, rate = 2 * n**3 / product / 1e9, 2 * source.numel() / copy / 1e6
-    report("INFO", "ceilings", f"bf16 product {flops:.0f} TFLOP/s; copy {rate:.0f} GB/s read+written")
+    flops, rate = 2 * n**3 / matmul / 1e9, 2 * source.numel() / copy / 1e6
+    report("INFO", "ceilings", f"bfloat16 matmul {flops:.0f} TFLOP/s; copy {rate:.0f} GB/s read and written")
 
 
 @check
 def device() -> None:
     known = gpu_from_cuda_name(NAME) is not None
-    text = f"{NAME!r}, torch {torch.__version__}, its peak is {'known' if known else 'NOT known'}"
+    text = f"{NAME!r}, torch {torch.__version__}, its peak FLOP/s are {'known' if known else 'NOT known'}"
     report(("PASS" if known else "FAIL") if CUDA else "INFO", "device", text)
 
 
@@ -83,12 +83,12 @@ def norms_under_autocast() -> None:
     x = torch.randn(2, 64, device=DEVICE, dtype=BF16)
     with torch.autocast(DEVICE.type, BF16):
         dtype = F.rms_norm(x, (64,)).dtype
-    report("INFO", "norms_under_autocast", f"rms_norm gives {dtype} (float32 from torch 2.12 on)")
+    report("INFO", "norms_under_autocast", f"dtype of rms_norm: {dtype} (float32 since torch 2.12)")
 
 
 @check
-def flex_is_sdpa() -> None:
-    """FlexAttention beside scaled_dot_product_attention: outputs and gradients."""
+def flex_matches_sdpa() -> None:
+    """FlexAttention compared with scaled_dot_product_attention: outputs and gradients."""
     F32 = torch.float32
     for length, dtype, limit in ((512, F32, 2e-3), (512, BF16, 2e-2), (64, F32, 2e-3), (200, BF16, 2e-2)):
         T = length if CUDA else min(length, 100)
@@ -104,11 +104,11 @@ def flex_is_sdpa() -> None:
                 results.append([y.detach(), *(leaf.grad for leaf in leaves)])
             worst = worst_difference(results)
             text = f"T={T} {dtype} window={window}: worst relative difference {worst:.1e}"
-            expect(worst < limit, "flex_is_sdpa", text)
+            expect(worst < limit, "flex_matches_sdpa", text)
     B, T = (32, 1024) if CUDA else (2, 128)
     documents = (torch.rand(B, T, device=DEVICE) < 0.003).long().cumsum(1)
     took = milliseconds(lambda: attention_mask(documents, documents, None, flex=True), times=5)
-    report("INFO", "flex_is_sdpa", f"the mask of {B} x {T} documents takes {took:.2f} ms a micro-batch, made eagerly")
+    report("INFO", "flex_matches_sdpa", f"mask of {B} x {T} tokens: {took:.2f} ms per micro-batch, eager")
 
 
 @check
@@ -141,21 +141,21 @@ def loss_in_chunks() -> None:
             loss.backward()
             results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
         worst = worst_difference(results)
-        text = f"{dtype}: in chunks and all at once, worst relative difference {worst:.1e}"
+        text = f"{dtype}: with and without chunks, worst relative difference {worst:.1e}"
         expect(worst < limit, "loss_in_chunks", text)
 
 
 @check
 def loss_speed() -> None:
-    """Head and loss of GPT-2, forward and backward: the cost of chunks and of an unpadded vocabulary."""
+    """Time of the output head and loss of GPT-2, forward and backward, with chunks and an unpadded vocabulary."""
     compiled = torch.compile(lm_loss) if CUDA else lm_loss
     for label, rows, chunk, function in (
         ("50257 rows, chunk auto (333)", 50257, 333, lm_loss),
         ("50304 rows, chunk 333", 50304, 333, lm_loss),
         ("50304 rows, chunk 2048", 50304, 2048, lm_loss),
         ("50304 rows, chunk 8192", 50304, 8192, lm_loss),
-        ("50304 rows, at once, compiled", 50304, None, compiled),
-        ("50257 rows, at once, compiled", 50257, None, compiled),
+        ("50304 rows, no chunks, compiled", 50304, None, compiled),
+        ("50257 rows, no chunks, compiled", 50257, None, compiled),
     ):
         try:
             report("INFO", "loss_speed", f"{label}: {measured_loss(rows, chunk, function)}")
@@ -186,7 +186,7 @@ def measured_loss(rows: int, chunk: int | None, function: Callable[..., Tensor])
 
 @check
 def muon() -> None:
-    """Two updates of StackedMuon beside torch.optim.Muon's, which computes in bfloat16."""
+    """Two updates of StackedMuon compared with torch.optim.Muon, which computes in bfloat16."""
     shapes = [(64, 64), (192, 64), (64, 256), (256, 64)] * 2
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(0)
@@ -206,13 +206,13 @@ def muon() -> None:
             optimizer.step()
             results.append([p.detach() - before for p, before in zip(parameters, initial, strict=True)])
         worst = worst_difference(results)
-        text = f"{dtype}: updates beside torch.optim.Muon's, worst relative difference {worst:.1e}"
+        text = f"{dtype}: updates compared with torch.optim.Muon, worst relative difference {worst:.1e}"
         expect(worst < 5e-2, "muon", text)
 
 
 @check
 def optimizers_speed() -> None:
-    """A skipped step changes nothing, and the time of a step, on the device and on the host."""
+    """Checks that a skipped step changes nothing; measures a step on the device and on the host."""
     model = build_gpt(config() if CUDA else config(**SMALL | {"n_layer": 1, "n_head": 2, "n_embd": 128})).to(DEVICE)
     for name, kind in (("adamw", AdamWConfig), ("muon", MuonConfig)):
         values = yaml.safe_load((configuration_folder() / "optimizer" / f"{name}.yaml").read_text())
@@ -232,17 +232,15 @@ def optimizers_speed() -> None:
         before = [tensor.detach().clone() for tensor in state()]
         step(bad=True)
         kept = all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
-        expect(kept, "optimizers_speed", f"{name}: a bad step changes neither weights nor moments nor step counts")
+        expect(kept, "optimizers_speed", f"{name}: a bad step changes neither weights nor optimizer state")
         for p in model.parameters():
             p.grad = torch.randn_like(p)
         skip_step_if(optimizer, torch.zeros((), device=DEVICE))
-        begun = time.perf_counter()
+        start = time.perf_counter()
         optimizer.step()
-        host = 1e3 * (time.perf_counter() - begun)
-        took, what = milliseconds(optimizer.step, times=5), "GPT-2 124M" if CUDA else "a small model"
-        report(
-            "INFO", "optimizers_speed", f"{name} of {what}: {took:.1f} ms a step; the host took {host:.1f} to launch it"
-        )
+        host = 1e3 * (time.perf_counter() - start)
+        took, shape = milliseconds(optimizer.step, times=5), "GPT-2 124M" if CUDA else "a small model"
+        report("INFO", "optimizers_speed", f"{name} of {shape}: {took:.1f} ms per step; {host:.1f} ms on the host")
 
 
 @check
@@ -257,16 +255,16 @@ def seeds() -> None:
             seed_generators(2**63 + seed)
             with torch.autocast(DEVICE.type, BF16):
                 losses.append(loss(idx, idx, None, None).item())
-        expect(losses[0] == losses[2] != losses[1], "seeds", f"{name}: dropout follows the seed: {losses}")
+        expect(losses[0] == losses[2] != losses[1], "seeds", f"{name}: dropout depends only on the seed: {losses}")
 
 
 @check
 def cached_generation() -> None:
-    """The KV cache beside whole passes, in float32; then the speed of one text in bfloat16 and int8."""
+    """Logits with and without the KV cache in float32; speed of one text in bfloat16 and int8."""
     torch.manual_seed(0)
     for name in ("gpt2", "gpt2_modern"):
         worst = cache_error(name)
-        text = f"{name}, float32: token by token and all at once differ by {worst:.1e}"
+        text = f"{name}, float32: logits with and without cache differ by {worst:.1e}"
         expect(worst < 5e-3, "cached_generation", text)
     for label, int8, compiled in (
         ("bfloat16", False, False),
@@ -284,7 +282,7 @@ def cached_generation() -> None:
 
 @torch.no_grad()
 def cache_error(name: str) -> float:
-    """Return the largest difference of logits with and without the cache, over 40 tokens."""
+    """Returns the largest difference of logits with and without the KV cache, over 40 tokens."""
     model = build_gpt(config(name, **SMALL)).to(DEVICE).eval()
     for p in model.parameters():
         p.add_(0.05 * torch.randn_like(p))
@@ -298,7 +296,7 @@ def cache_error(name: str) -> float:
 
 
 def generation_speed(*, int8: bool = False, compiled: bool = False) -> float:
-    """Return tokens per second of greedy generation, after a first text that warms up."""
+    """Returns tokens per second of greedy generation, after a warm-up."""
     greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
     many = 200 if CUDA else 4
     model = build_gpt(config() if CUDA else config(**SMALL))
@@ -306,15 +304,15 @@ def generation_speed(*, int8: bool = False, compiled: bool = False) -> float:
     options = {"decoder": build_decoder(model, compiled=compiled), "device": DEVICE}
     took = 0.0
     for tokens in (many if compiled else 4, many):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         rows = generate(model, [[1, 2, 3]], greedy, seeds=row_seeds(0, 1), max_new_tokens=tokens, **options)
         collect_tokens(rows).tolist()
-        took = time.perf_counter() - begun
+        took = time.perf_counter() - start
     return many / took
 
 
 @check
-def int8_products() -> None:
+def int8_matmuls() -> None:
     torch.manual_seed(0)
     width = 768 if CUDA else 128
     linear = torch.nn.Linear(width, 4 * width).to(DEVICE, BF16)
@@ -323,23 +321,23 @@ def int8_products() -> None:
         x = torch.randn(rows, width, device=DEVICE, dtype=BF16)
         error = relative_difference(int8(x), linear(x))
         times = [milliseconds(lambda layer=layer, x=x: layer(x)) for layer in (int8, linear)]
-        text = f"{rows} rows: relative difference {error:.1e}, {times[0]:.3f} ms; {times[1]:.3f} in bfloat16"
-        expect(error < 2e-2, "int8_products", text)
+        text = f"{rows} rows: relative difference {error:.1e}, {times[0]:.3f} ms; bfloat16 {times[1]:.3f} ms"
+        expect(error < 2e-2, "int8_matmuls", text)
 
 
 @check
-def agreement() -> None:
+def delayed_all_reduce() -> None:
     sums = DelayedAllReduce()
     got = [sums.add(torch.full((3,), float(i), device=DEVICE)) for i in range(3)] + [sums.collect()]
-    expect(got == [None, [0.0] * 3, [1.0] * 3, [2.0] * 3], "agreement", f"sums come one step later: {got}")
+    expect(got == [None, [0.0] * 3, [1.0] * 3, [2.0] * 3], "delayed_all_reduce", f"sums arrive one step later: {got}")
 
 
 @check
 def mixed_devices() -> None:
-    """torch.stack of tensors of the GPU and of the CPU, as ``StepSync`` calls it with trainer.cpu_offload=true."""
+    """torch.stack of a GPU tensor and a CPU tensor, as in ``StepSync`` with trainer.cpu_offload=true."""
     try:
         torch.stack([torch.zeros((), device=DEVICE), torch.zeros(())])
-        report("INFO", "mixed_devices", "torch.stack takes both")
+        report("INFO", "mixed_devices", "torch.stack accepts both")
     except RuntimeError as error:
         text = f"training/callbacks/step_sync.py would fail with trainer.cpu_offload=true: {str(error)[:90]}"
         report("FAIL", "mixed_devices", text)
@@ -347,13 +345,13 @@ def mixed_devices() -> None:
 
 def main() -> None:
     for name in sys.argv[1:] or CHECKS:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             CHECKS[name]()
         except Exception as error:
             report("FAIL", name, f"{type(error).__name__}: {str(error)[:200]}")
             traceback.print_exc()
-        print(f"     ({name}: {time.perf_counter() - begun:.0f} s)", flush=True)
+        print(f"     ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
         if CUDA:
             torch.cuda.empty_cache()
 

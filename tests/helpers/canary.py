@@ -1,4 +1,4 @@
-"""A pickle that does something when it is read as pickles are: what must never happen."""
+"""A pickle with a side effect, which shows whether it was executed."""
 
 import os
 import pickle
@@ -9,15 +9,15 @@ import torch
 
 
 class Canary:
-    """Reading its pickle makes a folder.
+    """Creates a directory when its pickle is loaded.
 
     Args:
-        path: That folder.
+        path: Directory to create.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        pickle.loads(pickle.dumps(self))  # noqa: S301  (the proof)
+        pickle.loads(pickle.dumps(self))  # noqa: S301  (shows that the payload works)
         self._prove()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -27,12 +27,12 @@ class Canary:
         return self.path.exists()
 
     def write(self, file: Path, kind: str) -> Path:
-        """Write it in place of ``file``: bare, or inside an archive as ``torch.save`` makes them."""
+        """Replaces ``file`` with the pickle, bare or in an archive of ``torch.save``."""
         file.parent.mkdir(parents=True, exist_ok=True)
         if kind == "bare":
             file.write_bytes(pickle.dumps(self))
         else:
-            archive = file.with_suffix(".pt")  # torch.load goes by the name
+            archive = file.with_suffix(".pt")  # torch.load checks the suffix
             torch.save({"state_dict": self, "global_step": 1, "model": self, "model_args": {}}, archive)
             torch.load(archive, weights_only=False)
             self._prove()
@@ -40,5 +40,5 @@ class Canary:
         return file
 
     def _prove(self) -> None:
-        assert self.was_run(), "the payload does nothing, so that nothing would be proven"
+        assert self.was_run(), "the payload has no effect, so the test would prove nothing"
         self.path.rmdir()

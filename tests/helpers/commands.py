@@ -1,4 +1,4 @@
-"""Outcomes of commands, and what their runs have written."""
+"""Checks of finished commands, and readers of run directories."""
 
 import csv
 from pathlib import Path
@@ -11,13 +11,13 @@ COMPARED = ("train/loss", "val/loss", "grad_norm", "lr", "tokens")
 
 
 def metrics(directory: Path, name: str) -> dict[int, float]:
-    """A column of metrics.csv by step."""
+    """Returns a column of metrics.csv by step."""
     with (directory / "metrics.csv").open(newline="") as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """The newest weights of a run, as anybody could read them: an independent reader."""
+    """Returns the weights in the last checkpoint of a run, read independently of gptlab."""
     newest = sorted(directory.glob("checkpoints/step_*"))[-1]
     return torch.load(newest / "state.pt", weights_only=True)["state_dict"]
 
@@ -27,25 +27,25 @@ def assert_success(done) -> None:
 
 
 def assert_config_error(done, sentence: str) -> None:
-    """A command has ended with this sentence, and with the status that is for mistakes."""
+    """Checks that a command failed with this message and the exit code of config errors."""
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
 
 
 def newest_state(directory: Path) -> dict:
-    """All that the newest checkpoint of a run holds; put together, where it is in shards."""
+    """Returns the contents of the last checkpoint of a run; shards are merged."""
     return read_checkpoint(sorted(directory.glob("checkpoints/step_*"))[-1])
 
 
 def averages(directory: Path) -> dict[str, torch.Tensor]:
-    """The averages of the weights in the newest checkpoint of a run."""
+    """Returns the averaged weights in the last checkpoint of a run."""
     (optimizer,) = newest_state(directory)["optimizer_states"]
     return {name: moments["average"] for name, moments in optimizer["state"].items()}
 
 
 def same_run(one: Path, other: Path) -> None:
-    """Two runs have the same rows, each once, and bit-equal weights and moments."""
+    """Checks that two runs have the same rows, each once, and bit-identical weights and optimizer state."""
     for name in COMPARED:
         assert metrics(one, name) == metrics(other, name), name
     lines = [(directory / "metrics.csv").read_text().count("\n") for directory in (one, other)]

@@ -1,4 +1,4 @@
-"""Configurations as the training command composes them, and the sweep files."""
+"""Configurations composed like those of the train command, and sweep files."""
 
 from typing import Any
 
@@ -16,6 +16,6 @@ def resolved(*overrides: str) -> RunConfig:
 
 
 def read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a file sets, and what it says to the sweeper."""
+    """Returns the config keys that a sweep file sets, and those of its sweeper."""
     values = yaml.safe_load((configuration_folder() / "sweeps" / f"{name}.yaml").read_text())
     return values, values.pop("hydra")["sweeper"]

@@ -1,4 +1,4 @@
-"""Models to export, and their export in this process."""
+"""Models to export, and exports within the test process."""
 
 import copy
 from pathlib import Path
@@ -17,7 +17,7 @@ TEXT = "the cat, the dog and 3 cows; it's é\n\n\tand  more\n"
 
 
 def random_model(**changes) -> GPT:
-    """Ours; biases and LayerNorms are away from 0 and 1, so that they count."""
+    """Returns a model whose biases and LayerNorm weights differ from 0 and 1, so that errors in them are visible."""
     model = build_gpt(tiny_config(**changes)).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -38,7 +38,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
 def export(
     monkeypatch, out: Path, model: GPT, form: str, dtype: str = "float32", tokenizer: Tokenizer | None = None
 ) -> Certificate:
-    """Export ``model`` as if it came from a file."""
+    """Exports ``model`` as if it had been loaded from a file."""
     monkeypatch.setattr(exporter, "load_model", lambda _: copy.deepcopy(model))
     record = tokenizer.record() if tokenizer is not None else None
     return exporter.export_model(ModelSource("model", out.parent, model.config, record, None), form, dtype, out)

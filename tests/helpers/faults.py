@@ -1,10 +1,10 @@
-"""Training steps that go wrong on purpose, in every process of a command."""
+"""Faults injected into the training steps of a command, in all its processes."""
 
 from pathlib import Path
 
 from conftest import User
 
-# Python imports sitecustomize as it starts; the processes that do not train are spared the import of torch
+# Python imports sitecustomize at startup. Processes that do not train skip the import of torch.
 PATCH = """
 import os, sys
 if {"gptlab.train", "gptlab.worker"} & set(sys.orig_argv):
@@ -21,7 +21,7 @@ if {"gptlab.train", "gptlab.worker"} & set(sys.orig_argv):
 
 
 def break_steps(user: User, fault: str) -> None:
-    """Run ``fault`` in every training step from here on; it knows self, loss, step (from 1) and rank."""
+    """Runs the code ``fault`` in every training step of later commands, with self, loss, step (from 1) and rank."""
     folder = Path(user.folder) / "faults"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(PATCH.replace("FAULT", fault))

@@ -1,7 +1,7 @@
 """Runs the tests' commands in forks of one process that has imported torch, Lightning and gptlab already.
 
-Importing takes most of the time of a tiny training run. A fork is still a process of its own: its environment, working
-directory, arguments, signals, exit status and interpreter shutdown are those of ``python -m``. The processes that it
+Importing takes most of the time of a tiny training run. A fork is still a separate process: its environment, working
+directory, arguments, signals, exit code and interpreter shutdown are those of ``python -m``. The processes that it
 starts in the same way (the workers of a run, the trials of a sweep) are its children, and forks as well.
 
 A command that needs a new interpreter is refused, and the caller starts one: see ``_needs_interpreter``.
@@ -28,15 +28,15 @@ from typing import Any, NamedTuple, NoReturn
 
 WITHOUT_TORCH = ("hydra", "gptlab.config.command", "gptlab.launch.launcher")
 WITH_TORCH = ("numpy", "torch", "lightning.pytorch", *WITHOUT_TORCH, "gptlab.launch.train_run")
-# beginnings of the variables that the interpreter and the preloaded modules read while they start
+# prefixes of the variables that the interpreter and the preloaded modules read at startup
 READ_AT_START = (
     *("PYTHON", "OMP_", "MKL_", "KMP_", "OPENBLAS_", "TORCH", "PYTORCH", "HF_", "HUGGINGFACE_", "TRANSFORMERS_"),
     *("LC_", "LANG", "LD_"),
 )
 PATH = "PYTHONPATH"
-SET_CHILD_SUBREAPER = 36  # prctl's, of linux/prctl.h
-AT_START = {**os.environ}  # of the server
-MOST_BYTES = 2**20  # of a request
+SET_CHILD_SUBREAPER = 36  # option of prctl, from linux/prctl.h
+AT_START = {**os.environ}  # environment of the server
+MAX_BYTES = 2**20  # size of a request
 IGNORED_BY_PYTHON = {signal.SIGPIPE, signal.SIGXFSZ}
 
 
@@ -49,7 +49,7 @@ class Request(NamedTuple):
     blocked: list[int]  # signals
     ignored: list[int]
     new_session: bool
-    parent: int | None  # the process that asks, if the new one is to be its child
+    parent: int | None  # the requesting process, if the new one must be its child
     stdio: list[int]  # descriptors 0 to 2
 
 
@@ -85,8 +85,8 @@ class ForkServer:
     def run(
         self, command: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str] | None:
-        """Runs a command to its end as ``subprocess.run`` does; returns None if it needs an interpreter of its own."""
-        if not _is_ours(command):
+        """Runs a command to its end as ``subprocess.run`` does; returns None if it needs a new interpreter."""
+        if not _is_gptlab_command(command):
             return None
         connection = self.start()
         with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors, Path(os.devnull).open() as nothing:
@@ -97,11 +97,11 @@ class ForkServer:
                 return None
             connection.settimeout(timeout)
             try:
-                status = int(connection.recv(MOST_BYTES))
+                status = int(connection.recv(MAX_BYTES))
             except TimeoutError:
                 os.killpg(pid, signal.SIGKILL)
                 connection.settimeout(120)
-                connection.recv(MOST_BYTES)
+                connection.recv(MAX_BYTES)
                 raise subprocess.TimeoutExpired([*command], timeout, _text(output), _text(errors)) from None
             return subprocess.CompletedProcess([*command], status, _text(output), _text(errors))
 
@@ -111,7 +111,7 @@ def _text(file: Any) -> str:
     return file.read().decode().replace("\r\n", "\n")
 
 
-def _is_ours(command: Any) -> bool:
+def _is_gptlab_command(command: Any) -> bool:
     return (
         isinstance(command, tuple | list)
         and [*command[:2]] == [sys.executable, "-m"]
@@ -122,23 +122,23 @@ def _is_ours(command: Any) -> bool:
 
 
 def _ask(connection: socket.socket, request: Request) -> int | None:
-    """Sends a request; returns the id of the process, or None if the server refuses."""
+    """Sends a request; returns the ID of the process, or None if the server refuses."""
     asked = json.dumps(request._replace(stdio=[])._asdict()).encode()
     socket.send_fds(connection, [asked], request.stdio)
-    return json.loads(connection.recv(MOST_BYTES))
+    return json.loads(connection.recv(MAX_BYTES))
 
 
 def _reply(connection: socket.socket, answer: int | None) -> None:
     try:
         connection.send(json.dumps(answer).encode())
-    except BrokenPipeError:  # nobody waits any more
+    except BrokenPipeError:  # the requesting process is gone
         os._exit(0)
 
 
 def _serve(connection: socket.socket) -> Request:
     """Forks for every request; returns only in the forks, the request to run."""
     while True:
-        asked, stdio, _, _ = socket.recv_fds(connection, MOST_BYTES, 3)
+        asked, stdio, _, _ = socket.recv_fds(connection, MAX_BYTES, 3)
         if not asked:  # the other end is closed
             os._exit(0)
         request = Request(**json.loads(asked))._replace(stdio=list(stdio))
@@ -156,10 +156,10 @@ def _serve(connection: socket.socket) -> Request:
             if (between := os.fork()) == 0:
                 between = os.getpid()
                 if os.fork():
-                    os._exit(0)  # so that the one who asks, a subreaper, becomes the parent
+                    os._exit(0)  # so that the requesting process, a subreaper, becomes the parent
                 _become(request)
                 while (parent := os.getppid()) != request.parent:
-                    if parent != between:  # the one who asks is gone
+                    if parent != between:  # the requesting process is gone
                         os._exit(1)
                     time.sleep(0.001)
                 _reply(connection, os.getpid())
@@ -171,7 +171,7 @@ def _serve(connection: socket.socket) -> Request:
 
 
 def _needs_interpreter(request: Request) -> bool:
-    """Whether a fork would differ from a new process: other variables at start-up, or other modules to import."""
+    """Whether a fork would differ from a new process, in variables read at startup or in modules to import."""
     asked, changes = request.environment, _set_by_imports()
     names = {name for name in asked.keys() | AT_START.keys() if name.startswith(READ_AT_START)} - {PATH}
     if any(asked.get(name) not in (AT_START.get(name), changes.get(name)) for name in names):
@@ -190,7 +190,7 @@ def _set_by_imports() -> dict[str, str]:
 
 
 def _added_folders(environment: Mapping[str, str]) -> list[str] | None:
-    """Folders that PYTHONPATH has in front of the server's; None if it differs in another way."""
+    """Returns directories that PYTHONPATH has before those of the server, or None if it differs in another way."""
     asked, here = ([*filter(None, where.get(PATH, "").split(os.pathsep))] for where in (environment, AT_START))
     added = len(asked) - len(here)
     return asked[:added] if added >= 0 and asked[added:] == here else None
@@ -216,25 +216,25 @@ def _become(request: Request) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
     sys.path[:1] = [request.folder, *added]
     sys.argv, sys.orig_argv = ["-m", *request.command[3:]], request.command
-    _forget_the_server()
+    _reset_preloaded_modules()
 
 
-def _forget_the_server() -> None:
-    """Resets what the preloaded modules have read from, or drawn in, the process that imported them."""
+def _reset_preloaded_modules() -> None:
+    """Resets state that the preloaded modules took from the process that imported them."""
     import multiprocessing.process
 
     import numpy as np
 
     multiprocessing.process.ORIGINAL_DIR = str(Path.cwd())
-    np.random.seed()  # Python's own generator does so itself, and torch begins with a constant
+    np.random.seed()  # Python's generator reseeds itself after a fork, and torch starts with a constant seed
     if rank_zero := sys.modules.get("lightning.fabric.utilities.rank_zero"):
         rank_zero.rank_zero_only.rank = rank_zero._get_rank() or 0
 
 
 def _fork_children() -> Request | None:
-    """Patches ``subprocess`` so that it forks gptlab's commands wherever a new interpreter is not needed.
+    """Patches ``subprocess`` so that it forks gptlab's commands unless they need a new interpreter.
 
-    Their parent is a server forked here, before the command has run: nothing of this process's state is theirs.
+    They are forked from a server that is itself forked before this command runs, so they inherit none of its state.
 
     Returns:
         The request to run in such a fork; None in this process.
@@ -252,7 +252,7 @@ def _fork_children() -> Request | None:
         given = parameters.bind(self, *arguments, **named).arguments
         command, stdio = given["args"], [given["p2cread"], given["c2pwrite"], given["errwrite"]]
         pid = None
-        if _is_ours(command) and os.getpid() == us:
+        if _is_gptlab_command(command) and os.getpid() == us:
             request = Request(
                 command=[*map(str, command)],
                 folder=os.path.abspath(given["cwd"] or "."),  # noqa: PTH100
@@ -277,7 +277,7 @@ def _fork_children() -> Request | None:
 
 
 def main() -> None:
-    """Serves requests; in a fork, runs its command and ends as an interpreter does."""
+    """Serves requests; in a fork, runs the command and exits like an interpreter."""
     for module in sys.argv[2:]:
         importlib.import_module(module)
     with socket.socket(fileno=int(sys.argv[1])) as connection:
@@ -285,11 +285,11 @@ def main() -> None:
     while request is not None:
         command = request.command
         request = _fork_children()
-    _end_with(_run(command[2]))
+    _exit(_run(command[2]))
 
 
 def _run(module: str) -> int:
-    """Runs a module as ``python -m`` does; returns the exit status, or -SIGINT after an unhandled Ctrl-C."""
+    """Runs a module as ``python -m`` does; returns the exit code, or -SIGINT after an unhandled Ctrl-C."""
     try:
         if importlib.util.find_spec("sitecustomize"):
             importlib.import_module("sitecustomize")
@@ -305,8 +305,8 @@ def _run(module: str) -> int:
     return 0
 
 
-def _end_with(status: int) -> NoReturn:
-    """Ends this process as an interpreter does, without the module teardown, which takes a second in a fork."""
+def _exit(status: int) -> NoReturn:
+    """Exits like an interpreter, except for the module teardown, which takes a second in a fork."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

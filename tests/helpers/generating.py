@@ -21,7 +21,7 @@ GREEDY = sampling(temperature=0)
 
 
 def extended(model, prompts, how=GREEDY, *, many, seed=0, copies=1, decoder=None) -> list[list[int]]:
-    """The tokens that each row gains."""
+    """Returns the generated tokens of each row."""
     seeds = row_seeds(seed, len(prompts) * copies)
     decoder = decoder or plain_decoder(model)
     rows = generate(model, prompts, how, seeds=seeds, max_new_tokens=many, decoder=decoder, device=CPU)
@@ -31,6 +31,6 @@ def extended(model, prompts, how=GREEDY, *, many, seed=0, copies=1, decoder=None
 def network(seed: int = 0, **options) -> GPT:
     torch.manual_seed(seed)
     model = build_gpt(tiny_config(**options))
-    for parameter in model.parameters():  # far from the plain start, where a mistake could hide behind small numbers
+    for parameter in model.parameters():  # larger than at initialization, where small values could hide an error
         torch.nn.init.normal_(parameter, 0.0, 0.2)
     return model.eval()

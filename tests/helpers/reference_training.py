@@ -1,4 +1,4 @@
-"""A plain training loop: an oracle for the training command."""
+"""A plain training loop, the reference for the train command."""
 
 import hashlib
 import json
@@ -22,9 +22,17 @@ def plain_training(
     before: Callable[[int, GPT, torch.optim.AdamW], None] = lambda *_: None,
     **changes,
 ) -> tuple[list[float], GPT]:
-    """The same training written as anyone would, from the text file on: an oracle for the whole command.
+    """Trains as the train command does, in a plain loop that starts from the text file.
 
-    ``before`` is called with every step that comes; ``changes`` are of the model.
+    Args:
+        user: User with the text.
+        directory: Run directory whose model configuration is used.
+        steps: Number of steps.
+        before: Called before every step with the step (from 0), the model and the optimizer.
+        changes: Changes of the model configuration.
+
+    Returns:
+        The loss of every step, and the trained model.
     """
     text = (user.folder / "text.txt").read_text()
     cut = int(len(text) * 0.9)
@@ -42,7 +50,7 @@ def plain_training(
     losses = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (step + 1) / 101  # the tiny model's rate, warming up over 100 steps
+            group["lr"] = 3e-3 * (step + 1) / 101  # learning rate of model=tiny, with a warm-up over 100 steps
         if before:
             before(step, model, optimizer)
         starts = order.starts(np.arange(step * 12, step * 12 + 12))

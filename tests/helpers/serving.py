@@ -1,6 +1,6 @@
-"""A web server of a folder, in a thread, that does to a request what the next of its faults says; and a reader of it.
+"""Web server of a directory in a thread, with faults on request, and a reader of it.
 
-Imports no torch: processes that read start with this.
+Imports no torch, since reading processes import this module.
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from gptlab.data.shards.streams import TokenStream
 
 
 class Served(ThreadingHTTPServer):
-    """A folder behind ``url``.
+    """Server of a directory at ``url``.
 
     Attributes:
-        requests: How often each file was asked for.
-        faults: Of each file, what happens to its next requests: a status, "cut" (the connection, after half of it),
-            "wrong" (a bit), "other" (a bit of the others, every time another) or "short" (a byte less than there is).
-        held: Files whose second half is not sent before ``gate`` is open.
+        requests: Number of requests of each file.
+        faults: Faults of the next requests of each file: an HTTP status, "cut" (closes the connection after half of the
+            file), "wrong" (flips a bit of the last byte), "other" (flips a bit of another byte in every request) or
+            "short" (omits the last byte).
+        held: Files whose second half is not sent before ``gate`` is set.
     """
 
     daemon_threads = True
@@ -63,7 +64,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[half:])
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Logs nothing."""
 
 
 @contextmanager
@@ -80,7 +81,7 @@ def served(folder: Path) -> Iterator[Served]:
 
 
 def read_all(url, cache, together, results) -> None:
-    """Put the hash of all of train, read at the same time as others read it."""
+    """Puts the hash of the train split into ``results``, after waiting for the other readers."""
     store = RemoteFolder(url, cache, 1e9)
     stream = TokenStream(store, store.manifest, "train")
     together.wait()

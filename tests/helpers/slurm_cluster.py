@@ -1,4 +1,4 @@
-"""A SLURM of one node, for the tests alone: its state, keys and sockets are in a folder of its own."""
+"""A SLURM cluster of one node for the tests, with state, keys and sockets in a separate directory."""
 
 import os
 import shutil
@@ -37,15 +37,15 @@ PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_not() -> str | None:
-    """Why there can be no SLURM here; None where there can."""
+    """Returns the reason why no cluster can be started, or None."""
     if os.geteuid() != 0:
-        return "a SLURM of one's own needs root"
+        return "starting a SLURM cluster requires root"
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     return f"SLURM is not installed (apt-get install slurm-wlm munge): {', '.join(missing)}" if missing else None
 
 
 class Cluster:
-    """The daemons, from their start to their end."""
+    """Context manager that starts and stops the daemons."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.daemons = folder, []  # type: Path, list[subprocess.Popen[bytes]]

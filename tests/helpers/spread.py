@@ -1,4 +1,4 @@
-"""Trains a tiny network in two processes in every way there is, and says what was communicated: run by torchrun."""
+"""Trains a tiny model in two processes with every strategy, and prints what was communicated. Run by torchrun."""
 
 import json
 import sys
@@ -28,17 +28,17 @@ ADAMW = AdamWConfig(name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_d
 
 
 def main() -> None:
-    """Print what came of it, in JSON, from the first process."""
-    found = {name: trained(name) for name in ("ddp", "fsdp", "fsdp_tp")}
+    """Prints the results as JSON, from rank 0."""
+    found = {name: train(name) for name in ("ddp", "fsdp", "fsdp_tp")}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
 
 
-def trained(strategy: str) -> dict[str, Any]:
-    """Train for two steps of three micro-batches, then run three forward passes as sampling does."""
+def train(strategy: str) -> dict[str, Any]:
+    """Trains for two steps of three micro-batches, then runs three forward passes as sampling does."""
     parts = 2 if strategy == "fsdp_tp" else 1
-    trainer, module = built(strategy, parts)
+    trainer, module = build(strategy, parts)
     generator = torch.Generator().manual_seed(1)
     batches = [Batch(*torch.randint(61, (2, 2, 16), generator=generator), None) for _ in range(STEPS * MICRO_BATCHES)]
     with profile(activities=[ProfilerActivity.CPU]) as training:
@@ -47,11 +47,11 @@ def trained(strategy: str) -> dict[str, Any]:
         for _ in range(3):
             module.model(batches[0].idx)
     return {
-        "reduced": trainer.callbacks[0].buckets or counted(training)["c10d::_reduce_scatter_base_"],
-        "gathered": counted(sampling)["c10d::_allgather_base_"],
-        "held": held(module.model),
-        "alike": alike(local(module.model.ln_f.weight)),
-        "split": split_s_error(module) if parts > 1 else None,
+        "reduced": trainer.callbacks[0].buckets or event_counts(training)["c10d::_reduce_scatter_base_"],
+        "gathered": event_counts(sampling)["c10d::_allgather_base_"],
+        "held": held_fraction(module.model),
+        "alike": is_identical(local_tensor(module.model.ln_f.weight)),
+        "split": tensor_parallel_error(module) if parts > 1 else None,
     }
 
 
@@ -69,8 +69,8 @@ class Buckets(L.Callback):
         return allreduce_hook(None, bucket)
 
 
-def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
-    """Build what trains, with dropout."""
+def build(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
+    """Returns a trainer and a module with dropout."""
     named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
     hardware = Hardware("cpu", "", 2, 1, "32-true", compile=False)
@@ -96,8 +96,8 @@ def built(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     return trainer, module
 
 
-def split_s_error(module: GPTModule) -> dict[str, float]:
-    """Largest difference of a split network's logits and gradients from those of the whole one with its weights."""
+def tensor_parallel_error(module: GPTModule) -> dict[str, float]:
+    """Returns the largest errors of the logits and gradients of a tensor-parallel model."""
     model = module.model.eval()
     module.trainer.optimizers[0].zero_grad()
     whole = GPT(tiny_config()).eval()
@@ -113,24 +113,24 @@ def split_s_error(module: GPTModule) -> dict[str, float]:
     }
 
 
-def held(model: GPT) -> float:
-    """The fraction of the blocks' weights that this process holds."""
+def held_fraction(model: GPT) -> float:
+    """Returns the fraction of the weights of the blocks that this process holds."""
     weights = [p for name, p in model.named_parameters() if name.startswith("h.") and p.dim() > 1]
-    return sum(local(p).numel() for p in weights) / sum(p.numel() for p in weights)
+    return sum(local_tensor(p).numel() for p in weights) / sum(p.numel() for p in weights)
 
 
-def alike(tensor: torch.Tensor) -> bool:
-    """Whether both processes hold the same, bit for bit."""
+def is_identical(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is bit-identical on both processes."""
     both = [torch.empty_like(tensor) for _ in range(2)]
     dist.all_gather(both, tensor.detach().contiguous())
     return torch.equal(*both)
 
 
-def local(parameter: Any) -> torch.Tensor:
+def local_tensor(parameter: Any) -> torch.Tensor:
     return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
-def counted(profiled: profile) -> Counter[str]:
+def event_counts(profiled: profile) -> Counter[str]:
     return Counter({event.key: event.count for event in profiled.key_averages()})
 
 
