@@ -28,13 +28,13 @@ from gptlab.training.config import HellaSwagConfig
 from gptlab.training.devices import choose_devices
 from preparing import data_config, prepare_text, text_values
 
-NOTHING = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
-ALONE = EvalContext(torch.device("cpu"), "float32", rank=0, world_size=1)
+UNSET = ("windows", "stride", "task_dir", "num_fewshot", "cache", "hellaswag", "limit", "batch_size", "out")
+ONE_PROCESS = EvalContext(torch.device("cpu"), "float32", rank=0, world_size=1)
 ENDINGS = ("has 12 of 3", "a", "the cow is here and here", "z z z")
 
 
-def asked(**values) -> EvaluateConfig:
-    plain = dict.fromkeys(NOTHING) | {"run": "x", "split": "val", "tasks": [], "precision": "auto"}
+def config_of(**values) -> EvaluateConfig:
+    plain = dict.fromkeys(UNSET) | {"run": "x", "split": "val", "tasks": [], "precision": "auto"}
     return EvaluateConfig.model_validate(plain | values)
 
 
@@ -45,8 +45,8 @@ def examples_file(folder: Path, number: int) -> Path:
     return path
 
 
-def found(directory: Path, kind: str) -> dict:
-    """Returns the only results of this kind."""
+def read_results(directory: Path, kind: str) -> dict:
+    """Returns the results of the only evaluation of this kind."""
     (path,) = directory.glob(f"evaluations/{kind}_*.json")
     return json.loads(path.read_text())
 
@@ -78,7 +78,7 @@ def test_a_run_is_scored_on_its_val_split_as_in_training_and_on_hellaswag(user, 
     directory = runs.give(user, "first", "callbacks=checkpoint")
     done = user.python("gptlab.evaluate", f"run={directory}", "windows=10")
     assert_success(done)
-    results = found(directory, "loss")
+    results = read_results(directory, "loss")
     in_training = metrics(directory, "val/loss")
     assert results["loss"] == pytest.approx(min(in_training.values()), rel=1e-6)  # over the same ten windows
     assert results["perplexity"] == pytest.approx(math.exp(results["loss"]), rel=1e-12)
@@ -91,7 +91,9 @@ def test_a_run_is_scored_on_its_val_split_as_in_training_and_on_hellaswag(user, 
     examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
     chosen = choices(trained(directory), examples)
     right = [[choice == example.label for choice in pair] for pair, example in zip(chosen, examples, strict=True)]
-    outcome = evaluate_hellaswag(load_model(open_model_source(str(directory))), examples, asked(hellaswag="x"), ALONE)
+    outcome = evaluate_hellaswag(
+        load_model(open_model_source(str(directory))), examples, config_of(hellaswag="x"), ONE_PROCESS
+    )
     assert outcome.metrics == {"acc": sum(s for s, _ in right) / 9, "acc_norm": sum(m for _, m in right) / 9}
     assert outcome.values["examples"] == 9
 
@@ -101,7 +103,7 @@ def check_record_at_wandb(user, server, directory: Path, run) -> None:
     kept, history = sorted(directory.glob("wandb/**/*")), run.history
     assert_success(user.python("gptlab.evaluate", f"run={directory}"))
     summary = json.loads(run.lines["wandb-summary.json"][0])
-    assert summary["evaluations/loss/loss"] == found(directory, "loss")["loss"]
+    assert summary["evaluations/loss/loss"] == read_results(directory, "loss")["loss"]
     assert summary["val/loss"]["min"] == min(row["val/loss"] for row in history if "val/loss" in row)
     assert (sorted(directory.glob("wandb/**/*")), run.history) == (kept, history)
     server.die()
@@ -130,13 +132,13 @@ def test_two_processes_have_the_results_of_one(user, runs):
         assert_success(user.python("gptlab.evaluate", f"run={directory}", *arguments, "out=one/evaluations"))
         assert_success(user.python(*torchrun, f"run={directory}", *arguments, "out=two/evaluations"))
     for kind in ("loss", "hellaswag", "tasks"):
-        one, two = (found(user.folder / number, kind) for number in ("one", "two"))
+        one, two = (read_results(user.folder / number, kind) for number in ("one", "two"))
         assert (one["processes"], two["processes"]) == (1, 2)
         for key in {"loss", "bits_per_byte", "tokens", "bytes", "acc", "acc_norm", "examples"} & set(one):
             assert two[key] == pytest.approx(one[key], rel=1e-12)
     results = [result["results"]["rolling"]["bits_per_byte,none"] for result in (one, two)]
     assert results[1] == pytest.approx(results[0], rel=1e-6)  # the batches differ
-    assert found(user.folder / "two", "loss")["tokens"] > 50_000
+    assert read_results(user.folder / "two", "loss")["tokens"] > 50_000
 
 
 def with_hellaswag(user, name: str, *arguments: str) -> Path:
@@ -206,7 +208,7 @@ def source_of(tokenizer: Tokenizer) -> ModelSource:
 
 def test_a_corpus_is_prepared_with_the_tokenizer_of_the_model(tmp_path):
     (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
-    config = asked(data=data_config(**text_values(tmp_path / "text.txt")))
+    config = config_of(data=data_config(**text_values(tmp_path / "text.txt")))
     bpe = BPETokenizer.train(["ab ab abc bad " * 30], 270)
     for tokenizer in (BytesTokenizer(), bpe, CharactersTokenizer("\n ,abcdefg")):
         for _ in range(2):  # prepared, then found in the cache
@@ -218,7 +220,7 @@ def test_a_corpus_is_prepared_with_the_tokenizer_of_the_model(tmp_path):
             assert corpus.eot_id is None
     with pytest.raises(UserError, match="The character ' ' is not in the vocabulary"):
         open_scored_corpus(config, source_of(CharactersTokenizer("abc")), tokenizer_is_named=False)
-    masked = asked(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
+    masked = config_of(data=data_config(**text_values(tmp_path / "text.txt", documents="masked")))
     assert open_scored_corpus(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).eot_id == 256
     with pytest.raises(UserError, match="requires an end-of-text token"):
         open_scored_corpus(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
@@ -230,35 +232,35 @@ def test_data_of_another_tokenizer_is_an_error(tmp_path):
     ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
     shards = data_config(corpus="shards", path=str(theirs), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"was prepared with another tokenizer \(bpe\) than that of x \(bpe"):
-        open_scored_corpus(asked(data=shards), ours, tokenizer_is_named=False)
+        open_scored_corpus(config_of(data=shards), ours, tokenizer_is_named=False)
     with pytest.raises(UserError, match="was prepared with tokenizer=bpe, not with tokenizer=bytes"):
-        open_scored_corpus(asked(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
+        open_scored_corpus(config_of(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
     kept = json.loads((theirs / "manifest.json").read_text())["tokenizer"]["trained"]
     theirs_again = BPETokenizer(json.dumps(json.loads(kept), indent=1))  # the same tokenizer, formatted differently
-    assert open_scored_corpus(asked(data=shards), source_of(theirs_again), tokenizer_is_named=False).eot_id is None
-    named = asked(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
+    assert open_scored_corpus(config_of(data=shards), source_of(theirs_again), tokenizer_is_named=False).eot_id is None
+    named = config_of(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
     with pytest.raises(UserError, match="tokenizer=gpt2 differs from the tokenizer of x, which is bpe"):
         open_scored_corpus(named, ours, tokenizer_is_named=True)
     with pytest.raises(UserError, match="run=x is not a run of gptlab, so its training data is unknown"):
-        open_scored_corpus(asked(), ours, tokenizer_is_named=False)
+        open_scored_corpus(config_of(), ours, tokenizer_is_named=False)
 
 
 def test_invalid_combinations_of_options_are_errors(monkeypatch):
-    for values, sentence in (
+    for values, message in (
         ({"tasks": ["a"], "stride": 3, "windows": 4}, "windows and stride cannot be combined with tasks or hellaswag"),
         ({"hellaswag": "x", "num_fewshot": 3}, "num_fewshot has no effect without tasks"),
         ({"limit": 3}, "limit applies only to tasks and hellaswag"),
     ):
-        with pytest.raises(ValueError, match=sentence):
-            asked(**values)
+        with pytest.raises(ValueError, match=message):
+            config_of(**values)
     source = source_of(BytesTokenizer())
     with pytest.raises(UserError, match=r"stride=17 would skip tokens.* block_size=16"):
-        check_request(asked(stride=17), source)
+        check_request(config_of(stride=17), source)
     with pytest.raises(UserError, match=r"task_dir=nowhere is not a directory"):
-        check_request(asked(tasks=["a"], task_dir="nowhere"), source)
+        check_request(config_of(tasks=["a"], task_dir="nowhere"), source)
     monkeypatch.setattr("gptlab.evaluators.settings.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"tasks requires the lm_eval package.*pip install 'gptlab\[harness\]'"):
-        check_request(asked(tasks=["a"]), source)
+        check_request(config_of(tasks=["a"]), source)
 
 
 def test_errors_are_found_before_torch_is_imported(user, runs):
@@ -267,10 +269,10 @@ def test_errors_are_found_before_torch_is_imported(user, runs):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
     user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
-    for arguments, sentence in (
+    for arguments, message in (
         ([f"run={directory}", "split=test"], "split='test' is not valid: it should be 'val', 'train' or 'all'"),
         ([f"run={directory}", "hellaswag=none.jsonl"], "cannot be read from none.jsonl"),
         (["run=none", "taskz=[a]"], "Unknown config key `taskz`. Did you mean tasks?"),
     ):
-        assert_config_error(user.python("gptlab.evaluate", *arguments), sentence)
+        assert_config_error(user.python("gptlab.evaluate", *arguments), message)
     assert not (directory / "evaluations").exists()

@@ -67,13 +67,13 @@ def test_an_export_that_differs_from_its_model_fails_and_writes_nothing(user, fo
     monkeypatch.setattr(llmc, "write", tampered)
     monkeypatch.chdir(user.folder)
     assert main.__wrapped__(OmegaConf.create({**VALUES, "format": "llmc"})) == FAILED
-    told = capsys.readouterr().err
-    assert "gptlab: out was not written, because the export differs from gpt2: tensors by numpy" in told
-    assert "27 of 28 bit-identical, but not transformer.wte.weight" in told
+    errors = capsys.readouterr().err
+    assert "gptlab: out was not written, because the export differs from gpt2: tensors by numpy" in errors
+    assert "27 of 28 bit-identical, but not transformer.wte.weight" in errors
     assert not [path for path in user.folder.iterdir() if "out" in path.name]
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "an option": (["format=nanogpt"], "format=nanogpt does not support model.activation=gelu_tanh"),
     "pushed": (
         ["format=onnx", "push=me/model"],
@@ -84,9 +84,9 @@ MISTAKES = {
 
 
 def test_errors_are_found_before_torch_is_imported(folder, without_torch):
-    for arguments, sentence in MISTAKES.values():
+    for arguments, message in CONFIG_ERRORS.values():
         done = export(without_torch, *arguments)
-        assert (done.returncode, sentence in done.stderr) == (CONFIG_ERROR, True), done.stderr
+        assert (done.returncode, message in done.stderr) == (CONFIG_ERROR, True), done.stderr
         assert not (without_torch.folder / "out").exists()
 
 

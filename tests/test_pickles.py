@@ -130,7 +130,7 @@ def test_a_payload_in_a_manifest_is_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "message"),
     [
         ("!!python/object/apply:os.mkdir [{path}]", "config.yaml cannot be read"),
         ("_target_: os.mkdir\npath: {path}", "Unknown config key `_target_`"),
@@ -138,11 +138,11 @@ def test_a_payload_in_a_manifest_is_not_executed(tmp_path):
         ("callbacks:\n  samples:\n    _target_: os.mkdir", "Unknown config key `callbacks.samples._target_`"),
     ],
 )
-def test_the_configuration_of_a_run_executes_nothing(tmp_path, content, sentence):
+def test_the_configuration_of_a_run_executes_nothing(tmp_path, content, message):
     (tmp_path / "config.yaml").write_text(content.format(path=tmp_path / "canary"))
     with pytest.raises(UserError) as error:
         load_config(tmp_path)
-    assert sentence in str(error.value)
+    assert message in str(error.value)
     assert not (tmp_path / "canary").exists()
 
 

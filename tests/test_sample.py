@@ -31,7 +31,7 @@ def test_a_text_depends_neither_on_other_texts_nor_on_streaming(user, run):
     assert len(texts) == 7
     assert texts[0] != texts[1]
     assert "longer than block_size=32 tokens continues from its last 16 tokens" in one.stderr
-    # the first row, streamed alone, is the first of six; and it ends before its own fifth character
+    # generated alone and streamed, the first text is the same
     alone = ("prompt=def f(x):", "max_new_tokens=40", "stream=true")
     streamed = user.python("gptlab.sample", f"run={run}", *alone, "report=true")
     assert_success(streamed)
@@ -91,7 +91,7 @@ def test_an_interactive_session_continues_after_ctrl_c_and_ends_with_ctrl_d(user
         os.close(child_end)
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "two sources": (["prompts=a", "prompt=b"], "prompts cannot be combined with prompt"),
     "two streams": (["stream=true", "num_samples=2"], "stream=true prints one text at a time"),
     "interactive": (["interactive=true", "prompt=a"], "interactive=true reads prompts from the terminal"),
@@ -107,8 +107,8 @@ def test_errors_are_found_before_torch_is_imported(user, run):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
     user.environment["PYTHONPATH"] = f"{package.parent}:{user.environment.get('PYTHONPATH', '')}"
-    for arguments, sentence in MISTAKES.values():
+    for arguments, message in CONFIG_ERRORS.values():
         done = user.python("gptlab.sample", f"run={run}", *arguments)
         assert done.returncode == 2
-        assert sentence in done.stderr
+        assert message in done.stderr
         assert "Traceback" not in done.stderr

@@ -60,16 +60,16 @@ main()
 
 
 @pytest.mark.parametrize(
-    ("url", "sentence"),
+    ("url", "message"),
     [
         ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json could not be downloaded: Cannot connect"),
         ("http://user:hunter2@127.0.0.1:9/data", "data.path=http://127.0.0.1... contains a password"),
     ],
 )
-def test_an_unusable_url_is_an_error_that_does_not_reveal_a_password(user, url, sentence):
+def test_an_unusable_url_is_an_error_that_does_not_reveal_a_password(user, url, message):
     done = user.run(sys.executable, "-c", ONE_ATTEMPT, "data=shards", f"data.path={url}", *SMALL)
     assert done.returncode == 2
-    assert f"gptlab: {sentence}" in done.stderr
+    assert f"gptlab: {message}" in done.stderr
     assert "Traceback" not in done.stderr
     assert "hunter2" not in done.stdout + done.stderr
     written = [path for path in user.folder.rglob("*") if path.is_file()]

@@ -26,9 +26,9 @@ def assert_success(done) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def assert_config_error(done, sentence: str) -> None:
+def assert_config_error(done, message: str) -> None:
     """Checks that a command failed with this message and the exit code of config errors."""
-    assert sentence in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
 
