@@ -51,7 +51,7 @@ def test_every_step_has_its_batch_size_and_the_run_records_it(user, grown):
     assert "tokens seen   1,536" in log
     shown = user.python("gptlab.prepare", f"replay={grown}", "step=3")
     assert_success(shown)
-    assert shown.stdout.count("from token") == SIZES[2]
+    assert shown.stdout.count("starting at token") == SIZES[2]
 
 
 @pytest.mark.slow
