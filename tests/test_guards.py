@@ -125,7 +125,7 @@ def test_a_resumed_run_detects_the_same_loss_spikes(user, trainer):
     halted = user.only_run("halted")
     resumed = user.python("gptlab.train", f"resume={halted}", "train.max_steps=12", timeout=300)
     assert_success(resumed)
-    for step in (8, 11):  # so soon after the resume that its own steps would not be enough to judge by
+    for step in (8, 11):  # so soon after the resume that the steps since then would not suffice
         (expected,) = [line for line in whole.stdout.splitlines() if line.startswith(f"step {step}: the loss ")]
         (warning,) = [line for line in resumed.stdout.splitlines() if line.startswith(f"step {step}: the loss ")]
         assert warning.partition(" To print")[0] == expected.partition(" To print")[0]

@@ -20,15 +20,15 @@ def sampling(**changes) -> SamplingConfig:
 GREEDY = sampling(temperature=0)
 
 
-def extended(model, prompts, how=GREEDY, *, many, seed=0, copies=1, decoder=None) -> list[list[int]]:
+def generated(model, prompts, how=GREEDY, *, tokens, seed=0, copies=1, decoder=None) -> list[list[int]]:
     """Returns the generated tokens of each row."""
     seeds = row_seeds(seed, len(prompts) * copies)
     decoder = decoder or plain_decoder(model)
-    rows = generate(model, prompts, how, seeds=seeds, max_new_tokens=many, decoder=decoder, device=CPU)
+    rows = generate(model, prompts, how, seeds=seeds, max_new_tokens=tokens, decoder=decoder, device=CPU)
     return collect_tokens(rows).tolist()
 
 
-def network(seed: int = 0, **options) -> GPT:
+def tiny_model(seed: int = 0, **options) -> GPT:
     torch.manual_seed(seed)
     model = build_gpt(tiny_config(**options))
     for parameter in model.parameters():  # larger than at initialization, where small values could hide an error

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config
-from generating import extended, sampling
+from generating import generated, sampling
 from gptlab.model.gpt import GPT
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF's Conv1D
@@ -94,7 +94,7 @@ def test_greedy_continuation_matches_transformers(idx):
     ours, theirs = pair(torch.float64)
     prompt = idx[:, :5]
     expected = theirs.generate(prompt, max_new_tokens=19, do_sample=False, pad_token_id=0, eos_token_id=None)
-    assert extended(ours, prompt.tolist(), many=19) == expected[:, 5:].tolist()
+    assert generated(ours, prompt.tolist(), tokens=19) == expected[:, 5:].tolist()
 
 
 def test_logits_do_not_depend_on_later_tokens(idx):
@@ -119,7 +119,7 @@ def test_padding_of_the_vocabulary_has_no_effect():
     assert torch.equal(padded.wte.weight.grad[61:], torch.zeros(3, 32))  # never learned
     with torch.no_grad():
         padded.wte.weight[61:] = 100 * torch.ones(3, 32)  # their logits would be the largest
-    drawn = extended(padded, idx.tolist(), sampling(temperature=5.0), many=50)
+    drawn = generated(padded, idx.tolist(), sampling(temperature=5.0), tokens=50)
     assert max(map(max, drawn)) < 61  # never sampled
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import tiny_config
-from generating import CPU, GREEDY, extended, network, sampling
+from generating import CPU, GREEDY, generated, sampling, tiny_model
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import row_seeds
@@ -25,14 +25,14 @@ NETWORKS = {
 
 @pytest.fixture
 def model() -> GPT:
-    return network()
+    return tiny_model()
 
 
 @pytest.mark.parametrize("bucket", [1, 8])
 @pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
 @torch.no_grad()
 def test_cached_logits_equal_those_without_cache_in_single_and_ragged_batches(options, bucket):
-    model, idx, begins = network(**options), torch.randint(61, (3, 16)), torch.tensor([0, 3, 6])
+    model, idx, begins = tiny_model(**options), torch.randint(61, (3, 16)), torch.tensor([0, 3, 6])
     for rows, ragged in (((0,), False), ((0, 1, 2), False), ((0, 1, 2), True)):
         cache, first, at = KVCache(model.config.n_layer, 16), 7, torch.tensor(rows)
         for width in range(first, 17):  # a prefill of seven tokens, then one token at a time
@@ -58,7 +58,7 @@ def test_greedy_rows_of_different_lengths_match_transformers(copies):
         is_conv1d = name.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight"))
         tensor.copy_(theirs_is.T if is_conv1d else theirs_is)
     prompts = [[5], [1, 2, 3, 4, 5, 6, 7], [60, 59, 58]]
-    found = extended(ours, prompts, many=20, copies=copies)
+    found = generated(ours, prompts, tokens=20, copies=copies)
     for row, ids in enumerate(found):
         prompt = torch.tensor([prompts[row // copies]])
         expected = theirs.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -67,32 +67,32 @@ def test_greedy_rows_of_different_lengths_match_transformers(copies):
 
 def test_a_row_does_not_depend_on_other_rows_or_on_max_new_tokens(model):
     prompts, how = [[1, 2, 3], [4], list(range(5, 20)), [7] * 40], sampling(top_k=20, repetition_penalty=1.2)
-    together = extended(model, prompts, how, many=40)  # exceeds block_size, in every row at a different step
+    together = generated(model, prompts, how, tokens=40)  # exceeds block_size, in every row at a different step
     seeds = row_seeds(0, 4)
     for row, prompt in enumerate(prompts):
         rows = generate(
             model, [prompt], how, seeds=[seeds[row]], max_new_tokens=30, decoder=plain_decoder(model), device=CPU
         )
         assert collect_tokens(rows)[0].tolist() == together[row][:30]
-    assert len({tuple(row) for row in extended(model, [[1]], sampling(), many=20, copies=4)}) == 4
+    assert len({tuple(row) for row in generated(model, [[1]], sampling(), tokens=20, copies=4)}) == 4
 
 
 def test_several_samples_of_a_prompt_equal_samples_of_its_copies(model):
     prompts = [[1, 2, 3], [4]]
     copies = [prompt for prompt in prompts for _ in range(3)]
-    assert extended(model, prompts, sampling(), many=25, copies=3) == extended(model, copies, sampling(), many=25)
+    assert generated(model, prompts, sampling(), tokens=25, copies=3) == generated(model, copies, sampling(), tokens=25)
 
 
 def test_samples_depend_only_on_the_seed_and_leave_torch_s_random_state_unchanged(model):
     model.train()
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    first = extended(model, [[0]], sampling(), many=20, copies=2, seed=1)
+    first = generated(model, [[0]], sampling(), tokens=20, copies=2, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     torch.manual_seed(98)
-    assert first == extended(model, [[0]], sampling(), many=20, copies=2, seed=1)
-    assert first != extended(model, [[0]], sampling(), many=20, copies=2, seed=2)
+    assert first == generated(model, [[0]], sampling(), tokens=20, copies=2, seed=1)
+    assert first != generated(model, [[0]], sampling(), tokens=20, copies=2, seed=2)
 
 
 def test_beyond_block_size_generation_continues_from_the_last_half_of_the_context(model):
@@ -104,7 +104,7 @@ def test_beyond_block_size_generation_continues_from_the_last_half_of_the_contex
                 token = model(torch.tensor([context]))[0, -1].argmax().item()
                 text.append(token)
                 context.append(token)
-            assert extended(model, [list(range(length))], many=30) == [text[length:]]
+            assert generated(model, [list(range(length))], tokens=30) == [text[length:]]
 
 
 def test_each_token_is_yielded_before_the_next_is_computed(model):
@@ -130,5 +130,5 @@ def test_the_cache_is_allocated_once(model):
         addresses.add(tuple(layer.keys.data_ptr() for layer in cache.layers))
         return model.next_logits(idx, cache, position)
 
-    extended(model, [[1], [2, 3]], many=50, decoder=type(plain_decoder(model))(score, 1))
+    generated(model, [[1], [2, 3]], tokens=50, decoder=type(plain_decoder(model))(score, 1))
     assert len(addresses) == 1

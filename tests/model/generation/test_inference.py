@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conftest import tiny_config
-from generating import CPU, extended, network, sampling
+from generating import CPU, generated, sampling, tiny_model
 from gptlab.model.generation import inference
 from gptlab.model.generation.generate import plain_decoder
 from gptlab.model.generation.inference import (
@@ -109,7 +109,7 @@ def test_an_int8_layer_multiplies_by_the_rounded_weight(rows):
 @pytest.mark.parametrize("options", [{}, {"bias": False, "tie_weights": False, "positions": "rotary"}])
 @torch.no_grad()
 def test_a_prepared_model_gives_the_same_logits_within_rounding(options):
-    model, idx = network(**options), torch.randint(61, (3, 16))
+    model, idx = tiny_model(**options), torch.randint(61, (3, 16))
     plain = model(idx)
     torch.testing.assert_close(prepared(model, "float32")(idx), plain, atol=1e-5, rtol=1e-5)
     coarse = prepared(model, "bfloat16", packed=False)(idx)
@@ -122,7 +122,7 @@ def test_a_prepared_model_gives_the_same_logits_within_rounding(options):
 @pytest.mark.skipif(not supports_split_int8(CPU), reason="needs a CPU with 8-bit integer instructions")
 @torch.no_grad()
 def test_split_int8_layers_give_the_same_logits_as_int8_layers(monkeypatch):
-    model, idx = network(), torch.randint(61, (3, 16))
+    model, idx = tiny_model(), torch.randint(61, (3, 16))
     plain = prepared(model, "float32", int8=True)
     monkeypatch.setattr(inference, "SPLIT_MIN_NUMEL", 0)
     split = prepared(model, "float32", int8=True)
@@ -132,9 +132,9 @@ def test_split_int8_layers_give_the_same_logits_as_int8_layers(monkeypatch):
 
 @PACKS
 def test_a_packed_model_generates_the_same_tokens():
-    model, how = network(), sampling(top_k=20)
+    model, how = tiny_model(), sampling(top_k=20)
     packed = prepared(model, "float32")
-    assert extended(packed, [[1, 2, 3], [4]], how, many=40) == extended(model, [[1, 2, 3], [4]], how, many=40)
+    assert generated(packed, [[1, 2, 3], [4]], how, tokens=40) == generated(model, [[1, 2, 3], [4]], how, tokens=40)
 
 
 def test_bytes_per_token():
@@ -149,12 +149,12 @@ def test_bytes_per_token():
 
 @pytest.mark.slow
 def test_a_compiled_decoder_generates_the_same_tokens_with_one_graph_per_bucket():
-    model = network(block_size=2 * BUCKET)
+    model = tiny_model(block_size=2 * BUCKET)
     torch._dynamo.reset()
     counter = torch._dynamo.utils.counters
     counter.clear()
     fast = build_decoder(prepared(model, "float32", packed=False), compiled=True)
-    found = extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20, decoder=fast)
-    assert found == extended(model, [[1, 2], [3]], sampling(top_k=5), many=BUCKET + 20)
+    found = generated(model, [[1, 2], [3]], sampling(top_k=5), tokens=BUCKET + 20, decoder=fast)
+    assert found == generated(model, [[1, 2], [3]], sampling(top_k=5), tokens=BUCKET + 20)
     assert counter["stats"]["unique_graphs"] == 2
     assert plain_decoder(model).bucket == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import spread
-from spread import MICRO_BATCHES, STEPS
+import distributed_training
+from distributed_training import MICRO_BATCHES, STEPS
 
 BLOCKS = 2
 GROUPS = BLOCKS + 1  # FSDP units: each block, and the remaining parameters
@@ -18,7 +18,7 @@ GROUPS = BLOCKS + 1  # FSDP units: each block, and the remaining parameters
 @pytest.fixture(scope="module")
 def found():
     """The results of the script, by strategy."""
-    script = Path(spread.__file__)
+    script = Path(distributed_training.__file__)
     command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script))
     paths = os.pathsep.join([str(script.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
