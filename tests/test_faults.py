@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import assert_success, metrics, newest_state, same_run
+from commands import assert_same_run, assert_success, metrics, newest_state
 from gptlab.exit_codes import DONE, PREEMPTED
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
@@ -48,7 +48,7 @@ def test_a_run_killed_twenty_times_ends_with_bit_identical_weights(user, extra):
         os.killpg(run.pid, signal.SIGKILL)
         run.ended(-signal.SIGKILL)
     assert_success(user.python("gptlab.train", *TINY, *EVALUATIONS, "name=killed", steps, "resume=auto"))
-    same_run(user.only_run("whole"), user.only_run("killed"))
+    assert_same_run(user.only_run("whole"), user.only_run("killed"))
 
 
 def truncate(path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_used(user, h
     output = done.stdout.replace("\n", " ")
     assert output.count("step_000006 is damaged and is not used") == 1
     assert output.count("Removed the unfinished checkpoint step_000009") == 1
-    same_run(user.only_run("whole"), halted)
+    assert_same_run(user.only_run("whole"), halted)
 
 
 @pytest.mark.slow
@@ -140,7 +140,7 @@ def test_a_signal_to_one_rank_preempts_all_and_the_resume_is_bit_identical(user)
     assert step == last_step(user, "stopped") == json.loads((stopped / "state.json").read_text())["step"] < 60
     assert f"Preempted by a signal at step {step}. To resume: python -m gptlab.train resume=" in output
     assert_success(user.python("gptlab.train", f"resume={stopped}"))
-    same_run(user.only_run("whole"), stopped)
+    assert_same_run(user.only_run("whole"), stopped)
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_an_evaluation_interrupted_by_a_signal_is_repeated_on_resume(user, extra
     assert newest_state(stopped)["global_step"] == 3
     assert_success(user.python("gptlab.train", f"resume={stopped}"))
     assert list(metrics(stopped, "val/loss")) == [3, 6]
-    same_run(user.only_run("whole"), stopped)
+    assert_same_run(user.only_run("whole"), stopped)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands import assert_config_error, assert_success, metrics, newest_state, same_run
+from commands import assert_config_error, assert_same_run, assert_success, metrics, newest_state
 from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 
@@ -51,7 +51,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(user, runs, opti
     resumed = (sys.executable, "-m", "gptlab.train", f"resume={halted}", "train.max_steps=9")
     # once in a new interpreter, whose hashes and addresses differ from those of the forks
     assert_success(user.run(*resumed) if (options, strategy) == RESUMED[0] else user.python(*resumed[2:]))
-    same_run(whole, halted)
+    assert_same_run(whole, halted)
     (optimizer,) = newest_state(halted)["optimizer_states"]
     assert len(optimizer["state"]) == 28  # all parameters of two blocks, by GPT-2's names
     assert len(optimizer["state"]["h.1.mlp.c_fc.weight"]) == TENSORS[options]

@@ -44,7 +44,7 @@ def averages(directory: Path) -> dict[str, torch.Tensor]:
     return {name: moments["average"] for name, moments in optimizer["state"].items()}
 
 
-def same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path) -> None:
     """Checks that two runs have the same rows, each once, and bit-identical weights and optimizer state."""
     for name in COMPARED:
         assert metrics(one, name) == metrics(other, name), name
