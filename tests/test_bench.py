@@ -233,10 +233,10 @@ METRICS = """step,tokens,train/loss,tokens_per_second,val/loss
 @pytest.fixture
 def fake_runs(monkeypatch):
     """Replaces runs by fake ones that write METRICS, with a loss that depends on the seed; returns their arguments."""
-    asked = []
+    requested = []
 
     def timed(*arguments, environment=None, folder=None):
-        asked.append(arguments)
+        requested.append(arguments)
         if folder is not None:
             seed = int(next(a for a in arguments if a.startswith("seed=")).removeprefix("seed="))
             (folder / "outputs/name/time").mkdir(parents=True)
@@ -244,14 +244,14 @@ def fake_runs(monkeypatch):
         return TimedRun(30.0, "")
 
     monkeypatch.setattr(speedrun, "run_timed", timed)
-    return asked
+    return requested
 
 
 def test_speedrun_reports_the_fraction_of_runs_that_reach_the_target(fake_runs):
     config = SpeedrunBench(source="x.txt", nanogpt=None, target=2.02, parts=[])
     (part,) = speedrun.time_to_loss(config, "cache", 3)
     assert fake_runs[0][:2] == ("-m", "gptlab.prepare")
-    assert [[a for a in asked if a.startswith("seed=")] for asked in fake_runs[1:]] == [
+    assert [[a for a in requested if a.startswith("seed=")] for requested in fake_runs[1:]] == [
         [f"seed={seed}"] for seed in (1, 1, 2, 2, 3, 3)
     ]
     for row in part.rows:
@@ -263,7 +263,7 @@ def test_ladder_reports_steps_and_seconds_to_the_target(fake_runs):
     config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=["rotary"])
     (part,) = speedrun.ladder(config, "cache", 2)
     assert [row.name for row in part.rows] == ["full recipe", "without rotary"]
-    assert {a for asked in fake_runs[1:] for a in asked if a.startswith("without=")} == {
+    assert {a for requested in fake_runs[1:] for a in requested if a.startswith("without=")} == {
         "without=nothing",
         "without=rotary",
     }
@@ -280,12 +280,12 @@ def test_ladder_omits_every_part_of_the_recipe(fake_runs):
     config = SpeedrunBench(source=None, nanogpt=None, target=2.4, parts=None)
     (part,) = speedrun.ladder(config, "cache", 1)
     options = {path.stem for path in (configuration_folder() / "without").glob("*.yaml")}
-    asked = [a.removeprefix("without=") for arguments in fake_runs for a in arguments if a.startswith("without=")]
-    assert asked[0] == "nothing"
-    assert sorted(asked) == sorted(options)
+    requested = [a.removeprefix("without=") for arguments in fake_runs for a in arguments if a.startswith("without=")]
+    assert requested[0] == "nothing"
+    assert sorted(requested) == sorted(options)
     assert [row.name for row in part.rows] == [
         "full recipe",
-        *(f"without {a.replace('_', ' ')}" for a in asked[1:]),
+        *(f"without {a.replace('_', ' ')}" for a in requested[1:]),
     ]
 
 

@@ -76,7 +76,7 @@ def test_sweep_runs_every_point_and_records_it(user):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (("optimizer.lrr=1e-3,2e-3",), "Unknown config key `optimizer.lrr`. Did you mean optimizer.lr?"),
         (("model=nani,tinny",), "Unknown option model=nani. Did you mean"),
@@ -89,8 +89,8 @@ def test_sweep_runs_every_point_and_records_it(user):
         (("seed=interval(1,2)",), "infinitely many values"),
     ],
 )
-def test_invalid_sweep_is_rejected_before_anything_is_written(user, arguments, sentence):
-    assert_config_error(user.python("gptlab.train", "-m", *arguments), sentence)
+def test_invalid_sweep_is_rejected_before_anything_is_written(user, arguments, message):
+    assert_config_error(user.python("gptlab.train", "-m", *arguments), message)
     assert not (user.folder / "outputs").exists()
 
 
@@ -183,10 +183,10 @@ def test_every_part_of_the_recipe_can_be_omitted(user):
     done = user.python("gptlab.train", "-m", "sweeps=ladder", "data=text", "data.source=text.txt", *short, timeout=400)
     assert_success(done)
     directory = user.only_run("ladder")
-    asked = read("ladder")[1]["params"]["without"].split(",")
-    assert [trial["overrides"]["without"] for trial in trials(directory)] == asked
-    assert states(directory) == {"done": len(asked)}
-    assert len({trial["value"] for trial in trials(directory)}) >= len(asked) - 2  # some are equal after two steps
+    parts = read("ladder")[1]["params"]["without"].split(",")
+    assert [trial["overrides"]["without"] for trial in trials(directory)] == parts
+    assert states(directory) == {"done": len(parts)}
+    assert len({trial["value"] for trial in trials(directory)}) >= len(parts) - 2  # some are equal after two steps
 
 
 @pytest.mark.slow
