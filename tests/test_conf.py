@@ -58,7 +58,7 @@ def test_every_option_is_valid_and_workers_rebuild_its_configuration(option):
     assert rebuilt.model_dump(mode="json") == values
 
 
-def asked(*overrides: str) -> EvaluateConfig:
+def evaluate_config(*overrides: str) -> EvaluateConfig:
     """Returns the configuration of a command line of gptlab.evaluate."""
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         return validate(EvaluateConfig, resolve_to_dict(compose("evaluate", overrides=list(overrides))))
@@ -67,7 +67,7 @@ def asked(*overrides: str) -> EvaluateConfig:
 def test_evaluations_of_gpt2_have_nanogpts_names_and_corpus():
     assert EVALUATIONS == ["eval_gpt2", "eval_gpt2_large", "eval_gpt2_medium", "eval_gpt2_xl"]
     for name in EVALUATIONS:
-        config = asked(f"experiment={name}")
+        config = evaluate_config(f"experiment={name}")
         assert config.run == name.removeprefix("eval_").replace("_", "-")
         assert config.run in GPT2_REPOSITORIES
         assert config.data == resolved("data=openwebtext").data
@@ -76,7 +76,7 @@ def test_evaluations_of_gpt2_have_nanogpts_names_and_corpus():
 
 @pytest.mark.parametrize("option", ["data=text", "data=shakespeare", "data=shards"])
 def test_evaluate_accepts_the_data_options_of_train(option):
-    data = asked("run=x", option, *NEEDED.get(option, [])).data
+    data = evaluate_config("run=x", option, *NEEDED.get(option, [])).data
     assert data == resolved(option, *NEEDED.get(option, [])).data
 
 

@@ -81,7 +81,7 @@ def test_the_sections_of_the_workspace_plot_over_tokens(spec):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         ((), "A workspace belongs to a W&B project. Set entity=<user or team> project=<project>"),
         (("entity=me", "project=models"), "Log in with `wandb login`"),
@@ -89,9 +89,9 @@ def test_the_sections_of_the_workspace_plot_over_tokens(spec):
         (("entitty=me",), "Did you mean entity?"),
     ],
 )
-def test_mistakes_are_sentences(user, tmp_path, arguments, sentence):
+def test_invalid_arguments_are_config_errors(user, tmp_path, arguments, message):
     user.environment["HOME"] = str(tmp_path)
-    assert_config_error(user.python("gptlab.dashboard", *arguments), sentence)
+    assert_config_error(user.python("gptlab.dashboard", *arguments), message)
 
 
 def test_the_committed_wandb_sweeps_are_up_to_date(user):
@@ -101,7 +101,7 @@ def test_the_committed_wandb_sweeps_are_up_to_date(user):
     assert sorted(made) == [f"{name}.yaml" for name in NAMES]
 
 
-def written(parameter: dict[str, Any]) -> list[Any]:
+def choices(parameter: dict[str, Any]) -> list[Any]:
     """Returns values that W&B may choose for a key."""
     return parameter["values"] if "values" in parameter else [parameter["min"], parameter["max"]]
 
@@ -115,7 +115,7 @@ def test_the_command_of_a_wandb_sweep_is_a_run_of_the_sweep(name):
     command = create_sweep_command(list(sweep["command"]))
     assert command[:4] == ["${env}", "${interpreter}", "-m", "gptlab.train"]
     for which in (0, -1):
-        point = {key: {"value": written(parameter)[which]} for key, parameter in sweep["parameters"].items()}
+        point = {key: {"value": choices(parameter)[which]} for key, parameter in sweep["parameters"].items()}
         arguments = create_sweep_command_args({"args": point})["args_no_hyphens"]
         config = resolved(*(argument for argument in command[4:-1] if argument != "hydra.mode=RUN"), *arguments)
         assert config.logger.wandb is not None

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from check_site import broken_links
-from chromium import chromium, why_not
+from chromium import chromium, unavailable_reason
 from commands import assert_success
 from config_reference import anchor, page_name, read_config_file, read_configuration, render_pages
 from gptlab.benchmarks.config import BenchCommand
@@ -314,7 +314,7 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    if reason := why_not():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     with chromium() as browser:
         yield browser

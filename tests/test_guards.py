@@ -104,7 +104,7 @@ def test_an_evaluation_with_a_nan_loss_is_never_the_best(user):
     assert_success(done)
     directory = user.only_run()
     assert all(math.isnan(loss) for loss in metrics(directory, "val/loss").values())
-    assert {val_loss(place) for place in directory.glob("checkpoints/*")} == {None}
+    assert {val_loss(checkpoint) for checkpoint in directory.glob("checkpoints/*")} == {None}
     assert "no evaluation had a finite loss" in done.stdout
     assert "the best so far" not in done.stdout
     assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=6"))

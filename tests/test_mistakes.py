@@ -8,7 +8,7 @@ TRAIN = "gptlab.train"
 TEXT = ("data=text", "data.source=text.txt")
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "unknown key": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean model.n_layer?"),
     "added key": (["+model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "another option's key": (
@@ -40,7 +40,7 @@ MISTAKES = {
         ["trainer=fsdp_tp", "trainer.devices=3"],
         "trainer.tensor_parallel=2 does not divide the number of devices per node, trainer.devices=3.",
     ),
-    "an average that cannot move": (
+    "average below the resolution": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
         "train.ema_decay=0.999 updates an average by less than the resolution of bfloat16",
     ),
@@ -74,10 +74,10 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_an_invalid_command_line_is_a_config_error(without_torch, arguments, sentence):
+@pytest.mark.parametrize(("arguments", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_an_invalid_command_line_is_a_config_error(without_torch, arguments, message):
     (without_torch.folder / "empty.txt").touch()
-    assert_config_error(without_torch.python(TRAIN, *arguments), sentence)
+    assert_config_error(without_torch.python(TRAIN, *arguments), message)
     assert not (without_torch.folder / "outputs").exists()
 
 
@@ -96,7 +96,7 @@ def test_too_many_processes_is_a_config_error(user):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["run=text.txt"], "text.txt is not a nanoGPT checkpoint"),
         (["run=nowhere"], "nowhere does not exist"),
@@ -105,8 +105,8 @@ def test_too_many_processes_is_a_config_error(user):
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
     ],
 )
-def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, sentence):
-    assert_config_error(without_torch.python("gptlab.sample", *arguments), sentence)
+def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, message):
+    assert_config_error(without_torch.python("gptlab.sample", *arguments), message)
 
 
 @pytest.mark.parametrize("module", ["gptlab.train", "gptlab.sample"])
@@ -118,7 +118,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
 
 
 @pytest.mark.parametrize(
-    ("module", "own", "other", "sentence"),
+    ("module", "own", "other", "message"),
     [
         (
             TRAIN,
@@ -134,8 +134,8 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
         ),
     ],
 )
-def test_an_experiment_of_another_command_is_a_config_error(without_torch, module, own, other, sentence):
-    assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {sentence}")
+def test_an_experiment_of_another_command_is_a_config_error(without_torch, module, own, other, message):
+    assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {message}")
     done = without_torch.python(module, "--help")
     (listed,) = (
         line.split(": ")[1].split(", ") for line in done.stdout.splitlines() if line.startswith("experiment: ")

@@ -24,9 +24,9 @@ def test_a_report_needs_no_torch_and_prints_omitted_runs(without_torch):
     (sweep / "3" / "metrics.csv").write_text("nothing\n")
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
     assert_success(done)
-    written = without_torch.folder / "lr=1.html"
+    report = without_torch.folder / "lr=1.html"
     assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB\. The file needs no network\.\n", done.stdout)
-    assert written.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
+    assert report.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
     assert "lr/now/3 is omitted" in done.stderr
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]
 
@@ -38,7 +38,7 @@ def test_report_help_lists_keys_and_exit_codes(without_torch):
         assert text in done.stdout
 
 
-MISTAKES = {
+CONFIG_ERRORS = {
     "nothing there": (["runs=outputs/none"], "No runs found at outputs/none: it does not exist"),
     "no run there": (["runs=elsewhere"], "No runs found at elsewhere: no run directory"),
     "runs not named": ([], "runs is missing"),
@@ -50,10 +50,10 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), MISTAKES.values(), ids=MISTAKES)
-def test_an_invalid_report_command_is_a_config_error(without_torch, arguments, sentence):
+@pytest.mark.parametrize(("arguments", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_an_invalid_report_command_is_a_config_error(without_torch, arguments, message):
     write_run(without_torch.folder / "outputs" / "quickstart" / "now")
-    assert_config_error(without_torch.python(REPORT, *arguments), sentence)
+    assert_config_error(without_torch.python(REPORT, *arguments), message)
     assert not list(without_torch.folder.rglob("*.html*"))
 
 
@@ -72,16 +72,16 @@ def test_report_serves_until_ctrl_c(user):
     command = user.begin(REPORT, "runs=outputs", "live=true", "port=0")
     line = command.stdout.readline()
     port = int(re.fullmatch(r"Serving the report at http://127\.0\.0\.1:(\d+)/ .*\n", line)[1])
-    status, _, body = asked(port, "/")
+    status, _, body = get(port, "/")
     assert (status, b"gptlab report" in body) == (200, True)
     os.kill(command.pid, signal.SIGINT)
     command.ended(DONE)
     with pytest.raises(ConnectionRefusedError):
-        asked(port, "/")
+        get(port, "/")
     assert not (user.folder / "report.html").exists()
 
 
-def asked(port: int, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
+def get(port: int, path: str, **headers: str) -> tuple[int, http.client.HTTPMessage, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
     answer = connection.getresponse()
@@ -92,17 +92,17 @@ def test_data_is_sent_only_when_it_has_changed(tmp_path):
     run = write_run(tmp_path / "runs" / "0", **running())
     with serving(tmp_path / "runs") as server:
         port = server.server_port
-        status, headers, body = asked(port, "/data.json")
+        status, headers, body = get(port, "/data.json")
         assert (status, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
         assert json.loads(body)["runs"][0]["series"]["train/loss"]["step"][-1] == 20
-        assert asked(port, "/data.json", If_None_Match=headers["ETag"])[0] == 304
+        assert get(port, "/data.json", If_None_Match=headers["ETag"])[0] == 304
         write_metrics(run, rows_of(25))
         write_run(tmp_path / "runs" / "1", settings={"seed": 5})
-        status, _, body = asked(port, "/data.json", If_None_Match=headers["ETag"])
+        status, _, body = get(port, "/data.json", If_None_Match=headers["ETag"])
         assert status == 200
         assert [run["series"]["train/loss"]["step"][-1] for run in json.loads(body)["runs"]] == [25, 20]
         (tmp_path / "runs").rename(tmp_path / "gone")
-        status, _, body = asked(port, "/data.json")
+        status, _, body = get(port, "/data.json")
         assert (status, b"it does not exist" in body) == (410, True)
 
 
@@ -112,10 +112,10 @@ def test_requests_with_a_foreign_host_header_are_refused(tmp_path, host):
     with serving(tmp_path / "runs") as server:
         port = server.server_port
         for path in ("/", "/data.json"):
-            status, _, body = asked(port, path, Host=host.format(port=port))
+            status, _, body = get(port, path, Host=host.format(port=port))
             assert (status, b"series" in body) == (403, False)
-        assert asked(port, "/data.json", Host=f"localhost:{port}")[0] == 200
-        assert asked(port, "/../conftest.py")[0] == 404
+        assert get(port, "/data.json", Host=f"localhost:{port}")[0] == 200
+        assert get(port, "/../conftest.py")[0] == 404
 
 
 def test_the_server_listens_only_on_the_loopback_interface(tmp_path):

@@ -17,7 +17,7 @@ from report_pages import (  # noqa: F401
     seen,
     sizes,
     sweep,
-    written,
+    write_report,
 )
 from run_directories import TOKENS, rows_of, write_metrics, write_run, write_sweep
 
@@ -114,7 +114,7 @@ def test_the_varied_key_is_drawn_with_its_best_point(seen, sweep, report):
 
 
 def test_several_varied_keys_are_parallel_coordinates_and_sizes_a_scaling_chart(seen, sizes):
-    page = seen(written(sizes))
+    page = seen(write_report(sizes))
     drawn = page.traces("parallel")
     assert len(drawn) == 12
     assert {tuple(trace["y"]) for trace in drawn} == {(0, 1, 2, 3)}
@@ -138,7 +138,7 @@ def test_a_fitted_scaling_law_is_drawn(seen, sizes, tmp_path):
     fit = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
     more = {"residual": 0.01, "runs": [], "optima": [], "answer": "the best N grows as C^0.45"}
     write_scaling(ScalingAnswer(law=fit, intervals={"E": (1.6, 1.8)}, **more), sweep)
-    page = seen(written(sweep))
+    page = seen(write_report(sweep))
     (curve,) = page.traces("scaling", "fit")
     parameters = page.page.evaluate("DATA.runs[0].parameters")
     tokens = [x / 6 / parameters for x in curve["x"]]
@@ -176,7 +176,7 @@ def test_strings_of_runs_are_shown_as_text(seen, tmp_path):
     (sweep / "2" / "trial.json").write_text(json.dumps(trial))
     (sweep / "3").mkdir()
     (sweep / "3" / "trial.json").write_text(json.dumps(trial | {"number": 3, "state": "config_error", "value": None}))
-    page = seen(written(sweep))
+    page = seen(write_report(sweep))
     assert page.page.evaluate("window.broken") is None
     assert page.page.evaluate("document.querySelectorAll('img, main b, #answers b, header b').length") == 0
     assert page.text("#answers h2") == HOSTILE

@@ -16,7 +16,7 @@ from report_pages import (  # noqa: F401
     serving,
     sizes,
     sweep,
-    written,
+    write_report,
 )
 from run_directories import TOKENS, rows_of, running, write_run
 
@@ -127,7 +127,7 @@ def test_differing_config_values_are_highlighted_and_the_rest_is_collapsed(seen,
 
 @pytest.mark.slow
 def test_nothing_is_wider_than_the_screen(seen, report, sizes):
-    for path in (report, written(sizes)):
+    for path in (report, write_report(sizes)):
         page = seen(path)
         page.page.evaluate("document.querySelectorAll('details:not(#picks)').forEach(one => { one.open = true; })")
         for width in (1280, 400, 320):

@@ -13,7 +13,7 @@ import pytest
 from commands import assert_config_error, assert_success, metrics
 from gptlab.exit_codes import CONFIG_ERROR
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
-from slurm_cluster import Cluster, why_not
+from slurm_cluster import Cluster, unavailable_reason
 
 pytestmark = pytest.mark.slow
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
@@ -22,7 +22,7 @@ LONG = (*SMALL[:3], "train.max_steps=1000000", "train.eval_every=5", "train.eval
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    if reason := why_not():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster

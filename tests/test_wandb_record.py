@@ -83,9 +83,9 @@ def test_the_record_has_all_metrics_config_samples_and_checkpoints(user):
     directory = user.only_run()
     (record,) = records(directory)
     check_whole(directory, record)
-    (begun,) = of_kind(record, "run")
-    assert (begun["job_type"], begun["tags"], begun["project"]) == ("train", ["a", "b"], "gptlab")
-    assert "run_group" not in begun
+    (started,) = of_kind(record, "run")
+    assert (started["job_type"], started["tags"], started["project"]) == ("train", ["a", "b"], "gptlab")
+    assert "run_group" not in started
     environment = summaries(directory)[0]["config"]["environment"]
     kept = json.loads((directory / "environment.json").read_text())
     assert environment["git_commit"] == commit.strip()
@@ -94,7 +94,7 @@ def test_the_record_has_all_metrics_config_samples_and_checkpoints(user):
         key: kept["machine"][key] for key in ("host", "cores", "gpus")
     }
     artifacts = [one for one in of_kind(record, "artifact") if one["type"] == "model"]
-    assert [one["name"] for one in artifacts] == [f"model-{begun['run_id']}"] * 2
+    assert [one["name"] for one in artifacts] == [f"model-{started['run_id']}"] * 2
     assert [set(one["aliases"]) for one in artifacts] == [{"latest", f"step-{step}", "best"} for step in (3, 6)]
     for artifact, step in zip(artifacts, (3, 6), strict=True):  # the first one has been deleted from checkpoints/
         files = {one["path"]: Path(one["local_path"]) for one in artifact["manifest"]["contents"]}

@@ -23,7 +23,7 @@ def _program() -> str | None:
     return "/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else shutil.which("chromium")
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Returns the reason why no browser is available, or None."""
     return None if _program() else "Chromium is not installed (apt-get install chromium)"
 

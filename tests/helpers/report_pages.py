@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chromium import Seen, chromium, why_not
+from chromium import Seen, chromium, unavailable_reason
 from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
 from gptlab.reporting.page import render_page
@@ -21,7 +21,7 @@ HOSTILE = "<script>window.broken = 1</script><img src=x onerror='window.broken =
 
 @pytest.fixture(scope="module")
 def browser():
-    if reason := why_not():
+    if reason := unavailable_reason():
         pytest.skip(reason)
     with chromium() as browser:
         yield browser
@@ -46,7 +46,7 @@ def sweep(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(sweep) -> Path:
-    return written(sweep)
+    return write_report(sweep)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def sizes(tmp_path_factory) -> Path:
     return place
 
 
-def written(where: Path) -> Path:
+def write_report(where: Path) -> Path:
     path = where / "report.html"
     path.write_text(render_page(ReportDocument(str(where), 1000).gather(), poll=None))
     return path

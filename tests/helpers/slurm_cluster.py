@@ -36,7 +36,7 @@ PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def why_not() -> str | None:
+def unavailable_reason() -> str | None:
     """Returns the reason why no cluster can be started, or None."""
     if os.geteuid() != 0:
         return "starting a SLURM cluster requires root"

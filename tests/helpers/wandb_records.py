@@ -53,8 +53,8 @@ def has_secret(folder: Path) -> list[Path]:
 def begin(user, *arguments: str, callbacks: str = "checkpoint") -> RunningCommand:
     """Starts a run with W&B."""
     small = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", f"callbacks={callbacks}")
-    rhythm = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
-    return user.begin("gptlab.train", *small, *rhythm, *arguments)
+    options = ("train.eval_every=40", "train.eval_windows=10", "train.log_every=1", "logger=wandb")
+    return user.begin("gptlab.train", *small, *options, *arguments)
 
 
 def interrupted(
