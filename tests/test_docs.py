@@ -1,4 +1,4 @@
-"""The documentation: its commands are valid, its configuration reference is whole, and its pictures are there."""
+"""The documentation: valid commands, a complete configuration reference, existing pictures, and the site."""
 
 import html
 import re
@@ -63,17 +63,17 @@ FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"-m gptlab\.(\w+)(.*)")
 PLACEHOLDER = re.compile(r"<[^<>]*>|(?<![^=,\[])\.\.\.")
 PICTURE = re.compile(r"<picture>.*?</picture>", re.DOTALL)
-UNCOMMENTED = {  # the summary of the file says what they are
-    "_target_": "Hydra's own: the class of the launcher or the sweeper",
+UNCOMMENTED = {  # explained by the summary of the file
+    "_target_": "Hydra's key: the class of the launcher or the sweeper",
     "name": "names the option in the configuration of a run, by the name of its file or of the one that it extends",
-    "tensorboard": "an empty group, which turns the logger on",
-    "mode": "Hydra's own: a file of the group sweeps is run as a sweep",
+    "tensorboard": "an empty group that enables the logger",
+    "mode": "Hydra's key: an option of the group sweeps runs as a sweep",
 }
 CHOICES = {"<suite>": "train", "<format>": "hf"}
 
 
 def code_lines(path: Path) -> list[str]:
-    """Lines of code of a page: of its fenced blocks, and each inline span."""
+    """Returns the lines of code of a page: those of its fenced blocks, and each inline span."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":  # in a help text, a description follows the command after two spaces or more
         return [re.split(r"(?<=\S) {2,}", line.strip())[0] for line in text.splitlines()]
@@ -83,7 +83,7 @@ def code_lines(path: Path) -> list[str]:
 
 
 def command_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The commands of a page: their names and their arguments."""
+    """Yields the name and the arguments of each command of a page."""
     for line in code_lines(path):
         for found in COMMAND.finditer(re.sub(r"\[[^\[\]=]*(=[^\[\]]*)? \.\.\.\]", "", line)):
             arguments = found[2]
@@ -93,14 +93,14 @@ def command_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Arguments of a command, without a comment and what a shell would do next."""
+    """Splits the arguments of a command; omits comments, pipes and subsequent commands."""
     words = shlex.split(text, comments=True)
     end = next((n for n, word in enumerate(words) if word in ("|", "&&", ";", ">", "...")), len(words))
     return words[:end]
 
 
 def points(overrides: list[str]) -> Iterator[list[str]]:
-    """The overrides of trials of a sweep, so that each value is in one of them."""
+    """Yields the overrides of trials of a sweep, such that every value occurs in a trial."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
     varied = []
@@ -143,13 +143,13 @@ def validate_command(name: str, values: DictConfig, overrides: list[str]) -> Non
 
 
 def fill(text: str, value: str) -> str:
-    """A command with a value for each placeholder."""
-    return PLACEHOLDER.sub(lambda place: CHOICES.get(place[0], value), text)
+    """Returns a command with a value for each placeholder."""
+    return PLACEHOLDER.sub(lambda placeholder: CHOICES.get(placeholder[0], value), text)
 
 
 @cache
 def problem(name: str, text: str) -> str | None:
-    """What is wrong with a command line; None if it is valid with some value for its placeholders."""
+    """Returns the error of a command line, or None if it is valid with some value for its placeholders."""
     if name == "worker":  # started by gptlab itself
         return None
     found = None
@@ -157,7 +157,7 @@ def problem(name: str, text: str) -> str | None:
         filled = fill(text, filling)
         try:
             check_command(name, split_arguments(filled))
-        except (Exception, SystemExit) as error:  # whatever Hydra, OmegaConf or gptlab raise
+        except (Exception, SystemExit) as error:  # any error of Hydra, OmegaConf or gptlab
             found = f"python -m gptlab.{name}{text}: {type(error).__name__}: {error} {error.__cause__ or ''}"
         else:
             return None
@@ -166,7 +166,7 @@ def problem(name: str, text: str) -> str | None:
 
 @pytest.fixture
 def composing(tmp_path, monkeypatch):
-    """Hydra can compose, in a directory without runs."""
+    """Initializes Hydra in a directory without runs."""
     monkeypatch.chdir(tmp_path)
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
         yield
@@ -192,7 +192,7 @@ def test_every_command_of_a_page_is_valid(composing, page):
         ("python -m gptlab.train --mulitrun", "SystemExit"),
     ],
 )
-def test_a_mistake_in_a_command_of_a_page_is_found(composing, tmp_path, line, message):
+def test_an_invalid_command_of_a_page_is_found(composing, tmp_path, line, message):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n```sh\n{line}   # what it does\n```\n", encoding="utf-8")
     (command,) = command_lines(page)
@@ -217,7 +217,7 @@ def test_every_config_key_of_a_page_exists(page):
 
 
 def flatten(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Keys and values of a file, but for the defaults list."""
+    """Yields the keys and values of a file, except for the defaults list."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from flatten(value, f"{prefix}{key}.")
@@ -244,7 +244,7 @@ def test_the_reference_has_every_key_with_its_default_and_its_comment(path):
     assert read_config_file(path, CONF).summary
 
 
-def test_a_comment_is_read_behind_its_value_and_above_its_key(tmp_path):
+def test_comments_are_read_after_a_value_and_above_a_key(tmp_path):
     (tmp_path / "group").mkdir()
     path = tmp_path / "group" / "option.yaml"
     path.write_text(
@@ -262,7 +262,7 @@ def test_a_comment_is_read_behind_its_value_and_above_its_key(tmp_path):
     ]
 
 
-def test_every_picture_is_there_in_light_and_dark_and_is_small():
+def test_every_picture_is_small_and_exists_in_light_and_dark():
     figures = ROOT / "docs" / "figures"
     names = {path.name for path in figures.iterdir()}
     light = {name for name in names if not Path(name).stem.endswith("-dark")}
@@ -273,7 +273,7 @@ def test_every_picture_is_there_in_light_and_dark_and_is_small():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_a_picture_of_a_page_has_both_files_and_a_text(page):
+def test_a_picture_of_a_page_has_both_files_and_an_alt_text(page):
     for picture in PICTURE.findall(page.read_text(encoding="utf-8")):
         dark, light = re.findall(r"(?:srcset|src)=\"([^\"]+)\"", picture)
         assert "prefers-color-scheme: dark" in picture
@@ -283,13 +283,13 @@ def test_a_picture_of_a_page_has_both_files_and_a_text(page):
         assert re.search(r"alt=\"[^\"]+\"", picture)
 
 
-def test_dead_links_and_what_is_fetched_from_a_network_are_found(tmp_path):
+def test_dead_links_and_requests_to_the_network_are_found(tmp_path):
     (tmp_path / "other.html").write_text('<h1 id="there">Other</h1>')
     links = ("other.html", "other.html#there", "https://example.com", "other.html#nothing", "nothing.html", "#nothing")
     (tmp_path / "index.html").write_text(
         "".join(f'<a href="{link}">link</a>' for link in links) + '<script src="https://example.com/x.js"></script>'
     )
-    assert [sentence.split()[-1].split("/")[-1] for sentence in broken_links(tmp_path)] == [
+    assert [message.split()[-1].split("/")[-1] for message in broken_links(tmp_path)] == [
         *("anchor", "exist", "anchor", "network")
     ]
 
@@ -345,5 +345,5 @@ def test_the_api_pages_show_docstrings_with_shapes(site):
 
 
 @pytest.mark.slow
-def test_no_link_of_the_site_is_dead(site):
+def test_the_site_has_no_dead_links(site):
     assert list(broken_links(site)) == []
