@@ -40,7 +40,7 @@ def test_a_run_starts_from_hugging_face_weights(user, gpt2, devices):
 def test_weights_for_another_vocabulary_are_an_error_before_anything_is_written(user, gpt2):
     (user.folder / "text.txt").write_text("abc" * 1000)
     done = user.train("init_from=gpt2", "tokenizer=characters")
-    assert "gpt2 do not fit this model: model.vocab_size is 257 there and 3 here." in done.stderr
+    assert "gpt2 do not fit this model: model.vocab_size=3, but the weights have 257." in done.stderr
     assert done.returncode == CONFIG_ERROR
     assert not (user.folder / "outputs").exists()
 

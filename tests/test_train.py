@@ -145,7 +145,7 @@ def test_a_run_can_start_from_the_weights_of_another(user, first):
     assert metrics(second, "val/loss")[1] == pytest.approx(metrics(third, "val/loss")[6], abs=1e-6)
     done = user.train(f"init_from={first}", "model.n_embd=32")
     assert done.returncode == 2
-    assert "model.n_embd is 64 there and 32 here" in done.stderr
+    assert "model.n_embd=32, but the weights have 64" in done.stderr
 
 
 @pytest.mark.slow

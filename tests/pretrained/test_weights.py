@@ -129,13 +129,13 @@ def test_longer_block_of_nanogpt_is_truncated(tmp_path, idx):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_layer": 2}, r"model\.n_layer is 3 there and 2 here"),
-        ({"vocab_size": 61}, r"model\.vocab_size is 97 there and 61 here"),
-        ({"vocab_size": 98}, r"model\.vocab_size is 97 there and 98 here"),
-        ({"block_size": 25}, r"model\.block_size is 24 there and 25 here"),
-        ({"bias": False}, r"model\.bias is True there and False here"),
-        ({"tie_weights": False}, r"model\.tie_weights is True there and False here"),
-        ({"activation": "gelu"}, r"model\.activation is gelu_tanh there and gelu here"),
+        ({"n_layer": 2}, r"model\.n_layer=2, but the weights have 3"),
+        ({"vocab_size": 61}, r"model\.vocab_size=61, but the weights have 97"),
+        ({"vocab_size": 98}, r"model\.vocab_size=98, but the weights have 97"),
+        ({"block_size": 25}, r"model\.block_size=25, but the weights have 24"),
+        ({"bias": False}, r"model\.bias=False, but the weights have True"),
+        ({"tie_weights": False}, r"model\.tie_weights=False, but the weights have True"),
+        ({"activation": "gelu"}, r"model\.activation=gelu, but the weights have gelu_tanh"),
     ],
 )
 def test_other_model_is_reported_from_config_json(folder, changes, message):
@@ -150,9 +150,9 @@ def test_unknown_vocabulary_size_is_not_compared(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"n_embd": 64}, r"model\.n_embd is 48 there and 64 here"),
-        ({"activation": "gelu_tanh"}, r"model\.activation is gelu there and gelu_tanh here"),
-        ({"vocab_size": 60}, r"model\.vocab_size is 97 there and 60 here"),
+        ({"n_embd": 64}, r"model\.n_embd=64, but the weights have 48"),
+        ({"activation": "gelu_tanh"}, r"model\.activation=gelu_tanh, but the weights have gelu"),
+        ({"vocab_size": 60}, r"model\.vocab_size=60, but the weights have 97"),
     ],
 )
 def test_other_model_is_reported_from_model_args(tmp_path, changes, message):
