@@ -14,16 +14,19 @@ from torch.utils.data import Dataset
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.streams import TokenStream
 
-WINDOWS_PER_GROUP = 1024  # their starts are computed together, which costs little more than those of one micro-batch
+WINDOWS_PER_GROUP = 1024  # windows whose starts are computed together, in little more time than for a micro-batch
 IGNORE_INDEX = -100  # default ignore_index of cross_entropy: excluded from the loss
 
 
 class Batch(NamedTuple):
-    """Micro-batch: token IDs (B, T), target token IDs (B, T), and document numbers (B, T) or None.
+    """Micro-batch of token sequences.
 
-    ``documents`` numbers the documents within each sequence from 0. Each document except the first begins with an
-    end-of-text token, as does text that is generated without a prompt. ``documents`` is None unless attention is
-    masked at document boundaries.
+    Attributes:
+        idx: Token IDs (B, T).
+        targets: IDs of the next tokens (B, T), ``IGNORE_INDEX`` where not scored.
+        documents: Index (B, T) of the document of each token in its sequence, counted from 0. Each document except the
+            first begins with an end-of-text token, as does text that is generated without a prompt. None unless
+            attention is masked at document boundaries.
     """
 
     idx: Tensor
@@ -70,7 +73,7 @@ class TrainBatches(Dataset[Batch]):
         self._latest: tuple[int, list[NDArray[np.int64]]] | None = None
 
     def positions(self, number: int) -> NDArray[np.int64]:
-        """Returns the positions (B,), in the order of the windows, of the windows of micro-batch ``number``."""
+        """Returns the positions (B,) of the windows of micro-batch ``number`` in the training order."""
         step, micro = divmod(number, self.accumulation)
         size = self.stages.batch(step) // (self.part.world_size * self.accumulation)
         first = self.stages.first(step) + (micro * self.part.world_size + self.part.rank) * size

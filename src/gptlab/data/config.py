@@ -13,7 +13,7 @@ class DataConfig(FrozenConfig):
     Attributes:
         corpus: Name of the reader; see ``gptlab.data.sources.corpora``.
         source: File or directory of the corpus (text, shakespeare). Files named .parquet and .jsonl are read as
-            records, all others as text; .gz and .zst are decompressed.
+            records, all others as text. Text and .jsonl files can be compressed (.gz, .zst).
         path: Prepared shards: a directory, its URL, or a glob of token files of other programs (shards). Name of a
             dataset on the Hugging Face Hub, or its local directory (huggingface).
         subset: Configuration of the Hub dataset, if it has several (huggingface).
@@ -31,7 +31,8 @@ class DataConfig(FrozenConfig):
         documents: "packed" lets attention cross document boundaries. "masked" restricts attention to the tokens since
             the last end-of-text token and restarts the positions there.
         order: "shuffled" reshuffles all windows every epoch. "sequential" keeps the order of the corpus. "block"
-            shuffles the shards, then the windows of ``block_shards`` shards at a time, so that few shards are in use.
+            shuffles the shards, then the windows of ``block_shards`` shards at a time, so that few shards are in use
+            concurrently.
         block_shards: Number of shards whose windows ``order=block`` shuffles together.
         cache_limit_gb: Disk space, in GB, that remote shards (``path`` is a URL) may use on this machine.
         limit_windows: Trains on the first ``limit_windows`` windows only (``debug=overfit``). None uses all windows.

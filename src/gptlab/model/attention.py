@@ -68,7 +68,14 @@ def build_attention_context(
 def build_cached_context(
     config: GPTConfig, cache: KVCache, position: CachePosition, dtype: torch.dtype
 ) -> AttentionContext:
-    """Builds the context of a forward pass over new tokens; the earlier tokens are in ``cache``."""
+    """Builds the context of a forward pass over new tokens; the earlier tokens are in ``cache``.
+
+    Args:
+        config: Configuration of the model.
+        cache: KV cache.
+        position: Slots of the new tokens in the cache.
+        dtype: Dtype of the model's weights.
+    """
     mask = position.mask(None)
     window_mask = position.mask(config.attention_window) if config.attention_window else mask
     rotary = _rotary(config, position.positions, dtype)
@@ -120,7 +127,7 @@ def rotary_tables(positions: Tensor, head_size: int, base: float, dtype: torch.d
         head_size: Head size hs.
         base: Base of the geometric series of frequencies (Su et al. 2021, section 3.2.2).
         dtype: Dtype of the model; the tables are at least float32.
-        half: Whether only the faster half of the channel pairs is rotated.
+        half: Whether to rotate only the first half of the channel pairs. The others get the frequency 0.
 
     Returns:
         Cosines and sines, each (B or 1, 1, T, hs / 2).

@@ -16,9 +16,10 @@ class Option:
     """Metadata of a field of ``GPTConfig``, from which the constants below that class are derived.
 
     Attributes:
-        kind: "size": differs between the sizes of GPT-2, and is recorded in the files of other programs. "variant": not
-            a size, but also recorded there. "modern": introduced after GPT-2. "unrecorded": not recorded by other
-            programs, because it does not change the output of a trained GPT-2.
+        kind: "size" options differ between the sizes of GPT-2. Other programs record them in their files. "variant"
+            options are also recorded there, but are not sizes. "modern" options were introduced after GPT-2.
+            "unrecorded" options are not recorded by other programs, because they do not change the output of a trained
+            GPT-2.
         gpt2: Value in GPT-2; None for a size.
         shapes_weights: Whether models with different values have parameters of different names or shapes.
             ``block_size`` is compared separately, because a longer one can be cropped.
@@ -47,8 +48,8 @@ class GPTConfig(FrozenConfig):
             nanoGPT; "relu_squared" is from So et al. 2021 (Primer), section 4.1.
         norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019).
         positions: "learned" is a positional embedding, as in GPT-2; "rotary" rotates queries and keys (Su et al. 2021,
-            RoFormer, section 3.2); "rotary_half" rotates only half of each head, with the faster half of the
-            frequencies (Jordan et al. 2024, modded-nanogpt).
+            RoFormer, section 3.2); "rotary_half" rotates only half of the channel pairs of each head (Jordan et al.
+            2024, modded-nanogpt).
         rope_base: Base of the rotary frequencies.
         qk_norm: RMS-normalize the queries and keys of each head (Henry et al. 2020).
         embedding_norm: Normalize the embedding before the first block (modded-nanogpt).
@@ -121,7 +122,7 @@ class GPTConfig(FrozenConfig):
         return self
 
     @model_validator(mode="after")
-    def _two_ends(self) -> Self:
+    def _value_embeddings_fit(self) -> Self:
         if 2 * self.value_embeddings > self.n_layer:
             raise ValueError(
                 f"value_embeddings={self.value_embeddings} needs two blocks per value embedding, but "
@@ -159,9 +160,9 @@ class GPTConfig(FrozenConfig):
 
     @property
     def known_vocab_size(self) -> int:
-        """The vocabulary size V; raises ValueError if it is not known yet."""
+        """Vocabulary size V. Raises ValueError if it is not known yet."""
         if self.vocab_size is None:
-            raise ValueError("model.vocab_size is not known yet: it is set from the tokenizer")
+            raise ValueError("model.vocab_size is not known yet. It is set from the tokenizer")
         return self.vocab_size
 
     @property

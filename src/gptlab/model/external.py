@@ -14,7 +14,7 @@ BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, stored b
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 EMBEDDING, POSITIONS, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
 BY_TOKEN = re.compile(r"^(wte|lm_head|value_embeds\.\d+)\.weight$")  # one row per token ID
-WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # weights that have a bias in GPT-2
+WITH_BIAS = re.compile(r"^(h\.\d+|ln_f)\.(.*\.)?weight$")  # weights of layers that have a bias in GPT-2
 
 
 def from_external(state: Mapping[str, Tensor], *, transposed: bool) -> dict[str, Tensor]:
@@ -37,7 +37,14 @@ def fit_shapes(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Fits the parameters returned by ``from_external`` to the shapes of ``model``.
 
     Positions beyond ``block_size`` and rows beyond the vocabulary size are dropped. Padding rows of the model's
-    embedding keep their values.
+    embedding keep their values. ``state`` is modified in place.
+
+    Args:
+        model: The model.
+        state: Parameters by gptlab's names.
+
+    Returns:
+        The parameters, which ``model.load_weights`` accepts.
 
     Raises:
         ValueError: A parameter is missing, unknown, of another shape, or not floating-point.
@@ -90,7 +97,7 @@ def to_external(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tens
 
 
 def _with_rows(external: Tensor, own: Tensor, rows: int) -> Tensor:
-    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``; ``external`` itself if it does not fit."""
+    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``, or ``external`` if its shape differs."""
     if external.shape[1:] != own.shape[1:] or len(external) < rows or not external.is_floating_point():
         return external
     return external[:rows] if rows == len(own) else torch.cat((external[:rows].to(own.dtype), own[rows:]))

@@ -126,17 +126,24 @@ class GPT(nn.Module):
             targets: IDs of the next tokens (B, T), -100 where not scored.
             documents: As in ``forward``.
             chunk: Number of tokens whose logits are in memory at a time; None for all tokens.
+
+        Raises:
+            ValueError: T is greater than ``block_size``.
         """
         x = self.hidden_states(idx, self.attention_context(idx, documents)).flatten(0, 1)
         return lm_loss(x, self._head_weight(), targets.flatten(), self.logit_settings, chunk)
 
     def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
-        """Returns the loss in nats of every token (B, T), 0 where not scored; arguments as in ``loss``."""
+        """Returns the loss in nats of every token (B, T), 0 where not scored; arguments and errors as in ``loss``."""
         x = self.hidden_states(idx, self.attention_context(idx, documents)).flatten(0, 1)
         return token_losses(x, self._head_weight(), targets.flatten(), self.logit_settings, chunk).view_as(targets)
 
     def logits_at(self, idx: Tensor, selected: Tensor) -> Tensor:
-        """Returns the next-token logits (N, V) of the N positions where ``selected`` (B, T) is true, in row order."""
+        """Returns the next-token logits (N, V) of the N positions where ``selected`` (B, T) is true, in row order.
+
+        Raises:
+            ValueError: T is greater than ``block_size``.
+        """
         x = self.hidden_states(idx, self.attention_context(idx, None))
         return self.logit_settings.logits(x[selected], self._head_weight())
 
@@ -163,7 +170,14 @@ class GPT(nn.Module):
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Uses the given tensors as parameters, without copying them."""
+        """Replaces the parameters with the given tensors, without copying them.
+
+        Args:
+            weights: Tensor for each name in ``state_dict``.
+
+        Raises:
+            RuntimeError: A name is missing or unknown, or a shape differs.
+        """
         self.load_state_dict(weights, assign=True)
         self.tie_weights()
 

@@ -12,13 +12,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
 SHORT_SEQUENCE = 256  # number of keys up to which the attention weights of a head fit in a core's cache
-Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's own; None is plain causal attention
+Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's block mask; None for causal attention
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float) -> Tensor:
-    """Computes attention of q (B, nh, T, hs) over k and v (B, nh, S, hs) with the fastest kernel for these inputs.
+    """Computes attention with the fastest kernel for the given inputs.
 
-    A single query (T = 1) is that of the last key: without a mask it attends to all keys.
+    A single query (T = 1) belongs to the last key, so without a mask it attends to all keys.
+
+    Args:
+        q: Queries (B, nh, T, hs).
+        k: Keys (B, nh, S, hs).
+        v: Values (B, nh, S, hs).
+        mask: Mask of the keys that each query attends to; None for causal attention.
+        dropout: Dropout probability of the attention weights.
 
     Returns:
         The output of every head (B, nh, T, hs), in the dtype of q.

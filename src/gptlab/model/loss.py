@@ -13,7 +13,7 @@ IGNORED = -100  # target that is not scored; the default ignore_index of cross_e
 
 
 class LogitSettings(NamedTuple):
-    """Settings of the head, apart from its weight.
+    """Options of the head, other than its weight.
 
     Attributes:
         vocab_size: Vocabulary size V; further rows of the weight are padding.
@@ -39,7 +39,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSett
         x: Hidden states (N, C).
         weight: Weight (R, C) of the head.
         targets: Token IDs (N,), -100 where not scored.
-        settings: Settings of the head.
+        settings: Options of the head.
         chunk: Number of tokens whose logits are in memory at a time; None for all tokens.
     """
     parts = zip(x.split(chunk or len(x)), targets.split(chunk or len(x)), strict=True)
@@ -55,7 +55,7 @@ def lm_loss(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings,
     """Returns the mean loss () in nats per scored token, for training; arguments as in ``token_losses``."""
     if chunk is None or chunk >= len(x):
         return F.cross_entropy(settings.logits(x, weight).float(), targets, ignore_index=IGNORED)
-    if torch.is_autocast_enabled(x.device.type):  # autocast does not reach into an autograd.Function
+    if torch.is_autocast_enabled(x.device.type):  # autocast does not apply inside an autograd.Function
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _chunked_loss(x, weight, targets, settings, chunk)
 

@@ -24,7 +24,7 @@ def build_gpt(config: GPTConfig) -> GPT:
 
 
 def meta_gpt(config: GPTConfig) -> GPT:
-    """Builds a model on the meta device, where parameters use no memory, for ``GPT.load_weights``."""
+    """Builds a model on the meta device, where parameters use no memory; ``GPT.load_weights`` sets its weights."""
     with torch.device("meta"):
         return build_gpt(config)
 
@@ -64,7 +64,7 @@ class ModernAttention(CausalSelfAttention):
     def forward(  # type: ignore[override]  # also takes and returns values
         self, x: Tensor, ctx: AttentionContext, extra_values: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Computes self-attention over ``x`` (B, T, C), with ``extra_values`` (B, T, C) mixed into its values.
+        """Computes self-attention over ``x`` (B, T, C), with ``extra_values`` (each B, T, C) mixed into its values.
 
         Returns:
             The output and the values before mixing, both (B, T, C).
@@ -113,7 +113,7 @@ class ModernBlock(nn.Module):
             ctx: Attention context of the forward pass.
             x0: Embedding (B, T, C), for ``x0_skips``.
             skip: Output (B, T, C) of the mirrored block of the first half, for ``unet_skips``.
-            extra_values: Values (B, T, C) to mix into the block's own.
+            extra_values: Tensors (B, T, C) to mix into the values of the block.
 
         Returns:
             The output and the block's values before mixing, both (B, T, C).
@@ -132,7 +132,7 @@ class ModernGPT(GPT):
     """GPT with any combination of options; see ``GPT``."""
 
     def __init__(self, config: GPTConfig) -> None:
-        nn.Module.__init__(self)  # not GPT's: module order determines the order of parameters and of random draws
+        nn.Module.__init__(self)  # not GPT.__init__: the order of modules determines that of random draws
         self.config = config
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
         rows = config.padded_vocab_size

@@ -24,7 +24,7 @@ class BatchPlan(NamedTuple):
 
     @property
     def stages(self) -> BatchSizeSchedule:
-        """The number of sequences of each step."""
+        """Batch size schedule, in sequences per step."""
         return BatchSizeSchedule(self.world_size * self.accumulation * self.micro_batch_size, self.earlier)
 
 

@@ -108,7 +108,7 @@ class TrainConfig(FrozenConfig):
     log_every: PositiveInt
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _has_one_length(self) -> Self:
         if (self.max_steps is None) == (self.max_tokens is None):
             raise ValueError(
                 "exactly one of max_steps and max_tokens must be set: train.max_steps=<steps>, or "
@@ -130,7 +130,7 @@ class TrainConfig(FrozenConfig):
 
     @property
     def stages(self) -> BatchSizeSchedule:
-        """The number of sequences of every step."""
+        """Batch size schedule, in sequences per step."""
         return BatchSizeSchedule(self.global_batch_size, self.batch_schedule)
 
     def plan(self, world_size: int) -> BatchPlan:
@@ -161,7 +161,7 @@ class TrainerConfig(FrozenConfig):
     profiler: Literal["simple", "pytorch"] | None
 
     @model_validator(mode="after")
-    def _single_is_one(self) -> Self:
+    def _single_strategy_has_one_device(self) -> Self:
         if self.strategy == "single" and (self.devices not in ("auto", 1) or self.num_nodes > 1):
             raise ValueError(
                 f"devices={self.devices} and num_nodes={self.num_nodes} need a distributed strategy, but "
@@ -170,7 +170,7 @@ class TrainerConfig(FrozenConfig):
         return self
 
     @model_validator(mode="after")
-    def _sharded_only(self) -> Self:
+    def _strategy_supports_options(self) -> Self:
         if self.tensor_parallel > 1 and self.strategy != "fsdp_tp":
             raise ValueError(
                 f"tensor_parallel={self.tensor_parallel} splits matrices over devices, which strategy={self.strategy} "
@@ -184,7 +184,7 @@ class TrainerConfig(FrozenConfig):
         return self
 
     def data_parallel(self, devices: int, num_nodes: int) -> int:
-        """Returns the number of data-parallel ranks: ``tensor_parallel`` devices of a node share a model and a batch.
+        """Returns the number of data-parallel ranks. ``tensor_parallel`` devices of a node form one rank.
 
         Args:
             devices: Number of devices per node.
@@ -231,7 +231,7 @@ class HellaSwagConfig(FrozenConfig):
 
 
 class EarlyStoppingConfig(FrozenConfig):
-    """Early stopping after ``patience`` evaluations that improve val loss by no more than ``min_delta``."""
+    """Early stopping after ``patience`` evaluations that do not improve val loss by more than ``min_delta`` nats."""
 
     patience: PositiveInt
     min_delta: NonNegativeFloat

@@ -62,20 +62,23 @@ class TokenDataModule(L.LightningDataModule):
         self._loader: TimedLoader | None = None
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Returns a loader of endless micro-batches, starting at the current step."""
+        """Returns an infinite loader of training micro-batches, starting at the current step."""
         assert self.trainer is not None  # noqa: S101
         on_cuda = self.trainer.strategy.root_device.type == "cuda"
         self._loader = self.micro_batches(data_rank(self.trainer), self.trainer.global_step, pin_memory=on_cuda)
         return self._loader
 
     def waited(self) -> float:
-        """Returns the seconds that this process has waited for micro-batches."""
+        """Returns the seconds that this process has spent waiting for training micro-batches."""
         return 0.0 if self._loader is None else self._loader.waited
 
     def micro_batches(self, rank: int, first_step: int, *, pin_memory: bool = False) -> TimedLoader:
-        """Returns a loader of endless micro-batches of a data rank, starting at a step, counted from 0.
+        """Returns an infinite loader of training micro-batches. Unlike ``train_dataloader``, it needs no trainer.
 
-        Unlike ``train_dataloader``, this needs no trainer.
+        Args:
+            rank: Data-parallel rank.
+            first_step: Step of the first micro-batch, counted from 0.
+            pin_memory: Whether to copy batches to pinned memory.
         """
         order = training_order(self.prepared.manifest, self.config, self.block_size, self.seed)
         batches = TrainBatches(
@@ -84,7 +87,7 @@ class TokenDataModule(L.LightningDataModule):
         return TimedLoader(
             batches,
             batch_size=None,
-            sampler=count(first_step * self.plan.accumulation),  # endless: it has no length
+            sampler=count(first_step * self.plan.accumulation),  # infinite
             num_workers=self.config.num_workers,
             pin_memory=pin_memory,
         )

@@ -1,4 +1,4 @@
-"""Device detection with torch, the choice of the CPU's matmul library, and peak memory."""
+"""Device detection with torch, selection of the CPU's matmul library, and peak memory."""
 
 import os
 import resource
@@ -24,7 +24,9 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
     """
     cuda = torch.cuda.is_available()
     if trainer.accelerator == "gpu" and not cuda:
-        raise UserError("trainer.accelerator=gpu: PyTorch finds no GPU on this machine. Use trainer=cpu for the CPU.")
+        raise UserError(
+            "trainer.accelerator=gpu: PyTorch finds no GPU on this machine. Use trainer=cpu to run on the CPU."
+        )
     if trainer.num_nodes > 1 and not launched_externally():
         raise UserError(
             f"trainer.num_nodes={trainer.num_nodes}: gptlab starts processes only on this machine. "
@@ -42,15 +44,15 @@ def prepare_kernels(chosen: Hardware) -> None:
 
 
 def use_best_matmul(device: torch.device) -> None:
-    """Selects the fastest exact library for float32 matmuls if ``device`` is a CPU; for use outside of training."""
+    """Selects the fastest library with full float32 precision for matmuls on a CPU; for use outside of training."""
     if device.type == "cpu" and best_cpu_matmul() == "onednn":
         _use_onednn("bf16")
 
 
 def best_cpu_matmul() -> str:
-    """Returns "onednn" on AMD CPUs with AVX-512, which MKL does not use there; otherwise "default".
+    """Returns the fastest library with full float32 precision: "onednn" on AMD CPUs with AVX-512, else "default".
 
-    On these CPUs, oneDNN is twice as fast in float32.
+    MKL does not use AVX-512 on AMD CPUs, so oneDNN is about twice as fast there.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return "default"

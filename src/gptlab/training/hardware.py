@@ -1,4 +1,4 @@
-"""Hardware of a run: a table of GPUs, device detection, and the meaning of "auto". Imports no torch.
+"""Hardware of a run: a table of GPUs, device detection, and the resolution of "auto". Imports no torch.
 
 ``gptlab.training.devices`` detects the same facts with torch.
 
@@ -26,12 +26,12 @@ VENDOR_PREFIX = "NVIDIA "
 
 
 class GPU(NamedTuple):
-    """Data of a GPU model.
+    """Specifications of a GPU model.
 
     Attributes:
         name: Name reported by CUDA, without the vendor.
         flops: Peak FLOP/s of dense bfloat16 matmuls with float32 accumulation.
-        memory: Memory in bytes, from the data sheet's GB. A card has slightly more, about as much as CUDA itself uses.
+        memory: Memory in bytes, as in the data sheet. The actual memory is larger by about what CUDA itself uses.
         bandwidth: Memory bandwidth in bytes per second.
     """
 
@@ -62,7 +62,7 @@ GPUS = {
     "rtx3090": GPU("GeForce RTX 3090", 71e12, 24e9, 936e9),
 }
 
-# By CUDA's full name: an RTX A1000 is not an A100, and a MIG slice is not a full GPU.
+# Matched by CUDA's full name, because an RTX A1000 is not an A100, and a MIG slice is not a full GPU.
 BY_NAME = {gpu.name: gpu for gpu in GPUS.values()}
 
 
@@ -95,7 +95,7 @@ class Hardware(NamedTuple):
         precision: One of Lightning's precision names.
         compile: False, "whole" to compile the loss function, or "blocks" to compile each block separately.
         float32_matmul: "default", or "onednn" on a CPU for which oneDNN has faster kernels than MKL. This can only be
-            detected with torch, so in a plan, "auto" is "default".
+            detected with torch, so a plan resolves "auto" to "default".
         is_local: Whether this describes the current machine, so that local measurements apply.
     """
 
@@ -115,7 +115,7 @@ class Hardware(NamedTuple):
 
     @property
     def gpu(self) -> GPU | None:
-        """The GPU's entry in the table; None for a CPU, or if the table lacks it."""
+        """Entry of the GPU in the table, or None for a CPU and for a GPU that is not in the table."""
         return gpu_from_cuda_name(self.name) if self.accelerator == "cuda" else None
 
     @property
@@ -139,7 +139,7 @@ class DeviceFacts(NamedTuple):
         available: Number of devices of a node: its GPUs, or 1 for a CPU.
         has_bf16: Whether the device supports bfloat16 without emulation.
         can_compile: Whether torch.compile works for the device.
-        float32_matmul: The fastest exact library; see ``Hardware``.
+        float32_matmul: The fastest library with full float32 precision; see ``Hardware``.
     """
 
     accelerator: Literal["cpu", "cuda"]
@@ -151,7 +151,7 @@ class DeviceFacts(NamedTuple):
 
 
 def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
-    """Resolves every "auto" of a configuration. Under torchrun or srun, these set the number of devices and nodes.
+    """Resolves every "auto" of a configuration. torchrun or srun, if used, set the number of devices.
 
     On a CPU, bfloat16 and compilation are chosen only for wide models in a single process. For small models, float32 is
     nearly as fast and more precise. Several processes on one CPU are only useful for tests.
@@ -191,7 +191,7 @@ def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
             "trainer.accelerator=gpu: nvidia-smi lists no GPU on this machine. Use gpu=<name> to plan for the GPU of "
             "another machine."
         )
-    available = max(len(gpus), trainer.tensor_parallel)  # a plan may have more devices than this machine
+    available = max(len(gpus), trainer.tensor_parallel)  # a plan may use more devices than this machine has
     if gpus:
         facts = DeviceFacts("cuda", gpus[0], available, has_bf16=True, can_compile=has_compiler())
     else:
@@ -201,9 +201,9 @@ def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
 
 
 def gpu_hardware(gpu: GPU, trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:
-    """Returns the hardware of another machine with GPUs of this model, as many as ``trainer.devices`` says.
+    """Returns the hardware of another machine with ``trainer.devices`` GPUs of this model per node.
 
-    "auto" is ``trainer.tensor_parallel``, the smallest possible number.
+    ``trainer.devices=auto`` is resolved to ``trainer.tensor_parallel``, the smallest possible number.
     """
     facts = DeviceFacts("cuda", gpu.name, trainer.tensor_parallel, has_bf16=True, can_compile=True)
     return resolve_hardware(facts, trainer, train, model)._replace(is_local=False)
@@ -255,7 +255,7 @@ def _count_devices(trainer: TrainerConfig, available: int) -> tuple[int, int]:
 
 
 def _resolve_compile(trainer: TrainerConfig, train: TrainConfig, *, auto: bool) -> Literal[False, "whole", "blocks"]:
-    """Returns which part of the model to compile; ``auto`` is the meaning of "auto".
+    """Returns which part of the model to compile; ``auto`` is the resolved value of "auto".
 
     FSDP runs hooks between the blocks, so only the blocks of a sharded model can be compiled.
     """

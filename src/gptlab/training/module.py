@@ -102,7 +102,7 @@ class GPTModule(L.LightningModule):
         self.grad_norm = torch.zeros(())
         self.bad_step = torch.zeros(())
         self.group_names: list[str] = []
-        self._raw_weights: list[tuple[Tensor, Tensor]] = []  # trained weights, while the averages are swapped in
+        self._raw_weights: list[tuple[Tensor, Tensor]] = []  # trained weights while the averages are swapped in
 
     def configure_model(self) -> None:
         """Compiles and shards the model in place, so that parameters keep their names."""
@@ -140,7 +140,7 @@ class GPTModule(L.LightningModule):
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Sets the step's learning rates and seeds the random generators from (seed, step, data rank, micro-batch)."""
+        """Sets the step's learning rates and seeds the generators from (seed, step, data rank, micro-batch)."""
         step, micro = self.trainer.global_step, batch_idx % self.trainer.accumulate_grad_batches
         if micro == 0:
             (optimizer,) = self.trainer.optimizers
@@ -163,7 +163,7 @@ class GPTModule(L.LightningModule):
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Clips the global gradient norm (Pascanu et al. 2013, algorithm 1) and stores it in ``grad_norm``.
 
-        A step whose norm is not finite is skipped: it changes nothing, but is counted, because its tokens are consumed.
+        A step whose norm is not finite is skipped: weights and optimizer state do not change, but the step is counted.
         """
         parameters = list(self.model.parameters())
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -227,7 +227,7 @@ class GPTModule(L.LightningModule):
         """Restores Lightning's progress and the module's parameter names, unless the strategy has loaded shards.
 
         Lightning has no public way to set its loops to a step. The state that they would save counts micro-batches,
-        whose number per step may have changed. Therefore their counters are set here (read in lightning 2.6.6).
+        whose number per step may have changed. Therefore this method sets their counters (read in lightning 2.6.6).
         """
         step, epoch = checkpoint["global_step"], self.trainer.fit_loop.epoch_loop
         epoch.automatic_optimization.optim_progress.optimizer.step.total.completed = step
@@ -240,10 +240,10 @@ class GPTModule(L.LightningModule):
 
 
 def seed_generators(seed: int) -> None:
-    """Seeds the random generators of the CPU and of CUDA, if that is in use.
+    """Seeds the random number generators of the CPU and, if it is initialized, of CUDA.
 
-    torch.manual_seed would also format this thread's stack for every unused device type, which takes a millisecond per
-    call.
+    torch.manual_seed is not used, because it also formats this thread's stack for every unused device type, which takes
+    a millisecond per call.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

@@ -63,14 +63,14 @@ def prepare(
     work: PrepareOptions = PrepareOptions(),  # noqa: B008  (a constant)
     trained: Tokenizer | None = None,
 ) -> TokenDataset:
-    """Returns the prepared data of a config, and prepares it first if it is not in the cache.
+    """Returns the prepared data of a config. Prepares it first if it is not cached.
 
     Concurrent calls on one file system wait for the process that prepares the data.
 
     Args:
         config: Config of the corpus.
         tokenizer: Config of the tokenizer.
-        work: Number of workers and machines.
+        work: Workers, machines and progress callback.
         trained: Tokenizer that was built from another corpus. Default: builds the tokenizer from this corpus.
 
     Raises:
@@ -274,12 +274,12 @@ def _sample_texts(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
 
 
 def _can_use_bulk_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
-    """Whether gigatoken is installed and gives the same token IDs as the tokenizer on a sample of the corpus."""
+    """Returns whether gigatoken is installed and agrees with the tokenizer on a sample of the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
     if is_equivalent(tokenizer, encode, _sample_texts(corpus, tasks[:: -(-len(tasks) // NUM_SAMPLE_TEXTS)])):
-        log.info("Using gigatoken, which gives the same token IDs as the tokenizer on a sample of the corpus.")
+        log.info("Using gigatoken, which returns the same token IDs as the tokenizer on a sample of the corpus.")
         return True
     log.warning("Not using gigatoken: its token IDs differ from the tokenizer's on a sample of the corpus.")
     return False

@@ -16,7 +16,7 @@ HASH_RANGE = 2**64  # document hashes are integers in [0, HASH_RANGE)
 
 
 def has_several_documents(config: DataConfig) -> bool:
-    """Whether a corpus has more than one document. Reads at most two records of a file of records, and no other text.
+    """Returns whether a corpus has more than one document. Reads at most two records, and no plain text.
 
     Raises:
         UserError: A file of records is damaged or lacks the column.
@@ -43,10 +43,10 @@ def resolve_val_split(config: DataConfig) -> DataConfig:
 
 
 def check_val_split(config: DataConfig) -> None:
-    """Raises an error if ``data.val_split=tail`` is used with several documents, which it would each split in two.
+    """Checks that ``data.val_split=tail`` is used only with a single document, because it would split each document.
 
     Raises:
-        UserError: There are several documents, or a file of records is damaged.
+        UserError: ``val_split`` is "tail" and there are several documents, or a file of records is damaged.
     """
     if config.val_split == "tail" and not _is_missing(config) and has_several_documents(config):
         origin = config.source or config.path or f"data={config.corpus}"
@@ -96,7 +96,7 @@ def document_hash(name: str, seed: int) -> int:
 
 
 def _is_missing(config: DataConfig) -> bool:
-    """Whether the source of ``data=text`` is not set or does not exist."""
+    """Returns whether the source of ``data=text`` is not set or does not exist."""
     return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
 
 

@@ -62,7 +62,7 @@ class RemoteFolder:
                 "the data again on that machine."
             )
         # Named by content: identical data at two URLs is cached once, and different data never shares a directory. The
-        # fingerprint would not do, because it does not depend on the file names.
+        # fingerprint is not used, because it does not depend on the file names.
         content = self.manifest.model_dump_json().encode()
         self.folder = cache_dir / f"remote-{hashlib.sha256(content).hexdigest()[:12]}"
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class RemoteFolder:
         if needed > self.limit:
             raise UserError(
                 f"data.cache_limit_gb={self.limit / 1e9:g} is less than the {needed / 1e9:.3g} GB of {self.url} that "
-                "are in use at the same time, so shards would be downloaded again and again. Increase the limit, or "
+                "are in use at the same time, so shards would be downloaded repeatedly. Increase the limit, or "
                 "use fewer shards at a time with data.order=block and a smaller data.block_shards."
             )
 
@@ -117,7 +117,7 @@ class RemoteFolder:
         """Returns the path of a shard's verified file, downloaded if necessary. The caller holds its lock."""
         path = self.folder / shard.file
         if not path.exists():
-            for stale in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # of a process that was killed
+            for stale in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # left by a process that was killed
                 stale.unlink(missing_ok=True)
             self._make_room(shard)
             log.info("Downloading %s/%s (%.1f MB).", self.url, shard.file, self.sizes[shard.file] / 1e6)
@@ -131,7 +131,7 @@ class RemoteFolder:
         _fetch_to(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
-        """Tries once to download a file. A wrong hash that is already in ``wrong`` is not retried."""
+        """Downloads a file, without retries. If a wrong hash is already in ``wrong``, the error is not transient."""
         filesystem, root = _filesystem(self.url)
         filesystem.get_file(f"{root}/{name}", str(path))
         if shard is None:
@@ -261,8 +261,8 @@ def _check_no_secret(url: str) -> None:
         if parts.password or parts.query or token:
             raise UserError(
                 f"data.path={parts.scheme}://{parts.hostname or ''}... contains a password, token or signature, which "
-                "would be written to every run directory. Provide credentials in the way of the protocol, for example "
-                "~/.netrc, AWS_PROFILE or HF_TOKEN."
+                "would be written to every run directory. Provide credentials as usual for the protocol, for example "
+                "with ~/.netrc, AWS_PROFILE or HF_TOKEN."
             )
 
 
@@ -285,7 +285,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether to retry after ``error``: not if access was denied, and not if the cause is on this machine."""
+    """Returns whether to retry after ``error``: not if access was denied or the cause is on this machine."""
     permanent = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     denied = getattr(error, "status", None) in DENIED_STATUSES

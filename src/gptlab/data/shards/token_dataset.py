@@ -76,7 +76,7 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
 
 
 def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
-    """Records the current state of the shards as verified. Call it directly after they were hashed."""
+    """Records the current state of the shards as verified. Call this directly after hashing them."""
     record = _verified_file(folder, cache_dir)
     with FileLock(f"{record}.lock"):
         write_durably(record, json.dumps(_file_states(folder, manifest)))

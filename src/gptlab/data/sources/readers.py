@@ -118,7 +118,7 @@ def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Ite
             case _:
                 yield _read_text(path, name, span, decoding)
     except _corruption_errors() as error:
-        raise UserError(f"{path} is damaged or does not have the format of its file name: {error}") from error
+        raise UserError(f"{path} is damaged or not in the format that its file name indicates: {error}") from error
 
 
 def file_kind(path: Path) -> str:

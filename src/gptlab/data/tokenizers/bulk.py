@@ -39,7 +39,7 @@ def bulk_encoder(tokenizer: Tokenizer) -> Encode | None:
 
 
 def is_equivalent(tokenizer: Tokenizer, encode: Encode, samples: Sequence[Iterable[str]]) -> bool:
-    """Whether ``encode`` returns the tokenizer's token IDs on adversarial text and on the beginnings of ``samples``.
+    """Returns whether ``encode`` agrees with the tokenizer on adversarial text and the beginnings of ``samples``.
 
     Args:
         tokenizer: Tokenizer to compare with.

@@ -65,7 +65,7 @@ class Tokenizer(Hashable, Protocol):
 
 
 class BytesTokenizer:
-    """UTF-8 bytes and an end-of-text token."""
+    """Tokenizer with one token ID per byte of UTF-8, and an end-of-text token."""
 
     vocab_size = 257
     end_of_text = 256
@@ -87,7 +87,11 @@ class BytesTokenizer:
 
 
 class CharactersTokenizer:
-    """Distinct characters of one corpus, in code point order, as in nanoGPT's character-level data."""
+    """Tokenizer with one token ID per character, as in nanoGPT's character-level data.
+
+    Args:
+        characters: Distinct characters in the order of their IDs. ``build_tokenizer`` sorts them by code point.
+    """
 
     end_of_text = None
 

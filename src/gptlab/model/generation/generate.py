@@ -92,8 +92,8 @@ class _Rows:
         device: torch.device,
     ) -> None:
         self.model, self.copies, self.decoder, self.device = model, copies, decoder, device
-        self.lengths = [len(prompt) for prompt in prompts]  # of the context of each prompt or row
-        self.end = max(self.lengths)  # tokens of the longest row
+        self.lengths = [len(prompt) for prompt in prompts]  # context length of each prompt or row
+        self.end = max(self.lengths)  # length of the longest row
         padded = [[0] * (self.end - len(prompt)) + list(prompt) for prompt in prompts]
         self.ids = torch.zeros((len(prompts), self.end + max_new_tokens), dtype=torch.long, device=device)
         self.ids[:, : self.end] = torch.tensor(padded)

@@ -22,8 +22,8 @@ def row_seeds(seed: int, rows: int) -> list[int]:
 def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
     """Draws uniform numbers in [0, 1) of shape (B, count) on the CPU.
 
-    A row depends only on its seed: a larger ``count`` appends numbers. The numbers have 24 bits, so in float64 their
-    product with a positive number is less than that number.
+    A row depends only on its seed: a larger ``count`` appends numbers. The numbers have 24 bits, so their float64
+    product with a positive number is always less than that number.
     """
     numbers = [np.random.default_rng(seed).random(count, dtype=np.float32) for seed in seeds]
     return torch.from_numpy(np.stack(numbers))

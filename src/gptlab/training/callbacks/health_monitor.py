@@ -98,7 +98,7 @@ class TrainingHealthMonitor(L.Callback):
         self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and the window of losses, so that a resumed run decides as an uninterrupted one."""
+        """Returns the counts and the window of losses, so that detection continues in a resumed run."""
         self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
@@ -118,10 +118,10 @@ class TrainingHealthMonitor(L.Callback):
 class SpikeDetector:
     """Detects losses above the mean of the preceding window by more than ``sigma`` standard deviations.
 
-    The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Unlike there, a
-    loss above the limit is added to the window as the limit itself, so that a spike does not hide the next one, but the
-    mean adapts to a loss that remains high. A spike lasts as long as losses are above the limit, and is reported once.
-    No spike is reported before half of the window is full.
+    The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Unlike in
+    OLMo-core, a loss above the limit is added to the window as the limit itself, so that a spike does not hide the next
+    one, but the mean adapts to a loss that remains high. A spike lasts as long as losses are above the limit, and is reported once.
+    No spike is reported until the window is half full.
 
     Args:
         sigma: Number of standard deviations.

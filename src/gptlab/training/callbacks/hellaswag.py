@@ -23,14 +23,14 @@ class HellaSwag(L.Callback):
     Scoring is deterministic and restores the model's training mode. The examples are split over the data ranks.
 
     Args:
-        config: Steps between scores, and the batch size.
+        config: Steps between two scorings, and the batch size.
         examples: All examples, the same on every rank.
         eval_every: Steps between evaluations.
         max_steps: Length of the run; the last step is always scored.
         tokens: Returns the number of tokens of the first n steps.
 
     Attributes:
-        latest: The latest counts; None before the first score.
+        latest: The latest counts; None before the first scoring.
     """
 
     def __init__(

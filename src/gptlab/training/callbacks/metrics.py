@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Stopwatch:
-    """Measures seconds of training since the last reading, without evaluation, samples and checkpoints.
+    """Measures seconds of training since the last reading, excluding evaluation, samples and checkpoints.
 
     Args:
         clock: Returns the current time in seconds.
@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 class MetricsCallback(L.Callback):
-    """Logs the metrics listed in the README.
+    """Logs the metrics that docs/run-directory.md lists.
 
     Args:
         log_every: Steps between rows.
@@ -118,7 +118,7 @@ class MetricsCallback(L.Callback):
         if step == 1 or step % self.log_every == 0 or step == self.max_steps:
             self._record_step(trainer, pl_module, step)
         if step == self.max_steps:
-            trainer.should_stop = True  # makes Lightning evaluate after the last step, whatever the interval
+            trainer.should_stop = True  # makes Lightning evaluate after the last step, regardless of the interval
 
     def _record_step(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
         assert isinstance(module, GPTModule)  # noqa: S101

@@ -18,13 +18,14 @@ HEADING = "--- sample {} ---\n"
 
 
 class Samples(L.Callback):
-    """Writes <folder>/step_<step>.txt after every evaluation.
+    """Generates text samples after every evaluation and writes them to ``<folder>/step_<step>.txt``.
 
     Args:
         config: Prompt, number of samples and sampling parameters.
         tokenizer: Encodes the prompt and decodes the samples.
         folder: Output directory; created when needed.
-        seed: Combined with the step to the seed of the samples. The random state of training is not changed.
+        seed: Seed from which, with the step, the seeds of the samples are derived. The random state of training does
+            not change.
 
     Attributes:
         latest: The texts of the latest evaluation.

@@ -50,7 +50,10 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
 def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
     """Reads the parameters of a checkpoint, or their averages if saved.
 
-    Only ``wte.weight``, not ``lm_head.weight``, has an average if the two are tied.
+    If ``wte.weight`` and ``lm_head.weight`` are tied, only ``wte.weight`` has an average.
+
+    Raises:
+        UserError: See ``read_checkpoint``.
     """
     checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
     states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]

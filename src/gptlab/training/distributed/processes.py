@@ -4,7 +4,7 @@ import os
 
 from gptlab.errors import UserError
 
-MAX_PROCESSES_PER_CORE = 4  # with more, processes on a CPU only wait for each other
+MAX_PROCESSES_PER_CORE = 4  # more processes on a CPU only wait for each other
 RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # environment variable: file through which the workers of one machine rendezvous
 
 

@@ -16,7 +16,7 @@ from gptlab.training.config import TrainerConfig
 from gptlab.training.distributed.fsdp import FSDP2Strategy
 from gptlab.training.hardware import Hardware
 
-RECOMPILES = 8  # per shape, torch's default limit
+RECOMPILES = 8  # recompilations per shape; torch's default limit
 
 
 def build_strategy(
@@ -62,7 +62,10 @@ def gathered_weights(strategy: Strategy) -> AbstractContextManager[None]:
 
 @contextmanager
 def any_length(trainer: L.Trainer) -> Iterator[None]:
-    """Runs the model on inputs of any length in the training precision: gathered, and without compiling each length."""
+    """Context manager for forward passes on inputs of any length, in the training precision.
+
+    Weights of a sharded model are gathered, and compilation is disabled, because each length would be compiled.
+    """
     assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
     eager = torch.compiler.set_stance("force_eager")
     with eager, gathered_weights(trainer.strategy), trainer.precision_plugin.forward_context():

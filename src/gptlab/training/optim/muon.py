@@ -29,15 +29,15 @@ class StackedMuon(Muon):
     If small matrices were orthogonalized one by one, a device would wait for kernel launches. For a sharded matrix,
     every device gathers the full update, orthogonalizes it redundantly, and keeps its own shard.
 
-    Attributes:
-        found_inf: None, or a tensor () that is 1 if the step must change nothing, as for PyTorch's fused optimizers.
-
     Args:
         groups: As for torch.optim.Muon.
         ns_dtype: Dtype of the orthogonalization: "bfloat16", as in torch.optim.Muon, or "float32".
         cautious: Whether weights decay only where the update has their sign (Chen et al. 2025, Cautious Weight Decay,
             algorithm 1).
         options: Other arguments of torch.optim.Muon.
+
+    Attributes:
+        found_inf: None, or a tensor () that is 1 if the step must be skipped, as for PyTorch's fused optimizers.
     """
 
     found_inf: Tensor | None = None
@@ -156,7 +156,7 @@ def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Moves the singular values of matrices (K, m, n) close to 1 and keeps their singular vectors; same shape.
+    """Approximately orthogonalizes matrices (K, m, n): their singular values become close to 1; same shape.
 
     This is a Newton-Schulz iteration: an odd polynomial of degree five, applied ``steps`` times. The matrices are first
     divided by their norm, so that no singular value is greater than 1. With torch's ``coefficients``, all but tiny

@@ -82,7 +82,7 @@ def group_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits the parameters as GPT-2: weight decay for matrices and embeddings, none for biases and LayerNorms."""
+    """Splits the parameters as in GPT-2: weight decay for matrices and embeddings, none for biases and LayerNorms."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -24,17 +24,17 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: 
 
 
 def warmup(step: int, *, lr: float, steps: int) -> float:
-    """Linear warm-up that reaches ``lr`` at step ``steps``; the first step is not 0 (as in nanoGPT)."""
+    """Returns the learning rate of a linear warm-up, which is ``lr`` at ``steps`` and above 0 at step 0 (nanoGPT)."""
     return lr * (step + 1) / (steps + 1)
 
 
 def cosine(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
-    """Cosine decay from ``lr`` at ``start`` to ``min_lr`` at ``end`` (Loshchilov and Hutter 2017)."""
+    """Returns the learning rate of a cosine decay from ``lr`` to ``min_lr`` (Loshchilov and Hutter 2017)."""
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * _progress(step, start, end))) * (lr - min_lr)
 
 
 def linear(step: int, start: int, end: int, *, lr: float, min_lr: float) -> float:
-    """Linear decay from ``lr`` at ``start`` to ``min_lr`` at ``end``."""
+    """Returns the learning rate of a linear decay from ``lr`` to ``min_lr``."""
     return lr + _progress(step, start, end) * (min_lr - lr)
 
 
