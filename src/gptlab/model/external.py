@@ -97,7 +97,7 @@ def to_external(model: GPT, *, transposed: bool, biases: bool) -> dict[str, Tens
 
 
 def _with_rows(external: Tensor, own: Tensor, rows: int) -> Tensor:
-    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``, or ``external`` if its shape differs."""
+    """Returns ``own`` (R, C) with its first ``rows`` rows from ``external``, or ``external`` if it does not fit."""
     if external.shape[1:] != own.shape[1:] or len(external) < rows or not external.is_floating_point():
         return external
     return external[:rows] if rows == len(own) else torch.cat((external[:rows].to(own.dtype), own[rows:]))

@@ -120,8 +120,8 @@ class SpikeDetector:
 
     The limit is that of OLMo-core's SkipStepOptimizer (with a window of 128 losses and a sigma of 6). Unlike in
     OLMo-core, a loss above the limit is added to the window as the limit itself, so that a spike does not hide the next
-    one, but the mean adapts to a loss that remains high. A spike lasts as long as losses are above the limit, and is reported once.
-    No spike is reported until the window is half full.
+    one, but the mean adapts to a loss that remains high. A spike lasts as long as losses are above the limit, and is
+    reported once. No spike is reported until the window is half full.
 
     Args:
         sigma: Number of standard deviations.

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 log = logging.getLogger(__name__)
 
-REFRESHES = 2  # of the bar per second; drawing it slows down training
+REFRESHES = 2  # refreshes of the bar per second; drawing it slows down training
 LINES = 20  # progress lines in the log of a run and, without a terminal, on the console
 
 
