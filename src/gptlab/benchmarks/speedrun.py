@@ -1,4 +1,4 @@
-"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of their recipe. Imports no torch."""
+"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of the speedrun recipe. Imports no torch."""
 
 import csv
 import re
@@ -109,7 +109,7 @@ def _ladder_parts() -> list[str]:
 
 
 def _prepared(source: str | None, cache: str) -> _Text:
-    """Prepares the text before the runs, so that it is not part of their time."""
+    """Prepares the text before the runs, so that their time does not include the preparation."""
     text = _Text(source, cache)
     run_timed("-m", "gptlab.prepare", *text.arguments)
     return text

@@ -34,7 +34,7 @@ class ComputeOptimalChoice(NamedTuple):
 def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> ComputeOptimalChoice:
     """Chooses a run for a budget of FLOPs (forward and backward).
 
-    Model size and tokens have about 20 tokens per parameter (Hoffmann et al. 2022). Global batch size and learning rate
+    The model is trained on about 20 tokens per parameter (Hoffmann et al. 2022). Global batch size and learning rate
     are functions of the budget (Bi et al. 2024, DeepSeek LLM, section 3.1). These were fitted with AdamW, so the
     learning rates of other optimizers are not changed.
 
@@ -44,7 +44,7 @@ def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> Co
         devices: Number of data-parallel ranks. The global batch size is a multiple of it.
 
     Raises:
-        UserError: The budget is too small or too large for the models of the ladder.
+        UserError: The budget is too small or too large for the models of ``model_ladder``.
     """
     model = min(model_ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
     if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / MAX_RATIO:

@@ -58,9 +58,9 @@ class SweepStore:
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
-                f"hydra.sweep.dir={directory} contains a different sweep: its search space, "
-                f"{format_overrides(earlier.space)}, or another config key differs from this one, "
-                f"{format_overrides(sweep.space)}. Choose another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} contains a different sweep. Its search space: "
+                f"{format_overrides(earlier.space)}. Search space of this command: {format_overrides(sweep.space)}. "
+                "If they are equal, another config key differs. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
