@@ -1,4 +1,4 @@
-"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of the speedrun recipe. Imports no torch."""
+"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of the recipe. Imports no torch."""
 
 import csv
 import re

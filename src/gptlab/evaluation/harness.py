@@ -1,7 +1,7 @@
 """Model adapter of lm-evaluation-harness (Gao et al. 2023) for a GPT.
 
-Encodes, truncates and scores texts as the ``hf`` model of the harness does, so that a model and its Hugging Face export give
-the same results. Shapes: B rows, T tokens of a row, N scored tokens, V vocabulary.
+Encodes, truncates and scores texts as the ``hf`` model of the harness does, so that a model and its Hugging Face export
+give the same results. Shapes: B rows, T tokens of a row, N scored tokens, V vocabulary.
 """
 
 import hashlib
@@ -234,7 +234,7 @@ class HarnessModel(TemplateLM):
 
 
 def model_fingerprint(model: GPT) -> str:
-    """Returns a hash of the config and the weights of a model, for the cache of the harness, whose keys do not include it."""
+    """Returns a hash of the config and weights of a model, for the harness cache, whose keys do not include the model."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
