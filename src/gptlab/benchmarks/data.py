@@ -64,7 +64,7 @@ def _parts(folder: Path, preparation: PreparationBench, loader: LoaderBench, rou
 
 
 class _Preparation:
-    """Prepares a corpus with several programs, each as a whole command with its own process and directory."""
+    """Prepares a corpus with several programs, each run as a command in a separate process and directory."""
 
     def __init__(self, corpus: TextCorpus, val_fraction: float, work: Path) -> None:
         self.corpus, self.val_fraction, self.work = corpus, val_fraction, work

@@ -39,7 +39,7 @@ class _Text(NamedTuple):
 
 
 def time_to_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
-    """Returns an iterator that measures whole commands, with a different seed in each round.
+    """Returns an iterator that measures commands from start to exit, with a different seed in each round.
 
     Raises:
         UserError: The text cannot be prepared, or the checkout of nanoGPT is incomplete. Raised by this call.

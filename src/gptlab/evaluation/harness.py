@@ -28,7 +28,7 @@ from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.gpt import GPT
 
 Request = tuple[Any, list[int], list[int]]  # texts, token IDs of the context, token IDs of the continuation
-Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would generate it
+Answer = tuple[float, bool]  # log-likelihood of the continuation in nats, and whether greedy decoding would generate it
 MAX_GEN_TOKS = 256  # default, as HFLM.max_gen_toks
 SEED = 1234  # of sampling; default of simple_evaluate
 GENERATION_BATCH = 8  # number of tokens after which to check whether all texts have ended
@@ -93,7 +93,7 @@ class HarnessModel(TemplateLM):
         return [*first, *(id_ for part in others for id_ in (end, *part))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihoods of whole texts, scored in windows that overlap by one token."""
+        """Returns the log-likelihood of each text in nats, scored in windows that overlap by one token."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -234,7 +234,7 @@ class HarnessModel(TemplateLM):
 
 
 def model_fingerprint(model: GPT) -> str:
-    """Returns a hash of the config and weights of a model, for the harness cache, whose keys do not include the model."""
+    """Returns a hash of the config and weights of a model, for the harness cache, whose keys do not include it."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())

@@ -85,7 +85,7 @@ class RunPlan(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole training, forward and backward."""
+        """FLOPs of the training run, forward and backward."""
         return float(flops_per_token(self.config.model)) * self.length.tokens
 
     @property
@@ -135,7 +135,7 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
 
     Args:
         config: Configuration with the vocabulary size.
-        budget: FLOPs of the whole training.
+        budget: FLOPs of the training run, forward and backward.
         gpus: Names of GPUs. The run is chosen for the first one, or for this machine if the list is empty.
 
     Raises:
