@@ -53,4 +53,4 @@ def test_unwritable_cache_logs_a_warning(tmp_path, caplog):
     (tmp_path / calibration.FOLDER).touch()
     config = resolved("trainer=cpu", f"data.cache_dir={tmp_path}").with_vocabulary(257)
     save_measurement(config, plan_hardware(config, []), TAKEN)
-    assert "cannot be saved for later forecasts" in caplog.text
+    assert "could not be saved for later forecasts" in caplog.text

@@ -202,7 +202,7 @@ def test_killed_search_resumes_with_the_same_points(tmp_path, search):
 
 def test_directory_with_a_different_sweep_raises(tmp_path):
     run_sweep(tmp_path, ["x=1,2"], FakeLauncher())
-    with pytest.raises(UserError, match=r"contains a different sweep.* x=1,2, the current one is x=1,3"):
+    with pytest.raises(UserError, match=r"contains a different sweep.* x=1,2.* x=1,3"):
         run_sweep(tmp_path, ["x=1,3"], FakeLauncher())
 
 

@@ -1,4 +1,4 @@
-"""suite=data: preparation of a corpus to shards, and loading of batches from shards."""
+"""suite=data: preparation of a corpus into shards, and loading of batches from shards."""
 
 import hashlib
 import importlib.util
@@ -64,7 +64,7 @@ def _parts(folder: Path, preparation: PreparationBench, loader: LoaderBench, rou
 
 
 class _Preparation:
-    """Prepares a corpus with several programs, each as a whole command with its own process and directory."""
+    """Prepares a corpus with several programs, each run as a command in a separate process and directory."""
 
     def __init__(self, corpus: TextCorpus, val_fraction: float, work: Path) -> None:
         self.corpus, self.val_fraction, self.work = corpus, val_fraction, work
@@ -75,8 +75,8 @@ class _Preparation:
         path, total, documents, distinct = self.corpus
         repeated = "" if distinct == total else f" ({distinct / 1e6:,.0f} MB distinct, repeated)"
         caption = (
-            f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands including "
-            f"start-up, with {CORES} processes each; inside: seconds without the start of Python and imports. "
+            f"{total / 1e6:,.1f} MB of text{repeated} in {documents:,} documents, {path}. Whole commands, with "
+            f"{CORES} processes each, including start-up (the start of Python and imports). "
             "nanoGPT: datasets.map with tiktoken, then one file of tokens per split."
         )
         variants = [Variant("", "nanoGPT", self.plain), Variant("", "gptlab, tiktoken", self.without_gigatoken)]

@@ -63,10 +63,10 @@ def measure(bench: GenerateBench, rounds: int) -> Iterator[ResultTable]:
     caption = (
         f"{bench.model.n_layer} layers of width {bench.model.n_embd}, random weights; {bench.tokens} tokens after a "
         f"prompt of {bench.prompt_tokens}, sampled with temperature 0.8 and top_k 200 in a new process, after a "
-        "warm-up; speed by the median time per token. GB/s: weights and KV cache read per second. % of bandwidth: of "
-        "the bandwidth at which the same process sums a large tensor. Recomputed: without a KV cache, as in nanoGPT, "
-        f"timed at every {bench.recomputed_every}th token. Peak MB: peak memory of the process, including the "
-        "creation of the model in float32."
+        "warm-up. Tokens/s: from the median time per token. GB/s: weights and KV cache read per second. % of "
+        "bandwidth: relative to the bandwidth at which the same process sums a large tensor. Recomputed: without a KV "
+        f"cache, as in nanoGPT, timed once every {bench.recomputed_every} tokens. Peak MB: peak memory of the "
+        "process, including the creation of the model in float32."
     )
     columns = ("GB/s", "%", "ms to the first", "peak MB")
     yield ResultTable("Generation", caption, "tokens/s", columns, measure_in_turns(variants, rounds))
@@ -98,13 +98,13 @@ def time_cached(
     """Returns the seconds to the first token, and the median seconds of later steps; a step adds a token per row."""
     prompt = torch.arange(bench.prompt_tokens).tolist()
     seeds = row_seeds(0, rows)
-    many = bench.tokens if decoder.bucket > 1 else WARM  # a compiled step is compiled for all lengths
+    many = bench.tokens if decoder.bucket > 1 else WARM  # compiles the decoder for all lengths
     for tokens in (many, bench.tokens):
         times = [time.perf_counter()]
         for ids in generate(
             model, [prompt] * rows, SAMPLING, seeds=seeds, max_new_tokens=tokens, decoder=decoder, device=device
         ):
-            ids.tolist()  # wait for the token, as a program that prints it
+            ids.tolist()  # waits for the token, like a program that prints it
             times.append(time.perf_counter())
     steps = [later - earlier for earlier, later in pairwise(times)]
     return steps[0], statistics.median(steps[1:])

@@ -38,7 +38,7 @@ class Loading(FrozenConfig):
 
 
 def gptlab_batches(task: Loading) -> Callable[[int], Batch]:
-    """Returns a function that loads a batch as a training run without data loader workers."""
+    """Returns a function that loads a batch as a training run without data loader workers does."""
     folder = Path(task.folder)
     manifest = load_manifest(folder)
     stream = TokenStream(LocalFolder(folder), manifest, "train")
@@ -47,7 +47,7 @@ def gptlab_batches(task: Loading) -> Callable[[int], Batch]:
 
 
 def plain_batches(task: Loading) -> Callable[[int], Pair]:
-    """Returns a function that loads a batch as nanoGPT's train.py: maps the file, draws windows with replacement."""
+    """Returns a function that loads a batch as nanoGPT's train.py does, with random windows of a mapped file."""
     path, size = first_shard(task), task.block_size
     torch.manual_seed(task.seed)
 

@@ -22,6 +22,7 @@ HEADINGS = {
     "% more CPU ms": "CPU ms, % more",
     "%": "% of bandwidth",
     "ms to the first": "ms to first token",
+    "inside": "seconds without start-up",
     "steps to it": "steps to target",
     "s to it": "seconds to target",
 }
@@ -177,7 +178,7 @@ def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder
 
 def print_result_table(part: ResultTable) -> None:
     """Prints a table of results."""
-    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Medians (range).", highlight=False)
+    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Values are medians (range).", highlight=False)
     table = Table(box=box.SIMPLE)
     table.add_column(no_wrap=True)
     for column in (part.metric, "ratio", *part.others):

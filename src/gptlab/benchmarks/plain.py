@@ -14,10 +14,10 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges
 
-BATCHES = 1024  # number of pieces in which a file of tokens is written
+BATCHES = 1024  # number of chunks in which a file of tokens is written
 END_OF_TEXT = 50256
 
-# the vocabulary is read from the same place as in gptlab, so that no network access is needed
+# reads the same vocabulary files as gptlab, so that no network access is needed
 encoding = tiktoken.Encoding(
     "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2_merges(None), special_tokens={"<|endoftext|>": END_OF_TEXT}
 )

@@ -1,4 +1,4 @@
-"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of their recipe. Imports no torch."""
+"""suite=speedrun: time of whole runs to a target loss; suite=ladder: ablation of the recipe. Imports no torch."""
 
 import csv
 import re
@@ -39,7 +39,7 @@ class _Text(NamedTuple):
 
 
 def time_to_loss(bench: SpeedrunBench, cache: str, rounds: int) -> Iterator[ResultTable]:
-    """Returns an iterator that measures whole commands, with a different seed in each round.
+    """Returns an iterator that measures commands from start to exit, with a different seed in each round.
 
     Raises:
         UserError: The text cannot be prepared, or the checkout of nanoGPT is incomplete. Raised by this call.
@@ -109,7 +109,7 @@ def _ladder_parts() -> list[str]:
 
 
 def _prepared(source: str | None, cache: str) -> _Text:
-    """Prepares the text before the runs, so that it is not part of their time."""
+    """Prepares the text before the runs, so that their time does not include the preparation."""
     text = _Text(source, cache)
     run_timed("-m", "gptlab.prepare", *text.arguments)
     return text

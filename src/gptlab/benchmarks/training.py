@@ -87,8 +87,8 @@ def measure(bench: TrainBench, rounds: int) -> Iterator[ResultTable]:
 
 def _steps(title: str, shape: TrainingSteps, levers: dict[str, Levers], rounds: int) -> ResultTable:
     caption = (
-        f"{_shape(shape)} Tokens/s by the median of {shape.steps} steps. Ceiling: FLOP/s of a large matmul in the "
-        "precision of the row, measured by the same process (a token counts 6 N + 12 L C T FLOPs). Loss: after the "
+        f"{_shape(shape)} Tokens/s: from the median of {shape.steps} steps. Ceiling: FLOP/s of a large matmul in the "
+        "precision of the row, measured by the same process (a token counts as 6 N + 12 L C T FLOPs). Loss: after the "
         "last step, on random tokens. Peak MB: peak memory."
     )
     columns = ("% of ceiling", "loss", "peak MB")

@@ -257,7 +257,7 @@ def main(task: dict[str, Any]) -> tuple[Sample, Sample]:
     if task["loop"] == "guards":
         return measure_guards(GuardsBench.model_validate(task["bench"]))
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
-        rich.reconfigure(file=nowhere, force_terminal=True)  # draws the progress bar, but does not show it
+        rich.reconfigure(file=nowhere, force_terminal=True)  # renders the progress bar without showing it
         return measure_loops(compose_config(task["arguments"], task["turns"]), task["turns"], Path(folder))
 
 

@@ -1,7 +1,7 @@
 """Model adapter of lm-evaluation-harness (Gao et al. 2023) for a GPT.
 
-Encodes, truncates and scores texts as the harness' ``hf`` model does, so that a model and its Hugging Face export give
-the same results. Shapes: B rows, T tokens of a row, N scored tokens, V vocabulary.
+Encodes, truncates and scores texts as the ``hf`` model of the harness does, so that a model and its Hugging Face export
+give the same results. Shapes: B rows, T tokens of a row, N scored tokens, V vocabulary.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.gpt import GPT
 
 Request = tuple[Any, list[int], list[int]]  # texts, token IDs of the context, token IDs of the continuation
-Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would generate it
+Answer = tuple[float, bool]  # log-likelihood of the continuation in nats, and whether greedy decoding would generate it
 MAX_GEN_TOKS = 256  # default, as HFLM.max_gen_toks
 SEED = 1234  # of sampling; default of simple_evaluate
 GENERATION_BATCH = 8  # number of tokens after which to check whether all texts have ended
@@ -43,7 +43,7 @@ class HarnessModel(TemplateLM):
         tokenizer: Tokenizer of the model.
         batch_size: Number of rows per batch.
         device: Device of the model.
-        autocast: Returns a context manager that sets the precision of a forward pass.
+        autocast: Function that returns a context manager, which sets the precision of a forward pass.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """ID of the end-of-text token, which precedes a text without a context."""
+        """ID of the end-of-text token, which precedes a text without a context. Raises UserError if there is none."""
         if (end := self.encoding.end_of_text) is None:
             raise UserError(
                 f"tokenizer={self.encoding.record()['name']} of this model has no end-of-text token, but the task has "
@@ -93,7 +93,7 @@ class HarnessModel(TemplateLM):
         return [*first, *(id_ for part in others for id_ in (end, *part))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihoods of whole texts, scored in windows that overlap by one token."""
+        """Returns the log-likelihood of each text in nats, scored in windows that overlap by one token."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         0.4.13).
 
         Raises:
-            UserError: A continuation is longer than the block.
+            UserError: A continuation is longer than ``block_size`` tokens.
         """
         requests_by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)  # requests by the input of the model
         for number, (_, context, continuation) in enumerate(requests):
@@ -151,7 +151,11 @@ class HarnessModel(TemplateLM):
             return self.model.logits_at(idx.to(self.device), scored.to(self.device)).split(list(counts))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues contexts until a stop string. Batches requests with the same options."""
+        """Continues contexts until a stop string. Batches requests with the same options.
+
+        Raises:
+            UserError: The options of a task are not supported, or leave no room for a context.
+        """
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[repr(request.args[1])].append(number)
@@ -230,7 +234,7 @@ class HarnessModel(TemplateLM):
 
 
 def model_fingerprint(model: GPT) -> str:
-    """Returns a hash of the config and the weights of a model, for the harness' cache, whose keys omit the model."""
+    """Returns a hash of the config and weights of a model, for the harness cache, whose keys do not include it."""
     digest = hashlib.sha256(model.config.model_dump_json().encode())
     for parameter in model.parameters():
         digest.update(parameter.detach().cpu().contiguous().numpy().tobytes())
@@ -240,8 +244,8 @@ def model_fingerprint(model: GPT) -> str:
 def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
     """Scores a continuation (N,) with the logits (N, V) that predict its tokens."""
     targets = torch.tensor(continuation, device=logits.device)
-    chances = torch.log_softmax(logits.float(), dim=-1)
-    value = chances.gather(1, targets[:, None]).sum(dtype=torch.float64)
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    value = log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64)
     return value.item(), bool((logits.argmax(dim=-1) == targets).all())
 
 

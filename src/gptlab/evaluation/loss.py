@@ -41,7 +41,7 @@ class LossSums:
         self.sums += torch.stack((nats.sum(), scored.sum(), text_nats.sum(), lengths.sum()))
 
     def result(self) -> tuple[float, float]:
-        """Returns the mean loss in nats per token and the bits per byte, nan if there are no tokens."""
+        """Returns the mean loss in nats per token and the bits per byte, or NaN if there are no tokens."""
         nats, tokens, text_nats, text_bytes = self.sums.tolist()
         return (
             nats / tokens if tokens else math.nan,

@@ -34,7 +34,8 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
     """Prepares the corpus to score: the one in ``config``, or else the training data of the run.
 
     The corpus is tokenized with the tokenizer of the model: a trained BPE or a table of characters is taken from the
-    model and not built from the corpus. A run that was trained with ``data.documents=masked`` is also scored with it.
+    model and not built from the corpus. If a run was trained with ``data.documents=masked``, it is also scored with
+    masked documents.
 
     Args:
         config: Config of the evaluation.

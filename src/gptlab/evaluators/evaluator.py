@@ -138,7 +138,14 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
 
 
 def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConfig, context: EvalContext) -> EvalResult:
-    """Scores a model on HellaSwag. Every process returns the result over all processes."""
+    """Scores a model on HellaSwag. Every process returns the result over all processes.
+
+    Args:
+        model: Model, on the device of ``context``.
+        examples: Examples of all processes.
+        config: Config of the evaluation.
+        context: Device, precision and rank.
+    """
     device, block_size = context.device, model.config.block_size
     chunk, start = resolve_loss_chunk("auto", model.config), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)

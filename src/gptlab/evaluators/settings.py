@@ -47,12 +47,12 @@ class EvaluateConfig(FrozenConfig):
         return self.batch_size or max(1, TOKENS_PER_BATCH // block_size)
 
     @model_validator(mode="after")
-    def _belongs_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         corpus, tasks = ("data", "windows", "stride"), ("task_dir", "num_fewshot", "cache")
-        if not self.on_corpus and (idle := self._named(corpus)):
-            raise ValueError(f"{idle} cannot be combined with tasks or hellaswag, which have their own texts")
-        if not self.tasks and (idle := self._named(tasks)):
-            raise ValueError(f"{idle} has no effect without tasks")
+        if not self.on_corpus and (unused := self._named(corpus)):
+            raise ValueError(f"{unused} cannot be combined with tasks or hellaswag, which have their own texts")
+        if not self.tasks and (unused := self._named(tasks)):
+            raise ValueError(f"{unused} has no effect without tasks")
         if self.on_corpus and self.limit is not None:
             raise ValueError("limit applies only to tasks and hellaswag; use windows=<number> for part of a corpus")
         return self

@@ -120,7 +120,8 @@ def compare_logits(difference: float, reference: Reference, by: str, relative: f
 def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relative: float) -> Check:
     """Compares a greedy continuation with the reference.
 
-    It may differ from the first token on at which the two highest logits differ by at most twice the tolerance.
+    A difference is accepted if the two highest logits of the reference differ by at most twice the tolerance at the
+    first token that differs.
     """
     ids = _until(reference.greedy.ids, reference.end_of_text)
     other = _until(theirs, reference.end_of_text)

@@ -54,7 +54,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
         checks += compare_scores(model.eval(), reference, f"{version('gptlab')}, from the file", RELATIVE)
     no_package = "loading with llm.c, because it is not a Python package"
     return CheckResult(
-        checks, [no_package, *omitted_tokenizer(job, (GPT2Tokenizer,), "llm.c only supports that of GPT-2")]
+        checks, [no_package, *omitted_tokenizer(job, (GPT2Tokenizer,), "llm.c only supports GPT-2's tokenizer")]
     )
 
 

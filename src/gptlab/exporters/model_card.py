@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class ModelCardInfo(NamedTuple):
-    """Training of a run up to its best checkpoint. All attributes are None for a model that gptlab did not train.
+    """Training of a run up to its best checkpoint, for the model card.
+
+    All attributes are None for a model that gptlab did not train.
 
     Attributes:
         dataset: Name of the training data, without the path on this machine.
@@ -34,7 +36,7 @@ class ModelCardInfo(NamedTuple):
 
     @classmethod
     def of(cls, source: ModelSource) -> Self:
-        """Reads the training of a source from its run directory."""
+        """Reads the attributes from the run directory of a source."""
         if not source.is_run:
             return cls()
         origin = load_manifest(source.path).origin

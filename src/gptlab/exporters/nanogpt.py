@@ -48,9 +48,9 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)
     tensors = to_external(model, transposed=False, biases=False)
-    checks = [compare_tensors(iter(tensors.items()), reference, f"{version('torch')}, weights only")]
+    checks = [compare_tensors(iter(tensors.items()), reference, f"{version('torch')} with weights_only=True")]
     with torch.no_grad():
         checks += compare_scores(model, reference, f"{version('gptlab')}, from the file", 0.0)
     no_package = "loading with nanoGPT, because it is not a Python package"
-    reason = "nanoGPT only supports characters and that of GPT-2"
+    reason = "nanoGPT only supports character tokenizers and GPT-2's tokenizer"
     return CheckResult(checks, [no_package, *omitted_tokenizer(job, (CharactersTokenizer, GPT2Tokenizer), reason)])

@@ -1,4 +1,4 @@
-"""Reference with which an export is compared, computed from the model before the export is written.
+"""Reference to which an export is compared, computed from the model before the export is written.
 
 Shapes: B prompts, T tokens of a prompt, V vocabulary.
 """
@@ -39,7 +39,7 @@ class Reference(NamedTuple):
         beginning: Token IDs of the prompt of the greedy continuation.
         greedy: The greedy continuation.
         tensors: SHA-256 of each tensor in its stored dtype, with the name and in the orientation of nanoGPT.
-        rounding: Largest difference of the logits caused by rounding the weights, or None without rounding.
+        rounding: Largest absolute change of the logits caused by rounding the weights, or None without rounding.
         end_of_text: ID of the end-of-text token, at which other programs stop, or None.
     """
 

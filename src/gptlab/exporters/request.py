@@ -18,7 +18,7 @@ NO_TOKENIZER = "tokenizer, because the tokenizer of this model is unknown and wa
 
 
 class ExportRequest(NamedTuple):
-    """One export.
+    """Parameters of one export.
 
     Attributes:
         source: Model to export.
@@ -66,7 +66,7 @@ def omitted_tokenizer(job: ExportRequest, known: tuple[type, ...], reason: str) 
         return [NO_TOKENIZER]
     if isinstance(job.tokenizer, known):
         return []
-    return [f"tokenizer, because {reason}, so it was not exported"]
+    return [f"tokenizer, which was not exported, because {reason}"]
 
 
 def comparison_texts(tokenizer: Tokenizer) -> Sequence[str]:

@@ -1,8 +1,7 @@
 """Bytes of the activations that the forward pass saves for the backward pass, by part of the model. Imports no torch.
 
 Counts the tensors that autograd saves for each operation in ``gptlab.model``. A tensor that several operations save
-counts once. Shapes: B sequences, T time, N = B T tokens, C channels, nh heads, hs head size, V vocabulary, R rows of
-the head.
+counts once. Shapes: B sequences, T time, N = B T tokens, C channels.
 """
 
 from typing import Literal, NamedTuple

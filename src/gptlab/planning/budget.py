@@ -34,17 +34,17 @@ class ComputeOptimalChoice(NamedTuple):
 def choose_compute_optimal(config: RunConfig, budget: float, devices: int) -> ComputeOptimalChoice:
     """Chooses a run for a budget of FLOPs (forward and backward).
 
-    Model size and tokens have about 20 tokens per parameter (Hoffmann et al. 2022). Global batch size and learning rate
+    The model is trained on about 20 tokens per parameter (Hoffmann et al. 2022). Global batch size and learning rate
     are functions of the budget (Bi et al. 2024, DeepSeek LLM, section 3.1). These were fitted with AdamW, so the
     learning rates of other optimizers are not changed.
 
     Args:
         config: Configuration with the vocabulary size. Model size, length, batch size and learning rate change.
-        budget: FLOPs of the whole training.
+        budget: FLOPs of the training run, forward and backward.
         devices: Number of data-parallel ranks. The global batch size is a multiple of it.
 
     Raises:
-        UserError: The budget is too small or too large for the models of the ladder.
+        UserError: The budget is too small or too large for the models of ``model_ladder``.
     """
     model = min(model_ladder(config.model), key=lambda size: abs(math.log(_ratio(size, budget) / TOKENS_PER_PARAMETER)))
     if (ratio := _ratio(model, budget)) < TOKENS_PER_PARAMETER / MAX_RATIO:
@@ -86,12 +86,12 @@ def model_ladder(model: GPTConfig) -> list[GPTConfig]:
 
 
 def optimal_batch_tokens(budget: float) -> float:
-    """Returns the global batch size in tokens (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns the global batch size in tokens for a budget of FLOPs (Bi et al. 2024, section 3.1, equation 1)."""
     return 0.2920 * budget**0.3271
 
 
 def optimal_learning_rate(budget: float) -> float:
-    """Returns the learning rate of AdamW (Bi et al. 2024, DeepSeek LLM, section 3.1, equation 1)."""
+    """Returns the learning rate of AdamW for a budget of FLOPs (Bi et al. 2024, section 3.1, equation 1)."""
     return 0.3118 * budget**-0.1250
 
 

@@ -56,7 +56,10 @@ class Measurement(FrozenConfig):
 
 
 def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | None:
-    """Returns the measurement of a run on this machine with the same speed-relevant config, or None."""
+    """Returns the measurement of a similar run on this machine, or None.
+
+    The runs are similar if all config keys that affect the speed or memory of a step are equal.
+    """
     if not hardware.is_local:
         return None
     try:
@@ -72,7 +75,7 @@ def save_measurement(config: RunConfig, hardware: Hardware, measured: Measuremen
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
     except OSError as error:
-        log.warning("The measured speed and memory cannot be saved for later forecasts: %s", error)
+        log.warning("The measured speed and memory could not be saved for later forecasts: %s", error)
 
 
 def measure_run(

@@ -74,7 +74,7 @@ def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mf
     Args:
         config: Configuration with the vocabulary size.
         length: Length of the run.
-        hardware: GPUs with known peak FLOPs.
+        hardware: GPUs with known peak FLOP/s.
         mfu: MFU, between 0 and 1.
     """
     assert hardware.gpu is not None  # noqa: S101

@@ -2,8 +2,7 @@
 
 The peak is the maximum over five moments: after the logits are computed; in the forward pass of the last block; at the
 start of the backward pass, in the head; in the backward pass of the last block; and in the optimizer step. In the first
-two, the gradients of the previous step still exist. Shapes: N tokens of a micro-batch, C channels, V vocabulary, R rows
-of the head.
+two, the gradients of the previous step still exist.
 """
 
 from typing import NamedTuple
@@ -36,7 +35,7 @@ class ParameterShares(NamedTuple):
 
     Attributes:
         blocks: Parameters of all blocks.
-        matrices: Those of them that are weight matrices, which Muon trains.
+        matrices: Parameters of the weight matrices of all blocks, which Muon trains.
         rest: Parameters of the embeddings, the final norm, and the head if it is not tied.
     """
 
@@ -118,7 +117,7 @@ def count_by_part(config: GPTConfig) -> dict[str, int]:
         "mlp": config.n_layer * (8 * width * width + 5 * width * config.bias),
         "lm_head": 0 if config.tie_weights else rows * width,
     }
-    norms = parameter_count(config) - sum(parts.values())  # and the few mixing weights
+    norms = parameter_count(config) - sum(parts.values())  # and learned mixing weights
     return {name: count for name, count in (parts | {"norms": norms}).items() if count}
 
 
@@ -157,7 +156,7 @@ def estimate_memory(
 
 
 def largest_micro_batch(config: RunConfig, hardware: Hardware, spread: ParallelLayout, chunk: int | None) -> int | None:
-    """Returns the largest micro-batch size that fits on a device, or None if the memory of the device is unknown."""
+    """Returns the largest micro-batch size that fits on a device, 0 if none fits, or None if its memory is unknown."""
     room = hardware.memory
     if room is None:
         return None
@@ -230,7 +229,7 @@ def _fragmentation(forward: ForwardPass) -> float:
 
 
 def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the bytes of the moments (two per parameter with AdamW, one for Muon's matrices) and of the average."""
+    """Returns the bytes of the moments (two per parameter with AdamW, one for Muon's matrices) and averaged weights."""
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
         numbers -= parts.matrices

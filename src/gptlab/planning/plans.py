@@ -38,7 +38,7 @@ class LayoutAlternative(NamedTuple):
         batch: Micro-batch size.
         total: Peak memory of a device in bytes.
         checkpointed: Peak memory with activation checkpointing, in bytes.
-        whole_logits: Peak memory if the logits of a micro-batch are computed in one piece, in bytes.
+        whole_logits: Peak memory if all logits of a micro-batch are computed at once, without chunks, in bytes.
         traffic: Number of bytes that a device sends per step.
     """
 
@@ -85,7 +85,7 @@ class RunPlan(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """FLOPs of the whole training, forward and backward."""
+        """FLOPs of the training run, forward and backward."""
         return float(flops_per_token(self.config.model)) * self.length.tokens
 
     @property
@@ -135,7 +135,7 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
 
     Args:
         config: Configuration with the vocabulary size.
-        budget: FLOPs of the whole training.
+        budget: FLOPs of the training run, forward and backward.
         gpus: Names of GPUs. The run is chosen for the first one, or for this machine if the list is empty.
 
     Raises:
@@ -167,7 +167,7 @@ def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
 
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:
-    """Returns the parallel layout of a run; raises UserError if its devices cannot be divided so."""
+    """Returns the parallel layout of a run; raises UserError for an indivisible number of devices."""
     trainer = config.trainer
     trainer.data_parallel(hardware.devices, hardware.num_nodes)  # raises UserError
     return ParallelLayout(trainer.strategy, hardware.world_size, trainer.tensor_parallel)
@@ -181,7 +181,7 @@ def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimat
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
-    """Returns a plan as plain data, in bytes, seconds and tokens per second."""
+    """Returns a plan as plain data for JSON, with values in bytes, seconds and tokens per second."""
     model = plan.config.model
     return {
         "target": _hardware_to_dict(plan.hardware),

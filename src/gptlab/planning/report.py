@@ -77,9 +77,9 @@ def _run(plan: RunPlan) -> Table:
         "per parameter": f"{plan.tokens_per_parameter:.3g} tokens; compute-optimal: about {TOKENS_PER_PARAMETER}, "
         f"{best:.3g} tokens in total (Hoffmann et al. 2022)",
         "FLOPs": f"{plan.flops:.3g}",
-        "evaluations": f"{length.evaluations} of {f'{length.evaluated:,}' if length.evaluated else 'all'} tokens",
+        "evaluations": f"{length.evaluations}, each on {f'{length.evaluated:,}' if length.evaluated else 'all'} tokens",
         "data": f"{format_bytes(plan.disk.data)} of tokens"
-        + ("" if plan.manifest else ", estimated from the length of the run: the corpus is not prepared"),
+        + ("" if plan.manifest else ", estimated from the length of the run, because the corpus is not prepared"),
         "checkpoints": _checkpoints(plan),
     }
     return _pairs("run", rows)
@@ -111,8 +111,8 @@ def _memory(plan: RunPlan) -> Table:
         rows["measured"] = f"{format_bytes(plan.measured.peak_memory_bytes)}, {plan.measured.source}"
     if plan.largest is not None:
         room = format_bytes(hardware.memory or 0)
-        largest = f"at most {plan.largest}" if plan.largest else "not even 1"
-        logits = f", with the logits of {chunk:,} tokens at a time" if chunk else ""
+        largest = f"up to {plan.largest} fit" if plan.largest else "even 1 does not fit"
+        logits = f", with the logits computed for {chunk:,} tokens at a time" if chunk else ""
         rows["micro-batch"] = f"{largest} in {room}{logits}"
     else:
         rows["micro-batch"] = f"unknown: {hardware.name} is not in the table of GPUs. Set gpu=<name> to plan for a GPU."
@@ -163,8 +163,8 @@ def _source(key: str) -> str:
     if key in ("train.global_batch_size", "optimizer.lr"):
         return "Bi et al. 2024 (DeepSeek LLM), section 3.1"
     if key == "train.micro_batch_size":
-        return "largest that fits"
-    return "adjusted to the other values"
+        return "largest divisor of the batch per device that fits"
+    return "required by the other values"
 
 
 def _pairs(title: str, rows: dict[str, str]) -> Table:

@@ -73,7 +73,7 @@ class LanguageModel:
         """Returns the token IDs (1, T) of a text on the model's device. "" means the start of a document.
 
         Raises:
-            UserError: There are no token IDs, more than ``block_size``, or some outside of the vocabulary.
+            UserError: There are no token IDs or more than ``block_size``, or an ID is outside of the vocabulary.
         """
         ids = prompt_ids(self.tokenizer, text) if isinstance(text, str) else torch.as_tensor(text).flatten().tolist()
         config = self.network.config
@@ -167,6 +167,9 @@ class LanguageModel:
 
         Args:
             changes: Functions by names, or patterns of names.
+
+        Raises:
+            UserError: A pattern matches no name, or matches attention weights, which cannot be replaced.
         """
         return replace_activations(self.network, changes)
 

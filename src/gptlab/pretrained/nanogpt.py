@@ -1,7 +1,7 @@
 """nanoGPT checkpoints: read without arbitrary unpickling, and converted to resume training exactly.
 
 A resumed run starts with nanoGPT's weights, AdamW state and step. Its batches are those of a gptlab run with the same
-config from that step on. nanoGPT draws every batch at random, and that order cannot be continued.
+config from that step on, because nanoGPT draws every batch at random, in an order that cannot be resumed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,7 +49,7 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
     checkpoint = read_nanogpt_checkpoint(path)
     step, state = checkpoint.get("iter_num"), checkpoint.get("optimizer")
     if not isinstance(step, int) or not isinstance(state, dict) or not state.get("state"):
-        raise _mismatch(path, "it lacks iter_num or the optimizer state. init_from loads only the weights")
+        raise _mismatch(path, "it lacks iter_num or the optimizer state. To load only the weights, use init_from")
     if step >= config.steps:
         raise _mismatch(path, f"it is at step {step:,}, but train.max_steps={config.steps:,} is not greater")
     _check_settings(path, config, step, state["param_groups"])

@@ -24,7 +24,7 @@ from gptlab.pretrained.external import (
 from gptlab.tracking.run_directory import load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
 
-HUB_FILES = [  # files to download from a repository, none of them a pickle
+HUB_FILES = [  # files to download from a repository; none is a pickle
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
 ]

@@ -19,7 +19,7 @@ from gptlab.model.generation.inference import (
 )
 from gptlab.model.gpt import GPT
 
-TOKENS_PER_PIECE = 16  # if the text is not streamed to a user: reading tokens synchronizes with the device
+TOKENS_PER_PIECE = 16  # for text that is not streamed to a user; each piece synchronizes with the device
 MIN_TOKENS_TO_COMPILE = 5000  # new tokens per text above which compile=auto compiles the model on a GPU
 
 
@@ -80,10 +80,10 @@ class TextGenerator:
 
     Args:
         inference: Model prepared for inference.
-        prompts: P prompts.
+        prompts: Prompts.
         sampling: Sampling options.
         stop: Strings before which a text ends.
-        seeds: Seed of each text, for P times the number of texts per prompt.
+        seeds: One seed per text. Their number is a multiple of the number of prompts.
         max_new_tokens: Maximum number of new tokens per text.
         tokens_per_piece: Number of tokens per piece.
     """
@@ -152,7 +152,7 @@ class TextGenerator:
         return [stream.push(row) for stream, row in zip(self.streams, ids, strict=True)]
 
     def speed(self) -> Speed:
-        """Returns the speed of the texts that were generated so far."""
+        """Returns the speed of the texts that have been generated so far."""
         model, rows, prompt = self.inference.model, len(self.seeds), max(map(len, self.ids))
         mean_length = min(prompt + self._steps // 2, model.config.block_size)
         step_bytes = bytes_per_token(model, rows, mean_length)

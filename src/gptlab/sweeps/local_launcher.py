@@ -71,11 +71,11 @@ class LocalLauncher:
         return trial
 
     def reattach(self, trial: Trial) -> bool:
-        """Returns False: the processes of an earlier sweep process ended with it."""
+        """Returns False, because trial processes end with the sweep process that started them."""
         return False
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit code) of the trials that ended since the last call."""
+        """Returns (trial number, exit code) of each trial that ended since the last call."""
         if self._since is not None and time.monotonic() - self._since > GRACE:
             self._signal(signal.SIGKILL)
         done = [
@@ -107,7 +107,7 @@ class LocalLauncher:
                 os.killpg(running.process.pid, number)
 
     def _status(self, returned: int) -> int:
-        """Converts a return code to an exit code; after a forwarded signal, to that of an interrupt or preemption."""
+        """Converts a return code to an exit code. A forwarded signal counts as an interrupt or a preemption."""
         if returned >= 0:
             return returned
         if signal.SIGINT in self._stopped:

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class PruningCallback(ExtraCallback):
-    """Ends a trial when the pruner decides so, at the same step on all ranks.
+    """Stops a trial that the Optuna pruner prunes, at the same step on all ranks.
 
     Args:
         run_dir: Run directory of the trial, inside the sweep directory.
@@ -37,7 +37,7 @@ class PruningCallback(ExtraCallback):
         self._trial: optuna.Trial | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reports the validation loss to the study, and stops training if the pruner decides so."""
+        """Reports the validation loss to the study, and stops training if the pruner prunes the trial."""
         step = trainer.global_step
         if trainer.sanity_checking or step == self.recorder.max_steps:
             return

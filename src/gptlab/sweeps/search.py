@@ -1,6 +1,6 @@
 """Search: proposes the points of a sweep, from a grid or with an Optuna sampler.
 
-The Optuna study is a journal in the sweep directory. The processes of the trials read and write it, too
+The Optuna study is a journal in the sweep directory, which trial processes also read and write
 (``gptlab.sweeps.pruning``). Its trials have the same numbers as the trials in the ``SweepStore``.
 """
 
@@ -54,7 +54,7 @@ class Search:
         max_tokens: Number of tokens of a trial that is not pruned.
 
     Raises:
-        UserError: A grid over infinitely many values, or a search without a varied key.
+        UserError: A key of a grid has no value or infinitely many values, or no key of another search is varied.
     """
 
     def __init__(self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int) -> None:

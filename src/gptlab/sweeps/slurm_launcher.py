@@ -155,7 +155,7 @@ class SlurmLauncher:
         )
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit code) of the trials that ended since the last call."""
+        """Returns (trial number, exit code) of each trial that ended since the last call."""
         done = [number for number, job in self._running.items() if job.paths.result_pickle.exists()]
         gone = [] if done or time.monotonic() - self._asked < POLL_SECONDS else self._gone()
         statuses = [(number, self._status(self._running.pop(number))) for number in done]
@@ -201,7 +201,7 @@ def _states() -> dict[str, str] | None:
     """Returns the states of this user's jobs by job ID, or None if squeue fails.
 
     squeue lists ended jobs for a while (``MinJobAge``). It is called for all jobs of the user, because for a single job
-    the error of an expired job ID cannot be told from that of an unreachable controller.
+    the error of an expired job ID cannot be distinguished from that of an unreachable controller.
     """
     command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
     try:
@@ -217,7 +217,7 @@ def check_cluster(config: SlurmLauncherConfig) -> None:
         raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
     partition = config.partition
     if shutil.which("sbatch") is None:
-        raise UserError("hydra/launcher=slurm: there is no SLURM on this machine (no sbatch on the PATH).")
+        raise UserError("hydra/launcher=slurm: SLURM is not installed on this machine (sbatch is not on the PATH).")
     done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"sinfo failed: {' '.join(done.stderr.split())}")
@@ -231,5 +231,5 @@ def check_cluster(config: SlurmLauncherConfig) -> None:
     if asked and not any(state == "up" for state in asked):
         raise UserError(
             f"hydra.launcher.partition={partition or 'null (the default partition)'} accepts no jobs: its state is "
-            f"{asked[0]}. Choose another one: hydra.launcher.partition=<name>"
+            f"{asked[0]}. Choose another partition: hydra.launcher.partition=<name>"
         )

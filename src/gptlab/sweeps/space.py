@@ -18,7 +18,7 @@ class SearchSpace:
 
     Args:
         params: Values of hydra.sweeper.params; an override of the same key on the command line takes precedence.
-        arguments: Overrides of the command line.
+        arguments: Command-line overrides.
 
     Attributes:
         varied: Overrides with several values or an interval, by key.

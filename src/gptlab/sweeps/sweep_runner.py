@@ -45,16 +45,19 @@ class Launcher(Protocol):
         """Starts a trial; returns it with its job ID, if the launcher has one."""
 
     def reattach(self, trial: Trial) -> bool:
-        """Whether a trial of an earlier process of the sweep is still running; if so, ``ended`` will return it."""
+        """Reattaches to a trial that an earlier process of the sweep started; returns whether it is still running.
+
+        If so, ``ended`` returns the trial when it ends.
+        """
 
     def ended(self) -> list[tuple[int, int]]:
-        """Returns (number, exit code) of the trials that ended since the last call."""
+        """Returns (trial number, exit code) of each trial that ended since the last call."""
 
     def forward_signal(self, number: int) -> None:
         """Handles a signal that the sweep received."""
 
     def close(self) -> None:
-        """Releases the launcher: kills the processes that are still running, if they belong to this process."""
+        """Kills trial processes that are still running. Jobs of a cluster keep running."""
 
 
 class _ReadyTrial(NamedTuple):
@@ -121,7 +124,7 @@ class SweepRunner:
                 yield ready
 
     def _new(self, number: int) -> _ReadyTrial | None:
-        """Creates a trial; returns None if its config is invalid or an equal trial is done."""
+        """Creates a trial; returns None if its config is invalid or a finished trial has the same config."""
         point = self.search.propose(number)
         try:
             config = self.compose(point)
@@ -139,7 +142,7 @@ class SweepRunner:
 
     def _begin(self, ready: _ReadyTrial) -> None:
         trial, run_dir = ready.trial, self.store.run_dir(ready.trial)
-        if self.launcher.reattach(trial):  # whatever its state: two jobs must not write the same run
+        if self.launcher.reattach(trial):  # in any state: two jobs must not write to one run directory
             self.store.write(trial.to("running", status=None, message=None))
             return
         self.search.prepare(trial, run_dir)
@@ -171,7 +174,7 @@ class SweepRunner:
         log.info("%-9s %s", "space", format_overrides(sweep.space))
         ended = sum(trial.state in TRIAL_END_STATES for trial in known)
         log.info("%-9s %d%s, up to %d concurrent", "trials", self.search.n_trials,
-                 f" ({ended} of them ended earlier)" if ended else "", self.launcher.at_once)  # fmt: skip
+                 f" ({ended} of them already ended)" if ended else "", self.launcher.at_once)  # fmt: skip
         log.info("%-9s %s", "directory", self.store.directory)
 
     def _status(self, received: list[int]) -> int:
@@ -189,7 +192,7 @@ class SweepRunner:
         if any(trial.state == "done" for trial in trials):
             report_sweep(self.store.directory)
         for trial in trials:
-            if trial.state in FAILED_STATES:  # those of earlier processes of the sweep as well
+            if trial.state in FAILED_STATES:  # including trials of earlier sweep processes
                 self.table.ended(trial)
         log.info("%d trials: %s", self.search.n_trials, ", ".join(f"{n} {state}" for state, n in counts.items()))
         if status in (INTERRUPTED, PREEMPTED):

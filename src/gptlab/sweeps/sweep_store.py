@@ -58,9 +58,9 @@ class SweepStore:
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
-                f"hydra.sweep.dir={directory} contains a different sweep. Its search space is "
-                f"{format_overrides(earlier.space)}, the current one is {format_overrides(sweep.space)}, or another "
-                "config key differs. Choose another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} contains a different sweep. Its search space: "
+                f"{format_overrides(earlier.space)}. Search space of this command: {format_overrides(sweep.space)}. "
+                "If they are equal, another config key differs. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
@@ -68,7 +68,7 @@ class SweepStore:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"Another process is running this sweep in {directory}. To run the sweep a second time, set "
+                f"Another process is running this sweep in {directory}. To run it a second time in parallel, set "
                 "hydra.sweep.dir=<directory>."
             ) from None
         if earlier is None:

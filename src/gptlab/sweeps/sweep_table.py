@@ -43,7 +43,7 @@ class SweepTable:
 
     def began(self, trial: Trial) -> None:
         """Logs that a trial has started."""
-        again = f" (start {trial.starts})" if trial.starts > 1 else ""
+        again = f" (attempt {trial.starts})" if trial.starts > 1 else ""
         log.info("%s", f"trial {trial.number} started{again}: {format_overrides(trial.overrides)}")
 
     def ended(self, trial: Trial) -> None:

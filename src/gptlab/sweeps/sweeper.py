@@ -36,7 +36,7 @@ def run_sweep(
     Args:
         context: Hydra context, which composes the configuration of a trial.
         composed: Configuration of the sweep, as composed by Hydra.
-        arguments: Overrides of the command line.
+        arguments: Command-line overrides.
         settings: Config group hydra.sweeper, without ``_target_``.
         launcher: Config group hydra.launcher.
 

@@ -25,7 +25,7 @@ from gptlab.training.config import (
 S = TypeVar("S", bound=FrozenConfig)
 
 EVAL_WINDOWS, SAMPLE_TOKENS = 8, 8  # short evaluations and samples
-LONGER = 100  # additional steps of a run that will be killed, so that it does not end before
+LONGER = 100  # additional steps of a run that will be killed, so that it does not finish first
 
 
 class ProveConfig(FrozenConfig):
@@ -43,7 +43,7 @@ class ProveConfig(FrozenConfig):
     def _check_kill_after(self) -> Self:
         if self.kill_after >= self.steps:
             raise ValueError(
-                f"kill_after={self.kill_after} leaves no steps to resume: it should be less than steps={self.steps}"
+                f"kill_after={self.kill_after} leaves no steps to resume: it must be less than steps={self.steps}"
             )
         return self
 
@@ -109,7 +109,7 @@ def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfi
 
 
 def on_ranks(config: RunConfig, strategy: str, plan: BatchPlan) -> RunConfig:
-    """Returns the same run with the world size and micro-batch size of a batch plan."""
+    """Returns a configuration with the world size and micro-batch size of a batch plan."""
     trainer = _with(config.trainer, strategy=strategy, devices=plan.world_size)
     return _with(config, trainer=trainer, train=_with(config.train, micro_batch_size=plan.micro_batch_size))
 

@@ -30,7 +30,7 @@ class ProofCase:
     """Configuration to verify.
 
     Args:
-        config: Configuration of the run, complete with the vocabulary size.
+        config: Configuration of the run, including the vocabulary size.
         prepared: Prepared data of the run.
         prove: Configuration of the proofs.
 

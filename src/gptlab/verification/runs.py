@@ -38,7 +38,7 @@ class RunFailed(Exception):  # noqa: N818  (a result of a proof)
 
 
 class RunProcess:
-    """Running process of a validated configuration.
+    """Process that runs a validated configuration.
 
     Args:
         config: Configuration of the run.
@@ -54,7 +54,7 @@ class RunProcess:
         self._copying.start()
 
     def kill(self) -> None:
-        """Kills all processes of the run and waits for their end.
+        """Kills all processes of the run and waits for them to end.
 
         Its workers have their own sessions, and end when the standard input of the run is closed.
         """
@@ -89,7 +89,7 @@ class ProofRuns:
         return self.folder / name
 
     def trace(self, name: str, config: RunConfig) -> list[TraceStep]:
-        """Runs a configuration to the end and returns its trace; later calls with the same name return it again.
+        """Runs a configuration to the end and returns its trace; later calls with the same name return the same trace.
 
         Raises:
             RunFailed: The run failed.

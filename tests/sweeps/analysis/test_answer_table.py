@@ -64,7 +64,7 @@ def test_answer_table_matches_hand_computed_statistics(tmp_path):
 def test_best_point_is_compared_with_the_second_best(tmp_path):
     values = {"1": (2.0, 2.1, 2.2), "2": (1.7, 1.8, 1.84), "3": (1.71, 1.79, 1.86)}
     found = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values), {LR: 1}))
-    assert found.answer.endswith("nats; no significant difference to the second best (optimizer.lr=3)")
+    assert found.answer.endswith("nats; no significant difference from the second best (optimizer.lr=3)")
     assert found.comparisons == 3  # two with the baseline, one between the best two
     values = {"1": (2.0, 2.1, 2.2), "2": (1.0, 1.1, 1.21), "3": (1.5, 1.601, 1.699)}
     found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values), {LR: 1}))
@@ -80,7 +80,7 @@ def test_answer_says_that_the_baseline_is_best(tmp_path):
     )
     assert found.comparisons == 2
     near = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values | {"2": (0.9, 1.2, 1.3)})))
-    assert near.answer.endswith("nats; no significant difference to the second best (optimizer.lr=2)")
+    assert near.answer.endswith("nats; no significant difference from the second best (optimizer.lr=2)")
 
 
 def test_identical_runs_have_no_significant_difference(tmp_path):
@@ -88,7 +88,7 @@ def test_identical_runs_have_no_significant_difference(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
     assert [row.verdict for row in found.rows] == ["baseline", "not significant"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
-    assert found.answer.endswith("no significant difference to the second best (optimizer.lr=2)")
+    assert found.answer.endswith("no significant difference from the second best (optimizer.lr=2)")
 
 
 def test_one_seed_has_no_standard_error_and_no_significance(tmp_path):
@@ -154,7 +154,7 @@ def test_missing_baseline_or_baseline_value_is_reported(tmp_path):
     other = analyze_sweep(write_sweep(tmp_path / "other", trials, {LR: 9}))
     assert other.notes == ["The baseline optimizer.lr=9 is not a point of this sweep. No point is compared with it."]
     assert {row.verdict for row in other.rows} == {"no baseline"}
-    assert other.answer.endswith("nats; no significant difference to the second best (optimizer.lr=3)")
+    assert other.answer.endswith("nats; no significant difference from the second best (optimizer.lr=3)")
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
     found = analyze_sweep(write_sweep(tmp_path / "failed", failed, {LR: 1}))
     assert found.notes[0] == "The baseline optimizer.lr=1 has no value. No point is compared with it."

@@ -94,5 +94,5 @@ def _compared_with(claim: Claim, metric: str, other: str) -> str:
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
-        return f"no significant difference to {other}"
+        return f"no significant difference from {other}"
     return f"{_word(claim)} than {other} by {_amount(claim, metric)}"

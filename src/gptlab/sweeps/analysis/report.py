@@ -23,7 +23,7 @@ from gptlab.sweeps.analysis.significance import ALPHA
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
 
 CSV, JSON = "answers.csv", "answers.json"
-MIN_WIDE_COLUMNS = 100  # width of a terminal from which on all columns are printed
+MIN_WIDE_COLUMNS = 100  # minimum width of a terminal for all columns
 RATIO = ".ratio"  # measured / forecast
 RESULT = "result"  # heading of the verdicts
 STATISTICS = (  # columns of the CSV with fields of AnswerRow
@@ -87,14 +87,14 @@ def _table(answers: SweepAnswers, width: int) -> Table:
     table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
     unit = UNITS.get(answers.metric)
     keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
-    # in a narrow table, a varied length already shows the tokens
+    # a narrow table omits the tokens if it has a column with the length of training
     omits_tokens = width < MIN_WIDE_COLUMNS and any(key in LENGTHS for key in answers.keys)
     differences = [_format(row.difference, row.difference_se) for row in answers.rows]
     columns = {
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
         f"{answers.metric}{f', {unit}' if unit else ''}": [_format(row.mean, row.se) for row in answers.rows],
-        **({"difference\nto baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
+        **({"difference\nfrom baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
         **_counts(answers.rows),
         **_sizes(answers.rows, ("parameters",) if omits_tokens else ("parameters", "tokens")),
         **(_scores(answers.rows) if width >= MIN_WIDE_COLUMNS else {}),

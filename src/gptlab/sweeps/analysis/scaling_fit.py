@@ -29,7 +29,7 @@ START_GRID = {
 GRID_STARTS = 24  # L-BFGS is run from the best 24 of the 4,500 grid points
 RESTARTS = 1  # fits to resampled runs start from the law of all runs and from this many grid points
 LBFGS_OPTIONS = {"maxiter": 5000, "maxfun": 20000, "ftol": 1e-11, "gtol": 1e-7, "maxcor": 20}
-# Bounds of the logs of the three terms at the mean of the runs, and of the exponents: wide, but safe from overflow.
+# Bounds of the logs of the three terms at the mean of the runs, and of the exponents. They only prevent overflow.
 BOUNDS = [(-30, 10), (-30, 10), (-30, 10), (0.01, 5), (0.01, 5)]
 CONFIDENCE_LEVEL = 0.95
 MIN_RUNS = 3  # distinct sizes and lengths: an exponent, a factor and a constant need three

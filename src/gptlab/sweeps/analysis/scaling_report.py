@@ -81,7 +81,7 @@ def read_sized_runs(directory: Path) -> list[SizedRun]:
 
 SCALING = "scaling.json"
 RESAMPLES, SEED = 200, 0  # bootstrap of the intervals
-BUDGETS = (1, 10, 100)  # compute budgets of the printed optima, in multiples of the largest run
+BUDGETS = (1, 10, 100)  # compute budgets of the printed optima, in multiples of the compute of the largest run
 
 
 class ScalingAnswer(BaseModel):
