@@ -1,4 +1,4 @@
-"""Checks the built site: no link is dead, and no page fetches anything from a network.
+"""Checks that the built site has no broken links and that its pages load no external resources.
 
 Usage: ``python docs/tools/check_site.py site``
 """
@@ -14,8 +14,8 @@ class Page(HTMLParser):
     """Links and anchors of an HTML page.
 
     Attributes:
-        links: What the page refers to, and whether the browser fetches it by itself.
-        anchors: IDs and names that a link can lead to.
+        links: URLs in the page, each with whether the browser fetches it when the page is opened.
+        anchors: IDs and names that a link can point to.
     """
 
     def __init__(self, text: str) -> None:
@@ -34,10 +34,10 @@ class Page(HTMLParser):
 
 
 def broken_links(site: Path) -> Iterator[str]:
-    """Yields a sentence for each dead link, and for each file that a page would fetch from elsewhere."""
+    """Yields a message for each broken link and for each external resource that a page loads."""
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     for path, page in pages.items():
-        if path.name == "404.html":  # whose links are those of the site's address
+        if path.name == "404.html":  # its links are relative to the root of the deployed site
             continue
         for link, is_fetched in page.links:
             parts = urlsplit(link)
@@ -45,7 +45,7 @@ def broken_links(site: Path) -> Iterator[str]:
                 continue
             name = path.relative_to(site)
             if parts.netloc:
-                yield f"{name} fetches {link} from a network"
+                yield f"{name} loads the external resource {link}"
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.exists():

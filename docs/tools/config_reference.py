@@ -1,7 +1,7 @@
 """Configuration reference: every command, config group, option and key of conf/, with its default and its comment.
 
-Reads the YAML files with their comments and renders Markdown. The site's build and tests/test_docs.py call it; nothing
-that it makes is committed.
+Reads the YAML files with their comments and renders Markdown. Used by the site's build and tests/test_docs.py. The
+generated pages are not committed.
 """
 
 import html
@@ -22,8 +22,8 @@ class ConfigKey(NamedTuple):
     Attributes:
         name: Dotted name, as on the command line.
         default: Value as written in the file.
-        comment: Comment behind the value, with its continuation lines, or else the one above the key.
-        heading: Comment above a key that also has a comment behind its value: it is about the keys that follow.
+        comment: Trailing comment with its continuation lines or, if there is none, the comment above the key.
+        heading: Comment above a key that also has a trailing comment; it applies to the keys that follow.
     """
 
     name: str
@@ -40,7 +40,7 @@ class ConfigFile(NamedTuple):
         summary: Comment at the top of the file.
         defaults: Entries of its defaults list, as ``group: option``.
         keys: Keys in the order of the file.
-        is_global: Whether its keys are named from the top of the configuration, not from its group.
+        is_global: Whether its keys are relative to the root of the configuration, not to its group.
     """
 
     name: str
@@ -75,16 +75,16 @@ def read_config_file(path: Path, conf: Path) -> ConfigFile:
 
 
 def read_configuration(conf: Path) -> list[ConfigFile]:
-    """Reads every file of conf/ but Hydra's help texts and the W&B sweep files, which are made from ``sweeps/``."""
+    """Reads every file of conf/ except Hydra's help texts and the W&B sweep files, which are generated."""
     paths = [*sorted(conf.glob("*.yaml")), *sorted(conf.glob("*/**/*.yaml"))]
     folders = ("hydra/help/", "sweeps/wandb/")
     return [read_config_file(path, conf) for path in paths if not path.relative_to(conf).as_posix().startswith(folders)]
 
 
 def comments(files: list[ConfigFile]) -> dict[str, str]:
-    """Returns the comment of each key, from the files that define it: an experiment only changes values."""
+    """Returns the comment of each key, from the files that define keys; experiments only override values."""
     found: dict[str, str] = {}
-    for file in sorted(files, key=lambda file: -len(file.keys)):  # data/text and trainer/auto have all keys of theirs
+    for file in sorted(files, key=lambda file: -len(file.keys)):  # base options such as data/text first
         for key in () if file.is_global and file.group else file.keys:
             if key.comment:
                 found.setdefault(key.name, key.comment)
@@ -92,15 +92,15 @@ def comments(files: list[ConfigFile]) -> dict[str, str]:
 
 
 def meaning(key: ConfigKey, known: dict[str, str]) -> str:
-    """Returns the comment of a key: its own, or that of the key that it overrides, varies or mounts elsewhere."""
-    mounted = ".".join(key.name.split(".")[-2:])  # train.gpt2.model.n_layer of gptlab.bench is model.n_layer
+    """Returns the comment of a key: its own, or that of the key that it overrides, varies or relocates."""
+    mounted = ".".join(key.name.split(".")[-2:])  # train.gpt2.model.n_layer in conf/bench.yaml -> model.n_layer
     varied = re.match(r"hydra\.sweeper\.(params|baseline)\.", key.name)
     names = (key.name, varied[0][:-1]) if varied else (key.name, mounted)
     return key.comment or next((known[name] for name in names if name in known), "")
 
 
 def render_pages(conf: Path) -> dict[str, str]:
-    """Renders the reference: Markdown by page, an index, a page for the commands, and one for each config group."""
+    """Renders an index, a page for the commands and a page per config group; returns Markdown by file name."""
     files = read_configuration(conf)
     known = comments(files)
     groups: dict[str, list[ConfigFile]] = {}
@@ -115,7 +115,7 @@ def render_pages(conf: Path) -> dict[str, str]:
 
 
 def page_name(group: str) -> str:
-    """Returns the page of a config group; the commands have one of their own."""
+    """Returns the page of a config group; the group "" stands for the commands."""
     return f"{group.replace('/', '-') or 'commands'}.md"
 
 
@@ -139,10 +139,10 @@ def _keys(node: yaml.MappingNode, prefix: str, lines: list[str], start: int) -> 
     """Yields the keys below a mapping.
 
     Args:
-        node: A mapping; the keys of one in braces have no comments of their own.
-        prefix: Dotted name of the mapping, with a dot at its end.
+        node: A mapping; keys of a flow mapping have no comments of their own.
+        prefix: Dotted name of the mapping, with a trailing dot.
         lines: Lines of the file.
-        start: First line that can hold the comment above the first key.
+        start: First line that can belong to the comment above the first key.
     """
     for key, value in node.value:
         first, name = key.start_mark.line, f"{prefix}{key.value}"
@@ -165,7 +165,7 @@ def _nested(value: yaml.MappingNode, name: str, comment: str, lines: list[str], 
 
 
 def _end(value: yaml.Node) -> tuple[int, int]:
-    """Returns the last line and column of a value."""
+    """Returns the line and column at which a value ends."""
     if isinstance(value, yaml.CollectionNode) and not value.flow_style:
         item = value.value[-1]
         return _end(item[1] if isinstance(item, tuple) else item)
@@ -173,7 +173,7 @@ def _end(value: yaml.Node) -> tuple[int, int]:
 
 
 def _default(value: yaml.Node, lines: list[str]) -> str:
-    """Returns a value as it is written."""
+    """Returns a value as written in the file, on one line."""
     if isinstance(value, yaml.SequenceNode) and not value.flow_style:
         return f"[{', '.join(_default(item, lines) for item in value.value)}]"
     start, end = value.start_mark, value.end_mark
@@ -186,7 +186,7 @@ def _default(value: yaml.Node, lines: list[str]) -> str:
 
 
 def _comment_behind(lines: list[str], line: int, column: int) -> tuple[str, int]:
-    """Returns the comment behind a value and the line after it; lines that begin in its column continue it."""
+    """Returns the trailing comment of a value and the line after it; lines that start in its column continue it."""
     rest = lines[line][column:] if line < len(lines) else ""
     if not rest.lstrip().startswith("#"):
         return "", line + 1
@@ -216,8 +216,8 @@ def _join(comment: list[str]) -> str:
 def _index(groups: dict[str, list[ConfigFile]]) -> str:
     lines = [
         "# Configuration reference\n",
-        "Every config group and option of `conf/`, generated from its files: a command takes `group=option` and",
-        "`key=value`. `???` is a value that has to be set.\n",
+        "Every config group and option of `conf/`, generated from its files. Commands accept `group=option` and",
+        "`key=value`. `???` marks a value that must be set.\n",
         "| group | options |",
         "|---|---|",
     ]
@@ -247,7 +247,7 @@ def _code(value: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Escapes a text for a Markdown table cell, in which `code` stays code."""
+    """Escapes text for a Markdown table cell; keeps inline code."""
     parts = html.escape(text, quote=False).split("`")
     plain = [re.sub(r"[\\*_{}\[\]|]", lambda found: f"&#{ord(found[0])};", part) for part in parts]
     even = len(parts) % 2 == 1

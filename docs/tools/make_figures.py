@@ -1,7 +1,7 @@
-"""Makes every picture in docs/figures from real runs: make figures.
+"""Generates the figures in docs/figures from actual runs: make figures.
 
-The runs go to outputs/figures, where they are reused: delete that directory to run them again. Each picture is written
-twice, for light and for dark pages (``<name>-dark``). The report needs Chromium.
+Runs are stored in outputs/figures and reused. Delete that directory to run them again. Each figure has two versions, for
+light and dark (``<name>-dark``) pages. The screenshots of the report require Chromium.
 """
 
 import csv
@@ -29,7 +29,7 @@ from gptlab.sweeps.analysis.table import analyze_sweep
 
 ROOT = Path(__file__).parents[2]
 FIGURES, RUNS = ROOT / "docs" / "figures", ROOT / "outputs" / "figures"
-COLUMNS, NARROW = 100, 98  # of a recorded terminal; below 100, the table of a sweep has fewer columns
+COLUMNS, NARROW = 100, 98  # terminal widths; below 100 columns, the table of a sweep omits some of its columns
 PREPARE, TRAIN = ("gptlab.prepare",), ("gptlab.train",)
 SWEEP = ("gptlab.train", "-m", "sweeps=lr", "model=tiny", "train.max_steps=300", "train.eval_every=100")
 PROVE = ("gptlab.prove", "model=tiny")
@@ -46,14 +46,14 @@ KINDS = {  # keys of a plan's memory, in the order of the bars
 
 
 class Theme(NamedTuple):
-    """Colors of a picture.
+    """Colors of a figure.
 
     Attributes:
-        suffix: Of the file's name.
+        suffix: Suffix of the file name.
         text: Color of text and axes.
-        colors: Of lines and bars.
-        terminal: Colors of a recorded terminal.
-        scheme: Of the browser, for the report.
+        colors: Colors of lines and bars.
+        terminal: Colors of terminal output.
+        scheme: Color scheme of the browser that renders the report.
     """
 
     suffix: str
@@ -72,10 +72,10 @@ THEMES = (
 
 
 def main() -> None:
-    """Makes all pictures, or those that the command line names."""
+    """Generates all figures, or those named on the command line."""
     FIGURES.mkdir(exist_ok=True)
     RUNS.mkdir(parents=True, exist_ok=True)
-    record("prepare", PREPARE)  # first, so that no training run reports that it prepares its data
+    record("prepare", PREPARE)  # first, so that training runs do not print that they prepare data
     pictures = {
         "train": lambda: draw_terminal("train", command_line(TRAIN), record("train", TRAIN)),
         "training": draw_loss,
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def run(arguments: tuple[str, ...]) -> str:
-    """Runs a command of gptlab in outputs/figures and returns what it prints in a terminal, with its colors."""
+    """Runs a gptlab command in outputs/figures and returns its terminal output, including color codes."""
     terminal = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "COLUMNS": str(COLUMNS)}  # colors, but no progress bar
     command, env = [sys.executable, "-m", *arguments], os.environ | terminal
     done = subprocess.run(command, cwd=RUNS, env=env, capture_output=True, text=True, check=False)
@@ -101,7 +101,7 @@ def run(arguments: tuple[str, ...]) -> str:
 
 
 def record(name: str, arguments: tuple[str, ...]) -> str:
-    """Returns what a command prints, from an earlier run of it if there is one."""
+    """Returns the output of a command; runs it only if no output is stored."""
     path = RUNS / f"{name}.txt"
     if not path.exists():
         path.write_text(run(arguments), encoding="utf-8")
@@ -109,24 +109,24 @@ def record(name: str, arguments: tuple[str, ...]) -> str:
 
 
 def command_line(arguments: tuple[str, ...]) -> str:
-    """Returns a command as a user types it."""
+    """Returns a command as text: python -m ..."""
     return " ".join(("python -m", *arguments))
 
 
 def newest(name: str) -> Path:
-    """Returns the newest directory of a run or a sweep."""
+    """Returns the newest run or sweep directory of this name."""
     return max((RUNS / "outputs" / name).iterdir())
 
 
 def read_metrics(directory: Path, name: str) -> tuple[list[float], list[float]]:
-    """Returns the tokens, in millions, and the values of a metric."""
+    """Returns the tokens seen, in millions, and the values of a metric."""
     with (directory / "metrics.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row.get(name)]
     return [int(float(row["tokens"])) / 1e6 for row in rows], [float(row[name]) for row in rows]
 
 
 def draw_chart(name: str, draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> None:
-    """Writes a chart as SVG on a transparent background, the same bytes for the same data."""
+    """Writes a chart as SVG with a transparent background; the same data gives identical files."""
     for theme in THEMES:
         colors = dict.fromkeys(
             ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.text
@@ -141,7 +141,7 @@ def draw_chart(name: str, draw: Callable[[Axes, Theme], None], size: tuple[float
 
 
 def draw_terminal(name: str, command: str, output: str) -> None:
-    """Writes the output of a command as an SVG of a terminal, with the reader's own monospaced font."""
+    """Writes the output of a command as an SVG of a terminal, in a monospaced font of the reader's system."""
     rich_template = inspect.signature(Console.export_svg).parameters["code_format"].default
     template = re.sub(r"@font-face \{\{.*?\}\}", "", rich_template, flags=re.DOTALL)
     template = template.replace("Fira Code", "ui-monospace, SFMono-Regular, Menlo, Consolas, DejaVu Sans Mono")
@@ -151,12 +151,12 @@ def draw_terminal(name: str, command: str, output: str) -> None:
             console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
             console.print(Text(f"$ {command}", "bold"), text, "", sep="\n")
         svg = console.export_svg(title="", theme=theme.terminal, code_format=template, unique_id=name)
-        svg = svg.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")  # a border on light pages as well
+        svg = svg.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")  # a border that is visible on light pages as well
         (FIGURES / f"{name}{theme.suffix}.svg").write_text(re.sub(r"[ \t]+\n", "\n", svg), encoding="utf-8")
 
 
 def draw_loss() -> None:
-    """Train and val loss of the default run over its tokens."""
+    """Draws train and val loss of the default run over tokens."""
     record("train", TRAIN)
     directory = newest("quickstart")
 
@@ -175,13 +175,13 @@ def draw_loss() -> None:
 
 
 def sweep_directory() -> Path:
-    """Returns the sweep over learning rates, which is run if it is not there."""
+    """Returns the directory of the sweep over learning rates; runs the sweep if necessary."""
     record("sweep", SWEEP)
     return newest("lr")
 
 
 def draw_sweep_table() -> None:
-    """The table and the answer that end a sweep."""
+    """Draws the final output of a sweep: its table and its answer."""
     answers = analyze_sweep(sweep_directory())
     rich.reconfigure(width=NARROW, force_terminal=True, color_system="truecolor")
     with rich.get_console().capture() as captured:
@@ -190,7 +190,7 @@ def draw_sweep_table() -> None:
 
 
 def draw_learning_rates() -> None:
-    """Val loss of each trial of the sweep over its learning rate, and the mean of the seeds."""
+    """Draws the val loss of each trial over its learning rate, and the mean over seeds."""
     directory = sweep_directory()
     trials = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*/trial.json"))]
     losses: dict[float, list[float]] = {}
@@ -211,7 +211,7 @@ def draw_learning_rates() -> None:
 
 
 def draw_memory() -> None:
-    """Forecast memory by kind of GPT-2's four sizes on one GPU."""
+    """Draws the forecast of memory by kind for GPT-2's four sizes on one GPU."""
     plans = {}
     for model in MODELS:
         path = RUNS / f"plan-{model}.json"
@@ -236,7 +236,7 @@ def draw_memory() -> None:
 
 
 def draw_report() -> None:
-    """The top of the report of the sweep."""
+    """Takes screenshots of the top of the sweep's report."""
     sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from chromium import Seen, chromium
 

@@ -1,10 +1,10 @@
-"""MkDocs hooks: pages that are made at build time, links to files of the repository, and pictures in light and dark.
+"""MkDocs hooks: generated pages, links to files of the repository, and images for light and dark mode.
 
-- README.md is the front page and CONTRIBUTING.md a page. ``reference/`` is generated from conf/.
-- A link to another file or directory of the repository leads to a page that shows the file, or the names in the
-  directory. MkDocs warns of one that is not there, which is an error under ``--strict``.
-- ``<picture>`` with a source for prefers-color-scheme: dark, which GitHub understands, becomes two images of which the
-  site's palette shows one.
+- README.md becomes the home page and CONTRIBUTING.md a page. ``reference/`` is generated from conf/.
+- A link to another file or directory of the repository points to a generated page that shows the file or lists the
+  directory. If the target does not exist, MkDocs prints a warning, which is an error with ``--strict``.
+- A ``<picture>`` element with a source for prefers-color-scheme: dark, which GitHub supports, becomes two images. The
+  site shows the one for the current mode.
 """
 
 import os
@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import ROOT, anchor, page_name, render_pages
 
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # files at the top that are pages
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # page for each Markdown file in the repository root
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"#]*)(#[^)\s\"]*)?")
 PICTURE = re.compile(
     r"<picture>\s*<source[^>]*?srcset=\"(?P<dark>[^\"]+)\"[^>]*>\s*"
@@ -31,7 +31,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".sh": "bash",
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Keeps the entries of the navigation that exist, and appends pages that it does not list."""
+    """Removes navigation entries whose pages do not exist, and appends pages that are not listed."""
     written = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     there = written | {page for file, page in PAGES.items() if (ROOT / file).exists()}
     generated = {f"reference/{name}" for name in render_pages(ROOT / "conf")}
@@ -55,7 +55,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are generated, or written at the top of the repository."""
+    """Adds the generated pages and those from Markdown files in the repository root."""
     for file, page in PAGES.items():
         if (ROOT / file).exists():
             files.append(_generated(config, page, (ROOT / file).read_text(encoding="utf-8")))
@@ -69,7 +69,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Resolves the links of a page as GitHub does, from the place of its file, and turns them into the site's."""
+    """Converts links that are relative to the Markdown file, as on GitHub, to links within the site."""
     if page.file.src_uri.startswith(("reference/", "source/")):
         return markdown
 
@@ -83,7 +83,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def _outside_fences(markdown: str, change: Any) -> str:
-    """Applies a function to what is not in a fenced block."""
+    """Applies ``change`` to the text outside of fenced code blocks."""
     parts, position = [], 0
     for fence in FENCE.finditer(markdown):
         parts += [change(markdown[position : fence.start()]), fence[0]]
@@ -98,12 +98,12 @@ def _generated(config: MkDocsConfig, page: str, text: str, *, in_nav: bool = Tru
 
 
 def _written_at(file: File) -> str:
-    """Returns where the Markdown of a page is in the repository."""
+    """Returns the path of a page's Markdown file in the repository."""
     return next((name for name, page in PAGES.items() if page == file.src_uri), f"docs/{file.src_uri}")
 
 
 def _target(file: File, link: str) -> str | None:
-    """Returns the path in the repository that a link leads to; None for an address or an anchor."""
+    """Returns the repository path that a link points to; None for a URL or an anchor."""
     if not link or re.match(r"[a-z]+:|/", link):
         return None
     return posixpath.normpath(posixpath.join(posixpath.dirname(_written_at(file)), link))
@@ -117,7 +117,7 @@ def _repository_files(page: File) -> list[str]:
 
 
 def _site_page(target: str) -> str | None:
-    """Returns the page, or other file of the site, that holds a path of the repository, if there is one."""
+    """Returns the page or other file of the site for a repository path; None if there is none."""
     if target in PAGES:
         return PAGES[target]
     if target.startswith("docs/"):
@@ -138,18 +138,18 @@ def _source_page(target: str) -> str:
 
 
 def _site_link(file: File, link: str, fragment: str) -> str:
-    """Returns a link of a page as the site has it."""
+    """Converts a link of a page to a link within the site."""
     if (target := _target(file, link)) is None:
         return link + fragment
     if not (ROOT / target).exists():
-        return link + fragment  # of which MkDocs warns
+        return link + fragment  # MkDocs warns about it
     page, _, own = (_site_page(target) or _source_page(target)).partition("#")
     relative = os.path.relpath(page, posixpath.dirname(file.src_uri) or ".").replace(os.sep, "/")
     return relative + (f"#{own}" if own else fragment)
 
 
 def _show_file(target: str) -> str:
-    """Renders a page with the text of a file, or the names in a directory; the search leaves it out."""
+    """Renders a page with the content of a file or a directory; the page is excluded from the search."""
     path = ROOT / target
     names = [f"{inside.name}{'/' * inside.is_dir()}" for inside in path.iterdir()] if path.is_dir() else []
     text = "\n".join(sorted(names)) if names else path.read_text(encoding="utf-8", errors="replace")
