@@ -1,7 +1,7 @@
 """Generates the figures in docs/figures from actual runs: make figures.
 
-Runs are stored in outputs/figures and reused. Delete that directory to run them again. Each figure has two versions, for
-light and dark (``<name>-dark``) pages. The screenshots of the report require Chromium.
+Runs are stored in outputs/figures and reused. Delete that directory to run them again. Each figure has two versions,
+for light and dark (``<name>-dark``) pages. The screenshots of the report require Chromium.
 """
 
 import csv
@@ -151,7 +151,7 @@ def draw_terminal(name: str, command: str, output: str) -> None:
             console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True, color_system="truecolor")
             console.print(Text(f"$ {command}", "bold"), text, "", sep="\n")
         svg = console.export_svg(title="", theme=theme.terminal, code_format=template, unique_id=name)
-        svg = svg.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")  # a border that is visible on light pages as well
+        svg = svg.replace("rgba(255,255,255,0.35)", "rgba(128,128,128,0.5)")  # visible on light pages, too
         (FIGURES / f"{name}{theme.suffix}.svg").write_text(re.sub(r"[ \t]+\n", "\n", svg), encoding="utf-8")
 
 

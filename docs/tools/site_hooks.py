@@ -20,7 +20,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 sys.path.insert(0, str(Path(__file__).parent))
 from config_reference import ROOT, anchor, page_name, render_pages
 
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # page for each Markdown file in the repository root
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}  # files in the repository root
 LINK = re.compile(r"(\]\(|(?:src|srcset|href)=\")([^)\s\"#]*)(#[^)\s\"]*)?")
 PICTURE = re.compile(
     r"<picture>\s*<source[^>]*?srcset=\"(?P<dark>[^\"]+)\"[^>]*>\s*"

@@ -13,7 +13,7 @@ from gptlab.errors import UserError, did_you_mean
 
 
 class FrozenConfig(BaseModel):
-    """Base of the configuration classes: immutable, with an error for unknown keys and invalid values."""
+    """Base of the configuration classes: immutable, and unknown keys or invalid values raise an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -27,6 +27,9 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     Args:
         config_type: Class to build.
         values: Nested plain data, keyed by field name.
+
+    Returns:
+        The validated configuration.
 
     Raises:
         UserError: A value is invalid, missing or unknown; the message has one line for each.
@@ -54,7 +57,7 @@ def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, keys: set[str]) -> str:
-    """Returns the error message for an unknown key, with the most similar one of ``keys``."""
+    """Returns the error message for an unknown key; it suggests the most similar one of ``keys``."""
     if key in keys:
         return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
     return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."

@@ -54,6 +54,10 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
         config_name: Name of the primary configuration in conf/.
         keys: Dotted names of all config keys, to suggest the most similar one for an unknown key.
         literal_keys: Keys whose values are taken literally, not parsed by Hydra's override grammar.
+
+    Returns:
+        The decorator. It turns a function that takes the composed configuration and returns an exit code into a
+        ``main`` without arguments, which exits with that code.
     """
 
     def decorate(task: Task) -> Main:
@@ -118,7 +122,7 @@ def _check_command_line(config_name: str) -> OptionGroups:
     Raises:
         UserError: The command line has an experiment of another command, or the Hydra flag that unpickles a file.
     """
-    # Hydra's parser has no public name (checked in hydra-core 1.3.8). A parser of our own would have to know all of
+    # Hydra's parser is not public (checked in hydra-core 1.3.8). A separate parser would have to duplicate all of
     # Hydra's flags and their abbreviations.
     flags = get_args_parser().parse_args()
     if flags.experimental_rerun is not None:
@@ -134,7 +138,7 @@ def _check_command_line(config_name: str) -> OptionGroups:
 
 
 def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
-    """Quotes the value of an override if it is literal or Hydra's grammar cannot parse it (a path with "=", code)."""
+    """Quotes the value of an override if it is literal or not valid in Hydra's grammar (a path with "=", code)."""
     key, equals, value = argument.partition("=")
     if argument.startswith("-") or not equals or value.startswith(("'", '"')):
         return argument

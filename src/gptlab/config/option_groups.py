@@ -1,6 +1,6 @@
 """Config groups of a command and their valid options, read from the files of conf/. Imports no torch.
 
-An experiment is valid for the commands that have every key it sets: one that sets ``run`` is for gptlab.evaluate.
+An experiment is valid for the commands that have every key that it sets: one that sets ``run`` is for gptlab.evaluate.
 """
 
 import posixpath
@@ -45,7 +45,7 @@ class OptionGroups:
         """Checks the experiments selected on the command line.
 
         Raises:
-            UserError: An experiment is for another command, which the message names.
+            UserError: An experiment is for another command; the message names the command.
         """
         for override in overrides:
             key, _, value = override.partition("=")

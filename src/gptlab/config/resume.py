@@ -50,7 +50,8 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         The validated configuration, which is that of the earlier run with the overrides if a run is resumed.
 
     Raises:
-        UserError: A value is missing or invalid, or cannot change when a run is resumed.
+        UserError: A value is missing or invalid, a changed key cannot change when a run is resumed, or the run to
+            resume cannot be read.
     """
     composed = resolve_to_dict(values)
     overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
@@ -81,6 +82,9 @@ def merge_resume_config(
         run_dir: Directory of the earlier run.
         earlier_config: Configuration of the earlier run.
 
+    Returns:
+        The validated configuration of the resumed run.
+
     Raises:
         UserError: A key cannot change when a run is resumed; or, with force_resume=true, the weights do not fit.
     """
@@ -107,7 +111,12 @@ def merge_resume_config(
 
 
 def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
-    """Returns the configuration that resumes an earlier run with the configuration of a new one.
+    """Returns the configuration that resumes an earlier run with the changeable keys of a new configuration.
+
+    Args:
+        config: New configuration.
+        run_dir: Directory of the earlier run.
+        earlier_config: Configuration of the earlier run.
 
     Raises:
         UserError: A key differs that cannot change when a run is resumed.

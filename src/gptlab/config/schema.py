@@ -94,8 +94,8 @@ class RunConfig(FrozenConfig):
     def _check_lora(self) -> Self:
         if self.lora and self.optimizer.name != "adamw":
             raise ValueError(
-                f"optimizer={self.optimizer.name} is not suitable for the low-rank matrices of lora. Use "
-                "optimizer=adamw"
+                f"optimizer={self.optimizer.name} is not supported with lora, since it is not suitable for low-rank "
+                "matrices. Use optimizer=adamw"
             )
         if self.lora and self.trainer.tensor_parallel > 1:
             raise ValueError(
@@ -108,8 +108,9 @@ class RunConfig(FrozenConfig):
     def _check_ema_precision(self) -> Self:
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(
-                f"train.ema_decay={self.train.ema_decay} updates an average by less than the resolution of bfloat16. "
-                "trainer.precision=bf16-mixed keeps the weights and their average in float32"
+                f"train.ema_decay={self.train.ema_decay} does not work with trainer.precision=bf16-true: updates of the "
+                "average would be below the resolution of bfloat16. Use trainer.precision=bf16-mixed, which keeps the "
+                "weights and their average in float32"
             )
         return self
 

@@ -1,8 +1,8 @@
 """Launches a run from a validated configuration. Imports no torch before training starts.
 
 Ranks started by torchrun or srun train in their own process, and so does a single run on one device. All other runs
-train in workers (``supervisor``), one per device. Their environment cannot leak into the next job of a sweep, and Hydra
-and the checks run only once.
+train in workers (``supervisor``), one per device: environment variables of a run cannot leak into the next job of a
+sweep, and Hydra and the checks run only once.
 """
 
 import logging
@@ -58,7 +58,7 @@ def launch(
         config: Validated configuration.
         run_dir: Run directory assigned by a sweep; None creates one named by the time.
         extra_callbacks: See ``gptlab.launch.train_run.train_run``; used if the run trains in this process.
-        in_process: Whether a run on one device may train in this process, which then runs nothing else.
+        in_process: Whether a run on one device may train in this process; False if the process runs other jobs as well.
 
     Returns:
         The exit code.
@@ -115,7 +115,7 @@ def preflight(config: RunConfig) -> ReadyRun:
 
 
 def open_data(config: RunConfig) -> TokenDataset:
-    """Opens the data of a run, and prepares it first if necessary."""
+    """Opens the data of a run, and prepares it first if necessary; see ``prepare_with_progress``."""
     return prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
 
 
@@ -145,7 +145,7 @@ def _check_length(config: RunConfig, manifest: Manifest) -> None:
         if (tokens := manifest.tokens(split)) < needed[split]:
             larger_val = split == "val" and config.data.corpus != "shards"
             raise UserError(
-                f"{manifest.origin} is too short: it has {tokens} tokens for {split}, but "
+                f"{manifest.origin} is too short: its {split} split has {tokens} tokens, but "
                 f"model.block_size={block_size} needs at least {needed[split]}. Use a smaller model.block_size or more "
                 f"text{', or a larger data.val_fraction' if larger_val else ''}."
             )

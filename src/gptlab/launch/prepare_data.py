@@ -25,10 +25,10 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 def prepare_with_progress(
     data: DataConfig, tokenizer: TokenizerConfig, work: PrepareOptions, trained: Tokenizer | None = None
 ) -> TokenDataset:
-    """Calls ``gptlab.data.prepare.prepare.prepare`` with a progress bar.
+    """Calls ``gptlab.data.prepare.prepare.prepare``, which has the same arguments, with a progress bar.
 
     Raises:
-        UserError: As ``prepare``.
+        UserError: The data cannot be prepared; see ``prepare``.
     """
     with _progress_bar() as bar:
         task = bar.add_task("", total=None, visible=False, tokens=0, speed="–", earlier=None)
@@ -48,7 +48,7 @@ def _progress_bar() -> Iterator[Progress]:
     columns = (
         TextColumn("preparing"),
         BarColumn(),
-        TextColumn("{task.percentage:.0f} % · {task.fields[speed]} MB/s · {task.fields[tokens]:,} tokens ·"),
+        TextColumn("{task.percentage:.0f}% · {task.fields[speed]} MB/s · {task.fields[tokens]:,} tokens ·"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )
@@ -87,13 +87,21 @@ class PrepareCommand(FrozenConfig):
 
 
 def open_existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
-    """Opens prepared shards, local or remote, with their tokenizer, or token files of other programs."""
+    """Opens prepared shards (local or remote, with their tokenizer) or token files of other programs.
+
+    Args:
+        config: Configuration of the command.
+        path: Prepared directory, its URL, or a glob of token files.
+
+    Raises:
+        UserError: The shards cannot be opened; see ``gptlab.data.shards.open_shards.open_shards``.
+    """
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
     return open_shards(data, config.tokenizer, any_tokenizer=True)
 
 
 def print_prepared(prepared: TokenDataset) -> None:
-    """Prints a summary of prepared data and the beginnings of its first training documents."""
+    """Prints a summary of prepared data and the beginning of each of its first training documents."""
     manifest, console = prepared.manifest, get_console()
     table = Table(box=box.SIMPLE)
     for column in ("", "shards", "tokens", "documents", "MB of text", "bytes per token", "longest document"):
@@ -117,7 +125,11 @@ def print_prepared(prepared: TokenDataset) -> None:
 
 
 def print_batch(windows: list[tuple[int, str]]) -> None:
-    """Prints the windows of a global batch, each with its start offset in the stream."""
+    """Prints the windows of a global batch.
+
+    Args:
+        windows: Offset of the first token in the stream, and text, of each window.
+    """
     for number, (start, text) in enumerate(windows):
         title = f"window {number}, starting at token {start:,}"
         get_console().print(Panel(Text(text), box=box.ROUNDED, title=title, title_align="left"))

@@ -1,4 +1,4 @@
-"""Requeueing of SLURM jobs, and automatic resuming of their runs and of trials of a sweep. Imports no torch."""
+"""Requeues SLURM jobs, and finds the run that a requeued job or a trial of a sweep resumes. Imports no torch."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def requeue_slurm_job() -> None:
     """Requeues the SLURM job of this process, once for all ranks; does nothing outside of SLURM."""
-    if "SLURM_JOB_ID" not in os.environ or is_worker() or not is_first_rank():  # the supervisor of a worker does this
+    if "SLURM_JOB_ID" not in os.environ or is_worker() or not is_first_rank():  # a worker's supervisor requeues the job
         return
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
@@ -33,7 +33,7 @@ def requeue_slurm_job() -> None:
     if problem:
         log.warning("SLURM job %s cannot be requeued: %s", job, problem)
     else:
-        log.info("SLURM job %s is requeued and will resume the run automatically.", job)
+        log.info("SLURM job %s has been requeued and will resume the run automatically.", job)
 
 
 def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, Path | None]:

@@ -1,4 +1,4 @@
-"""Handling of preemption signals outside of training, where a callback handles them. Imports no torch."""
+"""Handles preemption signals outside of ``Trainer.fit``, during which a callback handles them. Imports no torch."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ class StoppedEarly(BaseException):
 
 
 class StopSignals:
-    """Context manager that handles preemption signals, and restores their handlers at the end.
+    """Context manager that handles preemption signals and restores the previous handlers on exit.
 
     Args:
         handler: Called for each signal, unless another handler has been installed in the meantime.
@@ -62,9 +62,12 @@ class StopSignals:
         return self.received
 
     def forward(self, status: int) -> None:
-        """Calls the restored handlers if the run was preempted; SIGUSR1 without a handler requeues a SLURM job.
+        """Calls the previous handlers of the received signals if the run was preempted; submitit's requeues its job.
 
-        submitit's handler requeues the job and exits.
+        SIGUSR1 without a previous handler requeues the SLURM job, if any.
+
+        Args:
+            status: Exit code of the run.
         """
         for number in dict.fromkeys(self.received if status == PREEMPTED else ()):
             earlier = self._earlier[signal.Signals(number)]
@@ -88,7 +91,7 @@ def run_stoppable(run: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Blocks preemption signals and SIGINT, also in processes started meanwhile until they call ``unblock_signals``."""
+    """Blocks preemption signals and SIGINT, in new child processes as well until they call ``unblock_signals``."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
     try:
         yield

@@ -2,7 +2,7 @@
 
 Workers rendezvous through a file and communicate over the loopback interface. Each leads its own session, so that
 Ctrl-C in the terminal reaches only the supervisor, which forwards it, and so that the child processes of a worker end
-with it. Their standard input is a pipe, which closes when the supervisor ends for any reason; workers then exit, too.
+with it. Their standard input is a pipe. It closes when the supervisor ends for any reason, and the workers then exit.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZ
 WORKER = "gptlab.worker"  # by name, since it is in a layer above this package
 WORKER_COMMAND = (sys.executable, "-m", WORKER)
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
-COORDINATED = {DONE, PRUNED, PREEMPTED, DIVERGED}  # exit codes that all ranks reach together: none has to be ended
+COORDINATED = {DONE, PRUNED, PREEMPTED, DIVERGED}  # exit codes that all ranks return together
 GRACE_SECONDS = 5.0  # grace period before SIGTERM, and again before SIGKILL
 POLL_SECONDS = 0.05
 COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -41,7 +41,7 @@ Worker = subprocess.Popen[bytes]
 
 
 class Job(NamedTuple):
-    """Work of a worker.
+    """Input of a worker process.
 
     Attributes:
         config: Validated configuration; for a rank, completed by ``preflight``.
@@ -54,7 +54,7 @@ class Job(NamedTuple):
     plan: BatchPlan | None = None
 
     def write(self, path: Path) -> None:
-        """Writes a job file."""
+        """Writes the job file at ``path``, as JSON."""
         values = {
             "config": self.config.model_dump(mode="json"),
             "run_dir": self.run_dir and str(self.run_dir.absolute()),
@@ -74,11 +74,14 @@ def read_job(path: Path) -> Job:
 
 
 def start_worker(job_file: Path, **options: Any) -> Worker:
-    """Starts a process that runs a job file, in its own session; it ends when its standard input is closed.
+    """Starts a process that runs a job file, in its own session.
 
     Args:
         job_file: File written by ``Job.write``.
         options: Keyword arguments of ``subprocess.Popen``.
+
+    Returns:
+        The process. It exits when its standard input is closed.
     """
     command = (*WORKER_COMMAND, str(job_file))
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **options)
@@ -103,7 +106,7 @@ def supervise(job: Job) -> int:
         # on exit, the stack closes the workers' pipes and waits for them
         with signals, contextlib.ExitStack() as stack:
             count = _count_workers(job.config.trainer)
-            with block_signals():  # until all workers are started and can handle them
+            with block_signals():  # until all workers have started: ``forward`` must reach all of them
                 workers.extend(stack.enter_context(_start_rank(rank, count, folder)) for rank in range(count))
             try:
                 status = _wait(workers, signals)
@@ -140,7 +143,7 @@ def _start_rank(rank: int, count: int, folder: Path) -> Worker:
 
 
 def _wait(workers: list[Worker], signals: StopSignals) -> int:
-    """Waits for the workers; ends the others after a grace period if one fails or the user interrupts."""
+    """Waits for the workers; terminates the remaining ones after a grace period if one fails or on SIGINT."""
     failed, deadlines = None, [(GRACE_SECONDS, signal.SIGTERM), (2 * GRACE_SECONDS, signal.SIGKILL)]
     since: float | None = None
     while any([worker.poll() is None for worker in workers]):  # noqa: C419  (polls all of them)

@@ -1,4 +1,4 @@
-"""Trains one run in this process: builds module, run directory, callbacks and Trainer, and calls ``fit``."""
+"""Trains one run in this process: builds the module, run directory, callbacks and Trainer, and calls ``fit``."""
 
 import contextlib
 import logging
@@ -63,7 +63,7 @@ from gptlab.training.module import GPTModule
 
 
 class RunContext(NamedTuple):
-    """Arguments for the construction of extra callbacks.
+    """Arguments of the function that builds extra callbacks.
 
     Attributes:
         config: Completed configuration.
@@ -118,8 +118,9 @@ def train_run(
         The exit code: DONE, PRUNED or PREEMPTED.
 
     Raises:
-        UserError: Devices, a checkpoint or a login are missing, or another process writes to the run directory.
-        Diverged: The gradient was not finite for too many steps in a row.
+        UserError: Devices are not available, there is no intact checkpoint or no W&B login, or another process writes
+            to the run directory.
+        Diverged: The gradient was not finite for ``train.max_bad_steps`` steps in a row.
     """
     with RunLock() as lock:
         return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
@@ -199,7 +200,11 @@ def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> T
 
 
 def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -> GPTModule:
-    """Builds the model, identical on every rank, and the LightningModule that trains it."""
+    """Builds the LightningModule; its initial weights are identical on every rank.
+
+    Raises:
+        UserError: The weights of ``init_from`` cannot be loaded.
+    """
     torch.manual_seed(config.seed)
     model = build_gpt(config.model)
     if config.init_from:
@@ -256,7 +261,7 @@ def _build_callbacks(
     checkpoint_io: AtomicCheckpointIO,
     extra_callbacks: Sequence[L.Callback],
 ) -> list[L.Callback]:
-    """Builds the callbacks in the order in which Lightning calls them."""
+    """Returns the callbacks in the order in which Lightning calls them."""
     step_sync, wanted = StepSync(), config.callbacks
     health_monitor = TrainingHealthMonitor(step_sync, config.train, replay_command(run_dir))
     recorder.counts.append(health_monitor.counts)
@@ -318,7 +323,7 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
 
 def build_metrics_callback(config: RunConfig, devices: Hardware) -> MetricsCallback:
     """Builds the callback that records metrics."""
-    # with LoRA, most weights have no gradients, so that the FLOPs formula does not apply
+    # with LoRA, most weights have no gradients, so the FLOPs formula does not apply
     peak = devices.peak_flops() if config.lora is None else None
     return MetricsCallback(
         log_every=config.train.log_every,
