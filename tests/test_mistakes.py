@@ -42,7 +42,7 @@ CONFIG_ERRORS = {
     ),
     "average below the resolution": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
-        "train.ema_decay=0.999 updates an average by less than the resolution of bfloat16",
+        "train.ema_decay=0.999 does not work with trainer.precision=bf16-true",
     ),
     "heads and groups": (
         ["trainer=fsdp_tp", "trainer.tensor_parallel=3"],
@@ -57,7 +57,7 @@ CONFIG_ERRORS = {
     "missing value": (["data=text"], "data.source is missing. Set it on the command line"),
     "missing file": (["data=text", "data.source=a=b.txt"], "a=b.txt does not exist"),
     "empty file": (["data=text", "data.source=empty.txt"], "empty.txt is empty"),
-    "too short": ([*TEXT, "model.block_size=50000"], "is too short: it has"),
+    "too short": ([*TEXT, "model.block_size=50000"], "is too short: its train split has"),
     "not tinyshakespeare": (["data=shakespeare_char", "data.source=text.txt"], "is not the tinyshakespeare text"),
     "no vocabulary": (
         [*TEXT, "tokenizer=gpt2", "tokenizer.vocab_dir=."],

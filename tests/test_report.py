@@ -25,7 +25,7 @@ def test_a_report_needs_no_torch_and_prints_omitted_runs(without_torch):
     done = without_torch.python(REPORT, "runs=outputs/l*/now", "out=lr=1.html")
     assert_success(done)
     report = without_torch.folder / "lr=1.html"
-    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB\. The file needs no network\.\n", done.stdout)
+    assert re.fullmatch(r"lr=1\.html: 5 runs, \d\.\d MB\. The file is self-contained\.\n", done.stdout)
     assert report.stat().st_size / 1e6 == pytest.approx(float(done.stdout.split()[3]), abs=0.05)
     assert "lr/now/3 is omitted" in done.stderr
     assert [path.name for path in without_torch.folder.glob("*.html*")] == ["lr=1.html"]

@@ -184,7 +184,7 @@ def test_a_run_survives_the_death_of_wandbs_process(user, server):
     os.kill(core, signal.SIGKILL)
     done = run.ended(seconds=600)
     output = done.stdout + done.stderr
-    assert output.count("W&B has failed and receives no more rows") == 1
+    assert output.count("W&B has failed, and no more rows are sent") == 1
     assert list(metrics_file(user.only_run())) == list(range(1, 3001))
     assert "Next: python -m gptlab.sample" in output
 

@@ -175,7 +175,7 @@ def test_mode_online_with_an_opt_out_is_an_error(server, monkeypatch, how):
 def test_an_unknown_wandb_mode_is_an_error(server, monkeypatch, mode):
     forbid(monkeypatch, f"WANDB_MODE={mode}")
     config = config_of()
-    with pytest.raises(UserError, match=f"WANDB_MODE={mode} is not a mode of W&B"):
+    with pytest.raises(UserError, match=f"WANDB_MODE={mode} is not a valid W&B mode"):
         preflight(config)
 
 

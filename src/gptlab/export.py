@@ -15,7 +15,7 @@ from gptlab.exporters.folder import check_output_free, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
 from gptlab.pretrained.source import open_model_source
 
-PUSHED = ("hf", "gguf")
+PUSH_FORMATS = ("hf", "gguf")
 
 
 class ExportConfig(FrozenConfig):
@@ -29,15 +29,15 @@ class ExportConfig(FrozenConfig):
     dry_run: bool
 
     @model_validator(mode="after")
-    def _is_shared(self) -> Self:
-        if self.push is not None and self.format not in PUSHED:
-            raise ValueError(f"push requires format={' or format='.join(PUSHED)}, not format={self.format}")
+    def _check_push(self) -> Self:
+        if self.push is not None and self.format not in PUSH_FORMATS:
+            raise ValueError(f"push requires format={' or format='.join(PUSH_FORMATS)}, not format={self.format}")
         return self
 
 
 @command("export", keys=set(known_keys(ExportConfig)))
 def main(values: DictConfig) -> int:
-    """Exports the model, compares the export with it, and uploads the export if ``push`` is set."""
+    """Exports the model, compares the export with the original, and uploads it if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)

@@ -24,7 +24,7 @@ from gptlab.verification.runs import ProofRuns
 
 @command("prove", keys={*known_keys(RunConfig), *known_keys(ProveArguments)})
 def main(values: DictConfig) -> int:
-    """Runs a configuration in several ways to verify data order, resume and equality of ranks."""
+    """Runs a configuration in several ways to verify data order, resuming and distributed training."""
     if values.resume is not None or launched_externally():
         raise UserError(
             "gptlab.prove starts its own runs from step 0: it cannot be used with resume=, torchrun or srun."
@@ -36,7 +36,7 @@ def main(values: DictConfig) -> int:
     quiet_lightning()
     case = ProofCase(config, prepared, prove)
     folder = _create_folder(prove.out)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the exit kills the current run
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit ends the current run
     proofs = list(prove_all(case, ProofRuns(folder / "runs")))
     print_proofs(config, prove.steps, proofs)
     path = write_report(folder, config, proofs)

@@ -44,7 +44,7 @@ def main(values: DictConfig) -> int:
     path = Path(config.out).expanduser()
     size = _write(path, render_page(found, poll=None))
     number = len(found["runs"])
-    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file needs no network.")
+    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file is self-contained.")
     return DONE
 
 

@@ -38,7 +38,7 @@ class SampleConfig(SamplingConfig):
     report: bool
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_prompt(self) -> Self:
         if self.prompts is not None and (self.prompt or self.interactive):
             raise ValueError("prompts cannot be combined with prompt or interactive=true")
         if self.interactive and self.prompt:
@@ -46,7 +46,7 @@ class SampleConfig(SamplingConfig):
         return self
 
     @model_validator(mode="after")
-    def _one_stream(self) -> Self:
+    def _check_single_text(self) -> Self:
         if (self.stream or self.interactive) and (self.num_samples > 1 or self.prompts is not None):
             override = "interactive=true" if self.interactive else "stream=true"
             raise ValueError(f"{override} prints one text at a time and requires num_samples=1 and no file of prompts")
@@ -63,7 +63,7 @@ def main(values: DictConfig) -> int:
     """Loads the model, generates texts and prints them."""
     config = validate(SampleConfig, resolve_to_dict(values))
     source = open_model_source(config.run)  # reports errors before torch is imported
-    prompts = [config.prompt] if config.prompts is None else _lines(Path(config.prompts).expanduser())
+    prompts = [config.prompt] if config.prompts is None else _read_prompts(Path(config.prompts).expanduser())
     inference = _load(config, source)
     if config.interactive:
         _converse(config, inference)
@@ -74,8 +74,8 @@ def main(values: DictConfig) -> int:
     return DONE
 
 
-def _lines(path: Path) -> list[str]:
-    r"""Reads prompts, one per line. Replaces \n in a line with a newline."""
+def _read_prompts(path: Path) -> list[str]:
+    r"""Reads prompts, one per line; \n in a line stands for a line break."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -147,10 +147,10 @@ def _report(generator: "TextGenerator", config: SampleConfig) -> None:
 
 
 def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
-    """Continues prompts from the terminal until Ctrl-D. Ctrl-C stops a text."""
+    """Continues prompts from the terminal until Ctrl-D; Ctrl-C ends a text."""
     from gptlab.model.generation.sampler import row_seeds
 
-    print("Enter a prompt. Ctrl-C stops a text, Ctrl-D exits.")
+    print("Enter a prompt. Ctrl-C ends a text, Ctrl-D exits.")
     number = 0
     while True:
         try:

@@ -40,7 +40,10 @@ class _SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Raises HydraException: these launchers need ``hydra/sweeper=gptlab``."""
-        raise HydraException("hydra/launcher=processes and slurm need hydra/sweeper=gptlab; others need basic.")
+        raise HydraException(
+            "hydra/launcher=processes and hydra/launcher=slurm require hydra/sweeper=gptlab. Other launchers require "
+            "hydra/sweeper=basic."
+        )
 
 
 class ProcessLauncher(_SweepLauncher):

@@ -97,7 +97,7 @@ def _parameter(path: Path, override: Override) -> dict[str, Any]:
         return {**kind, "min": low, "max": high}
     try:
         values = [_plain(value) for value in override.sweep_iterator()]
-    except HydraException:  # for a glob, which Hydra resolves only on the command line
+    except HydraException:  # a glob, which Hydra resolves only on the command line
         values = []
     if not values:
         raise UserError(f"{path}: {override.input_line} cannot be expanded to a list of values.")

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Section, Workspace
 
 BEST = "val/loss.min"  # key in W&B's summary of a run
-# Config keys that sweeps vary: columns of the parallel coordinates. A column may have the same value in all runs.
+# Config keys that sweeps vary, for the columns of the parallel coordinates plot
 VARIED = ("optimizer.lr", "train.global_batch_size", "model.n_layer", "model.n_embd", "train.max_steps", "seed")
 
 
 def build_workspace(entity: str, project: str, name: str) -> "Workspace":
     """Builds the workspace with sections for training health, throughput, sweep comparison and samples.
+
+    Args:
+        entity: W&B user or team.
+        project: W&B project.
+        name: Name of the workspace.
 
     Raises:
         UserError: wandb-workspaces is not installed.

@@ -1,4 +1,4 @@
-"""Collects the report's data as one JSON-serializable document: runs, points, differences, sweeps, environments."""
+"""Collects the report's data in one JSON-serializable document: runs, points, differences, sweeps, environments."""
 
 import json
 import time
@@ -20,7 +20,7 @@ LOSS = "val/loss"
 
 
 class ReportDocument:
-    """Collects the runs and sweeps at a location; every call of ``gather`` reads the files that have changed.
+    """Collects the data of runs and sweeps. Every call of ``gather`` rereads the files that have changed.
 
     Args:
         where: Run directory, a directory with runs below it, or a glob of these.

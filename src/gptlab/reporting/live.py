@@ -1,4 +1,4 @@
-"""Serves the report on the loopback interface and updates it while runs progress."""
+"""Serves the report on the loopback interface, with current data while runs progress."""
 
 import errno
 import hashlib
@@ -45,7 +45,7 @@ class LiveServer(ThreadingHTTPServer):
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             raise UserError(f"port={port} {why}. Set another port, or port=0 for a free one.") from None
-        # other Host headers come from a foreign page whose host name resolves to this address (DNS rebinding)
+        # any other Host header comes from a foreign page whose host name resolves to this address (DNS rebinding)
         self.hosts = {f"{name}:{self.server_port}" for name in (ADDRESS, "localhost")}
 
     def document(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Renders the page: template, style, scripts and data in one HTML file that needs no network."""
+"""Renders the page: template, style, scripts and data in one self-contained HTML file."""
 
 import base64
 import hashlib
@@ -19,8 +19,8 @@ SCRIPTS = (
 def render_page(document: dict[str, Any], poll: float | None) -> str:
     """Returns the page as HTML.
 
-    Data of a run is never parsed as HTML: it is embedded as JSON without "<", and the scripts insert it as text. The
-    Content Security Policy in the page's head allows only these scripts, and no external resources.
+    Strings from runs are never parsed as HTML: they are embedded as JSON without "<", and the scripts insert them as
+    text. The Content Security Policy in the page's head allows only these scripts and no external resources.
 
     Args:
         document: Data of the page, from ``ReportDocument.gather``.

@@ -1,4 +1,4 @@
-"""Reads runs as plain data for the page. A run that cannot be read is reported and omitted."""
+"""Reads the data of runs for the page. A run that cannot be read is reported and omitted."""
 
 import csv
 import json
@@ -15,8 +15,8 @@ from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
 from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
 
-MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # samples per run; characters per sample
-FEWEST_POINTS, TOGETHER = 100, 30_000  # fewest points per curve; limit on the points of one metric over all runs
+MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # maximum samples per run and characters per sample
+FEWEST_POINTS, TOGETHER = 100, 30_000  # minimum limit of points per curve; points of one metric over all runs
 
 
 @dataclass
@@ -46,7 +46,7 @@ class RunReader:
     """Reads runs, and reads a run again only when one of its files has changed.
 
     Args:
-        points: Largest number of points per curve; reduced if there are many runs.
+        points: Maximum number of points per curve; reduced if there are many runs.
         metric: Metric whose lowest value is a run's best.
     """
 

@@ -14,12 +14,12 @@ AXES = ("step", "tokens")  # columns of a row that are axes, not metrics
 def downsample(values: Sequence[float], points: int) -> list[int]:
     """Selects the values of a curve to draw.
 
-    Keeps the first and the last value and, in each of as many equal segments as fit, the lowest and the highest, so
-    that outliers remain visible. Non-finite values are kept only in segments without finite ones.
+    Keeps the first and the last value and, in each of (points - 2) // 2 equal segments, the lowest and the highest
+    value, so that outliers remain visible. Non-finite values are kept only in segments without finite ones.
 
     Args:
         values: Values of the curve.
-        points: Largest number of values to keep, at least 4.
+        points: Maximum number of values to keep, at least 4.
 
     Returns:
         Indices of the selected values in ascending order; all indices if there are at most ``points`` values.

@@ -49,16 +49,24 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
 
 
 def _describe_lora(config: RunConfig) -> str:
-    """Returns the number of LoRA parameters as text; empty without LoRA."""
+    """Returns the number of LoRA parameters as text; "" without LoRA."""
     if config.lora is None:
         return ""
-    return f", {lora_count(config.model, config.lora):,} more trained (LoRA, rank {config.lora.rank})"
+    return f", plus {lora_count(config.model, config.lora):,} trained LoRA parameters (rank {config.lora.rank})"
 
 
 def print_summary(
     config: RunConfig, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
 ) -> None:
-    """Prints the last sample and the final summary table, to which ``further`` adds rows."""
+    """Prints the last sample and the summary table at the end of a run.
+
+    Args:
+        config: Configuration of the run.
+        directory: Run directory.
+        recorder: Metrics callback of the run.
+        trainer: Trainer of the run.
+        further: Additional rows of the table, as name and value.
+    """
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Samples) and callback.latest:
@@ -85,7 +93,7 @@ def print_summary(
 
 
 def print_stopped(why: str, directory: Path, step: int) -> None:
-    """Logs the step at which a run stopped and the command that resumes it; ``why`` begins the message."""
+    """Logs why and at which step a run stopped, and the command that resumes it."""
     if has_checkpoint(directory):
         log.info("%s at step %d. To resume: python -m gptlab.train resume=%s", why, step, _display_path(directory))
     else:
@@ -93,7 +101,7 @@ def print_stopped(why: str, directory: Path, step: int) -> None:
 
 
 def replay_command(directory: Path) -> str:
-    """Returns the command that prints a batch of a run, without its argument step=."""
+    """Returns the command that prints the batch of a step of a run; the caller appends step=<step>."""
     return f"python -m gptlab.prepare replay={_display_path(directory)}"
 
 

@@ -1,4 +1,4 @@
-"""Environment of a run: code, packages, machine, command."""
+"""Records the environment of a run: code version, packages, machine and command line."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
-COMMAND = "GPTLAB_COMMAND"  # environment variable that passes the user's command line to workers
+COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
 
 
 def record_environment(directory: Path) -> None:

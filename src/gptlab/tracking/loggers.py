@@ -18,7 +18,7 @@ from gptlab.training.distributed.processes import is_first_rank
 
 
 class MetricsCSVLogger(CSVLogger):
-    """Logger of metrics.csv in the run directory; a resumed run appends to it.
+    """Lightning's ``CSVLogger`` for metrics.csv in the run directory; a resumed run appends to the file.
 
     Args:
         directory: Run directory.
@@ -30,14 +30,14 @@ class MetricsCSVLogger(CSVLogger):
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
-            self.experiment.save()  # immediately, since Lightning's writer has removed the old file
+            self.experiment.save()  # immediately, since Lightning's writer has deleted the existing file
 
     def log_hyperparams(self, params: object = None) -> None:
         """Logs nothing: config.yaml has them."""
 
 
 def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
-    """Returns the initial state of a run; on a resume, its state at that step."""
+    """Returns the initial state of a run; on a resume, its state at step ``keep_until``."""
     state, earlier = new_state(config.steps), load_state(directory)
     if keep_until is None or earlier is None:
         return state
@@ -61,7 +61,9 @@ def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
 
 
 class RunStateLogger(Logger):
-    """Logger of state.json in the run directory, rewritten with every row, but at most once a second.
+    """Logger of state.json in the run directory.
+
+    The file is rewritten at most once per second, and additionally at every evaluation and at the last step.
 
     Args:
         directory: Run directory.
@@ -108,7 +110,16 @@ class RunStateLogger(Logger):
 
 
 def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) -> list[Logger]:
-    """Builds the loggers of metrics.csv and state.json and those that are configured."""
+    """Builds the configured loggers and those of metrics.csv and state.json.
+
+    Args:
+        config: Configuration of the run.
+        directory: Run directory.
+        keep_until: On a resume, the step of the checkpoint; later rows of metrics.csv are removed. None for a new run.
+
+    Raises:
+        UserError: logger.wandb.mode=online, but W&B does not respond or there is no login.
+    """
     loggers: list[Logger] = []
     if config.logger.tensorboard is not None:
         loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
@@ -116,7 +127,7 @@ def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) ->
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         record = build_wandb_logger(config, config.logger.wandb, directory, earlier)
         loggers += [record] if record is not None else []
-    # last, since the others may raise an error, and this one modifies the file
+    # last, since the loggers above may raise an error, and these modify files
     return [
         *loggers,
         MetricsCSVLogger(directory, keep_until),

@@ -7,7 +7,7 @@ from rich import get_console
 
 from gptlab.training.distributed.processes import is_first_rank
 
-FILE_ONLY = {"file_only": True}  # `extra` of a message that the console shows in another form
+FILE_ONLY = {"file_only": True}  # `extra` of messages that are not logged to the console
 NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
 
 
@@ -51,6 +51,6 @@ def quiet_lightning() -> None:
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # This logger warns at every norm and checkpoint that a two-dimensional mesh is reduced one dimension after the
-    # other. It is named after a private module (checked in torch 2.13).
+    # For every norm and checkpoint, this logger warns that a two-dimensional mesh is reduced one dimension at a time.
+    # It is named after a private module (checked in torch 2.13).
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)

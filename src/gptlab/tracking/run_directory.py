@@ -18,7 +18,7 @@ from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.training.checkpoints.records import best_intact, list_checkpoints, newest_intact
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
-STACKS = "stacks"  # of processes that made no progress
+STACKS = "stacks"  # stack traces of processes that made no progress
 
 
 def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, lock: RunLock) -> Path:
@@ -44,7 +44,8 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
     lock.acquire(directory)
     if (directory / CONFIG).is_file() and has_checkpoint(directory):  # written by the previous owner of the lock
         raise UserError(
-            f"{directory} was written by another process in the meantime. The same command resumes that run."
+            f"{directory} was written by another process in the meantime. Run the same command again to resume that "
+            "run."
         )
     manifest.save(directory)
     record_config(config, directory)
@@ -63,7 +64,11 @@ def without_origin(config: RunConfig) -> dict[str, Any]:
 
 
 def claim_directory(parent: Path) -> Path:
-    """Creates a new directory named by the time; raises UserError if there are too many of the same second."""
+    """Creates a new directory in ``parent`` that is named by the time, and returns its path.
+
+    Raises:
+        UserError: Too many directories have been created in the same second.
+    """
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
         try:
@@ -71,7 +76,7 @@ def claim_directory(parent: Path) -> Path:
         except FileExistsError:
             continue
         return parent / name
-    raise UserError(f"{parent} already contains a thousand directories named {stamp}.")
+    raise UserError(f"{parent} already contains 999 directories named {stamp} or {stamp}-<number>.")
 
 
 def load_config(directory: Path) -> RunConfig:

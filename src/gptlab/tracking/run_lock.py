@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 LOCK = ".run.lock"  # contains the owner's host, process and start time
 REFRESH = 5.0  # seconds between the owner's refreshes
 LEASE = 120.0  # seconds without a refresh after which the owner counts as dead; shared file systems may stall
-WAIT = 5.0  # seconds to wait for a live owner to end: workers briefly outlive a killed supervisor
+WAIT = 5.0  # seconds to wait for a live owner to exit: workers briefly outlive a killed supervisor
 POLL = 0.1  # seconds
 
 

@@ -71,7 +71,7 @@ def test_an_alert_that_cannot_be_sent_only_ends_the_record(tmp_path, caplog):
     record.alert("Loss spike", "not sent")  # alerts are disabled
     record.alerts = Alerts(run, 60.0)
     record.alert("Loss spike", "fails")
-    assert caplog.messages == ["W&B has failed and receives no more rows: gone. metrics.csv has all rows."]
+    assert caplog.messages == ["W&B has failed, and no more rows are sent: gone. metrics.csv has all rows."]
 
 
 def checkpoint(tmp_path, step: int) -> Any:

@@ -59,7 +59,7 @@ def test_an_error_gives_one_warning_and_ends_the_record(run, tmp_path, messages)
         logger.log_metrics({"loss": 1.0}, step)
     logger.finalize("success")
     assert run.rows == [(1, {"loss": 1.0})]
-    assert messages() == ["W&B has failed and receives no more rows: Connection lost. metrics.csv has all rows."]
+    assert messages() == ["W&B has failed, and no more rows are sent: Connection lost. metrics.csv has all rows."]
 
 
 @pytest.mark.parametrize(("status", "exit_code"), [("success", 0), ("failed", 1)])

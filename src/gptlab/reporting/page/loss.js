@@ -132,7 +132,7 @@ function buildAxisControls() {
   const switches = {
     val: "val",
     train: "train",
-    singles: "single seeds",
+    singles: "individual seeds",
     logX: "log x",
     logY: "log y",
     whole: "full y range",

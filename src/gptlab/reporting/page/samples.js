@@ -43,7 +43,7 @@ function renderCards(cards) {
   );
   const left = cards.length - MOST_CARDS;
   const none = cards.length ? "" : "None of the shown runs has a sample up to this step.";
-  byId("samples-caption").textContent = left > 0 ? `${plural(left, "more run")}: filter the runs, or select one.` : none;
+  byId("samples-caption").textContent = left > 0 ? `${plural(left, "more run")} not shown: filter the runs, or select one.` : none;
 }
 
 function listenToSamples() {

@@ -131,7 +131,7 @@ function star(x, y) {
 
 function curveCaption(points, best, keys) {
   const sentences = [
-    `Lowest ${DATA.metric} of each run. The line connects the means over seeds; bars range from the lowest to the highest.`,
+    `Lowest ${DATA.metric} of each run. The line connects the means over seeds; error bars range from the lowest to the highest.`,
   ];
   if (keys.length > 1) sentences.push("One line per combination of the other varied config keys; hover over it for its name.");
   if (best)

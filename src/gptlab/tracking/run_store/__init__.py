@@ -1,4 +1,4 @@
-"""Run directories and sweep directories: finding, reading and listing runs, also while they are in progress.
+"""Finds, reads and lists runs and sweeps from their directories, including those in progress.
 
 Imports no torch.
 """

@@ -56,7 +56,14 @@ class Condition(NamedTuple):
         return cls(found[1], found[2], _value(found[3]))
 
     def holds(self, line: Line, settings: dict[str, Any]) -> bool:
-        """Whether a run meets the condition; a missing key or a value that cannot be compared is no match."""
+        """Whether a run meets the condition.
+
+        A run without the key meets only a condition with ``!=``. A value that cannot be compared does not meet it.
+
+        Args:
+            line: Columns of the run.
+            settings: Flattened configuration of the run.
+        """
         missing = object()
         there = line[self.key] if self.key in line else settings.get(self.key, missing)
         if there is missing:
@@ -68,11 +75,11 @@ class Condition(NamedTuple):
 
 
 def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
-    """Returns a line for every run that meets all conditions, sorted.
+    """Returns a sorted list with one line per run that meets all conditions.
 
     Args:
         runs: Runs to list.
-        conditions: Conditions, joined by "and".
+        conditions: Conditions that must all be met.
         sort: Column or config key to sort by; runs without a value come last.
         descending: Whether the largest value comes first.
 
@@ -178,5 +185,5 @@ def _value(text: str) -> Any:
 
 
 def _comparable(value: Any) -> tuple[bool, Any]:
-    """Sort key: numbers before text."""
+    """Returns a sort key that sorts numbers before text."""
     return (False, value) if isinstance(value, int | float) else (True, str(value))

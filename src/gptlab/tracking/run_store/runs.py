@@ -33,7 +33,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """<name>/<time>, or <name>/<time>/<number> for a trial of a sweep."""
+        """Name of the run: <name>/<time>, or <name>/<time>/<number> for a trial of a sweep."""
         parts = self.directory.absolute().parts
         return "/".join(parts[-3:] if parts[-1].isdigit() else parts[-2:])
 
@@ -102,6 +102,9 @@ def find_runs(pattern: str) -> list[Run]:
 
     Args:
         pattern: A run directory, a directory with runs up to three levels below it, or a glob of these.
+
+    Returns:
+        The runs, without duplicates; trials of a sweep are sorted by number.
 
     Raises:
         UserError: There are no runs.

@@ -1,4 +1,4 @@
-"""State of a run for other processes, in state.json of its run directory. Imports no torch."""
+"""State of a run in state.json, for other processes such as gptlab.runs. Imports no torch."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class RunState(BaseModel):
     Attributes:
         state: "running", or how the run ended: "done", "pruned" (by its sweep), "stopped" (preempted by a signal; can
             be resumed), "interrupted" (by the user), "diverged", "config_error" (invalid configuration or input),
-            "failed" (an error), "lost" (its process is gone without having recorded an end).
+            "failed" (an error), "lost" (its process ended without recording a state).
         status: Exit code; None while the run is in progress.
         message: Error message, one sentence.
         step: Optimizer steps completed.
@@ -52,9 +52,9 @@ class RunState(BaseModel):
         loss: Latest train loss, nats per token.
         val_loss: Latest val loss, nats per token.
         best_val_loss: Lowest val loss, nats per token.
-        tokens_per_second: Throughput at the latest row of metrics.csv.
-        seconds: Wall time of the run, summed over its starts.
-        seconds_left: Estimated remaining wall time.
+        tokens_per_second: Throughput in the latest row of metrics.csv.
+        seconds: Wall time of the run in seconds, summed over its starts.
+        seconds_left: Estimated remaining wall time in seconds.
         began: Time of the latest start, seconds since the epoch.
         updated: Time of the latest update, seconds since the epoch.
         pid: ID of the process that writes the file.
@@ -114,7 +114,7 @@ def end_state(
         status: Exit code.
         message: Error message, if the run failed.
         step: Step of the final checkpoint; None keeps the last step that was logged.
-        tokens: Tokens seen until that step.
+        tokens: Tokens seen up to ``step``; ignored if that is None.
     """
     state = load_state(directory)
     if state is not None:

@@ -52,7 +52,7 @@ class Trial(BaseModel):
     job: str | None = None
 
     def to(self, state: TrialState, **changes: Any) -> "Trial":
-        """Returns a copy in another state."""
+        """Returns a copy in another state, with other attributes changed as well if given."""
         return self.model_copy(update={"state": state, **changes})
 
     def save(self, sweep: Path) -> None:
@@ -73,7 +73,7 @@ class Sweep(BaseModel):
         metric: Column of metrics.csv; the lowest value of each trial is compared.
         baseline: Overrides of the point that the others are compared with; empty for the first point.
         definition: Hash of the definition, which identifies a sweep that is started again.
-        wandb_group: W&B group of its runs.
+        wandb_group: W&B group of its trials.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -1,4 +1,4 @@
 """Weights & Biases: logging of metrics, samples, checkpoints and alerts.
 
-Runs never depend on W&B, which may be unreachable, slow or disabled. The run directory has all data.
+W&B may be unreachable, slow or disabled. A run does not depend on it: the run directory contains all data.
 """

@@ -29,7 +29,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
     if settings is None or settings.mode == "offline" or not _is_online(directory):
         return
     if (state := load_state(directory)) is not None and state.state == "running":
-        log.warning("The evaluation is not sent to W&B, since the run is in progress and writes its own record there.")
+        log.warning("The evaluation is not sent to W&B, since the run is in progress and is writing its W&B record.")
         return
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:
@@ -56,7 +56,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
 
 
 def _is_online(directory: Path) -> bool:
-    """Whether W&B has a record of the run, or at least of one of its starts."""
+    """Whether W&B's server has a record of at least one start of the run."""
     records = wandb_records(directory)
     return any(
         not path.parent.name.startswith("offline") or path.with_suffix(SYNCED_SUFFIX).exists() for path in records

@@ -12,7 +12,7 @@ from zlib import crc32
 
 BLOCK, HEADER = 32 * 1024, 7  # bytes; each fragment of a record also has a header of seven bytes
 FULL, LAST = 1, 4  # types of fragments that end a record (doc/log_format.md of LevelDB)
-SYNCED_SUFFIX = ".wandb.synced"  # W&B's own mark of a record that its server has
+SYNCED_SUFFIX = ".wandb.synced"  # W&B's marker file of a record that has been uploaded
 
 
 def wandb_records(directory: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def last_step(record: Path) -> int:
 
 
 def truncate_incomplete(record: Path) -> None:
-    """Removes an incomplete message of a killed run from the end of a record, at which `wandb sync` would fail."""
+    """Removes an incomplete message of a killed run from the end of a record, since `wandb sync` would fail on it."""
     content = record.read_bytes()
     whole = max((end for _, end in _messages(content)), default=HEADER)
     if whole < len(content):

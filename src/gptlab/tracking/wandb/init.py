@@ -45,12 +45,12 @@ def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())
     wandb.teardown()
-    for path in set(wandb_records(directory)) - set(before):  # they are empty
+    for path in set(wandb_records(directory)) - set(before):  # empty records of the failed attempt
         shutil.rmtree(path.parent)
     if settings.mode == "online":
         raise UserError(
-            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory "
-            "with logger.wandb.mode=offline, or with auto whenever W&B cannot be reached."
+            f"logger=wandb cannot start: {reason}\nLog in with `wandb login`, or keep the record in the run directory: "
+            "always with logger.wandb.mode=offline, or only if W&B cannot be used with logger.wandb.mode=auto."
         )
     run = _init(config, settings, directory, "offline")
     log.warning(

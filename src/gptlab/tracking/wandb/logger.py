@@ -1,8 +1,8 @@
-"""Logger for Weights & Biases. A failure of W&B ends its record, never the run.
+"""Logger for Weights & Biases. A failure of W&B ends its record, but not the run.
 
-W&B's steps are the run's optimizer steps. On a resume, W&B continues after the last row it has, which is known from the
-server if it responds, otherwise from the records in the run directory. Rows of metrics.csv that W&B lacks are logged
-first; the others are not logged again.
+W&B's steps are the run's optimizer steps. On a resume, logging continues after the last row that W&B has. That row is
+known from the server if it responds, otherwise from the records in the run directory. Rows of metrics.csv that W&B does
+not have are logged first; other rows are not logged again.
 """
 
 import logging
@@ -39,7 +39,7 @@ Rows = Iterable[Mapping[str, str]]
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's ``WandbLogger``, except that a failure of W&B never ends the run.
+    """Lightning's ``WandbLogger``, except that a failure of W&B does not end the run.
 
     Args:
         run: Run object of W&B's client.
@@ -92,7 +92,11 @@ class RunWandbLogger(WandbLogger):
             self._try(lambda: alerts.send(kind, sentence))
 
     def give_up(self, sentence: str) -> None:
-        """Sends an alert that this process hangs, and ends the record; called by the watchdog before it exits."""
+        """Sends an alert that this process hangs, and ends the record; called by the watchdog before the process exits.
+
+        Args:
+            sentence: Text of the alert.
+        """
         self.alert(STALL, sentence)
         if self.works:
             self._try(lambda: self._finish(HUNG))
@@ -145,7 +149,7 @@ class RunWandbLogger(WandbLogger):
             action()
         except Exception as error:  # any error: the run must not depend on W&B
             self.works = False
-            log.warning("W&B has failed and receives no more rows: %s. metrics.csv has all rows.", error)
+            log.warning("W&B has failed, and no more rows are sent: %s. metrics.csv has all rows.", error)
 
     def _command(self) -> str:
         return sync_command(self.directory)
@@ -167,7 +171,7 @@ def build_wandb_logger(config: RunConfig, settings: WandbConfig, directory: Path
         log.info("W&B is off because of %s.", forbidden.source)
         return None
     if not is_first_rank():
-        return WandbLogger(offline=True)  # never starts a W&B run, as Lightning logs on the first rank only
+        return WandbLogger(offline=True)  # does not start a W&B run, since Lightning logs on the first rank only
     for path in wandb_records(directory):
         truncate_incomplete(path)
     before = {path: last_step(path) for path in wandb_records(directory)}

@@ -50,13 +50,13 @@ def check_mode(settings: WandbConfig) -> None:
     forbidden = opt_out()
     if forbidden and settings.mode == "online":
         raise UserError(
-            f"logger.wandb.mode=online contradicts {forbidden.source}, by which W&B is {forbidden.mode}. Remove that "
-            "setting (in a settings file: `wandb enabled`), or follow it with logger.wandb.mode=auto."
+            f"logger.wandb.mode=online contradicts {forbidden.source}, which sets W&B to {forbidden.mode}. Remove that "
+            "setting (from a settings file with `wandb enabled`), or set logger.wandb.mode=auto to apply it."
         )
 
 
 def _opt_out_of(mode: str, source: str) -> OptOut | None:
-    """Returns the opt-out for a W&B mode; imports W&B's client only for modes that are no opt-out."""
+    """Returns the opt-out for a W&B mode; imports W&B's client only if the mode is not an opt-out."""
     if mode == "disabled":
         return OptOut("disabled", source)
     if mode in ("offline", "dryrun"):
@@ -65,15 +65,15 @@ def _opt_out_of(mode: str, source: str) -> OptOut | None:
 
     known = get_args(wandb.Settings.model_fields["mode"].annotation)
     if mode not in known:
-        raise UserError(f"{source} is not a mode of W&B. Valid modes: {', '.join(known)}.")
+        raise UserError(f"{source} is not a valid W&B mode. Valid modes: {', '.join(known)}.")
     return None
 
 
 def _modes_in_files() -> list[tuple[Path, str]]:
     """Returns the settings files that set a mode: those of the directory if there are any, otherwise the user's.
 
-    W&B's public settings do not report the file of a value and skip files with an invalid setting. The files are
-    therefore read one by one with W&B's own reader (checked in wandb 0.31.0).
+    W&B's public settings do not report which file sets a value, and skip files with an invalid setting. The files are
+    therefore read one by one with W&B's internal reader (checked in wandb 0.31.0).
     """
     import wandb
     from wandb.sdk.lib.settings_file import SettingsFiles

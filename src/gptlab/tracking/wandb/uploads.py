@@ -39,7 +39,7 @@ class BackgroundUploader:
         self._waiting.put((what, send))
 
     def close(self, seconds: float) -> None:
-        """Waits for the queued uploads, at most ``seconds``."""
+        """Waits at most ``seconds`` for the queued uploads, and logs a warning if some are not finished."""
         self._waiting.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -51,7 +51,7 @@ class BackgroundUploader:
             try:
                 send()
             except Exception as error:  # any error: the run must not depend on W&B
-                log.warning("W&B does not receive %s: %s", what, " ".join(str(error).split()))
+                log.warning("Upload of %s to W&B failed: %s", what, " ".join(str(error).split()))
 
 
 class CheckpointArtifacts:
@@ -90,10 +90,10 @@ class CheckpointArtifacts:
             try:
                 self.uploader.put(what, partial(self._send, self._link(checkpoint_dir), metadata, aliases))
             except OSError as error:
-                log.warning("W&B does not receive %s: %s", what, error)
+                log.warning("Upload of %s to W&B failed: %s", what, error)
 
     def clear(self) -> None:
-        """Removes the links; called when W&B has the files."""
+        """Removes the links; called when W&B has received the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _link(self, checkpoint_dir: Path) -> Path:
