@@ -45,7 +45,7 @@ def broken_links(site: Path) -> Iterator[str]:
                 continue
             name = path.relative_to(site)
             if parts.netloc:
-                yield f"{name} loads the external resource {link}"
+                yield f"{name} loads {link} from the network"
                 continue
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if not target.exists():

@@ -109,8 +109,8 @@ class RunConfig(FrozenConfig):
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(
                 f"train.ema_decay={self.train.ema_decay} does not work with trainer.precision=bf16-true: updates of "
-                "the average would be below the resolution of bfloat16. Use trainer.precision=bf16-mixed, which keeps the "
-                "weights and their average in float32"
+                "the average would be below the resolution of bfloat16. Use trainer.precision=bf16-mixed, which keeps "
+                "the weights and their average in float32"
             )
         return self
 
