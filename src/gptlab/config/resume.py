@@ -44,7 +44,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
     Args:
         values: Configuration composed by Hydra.
         overrides: Overrides of the command line. With resume=<run directory>, only these change the configuration of
-            the earlier run. With resume=auto, the whole configuration must match that of the earlier run.
+            the earlier run. With resume=auto, the configurations may differ only in ``CHANGEABLE_KEYS``.
 
     Returns:
         The validated configuration, which is that of the earlier run with the overrides if a run is resumed.
