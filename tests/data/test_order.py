@@ -156,7 +156,7 @@ def test_stream_shorter_than_two_windows_raises():
         WindowOrder([64], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None).windows
         == 1
     )
-    with pytest.raises(ValueError, match="63 tokens are fewer than two windows of block_size=32"):
+    with pytest.raises(ValueError, match="63 tokens are fewer than two sequences of block_size=32"):
         WindowOrder([63], 32, seed=1, fingerprint="data", order="shuffled", block_shards=1, limit_windows=None)
 
 
@@ -337,6 +337,6 @@ def test_limit_windows_with_block_order_uses_the_first_windows(limit):
 
 
 def test_block_order_with_too_short_shards_raises():
-    with pytest.raises(ValueError, match="15 tokens are fewer than two windows of block_size=8"):
+    with pytest.raises(ValueError, match="15 tokens are fewer than two sequences of block_size=8"):
         order_of([15, 3, 15, 0], 8, "block")
     assert order_of([15, 3, 16, 0], 8, "block").windows == 1

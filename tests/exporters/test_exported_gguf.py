@@ -75,7 +75,7 @@ def test_llama_cpp_generates_the_same_text(tmp_path, monkeypatch, kind, dtype):
     assert compared["tensors"].result == "28 of 28 bit-identical"
     scored = compared[f"log-probabilities of the top {min(1000, tokenizer.vocab_size):,} tokens"]
     assert 0 < scored.difference < scored.tolerance
-    assert compared["greedy continuation of 8 tokens"].result == "16 of 16 tokens identical"
+    assert compared["greedy continuation of a prompt of 8 tokens"].result == "16 of 16 tokens identical"
     assert compared["tokenizer"].result.startswith("token IDs of 3 of 3 texts identical")
     settings = xllamacpp.CommonParams()  # with default settings
     settings.model.path = str(tmp_path / "out" / "model.gguf")

@@ -57,7 +57,7 @@ def test_language_model_methods_match_the_commands(user, directory):
     [
         (lambda model: model.logits("x" * 33), r"has 33 tokens, but the model accepts 1 to block_size=32"),
         (lambda model: model.logits([]), "has 0 tokens"),
-        (lambda model: model.logits([3, 257]), "must be in the range from 0 to 256"),
+        (lambda model: model.logits([3, 257]), "must be between 0 and 256, but got 257"),
         (lambda model: model.loss("x"), "requires at least two tokens"),
         (lambda model: model.generate("x", temprature=1), "Unknown config key `temprature`. Did you mean temperature"),
         (lambda model: model.capture("x", "h.0.mpl"), r"h\.0\.mpl matches no activation .* Did you mean h\.0\.mlp"),

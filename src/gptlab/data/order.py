@@ -110,7 +110,7 @@ class WindowOrder:
             self.windows = min(self.windows, limit_windows)
         if self.windows < 1:
             longest = int((self.ends - self.begins).max())
-            raise ValueError(f"{longest} tokens are fewer than two windows of block_size={block_size}")
+            raise ValueError(f"{longest} tokens are fewer than two sequences of block_size={block_size}")
         self._sequences: dict[int, ShardSequence] = {}
 
     def starts(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:

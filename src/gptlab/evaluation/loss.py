@@ -73,7 +73,7 @@ def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) ->
 
     Args:
         tokens: Length of the stream.
-        block_size: Window length T.
+        block_size: Sequence length T.
         stride: Distance between the starts of two windows, 1 to T tokens.
         limit: Number of full windows to score, evenly spaced, as in evaluations during training. None scores all.
 
@@ -103,7 +103,7 @@ class WindowBatches:
     Args:
         stream: The token stream.
         windows: Windows of the stream.
-        block_size: Window length T.
+        block_size: Sequence length T.
         batch_size: Batch size B. The last batch may be smaller.
         eot_id: ID of the end-of-text token at which attention is masked, or None for packed documents.
         rank: Rank of this process.

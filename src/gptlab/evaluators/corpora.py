@@ -33,7 +33,7 @@ class ScoredCorpus(NamedTuple):
 def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer_is_named: bool) -> ScoredCorpus:
     """Prepares the corpus to score: the one in ``config``, or else the training data of the run.
 
-    The corpus is tokenized with the tokenizer of the model: a trained BPE or a table of characters is taken from the
+    The corpus is tokenized with the tokenizer of the model: a trained BPE or a character vocabulary is taken from the
     model and not built from the corpus. If a run was trained with ``data.documents=masked``, it is also scored with
     masked documents.
 

@@ -44,7 +44,7 @@ class EvalContext(NamedTuple):
     world_size: int
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Returns a context manager that sets this precision."""
+        """Returns the context manager of a forward pass: autocast to bfloat16, or none for float32."""
         if self.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)

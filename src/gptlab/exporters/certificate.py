@@ -128,7 +128,7 @@ def compare_greedy(theirs: Sequence[int], reference: Reference, by: str, relativ
     at = next(
         (i for i, (one, two) in enumerate(zip(ids, other, strict=False)) if one != two), min(len(ids), len(other))
     )
-    what = f"greedy continuation of {len(reference.beginning)} tokens"
+    what = f"greedy continuation of a prompt of {len(reference.beginning)} tokens"
     if ids == other:
         return Check(what, by, f"{len(ids)} of {len(ids)} tokens identical", passed=True)
     margin = reference.greedy.margins[at] if at < len(ids) else None

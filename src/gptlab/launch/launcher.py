@@ -182,7 +182,7 @@ def _check_same_data(config: RunConfig, prepared: TokenDataset, run_dir: Path) -
             f"{sentence} To start a new run on this data from these weights: init_from={run_dir}. To resume anyway: "
             "force_resume=true"
         )
-    log.warning("%s Resuming anyway, as force_resume=true.", sentence)
+    log.warning("%s Resuming anyway, because force_resume=true.", sentence)
 
 
 def _check_same_tokens(prepared: TokenDataset, run_dir: Path) -> None:

@@ -187,7 +187,11 @@ class GPT(nn.Module):
             self.lm_head.weight = self.wte.weight
 
     def crop_block_size(self, block_size: int) -> None:
-        """Truncates the positional embedding to ``block_size``; raises ValueError if it has fewer positions."""
+        """Reduces the block size, and truncates the positional embedding if there is one.
+
+        Raises:
+            ValueError: ``block_size`` is not between 1 and the current block size.
+        """
         if not 0 < block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size={self.config.block_size} to {block_size}")
         self.config = self.config.model_copy(update={"block_size": block_size})

@@ -1,4 +1,4 @@
-"""Model variants introduced after GPT-2, selected by the options of ``GPTConfig``, which cites the papers.
+"""Model variants introduced after GPT-2, selected by the fields of ``GPTConfig``, which cites the papers.
 
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
 """

@@ -81,8 +81,8 @@ class LanguageModel:
             raise UserError(
                 f"The text has {len(ids):,} tokens, but the model accepts 1 to block_size={config.block_size:,} tokens."
             )
-        if not 0 <= min(ids) <= max(ids) < config.known_vocab_size:
-            raise UserError(f"Token IDs must be in the range from 0 to {config.known_vocab_size - 1:,}.")
+        if wrong := [token for token in ids if not 0 <= token < config.known_vocab_size]:
+            raise UserError(f"Token IDs must be between 0 and {config.known_vocab_size - 1:,}, but got {wrong[0]}.")
         return torch.tensor([ids], device=self.device)
 
     def tokens(self, text: Text) -> list[str]:
@@ -166,7 +166,7 @@ class LanguageModel:
         """Returns a context manager that replaces activations (1, T, ...) with functions of them.
 
         Args:
-            changes: Functions by names, or patterns of names.
+            changes: Functions of an activation, by its name or a glob pattern of names (``h.*.mlp``).
 
         Raises:
             UserError: A pattern matches no name, or matches attention weights, which cannot be replaced.

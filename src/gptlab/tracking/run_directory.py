@@ -98,7 +98,7 @@ def load_config(directory: Path) -> RunConfig:
 
 
 def newest_run(name: str) -> Path | None:
-    """Returns the run directory of this name with the newest intact checkpoint; None if there is none."""
+    """Returns the run directory in ``outputs/<name>`` with the newest intact checkpoint; None if there is none."""
     run_dirs = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
     saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in run_dirs}
     runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)

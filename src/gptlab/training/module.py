@@ -128,7 +128,10 @@ class GPTModule(L.LightningModule):
         return learning_rate(step, self.config.schedule, lr=self.config.optimizer.lr, max_steps=self.max_steps)
 
     def group_lrs(self) -> dict[str, float]:
-        """Returns the learning rates of the parameter groups at the last step, if each has its own; otherwise {}."""
+        """Returns the learning rate of each parameter group at the last step, by metric name (``lr/<group>``).
+
+        Empty if all groups have the same learning rate.
+        """
         (optimizer,) = self.trainer.optimizers
         groups = optimizer.param_groups[: len(self.group_names)]
         return {f"lr/{name}": group["lr"] for name, group in zip(self.group_names, groups, strict=True)}

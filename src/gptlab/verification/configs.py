@@ -94,7 +94,7 @@ def extended(short: RunConfig) -> RunConfig:
 
 
 def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfig:
-    """Returns a run on one device, in float32 and without dropout, to compare with runs on several devices.
+    """Returns the configuration of a run on one device, in float32 and without dropout, to compare with runs on several devices.
 
     The losses of these runs differ only by rounding.
     """

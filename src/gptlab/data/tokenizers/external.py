@@ -92,7 +92,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
     """Converts a tokenizer to the files that transformers' AutoTokenizer loads. Inverse of ``tokenizer_record``.
 
     Args:
-        tokenizer: Tokenizer of gptlab.
+        tokenizer: The gptlab tokenizer.
         block_size: Block size of the model.
 
     Returns:

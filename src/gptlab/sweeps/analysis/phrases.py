@@ -34,7 +34,7 @@ class BestResult(NamedTuple):
 
 
 def plus_minus(value: float, se: float | None) -> str:
-    """Formats a value with its standard error, which gets two significant digits: "1.643 ± 0.012"."""
+    """Formats a value and its standard error, to two significant digits of the error: "1.643 ± 0.012"."""
     if se is None:
         return f"{value:.{DIGITS}f}"
     digits = DIGITS if se == 0 else min(max(1 - math.floor(math.log10(se)), 0), MAX_DIGITS)

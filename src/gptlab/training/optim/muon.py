@@ -179,7 +179,10 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def gather_parts(part: Tensor, parameter: Tensor) -> Tensor:
-    """Gathers the full tensor from the shards of all devices, which are sharded like ``parameter``."""
+    """Gathers the full tensor from the shards of all devices, which are sharded like ``parameter``.
+
+    Collective: every rank must call it. Returns ``part`` unchanged if ``parameter`` is not a DTensor.
+    """
     if not isinstance(parameter, DTensor):
         return part
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
