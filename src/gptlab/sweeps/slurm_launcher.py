@@ -172,7 +172,7 @@ class SlurmLauncher:
         if self._running and not self._reported:
             self._reported = True
             jobs = " ".join(str(job.job_id) for job in self._running.values())
-            log.info("%d SLURM jobs keep running. Run the same command again to wait for them, or cancel them: scancel %s",
+            log.info("%d SLURM jobs keep running. To wait for them, run the same command again. To cancel them: scancel %s",
                      len(self._running), jobs)  # fmt: skip
 
     def _gone(self) -> list[int]:

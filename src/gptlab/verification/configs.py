@@ -94,9 +94,9 @@ def extended(short: RunConfig) -> RunConfig:
 
 
 def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfig:
-    """Returns the configuration of a run on one device, in float32 and without dropout, to compare with runs on several devices.
+    """Returns the configuration of a run on one device, in float32 and without dropout.
 
-    The losses of these runs differ only by rounding.
+    Its losses and those of the same run on several devices differ only by rounding.
     """
     single = {"devices": 1, "num_nodes": 1, "strategy": "single", "tensor_parallel": 1, "cpu_offload": False}
     return _with(
