@@ -172,8 +172,11 @@ class SlurmLauncher:
         if self._running and not self._reported:
             self._reported = True
             jobs = " ".join(str(job.job_id) for job in self._running.values())
-            log.info("%d SLURM jobs keep running. To wait for them, run the same command again. To cancel them: scancel %s",
-                     len(self._running), jobs)  # fmt: skip
+            log.info(
+                "%d SLURM jobs keep running. To wait for them, run the same command again. To cancel them: scancel %s",
+                len(self._running),
+                jobs,
+            )
 
     def _gone(self) -> list[int]:
         """Returns the trials whose jobs are no longer in the queue and wrote no result."""
