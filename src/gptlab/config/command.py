@@ -158,11 +158,14 @@ def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
 def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> UserError:
     """Converts one of Hydra's errors about a command line to a ``UserError``."""
     message = str(error).strip()
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        options = groups.fitting_options(group, error.options)
-        nearest = did_you_mean(option, options)
-        return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
+        # Hydra gives no options for a list, as in callbacks=[default,foo]
+        options = groups.options(group) if error.options is None else groups.fitting_options(group, error.options)
+        if group and options and not (error.options is None and group.startswith("hydra/")):
+            nearest = did_you_mean(option, options)
+            return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
+        return UserError(message.splitlines()[0] if group else message)  # without Hydra's search path
     if isinstance(error, OverrideParseException):
         return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):

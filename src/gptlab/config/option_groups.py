@@ -7,6 +7,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from gptlab.errors import UserError
 
 EXPERIMENT = "experiment"
+UNBROKEN = {"break_on_hyphens": False, "break_long_words": False}
 
 
 class OptionGroups:
@@ -29,13 +31,17 @@ class OptionGroups:
         self._own_keys = self._top_level_keys(command)
 
     def table(self) -> str:
-        """Returns one line per config group with its options."""
+        """Returns a paragraph per config group with its options, wrapped at 80 columns."""
         lines = []
         for group in sorted(self._own_keys - {"hydra"}):
-            options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
-            if options:
-                lines.append(f"{group}: {', '.join(self.fitting_options(group, sorted(options)))}\n")
+            if options := self.options(group):
+                lines.append(fill(f"{group}: {', '.join(options)}", 80, subsequent_indent="  ", **UNBROKEN) + "\n")
         return "".join(lines)
+
+    def options(self, group: str) -> list[str]:
+        """Returns the sorted options of a config group, without the experiments of other commands."""
+        options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
+        return self.fitting_options(group, sorted(options))
 
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
