@@ -19,6 +19,9 @@ class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+# prefixes of pydantic's error types for a value of another type or out of range
+WRONG_VALUE = ("int_", "float_", "bool_", "string_type", "literal_", "less_", "greater_", "none_", "list_", "tuple_")
+
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 
@@ -99,7 +102,7 @@ def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
 
 
 def _error_message(
-    config_type: type[BaseModel], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
+    config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
 ) -> str:
     """Returns the message for one of pydantic's errors."""
     key = _dotted_key(details["loc"], values)
@@ -123,9 +126,7 @@ def _error_message(
 
 def _is_wrong_value(details: ErrorDetails) -> bool:
     """Whether the error says that a value has another type than its field or is out of range."""
-    return details["type"].startswith(
-        ("int_", "float_", "bool_", "string_type", "literal_", "less_", "greater_", "none_", "list_", "tuple_")
-    )
+    return details["type"].startswith(WRONG_VALUE)
 
 
 def _get(values: Any, key: str) -> Any:
@@ -134,7 +135,7 @@ def _get(values: Any, key: str) -> Any:
     return values
 
 
-def _schema(config_type: type[BaseModel], key: str, values: Any) -> dict[str, Any] | None:
+def _schema(config_type: type[FrozenConfig], key: str, values: Any) -> dict[str, Any] | None:
     """Returns the JSON schema of the field ``key``; None if it is not a plain value."""
     candidates, field, parts = [config_type], None, key.split(".")
     while parts and candidates and (found := [c for c in candidates if parts[0] in c.model_fields]):
@@ -143,7 +144,8 @@ def _schema(config_type: type[BaseModel], key: str, values: Any) -> dict[str, An
         candidates = list(_config_types(field.annotation))
     if field is None or candidates:
         return None
-    schema = TypeAdapter(Annotated[field.annotation, field]).json_schema()
+    annotation: Any = Annotated[field.annotation, field]
+    schema = TypeAdapter(annotation).json_schema()
     for part in parts:  # items of lists
         lists = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") == "array"]
         items = lists[0].get("prefixItems") if lists else None

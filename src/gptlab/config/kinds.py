@@ -14,9 +14,9 @@ TYPES = {
 }
 BOUNDS = {
     "exclusiveMinimum": "greater than",
-    "minimum": "at least",
+    "minimum": "greater than or equal to",
     "exclusiveMaximum": "less than",
-    "maximum": "at most",
+    "maximum": "less than or equal to",
 }
 
 

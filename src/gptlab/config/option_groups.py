@@ -12,10 +12,15 @@ from typing import Any
 
 import yaml
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, did_you_mean
 
 EXPERIMENT = "experiment"
-UNBROKEN = {"break_on_hyphens": False, "break_long_words": False}
+
+
+def unknown_option(group: str, option: str, options: Sequence[str]) -> UserError:
+    """Returns the error for an option that a config group does not have."""
+    nearest = did_you_mean(option, options)
+    return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
 
 
 class OptionGroups:
@@ -35,7 +40,9 @@ class OptionGroups:
         lines = []
         for group in sorted(self._own_keys - {"hydra"}):
             if options := self.options(group):
-                lines.append(fill(f"{group}: {', '.join(options)}", 80, subsequent_indent="  ", **UNBROKEN) + "\n")
+                lines.append(
+                    fill(f"{group}: {', '.join(options)}", 80, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+                )
         return "".join(lines)
 
     def options(self, group: str) -> list[str]:
@@ -46,6 +53,15 @@ class OptionGroups:
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
         return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
+
+    def check_options(self, overrides: Iterable[str]) -> None:
+        """Raises UserError if an option is a number or a boolean, which Hydra rejects with a traceback."""
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", value, re.IGNORECASE) and (
+                options := self.options(key) if key in self._own_keys else []
+            ):
+                raise unknown_option(key, value, options)
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
         """Checks the experiments selected on the command line.
