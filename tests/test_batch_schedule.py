@@ -45,7 +45,7 @@ def test_every_step_has_its_batch_size_and_the_run_records_it(user, grown):
     assert traced(grown) == expected(user)
     assert metrics(grown, "tokens") == dict(enumerate(tokens, 1))
     log = (grown / "train.log").read_text()
-    assert "12 sequences of 32 tokens: 1 device(s) x 1 accumulation x 12 micro-batch" in log
+    assert "12 sequences of 32 tokens: 1 x 1 x 12 (devices x gradient accumulation x micro-batch)" in log
     assert "4 up to step 2, 8 up to step 4" in log
     assert "6 steps, 1,536 tokens" in log
     assert "tokens seen   1,536" in log

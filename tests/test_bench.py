@@ -325,3 +325,9 @@ except SystemExit as end:
 def test_config_errors_name_the_key(user, arguments, message):
     assert_config_error(user.python("gptlab.bench", *arguments), message)
     assert not (user.folder / "outputs").exists()
+
+
+def test_a_failed_process_is_reported_by_its_last_line_without_a_traceback():
+    with pytest.raises(UserError) as error:
+        run_timed("-c", "raise OSError('no network')")
+    assert str(error.value).splitlines()[1:] == ["OSError: no network"]

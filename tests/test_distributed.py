@@ -87,7 +87,7 @@ def test_torchrun_starts_one_run(user):
     done = user.run(*command, *small, "name=torchrun")
     assert_success(done)
     assert list(metrics(user.only_run("torchrun"), "train/loss")) == [1, 2]
-    assert done.stdout.count("2 device(s) x") == 1
+    assert done.stdout.count("tokens: 2 x") == 1
 
 
 @pytest.mark.slow
@@ -100,5 +100,5 @@ def test_a_sweep_over_the_number_of_devices_runs_each_trial_once(user):
     assert sorted(path for path in directory.iterdir() if path.is_dir()) == trials
     for trial, devices in zip(trials, (2, 1, 3), strict=True):
         assert metrics(trial, "train/loss") == pytest.approx(metrics(trials[0], "train/loss"), abs=1e-5)
-        assert f"{devices} device(s) x" in (trial / "train.log").read_text()
+        assert f"tokens: {devices} x" in (trial / "train.log").read_text()
     assert done.stdout.count("done · ") == 3

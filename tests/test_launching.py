@@ -136,7 +136,7 @@ def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
     assert statuses == [0, 0], outputs
     directory = user.only_run("nodes")
     assert list(metrics(directory, "train/loss")) == [1, 2]
-    assert "".join(outputs).count("2 device(s) x") == 1
+    assert "".join(outputs).count("tokens: 2 x") == 1
     assert_success(user.python("gptlab.train", "name=one", *SMALL))
     one = user.only_run("one")
     assert metrics(directory, "train/loss") == pytest.approx(metrics(one, "train/loss"), abs=1e-5)

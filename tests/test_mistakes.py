@@ -1,5 +1,7 @@
 """Errors in the command line or the input: a message, exit code 2, nothing written, torch not imported."""
 
+import re
+
 import pytest
 
 from commands import assert_config_error
@@ -15,10 +17,14 @@ CONFIG_ERRORS = {
         ["schedule=constant", "schedule.decay_steps=3"],
         "`schedule.decay_steps` belongs to other options of schedule=",
     ),
-    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be a valid integer"),
-    "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be greater than 0"),
+    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be an integer greater than 0."),
+    "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be a number greater than 0"),
     "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
-    "heads and width": (["model.n_head=3"], "n_head=3 does not divide n_embd=128. Nearest divisors: 2 and 4"),
+    "alternatives": (
+        ["trainer.devices=two"],
+        "trainer.devices='two' is not valid: it should be an integer greater than 0, or 'auto'.",
+    ),
+    "heads and width": (["model.n_head=3"], "model.n_head=3 does not divide n_embd=128. Nearest divisors: 2 and 4"),
     "batch and micro-batch": (
         ["train.global_batch_size=10", "train.micro_batch_size=4"],
         "train.global_batch_size=10 is not divisible by 4 (1 device x train.micro_batch_size=4). Nearest valid",
@@ -33,7 +39,7 @@ CONFIG_ERRORS = {
     ),
     "batches that do not grow": (
         ["train.batch_schedule=[[5,8],[9,4]]"],
-        "train: batch_schedule=[[5, 8], [9, 4]] must be a list of [last step, batch size], both increasing",
+        "train.batch_schedule=[[5, 8], [9, 4]] must be a list of [last step, batch size], both increasing",
     ),
     "devices without a strategy": (["trainer.devices=2"], "need a distributed strategy, but strategy=single"),
     "devices and groups": (
@@ -52,6 +58,11 @@ CONFIG_ERRORS = {
         ["model=gtp2"],
         "Unknown option model=gtp2. Did you mean gpt2? Valid options: gpt, gpt2, gpt2-large,",
     ),
+    "unknown option in a list": (
+        ["callbacks=[default,smaples]"],
+        "Unknown option callbacks=smaples. Did you mean samples? Valid options: checkpoint, default,",
+    ),
+    "a number as an option": (["lora=5"], "Unknown option lora=5. Valid options: all, attention."),
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),
     "two lengths": (["train.max_tokens=9", "train.max_steps=9"], "exactly one of max_steps and max_tokens must be set"),
     "missing value": (["data=text"], "data.source is missing. Set it on the command line"),
@@ -68,7 +79,10 @@ CONFIG_ERRORS = {
         "model.vocab_size=9 differs from tokenizer=bytes, which has 257",
     ),
     "shards not there": (["data=shards", "data.path=nothing/*.bin"], "nothing/*.bin matches nothing"),
-    "no run directory": (["resume=text.txt"], "text.txt is not a run directory"),
+    "no run directory": (["resume=text.txt"], "resume=text.txt is not a run directory"),
+    "no weights": (["init_from=gpt3"], "init_from=gpt3 does not exist"),
+    "weights that are text": (["init_from=text.txt"], "init_from=text.txt is not a nanoGPT checkpoint"),
+    "no nanoGPT checkpoint": (["resume_from_nanogpt=no.pt"], "resume_from_nanogpt=no.pt is not a nanoGPT checkpoint"),
     "unreadable override": (["{"], "{"),
     "name with a path": (["name=../x"], "name='../x' is not valid"),
 }
@@ -98,8 +112,8 @@ def test_too_many_processes_is_a_config_error(user):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=text.txt"], "text.txt is not a nanoGPT checkpoint"),
-        (["run=nowhere"], "nowhere does not exist"),
+        (["run=text.txt"], "run=text.txt is not a nanoGPT checkpoint"),
+        (["run=nowhere"], "run=nowhere does not exist"),
         (["rum=x"], "Unknown config key `rum`. Did you mean run?"),
         ([], "run is missing"),
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
@@ -115,6 +129,19 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
     done = without_torch.python(module, flag)
     assert done.returncode == 0, done.stderr
     assert "seed: 1337" in done.stdout
+
+
+COMMANDS = ("train", "bench", "dashboard", "evaluate", "export", "plan", "prepare", "prove", "report", "runs", "sample")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(user, command):
+    done = user.python(f"gptlab.{command}", "--help")
+    assert done.returncode == 0, done.stderr
+    before, heading, after = done.stdout.partition("describe each key.\n")
+    exit_codes = after[re.search(r"^(States|Exit codes)", after, re.MULTILINE).start() :]  # after the printed values
+    assert [line for line in (before + heading + exit_codes).splitlines() if len(line) > 80] == []
+    assert "\n\n\n" not in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -137,8 +164,7 @@ def test_help_and_configuration_need_no_torch(without_torch, module, flag):
 def test_an_experiment_of_another_command_is_a_config_error(without_torch, module, own, other, message):
     assert_config_error(without_torch.python(module, f"experiment={other}"), f"experiment={other} {message}")
     done = without_torch.python(module, "--help")
-    (listed,) = (
-        line.split(": ")[1].split(", ") for line in done.stdout.splitlines() if line.startswith("experiment: ")
-    )
+    (paragraph,) = re.findall(r"^experiment: (.*(?:\n  .*)*)", done.stdout, re.MULTILINE)
+    listed = re.split(r",\s+", paragraph)
     assert own in listed
     assert other not in listed

@@ -86,10 +86,10 @@ def test_command_for_a_budget_composes_to_the_planned_run(user):
     [
         (["gpu=h10"], "gpu=h10 is not in the table of GPUs. Did you mean h100?"),
         (["budget=5"], "budget=5 FLOPs is too small"),
-        (["budget=-5"], "budget=-5 is not valid: it should be greater than 0"),
-        (["mfu=2"], "mfu=2 is not valid: it should be less than or equal to 1"),
+        (["budget=-5"], "budget=-5 is not valid: it should be a number greater than 0"),
+        (["mfu=2"], "mfu=2 is not valid: it should be a number greater than 0 and less than or equal to 1"),
         (["budgt=5"], "Unknown config key `budgt`. Did you mean budget?"),
-        (["model.n_head=3"], "n_head=3 does not divide n_embd=128"),
+        (["model.n_head=3"], "model.n_head=3 does not divide n_embd=128"),
         (["data=text", "data.source=none.txt"], "data.source=none.txt does not exist"),
         (["tokenizer=characters"], "The vocabulary size of tokenizer=characters is unknown"),
         (["json=/none/plan.json"], "json=/none/plan.json cannot be written"),

@@ -39,8 +39,8 @@ def test_report_help_lists_keys_and_exit_codes(without_torch):
 
 
 CONFIG_ERRORS = {
-    "nothing there": (["runs=outputs/none"], "No runs found at outputs/none: it does not exist"),
-    "no run there": (["runs=elsewhere"], "No runs found at elsewhere: no run directory"),
+    "nothing there": (["runs=outputs/none"], "No runs found at runs=outputs/none: it does not exist"),
+    "no run there": (["runs=elsewhere"], "No runs found at runs=elsewhere: no run directory"),
     "runs not named": ([], "runs is missing"),
     "unknown key": (["run=x"], "Unknown config key `run`. Did you mean runs?"),
     "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),

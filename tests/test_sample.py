@@ -95,8 +95,11 @@ CONFIG_ERRORS = {
     "two sources": (["prompts=a", "prompt=b"], "prompts cannot be combined with prompt"),
     "two streams": (["stream=true", "num_samples=2"], "stream=true prints one text at a time"),
     "interactive": (["interactive=true", "prompt=a"], "interactive=true reads prompts from the terminal"),
-    "no file": (["prompts=none.txt"], "prompts=none.txt cannot be read"),
-    "top_p": (["top_p=1.5"], "top_p=1.5 is not valid: it should be less than or equal to 1"),
+    "no file": (["prompts=none.txt"], "prompts=none.txt cannot be read: no such file or directory."),
+    "top_p": (
+        ["top_p=1.5"],
+        "top_p=1.5 is not valid: it should be a number greater than 0 and less than or equal to 1",
+    ),
     "precision": (["precision=int8"], "precision='int8' is not valid: it should be 'float32' or 'bfloat16'"),
     "stop": (["stop=['']"], "is not valid"),
 }

@@ -69,7 +69,7 @@ def test_srun_starts_one_run(slurm, user, strategy):
     done = user.run("srun", "--ntasks=2", "--overcommit", *command, timeout=240)
     assert_success(done)
     assert list(metrics(user.only_run("srun"), "train/loss")) == [1, 2]
-    assert done.stdout.count("2 device(s) x") == 1
+    assert done.stdout.count("tokens: 2 x") == 1
     assert json.loads((user.only_run("srun") / "environment.json").read_text())["slurm_job"]
 
 

@@ -10,7 +10,7 @@ from gptlab.benchmarks.measuring import ResultTable, print_result_table, write_r
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_directory import claim_directory
@@ -66,7 +66,7 @@ def _create_directory(out: str | None) -> Path:
         directory = Path(out).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be created: {error}.") from error
+        raise UserError(f"out={out} cannot be created: {failure_reason(error)}.") from error
     return directory
 
 

@@ -9,7 +9,7 @@ from gptlab.config.command import command, configuration_folder
 from gptlab.config.resume import resolve_to_dict
 from gptlab.dashboards.spaces import write_wandb_sweeps
 from gptlab.dashboards.workspace import build_workspace, save_workspace, workspace_json
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 
 
@@ -47,7 +47,7 @@ def main(values: DictConfig) -> int:
     try:
         out.write_text(workspace_json(workspace), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"out={config.out} cannot be written: {error}.") from error
+        raise UserError(f"out={config.out} cannot be written: {failure_reason(error)}.") from error
     print(f"Written: {out}")
     return DONE
 

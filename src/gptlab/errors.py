@@ -23,6 +23,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def failure_reason(error: Exception) -> str:
+    """Returns why a file operation failed, without the error number and the path: "no such file or directory"."""
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return error.strerror[0].lower() + error.strerror[1:]
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean <nearest>?" for the known word closest to ``word``, or "" if none is close."""
     nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -21,7 +21,7 @@ from gptlab.tracking.run_directory import best_checkpoint
 def main(values: DictConfig) -> int:
     """Loads the model, evaluates it, and prints and writes the results."""
     config = validate(EvaluateConfig, resolve_to_dict(values))
-    source = open_model_source(config.run)  # this and the next three report errors before torch is imported
+    source = open_model_source(config.run, "run")  # this and the next three report errors before torch is imported
     check_request(config, source)
     corpus = open_scored_corpus(config, source, tokenizer_is_named=_names_tokenizer()) if config.on_corpus else None
     examples = _examples(config, source) if config.hellaswag is not None else None

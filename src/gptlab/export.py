@@ -41,7 +41,7 @@ def main(values: DictConfig) -> int:
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_free(out)
-    source = open_model_source(config.run)
+    source = open_model_source(config.run, "run")
     check_format(config.format, config.dtype, source.model, source.record)  # reports errors before torch is imported
     from gptlab.exporters.exporter import ExportMismatch, export_model
 

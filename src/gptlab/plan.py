@@ -11,7 +11,7 @@ from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import write_durably
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.planning.calibration import calibrate
 from gptlab.planning.plans import RunPlan, choose_run, make_plan, plan_to_dict
@@ -43,7 +43,7 @@ def _write(path: Path, plan: RunPlan) -> None:
     try:
         write_durably(path, json.dumps(plan_to_dict(plan), indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"json={path} cannot be written: {error}.") from error
+        raise UserError(f"json={path} cannot be written: {failure_reason(error)}.") from error
 
 
 if __name__ == "__main__":

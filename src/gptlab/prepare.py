@@ -30,11 +30,11 @@ def main(values: DictConfig) -> int:
     """Prepares data, or inspects, converts or replays prepared data."""
     config = validate(PrepareCommand, resolve_to_dict(values))
     if config.replay is not None:
-        _replay(Path(config.replay).expanduser(), config.step)
+        _replay(config.replay, config.step)
     elif config.convert is not None:
         _convert(config, config.convert)
     elif config.inspect is not None:
-        _inspect(open_existing_shards(config, config.inspect), verified=config.verify)
+        _inspect(open_existing_shards(config, "inspect", config.inspect), verified=config.verify)
     else:
         check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
@@ -53,14 +53,14 @@ def _inspect(prepared: TokenDataset, *, verified: bool) -> None:
 def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert requires an output directory: out=<dir>")
-    prepared = open_existing_shards(config, path)
+    prepared = open_existing_shards(config, "convert", path)
     for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
         print(written)
 
 
-def _replay(directory: Path, step: int) -> None:
+def _replay(path: str, step: int) -> None:
     """Prints the global batch of one step of a run."""
-    config = load_config(directory)
+    config = load_config(Path(path).expanduser(), f"replay={path}")
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
     print_batch(batch_texts(prepared, order, step, config.train.stages))

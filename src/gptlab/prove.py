@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE, FAILED
 from gptlab.launch.launcher import preflight
 from gptlab.tracking.logs import quiet_lightning
@@ -55,7 +55,9 @@ def _create_folder(out: str | None) -> Path:
         folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"prove.out={out} cannot be created or contains other runs: {error}.") from error
+        raise UserError(
+            f"prove.out={out} cannot be created or contains other runs: {failure_reason(error)}."
+        ) from error
     return folder
 
 

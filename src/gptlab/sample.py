@@ -11,7 +11,7 @@ from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.config.schema import Seed
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.model.config import SamplingConfig
 from gptlab.pretrained.source import ModelSource, open_model_source
@@ -62,7 +62,7 @@ class SampleConfig(SamplingConfig):
 def main(values: DictConfig) -> int:
     """Loads the model, generates texts and prints them."""
     config = validate(SampleConfig, resolve_to_dict(values))
-    source = open_model_source(config.run)  # reports errors before torch is imported
+    source = open_model_source(config.run, "run")  # reports errors before torch is imported
     prompts = [config.prompt] if config.prompts is None else _read_prompts(Path(config.prompts).expanduser())
     inference = _load(config, source)
     if config.interactive:
@@ -79,7 +79,7 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={path} cannot be read: {error}.") from error
+        raise UserError(f"prompts={path} cannot be read: {failure_reason(error)}.") from error
     if not (lines := text.splitlines()):
         raise UserError(f"prompts={path} is empty. It must contain one prompt per line.")
     return [line.replace(r"\n", "\n") for line in lines]

@@ -16,7 +16,7 @@ from gptlab.benchmarks.corpus import TextCorpus, text_corpus
 from gptlab.benchmarks.measuring import ResultTable, Sample, TimedRun, Variant, measure_in_turns, run_timed
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import FORMAT, Manifest, Shard, load_manifest
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 
 ROOM = 12  # bytes of disk space per byte of text: the corpus, and the intermediate files of datasets.map
 CORES = PrepareOptions().workers
@@ -46,7 +46,7 @@ def _make_folder(cache: Path, megabytes: int) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"cache_dir={cache} cannot be used: {error}.") from error
+        raise UserError(f"cache_dir={cache} cannot be used: {failure_reason(error)}.") from error
     if free < (needed := ROOM * megabytes * 10**6):
         raise UserError(
             f"preparation.corpus_mb={megabytes} needs {needed / 1e9:,.1f} GB, but {folder} has {free / 1e9:,.1f} GB "
@@ -136,7 +136,9 @@ def _many_tokens(folder: Path, tokens: int) -> Path:
         file.touch()
         os.truncate(file, tokens * np.dtype("uint16").itemsize)
     except OSError as error:
-        raise UserError(f"loader.many_tokens={tokens} is too large: {file} cannot be created: {error}.") from error
+        raise UserError(
+            f"loader.many_tokens={tokens} is too large: {file} cannot be created: {failure_reason(error)}."
+        ) from error
     digest = hashlib.sha256(str(tokens).encode()).hexdigest()
     shard = Shard(file=file.name, tokens=tokens, bytes=tokens, documents=1, sha256=digest)
     Manifest(

@@ -157,7 +157,7 @@ def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder
         folder: Working directory, or None for that of this process.
 
     Raises:
-        UserError: The process failed. The message contains the end of its error output.
+        UserError: The process failed. The message contains its error message.
     """
     start = time.perf_counter()
     done = subprocess.run(
@@ -171,9 +171,18 @@ def run_timed(*arguments: str, environment: dict[str, str] | None = None, folder
     )
     seconds = time.perf_counter() - start
     if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise UserError(f"python {' '.join(arguments)[:200]} failed with exit code {done.returncode}:\n{tail}")
+        reason = _failure_message(done.stderr)
+        raise UserError(f"python {' '.join(arguments)[:200]} failed with exit code {done.returncode}{reason}")
     return TimedRun(seconds, done.stdout)
+
+
+def _failure_message(output: str) -> str:
+    """Returns the error message at the end of a process's error output, without a traceback; "" if there is none."""
+    lines = output.strip().splitlines()
+    if not lines:
+        return "."
+    own = [number for number, line in enumerate(lines) if line.startswith("gptlab: ")]  # may have further lines
+    return ":\n" + "\n".join(lines[own[-1] :] if own else lines[-1:])
 
 
 def print_result_table(part: ResultTable) -> None:

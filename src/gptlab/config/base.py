@@ -4,11 +4,12 @@ Default values are defined only in ``conf/``. Configuration classes define the t
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from gptlab.config.kinds import join_kinds
 from gptlab.errors import UserError, did_you_mean
 
 
@@ -17,6 +18,9 @@ class FrozenConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+
+# prefixes of pydantic's error types for a value of another type or out of range
+WRONG_VALUE = ("int_", "float_", "bool_", "string_type", "literal_", "less_", "greater_", "none_", "list_", "tuple_")
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
@@ -38,7 +42,12 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         return config_type.model_validate(values)
     except ValidationError as error:
         keys = set(known_keys(config_type))
-        raise UserError("\n".join(_error_message(details, values, keys) for details in error.errors())) from None
+        messages = {  # by key and problem, since each member of a union has its own error
+            (_dotted_key(details["loc"], values), _is_wrong_value(details) or number): details
+            for number, details in enumerate(error.errors(), start=2)
+        }
+        described = (_error_message(config_type, details, values, keys) for details in messages.values())
+        raise UserError("\n".join(described)) from None
 
 
 def rebuild(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -92,7 +101,9 @@ def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
         yield from _config_types(part)
 
 
-def _error_message(details: ErrorDetails, values: Mapping[str, Any], keys: set[str]) -> str:
+def _error_message(
+    config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
+) -> str:
     """Returns the message for one of pydantic's errors."""
     key = _dotted_key(details["loc"], values)
     match details["type"]:
@@ -101,11 +112,45 @@ def _error_message(details: ErrorDetails, values: Mapping[str, Any], keys: set[s
         case "missing":
             return f"{key} is missing. Set it on the command line: {key}=<value>"
         case "value_error":
-            return f"{key}: {details['ctx']['error']}." if key else f"{details['ctx']['error']}."
+            problem = str(details["ctx"]["error"]).removeprefix(f"{key}.")
+            is_about_key = key and f"{key}.{problem.partition('=')[0]}" in keys
+            return f"{key}.{problem}." if is_about_key else f"{key}: {problem}." if key else f"{problem}."
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
-    expected = details["msg"].replace("Input should be ", "it should be ")
-    return f"{key}={details['input']!r} is not valid: {expected}."
+    value, schema = _get(values, key), _schema(config_type, key, values)
+    if schema is None or not _is_wrong_value(details):
+        expected = details["msg"].replace("Input should be ", "it should be ")
+        return f"{key}={details['input']!r} is not valid: {expected}."
+    return f"{key}={value!r} is not valid: it should be {join_kinds(schema)}."
+
+
+def _is_wrong_value(details: ErrorDetails) -> bool:
+    """Whether the error says that a value has another type than its field or is out of range."""
+    return details["type"].startswith(WRONG_VALUE)
+
+
+def _get(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values[int(part) if isinstance(values, list) else part]
+    return values
+
+
+def _schema(config_type: type[FrozenConfig], key: str, values: Any) -> dict[str, Any] | None:
+    """Returns the JSON schema of the field ``key``; None if it is not a plain value."""
+    candidates, field, parts = [config_type], None, key.split(".")
+    while parts and candidates and (found := [c for c in candidates if parts[0] in c.model_fields]):
+        fitting = [c for c in found if _accepts_name(c, values)] or found
+        field, values = fitting[0].model_fields[parts[0]], values.get(parts.pop(0))
+        candidates = list(_config_types(field.annotation))
+    if field is None or candidates:
+        return None
+    annotation: Any = Annotated[field.annotation, field]
+    schema = TypeAdapter(annotation).json_schema()
+    for part in parts:  # items of lists
+        lists = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") == "array"]
+        items = lists[0].get("prefixItems") if lists else None
+        schema = items[int(part) % len(items)] if items else lists[0].get("items", {}) if lists else {}
+    return schema or None
 
 
 def _dotted_key(location: tuple[int | str, ...], values: Any) -> str:

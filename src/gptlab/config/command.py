@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
-from gptlab.config.option_groups import OptionGroups
-from gptlab.errors import Diverged, UserError, did_you_mean
+from gptlab.config.option_groups import OptionGroups, unknown_option
+from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
 from gptlab.tracking.logs import log_to_console
 
@@ -132,6 +132,7 @@ def _check_command_line(config_name: str) -> OptionGroups:
         )
     folders = [configuration_folder()] if flags.config_dir is None else [Path(flags.config_dir), configuration_folder()]
     groups = OptionGroups(config_name, folders)
+    groups.check_options(flags.overrides)
     groups.check_experiments(flags.overrides)
     OmegaConf.register_new_resolver("groups", groups.table, replace=True)
     return groups
@@ -158,11 +159,13 @@ def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
 def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> UserError:
     """Converts one of Hydra's errors about a command line to a ``UserError``."""
     message = str(error).strip()
-    if isinstance(error, MissingConfigException) and error.options is not None:
+    if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
-        options = groups.fitting_options(group, error.options)
-        nearest = did_you_mean(option, options)
-        return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
+        # Hydra gives no options for a list, as in callbacks=[default,foo]
+        options = groups.options(group) if error.options is None else groups.fitting_options(group, error.options)
+        if group and options and not (error.options is None and group.startswith("hydra/")):
+            return unknown_option(group, option, options)
+        return UserError(message.splitlines()[0] if group else message)  # without Hydra's search path
     if isinstance(error, OverrideParseException):
         return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):

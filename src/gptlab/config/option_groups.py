@@ -7,13 +7,20 @@ import posixpath
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import yaml
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, did_you_mean
 
 EXPERIMENT = "experiment"
+
+
+def unknown_option(group: str, option: str, options: Sequence[str]) -> UserError:
+    """Returns the error for an option that a config group does not have."""
+    nearest = did_you_mean(option, options)
+    return UserError(f"Unknown option {group}={option}.{nearest} Valid options: {', '.join(options)}.")
 
 
 class OptionGroups:
@@ -29,17 +36,32 @@ class OptionGroups:
         self._own_keys = self._top_level_keys(command)
 
     def table(self) -> str:
-        """Returns one line per config group with its options."""
+        """Returns a paragraph per config group with its options, wrapped at 80 columns."""
         lines = []
         for group in sorted(self._own_keys - {"hydra"}):
-            options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
-            if options:
-                lines.append(f"{group}: {', '.join(self.fitting_options(group, sorted(options)))}\n")
+            if options := self.options(group):
+                lines.append(
+                    fill(f"{group}: {', '.join(options)}", 80, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+                )
         return "".join(lines)
+
+    def options(self, group: str) -> list[str]:
+        """Returns the sorted options of a config group, without the experiments of other commands."""
+        options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
+        return self.fitting_options(group, sorted(options))
 
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
         return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
+
+    def check_options(self, overrides: Iterable[str]) -> None:
+        """Raises UserError if an option is a number or a boolean, which Hydra rejects with a traceback."""
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", value, re.IGNORECASE) and (
+                options := self.options(key) if key in self._own_keys else []
+            ):
+                raise unknown_option(key, value, options)
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
         """Checks the experiments selected on the command line.

@@ -64,7 +64,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
         run_dir = Path(str(composed["resume"])).expanduser().absolute()
-        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir))
+        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir, f"resume={composed['resume']}"))
     new = validate(RunConfig, composed | {"resume": None})
     if (newest := newest_run(new.name)) is None:
         return new

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 
 METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # gptlab's search method -> W&B's
 METRIC = "val/loss"
@@ -35,7 +35,7 @@ def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"wandb_sweeps={folder} cannot be written: {error}.") from error
+        raise UserError(f"wandb_sweeps={folder} cannot be written: {failure_reason(error)}.") from error
     return [folder / name for name in texts]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptlab.data.tokenizers.tokenizer import Tokenizer
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 
 MAGIC, VERSION, HEADER_INTS = 20240522, 1, 256
 EXAMPLE_MARKER = 2**16 - 1  # start of a record; not a token ID of GPT-2
@@ -59,7 +59,7 @@ def read_examples(path: Path, tokenizer: Tokenizer, limit: int | None) -> list[E
             examples = _read_jsonl(path, tokenizer, limit)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
-            f"The HellaSwag examples cannot be read from {path}: {error}. Use hellaswag_val.jsonl from "
+            f"The HellaSwag examples cannot be read from {path}: {failure_reason(error)}. Use hellaswag_val.jsonl from "
             "github.com/rowanz/hellaswag (in data/), or the .bin file that llm.c writes."
         ) from error
     if not examples:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.data.shards.manifest import write_durably
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.pretrained.source import ModelSource
 
 FOLDER = "evaluations"
@@ -49,7 +49,7 @@ def results_folder(out: str | None, source: ModelSource) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"Results cannot be written to {folder}: {error}. Choose another directory with out=<dir>."
+            f"Results cannot be written to {folder}: {failure_reason(error)}. Choose another directory with out=<dir>."
         ) from None
     return folder
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptlab.data.shards.manifest import fsync_path
-from gptlab.errors import UserError, first_line
+from gptlab.errors import UserError, failure_reason, first_line
 
 
 def check_output_free(out: Path) -> None:
@@ -28,7 +28,7 @@ def atomic_folder(out: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"out={out} cannot be created: {error}.") from error
+        raise UserError(f"out={out} cannot be created: {failure_reason(error)}.") from error
     try:
         yield temporary
         for file in temporary.iterdir():

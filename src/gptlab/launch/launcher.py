@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.config.resume import resolve_split
+from gptlab.config.resume import START_KEYS, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split
@@ -25,8 +25,8 @@ from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
 from gptlab.launch.supervisor import Job, supervise
-from gptlab.pretrained.external import check_external, check_external_shape, is_external
-from gptlab.pretrained.source import resolve_path
+from gptlab.pretrained.external import check_archive, check_external, check_external_shape, is_external
+from gptlab.pretrained.source import check_model_exists, resolve_path
 from gptlab.tracking.run_directory import CHECKPOINTS, check_weights_fit, has_checkpoint, load_config
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
@@ -87,14 +87,22 @@ def preflight(config: RunConfig) -> ReadyRun:
     Raises:
         UserError: The run cannot be started. Checks that do not depend on the data run before it is prepared.
     """
+    start = next((f"{key}={value}" for key in START_KEYS if (value := getattr(config, key))), "")
     config = resolve_split(config.with_absolute_paths())
     plan = None
     if isinstance(config.trainer.devices, int) and not launched_externally():
         plan = config.train.plan(config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes))
     origin = resolve_path(config.init_from) if config.init_from else None
-    foreign_shape = check_external(origin, config.model) if origin and is_external(origin) else None
+    if origin:
+        check_model_exists(origin, start)
+    if config.resume_from_nanogpt:
+        check_archive(Path(config.resume_from_nanogpt), start)
+    foreign_shape = check_external(origin, config.model, start) if origin and is_external(origin) else None
     origin_config = load_config(origin) if origin and not is_external(origin) else None
-    _check_start(config, Path(config.resume) if config.resume else origin)
+    if config.resume:
+        _check_start(config, Path(config.resume), f"resume={config.resume}")
+    else:
+        _check_start(config, origin, start)
     _check_loggers(config)
     prepared = open_data(config)
     if config.callbacks.samples is not None:
@@ -119,10 +127,10 @@ def open_data(config: RunConfig) -> TokenDataset:
     return prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
 
 
-def _check_start(config: RunConfig, start: Path | None) -> None:
+def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
     """Checks that the checkpoint or weights from which the run starts exist."""
     if start and not is_external(start) and not has_checkpoint(start):
-        raise UserError(f"{start} has no checkpoint yet: there is none in {start / CHECKPOINTS}.")
+        raise UserError(f"{named} has no checkpoint yet: there is none in {start / CHECKPOINTS}.")
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:

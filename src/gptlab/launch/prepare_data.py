@@ -86,18 +86,19 @@ class PrepareCommand(FrozenConfig):
     out: str | None
 
 
-def open_existing_shards(config: PrepareCommand, path: str) -> TokenDataset:
+def open_existing_shards(config: PrepareCommand, key: str, path: str) -> TokenDataset:
     """Opens prepared shards (local or remote, with their tokenizer) or token files of other programs.
 
     Args:
         config: Configuration of the command.
+        key: Key of the command that has the path, for messages.
         path: Prepared directory, its URL, or a glob of token files.
 
     Raises:
         UserError: The shards cannot be opened; see ``gptlab.data.shards.open_shards.open_shards``.
     """
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
-    return open_shards(data, config.tokenizer, any_tokenizer=True)
+    return open_shards(data, config.tokenizer, any_tokenizer=True, key=key)
 
 
 def print_prepared(prepared: TokenDataset) -> None:

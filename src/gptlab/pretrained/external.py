@@ -44,12 +44,13 @@ def is_external(path: Path) -> bool:
     return path.is_file() or (not (path / CONFIG).exists() and any((path / name).exists() for name in names))
 
 
-def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
+def check_external(path: Path, model: GPTConfig, named: str | None = None) -> dict[str, Any] | None:
     """Checks, without importing torch, that weights can be read and fit a model.
 
     Args:
         path: Directory of a Hugging Face model, or a nanoGPT checkpoint.
         model: Config of the model. Its ``vocab_size`` may still be None.
+        named: Override that selects the model, for messages.
 
     Returns:
         The shape of the weights, for ``check_external_shape``. None for a nanoGPT checkpoint, whose shape can only be
@@ -59,7 +60,7 @@ def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
         UserError: A file is missing or damaged, or the weights do not fit the model.
     """
     if path.is_file():
-        check_archive(path)
+        check_archive(path, named)
         return None
     shape = read_hf_shape(path)
     check_external_shape(path, shape, model)
@@ -69,10 +70,15 @@ def check_external(path: Path, model: GPTConfig) -> dict[str, Any] | None:
     return shape
 
 
-def check_archive(path: Path) -> None:
-    """Raises UserError if a file cannot be a nanoGPT checkpoint."""
+def check_archive(path: Path, named: str | None = None) -> None:
+    """Raises UserError, with ``named`` as in ``check_external``, if a file cannot be a nanoGPT checkpoint."""
+    if not path.is_file():
+        problem = "it is a directory" if path.is_dir() else "no such file"
+        raise UserError(f"{named or path} is not a nanoGPT checkpoint: {problem} (working directory: {Path.cwd()}).")
     if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is not a nanoGPT checkpoint, because it is not a zip archive. It was not unpickled.")
+        raise UserError(
+            f"{named or path} is not a nanoGPT checkpoint, because it is not a zip archive. It was not unpickled."
+        )
 
 
 def check_external_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig) -> None:

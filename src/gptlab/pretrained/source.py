@@ -14,6 +14,7 @@ from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, Tokenizer, load_toke
 from gptlab.errors import UserError, first_line
 from gptlab.model.config import EXTERNAL_DEFAULTS, GPT2_OPTIONS, GPTConfig
 from gptlab.pretrained.external import (
+    DESCRIPTION,
     check_archive,
     check_external,
     fits_vocabulary,
@@ -28,6 +29,11 @@ HUB_FILES = [  # files to download from a repository; none is a pickle
     *("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
 ]
+
+MODEL_SOURCES = (
+    f"a run directory, {', '.join(GPT2_REPOSITORIES)}, {HUB_PREFIX}<owner>/<name>, the directory of a Hugging Face "
+    "model, or nanoGPT's ckpt.pt"
+)
 
 
 class ModelSource(NamedTuple):
@@ -75,28 +81,39 @@ def resolve_path(name: str) -> Path:
     return _hub_folder(name) if is_on_hub(name) else Path(name).expanduser()
 
 
-def open_model_source(name: str) -> ModelSource:
+def check_model_exists(path: Path, named: str) -> None:
+    """Raises UserError, which lists the valid sources, if ``path`` is neither a run directory nor an external model.
+
+    Args:
+        path: Local path of the model.
+        named: Override or name that selects the model, for the message, such as ``init_from=outputs/run``.
+    """
+    if is_external(path) or (path / CONFIG).is_file():
+        return
+    problem = f"is not a model: it has neither {CONFIG} nor {DESCRIPTION}" if path.is_dir() else "does not exist"
+    raise UserError(f"{named} {problem} (working directory: {Path.cwd()}). Use {MODEL_SOURCES}.")
+
+
+def open_model_source(name: str, key: str | None = None) -> ModelSource:
     """Opens a trained model without reading its weights.
 
     Args:
         name: A run directory, a directory written by transformers' ``save_pretrained``, a nanoGPT checkpoint, gpt2,
             gpt2-medium, gpt2-large, gpt2-xl, or hf://<owner>/<name>.
+        key: Config key that has the name, for messages.
 
     Raises:
         UserError: The model does not exist, has an unsupported architecture, or its vocabulary does not fit its
             tokenizer.
     """
+    named = name if key is None else f"{key}={name}"
     path = resolve_path(name)
+    check_model_exists(path, named)
     if not is_external(path):
-        if not path.exists():
-            raise UserError(
-                f"{name} does not exist (relative to {Path.cwd()}). Use a run directory, the directory of a Hugging "
-                f"Face model, a nanoGPT checkpoint, {', '.join(GPT2_REPOSITORIES)}, or hf://<owner>/<name>."
-            )
         config = load_config(path)
-        require_checkpoint(path)
+        require_checkpoint(path, named)
         return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
-    shape = _nanogpt_shape(path) if path.is_file() else read_hf_shape(path)
+    shape = _nanogpt_shape(path, named) if path.is_file() else read_hf_shape(path)
     record = tokenizer_record(path, shape["vocab_size"])
     if record is not None:
         shape["vocab_size"] = _vocabulary(name, shape["vocab_size"], record)
@@ -117,8 +134,8 @@ def _vocabulary(name: str, rows: int, record: dict[str, Any]) -> int:
     return size
 
 
-def _nanogpt_shape(path: Path) -> dict[str, Any]:
-    check_archive(path)
+def _nanogpt_shape(path: Path, named: str) -> dict[str, Any]:
+    check_archive(path, named)
     from gptlab.pretrained.nanogpt import read_nanogpt_checkpoint  # imports torch
 
     return nanogpt_shape(path, read_nanogpt_checkpoint(path).get("model_args"))

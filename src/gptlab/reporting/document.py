@@ -45,7 +45,7 @@ class ReportDocument:
         entries, unreadable = self.reader.read([run.directory for run in found])
         problems += unreadable
         if not entries:
-            raise UserError("\n".join((f"{self.where}: none of the runs can be read.", *problems)))
+            raise UserError("\n".join((f"runs={self.where}: none of the runs can be read.", *problems)))
         return {
             "where": self.where,
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.model.config import GPTConfig, flops_per_token, parameter_count
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
@@ -93,7 +93,7 @@ def _read(run: Run, points: int, metric: str) -> RunEntry | str:
     except UserError as error:
         return f"{run.name} is omitted: {error}"
     except (OSError, ValueError, csv.Error) as error:
-        return f"{run.name} is omitted: {run.directory / METRICS} cannot be read: {error}"
+        return f"{run.name} is omitted: {run.directory / METRICS} cannot be read: {failure_reason(error)}"
     samples, problems = _samples(run)
     parameters, flops = _size(run)
     shown = {
@@ -150,7 +150,7 @@ def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
     try:
         samples = run.samples
     except (OSError, ValueError) as error:
-        return [], [f"{run.name}: a file in {run.directory / SAMPLES} cannot be read: {error}"]
+        return [], [f"{run.name}: a file in {run.directory / SAMPLES} cannot be read: {failure_reason(error)}"]
     if len(samples) > MOST_SAMPLES:  # evenly spaced, including the first and the last
         last = len(samples) - 1
         samples = [samples[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]

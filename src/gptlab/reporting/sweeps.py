@@ -4,6 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from gptlab.errors import failure_reason
 from gptlab.sweeps.analysis.phrases import plus_minus
 from gptlab.sweeps.analysis.scaling_report import SCALING, ScalingAnswer
 from gptlab.sweeps.analysis.table import AnswerRow, analyze_sweep
@@ -64,6 +65,6 @@ def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        problems.append(f"{path} cannot be read: {error}")
+        problems.append(f"{path} cannot be read: {failure_reason(error)}")
         return None
     return found.model_dump(mode="json", include={"law", "intervals", "answer"})

@@ -31,17 +31,19 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
     matmuls = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
     precision = f"{devices.precision}{matmuls}, {COMPILED[devices.compile]}"
     parts = config.trainer.tensor_parallel
-    over = f"{plan.world_size} device(s)" if parts == 1 else f"{plan.world_size} group(s) of {parts} devices"
-    factors = f"{over} x {plan.accumulation} accumulation x {plan.micro_batch_size} micro-batch"
+    over = "devices" if parts == 1 else f"groups of {parts} devices"
+    factors = f"{plan.world_size} x {plan.accumulation} x {plan.micro_batch_size}"
+    meaning = f"({over} x gradient accumulation x micro-batch)"
+    steps = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
         "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} token IDs",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
-        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {factors}",
+        "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {factors} {meaning}",
         **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
-        "length": f"{config.steps:,} steps, {stages.first(config.steps) * block_size:,} tokens",
+        "length": f"{steps}, {stages.first(config.steps) * block_size:,} tokens",
         "run": str(_display_path(directory)),
     }
     for name, value in lines.items():

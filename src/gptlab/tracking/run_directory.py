@@ -10,7 +10,7 @@ import yaml
 from gptlab.config.base import validate
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
@@ -40,7 +40,9 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
         directory = claim_directory(Path("outputs") / config.name) if run_dir is None else run_dir
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"Cannot create a run directory in {Path.cwd() / 'outputs'}: {error}.") from error
+        raise UserError(
+            f"Cannot create a run directory in {Path.cwd() / 'outputs'}: {failure_reason(error)}."
+        ) from error
     lock.acquire(directory)
     if (directory / CONFIG).is_file() and has_checkpoint(directory):  # written by the previous owner of the lock
         raise UserError(
@@ -79,16 +81,24 @@ def claim_directory(parent: Path) -> Path:
     raise UserError(f"{parent} already contains 999 directories named {stamp} or {stamp}-<number>.")
 
 
-def load_config(directory: Path) -> RunConfig:
-    """Reads the configuration of a run; raises UserError if it is missing or invalid."""
+def load_config(directory: Path, named: str | None = None) -> RunConfig:
+    """Reads the configuration of a run.
+
+    Args:
+        directory: Run directory.
+        named: Override that selects the directory, for the message, such as ``resume=outputs/run``.
+
+    Raises:
+        UserError: The configuration is missing or invalid.
+    """
     path = directory / CONFIG
     if not path.is_file():
         missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
-        raise UserError(f"{directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
+        raise UserError(f"{named or directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
     try:
@@ -120,10 +130,10 @@ def best_checkpoint(directory: Path) -> Path:
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
-def require_checkpoint(directory: Path) -> None:
-    """Raises UserError if a run has no checkpoint; does not verify checkpoints."""
+def require_checkpoint(directory: Path, named: str | None = None) -> None:
+    """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
     if not has_checkpoint(directory):
-        raise UserError(f"{directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
+        raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:

@@ -10,7 +10,7 @@ from typing import Self
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import FAILED
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class RunLock:
                     log.info("Waiting for %s, which is writing to %s ...", _owner(path), directory)
                 time.sleep(POLL)
         except OSError as error:
-            raise UserError(f"{directory} cannot be locked for writing: {error}.") from error
+            raise UserError(f"{directory} cannot be locked for writing: {failure_reason(error)}.") from error
         self._lease = lease
 
 

@@ -16,18 +16,21 @@ from gptlab.data.sources.corpora import FileCorpus
 from gptlab.data.sources.readers import Decoding
 from gptlab.data.tokenizers.external import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False) -> TokenDataset:
+def open_shards(
+    config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False, key: str = "data.path"
+) -> TokenDataset:
     """Opens the shards at ``data.path``.
 
     Args:
         config: Config of the data.
         tokenizer: Tokenizer of the shards. Token files of other programs do not specify it.
         any_tokenizer: Whether to accept prepared shards of another tokenizer, which is then used.
+        key: Key of the command that has the path, for messages.
 
     Raises:
         UserError: The shards are missing, incomplete, damaged, or made with another tokenizer.
@@ -39,16 +42,16 @@ def open_shards(config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer
     cache_dir = ensure_cache_dir(config)
     store: ShardStore
     if config.is_remote and not has_magic(config.path):
-        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9)
+        store = RemoteFolder(config.path, cache_dir, config.cache_limit_gb * 1e9, key)
         manifest = store.manifest
     else:
-        path = str(fetch_files(config.path, cache_dir)) if config.is_remote else config.path
-        folder = _find_folder(path, cache_dir, tokenizer)
+        path = str(fetch_files(config.path, cache_dir, key)) if config.is_remote else config.path
+        folder = _find_folder(path, cache_dir, tokenizer, key)
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
     if (name := manifest.tokenizer["name"]) != tokenizer.name and not any_tokenizer:
-        raise UserError(f"{config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}.")
+        raise UserError(f"{key}={config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}.")
     return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
 
 
@@ -58,11 +61,11 @@ def ensure_cache_dir(config: DataConfig) -> Path:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"data.cache_dir={config.cache_dir} cannot be created: {error}.") from error
+        raise UserError(f"data.cache_dir={config.cache_dir} cannot be created: {failure_reason(error)}.") from error
     return cache_dir
 
 
-def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path:
+def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: str) -> Path:
     """Returns the prepared directory at ``path``, or one in the cache that describes token files of other programs."""
     named = Path(path).expanduser()  # the name of a directory may contain glob characters
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
@@ -72,11 +75,11 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig) -> Path
         return folders.pop()
     if not matches or prepared or len(folders) > 1:
         found = f"matches files in {len(folders)} directories" if matches else "matches nothing"
-        raise UserError(f"data.path={path} {found}. It must match one directory of shards (relative to {Path.cwd()}).")
+        raise UserError(f"{key}={path} {found}. It must match one directory of shards (relative to {Path.cwd()}).")
     inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
     files = [path for path in inside if path.suffix in SUFFIXES]
     if not files:
-        raise UserError(f"data.path={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
+        raise UserError(f"{key}={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
     meta = files[0].with_name(META_FILE)
     if meta.exists() and tokenizer.name != "characters":
         raise UserError(

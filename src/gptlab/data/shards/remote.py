@@ -39,14 +39,15 @@ class RemoteFolder:
         url: URL of the directory, without credentials, which come from the environment.
         cache_dir: Cache directory, in which the shards get a subdirectory.
         limit: Maximum number of bytes of the cached shards.
+        key: Config key that has the URL, for messages.
 
     Raises:
         UserError: The URL contains a password or cannot be opened, its manifest is missing or invalid, or the manifest
             names files in other directories.
     """
 
-    def __init__(self, url: str, cache_dir: Path, limit: float) -> None:
-        _check_no_secret(url)
+    def __init__(self, url: str, cache_dir: Path, limit: float, key: str = "data.path") -> None:
+        _check_no_secret(url, key)
         self.url, self.limit = url.rstrip("/"), limit
         with tempfile.TemporaryDirectory() as folder:
             self._get(MANIFEST, Path(folder) / MANIFEST)
@@ -171,7 +172,7 @@ class RemoteFolder:
         return FileLock(self.folder / "locks" / name)
 
 
-def fetch_files(pattern: str, cache_dir: Path) -> Path:
+def fetch_files(pattern: str, cache_dir: Path, key: str = "data.path") -> Path:
     """Downloads all token files that match a URL with wildcards, and returns their directory.
 
     Only the sizes of the files are checked, because their SHA-256 is unknown.
@@ -179,11 +180,12 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
     Args:
         pattern: URL with wildcards, without credentials.
         cache_dir: Cache directory, in which the files get a subdirectory.
+        key: Config key that has the URL, for messages.
 
     Raises:
         UserError: The URL contains a password or matches nothing, or a file cannot be downloaded.
     """
-    _check_no_secret(pattern)
+    _check_no_secret(pattern, key)
     folder = cache_dir / f"files-{hashlib.sha256(pattern.encode()).hexdigest()[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
@@ -205,7 +207,7 @@ def fetch_files(pattern: str, cache_dir: Path) -> Path:
                 log.info("Downloading %s.", remote_path)
                 _fetch_to(path, remote_path, functools.partial(fetch, remote_path))
     if not any(folder.iterdir()):
-        raise UserError(f"data.path={pattern} matches nothing.")
+        raise UserError(f"{key}={pattern} matches nothing.")
     return folder
 
 
@@ -251,16 +253,16 @@ def _with_retries(source: str, fetch: Callable[[], None]) -> None:
         raise UserError(f"{source} could not be downloaded: {_reason(error)}.") from error
 
 
-def _check_no_secret(url: str) -> None:
+def _check_no_secret(url: str, key: str) -> None:
     for link in url.split("::"):  # URLs can be chained, as in simplecache::https://...
         try:
             parts = urlsplit(link)
         except ValueError:
-            raise UserError("data.path contains :// but is not a valid URL.") from None
+            raise UserError(f"{key} contains :// but is not a valid URL.") from None
         token = parts.scheme in ("http", "https") and parts.username
         if parts.password or parts.query or token:
             raise UserError(
-                f"data.path={parts.scheme}://{parts.hostname or ''}... contains a password, token or signature, which "
+                f"{key}={parts.scheme}://{parts.hostname or ''}... contains a password, token or signature, which "
                 "would be written to every run directory. Provide credentials as usual for the protocol, for example "
                 "with ~/.netrc, AWS_PROFILE or HF_TOKEN."
             )

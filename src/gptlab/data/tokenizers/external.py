@@ -27,7 +27,7 @@ from gptlab.data.tokenizers.tokenizer import (
     empty_bpe,
     replace_surrogates,
 )
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -184,7 +184,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from error
     if not isinstance(described, dict):
         raise UserError(f"{path} is not a JSON object.")
     return described

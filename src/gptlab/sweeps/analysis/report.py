@@ -151,4 +151,7 @@ def _legend(answers: SweepAnswers) -> str:
     tokens = {row.tokens for row in answers.rows} - {0}
     seen = f"{tokens.pop():,} tokens per run. " if len(tokens) == 1 else ""
     corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""
-    return f"{seen}± is one standard error. A difference is significant if p < {ALPHA}{corrected}. See docs/answers.md."
+    return (
+        f"{seen}± is one standard error. A difference is significant if p < {ALPHA}{corrected}. "
+        "See 'Reading the answers of a sweep' in the documentation."
+    )

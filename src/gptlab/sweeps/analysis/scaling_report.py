@@ -148,7 +148,8 @@ def print_scaling(scaling: ScalingAnswer) -> None:
     console.print(Text(scaling.answer, "bold"))
     summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
     intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."
-    console.print(Text(f"{summary} {intervals} See docs/answers.md.", "dim"))
+    page = "See 'Reading the answers of a sweep' in the documentation."
+    console.print(Text(f"{summary} {intervals} {page}", "dim"))
 
 
 def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import RunState, load_state
 
@@ -43,7 +43,7 @@ class Run:
         try:
             values = _Loader((self.directory / CONFIG).read_text(encoding="utf-8")).get_single_data()
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.directory / CONFIG} cannot be read: {error}") from None
+            raise UserError(f"{self.directory / CONFIG} cannot be read: {failure_reason(error)}") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.directory / CONFIG} is not the configuration of a run: it is not a mapping.")
         return values
@@ -113,7 +113,7 @@ def find_runs(pattern: str) -> list[Run]:
     found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
     if not found:
         problem = f"no run directory (with a {CONFIG}) in it or below" if paths else "it does not exist"
-        raise UserError(f"No runs found at {pattern}: {problem} (working directory: {Path.cwd()}).")
+        raise UserError(f"No runs found at runs={pattern}: {problem} (working directory: {Path.cwd()}).")
     return [Run(directory) for directory in found]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gptlab.data.shards.manifest import write_durably
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import StateName
 
@@ -121,4 +121,4 @@ def _load(kind: type[Any], path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ValidationError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {failure_reason(error)}") from None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.training.checkpoints.records import STATE
 from gptlab.training.checkpoints.shards import METADATA, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
@@ -81,7 +81,7 @@ def read_plain(path: Path) -> Any:
             "run arbitrary code."
         ) from error
     except Exception as error:  # torch raises errors of many types for other files
-        raise UserError(f"{path} cannot be read as a checkpoint: {error}") from error
+        raise UserError(f"{path} cannot be read as a checkpoint: {failure_reason(error)}") from error
 
 
 def is_sharded(checkpoint_dir: Path) -> bool:
