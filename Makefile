@@ -3,7 +3,7 @@
 # make test-all the default and the slow tests
 # make bench    benchmarks: training, generation, data, training loop and health checks (about an hour)
 # make lint     ruff, mypy, import-linter
-# make docs     the documentation as a site, in site/, and the checks of its links and commands (no network)
+# make docs     the documentation as a site, in site/, and the checks of its links, commands and search (no network)
 # make figures  the pictures in docs/figures, from runs that it starts (about ten minutes). It reuses runs in
 #               outputs/figures; delete that directory to run them again
 # Each target first creates .venv if it is missing or older than pyproject.toml or constraints.txt.

@@ -190,6 +190,7 @@ def test_every_command_of_a_page_is_valid(composing, page):
     ("line", "message"),
     [
         ("python -m gptlab.train modle.n_layer=3", "modle"),
+        ("gptlab.train modle.n_layer=3", "modle"),
         ("python -m gptlab.train model.n_layers=3", "n_layers"),
         ("python -m gptlab.train model=gtp2", "gtp2"),
         ("python -m gptlab.train train.compile=sometimes", "train.compile"),
