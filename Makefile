@@ -1,10 +1,11 @@
-# make train    the default run: a small GPT on Python code, about two minutes on two CPU cores
+# make train    the default run: a small GPT on Python code, one to two minutes on two CPU cores
 # make test     the default tests (under 6 minutes on two cores, no network)
 # make test-all the default and the slow tests
 # make bench    benchmarks: training, generation, data, training loop and health checks (about an hour)
 # make lint     ruff, mypy, import-linter
-# make docs     the documentation as a site, in site/, and the checks of its links and commands (no network)
-# make figures  the pictures in docs/figures, from runs that it starts (about ten minutes)
+# make docs     the documentation as a site, in site/, and the checks of its links, commands and search (no network)
+# make figures  the pictures in docs/figures, from runs that it starts (about ten minutes). It reuses runs in
+#               outputs/figures; delete that directory to run them again
 # Each target first creates .venv if it is missing or older than pyproject.toml or constraints.txt.
 
 PYTHON ?= python3
@@ -37,7 +38,7 @@ lint: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/tools/check_site.py site
-	$(TEST_ENV) $(BIN)/python -m pytest tests/test_docs.py
+	$(TEST_ENV) $(BIN)/python -m pytest tests/test_docs.py -m "slow or not slow" -n 1
 	@echo "To read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 
 figures: .venv/ready

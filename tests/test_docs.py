@@ -60,7 +60,11 @@ CONFIGS = {
 EXTRA_KEYS = {"plan": set(KEYS), "prove": set(known_keys(ProveArguments))}  # in addition to those of a run
 LITERAL_KEYS = {"report": ("runs", "out"), "runs": ("filter",), "sample": ("prompt",)}
 FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"-m gptlab\.(\w+)(.*)")
+COMMANDS = ("train", "plan", "prove", *CONFIGS)
+COMMAND = re.compile(rf"(?:-m gptlab\.(?P<name>\w+)|^gptlab\.(?P<bare>{'|'.join(COMMANDS)})(?= ))(?P<arguments>.*)")
+PROGRAM = re.compile(r"(?:^|[\s/])(?P<program>pytest|bash|python3?)(?= +(?P<arguments>.*))")
+PATH = re.compile(r"(?:tests|src|conf|docs)/[\w./-]*|[\w./-]+\.(?:py|sh)")  # a file or directory of the repository
+GROUP = re.compile(r"\+?(?P<group>[a-z_/]+)=(?P<options>\[?[\w,-]+\]?)")
 PLACEHOLDER = re.compile(r"<[^<>]*>|(?<![^=,\[])\.\.\.")
 PICTURE = re.compile(r"<picture>.*?</picture>", re.DOTALL)
 UNCOMMENTED = {  # explained by the summary of the file
@@ -72,24 +76,28 @@ UNCOMMENTED = {  # explained by the summary of the file
 CHOICES = {"<suite>": "train", "<format>": "hf"}
 
 
+def inline_spans(text: str) -> list[str]:
+    """Returns the inline code of a Markdown text."""
+    return [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))]
+
+
 def code_lines(path: Path) -> list[str]:
     """Returns the lines of code of a page: those of its fenced blocks, and each inline span."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":  # in a help text, a description follows the command after two spaces or more
         return [re.split(r"(?<=\S) {2,}", line.strip())[0] for line in text.splitlines()]
     fenced = [block[0].replace("\\\n", " ") for block in FENCE.finditer(text)]
-    inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", text))
-    return [*chain.from_iterable(block.splitlines() for block in fenced), *(span.replace("\n", " ") for span in inline)]
+    return [*chain.from_iterable(block.splitlines() for block in fenced), *inline_spans(text)]
 
 
 def command_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yields the name and the arguments of each command of a page."""
     for line in code_lines(path):
         for found in COMMAND.finditer(re.sub(r"\[[^\[\]=]*(=[^\[\]]*)? \.\.\.\]", "", line)):
-            arguments = found[2]
+            arguments = found["arguments"]
             if path.suffix == ".yaml":  # a long command has one space before its description
                 arguments = re.sub(r"(?<!--cfg) (?=[a-z][a-z-]*( |$)).*", "", arguments)
-            yield found[1], arguments
+            yield found["name"] or found["bare"], arguments
 
 
 def split_arguments(text: str) -> list[str]:
@@ -182,6 +190,7 @@ def test_every_command_of_a_page_is_valid(composing, page):
     ("line", "message"),
     [
         ("python -m gptlab.train modle.n_layer=3", "modle"),
+        ("gptlab.train modle.n_layer=3", "modle"),
         ("python -m gptlab.train model.n_layers=3", "n_layers"),
         ("python -m gptlab.train model=gtp2", "gtp2"),
         ("python -m gptlab.train train.compile=sometimes", "train.compile"),
@@ -197,6 +206,58 @@ def test_an_invalid_command_of_a_page_is_found(composing, tmp_path, line, messag
     page.write_text(f"# Page\n\n```sh\n{line}   # what it does\n```\n", encoding="utf-8")
     (command,) = command_lines(page)
     assert message in (problem(*command) or "")
+
+
+def named_paths(line: str) -> set[str]:
+    """Returns the files and directories that a line of code passes to pytest, bash or python."""
+    found = set()
+    for command in PROGRAM.finditer(line):
+        words = split_arguments(command["arguments"])
+        words = words if command["program"] == "pytest" else words[:1]
+        found |= {word.partition("::")[0] for word in words if PATH.fullmatch(word.partition("::")[0])}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_path_of_a_command_exists(page):
+    paths = set().union(*map(named_paths, code_lines(page)))
+    paths |= {span for span in inline_spans(page.read_text(encoding="utf-8")) if re.fullmatch(r"tests/[\w./-]+", span)}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "paths"),
+    [
+        ("OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slow tests/a.py tests/b -k asha", {"tests/a.py", "tests/b"}),
+        ("pytest 'tests/a.py::test_b'   # tests/c.py", {"tests/a.py"}),
+        ("bash tests/gpu/check.sh 1 && python docs/tools/a.py tests", {"tests/gpu/check.sh", "docs/tools/a.py"}),
+        ("python -m gptlab.train data=text data.source=docs/a.py", set()),
+    ],
+)
+def test_paths_of_a_command_are_found(line, paths):
+    assert named_paths(line) == paths
+
+
+def unknown_options(text: str) -> list[str]:
+    """Returns each ``group=option`` of a page's inline code whose group is in conf/ and whose option is not."""
+    words = (word for span in inline_spans(text) for word in span.split())
+    chosen = [found for word in words if (found := GROUP.fullmatch(word)) and (CONF / found["group"]).is_dir()]
+    return [
+        f"{found['group']}={option}"
+        for found in chosen
+        for option in found["options"].strip("[]").split(",")
+        if option not in ("null", "basic") and not (CONF / found["group"] / f"{option}.yaml").exists()  # basic: Hydra's
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_every_option_of_a_page_exists(page):
+    assert unknown_options(page.read_text(encoding="utf-8")) == []
+
+
+def test_unknown_options_of_a_page_are_found():
+    text = "`model=gtp2` `python -m gptlab.train callbacks=[default,sample]` `data=<name>` `hydra/launcher=slrm` `x=y`"
+    assert unknown_options(text) == ["model=gtp2", "callbacks=sample", "hydra/launcher=slrm"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -272,6 +333,14 @@ def test_every_picture_is_small_and_exists_in_light_and_dark():
     assert [name for name in light if f'"{Path(name).stem}": ' not in made] == []
 
 
+def test_every_picture_is_on_a_page():
+    shown = set()
+    for page in PAGES:
+        for picture in PICTURE.findall(page.read_text(encoding="utf-8")):
+            shown |= {(page.parent / name).resolve() for name in re.findall(r"(?:srcset|src)=\"([^\"]+)\"", picture)}
+    assert shown == set((ROOT / "docs" / "figures").iterdir())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_picture_of_a_page_has_both_files_and_an_alt_text(page):
     for picture in PICTURE.findall(page.read_text(encoding="utf-8")):
@@ -330,18 +399,28 @@ def test_the_search_finds_keys_classes_and_prose(address, browser, words, found)
     requests: list[str] = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto(f"{address}/index.html")
-    page.fill(".md-search__input", words)
-    page.wait_for_selector(".md-search-result__item")
-    assert found in page.inner_text(".md-search-result")
+    shown = "text => document.querySelector('.md-search-result').innerText.includes(text)"
+    page.wait_for_function(shown, arg="Type to start searching")  # words entered before the index is loaded are ignored
+    page.locator(".md-search__input").press_sequentially(words)  # key events, for which the search listens
+    page.wait_for_function(shown, arg=found)
     assert not [url for url in requests if not url.startswith((address, "blob:", "data:"))]
 
 
 @pytest.mark.slow
-def test_the_api_pages_show_docstrings_with_shapes(site):
-    text = (site / "api" / "models.html").read_text(encoding="utf-8")
-    assert "(B, T)" in text
-    for name in ("load", "LanguageModel", "GPTConfig", "GPT.forward", "build_gpt"):
-        assert re.search(rf'id="gptlab\.[\w.]*\.{name}"', text), name
+@pytest.mark.parametrize(
+    ("page", "names", "shaped"),
+    [
+        ("models", ("load", "LanguageModel", "GPTConfig", "GPT.forward", "build_gpt"), ("GPT.forward",)),
+        ("data", ("TokenDataset", "WindowOrder", "TokenDataModule"), ("Batch", "TokenDataModule")),
+        ("training", ("RunConfig", "build_optimizer"), ("GPTModule.training_step", "GPTModule.validation_step")),
+    ],
+)
+def test_the_api_pages_show_docstrings_with_shapes(site, page, names, shaped):
+    text = (site / "api" / f"{page}.html").read_text(encoding="utf-8")
+    for name in (*names, *shaped):
+        heading = re.search(rf'id="gptlab\.[\w.]*\.{name}"', text)
+        assert heading, name
+        assert name not in shaped or "(B, T)" in re.split(r'<h\d id="', text[heading.end() :])[0], name
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""gptlab: a Lightning + Hydra experiment framework for GPT-2 class language models."""
+"""gptlab: a PyTorch Lightning + Hydra experiment framework for GPT-2 class language models."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""suite=overhead: cost of the loop around training steps; suite=guards: cost of the guards. Imports no torch."""
+"""suite=overhead: cost of the loop around training steps; suite=guards: cost of the health checks. Imports no torch."""
 
 import json
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ def measure_overhead(bench: OverheadBench, cache: str, rounds: int) -> Iterator[
 
 
 def measure_guards(bench: GuardsBench, rounds: int) -> Iterator[ResultTable]:
-    """Measures training steps with and without guards, which alternate in one process per round."""
+    """Measures training steps with and without health checks, which alternate in one process per round."""
     task = {"loop": "guards", "bench": bench.model_dump(mode="json")}
-    without, guarded = _measure_rounds("Training steps", task, ("without guards", "with guards"), rounds)
+    without, guarded = _measure_rounds("Training steps", task, ("without health checks", "with health checks"), rounds)
     caption = (
         f"{bench.model.n_layer} layers of width {bench.model.n_embd}, {bench.batch_size} sequences of "
-        f"{bench.model.block_size} tokens, one process. Guards: synchronization of the ranks after every step, "
+        f"{bench.model.block_size} tokens, one process. Health checks: synchronization of the ranks after every step, "
         "skipping of steps with non-finite gradients, detection of loss spikes, watchdog. Each sample is the median of "
-        f"{bench.steps} steps; steps with and without guards alternate within one run. {BUSY}"
+        f"{bench.steps} steps; steps with and without health checks alternate within one run. {BUSY}"
     )
     yield ResultTable("Training steps", caption, "steps/s", COLUMNS, [without, guarded])
 

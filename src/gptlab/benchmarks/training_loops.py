@@ -1,4 +1,4 @@
-"""Training loops that alternate in one process: that of a run and a bare loop, or steps with and without guards.
+"""Training loops that alternate in one process: that of a run and a bare loop, or steps with and without health checks.
 
 python -m gptlab.benchmarks.training_loops <task as JSON>
 """
@@ -186,10 +186,10 @@ class _Module(GPTModule):
 
 
 class _AlternatingGuards(L.Callback):
-    """Alternates between training with and without guards, and measures every step.
+    """Alternates between training with and without health checks, and measures every step.
 
     Attributes:
-        times: Times of the steps without guards, and of the steps with guards.
+        times: Times of the steps without health checks, and of the steps with them.
     """
 
     def __init__(self) -> None:
@@ -212,7 +212,7 @@ class _AlternatingGuards(L.Callback):
 
 
 def measure_guards(bench: GuardsBench) -> tuple[Sample, Sample]:
-    """Trains on random tokens; returns the samples of the steps without guards and with guards."""
+    """Trains on random tokens; returns the samples of the steps without and with health checks."""
     quiet_lightning()
     torch.manual_seed(0)
     turns, step_sync = _AlternatingGuards(), StepSync()

@@ -33,7 +33,9 @@ class TimedLoader(DataLoader[Batch]):
 
 
 class TokenDataModule(L.LightningDataModule):
-    """LightningDataModule of token windows.
+    """LightningDataModule of token windows, whose loaders yield ``Batch`` with sequences (B, T).
+
+    Shapes: B sequences of a micro-batch, T tokens of a sequence.
 
     The position in the data is derived from the optimizer step, so there is no state to save.
 
@@ -44,6 +46,10 @@ class TokenDataModule(L.LightningDataModule):
         block_size: Tokens per sequence T.
         seed: Seed of the data order.
         eval_windows: Number of windows per evaluation; None for the full val split.
+
+    Attributes:
+        block_size: Tokens per sequence T.
+        plan: Division of the global batch; ``plan.micro_batch_size`` is B in the last stage of the batch size schedule.
     """
 
     def __init__(

@@ -77,8 +77,9 @@ class GPTModule(L.LightningModule):
         compile: Which part of the model to compile, if any; see ``gptlab.training.hardware.Hardware``.
 
     Attributes:
-        step_loss: Sum of the losses of this step's micro-batches on this rank.
-        grad_norm: Gradient norm of the last step, before clipping.
+        token_bytes: Number of bytes of text of each token ID (V,); not part of checkpoints.
+        step_loss: Sum () of the losses of this step's micro-batches on this rank.
+        grad_norm: Gradient norm () of the last step, before clipping.
         bad_step: 1 if that norm is not finite, so that the step was skipped; otherwise 0.
         group_names: Names of the optimizer's parameter groups, if each has its own learning rate; otherwise empty.
     """
@@ -156,7 +157,15 @@ class GPTModule(L.LightningModule):
         seed_generators(derive_seed(self.config.seed, step, data_rank(self.trainer), micro))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the mean loss of a micro-batch, in nats per token."""
+        """Returns the mean loss of a micro-batch, in nats per token.
+
+        Args:
+            batch: Micro-batch whose ``idx`` and ``targets`` have shape (B, T).
+            batch_idx: Lightning's index of the micro-batch; not used.
+
+        Returns:
+            Scalar loss () with gradient.
+        """
         if self.config.train.compile_mode != "default":
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous call may be overwritten
         loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk)
@@ -207,7 +216,12 @@ class GPTModule(L.LightningModule):
         self.sums = LossSums(self.token_bytes)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the loss sums."""
+        """Adds the losses (B, T) of a batch to the sums that give val/loss and val/bits_per_byte.
+
+        Args:
+            batch: Micro-batch whose ``idx`` and ``targets`` have shape (B, T).
+            batch_idx: Lightning's index of the batch; not used.
+        """
         losses = self.model.token_losses(batch.idx, batch.targets, batch.documents, self.loss_chunk)
         self.sums.add(losses, batch.targets)
 
