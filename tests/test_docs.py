@@ -85,7 +85,8 @@ def code_lines(path: Path) -> list[str]:
     """Returns the lines of code of a page: those of its fenced blocks, and each inline span."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":  # in a help text, a description follows the command after two spaces or more
-        return [re.split(r"(?<=\S) {2,}", line.strip())[0] for line in text.splitlines()]
+        lines = re.sub(r"\s*\\\n\s*", " ", text).splitlines()
+        return [re.split(r"(?<=\S) {2,}", line.strip())[0] for line in lines]
     fenced = [block[0].replace("\\\n", " ") for block in FENCE.finditer(text)]
     return [*chain.from_iterable(block.splitlines() for block in fenced), *inline_spans(text)]
 

@@ -176,7 +176,7 @@ def test_the_training_process_reads_hellaswag_once(user):
     recorder = build_metrics_callback(config, devices)
     trainer = build_trainer(config, prepared, devices, plan, user.folder, recorder, None)
     assert [c.examples for c in trainer.callbacks if isinstance(c, HellaSwag)] == [examples]
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         preflight(requested)  # nothing is cached for another run
 
 

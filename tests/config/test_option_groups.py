@@ -50,5 +50,6 @@ def test_a_user_experiment_is_for_the_commands_that_have_its_keys(tmp_path, text
 
 
 def test_groups_table_lists_the_groups_of_the_command():
-    listed = [line.partition(": ")[0] for line in OptionGroups("prepare", [CONF]).table().splitlines()]
+    lines = OptionGroups("prepare", [CONF]).table().splitlines()
+    listed = [line.partition(": ")[0] for line in lines if not line.startswith(" ")]
     assert listed == ["data", "tokenizer"]

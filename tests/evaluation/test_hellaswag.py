@@ -83,7 +83,7 @@ def test_damaged_record_is_reported(tmp_path, place):
 
 def test_invalid_hellaswag_file_is_reported(tmp_path):
     gpt2, path = load_tokenizer({"name": "gpt2"}, None), tmp_path / "x"
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_examples(path, gpt2, None)
     write_reference(path, EXAMPLES)
     with pytest.raises(UserError, match=r"holds tokens of tokenizer=gpt2, but .* tokenizer=bytes"):

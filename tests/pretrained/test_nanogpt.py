@@ -95,7 +95,7 @@ def _late(checkpoint):
         (_late, r"its AdamW has updated h\.0\.attn\.c_attn\.weight 2 times instead of 3"),
         (
             lambda checkpoint: checkpoint.update(optimizer=None),
-            r"lacks iter_num or the optimizer state\. init_from",
+            r"lacks iter_num or the optimizer state\. .*init_from",
         ),
         (lambda checkpoint: checkpoint.pop("iter_num"), r"lacks iter_num"),
         (

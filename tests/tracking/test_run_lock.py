@@ -142,5 +142,5 @@ def test_an_owner_whose_lock_was_deleted_exits(tmp_path, hold):
 
 def test_a_directory_that_cannot_be_locked_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"nothing cannot be locked for writing: .*Not a directory"):
+    with pytest.raises(UserError, match=r"nothing cannot be locked for writing: .*not a directory"):
         acquire(tmp_path / "file" / "nothing")
