@@ -153,5 +153,5 @@ def _legend(answers: SweepAnswers) -> str:
     corrected = f", corrected for {answers.comparisons} comparisons" if answers.comparisons > 1 else ""
     return (
         f"{seen}± is one standard error. A difference is significant if p < {ALPHA}{corrected}. "
-        "See 'Reading the answers of a sweep' in the documentation."
+        "See 'Reading the results of a sweep' in the documentation."
     )

@@ -148,7 +148,7 @@ def print_scaling(scaling: ScalingAnswer) -> None:
     console.print(Text(scaling.answer, "bold"))
     summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
     intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."
-    page = "See 'Reading the answers of a sweep' in the documentation."
+    page = "See 'Reading the results of a sweep' in the documentation."
     console.print(Text(f"{summary} {intervals} {page}", "dim"))
 
 
