@@ -201,7 +201,7 @@ def test_hellaswag_runs_at_the_first_evaluation_after_every_interval(tmp_path):
 
 
 def source_of(tokenizer: Tokenizer) -> ModelSource:
-    """Returns the source of a model that is not a run of gptlab."""
+    """Returns the source of a model that is not a gptlab run."""
     shape = tiny_config(vocab_size=tokenizer.vocab_size)
     return ModelSource("theirs", Path("theirs"), shape, json.loads(json.dumps(tokenizer.record())), None)
 
@@ -231,7 +231,7 @@ def test_data_of_another_tokenizer_is_an_error(tmp_path):
     theirs = prepare_text(tmp_path / "text.txt", "bpe", vocab_size=265, train_mb=1).folder
     ours = source_of(BPETokenizer.train(["abc abd " * 9], 265))
     shards = data_config(corpus="shards", path=str(theirs), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"was prepared with another tokenizer \(bpe\) than that of x \(bpe"):
+    with pytest.raises(UserError, match=r"prepared with tokenizer=bpe, but x uses a different one, tokenizer=bpe \("):
         open_scored_corpus(config_of(data=shards), ours, tokenizer_is_named=False)
     with pytest.raises(UserError, match="was prepared with tokenizer=bpe, not with tokenizer=bytes"):
         open_scored_corpus(config_of(data=shards), source_of(BytesTokenizer()), tokenizer_is_named=False)
@@ -241,7 +241,7 @@ def test_data_of_another_tokenizer_is_an_error(tmp_path):
     named = config_of(data=shards, tokenizer={"name": "gpt2", "vocab_dir": None, "vocab_size": None, "train_mb": None})
     with pytest.raises(UserError, match="tokenizer=gpt2 differs from the tokenizer of x, which is bpe"):
         open_scored_corpus(named, ours, tokenizer_is_named=True)
-    with pytest.raises(UserError, match="run=x is not a run of gptlab, so its training data is unknown"):
+    with pytest.raises(UserError, match="run=x is not a gptlab run directory, so its training data is unknown"):
         open_scored_corpus(config_of(), ours, tokenizer_is_named=False)
 
 

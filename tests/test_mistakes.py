@@ -39,7 +39,7 @@ CONFIG_ERRORS = {
     ),
     "batches that do not grow": (
         ["train.batch_schedule=[[5,8],[9,4]]"],
-        "train.batch_schedule=[[5, 8], [9, 4]] must be a list of [last step, batch size], both increasing",
+        "train.batch_schedule=[[5, 8], [9, 4]] must be a list of [last step, batch size] pairs",
     ),
     "devices without a strategy": (["trainer.devices=2"], "need a distributed strategy, but strategy=single"),
     "devices and groups": (

@@ -83,7 +83,7 @@ def test_sweep_runs_every_point_and_records_it(user):
         (("seed=range(3,3)",), "seed=range(3,3) has no values"),
         (("hydra.sweeper.search=tpe", "hydra.sweeper.n_trials=3"), "No key is varied"),
         (("model.n_head=5,7",), "n_head=5 does not divide"),
-        (("seed=1,2", "hydra.sweeper.search=tpe"), "search=tpe requires n_trials"),
+        (("seed=1,2", "hydra.sweeper.search=tpe"), "search=tpe requires hydra.sweeper.n_trials"),
         (("seed=1,2", "hydra.sweeper.serch=tpe"), "hydra.sweeper.serch"),
         (("seed=1,2", "hydra.launcher.at_once=0"), "at_once=0 is not valid"),
         (("seed=interval(1,2)",), "infinitely many values"),

@@ -184,7 +184,7 @@ def test_cut_windows_matches_known_values():
     assert [part.tolist() for part in cut_windows(10, 4, 4, None)] == [[0, 4, 8], [4, 4, 1], [4, 4, 1]]
     assert [part.tolist() for part in cut_windows(3, 4, 1, None)] == [[0], [2], [2]]
     assert cut_windows(45, 4, 4, 3).begins.tolist() == [0, 12, 28]  # of 11 full windows, as in evaluation_starts
-    with pytest.raises(ValueError, match="1 tokens are too few"):
+    with pytest.raises(ValueError, match="has 1 token, but at least two"):
         cut_windows(1, 4, 4, None)
 
 

@@ -41,7 +41,7 @@ TRAIN = defaults("train.yaml")["train"]
 
 @pytest.mark.parametrize("stages", [[(5, 4), (5, 8)], [(5, 8), (9, 8)], [(5, 8), (9, 4)], [(5, 12)], [(5, 24)]])
 def test_batch_schedule_must_increase(stages):
-    with pytest.raises(ValidationError, match=r"batch_schedule=.* both increasing"):
+    with pytest.raises(ValidationError, match=r"batch_schedule=.* both values increase"):
         TrainConfig(**TRAIN | {"batch_schedule": stages})
 
 

@@ -77,7 +77,7 @@ def fill_page_cache(folder: Path) -> None:
 
 
 def first_shard(task: Loading) -> Path:
-    """Returns the first shard of the training split."""
+    """Returns the path of the first shard of the training split."""
     return Path(task.folder, load_manifest(Path(task.folder)).splits["train"][0].file)
 
 

@@ -31,7 +31,9 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
         import wandb_workspaces.workspaces as ws
         from wandb_workspaces import expr
     except ImportError:
-        raise UserError("gptlab.dashboard needs wandb-workspaces: pip install wandb-workspaces") from None
+        raise UserError(
+            "gptlab.dashboard needs the wandb-workspaces package: pip install 'gptlab[dashboard]'"
+        ) from None
     return ws.Workspace(
         entity=entity,
         project=project,

@@ -53,7 +53,7 @@ class AccuracyCounts(NamedTuple):
 def rank_batches(examples: Sequence[Example], rank: int, world_size: int, batch_size: int) -> list[list[Example]]:
     """Returns the batches of one rank, with examples of similar length in a batch.
 
-    All ranks have the same number of batches, of which the last may be empty.
+    All ranks have the same number of batches. The last batch of a rank may be empty.
 
     Args:
         examples: Examples of all ranks.

@@ -81,7 +81,8 @@ def cut_windows(tokens: int, block_size: int, stride: int, limit: int | None) ->
         ValueError: The stream has fewer than two tokens.
     """
     if tokens < 2:
-        raise ValueError(f"{tokens} tokens are too few, because the first token is not predicted; two are required")
+        unit = "token" if tokens == 1 else "tokens"
+        raise ValueError(f"the split has {tokens} {unit}, but at least two are required")
     targets = tokens - 1
     number = 1 + max(0, -(-(targets - block_size) // stride))
     begins = np.arange(number, dtype=np.int64) * stride

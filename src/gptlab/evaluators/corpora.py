@@ -50,14 +50,14 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
     if tokenizer_is_named and config.tokenizer is not None and config.tokenizer.name != record["name"]:
         raise UserError(
             f"tokenizer={config.tokenizer.name} differs from the tokenizer of {config.run}, which is {record['name']}. "
-            "A model can only be scored with its own tokenizer. Remove the override tokenizer=."
+            f"A model can only be scored with its own tokenizer. Remove the override tokenizer={config.tokenizer.name}."
         )
     run = load_config(source.path) if source.is_run else None
     if config.data is None:
         if run is None:
             raise UserError(
-                f"run={config.run} is not a run of gptlab, so its training data is unknown. Set the corpus to score "
-                "with data=openwebtext, or data=text data.source=<file> split=all, or use tasks=[...] or "
+                f"run={config.run} is not a gptlab run directory, so its training data is unknown. Set the corpus to "
+                "score with data=openwebtext, or data=text data.source=<file> split=all, or use tasks=[...] or "
                 "hellaswag=<file>."
             )
         data, tokenizer, trained = run.data, run.tokenizer, None
@@ -68,9 +68,9 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
     prepared = prepare_with_progress(data, tokenizer, PrepareOptions(), trained)
     if not _are_equivalent(prepared.manifest.tokenizer, record):
         raise UserError(
-            f"{prepared.manifest.origin} was prepared with another tokenizer "
-            f"({prepared.manifest.tokenizer['name']}) than that of {config.run} ({record['name']}, "
-            f"{model.vocab_size:,} token IDs), so it cannot be scored."
+            f"{prepared.manifest.origin} was prepared with tokenizer={prepared.manifest.tokenizer['name']}, but "
+            f"{config.run} uses a different one, tokenizer={record['name']} ({model.vocab_size:,} token IDs), so "
+            f"{config.run} cannot be evaluated on it."
         )
     if config.data is None and load_manifest(source.path).fingerprint() != prepared.manifest.fingerprint():
         log.warning("%s has changed since %s was trained on it.", prepared.manifest.origin, config.run)

@@ -100,7 +100,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
         try:
             windows = cut_windows(len(stream), block_size, stride, config.windows)
         except ValueError as error:
-            raise UserError(f"{prepared.manifest.origin}, {split}: {error}.") from None
+            raise UserError(f"{prepared.manifest.origin}, split={split}: {error}.") from None
         ranks = (context.rank, context.world_size)
         parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.eot_id, *ranks))
     with context.autocast(), track_progress("scoring", context, sum(map(len, parts))) as track:

@@ -140,7 +140,7 @@ def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
 def _check_loggers(config: RunConfig) -> None:
     """Checks that the loggers are installed and allowed."""
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
-        raise UserError("logger=tensorboard needs the tensorboard package: pip install tensorboard")
+        raise UserError("logger=tensorboard needs the tensorboard package: pip install 'gptlab[tensorboard]'")
     if config.logger.wandb is not None:
         check_mode(config.logger.wandb)
 

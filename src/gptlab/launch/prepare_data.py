@@ -57,7 +57,10 @@ def _progress_bar() -> Iterator[Progress]:
 
 
 class WorkConfig(FrozenConfig):
-    """Workers and machines of a preparation; see ``gptlab.data.prepare.tasks.PrepareOptions``."""
+    """Number of worker processes and machines for data preparation.
+
+    See ``gptlab.data.prepare.tasks.PrepareOptions``.
+    """
 
     workers: PositiveInt | None
     part: NonNegativeInt

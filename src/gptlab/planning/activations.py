@@ -70,7 +70,7 @@ class ForwardPass(NamedTuple):
 
 
 def backbone_bytes(forward: ForwardPass) -> int:
-    """Returns the bytes saved by the model, without the head."""
+    """Returns the number of bytes that autograd saves for the backward pass of the model, without the head."""
     config = forward.config
     layers = range(config.n_layer)
     if config.activation_checkpointing:
@@ -85,7 +85,10 @@ def backbone_bytes(forward: ForwardPass) -> int:
 
 
 def embedding_bytes(forward: ForwardPass) -> int:
-    """Returns the bytes saved by the embeddings, without their sum, which counts as the input of the first block."""
+    """Returns the number of bytes that autograd saves for the backward pass of the embeddings.
+
+    Excludes their sum, which counts as the input of the first block.
+    """
     config = forward.config
     kept = forward.tokens * INDEX
     if config.positions == "learned":
@@ -98,12 +101,15 @@ def embedding_bytes(forward: ForwardPass) -> int:
 
 
 def final_norm_bytes(forward: ForwardPass) -> int:
-    """Returns the bytes saved by ``ln_f``, without its output, which counts as the input of the head."""
+    """Returns the number of bytes that autograd saves for the backward pass of ``ln_f``.
+
+    Excludes its output, which counts as the input of the head.
+    """
     return _norm(forward)
 
 
 def block_bytes(forward: ForwardPass, layer: int) -> int:
-    """Returns the bytes saved by block number ``layer``, from 0."""
+    """Returns the number of bytes that autograd saves for the backward pass of block ``layer`` (zero-based)."""
     config = forward.config
     mixed = forward.stream * config.x0_skips  # the input, before x0 is mixed in
     norms = 2 * (_norm(forward) + forward.matmul)  # their inputs, and their outputs, saved by the matmuls
@@ -117,7 +123,10 @@ def block_bytes(forward: ForwardPass, layer: int) -> int:
 
 
 def attention_bytes(forward: ForwardPass, layer: int) -> int:
-    """Returns the bytes saved by the attention of a block, from the output of ``c_attn`` to the input of ``c_proj``."""
+    """Returns the number of bytes that autograd saves for the backward pass of the attention of block ``layer``.
+
+    Counts from the output of ``c_attn`` to the input of ``c_proj``.
+    """
     config, each = forward.config, forward.matmul // forward.split
     is_transformed = config.positions != "learned" or config.qk_norm  # queries and keys are new tensors
     whole = 3 * each  # the output of c_attn; queries, keys and values are views of it
@@ -141,13 +150,16 @@ def attention_bytes(forward: ForwardPass, layer: int) -> int:
 
 
 def mlp_bytes(forward: ForwardPass) -> int:
-    """Returns the bytes saved by the MLP of a block, from the output of ``c_fc`` to the input of ``c_proj``."""
+    """Returns the number of bytes that autograd saves for the backward pass of the MLP of a block.
+
+    Counts from the output of ``c_fc`` to the input of ``c_proj``.
+    """
     inner = 4 * forward.matmul // forward.split
     return inner if forward.compiled else 2 * inner  # the activation saves its input (GELU) or output (ReLU)
 
 
 def head_bytes(forward: ForwardPass, chunk: int | None) -> int:
-    """Returns the bytes saved from the input of the head to the loss.
+    """Returns the number of bytes that autograd saves for the backward pass of the head and the loss.
 
     Args:
         forward: Forward pass.
@@ -163,7 +175,14 @@ def head_bytes(forward: ForwardPass, chunk: int | None) -> int:
 
 
 def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
-    """Returns the bytes of autocast's copies of weights in the dtype of the matmuls, saved for the backward pass."""
+    """Returns the number of bytes of autocast's copies of weights, saved for the backward pass.
+
+    The copies have the dtype of the matmuls.
+
+    Args:
+        forward: Forward pass.
+        chunk: Number of tokens whose logits are computed at a time, or None for all.
+    """
     config, sizes = forward.config, forward.sizes
     if sizes.weight == sizes.matmul:
         return 0
@@ -173,7 +192,10 @@ def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
 
 
 def _norm(forward: ForwardPass) -> int:
-    """Returns the bytes saved by a norm: its input and statistics and, for an unfused RMSNorm, intermediate results."""
+    """Returns the number of bytes that autograd saves for the backward pass of a norm.
+
+    Counts its input and statistics and, for an unfused RMSNorm, intermediate results.
+    """
     if forward.config.norm == "layer":
         return forward.stream + 2 * forward.tokens * STATISTIC
     if forward.on_gpu or forward.compiled:
@@ -182,7 +204,7 @@ def _norm(forward: ForwardPass) -> int:
 
 
 def _dropout_mask(forward: ForwardPass, numbers: int, size: int) -> int:
-    """Returns the bytes of a dropout mask: one byte per element on a GPU, ``size`` bytes on a CPU."""
+    """Returns the number of bytes of a dropout mask: one byte per element on a GPU, ``size`` bytes on a CPU."""
     return numbers * (1 if forward.on_gpu else size)
 
 
@@ -196,7 +218,7 @@ def _kernel(forward: ForwardPass) -> Literal["flash", "matmuls", "plain"]:
 
 
 def _weights(forward: ForwardPass) -> int:
-    """Returns the bytes of the attention weights of all heads; with dropout, also of the mask and the result."""
+    """Returns the number of bytes of all attention weights and, with dropout, of the mask and the result."""
     config = forward.config
     weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4
     return weights * (3 if config.dropout else 1)

@@ -216,7 +216,7 @@ def _moments(
 
 
 def _block_gradients(forward: ForwardPass) -> float:
-    """Returns the bytes of the activation gradients in a block: those of the MLP and of the residual stream."""
+    """Returns the number of bytes of the activation gradients of a block: of its MLP and of the residual stream."""
     return 8.0 * forward.matmul // forward.split + forward.stream
 
 
@@ -229,7 +229,10 @@ def _fragmentation(forward: ForwardPass) -> float:
 
 
 def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the bytes of the moments (two per parameter with AdamW, one for Muon's matrices) and averaged weights."""
+    """Returns the number of bytes of the optimizer state and the averaged weights.
+
+    AdamW has two moments per parameter, and Muon has one for each matrix.
+    """
     numbers = 2 * parts.all
     if isinstance(config.optimizer, MuonConfig):
         numbers -= parts.matrices
@@ -239,7 +242,7 @@ def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> fl
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
-    """Returns the bytes of copies of weights."""
+    """Returns the number of bytes of copies of weights."""
     if not spread.is_sharded:
         return weight_copy_bytes(forward, chunk)
     # embeddings, final norm and head are gathered for the whole step, and two blocks at a time: one is prefetched

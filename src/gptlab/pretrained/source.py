@@ -100,7 +100,7 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     Args:
         name: A run directory, a directory written by transformers' ``save_pretrained``, a nanoGPT checkpoint, gpt2,
             gpt2-medium, gpt2-large, gpt2-xl, or hf://<owner>/<name>.
-        key: Config key that has the name, for messages.
+        key: Config key that contains the name. Used in error messages.
 
     Raises:
         UserError: The model does not exist, has an unsupported architecture, or its vocabulary does not fit its

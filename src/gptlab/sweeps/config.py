@@ -33,9 +33,15 @@ class SweeperConfig(FrozenConfig):
     @model_validator(mode="after")
     def _check_n_trials(self) -> Self:
         if self.search != "grid" and self.n_trials is None:
-            raise ValueError(f"search={self.search} requires n_trials, the number of points, for example n_trials=20")
+            raise ValueError(
+                f"hydra.sweeper.search={self.search} requires hydra.sweeper.n_trials, the number of points, "
+                "for example 20"
+            )
         if self.search == "grid" and self.n_trials is not None:
-            raise ValueError(f"n_trials={self.n_trials} cannot be used with search=grid, which runs every point")
+            raise ValueError(
+                f"hydra.sweeper.n_trials={self.n_trials} cannot be used with hydra.sweeper.search=grid, "
+                "which runs every point"
+            )
         return self
 
 

@@ -150,8 +150,8 @@ class SlurmLauncher:
             if (states := _states()) is not None:
                 return trial.job in states and states[trial.job] not in ENDED_JOB_STATES
         raise UserError(
-            f"squeue failed, so it is unknown whether job {trial.job} of trial {trial.number} is still running. "
-            "Run the same command again when squeue works."
+            f"hydra/launcher=slurm: squeue failed, so it is unknown whether job {trial.job} of trial {trial.number} is "
+            "still running. Run the same command again when squeue works."
         )
 
     def ended(self) -> list[tuple[int, int]]:
@@ -183,7 +183,7 @@ class SlurmLauncher:
         self._asked = time.monotonic()
         if (states := _states()) is None:
             if not self._warned:
-                log.warning("squeue failed. The sweep keeps waiting for its jobs.")
+                log.warning("hydra/launcher=slurm: squeue failed. The sweep keeps waiting for its jobs.")
             self._warned = True
             return []
         self._warned = False
@@ -223,7 +223,7 @@ def check_cluster(config: SlurmLauncherConfig) -> None:
         raise UserError("hydra/launcher=slurm: SLURM is not installed on this machine (sbatch is not on the PATH).")
     done = subprocess.run(("sinfo", "--noheader", "--format=%R %a %P"), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"sinfo failed: {' '.join(done.stderr.split())}")
+        raise UserError(f"hydra/launcher=slurm: sinfo failed: {' '.join(done.stderr.split())}")
     rows = [line.split() for line in done.stdout.splitlines() if len(line.split()) == 3]
     names = sorted({name for name, _, _ in rows})
     asked = [state for name, state, starred in rows if name == partition or (not partition and starred.endswith("*"))]

@@ -49,7 +49,7 @@ class SearchSpace:
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
                 raise UserError(
-                    f"{key}={override.get_value_string()} has infinitely many values, which search=grid cannot try. "
+                    f"{key}={override.get_value_string()} has infinitely many values, which a grid cannot enumerate. "
                     f"List the values ({key}=1,2,3), or set hydra.sweeper.search=tpe hydra.sweeper.n_trials=20."
                 )
             values.append([str(value) for value in override.sweep_string_iterator()])

@@ -123,7 +123,7 @@ class TrainConfig(FrozenConfig):
         if any(later <= earlier for numbers in (ends, sizes) for earlier, later in pairwise(numbers)):
             raise ValueError(
                 f"batch_schedule={[list(stage) for stage in self.batch_schedule]} must be a list of [last step, batch "
-                "size], both increasing, with all batch sizes less than "
+                "size] pairs in which both values increase, and every batch size must be less than "
                 f"global_batch_size={self.global_batch_size}"
             )
         return self

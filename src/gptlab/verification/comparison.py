@@ -8,7 +8,15 @@ from typing import NamedTuple
 
 
 class TraceStep(NamedTuple):
-    """Step of a trace, as written by ``gptlab.training.callbacks.determinism_trace``."""
+    """Step of a trace, as written by ``gptlab.training.callbacks.determinism_trace``.
+
+    Attributes:
+        step: Optimizer step, from 1.
+        tokens: Hash of the tokens of the step, on all ranks.
+        loss: Exact loss of the step over all ranks, as ``repr``.
+        grad_norm: Exact gradient norm of the step, as ``repr``.
+        tensors: Hash of each parameter and of each tensor of the optimizer state after the step, by name.
+    """
 
     step: int
     tokens: str

@@ -74,10 +74,10 @@ class RunProcess:
 
 
 class ProofRuns:
-    """Runs configurations by name, each once, with the name as run directory.
+    """Runs each named configuration once, in the run directory ``folder / name``.
 
     Args:
-        folder: Directory of all runs.
+        folder: Parent directory of the run directories.
     """
 
     def __init__(self, folder: Path) -> None:

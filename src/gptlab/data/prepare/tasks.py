@@ -28,7 +28,7 @@ FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
 class PrepareOptions(NamedTuple):
-    """Workers and machines of a preparation, and its progress callback.
+    """Number of worker processes and machines for data preparation, and a progress callback.
 
     Attributes:
         workers: Number of worker processes. The result does not depend on it.

@@ -97,7 +97,7 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
     with FileLock(f"{folder}{LOCK}"):
         if not (folder / MANIFEST).exists():
             known = _tokenizer(files[0], tokenizer)
-            log.info("Reading %d token files in %s to write their manifest: %s", len(files), files[0].parent, folder)
+            log.info("Reading %d token files in %s to write their manifest to %s", len(files), files[0].parent, folder)
             manifest = build_manifest(files, known)
             record_verified(folder, manifest, folder.parent)
             manifest.save(folder)

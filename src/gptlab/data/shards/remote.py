@@ -36,10 +36,10 @@ class RemoteFolder:
     """Prepared directory at any URL that fsspec supports: s3://, gs://, hf://, https://, file://.
 
     Args:
-        url: URL of the directory, without credentials, which come from the environment.
-        cache_dir: Cache directory, in which the shards get a subdirectory.
-        limit: Maximum number of bytes of the cached shards.
-        key: Config key that has the URL, for messages.
+        url: URL of the directory. It must not contain credentials; they are read from the environment.
+        cache_dir: Cache directory. The shards are stored in a subdirectory of it.
+        limit: Maximum total size of the cached shards, in bytes.
+        key: Config key that contains the URL. Used in error messages.
 
     Raises:
         UserError: The URL contains a password or cannot be opened, its manifest is missing or invalid, or the manifest
@@ -178,9 +178,9 @@ def fetch_files(pattern: str, cache_dir: Path, key: str = "data.path") -> Path:
     Only the sizes of the files are checked, because their SHA-256 is unknown.
 
     Args:
-        pattern: URL with wildcards, without credentials.
-        cache_dir: Cache directory, in which the files get a subdirectory.
-        key: Config key that has the URL, for messages.
+        pattern: URL with wildcards. It must not contain credentials; they are read from the environment.
+        cache_dir: Cache directory. The files are stored in a subdirectory of it.
+        key: Config key that contains the URL. Used in error messages.
 
     Raises:
         UserError: The URL contains a password or matches nothing, or a file cannot be downloaded.

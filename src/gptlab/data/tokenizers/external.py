@@ -133,7 +133,7 @@ def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes
 def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     model = described.get("model")
     if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
-        raise UserError(f"{path} is not a supported tokenizer: it has no model with a vocab.")
+        raise UserError(f"{path} is not a supported tokenizer: it has no `model.vocab`.")
     if model.get("type") == "WordLevel" and all(len(token) == 1 for token in vocabulary if token != END_OF_TEXT):
         return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
     pre_tokenizer = described.get("pre_tokenizer") or {}

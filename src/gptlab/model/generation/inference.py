@@ -168,7 +168,7 @@ def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
 
 
 def bytes_per_token(model: GPT, rows: int, length: int) -> int:
-    """Returns the bytes that one decoding step reads: all matrices once, and the keys and values of all rows.
+    """Returns the number of bytes that one decoding step reads: all matrices once, and the keys and values of all rows.
 
     Args:
         model: A model prepared by ``prepare_for_inference``.

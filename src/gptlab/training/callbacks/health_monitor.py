@@ -98,7 +98,7 @@ class TrainingHealthMonitor(L.Callback):
         self.step_sync.collect()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the counts and the window of losses, so that detection continues in a resumed run."""
+        """Returns the state to save in a checkpoint: the counts, and the state of the spike detector."""
         self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
@@ -108,7 +108,7 @@ class TrainingHealthMonitor(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the counts and the window of losses."""
+        """Restores the counts and the state of the spike detector from the result of ``state_dict``."""
         self.bad_steps, self.in_a_row = state_dict["bad_steps"], state_dict["in_a_row"]
         self.loss_spikes = state_dict["loss_spikes"]
         if self._detector and state_dict["spikes"]:
@@ -151,10 +151,10 @@ class SpikeDetector:
         return mean, mean + self.sigma * math.sqrt(squares / (len(self._losses) - 1))
 
     def state(self) -> dict[str, Any]:
-        """Returns the window, for a resumed run."""
+        """Returns the state to save in a checkpoint: the losses of the window, and whether a spike is in progress."""
         return {"losses": list(self._losses), "is_high": self._is_high}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restores the window from ``state()``."""
+        """Restores the losses of the window, and whether a spike is in progress, from the result of ``state``."""
         self._losses.extend(state["losses"])
         self._is_high = state["is_high"]

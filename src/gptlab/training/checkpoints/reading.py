@@ -90,7 +90,11 @@ def is_sharded(checkpoint_dir: Path) -> bool:
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Flattens tensors to model.<parameter> and optimizer.<number>.<parameter>.<key>; a key has no dot."""
+    """Flattens the tensors of a checkpoint into a dict.
+
+    The keys are ``model.<parameter>`` and ``optimizer.<index>.<parameter>.<state>``, where ``<state>`` (such as
+    ``exp_avg``) contains no dot.
+    """
     flat = {f"model.{name}": tensor for name, tensor in checkpoint["state_dict"].items()}
     for number, optimizer in enumerate(checkpoint["optimizer_states"]):
         for name, moments in optimizer["state"].items():
