@@ -111,6 +111,6 @@ def _plain(value: Any) -> Any:
 
 
 def _question(text: str) -> str:
-    """Extracts the question from a sweep's comment, which begins with it and ends with the command to run."""
+    """Returns the comment of a sweep without the command at its end."""
     comment = " ".join(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# "))
     return comment.partition("python -m")[0].rstrip(": ")

@@ -142,7 +142,7 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
 
     Args:
         model: Model, on the device of ``context``.
-        examples: Examples of all processes.
+        examples: All examples, the same list in every process; each process scores its share.
         config: Config of the evaluation.
         context: Device, precision and rank.
     """

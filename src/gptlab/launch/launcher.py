@@ -56,7 +56,7 @@ def launch(
 
     Args:
         config: Validated configuration.
-        run_dir: Run directory assigned by a sweep; None creates one named by the time.
+        run_dir: Run directory assigned by a sweep; None creates ``outputs/<name>/<time>``.
         extra_callbacks: See ``gptlab.launch.train_run.train_run``; used if the run trains in this process.
         in_process: Whether a run on one device may train in this process; False if the process runs other jobs as well.
 

@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
     Attributes:
         config: Validated configuration; for a rank, completed by ``preflight``.
-        run_dir: Run directory; None creates one named by the time.
+        run_dir: Run directory; None creates ``outputs/<name>/<time>``.
         plan: Batch plan, if it is known.
     """
 

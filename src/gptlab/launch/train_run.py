@@ -111,7 +111,7 @@ def train_run(
         config: Configuration completed by ``gptlab.launch.launcher.preflight``.
         prepared: Prepared data.
         plan: Batch plan; None if it depends on the number of devices of this machine.
-        run_dir: Run directory assigned by a sweep; None creates one named by the time.
+        run_dir: Run directory assigned by a sweep; None creates ``outputs/<name>/<time>``.
         extra_callbacks: Returns the callbacks of packages above this one, on each rank.
 
     Returns:

@@ -121,7 +121,7 @@ class LanguageModel:
             The prompt with its continuation, ``num_samples`` times.
 
         Raises:
-            UserError: An option is unknown or invalid.
+            UserError: An option is unknown or invalid, or the tokenizer cannot encode the prompt.
         """
         defaults = _sample_defaults()
         wanted = {**{key: defaults[key] for key in (*SamplingConfig.model_fields, "seed", "stop")}, **settings}

@@ -27,7 +27,7 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
     Args:
         config: Complete configuration, which suffices to repeat the run.
         manifest: Manifest of the data, including the tokenizer.
-        run_dir: Run directory; None creates one named by the time.
+        run_dir: Run directory; None creates ``outputs/<name>/<time>``.
         lock: Lock to acquire before anything is written.
 
     Returns:
@@ -66,7 +66,7 @@ def without_origin(config: RunConfig) -> dict[str, Any]:
 
 
 def claim_directory(parent: Path) -> Path:
-    """Creates a new directory in ``parent`` that is named by the time, and returns its path.
+    """Creates a new directory in ``parent`` that is named by the current time, and returns its path.
 
     Raises:
         UserError: Too many directories have been created in the same second.

@@ -44,7 +44,11 @@ class Tokenizer(Hashable, Protocol):
         ...
 
     def encode(self, text: str) -> NDArray[np.uint32]:
-        """Returns the token IDs (N,) of ``text``. Encodes special tokens in the text as ordinary text."""
+        """Returns the token IDs (N,) of ``text``. Encodes special tokens in the text as ordinary text.
+
+        Raises:
+            UserError: The text has a character that is not in the vocabulary of a characters tokenizer.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
