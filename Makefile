@@ -4,6 +4,7 @@
 # make bench    benchmarks: training, generation, data, training loop and health checks (about an hour)
 # make lint     ruff, mypy, import-linter
 # make docs     the documentation as a site, in site/, and the checks of its links, commands and search (no network)
+# make site     the site and the check of its links alone
 # make figures  the pictures in docs/figures, from runs that it starts (about ten minutes). It reuses runs in
 #               outputs/figures; delete that directory to run them again
 # Each target first creates .venv if it is missing or older than pyproject.toml or constraints.txt.
@@ -13,7 +14,7 @@ BIN := .venv/bin
 # Multi-process tests share few cores: one thread per process avoids oversubscription.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint docs figures bench format clean
+.PHONY: train test test-slow test-all lint docs site figures bench format clean
 
 train: .venv/ready
 	$(BIN)/python -m gptlab.train
@@ -35,9 +36,11 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-docs: .venv/ready
+site: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python docs/tools/check_site.py site
+
+docs: site
 	$(TEST_ENV) $(BIN)/python -m pytest tests/test_docs.py -m "slow or not slow" -n 1
 	@echo "To read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory site"
 

@@ -1,3 +1,4 @@
+# ruff: noqa: F811  (fixtures)
 """The documentation: valid commands, a complete configuration reference, existing pictures, and the site."""
 
 import html
@@ -21,7 +22,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from check_site import broken_links
-from chromium import chromium, unavailable_reason
 from commands import assert_success
 from config_reference import anchor, page_name, read_config_file, read_configuration, render_pages
 from gptlab.benchmarks.config import BenchCommand
@@ -39,6 +39,7 @@ from gptlab.report import ReportConfig
 from gptlab.runs import RunsCommand
 from gptlab.sample import SampleConfig
 from gptlab.verification.configs import ProveArguments, resolve_proof
+from report_pages import browser  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -380,14 +381,6 @@ def address(site):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if reason := unavailable_reason():
-        pytest.skip(reason)
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.mark.slow

@@ -42,12 +42,13 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         return config_type.model_validate(values)
     except ValidationError as error:
         keys = set(known_keys(config_type))
-        messages = {  # by key and problem, since each member of a union has its own error
-            (_dotted_key(details["loc"], values), _is_wrong_value(details) or number): details
-            for number, details in enumerate(error.errors(), start=2)
-        }
-        described = (_error_message(config_type, details, values, keys) for details in messages.values())
-        raise UserError("\n".join(described)) from None
+        problems: dict[tuple[str, object], ErrorDetails] = {}
+        for details in error.errors():
+            # a wrong value has an error for each member of a union, which are reported as one
+            problem = WRONG_VALUE if _is_wrong_value(details) else object()
+            problems[_dotted_key(details["loc"], values), problem] = details
+        messages = (_error_message(config_type, details, values, keys) for details in problems.values())
+        raise UserError("\n".join(messages)) from None
 
 
 def rebuild(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
@@ -70,6 +71,16 @@ def unknown_key(key: str, keys: set[str]) -> str:
     if key in keys:
         return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
     return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."
+
+
+def get_value(values: Any, key: str, default: Any = None) -> Any:
+    """Returns the value of a dotted name in nested dicts and lists, or ``default`` if there is none."""
+    for part in key.split("."):
+        try:
+            values = values[int(part) if isinstance(values, list) else part]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return default
+    return values
 
 
 def _rebuild_value(annotation: Any, value: Any) -> Any:
@@ -117,7 +128,7 @@ def _error_message(
             return f"{key}.{problem}." if is_about_key else f"{key}: {problem}." if key else f"{problem}."
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
-    value, schema = _get(values, key), _schema(config_type, key, values)
+    value, schema = get_value(values, key), _schema(config_type, key, values)
     if schema is None or not _is_wrong_value(details):
         expected = details["msg"].replace("Input should be ", "it should be ")
         return f"{key}={details['input']!r} is not valid: {expected}."
@@ -127,12 +138,6 @@ def _error_message(
 def _is_wrong_value(details: ErrorDetails) -> bool:
     """Whether the error says that a value has another type than its field or is out of range."""
     return details["type"].startswith(WRONG_VALUE)
-
-
-def _get(values: Any, key: str) -> Any:
-    for part in key.split("."):
-        values = values[int(part) if isinstance(values, list) else part]
-    return values
 
 
 def _schema(config_type: type[FrozenConfig], key: str, values: Any) -> dict[str, Any] | None:

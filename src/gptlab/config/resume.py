@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from gptlab.config.base import validate
+from gptlab.config.base import get_value, validate
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
@@ -90,10 +90,10 @@ def merge_resume_config(
     """
     earlier = earlier_config.model_dump(mode="json")
     precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
-    if _get(values, "data.val_split") == "auto":
+    if get_value(values, "data.val_split") == "auto":
         values["data"]["val_split"] = earlier["data"]["val_split"]
     for key in overridden:
-        if not _may_change(key) and not is_forced and _get(values, key, key) != _get(earlier, key):
+        if not _may_change(key) and not is_forced and get_value(values, key, key) != get_value(earlier, key):
             raise UserError(
                 f"{key} cannot change when a run is resumed, since that would make it a different run. "
                 f"Keys that can change: {', '.join(CHANGEABLE_KEYS)} (except {', '.join(FIXED_KEYS)}). To start a new "
@@ -143,7 +143,7 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
         keys.remove("model.vocab_size")
     if config.data.val_split == "auto":
         keys.remove("data.val_split")
-    return sorted(key for key in keys if _get(values, key) != _get(earlier, key))
+    return sorted(key for key in keys if get_value(values, key) != get_value(earlier, key))
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
@@ -173,15 +173,6 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _leaf_keys(value, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def _get(values: Any, key: str, default: Any = None) -> Any:
-    """Returns the value of a dotted name."""
-    for part in key.split("."):
-        if not isinstance(values, dict) or part not in values:
-            return default
-        values = values[part]
-    return values
 
 
 def _copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:

@@ -9,12 +9,18 @@ from gptlab.exporters.folder import atomic_folder
 from gptlab.exporters.formats import FORMATS, DtypeName, FormatName
 from gptlab.exporters.model_card import CARD_FILE, model_title, render_model_card
 from gptlab.exporters.reference import Reference, make_reference
-from gptlab.exporters.request import ExportRequest, tensor_dtypes
+from gptlab.exporters.request import ExportRequest, FormatModule, tensor_dtypes
 from gptlab.model.external import to_external
 from gptlab.pretrained.source import ModelSource
 from gptlab.pretrained.weights import load_model
 
-WRITERS = {"hf": huggingface, "nanogpt": nanogpt, "llmc": llmc, "gguf": gguf, "onnx": onnx}
+WRITERS: dict[FormatName, FormatModule] = {
+    "hf": huggingface,
+    "nanogpt": nanogpt,
+    "llmc": llmc,
+    "gguf": gguf,
+    "onnx": onnx,
+}
 
 
 class ExportMismatch(Exception):  # noqa: N818

@@ -44,13 +44,7 @@ FORCING_BIAS = 1e9  # logit bias with which llama.cpp always samples a token
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes model.gguf: metadata and tokenizer, then the weights, one tensor at a time.
-
-    Args:
-        model: Model with the weights to export.
-        job: Parameters of the export.
-        folder: Directory of the export.
-    """
+    """Writes model.gguf: metadata and tokenizer, then the weights, one tensor at a time."""
     import gguf
 
     writer = gguf.GGUFWriter(folder / FILE, ARCHITECTURE)
@@ -83,14 +77,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
     Compares the weights as read by the gguf library and, if xllamacpp is installed, the logits, greedy continuation and
     tokenizer of llama.cpp.
-
-    Args:
-        job: Parameters of the export.
-        folder: Directory of the export.
-        reference: Weights and outputs that the export must reproduce.
-
-    Returns:
-        The comparisons, and the quantities that were not compared, each with the reason.
     """
     checks = [compare_tensors(_read(folder / FILE, job, list(reference.tensors)), reference, version("gguf"))]
     if find_spec("xllamacpp") is None:

@@ -32,13 +32,7 @@ RELATIVE = 2e-5  # relative tolerance of the logits: both programs compute in fl
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes config.json, model.safetensors, generation_config.json and the tokenizer files.
-
-    Args:
-        model: Model with the weights to export.
-        job: Parameters of the export.
-        folder: Directory of the export.
-    """
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer files."""
     end = job.end_of_text
     files: dict[str, Any] = {
         DESCRIPTION: _description(model.config, end, job.dtype),
@@ -57,14 +51,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
 
     Compares the weights as read by safetensors and, if transformers is installed, the logits, greedy continuation and
     tokenizer of transformers.
-
-    Args:
-        job: Parameters of the export.
-        folder: Directory of the export.
-        reference: Weights and outputs that the export must reproduce.
-
-    Returns:
-        The comparisons, and the quantities that were not compared, each with the reason.
     """
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:

@@ -27,13 +27,7 @@ OF_BLOCKS = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_pr
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin.
-
-    Args:
-        model: Model with the weights to export.
-        job: Parameters of the export.
-        folder: Directory of the export.
-    """
+    """Writes model.bin and, for GPT-2's tokenizer, gpt2_tokenizer.bin."""
     config, dtype = model.config, getattr(torch, job.dtype)
     tensors = to_external(model, transposed=False, biases=True)
     rows = config.known_vocab_size
@@ -52,14 +46,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Compares the exported model with the reference.
 
     Compares the exported weights, and the logits and greedy continuation that gptlab computes from them.
-
-    Args:
-        job: Parameters of the export.
-        folder: Directory of the export.
-        reference: Weights and outputs that the export must reproduce.
-
-    Returns:
-        The comparisons, and the quantities that were not compared, each with the reason.
     """
     path, config = folder / WEIGHTS, job.source.model
     checks = [compare_tensors(_read(path, config), reference, version("numpy"))]

@@ -22,13 +22,7 @@ NO_LOSS = 1e9  # initial best_val_loss of nanoGPT's train.py
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Writes the checkpoint of nanoGPT's train.py without optimizer state, and meta.pkl for a character tokenizer.
-
-    Args:
-        model: Model with the weights to export.
-        job: Parameters of the export.
-        folder: Directory of the export.
-    """
+    """Writes the checkpoint of nanoGPT's train.py without optimizer state, and meta.pkl for a character tokenizer."""
     config, info = model.config, ModelCardInfo.of(job.source)
     state = to_external(model, transposed=False, biases=False)
     state[HEAD] = state[f"transformer.{EMBEDDING}"]
@@ -53,14 +47,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Compares the exported model with the reference.
 
     Compares the exported weights, and the logits and greedy continuation that gptlab computes from them.
-
-    Args:
-        job: Parameters of the export.
-        folder: Directory of the export.
-        reference: Weights and outputs that the export must reproduce.
-
-    Returns:
-        The comparisons, and the quantities that were not compared, each with the reason.
     """
     source = open_model_source(str(folder / CHECKPOINT))
     model = load_model(source)

@@ -26,13 +26,7 @@ RELATIVE = 2e-5  # relative tolerance of the logits: both programs compute in fl
 
 
 def write(model: GPT, job: ExportRequest, folder: Path) -> None:
-    """Traces the model without weights, then writes the weights one at a time to avoid a second copy in memory.
-
-    Args:
-        model: Model with the weights to export.
-        job: Parameters of the export.
-        folder: Directory of the export.
-    """
+    """Traces the model without weights, then writes the weights one at a time to avoid a second copy in memory."""
     import onnx_ir
 
     tensors = {name: tensor.contiguous() for name, tensor in unpadded_parameters(model).items()}
@@ -61,14 +55,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     """Compares the exported model with the reference.
 
     Compares the exported weights and, if onnxruntime is installed, the logits and greedy continuation of the graph.
-
-    Args:
-        job: Parameters of the export.
-        folder: Directory of the export.
-        reference: Weights and outputs that the export must reproduce.
-
-    Returns:
-        The comparisons, and the quantities that were not compared, each with the reason.
     """
     checks = [compare_tensors(_read(folder, job.source.model), reference, version("onnx"))]
     if find_spec("onnxruntime") is None:

@@ -1,7 +1,8 @@
-"""Interface of the format modules: the export request, and the result of ``check``."""
+"""Interface of the format modules: ``write`` and ``check``, the export request, and the result of ``check``."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, Tokenizer
 from gptlab.exporters.certificate import Check
 from gptlab.exporters.formats import DtypeName, FormatName
+from gptlab.exporters.reference import Reference
+from gptlab.model.gpt import GPT
 from gptlab.pretrained.source import ModelSource
 
 # English, code, whitespace, and non-Latin scripts
@@ -45,6 +48,31 @@ class CheckResult(NamedTuple):
 
     checks: Sequence[Check]
     unchecked: Sequence[str]
+
+
+class FormatModule(Protocol):
+    """Module of one export format."""
+
+    def write(self, model: GPT, job: ExportRequest, folder: Path) -> None:
+        """Writes the files of the format.
+
+        Args:
+            model: Model with the weights to export.
+            job: Parameters of the export.
+            folder: Directory of the export.
+        """
+
+    def check(self, job: ExportRequest, folder: Path, reference: Reference) -> CheckResult:
+        """Compares the written files with the reference.
+
+        Args:
+            job: Parameters of the export.
+            folder: Directory of the export.
+            reference: Weights and outputs that the export must reproduce.
+
+        Returns:
+            The comparisons, and the quantities that were not compared, each with the reason.
+        """
 
 
 def tensor_dtypes(job: ExportRequest, tensors: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

@@ -27,7 +27,7 @@ from gptlab.launch.signals import run_stoppable
 from gptlab.launch.supervisor import Job, supervise
 from gptlab.pretrained.external import check_archive, check_external, check_external_shape, is_external
 from gptlab.pretrained.source import check_model_exists, resolve_path
-from gptlab.tracking.run_directory import CHECKPOINTS, check_weights_fit, has_checkpoint, load_config
+from gptlab.tracking.run_directory import check_weights_fit, load_config, require_checkpoint
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.distributed.processes import launched_externally
@@ -129,8 +129,8 @@ def open_data(config: RunConfig) -> TokenDataset:
 
 def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
     """Checks that the checkpoint or weights from which the run starts exist."""
-    if start and not is_external(start) and not has_checkpoint(start):
-        raise UserError(f"{named} has no checkpoint yet: there is none in {start / CHECKPOINTS}.")
+    if start and not is_external(start):
+        require_checkpoint(start, named)
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:
