@@ -54,7 +54,7 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
 def rebuild(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     """Rebuilds a validated configuration from its ``model_dump(mode="json")``, without validating it again."""
     fields = config_type.model_fields
-    rebuilt = {key: _rebuild_value(fields[key].annotation, values[key]) for key in values}
+    rebuilt = {key: _rebuild_value(fields[key].annotation if key in fields else None, values[key]) for key in values}
     return config_type.model_construct(**rebuilt)  # type: ignore[return-value]  # typed as the base class by the plugin
 
 

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from gptlab.config.base import FrozenConfig
+from gptlab.config.components import Component
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig, LoRAConfig
@@ -38,7 +39,13 @@ class TensorBoardConfig(FrozenConfig):
 
 
 class LoggerConfig(FrozenConfig):
-    """Loggers of a run in addition to metrics.csv; None disables a logger."""
+    """Loggers of a run in addition to metrics.csv; None disables a logger.
+
+    Other names are components: any Lightning logger.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Component]
 
     wandb: WandbConfig | None = None
     tensorboard: TensorBoardConfig | None = None

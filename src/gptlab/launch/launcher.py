@@ -21,6 +21,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
+from gptlab.launch.components import check_components
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
@@ -104,6 +105,7 @@ def preflight(config: RunConfig) -> ReadyRun:
     else:
         _check_start(config, origin, start)
     _check_loggers(config)
+    check_components(config)
     prepared = open_data(config)
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded

@@ -16,6 +16,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
+from gptlab.launch.components import build_callbacks, build_loggers as build_component_loggers
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
@@ -243,13 +244,17 @@ def build_trainer(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         callbacks=_build_callbacks(config, prepared, run_dir, recorder, checkpoint_io, extra_callbacks),
-        logger=build_loggers(config, run_dir, checkpoint_step(checkpoint) if checkpoint else None),
+        logger=[
+            *build_component_loggers(config, run_dir),
+            *build_loggers(config, run_dir, checkpoint_step(checkpoint) if checkpoint else None),
+        ],
         profiler=_build_profiler(config, run_dir),
         enable_checkpointing=checkpointing is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         inference_mode=False,
+        **config.trainer.flags,
     )
 
 
@@ -276,6 +281,7 @@ def _build_callbacks(
     if wanted.early_stopping:
         patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
         callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
+    callbacks += build_callbacks(config)
     checkpoints = None
     if wanted.checkpoint:
         every, eval_every = wanted.checkpoint.every, config.train.eval_every

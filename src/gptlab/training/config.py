@@ -1,17 +1,55 @@
 """Configuration of training: optimizer, schedule, trainer and callbacks. Imports no torch."""
 
 from itertools import pairwise
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from gptlab.config.base import FrozenConfig
+from gptlab.config.components import Component
 from gptlab.data.order import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Average = Annotated[float, Field(ge=0, lt=1)]  # decay of a running average per step
+
+
+# Arguments of Lightning's Trainer that gptlab sets, and the config key that determines each
+OWNED_FLAGS = {
+    "accelerator": "trainer.accelerator",
+    "strategy": "trainer.strategy",
+    "devices": "trainer.devices",
+    "num_nodes": "trainer.num_nodes",
+    "precision": "trainer.precision",
+    "plugins": "trainer.precision and callbacks.checkpoint",
+    "profiler": "trainer.profiler",
+    "default_root_dir": "name",
+    "max_steps": "train.max_steps",
+    "max_epochs": "train.max_steps",
+    "min_steps": "train.max_steps",
+    "min_epochs": "train.max_steps",
+    "accumulate_grad_batches": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clip_val": "train.grad_clip",
+    "gradient_clip_algorithm": "train.grad_clip",
+    "val_check_interval": "train.eval_every",
+    "check_val_every_n_epoch": "train.eval_every",
+    "limit_val_batches": "train.eval_windows",
+    "limit_train_batches": "train.max_steps",
+    "num_sanity_val_steps": "train.eval_every",
+    "log_every_n_steps": "train.log_every",
+    "overfit_batches": "debug=overfit",
+    "fast_dev_run": "debug=one_step",
+    "callbacks": "callbacks.<name>",
+    "logger": "logger.<name>",
+    "enable_checkpointing": "callbacks.checkpoint",
+    "enable_progress_bar": "gptlab's own progress bar",
+    "enable_model_summary": "gptlab's own summary",
+    "use_distributed_sampler": "data.order",
+    "reload_dataloaders_every_n_epochs": "data.order",
+    "inference_mode": "gptlab",
+    "barebones": "gptlab",
+}
 
 
 class AdamWConfig(FrozenConfig):
@@ -159,6 +197,15 @@ class TrainerConfig(FrozenConfig):
     float32_matmul: Literal["auto", "default", "onednn"]
     hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None
+    flags: dict[str, Any] = Field(default_factory=dict)  # run directories of earlier versions have none
+
+    @field_validator("flags")
+    @classmethod
+    def _check_flags(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        for name in flags:
+            if name in OWNED_FLAGS:
+                raise ValueError(f"the Trainer's {name} is set by {OWNED_FLAGS[name]}")
+        return flags
 
     @model_validator(mode="after")
     def _single_strategy_has_one_device(self) -> Self:
@@ -244,7 +291,10 @@ class TraceConfig(FrozenConfig):
 
 
 class CallbacksConfig(FrozenConfig):
-    """Callbacks of a run; None disables a callback."""
+    """Callbacks of a run; None disables a callback. Other names are components: any Lightning callback."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Component]
 
     checkpoint: CheckpointConfig | None = None
     samples: SamplesConfig | None = None
