@@ -73,6 +73,6 @@ def check_trusted(values: object, trusted: set[str], origin: object) -> None:
         if not any(target == name or target.startswith(f"{name}.") for name in trusted):
             package = target.partition(".")[0]
             raise UserError(
-                f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. If "
-                f"you trust it: trust=[{package}] or {TRUST}={package}"
+                f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. "
+                f"If you trust it: trust=[{package}] or {TRUST}={package}"
             )

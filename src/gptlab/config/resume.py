@@ -1,6 +1,6 @@
 """Resolves the configuration of a new or a resumed run. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
+from gptlab.config.components import check_trusted, iter_targets, trusted_packages
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
@@ -36,6 +37,7 @@ CHANGEABLE_KEYS = (
 FIXED_KEYS = ("trainer.precision",)  # exceptions from the keys above
 START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
 AUTO = "auto"
+TRUST_KEY = "trust"  # of the command line alone: no configuration of a run has it
 
 
 def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
@@ -54,7 +56,9 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
             resume cannot be read.
     """
     composed = resolve_to_dict(values)
+    trust = composed.pop(TRUST_KEY, [])
     overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
+    overridden = [key for key in overridden if key != TRUST_KEY]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
         composed["train"]["max_steps"] = None  # the given length replaces the default one
         overridden.append("train.max_steps")
@@ -64,15 +68,20 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
         run_dir = Path(str(composed["resume"])).expanduser().absolute()
-        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir, f"resume={composed['resume']}"))
+        earlier = load_config(run_dir, f"resume={composed['resume']}")
+        return merge_resume_config(composed, overridden, run_dir, earlier, trust)
     new = validate(RunConfig, composed | {"resume": None})
     if (newest := newest_run(new.name)) is None:
         return new
-    return resume_as(new, newest, load_config(newest))
+    return resume_as(new, newest, load_config(newest), trust)
 
 
 def merge_resume_config(
-    values: dict[str, Any], overridden: list[str], run_dir: Path, earlier_config: RunConfig
+    values: dict[str, Any],
+    overridden: list[str],
+    run_dir: Path,
+    earlier_config: RunConfig,
+    trust: Iterable[str] = (),
 ) -> RunConfig:
     """Applies overridden keys to the configuration of an earlier run and validates the result.
 
@@ -82,11 +91,15 @@ def merge_resume_config(
         run_dir: Directory of the earlier run.
         earlier_config: Configuration of the earlier run.
 
+        trust: Packages whose components in the earlier configuration are trusted, in addition to the packages of the
+            components in ``values``.
+
     Returns:
         The validated configuration of the resumed run.
 
     Raises:
-        UserError: A key cannot change when a run is resumed; or, with force_resume=true, the weights do not fit.
+        UserError: A key cannot change when a run is resumed; a component of the earlier run is not trusted; or, with
+            force_resume=true, the weights do not fit.
     """
     earlier = earlier_config.model_dump(mode="json")
     precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
@@ -105,24 +118,27 @@ def merge_resume_config(
         earlier["trainer"]["precision"] = precision  # a trainer option selects devices, not the precision
     start = dict.fromkeys(START_KEYS)
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
+    own = (target.partition(".")[0] for _, target in iter_targets(values))
+    check_trusted(merged.model_dump(mode="json"), trusted_packages([*trust, *own]), run_dir)
     if is_forced:
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
     return merged
 
 
-def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
+def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig, trust: Iterable[str] = ()) -> RunConfig:
     """Returns the configuration that resumes an earlier run with the changeable keys of a new configuration.
 
     Args:
         config: New configuration.
         run_dir: Directory of the earlier run.
         earlier_config: Configuration of the earlier run.
+        trust: See ``merge_resume_config``.
 
     Raises:
-        UserError: A key differs that cannot change when a run is resumed.
+        UserError: A key differs that cannot change when a run is resumed, or a component is not trusted.
     """
     values = config.with_absolute_paths().model_dump(mode="json")
-    return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config)
+    return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config, trust)
 
 
 def resolve_split(config: RunConfig) -> RunConfig:

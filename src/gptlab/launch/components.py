@@ -36,8 +36,8 @@ def check_components(config: RunConfig) -> None:
         check_component(f"callbacks.{name}", values, Callback)
         if issubclass(pkgutil.resolve_name(values[TARGET]), Checkpoint):
             raise UserError(
-                f"callbacks.{name}.{TARGET}={values[TARGET]}: gptlab writes the checkpoints of a run itself. Set the keys of "
-                "callbacks.checkpoint."
+                f"callbacks.{name}.{TARGET}={values[TARGET]}: gptlab writes the checkpoints of a run. Set "
+                "the keys of callbacks.checkpoint."
             )
     for name, values in loggers.items():
         check_component(f"logger.{name}", values, Logger, handed=("save_dir",))

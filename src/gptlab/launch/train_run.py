@@ -16,7 +16,8 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
-from gptlab.launch.components import build_callbacks, build_loggers as build_component_loggers
+from gptlab.launch.components import build_callbacks
+from gptlab.launch.components import build_loggers as build_component_loggers
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
