@@ -7,15 +7,18 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hydra.utils import instantiate
 
 from gptlab.config.components import TARGET, is_component
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, did_you_mean
+from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig, OptimizerConfig
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from gptlab.training.optim.optimizers import OptimizerComponents
+
 HYDRA_KEYS = ("_target_", "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
 
 
@@ -26,7 +29,9 @@ def check_components(config: RunConfig) -> None:
         UserError: A target cannot be imported, is not of the interface of its node, or does not have an argument.
     """
     callbacks, loggers = _components(config.callbacks.model_extra), _components(config.logger.model_extra)
-    if not callbacks and not loggers and not config.trainer.flags:
+    groups = (config.optimizer, config.schedule)
+    parts = [isinstance(part, ComponentOptimizerConfig | ComponentScheduleConfig) for part in groups]
+    if not any((callbacks, loggers, config.trainer.flags, *parts)):
         return
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, Checkpoint
@@ -41,6 +46,10 @@ def check_components(config: RunConfig) -> None:
             )
     for name, values in loggers.items():
         check_component(f"logger.{name}", values, Logger, handed=("save_dir",))
+    if isinstance(config.optimizer, ComponentOptimizerConfig):
+        _check_optimizer(config.optimizer)
+    if isinstance(config.schedule, ComponentScheduleConfig):
+        _check_schedule(config.schedule)
     _check_arguments("trainer.flags", Trainer, config.trainer.flags, (), is_partial=True)
 
 
@@ -49,7 +58,7 @@ def build_callbacks(config: RunConfig) -> list[Any]:
     return [build_component(values) for values in _components(config.callbacks.model_extra).values()]
 
 
-def build_loggers(config: RunConfig, directory: Path) -> list[Any]:
+def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
     """Builds the Lightning loggers among the components; each has the run's configuration as hyperparameters.
 
     Args:
@@ -59,11 +68,50 @@ def build_loggers(config: RunConfig, directory: Path) -> list[Any]:
     loggers = []
     for values in _components(config.logger.model_extra).values():
         known = inspect.signature(pkgutil.resolve_name(values[TARGET])).parameters
-        handed = {"save_dir": str(directory)} if "save_dir" in known and "save_dir" not in values else {}
-        logger = build_component(values, **handed)
+        given = {"save_dir": str(directory)} if "save_dir" in known and "save_dir" not in values else {}
+        logger = build_component(values, **given)
         logger.log_hyperparams(config.model_dump(mode="json"))
         loggers.append(logger)
     return loggers
+
+
+def build_optimizer_components(config: OptimizerConfig) -> "OptimizerComponents | None":
+    """Builds the functions of an optimizer that is a component; None for a built-in optimizer."""
+    from gptlab.training.optim.optimizers import OptimizerComponents
+
+    if not isinstance(config, ComponentOptimizerConfig):
+        return None
+    values = config.model_dump(mode="json")
+    split = values.pop("param_groups")
+    known = inspect.signature(pkgutil.resolve_name(config.name)).parameters
+    if values["weight_decay"] is None or "weight_decay" not in known:
+        del values["weight_decay"]
+    build = build_component(values | {"_partial_": True})
+    return OptimizerComponents(build, split and build_component(split | {"_partial_": True}))
+
+
+def count_optimizer_state(config: RunConfig) -> int | None:
+    """Counts the numbers in the state of an optimizer that is a component, after a step on the meta device.
+
+    Returns:
+        The count over all parameters, without scalars; None if the optimizer cannot step on the meta device.
+    """
+    import torch
+
+    from gptlab.model.modern import meta_gpt
+    from gptlab.training.optim.optimizers import build_optimizer
+
+    model = meta_gpt(config.model)
+    components = build_optimizer_components(config.optimizer)
+    try:
+        optimizer = build_optimizer(model, config.optimizer, fused=False, components=components)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception:  # whatever a user's optimizer raises without data
+        return None
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def check_component(key: str, values: Mapping[str, Any], interface: type, handed: Iterable[str] = ()) -> None:
@@ -92,6 +140,32 @@ def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
     Strings are taken literally: an interpolation in a stored configuration is not resolved.
     """
     return instantiate({"_convert_": "all"} | _escape(values), **handed)
+
+
+def _check_optimizer(config: ComponentOptimizerConfig) -> None:
+    """Checks an optimizer that is a component, and the function of its parameter groups."""
+    from torch.optim import Optimizer
+
+    values = config.model_dump(mode="json", exclude={"param_groups"}, exclude_none=True)
+    known = inspect.signature(_import_target("optimizer", config.name)).parameters
+    if "weight_decay" not in known:
+        values.pop("weight_decay", None)  # it is in the parameter groups
+    check_component("optimizer", values, Optimizer, handed=list(known)[:1])
+    if config.param_groups is not None:
+        function = _import_target("optimizer.param_groups", config.param_groups[TARGET])
+        _check_node("optimizer.param_groups", function, config.param_groups | {"_partial_": True}, ())
+
+
+def _check_schedule(config: ComponentScheduleConfig) -> None:
+    """Checks a schedule that is a component: a function with the arguments ``step``, ``lr`` and ``max_steps``."""
+    function = _import_target("schedule", config.name)
+    if not inspect.isfunction(function) or not {"step", "lr", "max_steps"} <= set(
+        inspect.signature(function).parameters
+    ):
+        raise UserError(
+            f"schedule.{TARGET}={config.name} is not a function f(step, *, lr, max_steps) of the learning rate."
+        )
+    _check_node("schedule", function, config.model_dump(mode="json"), ("step", "lr", "max_steps"))
 
 
 def _components(extra: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:

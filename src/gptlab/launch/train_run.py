@@ -16,8 +16,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
-from gptlab.launch.components import build_callbacks
-from gptlab.launch.components import build_loggers as build_component_loggers
+from gptlab.launch.components import build_callbacks, build_component_loggers, build_optimizer_components
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
@@ -214,7 +213,8 @@ def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -
     if config.lora:
         add_lora(model, config.lora)
     token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes())
-    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile)
+    components = build_optimizer_components(config.optimizer)
+    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile, optimizer_components=components)
 
 
 def build_trainer(

@@ -1,21 +1,24 @@
 """Configuration of training: optimizer, schedule, trainer and callbacks. Imports no torch."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     field_validator,
     model_validator,
 )
 
 from gptlab.config.base import FrozenConfig
-from gptlab.config.components import Component
+from gptlab.config.components import TARGET, Component
 from gptlab.data.order import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
@@ -94,7 +97,66 @@ class MuonConfig(FrozenConfig):
     fused: bool | Literal["auto"]
 
 
-OptimizerConfig = Annotated[AdamWConfig | MuonConfig, Field(discriminator="name")]
+class ComponentOptimizerConfig(FrozenConfig):
+    """Any torch optimizer, by ``_target_``; the other keys are its arguments.
+
+    It gets GPT-2's two parameter groups, with and without ``weight_decay``, or those of the component
+    ``param_groups``, a function of the model.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+    lr: PositiveFloat
+    weight_decay: NonNegativeFloat | None = None
+    param_groups: Component = None
+
+    @property
+    def name(self) -> str:
+        """The target."""
+        return str((self.model_extra or {})[TARGET])
+
+    @property
+    def fused(self) -> bool:
+        """Whether gptlab selects a fused kernel."""
+        return False
+
+
+class ComponentScheduleConfig(FrozenConfig):
+    """Any function ``f(step, *, lr, max_steps)`` that returns a learning rate, by ``_target_``.
+
+    The other keys are its arguments. ``max_steps`` is the length of the run unless it is set.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+    max_steps: PositiveInt | None = None
+
+    @property
+    def name(self) -> str:
+        """The target."""
+        return str((self.model_extra or {})[TARGET])
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of the built-in linear warm-up, which such a schedule does not have."""
+        return 0
+
+
+def _kind(values: Any) -> str | None:
+    """Returns the discriminator of an optimizer or a schedule: its name, or "component"."""
+    if isinstance(values, Mapping):
+        return "component" if TARGET in values else values.get("name")
+    return "component" if isinstance(values, ComponentOptimizerConfig | ComponentScheduleConfig) else values.name
+
+
+OptimizerConfig = Annotated[
+    Annotated[AdamWConfig, Tag("adamw")]
+    | Annotated[MuonConfig, Tag("muon")]
+    | Annotated[ComponentOptimizerConfig, Tag("component")],
+    Discriminator(_kind),
+]
 
 
 class ConstantConfig(FrozenConfig):
@@ -131,7 +193,14 @@ class WSDConfig(FrozenConfig):
     min_lr_ratio: Fraction
 
 
-ScheduleConfig = Annotated[ConstantConfig | CosineConfig | LinearConfig | WSDConfig, Field(discriminator="name")]
+ScheduleConfig = Annotated[
+    Annotated[ConstantConfig, Tag("constant")]
+    | Annotated[CosineConfig, Tag("cosine")]
+    | Annotated[LinearConfig, Tag("linear")]
+    | Annotated[WSDConfig, Tag("wsd")]
+    | Annotated[ComponentScheduleConfig, Tag("component")],
+    Discriminator(_kind),
+]
 
 
 class TrainConfig(FrozenConfig):

@@ -14,6 +14,7 @@ from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import (
     CallbacksConfig,
     CheckpointConfig,
+    ComponentScheduleConfig,
     ConstantConfig,
     SamplesConfig,
     ScheduleConfig,
@@ -133,6 +134,8 @@ def _keep_rates(schedule: ScheduleConfig, steps: int, whole: int) -> ScheduleCon
     """Returns a schedule for the shortened run that has the learning rates of the whole run."""
     if isinstance(schedule, ConstantConfig):
         return schedule
+    if isinstance(schedule, ComponentScheduleConfig):
+        return _with(schedule, max_steps=schedule.max_steps or whole)
     if not isinstance(schedule, WSDConfig):
         return _with(schedule, decay_steps=schedule.decay_steps or whole)
     stable = round(whole * (1 - schedule.decay_fraction))

@@ -1,13 +1,14 @@
 """Optimizers and their parameter groups."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
 from gptlab.errors import UserError
-from gptlab.training.config import MuonConfig, OptimizerConfig, ScheduleConfig
+from gptlab.training.config import AdamWConfig, ComponentOptimizerConfig, MuonConfig, OptimizerConfig, ScheduleConfig
 from gptlab.training.optim.averaging import DECAY
 from gptlab.training.optim.muon import MuonWithAdamW, StackedMuon
 from gptlab.training.optim.schedules import learning_rate, momentum
@@ -16,15 +17,25 @@ GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # parameter groups of a
 State = dict[str, Any]  # an optimizer's state_dict: the state of each parameter, and the parameter groups
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, fused: bool, components: "OptimizerComponents | None" = None
+) -> Optimizer:
     """Builds the optimizer over ``parameter_groups``.
+
+    Args:
+        model: Model to train.
+        config: Optimizer and its hyperparameters.
+        fused: Whether AdamW uses its fused kernel.
+        components: Functions of an optimizer that is a component.
 
     Loading a state dict restores only the state of each parameter; the hyperparameters remain those of ``config``.
     """
-    groups = parameter_groups(model, config)
-    adamw: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
+    groups = parameter_groups(model, config, components)
     optimizer: Optimizer
-    if isinstance(config, MuonConfig):
+    if isinstance(config, ComponentOptimizerConfig):
+        assert components is not None  # noqa: S101  (built by gptlab.launch.components)
+        optimizer = components.build(groups)
+    elif isinstance(config, MuonConfig):
         matrices = StackedMuon(
             groups[:1],
             momentum=config.momentum,
@@ -33,13 +44,17 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
             ns_dtype=config.ns_dtype,
             cautious=config.cautious,
         )
-        optimizer = MuonWithAdamW(matrices, AdamW(groups[1:], **adamw))
+        optimizer = MuonWithAdamW(matrices, AdamW(groups[1:], **_adamw_arguments(config, fused)))
     else:
-        optimizer = AdamW(groups, **adamw)
+        optimizer = AdamW(groups, **_adamw_arguments(config, fused))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     optimizer.register_load_state_dict_pre_hook(_keep_own_hyperparameters)
     return optimizer
+
+
+def _adamw_arguments(config: AdamWConfig | MuonConfig, fused: bool) -> dict[str, Any]:
+    return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
 
 
 def set_step_hyperparameters(
@@ -59,18 +74,37 @@ def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
     waits for it. The attribute ``found_inf``, which torch.amp.GradScaler sets for fused optimizers, is not documented
     (read in torch 2.13).
     """
-    if all(group.get("fused", True) for group in optimizer.param_groups):  # Muon's groups have no such key
+    if isinstance(optimizer, MuonWithAdamW) or all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = bad  # type: ignore[attr-defined]
     elif bad:
         optimizer.zero_grad()  # parameters without a gradient are not updated
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+class OptimizerComponents(NamedTuple):
+    """Functions of an optimizer that is a component.
+
+    Attributes:
+        build: Builds the optimizer from its parameter groups.
+        param_groups: Splits the parameters of the model into groups; None for GPT-2's groups.
+    """
+
+    build: Callable[[list[dict[str, Any]]], Optimizer]
+    param_groups: Callable[[nn.Module], list[dict[str, Any]]] | None
+
+
+def parameter_groups(
+    model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
+) -> list[dict[str, Any]]:
     """Splits the parameters into groups with different hyperparameters. A tied parameter appears once.
 
     Empty groups are omitted.
     """
-    groups = muon_groups(model, config) if isinstance(config, MuonConfig) else decay_groups(model, config.weight_decay)
+    if components is not None and components.param_groups is not None:
+        groups = components.param_groups(model)
+    elif isinstance(config, MuonConfig):
+        groups = muon_groups(model, config)
+    else:
+        groups = decay_groups(model, config.weight_decay or 0.0)
     return [group for group in groups if group["params"]]
 
 
@@ -118,20 +152,25 @@ def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
     return "matrix" if name.startswith("h.") and parameter.dim() == 2 else "embedding"
 
 
-def name_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
+def name_state(
+    state: State, model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
+) -> State:
     """Relabels the parameters of an optimizer's state by name instead of by their index in its groups."""
-    return _relabel(state, dict(enumerate(_parameter_names(model, config))))
+    return _relabel(state, dict(enumerate(_parameter_names(model, config, components))))
 
 
-def number_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
+def number_state(
+    state: State, model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
+) -> State:
     """Inverts ``name_state``."""
-    return _relabel(state, {name: number for number, name in enumerate(_parameter_names(model, config))})
+    names = _parameter_names(model, config, components)
+    return _relabel(state, {name: number for number, name in enumerate(names)})
 
 
-def _parameter_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
+def _parameter_names(model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None) -> list[str]:
     """Returns the names of the parameters in the optimizer's order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in parameter_groups(model, config) for parameter in group["params"]]
+    return [names[parameter] for group in parameter_groups(model, config, components) for parameter in group["params"]]
 
 
 def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:
