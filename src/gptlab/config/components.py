@@ -1,23 +1,38 @@
-"""Components: config nodes with ``_target_``, from which users' own classes are built. Imports no torch.
+"""Components: config nodes with ``_target_``, from which users' own classes and functions are built.
 
-A component is plain data until ``gptlab.launch.components`` imports its target. What a user types, and what is in their
-configuration directories, is trusted. What is read from a run directory is trusted only if its package is.
+A component is plain data until it is built. What a user types, and what is in their configuration directories, is
+trusted. What is read from a run directory is trusted only if its package is. Imports no torch.
 """
 
+import dataclasses
+import inspect
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    PydanticUndefinedAnnotation,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
-from gptlab.errors import UserError
+from gptlab.config.kinds import join_kinds
+from gptlab.errors import UserError, did_you_mean
 
 TARGET = "_target_"
+TRUST_KEY = "trust"  # key of the commands, not of a run's configuration: names of trusted packages
 TRUST = "GPTLAB_TRUST"  # environment variable with the names of trusted packages, separated by commas
 ENTRY_POINTS = "gptlab.components"  # group of entry points by which an installed package declares its components
-OWN_PACKAGES = ("gptlab", "lightning", "torch.optim")
+OWN_PACKAGES = ("gptlab", "lightning", "torch.optim")  # trusted where the interface is checked, that is, not nested
+INSTANTIATE_KEYS = (TARGET, "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
 
 
 def is_component(value: object) -> bool:
@@ -47,32 +62,219 @@ def iter_targets(values: object, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from iter_targets(value, f"{prefix}.{number}")
 
 
-def trusted_packages(named: Iterable[str] = ()) -> set[str]:
-    """Returns the packages whose components may be built from a run directory.
+def trust_packages(names: Iterable[str]) -> None:
+    """Trusts packages in this process and in those that it starts, through the environment variable GPTLAB_TRUST."""
+    trusted = [name for name in os.environ.get(TRUST, "").split(",") if name]
+    if added := [name for name in dict.fromkeys(names) if name not in trusted]:
+        os.environ[TRUST] = ",".join((*trusted, *added))
 
-    Args:
-        named: Packages named on the command line, by ``trust=`` or as the target of a component.
-    """
+
+def trusted_packages() -> set[str]:
+    """Returns the packages of which any component may be built: those of GPTLAB_TRUST and those that declare it."""
     from_environment = (name.strip() for name in os.environ.get(TRUST, "").split(","))
     declared = (point.value.partition(":")[0].partition(".")[0] for point in entry_points(group=ENTRY_POINTS))
-    return {*OWN_PACKAGES, *named, *filter(None, from_environment), *declared}
+    return {*filter(None, from_environment), *declared}
 
 
-def check_trusted(values: object, trusted: set[str], origin: object) -> None:
+def check_trusted(values: object, origin: object) -> None:
     """Checks that every component of a stored configuration is of a trusted package.
+
+    A target is of the package that it names and of the one that defines it: ``mylab.os.system`` is of ``mylab`` and of
+    ``os``. Components of gptlab, lightning and torch.optim are trusted, but not as arguments of other components, where
+    their interface is not checked.
 
     Args:
         values: Nested plain data.
-        trusted: Names of packages.
-        origin: Directory that the configuration is from, for the message.
+        origin: File or directory that the configuration is from, for the message.
 
     Raises:
         UserError: A target is of another package.
     """
-    for key, target in iter_targets(values):
-        if not any(target == name or target.startswith(f"{name}.") for name in trusted):
-            package = target.partition(".")[0]
-            raise UserError(
-                f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. "
-                f"If you trust it: trust=[{package}] or {TRUST}={package}"
-            )
+    targets = list(iter_targets(values))
+    trusted = trusted_packages() if targets else set()
+    nodes = {key for key, _ in targets}
+    for key, target in targets:
+        is_nested = any(key.startswith(f"{node}.") for node in nodes)
+        allowed = {*trusted, *(() if is_nested else OWN_PACKAGES)}
+        _require_trusted(key, target, target, allowed, origin)
+        defined_in = getattr(import_target(key, target), "__module__", None) or "builtins"
+        _require_trusted(key, target, defined_in, allowed, origin)
+
+
+def _require_trusted(key: str, target: str, name: str, trusted: set[str], origin: object) -> None:
+    """Raises UserError unless ``name`` is one of the trusted packages or inside one."""
+    if not any(name == package or name.startswith(f"{package}.") for package in trusted):
+        package = name.partition(".")[0]
+        raise UserError(
+            f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. "
+            f"If you trust it: {TRUST_KEY}=[{package}] or {TRUST}={package}"
+        )
+
+
+def import_target(key: str, target: str) -> Any:
+    """Imports the target of a component.
+
+    Args:
+        key: Dotted key of the component, for the message.
+        target: Dotted path of a class or function.
+
+    Raises:
+        UserError: The target cannot be imported.
+    """
+    try:
+        return pkgutil.resolve_name(target)
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UserError(
+            f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}. Modules are searched in the "
+            f"working directory ({Path.cwd()}), PYTHONPATH and the installed packages."
+        ) from error
+
+
+def check_component(
+    key: str, values: Mapping[str, Any], interface: type | None = None, handed: Iterable[str] = ()
+) -> Any:
+    """Checks the target and the arguments of a component, and of the components among its arguments.
+
+    Arguments are checked against the signature of the target: their names and, where the annotation is plain data, a
+    dataclass or a pydantic model, their types.
+
+    Args:
+        key: Dotted key of the component.
+        values: The component.
+        interface: Class of which the target must be a subclass; None if any callable will do.
+        handed: Names of the arguments that gptlab passes.
+
+    Returns:
+        The target.
+
+    Raises:
+        UserError: The target cannot be imported or is no such class, or an argument is unknown, missing or invalid.
+    """
+    target = import_target(key, values[TARGET])
+    if interface is None and not callable(target):
+        raise UserError(f"{key}.{TARGET}={values[TARGET]} is neither a class nor a function.")
+    if interface is not None and not (isinstance(target, type) and issubclass(target, interface)):
+        raise UserError(
+            f"{key}.{TARGET}={values[TARGET]} is not a subclass of {interface.__module__}.{interface.__qualname__}."
+        )
+    arguments = component_arguments(values)
+    is_partial = bool(values.get("_partial_")) or "_args_" in values
+    check_arguments(key, target, arguments, handed, is_partial=is_partial)
+    for name, value in arguments.items():
+        for number, element in enumerate(value) if isinstance(value, list) else ((None, value),):
+            if is_component(element):
+                check_component(f"{key}.{name}" if number is None else f"{key}.{name}.{number}", element)
+    return target
+
+
+def check_arguments(
+    key: str, target: Callable[..., Any], arguments: Mapping[str, Any], handed: Iterable[str] = (), *, is_partial: bool
+) -> None:
+    """Checks that a callable accepts the given arguments and, unless it is partial, that no required one is missing.
+
+    Args:
+        key: Dotted key of the arguments.
+        target: The callable.
+        arguments: Arguments by name.
+        handed: Names of the arguments that gptlab passes.
+        is_partial: Whether further arguments may follow later.
+
+    Raises:
+        UserError: An argument is unknown, missing or invalid.
+    """
+    if (named := _parameters(target)) is None:
+        return
+    title = getattr(target, "__qualname__", str(target))
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(target).parameters.values())
+    for name, value in arguments.items():
+        if name in handed:
+            raise UserError(f"{key}.{name} cannot be set: gptlab passes this argument to {title}.")
+        if name in named:
+            _check_type(f"{key}.{name}", named[name].annotation, value)
+        elif not takes_any:
+            nearest = did_you_mean(name, sorted(set(named) - set(handed)))
+            raise UserError(f"Unknown argument {key}.{name}: {title} has no such argument.{nearest}")
+    missing = [
+        name for name, p in named.items() if p.default is p.empty and name not in arguments and name not in handed
+    ]
+    if missing and not is_partial:
+        raise UserError(f"{key}.{missing[0]} is missing: it is a required argument of {title}.")
+
+
+def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
+    """Builds a component with ``hydra.utils.instantiate``.
+
+    Strings are taken literally: an interpolation in a stored configuration is not resolved. Arguments that are
+    annotated with a dataclass or a pydantic model are converted to it.
+
+    Args:
+        values: The component.
+        handed: Further arguments.
+
+    Raises:
+        UserError: A package that the target needs is not installed.
+    """
+    from hydra.utils import instantiate
+
+    named = _parameters(pkgutil.resolve_name(values[TARGET])) or {}
+    for name, value in values.items():
+        if name in named and _is_record(annotation := named[name].annotation) and isinstance(value, Mapping):
+            handed[name] = TypeAdapter(annotation).validate_python(value)
+    own = {name: _escape(value) for name, value in values.items() if name not in handed}
+    try:
+        return instantiate({"_convert_": "all"} | own, **handed)
+    except Exception as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            package = error.__cause__.name
+            raise UserError(f"{values[TARGET]} needs the package {package}: pip install {package}") from error
+        raise
+
+
+def component_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a component, without ``_target_`` and the other keys of ``hydra.utils.instantiate``."""
+    return {name: value for name, value in values.items() if name not in INSTANTIATE_KEYS}
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """Returns the named parameters of a callable; None if it has no signature, like some built-in classes."""
+    try:
+        parameters = inspect.signature(target, eval_str=True).parameters
+    except Exception:  # an annotation that cannot be evaluated raises anything
+        try:
+            parameters = inspect.signature(target).parameters
+        except ValueError:
+            return None
+    return {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _check_type(key: str, annotation: Any, value: Any) -> None:
+    """Checks an argument against its annotation, if that is plain data, a dataclass or a pydantic model."""
+    if annotation is inspect.Parameter.empty or isinstance(annotation, str) or is_component(value):
+        return
+    try:
+        adapter = TypeAdapter(annotation)
+        schema = adapter.json_schema()
+    except (PydanticUserError, PydanticUndefinedAnnotation):  # another class, which pydantic does not know
+        return
+    try:
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        details = error.errors()[0]
+        if _is_record(annotation) and details["loc"]:
+            key, expected = f"{key}.{details['loc'][0]}", details["msg"].replace("Input should be ", "it should be ")
+            raise UserError(f"{key} is not valid: {expected}.") from None
+        raise UserError(f"{key}={value!r} is not valid: it should be {join_kinds(schema)}.") from None
+
+
+def _is_record(annotation: Any) -> bool:
+    """Whether an annotation is a dataclass or a pydantic model."""
+    return isinstance(annotation, type) and (dataclasses.is_dataclass(annotation) or issubclass(annotation, BaseModel))
+
+
+def _escape(value: Any) -> Any:
+    """Escapes interpolations in all strings of nested plain data."""
+    if isinstance(value, Mapping):
+        return {key: _escape(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escape(element) for element in value]
+    return value.replace("${", r"\${") if isinstance(value, str) else value

@@ -1,6 +1,6 @@
 """Resolves the configuration of a new or a resumed run. Imports no torch."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
-from gptlab.config.components import check_trusted, iter_targets, trusted_packages
+from gptlab.config.components import TRUST_KEY, check_trusted
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
@@ -37,7 +37,6 @@ CHANGEABLE_KEYS = (
 FIXED_KEYS = ("trainer.precision",)  # exceptions from the keys above
 START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
 AUTO = "auto"
-TRUST_KEY = "trust"  # of the command line alone: no configuration of a run has it
 
 
 def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
@@ -56,7 +55,6 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
             resume cannot be read.
     """
     composed = resolve_to_dict(values)
-    trust = composed.pop(TRUST_KEY, [])
     overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
     overridden = [key for key in overridden if key != TRUST_KEY]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
@@ -68,20 +66,15 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
         run_dir = Path(str(composed["resume"])).expanduser().absolute()
-        earlier = load_config(run_dir, f"resume={composed['resume']}")
-        return merge_resume_config(composed, overridden, run_dir, earlier, trust)
+        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir, f"resume={composed['resume']}"))
     new = validate(RunConfig, composed | {"resume": None})
     if (newest := newest_run(new.name)) is None:
         return new
-    return resume_as(new, newest, load_config(newest), trust)
+    return resume_as(new, newest, load_config(newest))
 
 
 def merge_resume_config(
-    values: dict[str, Any],
-    overridden: list[str],
-    run_dir: Path,
-    earlier_config: RunConfig,
-    trust: Iterable[str] = (),
+    values: dict[str, Any], overridden: list[str], run_dir: Path, earlier_config: RunConfig
 ) -> RunConfig:
     """Applies overridden keys to the configuration of an earlier run and validates the result.
 
@@ -90,9 +83,6 @@ def merge_resume_config(
         overridden: Dotted names of the overridden keys or groups.
         run_dir: Directory of the earlier run.
         earlier_config: Configuration of the earlier run.
-
-        trust: Packages whose components in the earlier configuration are trusted, in addition to the packages of the
-            components in ``values``.
 
     Returns:
         The validated configuration of the resumed run.
@@ -118,27 +108,25 @@ def merge_resume_config(
         earlier["trainer"]["precision"] = precision  # a trainer option selects devices, not the precision
     start = dict.fromkeys(START_KEYS)
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
-    own = (target.partition(".")[0] for _, target in iter_targets(values))
-    check_trusted(merged.model_dump(mode="json"), trusted_packages([*trust, *own]), run_dir)
+    check_trusted(merged.model_dump(mode="json"), run_dir)
     if is_forced:
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
     return merged
 
 
-def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig, trust: Iterable[str] = ()) -> RunConfig:
+def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
     """Returns the configuration that resumes an earlier run with the changeable keys of a new configuration.
 
     Args:
         config: New configuration.
         run_dir: Directory of the earlier run.
         earlier_config: Configuration of the earlier run.
-        trust: See ``merge_resume_config``.
 
     Raises:
         UserError: A key differs that cannot change when a run is resumed, or a component is not trusted.
     """
     values = config.with_absolute_paths().model_dump(mode="json")
-    return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config, trust)
+    return merge_resume_config(values, _changed_keys(config, earlier_config), run_dir, earlier_config)
 
 
 def resolve_split(config: RunConfig) -> RunConfig:

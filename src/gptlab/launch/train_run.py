@@ -16,7 +16,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
-from gptlab.launch.components import build_callbacks, build_component_loggers, build_optimizer_components
+from gptlab.launch.components import build_callbacks, build_component_loggers
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
@@ -213,8 +213,7 @@ def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -
     if config.lora:
         add_lora(model, config.lora)
     token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes())
-    components = build_optimizer_components(config.optimizer)
-    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile, optimizer_components=components)
+    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile)
 
 
 def build_trainer(

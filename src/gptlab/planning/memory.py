@@ -18,7 +18,7 @@ from gptlab.planning.activations import (
     mlp_bytes,
     weight_copy_bytes,
 )
-from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
+from gptlab.training.config import MuonConfig
 from gptlab.training.hardware import Hardware
 
 # Bytes of a process with all libraries imported, before a model is built, and bytes that torch.compile adds. Measured
@@ -229,24 +229,16 @@ def _fragmentation(forward: ForwardPass) -> float:
 
 
 def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the number of bytes of the optimizer state and the averaged weights."""
-    numbers = optimizer_state_numbers(config, parts)
+    """Returns the number of bytes of the optimizer state and the averaged weights.
+
+    AdamW has two moments per parameter, and Muon has one for each matrix.
+    """
+    numbers = 2 * parts.all
+    if isinstance(config.optimizer, MuonConfig):
+        numbers -= parts.matrices
     if config.train.ema_decay is not None:
         numbers += parts.all
     return numbers * size
-
-
-def optimizer_state_numbers(config: RunConfig, parts: ParameterShares) -> int:
-    """Returns the size of the optimizer state in numbers: two per parameter with AdamW, one for Muon's matrices.
-
-    An optimizer that is a component makes one step on the meta device; if it cannot, two per parameter are assumed.
-    """
-    if isinstance(config.optimizer, ComponentOptimizerConfig):
-        from gptlab.launch.components import count_optimizer_state  # imports torch
-
-        counted = count_optimizer_state(config)
-        return 2 * parts.all if counted is None else counted
-    return 2 * parts.all - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:

@@ -27,7 +27,6 @@ from gptlab.training.distributed.strategies import (
 from gptlab.training.hardware import resolve_loss_chunk
 from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
 from gptlab.training.optim.optimizers import (
-    OptimizerComponents,
     build_optimizer,
     group_names,
     name_state,
@@ -76,7 +75,6 @@ class GPTModule(L.LightningModule):
         config: The run's configuration.
         token_bytes: Number of bytes of text of each token ID (V,); see ``gptlab.evaluation.loss``.
         compile: Which part of the model to compile, if any; see ``gptlab.training.hardware.Hardware``.
-        optimizer_components: Functions of an optimizer that is a component.
 
     Attributes:
         token_bytes: Number of bytes of text of each token ID (V,); not part of checkpoints.
@@ -95,11 +93,9 @@ class GPTModule(L.LightningModule):
         *,
         token_bytes: Tensor,
         compile: Literal[False, "whole", "blocks"],  # noqa: A002  (PyTorch's name)
-        optimizer_components: OptimizerComponents | None = None,
     ) -> None:
         super().__init__()
         self.model, self.config, self.compile_target = model, config, compile
-        self.optimizer_components = optimizer_components
         self.max_steps, self.ema_decay = config.steps, config.train.ema_decay
         self.loss_chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
         self.register_buffer("token_bytes", token_bytes, persistent=False)
@@ -122,7 +118,7 @@ class GPTModule(L.LightningModule):
         """Builds the optimizer; its learning rates are set before every step."""
         config = self.config.optimizer
         fused = self.device.type in ("cuda", "cpu") if config.fused == "auto" else config.fused
-        optimizer = build_optimizer(self.model, config, fused=fused, components=self.optimizer_components)
+        optimizer = build_optimizer(self.model, config, fused=fused)
         self.group_names = group_names(self.model, config)
         if self.ema_decay is not None:
             enable_averaging(optimizer, self.ema_decay)
@@ -241,9 +237,7 @@ class GPTModule(L.LightningModule):
         checkpoint["state_dict"] = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in state.items()}
         states, config = checkpoint["optimizer_states"], self.config.optimizer
         # for a checkpoint in one file, the optimizer state is empty on all ranks but the first
-        checkpoint["optimizer_states"] = [
-            name_state(state, self.model, config, self.optimizer_components) for state in states if state
-        ]
+        checkpoint["optimizer_states"] = [name_state(state, self.model, config) for state in states if state]
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -259,9 +253,7 @@ class GPTModule(L.LightningModule):
         state = checkpoint.get("state_dict", {})
         checkpoint["state_dict"] = {MODEL_PREFIX + name: tensor for name, tensor in state.items()}
         states, config = checkpoint.get("optimizer_states", []), self.config.optimizer
-        checkpoint["optimizer_states"] = [
-            number_state(state, self.model, config, self.optimizer_components) for state in states
-        ]
+        checkpoint["optimizer_states"] = [number_state(state, self.model, config) for state in states]
 
 
 def seed_generators(seed: int) -> None:

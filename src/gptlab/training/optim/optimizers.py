@@ -1,12 +1,13 @@
 """Optimizers and their parameter groups."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import inspect
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
+from gptlab.config.components import build_component, import_target
 from gptlab.errors import UserError
 from gptlab.training.config import AdamWConfig, ComponentOptimizerConfig, MuonConfig, OptimizerConfig, ScheduleConfig
 from gptlab.training.optim.averaging import DECAY
@@ -17,24 +18,15 @@ GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # parameter groups of a
 State = dict[str, Any]  # an optimizer's state_dict: the state of each parameter, and the parameter groups
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, fused: bool, components: "OptimizerComponents | None" = None
-) -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -> Optimizer:
     """Builds the optimizer over ``parameter_groups``.
-
-    Args:
-        model: Model to train.
-        config: Optimizer and its hyperparameters.
-        fused: Whether AdamW uses its fused kernel.
-        components: Functions of an optimizer that is a component.
 
     Loading a state dict restores only the state of each parameter; the hyperparameters remain those of ``config``.
     """
-    groups = parameter_groups(model, config, components)
+    groups = parameter_groups(model, config)
     optimizer: Optimizer
     if isinstance(config, ComponentOptimizerConfig):
-        assert components is not None  # noqa: S101  (built by gptlab.launch.components)
-        optimizer = components.build(groups)
+        optimizer = build_component(optimizer_component(config) | {"_partial_": True})(groups)
     elif isinstance(config, MuonConfig):
         matrices = StackedMuon(
             groups[:1],
@@ -55,6 +47,14 @@ def build_optimizer(
 
 def _adamw_arguments(config: AdamWConfig | MuonConfig, fused: bool) -> dict[str, Any]:
     return {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": fused}
+
+
+def optimizer_component(config: ComponentOptimizerConfig) -> dict[str, Any]:
+    """Returns an optimizer's component, with ``weight_decay`` only if its class has that argument."""
+    values = config.model_dump(mode="json", exclude={"param_groups"}, exclude_none=True)
+    if "weight_decay" not in inspect.signature(import_target("optimizer", config.name)).parameters:
+        values.pop("weight_decay", None)  # it is in the parameter groups
+    return values
 
 
 def set_step_hyperparameters(
@@ -80,27 +80,13 @@ def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
         optimizer.zero_grad()  # parameters without a gradient are not updated
 
 
-class OptimizerComponents(NamedTuple):
-    """Functions of an optimizer that is a component.
-
-    Attributes:
-        build: Builds the optimizer from its parameter groups.
-        param_groups: Splits the parameters of the model into groups; None for GPT-2's groups.
-    """
-
-    build: Callable[[list[dict[str, Any]]], Optimizer]
-    param_groups: Callable[[nn.Module], list[dict[str, Any]]] | None
-
-
-def parameter_groups(
-    model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Splits the parameters into groups with different hyperparameters. A tied parameter appears once.
 
     Empty groups are omitted.
     """
-    if components is not None and components.param_groups is not None:
-        groups = components.param_groups(model)
+    if isinstance(config, ComponentOptimizerConfig) and config.param_groups is not None:
+        groups = build_component(config.param_groups | {"_partial_": True})(model)
     elif isinstance(config, MuonConfig):
         groups = muon_groups(model, config)
     else:
@@ -152,25 +138,20 @@ def _kind(name: str, parameter: Parameter, *, is_head: bool) -> str:
     return "matrix" if name.startswith("h.") and parameter.dim() == 2 else "embedding"
 
 
-def name_state(
-    state: State, model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
-) -> State:
+def name_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
     """Relabels the parameters of an optimizer's state by name instead of by their index in its groups."""
-    return _relabel(state, dict(enumerate(_parameter_names(model, config, components))))
+    return _relabel(state, dict(enumerate(_parameter_names(model, config))))
 
 
-def number_state(
-    state: State, model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None = None
-) -> State:
+def number_state(state: State, model: nn.Module, config: OptimizerConfig) -> State:
     """Inverts ``name_state``."""
-    names = _parameter_names(model, config, components)
-    return _relabel(state, {name: number for number, name in enumerate(names)})
+    return _relabel(state, {name: number for number, name in enumerate(_parameter_names(model, config))})
 
 
-def _parameter_names(model: nn.Module, config: OptimizerConfig, components: OptimizerComponents | None) -> list[str]:
+def _parameter_names(model: nn.Module, config: OptimizerConfig) -> list[str]:
     """Returns the names of the parameters in the optimizer's order."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in parameter_groups(model, config, components) for parameter in group["params"]]
+    return [names[parameter] for group in parameter_groups(model, config) for parameter in group["params"]]
 
 
 def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None:

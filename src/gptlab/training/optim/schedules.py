@@ -1,10 +1,8 @@
 """Learning rate and Muon's momentum as pure functions of the step."""
 
-import functools
 import math
-import pkgutil
-from collections.abc import Callable
 
+from gptlab.config.components import component_arguments, import_target
 from gptlab.training.config import (
     ComponentScheduleConfig,
     ConstantConfig,
@@ -19,8 +17,9 @@ from gptlab.training.config import (
 def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: int) -> float:
     """Returns the learning rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
     if isinstance(schedule, ComponentScheduleConfig):
-        arguments = {key: value for key, value in (schedule.model_extra or {}).items() if not key.startswith("_")}
-        return float(_resolve(schedule.name)(step, lr=lr, max_steps=schedule.max_steps or max_steps, **arguments))
+        arguments = component_arguments(schedule.model_extra or {})
+        function = import_target("schedule", schedule.name)
+        return float(function(step, lr=lr, max_steps=schedule.max_steps or max_steps, **arguments))
     if step < schedule.warmup_steps:
         return warmup(step, lr=lr, steps=schedule.warmup_steps)
     match schedule:
@@ -35,13 +34,6 @@ def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: 
         case WSDConfig():
             start = max(schedule.warmup_steps, round(max_steps * (1 - schedule.decay_fraction)))
             return linear(step, start, max_steps, lr=lr, min_lr=schedule.min_lr_ratio * lr)
-
-
-@functools.cache
-def _resolve(target: str) -> Callable[..., float]:
-    """Imports the function of a schedule, which ``gptlab.launch.components`` has checked."""
-    function: Callable[..., float] = pkgutil.resolve_name(target)
-    return function
 
 
 def warmup(step: int, *, lr: float, steps: int) -> float:
