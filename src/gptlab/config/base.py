@@ -97,7 +97,9 @@ def _rebuild_value(annotation: Any, value: Any) -> Any:
 
 
 def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) -> bool:
-    """Whether ``values`` belong to this member of a union, by its literal ``name``."""
+    """Whether ``values`` belong to this member of a union, by its literal ``name``, or by having ``_target_``."""
+    if "_target_" in values and config_type.model_config["extra"] != "allow":
+        return False
     field = config_type.model_fields.get("name")
     if field is None or get_origin(field.annotation) is not Literal:
         return True

@@ -5,6 +5,7 @@ trusted. What is read from a run directory is trusted only if its package is. Im
 """
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -21,6 +22,7 @@ from pydantic import (
     PydanticUserError,
     TypeAdapter,
     ValidationError,
+    WithJsonSchema,
 )
 from pydantic_core import PydanticCustomError
 
@@ -47,7 +49,15 @@ def _check(value: object) -> object:
     return value
 
 
+def _check_choice(value: object) -> object:
+    if not is_component(value):
+        raise PydanticCustomError("literal_component", "Input should be a component")
+    return value
+
+
 Component = Annotated[dict[str, Any] | None, BeforeValidator(_check)]  # None disables a component
+# a component as an alternative to the names of built-in parts
+ComponentChoice = Annotated[dict[str, Any], BeforeValidator(_check_choice), WithJsonSchema({"type": "component"})]
 
 
 def iter_targets(values: object, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -204,12 +214,13 @@ def check_arguments(
 def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
     """Builds a component with ``hydra.utils.instantiate``.
 
-    Strings are taken literally: an interpolation in a stored configuration is not resolved. Arguments that are
-    annotated with a dataclass or a pydantic model are converted to it.
+    An argument that is handed in is passed only if the target has a parameter of this name, and its own value, if it is
+    set, takes precedence. Strings are taken literally: an interpolation in a stored configuration is not resolved.
+    Arguments that are annotated with a dataclass or a pydantic model are converted to it.
 
     Args:
         values: The component.
-        handed: Further arguments.
+        handed: Arguments from gptlab.
 
     Raises:
         UserError: A package that the target needs is not installed.
@@ -217,17 +228,24 @@ def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
     from hydra.utils import instantiate
 
     named = _parameters(pkgutil.resolve_name(values[TARGET])) or {}
+    handed = {name: value for name, value in handed.items() if name in named and name not in values}
     for name, value in values.items():
         if name in named and _is_record(annotation := named[name].annotation) and isinstance(value, Mapping):
             handed[name] = TypeAdapter(annotation).validate_python(value)
     own = {name: _escape(value) for name, value in values.items() if name not in handed}
     try:
-        return instantiate({"_convert_": "all"} | own, **handed)
-    except Exception as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            package = error.__cause__.name
-            raise UserError(f"{values[TARGET]} needs the package {package}: pip install {package}") from error
-        raise
+        # a partial function, because ``instantiate`` itself has a parameter named config
+        build = instantiate({"_convert_": "all"} | own | {"_partial_": True})
+        return functools.partial(build, **handed) if values.get("_partial_") else build(**handed)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{values[TARGET]} needs the package {error.name}: pip install {error.name}") from error
+
+
+def bind_component(values: Mapping[str, Any]) -> Callable[..., Any]:
+    """Returns the target of a component with its arguments bound, for functions that are called in every step."""
+    arguments = component_arguments(values)
+    built = {name: build_component(value) if is_component(value) else value for name, value in arguments.items()}
+    return functools.partial(pkgutil.resolve_name(values[TARGET]), **built)
 
 
 def component_arguments(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ TYPES = {
     "array": "a list",
     "object": "a mapping",
     "null": "null",
+    "component": "a component (_target_)",
 }
 BOUNDS = {
     "exclusiveMinimum": "greater than",

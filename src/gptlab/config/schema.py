@@ -9,7 +9,7 @@ from gptlab.config.base import FrozenConfig
 from gptlab.config.components import Component
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
-from gptlab.model.config import GPTConfig, LoRAConfig
+from gptlab.model.config import LoRAConfig, ModelConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
@@ -63,10 +63,11 @@ class RunConfig(FrozenConfig):
     force_resume: bool
     init_from: str | None
     resume_from_nanogpt: str | None = None
-    model: GPTConfig
+    model: ModelConfig
     lora: LoRAConfig | None = None
     data: DataConfig
     tokenizer: TokenizerConfig
+    loss: Component = None
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig
@@ -91,6 +92,10 @@ class RunConfig(FrozenConfig):
                 "model.value_residual and model.value_embeddings are not implemented for trainer=fsdp_tp, which splits "
                 "attention values by heads. Use trainer=fsdp or trainer=ddp"
             )
+        if parts > 1 and self.model.components:
+            raise ValueError(
+                "trainer=fsdp_tp is not implemented for models with components. Use trainer=fsdp or trainer=ddp"
+            )
         if heads % parts:
             raise ValueError(
                 f"model.n_head={heads} is not divisible by trainer.tensor_parallel={parts}: attention is split by heads"
@@ -104,6 +109,8 @@ class RunConfig(FrozenConfig):
                 f"optimizer={self.optimizer.name} is not supported with lora, since it is not suitable for low-rank "
                 "matrices. Use optimizer=adamw"
             )
+        if self.lora and not {"activation", "norm"}.issuperset(self.model.components):
+            raise ValueError("lora is not implemented for a model, block or attention that is a component")
         if self.lora and self.trainer.tensor_parallel > 1:
             raise ValueError(
                 f"trainer.tensor_parallel={self.trainer.tensor_parallel} is not implemented for lora. Use "

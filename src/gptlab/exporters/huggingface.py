@@ -96,7 +96,7 @@ def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[
         "n_layer": model.n_layer,
         "n_head": model.n_head,
         "n_inner": None,
-        "activation_function": ACTIVATIONS[model.activation],
+        "activation_function": ACTIVATIONS[str(model.activation)],
         "layer_norm_epsilon": NORM_EPSILON,
         "tie_word_embeddings": model.tie_weights,
         "bos_token_id": end_of_text,

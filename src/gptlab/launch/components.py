@@ -4,7 +4,7 @@ Nothing is imported for a run without components.
 """
 
 from collections.abc import Mapping
-from inspect import isfunction, signature
+from inspect import isclass, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gptlab.config.components import (
 )
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
+from gptlab.model.config import ComponentModelConfig, GPTConfig, ParameterCounts
 from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig
 
 
@@ -24,13 +25,101 @@ def check_components(config: RunConfig) -> None:
     """Imports the targets of all components and checks their interfaces and arguments.
 
     Raises:
-        UserError: A target cannot be imported, is not of the interface of its node, or does not have an argument.
+        UserError: A target cannot be imported, is not of the interface of its node, or an argument is invalid.
     """
-    callbacks, loggers = _components(config.callbacks.model_extra), _components(config.logger.model_extra)
-    groups = (config.optimizer, config.schedule)
-    parts = [isinstance(part, ComponentOptimizerConfig | ComponentScheduleConfig) for part in groups]
-    if not any((callbacks, loggers, config.trainer.flags, *parts)):
-        return
+    callbacks, loggers = enabled(config.callbacks.model_extra), enabled(config.logger.model_extra)
+    if callbacks or loggers or config.trainer.flags:
+        _check_lightning(callbacks, loggers, config.trainer.flags)
+    if config.model.components:
+        _check_model(config.model)
+    if config.loss is not None:
+        _check_loss(config.loss)
+    if isinstance(config.optimizer, ComponentOptimizerConfig):
+        _check_optimizer(config.optimizer)
+    if isinstance(config.schedule, ComponentScheduleConfig):
+        _check_schedule(config.schedule)
+
+
+def build_callbacks(config: RunConfig) -> list[Any]:
+    """Builds the Lightning callbacks among the components, in the order of the configuration."""
+    return [build_component(values) for values in enabled(config.callbacks.model_extra).values()]
+
+
+def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
+    """Builds the Lightning loggers among the components; each has the run's configuration as hyperparameters.
+
+    Args:
+        config: Configuration of the run, whose name is ``name`` of a logger that has this argument.
+        directory: Run directory, which is ``save_dir`` of a logger that has this argument.
+    """
+    loggers = []
+    for values in enabled(config.logger.model_extra).values():
+        logger = build_component(values, save_dir=str(directory), name=config.name)
+        logger.log_hyperparams(config.model_dump(mode="json"))
+        loggers.append(logger)
+    return loggers
+
+
+def count_components(config: RunConfig) -> RunConfig:
+    """Counts the parameters and the optimizer state of components, on the meta device, for forecasts.
+
+    Args:
+        config: Checked configuration with the vocabulary size.
+
+    Returns:
+        A copy with ``model.counts`` and ``optimizer.state_size``, if these are components.
+    """
+    if not config.model.components and not isinstance(config.optimizer, ComponentOptimizerConfig):
+        return config
+    from torch import nn
+
+    from gptlab.model.modern import meta_gpt
+
+    model: nn.Module = meta_gpt(config.model)
+    update: dict[str, Any] = {}
+    if config.model.components:
+        update["model"] = config.model.with_counts(_count_parameters(model))
+    if isinstance(config.optimizer, ComponentOptimizerConfig):
+        update["optimizer"] = config.optimizer.with_state_size(_count_state(model, config.optimizer))
+    return config.model_copy(update=update)
+
+
+def _count_parameters(model: Any) -> ParameterCounts:
+    """Counts the parameters of a model by its top-level modules."""
+    parts: dict[str, int] = {}
+    matrices = 0
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0]
+        parts[part] = parts.get(part, 0) + parameter.numel()
+        matrices += parameter.numel() if part == "h" and parameter.dim() == 2 else 0
+    return ParameterCounts(parts, matrices)
+
+
+def _count_state(model: Any, config: ComponentOptimizerConfig) -> int | None:
+    """Counts the elements of the optimizer state after one step, without scalars.
+
+    Returns:
+        The count, or None if the optimizer cannot step on the meta device.
+    """
+    import torch
+
+    from gptlab.training.optim.optimizers import build_optimizer
+
+    try:
+        optimizer = build_optimizer(model, config, fused=False)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception:  # whatever a user's optimizer raises without data
+        return None
+    values = (value for state in optimizer.state.values() for value in state.values())
+    return sum(value.numel() for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+
+
+def _check_lightning(
+    callbacks: Mapping[str, Mapping[str, Any]], loggers: Mapping[str, Mapping[str, Any]], flags: Mapping[str, Any]
+) -> None:
+    """Checks callbacks, loggers, and arguments of the Trainer."""
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, Checkpoint
     from lightning.pytorch.loggers import Logger
@@ -42,57 +131,38 @@ def check_components(config: RunConfig) -> None:
                 "the keys of callbacks.checkpoint."
             )
     for name, values in loggers.items():
-        check_component(f"logger.{name}", values, Logger)
-    if isinstance(config.optimizer, ComponentOptimizerConfig):
-        _check_optimizer(config.optimizer)
-    if isinstance(config.schedule, ComponentScheduleConfig):
-        _check_schedule(config.schedule)
-    check_arguments("trainer.flags", Trainer, config.trainer.flags, is_partial=True)
+        known = signature(import_target(f"logger.{name}", values[TARGET])).parameters
+        given = {key: "" for key in ("save_dir", "name") if key in known}
+        check_component(f"logger.{name}", given | dict(values), Logger)
+    check_arguments("trainer.flags", Trainer, flags, is_partial=True)
 
 
-def build_callbacks(config: RunConfig) -> list[Any]:
-    """Builds the Lightning callbacks among the components, in the order of the configuration."""
-    return [build_component(values) for values in _components(config.callbacks.model_extra).values()]
+def _check_model(config: GPTConfig) -> None:
+    """Checks a model that is a component, and the parts of a model that are."""
+    from torch import nn
+
+    from gptlab.model.causal_lm import CausalLM
+
+    if isinstance(config, ComponentModelConfig):
+        check_component("model", config.component, CausalLM, handed=("config",))
+    for name, values in config.components.items():
+        if name:
+            target = import_target(f"model.{name}", values[TARGET])
+            interface = nn.Module if isclass(target) else None  # a function may build the module
+            check_component(f"model.{name}", values, interface, handed=("config", "layer"))
 
 
-def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
-    """Builds the Lightning loggers among the components; each has the run's configuration as hyperparameters.
-
-    Args:
-        config: Configuration of the run.
-        directory: Run directory, which is ``save_dir`` of a logger that has this argument, unless it is set.
-    """
-    loggers = []
-    for values in _components(config.logger.model_extra).values():
-        known = signature(import_target("logger", values[TARGET])).parameters
-        given = {"save_dir": str(directory)} if "save_dir" in known and "save_dir" not in values else {}
-        logger = build_component(values, **given)
-        logger.log_hyperparams(config.model_dump(mode="json"))
-        loggers.append(logger)
-    return loggers
-
-
-def count_optimizer_state(config: RunConfig) -> int | None:
-    """Counts the numbers in the state of an optimizer that is a component, after a step on the meta device.
-
-    Returns:
-        The count over all parameters, without scalars; None if the optimizer cannot step on the meta device.
-    """
-    import torch
-
-    from gptlab.model.modern import meta_gpt
-    from gptlab.training.optim.optimizers import build_optimizer
-
-    model = meta_gpt(config.model)
-    try:
-        optimizer = build_optimizer(model, config.optimizer, fused=False)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    except Exception:  # whatever a user's optimizer raises without data
-        return None
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+def _check_loss(values: Mapping[str, Any]) -> None:
+    """Checks a loss function: f(logits, targets) or f(states, weight, targets)."""
+    target = import_target("loss", values[TARGET])
+    known = list(signature(target).parameters) if callable(target) else []
+    handed = known[: 3 if known[:1] == ["states"] else 2]
+    if isclass(target) or len(handed) < 2:
+        raise UserError(
+            f"loss.{TARGET}={values[TARGET]} is not a function f(logits, targets, ...) or f(states, weight, targets, "
+            "...) of the training loss."
+        )
+    check_component("loss", values, handed=handed)
 
 
 def _check_optimizer(config: ComponentOptimizerConfig) -> None:
@@ -102,10 +172,11 @@ def _check_optimizer(config: ComponentOptimizerConfig) -> None:
     from gptlab.training.optim.optimizers import optimizer_component
 
     target = import_target("optimizer", config.name)
-    check_component("optimizer", optimizer_component(config), Optimizer, handed=[*signature(target).parameters][:1])
+    handed = [*signature(target).parameters][:1] if callable(target) else []
+    check_component("optimizer", optimizer_component(config), Optimizer, handed=handed)
     if config.param_groups is not None:
         groups = import_target("optimizer.param_groups", config.param_groups[TARGET])
-        handed = [*signature(groups).parameters][:1]
+        handed = [*signature(groups).parameters][:1] if callable(groups) else []
         check_component("optimizer.param_groups", config.param_groups, handed=handed)
 
 
@@ -120,6 +191,6 @@ def _check_schedule(config: ComponentScheduleConfig) -> None:
     check_component("schedule", config.model_dump(mode="json", exclude={"max_steps"}), handed=handed)
 
 
-def _components(extra: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Returns the enabled components among the additional keys of a group."""
+def enabled(extra: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Returns the components among the additional keys of a config group, without those that are null."""
     return {name: values for name, values in (extra or {}).items() if values is not None}

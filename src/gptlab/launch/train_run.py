@@ -16,7 +16,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
-from gptlab.launch.components import build_callbacks, build_component_loggers
+from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
@@ -136,6 +136,7 @@ def _train(
     extra_callbacks: ExtraCallbacks,
 ) -> int:
     quiet_lightning()
+    config = count_components(config)
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices)
     if plan is None:

@@ -1,12 +1,26 @@
 """Configuration of the model, its parameter counts and its FLOPs. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    PrivateAttr,
+    Tag,
+    model_validator,
+)
 
 from gptlab.config.base import FrozenConfig
+from gptlab.config.components import Component, ComponentChoice, is_component
 
+COMPONENT_FIELDS = ("block", "attention", "activation", "norm")  # may be components
+WIRED_OPTIONS = ("value_residual", "value_embeddings", "x0_skips", "unet_skips")  # connect blocks with each other
 NORM_EPSILON = 1e-5  # GPT-2's layer_norm_epsilon
 GPT2_ACTIVATIONS = ("gelu", "gelu_tanh")  # implemented in gptlab.model.gpt; the others are in gptlab.model.modern
 
@@ -33,6 +47,18 @@ class Option:
 Size = Annotated[PositiveInt, Option("size", shapes_weights=True)]
 
 
+class ParameterCounts(NamedTuple):
+    """Counted parameters of a model.
+
+    Attributes:
+        parts: Number of parameters of each part of the model: wte, wpe, h (all blocks), ln_f and others.
+        matrices: Number of parameters of the matrices of all blocks.
+    """
+
+    parts: dict[str, int]
+    matrices: int
+
+
 class GPTConfig(FrozenConfig):
     """Size and architecture of a GPT-2 class decoder.
 
@@ -45,8 +71,8 @@ class GPTConfig(FrozenConfig):
         bias: Whether the linear layers and LayerNorms have biases, as in GPT-2.
         dropout: Dropout probability of the embedding, the attention weights and both residual branches.
         activation: "gelu_tanh" is the tanh approximation of GELU, as in OpenAI's GPT-2; "gelu" is the exact GELU, as in
-            nanoGPT; "relu_squared" is from So et al. 2021 (Primer), section 4.1.
-        norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019).
+            nanoGPT; "relu_squared" is from So et al. 2021 (Primer), section 4.1. Or a component.
+        norm: "layer" for LayerNorm, "rms" for RMSNorm (Zhang and Sennrich 2019). Or a component.
         positions: "learned" is a positional embedding, as in GPT-2; "rotary" rotates queries and keys (Su et al. 2021,
             RoFormer, section 3.2); "rotary_half" rotates only half of the channel pairs of each head (Jordan et al.
             2024, modded-nanogpt).
@@ -72,6 +98,8 @@ class GPTConfig(FrozenConfig):
         pad_vocab_to_multiple_of: Pad the rows of the embedding to a multiple of this. The padding is never scored,
             sampled or exported.
         activation_checkpointing: Recompute each block in the backward pass instead of storing its activations.
+        block: Component to use instead of the built-in block; see ``gptlab.model.modern``.
+        attention: Component to use instead of the built-in attention; see ``gptlab.model.modern``.
     """
 
     block_size: Annotated[PositiveInt, Option("size")]
@@ -81,8 +109,10 @@ class GPTConfig(FrozenConfig):
     n_embd: Size
     bias: Annotated[bool, Option("variant", True, shapes_weights=True)]
     dropout: Annotated[float, Field(ge=0, lt=1), Option("unrecorded", 0.0)]
-    activation: Annotated[Literal["gelu", "gelu_tanh", "relu_squared"], Option("variant", "gelu_tanh")]
-    norm: Annotated[Literal["layer", "rms"], Option("modern", "layer", shapes_weights=True)]
+    activation: Annotated[
+        Literal["gelu", "gelu_tanh", "relu_squared"] | ComponentChoice, Option("variant", "gelu_tanh")
+    ]
+    norm: Annotated[Literal["layer", "rms"] | ComponentChoice, Option("modern", "layer", shapes_weights=True)]
     positions: Annotated[Literal["learned", "rotary", "rotary_half"], Option("modern", "learned", shapes_weights=True)]
     rope_base: Annotated[PositiveFloat, Option("unrecorded", 10000)]
     qk_norm: Annotated[bool, Option("modern", False)]
@@ -98,6 +128,10 @@ class GPTConfig(FrozenConfig):
     tie_weights: Annotated[bool, Option("variant", True, shapes_weights=True)]
     pad_vocab_to_multiple_of: Annotated[PositiveInt, Option("unrecorded", 1, shapes_weights=True)]
     activation_checkpointing: Annotated[bool, Option("unrecorded", False)]
+    block: Annotated[Component, Option("modern")] = None
+    attention: Annotated[Component, Option("modern")] = None
+
+    _counts: "ParameterCounts | None" = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -130,16 +164,51 @@ class GPTConfig(FrozenConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _components_fit(self) -> Self:
+        for name in ("block", "attention"):
+            wired = [option for option in WIRED_OPTIONS if getattr(self, option)]
+            if getattr(self, name) is not None and wired:
+                raise ValueError(
+                    f"{wired[0]}={getattr(self, wired[0])} is not supported if {name} is a component, because it gets "
+                    "neither skip connections nor values of other blocks"
+                )
+        parts = [name for name in COMPONENT_FIELDS if name != "block" and is_component(getattr(self, name))]
+        if self.block is not None and parts:
+            raise ValueError(f"{parts[0]} cannot be a component if block is one, which builds its own {parts[0]}")
+        return self
+
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """The parts of the model that are components, by field name."""
+        return {name: value for name in COMPONENT_FIELDS if is_component(value := getattr(self, name))}
+
+    @property
+    def counts(self) -> "ParameterCounts | None":
+        """Counted parameters of a model with components; None if ``with_counts`` has not set them."""
+        return self._counts
+
+    def with_counts(self, counts: "ParameterCounts") -> Self:
+        """Returns a copy with counted parameters, which replace the formulas below."""
+        counted = self.model_copy()
+        counted._counts = counts  # noqa: SLF001  (its own)
+        return counted
+
     @property
     def head_size(self) -> int:
         """Width hs of an attention head."""
         return self.n_embd // self.n_head
 
     @property
-    def is_gpt2(self) -> bool:
-        """Whether ``gptlab.model.gpt.GPT`` implements this configuration: it uses no option introduced after GPT-2."""
+    def has_gpt2_options(self) -> bool:
+        """Whether ``GPT`` implements all options: none was introduced after GPT-2 or is a component."""
         modern = any(getattr(self, name) != value for name, value in GPT2_OPTIONS.items())
         return not (modern or self.zero_init or self.activation not in GPT2_ACTIVATIONS)
+
+    @property
+    def is_gpt2(self) -> bool:
+        """Whether this is GPT-2: it has only the options of GPT-2, and no components."""
+        return self.has_gpt2_options and not self.components
 
     def is_global(self, layer: int) -> bool:
         """Returns whether block ``layer``, counted from 0, attends to all earlier tokens."""
@@ -170,6 +239,38 @@ class GPTConfig(FrozenConfig):
         """Number of rows of the embedding: V rounded up to a multiple of ``pad_vocab_to_multiple_of``."""
         multiple = self.pad_vocab_to_multiple_of
         return -(-self.known_vocab_size // multiple) * multiple
+
+
+class ComponentModelConfig(GPTConfig):
+    """Configuration of a model that is a component: also has ``_target_`` and further arguments of its class."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+    @property
+    def component(self) -> dict[str, Any]:
+        """The component."""
+        return dict(self.model_extra or {})
+
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """The model, by the name "", and its parts that are components, by field name."""
+        return {"": self.component, **super().components}
+
+
+def _kind(values: Any) -> str:
+    """Returns the discriminator of a model configuration."""
+    return "component" if is_component(values) or isinstance(values, ComponentModelConfig) else "gpt"
+
+
+ModelConfig = Annotated[
+    Annotated[GPTConfig, Tag("gpt")] | Annotated[ComponentModelConfig, Tag("component")], Discriminator(_kind)
+]
+
+
+def read_model_config(values: Any) -> GPTConfig:
+    """Validates the stored configuration of a model; raises pydantic's ValidationError if it is invalid."""
+    return (ComponentModelConfig if is_component(values) else GPTConfig).model_validate(values)
 
 
 OPTIONS = {
@@ -227,6 +328,8 @@ def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
 
 def parameter_count(config: GPTConfig) -> int:
     """Counts all trainable parameters, including the padding of the vocabulary; a tied head is counted once."""
+    if config.counts is not None:
+        return sum(config.counts.parts.values())
     C, L = config.n_embd, config.n_layer  # noqa: N806
     matrices = 3 * C * C + C * C + 4 * C * C + 4 * C * C  # attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj
     biases = 3 * C + C + 4 * C + C

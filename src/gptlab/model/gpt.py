@@ -4,7 +4,7 @@ Shapes: B batch, T time, C channels (``n_embd``), V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from gptlab.model.attention import (
     build_attention_context,
     build_cached_context,
 )
+from gptlab.model.causal_lm import CausalLM, LossFunction
 from gptlab.model.config import NORM_EPSILON, GPTConfig
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
-from gptlab.model.loss import LogitSettings, lm_loss, token_losses
+from gptlab.model.loss import LogitSettings, custom_loss, lm_loss, token_losses
 
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh")}
@@ -48,7 +49,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
-        self.mlp = MLP(config, ACTIVATIONS[config.activation]())
+        self.mlp = MLP(config, ACTIVATIONS[str(config.activation)]())
 
     def forward(self, x: Tensor, ctx: AttentionContext) -> Tensor:
         """Transforms the residual stream ``x`` (B, T, C); same shape."""
@@ -57,7 +58,7 @@ class Block(nn.Module):
         return x  # noqa: RET504
 
 
-class GPT(nn.Module):
+class GPT(CausalLM):
     """GPT-2: embeddings, blocks, final LayerNorm and head.
 
     ``gptlab.model.modern.build_gpt`` builds the model of any configuration.
@@ -67,10 +68,9 @@ class GPT(nn.Module):
     """
 
     def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        if not config.is_gpt2:
+        super().__init__(config)
+        if not config.has_gpt2_options:
             raise ValueError("GPT implements only the options of GPT-2; use build_gpt for other options")
-        self.config = config
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -118,19 +118,31 @@ class GPT(nn.Module):
         flex = idx.is_cuda and not (self.training and self.config.dropout)  # FlexAttention does not support dropout
         return build_attention_context(self.config, idx, documents, self.wte.weight.dtype, flex=flex)
 
-    def loss(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
-        """Returns the mean loss () in nats per scored token, for training.
+    def loss(
+        self,
+        idx: Tensor,
+        targets: Tensor,
+        documents: Tensor | None,
+        chunk: int | None,
+        function: LossFunction | None = None,
+    ) -> Tensor:
+        """Returns the loss () of a micro-batch, for training: the mean in nats per scored token.
 
         Args:
             idx: As in ``forward``.
             targets: IDs of the next tokens (B, T), -100 where not scored.
             documents: As in ``forward``.
             chunk: Number of tokens whose logits are in memory at a time; None for all tokens.
+            function: Loss function to use instead: f(logits (N, V), targets (N,)) or, if its first parameter is named
+                ``states``, f(states (N, C), weight (R, C), targets (N,)) of the hidden states and the head's weight.
+                It is called once, with all tokens of the micro-batch.
 
         Raises:
             ValueError: T is greater than ``block_size``.
         """
         x = self.hidden_states(idx, self.attention_context(idx, documents)).flatten(0, 1)
+        if function is not None:
+            return custom_loss(function, x, self._head_weight(), targets.flatten(), self.logit_settings)
         return lm_loss(x, self._head_weight(), targets.flatten(), self.logit_settings, chunk)
 
     def token_losses(self, idx: Tensor, targets: Tensor, documents: Tensor | None, chunk: int | None) -> Tensor:
@@ -168,18 +180,6 @@ class GPT(nn.Module):
         """Returns the head's weight (R, C); under tensor parallelism, the full weight on each device."""
         weight = self.lm_head.weight
         return weight.to_local() if isinstance(weight, DTensor) else weight
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replaces the parameters with the given tensors, without copying them.
-
-        Args:
-            weights: Tensor for each name in ``state_dict``.
-
-        Raises:
-            RuntimeError: A name is missing or unknown, or a shape differs.
-        """
-        self.load_state_dict(weights, assign=True)
-        self.tie_weights()
 
     def tie_weights(self) -> None:
         """Shares the weight of the embedding with the head, if ``config.tie_weights``."""

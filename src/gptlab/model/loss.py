@@ -3,6 +3,8 @@
 Shapes: N tokens, C channels, R rows of the head's weight (including padding), V vocabulary.
 """
 
+from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +60,23 @@ def lm_loss(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings,
     if torch.is_autocast_enabled(x.device.type):  # autocast does not apply inside an autograd.Function
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _chunked_loss(x, weight, targets, settings, chunk)
+
+
+def custom_loss(
+    function: Callable[..., Tensor], x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings
+) -> Tensor:
+    """Returns the loss () of a loss function of the user; see ``GPT.loss``.
+
+    Args:
+        function: Loss function.
+        x: Hidden states (N, C).
+        weight: Weight (R, C) of the head.
+        targets: Token IDs (N,), -100 where not scored.
+        settings: Options of the head.
+    """
+    if next(iter(signature(function).parameters), None) == "states":
+        return function(x, weight[: settings.vocab_size], targets)
+    return function(settings.logits(x, weight).float(), targets)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the loop would be unrolled, with all chunks in memory

@@ -1,25 +1,46 @@
 """Model variants introduced after GPT-2, selected by the fields of ``GPTConfig``, which cites the papers.
 
+A model and its parts can be components. Each is a class or function that is called with the arguments of its config
+node and, if it has such parameters, with ``config`` (``GPTConfig``) and ``layer`` (number of the block, from 0; None
+for norms outside of the blocks):
+
+- ``model``: a ``CausalLM``, for example a subclass of ``GPT`` or ``ModernGPT``.
+- ``model.block``: a module with ``forward(x, ctx)``, from the residual stream x (B, T, C) to the same shape. ``ctx`` is
+  the ``AttentionContext``, for the attention of the block.
+- ``model.attention``: a module with ``forward(x, ctx)``, from the normalized residual stream x (B, T, C) to the same
+  shape. ``CausalSelfAttention.attend`` handles masks, dropout and the KV cache. A module that does not use
+  ``ctx.cache`` still generates text, at the speed of a model without KV cache.
+- ``model.norm``, ``model.activation``: a module with ``forward(x)``, from x (..., C) to the same shape.
+
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
 """
+
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptlab.config.components import build_component
 from gptlab.model.attention import AttentionContext, CausalSelfAttention, rotate
-from gptlab.model.config import NORM_EPSILON, GPTConfig
+from gptlab.model.causal_lm import CausalLM
+from gptlab.model.config import NORM_EPSILON, ComponentModelConfig, GPTConfig
 from gptlab.model.gpt import ACTIVATIONS, GPT, MLP
 from gptlab.model.kernels import attention_weights
 from gptlab.model.loss import LogitSettings
 
 
 def build_gpt(config: GPTConfig) -> GPT:
-    """Builds the model of a configuration: ``GPT`` if ``config.is_gpt2``, otherwise ``ModernGPT``.
+    """Builds the model of a configuration: its component, ``GPT`` if ``config.is_gpt2``, otherwise ``ModernGPT``.
+
+    A component may be any ``CausalLM``. The annotation is ``GPT``, because only components can be another class.
 
     Raises:
         ValueError: ``config.vocab_size`` is None.
     """
+    if isinstance(config, ComponentModelConfig):
+        return cast(GPT, build_component(config.component, config=config))
     return GPT(config) if config.is_gpt2 else ModernGPT(config)
 
 
@@ -96,10 +117,11 @@ class ModernBlock(nn.Module):
         super().__init__()
         self.mix_skip = WeightedSum(1.0) if config.has_skip(layer) else None
         self.mix_x0 = WeightedSum(1.0, 0.0) if config.x0_skips else None
-        self.ln_1 = _norm(config)
-        self.attn = ModernAttention(config, layer)
-        self.ln_2 = _norm(config)
-        self.mlp = MLP(config, MODERN_ACTIVATIONS[config.activation]())
+        self.ln_1 = _norm(config, layer)
+        self.is_attention_builtin = config.attention is None
+        self.attn = _attention(config, layer)
+        self.ln_2 = _norm(config, layer)
+        self.mlp = MLP(config, _activation(config, layer))
 
     def forward(
         self, x: Tensor, ctx: AttentionContext, x0: Tensor, skip: Tensor | None, extra_values: tuple[Tensor, ...]
@@ -122,7 +144,10 @@ class ModernBlock(nn.Module):
             x = x + self.mix_skip(skip)
         if self.mix_x0 is not None:
             x = self.mix_x0(x, x0)
-        y, values = self.attn(self.ln_1(x), ctx, extra_values)
+        if self.is_attention_builtin:
+            y, values = self.attn(self.ln_1(x), ctx, extra_values)
+        else:
+            y = values = self.attn(self.ln_1(x), ctx)  # its values are not used by other blocks
         x = x + y
         x = x + self.mlp(self.ln_2(x))
         return x, values
@@ -132,18 +157,17 @@ class ModernGPT(GPT):
     """GPT with any combination of options; see ``GPT``."""
 
     def __init__(self, config: GPTConfig) -> None:
-        nn.Module.__init__(self)  # not GPT.__init__: the order of modules determines that of random draws
-        self.config = config
+        CausalLM.__init__(self, config)  # not GPT.__init__: the order of modules determines that of random draws
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
         rows = config.padded_vocab_size
         self.wte = nn.Embedding(rows, config.n_embd)
         wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.register_module("wpe", wpe)
-        self.ln_e = _norm(config) if config.embedding_norm else None
+        self.ln_e = _norm(config, None) if config.embedding_norm else None
         self.value_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for _ in range(config.value_embeddings))
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(ModernBlock(config, layer) for layer in range(config.n_layer))
-        self.ln_f = _norm(config)
+        self.h = nn.ModuleList(_block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = _norm(config, None)
         self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
         self.tie_weights()
         self.init_weights()
@@ -157,6 +181,9 @@ class ModernGPT(GPT):
         first_values: tuple[Tensor, ...] = ()  # of the first block
         outputs: list[Tensor] = []  # of the first half of the blocks
         for layer, block in enumerate(self.h):
+            if config.block is not None:
+                x = self.run_block(block, x, ctx)
+                continue
             number = config.value_embedding(layer)
             extra_values = first_values if number is None else (*first_values, value_embeds[number])
             skip = outputs.pop() if config.has_skip(layer) else None
@@ -175,7 +202,29 @@ class ModernGPT(GPT):
             super().init_parameter(name, parameter)
 
 
-def _norm(config: GPTConfig) -> nn.Module:
+def _block(config: GPTConfig, layer: int) -> nn.Module:
+    return ModernBlock(config, layer) if config.block is None else _build_part(config.block, config, layer)
+
+
+def _attention(config: GPTConfig, layer: int) -> nn.Module:
+    return ModernAttention(config, layer) if config.attention is None else _build_part(config.attention, config, layer)
+
+
+def _activation(config: GPTConfig, layer: int) -> nn.Module:
+    if isinstance(config.activation, dict):
+        return _build_part(config.activation, config, layer)
+    return MODERN_ACTIVATIONS[config.activation]()
+
+
+def _norm(config: GPTConfig, layer: int | None) -> nn.Module:
+    """Builds the norm of a block or, if ``layer`` is None, that of the embedding or of the last block's output."""
+    if isinstance(config.norm, dict):
+        return _build_part(config.norm, config, layer)
     if config.norm == "rms":
         return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
     return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+
+
+def _build_part(values: Mapping[str, Any], config: GPTConfig, layer: int | None) -> nn.Module:
+    part: nn.Module = build_component(values, config=config, layer=layer)
+    return part

@@ -6,8 +6,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.activations import DTYPE_SIZES
 from gptlab.planning.calibration import Measurement
-from gptlab.planning.memory import ParallelLayout, count_shares
-from gptlab.training.config import MuonConfig
+from gptlab.planning.memory import ParallelLayout, count_shares, optimizer_state_size
 from gptlab.training.hardware import Hardware
 
 FORWARD = 3  # a training token costs three times as much as an evaluated token (Kaplan et al. 2020, section 2.1)
@@ -148,9 +147,7 @@ def disk_usage(config: RunConfig, precision: str, tokens: int) -> DiskUsage:
         tokens: Number of tokens of the corpus or, if it is not prepared, number of training tokens of the run.
     """
     model, kept = config.model, 0
-    numbers = 3 * parameter_count(model)
-    if isinstance(config.optimizer, MuonConfig):
-        numbers -= count_shares(model).matrices
+    numbers = parameter_count(model) + optimizer_state_size(config, count_shares(model))
     if config.train.ema_decay is not None:
         numbers += parameter_count(model)
     each = float(numbers * DTYPE_SIZES[precision].weight)

@@ -18,7 +18,7 @@ from gptlab.planning.activations import (
     mlp_bytes,
     weight_copy_bytes,
 )
-from gptlab.training.config import MuonConfig
+from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
 from gptlab.training.hardware import Hardware
 
 # Bytes of a process with all libraries imported, before a model is built, and bytes that torch.compile adds. Measured
@@ -108,6 +108,8 @@ class MemoryEstimate(NamedTuple):
 
 def count_by_part(config: GPTConfig) -> dict[str, int]:
     """Counts the parameters of each part of the model; their sum is ``parameter_count``."""
+    if config.counts is not None:
+        return dict(config.counts.parts)
     width, rows = config.n_embd, config.padded_vocab_size
     parts = {
         "wte": rows * width,
@@ -123,6 +125,10 @@ def count_by_part(config: GPTConfig) -> dict[str, int]:
 
 def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
     """Counts the parameters on one device when the matrices of the blocks are split over ``split`` devices."""
+    if config.counts is not None:
+        blocks, matrices = config.counts.parts.get("h", 0), config.counts.matrices
+        rest = parameter_count(config) - blocks
+        return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
     total = parameter_count(config)
     parts = count_by_part(config)
     matrices = config.n_layer * 12 * config.n_embd**2
@@ -229,16 +235,22 @@ def _fragmentation(forward: ForwardPass) -> float:
 
 
 def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the number of bytes of the optimizer state and the averaged weights.
-
-    AdamW has two moments per parameter, and Muon has one for each matrix.
-    """
-    numbers = 2 * parts.all
-    if isinstance(config.optimizer, MuonConfig):
-        numbers -= parts.matrices
+    """Returns the number of bytes of the optimizer state and the averaged weights."""
+    numbers = optimizer_state_size(config, parts)
     if config.train.ema_decay is not None:
         numbers += parts.all
     return numbers * size
+
+
+def optimizer_state_size(config: RunConfig, parts: ParameterShares) -> int:
+    """Returns the number of elements of the optimizer state.
+
+    AdamW has two moments per parameter, and Muon has one for each matrix. The state of a component has been counted, or
+    is assumed to be that of AdamW.
+    """
+    if isinstance(config.optimizer, ComponentOptimizerConfig) and config.optimizer.state_size is not None:
+        return config.optimizer.state_size * parts.all // parameter_count(config.model)
+    return 2 * parts.all - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:

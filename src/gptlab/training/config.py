@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     Tag,
     field_validator,
     model_validator,
@@ -110,6 +111,18 @@ class ComponentOptimizerConfig(FrozenConfig):
     lr: PositiveFloat
     weight_decay: NonNegativeFloat | None = None
     param_groups: Component = None
+    _state_size: int | None = PrivateAttr(None)
+
+    @property
+    def state_size(self) -> int | None:
+        """Number of elements of the optimizer state for all parameters; None if it has not been counted."""
+        return self._state_size
+
+    def with_state_size(self, size: int | None) -> Self:
+        """Returns a copy with the counted size of the optimizer state."""
+        counted = self.model_copy()
+        counted._state_size = size  # noqa: SLF001  (its own)
+        return counted
 
     @property
     def name(self) -> str:

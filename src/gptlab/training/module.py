@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from gptlab.config.components import bind_component
 from gptlab.data.batches import Batch
 from gptlab.evaluation.loss import LossSums
 from gptlab.model.config import GPTConfig
@@ -49,6 +50,10 @@ class TrainingConfig(Protocol):
     @property
     def model(self) -> GPTConfig:
         """The model."""
+
+    @property
+    def loss(self) -> dict[str, Any] | None:
+        """The loss function, if it is a component."""
 
     @property
     def optimizer(self) -> OptimizerConfig:
@@ -98,6 +103,7 @@ class GPTModule(L.LightningModule):
         self.model, self.config, self.compile_target = model, config, compile
         self.max_steps, self.ema_decay = config.steps, config.train.ema_decay
         self.loss_chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+        self.loss_function = bind_component(config.loss) if config.loss else None
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())
         self.grad_norm = torch.zeros(())
@@ -168,7 +174,11 @@ class GPTModule(L.LightningModule):
         """
         if self.config.train.compile_mode != "default":
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous call may be overwritten
-        loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk)
+        arguments = (batch.idx, batch.targets, batch.documents, self.loss_chunk)
+        if self.loss_function is None:
+            loss = self.model.loss(*arguments)
+        else:
+            loss = self.model.loss(*arguments, self.loss_function)
         self.step_loss += loss.detach()
         return loss
 

@@ -102,6 +102,7 @@ class _Rows:
         self.num_slots = min(block, -(-(self.end + max_new_tokens) // decoder.bucket) * decoder.bucket)
         self.slots = torch.arange(self.num_slots, device=device)
         self.cache: KVCache | None = None
+        self.has_cache = True  # whether the model uses it
         self.row_starts: Tensor | None = None
         self.next_slot = 0
 
@@ -110,9 +111,12 @@ class _Rows:
         if self.cache is None:
             self.cache = KVCache(self.model.config.n_layer, self.num_slots)
             logits = self._prefill(self.cache)
+            self.has_cache = self.cache.is_filled
             if self.copies > 1:
                 self._repeat_rows(self.copies)
-            return logits.repeat_interleave(self.copies, dim=0)
+            return logits.repeat_interleave(self.copies, dim=0) if self.has_cache else self._uncached_logits()
+        if not self.has_cache:
+            return self._uncached_logits()
         if self.next_slot == self.num_slots:
             return self._prefill(self.cache)
         slot, self.next_slot = self.next_slot, self.next_slot + 1
@@ -144,6 +148,17 @@ class _Rows:
         self.next_slot = width
         position = CachePosition(self.slots[:width], self.row_starts, width, is_end=True)
         return self.model.next_logits(self.ids[:, self.end - width : self.end], cache, position)
+
+    def _uncached_logits(self) -> Tensor:
+        """Computes the next-token logits (B, V) from the whole context of the rows, for a model without KV cache."""
+        lengths = [min(length, self.model.config.block_size) for length in self.lengths]
+        logits: list[Tensor] = [torch.empty(0)] * len(lengths)
+        for length in set(lengths):
+            rows = [row for row, own in enumerate(lengths) if own == length]
+            found = self.model(self.ids[rows, self.end - length : self.end])[:, -1]
+            for row, part in zip(rows, found, strict=True):
+                logits[row] = part
+        return torch.stack(logits)
 
     def _repeat_rows(self, times: int) -> None:
         """Repeats every row ``times`` times, consecutively."""

@@ -94,6 +94,11 @@ class KVCache:
     def __init__(self, layers: int, slots: int) -> None:
         self.layers = [LayerCache(slots) for _ in range(layers)]
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether every block has written to the cache."""
+        return all(layer.keys is not None for layer in self.layers)
+
     def repeat_rows(self, times: int) -> "KVCache":
         """Returns a cache in which every row is repeated ``times`` times, consecutively."""
         other = KVCache(0, 0)

@@ -84,7 +84,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             mp_policy=mixed if self.hardware.precision == "bf16-mixed" else MixedPrecisionPolicy(),
             offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if self.config.cpu_offload else OffloadPolicy(),
         )
-        for block in model.h:
+        for block in model.blocks:
             wrap(block, reshard_after_forward=self.config.reshard_after_forward)
         wrap(model, reshard_after_forward=False)  # the backward pass begins with these parameters
         for name in ("loss", "token_losses", "next_logits"):
@@ -108,7 +108,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Keeps the blocks' parameters gathered between forward passes; reshards them on exit."""
-        blocks = cast(list[FSDPModule], list(self.gpt.h))
+        blocks = cast(list[FSDPModule], list(self.gpt.blocks))
         for block in blocks:
             block.set_reshard_after_forward(False, recurse=False)
         try:
@@ -120,7 +120,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def reshard(self) -> None:
         """Frees the gathered parameters of the model."""
-        for part in (*self.gpt.h, self.gpt):
+        for part in (*self.gpt.blocks, self.gpt):
             cast(FSDPModule, part).reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def compile_in_place(model: GPT, target: Literal["whole", "blocks"], mode: str, 
     if shapes > 1:
         options |= {"dynamic": False, "recompile_limit": RECOMPILES * shapes}
     if target == "blocks":
-        for block in model.h:
+        for block in model.blocks:
             block.compile(**options)
     else:
         for name in ("loss", "token_losses"):

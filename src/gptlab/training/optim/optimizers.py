@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
 
-from gptlab.config.components import build_component, import_target
+from gptlab.config.components import bind_component, import_target
 from gptlab.errors import UserError
 from gptlab.training.config import AdamWConfig, ComponentOptimizerConfig, MuonConfig, OptimizerConfig, ScheduleConfig
 from gptlab.training.optim.averaging import DECAY
@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool) -
     groups = parameter_groups(model, config)
     optimizer: Optimizer
     if isinstance(config, ComponentOptimizerConfig):
-        optimizer = build_component(optimizer_component(config) | {"_partial_": True})(groups)
+        optimizer = bind_component(optimizer_component(config))(groups)
     elif isinstance(config, MuonConfig):
         matrices = StackedMuon(
             groups[:1],
@@ -86,7 +86,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Empty groups are omitted.
     """
     if isinstance(config, ComponentOptimizerConfig) and config.param_groups is not None:
-        groups = build_component(config.param_groups | {"_partial_": True})(model)
+        groups = bind_component(config.param_groups)(model)
     elif isinstance(config, MuonConfig):
         groups = muon_groups(model, config)
     else:
