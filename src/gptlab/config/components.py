@@ -6,12 +6,14 @@ trusted. What is read from a run directory is trusted only if its package is. Im
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import entry_points
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +35,12 @@ TARGET = "_target_"
 TRUST_KEY = "trust"  # key of the commands, not of a run's configuration: names of trusted packages
 TRUST = "GPTLAB_TRUST"  # environment variable with the names of trusted packages, separated by commas
 ENTRY_POINTS = "gptlab.components"  # group of entry points by which an installed package declares its components
-OWN_PACKAGES = ("gptlab", "lightning", "torch.optim")  # trusted where the interface is checked, that is, not nested
+OWN_PACKAGES = ("gptlab", "lightning", "torch.optim", "torch.nn")  # whose classes are trusted where gptlab checks them
+# keys of the components whose interface gptlab checks
+CHECKED_KEYS = re.compile(
+    r"(callbacks|logger)\.[^.]+|model(\.(block|attention|activation|norm))?|loss|optimizer|schedule|data\.reader|tokenizer"
+)
+OWN_FUNCTIONS = "gptlab.model.losses"  # module whose functions are trusted, too
 INSTANTIATE_KEYS = (TARGET, "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
 
 
@@ -60,6 +67,11 @@ Component = Annotated[dict[str, Any] | None, BeforeValidator(_check)]  # None di
 ComponentChoice = Annotated[dict[str, Any], BeforeValidator(_check_choice), WithJsonSchema({"type": "component"})]
 
 
+def enabled_components(extra: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Returns the components among the additional keys of a config group, without those that are null."""
+    return {name: values for name, values in (extra or {}).items() if values is not None}
+
+
 def iter_targets(values: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Yields the dotted key and the target of every component in nested plain data, including nested components."""
     if isinstance(values, Mapping):
@@ -82,7 +94,7 @@ def trust_packages(names: Iterable[str]) -> None:
 def trusted_packages() -> set[str]:
     """Returns the packages of which any component may be built: those of GPTLAB_TRUST and those that declare it."""
     from_environment = (name.strip() for name in os.environ.get(TRUST, "").split(","))
-    declared = (point.value.partition(":")[0].partition(".")[0] for point in entry_points(group=ENTRY_POINTS))
+    declared = (point.value.partition(":")[0].partition(".")[0] for point in metadata.entry_points(group=ENTRY_POINTS))
     return {*filter(None, from_environment), *declared}
 
 
@@ -90,8 +102,8 @@ def check_trusted(values: object, origin: object) -> None:
     """Checks that every component of a stored configuration is of a trusted package.
 
     A target is of the package that it names and of the one that defines it: ``mylab.os.system`` is of ``mylab`` and of
-    ``os``. Components of gptlab, lightning and torch.optim are trusted, but not as arguments of other components, where
-    their interface is not checked.
+    ``os``. Classes of gptlab, lightning, torch.nn and torch.optim are trusted, because gptlab checks their interface;
+    as arguments of other components, where it does not, they are not.
 
     Args:
         values: Nested plain data.
@@ -101,14 +113,14 @@ def check_trusted(values: object, origin: object) -> None:
         UserError: A target is of another package.
     """
     targets = list(iter_targets(values))
-    trusted = trusted_packages() if targets else set()
-    nodes = {key for key, _ in targets}
+    named = trusted_packages() if targets else set()
     for key, target in targets:
-        is_nested = any(key.startswith(f"{node}.") for node in nodes)
-        allowed = {*trusted, *(() if is_nested else OWN_PACKAGES)}
-        _require_trusted(key, target, target, allowed, origin)
-        defined_in = getattr(import_target(key, target), "__module__", None) or "builtins"
-        _require_trusted(key, target, defined_in, allowed, origin)
+        trusted = {*named, *OWN_PACKAGES} if CHECKED_KEYS.fullmatch(key) else named
+        _require_trusted(key, target, target, trusted, origin)
+        found = import_target(key, target)
+        defined_in = getattr(found, "__module__", None) or "builtins"
+        is_checked = isinstance(found, type) or defined_in == OWN_FUNCTIONS
+        _require_trusted(key, target, defined_in, trusted if is_checked else named, origin)
 
 
 def _require_trusted(key: str, target: str, name: str, trusted: set[str], origin: object) -> None:
@@ -246,6 +258,28 @@ def bind_component(values: Mapping[str, Any]) -> Callable[..., Any]:
     arguments = component_arguments(values)
     built = {name: build_component(value) if is_component(value) else value for name, value in arguments.items()}
     return functools.partial(pkgutil.resolve_name(values[TARGET]), **built)
+
+
+def component_record(key: str, target: str) -> dict[str, Any]:
+    """Returns the code version of a component: its package, the version of the package, and a hash of its source file.
+
+    Args:
+        key: Dotted key of the component, for messages.
+        target: Dotted path of the class or function.
+    """
+    found = import_target(key, target)
+    package = (getattr(found, "__module__", None) or target).partition(".")[0]
+    try:
+        source = Path(inspect.getsourcefile(found) or "").read_bytes()
+    except (OSError, TypeError):  # a built-in class, or one without a source file
+        source = None
+    names = metadata.packages_distributions().get(package, ())
+    return {
+        "target": target,
+        "package": package,
+        "version": metadata.version(names[0]) if names else None,
+        "sha256": source and hashlib.sha256(source).hexdigest(),
+    }
 
 
 def component_arguments(values: Mapping[str, Any]) -> dict[str, Any]:

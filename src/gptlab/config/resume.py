@@ -96,7 +96,7 @@ def merge_resume_config(
     if get_value(values, "data.val_split") == "auto":
         values["data"]["val_split"] = earlier["data"]["val_split"]
     for key in overridden:
-        if not _may_change(key) and not is_forced and get_value(values, key, key) != get_value(earlier, key):
+        if not may_change(key) and not is_forced and get_value(values, key, key) != get_value(earlier, key):
             raise UserError(
                 f"{key} cannot change when a run is resumed, since that would make it a different run. "
                 f"Keys that can change: {', '.join(CHANGEABLE_KEYS)} (except {', '.join(FIXED_KEYS)}). To start a new "
@@ -136,7 +136,7 @@ def resolve_split(config: RunConfig) -> RunConfig:
 
 def identity_changes(config: RunConfig, earlier_config: RunConfig) -> list[str]:
     """Returns the keys that differ and cannot change on a resume, since they make it a different run."""
-    return [key for key in _changed_keys(config, earlier_config) if not _may_change(key)]
+    return [key for key in _changed_keys(config, earlier_config) if not may_change(key)]
 
 
 def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
@@ -161,7 +161,7 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def _may_change(key: str) -> bool:
+def may_change(key: str) -> bool:
     """Whether a key may change when a run is resumed."""
 
     def is_in(groups: tuple[str, ...]) -> bool:

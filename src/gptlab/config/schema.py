@@ -1,12 +1,12 @@
 """Configuration of a training run: types, ranges, and checks across groups. Imports no torch."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from gptlab.config.base import FrozenConfig
-from gptlab.config.components import Component
+from gptlab.config.components import Component, enabled_components
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig
@@ -49,6 +49,11 @@ class LoggerConfig(FrozenConfig):
 
     wandb: WandbConfig | None = None
     tensorboard: TensorBoardConfig | None = None
+
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """The components by name, without those that are null."""
+        return enabled_components(self.model_extra)
 
 
 class RunConfig(FrozenConfig):

@@ -12,6 +12,7 @@
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
+from gptlab.config.components import TARGET
 from gptlab.errors import UserError
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 
@@ -93,8 +94,15 @@ def _unsupported_options(form: FormatCapabilities, model: GPTConfig) -> list[str
         return []
     values = model.model_dump()
     names = [name for name, plain in GPT2_OPTIONS.items() if values[name] != plain]
-    if model.activation not in form.activations:
+    if model.activation not in form.activations and "activation" not in names:
         names.append("activation")
     if form.tied_only and not model.tie_weights:
         names.append("tie_weights")
-    return [f"model.{name}={str(values[name]).lower()}" for name in names]
+    components = {name: values[TARGET] for name, values in model.components.items()}
+    own = [f"model.{TARGET}={components['']}"] if "" in components else []
+    return own + [
+        f"model.{name}.{TARGET}={components[name]}"
+        if name in components
+        else f"model.{name}={str(values[name]).lower()}"
+        for name in names
+    ]

@@ -27,7 +27,7 @@ def check_components(config: RunConfig) -> None:
     Raises:
         UserError: A target cannot be imported, is not of the interface of its node, or an argument is invalid.
     """
-    callbacks, loggers = enabled(config.callbacks.model_extra), enabled(config.logger.model_extra)
+    callbacks, loggers = config.callbacks.components, config.logger.components
     if callbacks or loggers or config.trainer.flags:
         _check_lightning(callbacks, loggers, config.trainer.flags)
     if config.model.components:
@@ -42,7 +42,7 @@ def check_components(config: RunConfig) -> None:
 
 def build_callbacks(config: RunConfig) -> list[Any]:
     """Builds the Lightning callbacks among the components, in the order of the configuration."""
-    return [build_component(values) for values in enabled(config.callbacks.model_extra).values()]
+    return [build_component(values) for values in config.callbacks.components.values()]
 
 
 def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
@@ -53,7 +53,7 @@ def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
         directory: Run directory, which is ``save_dir`` of a logger that has this argument.
     """
     loggers = []
-    for values in enabled(config.logger.model_extra).values():
+    for values in config.logger.components.values():
         logger = build_component(values, save_dir=str(directory), name=config.name)
         logger.log_hyperparams(config.model_dump(mode="json"))
         loggers.append(logger)
@@ -138,18 +138,14 @@ def _check_lightning(
 
 
 def _check_model(config: GPTConfig) -> None:
-    """Checks a model that is a component, and the parts of a model that are."""
-    from torch import nn
-
-    from gptlab.model.causal_lm import CausalLM
+    """Checks a model that is a component, and the parts of a model that are components."""
+    from gptlab.model.modern import check_model, check_part
 
     if isinstance(config, ComponentModelConfig):
-        check_component("model", config.component, CausalLM, handed=("config",))
-    for name, values in config.components.items():
+        check_model(config)
+    for name in config.components:
         if name:
-            target = import_target(f"model.{name}", values[TARGET])
-            interface = nn.Module if isclass(target) else None  # a function may build the module
-            check_component(f"model.{name}", values, interface, handed=("config", "layer"))
+            check_part(config, name)
 
 
 def _check_loss(values: Mapping[str, Any]) -> None:
@@ -189,8 +185,3 @@ def _check_schedule(config: ComponentScheduleConfig) -> None:
             f"schedule.{TARGET}={config.name} is not a function f(step, *, lr, max_steps) of the learning rate."
         )
     check_component("schedule", config.model_dump(mode="json", exclude={"max_steps"}), handed=handed)
-
-
-def enabled(extra: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Returns the components among the additional keys of a config group, without those that are null."""
-    return {name: values for name, values in (extra or {}).items() if values is not None}

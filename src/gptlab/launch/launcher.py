@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.config.resume import START_KEYS, resolve_split
+from gptlab.config.components import TARGET, component_record, iter_targets
+from gptlab.config.resume import START_KEYS, may_change, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split
@@ -28,6 +29,7 @@ from gptlab.launch.signals import run_stoppable
 from gptlab.launch.supervisor import Job, supervise
 from gptlab.pretrained.external import check_archive, check_external, check_external_shape, is_external
 from gptlab.pretrained.source import check_model_exists, resolve_path
+from gptlab.tracking.environment import read_components
 from gptlab.tracking.run_directory import check_weights_fit, load_config, require_checkpoint
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
@@ -106,6 +108,8 @@ def preflight(config: RunConfig) -> ReadyRun:
         _check_start(config, origin, start)
     _check_loggers(config)
     check_components(config)
+    if config.resume:
+        _check_same_components(config, Path(config.resume))
     prepared = open_data(config)
     if config.callbacks.samples is not None:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded
@@ -193,6 +197,23 @@ def _check_same_data(config: RunConfig, prepared: TokenDataset, run_dir: Path) -
             "force_resume=true"
         )
     log.warning("%s Resuming anyway, because force_resume=true.", sentence)
+
+
+def _check_same_components(config: RunConfig, run_dir: Path) -> None:
+    """Checks that the code of a resumed run's components is unchanged, if it is part of what the run computes."""
+    recorded = read_components(run_dir)
+    for key, target in iter_targets(config.model_dump(mode="json")):
+        now, earlier = component_record(key, target), recorded.get(key)
+        if earlier is None or earlier == now or earlier.get("target") != target:
+            continue
+        part = "version" if earlier.get("version") != now["version"] else "sha256"
+        sentence = (
+            f"{key}.{TARGET}={target} has changed since {run_dir} was trained: {part}={now[part]}, but was "
+            f"{earlier.get(part)}."
+        )
+        if not config.force_resume and not may_change(key):
+            raise UserError(f"{sentence} Restore the earlier code. To resume anyway: force_resume=true")
+        log.warning("%s", sentence)
 
 
 def _check_same_tokens(prepared: TokenDataset, run_dir: Path) -> None:

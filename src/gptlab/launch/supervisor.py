@@ -21,6 +21,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from gptlab.config.base import rebuild
+from gptlab.config.components import check_trusted
 from gptlab.config.schema import RunConfig
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.launch.signals import STOP_SIGNALS, StopSignals, block_signals
@@ -64,8 +65,9 @@ class Job(NamedTuple):
 
 
 def read_job(path: Path) -> Job:
-    """Reads a job file; its configuration is not validated again."""
+    """Reads a job file; its configuration is not validated again. Raises UserError if a component is not trusted."""
     values = json.loads(path.read_text(encoding="utf-8"))
+    check_trusted(values["config"], path)
     run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job queued by an earlier version
     plan = values.get("plan")
     if plan:

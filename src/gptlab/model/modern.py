@@ -15,14 +15,15 @@ for norms outside of the blocks):
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from inspect import isclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptlab.config.components import build_component
+from gptlab.config.components import TARGET, build_component, check_component, import_target
+from gptlab.errors import UserError
 from gptlab.model.attention import AttentionContext, CausalSelfAttention, rotate
 from gptlab.model.causal_lm import CausalLM
 from gptlab.model.config import NORM_EPSILON, ComponentModelConfig, GPTConfig
@@ -40,6 +41,7 @@ def build_gpt(config: GPTConfig) -> GPT:
         ValueError: ``config.vocab_size`` is None.
     """
     if isinstance(config, ComponentModelConfig):
+        check_model(config)
         return cast(GPT, build_component(config.component, config=config))
     return GPT(config) if config.is_gpt2 else ModernGPT(config)
 
@@ -48,6 +50,21 @@ def meta_gpt(config: GPTConfig) -> GPT:
     """Builds a model on the meta device, where parameters use no memory; ``GPT.load_weights`` sets its weights."""
     with torch.device("meta"):
         return build_gpt(config)
+
+
+def check_model(config: ComponentModelConfig) -> None:
+    """Checks the class and the arguments of a model that is a component; raises UserError."""
+    check_component("model", config.component, CausalLM, handed=("config",))
+
+
+def check_part(config: GPTConfig, name: str) -> None:
+    """Checks the target and the arguments of a part of the model that is a component; raises UserError.
+
+    A target that is a class must be a subclass of ``torch.nn.Module``. A function may return a module.
+    """
+    values = config.components[name]
+    target = import_target(f"model.{name}", values[TARGET])
+    check_component(f"model.{name}", values, nn.Module if isclass(target) else None, handed=("config", "layer"))
 
 
 class ReLUSquared(nn.Module):
@@ -203,28 +220,40 @@ class ModernGPT(GPT):
 
 
 def _block(config: GPTConfig, layer: int) -> nn.Module:
-    return ModernBlock(config, layer) if config.block is None else _build_part(config.block, config, layer)
+    return ModernBlock(config, layer) if config.block is None else _build_part(config, "block", layer)
 
 
 def _attention(config: GPTConfig, layer: int) -> nn.Module:
-    return ModernAttention(config, layer) if config.attention is None else _build_part(config.attention, config, layer)
+    return ModernAttention(config, layer) if config.attention is None else _build_part(config, "attention", layer)
 
 
 def _activation(config: GPTConfig, layer: int) -> nn.Module:
-    if isinstance(config.activation, dict):
-        return _build_part(config.activation, config, layer)
-    return MODERN_ACTIVATIONS[config.activation]()
+    if isinstance(config.activation, str):
+        return MODERN_ACTIVATIONS[config.activation]()
+    return _build_part(config, "activation", layer)
 
 
 def _norm(config: GPTConfig, layer: int | None) -> nn.Module:
     """Builds the norm of a block or, if ``layer`` is None, that of the embedding or of the last block's output."""
-    if isinstance(config.norm, dict):
-        return _build_part(config.norm, config, layer)
-    if config.norm == "rms":
-        return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
-    return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+    match config.norm:
+        case "rms":
+            return nn.RMSNorm(config.n_embd, eps=NORM_EPSILON)
+        case "layer":
+            return nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
+    return _build_part(config, "norm", layer)
 
 
-def _build_part(values: Mapping[str, Any], config: GPTConfig, layer: int | None) -> nn.Module:
-    part: nn.Module = build_component(values, config=config, layer=layer)
+def _build_part(config: GPTConfig, name: str, layer: int | None) -> nn.Module:
+    """Checks and builds a part of the model that is a component.
+
+    Raises:
+        UserError: The component is invalid, or a function that builds it returns no module.
+    """
+    check_part(config, name)
+    part = build_component(config.components[name], config=config, layer=layer)
+    if not isinstance(part, nn.Module):
+        raise UserError(
+            f"model.{name}.{TARGET}={config.components[name][TARGET]} returns {type(part).__name__}, which is not a "
+            "torch.nn.Module."
+        )
     return part

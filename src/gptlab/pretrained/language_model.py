@@ -67,7 +67,7 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Device of the model."""
-        return self.network.wte.weight.device
+        return next(self.network.parameters()).device
 
     def ids(self, text: Text) -> Tensor:
         """Returns the token IDs (1, T) of a text on the model's device. "" means the start of a document.

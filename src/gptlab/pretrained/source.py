@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptlab.config.components import check_trusted
 from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX, is_on_hub
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.external import META_FILE, tokenizer_record
@@ -111,6 +112,7 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     check_model_exists(path, named)
     if not is_external(path):
         config = load_config(path)
+        check_trusted({"model": config.model.model_dump(mode="json")}, path)
         require_checkpoint(path, named)
         return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
     shape = _nanogpt_shape(path, named) if path.is_file() else read_hf_shape(path)

@@ -1,5 +1,6 @@
 """Loads the weights of runs and of other programs. Unpickles only tensors and plain data."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -27,7 +28,7 @@ def load_weights(model: GPT, path: Path) -> None:
     Raises:
         UserError: The weights cannot be read or do not fit the model.
     """
-    model.load_state_dict(_read_weights(model, path))
+    _load(model, _read_weights(model, path), path)
 
 
 def load_model(source: ModelSource) -> GPT:
@@ -40,7 +41,7 @@ def load_model(source: ModelSource) -> GPT:
     """
     model = meta_gpt(source.model)
     weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
-    model.load_weights(weights)
+    _load(model, weights, source.path)
     return model.requires_grad_(True).eval()
 
 
@@ -53,9 +54,28 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
         state = merge_lora(state, lora)
     if "wpe.weight" in state:
         state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
-    if model.config.tie_weights:
-        state["lm_head.weight"] = state["wte.weight"]
+    for name, tied in _tied_names(model):
+        state[name] = state[tied]
     return state
+
+
+def _load(model: GPT, weights: dict[str, Tensor], path: Path) -> None:
+    """Loads weights; raises UserError if a model with components does not have parameters of these names and shapes."""
+    try:
+        if next(model.parameters()).is_meta:
+            model.load_weights(weights)
+        else:
+            model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"The weights of {path} do not fit this model: {error}") from error
+
+
+def _tied_names(model: GPT) -> Iterator[tuple[str, str]]:
+    """Yields each further name of a shared parameter, and its first name."""
+    first: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (known := first.setdefault(parameter, name)) != name:
+            yield name, known
 
 
 def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
 
 
-def record_environment(directory: Path) -> None:
+def record_environment(directory: Path, components: Mapping[str, Any] | None = None) -> None:
     """Writes environment.json and, if the checkout has uncommitted changes, uncommitted.diff.
 
     Environment variables are not recorded, since they may contain secrets.
+
+    Args:
+        directory: Run directory.
+        components: Code version of each component, by config key; see ``gptlab.config.components.component_record``.
     """
     commit, diff, status = _git("rev-parse", "HEAD"), _git("diff", "HEAD"), _git("status", "--porcelain")
     record: dict[str, Any] = {
@@ -36,11 +41,22 @@ def record_environment(directory: Path) -> None:
         },
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "python": sys.version,
+        "components": dict(components or {}),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
     }
     (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if diff:
         (directory / DIFF).write_bytes(diff)
+
+
+def read_components(directory: Path) -> dict[str, Any]:
+    """Returns the code versions of the components of a run; empty if none are recorded."""
+    try:
+        values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    found = values.get("components") if isinstance(values, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _lines_of(output: bytes) -> list[str]:

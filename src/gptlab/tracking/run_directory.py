@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from gptlab.config.base import validate
+from gptlab.config.components import component_record, is_component, iter_targets
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.errors import UserError, failure_reason
@@ -56,8 +57,9 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
 
 def record_config(config: RunConfig, directory: Path) -> None:
     """Writes the configuration and the environment of a run; a resume overwrites them."""
-    write_durably(directory / CONFIG, yaml.safe_dump(without_origin(config), sort_keys=False, allow_unicode=True))
-    record_environment(directory)
+    values = without_origin(config)
+    write_durably(directory / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    record_environment(directory, {key: component_record(key, target) for key, target in iter_targets(values)})
 
 
 def without_origin(config: RunConfig) -> dict[str, Any]:
@@ -162,7 +164,9 @@ def check_weights_fit(directory: Path, trained: GPTConfig, model: GPTConfig, *, 
 def check_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig, *, cropped: bool = True) -> None:
     """Checks that weights of a shape fit a model; raises UserError with the keys that differ."""
     own = model.model_dump()
-    differences = [key for key in shape if key != "block_size" and shape[key] != own[key]]
+    # the shapes of a component are known only when its weights are loaded
+    keys = [key for key in shape if key != "block_size" and not is_component(shape[key]) and not is_component(own[key])]
+    differences = [key for key in keys if shape[key] != own[key]]
     if shape["block_size"] < model.block_size or (shape["block_size"] > model.block_size and not cropped):
         differences.append("block_size")
     if differences:

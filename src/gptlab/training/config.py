@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from gptlab.config.base import FrozenConfig
-from gptlab.config.components import TARGET, Component
+from gptlab.config.components import TARGET, Component, enabled_components
 from gptlab.data.order import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
@@ -392,3 +392,8 @@ class CallbacksConfig(FrozenConfig):
     hellaswag: HellaSwagConfig | None = None
     early_stopping: EarlyStoppingConfig | None = None
     trace: TraceConfig | None = None
+
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """The components by name, without those that are null."""
+        return enabled_components(self.model_extra)

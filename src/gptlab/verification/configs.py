@@ -82,6 +82,7 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
             checkpoint=_every_step(config.callbacks.checkpoint),
             samples=_short_samples(config.callbacks.samples),
             trace=TraceConfig(every=1),
+            **config.callbacks.components,
         ),
         logger=LoggerConfig(),
     )
@@ -105,7 +106,7 @@ def comparable(short: RunConfig, accelerator: Literal["cpu", "gpu"]) -> RunConfi
         model=_with(short.model, dropout=0.0),
         train=_with(short.train, compile=False),
         trainer=_with(short.trainer, accelerator=accelerator, precision="32-true", **single),
-        callbacks=CallbacksConfig(trace=TraceConfig(every=1)),
+        callbacks=CallbacksConfig(trace=TraceConfig(every=1), **short.callbacks.components),
     )
 
 

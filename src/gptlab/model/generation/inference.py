@@ -179,7 +179,8 @@ def bytes_per_token(model: GPT, rows: int, length: int) -> int:
     layers = (nn.Linear, PackedLinear, Int8Linear, SplitInt8Linear)
     matrices: list[Tensor] = [part.weight for part in model.modules() if isinstance(part, layers)]
     weights = sum(matrix.numel() * matrix.element_size() for matrix in matrices)
-    dtype = cache_dtype(model.wte.weight.dtype, model.wte.weight.device)
+    weight = next(model.parameters())
+    dtype = cache_dtype(weight.dtype, weight.device)
     return weights + rows * length * 2 * config.n_layer * config.n_embd * dtype.itemsize
 
 
