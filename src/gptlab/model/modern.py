@@ -12,11 +12,13 @@ for norms outside of the blocks):
   ``ctx.cache`` still generates text, at the speed of a model without KV cache.
 - ``model.norm``, ``model.activation``: a module with ``forward(x)``, from x (..., C) to the same shape.
 
+A function instead of a class must be annotated to return a ``torch.nn.Module``.
+
 Shapes: B batch, T time, C channels (``n_embd``), nh heads, hs head size.
 """
 
-from inspect import isclass
-from typing import cast
+from inspect import isclass, isfunction
+from typing import cast, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +62,17 @@ def check_model(config: ComponentModelConfig) -> None:
 def check_part(config: GPTConfig, name: str) -> None:
     """Checks the target and the arguments of a part of the model that is a component; raises UserError.
 
-    A target that is a class must be a subclass of ``torch.nn.Module``. A function may return a module.
+    The target must be a subclass of ``torch.nn.Module``, or a function that is annotated to return one.
     """
     values = config.components[name]
     target = import_target(f"model.{name}", values[TARGET])
-    check_component(f"model.{name}", values, nn.Module if isclass(target) else None, handed=("config", "layer"))
+    returned = get_type_hints(target).get("return") if isfunction(target) else target
+    if not (isclass(returned) and issubclass(returned, nn.Module)):
+        raise UserError(
+            f"model.{name}.{TARGET}={values[TARGET]} is neither a subclass of torch.nn.Module nor a function that is "
+            "annotated to return one."
+        )
+    check_component(f"model.{name}", values, handed=("config", "layer"))
 
 
 class ReLUSquared(nn.Module):
