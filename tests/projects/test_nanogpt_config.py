@@ -115,7 +115,7 @@ ERRORS = {
     "infinity": ("learning_rate = 1e999", "too large"),
     "digits": ("batch_size = " + "9" * 5000, "invalid Python syntax: Exceeds the limit"),
     "hexadecimal digits": ("batch_size = 0x" + "f" * 50_000, "too large"),
-    "doubled string": ("a = 'ab'\n" + "a = a + a\n" * 60, "a string has more than"),
+    "doubled string": ("a = 'ab'\n" + "a = a + a\n" * 20, "a string has more than"),
     "large string": (f"dataset = '{'x' * 50_000}'", "a string has more than"),
     "large file": (f"dataset = '{'x' * 10_000_000}'", f"more than {MAX_BYTES:,} bytes"),
 }
@@ -171,8 +171,8 @@ def test_too_deep_nesting_is_a_user_error(read, kind):
         read(f"batch_size = {NESTED[kind](10_000)}")
 
 
-def test_many_ignored_statements_are_read_in_linear_time(read):
-    assert len(read("f()\n" * 16_000).ignored) == 16_000  # about 0.1 s
+def test_many_ignored_statements_are_all_reported(read):
+    assert len(read("f()\n" * 16_000).ignored) == 16_000
 
 
 MALICIOUS = [

@@ -288,6 +288,7 @@ def test_learning_rates_are_nanogpts(convert, composed, changes):
         ("compile = True", "train.compile", True),
         ("grad_clip = 0.0", "train.grad_clip", 0.0),
         ("lr_decay_iters = 5", "schedule.decay_steps", 5),
+        ("learning_rate = 7e-4\nmin_lr = 7e-5", "schedule.min_lr_ratio", 0.1),  # not 0.09999999999999999
         ("max_iters = 7", "train.max_steps", 7),
         ("weight_decay = 0", "optimizer.weight_decay", 0.0),
         ("beta1 = 0.8", "optimizer.betas", [0.8, 0.95]),

@@ -134,9 +134,9 @@ def read_nanogpt_config(path: Path) -> NanoGPTConfig:
 
 
 def _read_text(path: Path) -> str:
-    if not path.is_file():  # a named pipe would block
-        raise UserError(f"{path} is not a file (working directory: {Path.cwd()}).")
     try:
+        if not path.is_file():  # a named pipe would block
+            raise UserError(f"{path} is not a file (working directory: {Path.cwd()}).")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
