@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
+from gptlab.config.search_path import FLAG
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
@@ -33,10 +34,17 @@ def main(values: DictConfig) -> int:
     plan = make_plan(config, manifest, plan_config.gpus, plan_config.mfu)
     print_plan(plan)
     if choice is not None:
-        print_choice(choice, shlex.join(("python", "-m", "gptlab.train", *run_overrides(overrides), *choice.overrides)))
+        arguments = (*_config_dir(), *run_overrides(overrides), *choice.overrides)
+        print_choice(choice, shlex.join(("python", "-m", "gptlab.train", *arguments)))
     if plan_config.json_file is not None:
         _write(Path(plan_config.json_file).expanduser(), plan)
     return DONE
+
+
+def _config_dir() -> list[str]:
+    """Returns the flag --config-dir of this command, if it has one."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [f"{FLAG}={source.path}" for source in sources if source.provider == FLAG]
 
 
 def _write(path: Path, plan: RunPlan) -> None:

@@ -126,6 +126,8 @@ def _error_message(
             problem = str(details["ctx"]["error"]).removeprefix(f"{key}.")
             is_about_key = key and f"{key}.{problem.partition('=')[0]}" in keys
             return f"{key}.{problem}." if is_about_key else f"{key}: {problem}." if key else f"{problem}."
+        case "union_tag_not_found":
+            return f"{key}.name is missing. Select an option: {key}=<option>"
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
     value, schema = get_value(values, key), _schema(config_type, key, values)
