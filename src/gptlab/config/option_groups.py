@@ -48,15 +48,8 @@ class OptionGroups:
         lines = []
         for group in sorted(self._own_keys - {"hydra"} | self._user_groups()):
             if options := self.options(group):
-                lines.append(
-                    fill(
-                        f"{group}: {self._by_folder(group, options)}",
-                        80,
-                        subsequent_indent="  ",
-                        break_on_hyphens=False,
-                    )
-                    + "\n"
-                )
+                text = f"{group}: {self._by_folder(group, options)}"
+                lines.append(fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) + "\n")
         return "".join(lines)
 
     def options(self, group: str) -> list[str]:
