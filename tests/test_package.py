@@ -40,3 +40,7 @@ def test_the_wheel_works_outside_the_checkout(installed):
     assert "renderLoss" in report
     shown = installed.python("gptlab.train", "--cfg", "job", "sweeps=lr")
     assert shown.returncode == 0, shown.stderr
+    (installed.folder / "conf" / "optimizer").mkdir(parents=True)
+    (installed.folder / "conf" / "optimizer" / "mine.yaml").write_text("defaults: [adamw]\nbetas: [0.5, 0.6]\n")
+    shown = installed.python("gptlab.train", "--cfg", "job", "-p", "optimizer.betas", "optimizer=mine")
+    assert shown.stdout == "# @package optimizer.betas\n- 0.5\n- 0.6\n", shown.stderr

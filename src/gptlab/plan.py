@@ -10,9 +10,11 @@ from omegaconf import DictConfig
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
+from gptlab.config.search_path import FLAG
 from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.launch.components import check_components, count_components
 from gptlab.planning.calibration import calibrate
 from gptlab.planning.plans import RunPlan, choose_run, make_plan, plan_to_dict
 from gptlab.planning.report import print_choice, print_plan
@@ -25,18 +27,27 @@ def main(values: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     config, plan_config = resolve_plan(values, overrides)
     config, manifest = with_vocabulary(config)
+    check_components(config)
     choice = None if plan_config.budget is None else choose_run(config, plan_config.budget, plan_config.gpus)
     config = choice.config if choice else config
     if plan_config.calibrate:
         calibrate(config)
         config, manifest = with_vocabulary(config)
+    config = count_components(config)
     plan = make_plan(config, manifest, plan_config.gpus, plan_config.mfu)
     print_plan(plan)
     if choice is not None:
-        print_choice(choice, shlex.join(("python", "-m", "gptlab.train", *run_overrides(overrides), *choice.overrides)))
+        arguments = (*_config_dir(), *run_overrides(overrides), *choice.overrides)
+        print_choice(choice, shlex.join(("python", "-m", "gptlab.train", *arguments)))
     if plan_config.json_file is not None:
         _write(Path(plan_config.json_file).expanduser(), plan)
     return DONE
+
+
+def _config_dir() -> list[str]:
+    """Returns the flag --config-dir of this command, if it has one."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [f"{FLAG}={source.path}" for source in sources if source.provider == FLAG]
 
 
 def _write(path: Path, plan: RunPlan) -> None:

@@ -53,3 +53,25 @@ def test_groups_table_lists_the_groups_of_the_command():
     lines = OptionGroups("prepare", [CONF]).table().splitlines()
     listed = [line.partition(": ")[0] for line in lines if not line.startswith(" ")]
     assert listed == ["data", "tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("override", "selected"),
+    [
+        ("+experiment=quickstart", "experiment=quickstart"),
+        ("++model=gpt2", "model=gpt2"),
+        ("+debug=limit", "debug=limit"),
+        ("+hydra/job_logging=stdout", "hydra/job_logging=stdout"),
+        ("+logger=[csv,wandb]", "logger=[csv,wandb]"),
+        ("+machine=big", "+machine=big"),  # not in the defaults list
+        ("+model.n_layer=3", "+model.n_layer=3"),
+        ("+logger={wandb: null}", "+logger={wandb: null}"),
+    ],
+)
+def test_plus_before_a_group_of_the_defaults_list_selects_an_option(override, selected):
+    assert OptionGroups("train", [CONF]).select(override) == selected
+
+
+def test_plus_before_a_group_with_several_options_is_ambiguous():
+    with pytest.raises(UserError, match=r"callbacks=\[<option>,trace\]"):
+        OptionGroups("train", [CONF]).select("+callbacks=trace")

@@ -12,7 +12,7 @@ import yaml
 
 from gptlab.benchmarks.config import SpeedrunBench
 from gptlab.benchmarks.measuring import ResultTable, Sample, Variant, measure_in_turns, run_timed
-from gptlab.config.command import configuration_folder
+from gptlab.config.search_path import configuration_folder
 from gptlab.errors import UserError
 
 WHOLE = "nothing"  # option of `without` that omits no part

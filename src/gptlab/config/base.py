@@ -68,6 +68,8 @@ def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def unknown_key(key: str, keys: set[str]) -> str:
     """Returns the error message for an unknown key; it suggests the most similar one of ``keys``."""
+    if key in keys and "." not in key:
+        return f"Config key `{key}` is not in this configuration. To add it: +{key}=<value>"
     if key in keys:
         return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
     return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."
@@ -128,6 +130,8 @@ def _error_message(
             problem = str(details["ctx"]["error"]).removeprefix(f"{key}.")
             is_about_key = key and f"{key}.{problem.partition('=')[0]}" in keys
             return f"{key}.{problem}." if is_about_key else f"{key}: {problem}." if key else f"{problem}."
+        case "union_tag_not_found":
+            return f"{key}.name is missing. Select an option: {key}=<option>"
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
     value, schema = get_value(values, key), _schema(config_type, key, values)

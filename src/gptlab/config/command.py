@@ -4,10 +4,12 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gptlab.config.base import unknown_key
 from gptlab.config.components import TRUST_KEY, iter_targets, trust_packages
 from gptlab.config.option_groups import OptionGroups, unknown_option
+from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
 from gptlab.tracking.logs import log_to_console
@@ -40,12 +43,6 @@ class _StopSweep(BaseException):
 
     def __init__(self, status: int) -> None:
         self.status = status
-
-
-def configuration_folder() -> Path:
-    """Returns the directory conf/ of the installed package or, if it has none, of the checkout."""
-    package = Path(__file__).parents[1]
-    return next(folder / "conf" for folder in (package, package.parents[1]) if (folder / "conf").is_dir())
 
 
 def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] = ()) -> Callable[[Task], Main]:
@@ -96,6 +93,14 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
                 if wants_traceback:
                     raise
                 statuses.append(report_error(_to_user_error(error, keys, groups)))
+            except yaml.MarkedYAMLError as error:
+                if wants_traceback or (mark := error.problem_mark) is None:
+                    raise
+                statuses.append(report_error(UserError(f"{mark.name}, line {mark.line + 1}: {error.problem}.")))
+            except (ValueError, RecursionError) as error:
+                if wants_traceback or not _is_raised_by_hydra(error):
+                    raise
+                statuses.append(report_error(_to_user_error(error, keys, groups)))
             except (JobFailed, SweepIncomplete) as error:
                 statuses.append(error.status)
             except _StopSweep as error:
@@ -135,18 +140,31 @@ def _check_command_line(config_name: str) -> OptionGroups:
     """
     # Hydra's parser is not public (checked in hydra-core 1.3.8). A separate parser would have to duplicate all of
     # Hydra's flags and their abbreviations.
-    flags = get_args_parser().parse_args()
+    parser = get_args_parser()
+    flags = parser.parse_args()
     if flags.experimental_rerun is not None:
         raise UserError(
             f"--experimental-rerun={flags.experimental_rerun} is refused: unpickling the file could run arbitrary "
             "code. To resume a run: resume=<run directory>"
         )
-    folders = [configuration_folder()] if flags.config_dir is None else [Path(flags.config_dir), configuration_folder()]
-    groups = OptionGroups(config_name, folders)
-    groups.check_options(flags.overrides)
-    groups.check_experiments(flags.overrides)
+    directories = user_directories(flags.config_dir)
+    search_first(directories)
+    folders, appended = [*directories, configuration_folder()], _appended_folders(flags.overrides)
+    groups = OptionGroups(config_name, folders, appended, primary=flags.config_name)
+    sys.argv[1:] = [groups.select(argument) for argument in sys.argv[1:]]
+    overrides = parser.parse_args().overrides
+    groups.check_options(overrides)
+    groups.check_experiments(overrides)
     OmegaConf.register_new_resolver("groups", groups.table, replace=True)
     return groups
+
+
+def _appended_folders(overrides: Sequence[str]) -> list[Path]:
+    """Returns the directories that ``hydra.searchpath`` on the command line appends to the search path."""
+    given = [override for override in overrides if override.startswith("hydra.searchpath=")]
+    values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
+    paths = [str(path).removeprefix("file://") for value in values if isinstance(value, list) for path in value]
+    return [Path(path).absolute() for path in paths if "://" not in path]
 
 
 def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
@@ -167,9 +185,21 @@ def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
     return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
 
 
+def _is_raised_by_hydra(error: Exception) -> bool:
+    """Whether Hydra raised the error before it called the task: for its flags, or for a defaults list."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals["__name__"]) for frame in frames]
+    return modules[-1].startswith("hydra._internal.") or "hydra._internal.defaults_list" in modules
+
+
 def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> UserError:
     """Converts one of Hydra's errors about a command line to a ``UserError``."""
     message = str(error).strip()
+    if isinstance(error, RecursionError):
+        return UserError(
+            "A file includes itself in its defaults list. An option includes another one of its group by its path, as "
+            "in `- /model/gpt@model`, not by `- /model: gpt`."
+        )
     if isinstance(error, MissingConfigException):
         group, _, option = (error.missing_cfg_file or "").rpartition("/")
         # Hydra gives no options for a list, as in callbacks=[default,foo]
@@ -181,6 +211,12 @@ def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> Us
         return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
         return UserError(unknown_key(found[1], keys))
+    if isinstance(error, ConfigCompositionException) and (found := re.search(r"already at '([^']+)'", message)):
+        return UserError(f"{found[1]} already has a value. To change it: {found[1]}=<value>, without +")
+    if found := re.match(r"Multiple values for (\S+)\. .*'override \S+: (.*)'", message):
+        return UserError(
+            f"Multiple values for {found[1]}. A defaults list changes it by `- override /{found[1]}: {found[2]}`."
+        )
     if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
         message = f"{message}: {error.__cause__}"
     return UserError(message)

@@ -15,6 +15,7 @@ import yaml
 from gptlab.errors import UserError, did_you_mean
 
 EXPERIMENT = "experiment"
+COMBINED = ("callbacks", "logger")  # groups of which several options are often selected
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> UserError:
@@ -29,26 +30,49 @@ class OptionGroups:
     Args:
         command: Name of the command, which is also the name of its primary configuration.
         folders: Directories with configuration files in search order; gptlab's own is the last.
+        appended: Directories that Hydra searches after gptlab's own (``hydra.searchpath``).
+        primary: Name of the primary configuration if it is another one (``--config-name``).
     """
 
-    def __init__(self, command: str, folders: Sequence[Path]) -> None:
-        self.command, self.folders = command, folders
-        self._own_keys = self._top_level_keys(command)
+    def __init__(
+        self, command: str, folders: Sequence[Path], appended: Sequence[Path] = (), primary: str | None = None
+    ) -> None:
+        self.command, self.folders, self.own_folder = command, [*folders, *appended], folders[-1]
+        self._own_keys = self._top_level_keys(primary or command)
 
     def table(self) -> str:
-        """Returns a paragraph per config group with its options, wrapped at 80 columns."""
+        """Returns a paragraph per config group with its options, wrapped at 80 columns.
+
+        The user's options follow gptlab's, with their directory: ``optimizer: adamw, muon; from conf/: lion``.
+        """
         lines = []
-        for group in sorted(self._own_keys - {"hydra"}):
+        for group in sorted(self._own_keys - {"hydra"} | self._user_groups()):
             if options := self.options(group):
-                lines.append(
-                    fill(f"{group}: {', '.join(options)}", 80, subsequent_indent="  ", break_on_hyphens=False) + "\n"
-                )
+                text = f"{group}: {self._by_folder(group, options)}"
+                lines.append(fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) + "\n")
         return "".join(lines)
 
     def options(self, group: str) -> list[str]:
         """Returns the sorted options of a config group, without the experiments of other commands."""
-        options = {path.stem for folder in self.folders for path in (folder / group).glob("*.yaml")}
-        return self.fitting_options(group, sorted(options))
+        return self.fitting_options(group, sorted(self._folders_of_options(group)))
+
+    def select(self, override: str) -> str:
+        """Removes the ``+`` of ``+group=option``, which Hydra rejects for a group that is in the defaults list.
+
+        Raises:
+            UserError: Several options of the group can be combined, and it is unclear whether the option is to replace
+                or to extend the default.
+        """
+        found = re.fullmatch(r"\++([\w/]+)=([^{].*)", override)
+        if not found or not (found[1].startswith("hydra/") or (found[1] in self._own_keys and self.options(found[1]))):
+            return override
+        group, option = found.groups()
+        if group in COMBINED and not option.startswith("["):
+            raise UserError(
+                f"{override}: {group} already has an option. To replace it: {group}={option}. To have several options: "
+                f"{group}=[<option>,{option}]"
+            )
+        return override.lstrip("+")
 
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
@@ -84,15 +108,51 @@ class OptionGroups:
         keys = self._top_level_keys(f"{EXPERIMENT}/{experiment}")
         if keys <= self._own_keys:
             return None
-        commands = {path.stem: self._top_level_keys(path.stem) for path in self.folders[-1].glob("*.yaml")}
+        commands = {path.stem: self._top_level_keys(path.stem) for path in self.own_folder.glob("*.yaml")}
         fitting = [name for name, known in commands.items() if EXPERIMENT in known and keys <= known]
         # the one with the fewest keys, since other commands may have a superset of them
         return min(fitting, key=lambda name: (len(commands[name]), name), default=None)
 
+    def _by_folder(self, group: str, options: Sequence[str]) -> str:
+        """Returns the options as text: gptlab's own, then those of each of the user's directories."""
+        folder_of, texts = self._folders_of_options(group), []
+        for folder in sorted(self.folders, key=lambda folder: folder != self.own_folder):
+            names = [
+                f"{option} (replaces gptlab's)" if self._replaces(folder, f"{group}/{option}") else option
+                for option in options
+                if folder_of[option] == folder
+            ]
+            if names:
+                origin = "" if folder == self.own_folder else f"from {_display(folder)}: "
+                texts.append(origin + ", ".join(names))
+        return "; ".join(texts)
+
+    def _folders_of_options(self, group: str) -> dict[str, Path]:
+        """Returns the options of a group, each with the first directory that has it."""
+        files = ((folder, path) for folder in reversed(self.folders) for path in (folder / group).glob("*.yaml"))
+        return {path.stem: folder for folder, path in files if path.is_file()}
+
+    def _replaces(self, folder: Path, file: str) -> bool:
+        return folder != self.own_folder and (self.own_folder / f"{file}.yaml").is_file()
+
+    def _user_groups(self) -> set[str]:
+        """Returns the groups in the user's directories, without gptlab's groups that the command does not have."""
+        found = {
+            path.parent.relative_to(folder).as_posix()
+            for folder in self.folders
+            if folder != self.own_folder
+            for pattern in ("*/*.yaml", "*/*/*.yaml")
+            for path in folder.glob(pattern)
+        }
+        tops = {group: group.partition("/")[0] for group in found - {"hydra"}}
+        return {group for group, top in tops.items() if top in self._own_keys or not (self.own_folder / top).is_dir()}
+
     def _top_level_keys(self, file: str) -> set[str]:
         """Returns the groups and keys at the top level of a file; empty if Hydra could not read it."""
         try:
-            path = next(path for folder in self.folders if (path := folder / f"{file}.yaml").is_file())
+            is_primary = "/" not in file and (self.own_folder / f"{file}.yaml").is_file()  # always gptlab's
+            folders = [self.own_folder] if is_primary else self.folders
+            path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (StopIteration, OSError, UnicodeDecodeError, yaml.YAMLError):
             return set()
@@ -107,3 +167,8 @@ class OptionGroups:
                 elif key != "_self_":
                     names |= self._top_level_keys(chosen)  # of an included file
         return names
+
+
+def _display(folder: Path) -> str:
+    """Returns a directory for messages, relative to the working directory if it is in there."""
+    return f"{folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder}/"

@@ -55,7 +55,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
             resume cannot be read.
     """
     composed = resolve_to_dict(values)
-    overridden = [override.lstrip("+").partition("=")[0] for override in overrides]
+    overridden = [override.lstrip("+~").partition("=")[0] for override in overrides]
     overridden = [key for key in overridden if key != TRUST_KEY]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
         composed["train"]["max_steps"] = None  # the given length replaces the default one
@@ -189,4 +189,4 @@ def _copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -
     if path[-1] in source:
         target[path[-1]] = source[path[-1]]
     else:
-        del target[path[-1]]
+        target.pop(path[-1], None)

@@ -11,6 +11,7 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
+from gptlab.training.hardware import resolve_loss_chunk
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
 
@@ -132,6 +133,11 @@ class RunConfig(FrozenConfig):
                 "the weights and their average in float32"
             )
         return self
+
+    @property
+    def loss_chunk(self) -> int | None:
+        """Number of tokens whose logits training computes at a time; None for all, as with a component ``loss``."""
+        return resolve_loss_chunk(None if self.loss else self.train.loss_chunk, self.model)
 
     @property
     def steps(self) -> int:

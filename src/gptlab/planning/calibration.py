@@ -24,7 +24,7 @@ from gptlab.errors import UserError
 from gptlab.launch.supervisor import Job, start_worker
 from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig
-from gptlab.training.hardware import Hardware, resolve_loss_chunk
+from gptlab.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ def _path(config: RunConfig, hardware: Hardware) -> Path:
 def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     """Returns all values that affect the speed and memory of a step."""
     train, trainer = config.train, config.trainer
-    loss_chunk = resolve_loss_chunk(train.loss_chunk, config.model)
+    loss_chunk = config.loss_chunk
+    components = [config.loss, config.callbacks.components, trainer.flags]
     return {
         "machine": [hardware.accelerator, hardware.name, hardware.devices, hardware.num_nodes, _threads()],
         "torch": version("torch"),
@@ -164,6 +165,7 @@ def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
         "optimizer": [config.optimizer.name, train.ema_decay],
         "data": [config.data.num_workers, config.data.documents],
         "compile_mode": train.compile_mode,
+        **({"components": components} if any(components) else {}),
     }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from gptlab.config.command import configuration_folder
 from gptlab.config.schema import RunConfig
+from gptlab.config.search_path import configuration_folder
 from gptlab.data.shards.manifest import Manifest, write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement

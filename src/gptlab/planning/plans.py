@@ -24,7 +24,7 @@ from gptlab.planning.memory import (
     estimate_memory,
     largest_micro_batch,
 )
-from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_loss_chunk
+from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware
 
 COMPARED = ("h100", "a100", "l4", "rtx4090")  # GPUs of the time forecast if none is given
 OTHERS = 8  # devices of the alternative layouts of a run on one device
@@ -110,7 +110,7 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
     length = run_length(config, manifest.tokens("val") if manifest else None)
-    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+    chunk = config.loss_chunk
     measured = find_measurement(config, hardware)
     local = [estimate_from_measurement(length, hardware, measured)] if measured else []
     return RunPlan(
@@ -146,7 +146,7 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
     hardware = plan_hardware(config, gpus)
     spread = plan_layout(config, hardware)
     share = config.train.global_batch_size // spread.copies
-    largest = largest_micro_batch(config, hardware, spread, resolve_loss_chunk(config.train.loss_chunk, config.model))
+    largest = largest_micro_batch(config, hardware, spread, config.loss_chunk)
     if largest is None or largest >= share:
         return choice
     fitting = max(size for size in range(1, max(1, largest) + 1) if share % size == 0)
@@ -177,7 +177,7 @@ def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimat
     """Returns the peak memory of one device of a run."""
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
-    return estimate_memory(config, hardware, spread, batch, resolve_loss_chunk(config.train.loss_chunk, config.model))
+    return estimate_memory(config, hardware, spread, batch, config.loss_chunk)
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) ->
 def _alternative(config: RunConfig, hardware: Hardware, way: ParallelLayout) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
-    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+    chunk = config.loss_chunk
     compiled = hardware._replace(compile=_compiled(hardware, way))
     return LayoutAlternative(
         way,

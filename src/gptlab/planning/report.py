@@ -9,7 +9,6 @@ from rich.table import Table
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.plans import RunPlan
-from gptlab.training.hardware import resolve_loss_chunk
 
 SMALL = 50e6  # parameters; the kernels of a smaller model do not fill a GPU
 KINDS = {
@@ -98,7 +97,7 @@ def _checkpoints(plan: RunPlan) -> str:
 
 
 def _memory(plan: RunPlan) -> Table:
-    hardware, chunk = plan.hardware, resolve_loss_chunk(plan.config.train.loss_chunk, plan.config.model)
+    hardware, chunk = plan.hardware, plan.config.loss_chunk
     compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[hardware.compile]
     title = f"peak memory of a device, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
     rows = {

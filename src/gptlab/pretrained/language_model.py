@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor
 
 from gptlab.config.base import validate
-from gptlab.config.command import configuration_folder
+from gptlab.config.search_path import configuration_folder
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import LossSums

@@ -23,10 +23,12 @@ class ConsoleHandler(logging.Handler):
 
 
 def log_to_console() -> None:
-    """Logs gptlab's messages to the console, on the first rank only."""
+    """Logs gptlab's messages to the console, on the first rank only and unless ``hydra/job_logging`` does so."""
     logger = logging.getLogger("gptlab")
     logger.setLevel(logging.INFO)
-    if is_first_rank() and not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, ConsoleHandler)]
+    is_configured = any(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
+    if is_first_rank() and not is_configured:
         logger.addHandler(ConsoleHandler())
 
 
