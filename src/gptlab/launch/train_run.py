@@ -244,6 +244,7 @@ def build_trainer(
         val_check_interval=config.train.eval_every * plan.accumulation,  # Lightning counts micro-batches here
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        log_every_n_steps=config.train.log_every,
         callbacks=_build_callbacks(config, prepared, run_dir, recorder, checkpoint_io, extra_callbacks),
         logger=[
             *build_component_loggers(config, run_dir),

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 
 from gptlab.data.order import BatchSizeSchedule
+from gptlab.training.callbacks.logger_connector import StepLoggerConnector
 from gptlab.training.callbacks.progress import ProgressDisplay
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import peak_memory
@@ -54,7 +55,7 @@ class Stopwatch:
 
 
 class MetricsCallback(L.Callback):
-    """Logs the metrics that docs/run-directory.md lists.
+    """Logs the metrics that docs/run-directory.md lists, and those that other callbacks log with Lightning's ``log``.
 
     Args:
         log_every: Steps between rows.
@@ -89,8 +90,22 @@ class MetricsCallback(L.Callback):
         """Returns the number of tokens of the first ``steps`` steps."""
         return self.stages.first(steps) * self.block_size
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether a step has a row of metrics: the first and the last step, and every ``log_every`` steps."""
+        return step == 1 or step % self.log_every == 0 or step == self.max_steps
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Records values of Lightning's ``log`` at their steps."""
+        trainer._logger_connector = StepLoggerConnector(trainer, self.is_due, self._log_values)  # noqa: SLF001
+
+    def _log_values(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+        log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Creates the progress display and starts the clocks."""
+        connector = trainer._logger_connector  # noqa: SLF001
+        assert isinstance(connector, StepLoggerConnector)  # noqa: S101
+        connector.start()
         self._last_step = trainer.global_step
         self._began = time.monotonic() - self.seconds
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -115,7 +130,7 @@ class MetricsCallback(L.Callback):
         step = trainer.global_step
         if self._display:
             self._display.step(step)
-        if step == 1 or step % self.log_every == 0 or step == self.max_steps:
+        if self.is_due(step):
             self._record_step(trainer, pl_module, step)
         if step == self.max_steps:
             trainer.should_stop = True  # makes Lightning evaluate after the last step, regardless of the interval
@@ -190,7 +205,8 @@ class MetricsCallback(L.Callback):
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Logs a row to every logger."""
+    """Logs a row to every logger, and to ``trainer.callback_metrics``, which early stopping and other callbacks read."""
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
     with defer_interrupt():  # a row is written by all loggers or by none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
