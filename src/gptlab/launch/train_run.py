@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.config.schema import RunConfig
@@ -42,6 +41,7 @@ from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import DeterminismTrace
+from gptlab.training.callbacks.early_stopping import EarlyStopping
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.callbacks.metrics import MetricsCallback
@@ -280,10 +280,9 @@ def _build_callbacks(
     if wanted.hellaswag:
         examples = read_examples_cached(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
         callbacks.append(HellaSwag(wanted.hellaswag, examples, config.train.eval_every, config.steps, recorder.tokens))
-    if wanted.early_stopping:
-        patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
-        callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
     callbacks += build_callbacks(config)
+    if wanted.early_stopping:  # after the callbacks whose metrics it may monitor
+        callbacks.append(EarlyStopping(wanted.early_stopping))
     checkpoints = None
     if wanted.checkpoint:
         every, eval_every = wanted.checkpoint.every, config.train.eval_every

@@ -32,16 +32,17 @@ class StepLoggerConnector(_LoggerConnector):
 
     def start(self) -> None:
         """Sets Lightning's counter, from which its monitors take the step, to the step that is trained next."""
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step + 1
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step + 1  # noqa: SLF001
 
     @property
     def should_update_logs(self) -> bool:
         """Whether the step that is being trained has a row of metrics."""
-        return self._is_due(self.trainer.fit_loop.epoch_loop._batches_that_stepped) or self.trainer.should_stop
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped  # noqa: SLF001
+        return self._is_due(step) or self.trainer.should_stop
 
     def update_train_step_metrics(self) -> None:
         """Records the values that were logged during the step, if this micro-batch completed it."""
-        if self.trainer.fit_loop._should_accumulate():
+        if self.trainer.fit_loop._should_accumulate():  # noqa: SLF001
             return
         values = self.metrics["log"]
         if not values:
