@@ -9,8 +9,10 @@ import logging
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
+from gptlab.config.components import TARGET
 from gptlab.config.resume import START_KEYS, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.data.order import training_order
@@ -21,7 +23,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
-from gptlab.launch.components import check_components
+from gptlab.launch.components import HYDRA_KEYS, check_components
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
@@ -111,6 +113,7 @@ def preflight(config: RunConfig) -> ReadyRun:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded
     if (hellaswag := config.callbacks.hellaswag) is not None:
         read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises if it cannot be read
+    _preflight_components(config, prepared)
     if config.resume:
         _check_same_data(config, prepared, Path(config.resume))
     _check_length(config, prepared.manifest)
@@ -145,6 +148,13 @@ def _check_loggers(config: RunConfig) -> None:
         raise UserError("logger=tensorboard needs the tensorboard package: pip install 'gptlab[tensorboard]'")
     if config.logger.wandb is not None:
         check_mode(config.logger.wandb)
+
+
+def _preflight_components(config: RunConfig, prepared: TokenDataset) -> None:
+    """Calls ``preflight(config, prepared, **arguments)`` of the callbacks whose class has this method."""
+    for values in (config.callbacks.model_extra or {}).values():
+        if values is not None and (check := getattr(resolve_name(values[TARGET]), "preflight", None)):
+            check(config, prepared, **{name: value for name, value in values.items() if name not in HYDRA_KEYS})
 
 
 def _check_length(config: RunConfig, manifest: Manifest) -> None:

@@ -78,7 +78,9 @@ MONITOR = "lightning.pytorch.callbacks.DeviceStatsMonitor"
 
 
 def test_lightnings_monitors_log_at_the_steps_of_rows(user):
-    done = user.train(f"+callbacks.devices._target_={MONITOR}", "+callbacks.devices.cpu_stats=true", "train.log_every=2")
+    done = user.train(
+        f"+callbacks.devices._target_={MONITOR}", "+callbacks.devices.cpu_stats=true", "train.log_every=2"
+    )
     assert_success(done)
     directory = user.only_run()
     with (directory / "metrics.csv").open(newline="") as file:

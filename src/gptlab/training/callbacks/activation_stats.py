@@ -61,8 +61,8 @@ class ActivationStats(L.Callback):
         if not sums:
             return
         names, rows = list(sums), torch.stack(list(sums.values()))  # (N, 7)
-        totals = reduce_over_data_ranks(rows[:, :-1], trainer, "sum").tolist()
-        largest = reduce_over_data_ranks(rows[:, -1], trainer, "max").tolist()
+        totals = reduce_over_data_ranks(rows[:, :-1].contiguous(), trainer, "sum").tolist()
+        largest = reduce_over_data_ranks(rows[:, -1].contiguous(), trainer, "max").tolist()
         metrics: dict[str, float] = {}
         for name, total, maximum in zip(names, totals, largest, strict=True):
             metrics |= {f"activation_{kind}/{name}": value for kind, value in _moments(*total).items()}

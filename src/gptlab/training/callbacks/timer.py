@@ -33,6 +33,11 @@ class Timer(LightningTimer):
             raise UserError(f"callbacks.timer.duration={duration} is not of the form DD:HH:MM:SS.") from error
         self.duration, self.check_every = duration, check_every
 
+    @classmethod
+    def preflight(cls, config: Any, prepared: Any, **arguments: Any) -> None:
+        """Checks the arguments before the run directory is created; see the class."""
+        cls(**arguments)
+
     def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Ends a resumed run that has no time left before its first step."""
         self._check(trainer)

@@ -1,0 +1,106 @@
+"""Energy and emissions of a run, measured by CodeCarbon without network access."""
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from gptlab.errors import UserError, did_you_mean
+from gptlab.training.callbacks.metrics import log_step_metrics
+from gptlab.training.distributed.strategies import reduce_over_data_ranks
+
+
+class Energy(L.Callback):
+    """Logs energy_kwh and emissions_kg (CO2-equivalents) of the run so far at every evaluation.
+
+    The first process of each node runs CodeCarbon's ``OfflineEmissionsTracker``, which writes emissions.csv to the run
+    directory. CodeCarbon's own configuration cannot enable its outputs to the network.
+
+    Args:
+        country_iso_code: Country of the machine, three letters, from which the emissions per kWh are known.
+        tracking_mode: "machine" measures the whole machine, "process" estimates the share of this process.
+        measure_every: Seconds between measurements.
+
+    Raises:
+        UserError: CodeCarbon is not installed, or does not know the country.
+    """
+
+    def __init__(
+        self, country_iso_code: str, tracking_mode: Literal["machine", "process"], measure_every: float
+    ) -> None:
+        if find_spec("codecarbon") is None:
+            raise UserError("callbacks.energy needs the codecarbon package: pip install 'gptlab[codecarbon]'")
+        from codecarbon.input import DataSource
+
+        if country_iso_code not in (known := DataSource().get_global_energy_mix_data()):
+            raise UserError(
+                f"callbacks.energy.country_iso_code={country_iso_code} is not a country of CodeCarbon, such as USA or "
+                f"DEU.{did_you_mean(country_iso_code, known)}"
+            )
+        self.country_iso_code, self.tracking_mode, self.measure_every = country_iso_code, tracking_mode, measure_every
+        self._tracker: Any = None
+        self._earlier = self._total = (0.0, 0.0)  # kWh and kg of this node, before this start and in all
+
+    @classmethod
+    def preflight(cls, config: Any, prepared: Any, **arguments: Any) -> None:
+        """Checks the arguments before the run directory is created; see the class."""
+        cls(**arguments)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the tracker, if this is the first process of its node."""
+        if trainer.local_rank == 0:
+            self._tracker = self._build_tracker(trainer.default_root_dir)
+            self._tracker.start()
+
+    def _build_tracker(self, directory: str) -> Any:
+        from codecarbon import OfflineEmissionsTracker, OutputMethod
+        from codecarbon.output_methods.base_output import BaseOutput
+
+        callback = self
+
+        class Latest(BaseOutput):  # type: ignore[misc]
+            def out(self, total: Any, delta: Any) -> None:
+                energy, emissions = callback._earlier
+                callback._total = (energy + total.energy_consumed, emissions + total.emissions)
+
+        return OfflineEmissionsTracker(
+            country_iso_code=self.country_iso_code,
+            tracking_mode=self.tracking_mode,
+            measure_power_secs=self.measure_every,
+            output_dir=directory,
+            output_methods=[OutputMethod.CSV],
+            output_handlers=[Latest()],
+            on_csv_write="update",
+            emissions_endpoint=None,
+            electricitymaps_api_token=None,
+            allow_multiple_runs=True,
+            log_level="error",
+        )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Logs the totals over all nodes."""
+        if self._tracker is not None:
+            self._tracker.flush()
+        totals = torch.tensor(self._total, dtype=torch.float64, device=pl_module.device)
+        energy, emissions = reduce_over_data_ranks(totals, trainer, "sum").tolist()
+        log_step_metrics(trainer, {"energy_kwh": energy, "emissions_kg": emissions}, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stops the tracker."""
+        if self._tracker is not None:
+            self._tracker.stop()
+            self._tracker = None
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stops the tracker."""
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns kWh and kg so far, on the node that writes the checkpoint."""
+        return {"total": list(self._total)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores kWh and kg from before this start."""
+        energy, emissions = state_dict["total"]
+        self._earlier = self._total = (energy, emissions)
