@@ -151,8 +151,8 @@ def _check_loggers(config: RunConfig) -> None:
 
 
 def _preflight_components(config: RunConfig, prepared: TokenDataset) -> None:
-    """Calls ``preflight(config, prepared, **arguments)`` of the callbacks whose class has this method."""
-    for values in (config.callbacks.model_extra or {}).values():
+    """Calls ``preflight(config, prepared, **arguments)`` of the callbacks and loggers whose class has this method."""
+    for values in (*(config.callbacks.model_extra or {}).values(), *(config.logger.model_extra or {}).values()):
         if values is not None and (check := getattr(resolve_name(values[TARGET]), "preflight", None)):
             check(config, prepared, **{name: value for name, value in values.items() if name not in HYDRA_KEYS})
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gptlab.errors import UserError
 from gptlab.tracking.run_store.runs import Run
+from gptlab.training.distributed.processes import is_first_rank
 
 MLFLOW_ID = "mlflow_id"  # file with MLflow's ID of a run
 
@@ -33,8 +34,7 @@ class RunMLFlowLogger(MLFlowLogger):
     def __init__(
         self, experiment_name: str, run_name: str | None, tracking_uri: str, tags: dict[str, str], save_dir: str
     ) -> None:
-        if find_spec("mlflow") is None:
-            raise UserError("logger=mlflow needs the mlflow package: pip install 'gptlab[mlflow]'")
+        _require("mlflow")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
         if tracking_uri.startswith("sqlite:///"):
             Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,16 @@ class RunMLFlowLogger(MLFlowLogger):
         super().__init__(
             experiment_name=experiment_name,
             run_name=run_name or Run(Path(save_dir)).name,
-            tracking_uri=tracking_uri,
+            # a client opens its database immediately, at the same time as those of other ranks, which never log
+            tracking_uri=tracking_uri if is_first_rank() else "http://localhost",
             tags=dict(tags),
             run_id=self._id_file.read_text().strip() if self._id_file.exists() else None,
         )
+
+    @classmethod
+    def preflight(cls, *_: Any, **__: Any) -> None:
+        """Checks before the run directory is created that MLflow is installed."""
+        _require("mlflow")
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -70,11 +76,15 @@ class TrackioLogger(Logger):
 
     def __init__(self, project: str, run_name: str | None, group: str | None, save_dir: str) -> None:
         super().__init__()
-        if find_spec("trackio") is None:
-            raise UserError("logger=trackio needs the trackio package: pip install 'gptlab[trackio]'")
+        _require("trackio")
         self.project, self.group, self.run_name = project, group, run_name or Run(Path(save_dir)).name
         self._config: dict[str, Any] = {}
         self._run: Any = None
+
+    @classmethod
+    def preflight(cls, *_: Any, **__: Any) -> None:
+        """Checks before the run directory is created that Trackio is installed."""
+        _require("trackio")
 
     @property
     def name(self) -> str:
@@ -121,3 +131,8 @@ class TrackioLogger(Logger):
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"logger={package} needs the {package} package: pip install 'gptlab[{package}]'")
