@@ -26,6 +26,8 @@ class Energy(L.Callback):
         UserError: CodeCarbon is not installed, or does not know the country.
     """
 
+    evaluation_metrics = ("energy_kwh", "emissions_kg")
+
     def __init__(
         self, country_iso_code: str, tracking_mode: Literal["machine", "process"], measure_every: float
     ) -> None:
@@ -40,7 +42,9 @@ class Energy(L.Callback):
             )
         self.country_iso_code, self.tracking_mode, self.measure_every = country_iso_code, tracking_mode, measure_every
         self._tracker: Any = None
-        self._earlier = self._total = (0.0, 0.0)  # kWh and kg of this node, before this start and in all
+        self._trainer: L.Trainer | None = None
+        self._since_start = (0.0, 0.0)  # kWh and kg of this node
+        self._earlier = (0.0, 0.0)  # kWh and kg of all nodes before this start
 
     @classmethod
     def preflight(cls, config: Any, prepared: Any, **arguments: Any) -> None:
@@ -49,6 +53,7 @@ class Energy(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the tracker, if this is the first process of its node."""
+        self._trainer = trainer
         if trainer.local_rank == 0:
             self._tracker = self._build_tracker(trainer.default_root_dir)
             self._tracker.start()
@@ -61,8 +66,7 @@ class Energy(L.Callback):
 
         class Latest(BaseOutput):  # type: ignore[misc]
             def out(self, total: Any, delta: Any) -> None:
-                energy, emissions = callback._earlier
-                callback._total = (energy + total.energy_consumed, emissions + total.emissions)
+                callback._since_start = (total.energy_consumed, total.emissions)
 
         return OfflineEmissionsTracker(
             country_iso_code=self.country_iso_code,
@@ -80,11 +84,16 @@ class Energy(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Logs the totals over all nodes."""
+        energy, emissions = self._measure(trainer)
+        log_step_metrics(trainer, {"energy_kwh": energy, "emissions_kg": emissions}, trainer.global_step)
+
+    def _measure(self, trainer: L.Trainer) -> list[float]:
+        """Returns kWh and kg of all nodes so far; every rank must call it."""
         if self._tracker is not None:
             self._tracker.flush()
-        totals = torch.tensor(self._total, dtype=torch.float64, device=pl_module.device)
-        energy, emissions = reduce_over_data_ranks(totals, trainer, "sum").tolist()
-        log_step_metrics(trainer, {"energy_kwh": energy, "emissions_kg": emissions}, trainer.global_step)
+        device = trainer.strategy.root_device
+        since = reduce_over_data_ranks(torch.tensor(self._since_start, device=device), trainer, "sum").tolist()
+        return [before + now for before, now in zip(self._earlier, since, strict=True)]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stops the tracker."""
@@ -97,10 +106,10 @@ class Energy(L.Callback):
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns kWh and kg so far, on the node that writes the checkpoint."""
-        return {"total": list(self._total)}
+        """Returns kWh and kg so far; every rank must call it."""
+        return {"total": list(self._earlier) if self._trainer is None else self._measure(self._trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores kWh and kg from before this start."""
         energy, emissions = state_dict["total"]
-        self._earlier = self._total = (energy, emissions)
+        self._earlier = (energy, emissions)

@@ -79,6 +79,11 @@ class EvalCorpora(L.Callback):
         self.every, self.windows, self.batch_size = every, windows, batch_size
         self._windows: dict[str, list[tuple[TokenStream, EvalWindows]]] = {}
 
+    @property
+    def evaluation_metrics(self) -> list[str]:
+        """Names of the metrics."""
+        return [f"val/{name}/{metric}" for name in self.corpora for metric in ("loss", "bits_per_byte")]
+
     @classmethod
     def preflight(cls, config: DataSettings, prepared: TokenDataset, **arguments: Any) -> None:
         """Prepares the corpora before the run directory is created.

@@ -66,6 +66,8 @@ class MetricsCallback(L.Callback):
         peak_flops: Peak FLOPs per second of all devices together. If None (unknown), mfu is not logged.
     """
 
+    evaluation_metrics = ("val/loss", "val/bits_per_byte")
+
     def __init__(
         self,
         *,
