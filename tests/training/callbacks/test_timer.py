@@ -21,7 +21,7 @@ def test_a_run_ends_after_its_time_with_an_evaluated_checkpoint(user):
     resume = ("gptlab.train", f"resume={directory}")
     assert_success(user.python(*resume))
     assert json.loads((directory / "state.json").read_text())["step"] == step
-    assert_success(user.python(*resume, "+callbacks.timer.duration=00:00:00:03"))
+    assert_success(user.python(*resume, "callbacks=[default,timer]", "callbacks.timer.duration=00:00:00:04"))
     assert json.loads((directory / "state.json").read_text())["step"] > step
 
 

@@ -43,7 +43,7 @@ class Energy(L.Callback):
         self.country_iso_code, self.tracking_mode, self.measure_every = country_iso_code, tracking_mode, measure_every
         self._tracker: Any = None
         self._trainer: L.Trainer | None = None
-        self._since_start = (0.0, 0.0)  # kWh and kg of this node
+        self._latest: Any = None  # has the kWh and kg of this node since the start
         self._earlier = (0.0, 0.0)  # kWh and kg of all nodes before this start
 
     @classmethod
@@ -62,19 +62,20 @@ class Energy(L.Callback):
         from codecarbon import OfflineEmissionsTracker, OutputMethod
         from codecarbon.output_methods.base_output import BaseOutput
 
-        callback = self
+        class Latest(BaseOutput):
+            energy = emissions = 0.0
 
-        class Latest(BaseOutput):  # type: ignore[misc]
             def out(self, total: Any, delta: Any) -> None:
-                callback._since_start = (total.energy_consumed, total.emissions)
+                self.energy, self.emissions = total.energy_consumed, total.emissions
 
+        self._latest = Latest()
         return OfflineEmissionsTracker(
             country_iso_code=self.country_iso_code,
             tracking_mode=self.tracking_mode,
             measure_power_secs=self.measure_every,
             output_dir=directory,
             output_methods=[OutputMethod.CSV],
-            output_handlers=[Latest()],
+            output_handlers=[self._latest],
             on_csv_write="update",
             emissions_endpoint=None,
             electricitymaps_api_token=None,
@@ -89,10 +90,13 @@ class Energy(L.Callback):
 
     def _measure(self, trainer: L.Trainer) -> list[float]:
         """Returns kWh and kg of all nodes so far; every rank must call it."""
-        if self._tracker is not None:
-            self._tracker.flush()
+        own = (0.0, 0.0)
+        if self._latest is not None:
+            if self._tracker is not None:
+                self._tracker.flush()
+            own = (self._latest.energy, self._latest.emissions)
         device = trainer.strategy.root_device
-        since = reduce_over_data_ranks(torch.tensor(self._since_start, device=device), trainer, "sum").tolist()
+        since = reduce_over_data_ranks(torch.tensor(own, device=device), trainer, "sum").tolist()
         return [before + now for before, now in zip(self._earlier, since, strict=True)]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
