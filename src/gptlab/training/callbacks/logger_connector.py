@@ -42,14 +42,14 @@ class StepLoggerConnector(_LoggerConnector):
 
     def update_train_step_metrics(self) -> None:
         """Records the values that were logged during the step, if this micro-batch completed it."""
-        if self.trainer.fit_loop._should_accumulate():  # noqa: SLF001
+        # the first condition saves time if nothing was ever logged
+        if not self.trainer._results or self.trainer.fit_loop._should_accumulate():  # noqa: SLF001
             return
         values = self.metrics["log"]
-        if not values:
-            return
         new = {name: value for name, value in values.items() if not _is_same(value, self._latest.get(name))}
         self._latest = values  # keeps the tensors, so that their memory is not used by those of the next step
-        self.log_metrics(new)
+        if new:
+            self.log_metrics(new)
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Logs metrics at the latest step. ``step`` is ignored, except for a metric of this name."""

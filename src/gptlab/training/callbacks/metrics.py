@@ -208,7 +208,8 @@ class MetricsCallback(L.Callback):
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
     """Logs a row to every logger, and to ``trainer.callback_metrics``, from which early stopping reads."""
-    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64).unbind()
+    trainer.callback_metrics.update(zip(metrics, values, strict=True))
     with defer_interrupt():  # a row is written by all loggers or by none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
