@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.gradient_stats import group_parameters, is_logged
 from gptlab.training.distributed.strategies import full_tensor
 from gptlab.training.module import GPTModule
@@ -34,7 +35,7 @@ class Histogram(NamedTuple):
     squares: float
 
 
-class Watch(L.Callback):
+class Watch(CheckedCallback):
     """Logs histograms of the weights before a step, and of their gradients before clipping.
 
     TensorBoard and W&B show them; other loggers have no histograms. Parameters of a sharded model are gathered one at a
@@ -49,6 +50,7 @@ class Watch(L.Callback):
     """
 
     def __init__(self, every: int, bins: int, weights: bool, gradients: bool, modules: list[str] | None) -> None:
+        check_positive("callbacks.watch", every=every, bins=bins)
         self.every, self.bins, self.weights, self.gradients, self.modules = every, bins, weights, gradients, modules
         self._loggers: list[Logger] = []
         self._parameters: dict[str, nn.Parameter] = {}

@@ -91,6 +91,13 @@ def test_statistics_do_not_change_training(user, runs):
     assert metrics(with_stats, "train/loss") == metrics(without, "train/loss")
 
 
+@pytest.mark.parametrize("every", ["0", "1.5", "often"])
+def test_an_invalid_interval_is_reported_before_anything_is_written(user, every):
+    done = user.train(*STATS, f"callbacks.gradient_stats.every={every}")
+    assert_config_error(done, f"callbacks.gradient_stats.every={every} must be a positive integer")
+    assert not (user.folder / "outputs").exists()
+
+
 def test_patterns_select_modules(user):
     model = GPT(tiny_config())
     groups = group_parameters(model, ["h.*.attn", "ln_f"], "key")

@@ -74,6 +74,28 @@ def test_a_resumed_run_records_values_at_their_steps(mine):
     assert recorded(directory, "mine/val") == {3: 1.5, 6: 3.0}
 
 
+PREEMPTED = """
+import signal
+import lightning as L
+
+class Logs(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        pl_module.log("mine/each", float(trainer.global_step))
+        if trainer.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+"""
+
+
+def test_the_values_of_the_last_step_before_preemption_are_recorded(user):
+    (user.folder / "mine.py").write_text(PREEMPTED)
+    done = user.train("+callbacks.logs._target_=mine.Logs")
+    assert done.returncode == 75, done.stderr
+    (saved,) = (user.only_run() / "checkpoints").iterdir()
+    last = int(saved.name.removeprefix("step_"))
+    assert last < 6
+    assert recorded(user.only_run(), "mine/each") == {step: float(step) for step in range(1, last + 1)}
+
+
 MONITOR = "lightning.pytorch.callbacks.DeviceStatsMonitor"
 
 

@@ -7,11 +7,12 @@ import lightning as L
 import torch
 
 from gptlab.errors import UserError, did_you_mean
+from gptlab.training.callbacks.checked_callback import CheckedCallback
 from gptlab.training.callbacks.metrics import log_step_metrics
 from gptlab.training.distributed.strategies import reduce_over_data_ranks
 
 
-class Energy(L.Callback):
+class Energy(CheckedCallback):
     """Logs energy_kwh and emissions_kg (CO2-equivalents) of the run so far at every evaluation.
 
     The first process of each node runs CodeCarbon's ``OfflineEmissionsTracker``, which writes emissions.csv to the run
@@ -45,11 +46,6 @@ class Energy(L.Callback):
         self._trainer: L.Trainer | None = None
         self._latest: Any = None  # has the kWh and kg of this node since the start
         self._earlier = (0.0, 0.0)  # kWh and kg of all nodes before this start
-
-    @classmethod
-    def preflight(cls, config: Any, prepared: Any, **arguments: Any) -> None:
-        """Checks the arguments before the run directory is created; see the class."""
-        cls(**arguments)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the tracker, if this is the first process of its node."""

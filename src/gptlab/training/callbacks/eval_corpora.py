@@ -19,6 +19,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import EvalWindows, LossSums, WindowBatches, cut_windows
+from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.metrics import log_step_metrics
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.distributed.strategies import any_length, data_rank, reduce_over_data_ranks
@@ -53,7 +54,7 @@ class DataSettings(Protocol):
         """The tokenizer of the run."""
 
 
-class EvalCorpora(L.Callback):
+class EvalCorpora(CheckedCallback):
     """Logs val/<name>/loss and val/<name>/bits_per_byte of each corpus after evaluations.
 
     The corpora are tokenized with the run's tokenizer and cached like its data. They are scored with the same weights
@@ -73,6 +74,7 @@ class EvalCorpora(L.Callback):
     def __init__(
         self, corpora: Mapping[str, Mapping[str, Any]], every: int | None, windows: int | None, batch_size: int
     ) -> None:
+        check_positive(KEY, every=every, windows=windows, batch_size=batch_size)
         if not corpora:
             raise UserError(f"{KEY} has no corpora. Set {KEY}.corpora.<name>.source=<file>.")
         self.corpora = {name: _check_corpus(name, values) for name, values in corpora.items()}

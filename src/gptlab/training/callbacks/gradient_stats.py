@@ -10,6 +10,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from gptlab.errors import UserError, did_you_mean
+from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.metrics import ends_step, log_step_metrics
 from gptlab.training.distributed.strategies import full_tensor
 from gptlab.training.module import GPTModule
@@ -17,7 +18,7 @@ from gptlab.training.module import GPTModule
 Groups = dict[str, list[nn.Parameter]]
 
 
-class GradientStats(L.Callback):
+class GradientStats(CheckedCallback):
     """Logs norm, root mean square and largest absolute value of the gradient of parts of the model.
 
     The gradient is that of the global batch, before clipping. Steps that are not logged cost nothing.
@@ -31,6 +32,7 @@ class GradientStats(L.Callback):
     """
 
     def __init__(self, every: int, modules: list[str] | None, update_ratio: bool) -> None:
+        check_positive("callbacks.gradient_stats", every=every)
         self.every, self.modules, self.update_ratio = every, modules, update_ratio
         self._groups: Groups = {}
         self._gradients: dict[str, Tensor] = {}  # norms () by metric, from the hook below until the end of the step

@@ -14,6 +14,7 @@ import torch
 
 from gptlab.data.order import BatchSizeSchedule
 from gptlab.training.callbacks.logger_connector import StepLoggerConnector
+from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.progress import ProgressDisplay
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import peak_memory
@@ -185,8 +186,10 @@ class MetricsCallback(L.Callback):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the progress display."""
+        """Closes the progress display; records the values of the last step before preemption."""
         self._close()
+        if isinstance(exception, Preempted) and trainer.training:
+            trainer._logger_connector.update_train_step_metrics()  # noqa: SLF001
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records the duration and closes the progress display."""

@@ -7,12 +7,13 @@ import lightning as L
 from lightning.pytorch.callbacks import Timer as LightningTimer
 
 from gptlab.errors import UserError
+from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.metrics import ends_step
 
 log = logging.getLogger(__name__)
 
 
-class Timer(LightningTimer):
+class Timer(LightningTimer, CheckedCallback):
     """Lightning's ``Timer``, which checks the time only at the end of every ``check_every`` steps.
 
     Lightning's own check is a blocking broadcast in every micro-batch, also within a step. When the time is over, the
@@ -27,16 +28,12 @@ class Timer(LightningTimer):
     """
 
     def __init__(self, duration: str, check_every: int) -> None:
+        check_positive("callbacks.timer", check_every=check_every)
         try:
             super().__init__(duration=duration, verbose=False)
         except Exception as error:  # Lightning's MisconfigurationException
             raise UserError(f"callbacks.timer.duration={duration} is not of the form DD:HH:MM:SS.") from error
         self.duration, self.check_every = duration, check_every
-
-    @classmethod
-    def preflight(cls, config: Any, prepared: Any, **arguments: Any) -> None:
-        """Checks the arguments before the run directory is created; see the class."""
-        cls(**arguments)
 
     def on_fit_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         """Ends a resumed run that has no time left before its first step."""
