@@ -231,6 +231,11 @@ def open_corpus(config: DataConfig) -> Corpus:
         if not config.path or not config.column:
             raise UserError("data=huggingface requires the dataset and its text column: data.path=... data.column=text")
         return HubCorpus(config.path, config.subset, config.column, config.streaming)
+    if config.reader is not None:
+        from gptlab.data.sources.component import ReaderCorpus, check_reader  # imports this module
+
+        check_reader(config.reader)
+        return ReaderCorpus(config.reader)
     if not config.source:
         raise UserError("data=text requires data.source=<a file or directory>")
     source = Path(config.source).expanduser()
