@@ -233,7 +233,7 @@ def test_missing_disk_space_is_estimated_from_the_token_size(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("gptlab.data.sources.corpora.read_documents", lambda *_: iter(()))
+    monkeypatch.setattr("gptlab.data.sources.files.read_documents", lambda *_: iter(()))
     monkeypatch.setattr("gptlab.data.prepare.prepare.MIN_TASK_BYTES", 10**12)
     with pytest.raises(UserError, match=r"about 5\.2 GB more"):
         prepare_text(path, task_bytes=10**12)

@@ -46,7 +46,8 @@ from gptlab.data.shards.open_shards import ensure_cache_dir, open_shards
 from gptlab.data.shards.streams import LocalFolder
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
 from gptlab.data.sources.component import ReaderCorpus, check_reader
-from gptlab.data.sources.corpora import Corpus, Task, open_corpus, tinyshakespeare_path
+from gptlab.data.sources.corpora import open_corpus, tinyshakespeare_path
+from gptlab.data.sources.files import Corpus, Task
 from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalent, take_characters
 from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Split
-from gptlab.data.sources.corpora import Corpus, Task, list_files, open_corpus
+from gptlab.data.sources.corpora import list_files, open_corpus
+from gptlab.data.sources.files import Corpus, Task
 from gptlab.data.sources.readers import Document, file_kind
 from gptlab.errors import UserError
 

@@ -15,7 +15,7 @@ from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Manifest, load
 from gptlab.data.shards.remote import RemoteFolder, fetch_files
 from gptlab.data.shards.streams import LocalFolder, ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
-from gptlab.data.sources.corpora import FileCorpus
+from gptlab.data.sources.files import FileCorpus
 from gptlab.data.sources.readers import Decoding
 from gptlab.data.tokenizers.external import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.config.components import TARGET, build_component, check_component, component_arguments, hash_sources
-from gptlab.data.sources.corpora import FileCorpus, Task
+from gptlab.data.sources.files import FileCorpus, Task
 from gptlab.data.sources.readers import Decoding, Document, Span
-from gptlab.data.tokenizers.tokenizer import replace_surrogates
+from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gptlab.config.components import TARGET, build_component, check_component
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, replace_surrogates
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.errors import UserError
 
 

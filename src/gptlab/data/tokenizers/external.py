@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Never
 
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.data.tokenizers.tokenizer import (
-    END_OF_TEXT,
     BPETokenizer,
     BytesTokenizer,
     CharactersTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     empty_bpe,
-    replace_surrogates,
 )
 from gptlab.errors import UserError, failure_reason
 

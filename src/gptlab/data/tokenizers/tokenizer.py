@@ -12,23 +12,14 @@ from numpy.typing import NDArray
 
 from gptlab.config.components import check_trusted, is_component
 from gptlab.data.config import ComponentTokenizerConfig, TokenizerConfig
+from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, unicode_to_bytes
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.errors import UserError
-
-END_OF_TEXT = "<|endoftext|>"
 
 # A long sequence of Unicode whitespace, followed by another character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
-
-
-def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which cannot be encoded in UTF-8, with "?"."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
 
 
 class Tokenizer(Hashable, Protocol):
@@ -256,8 +247,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         return [tokenizer.end_of_text]
     try:
         return tokenizer.encode("\n").tolist()
-    except UserError:
-        return [0]  # the corpus has no newlines, and the model needs at least one token
+    except (UserError, LookupError, ValueError):  # the latter from a tokenizer of one's own
+        return [0]  # the vocabulary has no newline, and the model needs at least one token
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -326,8 +317,6 @@ def rebuild_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenize
 
 
 def _component(component: object) -> Tokenizer:
-    from gptlab.data.tokenizers.component import ComponentTokenizer  # imports this module
-
     if not is_component(component):
         raise UserError(f"tokenizer={component!r} is not a component: it has no _target_.")
     return ComponentTokenizer(cast(dict[str, Any], component))
