@@ -20,7 +20,7 @@ OPTIONS = {
     },
     "tokenizer/utf8.yaml": {"_target_": "mylab.tokenizers.Utf8", "shift": 3},
 }
-OWN = ("--config-dir", "conf", "data=pages", "tokenizer=utf8")
+OWN = ("data=pages", "tokenizer=utf8")
 LENGTH = ("model=tiny", "model.block_size=32", "train.eval_every=3", "train.eval_windows=4", "schedule.decay_steps=6")
 
 
@@ -77,7 +77,7 @@ def test_the_examples_of_the_docs_work(user):
         path.write_text(content)
     write_pages(user.folder / "pages.txt")
     (user.folder / "words.txt").write_text("Page\ntext\nnaïve")
-    done = user.python("gptlab.prepare", "--config-dir", "conf", "data=pages", "tokenizer=words")
+    done = user.python("gptlab.prepare", "data=pages", "tokenizer=words")
     assert done.returncode == DONE, done.stdout + done.stderr
     (named,) = user.folder.glob("cache/component-*/")
     commands = re.findall(r"python -m gptlab.prepare (.*mylab.*)", page)
@@ -160,6 +160,20 @@ def test_a_strangers_parts_are_used_if_they_are_trusted(stranger):
         assert done.returncode == DONE, f"{name}: {done.stdout}{done.stderr}"
         assert attacked.exists(), name
         attacked.unlink()
+
+
+@pytest.mark.slow
+def test_a_strangers_reader_is_not_imported(lab):
+    theirs = write_package(lab.folder, "stranger")
+    (theirs / "__init__.py").write_text("from pathlib import Path\n\nPath('attacked').touch()\n")
+    train(lab, "name=stranger", "train.max_steps=3", "data.reader._target_=stranger.readers.Pages", "tokenizer=bytes")
+    attacked = lab.folder / "attacked"
+    attacked.unlink()  # the payload works
+    for name in ("resume", "plan", "evaluate", "replay"):
+        done = lab.python(*commands(lab)[name])
+        assert done.returncode == CONFIG_ERROR, f"{name}: {done.stdout}{done.stderr}"
+        assert "data.reader._target_=stranger.readers.Pages" in done.stderr, name
+        assert not attacked.exists(), name
 
 
 def test_prepared_data_is_verified_and_converted_without_its_tokenizer(stranger):
