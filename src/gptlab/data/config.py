@@ -75,9 +75,9 @@ class DataConfig(FrozenConfig):
     @model_validator(mode="after")
     def _reader_is_used(self) -> Self:
         if self.corpus == "component" and self.reader is None:
-            raise ValueError("data=component requires data.reader, for example reader._target_=mylab.readers.Wiki")
+            raise ValueError("corpus=component requires data.reader, such as data.reader._target_=mylab.readers.Wiki")
         if self.corpus != "component" and self.reader is not None:
-            raise ValueError(f"data.reader is only used with data=component, not with corpus={self.corpus}")
+            raise ValueError(f"reader={self.reader} is only used with data=component, not with corpus={self.corpus}")
         return self
 
     @property

@@ -173,7 +173,7 @@ def test_an_exception_of_the_reader_is_raised_and_leaves_no_data(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"corpus": "component"}, "requires data.reader"),
+        ({"corpus": "component"}, "corpus=component requires data.reader"),
         ({"reader": {"_target_": "x"}}, "only used with data=component"),
     ],
 )

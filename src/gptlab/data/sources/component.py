@@ -128,9 +128,9 @@ class ReaderCorpus:
 
     def _write(self, path: Path) -> None:
         (task,) = self.tasks(0)
-        with path.open("w", encoding="utf-8") as file:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
             for document in self.documents(task):
-                file.write(json.dumps([document.name, document.text]) + "\n")
+                file.write(json.dumps([document.name, document.text], ensure_ascii=False) + "\n")
             if not file.tell():
                 raise UserError(f"data.reader.{TARGET}={self.component[TARGET]} yields no documents.")
             file.flush()
