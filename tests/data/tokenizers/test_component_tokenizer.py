@@ -38,8 +38,9 @@ def build(name: str, **arguments) -> Tokenizer:
 
 
 def prepare_pages(name: str, work: PrepareOptions = ALONE, **arguments):
-    source = write_pages(Path("pages.txt"))
-    data = data_config(source=str(source), cache_dir="cache", task_bytes=2000)
+    if not Path("pages.txt").exists():  # prepared data is found by the modification time
+        write_pages(Path("pages.txt"))
+    data = data_config(source="pages.txt", cache_dir="cache", task_bytes=2000)
     return prepare(data, config(name, **arguments), work)
 
 
