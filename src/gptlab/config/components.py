@@ -97,8 +97,25 @@ def trust_packages(names: Iterable[str]) -> None:
 def trusted_packages() -> set[str]:
     """Returns the packages of which any component may be built: those of GPTLAB_TRUST and those that declare it."""
     from_environment = (name.strip() for name in os.environ.get(TRUST, "").split(","))
-    declared = (point.value.partition(":")[0].partition(".")[0] for point in metadata.entry_points(group=ENTRY_POINTS))
-    return {*filter(None, from_environment), *declared}
+    return {*filter(None, from_environment), *_declared_packages()}
+
+
+def trust_override(values: object) -> str:
+    """Returns the override, after a space, that trusts the components of a stored configuration; "" if all are."""
+    trusted = {*OWN_PACKAGES, *_declared_packages()}
+    targets = (target for _, target in iter_targets(values))
+    packages = {target.partition(".")[0] for target in targets if not _is_inside(target, trusted)}
+    return f" {TRUST_KEY}=[{','.join(sorted(packages))}]" if packages else ""
+
+
+def _declared_packages() -> set[str]:
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    return {point.value.partition(":")[0].partition(".")[0] for point in points}
+
+
+def _is_inside(name: str, packages: set[str]) -> bool:
+    """Whether a dotted name is one of the packages or inside one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def check_trusted(values: object, origin: object) -> None:
@@ -128,7 +145,7 @@ def check_trusted(values: object, origin: object) -> None:
 
 def _require_trusted(key: str, target: str, name: str, trusted: set[str], origin: object) -> None:
     """Raises UserError unless ``name`` is one of the trusted packages or inside one."""
-    if not any(name == package or name.startswith(f"{package}.") for package in trusted):
+    if not _is_inside(name, trusted):
         package = name.partition(".")[0]
         raise UserError(
             f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. "
