@@ -65,7 +65,20 @@ def with_node(values: dict[str, Any], path: tuple[str, ...], node: dict[str, Any
 CONFIG = yaml.safe_load((STORED / "config.yaml").read_text())
 
 
-@pytest.mark.parametrize("path", groups(CONFIG), ids=lambda path: ".".join(path) or "root")
+COMPONENTS = [("model",), ("optimizer",), ("schedule",)]  # groups that may be components
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=lambda path: ".".join(path))
+def test_a_target_in_the_group_of_a_component_remains_plain_data(tmp_path, call, path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_node(CONFIG, path, call.node)))
+    config = load_config(tmp_path)
+    assert config.model_dump()[path[0]]["_target_"] == "os.mkdir"
+    assert not call.was_made()
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in groups(CONFIG) if path not in COMPONENTS], ids=lambda path: ".".join(path) or "root"
+)
 def test_a_target_in_any_group_is_refused_with_its_key(tmp_path, call, path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(with_node(CONFIG, path, call.node)))
     with pytest.raises(UserError) as error:

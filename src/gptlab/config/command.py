@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
-from gptlab.config.components import TRUST_KEY, iter_targets, trust_packages
+from gptlab.config.components import TRUST_KEY, trust_components, trust_packages
 from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
@@ -65,7 +65,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
         def run_task(config: DictConfig) -> None:
             log_to_console()  # a launcher's process does not call main
             try:
-                _trust_own_components(config)
+                trust_own_components(config)
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:
                 status = report_error(error)
@@ -114,13 +114,12 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
     return decorate
 
 
-def _trust_own_components(config: DictConfig) -> None:
+def trust_own_components(config: DictConfig) -> None:
     """Trusts the packages of ``trust``, which is removed, and of all components of a composed configuration."""
     with open_dict(config):
         named = config.pop(TRUST_KEY, None) or []
-    targets = (target for _, target in iter_targets(OmegaConf.to_container(config)))
-    own = (target.partition(".")[0] for target in targets)
-    trust_packages([*([named] if isinstance(named, str) else named), *own])
+    trust_packages([named] if isinstance(named, str) else named)
+    trust_components(OmegaConf.to_container(config, resolve=True))
 
 
 def _is_launched_job() -> bool:

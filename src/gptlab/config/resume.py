@@ -151,14 +151,14 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
-    """Resolves a composed configuration to plain data; raises UserError if a mandatory value is missing."""
+    """Resolves a composed configuration, without ``trust``, to plain data; raises UserError if a value is missing."""
     try:
         container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise UserError(f"{key} is missing. Set it on the command line: {key}=<value>") from None
     assert isinstance(container, dict)  # noqa: S101
-    return {str(key): value for key, value in container.items()}
+    return {str(key): value for key, value in container.items() if key != TRUST_KEY}
 
 
 def may_change(key: str) -> bool:

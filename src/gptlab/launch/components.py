@@ -102,14 +102,22 @@ def _count_state(model: Any, config: ComponentOptimizerConfig) -> int | None:
         The count, or None if the optimizer cannot step on the meta device.
     """
     import torch
+    from torch.overrides import TorchFunctionMode
 
     from gptlab.training.optim.optimizers import build_optimizer
+
+    class ConstantItems(TorchFunctionMode):
+        """Returns 1 for every ``tensor.item()``, which a tensor on the meta device does not have."""
+
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return 1 if function is torch.Tensor.item else function(*args, **(kwargs or {}))
 
     try:
         optimizer = build_optimizer(model, config, fused=False)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        with ConstantItems():
+            optimizer.step()
     except Exception:  # whatever a user's optimizer raises without data
         return None
     values = (value for state in optimizer.state.values() for value in state.values())

@@ -9,6 +9,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from gptlab.config.base import validate
+from gptlab.config.command import trust_own_components
 from gptlab.config.resume import resolve, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
@@ -20,7 +21,7 @@ from gptlab.sweeps.slurm_launcher import SlurmLauncher, check_cluster
 from gptlab.sweeps.space import Point, SearchSpace
 from gptlab.sweeps.sweep_runner import Launcher, SweepRunner
 from gptlab.sweeps.sweep_store import SweepStore, config_hash, find_or_create_sweep_dir, hash_values
-from gptlab.tracking.run_store.sweeps import Sweep
+from gptlab.tracking.run_store.sweeps import Sweep, format_overrides
 from gptlab.tracking.wandb.opt_outs import check_mode
 
 
@@ -48,10 +49,13 @@ def run_sweep(
     space, launcher_config = SearchSpace(config.params, arguments), _check_launcher(launcher)
 
     def compose(point: Point) -> RunConfig:
+        if point and not space.contains(point):
+            raise UserError(f"{format_overrides(point)} in a file of this sweep is not a point of its search space.")
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):
             del values["hydra"]  # not part of the configuration of a run
+        trust_own_components(values)
         return resolve_split(resolve(values, overrides).with_absolute_paths())
 
     base = _check_space(space, compose, is_grid=config.search == "grid")
