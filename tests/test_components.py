@@ -1,18 +1,14 @@
 """Components of a user's own package, end to end: train, resume, DDP, FSDP, sweeps, proofs, sampling, evaluation."""
 
 import json
-import os
-import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from commands import assert_config_error, assert_same_run, assert_success, metrics
+from commands import assert_same_run, assert_success, metrics
 from gptlab.config.components import TRUST
-from gptlab.data.tokenizers.tokenizer import build_tokenizer
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from own_package import NODES, OPTIONS, add_to_path, write_groups, write_package
@@ -21,7 +17,7 @@ from processes import TWO
 LENGTH = ("train.eval_every=2", "train.eval_windows=6", "train.log_every=1", "train.max_steps=4")
 SMALL = ("data=text", "data.source=text.txt", *LENGTH)
 BLOCK = (
-    *("model=tiny", "model.block_size=32", "callbacks=checkpoint", "schedule=constant", "schedule.warmup_steps=0"),
+    *("model=tiny", "model.block_size=32", "callbacks=checkpoint"),
     "model.block={_target_:mylab.model.ScaledBlock,alpha:0.5}",
 )
 BIGRAM = (
@@ -32,6 +28,7 @@ DECAY = (
     *("model=tiny", "model.block_size=32", "callbacks=checkpoint", "optimizer.lr=0.01"),
     "model.attention={_target_:mylab.model.DecayAttention,decay:0.9}",
 )
+CONSTANT = ("schedule=constant", "schedule.warmup_steps=0")
 TRUSTED = "trust=[mylab]"
 
 
@@ -81,47 +78,36 @@ def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_t
 
 
 @pytest.mark.slow
-def test_a_sweep_varies_arguments_of_components(lab):
-    varied = ("optimizer.momentum=0.5,0.9", "callbacks.step_log.every=1,2", "train.max_steps=2")
-    train(lab, "-m", "name=sweep", *OPTIONS, *varied, "hydra.launcher.at_once=2", timeout=300)
+def test_a_sweep_varies_a_component_and_its_argument(lab):
+    (lab.folder / "mine" / "optimizer" / "sign_half.yaml").write_text("defaults: [sign]\nmomentum: 0.5\n")
+    fixed = ("name=sweep", *(option for option in OPTIONS if option != "optimizer=sign"), "train.max_steps=2")
+    train(lab, "-m", *fixed, "optimizer=sign,sign_half,adamw", "hydra.launcher.at_once=2", timeout=300)
     directory = lab.only_run("sweep")
     trials = [json.loads(path.read_text()) for path in sorted(directory.glob("*/trial.json"))]
-    assert Counter(trial["state"] for trial in trials) == {"done": 4}, trials
-    losses = {trial["overrides"]["optimizer.momentum"]: trial["value"] for trial in trials}
-    assert len({*losses.values()}) == 2  # with two values of momentum, the sign of the average differs
-    for trial in trials:
-        config = yaml.safe_load((directory / str(trial["number"]) / "config.yaml").read_text())
-        assert config["optimizer"]["momentum"] == float(trial["overrides"]["optimizer.momentum"])
-    assert Counter((lab.folder / "steps.txt").read_text().split()) == {"1": 2, "2": 4}
-
-
-@pytest.mark.slow
-def test_a_sweep_varies_a_component(lab):
-    (lab.folder / "mine" / "optimizer" / "sign_half.yaml").write_text("defaults: [sign]\nmomentum: 0.5\n")
-    fixed = ("model=tiny", "model.block_size=32", "callbacks=checkpoint", "train.max_steps=2")
-    train(lab, "-m", "name=sweep", *fixed, "optimizer=sign,adamw,sign_half", timeout=300)
-    trials = [json.loads(path.read_text()) for path in sorted(lab.only_run("sweep").glob("*/trial.json"))]
-    assert [(trial["overrides"], trial["state"]) for trial in trials] == [
-        ({"optimizer": name}, "done") for name in ("sign", "adamw", "sign_half")
-    ]
+    names = ("sign", "sign_half", "adamw")
+    assert [(trial["overrides"], trial["state"]) for trial in trials] == [({"optimizer": n}, "done") for n in names]
+    assert len({trial["value"] for trial in trials}) == 3
+    configs = [yaml.safe_load((directory / str(number) / "config.yaml").read_text()) for number in range(3)]
+    assert [config["optimizer"].get("momentum") for config in configs] == [0.8, 0.5, None]
+    assert (lab.folder / "steps.txt").read_text().split() == ["2"] * 3
 
 
 @pytest.mark.slow
 def test_a_run_with_all_components_passes_all_proofs(lab):
-    few = ("prove.ranks=[1,2]", "prove.workers=[0]", "prove.steps=3", "prove.kill_after=1")
-    done = lab.python("gptlab.prove", "--config-dir=mine", *SMALL, *OPTIONS, *TWO, *few, timeout=300)
+    few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.steps=2", "prove.kill_after=1")
+    done = lab.python("gptlab.prove", "--config-dir=mine", *SMALL, *OPTIONS, *few, timeout=300)
     assert_success(done)
     (path,) = lab.folder.glob("outputs/prove/*/prove.json")
     proofs = json.loads(path.read_text())["proofs"]
     assert {proof["passed"] for proof in proofs} == {True}
-    assert {"killed and resumed", "losses, ddp on 2", "checkpoint round trip"} <= {proof["name"] for proof in proofs}
+    assert {"killed and resumed", "checkpoint round trip"} <= {proof["name"] for proof in proofs}
 
 
 def greedy(directory: Path, prompt: str, tokens: int) -> str:
     """Decodes greedily by a plain loop over the logits of the whole context."""
     source = open_model_source(str(directory))
     model, tokenizer = load_model(source), source.tokenizer()
-    ids = tokenizer.encode(prompt)
+    ids = [int(number) for number in tokenizer.encode(prompt)]
     with torch.no_grad():
         for _ in range(tokens):
             ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
@@ -131,10 +117,9 @@ def greedy(directory: Path, prompt: str, tokens: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [DECAY, BIGRAM, BLOCK], ids=["attention without cache", "bigram table", "block"])
 def test_an_own_model_trains_resumes_samples_and_evaluates(lab, monkeypatch, model):
-    train(lab, "name=whole", *model)
-    train(lab, "name=halted", *model, "train.max_steps=2", "schedule.decay_steps=4")
-    train(lab, "name=whole4", *model, "schedule.decay_steps=4")
-    whole, halted = lab.only_run("whole4"), lab.only_run("halted")
+    train(lab, "name=whole", *model, *CONSTANT)
+    train(lab, "name=halted", *model, *CONSTANT, "train.max_steps=2")
+    whole, halted = lab.only_run("whole"), lab.only_run("halted")
     resume(lab, halted)
     assert_same_run(whole, halted)
     monkeypatch.setenv(TRUST, "mylab")

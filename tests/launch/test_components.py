@@ -172,8 +172,7 @@ ARGUMENTS = {
     ),
     "Trainer flag of the wrong type": ({"trainer.flags.detect_anomaly": 3}, "trainer.flags.detect_anomaly=3"),
     "block and norm": (
-        node("model.block", _target_="mylab.model.ScaledBlock")
-        | node("model.norm", _target_="mylab.model.ScaleNorm"),
+        node("model.block", _target_="mylab.model.ScaledBlock") | node("model.norm", _target_="mylab.model.ScaleNorm"),
         "norm cannot be a component if block is one, which builds its own norm",
     ),
     "block and value_residual": (
@@ -221,7 +220,12 @@ def test_keys_that_own_flags_exist():
 
 
 def test_a_run_with_all_components_is_valid_and_its_callbacks_keep_their_order(tmp_path):
-    config = resolved("data=text", "data.source=text.txt", *NODES, "+callbacks.a={_target_:lightning.pytorch.callbacks.LearningRateMonitor}")
+    config = resolved(
+        "data=text",
+        "data.source=text.txt",
+        *NODES,
+        "+callbacks.a={_target_:lightning.pytorch.callbacks.LearningRateMonitor}",
+    )
     check_components(config)
     assert [type(callback).__name__ for callback in build_callbacks(config)] == ["StepLog", "LearningRateMonitor"]
     (logger,) = build_component_loggers(config, tmp_path)
