@@ -1,17 +1,21 @@
 """Components of a user's own package, end to end: train, resume, DDP, FSDP, sweeps, proofs, sampling, evaluation."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from commands import assert_same_run, assert_success, metrics
+from commands import assert_config_error, assert_same_run, assert_success, metrics
 from gptlab.config.components import TRUST
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
-from own_package import NODES, OPTIONS, add_to_path, write_groups, write_package
+from own_package import NODES, OPTIONS, make_importable
 from processes import TWO
 
 LENGTH = ("train.eval_every=2", "train.eval_windows=6", "train.log_every=1", "train.max_steps=4")
@@ -32,14 +36,7 @@ CONSTANT = ("schedule=constant", "schedule.warmup_steps=0")
 TRUSTED = "trust=[mylab]"
 
 
-@pytest.fixture
-def lab(user, monkeypatch):
-    """User with the package ``mylab`` outside of the working directory, and group files in the directory ``mine``."""
-    write_package(user.folder / "lab")
-    write_groups(user.folder / "mine")
-    add_to_path(user.environment, user.folder / "lab")
-    monkeypatch.syspath_prepend(user.folder / "lab")
-    return user
+make_importable()
 
 
 def train(lab, *arguments: str, **options):
@@ -81,14 +78,14 @@ def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_t
 def test_a_sweep_varies_a_component_and_its_argument(lab):
     (lab.folder / "mine" / "optimizer" / "sign_half.yaml").write_text("defaults: [sign]\nmomentum: 0.5\n")
     fixed = ("name=sweep", *(option for option in OPTIONS if option != "optimizer=sign"), "train.max_steps=2")
-    train(lab, "-m", *fixed, "optimizer=sign,sign_half,adamw", "hydra.launcher.at_once=2", timeout=300)
+    train(lab, "-m", *fixed, "optimizer=sign,sign_half,sgd", "hydra.launcher.at_once=2", timeout=300)
     directory = lab.only_run("sweep")
     trials = [json.loads(path.read_text()) for path in sorted(directory.glob("*/trial.json"))]
-    names = ("sign", "sign_half", "adamw")
+    names = ("sign", "sign_half", "sgd")
     assert [(trial["overrides"], trial["state"]) for trial in trials] == [({"optimizer": n}, "done") for n in names]
     assert len({trial["value"] for trial in trials}) == 3
     configs = [yaml.safe_load((directory / str(number) / "config.yaml").read_text()) for number in range(3)]
-    assert [config["optimizer"].get("momentum") for config in configs] == [0.8, 0.5, None]
+    assert [config["optimizer"].get("momentum") for config in configs] == [0.8, 0.5, 0.9]
     assert (lab.folder / "steps.txt").read_text().split() == ["2"] * 3
 
 
@@ -132,3 +129,123 @@ def test_an_own_model_trains_resumes_samples_and_evaluates(lab, monkeypatch, mod
     assert_success(evaluated)
     (found,) = whole.glob("evaluations/*.json")
     assert json.dumps(metrics(whole, "val/loss")[4])[:6] in found.read_text()
+
+
+LAYOUTS = {
+    "fsdp, recomputed": ("trainer=fsdp", *TWO[1:], "model.activation_checkpointing=true"),
+    "compiled blocks": ("train.compile=blocks",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_own_blocks_train_sharded_recomputed_and_compiled_with_the_losses_of_a_plain_run(lab, layout):
+    masked = (*BLOCK, *CONSTANT, "data.documents=masked", "train.max_steps=2")
+    train(lab, "name=plain", *masked)
+    train(lab, "name=other", *masked, *layout, timeout=300)
+    plain, other = lab.only_run("plain"), lab.only_run("other")
+    for name in ("train/loss", "val/loss", "grad_norm"):
+        assert metrics(other, name) == pytest.approx(metrics(plain, name), rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_neutral_block_trains_like_the_builtin_one(lab):
+    plain = ("model=tiny", "model.block_size=32", "callbacks=checkpoint", *CONSTANT)
+    train(lab, "name=builtin", *plain)
+    train(lab, "name=own", *plain, "model.block={_target_:mylab.model.ScaledBlock,alpha:1.0}")
+    assert_same_run(lab.only_run("builtin"), lab.only_run("own"))
+
+
+def change(lab, name: str) -> None:
+    """Adds a comment to a module of ``mylab``."""
+    with (lab.folder / "lab" / "mylab" / name).open("a") as file:
+        file.write("# changed\n")
+
+
+@pytest.mark.slow
+def test_a_run_is_not_resumed_with_changed_code_unless_forced(lab):
+    lab.environment["SLURM_JOB_ID"] = "7"
+    same = ("model=tiny", "model.block_size=32", "optimizer=sign", "callbacks=[checkpoint,step_log]", *CONSTANT)
+    train(lab, *same, "train.max_steps=2")
+    directory = lab.only_run()
+    recorded = json.loads((directory / "environment.json").read_text())["components"]
+    source = (lab.folder / "lab" / "mylab" / "optimizers.py").read_bytes()
+    assert recorded["optimizer"] == {
+        "target": "mylab.optimizers.SignSGD",
+        "package": "mylab",
+        "version": None,
+        "sha256": hashlib.sha256(source).hexdigest(),
+    }
+    assert recorded.keys() == {"optimizer", "callbacks.step_log"}
+    change(lab, "optimizers.py")
+    kept = (directory / "metrics.csv").read_bytes()
+    refused = f"optimizer._target_=mylab.optimizers.SignSGD has changed since {directory} was trained: sha256="
+    by_path = ("gptlab.train", f"resume={directory}", TRUSTED)
+    by_name = ("gptlab.train", "--config-dir=mine", *SMALL, *same)
+    assert_config_error(lab.python(*by_path), refused)
+    assert_config_error(lab.python(*by_path, *TWO), refused)
+    assert_config_error(lab.python(*by_name, "resume=auto"), refused)
+    lab.environment["SLURM_RESTART_COUNT"] = "1"  # as in a requeued job
+    assert_config_error(lab.python(*by_name, "train.max_steps=2"), refused)
+    del lab.environment["SLURM_RESTART_COUNT"]
+    assert (directory / "metrics.csv").read_bytes() == kept
+    forced = lab.python(*by_path, "force_resume=true", "train.max_steps=3", "train.eval_every=1")
+    assert_success(forced)
+    assert "has changed since" in forced.stderr + forced.stdout
+    change(lab, "callbacks.py")  # may change
+    resumed = lab.python(*by_path, "train.max_steps=4")
+    assert_success(resumed)
+    assert "callbacks.step_log._target_=mylab.callbacks.StepLog has changed since" in resumed.stderr + resumed.stdout
+    assert max(metrics(directory, "train/loss")) == 4
+
+
+CONFIG_ERRORS = {
+    "module": ("+callbacks.x._target_=nolab.X", "callbacks.x._target_=nolab.X cannot be imported: ModuleNotFoundError"),
+    "class": ("+callbacks.x._target_=mylab.tools.Tuch", "module mylab.tools has no attribute Tuch"),
+    "no callback": ("+callbacks.x._target_=os.system", "os.system is not a subclass of lightning.pytorch.callbacks."),
+    "unknown argument": (
+        "+callbacks.x={_target_:mylab.callbacks.StepLog,file:a,evry:2}",
+        "Unknown argument callbacks.x.evry: StepLog has no such argument. Did you mean every?",
+    ),
+    "missing argument": ("+callbacks.x._target_=mylab.callbacks.StepLog", "callbacks.x.file is missing"),
+    "wrong type": ("+callbacks.x={_target_:mylab.callbacks.StepLog,file:a,every:b}", "callbacks.x.every='b' is not"),
+    "no component": ("+callbacks.x={every:1}", "Unknown config key `callbacks.x`"),
+    "owned flag": ("+trainer.flags.max_steps=3", "the Trainer's max_steps is set by train.max_steps."),
+    "checkpoints": ("+callbacks.x._target_=mylab.callbacks.BestCheckpoint", "gptlab writes the checkpoints of a run."),
+    "no loss": ("+loss._target_=os.system", "loss._target_=os.system is not a function f(logits, targets, ...)"),
+}
+
+
+@pytest.mark.parametrize(("override", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
+def test_an_invalid_component_is_a_config_error_before_anything_is_written(lab, override, message):
+    done = lab.python("gptlab.train", *SMALL, "model=tiny", override)
+    assert_config_error(done, message)
+    assert done.stderr.count("\n") == 1
+    assert not (lab.folder / "outputs").exists()
+
+
+def test_a_missing_module_is_reported_with_the_searched_directory_and_without_torch(without_torch):
+    done = without_torch.python("gptlab.train", *SMALL, "model=tiny", "~schedule", "+schedule._target_=nolab.rate")
+    assert_config_error(done, "schedule._target_=nolab.rate cannot be imported: ModuleNotFoundError")
+    assert f"working directory ({without_torch.folder})" in done.stderr
+
+
+def test_a_run_without_components_imports_nothing_for_them():
+    code = """
+import sys
+from gptlab.config.components import check_trusted
+from gptlab.launch.components import check_components, count_components
+from configs import resolved
+config = resolved("data=text", "data.source=text.txt", "model=tiny")
+before = {*sys.modules}
+check_trusted(config.model_dump(mode="json"), "run")
+check_components(config)
+count_components(config)
+print(*sorted({*sys.modules} - before))
+print("torch" in sys.modules, "pytorch_optimizer" in sys.modules)
+"""
+    path = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        (sys.executable, "-c", code), env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "\nFalse False\n", done.stderr

@@ -245,6 +245,7 @@ MODULES = {
         from pathlib import Path
 
         from lightning.pytorch.callbacks import Callback
+        from torch import nn
 
 
         def touch(path: str) -> str:
@@ -254,6 +255,12 @@ MODULES = {
 
         class Touch(Callback):
             def __init__(self, path: str, other: object = None) -> None:
+                touch(path)
+
+
+        class TouchActivation(nn.GELU):
+            def __init__(self, path: str) -> None:
+                super().__init__(approximate="tanh")
                 touch(path)
         """,
 }
