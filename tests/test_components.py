@@ -77,7 +77,12 @@ def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_t
 @pytest.mark.slow
 def test_a_sweep_varies_a_component_and_its_argument(lab):
     (lab.folder / "mine" / "optimizer" / "sign_half.yaml").write_text("defaults: [sign]\nmomentum: 0.5\n")
-    fixed = ("name=sweep", *(option for option in OPTIONS if option != "optimizer=sign"), "train.max_steps=2")
+    fixed = (
+        "name=sweep",
+        *(option for option in OPTIONS if option != "optimizer=sign"),
+        "train.max_steps=2",
+        "optimizer.lr=0.001",
+    )
     train(lab, "-m", *fixed, "optimizer=sign,sign_half,sgd", "hydra.launcher.at_once=2", timeout=300)
     directory = lab.only_run("sweep")
     trials = [json.loads(path.read_text()) for path in sorted(directory.glob("*/trial.json"))]
@@ -179,7 +184,7 @@ def test_a_run_is_not_resumed_with_changed_code_unless_forced(lab):
     assert recorded.keys() == {"optimizer", "callbacks.step_log"}
     change(lab, "optimizers.py")
     kept = (directory / "metrics.csv").read_bytes()
-    refused = f"optimizer._target_=mylab.optimizers.SignSGD has changed since {directory} was trained: sha256="
+    refused = "optimizer._target_=mylab.optimizers.SignSGD has changed since "
     by_path = ("gptlab.train", f"resume={directory}", TRUSTED)
     by_name = ("gptlab.train", "--config-dir=mine", *SMALL, *same)
     assert_config_error(lab.python(*by_path), refused)
