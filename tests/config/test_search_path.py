@@ -49,7 +49,7 @@ def test_directories_of_hydras_search_path_follow_gptlabs_own(user):
     more = f"hydra.searchpath=[file://{user.folder}/more]"
     assert shown(user, "optimizer.betas", "optimizer=mine", more) == [0, 0.5]
     assert shown(user, "optimizer.betas", "optimizer=adamw_char", more) == [0.9, 0.99]
-    assert "muon_char; from more/: mine\n" in unwrapped(user.python(TRAIN, "--help", more).stdout)
+    assert "sgd; from more/: mine\n" in unwrapped(user.python(TRAIN, "--help", more).stdout)
 
 
 def test_gptlabs_own_directory_and_repeated_directories_are_listed_once(tmp_path, monkeypatch):
@@ -92,7 +92,7 @@ def test_an_option_that_replaces_gptlabs_is_reported(user):
 
 
 def test_help_lists_the_users_options_with_their_directory(without_torch):
-    write(without_torch.folder / "conf" / "optimizer" / "lion.yaml", "defaults: [adamw]\n")
+    write(without_torch.folder / "conf" / "optimizer" / "mine.yaml", "defaults: [adamw]\n")
     write(without_torch.folder / "conf" / "model" / "gpt2.yaml", "defaults: [gpt]\n")
     write(without_torch.folder / "conf" / "experiment" / "score.yaml", "# @package _global_\nrun: gpt2\n")
     write(without_torch.folder / "conf" / "machine" / "big.yaml", "# @package _global_\nseed: 1\n")
@@ -101,14 +101,14 @@ def test_help_lists_the_users_options_with_their_directory(without_torch):
     table = done.stdout.partition("Config groups")[2].partition("Config keys")[0]
     assert max(map(len, table.splitlines())) <= 80
     paragraphs = {line.partition(": ")[0]: line for line in unwrapped(table).splitlines()}
-    assert paragraphs["optimizer"].endswith("muon, muon_char; from conf/: lion")
+    assert paragraphs["optimizer"].endswith("muon_char, sgd; from conf/: mine")
     assert paragraphs["model"].endswith("nano, tiny; from conf/: gpt2 (replaces gptlab's)")
     assert "score" not in paragraphs["experiment"]  # for gptlab.evaluate
     assert paragraphs["machine"] == "machine: from conf/: big"
     assert paragraphs["hydra/job_logging"] == "hydra/job_logging: from mine/: json"
     other = without_torch.python("gptlab.evaluate", "--help").stdout
     assert "eval_gpt2_xl; from conf/: score\n" in unwrapped(other)
-    assert "lion" not in other
+    assert "mine" not in other
 
 
 @pytest.mark.parametrize(

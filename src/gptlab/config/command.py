@@ -15,11 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
-from gptlab.config.components import TRUST_KEY, iter_targets, trust_packages
 from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
@@ -65,7 +64,6 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
         def run_task(config: DictConfig) -> None:
             log_to_console()  # a launcher's process does not call main
             try:
-                _trust_own_components(config)
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:
                 status = report_error(error)
@@ -112,15 +110,6 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
         return main
 
     return decorate
-
-
-def _trust_own_components(config: DictConfig) -> None:
-    """Trusts the packages of ``trust``, which is removed, and of all components of a composed configuration."""
-    with open_dict(config):
-        named = config.pop(TRUST_KEY, None) or []
-    targets = (target for _, target in iter_targets(OmegaConf.to_container(config)))
-    own = (target.partition(".")[0] for target in targets)
-    trust_packages([*([named] if isinstance(named, str) else named), *own])
 
 
 def _is_launched_job() -> bool:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
-from gptlab.config.components import TRUST_KEY, check_trusted
+from gptlab.config.components import TRUST_KEY, check_trusted, iter_targets, trust_packages
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
@@ -151,14 +151,25 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
-    """Resolves a composed configuration to plain data; raises UserError if a mandatory value is missing."""
+    """Resolves a composed configuration to plain data, without ``trust``.
+
+    It is what the user typed and has in configuration directories, so the packages of its components are trusted, as
+    are those of ``trust``.
+
+    Raises:
+        UserError: A mandatory value is missing.
+    """
     try:
         container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = error.full_key
         raise UserError(f"{key} is missing. Set it on the command line: {key}=<value>") from None
     assert isinstance(container, dict)  # noqa: S101
-    return {str(key): value for key, value in container.items()}
+    resolved = {str(key): value for key, value in container.items()}
+    named = resolved.pop(TRUST_KEY, None) or []
+    own = (target.partition(".")[0] for _, target in iter_targets(resolved))
+    trust_packages([*([named] if isinstance(named, str) else named), *own])
+    return resolved
 
 
 def may_change(key: str) -> bool:

@@ -3,6 +3,8 @@
 Nothing is imported for a run without components.
 """
 
+import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from inspect import isclass, isfunction, signature
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 from gptlab.config.components import (
     TARGET,
+    bind_component,
     build_component,
     check_arguments,
     check_component,
@@ -98,22 +101,37 @@ def _count_parameters(model: Any) -> ParameterCounts:
 def _count_state(model: Any, config: ComponentOptimizerConfig) -> int | None:
     """Counts the elements of the optimizer state after one step, without scalars.
 
+    The step is on the meta device. If the optimizer cannot do that, it makes a step with one CPU tensor of each shape.
+
+    Args:
+        model: The model, on the meta device.
+        config: Configuration of the optimizer.
+
     Returns:
-        The count, or None if the optimizer cannot step on the meta device.
+        The count, or None if the optimizer raises an error without a model's data.
     """
+    times = Counter(parameter.shape for parameter in model.parameters() if parameter.requires_grad)
+    for device in ("meta", "cpu"):
+        with contextlib.suppress(Exception):  # whatever a user's optimizer raises
+            sizes = _state_sizes(config, list(times), device)
+            return sum(count * size for count, size in zip(times.values(), sizes, strict=True))
+    return None
+
+
+def _state_sizes(config: ComponentOptimizerConfig, shapes: list[Any], device: str) -> list[int]:
+    """Returns the number of elements of the optimizer state of a parameter of each shape, after one step."""
     import torch
+    from torch import nn
 
-    from gptlab.training.optim.optimizers import build_optimizer
+    from gptlab.training.optim.optimizers import optimizer_component
 
-    try:
-        optimizer = build_optimizer(model, config, fused=False)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-    except Exception:  # whatever a user's optimizer raises without data
-        return None
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() for value in values if isinstance(value, torch.Tensor) and value.dim() > 0)
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    optimizer = bind_component(optimizer_component(config))([{"params": parameters}])
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = (optimizer.state[parameter].values() for parameter in parameters)
+    return [sum(part.numel() for part in state if isinstance(part, torch.Tensor) and part.dim()) for state in states]
 
 
 def _check_lightning(

@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from gptlab.config.base import validate
+from gptlab.config.components import trust_packages
 from gptlab.config.search_path import configuration_folder
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
@@ -181,7 +182,9 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> LoadedModel:
+def load(
+    name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32, trust: Sequence[str] = ()
+) -> LoadedModel:
     """Loads a trained model.
 
     Args:
@@ -189,13 +192,16 @@ def load(name: str, *, device: str | None = None, dtype: torch.dtype = torch.flo
             gpt2-large, gpt2-xl or hf://<owner>/<name>.
         device: Device. Default: the GPU if there is one, otherwise the CPU.
         dtype: dtype of the weights and of the computation.
+        trust: Packages whose components (``_target_``) may be built from the configuration of a run directory, in
+            addition to those in the environment variable GPTLAB_TRUST, to which they are added.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        UserError: The model does not exist or cannot be read, or its tokenizer is unknown.
+        UserError: The model does not exist or cannot be read, its tokenizer is unknown, or a component is not trusted.
     """
+    trust_packages(trust)
     source = open_model_source(name)
     tokenizer = source.tokenizer()
     network = load_model(source).to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)

@@ -13,6 +13,7 @@ from gptlab.config.resume import resolve, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, SweepIncomplete
+from gptlab.launch.components import check_components
 from gptlab.sweeps.config import LocalLauncherConfig, SlurmLauncherConfig, SweeperConfig
 from gptlab.sweeps.local_launcher import LocalLauncher
 from gptlab.sweeps.search import Search
@@ -52,7 +53,9 @@ def run_sweep(
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):
             del values["hydra"]  # not part of the configuration of a run
-        return resolve_split(resolve(values, overrides).with_absolute_paths())
+        config = resolve(values, overrides)
+        check_components(config)
+        return resolve_split(config.with_absolute_paths())
 
     base = _check_space(space, compose, is_grid=config.search == "grid")
     if base.logger.wandb is not None:
