@@ -1,9 +1,8 @@
 """Attention: modules with ``forward(x, ctx)``. Shapes: B batch, T time, C channels."""
 
-from torch import Tensor, nn
-
 from gptlab.model.attention import AttentionContext, CausalSelfAttention
 from gptlab.model.config import GPTConfig
+from torch import Tensor, nn
 
 
 class GatedAttention(CausalSelfAttention):

@@ -1,11 +1,10 @@
 """Blocks: modules with ``forward(x, ctx)``. Shapes: B batch, T time, C channels."""
 
 import torch
-from torch import Tensor, nn
-
 from gptlab.model.attention import AttentionContext
 from gptlab.model.config import GPTConfig
 from gptlab.model.gpt import Block
+from torch import Tensor, nn
 
 
 class LayerScaleBlock(Block):

@@ -1,9 +1,8 @@
 """Models: subclasses of ``CausalLM``, or of ``GPT`` or ``ModernGPT``. Shapes: B batch, T time, V vocabulary."""
 
-from torch import Tensor, nn
-
 from gptlab.model.causal_lm import CausalLM
 from gptlab.model.config import GPTConfig
+from torch import Tensor, nn
 
 
 class Bigram(CausalLM):

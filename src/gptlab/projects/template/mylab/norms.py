@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from gptlab.model.config import GPTConfig
+from torch import Tensor, nn
 
 
 class ScaleNorm(nn.Module):

@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
 from gptlab.model.attention import AttentionContext, CausalSelfAttention
 from gptlab.model.config import OPTIONS, GPTConfig
 from gptlab.model.modern import build_gpt
+from torch import nn
+
 from mylab.activations import QuickGELU
 from mylab.attention import GatedAttention
 from mylab.callbacks import decade_shares
