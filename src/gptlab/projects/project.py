@@ -43,6 +43,12 @@ def _is_importable(name: str) -> bool:
     return found is not None and found.origin is not None
 
 
+def template_files() -> list[Path]:
+    """Returns the files of the template, relative to it, without caches of Python and its tools."""
+    files = sorted(path.relative_to(TEMPLATE) for path in TEMPLATE.rglob("*") if path.is_file())
+    return [path for path in files if not any(part.startswith((".", "__pycache__")) for part in path.parts)]
+
+
 def write_project(directory: Path, name: str, experiments: Iterable[Experiment]) -> None:
     """Writes a project, whole or not at all.
 
@@ -68,12 +74,11 @@ def write_project(directory: Path, name: str, experiments: Iterable[Experiment])
 
 
 def _write_files(directory: Path, name: str, experiments: Iterable[Experiment]) -> None:
-    for path in sorted(TEMPLATE.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            target = directory / str(path.relative_to(TEMPLATE)).replace(PACKAGE, name)
-            target = target.with_name(".gitignore") if target.name == "gitignore" else target
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(path.read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
+    for path in template_files():
+        target = directory / str(path).replace(PACKAGE, name)
+        target = target.with_name(".gitignore") if target.name == "gitignore" else target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text((TEMPLATE / path).read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
     for experiment in experiments:
         path = directory / "conf" / "experiment" / f"{experiment.name}.yaml"
         if path.exists():
