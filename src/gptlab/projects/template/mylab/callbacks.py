@@ -1,10 +1,20 @@
 """Callbacks: any ``lightning.pytorch.Callback``."""
 
+from dataclasses import dataclass
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Decades:
+    """Range of powers of 10, both included."""
+
+    first: int
+    last: int
 
 
 class GradientHistogram(pl.Callback):
@@ -15,12 +25,11 @@ class GradientHistogram(pl.Callback):
 
     Args:
         every: Steps between histograms, in addition to that of the first step.
-        first: First decade.
-        last: Last decade.
+        decades: Range of the histogram.
     """
 
-    def __init__(self, every: int, first: int, last: int) -> None:
-        self.every, self.first, self.last = every, first, last
+    def __init__(self, every: int, decades: Decades) -> None:
+        self.every, self.decades = every, decades
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -29,15 +38,15 @@ class GradientHistogram(pl.Callback):
         step = trainer.global_step + 1
         if step == 1 or step % self.every == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            shares = decade_shares(gradients, self.first, self.last)
-            metrics = {f"gradient_decade/{decade}": share for decade, share in enumerate(shares, self.first)}
+            shares = decade_shares(gradients, self.decades)
+            metrics = {f"gradient_decade/{decade}": share for decade, share in enumerate(shares, self.decades.first)}
             pl_module.log_dict(metrics, sync_dist=True)  # the mean over the ranks, whose shards are of equal size
 
 
-def decade_shares(tensors: list[Tensor], first: int, last: int) -> Tensor:
+def decade_shares(tensors: list[Tensor], decades: Decades) -> Tensor:
     """Returns the share of the absolute values in each decade (last - first + 1,)."""
     local = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    edges = 10.0 ** torch.arange(first + 1, last + 1, device=local[0].device)
+    edges = 10.0 ** torch.arange(decades.first + 1, decades.last + 1, device=local[0].device)
     counts: Tensor = sum(  # type: ignore[assignment]
         torch.bincount(torch.bucketize(tensor.abs().flatten(), edges, right=True), minlength=len(edges) + 1)
         for tensor in local

@@ -12,7 +12,7 @@ from torch import nn
 
 from mylab.activations import QuickGELU
 from mylab.attention import GatedAttention
-from mylab.callbacks import decade_shares
+from mylab.callbacks import Decades, decade_shares
 from mylab.loggers import JSONLinesLogger
 from mylab.losses import focal_loss
 from mylab.models import Bigram
@@ -35,7 +35,7 @@ def build(**changes):
 
 def test_callback_counts_the_values_of_each_decade():
     gradients = [torch.tensor([[0.0, 2e-3], [-3e-3, 5e-2]]), torch.tensor([4e-9, 7.0, -0.2, 0.9])]
-    assert decade_shares(gradients, -4, -1).tolist() == [2 / 8, 2 / 8, 1 / 8, 3 / 8]
+    assert decade_shares(gradients, Decades(-4, -1)).tolist() == [2 / 8, 2 / 8, 1 / 8, 3 / 8]
 
 
 def test_logger_writes_one_object_per_row(tmp_path):
@@ -119,7 +119,7 @@ def test_reader_yields_docstrings(tmp_path):
 
 def test_reader_names_every_document_once():
     names = [name for name, _ in Docstrings(["json"]).documents()]
-    assert "json/decoder.py:20" in names or len(names) > 10
+    assert len(names) > 10
     assert len(set(names)) == len(names)
 
 
