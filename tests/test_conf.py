@@ -33,6 +33,8 @@ NEEDED = {
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
     "callbacks=hellaswag": ["callbacks.hellaswag.path=x"],
+    "callbacks=timer": ["callbacks.timer.duration=00:12:00:00"],
+    "callbacks=energy": ["callbacks.energy.country_iso_code=DEU"],
     "data=huggingface": ["data.path=x", "data.column=text"],
     "without=decay": ["schedule=wsd"],
     "without=untied_head": ["optimizer=muon"],

@@ -67,7 +67,7 @@ CONFIG_ERRORS = {
     ),
     "unknown option in a list": (
         ["callbacks=[default,smaples]"],
-        "Unknown option callbacks=smaples. Did you mean samples? Valid options: checkpoint, default,",
+        "Unknown option callbacks=smaples. Did you mean samples? Valid options: ",
     ),
     "a number as an option": (["lora=5"], "Unknown option lora=5. Valid options: all, attention."),
     "unknown group": (["modl=gpt2"], "Unknown config key `modl`. Did you mean model?"),

@@ -178,3 +178,30 @@ def test_a_trial_is_in_the_wandb_group_of_its_sweep(tmp_path, monkeypatch, named
     assert ((group or None), job_type) == expected
     assert (directory / "wandb_id").read_text() == run.id
     assert not agent or run.id == "r1"
+
+
+def test_values_and_histograms_of_callbacks_are_in_the_record(user):
+    (user.folder / "mine.py").write_text(
+        "import lightning as L\n"
+        "class Logs(L.Callback):\n"
+        "    def on_train_batch_end(self, trainer, pl_module, *_):\n"
+        "        if trainer.global_step % 2 == 0:\n"
+        "            pl_module.log('mine/step', float(trainer.global_step))\n"
+        "    def on_validation_epoch_end(self, trainer, pl_module):\n"
+        "        pl_module.log('mine/val', float(trainer.global_step))\n"
+    )
+    watch = ("callbacks=[checkpoint,watch]", "callbacks.watch.every=4", "callbacks.watch.modules=[ln_f]")
+    assert_success(user.train(*OFFLINE, *watch, "+callbacks.logs._target_=mine.Logs", "train.log_every=3"))
+    (record,) = records(user.only_run())
+    found: dict[str, list[int]] = {}
+    values: dict[str, list[Any]] = {}
+    for row in rows(record):
+        for name, value in row.items():
+            found.setdefault(name, []).append(int(row["_step"]))
+            values.setdefault(name, []).append(value)
+    assert found["mine/step"] == values["mine/step"] == [2, 4, 6]
+    assert found["mine/val"] == values["mine/val"] == [3, 6]
+    assert found["train/loss"] == [1, 3, 6]
+    names = [name for name in found if name.startswith(("weights/", "gradients/"))]
+    assert {name.split(".")[0] for name in names} == {"weights/ln_f", "gradients/ln_f"}
+    assert all(found[name] == [1, 4] for name in names)

@@ -35,12 +35,14 @@ TARGET = "_target_"
 TRUST_KEY = "trust"  # key of the commands, not of a run's configuration: names of trusted packages
 TRUST = "GPTLAB_TRUST"  # environment variable with the names of trusted packages, separated by commas
 ENTRY_POINTS = "gptlab.components"  # group of entry points by which an installed package declares its components
-OWN_PACKAGES = ("gptlab", "lightning", "torch.optim", "torch.nn")  # whose classes are trusted where gptlab checks them
+# packages whose classes are trusted where gptlab checks their interface; the last two are those of conf/
+OWN_PACKAGES = ("gptlab", "lightning", "torch.optim", "torch.nn", "pytorch_optimizer", "aim.pytorch_lightning")
 # keys of the components whose interface gptlab checks
 CHECKED_KEYS = re.compile(
     r"(callbacks|logger)\.[^.]+|model(\.(block|attention|activation|norm))?|loss|optimizer|schedule|data\.reader|tokenizer"
 )
 OWN_FUNCTIONS = "gptlab.model.losses"  # module whose functions are trusted, too
+EXTRAS = {"aim": "aim", "pytorch_optimizer": "optimizers"}  # extras of packages whose classes are used directly
 INSTANTIATE_KEYS = (TARGET, "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
 
 
@@ -102,8 +104,8 @@ def check_trusted(values: object, origin: object) -> None:
     """Checks that every component of a stored configuration is of a trusted package.
 
     A target is of the package that it names and of the one that defines it: ``mylab.os.system`` is of ``mylab`` and of
-    ``os``. Classes of gptlab, lightning, torch.nn and torch.optim are trusted, because gptlab checks their interface;
-    as arguments of other components, where it does not, they are not.
+    ``os``. Classes of ``OWN_PACKAGES`` are trusted, because gptlab checks their interface; as arguments of other
+    components, where it does not, they are not.
 
     Args:
         values: Nested plain data.
@@ -145,11 +147,17 @@ def import_target(key: str, target: str) -> Any:
     """
     try:
         return pkgutil.resolve_name(target)
-    except Exception as error:  # whatever a user's module raises when it is imported
+    except ModuleNotFoundError as error:
+        if extra := EXTRAS.get((error.name or "").partition(".")[0]):
+            raise UserError(
+                f"{key}.{TARGET}={target} needs the package {error.name}: pip install 'gptlab[{extra}]'"
+            ) from error
         raise UserError(
-            f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}. Modules are searched in the "
-            f"working directory ({Path.cwd()}), PYTHONPATH and the installed packages."
+            f"{key}.{TARGET}={target} cannot be imported: {error}. Modules are searched in the working directory "
+            f"({Path.cwd()}), PYTHONPATH and the installed packages."
         ) from error
+    except Exception as error:  # whatever a user's module raises when it is imported
+        raise UserError(f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}.") from error
 
 
 def check_component(

@@ -16,9 +16,11 @@ from gptlab.config.components import (
     build_component,
     check_arguments,
     check_component,
+    component_arguments,
     import_target,
 )
 from gptlab.config.schema import RunConfig
+from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.model.config import ComponentModelConfig, GPTConfig, ParameterCounts
 from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig
@@ -41,6 +43,23 @@ def check_components(config: RunConfig) -> None:
         _check_optimizer(config.optimizer)
     if isinstance(config.schedule, ComponentScheduleConfig):
         _check_schedule(config.schedule)
+
+
+def preflight_components(config: RunConfig, prepared: TokenDataset) -> None:
+    """Calls ``preflight(config, prepared, **arguments)`` of callbacks and loggers whose class has this class method.
+
+    Args:
+        config: Checked configuration.
+        prepared: Data of the run.
+
+    Raises:
+        UserError: A component cannot be used with this configuration or data.
+    """
+    for group in ("callbacks", "logger"):
+        for name, values in getattr(config, group).components.items():
+            target = import_target(f"{group}.{name}", values[TARGET])
+            if check := getattr(target, "preflight", None):
+                check(config, prepared, **component_arguments(values))
 
 
 def build_callbacks(config: RunConfig) -> list[Any]:

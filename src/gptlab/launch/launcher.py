@@ -22,7 +22,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
-from gptlab.launch.components import check_components
+from gptlab.launch.components import check_components, preflight_components
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
@@ -115,6 +115,7 @@ def preflight(config: RunConfig) -> ReadyRun:
         prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded
     if (hellaswag := config.callbacks.hellaswag) is not None:
         read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises if it cannot be read
+    preflight_components(config, prepared)
     if config.resume:
         _check_same_data(config, prepared, Path(config.resume))
     _check_length(config, prepared.manifest)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.config.schema import RunConfig
@@ -42,6 +41,7 @@ from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import DeterminismTrace
+from gptlab.training.callbacks.early_stopping import EarlyStopping
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
 from gptlab.training.callbacks.hellaswag import HellaSwag
 from gptlab.training.callbacks.metrics import MetricsCallback
@@ -244,6 +244,7 @@ def build_trainer(
         val_check_interval=config.train.eval_every * plan.accumulation,  # Lightning counts micro-batches here
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
+        log_every_n_steps=config.train.log_every,
         callbacks=_build_callbacks(config, prepared, run_dir, recorder, checkpoint_io, extra_callbacks),
         logger=[
             *build_component_loggers(config, run_dir),
@@ -279,10 +280,9 @@ def _build_callbacks(
     if wanted.hellaswag:
         examples = read_examples_cached(Path(wanted.hellaswag.path), prepared.tokenizer, wanted.hellaswag.limit)
         callbacks.append(HellaSwag(wanted.hellaswag, examples, config.train.eval_every, config.steps, recorder.tokens))
-    if wanted.early_stopping:
-        patience, min_delta = wanted.early_stopping.patience, wanted.early_stopping.min_delta
-        callbacks.append(EarlyStopping("val/loss", patience=patience, min_delta=min_delta, mode="min"))
     callbacks += build_callbacks(config)
+    if wanted.early_stopping:  # after the callbacks whose metrics it may monitor
+        callbacks.append(EarlyStopping(wanted.early_stopping))
     checkpoints = None
     if wanted.checkpoint:
         every, eval_every = wanted.checkpoint.every, config.train.eval_every

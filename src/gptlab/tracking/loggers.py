@@ -27,6 +27,7 @@ class MetricsCSVLogger(CSVLogger):
 
     def __init__(self, directory: Path, keep_until: int | None) -> None:
         super().__init__(directory, name="", version="", flush_logs_every_n_steps=1)
+        self._step = keep_until or 0
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         if earlier:
             self.experiment.metrics.extend(earlier)
@@ -34,6 +35,12 @@ class MetricsCSVLogger(CSVLogger):
 
     def log_hyperparams(self, params: object = None) -> None:
         """Logs nothing: config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        """Logs a row of metrics; without a step, at the latest one."""
+        self._step = self._step if step is None else step
+        super().log_metrics(dict(metrics), self._step)
 
 
 def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
@@ -86,7 +93,8 @@ class RunStateLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Updates the state from a row of metrics."""
-        now, before, step = time.time(), self.state, step or 0
+        now, before = time.time(), self.state
+        step = max(before.step, step or 0)  # other callbacks may log rows of earlier steps or without a step
         elapsed = now - before.began
         ahead = (before.max_steps - step) / max(1, step - self._first_step)
         val_loss = metrics.get("val/loss")

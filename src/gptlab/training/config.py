@@ -369,8 +369,10 @@ class HellaSwagConfig(FrozenConfig):
 
 
 class EarlyStoppingConfig(FrozenConfig):
-    """Early stopping after ``patience`` evaluations that do not improve val loss by more than ``min_delta`` nats."""
+    """Early stopping after ``patience`` evaluations that do not improve ``monitor`` by more than ``min_delta``."""
 
+    monitor: str = "val/loss"  # run directories of earlier versions have neither key
+    mode: Literal["min", "max"] = "min"
     patience: PositiveInt
     min_delta: NonNegativeFloat
 

@@ -33,6 +33,8 @@ class HellaSwag(L.Callback):
         latest: The latest counts; None before the first scoring.
     """
 
+    evaluation_metrics = ("hellaswag/acc", "hellaswag/acc_norm")
+
     def __init__(
         self,
         config: HellaSwagConfig,

@@ -13,6 +13,8 @@ import lightning as L
 import torch
 
 from gptlab.data.order import BatchSizeSchedule
+from gptlab.training.callbacks.logger_connector import StepLoggerConnector
+from gptlab.training.callbacks.preemption import Preempted
 from gptlab.training.callbacks.progress import ProgressDisplay
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import peak_memory
@@ -54,7 +56,7 @@ class Stopwatch:
 
 
 class MetricsCallback(L.Callback):
-    """Logs the metrics that docs/run-directory.md lists.
+    """Logs the metrics that docs/run-directory.md lists, and those that other callbacks log with Lightning's ``log``.
 
     Args:
         log_every: Steps between rows.
@@ -64,6 +66,8 @@ class MetricsCallback(L.Callback):
         flops_per_token: FLOPs of the model per token, forward and backward.
         peak_flops: Peak FLOPs per second of all devices together. If None (unknown), mfu is not logged.
     """
+
+    evaluation_metrics = ("val/loss", "val/bits_per_byte")
 
     def __init__(
         self,
@@ -89,8 +93,22 @@ class MetricsCallback(L.Callback):
         """Returns the number of tokens of the first ``steps`` steps."""
         return self.stages.first(steps) * self.block_size
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether a step has a row of metrics: the first and the last step, and every ``log_every`` steps."""
+        return step == 1 or step % self.log_every == 0 or step == self.max_steps
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Records values of Lightning's ``log`` at their steps."""
+        trainer._logger_connector = StepLoggerConnector(trainer, self.is_due, self._log_values)  # noqa: SLF001
+
+    def _log_values(self, trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+        log_metrics(trainer, {**metrics, "tokens": self.tokens(step)}, step)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Creates the progress display and starts the clocks."""
+        connector = trainer._logger_connector  # noqa: SLF001
+        assert isinstance(connector, StepLoggerConnector)  # noqa: S101
+        connector.start()
         self._last_step = trainer.global_step
         self._began = time.monotonic() - self.seconds
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -115,7 +133,7 @@ class MetricsCallback(L.Callback):
         step = trainer.global_step
         if self._display:
             self._display.step(step)
-        if step == 1 or step % self.log_every == 0 or step == self.max_steps:
+        if self.is_due(step):
             self._record_step(trainer, pl_module, step)
         if step == self.max_steps:
             trainer.should_stop = True  # makes Lightning evaluate after the last step, regardless of the interval
@@ -168,8 +186,10 @@ class MetricsCallback(L.Callback):
         )
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Closes the progress display."""
+        """Closes the progress display; records the values of the last step before preemption."""
         self._close()
+        if isinstance(exception, Preempted) and trainer.training:
+            trainer._logger_connector.update_train_step_metrics()  # noqa: SLF001
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Records the duration and closes the progress display."""
@@ -190,10 +210,26 @@ class MetricsCallback(L.Callback):
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Logs a row to every logger."""
+    """Logs a row to every logger, and to ``trainer.callback_metrics``, from which early stopping reads."""
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64).unbind()
+    trainer.callback_metrics.update(zip(metrics, values, strict=True))
     with defer_interrupt():  # a row is written by all loggers or by none
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
+
+
+def log_step_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Logs metrics of another callback, with the tokens seen up to a step, to every logger.
+
+    Unlike Lightning's ``log``, this costs no time in later steps.
+    """
+    recorder = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsCallback))  # type: ignore[attr-defined]
+    log_metrics(trainer, {**metrics, "tokens": recorder.tokens(step)}, step)
+
+
+def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Returns whether a micro-batch is the last one of its step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 @contextlib.contextmanager

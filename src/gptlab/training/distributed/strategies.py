@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
@@ -88,3 +89,8 @@ def reduce_over_data_ranks(tensor: Tensor, trainer: L.Trainer, operation: str) -
     strategy = trainer.strategy
     group = strategy.device_mesh["data_parallel"].get_group() if isinstance(strategy, FSDP2Strategy) else None
     return strategy.reduce(tensor, group=group, reduce_op=operation)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Returns a tensor whole. For a sharded one, every rank must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
