@@ -30,6 +30,8 @@ GROUPS = (
 )
 # mandatory keys of options
 NEEDED = {
+    "data=component": ["data.reader._target_=x"],
+    "tokenizer=component": ["tokenizer._target_=x"],
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
     "callbacks=hellaswag": ["callbacks.hellaswag.path=x"],

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
+from gptlab.config.components import check_trusted
 from gptlab.config.resume import resolve_to_dict
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
@@ -13,11 +14,12 @@ from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import convert
 from gptlab.data.shards.token_dataset import TokenDataset, batch_texts, verify_shards
+from gptlab.data.tokenizers.tokenizer import load_tokenizer
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.launch.prepare_data import (
     PrepareCommand,
-    open_existing_shards,
+    find_existing_shards,
     prepare_with_progress,
     print_batch,
     print_prepared,
@@ -34,7 +36,7 @@ def main(values: DictConfig) -> int:
     elif config.convert is not None:
         _convert(config, config.convert)
     elif config.inspect is not None:
-        _inspect(open_existing_shards(config, "inspect", config.inspect), verified=config.verify)
+        _inspect(config, config.inspect)
     else:
         check_val_split(config.data)
         part, parts = (0, 1) if config.merge else (config.prepare.part, config.prepare.parts)
@@ -43,24 +45,27 @@ def main(values: DictConfig) -> int:
     return DONE
 
 
-def _inspect(prepared: TokenDataset, *, verified: bool) -> None:
-    if verified:
-        number = verify_shards(prepared.store, prepared.manifest.shards())
+def _inspect(config: PrepareCommand, path: str) -> None:
+    store, manifest = find_existing_shards(config, "inspect", path)
+    if config.verify:
+        number = verify_shards(store, manifest.shards())
         print(f"Verified {number} shards: their SHA-256 is unchanged.")
-    print_prepared(prepared)
+    tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
+    print_prepared(TokenDataset(store, manifest, tokenizer))
 
 
 def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert requires an output directory: out=<dir>")
-    prepared = open_existing_shards(config, "convert", path)
-    for written in convert(prepared.store, prepared.manifest, config.format, Path(config.out).expanduser()):
+    store, manifest = find_existing_shards(config, "convert", path)
+    for written in convert(store, manifest, config.format, Path(config.out).expanduser()):
         print(written)
 
 
 def _replay(path: str, step: int) -> None:
     """Prints the global batch of one step of a run."""
     config = load_config(Path(path).expanduser(), f"replay={path}")
+    check_trusted(config.model_dump(mode="json", include={"data", "tokenizer"}), path)
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
     print_batch(batch_texts(prepared, order, step, config.train.stages))

@@ -12,7 +12,7 @@ import pytest
 import tiktoken
 from tiktoken_ext import openai_public
 
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.config import BuiltInTokenizerConfig, DataConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import Manifest, Shard
@@ -65,8 +65,8 @@ def prepare_text(
     )
 
 
-def tokenizer_config(name: str, vocab_size: int | None = None, train_mb: float | None = None) -> TokenizerConfig:
-    return TokenizerConfig(name=name, vocab_dir=None, vocab_size=vocab_size, train_mb=train_mb)
+def tokenizer_config(name: str, vocab_size: int | None = None, train_mb: float | None = None) -> BuiltInTokenizerConfig:
+    return BuiltInTokenizerConfig(name=name, vocab_dir=None, vocab_size=vocab_size, train_mb=train_mb)
 
 
 def tokens_on_disk(folder: Path, split: str, dtype: str = "<u2") -> list[int]:

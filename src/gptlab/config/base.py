@@ -46,7 +46,7 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         for details in error.errors():
             # a wrong value has an error for each member of a union, which are reported as one
             problem = WRONG_VALUE if _is_wrong_value(details) else object()
-            problems[_dotted_key(details["loc"], values), problem] = details
+            problems[_dotted_key(details, values), problem] = details
         messages = (_error_message(config_type, details, values, keys) for details in problems.values())
         raise UserError("\n".join(messages)) from None
 
@@ -120,7 +120,7 @@ def _error_message(
     config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
 ) -> str:
     """Returns the message for one of pydantic's errors."""
-    key = _dotted_key(details["loc"], values)
+    key = _dotted_key(details, values)
     match details["type"]:
         case "extra_forbidden":
             return unknown_key(key, keys)
@@ -164,12 +164,13 @@ def _schema(config_type: type[FrozenConfig], key: str, values: Any) -> dict[str,
     return schema or None
 
 
-def _dotted_key(location: tuple[int | str, ...], values: Any) -> str:
-    """Returns the dotted key at ``location``, without the names of union members that pydantic inserts."""
+def _dotted_key(details: ErrorDetails, values: Any) -> str:
+    """Returns the dotted key of an error, without the names of union members that pydantic inserts."""
+    location, is_missing = details["loc"], details["type"] == "missing"
     parts: list[str] = []
-    for part in location:
+    for number, part in enumerate(location, start=1):
         inside = values.get(part) if isinstance(values, Mapping) else None
-        named = isinstance(values, Mapping) and (part in values or part == location[-1])
+        named = isinstance(values, Mapping) and (part in values or (is_missing and number == len(location)))
         if isinstance(part, str) and not named:
             continue
         if isinstance(part, int) and not isinstance(values, list):

@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -293,6 +294,20 @@ def component_record(key: str, target: str) -> dict[str, Any]:
 def component_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of a component, without ``_target_`` and the other keys of ``hydra.utils.instantiate``."""
     return {name: value for name, value in values.items() if name not in INSTANTIATE_KEYS}
+
+
+def hash_sources(values: Mapping[str, Any]) -> str:
+    """Returns a hash of the files that define the targets of a component and of the components among its arguments."""
+    files = []
+    for key, target in iter_targets(values):
+        module = sys.modules.get(getattr(import_target(key, target), "__module__", None) or "")
+        files.append(_hash_file(getattr(module, "__file__", None)))
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
+@functools.cache  # a process keeps the code that it has imported, even if the file changes later
+def _hash_file(path: str | None) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

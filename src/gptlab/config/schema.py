@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from gptlab.config.base import FrozenConfig
 from gptlab.config.components import Component, enabled_components
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.config import BuiltInTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
@@ -166,7 +166,9 @@ class RunConfig(FrozenConfig):
         data = {key: _absolute(value) for key in ("source", "cache_dir") if (value := getattr(self.data, key))}
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
-        vocab_dir = self.tokenizer.vocab_dir and _absolute(self.tokenizer.vocab_dir)
+        tokenizer = self.tokenizer
+        if isinstance(tokenizer, BuiltInTokenizerConfig) and tokenizer.vocab_dir:
+            tokenizer = tokenizer.model_copy(update={"vocab_dir": _absolute(tokenizer.vocab_dir)})
         callbacks = self.callbacks
         if (wanted := callbacks.hellaswag) is not None:
             placed = wanted.model_copy(update={"path": _absolute(wanted.path)})
@@ -178,7 +180,7 @@ class RunConfig(FrozenConfig):
         return self.model_copy(
             update={
                 "data": self.data.model_copy(update=data),
-                "tokenizer": self.tokenizer.model_copy(update={"vocab_dir": vocab_dir}),
+                "tokenizer": tokenizer,
                 "callbacks": callbacks,
                 "init_from": init_from,
                 "resume_from_nanogpt": nanogpt,

@@ -1,17 +1,29 @@
 """Config groups ``data`` and ``tokenizer``."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from gptlab.config.base import FrozenConfig
+from gptlab.config.components import TARGET, Component
 
 
 class DataConfig(FrozenConfig):
     """Corpus, and how it is split, stored and ordered.
 
     Attributes:
-        corpus: Name of the reader; see ``gptlab.data.sources.corpora``.
+        corpus: Name of the corpus; see ``gptlab.data.sources.corpora``.
+        reader: Component that yields the documents, a ``gptlab.data.sources.component.DocumentReader`` (component).
         source: File or directory of the corpus (text, shakespeare). Files named .parquet and .jsonl are read as
             records, all others as text. Text and .jsonl files can be compressed (.gz, .zst).
         path: Prepared shards: a directory, its URL, or a glob of token files of other programs (shards). Name of a
@@ -39,7 +51,8 @@ class DataConfig(FrozenConfig):
         num_workers: Processes that prefetch batches; 0 builds them in the training process. The batches are identical.
     """
 
-    corpus: Literal["python_stdlib", "shakespeare", "shakespeare_plays", "text", "huggingface", "shards"]
+    corpus: Literal["python_stdlib", "shakespeare", "shakespeare_plays", "text", "huggingface", "shards", "component"]
+    reader: Component = None
     source: str | None
     path: str | None
     subset: str | None
@@ -59,14 +72,22 @@ class DataConfig(FrozenConfig):
     limit_windows: PositiveInt | None
     num_workers: NonNegativeInt
 
+    @model_validator(mode="after")
+    def _reader_is_used(self) -> Self:
+        if self.corpus == "component" and self.reader is None:
+            raise ValueError("corpus=component requires data.reader, such as data.reader._target_=mylab.readers.Wiki")
+        if self.corpus != "component" and self.reader is not None:
+            raise ValueError(f"reader={self.reader} is only used with data=component, not with corpus={self.corpus}")
+        return self
+
     @property
     def is_remote(self) -> bool:
         """Whether the shards are read from a URL."""
         return self.corpus == "shards" and self.path is not None and "://" in self.path
 
 
-class TokenizerConfig(FrozenConfig):
-    """Tokenizer.
+class BuiltInTokenizerConfig(FrozenConfig):
+    """Tokenizer of gptlab.
 
     Attributes:
         name: "bytes" (UTF-8 bytes and an end-of-text token), "characters" (the characters of the corpus), "gpt2" (BPE
@@ -89,3 +110,40 @@ class TokenizerConfig(FrozenConfig):
                 "tokenizer=bpe requires vocab_size and train_mb, for example vocab_size=4096 train_mb=1000"
             )
         return self
+
+
+class ComponentTokenizerConfig(FrozenConfig):
+    """Tokenizer of one's own, by ``_target_``: a ``gptlab.data.tokenizers.component.CustomTokenizer``.
+
+    The other keys are its arguments.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+    @property
+    def component(self) -> dict[str, Any]:
+        """The component: target and arguments."""
+        return dict(self.model_extra or {})
+
+    @property
+    def name(self) -> str:
+        """The target."""
+        return str(self.component[TARGET])
+
+    @property
+    def vocab_dir(self) -> None:
+        """Directory of GPT-2's vocabulary, which such a tokenizer does not have."""
+        return
+
+
+def _kind(values: Any) -> str:
+    """Returns the discriminator of a tokenizer."""
+    is_component = TARGET in values if isinstance(values, Mapping) else isinstance(values, ComponentTokenizerConfig)
+    return "component" if is_component else "built_in"
+
+
+TokenizerConfig = Annotated[
+    Annotated[BuiltInTokenizerConfig, Tag("built_in")] | Annotated[ComponentTokenizerConfig, Tag("component")],
+    Discriminator(_kind),
+]

@@ -19,8 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
+from gptlab.data.tokenizers.text import END_OF_TEXT
 from gptlab.data.tokenizers.text_stream import TextStream
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
+from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import generate, plain_decoder

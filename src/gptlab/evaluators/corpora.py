@@ -4,7 +4,8 @@ import json
 import logging
 from typing import Any, NamedTuple
 
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.config.components import check_trusted
+from gptlab.data.config import BuiltInTokenizerConfig, ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import load_manifest
@@ -60,6 +61,7 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
                 "score with data=openwebtext, or data=text data.source=<file> split=all, or use tasks=[...] or "
                 "hellaswag=<file>."
             )
+        check_trusted(run.model_dump(mode="json", include={"data", "tokenizer"}), config.run)
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
         check_val_split(config.data)
@@ -78,12 +80,14 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
     return ScoredCorpus(prepared, _eot_id(prepared, data) if masked else None)
 
 
-def _tokenizer_settings(record: dict[str, str], source: ModelSource, named: TokenizerConfig | None) -> TokenizerConfig:
+def _tokenizer_settings(record: dict[str, Any], source: ModelSource, named: TokenizerConfig | None) -> TokenizerConfig:
     """Returns the config of the model's tokenizer. For a trained BPE, ``vocab_size`` and ``train_mb`` are not used."""
+    if "component" in record:
+        return ComponentTokenizerConfig.model_validate(record["component"])
     vocab_dir = (named.vocab_dir if named else None) or source.vocab_dir
     made = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
     values = {"name": record["name"], "vocab_dir": vocab_dir, "vocab_size": None, "train_mb": None, **made}
-    return TokenizerConfig.model_validate(values)
+    return BuiltInTokenizerConfig.model_validate(values)
 
 
 def _are_equivalent(one: dict[str, Any], other: dict[str, Any]) -> bool:

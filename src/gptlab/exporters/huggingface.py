@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlab.data.tokenizers.external import to_huggingface
+from gptlab.data.tokenizers.external import CONVERTIBLE, to_huggingface
 from gptlab.exporters.certificate import (
     Check,
     compare_greedy,
@@ -19,7 +19,7 @@ from gptlab.exporters.certificate import (
     version,
 )
 from gptlab.exporters.reference import Reference
-from gptlab.exporters.request import NO_TOKENIZER, CheckResult, ExportRequest, comparison_texts, tensor_dtypes
+from gptlab.exporters.request import CheckResult, ExportRequest, comparison_texts, omitted_tokenizer, tensor_dtypes
 from gptlab.model.config import NORM_EPSILON, GPTConfig
 from gptlab.model.external import CONV1D, to_external
 from gptlab.model.gpt import GPT
@@ -38,7 +38,7 @@ def write(model: GPT, job: ExportRequest, folder: Path) -> None:
         DESCRIPTION: _description(model.config, end, job.dtype),
         GENERATION: {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end},
     }
-    if job.tokenizer is not None:
+    if isinstance(job.tokenizer, CONVERTIBLE):
         files |= to_huggingface(job.tokenizer, model.config.block_size)
     for name, values in files.items():
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -55,7 +55,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
         return CheckResult(checks, ["logits and continuation, because transformers is not installed"])
-    unchecked = [NO_TOKENIZER] if job.tokenizer is None else []
+    unchecked = omitted_tokenizer(job, CONVERTIBLE, "transformers cannot load a tokenizer of one's own")
     return CheckResult([*checks, *_by_transformers(job, folder, reference)], unchecked)
 
 
@@ -130,7 +130,7 @@ def _by_transformers(job: ExportRequest, folder: Path, reference: Reference) -> 
         more = {"do_sample": False, "max_new_tokens": tokens, "pad_token_id": 0, "use_cache": True}
         ids = theirs.generate(beginning, attention_mask=mask, **more)[0, len(reference.beginning) :].tolist()
         yield compare_greedy(ids, reference, by, RELATIVE)
-    if job.tokenizer is not None:
+    if isinstance(job.tokenizer, CONVERTIBLE):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         texts = comparison_texts(job.tokenizer)
         ours = [job.tokenizer.encode(text).tolist() for text in texts]

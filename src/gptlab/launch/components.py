@@ -20,7 +20,10 @@ from gptlab.config.components import (
     import_target,
 )
 from gptlab.config.schema import RunConfig
+from gptlab.data.config import ComponentTokenizerConfig
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.sources.component import check_reader
+from gptlab.data.tokenizers.component import check_tokenizer
 from gptlab.errors import UserError
 from gptlab.model.config import ComponentModelConfig, GPTConfig, ParameterCounts
 from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig
@@ -35,6 +38,10 @@ def check_components(config: RunConfig) -> None:
     callbacks, loggers = config.callbacks.components, config.logger.components
     if callbacks or loggers or config.trainer.flags:
         _check_lightning(callbacks, loggers, config.trainer.flags)
+    if config.data.reader is not None:
+        check_reader(config.data.reader)
+    if isinstance(config.tokenizer, ComponentTokenizerConfig):
+        check_tokenizer(config.tokenizer.component)
     if config.model.components:
         _check_model(config.model)
     if config.loss is not None:

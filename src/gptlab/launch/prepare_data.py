@@ -16,8 +16,9 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import Format
-from gptlab.data.shards.manifest import SPLITS
-from gptlab.data.shards.open_shards import open_shards
+from gptlab.data.shards.manifest import SPLITS, Manifest
+from gptlab.data.shards.open_shards import find_shards
+from gptlab.data.shards.streams import ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, first_documents, longest_document
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 
@@ -89,8 +90,8 @@ class PrepareCommand(FrozenConfig):
     out: str | None
 
 
-def open_existing_shards(config: PrepareCommand, key: str, path: str) -> TokenDataset:
-    """Opens prepared shards (local or remote, with their tokenizer) or token files of other programs.
+def find_existing_shards(config: PrepareCommand, key: str, path: str) -> tuple[ShardStore, Manifest]:
+    """Finds prepared shards (local or remote) or token files of other programs. Does not build their tokenizer.
 
     Args:
         config: Configuration of the command.
@@ -101,7 +102,7 @@ def open_existing_shards(config: PrepareCommand, key: str, path: str) -> TokenDa
         UserError: The shards cannot be opened; see ``gptlab.data.shards.open_shards.open_shards``.
     """
     data = config.data.model_copy(update={"corpus": "shards", "path": path})
-    return open_shards(data, config.tokenizer, any_tokenizer=True, key=key)
+    return find_shards(data, config.tokenizer, key)
 
 
 def print_prepared(prepared: TokenDataset) -> None:

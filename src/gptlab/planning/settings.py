@@ -8,11 +8,11 @@ from pydantic import Field, PositiveFloat
 from gptlab.config.base import FrozenConfig, validate
 from gptlab.config.resume import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import find_prepared
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.shards.manifest import Manifest
-from gptlab.data.tokenizers.tokenizer import BytesTokenizer, GPT2Tokenizer
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer, GPT2Tokenizer, build_tokenizer
 from gptlab.errors import UserError
 
 
@@ -62,6 +62,8 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, Manifest | None]:
 
 
 def _vocabulary(tokenizer: TokenizerConfig, data: DataConfig) -> int | None:
+    if isinstance(tokenizer, ComponentTokenizerConfig):
+        return build_tokenizer(tokenizer, ()).vocab_size
     match tokenizer.name:
         case "bytes":
             return BytesTokenizer.vocab_size

@@ -60,7 +60,7 @@ class ModelSource(NamedTuple):
         return (self.path / CONFIG).is_file()
 
     def tokenizer(self) -> Tokenizer:
-        """Builds the tokenizer of the model. Raises UserError if it is unknown."""
+        """Builds the tokenizer of the model. Raises UserError if it is unknown or not trusted."""
         if self.record is None:
             raise UserError(
                 f"The tokenizer of {self.name} (vocab_size={self.model.vocab_size}) is unknown. "
@@ -70,7 +70,7 @@ class ModelSource(NamedTuple):
                     else "Its directory has no tokenizer.json."
                 )
             )
-        return load_tokenizer(self.record, self.vocab_dir)
+        return load_tokenizer(self.record, self.vocab_dir, self.name)
 
 
 def resolve_path(name: str) -> Path:

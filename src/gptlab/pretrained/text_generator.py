@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from gptlab.data.tokenizers.text import END_OF_TEXT
 from gptlab.data.tokenizers.text_stream import TextStream
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
+from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import generate
 from gptlab.model.generation.inference import (

@@ -13,7 +13,7 @@ import pytest
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards.manifest import ShardWriter
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.data.sources.corpora import FileCorpus
+from gptlab.data.sources.files import FileCorpus
 from gptlab.errors import UserError
 from preparing import data_config, hashes, prepare_text, state, tokenizer_config, tokens_on_disk
 

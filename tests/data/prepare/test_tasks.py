@@ -25,13 +25,13 @@ from preparing import data_config, hashes, prepare_text, state, text_values, tok
 SCRIPT = """
 import json, sys
 
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.data.config import BuiltInTokenizerConfig, DataConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
 
 if __name__ == "__main__":
     values, workers = json.loads(sys.argv[1]), int(sys.argv[2])
-    tokenizer = TokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None, train_mb=None)
+    tokenizer = BuiltInTokenizerConfig(name="bytes", vocab_dir=None, vocab_size=None, train_mb=None)
     print(prepare(DataConfig.model_validate(values), tokenizer, PrepareOptions(workers=workers)).folder)
 """
 
@@ -233,7 +233,7 @@ def test_missing_disk_space_is_estimated_from_the_token_size(tmp_path, monkeypat
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("gptlab.data.sources.corpora.read_documents", lambda *_: iter(()))
+    monkeypatch.setattr("gptlab.data.sources.files.read_documents", lambda *_: iter(()))
     monkeypatch.setattr("gptlab.data.prepare.prepare.MIN_TASK_BYTES", 10**12)
     with pytest.raises(UserError, match=r"about 5\.2 GB more"):
         prepare_text(path, task_bytes=10**12)

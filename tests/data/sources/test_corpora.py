@@ -13,7 +13,8 @@ import pytest
 
 from gptlab.data.config import DataConfig
 from gptlab.data.sources import corpora
-from gptlab.data.sources.corpora import Corpus, open_corpus
+from gptlab.data.sources.corpora import open_corpus
+from gptlab.data.sources.files import Corpus
 from gptlab.errors import UserError
 from preparing import data_config
 

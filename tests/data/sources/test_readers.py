@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptlab.data.sources.corpora import Corpus, open_corpus
+from gptlab.data.sources.corpora import open_corpus
+from gptlab.data.sources.files import Corpus
 from gptlab.data.sources.readers import BLOCK_BYTES, split_spans
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
 from gptlab.errors import UserError

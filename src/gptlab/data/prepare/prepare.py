@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext, suppress
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.config.components import hash_sources
+from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import HASH_RANGE, resolve_val_split, val_threshold
 from gptlab.data.prepare.tasks import (
     PrepareOptions,
@@ -43,8 +45,11 @@ from gptlab.data.shards.manifest import (
 from gptlab.data.shards.open_shards import ensure_cache_dir, open_shards
 from gptlab.data.shards.streams import LocalFolder
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
-from gptlab.data.sources.corpora import Corpus, Task, open_corpus, tinyshakespeare_path
-from gptlab.data.tokenizers.bulk import bulk_encoder, is_equivalent, take_characters
+from gptlab.data.sources.component import ReaderCorpus, check_reader
+from gptlab.data.sources.corpora import open_corpus, tinyshakespeare_path
+from gptlab.data.sources.files import Corpus, Task
+from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalent, take_characters
+from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
@@ -53,7 +58,7 @@ log = logging.getLogger(__name__)
 NUM_TASKS = 64  # a small corpus is divided into this many tasks, so that all cores are used ...
 MIN_TASK_BYTES = 2**24  # ... unless the tasks would be smaller than this
 MAX_SPLIT_RATIO = 3  # largest ratio of the actual val fraction to data.val_fraction, or its inverse, without a warning
-NUM_SAMPLE_TEXTS = 8  # maximum number of texts on which the bulk encoder is compared with the tokenizer
+NUM_SAMPLE_TEXTS = 8  # maximum number of texts on which a tokenizer is checked
 TOKENIZER_FILE = "tokenizer.json"  # the tokenizer's record, present only while the directory is being prepared
 
 
@@ -85,6 +90,9 @@ def prepare(
         )
     if config.corpus == "shards":
         return open_shards(config, tokenizer)
+    if config.reader is not None:
+        check_reader(config.reader)  # before anything is written
+    trained = trained or _component_tokenizer(tokenizer)
     ensure_cache_dir(config)
     corpus, config = open_corpus(config), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
@@ -99,7 +107,9 @@ def prepare(
         check_unchanged(folder, manifest, cache_dir)
     except UserError as error:
         raise UserError(f"{error} Delete {folder} to prepare the data again.") from error
-    return TokenDataset(LocalFolder(folder), manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+    if trained is None:
+        trained = load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir, folder)
+    return TokenDataset(LocalFolder(folder), manifest, trained)
 
 
 def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | None:
@@ -112,8 +122,14 @@ def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | 
     elif config.corpus == "shakespeare" and not (config.source or tinyshakespeare_path(config.cache_dir).exists()):
         return None
     else:
-        folder = _cache_folder(resolve_val_split(config), tokenizer, open_corpus(config))
+        trained = _component_tokenizer(tokenizer)
+        folder = _cache_folder(resolve_val_split(config), tokenizer, open_corpus(config), trained)
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
+
+
+def _component_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """Builds a tokenizer that is a component, which does not depend on the corpus; None for other tokenizers."""
+    return build_tokenizer(config, ()) if isinstance(config, ComponentTokenizerConfig) else None
 
 
 def _cache_folder(
@@ -121,7 +137,11 @@ def _cache_folder(
 ) -> Path:
     """Returns the cache directory, whose name hashes everything on which its content depends."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
-    made = trained.record() if trained else [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
+    made: object
+    if isinstance(tokenizer, ComponentTokenizerConfig):
+        made = [trained.record() if trained else tokenizer.component, hash_sources(tokenizer.component)]
+    else:
+        made = trained.record() if trained else [tokenizer.name, tokenizer.vocab_size, tokenizer.train_mb]
     key = json.dumps([FORMAT, corpus.fingerprint(), made, cut])
     name = f"{config.corpus}-{tokenizer.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     return Path(config.cache_dir).expanduser() / name
@@ -137,6 +157,10 @@ def _run_preparation(
 ) -> None:
     """Runs the remaining tasks of this machine, then writes the manifest if the tasks of all machines are done."""
     log.info("Preparing %s with tokenizer=%s in %s", corpus.origin, tokenizer_config.name, folder)
+    if isinstance(corpus, ReaderCorpus):
+        # only one of the machines that share a preparation runs the reader
+        with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
+            corpus = corpus.store(folder)
     tasks = corpus.tasks(min(config.task_bytes, max(corpus.bytes // NUM_TASKS, MIN_TASK_BYTES)))
     threshold = val_threshold(config, corpus, tasks)
     if threshold not in (None, config.val_fraction * HASH_RANGE):
@@ -147,6 +171,8 @@ def _run_preparation(
     try:
         folder.mkdir(exist_ok=True)
         tokenizer = trained or _tokenizer(folder, tokenizer_config, corpus, tasks)
+        if isinstance(tokenizer, ComponentTokenizer) and not _partition_tasks(folder, tasks)[0]:
+            _check_tokenizer(folder, tokenizer, corpus, tasks)
         if done:
             log.info("Resuming: %d of %d tasks are already done.", len(done), len(own_tasks))
         earlier = sum(shard.tokens for shards in _collect_splits(folder, done).values() for shard in shards)
@@ -187,8 +213,8 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     """Builds the tokenizer, or loads it if a preparation is resumed."""
     path = folder / TOKENIZER_FILE
     if path.exists():
-        return load_tokenizer(json.loads(path.read_text()), config.vocab_dir)
-    if config.train_mb is None:
+        return load_tokenizer(json.loads(path.read_text()), config.vocab_dir, folder)
+    if isinstance(config, ComponentTokenizerConfig) or config.train_mb is None:
         texts = (document.text for task in tasks for document in corpus.documents(task))
     else:
         texts = (
@@ -199,6 +225,18 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     tokenizer = build_tokenizer(config, texts)
     write_durably(path, json.dumps(tokenizer.record()))
     return tokenizer
+
+
+def _check_tokenizer(folder: Path, tokenizer: ComponentTokenizer, corpus: Corpus, tasks: list[Task]) -> None:
+    """Checks a tokenizer of one's own on a sample of the corpus. Deletes ``folder`` if that fails."""
+    samples = _sample_texts(corpus, _spread(tasks))
+    try:
+        for texts in samples:
+            tokenizer.check(take_characters(texts, SAMPLE_BYTES / len(samples)))
+        write_durably(folder / TOKENIZER_FILE, json.dumps(tokenizer.record()))
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
 
 
 def _partition_tasks(folder: Path, tasks: list[Task]) -> tuple[list[Task], list[Task]]:
@@ -273,12 +311,17 @@ def _sample_texts(corpus: Corpus, tasks: list[Task]) -> list[Iterator[str]]:
     return [(document.text for document in corpus.documents(task)) for task in tasks]
 
 
+def _spread(tasks: list[Task]) -> list[Task]:
+    """Returns at most ``NUM_SAMPLE_TEXTS`` tasks from all parts of the corpus."""
+    return tasks[:: -(-len(tasks) // NUM_SAMPLE_TEXTS)]
+
+
 def _can_use_bulk_encoder(tokenizer: Tokenizer, corpus: Corpus, tasks: list[Task]) -> bool:
     """Returns whether gigatoken is installed and agrees with the tokenizer on a sample of the corpus."""
     encode = bulk_encoder(tokenizer)
     if encode is None:
         return False
-    if is_equivalent(tokenizer, encode, _sample_texts(corpus, tasks[:: -(-len(tasks) // NUM_SAMPLE_TEXTS)])):
+    if is_equivalent(tokenizer, encode, _sample_texts(corpus, _spread(tasks))):
         log.info("Using gigatoken, which returns the same token IDs as the tokenizer on a sample of the corpus.")
         return True
     log.warning("Not using gigatoken: its token IDs differ from the tokenizer's on a sample of the corpus.")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Split
-from gptlab.data.sources.corpora import Corpus, Task, list_files, open_corpus
+from gptlab.data.sources.corpora import list_files, open_corpus
+from gptlab.data.sources.files import Corpus, Task
 from gptlab.data.sources.readers import Document, file_kind
 from gptlab.errors import UserError
 
@@ -18,9 +19,13 @@ HASH_RANGE = 2**64  # document hashes are integers in [0, HASH_RANGE)
 def has_several_documents(config: DataConfig) -> bool:
     """Returns whether a corpus has more than one document. Reads at most two records, and no plain text.
 
+    A component is assumed to have several documents with ``data.val_split=auto``, without running it.
+
     Raises:
         UserError: A file of records is damaged or lacks the column.
     """
+    if config.corpus == "component":
+        return config.val_split == "auto" or _names_differ(config)
     if config.corpus != "text":
         return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
     source = Path(config.source or "").expanduser()
@@ -28,8 +33,7 @@ def has_several_documents(config: DataConfig) -> bool:
     files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
     if len(files) != 1 or file_kind(files[0]) == "text":
         return len(files) > 1
-    corpus = open_corpus(config)
-    return len(set(islice(_document_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
+    return _names_differ(config)
 
 
 def resolve_val_split(config: DataConfig) -> DataConfig:
@@ -98,6 +102,12 @@ def document_hash(name: str, seed: int) -> int:
 def _is_missing(config: DataConfig) -> bool:
     """Returns whether the source of ``data=text`` is not set or does not exist."""
     return config.corpus == "text" and not (config.source and Path(config.source).expanduser().exists())
+
+
+def _names_differ(config: DataConfig) -> bool:
+    """Returns whether the first two documents with text are different documents."""
+    corpus = open_corpus(config)
+    return len(set(islice(_document_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
 
 
 def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:

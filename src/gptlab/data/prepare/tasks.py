@@ -20,9 +20,9 @@ import numpy as np
 from gptlab.data.config import DataConfig
 from gptlab.data.prepare.splitting import split_document
 from gptlab.data.shards.manifest import SPLITS, ShardWriter, write_durably
-from gptlab.data.sources.corpora import Corpus, Task
+from gptlab.data.sources.files import Corpus, Task
 from gptlab.data.tokenizers.bulk import Encode, bulk_encoder
-from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gptlab.data.tokenizers.tokenizer import Tokenizer, rebuild_tokenizer
 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
@@ -180,7 +180,7 @@ def run_task(
 @functools.lru_cache(maxsize=1)
 def _cached_tokenizer(record: str, vocab_dir: str | None) -> tuple[Tokenizer, Encode | None]:
     """Returns the tokenizer and its bulk encoder, if there is one. Caches them for the next task of the process."""
-    tokenizer = load_tokenizer(json.loads(record), vocab_dir)
+    tokenizer = rebuild_tokenizer(json.loads(record), vocab_dir)
     return tokenizer, bulk_encoder(tokenizer)
 
 

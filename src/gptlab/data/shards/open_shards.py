@@ -1,39 +1,60 @@
 """Opens existing shards: prepared directories, local or remote, and token files of other programs."""
 
+import hashlib
+import json
 import logging
 from glob import glob, has_magic
 from pathlib import Path
 
 from filelock import FileLock
 
-from gptlab.data.config import DataConfig, TokenizerConfig
+from gptlab.config.components import component_arguments
+from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.shards.formats import build_manifest
-from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, load_shards
+from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Manifest, load_shards
 from gptlab.data.shards.remote import RemoteFolder, fetch_files
 from gptlab.data.shards.streams import LocalFolder, ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
-from gptlab.data.sources.corpora import FileCorpus
+from gptlab.data.sources.files import FileCorpus
 from gptlab.data.sources.readers import Decoding
 from gptlab.data.tokenizers.external import META_FILE, read_meta
-from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError, failure_reason
 
 log = logging.getLogger(__name__)
 
 
-def open_shards(
-    config: DataConfig, tokenizer: TokenizerConfig, *, any_tokenizer: bool = False, key: str = "data.path"
-) -> TokenDataset:
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig) -> TokenDataset:
     """Opens the shards at ``data.path``.
 
     Args:
         config: Config of the data.
         tokenizer: Tokenizer of the shards. Token files of other programs do not specify it.
-        any_tokenizer: Whether to accept prepared shards of another tokenizer, which is then used.
-        key: Key of the command that has the path, for messages.
 
     Raises:
         UserError: The shards are missing, incomplete, damaged, or made with another tokenizer.
+    """
+    store, manifest = find_shards(config, tokenizer)
+    if (name := manifest.tokenizer["name"]) != tokenizer.name:
+        raise UserError(
+            f"data.path={config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}."
+        )
+    if isinstance(tokenizer, ComponentTokenizerConfig) and manifest.tokenizer["component"] != tokenizer.component:
+        arguments = component_arguments(manifest.tokenizer["component"])
+        raise UserError(f"data.path={config.path} was prepared with other arguments of tokenizer={name}: {arguments}.")
+    return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir, config.path))
+
+
+def find_shards(config: DataConfig, tokenizer: TokenizerConfig, key: str = "data.path") -> tuple[ShardStore, Manifest]:
+    """Finds the shards at ``data.path`` without building the tokenizer of prepared shards, which may be another one.
+
+    Args:
+        config: Config of the data.
+        tokenizer: Tokenizer of token files of other programs, which do not specify it.
+        key: Key of the command that has the path, for messages.
+
+    Raises:
+        UserError: The shards are missing, incomplete or damaged.
     """
     if config.path is None:
         raise UserError(
@@ -50,9 +71,7 @@ def open_shards(
         manifest = load_shards(folder)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
-    if (name := manifest.tokenizer["name"]) != tokenizer.name and not any_tokenizer:
-        raise UserError(f"{key}={config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}.")
-    return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir))
+    return store, manifest
 
 
 def ensure_cache_dir(config: DataConfig) -> Path:
@@ -88,6 +107,9 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
         )
     read = [*files, meta] if meta.exists() else files
     listing = FileCorpus(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
+    if isinstance(tokenizer, ComponentTokenizerConfig):
+        record = json.dumps(build_tokenizer(tokenizer, ()).record(), sort_keys=True)
+        listing = hashlib.sha256(f"{listing}{record}".encode()).hexdigest()
     return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
 
 
@@ -106,8 +128,8 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
 
 def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
     """Builds the tokenizer of a token file; for characters, from the meta.pkl in the same directory."""
-    if config.name in ("gpt2", "bytes"):
-        return load_tokenizer({"name": config.name}, config.vocab_dir)
+    if config.name in ("gpt2", "bytes") or isinstance(config, ComponentTokenizerConfig):
+        return build_tokenizer(config, ())
     if config.name == "characters" and (meta := file.with_name(META_FILE)).exists():
         return read_meta(meta)
     raise UserError(

@@ -6,22 +6,22 @@ import sys
 import sysconfig
 import tempfile
 import urllib.request
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from gptlab.data.config import DataConfig
+from gptlab.data.sources.component import ReaderCorpus, check_reader
+from gptlab.data.sources.files import Corpus, FileCorpus, Task
 from gptlab.data.sources.readers import (
     Decoding,
     Document,
     Span,
     check_text,
     missing_column,
-    read_documents,
-    split_spans,
 )
 from gptlab.errors import UserError
 
@@ -30,86 +30,6 @@ TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca5
 
 # Directories of the standard library to exclude: installed packages, repetitive tests, and encoding tables.
 STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
-
-
-class Task(NamedTuple):
-    """Part of a corpus that is prepared independently of the others. Does not depend on the number of workers.
-
-    Attributes:
-        number: Index of the task in the corpus.
-        parts: Spans of input files; the file names are relative to the root of the corpus.
-    """
-
-    number: int
-    parts: list[tuple[str, Span]]
-
-    @property
-    def bytes(self) -> int:
-        """Approximate number of bytes of text."""
-        return sum(span.bytes for _, span in self.parts)
-
-
-class Corpus(Protocol):
-    """Collection of documents, in a fixed order."""
-
-    @property
-    def origin(self) -> str:
-        """Source of the documents, for messages."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Returns a hash that changes with the source. It is cheap enough to compute at every start."""
-        ...
-
-    @property
-    def bytes(self) -> int:
-        """Approximate number of bytes of text, as stored; 0 if unknown."""
-        ...
-
-    def tasks(self, size: int) -> list[Task]:
-        """Splits the corpus into tasks of about ``size`` bytes, deterministically."""
-        ...
-
-    def documents(self, task: Task) -> Iterator[Document]:
-        """Yields the documents of a task, in order."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileCorpus:
-    """Files below ``root``. Every text file and every record of a jsonl or parquet file is one document."""
-
-    root: Path
-    paths: list[Path]
-    decoding: Decoding
-
-    @property
-    def origin(self) -> str:
-        """Path of a single file, or the root directory of several."""
-        return str(self.paths[0] if len(self.paths) == 1 else self.root)
-
-    def fingerprint(self) -> str:
-        """Returns a hash of the names, sizes and modification times of the files, and of the decoding options."""
-        digest = hashlib.sha256(f"{self.decoding}\n".encode())
-        for path in self.paths:
-            stat = path.stat()
-            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
-
-    @property
-    def bytes(self) -> int:
-        """Total size of the files."""
-        return sum(path.stat().st_size for path in self.paths)
-
-    def tasks(self, size: int) -> list[Task]:
-        """Groups small files and splits large ones."""
-        parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in split_spans(path, size))
-        return _group_parts(parts, size)
-
-    def documents(self, task: Task) -> Iterator[Document]:
-        """Yields the documents of a task, in order."""
-        for name, span in task.parts:
-            yield from read_documents(self.root / name, Path(name).as_posix(), span, self.decoding)
 
 
 @dataclass(frozen=True)
@@ -198,19 +118,6 @@ def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: s
         ) from error
 
 
-def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
-    """Groups consecutive parts into tasks of about ``size`` bytes."""
-    groups: list[list[tuple[str, Span]]] = []
-    room = 0
-    for name, span in parts:
-        if room <= 0:
-            groups.append([])
-            room = size
-        groups[-1].append((name, span))
-        room -= span.bytes
-    return [Task(number, group) for number, group in enumerate(groups)]
-
-
 def open_corpus(config: DataConfig) -> Corpus:
     """Opens the corpus of a config.
 
@@ -231,6 +138,9 @@ def open_corpus(config: DataConfig) -> Corpus:
         if not config.path or not config.column:
             raise UserError("data=huggingface requires the dataset and its text column: data.path=... data.column=text")
         return HubCorpus(config.path, config.subset, config.column, config.streaming)
+    if config.reader is not None:
+        check_reader(config.reader)
+        return ReaderCorpus(config.reader)
     if not config.source:
         raise UserError("data=text requires data.source=<a file or directory>")
     source = Path(config.source).expanduser()

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
-from gptlab.data.tokenizers.tokenizer import replace_surrogates
+from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
 
 BLOCK_BYTES = 2**16  # bytes that are read at a time when searching for an offset at which to split

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, replace_surrogates
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
+from gptlab.data.tokenizers.tokenizer import BPETokenizer, GPT2Tokenizer, Tokenizer
 
 Encode = Callable[[str], NDArray[np.uint32]]
 

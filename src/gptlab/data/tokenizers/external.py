@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Never
 
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.data.tokenizers.tokenizer import (
-    END_OF_TEXT,
     BPETokenizer,
     BytesTokenizer,
     CharactersTokenizer,
     GPT2Tokenizer,
     Tokenizer,
     empty_bpe,
-    replace_surrogates,
 )
 from gptlab.errors import UserError, failure_reason
 
@@ -34,6 +33,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 # SHA-256 of GPT-2's 50,257 tokens in the order of their IDs, one per line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 GPT2_ROWS = (50257, 50304)  # rows of the token embedding: unpadded, and padded by nanoGPT
+CONVERTIBLE = (BytesTokenizer, CharactersTokenizer, GPT2Tokenizer, BPETokenizer)  # tokenizers of ``to_huggingface``
 META_FILE = "meta.pkl"  # written by nanoGPT's data/shakespeare_char/prepare.py next to train.bin and val.bin
 MAX_META_BYTES = 2**26  # more than two tables of all Unicode characters
 
@@ -71,7 +71,7 @@ class ByteLevelBPE(NamedTuple):
 
 
 def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
-    """Converts a tokenizer to byte-level BPE. Returns None for the characters tokenizer."""
+    """Converts a tokenizer to byte-level BPE. Returns None for other tokenizers."""
     if isinstance(tokenizer, BytesTokenizer):
         return ByteLevelBPE([*(bytes_to_unicode(bytes((i,))) for i in range(256)), END_OF_TEXT], [])
     if isinstance(tokenizer, GPT2Tokenizer):
@@ -92,7 +92,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
     """Converts a tokenizer to the files that transformers' AutoTokenizer loads. Inverse of ``tokenizer_record``.
 
     Args:
-        tokenizer: The gptlab tokenizer.
+        tokenizer: The gptlab tokenizer, one of ``CONVERTIBLE``.
         block_size: Block size of the model.
 
     Returns:
@@ -108,7 +108,7 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
         written.model = models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges)
         written.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False, special=True)])
     else:
-        assert isinstance(tokenizer, CharactersTokenizer)  # noqa: S101  (there is no other)
+        assert isinstance(tokenizer, CharactersTokenizer)  # noqa: S101  (the other one of CONVERTIBLE)
         written = Written(models.WordLevel({token: i for i, token in enumerate(tokenizer.characters)}, "<unk>"))
         written.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         written.decoder = decoders.Fuse()

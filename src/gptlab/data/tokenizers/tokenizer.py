@@ -5,29 +5,21 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.config import TokenizerConfig
+from gptlab.config.components import check_trusted, is_component
+from gptlab.data.config import ComponentTokenizerConfig, TokenizerConfig
+from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, unicode_to_bytes
+from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.errors import UserError
-
-END_OF_TEXT = "<|endoftext|>"
 
 # A long sequence of Unicode whitespace, followed by another character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
-
-
-def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which cannot be encoded in UTF-8, with "?"."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
-    return text
 
 
 class Tokenizer(Hashable, Protocol):
@@ -255,8 +247,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         return [tokenizer.end_of_text]
     try:
         return tokenizer.encode("\n").tolist()
-    except UserError:
-        return [0]  # the corpus has no newlines, and the model needs at least one token
+    except (UserError, LookupError, ValueError):  # the latter from a tokenizer of one's own
+        return [0]  # the vocabulary has no newline, and the model needs at least one token
 
 
 def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
@@ -267,29 +259,54 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         texts: All texts of the corpus for "characters", the training texts for "bpe". Not read by other tokenizers.
 
     Raises:
-        UserError: The vocabulary of GPT-2 cannot be loaded.
+        UserError: The vocabulary of GPT-2 cannot be loaded, or the component is not a valid tokenizer.
     """
+    if isinstance(config, ComponentTokenizerConfig):
+        return _component(config.component)
     if config.name == "characters":
         found: set[str] = set()
         for text in texts:
             found.update(text)
         return CharactersTokenizer("".join(sorted(found)))
     if config.name == "bpe":
-        assert config.vocab_size is not None  # noqa: S101  (validated by TokenizerConfig)
+        assert config.vocab_size is not None  # noqa: S101  (validated by BuiltInTokenizerConfig)
         return BPETokenizer.train(texts, config.vocab_size)
-    return load_tokenizer({"name": config.name}, config.vocab_dir)
+    return rebuild_tokenizer({"name": config.name}, config.vocab_dir)
 
 
-def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
-    """Builds a tokenizer from its record.
+def load_tokenizer(record: dict[str, Any], vocab_dir: str | None, origin: object = "the stored data") -> Tokenizer:
+    """Builds a tokenizer from a stored record. The package of a component must be trusted.
+
+    Args:
+        record: Result of ``Tokenizer.record``.
+        vocab_dir: Directory of GPT-2's vocabulary, or None.
+        origin: File or directory that the record is from, for messages.
+
+    Raises:
+        UserError: The vocabulary of GPT-2 cannot be loaded; or a component is not trusted, or has another vocabulary.
+    """
+    check_trusted({"tokenizer": record.get("component")}, origin)
+    tokenizer = rebuild_tokenizer(record, vocab_dir)
+    if "component" in record and tokenizer.record() != record:
+        raise UserError(
+            f"The tokenizer {record['name']} does not have the vocabulary with which {origin} was written: its code or "
+            "its files have changed since."
+        )
+    return tokenizer
+
+
+def rebuild_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
+    """Builds a tokenizer from the record of a tokenizer of this configuration, whose component is trusted.
 
     Args:
         record: Result of ``Tokenizer.record``.
         vocab_dir: Directory of GPT-2's vocabulary, or None.
 
     Raises:
-        UserError: The vocabulary of GPT-2 cannot be loaded.
+        UserError: The vocabulary of GPT-2 cannot be loaded, or the component is not a valid tokenizer.
     """
+    if "component" in record:
+        return _component(record["component"])
     if record["name"] == "bytes":
         return BytesTokenizer()
     if record["name"] == "characters":
@@ -297,6 +314,12 @@ def load_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenizer:
     if record["name"] == "bpe":
         return BPETokenizer(record["trained"])
     return _gpt2(vocab_dir)
+
+
+def _component(component: object) -> Tokenizer:
+    if not is_component(component):
+        raise UserError(f"tokenizer={component!r} is not a component: it has no _target_.")
+    return ComponentTokenizer(cast(dict[str, Any], component))
 
 
 _gpt2 = functools.lru_cache(maxsize=1)(GPT2Tokenizer)  # takes about 0.1 s and is needed several times

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import lightning as L
 
-from gptlab.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, prompt_ids
+from gptlab.data.tokenizers.text import END_OF_TEXT
+from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
