@@ -25,7 +25,8 @@ Examples
   python -m gptlab.new mylab from_nanogpt=nanoGPT/config/train_gpt2.py
     # also writes the equal experiment. The file is read, not executed
 
-Exit codes: 0 done, 1 failed, 2 invalid command or input, 130 interrupted (Ctrl-C).
+Exit codes: 0 done, 1 failed, 2 invalid command or input, 130 interrupted
+(Ctrl-C).
 """
 
 

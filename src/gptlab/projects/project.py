@@ -65,7 +65,8 @@ def write_project(directory: Path, name: str, experiments: Iterable[Experiment])
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         unfinished.mkdir()
-        _write_files(unfinished, name, experiments)
+        _write_template(unfinished, name)
+        _write_experiments(unfinished / "conf" / "experiment", experiments)
         unfinished.replace(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {failure_reason(error)}.") from error
@@ -73,14 +74,17 @@ def write_project(directory: Path, name: str, experiments: Iterable[Experiment])
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_files(directory: Path, name: str, experiments: Iterable[Experiment]) -> None:
+def _write_template(directory: Path, name: str) -> None:
     for path in template_files():
         target = directory / str(path).replace(PACKAGE, name)
         target = target.with_name(".gitignore") if target.name == "gitignore" else target
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text((TEMPLATE / path).read_text(encoding="utf-8").replace(PACKAGE, name), encoding="utf-8")
+
+
+def _write_experiments(directory: Path, experiments: Iterable[Experiment]) -> None:
     for experiment in experiments:
-        path = directory / "conf" / "experiment" / f"{experiment.name}.yaml"
+        path = directory / f"{experiment.name}.yaml"
         if path.exists():
             raise UserError(f"The project already has an experiment named {experiment.name}. Rename the file.")
         path.write_text(write_experiment(experiment), encoding="utf-8")
