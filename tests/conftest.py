@@ -22,6 +22,7 @@ from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
 from gptlab.exit_codes import DONE
 from gptlab.model.config import OPTIONS, GPTConfig
+from own_package import add_to_path, write_groups, write_package
 
 TINY: dict[str, Any] = {  # GPT-2's options
     **{name: option.gpt2 for name, option in OPTIONS.items()},
@@ -218,4 +219,13 @@ def without_torch(user):
     (package / "__init__.py").write_text("raise ImportError('torch was imported')")
     inherited = os.environ.get("PYTHONPATH")  # set if another checkout than the installed one is tested
     user.environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(package.parent), inherited)))
+    return user
+
+
+@pytest.fixture
+def lab(user: User) -> User:
+    """User with the package ``mylab`` outside of the working directory, and its group files in the directory mine."""
+    write_package(user.folder / "lab")
+    write_groups(user.folder / "mine")
+    add_to_path(user.environment, user.folder / "lab")
     return user

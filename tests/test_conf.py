@@ -24,6 +24,7 @@ GROUPS = (
     "callbacks",
     "logger",
     "lora",
+    "loss",
     "experiment",
     "without",
     "debug",

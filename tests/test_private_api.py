@@ -35,14 +35,15 @@ def table() -> dict[str, set[Path]]:
 
 
 def used(tree: ast.Module) -> Iterator[str]:
-    """Yields the private names that a source imports or reads, except for those of its own class."""
+    """Yields the private names that a source imports or reads, except for those of its own classes."""
+    own = {node.target.id for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and "id" in vars(node.target)}
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
                 imported = [alias.name for alias in names]
             case ast.ImportFrom(module=module, names=names) if not str(module).startswith("gptlab"):
                 imported = [f"{module}.{alias.name}" for alias in names]
-            case ast.Attribute(value=value, attr=name) if is_private(name):
+            case ast.Attribute(value=value, attr=name) if is_private(name) and name not in own:
                 if not (isinstance(value, ast.Name) and value.id in ("self", "cls")):
                     yield ast.unparse(node)
                 continue

@@ -17,7 +17,8 @@ from faults import break_steps
 from gptlab.exit_codes import DIVERGED, HUNG, INTERRUPTED, PREEMPTED
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_store.sweeps import Sweep
-from gptlab.tracking.wandb.init import init_run
+from gptlab.tracking.wandb.init import init_run, run_config
+from own_package import NODES
 from wandb_records import SCRIPTS, exit_code, has_secret, interrupted, metrics_file, records, resumed, rows
 from wandb_server import KEY
 
@@ -205,3 +206,17 @@ def test_values_and_histograms_of_callbacks_are_in_the_record(user):
     names = [name for name in found if name.startswith(("weights/", "gradients/"))]
     assert {name.split(".")[0] for name in names} == {"weights/ln_f", "gradients/ln_f"}
     assert all(found[name] == [1, 4] for name in names)
+
+
+def test_the_configuration_has_the_components_of_a_run(tmp_path):
+    record_environment(tmp_path)
+    config = resolved("data=text", "data.source=text.txt", *NODES)
+    found = run_config(config, tmp_path, wandb.Settings())
+    assert found["loss"] == {"_target_": "mylab.losses.focal", "gamma": 0.5}
+    assert found["model"]["attention"] == {"_target_": "mylab.model.DecayAttention", "decay": 0.7}
+    for group, name in (("model", "scale"), ("optimizer", "momentum"), ("schedule", "power")):
+        assert found[group]["_target_"].startswith("mylab.")
+        assert name in found[group]
+    assert found["callbacks"]["step_log"]["every"] == 2
+    assert found["logger"]["lines"]["prefix"] == "own/"
+    assert found["trainer"]["flags"] == {"detect_anomaly": True}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gptlab.exit_codes import exit_status
+from gptlab.launch.components import check_components
 from gptlab.launch.launcher import launch, open_data
 from gptlab.launch.signals import run_stoppable, unblock_signals
 from gptlab.launch.supervisor import exit_with_parent, read_job
@@ -33,6 +34,7 @@ def run_rank(path: Path) -> int:
 
     def train() -> int:
         job = read_job(path)
+        check_components(job.config)  # whether they are trusted depends on their interfaces
         return train_run(job.config, open_data(job.config), job.plan, job.run_dir, extra_callbacks=extra_callbacks)
 
     unblock_signals()

@@ -6,6 +6,7 @@ from conftest import tiny_config
 from gptlab.errors import UserError
 from gptlab.exporters import formats
 from gptlab.exporters.formats import check_format
+from gptlab.model.config import ComponentModelConfig
 
 BYTES = {"name": "bytes"}
 OPTIONS = {
@@ -90,3 +91,21 @@ def test_missing_package_is_reported(monkeypatch):
     with pytest.raises(UserError, match="format=onnx requires the onnx package and the onnxscript package"):
         check_format("onnx", "float32", tiny_config(), None)
     check_format("llmc", "float32", tiny_config(), None)
+
+
+COMPONENT = {"_target_": "mylab.model.X", "alpha": 1}
+
+
+@pytest.mark.parametrize("form", ["hf", "nanogpt", "llmc", "gguf"])
+@pytest.mark.parametrize("name", ["block", "attention", "activation", "norm"])
+def test_a_part_that_is_a_component_is_reported_by_its_target(form, name):
+    config = tiny_config(**OF_NANOGPT if form == "nanogpt" else {}).model_copy(update={name: COMPONENT})
+    with pytest.raises(UserError, match=rf"format={form} does not support model\.{name}\._target_=mylab\.model\.X of"):
+        check_format(form, "float32", config, BYTES)
+
+
+@pytest.mark.parametrize("form", ["hf", "nanogpt", "llmc", "gguf"])
+def test_a_model_that_is_a_component_is_reported_by_its_target(form):
+    config = ComponentModelConfig(**tiny_config(**OF_NANOGPT).model_dump() | COMPONENT)
+    with pytest.raises(UserError, match=rf"format={form} does not support model\._target_=mylab\.model\.X"):
+        check_format(form, "float32", config, BYTES)

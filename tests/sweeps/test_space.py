@@ -62,3 +62,23 @@ def test_space_without_varied_keys_is_a_grid_of_one_point():
 def test_empty_interval_raises():
     with pytest.raises(UserError, match="is an empty interval"):
         SearchSpace({}, ["optimizer.lr=interval(2, 1)"]).distributions()
+
+
+def test_only_points_of_the_space_are_contained_in_it():
+    space = SearchSpace({}, ["optimizer=adamw,muon", "optimizer.lr=interval(0.1, 1)", "seed=range(1,3)", "name=a"])
+    point = {"optimizer": "muon", "optimizer.lr": "0.25", "seed": "2"}
+    assert space.contains(point)
+    assert space.contains(point | {"optimizer.lr": "1e-05"})
+    for changes in (
+        {"optimizer": "sgd"},
+        {"optimizer": "{_target_:os.system}"},
+        {"seed": "3"},
+        {"optimizer.lr": "${oc.env:HOME}"},
+        {"optimizer.lr": "{a:1}"},
+        {"name": "b"},
+        {"+callbacks.x": "1"},
+    ):
+        assert not space.contains(point | changes), changes
+    assert not space.contains({"seed": "2"})
+    for grid in (space.example(), *SearchSpace({}, ["model=nano,tiny", "model.norm='rms',layer"]).grid()):
+        assert SearchSpace({}, [f"{key}={value},x" for key, value in grid.items()]).contains(grid)

@@ -10,13 +10,13 @@ import hashlib
 import inspect
 import json
 import os
-import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BaseModel,
@@ -42,6 +42,8 @@ OWN_PACKAGES = ("gptlab", "lightning", "torch.optim", "torch.nn", "pytorch_optim
 CHECKED_KEYS = re.compile(
     r"(callbacks|logger)\.[^.]+|model(\.(block|attention|activation|norm))?|loss|optimizer|schedule|data\.reader|tokenizer"
 )
+# packages with functions that run what they are given: of these, single components are trusted, not the package
+LIBRARIES = {"gptlab", "lightning", "torch", *sys.stdlib_module_names}
 OWN_FUNCTIONS = "gptlab.model.losses"  # module whose functions are trusted, too
 EXTRAS = {"aim": "aim", "pytorch_optimizer": "optimizers"}  # extras of packages whose classes are used directly
 INSTANTIATE_KEYS = (TARGET, "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
@@ -94,11 +96,48 @@ def trust_packages(names: Iterable[str]) -> None:
         os.environ[TRUST] = ",".join((*trusted, *added))
 
 
+def trust_components(values: object) -> None:
+    """Trusts the packages of all components of a user's own configuration; of ``LIBRARIES``, only these components."""
+    trust_packages(_trusted_name(target) for _, target in iter_targets(values))
+
+
+def _trusted_name(target: str) -> str:
+    """Returns what is trusted with a component: its package, or the component itself."""
+    package = target.partition(".")[0]
+    return target if package in LIBRARIES else package
+
+
 def trusted_packages() -> set[str]:
-    """Returns the packages of which any component may be built: those of GPTLAB_TRUST and those that declare it."""
+    """Returns the packages of which any component may be built: those of GPTLAB_TRUST and those that declare it.
+
+    GPTLAB_TRUST may also have dotted names of modules and of single components.
+    """
     from_environment = (name.strip() for name in os.environ.get(TRUST, "").split(","))
-    declared = (point.value.partition(":")[0].partition(".")[0] for point in metadata.entry_points(group=ENTRY_POINTS))
-    return {*filter(None, from_environment), *declared}
+    return {*filter(None, from_environment), *_declared_packages()}
+
+
+def trust_override(values: object) -> str:
+    """Returns the override, after a space, that trusts the components of a stored configuration; "" if all are."""
+    declared = _declared_packages()
+    targets = (target for key, target in iter_targets(values) if not _is_inside(target, _trusted_at(key, declared)))
+    names = sorted({_trusted_name(target) for target in targets})
+    return f" {TRUST_KEY}=[{','.join(names)}]" if names else ""
+
+
+def _trusted_at(key: str, named: set[str]) -> set[str]:
+    """Returns the packages that are trusted at a key of a stored configuration, if those of ``named`` are."""
+    own = OWN_PACKAGES[:1] if key.startswith("logger.") else OWN_PACKAGES
+    return {*named, *own} if CHECKED_KEYS.fullmatch(key) else named
+
+
+def _declared_packages() -> set[str]:
+    points = metadata.entry_points(group=ENTRY_POINTS)
+    return {point.value.partition(":")[0].partition(".")[0] for point in points}
+
+
+def _is_inside(name: str, packages: set[str]) -> bool:
+    """Whether a dotted name is one of the packages or inside one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def check_trusted(values: object, origin: object) -> None:
@@ -106,7 +145,8 @@ def check_trusted(values: object, origin: object) -> None:
 
     A target is of the package that it names and of the one that defines it: ``mylab.os.system`` is of ``mylab`` and of
     ``os``. Classes of ``OWN_PACKAGES`` are trusted, because gptlab checks their interface; as arguments of other
-    components, where it does not, they are not.
+    components, where it does not, they are not. Nor are loggers of other packages than gptlab, which write to any
+    directory and send credentials to any server that their arguments name.
 
     Args:
         values: Nested plain data.
@@ -118,7 +158,9 @@ def check_trusted(values: object, origin: object) -> None:
     targets = list(iter_targets(values))
     named = trusted_packages() if targets else set()
     for key, target in targets:
-        trusted = {*named, *OWN_PACKAGES} if CHECKED_KEYS.fullmatch(key) else named
+        if target in named:
+            continue
+        trusted = _trusted_at(key, named)
         _require_trusted(key, target, target, trusted, origin)
         found = import_target(key, target)
         defined_in = getattr(found, "__module__", None) or "builtins"
@@ -128,11 +170,12 @@ def check_trusted(values: object, origin: object) -> None:
 
 def _require_trusted(key: str, target: str, name: str, trusted: set[str], origin: object) -> None:
     """Raises UserError unless ``name`` is one of the trusted packages or inside one."""
-    if not any(name == package or name.startswith(f"{package}.") for package in trusted):
+    if not _is_inside(name, trusted):
         package = name.partition(".")[0]
+        named = target if package in LIBRARIES else package
         raise UserError(
             f"{key}.{TARGET}={target} in {origin} would run code of the package {package}, which is not trusted. "
-            f"If you trust it: {TRUST_KEY}=[{package}] or {TRUST}={package}"
+            f"If you trust it: {TRUST_KEY}=[{named}] or {TRUST}={named}"
         )
 
 
@@ -147,7 +190,7 @@ def import_target(key: str, target: str) -> Any:
         UserError: The target cannot be imported.
     """
     try:
-        return pkgutil.resolve_name(target)
+        return _locate(target)
     except ModuleNotFoundError as error:
         if extra := EXTRAS.get((error.name or "").partition(".")[0]):
             raise UserError(
@@ -159,6 +202,26 @@ def import_target(key: str, target: str) -> Any:
         ) from error
     except Exception as error:  # whatever a user's module raises when it is imported
         raise UserError(f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}.") from error
+
+
+def _locate(target: str) -> Any:
+    """Imports a dotted path as hydra.utils.instantiate does, for which attributes take precedence over modules."""
+    parts = target.split(".")
+    found: Any = import_module(parts[0])
+    for number, part in enumerate(parts[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            path = ".".join(parts[:number])
+            if not isinstance(found, ModuleType):
+                raise
+            try:
+                found = import_module(path)
+            except ModuleNotFoundError as error:
+                if error.name != path:  # a module that it imports
+                    raise
+                raise AttributeError(f"module {found.__name__} has no attribute {part}") from None
+    return found
 
 
 def check_component(
@@ -236,8 +299,8 @@ def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
     """Builds a component with ``hydra.utils.instantiate``.
 
     An argument that is handed in is passed only if the target has a parameter of this name, and its own value, if it is
-    set, takes precedence. Strings are taken literally: an interpolation in a stored configuration is not resolved.
-    Arguments that are annotated with a dataclass or a pydantic model are converted to it.
+    set, takes precedence. Arguments that are annotated with a dataclass or a pydantic model are converted to it. Hydra
+    gets the target only, because it would resolve interpolations in the strings of a stored configuration.
 
     Args:
         values: The component.
@@ -248,25 +311,41 @@ def build_component(values: Mapping[str, Any], **handed: Any) -> Any:
     """
     from hydra.utils import instantiate
 
-    named = _parameters(pkgutil.resolve_name(values[TARGET])) or {}
+    named = _parameters(_locate(values[TARGET])) or {}
     handed = {name: value for name, value in handed.items() if name in named and name not in values}
-    for name, value in values.items():
-        if name in named and _is_record(annotation := named[name].annotation) and isinstance(value, Mapping):
-            handed[name] = TypeAdapter(annotation).validate_python(value)
-    own = {name: _escape(value) for name, value in values.items() if name not in handed}
+    build = instantiate({TARGET: values[TARGET], "_partial_": True})
     try:
-        # a partial function, because ``instantiate`` itself has a parameter named config
-        build = instantiate({"_convert_": "all"} | own | {"_partial_": True})
-        return functools.partial(build, **handed) if values.get("_partial_") else build(**handed)
+        return build(*_build_arguments(values.get("_args_", ())), **handed, **_build_named(values, named))
     except ModuleNotFoundError as error:
         raise UserError(f"{values[TARGET]} needs the package {error.name}: pip install {error.name}") from error
 
 
 def bind_component(values: Mapping[str, Any]) -> Callable[..., Any]:
     """Returns the target of a component with its arguments bound, for functions that are called in every step."""
+    target = _locate(values[TARGET])
+    return functools.partial(target, **_build_named(values, _parameters(target) or {}))
+
+
+def _build_named(values: Mapping[str, Any], named: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """Builds the arguments of a component, whose target has the given parameters."""
     arguments = component_arguments(values)
-    built = {name: build_component(value) if is_component(value) else value for name, value in arguments.items()}
-    return functools.partial(pkgutil.resolve_name(values[TARGET]), **built)
+    if values.get("_recursive_") is False:
+        return arguments
+    return {
+        name: TypeAdapter(named[name].annotation).validate_python(value)
+        if name in named and _has_record(named[name].annotation) and not any(iter_targets(value))
+        else _build_arguments(value)
+        for name, value in arguments.items()
+    }
+
+
+def _build_arguments(values: Any) -> Any:
+    """Builds the components in nested plain data; with ``_partial_``, they are bound instead."""
+    if is_component(values):
+        return bind_component(values) if values.get("_partial_") else build_component(values)
+    if isinstance(values, Mapping):
+        return {key: _build_arguments(value) for key, value in values.items()}
+    return [_build_arguments(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def component_record(key: str, target: str) -> dict[str, Any]:
@@ -346,10 +425,6 @@ def _is_record(annotation: Any) -> bool:
     return isinstance(annotation, type) and (dataclasses.is_dataclass(annotation) or issubclass(annotation, BaseModel))
 
 
-def _escape(value: Any) -> Any:
-    """Escapes interpolations in all strings of nested plain data."""
-    if isinstance(value, Mapping):
-        return {key: _escape(element) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [_escape(element) for element in value]
-    return value.replace("${", r"\${") if isinstance(value, str) else value
+def _has_record(annotation: Any) -> bool:
+    """Whether an annotation is a dataclass or a pydantic model, or has one inside: ``Options | None``."""
+    return _is_record(annotation) or any(map(_has_record, get_args(annotation)))

@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
-from gptlab.config.components import TRUST_KEY, check_trusted, iter_targets, trust_packages
+from gptlab.config.components import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
@@ -167,8 +167,8 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
     assert isinstance(container, dict)  # noqa: S101
     resolved = {str(key): value for key, value in container.items()}
     named = resolved.pop(TRUST_KEY, None) or []
-    own = (target.partition(".")[0] for _, target in iter_targets(resolved))
-    trust_packages([*([named] if isinstance(named, str) else named), *own])
+    trust_packages([named] if isinstance(named, str) else named)
+    trust_components(resolved)
     return resolved
 
 

@@ -158,7 +158,7 @@ def _train(
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             attach_wandb(trainer, recorder)
-            _fit(trainer, module, data, checkpoint, run_dir)
+            _fit(trainer, module, data, checkpoint, run_dir, config)
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
@@ -166,7 +166,7 @@ def _train(
             end_state(run_dir, status)
         return status
     except Preempted:
-        print_stopped("Preempted by a signal", run_dir, trainer.global_step)
+        print_stopped("Preempted by a signal", run_dir, trainer.global_step, config)
         if is_first:
             step = trainer.global_step
             end_state(run_dir, PREEMPTED, step=step, tokens=recorder.tokens(step))
@@ -179,13 +179,20 @@ def _train(
         close_log(handler)
 
 
-def _fit(trainer: L.Trainer, module: GPTModule, data: TokenDataModule, checkpoint: Path | None, run_dir: Path) -> None:
+def _fit(
+    trainer: L.Trainer,
+    module: GPTModule,
+    data: TokenDataModule,
+    checkpoint: Path | None,
+    run_dir: Path,
+    config: RunConfig,
+) -> None:
     """Calls ``Trainer.fit``; re-raises KeyboardInterrupt, which Lightning would turn into exit code 1."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (SystemExit, KeyboardInterrupt):
         if trainer.interrupted:
-            print_stopped("Interrupted", run_dir, trainer.global_step)
+            print_stopped("Interrupted", run_dir, trainer.global_step, config)
             raise KeyboardInterrupt from None
         raise
 

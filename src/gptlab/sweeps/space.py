@@ -1,6 +1,7 @@
 """Search space of a sweep: the points of a grid, or distributions to sample from. Imports no torch."""
 
 import itertools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,6 +63,10 @@ class SearchSpace:
         """Returns a point of the space: the first value of each distribution."""
         return {key: _first(distribution) for key, distribution in self.distributions().items()}
 
+    def contains(self, point: Point) -> bool:
+        """Whether a point, as read from a file, has exactly the varied keys, each with one of its values."""
+        return point.keys() == self.varied.keys() and all(_has(self.varied[key], point[key]) for key in point)
+
     def distributions(self) -> dict[str, BaseDistribution]:
         """Returns the distribution of each varied key; raises UserError if no key is varied."""
         if not self.varied:
@@ -70,6 +75,13 @@ class SearchSpace:
                 "optimizer.lr='tag(log, interval(1e-4, 1e-2))'."
             )
         return {key: _distribution(override) for key, override in self.varied.items()}
+
+
+def _has(override: Override, value: str) -> bool:
+    """Whether a value of the command line is one of a sweep override; any number is one of an interval."""
+    if override.is_discrete_sweep():
+        return value in {str(choice) for choice in override.sweep_string_iterator()}
+    return re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", value) is not None
 
 
 def _first(distribution: BaseDistribution) -> str:

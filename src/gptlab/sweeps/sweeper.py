@@ -21,7 +21,7 @@ from gptlab.sweeps.slurm_launcher import SlurmLauncher, check_cluster
 from gptlab.sweeps.space import Point, SearchSpace
 from gptlab.sweeps.sweep_runner import Launcher, SweepRunner
 from gptlab.sweeps.sweep_store import SweepStore, config_hash, find_or_create_sweep_dir, hash_values
-from gptlab.tracking.run_store.sweeps import Sweep
+from gptlab.tracking.run_store.sweeps import Sweep, format_overrides
 from gptlab.tracking.wandb.opt_outs import check_mode
 
 
@@ -49,6 +49,8 @@ def run_sweep(
     space, launcher_config = SearchSpace(config.params, arguments), _check_launcher(launcher)
 
     def compose(point: Point) -> RunConfig:
+        if point and not space.contains(point):
+            raise UserError(f"{format_overrides(point)} in a file of this sweep is not a point of its search space.")
         overrides = [*space.fixed, *(f"{key}={value}" for key, value in point.items())]
         values = context.config_loader.load_sweep_config(composed, overrides)
         with open_dict(values):

@@ -10,6 +10,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from gptlab.config.components import trust_override
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
@@ -90,14 +91,16 @@ def print_summary(
         table.add_row(name, Text(value, overflow="fold"))
         log.info("%-13s %s", name, value, extra=FILE_ONLY)
     console.print(table)
-    following = f"python -m gptlab.sample run={_display_path(directory)}"
+    trust = trust_override({"model": config.model.model_dump(mode="json"), "tokenizer": config.tokenizer.model_dump()})
+    following = f"python -m gptlab.sample run={_display_path(directory)}{trust}"
     log.info("Next: %s", following)
 
 
-def print_stopped(why: str, directory: Path, step: int) -> None:
+def print_stopped(why: str, directory: Path, step: int, config: RunConfig) -> None:
     """Logs why and at which step a run stopped, and the command that resumes it."""
     if has_checkpoint(directory):
-        log.info("%s at step %d. To resume: python -m gptlab.train resume=%s", why, step, _display_path(directory))
+        resume = f"resume={_display_path(directory)}{trust_override(config.model_dump(mode='json'))}"
+        log.info("%s at step %d. To resume: python -m gptlab.train %s", why, step, resume)
     else:
         log.info("%s at step %d, before the first checkpoint: there is nothing to resume.", why, step)
 

@@ -8,10 +8,10 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.gradient_stats import group_parameters, is_logged
 from gptlab.training.distributed.strategies import full_tensor
 from gptlab.training.module import GPTModule
@@ -35,7 +35,7 @@ class Histogram(NamedTuple):
     squares: float
 
 
-class Watch(CheckedCallback):
+class Watch(L.Callback):
     """Logs histograms of the weights before a step, and of their gradients before clipping.
 
     TensorBoard and W&B show them; other loggers have no histograms. Parameters of a sharded model are gathered one at a
@@ -49,8 +49,9 @@ class Watch(CheckedCallback):
         modules: Glob patterns of the modules whose parameters are logged. None: all parameters.
     """
 
-    def __init__(self, every: int, bins: int, weights: bool, gradients: bool, modules: list[str] | None) -> None:
-        check_positive("callbacks.watch", every=every, bins=bins)
+    def __init__(
+        self, every: PositiveInt, bins: PositiveInt, weights: bool, gradients: bool, modules: list[str] | None
+    ) -> None:
         self.every, self.bins, self.weights, self.gradients, self.modules = every, bins, weights, gradients, modules
         self._loggers: list[Logger] = []
         self._parameters: dict[str, nn.Parameter] = {}

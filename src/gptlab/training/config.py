@@ -42,6 +42,7 @@ OWNED_FLAGS = {
     "max_epochs": "train.max_steps",
     "min_steps": "train.max_steps",
     "min_epochs": "train.max_steps",
+    "max_time": "callbacks=timer",
     "accumulate_grad_batches": "train.global_batch_size and train.micro_batch_size",
     "gradient_clip_val": "train.grad_clip",
     "gradient_clip_algorithm": "train.grad_clip",

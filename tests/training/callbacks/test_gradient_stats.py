@@ -94,7 +94,7 @@ def test_statistics_do_not_change_training(user, runs):
 @pytest.mark.parametrize("every", ["0", "1.5", "often"])
 def test_an_invalid_interval_is_reported_before_anything_is_written(user, every):
     done = user.train(*STATS, f"callbacks.gradient_stats.every={every}")
-    assert_config_error(done, f"callbacks.gradient_stats.every={every} must be a positive integer")
+    assert_config_error(done, "it should be an integer greater than 0")
     assert not (user.folder / "outputs").exists()
 
 

@@ -6,19 +6,19 @@ from functools import partial
 
 import lightning as L
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from gptlab.data.batches import Batch
 from gptlab.errors import UserError, did_you_mean
 from gptlab.model.capture import WEIGHTS, activation_names, replace_activations
-from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.gradient_stats import is_logged
 from gptlab.training.callbacks.metrics import log_step_metrics
 from gptlab.training.distributed.strategies import any_length, reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
 
-class ActivationStats(CheckedCallback):
+class ActivationStats(L.Callback):
     """Logs mean, standard deviation, kurtosis, fraction of zeros and largest absolute value of activations.
 
     They are those of an additional forward pass on the first micro-batch of the step, over all ranks, before the step
@@ -30,8 +30,7 @@ class ActivationStats(CheckedCallback):
         modules: Glob patterns of activation names (``gptlab.model.capture``).
     """
 
-    def __init__(self, every: int, modules: list[str]) -> None:
-        check_positive("callbacks.activation_stats", every=every)
+    def __init__(self, every: PositiveInt, modules: list[str]) -> None:
         self.every, self.modules = every, modules
         self._names: list[str] = []
 

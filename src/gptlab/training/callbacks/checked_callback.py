@@ -4,8 +4,6 @@ from typing import Any
 
 import lightning as L
 
-from gptlab.errors import UserError
-
 
 class CheckedCallback(L.Callback):
     """Callback whose constructor raises UserError if an argument is not valid."""
@@ -23,10 +21,3 @@ class CheckedCallback(L.Callback):
             UserError: An argument is not valid.
         """
         cls(**arguments)
-
-
-def check_positive(group: str, **numbers: int | None) -> None:
-    """Raises UserError if a config key of ``group`` is neither a positive integer nor None."""
-    for name, number in numbers.items():
-        if number is not None and (type(number) is not int or number < 1):
-            raise UserError(f"{group}.{name}={number} must be a positive integer.")

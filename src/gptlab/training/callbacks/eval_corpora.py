@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import lightning as L
 import numpy as np
 import torch
+from pydantic import PositiveInt
 
 from gptlab.config.base import FrozenConfig
 from gptlab.data.batches import Batch
@@ -19,7 +20,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import EvalWindows, LossSums, WindowBatches, cut_windows
-from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
+from gptlab.training.callbacks.checked_callback import CheckedCallback
 from gptlab.training.callbacks.metrics import log_step_metrics
 from gptlab.training.callbacks.watchdog import Watchdog
 from gptlab.training.distributed.strategies import any_length, data_rank, reduce_over_data_ranks
@@ -72,9 +73,12 @@ class EvalCorpora(CheckedCallback):
     """
 
     def __init__(
-        self, corpora: Mapping[str, Mapping[str, Any]], every: int | None, windows: int | None, batch_size: int
+        self,
+        corpora: Mapping[str, Mapping[str, Any]],
+        every: PositiveInt | None,
+        windows: PositiveInt | None,
+        batch_size: PositiveInt,
     ) -> None:
-        check_positive(KEY, every=every, windows=windows, batch_size=batch_size)
         if not corpora:
             raise UserError(f"{KEY} has no corpora. Set {KEY}.corpora.<name>.source=<file>.")
         self.corpora = {name: _check_corpus(name, values) for name, values in corpora.items()}

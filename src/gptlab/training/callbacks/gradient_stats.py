@@ -5,12 +5,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from gptlab.errors import UserError, did_you_mean
-from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
 from gptlab.training.callbacks.metrics import ends_step, log_step_metrics
 from gptlab.training.distributed.strategies import full_tensor
 from gptlab.training.module import GPTModule
@@ -18,7 +18,7 @@ from gptlab.training.module import GPTModule
 Groups = dict[str, list[nn.Parameter]]
 
 
-class GradientStats(CheckedCallback):
+class GradientStats(L.Callback):
     """Logs norm, root mean square and largest absolute value of the gradient of parts of the model.
 
     The gradient is that of the global batch, before clipping. Steps that are not logged cost nothing.
@@ -31,8 +31,7 @@ class GradientStats(CheckedCallback):
             of the weights during the steps that are logged.
     """
 
-    def __init__(self, every: int, modules: list[str] | None, update_ratio: bool) -> None:
-        check_positive("callbacks.gradient_stats", every=every)
+    def __init__(self, every: PositiveInt, modules: list[str] | None, update_ratio: bool) -> None:
         self.every, self.modules, self.update_ratio = every, modules, update_ratio
         self._groups: Groups = {}
         self._gradients: dict[str, Tensor] = {}  # norms () by metric, from the hook below until the end of the step

@@ -5,9 +5,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer as LightningTimer
+from pydantic import PositiveInt
 
 from gptlab.errors import UserError
-from gptlab.training.callbacks.checked_callback import CheckedCallback, check_positive
+from gptlab.training.callbacks.checked_callback import CheckedCallback
 from gptlab.training.callbacks.metrics import ends_step
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,7 @@ class Timer(LightningTimer, CheckedCallback):
         UserError: ``duration`` is not a time.
     """
 
-    def __init__(self, duration: str, check_every: int) -> None:
-        check_positive("callbacks.timer", check_every=check_every)
+    def __init__(self, duration: str, check_every: PositiveInt) -> None:
         try:
             super().__init__(duration=duration, verbose=False)
         except Exception as error:  # Lightning's MisconfigurationException
