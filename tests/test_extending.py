@@ -53,7 +53,7 @@ def test_an_invalid_component_has_the_message_of_the_page(monkeypatch, command_l
 
 def test_the_page_has_messages_and_commands():
     assert len(MESSAGES) == 10
-    assert len(COMMANDS) == 21
+    assert len(COMMANDS) == 20
 
 
 @pytest.mark.slow
