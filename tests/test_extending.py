@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from commands import assert_success
+from commands import assert_success, metrics
 from gptlab.config.command import configuration_folder
 from gptlab.config.resume import resolve
 from gptlab.errors import UserError
 from gptlab.launch.components import check_components
 from gptlab.projects.project import PACKAGE, TEMPLATE
+from processes import TWO
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 EXAMPLES = PAGE.partition("## Examples\n")[2].partition("## Checks\n")[0]
@@ -66,3 +67,17 @@ def test_the_commands_of_the_page_work(user, command):
     options = () if module == "gptlab.prepare" else SHORT
     done = user.run(sys.executable, "-m", module, *arguments, *options)
     assert_success(done)
+
+
+@pytest.mark.slow
+def test_the_histogram_of_a_sharded_gradient_is_that_of_the_whole_gradient(user):
+    assert_success(user.python("gptlab.new", PACKAGE))
+    user.folder /= PACKAGE
+    shares = []
+    for name, arguments in {"one": ("trainer=cpu",), "two": ("trainer=fsdp", *TWO[1:])}.items():
+        options = ("model=tiny", "callbacks=gradient_histogram", *SHORT[1:], f"name={name}", *arguments)
+        assert_success(user.run(sys.executable, "-m", "gptlab.train", *options))
+        directory = user.only_run(name)
+        shares.append([metrics(directory, f"gradient_decade/{decade}")[1] for decade in range(-8, 0)])
+    assert sum(shares[0]) == pytest.approx(1)
+    assert shares[1] == pytest.approx(shares[0], abs=1e-3)  # shards differ slightly in size
