@@ -34,7 +34,9 @@ from gptlab.dashboard import DashboardConfig
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.export import ExportConfig
 from gptlab.launch.prepare_data import PrepareCommand
+from gptlab.new import parse_arguments
 from gptlab.planning.settings import KEYS, resolve_plan
+from gptlab.projects.project import TEMPLATE
 from gptlab.report import ReportConfig
 from gptlab.runs import RunsCommand
 from gptlab.sample import SampleConfig
@@ -43,6 +45,7 @@ from report_pages import browser  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
+OPTIONS = (CONF, TEMPLATE / "conf")  # pages also use the options of the project that gptlab.new writes
 PAGES = [
     *(path for name in ("README.md", "CONTRIBUTING.md") if (path := ROOT / name).exists()),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -74,6 +77,7 @@ UNCOMMENTED = {  # explained by the summary of the file
     "tensorboard": "an empty group that enables the logger",
     "mode": "Hydra's key: an option of the group sweeps runs as a sweep",
 }
+WRONG_KEYS = {"callbacks.gradient_histogram.evry", "optimizer.params"}  # of examples of error messages
 CHOICES = {"<suite>": "train", "<format>": "hf"}
 
 
@@ -130,12 +134,15 @@ def points(overrides: list[str]) -> Iterator[list[str]]:
 
 def check_command(name: str, arguments: list[str]) -> None:
     """Composes and validates the configuration of a command, and of each trial of a sweep."""
+    if name == "new":
+        parse_arguments(arguments)
+        return
     flags = get_args_parser().parse_args(arguments)
-    OptionGroups(name, [CONF]).check_experiments(flags.overrides)
+    OptionGroups(name, OPTIONS).check_experiments(flags.overrides)
     overrides = [_quote_override(override, LITERAL_KEYS.get(name, ())) for override in flags.overrides]
     for trial in points(overrides) if flags.multirun else [overrides]:
         trial = ["resume=auto" if override.startswith("resume=") else override for override in trial]
-        values = compose(name, overrides=trial)
+        values = compose(name, overrides=[*trial, f"hydra.searchpath=[file://{TEMPLATE / 'conf'}]"])
         if flags.cfg is None and not flags.help:
             validate_command(name, values, [o for o in trial if not o.startswith("hydra")])
 
@@ -241,14 +248,15 @@ def test_paths_of_a_command_are_found(line, paths):
 
 
 def unknown_options(text: str) -> list[str]:
-    """Returns each ``group=option`` of a page's inline code whose group is in conf/ and whose option is not."""
+    """Returns each ``group=option`` of a page's inline code whose group is in conf/ and whose option is unknown."""
     words = (word for span in inline_spans(text) for word in span.split())
     chosen = [found for word in words if (found := GROUP.fullmatch(word)) and (CONF / found["group"]).is_dir()]
     return [
         f"{found['group']}={option}"
         for found in chosen
         for option in found["options"].strip("[]").split(",")
-        if option not in ("null", "basic") and not (CONF / found["group"] / f"{option}.yaml").exists()  # basic: Hydra's
+        if option not in ("null", "basic")  # Hydra's
+        and not any((conf / found["group"] / f"{option}.yaml").exists() for conf in OPTIONS)
     ]
 
 
@@ -264,7 +272,8 @@ def test_unknown_options_of_a_page_are_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_make_target_of_a_page_exists(page):
-    targets = set(re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    makefiles = "".join((root / "Makefile").read_text(encoding="utf-8") for root in (ROOT, TEMPLATE))
+    targets = set(re.findall(r"^([\w.-]+):", makefiles, re.MULTILINE))
     named = {target for line in code_lines(page) for target in re.findall(r"(?:^|&& )make ([a-z][\w-]*)", line.strip())}
     assert named <= targets
 
@@ -273,12 +282,13 @@ def test_every_make_target_of_a_page_exists(page):
 def test_every_config_key_of_a_page_exists(page):
     keys = {*known_keys(RunConfig), *chain.from_iterable(EXTRA_KEYS.values())}
     keys |= {key for config in CONFIGS.values() for key in known_keys(config)}
-    keys |= {key.name for file in read_configuration(CONF) for key in file.keys}
+    keys |= {key.name for conf in OPTIONS for file in read_configuration(conf) for key in file.keys}
     groups = {key.partition(".")[0] for key in keys if "." in key}
     spans = (span for line in code_lines(page) for span in re.findall(r"(?:^| )\+?([a-z_]+(?:\.[a-z_0-9]+)+)=", line))
     named = {span for span in spans if span.partition(".")[0] in groups}
     arguments = {span for span in named if f"{span.rpartition('.')[0]}._target_" in named}  # of components
-    assert named - arguments <= keys
+    flags = {span for span in named if span.startswith("trainer.flags.")}  # arguments of Lightning's Trainer
+    assert named - arguments - flags - WRONG_KEYS <= keys
 
 
 def flatten(values: Any, prefix: str) -> Iterator[tuple[str, Any]]:

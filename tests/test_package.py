@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from commands import assert_success
+from gptlab.projects.project import template_files
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,9 @@ def test_the_wheel_works_outside_the_checkout(installed):
     assert installed.only_run().name in report
     assert "Plotly" in report
     assert "renderLoss" in report
+    assert_success(installed.python("gptlab.new", "lab"))
+    written = [path for path in (installed.folder / "lab").rglob("*") if path.is_file()]
+    assert len(written) == len(template_files())
     shown = installed.python("gptlab.train", "--cfg", "job", "sweeps=lr")
     assert shown.returncode == 0, shown.stderr
     (installed.folder / "conf" / "optimizer").mkdir(parents=True)

@@ -227,7 +227,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize("modern", [False, True])
-@pytest.mark.parametrize("activation", get_args(GPTConfig.model_fields["activation"].annotation))
+@pytest.mark.parametrize("activation", get_args(get_args(GPTConfig.model_fields["activation"].annotation)[0]))
 def test_every_activation_matches_its_formula(activation, modern):
     model = build_gpt(tiny_config(activation=activation, **({"qk_norm": True} if modern else {})))
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)

@@ -191,17 +191,16 @@ def import_target(key: str, target: str) -> Any:
     """
     try:
         return _locate(target)
-    except ModuleNotFoundError as error:
-        if extra := EXTRAS.get((error.name or "").partition(".")[0]):
+    except Exception as error:  # whatever a user's module raises when it is imported
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing in EXTRAS:
             raise UserError(
-                f"{key}.{TARGET}={target} needs the package {error.name}: pip install 'gptlab[{extra}]'"
+                f"{key}.{TARGET}={target} needs the package {missing}: pip install 'gptlab[{EXTRAS[missing]}]'"
             ) from error
         raise UserError(
-            f"{key}.{TARGET}={target} cannot be imported: {error}. Modules are searched in the working directory "
-            f"({Path.cwd()}), PYTHONPATH and the installed packages."
+            f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}. Modules are searched in the "
+            f"working directory ({Path.cwd()}), PYTHONPATH and the installed packages."
         ) from error
-    except Exception as error:  # whatever a user's module raises when it is imported
-        raise UserError(f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}.") from error
 
 
 def _locate(target: str) -> Any:
