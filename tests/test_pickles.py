@@ -156,7 +156,7 @@ def test_the_yaml_payload_works_with_an_unsafe_loader(tmp_path):
 
 
 def test_conf_has_only_targets_of_gptlab_and_of_the_libraries_that_it_names():
-    libraries = ("gptlab.", "torch.optim.", "pytorch_optimizer.", "lightning.pytorch.")
+    libraries = ("gptlab.", "torch.optim.", "pytorch_optimizer.", "lightning.pytorch.", "aim.")
     for path in configuration_folder().rglob("*.yaml"):
         allowed = "hydra_plugins.gptlab." if path.parent.name in ("sweeper", "launcher") else libraries
         targets = [target for _, target in iter_targets(yaml.safe_load(path.read_text(encoding="utf-8")))]
