@@ -160,7 +160,7 @@ def test_conf_has_only_targets_of_gptlab_and_of_the_libraries_that_it_names():
     for path in configuration_folder().rglob("*.yaml"):
         allowed = "hydra_plugins.gptlab." if path.parent.name in ("sweeper", "launcher") else libraries
         targets = [target for _, target in iter_targets(yaml.safe_load(path.read_text(encoding="utf-8")))]
-        assert all(target.startswith(allowed) for target in targets), path
+        assert all(target.startswith(allowed) or target == "???" for target in targets), path
 
 
 @pytest.mark.slow
