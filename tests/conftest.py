@@ -20,6 +20,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
+from gptlab.config.components import TRUST
 from gptlab.exit_codes import DONE
 from gptlab.model.config import OPTIONS, GPTConfig
 from own_package import add_to_path, write_groups, write_package
@@ -108,6 +109,12 @@ class RunningCommand(subprocess.Popen[str]):
         output, errors = self.communicate(timeout=seconds)
         assert self.returncode == status, output + errors
         return subprocess.CompletedProcess(self.args, self.returncode, output, errors)
+
+
+@pytest.fixture(autouse=True)
+def no_trusted_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes the trust in components of configurations that a test resolves in this process."""
+    monkeypatch.setenv(TRUST, "")
 
 
 class User:

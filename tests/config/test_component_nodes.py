@@ -21,6 +21,8 @@ from gptlab.config.components import (
     import_target,
     iter_targets,
     trust_components,
+    trust_override,
+    trust_packages,
 )
 from gptlab.errors import UserError
 from own_package import make_importable
@@ -282,18 +284,35 @@ def test_a_bound_function_has_built_arguments_and_calls_the_target_directly():
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
-        ("nolab.X", "ModuleNotFoundError: No module named 'nolab'"),
-        ("mylab.nothing.X", "AttributeError: module mylab has no attribute nothing"),
-        ("mylab.tools.Tuch", "AttributeError: module mylab.tools has no attribute Tuch"),
+        ("mylab.nothing.X", "AttributeError: module mylab has no attribute nothing."),
+        ("mylab.tools.Tuch", "AttributeError: module mylab.tools has no attribute Tuch."),
         ("mylab.tools.Touch.x", "AttributeError"),
         ("", "ValueError"),
     ],
 )
-def test_a_target_that_cannot_be_imported_is_reported_with_the_search_path(target, reason):
+def test_a_target_that_cannot_be_imported_is_reported_with_the_reason(target, reason):
     with pytest.raises(UserError) as error:
         import_target("callbacks.x", target)
     assert f"callbacks.x._target_={target} cannot be imported: {reason}" in str(error.value)
+
+
+def test_a_module_that_is_not_found_is_reported_with_the_searched_directories():
+    with pytest.raises(UserError, match="cannot be imported: No module named 'nolab'") as error:
+        import_target("callbacks.x", "nolab.X")
     assert f"working directory ({Path.cwd()}), PYTHONPATH" in str(error.value)
+
+
+def test_the_printed_override_trusts_exactly_what_is_not_trusted_already():
+    values = {
+        "model": {"activation": {"_target_": "torch.nn.SiLU"}, "block": {"_target_": "mylab.model.ScaledBlock"}},
+        "callbacks": {"x": LAMBDA | {"on_fit_end": MAKE}, "y": TOUCH},
+        "logger": {"x": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "a"}},
+    }
+    override = trust_override(values)
+    assert override == " trust=[lightning.pytorch.loggers.CSVLogger,mylab,os.mkdir]"
+    trust_packages(override.removeprefix(" trust=[").removesuffix("]").split(","))
+    check_trusted(values, "run")
+    assert trust_override({"optimizer": SGD}) == ""
 
 
 def test_the_record_of_a_component_has_the_version_of_its_package_and_the_hash_of_its_source():
