@@ -298,7 +298,7 @@ def test_a_target_that_cannot_be_imported_is_reported_with_the_reason(target, re
 
 
 def test_a_module_that_is_not_found_is_reported_with_the_searched_directories():
-    with pytest.raises(UserError, match="No module named 'nolab'") as error:
+    with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError: No module named 'nolab'") as error:
         import_target("callbacks.x", "nolab.X")
     assert f"working directory ({Path.cwd()}), PYTHONPATH" in str(error.value)
 

@@ -145,7 +145,6 @@ def test_an_interrupted_preparation_resumes_without_running_the_reader_again(tmp
         ("Pages", {}, r"data\.reader\.path is missing"),
         ("Pages", {"path": "x", "seperator": "-"}, r"Unknown argument data\.reader\.seperator.*separator"),
         ("Pages", {"path": 3}, r"data\.reader\.path=3 is not valid: it should be a string"),
-        ("Pages", {"path": "x", "_partial_": True}, "does not give a DocumentReader"),
         ("Numbers", {}, r"yields 3 as document 1, which is neither a text nor a pair"),
         ("Empty", {}, r"mylab\.readers\.Empty yields no documents"),
     ],
