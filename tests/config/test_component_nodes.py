@@ -239,6 +239,7 @@ ARGUMENTS = {
     "choice": ({"mode": "mean"}, "callbacks.x.mode='mean' is not valid: it should be 'min' or 'max'."),
     "dataclass": ({"span": {"first": "a"}}, "callbacks.x.span.first is not valid: it should be a valid integer"),
     "missing in a dataclass": ({"span": {"last": 1}}, "callbacks.x.span.first is not valid: Field required"),
+    "unknown in a dataclass": ({"span": {"frist": 1}}, "Unknown argument callbacks.x.span.frist. Did you mean first?"),
     "model": ({"bounds": {"low": 0, "high": "b"}}, "callbacks.x.bounds.high is not valid: it should be a valid number"),
     "nested": ({"other": {"_target_": "mylab.tools.touch"}}, "callbacks.x.other.path is missing"),
     "nested in a list": ({"other": [{"_target_": "mylab.nothing.X"}]}, "callbacks.x.other.0._target_=mylab.nothing.X"),

@@ -404,6 +404,10 @@ def _check_type(key: str, annotation: Any, value: Any) -> None:
     """Checks an argument against its annotation, if that is plain data, a dataclass or a pydantic model."""
     if annotation is inspect.Parameter.empty or isinstance(annotation, str) or is_component(value):
         return
+    if dataclasses.is_dataclass(annotation) and isinstance(value, Mapping):  # pydantic ignores unknown fields of these
+        known = [field.name for field in dataclasses.fields(annotation)]
+        if unknown := [name for name in value if name not in known]:
+            raise UserError(f"Unknown argument {key}.{unknown[0]}.{did_you_mean(unknown[0], known)}")
     try:
         adapter = TypeAdapter(annotation)
         schema = adapter.json_schema()
