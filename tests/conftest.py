@@ -20,7 +20,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
-from gptlab.config.components import TRUST
+from gptlab.config.trust import TRUST
 from gptlab.exit_codes import DONE
 from gptlab.model.config import OPTIONS, GPTConfig
 from own_package import add_to_path, write_groups, write_package

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from commands import assert_config_error, assert_same_run, assert_success, metrics
-from gptlab.config.components import TRUST
+from gptlab.config.trust import TRUST
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from own_package import NODES, OPTIONS, make_importable
@@ -234,7 +234,7 @@ def test_a_missing_module_is_reported_with_the_searched_directory_and_without_to
 def test_a_run_without_components_imports_nothing_for_them():
     code = """
 import sys
-from gptlab.config.components import check_trusted
+from gptlab.config.trust import check_trusted
 from gptlab.launch.components import check_components, count_components
 from configs import resolved
 config = resolved("data=text", "data.source=text.txt", "model=tiny")

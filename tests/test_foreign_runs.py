@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from canary import Canary
 from commands import assert_config_error
 from configs import resolved
-from gptlab.config.components import TRUST, check_trusted
+from gptlab.config.trust import TRUST, check_trusted
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE
 from gptlab.launch.components import build_callbacks

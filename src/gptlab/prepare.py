@@ -6,8 +6,8 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.components import check_trusted
 from gptlab.config.resume import resolve_to_dict
+from gptlab.config.trust import check_trusted
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import check_val_split

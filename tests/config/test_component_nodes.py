@@ -12,18 +12,14 @@ from types import SimpleNamespace
 import pytest
 
 from gptlab.config.components import (
-    TRUST,
     bind_component,
     build_component,
     check_component,
-    check_trusted,
     component_record,
     import_target,
     iter_targets,
-    trust_components,
-    trust_override,
-    trust_packages,
 )
+from gptlab.config.trust import TRUST, check_trusted, trust_components, trust_override, trust_packages
 from gptlab.errors import UserError
 from own_package import make_importable
 

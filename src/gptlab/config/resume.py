@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
-from gptlab.config.components import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.config.schema import RunConfig
+from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run

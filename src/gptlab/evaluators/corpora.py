@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Any, NamedTuple
 
-from gptlab.config.components import check_trusted
+from gptlab.config.trust import check_trusted
 from gptlab.data.config import BuiltInTokenizerConfig, ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions

@@ -21,8 +21,8 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from gptlab.config.base import rebuild
-from gptlab.config.components import check_trusted
 from gptlab.config.schema import RunConfig
+from gptlab.config.trust import check_trusted
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.launch.signals import STOP_SIGNALS, StopSignals, block_signals
 from gptlab.tracking.environment import COMMAND

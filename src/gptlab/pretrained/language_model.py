@@ -11,8 +11,8 @@ import yaml
 from torch import Tensor
 
 from gptlab.config.base import validate
-from gptlab.config.components import trust_packages
 from gptlab.config.search_path import configuration_folder
+from gptlab.config.trust import trust_packages
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import LossSums

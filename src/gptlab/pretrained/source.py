@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gptlab.config.components import check_trusted
 from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX, is_on_hub
+from gptlab.config.trust import check_trusted
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.external import META_FILE, tokenizer_record
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer

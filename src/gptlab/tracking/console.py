@@ -10,8 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.config.components import trust_override
 from gptlab.config.schema import RunConfig
+from gptlab.config.trust import trust_override
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
 from gptlab.tracking.logs import FILE_ONLY

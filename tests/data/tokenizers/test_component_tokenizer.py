@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gptlab.config.components import trust_packages
+from gptlab.config.trust import trust_packages
 from gptlab.data.config import ComponentTokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions

@@ -10,7 +10,8 @@ from typing import Any, Protocol, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.config.components import check_trusted, is_component
+from gptlab.config.components import is_component
+from gptlab.config.trust import check_trusted
 from gptlab.data.config import ComponentTokenizerConfig, TokenizerConfig
 from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, unicode_to_bytes
