@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resume import replace_built_ins, resolve_to_dict
 from gptlab.config.trust import check_trusted
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare
@@ -30,7 +31,8 @@ from gptlab.tracking.run_directory import load_config
 @command("prepare", keys=set(known_keys(PrepareCommand)))
 def main(values: DictConfig) -> int:
     """Prepares data, or inspects, converts or replays prepared data."""
-    config = validate(PrepareCommand, resolve_to_dict(values))
+    overrides = list(HydraConfig.get().overrides.task)
+    config = validate(PrepareCommand, replace_built_ins(resolve_to_dict(values), overrides))
     if config.replay is not None:
         _replay(config.replay, config.step)
     elif config.convert is not None:

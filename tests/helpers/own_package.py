@@ -100,6 +100,10 @@ MODULES = {
     "schedules.py": """
         def inverse_root(step: int, *, lr: float, max_steps: int, power: float = 0.5) -> float:
             return lr * (1 + step) ** -power
+
+
+        def untyped(step, *, lr, max_steps, power=1.0):
+            return lr * (1 + step) ** -power
         """,
     "losses.py": """
         import torch.nn.functional as F
@@ -109,6 +113,10 @@ MODULES = {
         def focal(logits: Tensor, targets: Tensor, *, gamma: float) -> Tensor:
             losses = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
             return ((1 - (-losses).exp()) ** gamma * losses)[targets != -100].mean()
+
+
+        def per_token(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
 
 
         def of_states(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

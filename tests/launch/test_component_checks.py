@@ -15,7 +15,13 @@ from gptlab.config.base import validate
 from gptlab.config.components import TARGET
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
-from gptlab.launch.components import build_callbacks, build_component_loggers, check_components, count_components
+from gptlab.launch.components import (
+    build_callbacks,
+    build_component_loggers,
+    check_components,
+    count_components,
+    try_components,
+)
 from gptlab.model.config import parameter_count
 from gptlab.model.modern import build_gpt
 from gptlab.planning.memory import count_by_part, count_shares, optimizer_state_size
@@ -155,7 +161,7 @@ ARGUMENTS = {
     ),
     "function that is not annotated to return a module": (
         node("model.activation", _target_="mylab.tools.touch", path="a"),
-        "model.activation._target_=mylab.tools.touch is neither a subclass of torch.nn.Module nor a function that is",
+        "model.activation._target_=mylab.tools.touch is neither a part of a model",
     ),
     "missing argument of a loss": (node("loss", _target_="mylab.losses.focal"), "loss.gamma is missing"),
     "targets of a loss": (
@@ -256,6 +262,54 @@ def test_partial_is_ignored_for_what_gptlab_calls(tmp_path, key):
     check_components(config)
     built = [*build_callbacks(config), *build_component_loggers(config, tmp_path), build_gpt(config.model)]
     assert not any("partial" in type(part).__name__.lower() for part in built)
+
+
+FAILING = {
+    "parameter groups": (node("optimizer", _target_="torch.optim.LBFGS"), "optimizer._target_=torch.optim.LBFGS fails"),
+    "width": (node("model.activation", _target_="torch.nn.GLU"), "model.activation._target_=torch.nn.GLU fails"),
+    "untyped argument": (
+        node("schedule", _target_="mylab.schedules.untyped", power="x"),
+        "schedule._target_=mylab.schedules.untyped fails: TypeError",
+    ),
+    "not a scalar": (node("loss", _target_="mylab.losses.per_token"), "instead of a tensor without dimensions"),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_component_that_cannot_work_is_reported_before_the_run(case):
+    changes, message = FAILING[case]
+    config = config_with(changes).with_vocabulary(61)
+    check_components(config)
+    with pytest.raises(UserError) as error:
+        try_components(config)
+    assert message in str(error.value)
+
+
+def test_working_components_pass_the_trial():
+    config = resolved("data=text", "data.source=text.txt", *NODES).with_vocabulary(61)
+    check_components(config)
+    try_components(config)
+
+
+def test_a_whole_model_is_no_activation():
+    assert "neither a part of a model" in error_of(node("model.activation", _target_="gptlab.model.gpt.GPT"))
+
+
+def test_positional_arguments_of_a_component_are_refused():
+    changes = node("callbacks.x", _target_="mylab.callbacks.StepLog", _args_=["a"])
+    assert error_of(changes).startswith("callbacks.x._args_ is not supported")
+
+
+def test_a_component_on_the_command_line_replaces_the_built_in_option():
+    text = ("data=text", "data.source=text.txt")
+    config = resolved(*text, "+optimizer._target_=torch.optim.RMSprop", "+optimizer.alpha=0.5")
+    assert config.optimizer.model_dump(exclude_none=True) == {
+        "_target_": "torch.optim.RMSprop",
+        "alpha": 0.5,
+        "lr": resolved(*text).optimizer.lr,
+    }
+    config = resolved(*text, "+schedule={_target_: mylab.schedules.untyped, power: 2}")
+    assert config.schedule.model_dump(exclude_none=True) == {"_target_": "mylab.schedules.untyped", "power": 2}
 
 
 MODELS = {

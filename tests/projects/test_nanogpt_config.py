@@ -92,13 +92,17 @@ def test_reported_source_has_no_control_characters(read):
     assert ignored.source == "print('\N{REPLACEMENT CHARACTER}[2J')"
 
 
+def test_a_misspelled_setting_is_reported(read):
+    config = read("n_layer = 1\nlearing_rate = 1")
+    assert config.values == {"n_layer": 1}
+    (ignored,) = config.ignored
+    assert ignored.line == 2
+    assert "not a setting of nanoGPT. Did you mean learning_rate" in ignored.reason
+
+
 ERRORS = {
     "syntax": ("batch_size = 1\nn_layer = = 2", ":2: invalid Python syntax"),
     "null byte": ("batch_size = 1\0", "null bytes"),
-    "misspelled setting": (
-        "n_layer = 1\nlearing_rate = 1",
-        ":2: learing_rate is not a setting of nanoGPT. Did you mean",
-    ),
     "undefined name": ("a = 1\nbatch_size = a * b", ":2: the name b is not defined"),
     "wrong type": ("\nbatch_size = 'x'", ":2: batch_size='x' is not valid: it should be an integer"),
     "fraction": ("batch_size = 1 / 2", "batch_size=0.5 is not valid: it should be an integer"),

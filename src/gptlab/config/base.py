@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from gptlab.config.components import NEEDS_TARGET
 from gptlab.config.kinds import join_kinds
 from gptlab.errors import UserError, did_you_mean
 
@@ -69,7 +70,12 @@ def known_keys(config_type: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def unknown_key(key: str, keys: set[str]) -> str:
     """Returns the error message for an unknown key; it suggests the most similar one of ``keys``."""
     if key in keys and "." not in key:
-        return f"Config key `{key}` is not in this configuration. To add it: +{key}=<value>"
+        return f"Config group `{key}` is not replaced by a mapping. To set its keys: +{key}=<mapping>"
+    if key.endswith("._target_"):
+        return (
+            f"Config key `{key}` is not in this configuration. If {key.removesuffix('._target_')} may be a "
+            f"component, add it: +{key}=<class or function>"
+        )
     if key in keys:
         return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
     return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."
@@ -122,6 +128,10 @@ def _error_message(
     """Returns the message for one of pydantic's errors."""
     key = _dotted_key(details, values)
     match details["type"]:
+        case "extra_forbidden" if details["msg"] == NEEDS_TARGET:
+            return f"{unknown_key(key, keys)} A component of this name needs {key}._target_."
+        case "extra_forbidden" if key.endswith("._target_"):
+            return f"{key} is not supported: {key.removesuffix('._target_')} cannot be a component."
         case "extra_forbidden":
             return unknown_key(key, keys)
         case "missing":

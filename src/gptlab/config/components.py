@@ -9,6 +9,8 @@ import functools
 import hashlib
 import inspect
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module, metadata
@@ -32,6 +34,8 @@ from gptlab.errors import UserError, did_you_mean
 
 TARGET = "_target_"
 EXTRAS = {"aim": "aim", "pytorch_optimizer": "optimizers"}  # extras of packages whose classes are used directly
+NEEDS_TARGET = "a component needs _target_"  # message of a validation error
+DOTTED_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 INSTANTIATE_KEYS = (TARGET, "_partial_", "_args_", "_recursive_", "_convert_")  # of hydra.utils.instantiate
 
 
@@ -43,7 +47,7 @@ def is_component(value: object) -> bool:
 def _check(value: object) -> object:
     if value is not None and not is_component(value):
         # an unknown key is reported as such (see gptlab.config.base)
-        raise PydanticCustomError("extra_forbidden", "a component needs _target_")
+        raise PydanticCustomError("extra_forbidden", NEEDS_TARGET)
     return value
 
 
@@ -85,18 +89,31 @@ def import_target(key: str, target: str) -> Any:
     Raises:
         UserError: The target cannot be imported.
     """
+    if not DOTTED_PATH.fullmatch(target):
+        raise UserError(f"{key}.{TARGET}={target} is not a dotted path, such as mylab.callbacks.GradientHistogram.")
     try:
         return _locate(target)
+    except AttributeError as error:
+        nearest = did_you_mean(str(error.name), dir(error.obj)) if error.obj is not None else ""
+        raise UserError(f"{key}.{TARGET}={target} cannot be imported: {error}.{nearest}") from error
     except Exception as error:  # whatever a user's module raises when it is imported
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing in EXTRAS:
             raise UserError(
                 f"{key}.{TARGET}={target} needs the package {missing}: pip install 'gptlab[{EXTRAS[missing]}]'"
             ) from error
+        searched = f" {_search_path()}" if missing else ""
         raise UserError(
-            f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}. Modules are searched in the "
-            f"working directory ({Path.cwd()}), PYTHONPATH and the installed packages."
+            f"{key}.{TARGET}={target} cannot be imported: {type(error).__name__}: {error}.{searched}"
         ) from error
+
+
+def _search_path() -> str:
+    path = os.environ.get("PYTHONPATH")
+    return (
+        f"Modules are searched in the working directory ({Path.cwd()}), PYTHONPATH{f'={path}' if path else ''} and the "
+        "installed packages."
+    )
 
 
 def _locate(target: str) -> Any:
@@ -115,7 +132,7 @@ def _locate(target: str) -> Any:
             except ModuleNotFoundError as error:
                 if error.name != path:  # a module that it imports
                     raise
-                raise AttributeError(f"module {found.__name__} has no attribute {part}") from None
+                raise AttributeError(f"module {found.__name__} has no attribute {part}", name=part, obj=found) from None
     return found
 
 
@@ -146,14 +163,27 @@ def check_component(
         raise UserError(
             f"{key}.{TARGET}={values[TARGET]} is not a subclass of {interface.__module__}.{interface.__qualname__}."
         )
+    if "_args_" in values:
+        raise UserError(f"{key}._args_ is not supported. Set the arguments by their names.")
+    _check_node(key, target, values, handed, is_partial=False)
+    return target
+
+
+def _check_node(
+    key: str, target: Callable[..., Any], values: Mapping[str, Any], handed: Iterable[str], *, is_partial: bool
+) -> None:
+    """Checks the arguments of a component, and the components among them."""
     arguments = component_arguments(values)
-    is_partial = bool(values.get("_partial_")) or "_args_" in values
     check_arguments(key, target, arguments, handed, is_partial=is_partial)
     for name, value in arguments.items():
         for number, element in enumerate(value) if isinstance(value, list) else ((None, value),):
             if is_component(element):
-                check_component(f"{key}.{name}" if number is None else f"{key}.{name}.{number}", element)
-    return target
+                inner = f"{key}.{name}" if number is None else f"{key}.{name}.{number}"
+                nested = import_target(inner, element[TARGET])
+                if not callable(nested):
+                    raise UserError(f"{inner}.{TARGET}={element[TARGET]} is neither a class nor a function.")
+                is_open = bool(element.get("_partial_")) or "_args_" in element
+                _check_node(inner, nested, element, (), is_partial=is_open)
 
 
 def check_arguments(
@@ -252,16 +282,12 @@ def component_record(key: str, target: str) -> dict[str, Any]:
     """
     found = import_target(key, target)
     package = (getattr(found, "__module__", None) or target).partition(".")[0]
-    try:
-        source = Path(inspect.getsourcefile(found) or "").read_bytes()
-    except (OSError, TypeError):  # a built-in class, or one without a source file
-        source = None
     names = metadata.packages_distributions().get(package, ())
     return {
         "target": target,
         "package": package,
         "version": metadata.version(names[0]) if names else None,
-        "sha256": source and hashlib.sha256(source).hexdigest(),
+        "sha256": _hash_source(found),
     }
 
 
@@ -272,16 +298,19 @@ def component_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def hash_sources(values: Mapping[str, Any]) -> str:
     """Returns a hash of the files that define the targets of a component and of the components among its arguments."""
-    files = []
-    for key, target in iter_targets(values):
-        module = sys.modules.get(getattr(import_target(key, target), "__module__", None) or "")
-        files.append(_hash_file(getattr(module, "__file__", None)))
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+    hashes = (_hash_source(import_target(key, target)) or "" for key, target in iter_targets(values))
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _hash_source(target: Any) -> str | None:
+    """Returns the hash of the file that defines a class or function; None for built-in ones."""
+    module = sys.modules.get(getattr(target, "__module__", None) or "")
+    return _hash_file(getattr(module, "__file__", None))
 
 
 @functools.cache  # a process keeps the code that it has imported, even if the file changes later
-def _hash_file(path: str | None) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else ""
+def _hash_file(path: str | None) -> str | None:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:

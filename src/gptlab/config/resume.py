@@ -1,13 +1,15 @@
 """Resolves the configuration of a new or a resumed run. Imports no torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
+from gptlab.config.components import TARGET, is_component
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.data.prepare.splitting import resolve_val_split
@@ -54,7 +56,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         UserError: A value is missing or invalid, a changed key cannot change when a run is resumed, or the run to
             resume cannot be read.
     """
-    composed = resolve_to_dict(values)
+    composed = replace_built_ins(resolve_to_dict(values), overrides)
     overridden = [override.lstrip("+~").partition("=")[0] for override in overrides]
     overridden = [key for key in overridden if key != TRUST_KEY]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
@@ -170,6 +172,32 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
     trust_packages([named] if isinstance(named, str) else named)
     trust_components(resolved)
     return resolved
+
+
+def replace_built_ins(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Removes the values of a built-in option from a node to which the command line adds ``_target_``.
+
+    Args:
+        values: Composed configuration.
+        overrides: Overrides of the command line, whose values are kept. The optimizer also keeps ``lr``.
+    """
+    replaced = dict(values)
+    for group in ("optimizer", "schedule", "tokenizer"):
+        node = values.get(group)
+        if isinstance(node, dict) and is_component(node) and "name" in node:
+            kept = {TARGET, *_set_keys(group, overrides), *(("lr",) if group == "optimizer" else ())}
+            replaced[group] = {key: value for key, value in node.items() if key in kept}
+    return replaced
+
+
+def _set_keys(group: str, overrides: Sequence[str]) -> Iterator[str]:
+    """Yields the keys of a group that overrides set."""
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key, value = override.key_or_group, override.value()
+        if key == group and isinstance(value, dict):
+            yield from map(str, value)
+        elif key.startswith(f"{group}."):
+            yield key.removeprefix(f"{group}.").partition(".")[0]
 
 
 def may_change(key: str) -> bool:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 
-from gptlab.config.components import TARGET, import_target, iter_targets
+from gptlab.config.components import DOTTED_PATH, TARGET, import_target, iter_targets
 from gptlab.errors import UserError
 
 TRUST_KEY = "trust"  # key of the commands, not of a run's configuration: names of trusted packages
@@ -96,6 +96,8 @@ def check_trusted(values: object, origin: object) -> None:
     targets = list(iter_targets(values))
     named = trusted_packages() if targets else set()
     for key, target in targets:
+        if not DOTTED_PATH.fullmatch(target):
+            raise UserError(f"{key}.{TARGET}={target} in {origin} is not a dotted path.")
         if target in named:
             continue
         trusted = _trusted_at(key, named)

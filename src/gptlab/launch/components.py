@@ -4,8 +4,10 @@ Nothing is imported for a run without components.
 """
 
 import contextlib
+import math
+import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import isclass, isfunction, signature
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,10 @@ from gptlab.data.config import ComponentTokenizerConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.sources.component import check_reader
 from gptlab.data.tokenizers.component import check_tokenizer
-from gptlab.errors import UserError
+from gptlab.errors import UserError, first_line
 from gptlab.model.config import ComponentModelConfig, GPTConfig, ParameterCounts
 from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig
+from gptlab.training.optim.schedules import learning_rate
 
 
 def check_components(config: RunConfig) -> None:
@@ -50,6 +53,94 @@ def check_components(config: RunConfig) -> None:
         _check_optimizer(config.optimizer)
     if isinstance(config.schedule, ComponentScheduleConfig):
         _check_schedule(config.schedule)
+
+
+def try_components(config: RunConfig) -> None:
+    """Builds the model, loss, optimizer and schedule that are components, and calls each once, without data.
+
+    Args:
+        config: Checked configuration with the vocabulary size.
+
+    Raises:
+        UserError: A component raises an error, or returns something else than it should.
+    """
+    optimizer, schedule = config.optimizer, config.schedule
+    if isinstance(schedule, ComponentScheduleConfig):
+        with _failure_of(f"schedule.{TARGET}={schedule.name}"):
+            learning_rates = [learning_rate(s, schedule, lr=1.0, max_steps=config.steps) for s in (0, config.steps - 1)]
+            if not all(map(math.isfinite, learning_rates)):
+                raise ValueError(f"it returns {learning_rates} for the first and the last step")
+    if config.model.components:
+        names = " and ".join(f"{key}={target}" for key, target in _model_targets(config.model))
+        with _failure_of(names):
+            _try_model(config.model)
+    if config.loss is not None:
+        with _failure_of(f"loss.{TARGET}={config.loss[TARGET]}"):
+            _try_loss(config.loss, config.model)
+    if isinstance(optimizer, ComponentOptimizerConfig):
+        with _failure_of(f"optimizer.{TARGET}={optimizer.name}"):
+            _try_optimizer(config.model, optimizer)
+
+
+@contextlib.contextmanager
+def _failure_of(name: str) -> Iterator[None]:
+    """Converts an exception of a user's component to a UserError, with the line that raised it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UserError(
+            f"{name} fails: {type(error).__name__}: {first_line(error)} ({Path(frame.filename).name}, line "
+            f"{frame.lineno})"
+        ) from error
+
+
+def _model_targets(config: GPTConfig) -> Iterator[tuple[str, str]]:
+    """Yields the keys and targets of a model and its parts that are components."""
+    for name, values in config.components.items():
+        yield (f"model.{name}.{TARGET}" if name else f"model.{TARGET}"), values[TARGET]
+
+
+def _try_model(config: GPTConfig) -> None:
+    """Builds a model on the meta device, and checks the shape of its logits if it can run there."""
+    import torch
+
+    from gptlab.model.modern import meta_gpt
+
+    model = meta_gpt(config).eval()
+    length = min(2, config.block_size)
+    try:
+        with torch.no_grad():
+            shape = tuple(model(torch.zeros((1, length), dtype=torch.long, device="meta")).shape)
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
+            return  # an operator has no implementation for the meta device
+        raise
+    if shape != (1, length, config.known_vocab_size):
+        raise ValueError(f"its logits have the shape {shape} instead of {(1, length, config.known_vocab_size)}")
+
+
+def _try_loss(values: Mapping[str, Any], config: GPTConfig) -> None:
+    """Calls a loss function with four tokens, one of which is not scored."""
+    import torch
+
+    from gptlab.model.loss import IGNORED, LogitSettings, custom_loss
+
+    x, weight = torch.ones(4, config.n_embd), torch.zeros(config.known_vocab_size, config.n_embd)
+    targets = torch.tensor([0, 0, IGNORED, 0])
+    loss = custom_loss(bind_component(values), x, weight, targets, LogitSettings(config.known_vocab_size, None))
+    if not isinstance(loss, torch.Tensor) or loss.dim() > 0:
+        raise ValueError(f"it returns {type(loss).__name__} instead of a tensor without dimensions")
+
+
+def _try_optimizer(model: GPTConfig, config: ComponentOptimizerConfig) -> None:
+    """Builds an optimizer for a model on the meta device."""
+    from gptlab.model.modern import meta_gpt
+    from gptlab.training.optim.optimizers import build_optimizer
+
+    build_optimizer(meta_gpt(model), config, fused=False)
 
 
 def preflight_components(config: RunConfig, prepared: TokenDataset) -> None:

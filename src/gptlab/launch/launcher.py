@@ -22,7 +22,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
-from gptlab.launch.components import check_components, preflight_components
+from gptlab.launch.components import check_components, preflight_components, try_components
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
@@ -121,6 +121,7 @@ def preflight(config: RunConfig) -> ReadyRun:
     _check_length(config, prepared.manifest)
     _check_order(config, prepared)
     config = config.with_vocabulary(prepared.manifest.vocab_size)
+    try_components(config)
     if foreign_shape is not None and origin:
         check_external_shape(origin, foreign_shape, config.model)  # with the vocabulary size
     elif origin_config is not None and origin:

@@ -67,10 +67,10 @@ def check_part(config: GPTConfig, name: str) -> None:
     values = config.components[name]
     target = import_target(f"model.{name}", values[TARGET])
     returned = get_type_hints(target).get("return") if isfunction(target) else target
-    if not (isclass(returned) and issubclass(returned, nn.Module)):
+    if not (isclass(returned) and issubclass(returned, nn.Module)) or issubclass(returned, CausalLM):
         raise UserError(
-            f"model.{name}.{TARGET}={values[TARGET]} is neither a subclass of torch.nn.Module nor a function that is "
-            "annotated to return one."
+            f"model.{name}.{TARGET}={values[TARGET]} is neither a part of a model, which is a subclass of "
+            "torch.nn.Module, nor a function that is annotated to return one."
         )
     check_component(f"model.{name}", values, handed=("config", "layer"))
 

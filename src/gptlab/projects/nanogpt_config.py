@@ -118,8 +118,8 @@ def read_nanogpt_config(path: Path) -> NanoGPTConfig:
     """Reads a configuration file of nanoGPT; no code of it is executed.
 
     Raises:
-        UserError: The file cannot be read or parsed, uses an undefined name, sets a variable that is neither a setting
-            of nanoGPT nor used in the file, or sets one to a value of another type.
+        UserError: The file cannot be read or parsed, uses an undefined name, or sets a variable of nanoGPT to a value
+            of another type.
     """
     text = _read_text(path)
     try:
@@ -168,7 +168,8 @@ def _evaluate_module(path: Path, tree: ast.Module, lines: list[str]) -> NanoGPTC
         if name in DEFAULTS and names[name] is not UNKNOWN:
             values[name] = _convert(name, names[name], f"{path}:{line}")
         elif name not in DEFAULTS and name not in used and not name.startswith("_"):
-            raise UserError(f"{path}:{line}: {name} is not a setting of nanoGPT.{did_you_mean(name, DEFAULTS)}")
+            reason = f"it is not a setting of nanoGPT.{did_you_mean(name, DEFAULTS)}"
+            ignored.append(Ignored(line, _printable(lines[line - 1]), reason))
     return NanoGPTConfig(path, values, ignored)
 
 
