@@ -113,7 +113,7 @@ class BuiltInTokenizerConfig(FrozenConfig):
 
 
 class ComponentTokenizerConfig(FrozenConfig):
-    """Tokenizer of one's own, by ``_target_``: a ``gptlab.data.tokenizers.component.CustomTokenizer``.
+    """Custom tokenizer, by ``_target_``: a ``gptlab.data.tokenizers.component.CustomTokenizer``.
 
     The other keys are its arguments.
     """

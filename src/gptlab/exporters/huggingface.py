@@ -55,7 +55,7 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
     checks = [compare_tensors(_read(folder), reference, version("safetensors"))]
     if find_spec("transformers") is None:
         return CheckResult(checks, ["logits and continuation, because transformers is not installed"])
-    unchecked = omitted_tokenizer(job, CONVERTIBLE, "transformers cannot load a tokenizer of one's own")
+    unchecked = omitted_tokenizer(job, CONVERTIBLE, "transformers cannot load a custom tokenizer")
     return CheckResult([*checks, *_by_transformers(job, folder, reference)], unchecked)
 
 

@@ -12,17 +12,17 @@ from gptlab.model.config import GPTConfig
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.loss import IGNORED
 
-LossFunction = Callable[..., Tensor]  # f(logits, targets) or f(states, weight, targets); see GPT.loss
+LossFunction = Callable[..., Tensor]  # f(logits (N, V), targets (N,)) or f(states (N, C), weight (R, C), targets (N,))
 
 
 class CausalLM(nn.Module):
-    """Causal language model: a subclass that is the ``_target_`` of ``model`` must implement ``forward``.
+    """Base class of causal language models. A subclass implements ``forward``, and can be ``model._target_``.
 
     ``named_parameters`` gives the names in checkpoints. If the blocks are ``self.h``, an ``nn.ModuleList``, FSDP shards
     and torch.compile can compile them one by one.
 
     Args:
-        config: Model configuration; ``block_size`` and ``known_vocab_size`` are binding.
+        config: Model configuration. The model must accept ``block_size`` tokens and return ``known_vocab_size`` logits.
     """
 
     def __init__(self, config: GPTConfig) -> None:

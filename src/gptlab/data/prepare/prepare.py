@@ -228,7 +228,7 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
 
 
 def _check_tokenizer(folder: Path, tokenizer: ComponentTokenizer, corpus: Corpus, tasks: list[Task]) -> None:
-    """Checks a tokenizer of one's own on a sample of the corpus. Deletes ``folder`` if that fails."""
+    """Checks a custom tokenizer on a sample of the corpus. Deletes ``folder`` if that fails."""
     samples = _sample_texts(corpus, _spread(tasks))
     try:
         for texts in samples:

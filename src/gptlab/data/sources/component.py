@@ -1,4 +1,4 @@
-"""Readers of one's own: components that yield documents.
+"""Custom readers: components that yield documents.
 
 The documents are stored in the directory of the shards until these are complete, so that a reader runs only once and
 its documents are divided into tasks like those of any other file.
@@ -28,7 +28,7 @@ DOCUMENTS = "documents.jsonl"  # one [name, text] per line, present only while t
 
 
 class DocumentReader(ABC):
-    """Base class of readers of one's own.
+    """Base class of custom readers.
 
     The arguments of a reader are those of its ``__init__``, which should be fast: prepared data is found by the target,
     the arguments, the file of the class and ``fingerprint``, without reading the documents again.

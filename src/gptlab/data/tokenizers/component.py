@@ -1,4 +1,4 @@
-"""Tokenizers of one's own, which are components."""
+"""Custom tokenizers: components that users write."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from gptlab.errors import UserError
 
 
 class CustomTokenizer(ABC):
-    """Base class of tokenizers of one's own. They must not lose text: ``decode(encode(text)) == text``.
+    """Base class of custom tokenizers, which must not lose text: ``decode(encode(text)) == text``.
 
     Attributes:
         vocab_size: Number of token IDs V, including the end-of-text token.

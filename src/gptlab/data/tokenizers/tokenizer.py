@@ -248,7 +248,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
         return [tokenizer.end_of_text]
     try:
         return tokenizer.encode("\n").tolist()
-    except (UserError, LookupError, ValueError):  # the latter from a tokenizer of one's own
+    except (UserError, LookupError, ValueError):  # the latter from a custom tokenizer
         return [0]  # the vocabulary has no newline, and the model needs at least one token
 
 
