@@ -229,6 +229,27 @@ def without_torch(user):
     return user
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory with the files of the wheel that is built from the checkout, for PYTHONPATH."""
+    folder = tmp_path_factory.mktemp("wheel")
+    root = str(Path(__file__).parents[1])
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), root)
+    subprocess.run(build, check=True, capture_output=True)
+    (file,) = folder.glob("*.whl")
+    site = folder / "site"
+    install = (sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(file))
+    subprocess.run(install, check=True, capture_output=True)
+    return site
+
+
+@pytest.fixture
+def installed_lab(lab: User, wheel: Path) -> User:
+    """User as in ``lab``, with gptlab from the wheel."""
+    lab.environment["PYTHONPATH"] = os.pathsep.join((str(lab.folder / "lab"), str(wheel)))
+    return lab
+
+
 @pytest.fixture
 def lab(user: User) -> User:
     """User with the package ``mylab`` outside of the working directory, and its group files in the directory mine."""

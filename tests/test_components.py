@@ -54,7 +54,8 @@ def resume(lab, directory: Path, *arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", [(), TWO], ids=["one device", "ddp"])
-def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_the_command_line(lab, trainer):
+def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_the_command_line(installed_lab, trainer):
+    lab = installed_lab
     # ddp replaces the option trainer=anomalies, but not the flag on the command line
     train(lab, "name=whole", *OPTIONS, *trainer, *(["+trainer.flags.detect_anomaly=true"] if trainer else []))
     train(lab, "name=halted", *NODES, *trainer, "train.max_steps=2")
@@ -75,7 +76,8 @@ def test_all_components_train_and_resume_bit_identically_by_group_files_and_on_t
 
 
 @pytest.mark.slow
-def test_a_sweep_varies_a_component_and_its_argument(lab):
+def test_a_sweep_varies_a_component_and_its_argument(installed_lab):
+    lab = installed_lab
     (lab.folder / "mine" / "optimizer" / "sign_half.yaml").write_text("defaults: [sign]\nmomentum: 0.5\n")
     fixed = (
         "name=sweep",
@@ -95,7 +97,8 @@ def test_a_sweep_varies_a_component_and_its_argument(lab):
 
 
 @pytest.mark.slow
-def test_a_run_with_all_components_passes_all_proofs(lab):
+def test_a_run_with_all_components_passes_all_proofs(installed_lab):
+    lab = installed_lab
     few = ("prove.ranks=[1]", "prove.workers=[0]", "prove.steps=2", "prove.kill_after=1")
     done = lab.python("gptlab.prove", "--config-dir=mine", *SMALL, *OPTIONS, *few, timeout=300)
     assert_success(done)

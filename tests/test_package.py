@@ -12,22 +12,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def installed(user):
-    """User with the wheel built from the checkout, unpacked to a directory that is first in PYTHONPATH."""
-    assert_success(
-        user.run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(user.folder), str(ROOT))
-    )
-    (wheel,) = user.folder.glob("*.whl")
-    site = user.folder / "site"
-    assert_success(user.run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel)))
-    user.environment["PYTHONPATH"] = str(site)
+def installed(user, wheel):
+    """User with gptlab from the wheel instead of the checkout."""
+    user.environment["PYTHONPATH"] = str(wheel)
     return user
 
 
-def test_the_wheel_works_outside_the_checkout(installed):
+def test_the_wheel_works_outside_the_checkout(installed, wheel):
     where = installed.run(sys.executable, "-c", "import gptlab; print(gptlab.__file__)")
-    assert where.stdout.startswith(str(installed.folder / "site"))
-    packaged = installed.folder / "site" / "gptlab" / "conf"
+    assert where.stdout.startswith(str(wheel))
+    packaged = wheel / "gptlab" / "conf"
     sources = {path.relative_to(ROOT / "conf") for path in (ROOT / "conf").glob("**/*.yaml")}
     sweeps = {path.relative_to(ROOT) for path in (ROOT / "sweeps").rglob("*.yaml")}
     assert {path.relative_to(packaged) for path in packaged.rglob("*.yaml")} == sources | sweeps
