@@ -40,9 +40,23 @@ def test_every_part_of_the_template_is_on_the_page():
     assert FILES.keys() - {"conf/experiment/combined.yaml"} == parts | options
 
 
-@pytest.mark.parametrize(("command_line", "message"), MESSAGES)
-def test_an_invalid_component_has_the_message_of_the_page(monkeypatch, command_line, message):
+@pytest.fixture
+def template_package(monkeypatch):
+    """Makes the package of the template importable; a package of the same name of other tests is not used."""
+
+    def forget():
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == PACKAGE}
+
+    others = forget()
     monkeypatch.syspath_prepend(TEMPLATE)
+    yield
+    forget()
+    sys.modules.update(others)
+
+
+@pytest.mark.usefixtures("template_package")
+@pytest.mark.parametrize(("command_line", "message"), MESSAGES)
+def test_an_invalid_component_has_the_message_of_the_page(command_line, message):
     words = command_line.split()
     search_path = f"hydra.searchpath=[file://{TEMPLATE / 'conf'}]"
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
@@ -54,7 +68,7 @@ def test_an_invalid_component_has_the_message_of_the_page(monkeypatch, command_l
 
 def test_the_page_has_messages_and_commands():
     assert len(MESSAGES) == 10
-    assert len(COMMANDS) == 20
+    assert len(COMMANDS) == 23
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_a_configuration_of_nanogpt_becomes_an_experiment(user):
     [
         ("missing.py", None, "missing.py is not a file"),
         ("lion.py", "max_iters = 3\n", "The project already has an experiment named lion"),
-        ("train.py", "max_itres = 3\n", "Did you mean max_iters?"),
+        ("train.py", "max_iters = 'x'\n", "max_iters='x' is not valid"),
     ],
 )
 def test_an_invalid_configuration_of_nanogpt_writes_nothing(user, file, text, message):

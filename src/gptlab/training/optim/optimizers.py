@@ -74,7 +74,8 @@ def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
     waits for it. The attribute ``found_inf``, which torch.amp.GradScaler sets for fused optimizers, is not documented
     (read in torch 2.13).
     """
-    if isinstance(optimizer, MuonWithAdamW) or all(group.get("fused") for group in optimizer.param_groups):
+    is_muon = isinstance(optimizer, MuonWithAdamW)  # its groups of matrices have no key "fused"
+    if all(group.get("fused", is_muon) for group in optimizer.param_groups):
         optimizer.found_inf = bad  # type: ignore[attr-defined]
     elif bad:
         optimizer.zero_grad()  # parameters without a gradient are not updated
