@@ -220,6 +220,7 @@ CONFIG_ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "message"), CONFIG_ERRORS.values(), ids=CONFIG_ERRORS)
 def test_an_invalid_component_is_a_config_error_before_anything_is_written(lab, override, message):
     done = lab.python("gptlab.train", *SMALL, "model=tiny", override)

@@ -188,6 +188,7 @@ def test_prepared_data_is_verified_and_converted_without_its_tokenizer(stranger)
     assert not attacked.exists()
 
 
+@pytest.mark.slow
 def test_an_export_without_its_tokenizer_says_so(lab):
     train(lab, "name=own", "train.max_steps=3")
     run = lab.only_run("own")

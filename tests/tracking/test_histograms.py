@@ -10,6 +10,8 @@ from commands import assert_success
 from gptlab.tracking.histograms import Histogram, _write_to_wandb, count_values
 from reference_training import plain_training
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WATCH = ("callbacks=[default,watch]", "callbacks.watch.every=4", "trainer.precision=32-true")
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from commands import assert_config_error, assert_success, metrics
 
+pytestmark = pytest.mark.slow  # whole runs
+
 READ_TRACKIO = """
 import json
 from trackio.sqlite_storage import SQLiteStorage

@@ -7,6 +7,8 @@ from commands import assert_config_error, assert_success, metrics, newest_state
 from gptlab.training.callbacks.activation_stats import _moments
 from reference_training import plain_training
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STATS = ("callbacks=[checkpoint,activation_stats]", "callbacks.activation_stats.every=4", "trainer.precision=32-true")
 KINDS = ("mean", "std", "kurtosis", "zeros", "max")
 

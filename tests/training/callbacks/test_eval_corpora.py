@@ -7,6 +7,8 @@ import pytest
 from commands import assert_config_error, assert_success, metrics
 from gptlab.training.callbacks.eval_corpora import select_windows
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CORPORA = (
     "callbacks=[checkpoint,eval_corpora]",
     "+callbacks.eval_corpora.corpora.songs.source=songs.txt",

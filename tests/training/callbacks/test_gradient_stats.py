@@ -9,6 +9,8 @@ from gptlab.model.gpt import GPT
 from gptlab.training.callbacks.gradient_stats import group_parameters
 from reference_training import plain_training
 
+pytestmark = pytest.mark.slow  # whole runs
+
 STATS = ("callbacks=[default,gradient_stats]", "callbacks.gradient_stats.every=4", "trainer.precision=32-true")
 PARTS = ("wte", "wpe", "h.0", "h.1", "ln_f")
 

@@ -7,6 +7,8 @@ import pytest
 
 from commands import assert_success, metrics
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CALLBACKS = """
 import lightning as L
 

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from commands import assert_config_error, assert_success, metrics
+
+pytestmark = pytest.mark.slow  # whole runs
 
 TIMED = ("callbacks=[default,timer]", "callbacks.timer.check_every=4", "train.max_steps=100000", "train.log_every=100")
 RARE = ("train.eval_every=100000", "train.micro_batch_size=4", "train.eval_windows=2")
