@@ -56,9 +56,11 @@ def trusted_packages() -> set[str]:
 
 def trust_override(values: object) -> str:
     """Returns the override, after a space, that trusts the components of a stored configuration; "" if all are."""
+    if not (targets := list(iter_targets(values))):
+        return ""  # reading the entry points of all packages takes time
     declared = _declared_packages()
-    targets = (target for key, target in iter_targets(values) if not _is_inside(target, _trusted_at(key, declared)))
-    names = sorted({_trusted_name(target) for target in targets})
+    others = (target for key, target in targets if not _is_inside(target, _trusted_at(key, declared)))
+    names = sorted({_trusted_name(target) for target in others})
     return f" {TRUST_KEY}=[{','.join(names)}]" if names else ""
 
 
