@@ -20,7 +20,6 @@ from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
-from gptlab.config.trust import TRUST
 from gptlab.exit_codes import DONE
 from gptlab.model.config import OPTIONS, GPTConfig
 from own_package import add_to_path, write_groups, write_package
@@ -112,9 +111,16 @@ class RunningCommand(subprocess.Popen[str]):
 
 
 @pytest.fixture(autouse=True)
-def no_trusted_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Undoes the trust in components of configurations that a test resolves in this process."""
-    monkeypatch.setenv(TRUST, "")
+def restored_environment() -> Iterator[None]:
+    """Undoes changes of environment variables: the trust in components, and what libraries set when they are imported.
+
+    A command with a variable that such a library has set would not be run by a fork.
+    """
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 class User:

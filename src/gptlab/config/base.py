@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
-from gptlab.config.components import NEEDS_TARGET
+from gptlab.config.components import NEEDS_TARGET, TARGET
 from gptlab.config.kinds import join_kinds
 from gptlab.errors import UserError, did_you_mean
 
@@ -18,6 +18,37 @@ class FrozenConfig(BaseModel):
     """Base of the configuration classes: immutable, and unknown keys or invalid values raise an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ComponentConfig(FrozenConfig):
+    """Configuration of a component (``gptlab.config.components``): further keys are ``_target_`` and arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The target."""
+        return str((self.model_extra or {})[TARGET])
+
+    @property
+    def component(self) -> dict[str, Any]:
+        """The component: target and arguments."""
+        return {**(self.model_extra or {}), TARGET: self.name}
+
+
+def component_or_built_in(values: Any) -> Literal["component", "built_in"]:
+    """Returns the discriminator of a union of a ``ComponentConfig`` and another configuration."""
+    is_component = TARGET in values if isinstance(values, Mapping) else isinstance(values, ComponentConfig)
+    return "component" if is_component else "built_in"
+
+
+def component_or_name(values: Any) -> str | None:
+    """Returns the discriminator of a union of a ``ComponentConfig`` and configurations with a literal ``name``."""
+    if component_or_built_in(values) == "component":
+        return "component"
+    name: str | None = values.get("name") if isinstance(values, Mapping) else values.name
+    return name
 
 
 # prefixes of pydantic's error types for a value of another type or out of range
@@ -106,7 +137,7 @@ def _rebuild_value(annotation: Any, value: Any) -> Any:
 
 def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) -> bool:
     """Whether ``values`` belong to this member of a union, by its literal ``name``, or by having ``_target_``."""
-    if "_target_" in values and config_type.model_config["extra"] != "allow":
+    if TARGET in values and config_type.model_config["extra"] != "allow":
         return False
     field = config_type.model_fields.get("name")
     if field is None or get_origin(field.annotation) is not Literal:

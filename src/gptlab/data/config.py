@@ -1,10 +1,8 @@
 """Config groups ``data`` and ``tokenizer``."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeInt,
@@ -14,8 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from gptlab.config.base import FrozenConfig
-from gptlab.config.components import TARGET, Component
+from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_built_in
+from gptlab.config.components import Component
 
 
 class DataConfig(FrozenConfig):
@@ -112,24 +110,11 @@ class BuiltInTokenizerConfig(FrozenConfig):
         return self
 
 
-class ComponentTokenizerConfig(FrozenConfig):
+class ComponentTokenizerConfig(ComponentConfig):
     """Custom tokenizer, by ``_target_``: a ``gptlab.data.tokenizers.component.CustomTokenizer``.
 
     The other keys are its arguments.
     """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Any]
-
-    @property
-    def component(self) -> dict[str, Any]:
-        """The component: target and arguments."""
-        return dict(self.model_extra or {})
-
-    @property
-    def name(self) -> str:
-        """The target."""
-        return str(self.component[TARGET])
 
     @property
     def vocab_dir(self) -> None:
@@ -137,13 +122,7 @@ class ComponentTokenizerConfig(FrozenConfig):
         return
 
 
-def _kind(values: Any) -> str:
-    """Returns the discriminator of a tokenizer."""
-    is_component = TARGET in values if isinstance(values, Mapping) else isinstance(values, ComponentTokenizerConfig)
-    return "component" if is_component else "built_in"
-
-
 TokenizerConfig = Annotated[
     Annotated[BuiltInTokenizerConfig, Tag("built_in")] | Annotated[ComponentTokenizerConfig, Tag("component")],
-    Discriminator(_kind),
+    Discriminator(component_or_built_in),
 ]

@@ -70,16 +70,19 @@ def try_components(config: RunConfig) -> None:
             learning_rates = [learning_rate(s, schedule, lr=1.0, max_steps=config.steps) for s in (0, config.steps - 1)]
             if not all(map(math.isfinite, learning_rates)):
                 raise ValueError(f"it returns {learning_rates} for the first and the last step")
+    model = None
     if config.model.components:
         names = " and ".join(f"{key}={target}" for key, target in _model_targets(config.model))
         with _failure_of(names):
-            _try_model(config.model)
+            model = _try_model(config.model)
     if config.loss is not None:
         with _failure_of(f"loss.{TARGET}={config.loss[TARGET]}"):
             _try_loss(config.loss, config.model)
     if isinstance(optimizer, ComponentOptimizerConfig):
+        from gptlab.model.modern import meta_gpt
+
         with _failure_of(f"optimizer.{TARGET}={optimizer.name}"):
-            _try_optimizer(config.model, optimizer)
+            _try_optimizer(optimizer, meta_gpt(config.model) if model is None else model)
 
 
 @contextlib.contextmanager
@@ -103,8 +106,8 @@ def _model_targets(config: GPTConfig) -> Iterator[tuple[str, str]]:
         yield (f"model.{name}.{TARGET}" if name else f"model.{TARGET}"), values[TARGET]
 
 
-def _try_model(config: GPTConfig) -> None:
-    """Builds a model on the meta device, and checks the shape of its logits if it can run there."""
+def _try_model(config: GPTConfig) -> Any:
+    """Builds a model on the meta device, checks the shape of its logits if it can run there, and returns it."""
     import torch
 
     from gptlab.model.modern import meta_gpt
@@ -116,10 +119,11 @@ def _try_model(config: GPTConfig) -> None:
             shape = tuple(model(torch.zeros((1, length), dtype=torch.long, device="meta")).shape)
     except (NotImplementedError, RuntimeError) as error:
         if isinstance(error, NotImplementedError) or "meta" in str(error).lower():
-            return  # an operator has no implementation for the meta device
+            return model  # an operator has no implementation for the meta device
         raise
     if shape != (1, length, config.known_vocab_size):
         raise ValueError(f"its logits have the shape {shape} instead of {(1, length, config.known_vocab_size)}")
+    return model
 
 
 def _try_loss(values: Mapping[str, Any], config: GPTConfig) -> None:
@@ -135,12 +139,11 @@ def _try_loss(values: Mapping[str, Any], config: GPTConfig) -> None:
         raise ValueError(f"it returns {type(loss).__name__} instead of a tensor without dimensions")
 
 
-def _try_optimizer(model: GPTConfig, config: ComponentOptimizerConfig) -> None:
+def _try_optimizer(config: ComponentOptimizerConfig, model: Any) -> None:
     """Builds an optimizer for a model on the meta device."""
-    from gptlab.model.modern import meta_gpt
     from gptlab.training.optim.optimizers import build_optimizer
 
-    build_optimizer(meta_gpt(model), config, fused=False)
+    build_optimizer(model, config, fused=False)
 
 
 def preflight_components(config: RunConfig, prepared: TokenDataset) -> None:

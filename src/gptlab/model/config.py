@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -16,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from gptlab.config.base import FrozenConfig
+from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_built_in
 from gptlab.config.components import Component, ComponentChoice, is_component
 
 COMPONENT_FIELDS = ("block", "attention", "activation", "norm")  # may be components
@@ -241,16 +240,8 @@ class GPTConfig(FrozenConfig):
         return -(-self.known_vocab_size // multiple) * multiple
 
 
-class ComponentModelConfig(GPTConfig):
+class ComponentModelConfig(GPTConfig, ComponentConfig):
     """Configuration of a model that is a component: also has ``_target_`` and further arguments of its class."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Any]
-
-    @property
-    def component(self) -> dict[str, Any]:
-        """The component."""
-        return dict(self.model_extra or {})
 
     @property
     def components(self) -> dict[str, dict[str, Any]]:
@@ -258,19 +249,16 @@ class ComponentModelConfig(GPTConfig):
         return {"": self.component, **super().components}
 
 
-def _kind(values: Any) -> str:
-    """Returns the discriminator of a model configuration."""
-    return "component" if is_component(values) or isinstance(values, ComponentModelConfig) else "gpt"
-
-
 ModelConfig = Annotated[
-    Annotated[GPTConfig, Tag("gpt")] | Annotated[ComponentModelConfig, Tag("component")], Discriminator(_kind)
+    Annotated[GPTConfig, Tag("built_in")] | Annotated[ComponentModelConfig, Tag("component")],
+    Discriminator(component_or_built_in),
 ]
 
 
 def read_model_config(values: Any) -> GPTConfig:
     """Validates the stored configuration of a model; raises pydantic's ValidationError if it is invalid."""
-    return (ComponentModelConfig if is_component(values) else GPTConfig).model_validate(values)
+    is_own = component_or_built_in(values) == "component"
+    return (ComponentModelConfig if is_own else GPTConfig).model_validate(values)
 
 
 OPTIONS = {

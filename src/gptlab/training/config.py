@@ -1,6 +1,7 @@
 """Configuration of training: optimizer, schedule, trainer and callbacks. Imports no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
@@ -18,8 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from gptlab.config.base import FrozenConfig
-from gptlab.config.components import TARGET, Component, enabled_components
+from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_name
+from gptlab.config.components import Component, bind_component, enabled_components
 from gptlab.data.order import BatchSizeSchedule
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
@@ -99,15 +100,12 @@ class MuonConfig(FrozenConfig):
     fused: bool | Literal["auto"]
 
 
-class ComponentOptimizerConfig(FrozenConfig):
+class ComponentOptimizerConfig(ComponentConfig):
     """Any torch optimizer, by ``_target_``; the other keys are its arguments.
 
     It gets GPT-2's two parameter groups, with and without ``weight_decay``, or those of the component
     ``param_groups``, a function of the model.
     """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Any]
 
     lr: PositiveFloat
     weight_decay: NonNegativeFloat | None = None
@@ -126,31 +124,23 @@ class ComponentOptimizerConfig(FrozenConfig):
         return counted
 
     @property
-    def name(self) -> str:
-        """The target."""
-        return str((self.model_extra or {})[TARGET])
-
-    @property
     def fused(self) -> bool:
         """Whether gptlab selects a fused kernel."""
         return False
 
 
-class ComponentScheduleConfig(FrozenConfig):
+class ComponentScheduleConfig(ComponentConfig):
     """Any function ``f(step, *, lr, max_steps)`` that returns a learning rate, by ``_target_``.
 
     The other keys are its arguments. ``max_steps`` is the length of the run unless it is set.
     """
 
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Any]
-
     max_steps: PositiveInt | None = None
 
-    @property
-    def name(self) -> str:
-        """The target."""
-        return str((self.model_extra or {})[TARGET])
+    @cached_property
+    def function(self) -> Callable[..., float]:
+        """The function with its arguments, which is called in every step."""
+        return bind_component(self.component)
 
     @property
     def warmup_steps(self) -> int:
@@ -158,18 +148,11 @@ class ComponentScheduleConfig(FrozenConfig):
         return 0
 
 
-def _kind(values: Any) -> str | None:
-    """Returns the discriminator of an optimizer or a schedule: its name, or "component"."""
-    if isinstance(values, Mapping):
-        return "component" if TARGET in values else values.get("name")
-    return "component" if isinstance(values, ComponentOptimizerConfig | ComponentScheduleConfig) else values.name
-
-
 OptimizerConfig = Annotated[
     Annotated[AdamWConfig, Tag("adamw")]
     | Annotated[MuonConfig, Tag("muon")]
     | Annotated[ComponentOptimizerConfig, Tag("component")],
-    Discriminator(_kind),
+    Discriminator(component_or_name),
 ]
 
 
@@ -213,7 +196,7 @@ ScheduleConfig = Annotated[
     | Annotated[LinearConfig, Tag("linear")]
     | Annotated[WSDConfig, Tag("wsd")]
     | Annotated[ComponentScheduleConfig, Tag("component")],
-    Discriminator(_kind),
+    Discriminator(component_or_name),
 ]
 
 

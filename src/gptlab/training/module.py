@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gptlab.config.components import bind_component
@@ -22,6 +21,7 @@ from gptlab.training.distributed.fsdp import FSDP2Strategy
 from gptlab.training.distributed.strategies import (
     compile_in_place,
     data_rank,
+    full_tensor,
     reduce_over_data_ranks,
     refresh_gathered_weights,
 )
@@ -147,7 +147,7 @@ class GPTModule(L.LightningModule):
     def weight_norm(self) -> float:
         """Returns the norm of all weights, each counted once. Collective: every rank must call it."""
         norm = torch.nn.utils.get_total_norm(list(self.model.parameters()))
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        return full_tensor(norm).item()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the step's learning rates and seeds the generators from (seed, step, data rank, micro-batch)."""
@@ -174,11 +174,7 @@ class GPTModule(L.LightningModule):
         """
         if self.config.train.compile_mode != "default":
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous call may be overwritten
-        arguments = (batch.idx, batch.targets, batch.documents, self.loss_chunk)
-        if self.loss_function is None:
-            loss = self.model.loss(*arguments)
-        else:
-            loss = self.model.loss(*arguments, self.loss_function)
+        loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk, self.loss_function)
         self.step_loss += loss.detach()
         return loss
 
@@ -191,7 +187,7 @@ class GPTModule(L.LightningModule):
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if (grad_clip := self.config.train.grad_clip) > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-        self.grad_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = full_tensor(norm)
         self.skip_if_bad(optimizer)
 
     def skip_if_bad(self, optimizer: Optimizer) -> None:

@@ -137,9 +137,7 @@ class ReaderCorpus:
             os.fsync(file.fileno())
 
     def _build(self) -> DocumentReader:
-        reader = build_component(self.component)
-        if not isinstance(reader, DocumentReader):  # with _partial_
-            raise UserError(f"data.reader.{TARGET}={self.component[TARGET]} does not give a DocumentReader.")
+        reader: DocumentReader = build_component(self.component)
         return reader
 
 

@@ -67,10 +67,8 @@ class ComponentTokenizer:
     def __init__(self, component: Mapping[str, Any]) -> None:
         check_tokenizer(component)
         self.component = dict(component)
-        built = build_component(component)
-        if not isinstance(built, CustomTokenizer):  # with _partial_
-            raise self._error("it does not give a CustomTokenizer")
-        self._tokenizer = built
+        self._tokenizer: CustomTokenizer = build_component(component)
+        built = self._tokenizer
         size, end = getattr(built, "vocab_size", None), built.end_of_text
         if not isinstance(size, int) or size < 1:
             raise self._error(f"vocab_size={size} should be the number of token IDs")

@@ -14,7 +14,7 @@ from gptlab.errors import UserError, did_you_mean
 from gptlab.model.capture import WEIGHTS, activation_names, replace_activations
 from gptlab.training.callbacks.gradient_stats import is_logged
 from gptlab.training.callbacks.metrics import log_step_metrics
-from gptlab.training.distributed.strategies import any_length, reduce_over_data_ranks
+from gptlab.training.distributed.strategies import reduce_over_data_ranks, scoring
 from gptlab.training.module import GPTModule
 
 
@@ -83,13 +83,8 @@ def _measure(trainer: L.Trainer, module: GPTModule, batch: Batch, names: list[st
         return x
 
     hooks: dict[str, Callable[[Tensor], Tensor]] = {name: partial(record, name) for name in names}
-    training = module.model.training
-    module.model.eval()
-    try:
-        with any_length(trainer), replace_activations(module.model, hooks):
-            module.model.loss(batch.idx, batch.targets, batch.documents, module.loss_chunk)
-    finally:
-        module.model.train(training)
+    with scoring(trainer, module.model), replace_activations(module.model, hooks):
+        module.model.loss(batch.idx, batch.targets, batch.documents, module.loss_chunk)
     return sums
 
 

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from gptlab.data.batches import Batch
 from gptlab.data.shards.manifest import write_durably
-from gptlab.training.distributed.strategies import reduce_over_data_ranks
+from gptlab.training.distributed.strategies import full_tensor, reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
 LANES, BITS = 4, 32  # the hash of a step's windows is LANES sums of BITS-bit unsigned integers
@@ -72,7 +71,7 @@ class DeterminismTrace(L.Callback):
         }
         hashes = {}
         for name, part in named_tensors(pl_module, trainer):
-            tensor = part.full_tensor() if isinstance(part, DTensor) else part
+            tensor = full_tensor(part)
             if trainer.is_global_zero:
                 hashes[name] = hash_tensor(tensor)
         if trainer.is_global_zero:

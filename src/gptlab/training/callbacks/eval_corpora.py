@@ -21,9 +21,9 @@ from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import EvalWindows, LossSums, WindowBatches, cut_windows
 from gptlab.training.callbacks.checked_callback import CheckedCallback
-from gptlab.training.callbacks.metrics import log_step_metrics
-from gptlab.training.callbacks.watchdog import Watchdog
-from gptlab.training.distributed.strategies import any_length, data_rank, reduce_over_data_ranks
+from gptlab.training.callbacks.metrics import is_evaluation_due, log_step_metrics
+from gptlab.training.callbacks.watchdog import record_progress
+from gptlab.training.distributed.strategies import data_rank, num_data_ranks, reduce_over_data_ranks, scoring
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ class EvalCorpora(CheckedCallback):
 
     def is_due(self, module: GPTModule, step: int) -> bool:
         """Returns whether the evaluation at ``step`` is the first of an ``every``-step interval, or the run's last."""
-        every, config = self.every, module.config
-        return every is None or step % every < config.train.eval_every or step == config.steps
+        return is_evaluation_due(step, self.every, module.config.train.eval_every, module.config.steps)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores this rank's share of every corpus and logs the results over all ranks."""
@@ -134,19 +133,13 @@ class EvalCorpora(CheckedCallback):
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, module: GPTModule, name: str) -> tuple[float, float]:
-        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
-        training, sums = module.model.training, LossSums(module.token_bytes)
-        module.model.eval()
-        try:
-            with any_length(trainer):
-                for batch in self._batches(trainer, module, name):
-                    idx, targets, documents = (None if part is None else part.to(module.device) for part in batch)
-                    assert idx is not None and targets is not None  # noqa: PT018, S101
-                    sums.add(module.model.token_losses(idx, targets, documents, module.loss_chunk), targets)
-                    for watchdog in watchdogs:
-                        watchdog.record_progress()
-        finally:
-            module.model.train(training)
+        sums = LossSums(module.token_bytes)
+        with scoring(trainer, module.model):
+            for batch in self._batches(trainer, module, name):
+                idx, targets, documents = (None if part is None else part.to(module.device) for part in batch)
+                assert idx is not None and targets is not None  # noqa: PT018, S101
+                sums.add(module.model.token_losses(idx, targets, documents, module.loss_chunk), targets)
+                record_progress(trainer)
         sums.sums = reduce_over_data_ranks(sums.sums, trainer, "sum")
         return sums.result()
 
@@ -155,7 +148,7 @@ class EvalCorpora(CheckedCallback):
 
         Targets of additional batches are not scored.
         """
-        ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        ranks = num_data_ranks(trainer)
         prepared, data = trainer.datamodule.prepared, trainer.datamodule.config  # type: ignore[attr-defined]
         end = prepared.tokenizer.end_of_text if data.documents == "masked" else None
         block_size = module.model.config.block_size

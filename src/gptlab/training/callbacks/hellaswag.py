@@ -8,10 +8,10 @@ import torch
 
 from gptlab.evaluation.completions import AccuracyCounts, count_correct, ending_losses, rank_batches
 from gptlab.evaluation.hellaswag import Example
-from gptlab.training.callbacks.metrics import log_metrics
-from gptlab.training.callbacks.watchdog import Watchdog
+from gptlab.training.callbacks.metrics import is_evaluation_due, log_metrics
+from gptlab.training.callbacks.watchdog import record_progress
 from gptlab.training.config import HellaSwagConfig
-from gptlab.training.distributed.strategies import any_length, data_rank, reduce_over_data_ranks
+from gptlab.training.distributed.strategies import data_rank, num_data_ranks, reduce_over_data_ranks, scoring
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -49,8 +49,7 @@ class HellaSwag(L.Callback):
 
     def is_due(self, step: int) -> bool:
         """Returns whether the evaluation at ``step`` is the first of an ``every``-step interval, or the run's last."""
-        every = self.config.every
-        return every is None or step % every < self.eval_every or step == self.max_steps
+        return is_evaluation_due(step, self.config.every, self.eval_every, self.max_steps)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores this rank's share of the examples and logs the accuracy over all ranks."""
@@ -65,26 +64,19 @@ class HellaSwag(L.Callback):
             log.info("step %s · HellaSwag %s of %s examples", f"{step:,}", accuracy, f"{self.latest.examples:,}")
 
     def _score(self, trainer: L.Trainer, module: GPTModule) -> AccuracyCounts:
-        watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
-        ranks = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
-        block_size, training = module.model.config.block_size, module.model.training
+        block_size, ranks = module.model.config.block_size, num_data_ranks(trainer)
         counts = torch.zeros(3, dtype=torch.long, device=module.device)
-        module.model.eval()
-        try:
-            with any_length(trainer):
-                for batch in rank_batches(self.examples, data_rank(trainer), ranks, self.config.batch_size):
-                    # the forward pass of a sharded model needs all ranks, including those without examples left
-                    losses = ending_losses(
-                        module.model,
-                        batch or self.examples[:1],
-                        block_size=block_size,
-                        device=module.device,
-                        chunk=module.loss_chunk,
-                    )
-                    if batch:
-                        counts += torch.tensor(count_correct(losses, [e.label for e in batch]), device=module.device)
-                    for watchdog in watchdogs:
-                        watchdog.record_progress()
-        finally:
-            module.model.train(training)
+        with scoring(trainer, module.model):
+            for batch in rank_batches(self.examples, data_rank(trainer), ranks, self.config.batch_size):
+                # the forward pass of a sharded model needs all ranks, including those without examples left
+                losses = ending_losses(
+                    module.model,
+                    batch or self.examples[:1],
+                    block_size=block_size,
+                    device=module.device,
+                    chunk=module.loss_chunk,
+                )
+                if batch:
+                    counts += torch.tensor(count_correct(losses, [e.label for e in batch]), device=module.device)
+                record_progress(trainer)
         return AccuracyCounts(*reduce_over_data_ranks(counts, trainer, "sum").tolist())

@@ -227,6 +227,18 @@ def log_step_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -
     log_metrics(trainer, {**metrics, "tokens": recorder.tokens(step)}, step)
 
 
+def is_evaluation_due(step: int, every: int | None, eval_every: int, max_steps: int) -> bool:
+    """Returns whether the evaluation at a step is the first of an ``every``-step interval, or the run's last.
+
+    Args:
+        step: Step of the evaluation.
+        every: Length of the interval; None if every evaluation is due.
+        eval_every: Steps between evaluations.
+        max_steps: Length of the run.
+    """
+    return every is None or step % every < eval_every or step == max_steps
+
+
 def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Returns whether a micro-batch is the last one of its step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

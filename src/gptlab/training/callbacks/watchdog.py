@@ -96,3 +96,10 @@ class Watchdog(L.Callback):
             threading.Thread(target=listener, args=(message.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))
         os._exit(HUNG_STATUS)
+
+
+def record_progress(trainer: L.Trainer) -> None:
+    """Restarts the timeout during work that calls no hooks of callbacks."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Watchdog):
+            callback.record_progress()

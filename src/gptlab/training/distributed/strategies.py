@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gptlab.model.gpt import GPT
@@ -73,6 +73,18 @@ def any_length(trainer: L.Trainer) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def scoring(trainer: L.Trainer, model: nn.Module) -> Iterator[None]:
+    """Context manager as ``any_length``, with the model in evaluation mode; its mode is restored at the end."""
+    training = model.training
+    model.eval()
+    try:
+        with any_length(trainer):
+            yield
+    finally:
+        model.train(training)
+
+
 def refresh_gathered_weights(strategy: Strategy) -> None:
     """Gathers a sharded model's weights again after they were modified."""
     if isinstance(strategy, FSDP2Strategy):
@@ -82,6 +94,11 @@ def refresh_gathered_weights(strategy: Strategy) -> None:
 def data_rank(trainer: L.Trainer) -> int:
     """Returns this process's data-parallel rank; the ranks of a tensor-parallel group have the same one."""
     return (trainer.distributed_sampler_kwargs or {"rank": 0})["rank"]
+
+
+def num_data_ranks(trainer: L.Trainer) -> int:
+    """Returns the number of data-parallel ranks."""
+    return (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
 
 
 def reduce_over_data_ranks(tensor: Tensor, trainer: L.Trainer, operation: str) -> Tensor:

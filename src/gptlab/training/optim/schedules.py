@@ -2,7 +2,6 @@
 
 import math
 
-from gptlab.config.components import bind_component
 from gptlab.training.config import (
     ComponentScheduleConfig,
     ConstantConfig,
@@ -17,8 +16,7 @@ from gptlab.training.config import (
 def learning_rate(step: int, schedule: ScheduleConfig, *, lr: float, max_steps: int) -> float:
     """Returns the learning rate of optimizer step ``step``, counted from 0, in a run of ``max_steps``."""
     if isinstance(schedule, ComponentScheduleConfig):
-        function = bind_component(schedule.model_extra or {})
-        return float(function(step, lr=lr, max_steps=schedule.max_steps or max_steps))
+        return float(schedule.function(step, lr=lr, max_steps=schedule.max_steps or max_steps))
     if step < schedule.warmup_steps:
         return warmup(step, lr=lr, steps=schedule.warmup_steps)
     match schedule:
