@@ -78,7 +78,7 @@ def build(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     model = tiny_config(dropout=0.1)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
     train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
-    run = SimpleNamespace(seed=1, model=model, optimizer=ADAMW, schedule=schedule, train=train, steps=STEPS)
+    run = SimpleNamespace(seed=1, model=model, optimizer=ADAMW, schedule=schedule, loss=None, train=train, steps=STEPS)
     module = GPTModule(GPT(model), run, token_bytes=torch.ones(61, dtype=torch.int), compile=False)
     trainer = L.Trainer(
         accelerator="cpu",

@@ -192,7 +192,7 @@ def test_an_installed_project_is_trusted_everywhere(lab):
     site = lab.parent / "site"
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--target", str(site))
     assert_success(run(lab, "python", "-m", "pip", "install", "-q", *options, "."))
-    script = f"import sys; sys.path.append({str(site)!r}); from gptlab.config.components import trusted_packages; "
+    script = f"import sys; sys.path.append({str(site)!r}); from gptlab.config.trust import trusted_packages; "
     shown = run(lab.parent, "python", "-c", script + "print(trusted_packages())")
     assert shown.stdout == "{'lab'}\n"
 

@@ -240,7 +240,9 @@ def measure_guards(bench: GuardsBench) -> tuple[Sample, Sample]:
 def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
     train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
-    config = SimpleNamespace(seed=0, model=model, optimizer=optimizer, schedule=schedule, train=train, steps=10**9)
+    config = SimpleNamespace(
+        seed=0, model=model, loss=None, optimizer=optimizer, schedule=schedule, train=train, steps=10**9
+    )
     token_bytes = torch.ones(model.vocab_size or 0)
     return _Module(build_gpt(model), cast(TrainingConfig, config), token_bytes=token_bytes, compile=False)
 
