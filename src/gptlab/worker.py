@@ -14,7 +14,7 @@ from gptlab.launch.launcher import launch, open_data
 from gptlab.launch.signals import run_stoppable, unblock_signals
 from gptlab.launch.supervisor import exit_with_parent, read_job
 from gptlab.tracking.logs import log_to_console
-from gptlab.training.distributed.processes import is_first_rank, is_worker
+from gptlab.training.distributed.processes import collect_garbage_rarely, is_first_rank, is_worker
 
 if TYPE_CHECKING:
     from gptlab.launch.train_run import ExtraCallback, RunContext
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 def main() -> None:
     """Runs the job file given on the command line and exits with its exit code."""
     exit_with_parent()
+    collect_garbage_rarely()
     log_to_console()
     path = Path(sys.argv[1])
     sys.exit(exit_status(lambda: run_rank(path) if is_worker() else run_job(path)))

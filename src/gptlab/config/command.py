@@ -24,6 +24,7 @@ from gptlab.config.search_path import configuration_folder, search_first, user_d
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
 from gptlab.tracking.logs import log_to_console
+from gptlab.training.distributed.processes import collect_garbage_rarely
 
 Task = Callable[[DictConfig], int]
 Main = Callable[[], None]
@@ -75,6 +76,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
         @functools.wraps(task)
         def main() -> None:
+            collect_garbage_rarely()
             log_to_console()
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
