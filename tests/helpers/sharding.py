@@ -13,10 +13,22 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from gptlab.training.checkpoints.shards import load_shards, save_shards
 
-SHAPES = {"in.weight": (10, 6), "in.bias": (10,), "out.weight": (6, 10), "out.bias": (6,), "last.weight": (3, 5)}
+SHAPES = {"up.weight": (10, 6), "up.bias": (10,), "down.weight": (6, 10), "down.bias": (6,), "last.weight": (3, 5)}
 GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {name: torch.randn(shape, generator=GENERATOR) for name, shape in SHAPES.items()}
 TENSORS["step"] = torch.tensor(3.0)
+
+
+class Model(torch.nn.Module):
+    """Layers whose parameters are the tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(6, 10), torch.nn.Linear(10, 6)
+        self.last = torch.nn.Linear(5, 3, bias=False)
+
+    def forward(self) -> None:
+        """Is required by FSDP."""
 
 
 def main() -> None:
@@ -50,22 +62,20 @@ def layout(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if name == "mesh":
         mesh = init_device_mesh("cpu", (ranks // 2, 2))
         places = {
-            "in.weight": (Shard(0), Shard(1)),
-            "out.weight": (Replicate(), Shard(1)),
-            "last.weight": (Shard(1),) * 2,
+            "up.weight": (Shard(0), Shard(1)),
+            "down.weight": (Replicate(), Shard(1)),
+            "last.weight": (Shard(1), Shard(1)),
         }
         return plain | {
             key: distribute_tensor(tensor, mesh, places.get(key, (Replicate(), Shard(0))))
             for key, tensor in tensors.items()
             if key != "step"
         }
-    model = torch.nn.ModuleDict(
-        {"in": torch.nn.Linear(6, 10), "out": torch.nn.Linear(10, 6), "last": torch.nn.Linear(5, 3, bias=False)}
-    )
+    model = Model()
     model.load_state_dict({key: tensor for key, tensor in tensors.items() if key != "step"})
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("data", "tensor"))
     if name == "fsdp_tp":
-        parallelize_module(model, mesh["tensor"], {"in": ColwiseParallel(), "out": RowwiseParallel()})
+        parallelize_module(model, mesh["tensor"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"] if name == "fsdp_tp" else init_device_mesh("cpu", (ranks,)))
     return plain | {key: parameter.detach() for key, parameter in model.state_dict().items()}
 

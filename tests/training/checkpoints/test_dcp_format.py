@@ -216,7 +216,7 @@ CALLS = ("os.system", "exec", "compile", "import", "pickle.find_class")
 def test_damaged_metadata_raises_only_user_errors(checkpoint_dir):
     path = checkpoint_dir / ".metadata"
     content = path.read_bytes()
-    generator = random.Random(1)
+    generator = random.Random(1)  # noqa: S311  (no secret)
     opcodes = [opcode.code.encode("latin-1") for opcode in pickletools.opcodes]
     positions = [position for _, _, position in pickletools.genops(content)]
     reading: list[bool] = []
@@ -245,17 +245,15 @@ def test_damaged_metadata_raises_only_user_errors(checkpoint_dir):
 def test_nested_tuples_as_a_key_are_refused_at_once(checkpoint_dir):
     """Each tuple contains the previous one twice, so that hashing or printing the last one takes 2^100 steps."""
     doubled = b"".join(b"\x94h" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(100))
-    (checkpoint_dir / ".metadata").write_bytes(b"\x80\x04})" + doubled + b"Ns.")
-    with pytest.raises(
-        UserError, match=r"\.metadata cannot be read as the index of shards: a key is of the type tuple"
-    ):
+    (checkpoint_dir / ".metadata").write_bytes(b"\x80\x04)" + doubled + b"\x94}h" + bytes([100]) + b"Ns.")
+    with pytest.raises(UserError, match=r"\.metadata cannot be read .*: a key is of the type tuple"):
         read_metadata(checkpoint_dir / ".metadata")
 
 
 def test_a_fifo_in_place_of_a_shard_is_refused(checkpoint_dir):
     (checkpoint_dir / "__0_0.distcp").unlink()
     os.mkfifo(checkpoint_dir / "__0_0.distcp")
-    with pytest.raises(UserError, match="'__0_0.distcp' is not a regular file"):
+    with pytest.raises(UserError, match=r"'__0_0\.distcp' is not a regular file"):
         read_tensors(checkpoint_dir, lambda name: True)
 
 

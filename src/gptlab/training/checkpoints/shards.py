@@ -134,17 +134,19 @@ def _is_grid(shape: torch.Size, chunks: list[ChunkStorageMetadata]) -> bool:
     if 0 in shape:
         return math.prod(size or 1 for size in shape) < 2**62  # torch multiplies them for the strides
     chunks = [chunk for chunk in chunks if 0 not in chunk.sizes]  # of an unevenly sharded tensor, a rank may have none
+    if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
+        return False
     cuts = [sorted({0, size, *(chunk.offsets[dim] for chunk in chunks)}) for dim, size in enumerate(shape)]
-    ends = [dict(pairwise(cut)) for cut in cuts]
+    next_cuts = [dict(pairwise(cut)) for cut in cuts]
     cells = {
         tuple(chunk.offsets)
         for chunk in chunks
-        if len(chunk.offsets) == len(chunk.sizes) == len(shape)
-        and all(
-            end.get(start) == start + size for end, start, size in zip(ends, chunk.offsets, chunk.sizes, strict=True)
+        if all(
+            ends.get(start) == start + size
+            for ends, start, size in zip(next_cuts, chunk.offsets, chunk.sizes, strict=True)
         )
     }
-    return len(cells) == len(chunks) == math.prod(map(len, ends))
+    return len(cells) == len(chunks) == math.prod(map(len, next_cuts))
 
 
 class _ShardWriter(StorageWriter):
