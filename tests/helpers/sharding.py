@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -42,6 +44,8 @@ def main() -> None:
             dist.barrier()
             checkpoint_dir.mkdir(exist_ok=True)
             save_shards(layout(name, TENSORS), checkpoint_dir, rank, dist.group.WORLD)
+            if name != "mesh":  # as earlier versions did
+                save(layout(name, TENSORS), storage_writer=FileSystemWriter(folder / f"earlier-{name}-{ranks}"))
             dist.barrier()
     for checkpoint_dir in folder.iterdir():
         for name in layouts:
