@@ -1,5 +1,6 @@
 """Sharded checkpoints: safetensors files and a JSON index, which are checked before they are used."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import sharding
 from gptlab.errors import UserError
-from gptlab.training.checkpoints import shards
+from gptlab.training.checkpoints import shards, writing
 from gptlab.training.checkpoints.reading import read_checkpoint
 from gptlab.training.checkpoints.shards import read_tensors, save_shards
 
@@ -77,6 +79,16 @@ def test_shards_of_any_layout_are_loaded_into_any_other(tmp_path):
         found = read_all(checkpoint_dir)
         assert found.keys() == sharding.TENSORS.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in sharding.TENSORS.items()), checkpoint_dir.name
+
+
+def test_a_full_disk_is_recognized_while_shards_are_written(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shards, "write_safetensors", fail)
+    with pytest.raises(CheckpointException) as caught:
+        save_shards(TENSORS, tmp_path, 0)
+    assert writing._is_full(caught.value)
 
 
 def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
