@@ -1,7 +1,7 @@
 """Hugging Face model directory, which transformers' ``from_pretrained`` loads."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from gptlab.model.config import NORM_EPSILON, GPTConfig
 from gptlab.model.external import CONV1D, to_external
 from gptlab.model.gpt import GPT
 from gptlab.pretrained.external import DESCRIPTION, WEIGHTS, open_safetensors
+from gptlab.training.checkpoints.safetensors_file import write_safetensors
 
 GENERATION = "generation_config.json"
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 RELATIVE = 2e-5  # relative tolerance of the logits: both programs compute in float32
 
 
@@ -57,31 +57,6 @@ def check(job: ExportRequest, folder: Path, reference: Reference) -> CheckResult
         return CheckResult(checks, ["logits and continuation, because transformers is not installed"])
     unchecked = omitted_tokenizer(job, CONVERTIBLE, "transformers cannot load a custom tokenizer")
     return CheckResult([*checks, *_by_transformers(job, folder, reference)], unchecked)
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], stored: Mapping[str, torch.dtype], path: Path) -> None:
-    """Writes a safetensors file with only one tensor in memory at a time, which the safetensors library cannot do.
-
-    Layout (huggingface/safetensors, README, "Format"): the length of the header in 8 bytes, the header as JSON with the
-    dtype, shape and offsets of each tensor, and the tensors.
-
-    Args:
-        tensors: Tensors by name, each with the dtype of the model.
-        stored: dtype of each tensor in the file.
-        path: Path of the file.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * stored[name].itemsize
-        offsets = [begin, end]
-        header[name] = {"dtype": SAFETENSORS[stored[name]], "shape": list(tensor.shape), "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors.items():
-            file.write(tensor.to(stored[name]).contiguous().view(torch.uint8).numpy().data)
 
 
 def _description(model: GPTConfig, end_of_text: int | None, dtype: str) -> dict[str, Any]:

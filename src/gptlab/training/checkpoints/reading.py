@@ -1,8 +1,8 @@
 """Reads checkpoints. Only tensors and plain data are unpickled.
 
 A checkpoint has ``global_step``, ``callbacks``, ``state_dict`` with GPT-2's parameter names, and ``optimizer_states``,
-with the optimizer state of each parameter by its name. state.pt holds all of it. In a sharded checkpoint, the files of
-torch.distributed.checkpoint hold the tensors of the last two, and state.pt the rest.
+with the optimizer state of each parameter by its name. state.pt holds all of it. In a sharded checkpoint, safetensors
+files hold the tensors of the last two, and state.pt the rest.
 """
 
 import pickle
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.training.checkpoints.records import STATE
-from gptlab.training.checkpoints.shards import METADATA, read_tensors
+from gptlab.training.checkpoints.shards import is_sharded, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
@@ -82,11 +82,6 @@ def read_plain(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises errors of many types for other files
         raise UserError(f"{path} cannot be read as a checkpoint: {failure_reason(error)}") from error
-
-
-def is_sharded(checkpoint_dir: Path) -> bool:
-    """Returns whether a checkpoint is sharded."""
-    return (checkpoint_dir / METADATA).exists()
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

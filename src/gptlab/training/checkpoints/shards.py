@@ -1,41 +1,74 @@
-"""Reads the shards of torch.distributed.checkpoint (DCP) without executing anything that they contain.
+"""Sharded checkpoints: each rank's tensors in a safetensors file, and an index of all of them. Nothing is unpickled.
 
-DCP describes its shards in a pickle, ``.metadata``, and also pickles everything that is not a tensor. A checkpoint may
-come from an untrusted source, so neither is unpickled. The description is read into placeholders, which do not refer to
-classes or functions of any library, and a new ``Metadata`` is built from those that describe tensors. Anything else
-raises an error.
+torch.distributed.checkpoint (DCP) plans which rank writes and reads which part of a tensor. ``shards.json`` has the
+shape of every tensor and the position of each shard in it. A checkpoint may come from an untrusted source, so its index
+and its files are checked before they are used. ``dcp_format.py`` reads checkpoints of earlier versions.
 """
 
-import io
 import math
-import pickle
+import stat
 from collections.abc import Callable
-from functools import cached_property
+from itertools import pairwise
 from pathlib import Path, PurePath
-from typing import Any, Self
+from typing import Annotated, Any, Literal, cast
 
 import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
 
-from gptlab.errors import UserError
+from gptlab.config.base import FrozenConfig
+from gptlab.data.shards.manifest import fsync_path
+from gptlab.errors import UserError, failure_reason
+from gptlab.training.checkpoints.dcp_format import METADATA, DCPReader, TensorPlanner
+from gptlab.training.checkpoints.safetensors_file import write_safetensors
 
-# DCP has no public reader that does not unpickle, and no public class for the location of a chunk (``_StorageInfo``).
-# The format and the names in its pickle (``_PLACEHOLDERS``) were read in torch 2.13.
-METADATA = ".metadata"
+INDEX = "shards.json"
+MAX_INDEX_BYTES = 100_000_000  # as the header of a safetensors file (huggingface/safetensors, README, "Format")
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=8)]
+
+
+class ShardedTensor(FrozenConfig):
+    """Shape of a tensor, and the position of its shard in each file that has one."""
+
+    shape: Sizes
+    offsets: dict[str, Sizes]
+
+
+class ShardIndex(FrozenConfig):
+    """Contents of shards.json."""
+
+    format: Literal[1]
+    tensors: dict[str, ShardedTensor]
+
+
+def is_sharded(checkpoint_dir: Path) -> bool:
+    """Returns whether a checkpoint is sharded."""
+    return (checkpoint_dir / INDEX).exists() or (checkpoint_dir / METADATA).exists()
+
+
+def save_shards(tensors: dict[str, Tensor], folder: Path, rank: int, group: Any = None) -> None:
+    """Writes each rank's shards of its distributed ``tensors``; every rank of ``group`` must call this.
+
+    Raises:
+        CheckpointException: A rank could not write its file.
+    """
+    save(tensors, storage_writer=_ShardWriter(folder, rank), process_group=group, no_dist=group is None)
 
 
 def read_tensors(checkpoint_dir: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -48,14 +81,13 @@ def read_tensors(checkpoint_dir: Path, wanted: Callable[[str], bool]) -> dict[st
     Raises:
         UserError: A shard is missing or damaged, or holds anything but tensors.
     """
-    reader = ShardReader(checkpoint_dir)
-    described = reader.read_metadata().state_dict_metadata
+    reader = _open(checkpoint_dir)
     tensors = {
         name: torch.zeros(about.size, dtype=about.properties.dtype)
-        for name, about in described.items()
+        for name, about in reader.read_metadata().state_dict_metadata.items()
         if isinstance(about, TensorStorageMetadata) and wanted(name)
     }
-    _load(reader, tensors, no_dist=True)
+    _load(reader, checkpoint_dir, tensors, no_dist=True)
     return tensors
 
 
@@ -63,205 +95,200 @@ def load_shards(checkpoint_dir: Path, tensors: dict[str, Tensor]) -> None:
     """Loads each rank's shards into its distributed ``tensors``, in place; every rank must call this.
 
     Raises:
-        UserError: See ``read_tensors``.
+        UserError: See ``read_tensors``; or the checkpoint does not have one of ``tensors`` in its shape.
     """
-    reader = ShardReader(checkpoint_dir)
-    reader.read_metadata()  # raises its error here; DCP would wrap it in others
-    _load(reader, tensors, no_dist=False)
+    _load(_open(checkpoint_dir), checkpoint_dir, tensors, no_dist=False)
 
 
-def _load(reader: "ShardReader", tensors: dict[str, Tensor], *, no_dist: bool) -> None:
+def _load(reader: StorageReader, checkpoint_dir: Path, tensors: dict[str, Tensor], *, no_dist: bool) -> None:
     try:
-        load(tensors, storage_reader=reader, planner=_TensorPlanner(), no_dist=no_dist)
+        load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=no_dist)
     except CheckpointException as error:
         reasons = {f"{type(reason).__name__}: {reason}" for reason, _ in error.failures.values()}
-        raise UserError(f"The shards of {reader.path} cannot be read: {'; '.join(sorted(reasons))}") from error
+        raise UserError(f"The shards of {checkpoint_dir} cannot be read: {'; '.join(sorted(reasons))}") from error
 
 
-class ShardReader(FileSystemReader):
-    """DCP's ``FileSystemReader``, except that ``.metadata`` is read once and not unpickled."""
+def _open(checkpoint_dir: Path) -> StorageReader:
+    """Returns a reader of a checkpoint in which every element of each tensor is stored once."""
+    path = checkpoint_dir / (INDEX if (checkpoint_dir / INDEX).exists() else METADATA)
+    try:
+        reader: StorageReader = ShardReader(checkpoint_dir) if path.name == INDEX else DCPReader(checkpoint_dir)
+        for name, tensor in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
+            if not _is_grid(tensor.size, tensor.chunks):
+                raise ValueError(f"the shards of {name!r} do not store each of its elements once")
+    except Exception as error:  # pydantic, safetensors and the reader of pickles raise many kinds of errors
+        raise UserError(f"{path} cannot be read as the index of shards: {_reason(error)}.") from error
+    return reader
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return failure_reason(error).rstrip(".")
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}"
+
+
+def _is_grid(shape: torch.Size, chunks: list[ChunkStorageMetadata]) -> bool:
+    """Returns whether chunks are the cells of a grid, as those of a tensor sharded over any dimensions are."""
+    if 0 in shape:
+        return math.prod(size or 1 for size in shape) < 2**62  # torch multiplies them for the strides
+    chunks = [chunk for chunk in chunks if 0 not in chunk.sizes]  # of an unevenly sharded tensor, a rank may have none
+    if any(len(chunk.offsets) != len(shape) or len(chunk.sizes) != len(shape) for chunk in chunks):
+        return False
+    cuts = [sorted({0, size, *(chunk.offsets[dim] for chunk in chunks)}) for dim, size in enumerate(shape)]
+    next_cuts = [dict(pairwise(cut)) for cut in cuts]
+    cells = {
+        tuple(chunk.offsets)
+        for chunk in chunks
+        if all(
+            ends.get(start) == start + size
+            for ends, start, size in zip(next_cuts, chunk.offsets, chunk.sizes, strict=True)
+        )
+    }
+    return len(cells) == len(chunks) == math.prod(map(len, next_cuts))
+
+
+class _ShardWriter(StorageWriter):
+    """DCP storage writer: one safetensors file per rank and, on the first rank, the index."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.file = folder, f"shard_{rank:05d}.safetensors"
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Does nothing."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Returns the plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Returns the plans."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Writes this rank's shards; ``storage_data`` of each result is the name of the file."""
+        items, path = plan.items, self.folder / self.file
+        tensors = {item.index.fqn: cast(Tensor, planner.resolve_data(item)) for item in items}
+        assert len(tensors) == len(items)  # noqa: S101  (a rank has one shard of a DTensor)
+        write_safetensors(tensors, {name: tensor.dtype for name, tensor in tensors.items()}, path)
+        fsync_path(path)
+        written: Future[list[WriteResult]] = Future()
+        written.set_result([WriteResult(item.index, tensors[item.index.fqn].nbytes, self.file) for item in items])
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes the index."""
+        offsets: dict[str, dict[str, Sizes]] = {name: {} for name in metadata.state_dict_metadata}
+        for result in (result for of_rank in results for result in of_rank):
+            offsets[result.index.fqn][result.storage_data] = tuple(result.index.offset or ())
+        tensors = {
+            name: ShardedTensor(shape=tuple(about.size), offsets=offsets[name])
+            for name, about in metadata.state_dict_metadata.items()
+            if isinstance(about, TensorStorageMetadata)
+        }
+        (self.folder / INDEX).write_text(ShardIndex(format=1, tensors=tensors).model_dump_json(), encoding="utf-8")
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Returns True."""
+        return True
+
+
+class ShardReader(StorageReader):
+    """DCP storage reader for the files of ``save_shards``, which are memory-mapped.
+
+    Raises:
+        OSError, ValueError, SafetensorError: A file is missing or damaged, or differs from the index.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        index = read_index(checkpoint_dir)
+        names: dict[str, set[str]] = {}  # of the tensors in each file
+        for name, tensor in index.tensors.items():
+            for file in tensor.offsets:
+                names.setdefault(file, set()).add(name)
+        shards = {file: _open_shard(checkpoint_dir, file, expected) for file, expected in names.items()}
+        self._chunks: dict[MetadataIndex, Tensor] = {}
+        self._metadata = Metadata({})
+        for name, tensor in index.tensors.items():
+            chunks = [(torch.Size(offsets), shards[file][name]) for file, offsets in tensor.offsets.items()]
+            dtypes = {chunk.dtype for _, chunk in chunks}
+            if len(dtypes) != 1:
+                raise ValueError(f"{name!r} is stored in {len(dtypes)} dtypes")
+            self._chunks |= {MetadataIndex(name, offsets): chunk for offsets, chunk in chunks if chunk.numel()}
+            self._metadata.state_dict_metadata[name] = TensorStorageMetadata(
+                TensorProperties(dtype=dtypes.pop()),
+                torch.Size(tensor.shape),
+                [ChunkStorageMetadata(offsets, chunk.shape) for offsets, chunk in chunks],
+            )
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Does nothing."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Returns the description of the shards."""
         return self._metadata
 
-    @cached_property
-    def _metadata(self) -> Metadata:
-        return read_metadata(Path(self.path) / METADATA)
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Does nothing."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Returns the plan."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Returns the plans."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies the shards, or the parts of them that this rank needs, into its tensors."""
+        for item in plan.items:
+            chunk = self._chunks[item.storage_index]
+            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+                chunk = chunk.narrow(dim, start, length)
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(chunk)
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Returns True."""
+        return True
 
 
-def read_metadata(path: Path) -> Metadata:
-    """Reads DCP's description of tensors.
+def read_index(checkpoint_dir: Path) -> ShardIndex:
+    """Reads shards.json; raises OSError or ValueError if it is missing or invalid."""
+    path = _regular_file(checkpoint_dir, INDEX)
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise ValueError(f"it has more than {MAX_INDEX_BYTES:,} bytes")
+    return ShardIndex.model_validate_json(path.read_bytes())
 
-    Raises:
-        UserError: The file is damaged, or describes anything but tensors stored completely in files next to it.
-    """
+
+def _open_shard(checkpoint_dir: Path, file: str, expected: set[str]) -> dict[str, Tensor]:
+    """Memory-maps the tensors of a file; safetensors checks that they fill it."""
     try:
-        metadata = _metadata(_PlaceholderUnpickler(io.BytesIO(path.read_bytes())).load())
-        sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}
-        sizes = {name: (path.parent / name).stat().st_size for name in sizes}
-        _check_storage(metadata, sizes)
-    except Exception as error:  # pickle raises many kinds of errors for a damaged file
-        raise UserError(f"{path} cannot be read as the description of shards: {error}.") from error
-    return metadata
+        tensors = load_file(_regular_file(checkpoint_dir, file))
+    except SafetensorError as error:
+        raise ValueError(f"{file!r} is damaged: {error}") from error
+    if different := tensors.keys() ^ expected:
+        raise ValueError(f"{file!r} and the index do not both have {min(different)!r}")
+    return tensors
 
 
-class _TensorPlanner(DefaultLoadPlanner):
-    """Load planner for tensors only; DCP's default planner unpickles everything else."""
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Raises UserError, as only pickles are loaded with this method."""
-        raise UserError(f"{read_item.dest_index.fqn} is not stored as a tensor")
-
-
-class _Placeholder:
-    """Placeholder for an object of the pickle: its constructor arguments and its state."""
-
-    has_state = False
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any) -> Self:
-        self = super().__new__(cls)
-        self.args, self.state = args, None
-        return self
-
-    def __setstate__(self, state: Any) -> None:
-        if not self.has_state or self.state is not None:
-            raise pickle.UnpicklingError(f"unexpected state of {type(self).__name__}")
-        self.state = state
-
-
-def _placeholder(name: str, *, has_state: bool) -> type[_Placeholder]:
-    return type(name, (_Placeholder,), {"has_state": has_state})
-
-
-# Keys: module and name in the pickle
-_DCP_MODULE = "torch.distributed.checkpoint."
-_PLACEHOLDERS = {
-    **{
-        (f"{_DCP_MODULE}{module}", name): _placeholder(name, has_state=True)
-        for module, name in (
-            ("metadata", "Metadata"),
-            ("metadata", "MetadataIndex"),
-            ("metadata", "TensorStorageMetadata"),
-            ("metadata", "TensorProperties"),
-            ("metadata", "ChunkStorageMetadata"),
-            ("metadata", "StorageMeta"),
-            ("filesystem", "_StorageInfo"),
-        )
-    },
-    **{
-        (module, name): _placeholder(name, has_state=False)
-        for module, name in (
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            (f"{_DCP_MODULE}metadata", "_MEM_FORMAT_ENCODING"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),  # in Python 3.13
-        )
-    },
-}
-
-
-class _PlaceholderUnpickler(pickle.Unpickler):
-    """Unpickler that creates placeholders; raises UnpicklingError for names that descriptions of tensors do not use."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Returns the placeholder class of a name, or a torch dtype."""
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        if (module, name) not in _PLACEHOLDERS:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which does not describe a tensor")
-        return _PLACEHOLDERS[module, name]
-
-
-def _metadata(found: Any) -> Metadata:
-    """Builds a ``Metadata`` of tensors from placeholders and plain data; raises ValueError for anything else."""
-    state = _state(found, "Metadata")
-    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
-        _plain(key, str): _tensor(entry) for key, entry in state["state_dict_metadata"].items()
-    }
-    stored = {_index(index): _storage(info) for index, info in state["storage_data"].items()}
-    for index in stored:
-        if index.fqn not in described:
-            raise ValueError(f"{index.fqn} is stored but not described")
-    return Metadata(described, storage_data=stored, storage_meta=StorageMeta(), version=state.get("version"))
-
-
-def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
-    """Checks that every tensor is stored completely: its chunks fill it and are within files of the given sizes.
-
-    Raises:
-        ValueError: A chunk is missing or out of bounds, or the chunks do not fill their tensor.
-    """
-    for name, tensor in metadata.state_dict_metadata.items():
-        assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
-        filled = 0
-        for chunk in tensor.chunks:
-            numel = math.prod(chunk.sizes)
-            info = metadata.storage_data.get(MetadataIndex(name, chunk.offsets))
-            if info is None or info.length < numel * tensor.properties.dtype.itemsize:
-                raise ValueError(f"a chunk of {name} is not stored")
-            if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
-                raise ValueError(f"a chunk of {name} is outside of {info.relative_path}")
-            ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
-            if any(end > size for end, size in zip(ends, tensor.size, strict=True)):
-                raise ValueError(f"a chunk of {name} is outside of the tensor")
-            filled += numel
-        if filled != math.prod(tensor.size):
-            raise ValueError(f"the chunks of {name} do not fill it")
-
-
-def _tensor(found: Any) -> TensorStorageMetadata:
-    state = _state(found, "TensorStorageMetadata")
-    dtype = _properties(state["properties"])
-    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in _plain(state["chunks"], list)]
-    return TensorStorageMetadata(
-        TensorProperties(dtype=dtype),
-        _size(state["size"]),
-        [ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
-    )
-
-
-def _properties(found: Any) -> torch.dtype:
-    """Returns the dtype, the only property of a tensor that is used."""
-    if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}metadata", "TensorProperties"]):
-        raise ValueError(f"expected the properties of a tensor, got {found!r:.40}")
-    return _plain(_plain(found.state, tuple)[0], torch.dtype)
-
-
-def _index(found: Any) -> MetadataIndex:
-    state = _state(found, "MetadataIndex")
-    index = state.get("index")
-    return MetadataIndex(_plain(state["fqn"], str), _size(state["offset"]), index and _plain(index, int))
-
-
-def _storage(found: Any) -> _StorageInfo:
-    state = _state(found, "_StorageInfo", "filesystem")
-    name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
-    if PurePath(name).name != name or name == ".." or state.get("transform_descriptors"):
-        raise ValueError(f"the shard {name} is in another directory or transformed")
-    return _StorageInfo(name, _plain(offset, int), _plain(length, int))
-
-
-def _size(found: Any) -> torch.Size:
-    if not isinstance(found, _PLACEHOLDERS["torch", "Size"]):
-        raise ValueError(f"expected a size, got {found!r:.40}")
-    sizes = [_plain(size, int) for size in _plain(found.args[0], tuple)]
-    if min(sizes, default=0) < 0 or math.prod(sizes) > 2**62:
-        raise ValueError(f"invalid size {sizes}")
-    return torch.Size(sizes)
-
-
-def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
-    """Returns the fields of a DCP object."""
-    if not isinstance(found, _PLACEHOLDERS[f"{_DCP_MODULE}{module}", name]):
-        raise ValueError(f"expected {name}, got {found!r:.40}")
-    return _plain(found.state, dict)
-
-
-def _plain(value: Any, kind: type[Any]) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"expected {kind.__name__}, got {value!r:.40}")
-    return value
+def _regular_file(checkpoint_dir: Path, name: str) -> Path:
+    """Returns the path of a file; raises ValueError for a link, a device, or a file in another directory."""
+    path = checkpoint_dir / name
+    try:
+        regular = PurePath(name).name == name and stat.S_ISREG(path.lstat().st_mode)
+    except OSError as error:
+        raise ValueError(f"{name!r}: {failure_reason(error)}") from error
+    if not regular:
+        raise ValueError(f"{name!r} is not a regular file in the directory of the checkpoint")
+    return path

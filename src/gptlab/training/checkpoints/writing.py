@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from gptlab.training.checkpoints.reading import Checkpoint, flatten_tensors, read_checkpoint
 from gptlab.training.checkpoints.records import STATE, CheckpointMetadata, commit, prune_checkpoints, unfinished_path
+from gptlab.training.checkpoints.shards import save_shards
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class AtomicCheckpointIO(CheckpointIO):
         group = self._group
 
         def write(folder: Path, state: Checkpoint) -> Hashes | None:
-            save(flatten_tensors(state), storage_writer=FileSystemWriter(folder), process_group=group)
+            save_shards(flatten_tensors(state), folder, dist.get_rank(), group)
             if dist.get_rank() != 0:
                 return None
             groups = [{"param_groups": optimizer["param_groups"]} for optimizer in state["optimizer_states"]]

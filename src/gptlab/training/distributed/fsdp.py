@@ -28,8 +28,8 @@ from torch.optim import Optimizer
 
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.checkpoints.reading import flatten_tensors, is_sharded, read_state
-from gptlab.training.checkpoints.shards import load_shards
+from gptlab.training.checkpoints.reading import flatten_tensors, read_state
+from gptlab.training.checkpoints.shards import is_sharded, load_shards
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import TrainerConfig
 from gptlab.training.distributed.tensor_parallel import parallelize_blocks
