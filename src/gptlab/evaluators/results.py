@@ -12,8 +12,8 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import write_durably
 from gptlab.pretrained.source import ModelSource
 
 FOLDER = "evaluations"

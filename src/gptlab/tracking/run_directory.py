@@ -10,8 +10,9 @@ import yaml
 from gptlab.config.base import validate
 from gptlab.config.components import component_record, is_component, iter_targets
 from gptlab.config.schema import RunConfig
-from gptlab.data.shards.manifest import Manifest, write_durably
+from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock

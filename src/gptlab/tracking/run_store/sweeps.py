@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import write_durably
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import StateName
 

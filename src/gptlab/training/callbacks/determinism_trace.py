@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gptlab.data.batches import Batch
-from gptlab.data.shards.manifest import write_durably
+from gptlab.files import write_durably
 from gptlab.training.distributed.strategies import reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
