@@ -16,7 +16,6 @@ from typing import TextIO
 from gptlab.errors import UserError
 
 MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
-EXEMPT = ("wandb",)  # in a run directory; W&B's client creates links in it
 
 
 def is_plain_name(name: str) -> bool:
@@ -101,24 +100,38 @@ def temporary_path(path: Path) -> Path:
 
 
 def check_no_links(run_dir: Path) -> None:
-    """Checks that a run directory contains no links, through which a resumed run would write or delete elsewhere.
+    """Checks that a directory of runs contains no links, through which a resumed run would write or delete elsewhere.
 
-    The directory itself and its parents may be links. W&B's client creates links in wandb/, which are not checked.
+    The directory itself and its parents may be links. Links that W&B and submitit create are permitted.
 
     Raises:
         UserError: There is a link, or something that is neither a file nor a directory; the message names it.
     """
     for folder, folders, files in os.walk(run_dir):
-        for name in (*folders, *files):
-            path = Path(folder, name)
-            mode = path.lstat().st_mode
-            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
-                raise UserError(
-                    f"{path} is {kind}, so writing to this run could change files outside of its directory. Remove it "
-                    "or replace it with a copy."
-                )
-        folders[:] = [name for name in folders if name not in EXEMPT or Path(folder) != run_dir]
+        for name in sorted((*folders, *files)):
+            if not _is_link_of_library(Path(folder, name).relative_to(run_dir)):
+                check_no_link(Path(folder, name))
+
+
+def check_no_link(path: Path) -> None:
+    """Checks one entry of a directory of runs, which may be missing; see ``check_no_links``."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # removed by another process
+        return
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
+        raise UserError(
+            f"{path} is {kind}, so writing to this run could change files outside of its directory. Remove it or "
+            "replace it with a copy."
+        )
+
+
+def _is_link_of_library(path: Path) -> bool:
+    """Returns whether W&B or submitit creates a link at this path in a run directory; neither writes through it."""
+    _, found, inside = path.as_posix().rpartition("wandb/")
+    is_of_wandb = found and (inside == "latest-run" or inside.startswith("debug") or "/files/" in inside)
+    return bool(is_of_wandb) or path.name.startswith(".submission_file_")
 
 
 def _open(path: Path, flags: int, *, follow: bool = False) -> int:

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gptlab.files import read_regular, write_file
+
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
 
@@ -44,15 +46,15 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         "components": dict(components or {}),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
     }
-    (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_file(directory / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
     if diff:
-        (directory / DIFF).write_bytes(diff)
+        write_file(directory / DIFF, diff)
 
 
 def read_components(directory: Path) -> dict[str, Any]:
     """Returns the code versions of the components of a run; empty if none are recorded."""
     try:
-        values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
+        values = json.loads(read_regular(directory / ENVIRONMENT))
     except (OSError, ValueError):
         return {}
     found = values.get("components") if isinstance(values, dict) else None

@@ -12,7 +12,7 @@ from gptlab.config.components import component_record, is_component, iter_target
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
-from gptlab.files import write_durably
+from gptlab.files import read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
@@ -99,7 +99,7 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
         raise UserError(f"{named or directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_regular(path))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):

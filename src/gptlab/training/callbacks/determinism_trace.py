@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from gptlab.data.batches import Batch
-from gptlab.files import write_durably
+from gptlab.files import open_append, write_durably
 from gptlab.training.distributed.strategies import reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
@@ -76,7 +76,7 @@ class DeterminismTrace(L.Callback):
             if trainer.is_global_zero:
                 hashes[name] = hash_tensor(tensor)
         if trainer.is_global_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open_append(self.path) as file:
                 file.write(json.dumps(line | {"tensors": hashes}) + "\n")
 
 
