@@ -72,7 +72,7 @@ def test_fifos_and_sockets_in_a_run_directory_are_refused(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     os.mkfifo("run/train.log")
-    with pytest.raises(UserError, match="train.log is neither a file nor a directory"):
+    with pytest.raises(UserError, match=r"train\.log is neither a file nor a directory"):
         check_no_links(Path("run"))
     Path("run/train.log").unlink()
     with socket.socket(socket.AF_UNIX) as server:

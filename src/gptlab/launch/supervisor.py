@@ -26,6 +26,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.files import read_regular, write_file
 from gptlab.launch.signals import STOP_SIGNALS, StopSignals, block_signals
+from gptlab.parsing import parse_json
 from gptlab.tracking.environment import COMMAND
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
@@ -67,7 +68,7 @@ class Job(NamedTuple):
 
 def read_job(path: Path) -> Job:
     """Reads a job file; its configuration is not validated again. Raises UserError if a component is not trusted."""
-    values = json.loads(read_regular(path))
+    values = parse_json(read_regular(path))
     check_trusted(values["config"], path)
     run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job queued by an earlier version
     plan = values.get("plan")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.files import read_regular, write_file
+from gptlab.parsing import parse_json
 
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
@@ -54,7 +55,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
 def read_components(directory: Path) -> dict[str, Any]:
     """Returns the code versions of the components of a run; empty if none are recorded."""
     try:
-        values = json.loads(read_regular(directory / ENVIRONMENT))
+        values = parse_json(read_regular(directory / ENVIRONMENT))
     except (OSError, ValueError):
         return {}
     found = values.get("components") if isinstance(values, dict) else None

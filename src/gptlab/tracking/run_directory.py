@@ -14,6 +14,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
+from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
@@ -99,8 +100,8 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
         raise UserError(f"{named or directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
-        values = yaml.safe_load(read_regular(path))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(read_regular(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")

@@ -1,7 +1,6 @@
 """Starts W&B's client for a run: online if allowed and possible, otherwise offline in the run directory."""
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from gptlab.config.schema import RunConfig, WandbConfig
 from gptlab.errors import UserError
 from gptlab.files import read_regular, write_file
+from gptlab.parsing import parse_json
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_directory import without_origin
 from gptlab.tracking.run_store.sweeps import Sweep, load_sweep
@@ -72,7 +72,7 @@ def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any
         directory: Run directory.
         client: Settings of W&B's client; code and machine data that they disable are omitted.
     """
-    values = json.loads(read_regular(directory / ENVIRONMENT))
+    values = parse_json(read_regular(directory / ENVIRONMENT))
     git, machine, packages = values["git"], values["machine"], values["packages"]
     environment: dict[str, Any] = {}
     if not (client.disable_git or client.x_disable_machine_info):
