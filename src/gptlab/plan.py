@@ -11,9 +11,9 @@ from gptlab.config.base import known_keys
 from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import FLAG
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.files import write_durably
 from gptlab.launch.components import check_components, count_components
 from gptlab.planning.calibration import calibrate
 from gptlab.planning.plans import RunPlan, choose_run, make_plan, plan_to_dict

@@ -1,6 +1,5 @@
 """Creates an HTML report of runs and sweeps: python -m gptlab.report runs=<run, sweep or glob> [key=value ...]."""
 
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
+from gptlab.files import write_file
 from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
 from gptlab.reporting.page import render_page
@@ -59,15 +59,12 @@ def _write(path: Path, text: str) -> int:
     """Writes the page atomically and returns its size in bytes."""
     if path.is_dir():
         raise UserError(f"out={path} is a directory. Set a file: out={path / 'report.html'}")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    content = text.encode()
     try:
-        size = unfinished.write_bytes(text.encode())
-        unfinished.replace(path)
+        write_file(path, content)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise UserError(f"out={path} cannot be written: {error.strerror}.") from error
-    return size
+    return len(content)
 
 
 if __name__ == "__main__":

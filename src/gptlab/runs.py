@@ -13,7 +13,15 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
-from gptlab.tracking.run_store.listing import COLUMNS, Condition, format_csv, format_json, format_table, list_runs
+from gptlab.tracking.run_store.listing import (
+    COLUMNS,
+    Condition,
+    format_csv,
+    format_json,
+    format_table,
+    list_runs,
+    split_unreadable,
+)
 from gptlab.tracking.run_store.runs import find_runs
 
 
@@ -40,7 +48,12 @@ def main(values: DictConfig) -> int:
             f"watch={config.watch:g} redraws the list, which needs a terminal. Set watch=null to print it once."
         )
     while True:
-        lines = list_runs(find_runs(config.runs), conditions, config.sort, descending=config.descending)
+        readable, problems = split_unreadable(find_runs(config.runs))
+        if not readable:
+            raise UserError("\n".join(problems))
+        for problem in problems:
+            print(f"gptlab: {problem}", file=sys.stderr)
+        lines = list_runs(readable, conditions, config.sort, descending=config.descending)
         shown = lines[: config.limit]
         match config.format:
             case "table":

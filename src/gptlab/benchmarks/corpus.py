@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 
 CODE = {".py", ".pyi", ".pyx", ".h", ".hpp", ".c", ".cc", ".cpp", ".cu", ".cuh", ".js", ".ts", ".css"}
 SUFFIXES = CODE | {".html", ".md", ".rst", ".txt", ".json", ".csv", ".xml", ".toml", ".yaml", ".ipynb"}

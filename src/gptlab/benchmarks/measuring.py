@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Self
 from rich import box, get_console
 from rich.table import Table
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 
 Sample = dict[str, float]  # results of one measurement, by name (with unit)
 # headings of measures whose names in the JSON file are not clear

@@ -1,6 +1,5 @@
 """Corpus on which a model is scored, prepared with the tokenizer of the model. Imports no torch."""
 
-import json
 import logging
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.launch.prepare_data import prepare_with_progress
+from gptlab.parsing import parse_json
 from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_directory import load_config
 
@@ -94,7 +94,7 @@ def _are_equivalent(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two records give the same token IDs. Files of other programs serialize the same BPE differently."""
     if one == other or (one["name"], other["name"]) != ("bpe", "bpe"):
         return one == other
-    pieces = [json.loads(record["trained"])["model"] for record in (one, other)]
+    pieces = [parse_json(record["trained"])["model"] for record in (one, other)]
     return all(pieces[0][key] == pieces[1][key] for key in ("vocab", "merges"))
 
 

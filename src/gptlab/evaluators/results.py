@@ -12,8 +12,8 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import check_no_link, write_durably
 from gptlab.pretrained.source import ModelSource
 
 FOLDER = "evaluations"
@@ -42,9 +42,11 @@ def results_folder(out: str | None, source: ModelSource) -> Path:
     run.
 
     Raises:
-        UserError: The directory cannot be created.
+        UserError: The directory cannot be created, or is a link in the run directory.
     """
     folder = Path(out).expanduser() if out else (source.path if source.is_run else Path()) / FOLDER
+    if source.is_run and not out:
+        check_no_link(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

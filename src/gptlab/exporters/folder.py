@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gptlab.data.shards.manifest import fsync_path
 from gptlab.errors import UserError, failure_reason, first_line
+from gptlab.files import fsync_path
 
 
 def check_output_free(out: Path) -> None:

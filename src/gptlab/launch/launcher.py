@@ -22,6 +22,7 @@ from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
+from gptlab.files import check_no_links
 from gptlab.launch.components import check_components, preflight_components, try_components
 from gptlab.launch.prepare_data import prepare_with_progress
 from gptlab.launch.requeue import find_resumable_run
@@ -139,6 +140,8 @@ def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
     """Checks that the checkpoint or weights from which the run starts exist."""
     if start and not is_external(start):
         require_checkpoint(start, named)
+    if config.resume:
+        check_no_links(Path(config.resume))
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:

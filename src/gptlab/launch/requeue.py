@@ -1,6 +1,5 @@
 """Requeues SLURM jobs, and finds the run that a requeued job or a trial of a sweep resumes. Imports no torch."""
 
-import json
 import logging
 import os
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from gptlab.config.resume import identity_changes, resume_as
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
+from gptlab.files import read_regular
+from gptlab.parsing import parse_json
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_directory import has_checkpoint, load_config
 from gptlab.tracking.run_store.runs import CONFIG
@@ -76,8 +77,8 @@ def _runs_of_this_job(folder: Path) -> Iterator[Path]:
     found = [*folder.glob(f"*/{ENVIRONMENT}"), *folder.glob(f"*/*/{ENVIRONMENT}")]  # of single runs and of trials
     for path in sorted(found, reverse=True):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:  # incomplete: the job was killed while writing it
+            record = parse_json(read_regular(path))
+        except (OSError, ValueError):  # incomplete: the job was killed while writing it
             continue
         if record.get("slurm_job") == os.environ["SLURM_JOB_ID"]:
             yield path.parent

@@ -24,7 +24,9 @@ from gptlab.config.base import rebuild
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import check_trusted
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
+from gptlab.files import read_regular, write_file
 from gptlab.launch.signals import STOP_SIGNALS, StopSignals, block_signals
+from gptlab.parsing import parse_json
 from gptlab.tracking.environment import COMMAND
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
@@ -61,12 +63,12 @@ class Job(NamedTuple):
             "run_dir": self.run_dir and str(self.run_dir.absolute()),
             "plan": self.plan and self.plan._asdict(),
         }
-        path.write_text(json.dumps(values), encoding="utf-8")
+        write_file(path, json.dumps(values))
 
 
 def read_job(path: Path) -> Job:
     """Reads a job file; its configuration is not validated again. Raises UserError if a component is not trusted."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = parse_json(read_regular(path))
     check_trusted(values["config"], path)
     run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job queued by an earlier version
     plan = values.get("plan")

@@ -43,7 +43,8 @@ class Option:
     shapes_weights: bool = False
 
 
-Size = Annotated[PositiveInt, Option("size", shapes_weights=True)]
+MAX_LAYERS = 10_000  # ten times the deepest published transformer; a stored configuration may come from somebody else
+Size = Annotated[PositiveInt, Field(lt=2**31), Option("size", shapes_weights=True)]
 
 
 class ParameterCounts(NamedTuple):
@@ -103,7 +104,7 @@ class GPTConfig(FrozenConfig):
 
     block_size: Annotated[PositiveInt, Option("size")]
     vocab_size: Annotated[PositiveInt | None, Option("size", shapes_weights=True)]
-    n_layer: Size
+    n_layer: Annotated[Size, Field(le=MAX_LAYERS)]
     n_head: Size
     n_embd: Size
     bias: Annotated[bool, Option("variant", True, shapes_weights=True)]

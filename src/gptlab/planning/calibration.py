@@ -19,8 +19,8 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationErr
 
 from gptlab.config.base import FrozenConfig
 from gptlab.config.schema import LoggerConfig, RunConfig
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 from gptlab.launch.supervisor import Job, start_worker
 from gptlab.tracking.run_store.runs import MetricsRow
 from gptlab.training.config import CallbacksConfig

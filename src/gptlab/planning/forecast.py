@@ -9,7 +9,8 @@ import yaml
 
 from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import configuration_folder
-from gptlab.data.shards.manifest import Manifest, write_durably
+from gptlab.data.shards.manifest import Manifest
+from gptlab.files import write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
 from gptlab.planning.costs import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length

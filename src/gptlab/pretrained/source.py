@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptlab.config.base import validate
 from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX, is_on_hub
 from gptlab.config.trust import check_trusted
 from gptlab.data.shards.manifest import load_manifest
@@ -119,9 +120,7 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     record = tokenizer_record(path, shape["vocab_size"])
     if record is not None:
         shape["vocab_size"] = _vocabulary(name, shape["vocab_size"], record)
-    source = ModelSource(
-        name, path, GPTConfig.model_validate({**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **shape}), record, None
-    )
+    source = ModelSource(name, path, validate(GPTConfig, {**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **shape}), record, None)
     check_external(path, source.model)
     return source
 

@@ -1,6 +1,7 @@
 """Reads the data of runs for the page. A run that cannot be read is reported and omitted."""
 
 import csv
+import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import open_regular
 from gptlab.model.config import flops_per_token, parameter_count, read_model_config
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
@@ -86,14 +88,21 @@ def _file_signatures(path: Path) -> tuple[int, int] | None:
 def _read(run: Run, points: int, metric: str) -> RunEntry | str:
     """Reads a run, or returns a message that says why it is omitted."""
     try:
-        settings = {key: _simplify(value) for key, value in run.settings.items()}
-        trial = read_trial(run)
-        _check_metrics(run)
-        series = curves(run.rows, points)
+        return _read_entry(run, points, metric)
     except UserError as error:
         return f"{run.name} is omitted: {error}"
+    except Exception as error:  # any error: the other runs are shown
+        return f"{run.name} is omitted: {run.directory} cannot be read: {failure_reason(error)}"
+
+
+def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
+    settings = {key: _simplify(value) for key, value in run.settings.items()}
+    trial = read_trial(run)
+    try:
+        _check_metrics(run)
+        series = curves(run.rows, points)
     except (OSError, ValueError, csv.Error) as error:
-        return f"{run.name} is omitted: {run.directory / METRICS} cannot be read: {failure_reason(error)}"
+        raise UserError(f"{run.directory / METRICS} cannot be read: {failure_reason(error)}") from None
     samples, problems = _samples(run)
     parameters, flops = _size(run)
     shown = {
@@ -116,8 +125,11 @@ def _read(run: Run, points: int, metric: str) -> RunEntry | str:
 def _check_metrics(run: Run) -> None:
     """Checks that metrics.csv, if it exists and is not empty, has a column ``step``; raises UserError otherwise."""
     path = run.directory / METRICS
-    if path.exists() and path.read_bytes()[:1024].strip():
-        with path.open(newline="", encoding="utf-8") as file:
+    if not path.exists():
+        return
+    with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
+        if file.read(1024).strip():
+            file.seek(0)
             if "step" not in (csv.DictReader(file).fieldnames or ()):
                 raise UserError(f"{path} cannot be read: its header has no column step")
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
 from gptlab.exit_codes import FAILED, INTERRUPTED, PREEMPTED
+from gptlab.files import open_append
 from gptlab.launch.signals import STOP_SIGNALS, block_signals
 from gptlab.launch.supervisor import Job, Worker, count_gpus, start_worker
 from gptlab.sweeps.config import LocalLauncherConfig
@@ -65,7 +66,7 @@ class LocalLauncher:
         taken = {running.slot for running in self._running.values()}
         slot = next(slot for slot in range(self.at_once) if slot not in taken)
         # the worker unblocks the signals when it can handle them
-        with block_signals(), (run_dir / OUTPUT).open("ab") as output:
+        with block_signals(), open_append(run_dir / OUTPUT) as output:
             process = start_worker(run_dir / JOB, env=self.environment(slot), stdout=output, stderr=STDOUT)
         self._running[trial.number] = _Process(process, slot)
         return trial

@@ -1,6 +1,5 @@
 """Pruning callback of a trial: reports every evaluation to the Optuna study, whose pruner may end the trial."""
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -8,7 +7,9 @@ from pathlib import Path
 import lightning as L
 import optuna
 
+from gptlab.files import read_regular
 from gptlab.launch.train_run import ExtraCallback
+from gptlab.parsing import parse_json
 from gptlab.sweeps.config import PruneConfig
 from gptlab.sweeps.search import STUDY, build_pruner, open_storage
 from gptlab.sweeps.sweep_store import PRUNE
@@ -29,7 +30,7 @@ class PruningCallback(ExtraCallback):
     """
 
     def __init__(self, run_dir: Path, recorder: MetricsCallback) -> None:
-        values = json.loads((run_dir / PRUNE).read_text(encoding="utf-8"))
+        values = parse_json(read_regular(run_dir / PRUNE))
         self.number, max_tokens = values.pop("number"), values.pop("max_tokens")
         self.folder, self.recorder = run_dir.parent, recorder
         self.pruner = build_pruner(PruneConfig(**values), max_tokens)

@@ -15,6 +15,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState as OptunaState
 
+from gptlab.files import write_file
 from gptlab.sweeps.config import PruneConfig, SweeperConfig
 from gptlab.sweeps.space import Point, SearchSpace, format_value
 from gptlab.sweeps.sweep_store import PRUNE
@@ -99,7 +100,7 @@ class Search:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         values = {"number": trial.number, "max_tokens": self.max_tokens, **self.config.prune.model_dump()}
-        (run_dir / PRUNE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        write_file(run_dir / PRUNE, json.dumps(values) + "\n")
 
     def tell(self, trial: Trial) -> None:
         """Reports the result of a trial to Optuna."""

@@ -9,6 +9,7 @@ from filelock import FileLock, Timeout
 
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
+from gptlab.files import check_no_links
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.tracking.run_store.sweeps import (
     SWEEP,
@@ -55,6 +56,7 @@ class SweepStore:
 
     def __init__(self, directory: Path, sweep: Sweep) -> None:
         self.directory, self.sweep = directory, sweep
+        check_no_links(directory)
         earlier = load_sweep(directory)
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(

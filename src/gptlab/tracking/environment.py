@@ -12,8 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gptlab.files import read_regular, write_file
+from gptlab.parsing import parse_json
+
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
+# The config of a repository can name programs: the working directory may be somebody else's repository.
+GIT = ("git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "-c", "core.sshCommand=false")
+GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty", "HEAD")
+GIT_STATUS = ("status", "--porcelain", "--ignore-submodules=dirty")
 
 
 def record_environment(directory: Path, components: Mapping[str, Any] | None = None) -> None:
@@ -25,7 +32,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         directory: Run directory.
         components: Code version of each component, by config key; see ``gptlab.config.components.component_record``.
     """
-    commit, diff, status = _git("rev-parse", "HEAD"), _git("diff", "HEAD"), _git("status", "--porcelain")
+    commit, diff, status = _git("rev-parse", "HEAD"), _git(*GIT_DIFF), _git(*GIT_STATUS)
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
@@ -44,15 +51,15 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         "components": dict(components or {}),
         "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
     }
-    (directory / ENVIRONMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_file(directory / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
     if diff:
-        (directory / DIFF).write_bytes(diff)
+        write_file(directory / DIFF, diff)
 
 
 def read_components(directory: Path) -> dict[str, Any]:
     """Returns the code versions of the components of a run; empty if none are recorded."""
     try:
-        values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
+        values = parse_json(read_regular(directory / ENVIRONMENT))
     except (OSError, ValueError):
         return {}
     found = values.get("components") if isinstance(values, dict) else None
@@ -64,9 +71,26 @@ def _lines_of(output: bytes) -> list[str]:
 
 
 def _git(*arguments: str) -> bytes | None:
-    """Runs git in the working directory; returns None if that is not a checkout or git is not installed."""
+    """Runs git in the working directory, without programs that the repository's config names.
+
+    Returns None if the directory is not a checkout or git is not installed.
+    """
+    listed = _run_git("config", "--includes", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
+    filters = (listed or b"").decode(errors="surrogateescape").splitlines()
+    return _run_git(*(part for name in filters for part in ("-c", f"{name}=")), *arguments)
+
+
+def _run_git(*arguments: str) -> bytes | None:
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_ALLOW_PROTOCOL": "none"}
     try:
-        return subprocess.run(("git", *arguments), capture_output=True, check=True, timeout=30).stdout
+        return subprocess.run(
+            (*GIT, *arguments),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            timeout=30,
+            env=environment,
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gptlab.errors import UserError
+from gptlab.files import read_regular, write_file
 from gptlab.tracking.run_store.runs import Run
 from gptlab.training.distributed.processes import is_first_rank
 
@@ -45,7 +46,7 @@ class RunMLFlowLogger(MLFlowLogger):
             # a client opens its database immediately, at the same time as those of other ranks, which never log
             tracking_uri=tracking_uri if is_first_rank() else "http://localhost",
             tags=dict(tags),
-            run_id=self._id_file.read_text().strip() if self._id_file.exists() else None,
+            run_id=read_regular(self._id_file).strip() if self._id_file.exists() else None,
         )
 
     @classmethod
@@ -58,7 +59,7 @@ class RunMLFlowLogger(MLFlowLogger):
         """Logs the configuration of a new run, and stores MLflow's ID in the run directory."""
         if not self._id_file.exists():
             super().log_hyperparams(params)
-            self._id_file.write_text(f"{self.run_id}\n")
+            write_file(self._id_file, f"{self.run_id}\n")
 
 
 class TrackioLogger(Logger):

@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from typing import TextIO
 
 from rich import get_console
 
+from gptlab.files import open_append
 from gptlab.training.distributed.processes import is_first_rank
 
 FILE_ONLY = {"file_only": True}  # `extra` of messages that are not logged to the console
@@ -32,9 +34,9 @@ def log_to_console() -> None:
         logger.addHandler(ConsoleHandler())
 
 
-def log_to_file(path: Path) -> logging.Handler:
+def log_to_file(path: Path) -> logging.StreamHandler[TextIO]:
     """Adds a handler that logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.StreamHandler(open_append(path))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).addHandler(handler)
@@ -46,6 +48,8 @@ def close_log(handler: logging.Handler) -> None:
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).removeHandler(handler)
     handler.close()
+    if isinstance(handler, logging.StreamHandler):
+        handler.stream.close()
 
 
 def quiet_lightning() -> None:

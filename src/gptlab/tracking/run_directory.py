@@ -10,9 +10,11 @@ import yaml
 from gptlab.config.base import validate
 from gptlab.config.components import component_record, is_component, iter_targets
 from gptlab.config.schema import RunConfig
-from gptlab.data.shards.manifest import Manifest, write_durably
+from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig
+from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
@@ -98,8 +100,8 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
         raise UserError(f"{named or directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(read_regular(path))
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")

@@ -12,6 +12,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import FAILED
+from gptlab.files import check_no_links, read_regular
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,11 @@ class RunLock:
         """Acquires the lock of ``directory``, unless this object already holds a lock.
 
         Raises:
-            UserError: Another process holds the lock, or the lock file cannot be created.
+            UserError: Another process holds the lock, the lock file cannot be created, or the directory contains links.
         """
         if self._lease is not None:
             return
+        check_no_links(directory)
         path, began = directory / LOCK, time.monotonic()
         lease = SoftFileLease(path, lease_duration=LEASE, heartbeat_interval=REFRESH, on_compromise=_exit)
         refreshed = _last_refresh(path)
@@ -87,7 +89,7 @@ def _owner(path: Path) -> str:
     """Returns a description of the process that owns a lock file, for messages."""
     fields: dict[str, str] = {}
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        fields = dict(line.split("=", 1) for line in path.read_text(encoding="utf-8").splitlines() if "=" in line)
+        fields = dict(line.split("=", 1) for line in read_regular(path).splitlines() if "=" in line)
     return f"process {fields.get('pid', '(unknown)')} on {fields.get('host', '(unknown)')}"
 
 

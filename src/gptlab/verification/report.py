@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.schema import RunConfig
-from gptlab.data.shards.manifest import write_durably
+from gptlab.files import write_durably
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 
 REPORT = "prove.json"

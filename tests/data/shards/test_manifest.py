@@ -148,8 +148,9 @@ def test_manifest_without_one_of_the_splits_raises(tmp_path, missing):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_abandoned_shard_on_a_full_disk_leaves_no_file(tmp_path, monkeypatch):
     def open_full(path, mode, open_file=Path.open):
+        assert mode == "xb"
         path.symlink_to("/dev/full")
-        return open_file(path, mode)
+        return open_file(path, "wb")
 
     monkeypatch.setattr(Path, "open", open_full)
     writer = ShardWriter(tmp_path / "train_000000.bin", "uint16")

@@ -40,7 +40,6 @@ from gptlab.data.shards.manifest import (
     Split,
     load_manifest,
     load_shards,
-    write_durably,
 )
 from gptlab.data.shards.open_shards import ensure_cache_dir, open_shards
 from gptlab.data.shards.streams import LocalFolder
@@ -52,6 +51,7 @@ from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalen
 from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 
 log = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ import numpy as np
 
 from gptlab.data.config import DataConfig
 from gptlab.data.prepare.splitting import split_document
-from gptlab.data.shards.manifest import SPLITS, ShardWriter, write_durably
+from gptlab.data.shards.manifest import SPLITS, ShardWriter
 from gptlab.data.sources.files import Corpus, Task
 from gptlab.data.tokenizers.bulk import Encode, bulk_encoder
 from gptlab.data.tokenizers.tokenizer import Tokenizer, rebuild_tokenizer
+from gptlab.files import write_durably
 
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 

@@ -20,6 +20,7 @@ from gptlab.data.shards.manifest import FORMAT, SPLITS, Manifest, Shard, Split
 from gptlab.data.shards.streams import ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
+from gptlab.files import temporary_path
 
 HEADER_INTS, HEADER_BYTES = 256, 1024
 LLMC_UINT16, LLMC_UINT32 = (20240520, 1), (20240801, 7)  # magic number, version
@@ -160,8 +161,8 @@ def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> l
                 raise UserError(f"{path} already exists. Choose another directory with out=<dir>.")
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
-            unfinished = path.with_name(f".{path.name}")
-            with unfinished.open("wb") as file:
+            unfinished = temporary_path(path)
+            with unfinished.open("xb") as file:
                 if kind == "llmc":
                     file.write(_llmc_header(len(stream)))
                 for chunk in stream.chunks(CHUNK):

@@ -3,8 +3,9 @@
 import hashlib
 import json
 import os
-import uuid
+from collections.abc import Collection
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, NonNegativeInt, field_validator
 
 from gptlab.config.base import FrozenConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
+from gptlab.files import is_plain_name, open_regular, read_regular, temporary_path, write_durably
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # suffix of the lock file of a directory, which keeps two processes from preparing it concurrently
@@ -104,28 +106,49 @@ class Manifest(FrozenConfig):
 def load_manifest(folder: Path) -> Manifest:
     """Reads the manifest of ``folder``. Raises UserError if it is missing or invalid."""
     path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder} does not contain prepared data: {MANIFEST} is missing.")
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return Manifest.model_validate_json(read_regular(path))
+    except FileNotFoundError:
+        raise UserError(f"{folder} does not contain prepared data: {MANIFEST} is missing.") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from None
     except ValueError as error:  # pydantic's ValidationError, or a UnicodeDecodeError
         raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
 
 
-def load_shards(folder: Path) -> Manifest:
-    """Reads the manifest of ``folder`` and checks the sizes of its shards.
+def load_shards(folder: Path, described: Collection[Path] = ()) -> Manifest:
+    """Reads the manifest of ``folder`` and checks the names and sizes of its shards.
+
+    Args:
+        folder: Directory of the manifest.
+        described: Token files in another directory that the manifest describes; it may name no other file elsewhere.
 
     Raises:
-        UserError: The manifest is missing or invalid, or a shard is missing or has the wrong size.
+        UserError: The manifest is missing or invalid; or a shard is missing, has the wrong size, is a link or no
+            regular file, or is in another directory.
     """
     manifest = load_manifest(folder)
+    allowed = {str(path.absolute()) for path in described}
     for shard in manifest.shards():
-        file, expected = folder / shard.file, manifest.file_size(shard)
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise UserError(f"{file} {found}, but its manifest requires {expected:,} bytes.")
+        if shard.file not in allowed and not is_plain_name(shard.file):
+            raise UserError(
+                f"{folder / MANIFEST} names {shard.file!r:.200}, which is not a file in the same directory."
+            )
+        expected = manifest.file_size(shard)
+        try:
+            with open_shard(folder, shard) as file:
+                size = os.fstat(file.fileno()).st_size
+            found = f"has {size:,} bytes" if size != expected else None
+        except OSError as error:
+            found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        if found:
+            raise UserError(f"{folder / shard.file} {found}, but its manifest requires {expected:,} bytes.")
     return manifest
+
+
+def open_shard(folder: Path, shard: Shard) -> FileIO:
+    """Opens the file of a shard. Only a token file of another program, in another directory, may be a link."""
+    return open_regular(folder / shard.file, follow=not is_plain_name(shard.file))
 
 
 class ShardWriter:
@@ -140,8 +163,8 @@ class ShardWriter:
         self.path, self.dtype = path, np.dtype(dtype).newbyteorder("<")
         self.tokens = self.bytes = self.documents = self.num_replaced = 0
         self._digest = hashlib.sha256()
-        self._unfinished = _temporary_path(path)
-        self._file = self._unfinished.open("wb")
+        self._unfinished = temporary_path(path)
+        self._file = self._unfinished.open("xb")
 
     def add(self, ids: NDArray[Any], text_bytes: int, documents: int, num_replaced: int = 0) -> None:
         """Appends tokens.
@@ -184,31 +207,3 @@ class ShardWriter:
         self._unfinished.unlink(missing_ok=True)
         with suppress(OSError):  # closing flushes the file, which fails if the disk is full
             self._file.close()
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Writes a small file atomically and syncs it."""
-    unfinished = _temporary_path(path)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def fsync_path(path: Path) -> None:
-    """Syncs a file, or the entries of a directory, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary_path(path: Path) -> Path:
-    """Returns a unique path in the same directory. A process ID is not unique, because containers may share it."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")

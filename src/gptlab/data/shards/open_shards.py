@@ -67,8 +67,8 @@ def find_shards(config: DataConfig, tokenizer: TokenizerConfig, key: str = "data
         manifest = store.manifest
     else:
         path = str(fetch_files(config.path, cache_dir, key)) if config.is_remote else config.path
-        folder = _find_folder(path, cache_dir, tokenizer, key)
-        manifest = load_shards(folder)
+        folder, described = _find_folder(path, cache_dir, tokenizer, key)
+        manifest = load_shards(folder, described)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
     return store, manifest
@@ -84,14 +84,17 @@ def ensure_cache_dir(config: DataConfig) -> Path:
     return cache_dir
 
 
-def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: str) -> Path:
-    """Returns the prepared directory at ``path``, or one in the cache that describes token files of other programs."""
+def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: str) -> tuple[Path, list[Path]]:
+    """Returns the prepared directory at ``path``, or one in the cache that describes token files of other programs.
+
+    The second value has these token files.
+    """
     named = Path(path).expanduser()  # the name of a directory may contain glob characters
     matches = [named] if named.exists() else [Path(match) for match in glob(str(named))]  # noqa: PTH207  (absolute)
     folders = {match if match.is_dir() else match.parent for match in matches if match.suffix != LOCK}
     prepared = [folder for folder in folders if (folder / MANIFEST).exists()]
     if len(folders) == 1 and prepared:
-        return folders.pop()
+        return folders.pop(), []
     if not matches or prepared or len(folders) > 1:
         found = f"matches files in {len(folders)} directories" if matches else "matches nothing"
         raise UserError(f"{key}={path} {found}. It must match one directory of shards (relative to {Path.cwd()}).")
@@ -110,7 +113,7 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
     if isinstance(tokenizer, ComponentTokenizerConfig):
         record = json.dumps(build_tokenizer(tokenizer, ()).record(), sort_keys=True)
         listing = hashlib.sha256(f"{listing}{record}".encode()).hexdigest()
-    return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer)
+    return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer), files
 
 
 def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:

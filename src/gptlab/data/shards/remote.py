@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Shard, load_manifest
 from gptlab.errors import UserError
+from gptlab.files import temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class RemoteFolder:
         _check_no_secret(url, key)
         self.url, self.limit = url.rstrip("/"), limit
         with tempfile.TemporaryDirectory() as folder:
-            self._get(MANIFEST, Path(folder) / MANIFEST)
+            path = Path(folder) / MANIFEST
+            self._get(MANIFEST, path, temporary_path(path))
             try:
                 self.manifest = load_manifest(Path(folder))
             except UserError as error:
@@ -120,16 +122,16 @@ class RemoteFolder:
         if not path.exists():
             for stale in self.folder.glob(f".{glob.escape(shard.file)}.*"):  # left by a process that was killed
                 stale.unlink(missing_ok=True)
-            self._make_room(shard)
+            unfinished = self._make_room(shard)
             log.info("Downloading %s/%s (%.1f MB).", self.url, shard.file, self.sizes[shard.file] / 1e6)
-            self._get(shard.file, path, shard)
+            self._get(shard.file, path, unfinished, shard)
         os.utime(path)  # marks it as the most recently used
         return path
 
-    def _get(self, name: str, path: Path, shard: Shard | None = None) -> None:
+    def _get(self, name: str, path: Path, unfinished: Path, shard: Shard | None = None) -> None:
         """Downloads a file, verifies it, and renames it to its final name."""
         wrong = set[str]()
-        _fetch_to(path, f"{self.url}/{name}", lambda unfinished: self._fetch(name, unfinished, shard, wrong))
+        _fetch_to(path, unfinished, f"{self.url}/{name}", lambda: self._fetch(name, unfinished, shard, wrong))
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
         """Downloads a file, without retries. If a wrong hash is already in ``wrong``, the error is not transient."""
@@ -147,8 +149,8 @@ class RemoteFolder:
             wrong.add(found)
             raise kind(f"the downloaded file has the SHA-256 {found}, not {shard.sha256}")
 
-    def _make_room(self, shard: Shard) -> None:
-        """Evicts the least recently used shards until ``shard`` fits, and reserves its space."""
+    def _make_room(self, shard: Shard) -> Path:
+        """Evicts the least recently used shards until ``shard`` fits; returns a new file, which reserves its space."""
         with self._lock("room"):
             cached = sorted(
                 (path for name in self.sizes if (path := self.folder / name).exists()),
@@ -166,7 +168,7 @@ class RemoteFolder:
                         used -= self.sizes[path.name]
                 except Timeout:
                     continue  # another process is opening it
-            _temporary_path(self.folder / shard.file).touch()
+            return _reserve(self.folder / shard.file)
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / name)
@@ -205,17 +207,17 @@ def fetch_files(pattern: str, cache_dir: Path, key: str = "data.path") -> Path:
             path = folder / PurePosixPath(remote_path).name
             if info["type"] == "file" and not path.exists():
                 log.info("Downloading %s.", remote_path)
-                _fetch_to(path, remote_path, functools.partial(fetch, remote_path))
+                unfinished = _reserve(path)
+                _fetch_to(path, unfinished, remote_path, functools.partial(fetch, remote_path, unfinished))
     if not any(folder.iterdir()):
         raise UserError(f"{key}={pattern} matches nothing.")
     return folder
 
 
-def _fetch_to(path: Path, source: str, fetch: Callable[[Path], None]) -> None:
-    """Downloads a file under a temporary name, and renames it when it is complete."""
-    unfinished = _temporary_path(path)
+def _fetch_to(path: Path, unfinished: Path, source: str, fetch: Callable[[], None]) -> None:
+    """Downloads a file as ``unfinished``, and renames it when it is complete."""
     try:
-        _with_retries(source, lambda: fetch(unfinished))
+        _with_retries(source, fetch)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -268,8 +270,11 @@ def _check_no_secret(url: str, key: str) -> None:
             )
 
 
-def _temporary_path(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def _reserve(path: Path) -> Path:
+    """Creates an empty temporary file in the same directory and returns its path."""
+    unfinished = temporary_path(path)
+    unfinished.touch(exist_ok=False)
+    return unfinished
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

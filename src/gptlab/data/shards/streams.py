@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gptlab.data.shards.manifest import Manifest, Shard, Split
+from gptlab.data.shards.manifest import Manifest, Shard, Split, open_shard
 from gptlab.errors import UserError
 
 OPEN_FILES = 64  # maximum number of open files per stream, far below the limit of a process
@@ -45,7 +45,7 @@ class LocalFolder:
 
     def open(self, shard: Shard) -> FileIO:
         """Opens a shard's file."""
-        return (self.folder / shard.file).open("rb", buffering=0)
+        return open_shard(self.folder, shard)
 
     def check_room(self, shards: Sequence[Shard]) -> None:
         """Does nothing: all shards are local."""

@@ -11,10 +11,11 @@ import numpy as np
 from filelock import FileLock
 
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
-from gptlab.data.shards.manifest import Manifest, Shard, Split, write_durably
+from gptlab.data.shards.manifest import Manifest, Shard, Split
 from gptlab.data.shards.streams import LocalFolder, ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from gptlab.data.sources.files import FileCorpus, Task
 from gptlab.data.sources.readers import Decoding, Document, Span
 from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
+from gptlab.files import temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +115,12 @@ class ReaderCorpus:
         if not path.exists():
             log.info("Reading the documents of %s", self.origin)
             folder.mkdir(exist_ok=True)
+            unfinished = temporary_path(path)
             try:
-                self._write(path.with_name(f".{DOCUMENTS}"))
-                path.with_name(f".{DOCUMENTS}").replace(path)
+                self._write(unfinished)
+                unfinished.replace(path)
             except BaseException as error:
-                path.with_name(f".{DOCUMENTS}").unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
                 with suppress(OSError):  # not empty
                     folder.rmdir()
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -128,7 +130,7 @@ class ReaderCorpus:
 
     def _write(self, path: Path) -> None:
         (task,) = self.tasks(0)
-        with path.open("w", encoding="utf-8", newline="\n") as file:
+        with path.open("x", encoding="utf-8", newline="\n") as file:
             for document in self.documents(task):
                 file.write(json.dumps([document.name, document.text], ensure_ascii=False) + "\n")
             if not file.tell():

@@ -27,6 +27,7 @@ from gptlab.data.tokenizers.tokenizer import (
     empty_bpe,
 )
 from gptlab.errors import UserError, failure_reason
+from gptlab.parsing import parse_json
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -81,7 +82,7 @@ def as_byte_level_bpe(tokenizer: Tokenizer) -> ByteLevelBPE | None:
         merges = [(bytes_to_unicode(first), bytes_to_unicode(second)) for first, second in pairs]
         return ByteLevelBPE([*map(bytes_to_unicode, tokens), END_OF_TEXT], merges)
     if isinstance(tokenizer, BPETokenizer):
-        model = json.loads(tokenizer.trained)["model"]
+        model = parse_json(tokenizer.trained)["model"]
         vocabulary = model["vocab"]
         trained_tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
         return ByteLevelBPE([*trained_tokens, END_OF_TEXT], _parse_merges(model["merges"]))
@@ -182,7 +183,7 @@ def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if the file cannot be read or contains something else."""
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        described = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from error
     if not isinstance(described, dict):

@@ -9,8 +9,8 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
 from gptlab.sweeps.analysis.scaling_report import (
     LENGTHS,

@@ -11,8 +11,8 @@ from rich import box, get_console
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError
+from gptlab.files import write_durably
 from gptlab.model.config import embedding_count, parameter_count, read_model_config
 from gptlab.sweeps.analysis.points import has_value
 from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError, did_you_mean, failure_reason
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.sweeps import read_trial
 
@@ -74,6 +74,18 @@ class Condition(NamedTuple):
             return False
 
 
+def split_unreadable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Returns the runs that can be listed, and a message for each other run."""
+    readable, problems = [], []
+    for run in runs:
+        try:
+            _line(run)
+            readable.append(run)
+        except Exception as error:  # any error: the other runs are listed
+            problems.append(f"{run.name} is omitted: {failure_reason(error)}")
+    return readable, problems
+
+
 def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, descending: bool) -> list[Line]:
     """Returns a sorted list with one line per run that meets all conditions.
 
@@ -129,13 +141,13 @@ def format_json(lines: list[Line], columns: Sequence[str]) -> str:
 
 
 def _line(run: Run) -> Line:
-    state = run.state
+    state, settings = run.state, run.settings
     if state is None:
         steps, losses = run.series("train/loss")
         values = {
             "state": UNKNOWN,
             "step": int(steps[-1]) if steps else 0,
-            "max_steps": run.settings.get("train.max_steps"),
+            "max_steps": settings.get("train.max_steps"),
             "loss": losses[-1] if losses else None,
             "val_loss": run.value(),
             "tokens_per_second": run.value("tokens_per_second", "last"),

@@ -1,22 +1,22 @@
 """Finds and reads run directories. Imports no torch."""
 
 import csv
+import errno
 import glob
-import json
+import io
 import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import open_regular, read_regular
+from gptlab.parsing import parse_json, parse_yaml
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import RunState, load_state
 
 CONFIG, METRICS, FORECAST, SAMPLES = "config.yaml", "metrics.csv", "forecast.json", "samples"
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, if PyYAML is built with it
 
 MetricsRow = dict[str, float]
 
@@ -41,8 +41,8 @@ class Run:
     def config(self) -> dict[str, Any]:
         """Resolved configuration as nested plain data; raises UserError if it cannot be read."""
         try:
-            values = _Loader((self.directory / CONFIG).read_text(encoding="utf-8")).get_single_data()
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            values = parse_yaml(read_regular(self.directory / CONFIG))
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.directory / CONFIG} cannot be read: {failure_reason(error)}") from None
         if not isinstance(values, dict):
             raise UserError(f"{self.directory / CONFIG} is not the configuration of a run: it is not a mapping.")
@@ -62,7 +62,8 @@ class Run:
     def rows(self) -> list[MetricsRow]:
         """Rows of metrics.csv, without empty values; every row has "step" and "tokens"."""
         try:
-            with (self.directory / METRICS).open(newline="", encoding="utf-8") as file:
+            content = open_regular(self.directory / METRICS)
+            with io.TextIOWrapper(io.BufferedReader(content), encoding="utf-8", newline="") as file:
                 return [_numbers(row) for row in csv.DictReader(file)]
         except OSError:
             return []
@@ -85,9 +86,10 @@ class Run:
     @property
     def samples(self) -> list[tuple[int, str]]:
         """Samples as (step, text), sorted by step."""
-        found = (path for path in (self.directory / SAMPLES).glob("*.txt"))
-        numbered = ((_step(path), path) for path in found)
-        return sorted((step, path.read_text(encoding="utf-8")) for step, path in numbered if step is not None)
+        if (folder := self.directory / SAMPLES).is_symlink():  # it could show any text files of the user
+            raise OSError(errno.ELOOP, "it is a link", str(folder))
+        numbered = ((_step(path), path) for path in folder.glob("*.txt"))
+        return sorted((step, read_regular(path)) for step, path in numbered if step is not None)
 
     def value(self, metric: str = "val/loss", which: str = "best") -> float | None:
         """Returns the lowest ("best") or the last ("last") finite value of a metric; None if there is none."""
@@ -151,7 +153,7 @@ def _numbers(row: dict[str, str]) -> MetricsRow:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_regular(path))
     except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}

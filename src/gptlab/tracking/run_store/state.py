@@ -1,6 +1,5 @@
 """State of a run in state.json, for other processes such as gptlab.runs. Imports no torch."""
 
-import json
 import os
 import platform
 import time
@@ -12,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
+from gptlab.files import read_regular, write_file
+from gptlab.parsing import parse_json
 
 STATE = "state.json"
 SILENT_SECONDS = 900.0  # seconds without an update after which a run on another host counts as lost
@@ -82,9 +83,7 @@ class RunState(BaseModel):
 
     def save(self, directory: Path) -> None:
         """Writes state.json atomically; it is not synced to disk, since a lost update does no harm."""
-        unfinished = directory / f".{STATE}.{os.getpid()}"
-        unfinished.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(directory / STATE)
+        write_file(directory / STATE, self.model_dump_json(indent=1) + "\n")
 
 
 def new_state(max_steps: int) -> RunState:
@@ -96,7 +95,7 @@ def new_state(max_steps: int) -> RunState:
 def load_state(directory: Path) -> RunState | None:
     """Reads state.json; returns None if there is none. A "running" state becomes "lost" if its process is gone."""
     try:
-        state = RunState.model_validate(json.loads((directory / STATE).read_text(encoding="utf-8")))
+        state = RunState.model_validate(parse_json(read_regular(directory / STATE)))
     except (OSError, ValueError, ValidationError):
         return None
     if state.state == "running" and not _is_alive(state):

@@ -4,15 +4,15 @@
 trial.json. Only the process of the sweep writes trial.json.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gptlab.data.shards.manifest import write_durably
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import read_regular, write_durably
+from gptlab.parsing import parse_json
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import StateName
 
@@ -117,7 +117,7 @@ def read_trial(run: Run) -> Trial | None:
 
 def _load(kind: type[Any], path: Path) -> Any:
     try:
-        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return kind.model_validate(parse_json(read_regular(path)))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ValidationError) as error:

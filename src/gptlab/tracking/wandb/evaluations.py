@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptlab.files import read_regular
 from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.state import load_state
 from gptlab.tracking.wandb.files import SYNCED_SUFFIX, wandb_records
@@ -44,7 +45,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
             run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
-                id=(directory / ID).read_text(),
+                id=read_regular(directory / ID),
                 resume="must",
                 dir=folder,
                 settings=timeout_settings(settings),

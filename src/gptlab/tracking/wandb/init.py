@@ -1,7 +1,6 @@
 """Starts W&B's client for a run: online if allowed and possible, otherwise offline in the run directory."""
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -11,6 +10,8 @@ from typing import Any, Literal
 
 from gptlab.config.schema import RunConfig, WandbConfig
 from gptlab.errors import UserError
+from gptlab.files import read_regular, write_file
+from gptlab.parsing import parse_json
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_directory import without_origin
 from gptlab.tracking.run_store.sweeps import Sweep, load_sweep
@@ -71,7 +72,7 @@ def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any
         directory: Run directory.
         client: Settings of W&B's client; code and machine data that they disable are omitted.
     """
-    values = json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))
+    values = parse_json(read_regular(directory / ENVIRONMENT))
     git, machine, packages = values["git"], values["machine"], values["packages"]
     environment: dict[str, Any] = {}
     if not (client.disable_git or client.x_disable_machine_info):
@@ -148,5 +149,5 @@ def _id(directory: Path) -> str:
     file = directory / ID
     if not file.exists():
         given = os.environ.get("WANDB_RUN_ID") if _agent() else None
-        file.write_text(given or secrets.token_hex(4))
-    return file.read_text()
+        write_file(file, given or secrets.token_hex(4))
+    return read_regular(file)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptlab.data.batches import Batch
-from gptlab.data.shards.manifest import write_durably
+from gptlab.files import open_append, write_durably
 from gptlab.training.distributed.strategies import full_tensor, reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
@@ -75,7 +75,7 @@ class DeterminismTrace(L.Callback):
             if trainer.is_global_zero:
                 hashes[name] = hash_tensor(tensor)
         if trainer.is_global_zero:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open_append(self.path) as file:
                 file.write(json.dumps(line | {"tensors": hashes}) + "\n")
 
 

@@ -8,6 +8,7 @@ import lightning as L
 
 from gptlab.data.tokenizers.text import END_OF_TEXT
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
+from gptlab.files import write_file
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
@@ -61,7 +62,7 @@ class Samples(L.Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
             text = "\n\n".join(f"{HEADING.format(i)}{sample}" for i, sample in enumerate(self.latest, 1))
-            (self.folder / f"step_{step:06d}.txt").write_text(text + "\n", encoding="utf-8")
+            write_file(self.folder / f"step_{step:06d}.txt", text + "\n")
             for listener in self.listeners:
                 listener(step)
 

@@ -84,7 +84,8 @@ class Watchdog(L.Callback):
         where = "above"
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / f"rank_{rank}.txt").open("w") as file:
+            (self.folder / f"rank_{rank}.txt").unlink(missing_ok=True)
+            with (self.folder / f"rank_{rank}.txt").open("x") as file:  # not through a link
                 faulthandler.dump_traceback(file)
             where = f"in {self.folder / f'rank_{rank}.txt'}"
         message = (

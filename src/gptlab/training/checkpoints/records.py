@@ -9,19 +9,23 @@ import logging
 import math
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError, field_validator
+
 from gptlab.config.base import FrozenConfig
-from gptlab.data.shards.manifest import fsync_path, write_durably
+from gptlab.files import fsync_path, is_plain_name, open_regular, read_regular, write_durably
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 RECORD, STATE = "record.json", "state.pt"
 PREFIX = "step_"
+CHUNK = 2**20  # bytes that are hashed at a time
 # prefixes of directories that are not checkpoints: being written, being removed, or being replaced
 UNFINISHED, REMOVED, REPLACED = ".unfinished-", ".removed-", ".replaced-"
 
@@ -42,11 +46,20 @@ class SavedFile(FrozenConfig):
 
 
 class CheckpointRecord(FrozenConfig):
-    """Contents of record.json: the metadata of a checkpoint and its files."""
+    """Contents of record.json: the metadata of a checkpoint and its files, which are in the same directory."""
 
     format: Literal[1]
     facts: CheckpointMetadata
     files: dict[str, SavedFile]
+
+    @field_validator("files")
+    @classmethod
+    def _has_plain_names(cls, files: dict[str, SavedFile]) -> dict[str, SavedFile]:
+        if elsewhere := [name for name in files if not is_plain_name(name)]:
+            raise ValueError(f"it names {elsewhere[0]!r:.200}, which is not a file in the same directory")
+        if STATE not in files:
+            raise ValueError(f"it does not name {STATE}")
+        return files
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -66,19 +79,23 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_record(checkpoint_dir: Path) -> CheckpointRecord:
     """Reads the record of a checkpoint; raises OSError or ValueError if it is missing or damaged."""
-    return CheckpointRecord.model_validate_json((checkpoint_dir / RECORD).read_text(encoding="utf-8"))
+    return CheckpointRecord.model_validate_json(read_regular(checkpoint_dir / RECORD))
 
 
 def find_corruption(checkpoint_dir: Path) -> str | None:
     """Describes the first defect of a checkpoint, or returns None if it is intact; reads and hashes every file."""
     try:
         record = read_record(checkpoint_dir)
+        for path in checkpoint_dir.iterdir():  # also those that are not recorded, such as a link named .metadata
+            open_regular(path).close()
         for name, expected in record.files.items():
-            if (size := (checkpoint_dir / name).stat().st_size) != expected.bytes:
+            if (size := (checkpoint_dir / name).lstat().st_size) != expected.bytes:
                 return f"{name} has {size:,} bytes instead of {expected.bytes:,}"
         hashes = _hashes(checkpoint_dir, record.files)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
+    except ValidationError as error:
+        return f"{RECORD} is not a record of format {FORMAT}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
     except ValueError:
         return f"{RECORD} is not a record of format {FORMAT}"
     wrong = next((name for name, found in hashes.items() if found != record.files[name]), None)
@@ -187,15 +204,20 @@ def _val_loss(checkpoint_dir: Path) -> float:
 
 
 def _hashes(folder: Path, names: Iterable[str]) -> dict[str, SavedFile]:
-    """Hashes files as they are on the disk, four at a time."""
-    names = list(names)
+    """Hashes files as they are on the disk, four at a time; an exception of a signal ends it immediately."""
+    names, ended = list(names), threading.Event()
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(names, pool.map(lambda name: _hash(folder / name), names), strict=True))
+        try:
+            return dict(zip(names, pool.map(lambda name: _hash(folder / name, ended), names), strict=True))
+        finally:
+            ended.set()
 
 
-def _hash(path: Path) -> SavedFile:
-    with path.open("rb") as file:
+def _hash(path: Path, ended: threading.Event) -> SavedFile:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with open_regular(path) as file:
         if hasattr(os, "posix_fadvise"):  # drop cached pages, so that the file is read from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return SavedFile(bytes=file.tell(), sha256=digest)
+        while (size := file.readinto(buffer)) and not ended.is_set():
+            digest.update(buffer[:size])
+        return SavedFile(bytes=file.tell(), sha256=digest.hexdigest())

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from gptlab.config.base import FrozenConfig
-from gptlab.data.shards.manifest import fsync_path
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import fsync_path
 from gptlab.training.checkpoints.dcp_format import METADATA, DCPReader, TensorPlanner
 from gptlab.training.checkpoints.safetensors_file import write_safetensors
 

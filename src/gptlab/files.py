@@ -1,0 +1,148 @@
+"""Reads and writes files of directories that may come from somebody else, without following links. Imports no torch.
+
+A run directory, a checkpoint or prepared data may contain links to other files of the user, devices that never end, and
+FIFOs that block. Reading opens regular files only. Writing creates a file under an unpredictable name and renames it,
+which replaces a link instead of following it.
+"""
+
+import errno
+import os
+import stat
+import uuid
+from io import FileIO
+from pathlib import Path, PurePath
+from typing import TextIO
+
+from gptlab.errors import UserError
+
+MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
+
+
+def is_plain_name(name: str) -> bool:
+    """Returns whether ``name`` can only name an entry of the directory itself, not one in another directory."""
+    return name not in ("", "..") and PurePath(name).name == name and "\0" not in name and "\\" not in name
+
+
+def open_regular(path: Path, *, follow: bool = False) -> FileIO:
+    """Opens a regular file for reading, unbuffered.
+
+    Args:
+        path: Path of the file.
+        follow: Whether the last part of the path may be a link to the file.
+
+    Raises:
+        OSError: The file is missing, a link, or not a regular file; ``strerror`` says which.
+    """
+    return FileIO(str(path), "rb", opener=lambda *_: _open(path, os.O_RDONLY, follow=follow))
+
+
+def read_regular(path: Path, limit: int = MAX_BYTES) -> str:
+    """Reads a UTF-8 text file.
+
+    Args:
+        path: Path of the file.
+        limit: Maximum size in bytes.
+
+    Raises:
+        OSError: The file is missing, a link, not a regular file, or larger than ``limit``.
+        UnicodeDecodeError: The file is not UTF-8 text.
+    """
+    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return content.decode("utf-8")
+
+
+def open_append(path: Path) -> TextIO:
+    """Opens a regular file, created if missing, to append text. Raises OSError if it is anything else, as a link."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Writes a small file atomically and syncs it; replaces a link."""
+    write_file(path, content, sync=True)
+
+
+def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
+    """Writes a small file atomically; replaces a link.
+
+    Args:
+        path: Path of the file.
+        content: Text, which is encoded as UTF-8, or bytes.
+        sync: Whether to sync the file to disk.
+    """
+    unfinished = temporary_path(path)
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def fsync_path(path: Path) -> None:
+    """Syncs a file, or the entries of a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def temporary_path(path: Path) -> Path:
+    """Returns a unique, unpredictable path in the same directory; a process ID is neither."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+
+
+def check_no_links(run_dir: Path) -> None:
+    """Checks that a directory of runs contains no links, through which a resumed run would write or delete elsewhere.
+
+    The directory itself and its parents may be links. Links that W&B and submitit create are permitted.
+
+    Raises:
+        UserError: There is a link, or something that is neither a file nor a directory; the message names it.
+    """
+    for folder, folders, files in os.walk(run_dir):
+        for name in sorted((*folders, *files)):
+            if not _is_link_of_library(Path(folder, name).relative_to(run_dir)):
+                check_no_link(Path(folder, name))
+
+
+def check_no_link(path: Path) -> None:
+    """Checks one entry of a directory of runs, which may be missing; see ``check_no_links``."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:  # removed by another process
+        return
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
+        raise UserError(
+            f"{path} is {kind}, so writing to this run could change files outside of its directory. Remove it or "
+            "replace it with a copy."
+        )
+
+
+def _is_link_of_library(path: Path) -> bool:
+    """Returns whether W&B or submitit creates a link at this path in a run directory; neither writes through it."""
+    _, found, inside = path.as_posix().rpartition("wandb/")
+    is_of_wandb = found and (inside == "latest-run" or inside.startswith("debug") or "/files/" in inside)
+    return bool(is_of_wandb) or path.name.startswith(".submission_file_")
+
+
+def _open(path: Path, flags: int, *, follow: bool = False) -> int:
+    """Opens a regular file, without waiting at a FIFO, and returns its descriptor."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW), 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and path.is_symlink():
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return descriptor
