@@ -9,7 +9,7 @@ import io
 import math
 import pickletools
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 
 from gptlab.errors import UserError
+from gptlab.files import is_plain_name
 from gptlab.training.checkpoints.safetensors_file import SAFETENSORS
 
 # DCP has no public reader that does not unpickle, and no public class for the location of a chunk (``_StorageInfo``).
@@ -249,7 +250,7 @@ def _index(found: Any) -> MetadataIndex:
 def _storage(found: Any) -> _StorageInfo:
     state = _state(found, "_StorageInfo", "filesystem")
     name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
-    if PurePath(name).name != name or name == ".." or state.get("transform_descriptors"):
+    if not is_plain_name(name) or state.get("transform_descriptors"):
         raise ValueError(f"the shard {name!r} is in another directory or transformed")
     return _StorageInfo(name, _plain(offset, int), _plain(length, int))
 

@@ -6,10 +6,9 @@ and its files are checked before they are used. ``dcp_format.py`` reads checkpoi
 """
 
 import math
-import stat
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -33,7 +32,7 @@ from torch.futures import Future
 
 from gptlab.config.base import FrozenConfig
 from gptlab.errors import UserError, failure_reason
-from gptlab.files import fsync_path
+from gptlab.files import fsync_path, is_plain_name, open_regular, read_regular
 from gptlab.training.checkpoints.dcp_format import METADATA, DCPReader, TensorPlanner
 from gptlab.training.checkpoints.safetensors_file import write_safetensors
 
@@ -265,30 +264,20 @@ class ShardReader(StorageReader):
 
 def read_index(checkpoint_dir: Path) -> ShardIndex:
     """Reads shards.json; raises OSError or ValueError if it is missing or invalid."""
-    path = _regular_file(checkpoint_dir, INDEX)
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(f"it has more than {MAX_INDEX_BYTES:,} bytes")
-    return ShardIndex.model_validate_json(path.read_bytes())
+    return ShardIndex.model_validate_json(read_regular(checkpoint_dir / INDEX, MAX_INDEX_BYTES))
 
 
 def _open_shard(checkpoint_dir: Path, file: str, expected: set[str]) -> dict[str, Tensor]:
     """Memory-maps the tensors of a file; safetensors checks that they fill it."""
+    if not is_plain_name(file):
+        raise ValueError(f"{file!r:.200} is not a file in the directory of the checkpoint")
     try:
-        tensors = load_file(_regular_file(checkpoint_dir, file))
+        open_regular(checkpoint_dir / file).close()  # load_file would follow a link
+        tensors = load_file(checkpoint_dir / file)
+    except OSError as error:
+        raise ValueError(f"{file!r}: {failure_reason(error)}") from error
     except SafetensorError as error:
         raise ValueError(f"{file!r} is damaged: {error}") from error
     if different := tensors.keys() ^ expected:
         raise ValueError(f"{file!r} and the index do not both have {min(different)!r}")
     return tensors
-
-
-def _regular_file(checkpoint_dir: Path, name: str) -> Path:
-    """Returns the path of a file; raises ValueError for a link, a device, or a file in another directory."""
-    path = checkpoint_dir / name
-    try:
-        regular = PurePath(name).name == name and stat.S_ISREG(path.lstat().st_mode)
-    except OSError as error:
-        raise ValueError(f"{name!r}: {failure_reason(error)}") from error
-    if not regular:
-        raise ValueError(f"{name!r} is not a regular file in the directory of the checkpoint")
-    return path
