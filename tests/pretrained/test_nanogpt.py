@@ -9,6 +9,7 @@ from configs import resolved
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.training.optim.optimizers import build_optimizer
 
@@ -18,7 +19,7 @@ OWN = ("model=tiny", "model.block_size=32", "model.activation=gelu", "model.voca
 
 def own(*changes: str) -> tuple[RunConfig, GPT]:
     config = resolved(*OWN, *changes)
-    return config, GPT(config.model)
+    return config, build_gpt(config.model)
 
 
 @pytest.fixture
@@ -77,6 +78,40 @@ def test_optimizer_state_is_assigned_to_its_parameters(path):
 def test_config_key_that_changes_the_next_step_is_reported(path, changes, message):
     with pytest.raises(UserError, match=rf"resume_from_nanogpt=.*ckpt\.pt cannot be resumed exactly: {message}"):
         import_nanogpt_checkpoint(path, *own(*changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["model.n_head=4"], r"model\.n_head=4, but the weights have 2"),
+        (["model.n_layer=1"], r"model\.n_layer=1, but the weights have 2"),
+        (["model.n_layer=3"], r"model\.n_layer=3, but the weights have 2"),
+        (["model.block_size=16"], r"model\.block_size=16, but it has 32"),
+        (["model.n_embd=32"], r"model\.n_embd=32, but the weights have 64"),
+        (["model.vocab_size=256"], r"model\.vocab_size=256, but the weights have 257"),
+        (["model.bias=false"], r"model\.bias=False, but the weights have True"),
+        (["model.tie_weights=false"], r"model\.tie_weights=False, but the weights have True"),
+        (["model.activation=gelu_tanh"], r"model\.activation=gelu_tanh, but the weights have gelu"),
+        (["model.norm=rms"], r"model\.norm=rms, but the weights have layer"),
+        (["model.positions=rotary"], r"model\.positions=rotary, but the weights have learned"),
+        (["model.qk_norm=true"], r"model\.qk_norm=True, but the weights have False"),
+        (["model.logit_soft_cap=30"], r"model\.logit_soft_cap=30\.0, but the weights have None"),
+        (["loss=z_loss"], "this run has a loss of its own"),
+        (["train.ema_decay=0.99"], "no averages of the weights"),
+    ],
+    ids=lambda part: part[0] if isinstance(part, list) else "",
+)
+def test_another_model_than_that_of_the_checkpoint_is_refused(path, changes, message):
+    with pytest.raises(UserError, match=rf"cannot be resumed exactly: .*{message}"):
+        import_nanogpt_checkpoint(path, *own(*changes))
+
+
+def test_parameters_that_the_model_does_not_have_are_refused(path):
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["model"]["transformer.h.2.ln_1.weight"] = torch.ones(64)
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r"parameters that this run does not have: h\.2\.ln_1\.weight"):
+        import_nanogpt_checkpoint(path, *own())
 
 
 def _swapped(checkpoint):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gptlab.model.gpt import GPT
 
-# torch.compile's prefix, and the name under which GPT2LMHeadModel and nanoGPT's GPT hold the decoder
-PREFIX = re.compile(r"^(_orig_mod\.)?(transformer\.)?")
+# prefixes of DDP and torch.compile, and the name under which GPT2LMHeadModel and nanoGPT's GPT hold the decoder
+PREFIX = re.compile(r"^(module\.|_orig_mod\.)*(transformer\.)?")
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask, stored by older versions
 CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc)\.weight$")
 EMBEDDING, POSITIONS, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"

@@ -14,6 +14,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.model.external import EMBEDDING, HEAD, from_external
 from gptlab.model.gpt import GPT
+from gptlab.pretrained.external import check_external_shape, nanogpt_shape
 from gptlab.training.checkpoints.reading import Checkpoint, read_plain
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optim.optimizers import parameter_groups
@@ -53,8 +54,11 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
     if step >= config.steps:
         raise _mismatch(path, f"it is at step {step:,}, but train.max_steps={config.steps:,} is not greater")
     _check_settings(path, config, step, state["param_groups"])
+    _check_model(path, config, nanogpt_shape(path, checkpoint.get("model_args")))
     weights = from_external(checkpoint["model"], transposed=False)
     own = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
+    if unknown := sorted(weights.keys() - own.keys() - {HEAD}):
+        raise _mismatch(path, f"it has parameters that this run does not have: {', '.join(unknown[:3])}")
     moments = dict(_adam_states(path, state, {name: tensor for name, tensor in weights.items() if name != HEAD}))
     if shapes := [name for name in own if name not in weights or weights[name].shape != own[name].shape]:
         raise _mismatch(
@@ -78,6 +82,22 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
         "state_dict": {name: (weights[EMBEDDING] if name == HEAD else weights[name]) for name in model.state_dict()},
         "optimizer_states": [{"state": moments, "param_groups": groups}],
     }
+
+
+def _check_model(path: Path, config: RunConfig, shape: Mapping[str, Any]) -> None:
+    """Checks that the model computes the same loss as nanoGPT's with the same weights."""
+    try:
+        check_external_shape(path, shape, config.model)
+    except UserError as error:
+        raise _mismatch(path, str(error).rstrip(".")) from None
+    if config.model.components:
+        raise _mismatch(path, f"this run has components of its own: {', '.join(config.model.components) or 'model'}")
+    if shape["block_size"] != config.model.block_size:
+        raise _mismatch(path, f"model.block_size={config.model.block_size}, but it has {shape['block_size']}")
+    if config.loss is not None:
+        raise _mismatch(path, "nanoGPT's loss is the cross-entropy, but this run has a loss of its own (loss)")
+    if config.train.ema_decay is not None:
+        raise _mismatch(path, "it has no averages of the weights, which train.ema_decay would resume")
 
 
 def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[str, Any]]) -> None:
