@@ -60,7 +60,8 @@ def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert requires an output directory: out=<dir>")
     store, manifest = find_existing_shards(config, "convert", path)
-    for written in convert(store, manifest, config.format, Path(config.out).expanduser()):
+    tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
+    for written in convert(store, manifest, tokenizer, config.format, Path(config.out).expanduser()):
         print(written)
 
 

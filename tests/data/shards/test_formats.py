@@ -1,11 +1,13 @@
 """Token files of other programs: reading, writing, and errors with the file and the offset."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 from gptlab.data.shards.formats import TokenFileLayout, build_manifest, convert, read_layout
 from gptlab.data.shards.streams import LocalFolder, TokenStream
-from gptlab.data.tokenizers.tokenizer import BytesTokenizer
+from gptlab.data.tokenizers.tokenizer import BytesTokenizer, CharactersTokenizer
 from gptlab.errors import UserError
 
 TRAIN = np.array([*b"one", 256, *b"two two", 256], dtype="<u2")
@@ -68,6 +70,9 @@ def test_layout_is_detected(tmp_path):
         (llmc(TRAIN)[:-2], r"has 1,046 bytes, but its header \(12 tokens\) requires 1,048 bytes"),
         (llmc(TRAIN, count=13), r"has 1,048 bytes, but its header \(13 tokens\) requires 1,050 bytes"),
         (llmc(TRAIN, version=9), r"magic number 20240520 but the unknown version 9"),
+        (b"", r"train\.bin has no tokens"),
+        (llmc(TRAIN[:0]), r"train\.bin has no tokens"),
+        *((TRAIN.astype(wide).tobytes(), "every second value of 16 bits is 0") for wide in ("<u4", "<i4", "<i8")),
         (TRAIN.tobytes()[:-1], r"an odd number of bytes \(23\)"),
         (np.array([5, 6, 300], dtype="<u2").tobytes(), r"token 2 \(byte 4\) is 300, .* vocabulary of 257 token IDs"),
         (llmc(np.array([5, 257], dtype="<u2")), r"token 1 \(byte 1,026\) is 257, .* vocabulary of 257 token IDs"),
@@ -82,11 +87,12 @@ def test_invalid_file_is_reported_with_its_name_and_the_error(tmp_path, content,
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros((2, 2), dtype="<u2"), np.zeros(3, dtype="<i8"), np.array([{}], dtype=object)]
+    "array",
+    [np.zeros((2, 2), dtype="<u2"), np.zeros(3, dtype="<i8"), np.array([{}], dtype=object), np.zeros(0, dtype="<u2")],
 )
 def test_array_of_wrong_shape_or_dtype_raises_without_unpickling(tmp_path, array):
     np.save(tmp_path / "train.npy", array, allow_pickle=True)
-    with pytest.raises(UserError, match=r"train\.npy (holds|is not an array)"):
+    with pytest.raises(UserError, match=r"train\.npy (holds|is not an array|has no)"):
         read_layout(tmp_path / "train.npy")
 
 
@@ -102,7 +108,7 @@ def test_file_names_must_identify_both_splits(tmp_path):
 @pytest.mark.parametrize("kind", ["nanogpt", "llmc"])
 def test_converted_files_have_the_exact_layout_of_the_format(tmp_path, kind):
     manifest = build_manifest(write(tmp_path, "npy"), BytesTokenizer())
-    train, val = convert(LocalFolder(tmp_path), manifest, kind, tmp_path / "out")
+    train, val = convert(LocalFolder(tmp_path), manifest, BytesTokenizer(), kind, tmp_path / "out")
     assert (train.name, val.name) == {
         "nanogpt": ("train.bin", "val.bin"),
         "llmc": ("train_000000.bin", "val_000000.bin"),
@@ -110,4 +116,28 @@ def test_converted_files_have_the_exact_layout_of_the_format(tmp_path, kind):
     assert train.read_bytes() == (TRAIN.tobytes() if kind == "nanogpt" else llmc(TRAIN))
     assert val.read_bytes() == (VAL.tobytes() if kind == "nanogpt" else llmc(VAL))
     with pytest.raises(UserError, match="already exists"):
-        convert(LocalFolder(tmp_path), manifest, kind, tmp_path / "out")
+        convert(LocalFolder(tmp_path), manifest, BytesTokenizer(), kind, tmp_path / "out")
+
+
+def test_converted_characters_have_the_vocabulary_that_nanogpt_reads(tmp_path):
+    tokenizer = CharactersTokenizer("\n abé")
+    for split in ("train", "val"):
+        np.array(tokenizer.encode("a b\né"), dtype="<u2").tofile(tmp_path / f"{split}.bin")
+    manifest = build_manifest([tmp_path / "train.bin", tmp_path / "val.bin"], tokenizer)
+    convert(LocalFolder(tmp_path), manifest, tokenizer, "nanogpt", tmp_path / "out")
+    with (tmp_path / "out" / "meta.pkl").open("rb") as file:  # as in nanoGPT's train.py and sample.py
+        meta = pickle.load(file)  # noqa: S301  (written above)
+    assert meta["vocab_size"] == 5
+    decoded = "".join(meta["itos"][i] for i in np.fromfile(tmp_path / "out" / "val.bin", dtype=np.uint16).tolist())
+    assert decoded == "a b\né"
+    assert [meta["stoi"][character] for character in decoded] == tokenizer.encode(decoded).tolist()
+
+
+def test_other_tokenizers_than_gpt2_are_mentioned_because_the_files_do_not_name_them(tmp_path, caplog):
+    manifest = build_manifest(write(tmp_path, "npy"), BytesTokenizer())
+    convert(LocalFolder(tmp_path), manifest, BytesTokenizer(), "llmc", tmp_path / "out")
+    assert "tokenizer=bytes" in caplog.text
+    caplog.clear()
+    gpt2 = manifest.model_copy(update={"tokenizer": {"name": "gpt2"}})
+    convert(LocalFolder(tmp_path), gpt2, BytesTokenizer(), "llmc", tmp_path / "gpt2")
+    assert not caplog.text

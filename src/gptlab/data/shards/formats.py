@@ -10,6 +10,7 @@ Raw tokens cannot be confused with a header: both magic numbers begin with a uin
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,9 +19,12 @@ import numpy as np
 
 from gptlab.data.shards.manifest import FORMAT, SPLITS, Manifest, Shard, Split
 from gptlab.data.shards.streams import ShardStore, TokenStream
-from gptlab.data.tokenizers.tokenizer import Tokenizer
+from gptlab.data.tokenizers.external import META_FILE, meta_file
+from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
-from gptlab.files import temporary_path
+from gptlab.files import temporary_path, write_file
+
+log = logging.getLogger(__name__)
 
 HEADER_INTS, HEADER_BYTES = 256, 1024
 LLMC_UINT16, LLMC_UINT32 = (20240520, 1), (20240801, 7)  # magic number, version
@@ -41,8 +45,15 @@ def read_layout(path: Path) -> TokenFileLayout:
     """Detects the layout of a token file from its content.
 
     Raises:
-        UserError: The header, the shape or the size of the file is invalid.
+        UserError: The header, the shape or the size of the file is invalid, or it has no tokens.
     """
+    layout = _read_layout(path)
+    if not layout.tokens:
+        raise UserError(f"{path} has no tokens.")
+    return layout
+
+
+def _read_layout(path: Path) -> TokenFileLayout:
     size = path.stat().st_size
     if path.suffix == ".npy":
         return _npy_layout(path)
@@ -88,8 +99,9 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     """Builds the manifest of existing token files. Reads, hashes and checks every token once.
 
     Raises:
-        UserError: The size, header or shape of a file is invalid, the files differ in dtype, a split is missing, or a
-            token ID is outside of the vocabulary. The message names the file and the offset.
+        UserError: The size, header or shape of a file is invalid, the files differ in dtype, a split is missing, a
+            token ID is outside of the vocabulary, or raw tokens are not uint16. The message names the file and the
+            offset.
     """
     splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     dtypes = {}
@@ -113,7 +125,7 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
 
 def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Shard:
     tokens = np.memmap(path, dtype=np.dtype(found.dtype).newbyteorder("<"), mode="r", offset=found.offset)
-    digest, text_bytes, documents = hashlib.sha256(), 0, 0
+    digest, text_bytes, documents, is_wide = hashlib.sha256(), 0, 0, found.offset == 0 and found.tokens > 1
     lengths = tokenizer.token_bytes()
     for start in range(0, found.tokens, CHUNK):
         chunk = np.asarray(tokens[start : start + CHUNK])
@@ -123,9 +135,15 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
                 f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, which "
                 f"is outside of the tokenizer's vocabulary of {tokenizer.vocab_size:,} token IDs."
             )
+        is_wide = is_wide and not chunk[1::2].any()  # as in little-endian integers below 2**16 of 32 or 64 bits
         digest.update(chunk.tobytes())
         text_bytes += int(lengths[chunk].sum(dtype=np.int64))
         documents += int((chunk == tokenizer.end_of_text).sum()) if tokenizer.end_of_text is not None else 0
+    if is_wide:
+        raise UserError(
+            f"{path} seems to have tokens of 32 or 64 bits, because every second value of 16 bits is 0. Raw tokens "
+            "must be uint16. Save others with numpy.save as uint32, in a file whose name ends in .npy."
+        )
     return Shard(
         file=str(path.absolute()),
         offset=found.offset,
@@ -136,14 +154,15 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
     )
 
 
-def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> list[Path]:
+def convert(store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: Format, out: Path) -> list[Path]:
     """Writes shards as token files of another program, and returns their paths.
 
-    The format "nanogpt" gives train.bin and val.bin, the format "llmc" one file per shard.
+    The format "nanogpt" gives train.bin and val.bin, and meta.pkl for characters; "llmc" gives one file per shard.
 
     Args:
         store: Store of the shards.
         manifest: Manifest of the shards.
+        tokenizer: Their tokenizer.
         kind: Format of the files.
         out: Directory of the files, created if missing.
 
@@ -169,6 +188,15 @@ def convert(store: ShardStore, manifest: Manifest, kind: Format, out: Path) -> l
                     file.write(chunk.astype("<u2").tobytes())
             unfinished.replace(path)
             written.append(path)
+    if kind == "nanogpt" and isinstance(tokenizer, CharactersTokenizer):
+        write_file(out / META_FILE, meta_file(tokenizer))
+        written.append(out / META_FILE)
+    elif manifest.tokenizer["name"] != "gpt2":
+        log.warning(
+            "The files have the token IDs of tokenizer=%s and not its vocabulary. Programs that read this format "
+            "assume GPT-2's tokenizer.",
+            manifest.tokenizer["name"],
+        )
     return written
 
 

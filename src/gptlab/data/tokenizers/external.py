@@ -214,6 +214,13 @@ def read_meta(path: Path) -> CharactersTokenizer:
     return CharactersTokenizer("".join(itos[number] for number in range(len(itos))))
 
 
+def meta_file(tokenizer: CharactersTokenizer) -> bytes:
+    """Returns nanoGPT's meta.pkl of a tokenizer, which ``read_meta`` reads."""
+    itos = dict(enumerate(tokenizer.characters))
+    stoi = {character: number for number, character in itos.items()}
+    return pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": stoi})
+
+
 def _is_character(text: Any) -> bool:
     return isinstance(text, str) and len(text) == 1 and replace_surrogates(text) == text
 
