@@ -110,6 +110,32 @@ def test_cautious_weights_decay_only_where_the_update_has_their_sign():
     assert [weight.item() for weight in weights] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("skipping", [None, 0.0, 1.0], ids=["no guard", "guard", "skipped step"])
+@pytest.mark.parametrize("cautious", [True, False])
+@pytest.mark.parametrize("ns_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_precision_takes_the_step_of_float64(dtype, ns_dtype, cautious, skipping):
+    def step(parameters: list[nn.Parameter], precision: str, decay: float) -> list[nn.Parameter]:
+        optimizer = StackedMuon(
+            [{"params": parameters}], lr=0.05, weight_decay=decay, ns_dtype=precision, cautious=cautious
+        )
+        optimizer.found_inf = None if skipping is None else torch.tensor(skipping)
+        give_gradients(parameters, 0)
+        optimizer.step()
+        return parameters
+
+    before = matrices(dtype)
+    exact, undecayed = ([nn.Parameter(p.detach().double()) for p in before] for _ in range(2))
+    found = zip(before, step(matrices(dtype), ns_dtype, 0.3), step(exact, "float64", 0.3), strict=True)
+    for (old, new, its), plain in zip(found, step(undecayed, "float64", 0.0), strict=True):
+        assert new.dtype == dtype
+        assert torch.equal(new, old) == bool(skipping)
+        has_clear_sign = (plain - old).abs() >= 0.1 * 0.05  # of the update, which decides whether a weight decays
+        rounding = max(torch.finfo(dtype).eps, torch.finfo(getattr(torch, ns_dtype)).eps * 0.05 * 4)  # lr, shape
+        close = torch.isclose(new.double(), its, atol=2 * rounding, rtol=2 * torch.finfo(dtype).eps)
+        assert (close | ~has_clear_sign).all()
+
+
 class WithValueEmbeddings(GPT):
     def __init__(self, config):
         super().__init__(config)

@@ -83,7 +83,7 @@ class StackedMuon(Muon):
         part, lr, shape = local_tensor(parameter), group["lr"], parameter.shape
         decaying: Tensor | float = 1.0
         if group["cautious"]:
-            decaying = (update * part).ge_(0)  # 1 if their signs do not differ, else 0
+            decaying = (update * part).ge(0).to(part.dtype)  # 1 if their signs do not differ, else 0
         new = part * (1 - lr * group["weight_decay"] * decaying)
         self._set(part, new.sub_(update, alpha=lr * rate_factor(group["adjust_lr_fn"], shape)))
 
