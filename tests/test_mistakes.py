@@ -53,6 +53,10 @@ CONFIG_ERRORS = {
         ["trainer=fsdp_tp", "trainer.devices=3"],
         "trainer.tensor_parallel=2 does not divide the number of devices per node, trainer.devices=3.",
     ),
+    "optimizer that cannot be sharded": (
+        ["optimizer=adafactor", "trainer=fsdp"],
+        "optimizer=adafactor does not work with trainer=fsdp: torch.optim.Adafactor cannot update sharded weights",
+    ),
     "average below the resolution": (
         ["train.ema_decay=0.999", "trainer.precision=bf16-true"],
         "train.ema_decay=0.999 does not work with trainer.precision=bf16-true",

@@ -18,13 +18,46 @@ from conftest import defaults, tiny_config
 from gptlab.data.batches import Batch
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.config import AdamWConfig, ConstantConfig, TrainerConfig
+from gptlab.training.config import (
+    AdamWConfig,
+    ComponentOptimizerConfig,
+    ConstantConfig,
+    MuonConfig,
+    OptimizerConfig,
+    TrainerConfig,
+)
 from gptlab.training.distributed.strategies import build_strategy, gathered_weights
 from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
 
 STEPS, MICRO_BATCHES = 2, 3
 ADAMW = AdamWConfig(name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
+
+OPTIMIZERS: dict[str, OptimizerConfig] = {
+    "adamw": ADAMW,
+    "muon": MuonConfig(**defaults("optimizer/muon.yaml")),
+    **{name: ComponentOptimizerConfig(**defaults(f"optimizer/{name}.yaml")) for name in ("sgd", "adafactor", "lion")},
+    "own": ComponentOptimizerConfig(**{"_target_": "distributed_training.Descent", "lr": 0.1}),
+}
+
+
+def optimizers(strategy: str) -> dict[str, OptimizerConfig]:
+    """Returns the optimizers that work with a strategy; ``RunConfig`` refuses the others."""
+    return {name: config for name, config in OPTIMIZERS.items() if name != "adafactor" or strategy == "ddp"}
+
+
+class Descent(torch.optim.Optimizer):
+    """An optimizer that needs a gradient for every parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
 
 
 def main() -> None:
@@ -52,7 +85,34 @@ def train(strategy: str) -> dict[str, Any]:
         "held": held_fraction(module.model),
         "alike": is_identical(local_tensor(module.model.ln_f.weight)),
         "split": tensor_parallel_error(module) if parts > 1 else None,
+        "kept": {name: keeps_weights(strategy, parts, config) for name, config in optimizers(strategy).items()},
     }
+
+
+class Divergence(L.Callback):
+    """Makes the gradients of the second step NaN, by those of one process, and records the weights of every step."""
+
+    def __init__(self) -> None:
+        self.weights: list[list[torch.Tensor]] = []
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            loss *= float("nan")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.weights.append([local_tensor(parameter).detach().clone() for parameter in pl_module.parameters()])
+
+
+def keeps_weights(strategy: str, parts: int, optimizer: OptimizerConfig) -> bool:
+    """Whether the weights after a step with a NaN gradient are those before it, and change in the other step."""
+    divergence = Divergence()
+    trainer, module = build(strategy, parts, optimizer, divergence)
+    batches = [Batch(*torch.randint(61, (2, 2, 16)), None) for _ in range(STEPS * MICRO_BATCHES)]
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    first, second = divergence.weights[MICRO_BATCHES - 1 :: MICRO_BATCHES]
+    assert not torch.equal(first[-1].sum(), before[-1].sum())
+    return trainer.global_step == STEPS and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 class Buckets(L.Callback):
@@ -69,7 +129,9 @@ class Buckets(L.Callback):
         return allreduce_hook(None, bucket)
 
 
-def build(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
+def build(
+    strategy: str, parts: int, optimizer: OptimizerConfig = ADAMW, *callbacks: L.Callback
+) -> tuple[L.Trainer, GPTModule]:
     """Returns a trainer and a module with dropout."""
     named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
@@ -78,7 +140,9 @@ def build(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
     model = tiny_config(dropout=0.1)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
     train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
-    run = SimpleNamespace(seed=1, model=model, optimizer=ADAMW, schedule=schedule, loss=None, train=train, steps=STEPS)
+    run = SimpleNamespace(
+        seed=1, model=model, optimizer=optimizer, schedule=schedule, loss=None, train=train, steps=STEPS
+    )
     module = GPTModule(GPT(model), run, token_bytes=torch.ones(61, dtype=torch.int), compile=False)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -86,7 +150,7 @@ def build(strategy: str, parts: int) -> tuple[L.Trainer, GPTModule]:
         strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), hardware, sharded_checkpoints=False),
         max_steps=STEPS,
         accumulate_grad_batches=MICRO_BATCHES,
-        callbacks=[Buckets()],
+        callbacks=[Buckets(), *callbacks],
         use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,

@@ -125,6 +125,15 @@ class RunConfig(FrozenConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_sharded_optimizer(self) -> Self:
+        if self.optimizer.name == "torch.optim.Adafactor" and self.trainer.strategy.startswith("fsdp"):
+            raise ValueError(
+                f"optimizer=adafactor does not work with trainer={self.trainer.strategy}: torch.optim.Adafactor cannot "
+                "update sharded weights (torch 2.13). Use trainer=ddp or another optimizer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_ema_precision(self) -> Self:
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(

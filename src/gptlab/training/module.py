@@ -3,6 +3,7 @@
 Shapes: B sequences of the micro-batch, T time, V vocabulary.
 """
 
+from contextlib import suppress
 from typing import Any, Literal, Protocol
 
 import lightning as L
@@ -28,6 +29,7 @@ from gptlab.training.distributed.strategies import (
 from gptlab.training.hardware import resolve_loss_chunk
 from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
 from gptlab.training.optim.optimizers import (
+    SkippedStep,
     build_optimizer,
     group_names,
     name_state,
@@ -177,6 +179,11 @@ class GPTModule(L.LightningModule):
         loss = self.model.loss(batch.idx, batch.targets, batch.documents, self.loss_chunk, self.loss_function)
         self.step_loss += loss.detach()
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Performs a step of the optimizer, unless its closure, which computes and clips the gradients, skips it."""
+        with suppress(SkippedStep):
+            super().optimizer_step(*args, **kwargs)
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *_: Any, **__: Any) -> None:
         """Clips the global gradient norm (Pascanu et al. 2013, algorithm 1) and stores it in ``grad_norm``.

@@ -35,6 +35,12 @@ def test_gradients_are_reduced_once_per_step_not_per_micro_batch(found, strategy
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_tp"])
+def test_no_optimizer_changes_weights_in_a_step_with_a_nan_gradient(found, strategy):
+    assert found[strategy]["kept"] == dict.fromkeys(distributed_training.optimizers(strategy), True)
+
+
+@pytest.mark.slow
 def test_sampling_gathers_a_sharded_model_once(found):
     assert found["fsdp"]["gathered"] == GROUPS  # in three forward passes
 

@@ -66,8 +66,8 @@ def swap_out_averages(trained: list[tuple[Tensor, Tensor]]) -> None:
 def _update_averages(optimizer: Optimizer, *_: object) -> None:
     """Moves the averages toward the weights after a step; they are initialized to the weights after the first step.
 
-    A skipped step leaves them unchanged: either its parameters have no gradient, or ``found_inf`` is 1 on the device,
-    for which the host does not wait (see ``gptlab.training.optim.optimizers.skip_step_if``).
+    A skipped step leaves them unchanged: either this hook is not called, or ``found_inf`` is 1 on the device, for which
+    the host does not wait (see ``gptlab.training.optim.optimizers.skip_step_if``).
     """
     bad: Tensor | None = getattr(optimizer, "found_inf", None)
     for group in optimizer.param_groups:

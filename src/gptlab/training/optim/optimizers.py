@@ -67,18 +67,25 @@ def set_step_hyperparameters(
             group["momentum"] = momentum(step, config)
 
 
+class SkippedStep(Exception):  # noqa: N818
+    """Raised in the closure of an optimizer's step to end the step before the optimizer changes anything."""
+
+
 def skip_step_if(optimizer: Optimizer, bad: Tensor) -> None:
     """Skips the next step if ``bad`` () is 1: weights, optimizer state and step counts do not change.
 
     Fused kernels, as with torch.amp.GradScaler, and Muon read ``bad`` on the device; for other optimizers the host
     waits for it. The attribute ``found_inf``, which torch.amp.GradScaler sets for fused optimizers, is not documented
     (read in torch 2.13).
+
+    Raises:
+        SkippedStep: ``bad`` is 1 and the optimizer does not read it on the device. Call this function in the closure.
     """
     is_muon = isinstance(optimizer, MuonWithAdamW)  # its groups of matrices have no key "fused"
     if all(group.get("fused", is_muon) for group in optimizer.param_groups):
         optimizer.found_inf = bad  # type: ignore[attr-defined]
     elif bad:
-        optimizer.zero_grad()  # parameters without a gradient are not updated
+        raise SkippedStep
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
