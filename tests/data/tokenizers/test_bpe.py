@@ -4,9 +4,11 @@ import json
 import random
 
 import pytest
+import regex
+from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer
 
-from gptlab.data.tokenizers.tokenizer import BPETokenizer, load_tokenizer, prompt_ids
+from gptlab.data.tokenizers.tokenizer import BPETokenizer, _divide_long_words, load_tokenizer, prompt_ids
 from preparing import prepare_text
 
 CORPUS = ["the cat sat on the mat; the hat is that cat's\n" * 20, "naïve café 👍 été\n" * 10]
@@ -80,3 +82,24 @@ def test_bpe_is_trained_on_train_mb_of_text_from_the_whole_corpus(tmp_path):
     little = prepare_text(tmp_path, **several, cache_dir=str(tmp_path.parent / "little"), train_mb=30 / 1e6)
     assert [has_merges_for(little, text) for text in ("abab", "cdcd", "efef", "ghgh")] == [True, True, True, False]
     assert little.folder.name != whole.folder.name
+
+
+@pytest.mark.parametrize(
+    "long", ["a" * 2500, "7" * 1500, "_-" * 800, " \n" * 600, "acgt" * 900, "é" * 1000, "語" * 3000]
+)
+def test_long_words_are_divided_for_training_and_other_text_is_not(long):
+    text = f"one two, {long} three\n"
+    parts = list(_divide_long_words(text))
+    assert "".join(parts) == text
+    words = [word for part in parts for word in regex.findall(r50k_pat_str, part)]
+    assert len(parts) > 1
+    assert max(map(len, words)) <= 1001  # with the space in front of a word
+    for kept in ("a" * 999, "word " * 999, "don't 12,345.\n" * 100, ""):
+        assert list(_divide_long_words(kept)) == [kept]
+
+
+def test_a_tokenizer_is_trained_on_a_megabyte_without_white_space():
+    draw = random.Random(0)  # noqa: S311
+    bpe = BPETokenizer.train(["a" * 10**6, "".join(draw.choices("acgt", k=50_000))], vocab_size=300)
+    assert bpe.decode(bpe.encode("acgt" * 600).tolist()) == "acgt" * 600
+    assert len(bpe.encode("a" * 1024)) < 100

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, Self, cast
@@ -21,6 +21,10 @@ from gptlab.errors import UserError
 # A long sequence of Unicode whitespace, followed by another character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
+
+# A word, number, or sequence of other characters of MAX_WORD characters. Training a BPE is quadratic in this length.
+MAX_WORD = 1000
+LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|\s{{{MAX_WORD}}}|(?:[^\w\s]|_){{{MAX_WORD}}}")
 
 
 class Tokenizer(Hashable, Protocol):
@@ -193,13 +197,16 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Trains a tokenizer on ``texts`` with at most ``vocab_size`` token IDs, including the end-of-text token."""
+        """Trains a tokenizer on ``texts`` with at most ``vocab_size`` token IDs, including the end-of-text token.
+
+        Text without white space, such as DNA, is divided after every ``MAX_WORD`` characters.
+        """
         from tokenizers import pre_tokenizers, trainers
 
         bpe = empty_bpe()
         alphabet = pre_tokenizers.ByteLevel.alphabet()  # all bytes, so that any text can be encoded
         bpe.train_from_iterator(
-            (replace_surrogates(text) for text in texts),
+            (part for text in texts for part in _divide_long_words(replace_surrogates(text))),
             trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False),
         )
         return cls(bpe.to_str())
@@ -224,6 +231,15 @@ class BPETokenizer:
         """Bytes of each token except the last."""
         ids = self._bpe.get_vocab()
         return [unicode_to_bytes(token) for token in sorted(ids, key=lambda token: ids[token])]
+
+
+def _divide_long_words(text: str) -> Iterator[str]:
+    """Divides a text after every ``MAX_WORD`` characters of a word."""
+    begin = 0
+    for word in LONG_WORD.finditer(text):
+        yield text[begin : word.end()]
+        begin = word.end()
+    yield text[begin:]
 
 
 def empty_bpe() -> Any:
