@@ -102,6 +102,20 @@ def test_a_moved_run_keeps_its_best_checkpoint(user, halted):
 
 
 @pytest.mark.slow
+def test_a_run_forced_to_another_batch_size_continues_with_the_next_window(user):
+    same = ("callbacks=checkpoint", DECAY)
+    assert_success(user.train("name=whole", *same, "train.max_steps=9", "train.batch_schedule=[[6,4]]"))
+    assert_success(user.train("name=halted", *same, "train.max_steps=6", "train.global_batch_size=4"))
+    whole, halted = user.only_run("whole"), user.only_run("halted")
+    changed = ("train.max_steps=9", "train.global_batch_size=12")
+    assert_config_error(user.python("gptlab.train", f"resume={halted}", *changed), "cannot change when a run is")
+    assert_success(user.python("gptlab.train", f"resume={halted}", *changed, "force_resume=true"))
+    assert_same_run(whole, halted)
+    assert metrics(halted, "tokens") == metrics(whole, "tokens")
+    assert yaml.safe_load((halted / "config.yaml").read_text())["train"]["past_batches"] == [[6, 4]]
+
+
+@pytest.mark.slow
 def test_a_run_from_other_weights_with_a_shorter_block_can_be_resumed(user, halted):
     assert_success(user.train("name=second", f"init_from={halted}", "model.block_size=16", "train.max_steps=3"))
     second = user.only_run("second")

@@ -14,7 +14,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
-from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run
+from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run, newest_step
 
 # Keys that may change when a run is resumed: its length, devices, logging and checkpoints. A change of any other key
 # would make it a different run.
@@ -112,8 +112,23 @@ def merge_resume_config(
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
     check_trusted(merged.model_dump(mode="json"), run_dir)
     if is_forced:
+        merged = _keep_past_batches(merged, earlier_config, run_dir)
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
     return merged
+
+
+def _keep_past_batches(config: RunConfig, earlier: RunConfig, run_dir: Path) -> RunConfig:
+    """Records the batch sizes of the steps before the checkpoint, if those of the next steps are changed."""
+    changed = {
+        key: getattr(config.train, key)
+        for key in ("global_batch_size", "batch_schedule")
+        if getattr(config.train, key) != getattr(earlier.train, key)
+    }
+    if not changed or not (step := newest_step(run_dir)):
+        return config
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"past_batches": earlier.train.batches_until(step)})}
+    )
 
 
 def resume_as(config: RunConfig, run_dir: Path, earlier_config: RunConfig) -> RunConfig:
@@ -149,6 +164,8 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
         keys.remove("model.vocab_size")
     if config.data.val_split == "auto":
         keys.remove("data.val_split")
+    if not config.train.past_batches:
+        keys.discard("train.past_batches")  # set by a forced resume
     return sorted(key for key in keys if get_value(values, key) != get_value(earlier, key))
 
 

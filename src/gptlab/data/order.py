@@ -219,24 +219,30 @@ class BatchSizeSchedule:
     Args:
         batch: Global batch size of the last stage, in windows.
         earlier: Earlier stages, in order.
+        past: Stages before ``earlier`` that have ended, whose batch sizes may be any.
+
+    Attributes:
+        sizes: Batch sizes of the stages that have not ended.
     """
 
-    def __init__(self, batch: int, earlier: Sequence[BatchSizeStage] = ()) -> None:
+    def __init__(self, batch: int, earlier: Sequence[BatchSizeStage] = (), past: Sequence[BatchSizeStage] = ()) -> None:
         self.sizes = [*(size for _, size in earlier), batch]
-        self._begins = [0, *(end for end, _ in earlier)]  # steps before each stage
-        lengths = [end - begin for begin, (end, _) in zip(self._begins, earlier, strict=False)]
-        self._firsts = [0, *accumulate(length * size for length, (_, size) in zip(lengths, earlier, strict=True))]
+        stages = [*past, *earlier]
+        self._all_sizes = [*(size for _, size in stages), batch]
+        self._begins = [0, *(end for end, _ in stages)]  # steps before each stage
+        lengths = [end - begin for begin, (end, _) in zip(self._begins, stages, strict=False)]
+        self._firsts = [0, *accumulate(length * size for length, (_, size) in zip(lengths, stages, strict=True))]
 
     def batch(self, step: int) -> int:
         """Returns the global batch size, in windows, of step ``step`` (counted from 0)."""
-        return self.sizes[bisect_right(self._begins, step) - 1]
+        return self._all_sizes[bisect_right(self._begins, step) - 1]
 
     def first(self, step: int) -> int:
         """Returns the first position of step ``step`` (counted from 0): the number of windows of all earlier steps."""
         stage = bisect_right(self._begins, step) - 1
-        return self._firsts[stage] + (step - self._begins[stage]) * self.sizes[stage]
+        return self._firsts[stage] + (step - self._begins[stage]) * self._all_sizes[stage]
 
     def steps(self, windows: int) -> int:
         """Returns the smallest number of steps, at least one, that consume at least ``windows`` windows."""
         stage = bisect_left(self._firsts, windows) - 1
-        return self._begins[stage] - (self._firsts[stage] - windows) // self.sizes[stage]
+        return self._begins[stage] - (self._firsts[stage] - windows) // self._all_sizes[stage]

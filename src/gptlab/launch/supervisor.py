@@ -73,7 +73,8 @@ def read_job(path: Path) -> Job:
     run_dir = values["run_dir"] if "run_dir" in values else values["place"]  # a job queued by an earlier version
     plan = values.get("plan")
     if plan:
-        plan = BatchPlan(**plan | {"earlier": tuple(tuple(stage) for stage in plan["earlier"])})
+        stages = {key: tuple(map(tuple, plan.get(key, ()))) for key in ("earlier", "past")}
+        plan = BatchPlan(**plan | stages)
     return Job(rebuild(RunConfig, values["config"]), run_dir and Path(run_dir), plan)
 
 

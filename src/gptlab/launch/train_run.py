@@ -143,6 +143,11 @@ def _train(
         plan = config.train.plan(config.trainer.data_parallel(devices.devices, devices.num_nodes))
     join_group(devices)
     checkpoint = run_on_first_rank(lambda: _find_checkpoint(config, lock))
+    if checkpoint is not None and checkpoint_step(checkpoint) < config.train.past_steps:  # a newer one is damaged
+        train = config.train.model_copy(
+            update={"past_batches": config.train.batches_until(checkpoint_step(checkpoint))}
+        )
+        config, plan = config.model_copy(update={"train": train}), train.plan(plan.world_size)
     module = build_module(config, prepared, devices)
     run_dir = run_on_first_rank(lambda: _open_run_dir(config, prepared, assigned_dir, module.model, lock))
     if config.resume_from_nanogpt:

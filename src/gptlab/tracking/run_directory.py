@@ -18,7 +18,7 @@ from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
-from gptlab.training.checkpoints.records import best_intact, list_checkpoints, newest_intact
+from gptlab.training.checkpoints.records import best_intact, checkpoint_step, list_checkpoints, newest_intact
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # stack traces of processes that made no progress
@@ -122,6 +122,12 @@ def newest_run(name: str) -> Path | None:
 def has_checkpoint(directory: Path) -> bool:
     """Whether a run has a checkpoint, which may be damaged."""
     return bool(list_checkpoints(directory / CHECKPOINTS))
+
+
+def newest_step(directory: Path) -> int | None:
+    """Returns the step of the newest checkpoint, which may be damaged; None if there is none."""
+    steps = [checkpoint_step(checkpoint_dir) for checkpoint_dir in list_checkpoints(directory / CHECKPOINTS)]
+    return max(steps, default=None)
 
 
 def newest_checkpoint(directory: Path) -> Path:

@@ -15,21 +15,27 @@ class BatchPlan(NamedTuple):
         micro_batch_size: Sequences per device and micro-batch in the last stage.
         accumulation: Gradient accumulation: micro-batches per step, the same in all stages.
         earlier: Earlier stages with smaller batches (train.batch_schedule).
+        past: Stages before these that have ended (train.past_batches), which may have any batch size.
     """
 
     world_size: int
     micro_batch_size: int
     accumulation: int
     earlier: tuple[BatchSizeStage, ...] = ()
+    past: tuple[BatchSizeStage, ...] = ()
 
     @property
     def stages(self) -> BatchSizeSchedule:
         """Batch size schedule, in sequences per step."""
-        return BatchSizeSchedule(self.world_size * self.accumulation * self.micro_batch_size, self.earlier)
+        return BatchSizeSchedule(self.world_size * self.accumulation * self.micro_batch_size, self.earlier, self.past)
 
 
 def plan_batch(
-    global_batch_size: int, micro_batch_size: int | None, world_size: int, earlier: Sequence[BatchSizeStage] = ()
+    global_batch_size: int,
+    micro_batch_size: int | None,
+    world_size: int,
+    earlier: Sequence[BatchSizeStage] = (),
+    past: Sequence[BatchSizeStage] = (),
 ) -> BatchPlan:
     """Derives gradient accumulation from the global batch size.
 
@@ -38,6 +44,7 @@ def plan_batch(
         micro_batch_size: Sequences per device and micro-batch; None is the device's full share of the batch.
         world_size: Number of data-parallel ranks.
         earlier: Earlier stages with smaller batches.
+        past: Stages before these that have ended.
 
     Raises:
         UserError: A batch size is not divisible; the message has the nearest sizes that are.
@@ -50,7 +57,7 @@ def plan_batch(
     for _, size in earlier:
         factors = f"{devices} x accumulation={accumulation}"
         _check_divisible("train.batch_schedule: batch size", size, factors, world_size * accumulation)
-    return BatchPlan(world_size, micro_batch_size, accumulation, tuple(earlier))
+    return BatchPlan(world_size, micro_batch_size, accumulation, tuple(earlier), tuple(past))
 
 
 def _check_divisible(name: str, batch: int, factors: str, divisor: int) -> None:

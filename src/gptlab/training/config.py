@@ -21,7 +21,7 @@ from pydantic import (
 
 from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_name
 from gptlab.config.components import Component, bind_component, enabled_components
-from gptlab.data.order import BatchSizeSchedule
+from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
@@ -208,6 +208,7 @@ class TrainConfig(FrozenConfig):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt | None
     batch_schedule: list[tuple[PositiveInt, PositiveInt]]
+    past_batches: list[tuple[PositiveInt, PositiveInt]] = Field(default_factory=list)
     eval_every: PositiveInt
     eval_windows: PositiveInt | None
     grad_clip: NonNegativeFloat
@@ -244,11 +245,29 @@ class TrainConfig(FrozenConfig):
     @property
     def stages(self) -> BatchSizeSchedule:
         """Batch size schedule, in sequences per step."""
-        return BatchSizeSchedule(self.global_batch_size, self.batch_schedule)
+        return BatchSizeSchedule(self.global_batch_size, self._remaining_stages, self.past_batches)
 
     def plan(self, world_size: int) -> BatchPlan:
         """Divides the batches among ``world_size`` data-parallel ranks; raises UserError if they are not divisible."""
-        return plan_batch(self.global_batch_size, self.micro_batch_size, world_size, self.batch_schedule)
+        return plan_batch(
+            self.global_batch_size, self.micro_batch_size, world_size, self._remaining_stages, self.past_batches
+        )
+
+    @property
+    def past_steps(self) -> int:
+        """Number of steps in ``past_batches``."""
+        return self.past_batches[-1][0] if self.past_batches else 0
+
+    @property
+    def _remaining_stages(self) -> list[BatchSizeStage]:
+        """Stages of ``batch_schedule`` that end after ``past_batches``."""
+        return [stage for stage in self.batch_schedule if stage[0] > self.past_steps]
+
+    def batches_until(self, step: int) -> list[BatchSizeStage]:
+        """Returns the stages of the first ``step`` steps, as values of ``past_batches``."""
+        stages = [*self.past_batches, *self._remaining_stages, (step, self.global_batch_size)]
+        number = next(number for number, (end, _) in enumerate(stages) if end >= step)
+        return [*stages[:number], (step, stages[number][1])]
 
     def steps(self, block_size: int) -> int:
         """Returns the length of the run in optimizer steps: ``max_steps``, or enough steps for ``max_tokens``."""
