@@ -62,7 +62,7 @@ class _EscapingConsole(Console):
             renderable = self.render_str(renderable, highlight=options.highlight, markup=options.markup)
         if isinstance(renderable, Text) and (safe := printable(renderable.plain)) != renderable.plain:
             renderable = renderable.copy()
-            renderable.plain = safe  # before lines are wrapped, so that nothing is cropped
+            renderable.plain, renderable.spans = safe, []  # before lines are wrapped, so that nothing is cropped
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
 
