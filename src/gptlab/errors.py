@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 _SCHEME = r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}:/"  # one slash: Path collapses the two of a URL
 _URL = re.compile(rf"{_SCHEME}\S*")
@@ -34,6 +35,15 @@ def hide_passwords(text: str) -> str:
     ``https://user:password@host/path?token=1`` becomes ``https://***@host/path?***``.
     """
     return _URL.sub(lambda found: _hide_query(_USER_INFO.sub(r"\1***@", found[0])), text)
+
+
+def without_passwords(values: Any) -> Any:
+    """Returns a copy of plain data with the passwords in its strings hidden by ``hide_passwords``."""
+    if isinstance(values, dict):
+        return {key: without_passwords(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [without_passwords(value) for value in values]
+    return hide_passwords(values) if isinstance(values, str) else values
 
 
 def _hide_query(url: str) -> str:

@@ -3,10 +3,16 @@
 import json
 
 import pytest
+import yaml
 
 from gptlab.errors import UserError, hide_passwords
+from gptlab.reporting.document import ReportDocument
+from gptlab.reporting.page import render_page
 from gptlab.terminal import printable
 from gptlab.tracking.environment import COMMAND, record_environment
+from gptlab.tracking.run_directory import load_config
+from gptlab.tracking.run_store.runs import Run
+from run_directories import write_run
 
 SECRET = "hunter2"  # noqa: S105
 URLS = {
@@ -54,6 +60,18 @@ def test_the_recorded_command_line_has_no_passwords(tmp_path, monkeypatch):
     record_environment(tmp_path)
     command = json.loads((tmp_path / "environment.json").read_text())["command"]
     assert command == "python -m gptlab.train logger.uri=https://***@host"
+
+
+def test_shown_records_of_a_run_have_no_passwords_but_its_config_keeps_them_to_resume(tmp_path):
+    command, url = f"gptlab.train x=https://u:{SECRET}@h", f"https://user:{SECRET}@host"
+    directory = write_run(tmp_path / "a" / "1", "logger=mlflow", environment={"command": command})
+    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config["logger"]["mlflow"]["tracking_uri"] = url
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    assert SECRET not in render_page(ReportDocument(str(tmp_path), 100).gather(), poll=None)
+    assert Run(directory).settings["logger.mlflow.tracking_uri"] == "https://***@host"
+    assert Run(directory).environment["command"] == "gptlab.train x=https://***@h"
+    assert load_config(directory).logger.model_dump()["mlflow"]["tracking_uri"] == url
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,9 @@ class DataConfig(FrozenConfig):
         if self.corpus == "component" and self.reader is None:
             raise ValueError("corpus=component requires data.reader, such as data.reader._target_=mylab.readers.Wiki")
         if self.corpus != "component" and self.reader is not None:
-            raise ValueError(f"reader={self.reader} is only used with data=component, not with corpus={self.corpus}")
+            raise ValueError(
+                f"reader._target_={self.reader['_target_']} is only used with data=component, not with corpus={self.corpus}"
+            )
         return self
 
     @property
