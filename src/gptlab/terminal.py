@@ -7,7 +7,9 @@ Imports no torch.
 
 import re
 import sys
+import threading
 import traceback
+import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TextIO
@@ -67,6 +69,25 @@ class _EscapingConsole(Console):
             yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
 
 
-def print_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints an uncaught exception and its traceback; to be set as ``sys.excepthook``."""
+def install_hooks() -> None:
+    """Makes Python print uncaught exceptions and warnings through this module."""
+    sys.excepthook = print_exception
+    threading.excepthook = lambda thread: print_exception(thread.exc_type, thread.exc_value, thread.exc_traceback)
+    warnings.showwarning = _print_warning
+
+
+def print_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    """Prints an exception and its traceback to stderr."""
     print_message("".join(traceback.format_exception(kind, error, trace)).removesuffix("\n"), file=sys.stderr)
+
+
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    formatted = warnings.formatwarning(str(message), category, filename, lineno, line)
+    print_message(formatted.removesuffix("\n"), file=file or sys.stderr)

@@ -6,7 +6,9 @@ import os
 import pty
 import re
 import sys
+import threading
 import unicodedata
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +26,7 @@ from gptlab.exit_codes import report_error
 from gptlab.launch.prepare_data import print_batch
 from gptlab.planning.budget import ComputeOptimalChoice
 from gptlab.planning.report import print_choice
-from gptlab.terminal import escape_controls, get_console, print_data, print_exception, print_message
+from gptlab.terminal import escape_controls, get_console, install_hooks, print_data, print_exception, print_message
 from gptlab.tracking.logs import ConsoleHandler, close_log, log_to_console, log_to_file
 from gptlab.tracking.run_store.listing import COLUMNS, format_table
 from run_directories import write_run
@@ -84,10 +86,26 @@ def uncaught() -> None:
         print_exception(type(error), error, error.__traceback__)
 
 
+def warn() -> None:
+    with warnings.catch_warnings():
+        install_hooks()
+        warnings.simplefilter("always")
+        warnings.warn(HOSTILE, stacklevel=1)
+
+
+def uncaught_in_thread() -> None:
+    install_hooks()
+    thread = threading.Thread(target=int, args=(f"x{HOSTILE}",), name="a")
+    thread.start()
+    thread.join()
+
+
 SCREENS = {
     "message": lambda: print_message(HOSTILE),
     "error": lambda: report_error(UserError(HOSTILE)),
     "uncaught": uncaught,
+    "uncaught in a thread": uncaught_in_thread,
+    "warning": warn,
     "log": log,
     "panel": lambda: get_console().print(Panel(Text(HOSTILE), title=Text(HOSTILE))),
     "table": table,
@@ -100,7 +118,9 @@ SCREENS = {
 
 
 @pytest.mark.parametrize("show", SCREENS.values(), ids=SCREENS)
-def test_control_characters_are_shown_as_escapes(screen, show):
+def test_control_characters_are_shown_as_escapes(screen, monkeypatch, show):
+    for module, hook in ((sys, "excepthook"), (threading, "excepthook"), (warnings, "showwarning")):
+        monkeypatch.setattr(module, hook, getattr(module, hook))  # restored at the end
     print(HOSTILE)
     assert controls(screen()) >= {"\x1b", "\x9d", "\u202e", "\u2066"}, "the payload has no effect"
     Console().print(Text(HOSTILE))
