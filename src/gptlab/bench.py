@@ -12,6 +12,7 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_directory import claim_directory
 
@@ -30,7 +31,7 @@ def main(values: DictConfig) -> int:
         for part in tables:
             print_result_table(part)
             parts.append(part)
-        print(f"Results: {write_report(directory, suite, config.rounds, parts)}")
+        print_message(f"Results: {write_report(directory, suite, config.rounds, parts)}")
     return DONE
 
 

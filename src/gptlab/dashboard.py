@@ -12,6 +12,7 @@ from gptlab.dashboards.spaces import write_wandb_sweeps
 from gptlab.dashboards.workspace import build_workspace, save_workspace, workspace_json
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.terminal import print_message
 
 
 class DashboardConfig(FrozenConfig):
@@ -33,7 +34,7 @@ def main(values: DictConfig) -> int:
         conf = configuration_folder()
         folder = Path(config.wandb_sweeps).expanduser()
         for path in write_wandb_sweeps(conf / "sweeps", conf / "logger" / "wandb.yaml", folder):
-            print(f"Written: {path}")
+            print_message(f"Written: {path}")
         return DONE
     if not config.entity or not config.project:
         raise UserError(
@@ -42,14 +43,14 @@ def main(values: DictConfig) -> int:
         )
     workspace = build_workspace(config.entity, config.project, config.name)
     if not config.dry_run:
-        print(f"Saved: {save_workspace(workspace)}")
+        print_message(f"Saved: {save_workspace(workspace)}")
         return DONE
     out = Path(config.out).expanduser()
     try:
         out.write_text(workspace_json(workspace), encoding="utf-8")
     except OSError as error:
         raise UserError(f"out={config.out} cannot be written: {failure_reason(error)}.") from error
-    print(f"Written: {out}")
+    print_message(f"Written: {out}")
     return DONE
 
 

@@ -1,14 +1,25 @@
 """Errors that end a command with a message instead of a traceback."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
+
+_SCHEME = r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}:/"  # one slash: Path collapses the two of a URL
+_URL = re.compile(rf"{_SCHEME}\S*")
+# up to the last @ in front of the path; or user:password@ with a slash in the password, but not host:port/path@
+_USER_INFO = re.compile(rf"({_SCHEME}/?)(?:[^\s/?#]*|[^\s/?#@:]{{0,200}}:(?!\d+[/?#])[^\s@]{{0,200}})@")
 
 
 class UserError(Exception):
     """Error in the command line, the configuration or the input.
 
-    The message says what is wrong, why, and what would be right. Commands print it and exit with code 2.
+    The message says what is wrong, why, and what would be right. Commands print it and exit with code 2. Passwords in
+    URLs are hidden in it.
     """
+
+    def __str__(self) -> str:
+        return hide_passwords(super().__str__())
 
 
 class Diverged(Exception):  # noqa: N818
@@ -16,6 +27,31 @@ class Diverged(Exception):  # noqa: N818
 
     The message names the first of these steps. Commands print it and exit with code 3.
     """
+
+
+def hide_passwords(text: str) -> str:
+    """Hides user names, passwords, and the queries of URLs, which can contain tokens and signatures.
+
+    ``https://user:password@host/path?token=1`` becomes ``https://***@host/path?***``.
+    """
+    return _URL.sub(lambda found: _hide_query(_USER_INFO.sub(r"\1***@", found[0])), text)
+
+
+def without_passwords(values: Any) -> Any:
+    """Returns a copy of plain data with the passwords in its strings hidden by ``hide_passwords``."""
+    if isinstance(values, dict):
+        return {key: without_passwords(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [without_passwords(value) for value in values]
+    return hide_passwords(values) if isinstance(values, str) else values
+
+
+def _hide_query(url: str) -> str:
+    whole = url.rstrip("'\")]}>.,:;!?")  # without what follows the URL in a sentence
+    query = re.search(r"[?#].*", whole)
+    if query is None or not ("?" in query[0] or "=" in query[0]):  # a fragment with a value may be a token
+        return url
+    return f"{whole[: query.start()]}?***{url[len(whole) :]}"
 
 
 def first_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from gptlab.evaluators.results import EvalResult, print_result, results_folder, 
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.exit_codes import DONE
 from gptlab.pretrained.source import ModelSource, open_model_source
+from gptlab.terminal import print_message
 from gptlab.tracking.run_directory import best_checkpoint
 
 
@@ -76,7 +77,7 @@ def _score(
     for outcome in outcomes:
         if outcome is not None:
             print_result(outcome)
-            print(write_result(outcome, conditions, results_folder(config.out, source)))
+            print_message(write_result(outcome, conditions, results_folder(config.out, source)))
             if source.is_run:
                 send_evaluation(source.path, outcome.what, outcome.metrics)
 

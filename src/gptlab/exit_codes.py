@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from gptlab.errors import Diverged, UserError
+from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
 DONE = 0
@@ -27,7 +28,7 @@ class SweepIncomplete(Exception):  # noqa: N818
 def report_error(error: Exception) -> int:
     """Prints an error on the first rank and returns its exit code."""
     if is_first_rank():
-        print(f"gptlab: {error}", file=sys.stderr)
+        print_message(f"gptlab: {error}", file=sys.stderr)
     return DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
 
 

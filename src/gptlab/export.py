@@ -14,6 +14,7 @@ from gptlab.exit_codes import DONE, FAILED
 from gptlab.exporters.folder import check_output_free, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
 from gptlab.pretrained.source import open_model_source
+from gptlab.terminal import print_message
 
 PUSH_FORMATS = ("hf", "gguf")
 
@@ -48,15 +49,15 @@ def main(values: DictConfig) -> int:
     try:
         certificate = export_model(source, config.format, config.dtype, out)
     except ExportMismatch as error:
-        print(f"gptlab: {error}", file=sys.stderr)
+        print_message(f"gptlab: {error}", file=sys.stderr)
         return FAILED
-    print(f"{out}: {config.run} as format={config.format}, {config.dtype}")
-    print("\n".join(f"  {line}" for line in certificate.lines()))
-    print(list_upload(out))
+    print_message(f"{out}: {config.run} as format={config.format}, {config.dtype}")
+    print_message("\n".join(f"  {line}" for line in certificate.lines()))
+    print_message(list_upload(out))
     if config.push is not None and config.dry_run:
-        print(f"Not uploaded, because dry_run=true. Upload it with: hf upload {config.push} {out}")
+        print_message(f"Not uploaded, because dry_run=true. Upload it with: hf upload {config.push} {out}")
     elif config.push is not None:
-        print(f"Uploaded: {push(out, config.push)}")
+        print_message(f"Uploaded: {push(out, config.push)}")
     return DONE
 
 

@@ -8,6 +8,7 @@ from gptlab.exit_codes import DONE, exit_status
 from gptlab.projects.nanogpt_config import read_nanogpt_config
 from gptlab.projects.nanogpt_experiment import Experiment, to_experiment
 from gptlab.projects.project import check_package_name, write_project
+from gptlab.terminal import print_message
 
 KEYS = ("from_nanogpt",)
 HELP = """\
@@ -37,15 +38,15 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
-        print(HELP, end="")
+        print_message(HELP.removesuffix("\n"))
         return DONE
     name, nanogpt_config = parse_arguments(arguments)
     check_package_name(name)
     experiments = [] if nanogpt_config is None else [_read_experiment(nanogpt_config)]
     write_project(Path(name), name, experiments)
-    print(f"{name}: a project with its own README. Next: cd {name} && make train")
+    print_message(f"{name}: a project with its own README. Next: cd {name} && make train")
     for experiment in experiments:
-        print(f"From nanoGPT: cd {name} && python -m gptlab.{experiment.command} experiment={experiment.name}")
+        print_message(f"From nanoGPT: cd {name} && python -m gptlab.{experiment.command} experiment={experiment.name}")
     return DONE
 
 
@@ -71,9 +72,9 @@ def _read_experiment(path: Path) -> Experiment:
     config = read_nanogpt_config(path)
     experiment = to_experiment(config)
     for ignored in config.ignored:
-        print(f"{path}:{ignored.line}: {ignored.source}\n  ignored: {ignored.reason}")
+        print_message(f"{path}:{ignored.line}: {ignored.source}\n  ignored: {ignored.reason}")
     for note in experiment.notes:
-        print(f"note: {note}")
+        print_message(f"note: {note}")
     return experiment
 
 

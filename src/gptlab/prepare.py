@@ -25,6 +25,7 @@ from gptlab.launch.prepare_data import (
     print_batch,
     print_prepared,
 )
+from gptlab.terminal import print_message
 from gptlab.tracking.run_directory import load_config
 
 
@@ -51,7 +52,7 @@ def _inspect(config: PrepareCommand, path: str) -> None:
     store, manifest = find_existing_shards(config, "inspect", path)
     if config.verify:
         number = verify_shards(store, manifest.shards())
-        print(f"Verified {number} shards: their SHA-256 is unchanged.")
+        print_message(f"Verified {number} shards: their SHA-256 is unchanged.")
     tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
     print_prepared(TokenDataset(store, manifest, tokenizer))
 
@@ -62,7 +63,7 @@ def _convert(config: PrepareCommand, path: str) -> None:
     store, manifest = find_existing_shards(config, "convert", path)
     tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
     for written in convert(store, manifest, tokenizer, config.format, Path(config.out).expanduser()):
-        print(written)
+        print_message(written)
 
 
 def _replay(path: str, step: int) -> None:

@@ -14,6 +14,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE, FAILED
 from gptlab.launch.launcher import preflight
+from gptlab.terminal import print_message
 from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.training.distributed.processes import launched_externally
@@ -41,11 +42,11 @@ def main(values: DictConfig) -> int:
     print_proofs(config, prove.steps, proofs)
     path = write_report(folder, config, proofs)
     if not all_passed(proofs):
-        print(f"Failed: {path}\nThe runs are in {folder / 'runs'}")
+        print_message(f"Failed: {path}\nThe runs are in {folder / 'runs'}")
         return FAILED
     if not prove.keep:
         shutil.rmtree(folder / "runs")
-    print(f"Passed: {path}")
+    print_message(f"Passed: {path}")
     return DONE
 
 

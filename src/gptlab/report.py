@@ -17,6 +17,7 @@ from gptlab.files import write_file
 from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
 from gptlab.reporting.page import render_page
+from gptlab.terminal import print_message
 
 
 class ReportConfig(FrozenConfig):
@@ -37,20 +38,20 @@ def main(values: DictConfig) -> int:
     document = ReportDocument(config.runs, config.points)
     found = document.gather()
     for problem in found["problems"]:
-        print(f"gptlab: {problem}", file=sys.stderr)
+        print_message(f"gptlab: {problem}", file=sys.stderr)
     if config.live:
         _serve(LiveServer(document.gather, config.port, config.poll))
         return DONE
     path = Path(config.out).expanduser()
     size = _write(path, render_page(found, poll=None))
     number = len(found["runs"])
-    print(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file is self-contained.")
+    print_message(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file is self-contained.")
     return DONE
 
 
 def _serve(server: LiveServer) -> None:
     """Serves the page until Ctrl-C."""
-    print(f"Serving the report at {server.url} (Ctrl-C stops the server).", flush=True)
+    print_message(f"Serving the report at {server.url} (Ctrl-C stops the server).", flush=True)
     with server, suppress(KeyboardInterrupt):
         server.serve_forever(poll_interval=0.2)
 

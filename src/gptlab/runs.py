@@ -6,13 +6,13 @@ from typing import Literal
 
 from omegaconf import DictConfig
 from pydantic import PositiveFloat, PositiveInt
-from rich import get_console
 
 from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
+from gptlab.terminal import get_console, print_data, print_message
 from gptlab.tracking.run_store.listing import (
     COLUMNS,
     Condition,
@@ -52,7 +52,7 @@ def main(values: DictConfig) -> int:
         if not readable:
             raise UserError("\n".join(problems))
         for problem in problems:
-            print(f"gptlab: {problem}", file=sys.stderr)
+            print_message(f"gptlab: {problem}", file=sys.stderr)
         lines = list_runs(readable, conditions, config.sort, descending=config.descending)
         shown = lines[: config.limit]
         match config.format:
@@ -61,9 +61,9 @@ def main(values: DictConfig) -> int:
                     get_console().clear()
                 get_console().print(format_table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown)))
             case "csv":
-                sys.stdout.write(format_csv(shown, [*COLUMNS, *config.columns]))
+                print_data(format_csv(shown, [*COLUMNS, *config.columns]), end="")
             case "json":
-                sys.stdout.write(format_json(shown, [*COLUMNS, *config.columns]))
+                print_data(format_json(shown, [*COLUMNS, *config.columns]), end="")
         if config.watch is None:
             return DONE
         time.sleep(config.watch)

@@ -15,6 +15,7 @@ from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.model.config import SamplingConfig
 from gptlab.pretrained.source import ModelSource, open_model_source
+from gptlab.terminal import print_data, print_message
 
 if TYPE_CHECKING:
     from gptlab.pretrained.text_generator import InferenceModel, TextGenerator
@@ -116,7 +117,7 @@ def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[
     if generator.may_exceed_block:
         block = inference.model.config.block_size
         note = f"A text longer than block_size={block} tokens continues from its last {block // 2} tokens."
-        print(note, file=sys.stderr)
+        print_message(note, file=sys.stderr)
     return generator
 
 
@@ -126,16 +127,16 @@ def _print_texts(generator: "TextGenerator", config: SampleConfig) -> None:
     for pieces in generator:
         texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
     for text in texts:
-        print(text, "-" * 80, sep="\n")
+        print_data(f"{text}\n{'-' * 80}")
     _report(generator, config)
 
 
 def _print_stream(generator: "TextGenerator", config: SampleConfig) -> None:
     """Prints one text as it is generated."""
-    print(generator.prompts[0], end="", flush=True)
+    print_data(generator.prompts[0], end="")
     for (piece,) in generator:
-        print(piece, end="", flush=True)
-    print()
+        print_data(piece, end="")
+    print_data("")
     _report(generator, config)
 
 
@@ -143,14 +144,14 @@ def _report(generator: "TextGenerator", config: SampleConfig) -> None:
     from gptlab.pretrained.text_generator import report
 
     if config.report:
-        print(report(generator.speed(), generator.inference.device))
+        print_message(report(generator.speed(), generator.inference.device))
 
 
 def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
     """Continues prompts from the terminal until Ctrl-D; Ctrl-C ends a text."""
     from gptlab.model.generation.sampler import row_seeds
 
-    print("Enter a prompt. Ctrl-C ends a text, Ctrl-D exits.")
+    print_message("Enter a prompt. Ctrl-C ends a text, Ctrl-D exits.")
     number = 0
     while True:
         try:
@@ -158,12 +159,12 @@ def _converse(config: SampleConfig, inference: "InferenceModel") -> None:
             number += 1
             _print_stream(_generator(config, inference, [prompt], row_seeds(config.seed, number)[-1]), config)
         except KeyboardInterrupt:
-            print()
+            print_message("")
         except EOFError:
-            print()
+            print_message("")
             return
         except UserError as error:  # a character that is not in the vocabulary
-            print(error)
+            print_message(error)
 
 
 if __name__ == "__main__":

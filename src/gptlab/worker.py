@@ -13,6 +13,7 @@ from gptlab.launch.components import check_components
 from gptlab.launch.launcher import launch, open_data
 from gptlab.launch.signals import run_stoppable, unblock_signals
 from gptlab.launch.supervisor import exit_with_parent, read_job
+from gptlab.terminal import install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely, is_first_rank, is_worker
 
@@ -25,6 +26,7 @@ def main() -> None:
     exit_with_parent()
     collect_garbage_rarely()
     log_to_console()
+    install_hooks()
     path = Path(sys.argv[1])
     sys.exit(exit_status(lambda: run_rank(path) if is_worker() else run_job(path)))
 

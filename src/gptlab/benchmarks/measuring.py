@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from rich import box, get_console
+from rich import box
 from rich.table import Table
 
 from gptlab.errors import UserError
 from gptlab.files import write_durably
+from gptlab.terminal import get_console
 
 Sample = dict[str, float]  # results of one measurement, by name (with unit)
 # headings of measures whose names in the JSON file are not clear

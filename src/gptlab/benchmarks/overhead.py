@@ -4,10 +4,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from rich import get_console
-
 from gptlab.benchmarks.config import GuardsBench, OverheadBench, OverheadRun
 from gptlab.benchmarks.measuring import Result, ResultTable, Sample, run_timed
+from gptlab.terminal import get_console
 
 LOOPS = "gptlab.benchmarks.training_loops"
 COLUMNS = ("CPU ms", "% more ms", "% more CPU ms")

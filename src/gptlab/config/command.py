@@ -23,6 +23,7 @@ from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
+from gptlab.terminal import install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely
 
@@ -78,6 +79,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
         def main() -> None:
             collect_garbage_rarely()
             log_to_console()
+            install_hooks()
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
             try:

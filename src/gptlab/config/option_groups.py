@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from gptlab.errors import UserError, did_you_mean
+from gptlab.terminal import printable
 
 EXPERIMENT = "experiment"
 COMBINED = ("callbacks", "logger")  # groups of which several options are often selected
@@ -50,7 +51,7 @@ class OptionGroups:
             if options := self.options(group):
                 text = f"{group}: {self._by_folder(group, options)}"
                 lines.append(fill(text, 80, subsequent_indent="  ", break_on_hyphens=False) + "\n")
-        return "".join(lines)
+        return printable("".join(lines))  # Hydra prints it; file names may come from somebody else
 
     def options(self, group: str) -> list[str]:
         """Returns the sorted options of a config group, without the experiments of other commands."""

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.errors import UserError, failure_reason
+from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
 FLAG = "--config-dir"
@@ -109,4 +110,4 @@ class UserDirectory(FileConfigSource):
 def _report_replacement(file: Path, name: Path) -> None:
     """Prints once that a file replaces gptlab's, in case that is not intended."""
     if is_first_rank():
-        print(f"gptlab: {file} replaces gptlab's own {name}.", file=sys.stderr)
+        print_message(f"gptlab: {file} replaces gptlab's own {name}.", file=sys.stderr)

@@ -75,7 +75,8 @@ class DataConfig(FrozenConfig):
         if self.corpus == "component" and self.reader is None:
             raise ValueError("corpus=component requires data.reader, such as data.reader._target_=mylab.readers.Wiki")
         if self.corpus != "component" and self.reader is not None:
-            raise ValueError(f"reader={self.reader} is only used with data=component, not with corpus={self.corpus}")
+            target = self.reader["_target_"]  # without its arguments, which may contain secrets
+            raise ValueError(f"reader._target_={target} is only used with data=component, not corpus={self.corpus}")
         return self
 
     @property

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from gptlab.evaluators.corpora import ScoredCorpus
 from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.model.gpt import GPT
+from gptlab.terminal import get_console
 from gptlab.training.devices import use_best_matmul
 from gptlab.training.distributed.processes import external_devices, launched_externally
 from gptlab.training.hardware import Hardware, resolve_loss_chunk

@@ -8,13 +8,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box, get_console
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import check_no_link, write_durably
 from gptlab.pretrained.source import ModelSource
+from gptlab.terminal import get_console
 
 FOLDER = "evaluations"
 

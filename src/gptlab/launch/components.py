@@ -26,7 +26,7 @@ from gptlab.data.config import ComponentTokenizerConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.sources.component import check_reader
 from gptlab.data.tokenizers.component import check_tokenizer
-from gptlab.errors import UserError, first_line
+from gptlab.errors import UserError, first_line, without_passwords
 from gptlab.model.config import ComponentModelConfig, GPTConfig, ParameterCounts
 from gptlab.training.config import ComponentOptimizerConfig, ComponentScheduleConfig
 from gptlab.training.optim.schedules import learning_rate
@@ -178,7 +178,7 @@ def build_component_loggers(config: RunConfig, directory: Path) -> list[Any]:
     loggers = []
     for values in config.logger.components.values():
         logger = build_component(values, save_dir=str(directory), name=config.name)
-        logger.log_hyperparams(config.model_dump(mode="json"))
+        logger.log_hyperparams(without_passwords(config.model_dump(mode="json")))
         loggers.append(logger)
     return loggers
 

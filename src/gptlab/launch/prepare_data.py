@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Self
 
 from pydantic import NonNegativeInt, PositiveInt, model_validator
-from rich import box, get_console
+from rich import box
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -21,6 +21,7 @@ from gptlab.data.shards.open_shards import find_shards
 from gptlab.data.shards.streams import ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, first_documents, longest_document
 from gptlab.data.tokenizers.tokenizer import Tokenizer
+from gptlab.terminal import get_console
 
 
 def prepare_with_progress(
@@ -121,12 +122,12 @@ def print_prepared(prepared: TokenDataset) -> None:
             split, *(f"{number:,}" for number in numbers), f"{text / 1e6:,.1f}", f"{text / tokens:.3f}", f"{longest:,}"
         )
     tokenizer = f"tokenizer {manifest.tokenizer['name']}, {manifest.vocab_size:,} token IDs, {manifest.dtype}"
-    console.print(f"{manifest.origin}\n{tokenizer}")
+    console.print(f"{manifest.origin}\n{tokenizer}", markup=False)
     console.print(table)
     for beginning in first_documents(prepared, "train", documents=3, tokens=60):
         title = "beginning of a training document"
         console.print(Panel(Text(beginning), box=box.ROUNDED, title=title, title_align="left"))
-    console.print(f"Prepared: {prepared.folder}", soft_wrap=True)
+    console.print(f"Prepared: {prepared.folder}", soft_wrap=True, markup=False)
 
 
 def print_batch(windows: list[tuple[int, str]]) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.errors import hide_passwords
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -178,7 +179,7 @@ def _train(
         return PREEMPTED
     except BaseException as error:
         if is_first:
-            end_state(run_dir, status_of(error), str(error) or type(error).__name__)
+            end_state(run_dir, status_of(error), hide_passwords(str(error)) or type(error).__name__)
         raise
     finally:
         close_log(handler)

@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from datetime import timedelta
 
-from rich import box, get_console
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.plans import RunPlan
+from gptlab.terminal import get_console, print_message
 
 SMALL = 50e6  # parameters; the kernels of a smaller model do not fill a GPU
 KINDS = {
@@ -39,10 +41,10 @@ def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
     table = _table("compute-optimal run", ("config key", "value", "source"))
     for override in choice.overrides:
         key, _, value = override.partition("=")
-        table.add_row(key, value, _source(key))
+        table.add_row(Text(key), Text(value), _source(key))
     console.print(table)
     console.print("Command:", style="bold")
-    print(command)  # not wrapped or colored, so that it can be copied
+    print_message(command)  # not wrapped or colored, so that it can be copied
 
 
 def format_bytes(number: float) -> str:
@@ -146,9 +148,10 @@ def _spreads(plan: RunPlan) -> Table:
 def _times(plan: RunPlan) -> Table:
     table = _table("time", ("device", "tokens/s", "time", "source"))
     for time in plan.times:
-        table.add_row(time.what, f"{time.tokens_per_second:,.0f}", format_duration(time.seconds), time.why)
+        duration = format_duration(time.seconds)
+        table.add_row(Text(time.what), f"{time.tokens_per_second:,.0f}", duration, Text(time.why))
     if plan.measured is None and plan.hardware.is_local:
-        table.add_row(plan.hardware.name, "?", "?", "not calibrated: set calibrate=true, or train a similar run")
+        table.add_row(Text(plan.hardware.name), "?", "?", "not calibrated: set calibrate=true, or train a similar run")
     if parameter_count(plan.config.model) < SMALL:
         table.caption = "A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed."
     return table
@@ -171,7 +174,7 @@ def _pairs(title: str, rows: dict[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows.items():
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

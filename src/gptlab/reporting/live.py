@@ -2,17 +2,24 @@
 
 import errno
 import hashlib
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from gptlab.errors import UserError
 from gptlab.reporting.page import render_page, to_script_json
+from gptlab.terminal import print_exception
 
 ADDRESS = "127.0.0.1"
+MAX_CONNECTIONS = 64  # each has a thread; further connections are closed
+READ_SECONDS = 10.0  # to receive a whole request
+SEND_SECONDS = 60.0  # to send a whole response
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -36,10 +43,13 @@ class LiveServer(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = MAX_CONNECTIONS
 
     def __init__(self, gather: Callable[[], dict[str, Any]], port: int, poll: float) -> None:
         self.poll = poll
         self._gather, self._turn = gather, threading.Lock()
+        self._places = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._deadlines: dict[socket.socket, float] = {}  # of connections whose request has not been received
         try:
             super().__init__((ADDRESS, port), _Handler)
         except OSError as error:
@@ -53,10 +63,37 @@ class LiveServer(ThreadingHTTPServer):
         with self._turn:
             return self._gather()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Starts a thread for a connection, or closes it if there are too many."""
+        if not self._places.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        self._deadlines[request] = time.monotonic() + READ_SECONDS
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serves a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.received(request)
+            self._places.release()
+
+    def received(self, request: socket.socket) -> None:
+        """Removes the deadline of a connection whose request has been received."""
+        self._deadlines.pop(request, None)
+
+    def service_actions(self) -> None:
+        """Ends connections that are past their deadline; called several times per second."""
+        for request, deadline in list(self._deadlines.items()):
+            if time.monotonic() > deadline:
+                with suppress(OSError):  # it has been closed
+                    request.shutdown(socket.SHUT_RDWR)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignores errors of connections that the client closed before receiving a response."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
+        """Prints errors, except those of clients that closed the connection or did not receive the response."""
+        if (error := sys.exception()) is not None and not isinstance(error, ConnectionError | TimeoutError):
+            print_exception(type(error), error, error.__traceback__)
 
     @property
     def url(self) -> str:
@@ -70,6 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Responds with the page or its data; rejects requests with a foreign Host header."""
+        self.server.received(self.connection)
+        self.connection.settimeout(SEND_SECONDS)
         if self.headers.get("Host") not in self.server.hosts:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", f"This server only serves {self.server.url}\n")
             return

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from rich import box, get_console
+from rich import box
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from gptlab.terminal import get_console
 from gptlab.tracking.run_store.state import load_state
 from gptlab.tracking.run_store.sweeps import Trial, format_overrides
 
@@ -70,13 +71,14 @@ class SweepTable:
     def _row(self, trial: Trial) -> list[str | Text]:
         state = load_state(self.run_dir(trial))
         name = Text(trial.state, style=COLORS.get(trial.state, "red"))
+        overrides = Text(format_overrides(trial.overrides))
         if state is None:
-            return [str(trial.number), name, "", "", "", "", format_overrides(trial.overrides)]
+            return [str(trial.number), name, "", "", "", "", overrides]
         left = state.seconds_left if trial.state == "running" else None
         return [
             *(str(trial.number), name, f"{state.step:,}/{state.max_steps:,}", _loss(state.loss)),
             _loss(trial.value if trial.value is not None else state.best_val_loss),
-            *("" if left is None else str(timedelta(seconds=round(left))), format_overrides(trial.overrides)),
+            *("" if left is None else str(timedelta(seconds=round(left))), overrides),
         ]
 
 

@@ -5,7 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
-from rich import box, get_console
+from rich import box
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +14,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.trust import trust_override
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
+from gptlab.terminal import get_console
 from gptlab.tracking.logs import FILE_ONLY
 from gptlab.tracking.run_directory import has_checkpoint
 from gptlab.training.batch_plan import BatchPlan

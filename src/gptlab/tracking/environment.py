@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gptlab.errors import hide_passwords
 from gptlab.files import read_regular, write_file
 from gptlab.parsing import parse_json
 
@@ -26,7 +27,7 @@ GIT_STATUS = ("status", "--porcelain", "--ignore-submodules=dirty")
 def record_environment(directory: Path, components: Mapping[str, Any] | None = None) -> None:
     """Writes environment.json and, if the checkout has uncommitted changes, uncommitted.diff.
 
-    Environment variables are not recorded, since they may contain secrets.
+    Environment variables are not recorded, since they may contain secrets. Passwords in URLs are hidden.
 
     Args:
         directory: Run directory.
@@ -35,7 +36,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
     commit, diff, status = _git("rev-parse", "HEAD"), _git(*GIT_DIFF), _git(*GIT_STATUS)
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": os.environ.get(COMMAND) or shlex.join(sys.orig_argv),
+        "command": hide_passwords(os.environ.get(COMMAND) or shlex.join(sys.orig_argv)),
         "folder": str(Path.cwd()),
         "git": {"commit": (commit or b"").decode().strip() or None, "uncommitted": _lines_of(status or b"")},
         "machine": {

@@ -4,9 +4,8 @@ import logging
 from pathlib import Path
 from typing import TextIO
 
-from rich import get_console
-
 from gptlab.files import open_append
+from gptlab.terminal import get_console, printable
 from gptlab.training.distributed.processes import is_first_rank
 
 FILE_ONLY = {"file_only": True}  # `extra` of messages that are not logged to the console
@@ -16,12 +15,24 @@ NOISY = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.r
 class ConsoleHandler(logging.Handler):
     """Handler that prints messages above the progress bar, except those that the bar shows."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.addFilter(make_printable)
+
     def emit(self, record: logging.LogRecord) -> None:
         """Prints one message."""
         console = get_console()
         if getattr(record, "file_only", False) or (getattr(record, "progress", False) and console.is_terminal):
             return
-        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def make_printable(record: logging.LogRecord) -> bool:
+    """Filter of handlers: escapes control characters in a message and hides passwords, since a terminal may show it."""
+    record.msg, record.args = printable(record.getMessage()), None
+    if record.exc_info:
+        record.exc_text = printable(logging.Formatter().formatException(record.exc_info))
+    return True
 
 
 def log_to_console() -> None:
@@ -29,8 +40,10 @@ def log_to_console() -> None:
     logger = logging.getLogger("gptlab")
     logger.setLevel(logging.INFO)
     logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, ConsoleHandler)]
-    is_configured = any(type(handler) is logging.StreamHandler for handler in logging.getLogger().handlers)
-    if is_first_rank() and not is_configured:
+    configured = logging.getLogger().handlers
+    for handler in configured:
+        handler.addFilter(make_printable)
+    if is_first_rank() and not any(type(handler) is logging.StreamHandler for handler in configured):
         logger.addHandler(ConsoleHandler())
 
 
@@ -38,6 +51,7 @@ def log_to_file(path: Path) -> logging.StreamHandler[TextIO]:
     """Adds a handler that logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
     handler = logging.StreamHandler(open_append(path))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(make_printable)
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).addHandler(handler)
     return handler

@@ -13,6 +13,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import FAILED
 from gptlab.files import check_no_links, read_regular
+from gptlab.terminal import print_message
 
 log = logging.getLogger(__name__)
 
@@ -98,5 +99,5 @@ def _exit(loss: LeaseCompromise) -> None:
     path = Path(loss.lock_file)
     reason = f"{_owner(path)} took over this run" if loss.reason == "owner-changed" else f"{loss.error or loss.reason}"
     # not logged: train.log may now belong to another process
-    print(f"gptlab: The lock {path} is lost ({reason}). Exiting.", file=sys.stderr, flush=True)
+    print_message(f"gptlab: The lock {path} is lost ({reason}). Exiting.", file=sys.stderr, flush=True)
     os._exit(FAILED)

@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box, get_console
+from rich import box
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.schema import RunConfig
 from gptlab.files import write_durably
+from gptlab.terminal import get_console
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 
 REPORT = "prove.json"
@@ -39,7 +40,7 @@ def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> No
     table = Table(box=box.SIMPLE)
     table.add_column("proof", no_wrap=True)
     table.add_column("passed")
-    table.add_column(f"{steps} steps of {config.name}, {config.trainer.strategy}")
+    table.add_column(Text(f"{steps} steps of {config.name}, {config.trainer.strategy}"))
     for proof in proofs:
         table.add_row(proof.name, SIGNS[proof.passed], Text(proof.what, overflow="fold"))
     console.print(table)

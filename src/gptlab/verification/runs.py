@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich import get_console
-
 from gptlab.config.schema import RunConfig
 from gptlab.launch.supervisor import Job, start_worker
+from gptlab.terminal import get_console
 from gptlab.tracking.run_directory import CHECKPOINTS, TRACE
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints, remove_checkpoint
 from gptlab.verification.comparison import TraceStep, read_trace

@@ -44,8 +44,9 @@ function fill(element, sameAs, build) {
   element.replaceChildren(...build());
 }
 
-/** Escapes a string for Plotly. */
-const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+/** Escapes a string for Plotly: its tags, and the braces of its templates. */
+const plain = (text) =>
+  String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("{", "&#123;");
 
 const distinct = (values) => [...new Map(values.map((value) => [JSON.stringify(value), value])).values()];
 const isNumber = (value) => typeof value === "number" && Number.isFinite(value);

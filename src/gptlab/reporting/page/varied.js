@@ -69,13 +69,14 @@ function families(points, keys) {
 function renderCurve(keys) {
   const points = valuedPoints();
   const axis = spacing(distinct(DATA.runs.map((run) => run.varied[CHOSEN.key])));
-  const place = (point) => (axis.kind === "category" ? value(point.varied[CHOSEN.key]) : point.varied[CHOSEN.key]);
+  const isCategory = axis.kind === "category";
+  const place = ({ varied }) => (isCategory ? plain(value(varied[CHOSEN.key])) : varied[CHOSEN.key]); // also a label
   const lines = families(points, keys);
   const drawn = lines.flatMap(([name, family], i) => familyTraces(plain(name), family, i, axis, place));
   const best = points.length ? points.reduce((a, b) => (b.mean < a.mean ? b : a)) : null;
   if (best) drawn.push(star(place(best), best.mean));
   const ticks = { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) };
-  const order = { categoryorder: "array", categoryarray: axis.values };
+  const order = { categoryorder: "array", categoryarray: axis.values.map(plain) };
   const own = { log: axis.values.length <= 12 ? ticks : {}, category: order, linear: {} }[axis.kind];
   const layout = {
     xaxis: { title: { text: plain(CHOSEN.key) }, type: axis.kind, tickangle: "auto", ...own },

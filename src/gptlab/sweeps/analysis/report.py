@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box, get_console
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,7 @@ from gptlab.sweeps.analysis.scaling_report import (
 )
 from gptlab.sweeps.analysis.significance import ALPHA
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
+from gptlab.terminal import get_console
 
 CSV, JSON = "answers.csv", "answers.json"
 MIN_WIDE_COLUMNS = 100  # minimum width of a terminal for all columns

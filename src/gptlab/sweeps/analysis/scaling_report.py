@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich import box, get_console
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +16,7 @@ from gptlab.files import write_durably
 from gptlab.model.config import embedding_count, parameter_count, read_model_config
 from gptlab.sweeps.analysis.points import has_value
 from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
+from gptlab.terminal import get_console
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.sweeps import load_sweep, load_trials
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gptlab.errors import UserError, failure_reason
+from gptlab.errors import UserError, failure_reason, without_passwords
 from gptlab.files import open_regular, read_regular
 from gptlab.parsing import parse_json, parse_yaml
 from gptlab.tracking.environment import ENVIRONMENT
@@ -50,8 +50,8 @@ class Run:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Flattened configuration: {"optimizer.lr": 1e-3, ...}."""
-        return dict(flatten(self.config))
+        """Flattened configuration, to be shown: {"optimizer.lr": 1e-3, ...}. Passwords in URLs are hidden."""
+        return dict(flatten(without_passwords(self.config)))
 
     @property
     def state(self) -> RunState | None:
@@ -75,8 +75,8 @@ class Run:
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """Content of environment.json; empty if there is none."""
-        return _json(self.directory / ENVIRONMENT)
+        """Content of environment.json, without passwords in URLs; empty if there is none."""
+        return without_passwords(_json(self.directory / ENVIRONMENT))
 
     @cached_property
     def forecast(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptlab.config.schema import RunConfig, WandbConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, without_passwords
 from gptlab.files import read_regular, write_file
 from gptlab.parsing import parse_json
 from gptlab.tracking.environment import ENVIRONMENT
@@ -64,8 +64,8 @@ def init_run(config: RunConfig, settings: WandbConfig, directory: Path) -> Any:
 def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any]:
     """Returns the configuration for W&B: that of the run and, as "environment", code version and machine.
 
-    It excludes environment variables and the command line, which may contain secrets. Settings whose names begin with
-    ``x_`` are undocumented, but the environment variables that set them are documented (checked in wandb 0.31.0).
+    It excludes environment variables, the command line and passwords in URLs. Settings whose names begin with ``x_``
+    are undocumented, but the environment variables that set them are documented (checked in wandb 0.31.0).
 
     Args:
         config: Configuration of the run.
@@ -85,7 +85,7 @@ def run_config(config: RunConfig, directory: Path, client: Any) -> dict[str, Any
         "python": values["python"].split()[0],
         **{name: packages.get(name) for name in ("torch", "lightning", "gptlab")},
     }
-    return {**without_origin(config), "environment": environment}
+    return {**without_passwords(without_origin(config)), "environment": environment}
 
 
 def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Literal["online", "offline"]) -> Any:

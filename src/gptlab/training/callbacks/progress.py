@@ -4,8 +4,9 @@ import logging
 import time
 from datetime import timedelta
 
-from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gptlab.terminal import get_console
 
 log = logging.getLogger(__name__)
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 
 import lightning as L
 
+from gptlab.terminal import printable
+
 CHECKS = 10  # per timeout
 HUNG_STATUS = 124  # exit code of a hung process, as for timeout(1)
 STDERR = 2  # the file descriptor, which a redirected ``sys.stderr`` does not affect
@@ -92,7 +94,7 @@ class Watchdog(L.Callback):
             f"gptlab: rank {rank} made no progress for {self.timeout:g} seconds (trainer.hang_timeout) and is "
             f"terminated. The stack traces of its threads are {where}\n"
         )
-        os.write(STDERR, message.encode())  # no logging: the thread that hangs may hold its lock
+        os.write(STDERR, printable(message).encode())  # no logging: the thread that hangs may hold its lock
         for listener in self.listeners:
             threading.Thread(target=listener, args=(message.strip(),), daemon=True).start()
         time.sleep(self.timeout * (0.1 if rank == 0 else 0.2))
