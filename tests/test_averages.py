@@ -51,7 +51,7 @@ def sample(directory, model: GPT, step: int) -> str:
         decoder=plain_decoder(model),
         device=torch.device("cpu"),
     )
-    (text,) = collect_tokens(rows).tolist()
+    (text,) = collect_tokens(rows)
     return f"--- sample 1 ---\nline{bytes(min(token, 255) for token in text).decode(errors='replace')}\n"
 
 

@@ -53,6 +53,16 @@ def kept(directory):
 
 
 @pytest.mark.slow
+def test_samples_of_nan_weights_do_not_hide_the_divergence(user):
+    break_steps(user, "if step == 3: self.model.ln_f.weight.data.fill_(float('nan'))")
+    done = user.train("train.max_steps=50", "train.max_bad_steps=4", "train.eval_every=2", "callbacks=default")
+    assert done.returncode == DIVERGED, done.stderr
+    directory = user.only_run()
+    assert "step 4: no samples, because the logits of the model are not finite" in (directory / "train.log").read_text()
+    assert [path.name for path in (directory / "samples").iterdir()] == ["step_000002.txt"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "optimizer"),
     [

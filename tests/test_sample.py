@@ -39,6 +39,39 @@ def test_a_text_depends_neither_on_other_texts_nor_on_streaming(user, run):
     assert re.search(r"decode    39 tokens in .* tokens/s, .*\nmemory    [\d.]+ GB/s measured", streamed.stdout)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ('"two" and "three"', '"two" and "three"'),
+        ("'s", "'s"),
+        ('"', '"'),
+        (r"a\nb", "a\nb"),
+        (r"\\nabla \theta", r"\nabla \theta"),
+        ("${x} [1,2] a=b", "${x} [1,2] a=b"),
+        ("\x0ca\u2028b", "\x0ca\u2028b"),
+    ],
+)
+def test_a_prompt_is_literal_except_for_line_breaks(user, run, prompt, text):
+    rest = ("max_new_tokens=1", "temperature=0", r'stop=["\n\n","<|endoftext|>"]')
+    done = user.python("gptlab.sample", f"run={run}", f"prompt={prompt}", *rest)
+    assert_success(done)
+    assert done.stdout.startswith(text)
+    (user.folder / "prompts.txt").write_text(f"\ufeff{prompt}\nsecond\n", encoding="utf-8")
+    done = user.python("gptlab.sample", f"run={run}", "prompts=prompts.txt", *rest)
+    assert_success(done)
+    assert done.stdout.startswith(text)
+    assert done.stdout.count(LINE) == 2
+
+
+@pytest.mark.slow
+def test_two_line_breaks_are_a_stop_string(user, run):
+    arguments = (f"run={run}", "prompt=line", "max_new_tokens=400", "temperature=1", "seed=3")
+    whole = user.python("gptlab.sample", *arguments).stdout.split(f"\n{LINE}")[0]
+    cut = user.python("gptlab.sample", *arguments, r'stop=["\n"]').stdout.split(f"\n{LINE}")[0]
+    assert "\n" in whole
+    assert cut == whole.partition("\n")[0]
+
+
 @pytest.mark.slow
 def test_a_text_ends_before_a_stop_string(user, run):
     arguments = (f"run={run}", "prompt=line", "max_new_tokens=20", "temperature=0", "precision=bfloat16", "int8=true")

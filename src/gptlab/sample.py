@@ -11,6 +11,7 @@ from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.config.schema import Seed
+from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.model.config import SamplingConfig
@@ -64,7 +65,8 @@ def main(values: DictConfig) -> int:
     """Loads the model, generates texts and prints them."""
     config = validate(SampleConfig, resolve_to_dict(values))
     source = open_model_source(config.run, "run")  # reports errors before torch is imported
-    prompts = [config.prompt] if config.prompts is None else _read_prompts(Path(config.prompts).expanduser())
+    lines = [config.prompt] if config.prompts is None else _read_prompts(Path(config.prompts).expanduser())
+    prompts = [unescape_line_breaks(line) for line in lines]
     inference = _load(config, source)
     if config.interactive:
         _converse(config, inference)
@@ -76,14 +78,13 @@ def main(values: DictConfig) -> int:
 
 
 def _read_prompts(path: Path) -> list[str]:
-    r"""Reads prompts, one per line; \n in a line stands for a line break."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={path} cannot be read: {failure_reason(error)}.") from error
-    if not (lines := text.splitlines()):
+    if not text:
         raise UserError(f"prompts={path} is empty. It must contain one prompt per line.")
-    return [line.replace(r"\n", "\n") for line in lines]
+    return text.removesuffix("\n").split("\n")  # str.splitlines also splits at form feeds and U+2028
 
 
 def _load(config: SampleConfig, source: ModelSource) -> "InferenceModel":
@@ -109,7 +110,7 @@ def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[
         inference,
         prompts,
         config.sampling,
-        stop=config.stop,
+        stop=[unescape_line_breaks(text) for text in config.stop],
         seeds=row_seeds(seed, len(prompts) * config.num_samples),
         max_new_tokens=config.max_new_tokens,
         tokens_per_piece=1 if config.stream or config.interactive else TOKENS_PER_PIECE,

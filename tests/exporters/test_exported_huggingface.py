@@ -77,7 +77,7 @@ def test_exported_tokenizer_and_generated_text_match(tmp_path, monkeypatch, kind
     greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
     prompt = tokenizer.encode("the cow").tolist()
     settings = {"seeds": [0], "max_new_tokens": 12, "decoder": plain_decoder(model), "device": torch.device("cpu")}
-    ours = collect_tokens(generate(model, [prompt], greedy, **settings))[0].tolist()
+    ours = collect_tokens(generate(model, [prompt], greedy, **settings))[0]
     assert tokenizer.end_of_text not in ours  # transformers would stop there
     generator = pipeline("text-generation", str(tmp_path / "out"), dtype=torch.float32)
     (written,) = generator("the cow", max_new_tokens=12, do_sample=False)

@@ -25,7 +25,7 @@ def generated(model, prompts, how=GREEDY, *, tokens, seed=0, copies=1, decoder=N
     seeds = row_seeds(seed, len(prompts) * copies)
     decoder = decoder or plain_decoder(model)
     rows = generate(model, prompts, how, seeds=seeds, max_new_tokens=tokens, decoder=decoder, device=CPU)
-    return collect_tokens(rows).tolist()
+    return collect_tokens(rows)
 
 
 def tiny_model(seed: int = 0, **options) -> GPT:

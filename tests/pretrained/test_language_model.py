@@ -70,6 +70,26 @@ def test_invalid_arguments_raise_user_errors(directory, call, message):
         call(model)
 
 
+def test_a_stop_string_may_be_given_alone(directory):
+    model, _ = load(str(directory))
+    text = model.generate("line", temperature=0, max_new_tokens=20)[0]
+    stop = text[6:9]
+    assert (
+        model.generate("line", temperature=0, max_new_tokens=20, stop=stop)[0] == "line" + text[4:].partition(stop)[0]
+    )
+    for wrong in (3, ["a", ""], [None]):
+        with pytest.raises(UserError, match=r"stop=.* is not valid"):
+            model.generate("line", stop=wrong)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_with_nan_weights_generates_no_text(directory, temperature):
+    model, _ = load(str(directory))
+    model.network.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="its logits are not finite"):
+        model.generate("line", temperature=temperature, max_new_tokens=20)
+
+
 def test_package_exports_match_all():
     assert [getattr(gptlab, name).__name__ for name in gptlab.__all__] == gptlab.__all__
     with pytest.raises(AttributeError, match="module 'gptlab' has no attribute 'laod'"):

@@ -163,15 +163,16 @@ def _appended_folders(overrides: Sequence[str]) -> list[Path]:
 def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
     """Quotes the value of an override if it is literal or not valid in Hydra's grammar (a path with "=", code)."""
     key, equals, value = argument.partition("=")
-    if argument.startswith("-") or not equals or value.startswith(("'", '"')):
+    is_literal = key in literal_keys
+    if argument.startswith("-") or not equals or (value.startswith(("'", '"')) and not is_literal):
         return argument
     try:
-        if key not in literal_keys:
+        if not is_literal:
             OverridesParser.create().parse_override(argument)
             return argument
     except HydraException:
         pass
-    if key in literal_keys:
+    if is_literal:
         value = value.replace("${", r"\${")  # no interpolation
     escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes are special only in front of a quote
     trailing = re.search(r"\\*$", escaped)

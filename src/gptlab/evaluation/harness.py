@@ -24,7 +24,7 @@ from gptlab.data.tokenizers.text_stream import TextStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.generate import generate, plain_decoder
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.gpt import GPT
 
@@ -200,7 +200,7 @@ class HarnessModel(TemplateLM):
             for step, ids in enumerate(rows, 1):
                 waiting.append(ids)
                 if step % GENERATION_BATCH == 0 or step == max_new_tokens:
-                    pieces = torch.stack(waiting, dim=1).tolist()
+                    pieces = collect_tokens(waiting)
                     texts = [text + s.push(piece) for text, s, piece in zip(texts, streams, pieces, strict=True)]
                     waiting = []
                     if all(stream.ended for stream in streams):

@@ -27,6 +27,8 @@ from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 T = TypeVar("T")
 
+_NOT_FINITE = "the {} is not finite (NaN or infinite). Training of this model may have diverged."
+
 
 class EvalContext(NamedTuple):
     """Device, precision and rank of one process of an evaluation.
@@ -88,7 +90,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
         context: Device, precision and rank.
 
     Raises:
-        UserError: A split has fewer than two tokens.
+        UserError: A split has fewer than two tokens, or the loss is not finite.
     """
     prepared, block_size = corpus.prepared, model.config.block_size
     stride = config.stride or block_size
@@ -108,6 +110,8 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
             accumulate_losses(sums, model, track(part), resolve_loss_chunk("auto", model.config))
     sums.sums = context.all_reduce(sums.sums)
     loss, bits_per_byte = sums.result()
+    if not math.isfinite(loss):
+        raise UserError(f"run={config.run}: {_NOT_FINITE.format(f'loss on {prepared.manifest.origin}')}")
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
     seconds = time.perf_counter() - start
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above about 709
@@ -154,6 +158,8 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
         for batch in track(batches):
             if batch:
                 losses = ending_losses(model, batch, block_size=block_size, device=device, chunk=chunk)
+                if not all(math.isfinite(loss.nats) for endings in losses for loss in endings):
+                    raise UserError(f"run={config.run}: {_NOT_FINITE.format('loss on HellaSwag')}")
                 counts += torch.tensor(count_correct(losses, [example.label for example in batch]), device=device)
     found = AccuracyCounts(*context.all_reduce(counts).tolist())
     values = {

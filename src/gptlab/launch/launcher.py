@@ -19,6 +19,7 @@ from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import SPLITS, Manifest, Split, load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
@@ -113,7 +114,8 @@ def preflight(config: RunConfig) -> ReadyRun:
         _check_same_components(config, Path(config.resume))
     prepared = open_data(config)
     if config.callbacks.samples is not None:
-        prompt_ids(prepared.tokenizer, config.callbacks.samples.prompt)  # raises if the prompt cannot be encoded
+        prompt = unescape_line_breaks(config.callbacks.samples.prompt)
+        prompt_ids(prepared.tokenizer, prompt)  # raises if the prompt cannot be encoded
     if (hellaswag := config.callbacks.hellaswag) is not None:
         read_examples_cached(Path(hellaswag.path), prepared.tokenizer, hellaswag.limit)  # raises if it cannot be read
     preflight_components(config, prepared)

@@ -115,8 +115,8 @@ class LanguageModel:
             prompt: Prompt. "" starts a new document.
             num_samples: Number of texts.
             max_new_tokens: Maximum number of new tokens per text. Default: as in conf/sample.yaml.
-            settings: Options of conf/sample.yaml, with the defaults there: seed, stop, temperature, top_k, top_p,
-                min_p, repetition_penalty.
+            settings: Options of conf/sample.yaml, with the defaults there: seed, stop (a string or a list of strings),
+                temperature, top_k, top_p, min_p, repetition_penalty.
 
         Returns:
             The prompt with its continuation, ``num_samples`` times.
@@ -127,11 +127,16 @@ class LanguageModel:
         defaults = _sample_defaults()
         wanted = {**{key: defaults[key] for key in (*SamplingConfig.model_fields, "seed", "stop")}, **settings}
         seed, stop = wanted.pop("seed"), wanted.pop("stop")
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+            raise UserError(
+                f"stop={stop!r} is not valid: it should be a string, or a list of strings that are not empty."
+            )
         generator = TextGenerator(
             InferenceModel(self.network, self.tokenizer, self.device, compiled=False),
             [prompt],
             validate(SamplingConfig, wanted),
-            stop=stop,
+            stop=stops,
             seeds=row_seeds(seed, num_samples),
             max_new_tokens=defaults["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
             tokens_per_piece=TOKENS_PER_PIECE,

@@ -10,7 +10,7 @@ from gptlab.data.tokenizers.text import END_OF_TEXT
 from gptlab.data.tokenizers.text_stream import TextStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.generate import generate
+from gptlab.model.generation.generate import collect_tokens, generate
 from gptlab.model.generation.inference import (
     Precision,
     build_decoder,
@@ -146,7 +146,7 @@ class TextGenerator:
         yield [stream.close() for stream in self.streams]
 
     def _pieces(self, pending: list[torch.Tensor]) -> list[str]:
-        ids = torch.stack(pending, dim=1).tolist()
+        ids = collect_tokens(pending)
         self._last = time.perf_counter()
         if self._steps == 1:
             self._first = self._last

@@ -73,7 +73,7 @@ def test_a_row_does_not_depend_on_other_rows_or_on_max_new_tokens(model):
         rows = generate(
             model, [prompt], how, seeds=[seeds[row]], max_new_tokens=30, decoder=plain_decoder(model), device=CPU
         )
-        assert collect_tokens(rows)[0].tolist() == together[row][:30]
+        assert collect_tokens(rows)[0] == together[row][:30]
     assert len({tuple(row) for row in generated(model, [[1]], sampling(), tokens=20, copies=4)}) == 4
 
 

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.sampler import row_seeds, sample_next_token, uniform_numbers
+from gptlab.model.generation.sampler import NOT_FINITE, row_seeds, sample_next_token, uniform_numbers
 
 PLAIN = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None, "repetition_penalty": 1.0}
 SETTINGS = {
@@ -73,3 +73,20 @@ def test_the_numbers_of_a_row_depend_only_on_its_seed():
     assert torch.equal(uniform_numbers(seeds[1:], 20), numbers[1:, :20])
     # the mean is 0.5 within four standard errors
     assert abs(uniform_numbers([1], 10_000).mean() - 0.5) < 4 / (12 * 10_000) ** 0.5
+
+
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_whose_logits_are_not_finite_are_marked(changes, value):
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).repeat(3, 1)
+    logits[1, 2] = value
+    ids = sample_next_token(logits, None, torch.full((3,), 0.99), SamplingConfig(**PLAIN | changes)).tolist()
+    assert ids[1] == NOT_FINITE
+    assert 0 <= ids[0] == ids[2]
+
+
+@pytest.mark.parametrize("temperature", [1e-10, 1e-38, 1e-45])
+def test_a_tiny_temperature_selects_the_most_likely_token(temperature):
+    logits, uniforms = torch.tensor([[-50.0, 80.0, 79.99, 80.01]]), torch.tensor([0.0])
+    ids = sample_next_token(logits, None, uniforms, SamplingConfig(**PLAIN | {"temperature": temperature}))
+    assert ids.tolist() == [3]

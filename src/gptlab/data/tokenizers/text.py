@@ -1,4 +1,6 @@
-"""Text of tokenizers: the end-of-text token, and text that UTF-8 can encode."""
+"""Text of tokenizers: the end-of-text token, text that UTF-8 can encode, and line breaks in prompts."""
+
+import re
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -10,3 +12,8 @@ def replace_surrogates(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode(errors="replace").decode()
     return text
+
+
+def unescape_line_breaks(text: str) -> str:
+    r"""Replaces \n by a line break, and \\n by \n, in a text that a user has typed on one line."""
+    return re.sub(r"\\(\\?)n", lambda found: r"\n" if found[1] else "\n", text)

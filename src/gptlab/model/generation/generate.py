@@ -3,14 +3,15 @@
 Shapes: B rows, P prompts (B / P rows each), T time, S slots of the cache, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from gptlab.errors import UserError
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
-from gptlab.model.generation.sampler import sample_next_token, uniform_numbers
+from gptlab.model.generation.sampler import NOT_FINITE, sample_next_token, uniform_numbers
 from gptlab.model.gpt import GPT
 
 NextLogits = Callable[[Tensor, KVCache, CachePosition], Tensor]  # signature of GPT.next_logits
@@ -61,7 +62,8 @@ def generate(
         device: Device of the model.
 
     Yields:
-        The next token ID of every row (B,), on the device. The host does not synchronize with the device.
+        The next token ID of every row (B,), on the device, or -1 for a row whose logits are not finite, for
+        ``collect_tokens``. The host does not synchronize with the device.
     """
     rows = _Rows(model, prompts, len(seeds) // len(prompts), max_new_tokens, decoder, device)
     uniforms = uniform_numbers(seeds, max_new_tokens).to(device)
@@ -71,9 +73,10 @@ def generate(
     try:
         for step in range(max_new_tokens):
             ids = sample_next_token(rows.next_logits(), seen, uniforms[:, step], sampling)
-            rows.append(ids)
+            valid = ids.clamp(min=0)
+            rows.append(valid)
             if seen is not None:
-                seen.scatter_(1, ids[:, None], True)
+                seen.scatter_(1, valid[:, None], True)
             yield ids
     finally:
         model.train(training)
@@ -171,6 +174,20 @@ class _Rows:
         return min(self.num_slots, -(-needed // self.decoder.bucket) * self.decoder.bucket)
 
 
-def collect_tokens(tokens: Iterator[Tensor]) -> Tensor:
-    """Collects the tokens that ``generate`` yields into one tensor (B, max_new_tokens)."""
-    return torch.stack(list(tokens), dim=1)
+class NonFiniteLogitsError(UserError):
+    """Error of a model whose logits are NaN or infinite."""
+
+
+def collect_tokens(tokens: Iterable[Tensor]) -> list[list[int]]:
+    """Copies tokens that ``generate`` yields to the host; returns the token IDs of every row.
+
+    Raises:
+        NonFiniteLogitsError: The logits of a row are not finite.
+    """
+    ids: list[list[int]] = torch.stack(list(tokens), dim=1).tolist()
+    if any(NOT_FINITE in row for row in ids):
+        raise NonFiniteLogitsError(
+            "The model cannot generate text, because its logits are not finite (NaN or infinite). Its training may "
+            "have diverged."
+        )
+    return ids

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from gptlab.model.config import SamplingConfig
 
+NOT_FINITE = -1  # returned instead of a token ID if the logits are NaN or infinite
+MIN_TEMPERATURE = 1e-20  # logits divided by less could exceed float32
+
 
 def row_seeds(seed: int, rows: int) -> list[int]:
     """Returns one 64-bit seed per row, which depends only on ``seed`` and the row's index."""
@@ -30,7 +33,7 @@ def uniform_numbers(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def sample_next_token(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Samples one token ID per row (B,), by inverting the cumulative distribution.
+    """Samples one token ID per row (B,), by inverting the cumulative distribution; ``NOT_FINITE`` if that has NaNs.
 
     Args:
         logits: Next-token logits (B, V).
@@ -40,14 +43,16 @@ def sample_next_token(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sam
     """
     if seen is not None:
         logits = apply_repetition_penalty(logits.float(), seen, sampling.repetition_penalty)
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
+    if sampling.temperature < MIN_TEMPERATURE:
+        largest, greedy = logits.max(dim=-1)  # NaN if there is one
+        return greedy.where(largest.isfinite(), NOT_FINITE)
     values, ids = top_candidates(logits, sampling)
     probabilities = filtered_probabilities(values.float() / sampling.temperature, sampling)
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     # the first candidate whose cumulative probability exceeds the number, so never one with probability 0
     index = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)
-    return (index if ids is None else ids.gather(1, index))[:, 0]
+    index = index.clamp(max=values.size(-1) - 1)
+    return (index if ids is None else ids.gather(1, index))[:, 0].where(cumulative[:, -1] > 0, NOT_FINITE)
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -1,20 +1,23 @@
 """Text samples during training."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 
-from gptlab.data.tokenizers.text import END_OF_TEXT
+from gptlab.data.tokenizers.text import END_OF_TEXT, unescape_line_breaks
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.files import write_file
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
+from gptlab.model.generation.generate import NonFiniteLogitsError, collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.training.config import SamplesConfig
 from gptlab.training.distributed.strategies import any_length
 from gptlab.training.module import GPTModule, derive_seed
+
+log = logging.getLogger(__name__)
 
 HEADING = "--- sample {} ---\n"
 
@@ -46,7 +49,7 @@ class Samples(L.Callback):
         """Generates the same samples on every rank (a sharded model needs all ranks); the first rank writes them."""
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         device, step = pl_module.device, trainer.global_step
-        prompt = prompt_ids(self.tokenizer, self.config.prompt)
+        prompt = prompt_ids(self.tokenizer, unescape_line_breaks(self.config.prompt))
         with any_length(trainer):
             rows = generate(
                 pl_module.model,
@@ -57,7 +60,12 @@ class Samples(L.Callback):
                 decoder=plain_decoder(pl_module.model),
                 device=device,
             )
-            texts = collect_tokens(rows).tolist()
+            try:
+                texts = collect_tokens(rows)
+            except NonFiniteLogitsError:
+                log.warning("step %d: no samples, because the logits of the model are not finite.", step)
+                self.latest = []
+                return
         self.latest = [self.tokenizer.decode(prompt + text).removeprefix(END_OF_TEXT) for text in texts]
         if trainer.is_global_zero:
             self.folder.mkdir(exist_ok=True)
