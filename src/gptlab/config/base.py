@@ -47,7 +47,7 @@ def component_or_name(values: Any) -> str | None:
     """Returns the discriminator of a union of a ``ComponentConfig`` and configurations with a literal ``name``."""
     if component_or_built_in(values) == "component":
         return "component"
-    name: str | None = values.get("name") if isinstance(values, Mapping) else values.name
+    name: str | None = values.get("name") if isinstance(values, Mapping) else getattr(values, "name", None)
     return name
 
 

@@ -2,17 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -158,7 +160,8 @@ def _train(
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             attach_wandb(trainer, recorder)
-            _fit(trainer, module, data, checkpoint, run_dir, config)
+            with _restoring(checkpoint, recorder):
+                _fit(trainer, module, data, checkpoint, run_dir, config)
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
@@ -195,6 +198,18 @@ def _fit(
             print_stopped("Interrupted", run_dir, trainer.global_step, config)
             raise KeyboardInterrupt from None
         raise
+
+
+@contextlib.contextmanager
+def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[None]:
+    """Converts the errors of Lightning and torch for a checkpoint that does not fit the run to a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if checkpoint is None or recorder.has_started or isinstance(error, torch.OutOfMemoryError | dist.DistError):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+        raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}") from error
 
 
 def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> TokenDataModule:
