@@ -182,14 +182,16 @@ def _check_shapes(optimizer: Optimizer, state: State) -> None:
         state: State to load, with as many parameters as the optimizer.
 
     Raises:
-        UserError: A tensor is missing or has the wrong shape.
+        UserError: The parameters are not those of the optimizer, or a tensor is missing or has the wrong shape.
     """
     parts = (optimizer.muon, optimizer.adamw) if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
     parameters = [(part, parameter) for part in parts for group in part.param_groups for parameter in group["params"]]
     labels = [label for group in state["param_groups"] for label in group["params"]]
+    if len({*labels}) < len(labels) or state["state"].keys() - {*labels}:
+        raise UserError("The optimizer state of the checkpoint is damaged: its parameters are not those of its groups.")
     for label, (part, parameter) in zip(labels, parameters, strict=True):
         moments = state["state"].get(label, {})
-        is_own = type(part).__module__.partition(".")[0] in ("torch", "gptlab")  # others may give the names other meanings
+        is_own = type(part).__module__.partition(".")[0] in ("torch", "gptlab")  # others use the names otherwise
         shapes = dict.fromkeys(SHAPED, parameter.shape) | {"step": torch.Size()} if is_own else {}
         wrong = [key for key in shapes.keys() & moments.keys() if torch.as_tensor(moments[key]).shape != shapes[key]]
         wrong += REQUIRED.get(type(part), set()) - moments.keys() if moments else ()
