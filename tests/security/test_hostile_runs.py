@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from commands import assert_config_error
@@ -121,6 +122,16 @@ def test_a_run_with_a_damaged_checkpoint_or_metrics_is_not_resumed(user, damage)
     done = user.python("gptlab.train", "resume=run", "train.max_steps=41", "trust_paths=true")
     assert_config_error(done, "metrics.csv cannot be read" if damage == "metrics" else "checkpoint")
     assert damage != "metrics" or (run / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"n_layer": 9999}, {"n_embd": 10**6}, {"vocab_size": 2**31}])
+def test_a_model_that_is_much_larger_than_its_checkpoint_is_not_built(tmp_path, monkeypatch, change):
+    monkeypatch.setenv(TRUST_PATHS, "1")
+    run = copy_run(tmp_path)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(values | {"model": values["model"] | change}))
+    with pytest.raises(UserError, match="does not fit in"):
+        load_model(open_model_source(str(run)))
 
 
 def adamw(parameter_size: int):
