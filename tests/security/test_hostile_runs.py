@@ -22,9 +22,11 @@ from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.reporting.reading import RunReader
 from gptlab.tracking.loggers import _read_rows
+from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.listing import format_table, list_runs, split_unreadable
-from gptlab.tracking.run_store.runs import Run
+from gptlab.tracking.run_store.runs import Run, find_runs
 from gptlab.training.checkpoints.reading import read_checkpoint, read_weights
+from gptlab.training.checkpoints.records import list_checkpoints
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optim.optimizers import build_optimizer
 from mutations import mutate, record_again
@@ -84,6 +86,24 @@ COMMANDS = (
 )
 
 
+def test_names_that_only_look_like_numbers_are_no_checkpoints_and_no_samples(tmp_path):
+    for name in ("checkpoints/step_\u00b2", "samples/step_\u00b2.txt", "\u00b2/config.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+    assert Run(tmp_path).samples == []
+    assert len(find_runs(str(tmp_path))) == 1
+
+
+def test_a_missing_item_of_a_list_is_refused(tmp_path):
+    run = copy_run(tmp_path)
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["optimizer"]["betas"] = [0.9]
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"optimizer\.betas"):
+        load_config(run)
+
+
 def test_commands_on_damaged_files_end_with_a_sentence(user):
     choose = random.Random(1)  # noqa: S311
     user.environment[TRUST_PATHS] = "1"
@@ -122,6 +142,19 @@ def test_a_run_with_a_damaged_checkpoint_or_metrics_is_not_resumed(user, damage)
     done = user.python("gptlab.train", "resume=run", "train.max_steps=41", "trust_paths=true")
     assert_config_error(done, "metrics.csv cannot be read" if damage == "metrics" else "checkpoint")
     assert damage != "metrics" or (run / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["train.log", "state.json", "samples", "checkpoints/.unfinished-step_000041"])
+def test_a_file_in_the_place_of_a_directory_or_the_reverse_is_refused(user, name):
+    path = copy_run(user.folder) / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.suffix:
+        path.mkdir()
+        (path / "file").touch()
+    else:
+        path.touch()
+    done = user.python("gptlab.train", "resume=run", "train.max_steps=41", "trust_paths=true")
+    assert_config_error(done, f"{path} cannot be written")
 
 
 @pytest.mark.parametrize("change", [{"n_layer": 9999}, {"n_embd": 10**6}, {"vocab_size": 2**31}])

@@ -19,6 +19,7 @@ from gptlab.config.resume import merge_resume_config, resume_as
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import load_config
+from gptlab.tracking.wandb import evaluations
 from serving import served
 
 STORED = Path(__file__).parents[1] / "compatibility" / "single"
@@ -214,6 +215,24 @@ def changed(config: RunConfig, key: str) -> RunConfig:
         part = part[group]
     part[name] = "x"
     return RunConfig.model_validate(values)
+
+
+def test_an_evaluation_is_sent_to_the_account_that_a_stranger_names_only_if_the_user_agrees(
+    tmp_path, monkeypatch, caplog
+):
+    sent = []
+    monkeypatch.setattr(evaluations, "_is_online", lambda _: True)
+    monkeypatch.setattr(evaluations, "opt_out", lambda: None)
+    monkeypatch.setattr(evaluations, "start_client", lambda: sent.append(1))
+    run = write(tmp_path / "run")
+    wandb = resolved("model=tiny", "logger=wandb", "logger.wandb.entity=stranger").logger.model_dump(mode="json")
+    (run / "config.yaml").write_text(json.dumps(CONFIG | {"logger": wandb}))
+    evaluations.send_evaluation(run, "loss", {"loss": 1.0})
+    assert sent == []
+    assert "logger.wandb.entity=stranger" in caplog.text
+    monkeypatch.setenv(TRUST_PATHS, "1")
+    evaluations.send_evaluation(run, "loss", {"loss": 1.0})
+    assert sent, "the payload has no effect, so the test would prove nothing"
 
 
 def test_a_requeued_job_asks_nothing_since_its_own_configuration_names_the_same_paths(tmp_path, monkeypatch):

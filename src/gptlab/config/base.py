@@ -217,5 +217,5 @@ def _dotted_key(details: ErrorDetails, values: Any) -> str:
         if isinstance(part, int) and not isinstance(values, list):
             continue
         parts.append(str(part))
-        values = values[part] if isinstance(part, int) else inside
+        values = get_value(values, str(part)) if isinstance(part, int) else inside  # None for a missing item
     return ".".join(parts)

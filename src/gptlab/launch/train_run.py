@@ -14,7 +14,7 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -125,8 +125,12 @@ def train_run(
             to the run directory.
         Diverged: The gradient was not finite for ``train.max_bad_steps`` steps in a row.
     """
-    with RunLock() as lock:
-        return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
+    try:
+        with RunLock() as lock:
+            return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:  # in a resumed run
+        path = error.filename2 or error.filename
+        raise UserError(f"{path} cannot be written: {failure_reason(error)}. Remove it.") from error
 
 
 def _train(

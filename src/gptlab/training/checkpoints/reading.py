@@ -76,7 +76,7 @@ def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
         UserError: See ``read_checkpoint``.
     """
     checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
-    states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
+    states = [optimizer.get("state", {}) for optimizer in checkpoint["optimizer_states"]]
     averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
     return {**checkpoint["state_dict"], **averages}
 
