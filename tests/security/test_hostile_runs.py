@@ -120,7 +120,7 @@ def test_commands_on_damaged_files_end_with_a_sentence(user):
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing weights", "other shape", "missing moment", "state of a callback", "metrics"]
+    "damage", ["missing weights", "other shape", "missing moment", "state of a callback", "version", "metrics"]
 )
 def test_a_run_with_a_damaged_checkpoint_or_metrics_is_not_resumed(user, damage):
     run = copy_run(user.folder)
@@ -132,6 +132,8 @@ def test_a_run_with_a_damaged_checkpoint_or_metrics_is_not_resumed(user, damage)
         checkpoint["state_dict"]["wte.weight"] = torch.zeros(3, 3)
     elif damage == "missing moment":
         del checkpoint["optimizer_states"][0]["state"]["wte.weight"]["exp_avg"]
+    elif damage == "version":
+        checkpoint["pytorch-lightning_version"] = "new"
     elif damage == "state of a callback":
         checkpoint["callbacks"]["Recorder"]["seconds"] = "soon"
     else:

@@ -158,6 +158,7 @@ def test_a_terminal_is_asked_and_control_characters_are_escaped(tmp_path, monkey
         ("callbacks.eval_corpora", {"corpora": {"a": {"source": "passwd"}}}, ["corpora.a.source"]),
         ("callbacks.x", {"files": ["a", "b"], "anything": "a/b", "text": "plain"}, ["files.0", "files.1", "anything"]),
         ("callbacks.x", {"y": {"_target_": "lightning.X", "z": "../x"}}, ["y.z"]),
+        ("callbacks.x", {"_args_": ["a"]}, ["_args_.0"]),
         ("data.reader", {"names": "s3://bucket"}, ["names"]),
         ("tokenizer", {"model": "/spm.model"}, ["model"]),
     ],

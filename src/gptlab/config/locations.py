@@ -20,7 +20,7 @@ from gptlab.errors import UserError
 TRUST_PATHS_KEY = "trust_paths"  # key of the commands, not of a run's configuration
 TRUST_PATHS = "GPTLAB_TRUST_PATHS"  # environment variable with the same meaning, if it is 1
 # names of arguments of components that have paths or URLs of any form, and of those that have names of metrics
-_NAMED_LOCATION = re.compile("dir|path|file|folder|root|repo|source|uri|url|host|server|endpoint", re.IGNORECASE)
+_NAMED_LOCATION = re.compile("dir|path|file|folder|root|repo|source|uri|url|host|server|endpoint|_args_", re.IGNORECASE)
 _NAMED_METRIC = re.compile("monitor|metric|prefix", re.IGNORECASE)
 _accepted: set[tuple[str, str]] = set()  # keys and values that the user has agreed to in this process
 

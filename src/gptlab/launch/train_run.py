@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +65,9 @@ from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
 from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
+
+# packages that raise the errors of a damaged checkpoint; Lightning compares its version with packaging
+CHECKPOINT_READERS = {"gptlab", "lightning", "torch", "packaging", *sys.stdlib_module_names}
 
 
 class RunContext(NamedTuple):
@@ -210,7 +215,10 @@ def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[N
     try:
         yield
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if checkpoint is None or recorder.has_started or isinstance(error, torch.OutOfMemoryError | dist.DistError):
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_of_component = frame.f_globals["__name__"].partition(".")[0] not in CHECKPOINT_READERS
+        is_other = is_of_component or isinstance(error, torch.OutOfMemoryError | dist.DistError)
+        if checkpoint is None or recorder.has_started or is_other:
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}") from error
