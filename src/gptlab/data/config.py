@@ -14,6 +14,7 @@ from pydantic import (
 
 from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_built_in
 from gptlab.config.components import Component
+from gptlab.config.locations import Location
 
 
 class DataConfig(FrozenConfig):
@@ -51,12 +52,12 @@ class DataConfig(FrozenConfig):
 
     corpus: Literal["python_stdlib", "shakespeare", "shakespeare_plays", "text", "huggingface", "shards", "component"]
     reader: Component = None
-    source: str | None
-    path: str | None
+    source: Annotated[str | None, Location]
+    path: Annotated[str | None, Location]
     subset: str | None
     streaming: bool
     column: str | None
-    cache_dir: str
+    cache_dir: Annotated[str, Location]
     val_split: Literal["auto", "documents", "tail"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: int
@@ -98,7 +99,7 @@ class BuiltInTokenizerConfig(FrozenConfig):
     """
 
     name: Literal["bytes", "characters", "gpt2", "bpe"]
-    vocab_dir: str | None
+    vocab_dir: Annotated[str | None, Location]
     vocab_size: Annotated[int, Field(gt=257)] | None
     train_mb: PositiveFloat | None
 

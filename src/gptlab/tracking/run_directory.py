@@ -13,7 +13,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import read_regular, write_durably
-from gptlab.model.config import SHAPE_KEYS, GPTConfig
+from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
@@ -138,6 +138,33 @@ def require_checkpoint(directory: Path, named: str | None = None) -> None:
     """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
     if not has_checkpoint(directory):
         raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
+
+
+def check_model_size(directory: Path, model: GPTConfig) -> None:
+    """Checks, before the model is built, that a checkpoint is large enough for it, in at least two bytes per parameter.
+
+    Otherwise, a damaged configuration could ask for any amount of memory.
+
+    Raises:
+        UserError: The checkpoint is too small.
+    """
+    if model.components or model.vocab_size is None:  # the formula does not apply
+        return
+    count = parameter_count(model)
+    largest = max(map(_size, list_checkpoints(directory / CHECKPOINTS)), default=0)
+    if 2 * count > largest > 0:
+        raise UserError(
+            f"The checkpoints of {directory} do not fit its {CONFIG}: a model with {count:,} parameters does not fit "
+            f"in {largest:,} bytes."
+        )
+
+
+def _size(checkpoint_dir: Path) -> int:
+    """Returns the size of a checkpoint in bytes; 0 if it is removed in the meantime."""
+    try:
+        return sum(path.lstat().st_size for path in checkpoint_dir.iterdir())
+    except OSError:
+        return 0
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:

@@ -52,6 +52,15 @@ def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
     Raises:
         UserError: gptlab does not support the tokenizer, or its file is invalid.
     """
+    try:
+        return _read_record(path, rows)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception
+        raise UserError(f"The tokenizer of {path} is damaged: {error!r:.300}.") from error
+
+
+def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
     if (meta := path.parent / META_FILE).is_file() and path.is_file():
         return read_meta(meta).record()
     if (path / TOKENIZER).is_file():
