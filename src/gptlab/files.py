@@ -36,18 +36,19 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
     return FileIO(str(path), "rb", opener=lambda *_: _open(path, os.O_RDONLY, follow=follow))
 
 
-def read_regular(path: Path, limit: int = MAX_BYTES) -> str:
+def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = False) -> str:
     """Reads a UTF-8 text file.
 
     Args:
         path: Path of the file.
         limit: Maximum size in bytes.
+        follow: See ``open_regular``.
 
     Raises:
         OSError: The file is missing, a link, not a regular file, or larger than ``limit``.
         UnicodeDecodeError: The file is not UTF-8 text.
     """
-    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+    with os.fdopen(_open(path, os.O_RDONLY, follow=follow), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
