@@ -11,10 +11,9 @@ transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as 
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple
 
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
 from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
@@ -28,7 +27,7 @@ from gptlab.data.tokenizers.tokenizer import (
 )
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import MAX_BYTES, read_regular
-from gptlab.parsing import parse_json
+from gptlab.parsing import parse_json, unpickle_plain
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -193,14 +192,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return described
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists, numbers and strings. All other objects refer to a class or a function by name."""
-
-    def find_class(self, module: str, name: str) -> Never:
-        """Raises UnpicklingError for every class and function."""
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data and could run any code")
-
-
 def read_meta(path: Path) -> CharactersTokenizer:
     """Builds the tokenizer of nanoGPT's meta.pkl, without running code from the pickle.
 
@@ -228,8 +219,7 @@ def _check_bytes(path: Path) -> None:
 def _load_plain(path: Path) -> Any:
     """Unpickles plain data. Raises UserError for anything else."""
     _check_bytes(path)
-    with path.open("rb") as file:
-        try:
-            return _PlainUnpickler(file).load()
-        except Exception as error:  # a damaged pickle can raise any exception
-            raise UserError(f"{path} cannot be loaded as plain data: {error}.") from error
+    try:
+        return unpickle_plain(path.read_bytes())
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise UserError(f"{path} cannot be loaded as plain data: {error}.") from error
