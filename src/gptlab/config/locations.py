@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from gptlab.config.base import get_value
 from gptlab.config.components import TARGET
 from gptlab.errors import UserError
+from gptlab.terminal import print_message
 
 TRUST_PATHS_KEY = "trust_paths"  # key of the commands, not of a run's configuration
 TRUST_PATHS = "GPTLAB_TRUST_PATHS"  # environment variable with the same meaning, if it is 1
@@ -150,6 +151,6 @@ def _asks(run_dir: Path, listed: list[str]) -> bool:
     if not is_terminal or int(os.environ.get("WORLD_SIZE", 1)) > 1:  # each rank would ask
         return False
     lines = "\n".join(f"  {pair}" for pair in listed)
-    print(f"The configuration of {run_dir} has paths or URLs outside of it:\n{lines}", file=sys.stderr)
-    print("Use them? [y/N] ", end="", file=sys.stderr, flush=True)
+    print_message(f"The configuration of {run_dir} has paths or URLs outside of it:\n{lines}", file=sys.stderr)
+    print_message("Use them? [y/N]", file=sys.stderr)
     return sys.stdin.readline().strip().lower() in ("y", "yes")

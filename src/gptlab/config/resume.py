@@ -31,6 +31,7 @@ CHANGEABLE_KEYS = (
     "train.spike_window",
     "data.cache_dir",
     "data.cache_limit_gb",
+    "data.max_expansion",
     "data.num_workers",
     "tokenizer.vocab_dir",
     "trainer",

@@ -37,6 +37,7 @@ class DataConfig(FrozenConfig):
         split_seed: Seed that selects the documents of val.
         separator: Whether the end-of-text token is inserted after or before each document.
         undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
+        max_expansion: Maximum ratio of the decompressed to the compressed size of a file. Does not change the tokens.
         task_bytes: Maximum size, in bytes of text, of one tokenization task, which writes one shard per split. It
             bounds the memory of a worker.
         documents: "packed" lets attention cross document boundaries. "masked" restricts attention to the tokens since
@@ -63,6 +64,7 @@ class DataConfig(FrozenConfig):
     split_seed: int
     separator: Literal["after", "before"]
     undecodable: Literal["replace", "refuse"]
+    max_expansion: PositiveFloat = 100.0  # run directories of earlier versions do not have it
     task_bytes: PositiveInt
     documents: Literal["packed", "masked"]
     order: Literal["shuffled", "sequential", "block"]

@@ -1,7 +1,7 @@
 """Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,37 +134,37 @@ def best_checkpoint(directory: Path) -> Path:
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Lists the files of the newest checkpoint of a run, which is not verified."""
+    return list(list_checkpoints(directory / CHECKPOINTS)[-1].iterdir())
+
+
 def require_checkpoint(directory: Path, named: str | None = None) -> None:
     """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
     if not has_checkpoint(directory):
         raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
 
 
-def check_model_size(directory: Path, model: GPTConfig) -> None:
-    """Checks, before the model is built, that a checkpoint is large enough for it, in at least two bytes per parameter.
+def check_weights_size(path: Path, files: Iterable[Path], model: GPTConfig) -> None:
+    """Checks that weights are large enough for a model of this config, before memory is allocated for it.
 
-    Otherwise, a damaged configuration could ask for any amount of memory.
+    Args:
+        path: Run directory or model of another program, for the message.
+        files: The files with the weights.
+        model: Config that is stored with the weights.
 
     Raises:
-        UserError: The checkpoint is too small.
+        UserError: The files have less than one byte per parameter.
     """
-    if model.components or model.vocab_size is None:  # the formula does not apply
-        return
-    count = parameter_count(model)
-    largest = max(map(_size, list_checkpoints(directory / CHECKPOINTS)), default=0)
-    if 2 * count > largest > 0:
+    if model.components or model.vocab_size is None:
+        return  # the number of parameters is not known yet
+    size, count = sum(file.stat().st_size for file in files), parameter_count(model)
+    if count > size:
         raise UserError(
-            f"The checkpoints of {directory} do not fit its {CONFIG}: a model with {count:,} parameters does not fit "
-            f"in {largest:,} bytes."
+            f"{path} is not valid: a model of its configuration (n_layer={model.n_layer}, n_embd={model.n_embd}, "
+            f"vocab_size={model.vocab_size}, block_size={model.block_size}) has {count:,} parameters, but its weights "
+            f"have only {size:,} bytes."
         )
-
-
-def _size(checkpoint_dir: Path) -> int:
-    """Returns the size of a checkpoint in bytes; 0 if it is removed in the meantime."""
-    try:
-        return sum(path.lstat().st_size for path in checkpoint_dir.iterdir())
-    except OSError:
-        return 0
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:

@@ -6,6 +6,8 @@ files hold the tensors of the last two, and state.pt the rest.
 """
 
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from gptlab.training.checkpoints.shards import is_sharded, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
+BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # in a pickle; a call of it allocates any size
 
 
 class _OptimizerState(BaseModel):
@@ -100,6 +103,7 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
 def read_plain(path: Path) -> Any:
     """Reads plain data and tensors written by ``torch.save``; raises UserError if the file holds anything else."""
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
         raise UserError(
@@ -138,6 +142,23 @@ def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
         return False
     return (tensor.storage_offset() + tensor.numel()) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def _check_archive(path: Path) -> None:
+    """Checks that an archive of ``torch.save`` needs no more memory than its size.
+
+    Raises:
+        ValueError: An entry is compressed, as ``torch.save`` never does, or the pickle builds a bytearray, which is
+            the only function that torch permits and that fills memory of any size.
+        OSError, zipfile.BadZipFile: It cannot be read, or is not a zip archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{packed[0]} is compressed, so its size is not limited.")
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl") and BYTEARRAY.search(archive.read(entry)):
+                raise ValueError("it has a bytearray, which can be of any size.")
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
