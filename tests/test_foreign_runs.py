@@ -116,9 +116,9 @@ def test_an_interpolation_is_not_resolved(tmp_path, monkeypatch):
 def commands(run: Path) -> dict[str, list[str]]:
     """Returns the arguments of every command that reads the configuration of a run directory."""
     return {
-        "gptlab.train": [f"resume={run}", "train.max_steps=41"],
-        "gptlab.sample": [f"run={run}", "max_new_tokens=4"],
-        "gptlab.evaluate": [f"run={run}", "windows=1"],
+        "gptlab.train": [f"resume={run}", "train.max_steps=41", "trust_paths=true"],
+        "gptlab.sample": [f"run={run}", "max_new_tokens=4", "trust_paths=true"],
+        "gptlab.evaluate": [f"run={run}", "windows=1", "trust_paths=true"],
         "gptlab.export": [f"run={run}", "format=hf", "out=hf"],
         "gptlab.runs": [f"runs={run}"],
         "gptlab.report": [f"runs={run}", "out=report.html"],
@@ -224,7 +224,7 @@ def test_load_builds_a_component_of_a_stranger_only_if_its_package_is_trusted(la
     done = lab.run(*code)
     assert "UserError: model.activation._target_=mylab.tools.TouchActivation in " in done.stderr
     assert not canary.exists()
-    lab.environment["GPTLAB_TRUST"] = "mylab"
+    lab.environment |= {"GPTLAB_TRUST": "mylab", "GPTLAB_TRUST_PATHS": "1"}
     assert lab.run(*code).returncode == 0
     assert canary.exists()
 

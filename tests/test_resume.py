@@ -94,7 +94,7 @@ def test_a_moved_run_keeps_its_best_checkpoint(user, halted):
     config = yaml.safe_load((moved / "config.yaml").read_text())
     config["optimizer"]["lr"] = 5.0
     (moved / "config.yaml").write_text(yaml.safe_dump(config))
-    assert_success(user.python("gptlab.train", f"resume={moved}", "train.max_steps=12"))
+    assert_success(user.python("gptlab.train", f"resume={moved}", "train.max_steps=12", "trust_paths=true"))
     values = metrics(moved, "val/loss")
     assert values[12] > values[6]
     assert best.exists()

@@ -71,7 +71,7 @@ def test_a_run_records_the_split_that_the_default_resolves_to(folder, arguments,
 
 def test_an_earlier_run_that_splits_every_document_is_resumed_unchanged(folder):
     new = (*SMALL, *RECORDS)
-    earlier = run_of(composed(*new, "data.val_split=tail"), folder / "run")
+    earlier = run_of(composed(*new, "data.val_split=tail"), folder / "outputs" / "run")
     shutil.rmtree(folder / "cache")
     for arguments in (
         (f"resume={earlier}",),

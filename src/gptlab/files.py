@@ -8,13 +8,16 @@ which replaces a link instead of following it.
 import errno
 import os
 import stat
+import tempfile
 import uuid
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path, PurePath
 from typing import TextIO
 
 from gptlab.errors import UserError
 
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
 
 
@@ -36,18 +39,19 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
     return FileIO(str(path), "rb", opener=lambda *_: _open(path, os.O_RDONLY, follow=follow))
 
 
-def read_regular(path: Path, limit: int = MAX_BYTES) -> str:
+def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = False) -> str:
     """Reads a UTF-8 text file.
 
     Args:
         path: Path of the file.
         limit: Maximum size in bytes.
+        follow: See ``open_regular``.
 
     Raises:
         OSError: The file is missing, a link, not a regular file, or larger than ``limit``.
         UnicodeDecodeError: The file is not UTF-8 text.
     """
-    with os.fdopen(_open(path, os.O_RDONLY), "rb") as file:
+    with os.fdopen(_open(path, os.O_RDONLY, follow=follow), "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
@@ -125,6 +129,22 @@ def check_no_link(path: Path) -> None:
             f"{path} is {kind}, so writing to this run could change files outside of its directory. Remove it or "
             "replace it with a copy."
         )
+
+
+def use_private_compile_cache() -> None:
+    """Sets torch.compile's cache to a directory that only the user can access, unless TORCHINDUCTOR_CACHE_DIR is set.
+
+    torch.compile unpickles and loads the files in it. By default, it is /tmp/torchinductor_<user>, which another user
+    of the machine can create first. Must be called before compiling.
+    """
+    if COMPILE_CACHE in os.environ:
+        return
+    path = Path(tempfile.gettempdir(), f"gptlab-compiled-{os.getuid()}")
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    is_private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+    os.environ[COMPILE_CACHE] = str(path) if is_private else tempfile.mkdtemp(prefix="gptlab-compiled-")
 
 
 def _is_link_of_library(path: Path) -> bool:

@@ -1,7 +1,10 @@
-"""Parses YAML and JSON from somebody else, with bounded depth and without YAML's aliases. Imports no torch."""
+"""Parses YAML, JSON and pickles of plain data from somebody else, with bounded depth. Imports no torch."""
 
+import io
 import json
+import pickle
 import re
+from collections.abc import Set
 from typing import Any
 
 import yaml
@@ -44,6 +47,33 @@ def parse_json(text: str) -> Any:
             return values
         level = [part for group in groups for part in group]
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def unpickle_plain(content: bytes, permitted: Set[str] = frozenset()) -> Any:
+    """Unpickles dicts, lists, numbers and strings, which run no code.
+
+    Args:
+        content: The pickle.
+        permitted: Full names of classes and functions that it may also refer to.
+
+    Raises:
+        Exception: It refers to another class or function (UnpicklingError), or is damaged (any exception).
+    """
+    return _PlainUnpickler(io.BytesIO(content), permitted).load()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Unpickles plain data. All other objects refer to a class or a function by name."""
+
+    def __init__(self, file: io.BytesIO, permitted: Set[str]) -> None:
+        super().__init__(file)
+        self._permitted = permitted
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Raises UnpicklingError for a class or function that is not permitted."""
+        if f"{module}.{name}" in self._permitted:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data and could run any code")
 
 
 def _is_group(value: Any) -> bool:

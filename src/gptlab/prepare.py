@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
+from gptlab.config.locations import check_locations
 from gptlab.config.resume import replace_built_ins, resolve_to_dict
 from gptlab.config.trust import check_trusted
 from gptlab.data.order import training_order
@@ -35,7 +36,7 @@ def main(values: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     config = validate(PrepareCommand, replace_built_ins(resolve_to_dict(values), overrides))
     if config.replay is not None:
-        _replay(config.replay, config.step)
+        _replay(config, config.replay)
     elif config.convert is not None:
         _convert(config, config.convert)
     elif config.inspect is not None:
@@ -66,13 +67,15 @@ def _convert(config: PrepareCommand, path: str) -> None:
         print_message(written)
 
 
-def _replay(path: str, step: int) -> None:
+def _replay(given: PrepareCommand, path: str) -> None:
     """Prints the global batch of one step of a run."""
-    config = load_config(Path(path).expanduser(), f"replay={path}")
+    run_dir = Path(path).expanduser()
+    config = load_config(run_dir, f"replay={path}")
     check_trusted(config.model_dump(mode="json", include={"data", "tokenizer"}), path)
+    check_locations(config, run_dir, used=("data", "tokenizer"), given=given.model_dump())
     prepared = prepare(config.data, config.tokenizer)
     order = training_order(prepared.manifest, config.data, config.model.block_size, config.seed)
-    print_batch(batch_texts(prepared, order, step, config.train.stages))
+    print_batch(batch_texts(prepared, order, given.step, config.train.stages))
 
 
 if __name__ == "__main__":

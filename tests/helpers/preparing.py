@@ -34,6 +34,7 @@ SETTINGS = {
     "separator": "after",
     "undecodable": "replace",
     "task_bytes": 300,
+    "max_expansion": 100.0,
     "documents": "packed",
     "order": "shuffled",
     "block_shards": 4,

@@ -19,6 +19,7 @@ from torch.optim import AdamW
 
 from gptlab.benchmarks.config import TrainBench, TrainingSteps
 from gptlab.benchmarks.measuring import Result, ResultTable, Sample, Variant, measure_in_turns, run_timed
+from gptlab.files import use_private_compile_cache
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.modern import build_gpt
@@ -181,6 +182,7 @@ def build_loss(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chun
     def plain() -> Tensor:
         return F.cross_entropy(model(idx).flatten(0, 1).float(), targets.flatten())
 
+    use_private_compile_cache()
     own = torch.compile(model.loss) if devices.compile else model.loss
     mixed = devices.precision == "bf16-mixed"
 

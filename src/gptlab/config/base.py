@@ -47,7 +47,7 @@ def component_or_name(values: Any) -> str | None:
     """Returns the discriminator of a union of a ``ComponentConfig`` and configurations with a literal ``name``."""
     if component_or_built_in(values) == "component":
         return "component"
-    name: str | None = values.get("name") if isinstance(values, Mapping) else values.name
+    name: str | None = values.get("name") if isinstance(values, Mapping) else getattr(values, "name", None)
     return name
 
 
@@ -217,5 +217,5 @@ def _dotted_key(details: ErrorDetails, values: Any) -> str:
         if isinstance(part, int) and not isinstance(values, list):
             continue
         parts.append(str(part))
-        values = values[part] if isinstance(part, int) else inside
+        values = get_value(values, str(part)) if isinstance(part, int) else inside  # None for a missing item
     return ".".join(parts)

@@ -10,6 +10,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from gptlab.config.base import get_value, validate
 from gptlab.config.components import TARGET, is_component
+from gptlab.config.locations import TRUST_PATHS_KEY, check_locations, trust_paths
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.data.prepare.splitting import resolve_val_split
@@ -30,6 +31,7 @@ CHANGEABLE_KEYS = (
     "train.spike_window",
     "data.cache_dir",
     "data.cache_limit_gb",
+    "data.max_expansion",
     "data.num_workers",
     "tokenizer.vocab_dir",
     "trainer",
@@ -58,7 +60,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
     """
     composed = replace_built_ins(resolve_to_dict(values), overrides)
     overridden = [override.lstrip("+~").partition("=")[0] for override in overrides]
-    overridden = [key for key in overridden if key != TRUST_KEY]
+    overridden = [key for key in overridden if key not in (TRUST_KEY, TRUST_PATHS_KEY)]
     if "train.max_tokens" in overridden and "train.max_steps" not in overridden:
         composed["train"]["max_steps"] = None  # the given length replaces the default one
         overridden.append("train.max_steps")
@@ -90,8 +92,8 @@ def merge_resume_config(
         The validated configuration of the resumed run.
 
     Raises:
-        UserError: A key cannot change when a run is resumed; a component of the earlier run is not trusted; or, with
-            force_resume=true, the weights do not fit.
+        UserError: A key cannot change when a run is resumed; a component or a path of the earlier run is not trusted;
+            or, with force_resume=true, the weights do not fit.
     """
     earlier = earlier_config.model_dump(mode="json")
     precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
@@ -111,6 +113,7 @@ def merge_resume_config(
     start = dict.fromkeys(START_KEYS)
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
     check_trusted(merged.model_dump(mode="json"), run_dir)
+    check_locations(merged, run_dir, given=values)
     if is_forced:
         merged = _keep_past_batches(merged, earlier_config, run_dir)
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
@@ -170,13 +173,13 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
-    """Resolves a composed configuration to plain data, without ``trust``.
+    """Resolves a composed configuration to plain data, without ``trust`` and ``trust_paths``, which take effect.
 
     It is what the user typed and has in configuration directories, so the packages of its components are trusted, as
     are those of ``trust``.
 
     Raises:
-        UserError: A mandatory value is missing.
+        UserError: A mandatory value is missing, or ``trust_paths`` is invalid.
     """
     try:
         container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
@@ -185,6 +188,7 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
         raise UserError(f"{key} is missing. Set it on the command line: {key}=<value>") from None
     assert isinstance(container, dict)  # noqa: S101
     resolved = {str(key): value for key, value in container.items()}
+    trust_paths(resolved.pop(TRUST_PATHS_KEY, None))
     named = resolved.pop(TRUST_KEY, None) or []
     trust_packages([named] if isinstance(named, str) else named)
     trust_components(resolved)

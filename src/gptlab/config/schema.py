@@ -7,6 +7,7 @@ from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
 from gptlab.config.base import FrozenConfig
 from gptlab.config.components import Component, enabled_components
+from gptlab.config.locations import Location
 from gptlab.data.config import BuiltInTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig
@@ -24,7 +25,7 @@ class WandbConfig(FrozenConfig):
     """Weights & Biases logger; see conf/logger/wandb.yaml."""
 
     project: str
-    entity: str | None
+    entity: Annotated[str | None, Location]
     group: str | None
     job_type: str | None
     tags: list[str]
@@ -65,10 +66,10 @@ class RunConfig(FrozenConfig):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     seed: Seed
-    resume: str | None
+    resume: Annotated[str | None, Location]
     force_resume: bool
-    init_from: str | None
-    resume_from_nanogpt: str | None = None
+    init_from: Annotated[str | None, Location]
+    resume_from_nanogpt: Annotated[str | None, Location] = None
     model: ModelConfig
     lora: LoRAConfig | None = None
     data: DataConfig

@@ -14,6 +14,7 @@ from pydantic import (
 
 from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_built_in
 from gptlab.config.components import Component
+from gptlab.config.locations import Location
 
 
 class DataConfig(FrozenConfig):
@@ -36,6 +37,7 @@ class DataConfig(FrozenConfig):
         split_seed: Seed that selects the documents of val.
         separator: Whether the end-of-text token is inserted after or before each document.
         undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
+        max_expansion: Maximum ratio of the decompressed to the compressed size of a file. Does not change the tokens.
         task_bytes: Maximum size, in bytes of text, of one tokenization task, which writes one shard per split. It
             bounds the memory of a worker.
         documents: "packed" lets attention cross document boundaries. "masked" restricts attention to the tokens since
@@ -51,17 +53,18 @@ class DataConfig(FrozenConfig):
 
     corpus: Literal["python_stdlib", "shakespeare", "shakespeare_plays", "text", "huggingface", "shards", "component"]
     reader: Component = None
-    source: str | None
-    path: str | None
+    source: Annotated[str | None, Location]
+    path: Annotated[str | None, Location]
     subset: str | None
     streaming: bool
     column: str | None
-    cache_dir: str
+    cache_dir: Annotated[str, Location]
     val_split: Literal["auto", "documents", "tail"]
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: int
     separator: Literal["after", "before"]
     undecodable: Literal["replace", "refuse"]
+    max_expansion: PositiveFloat = 100.0  # run directories of earlier versions do not have it
     task_bytes: PositiveInt
     documents: Literal["packed", "masked"]
     order: Literal["shuffled", "sequential", "block"]
@@ -98,7 +101,7 @@ class BuiltInTokenizerConfig(FrozenConfig):
     """
 
     name: Literal["bytes", "characters", "gpt2", "bpe"]
-    vocab_dir: str | None
+    vocab_dir: Annotated[str | None, Location]
     vocab_size: Annotated[int, Field(gt=257)] | None
     train_mb: PositiveFloat | None
 

@@ -3,6 +3,7 @@
 import logging
 from typing import Any, NamedTuple
 
+from gptlab.config.locations import check_locations
 from gptlab.config.trust import check_trusted
 from gptlab.data.config import BuiltInTokenizerConfig, ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import check_val_split
@@ -62,6 +63,7 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
                 "hellaswag=<file>."
             )
         check_trusted(run.model_dump(mode="json", include={"data", "tokenizer"}), config.run)
+        check_locations(run, source.path, used=("data", "tokenizer"))
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
         check_val_split(config.data)

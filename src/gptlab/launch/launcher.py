@@ -32,7 +32,13 @@ from gptlab.launch.supervisor import Job, supervise
 from gptlab.pretrained.external import check_archive, check_external, check_external_shape, is_external
 from gptlab.pretrained.source import check_model_exists, resolve_path
 from gptlab.tracking.environment import read_components
-from gptlab.tracking.run_directory import check_weights_fit, load_config, require_checkpoint
+from gptlab.tracking.run_directory import (
+    check_weights_fit,
+    check_weights_size,
+    checkpoint_files,
+    load_config,
+    require_checkpoint,
+)
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.distributed.processes import launched_externally
@@ -144,6 +150,7 @@ def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
         require_checkpoint(start, named)
     if config.resume:
         check_no_links(Path(config.resume))
+        check_weights_size(Path(config.resume), checkpoint_files(Path(config.resume)), config.model)
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:

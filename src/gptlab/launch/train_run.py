@@ -2,18 +2,21 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.errors import hide_passwords
+from gptlab.errors import UserError, failure_reason, hide_passwords
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -62,6 +65,9 @@ from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
 from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
+
+# packages that raise the errors of a damaged checkpoint; Lightning compares its version with packaging
+CHECKPOINT_READERS = {"gptlab", "lightning", "torch", "packaging", *sys.stdlib_module_names}
 
 
 class RunContext(NamedTuple):
@@ -124,8 +130,12 @@ def train_run(
             to the run directory.
         Diverged: The gradient was not finite for ``train.max_bad_steps`` steps in a row.
     """
-    with RunLock() as lock:
-        return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
+    try:
+        with RunLock() as lock:
+            return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:  # in a resumed run
+        path = error.filename2 or error.filename
+        raise UserError(f"{path} cannot be written: {failure_reason(error)}. Remove it.") from error
 
 
 def _train(
@@ -164,7 +174,8 @@ def _train(
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             attach_wandb(trainer, recorder)
-            _fit(trainer, module, data, checkpoint, run_dir, config)
+            with _restoring(checkpoint, recorder):
+                _fit(trainer, module, data, checkpoint, run_dir, config)
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
@@ -201,6 +212,21 @@ def _fit(
             print_stopped("Interrupted", run_dir, trainer.global_step, config)
             raise KeyboardInterrupt from None
         raise
+
+
+@contextlib.contextmanager
+def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[None]:
+    """Converts the errors of Lightning and torch for a checkpoint that does not fit the run to a UserError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        is_of_component = frame.f_globals["__name__"].partition(".")[0] not in CHECKPOINT_READERS
+        is_other = is_of_component or isinstance(error, torch.OutOfMemoryError | dist.DistError)
+        if checkpoint is None or recorder.has_started or is_other:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+        raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}") from error
 
 
 def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> TokenDataModule:

@@ -1,5 +1,6 @@
 """Configuration of the model, its parameter counts and its FLOPs. Imports no torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -102,8 +103,8 @@ class GPTConfig(FrozenConfig):
         attention: Component to use instead of the built-in attention; see ``gptlab.model.modern``.
     """
 
-    block_size: Annotated[PositiveInt, Option("size")]
-    vocab_size: Annotated[PositiveInt | None, Option("size", shapes_weights=True)]
+    block_size: Annotated[PositiveInt, Field(lt=2**31), Option("size")]
+    vocab_size: Annotated[Annotated[PositiveInt, Field(lt=2**31)] | None, Option("size", shapes_weights=True)]
     n_layer: Annotated[Size, Field(le=MAX_LAYERS)]
     n_head: Size
     n_embd: Size
@@ -126,7 +127,7 @@ class GPTConfig(FrozenConfig):
     attention_window: Annotated[PositiveInt | None, Option("modern", None)]
     global_every: Annotated[PositiveInt, Option("unrecorded", 1)]
     tie_weights: Annotated[bool, Option("variant", True, shapes_weights=True)]
-    pad_vocab_to_multiple_of: Annotated[PositiveInt, Option("unrecorded", 1, shapes_weights=True)]
+    pad_vocab_to_multiple_of: Annotated[PositiveInt, Field(lt=2**31), Option("unrecorded", 1, shapes_weights=True)]
     activation_checkpointing: Annotated[bool, Option("unrecorded", False)]
     block: Annotated[Component, Option("modern")] = None
     attention: Annotated[Component, Option("modern")] = None
@@ -136,7 +137,8 @@ class GPTConfig(FrozenConfig):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
-            divisors = [h for h in range(1, self.n_embd + 1) if self.n_embd % h == 0]
+            small = [h for h in range(1, math.isqrt(self.n_embd) + 1) if self.n_embd % h == 0]
+            divisors = {*small, *(self.n_embd // h for h in small)}
             below = max(h for h in divisors if h < self.n_head)
             above = min((h for h in divisors if h > self.n_head), default=None)
             raise ValueError(

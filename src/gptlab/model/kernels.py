@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
+from gptlab.files import use_private_compile_cache
+
 SHORT_SEQUENCE = 256  # number of keys up to which the attention weights of a head fit in a core's cache
 Mask = Tensor | BlockMask | None  # (B or 1, 1, T, S), or FlexAttention's block mask; None for causal attention
 
@@ -76,4 +78,5 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
 @cache
 def _flex_attention(compiled: bool) -> Any:
     """Returns FlexAttention, which skips the empty blocks of a mask only when it is compiled."""
+    use_private_compile_cache()
     return torch.compile(flex_attention) if compiled else flex_attention

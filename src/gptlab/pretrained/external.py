@@ -151,7 +151,7 @@ def read_hf_shape(folder: Path) -> dict[str, Any]:
     if config.get("n_inner") == 4 * sizes["n_embd"]:  # equivalent to None
         del config["n_inner"]
     other = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         other["activation_function"] = activation
     if other:
         options = ", ".join(f"{key}={value}" for key, value in other.items())

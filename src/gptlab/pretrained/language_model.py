@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from gptlab.config import locations
 from gptlab.config.base import validate
 from gptlab.config.search_path import configuration_folder
 from gptlab.config.trust import trust_packages
@@ -188,7 +189,12 @@ class LoadedModel(NamedTuple):
 
 
 def load(
-    name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32, trust: Sequence[str] = ()
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    trust: Sequence[str] = (),
+    trust_paths: bool = False,
 ) -> LoadedModel:
     """Loads a trained model.
 
@@ -199,14 +205,18 @@ def load(
         dtype: dtype of the weights and of the computation.
         trust: Packages whose components (``_target_``) may be built from the configuration of a run directory, in
             addition to those in the environment variable GPTLAB_TRUST, to which they are added.
+        trust_paths: Whether to trust paths and URLs in the configuration of a run directory; sets the environment
+            variable GPTLAB_TRUST_PATHS.
 
     Returns:
         The model and its tokenizer.
 
     Raises:
-        UserError: The model does not exist or cannot be read, its tokenizer is unknown, or a component is not trusted.
+        UserError: The model does not exist or cannot be read, its tokenizer is unknown, or a component or a path is
+            not trusted.
     """
     trust_packages(trust)
+    locations.trust_paths(trust_paths)
     source = open_model_source(name)
     tokenizer = source.tokenizer()
     network = load_model(source).to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlab.config.base import validate
+from gptlab.config.locations import check_locations
 from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX, is_on_hub
 from gptlab.config.trust import check_trusted
 from gptlab.data.shards.manifest import load_manifest
@@ -23,8 +24,9 @@ from gptlab.pretrained.external import (
     is_external,
     nanogpt_shape,
     read_hf_shape,
+    weight_files,
 )
-from gptlab.tracking.run_directory import load_config, require_checkpoint
+from gptlab.tracking.run_directory import check_weights_size, checkpoint_files, load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
 
 HUB_FILES = [  # files to download from a repository; none is a pickle
@@ -114,7 +116,9 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     if not is_external(path):
         config = load_config(path)
         check_trusted({"model": config.model.model_dump(mode="json")}, path)
+        check_locations(config, path, used=("model", "tokenizer"))
         require_checkpoint(path, named)
+        check_weights_size(path, checkpoint_files(path), config.model)
         return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
     shape = _nanogpt_shape(path, named) if path.is_file() else read_hf_shape(path)
     record = tokenizer_record(path, shape["vocab_size"])
@@ -122,6 +126,7 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
         shape["vocab_size"] = _vocabulary(name, shape["vocab_size"], record)
     source = ModelSource(name, path, validate(GPTConfig, {**EXTERNAL_DEFAULTS, **GPT2_OPTIONS, **shape}), record, None)
     check_external(path, source.model)
+    check_weights_size(path, [path] if path.is_file() else weight_files(path), source.model)
     return source
 
 

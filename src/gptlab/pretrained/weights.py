@@ -50,12 +50,15 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
     if is_external(path):
         return _read_external(model, path)
     state = read_weights(best_checkpoint(path))
-    if (lora := load_config(path).lora) is not None:
-        state = merge_lora(state, lora)
-    if "wpe.weight" in state:
-        state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
-    for name, tied in _tied_names(model):
-        state[name] = state[tied]
+    try:
+        if (lora := load_config(path).lora) is not None:
+            state = merge_lora(state, lora)
+        if "wpe.weight" in state:
+            state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
+        for name, tied in _tied_names(model):
+            state[name] = state[tied]
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise UserError(f"The weights of {path} do not fit this model: {type(error).__name__}: {error}") from error
     return state
 
 

@@ -15,13 +15,20 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState as OptunaState
 
+from gptlab.errors import UserError
 from gptlab.files import write_file
+from gptlab.parsing import unpickle_plain
 from gptlab.sweeps.config import PruneConfig, SweeperConfig
 from gptlab.sweeps.space import Point, SearchSpace, format_value
 from gptlab.sweeps.sweep_store import PRUNE
 from gptlab.tracking.run_store.sweeps import Trial
 
 JOURNAL, STUDY = "optuna.journal", "sweep"
+# Names in the pickled state of CMA-ES
+PERMITTED = {
+    "cmaes._cma.CMA",
+    *("numpy.dtype", "numpy.ndarray", "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"),
+}
 log = logging.getLogger(__name__)
 
 
@@ -30,6 +37,21 @@ def open_storage(folder: Path) -> optuna.storages.JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     backend = JournalFileBackend(str(folder / JOURNAL))
     return optuna.storages.JournalStorage(backend)
+
+
+class SafeCmaEsSampler(optuna.samplers.CmaEsSampler):
+    """CMA-ES whose stored state can run no code. Optuna unpickles any object from the journal, as in optuna 5.0."""
+
+    def _restore_optimizer(self, completed_trials: list[optuna.trial.FrozenTrial]) -> Any:
+        for trial in reversed(completed_trials):
+            parts = {k: v for k, v in trial.system_attrs.items() if k.startswith(self._attr_key_optimizer)}
+            if parts:
+                content = bytes.fromhex(self._concat_optimizer_attrs(parts))
+                try:
+                    return unpickle_plain(content, PERMITTED)
+                except Exception as error:  # a damaged pickle can raise any exception
+                    raise UserError(f"The state of CMA-ES in {JOURNAL} cannot be read: {error}.") from error
+        return None
 
 
 def build_pruner(config: PruneConfig | None, max_tokens: int) -> optuna.pruners.BasePruner:
@@ -121,5 +143,5 @@ class Search:
             case "tpe":
                 return optuna.samplers.TPESampler(seed=seed, multivariate=True)
             case "cmaes":
-                return optuna.samplers.CmaEsSampler(seed=seed)
+                return SafeCmaEsSampler(seed=seed)
         return optuna.samplers.RandomSampler(seed=seed)

@@ -14,7 +14,9 @@ from typing import Any
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import FAILED, PREEMPTED, exit_status
+from gptlab.files import open_regular
 from gptlab.launch.supervisor import WORKER, Job
+from gptlab.parsing import unpickle_plain
 from gptlab.sweeps.config import SlurmLauncherConfig
 from gptlab.sweeps.local_launcher import JOB
 from gptlab.tracking.run_store.sweeps import Trial
@@ -70,7 +72,8 @@ class SlurmLauncher:
     """Runs trials as SLURM jobs.
 
     Looks for the result file of a job (``JobPaths.result_pickle``, as in submitit 1.5.4) instead of calling submitit's
-    ``Job.done``, which needs SLURM accounting (sacct). Many clusters do not have it.
+    ``Job.done``, which needs SLURM accounting (sacct). Many clusters do not have it. ``Job.result`` would also unpickle
+    any object from the file, which may come from somebody else.
 
     Args:
         config: Resources of a job, and the number of concurrent jobs.
@@ -82,6 +85,7 @@ class SlurmLauncher:
 
         self.at_once = config.at_once
         self._logs = folder / FOLDER
+        self._logs.mkdir(mode=0o700, parents=True, exist_ok=True)  # jobs unpickle what is in it
         self._executor = submitit.AutoExecutor(
             folder=self._logs / "%j", cluster="slurm", slurm_max_num_timeout=config.max_num_timeout
         )
@@ -193,11 +197,16 @@ class SlurmLauncher:
         return [number for number in self._running if self._unknown[number] >= PATIENCE]
 
     def _status(self, job: Any) -> int:
+        """Returns the exit code in the result file of a job, a pickle of ("success", exit code) or ("error", text)."""
         try:
-            return int(job.result())
-        except Exception as error:  # submitit raises the exception of the job, of any type
-            log.warning("SLURM job %s failed: %s", job.job_id, str(error).strip().splitlines()[-1])
-            return FAILED
+            with open_regular(job.paths.result_pickle) as file:
+                outcome, result = unpickle_plain(file.read())
+            if outcome == "success":
+                return int(result)
+        except Exception as error:  # a damaged pickle can raise any exception
+            result = f"{job.paths.result_pickle} cannot be read: {error}"
+        log.warning("SLURM job %s failed: %s", job.job_id, str(result).strip().splitlines()[-1])
+        return FAILED
 
 
 def _states() -> dict[str, str] | None:

@@ -28,7 +28,7 @@ NON_IDENTITY_KEYS = {
     "resume": True,
     "force_resume": True,
     "logger": True,
-    "data": {"cache_dir", "cache_limit_gb", "num_workers"},
+    "data": {"cache_dir", "cache_limit_gb", "max_expansion", "num_workers"},
     "tokenizer": {"vocab_dir"},
 }
 

@@ -1,6 +1,7 @@
 """Loggers of a run: metrics.csv, state.json, TensorBoard and W&B."""
 
 import csv
+import io
 import time
 from collections.abc import Mapping
 from math import isfinite
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gptlab.config.schema import RunConfig
+from gptlab.errors import UserError
+from gptlab.files import open_regular
 from gptlab.tracking.run_store.runs import METRICS
 from gptlab.tracking.run_store.state import RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
@@ -59,12 +62,17 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
 
 
 def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
-    """Reads the rows up to a step, with values as strings."""
+    """Reads the rows up to a step, with values as strings; raises UserError if they are not numbers."""
     if not is_first_rank() or not path.exists():
         return []
-    with path.open(newline="") as file:
-        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if int(row["step"]) <= until]
+    try:
+        with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
+            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+        for row in rows:
+            int(row["step"]), [float(value) for value in row.values()]  # raise an error
+        return [row for row in rows if int(row["step"]) <= until]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read: {error!r:.300}. To resume without it, remove it.") from error
 
 
 class RunStateLogger(Logger):

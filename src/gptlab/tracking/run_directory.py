@@ -1,7 +1,7 @@
 """Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import read_regular, write_durably
-from gptlab.model.config import SHAPE_KEYS, GPTConfig
+from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
@@ -140,10 +140,37 @@ def best_checkpoint(directory: Path) -> Path:
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
+def checkpoint_files(directory: Path) -> list[Path]:
+    """Lists the files of the newest checkpoint of a run, which is not verified."""
+    return list(list_checkpoints(directory / CHECKPOINTS)[-1].iterdir())
+
+
 def require_checkpoint(directory: Path, named: str | None = None) -> None:
     """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
     if not has_checkpoint(directory):
         raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
+
+
+def check_weights_size(path: Path, files: Iterable[Path], model: GPTConfig) -> None:
+    """Checks that weights are large enough for a model of this config, before memory is allocated for it.
+
+    Args:
+        path: Run directory or model of another program, for the message.
+        files: The files with the weights.
+        model: Config that is stored with the weights.
+
+    Raises:
+        UserError: The files have less than one byte per parameter.
+    """
+    if model.components or model.vocab_size is None:
+        return  # the number of parameters is not known yet
+    size, count = sum(file.stat().st_size for file in files), parameter_count(model)
+    if count > size:
+        raise UserError(
+            f"{path} is not valid: a model of its configuration (n_layer={model.n_layer}, n_embd={model.n_embd}, "
+            f"vocab_size={model.vocab_size}, block_size={model.block_size}) has {count:,} parameters, but its weights "
+            f"have only {size:,} bytes."
+        )
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:

@@ -21,6 +21,7 @@ from pydantic import (
 
 from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_name
 from gptlab.config.components import Component, bind_component, enabled_components
+from gptlab.config.locations import Location
 from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch
@@ -365,7 +366,7 @@ class SamplesConfig(FrozenConfig):
 class HellaSwagConfig(FrozenConfig):
     """HellaSwag accuracy during training; see conf/callbacks/hellaswag.yaml."""
 
-    path: str
+    path: Annotated[str, Location]
     every: PositiveInt | None
     limit: PositiveInt | None
     batch_size: PositiveInt

@@ -253,7 +253,7 @@ def test_memory_for_compressed_text_is_limited(tmp_path):
     with gzip.open(tmp_path / "a.txt.gz", "wb", compresslevel=1) as file:
         for _ in range(60):
             file.write(b"some words\n" * 100_000)  # 66 MB
-    corpus = open_text(tmp_path / "a.txt.gz", task_bytes=10**6)
+    corpus = open_text(tmp_path / "a.txt.gz", task_bytes=10**6, max_expansion=1000.0)
     (task,) = corpus.tasks(10**6)
     tracemalloc.start()
     parts = sum(1 for _ in corpus.documents(task))

@@ -10,7 +10,7 @@ from gptlab.training.checkpoints.reading import RENAMED_CALLBACKS, read_state
 
 def test_states_of_renamed_callbacks_have_their_new_names(tmp_path):
     states = {"Recorder": {"best": {}}, "Guard": {"bad_steps": 2}, "Checkpoints": {"evaluation_due": True}, "Other": {}}
-    torch.save({"global_step": 3, "callbacks": states}, tmp_path / "state.pt")
+    torch.save({"global_step": 3, "callbacks": states, "optimizer_states": []}, tmp_path / "state.pt")
     assert read_state(tmp_path)["callbacks"] == {
         "MetricsCallback": {"best": {}},
         "TrainingHealthMonitor": {"bad_steps": 2},

@@ -77,6 +77,8 @@ def _read_layout(path: Path) -> TokenFileLayout:
 def _npy_layout(path: Path) -> TokenFileLayout:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.memmap):
+            raise ValueError("it is an archive")
     except ValueError as error:
         raise UserError(f"{path} is not an array saved by numpy: {error}.") from error
     if array.ndim != 1 or array.dtype not in (np.dtype("<u2"), np.dtype("<u4")):

@@ -124,7 +124,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     Raises:
         UserError: A config key is not set, or the files are missing, empty or not the expected ones.
     """
-    decoding = Decoding(config.column, config.undecodable, config.task_bytes)
+    decoding = Decoding(config.column, config.undecodable, config.task_bytes, config.max_expansion)
     if config.corpus == "python_stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return _open_files(root, "*.py", f"the standard library of {sys.executable}", STDLIB_EXCLUDED, decoding)

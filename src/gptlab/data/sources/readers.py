@@ -7,18 +7,27 @@ one span is split only where the pre-tokenization of GPT-2 also splits it.
 import gzip
 import io
 import json
+import logging
+import math
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
 
+log = logging.getLogger(__name__)
+
 BLOCK_BYTES = 2**16  # bytes that are read at a time when searching for an offset at which to split
+FRAME_BYTES = 2**10  # bytes of .zst that are decompressed at a time; 4 bytes can become 128 KiB (RFC 8878, 3.1.1.2)
+PARQUET_ROWS = 16  # rows that are decoded at a time; a few bytes can repeat a long text in each row
+MIN_EXPANDED_BYTES = 2**24  # text that any compressed file may have, whatever data.max_expansion
+LOGGED_BYTES = 2**32  # decompressed bytes of a file between two log messages
 MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
 
 # A character that is not whitespace (one to four bytes in UTF-8), followed by whitespace. GPT-2's pattern never matches
@@ -57,18 +66,22 @@ class Span(NamedTuple):
     bytes: int
 
 
-class Decoding(NamedTuple):
-    """Options for reading text.
+@dataclass(frozen=True)
+class Decoding:
+    """Options for reading text. Its repr is part of the fingerprint of a corpus.
 
     Attributes:
         column: Column or field of a record that holds the text (jsonl, parquet).
         undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
         part_bytes: Size in bytes of the parts in which a compressed text is read.
+        max_expansion: Maximum ratio of the decompressed to the compressed size of a file. Not part of the fingerprint,
+            because it does not change the text.
     """
 
     column: str | None
     undecodable: Literal["replace", "refuse"]
     part_bytes: int
+    max_expansion: float = field(default=math.inf, repr=False)
 
 
 def split_spans(path: Path, size: int) -> Iterator[Span]:
@@ -104,8 +117,8 @@ def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Ite
         decoding: Options for reading text.
 
     Raises:
-        UserError: The file is damaged, lacks the column, or is not valid UTF-8 with ``undecodable="refuse"``. The
-            message names the file and the position.
+        UserError: The file is damaged, lacks the column, is not valid UTF-8 with ``undecodable="refuse"``, or expands
+            more than ``max_expansion`` allows. The message names the file and the position.
     """
     try:
         match file_kind(path):
@@ -131,7 +144,7 @@ class _Frames(io.RawIOBase):
     """Decompressed content of all frames of a .zst file. Unlike zstandard, raises EOFError if it is truncated."""
 
     def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
-        self._file, self._begin, self._text = path.open("rb"), begin, b""
+        self._file, self._begin, self._text = path.open("rb"), begin, memoryview(b"")
         self._frame: Any = None
 
     def readable(self) -> bool:
@@ -140,15 +153,63 @@ class _Frames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._text:
             ended = self._frame is None or self._frame.eof
-            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(BLOCK_BYTES)
+            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(FRAME_BYTES)
             if not block and ended:
                 return 0
             if not block:
                 raise EOFError("the last frame is truncated")
             self._frame = self._begin() if ended else self._frame
-            self._text = self._frame.decompress(block)
+            self._text = memoryview(self._frame.decompress(block))
         size = min(len(buffer), len(self._text))
         buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Expansion:
+    """Counts the decompressed bytes of a file.
+
+    Args:
+        path: Path of the file.
+        compressed: Size in bytes of the file, or of the part of it that is read.
+        max_expansion: Maximum ratio; see ``Decoding``.
+        minimum: Number of bytes that are always allowed.
+    """
+
+    def __init__(self, path: Path, compressed: int, max_expansion: float, minimum: int = MIN_EXPANDED_BYTES) -> None:
+        self.path, self.compressed, self.max_expansion = path, compressed, max_expansion
+        self.limit = max(minimum, max_expansion * compressed)
+        self.expanded, self._logged = 0, LOGGED_BYTES
+
+    def add(self, size: int) -> None:
+        """Counts ``size`` more bytes; raises UserError if these are more than allowed."""
+        self.expanded += size
+        if self.expanded > self.limit:
+            raise UserError(
+                f"{self.path} expands from {self.compressed:,} to more than {self.limit:,.0f} bytes, so it may be a "
+                f"decompression bomb (data.max_expansion={self.max_expansion:g}). If it is not, set "
+                "data.max_expansion=<larger ratio>."
+            )
+        if self.expanded >= self._logged:
+            log.info("Decompressing %s: %.1f GB so far", self.path, self.expanded / 1e9)
+            self._logged += LOGGED_BYTES
+
+
+class _Decompressed(io.RawIOBase):
+    """Decompressed content of a file, whose size is limited."""
+
+    def __init__(self, file: io.RawIOBase | gzip.GzipFile, expansion: _Expansion) -> None:
+        self._file, self._expansion = file, expansion
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer) or 0
+        self._expansion.add(size)
         return size
 
     def close(self) -> None:
@@ -167,11 +228,14 @@ def _is_compressed(path: Path) -> bool:
     return path.suffix in (".gz", ".zst")
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, max_expansion: float) -> BinaryIO:
     """Opens a file and decompresses it according to its suffix."""
+    if not _is_compressed(path):
+        return path.open("rb")
+    file: io.RawIOBase | gzip.GzipFile
     if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".zst":
+        file = gzip.GzipFile(path)
+    else:
         try:
             import zstandard
         except ImportError as error:
@@ -179,8 +243,8 @@ def _open(path: Path) -> BinaryIO:
                 f"{path} cannot be decompressed, because zstandard is not installed. Install it with: "
                 "pip install zstandard"
             ) from error
-        return io.BufferedReader(_Frames(path, zstandard.ZstdDecompressor().decompressobj))
-    return path.open("rb")
+        file = _Frames(path, zstandard.ZstdDecompressor().decompressobj)
+    return io.BufferedReader(_Decompressed(file, _Expansion(path, path.stat().st_size, max_expansion)), BLOCK_BYTES)
 
 
 def _next_cut(path: Path, wanted: int, kind: str) -> int:
@@ -221,9 +285,9 @@ def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Documen
 
 def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
     """Reads a compressed text in the parts into which ``split_spans`` would split the decompressed file."""
-    with _open(path) as file:
+    with _open(path, decoding.max_expansion) as file:
         length = sum(map(len, iter(lambda: file.read(BLOCK_BYTES), b"")))  # headers do not reliably have the length
-    with _open(path) as file:
+    with _open(path, decoding.max_expansion) as file:
         start = 0
         for data in _split_parts(file, decoding.part_bytes):
             stop = start + len(data)
@@ -251,7 +315,7 @@ def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Reads one JSON object per line. A document is named by the offset of its line in the decompressed file."""
-    with _open(path) as file:
+    with _open(path, decoding.max_expansion) as file:
         if span.start:
             file.seek(span.start)
         offset, stop = span.start, sys.maxsize if _is_compressed(path) else span.stop
@@ -274,19 +338,38 @@ def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterat
 
 
 def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
-    """Reads the rows of one row group in batches."""
+    """Reads the rows of one row group in batches.
+
+    Only the sizes that the file states are known before it is decompressed. They are checked, and so is the text: with
+    a dictionary or with prefixes (DELTA_BYTE_ARRAY), a row of a few bytes can repeat a text of any length.
+    """
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     columns = file.schema_arrow.names
     if decoding.column not in columns:
         raise UserError(missing_column(decoding.column, columns, str(path)))
+    expansion = _parquet_expansion(path, file.metadata, span.start, decoding)
     row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
-    for batch in file.iter_batches(batch_size=1024, row_groups=[span.start], columns=[decoding.column]):
+    for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[span.start], columns=[decoding.column]):
         for text in batch.column(0).to_pylist():
+            expansion.add(len(text) if isinstance(text, str) else 0)  # characters: no more than bytes
             if (checked := check_text(text, decoding.column, columns, f"{path}, row {row}")) is not None:
                 yield Document(f"{name}:{row}", checked)
             row += 1
+
+
+def _parquet_expansion(path: Path, metadata: Any, group: int, decoding: Decoding) -> _Expansion:
+    """Returns the limit of one row group. Raises UserError if the sizes that the metadata states are not possible."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    parts = [[part.column(number) for number in range(part.num_columns)] for part in groups]
+    compressed = [[column.total_compressed_size for column in part] for part in parts]
+    if min(map(min, compressed)) < 0 or sum(map(sum, compressed)) > path.stat().st_size:
+        raise UserError(f"{path} is damaged: the sizes of its columns do not fit in the file.")
+    expansion = _Expansion(path, sum(compressed[group]), decoding.max_expansion, MIN_EXPANDED_BYTES // len(groups))
+    expansion.add(sum(c.total_uncompressed_size for c in parts[group] if c.path_in_schema == decoding.column))
+    expansion.expanded = 0
+    return expansion
 
 
 def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:

@@ -11,10 +11,9 @@ transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as 
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Never
+from typing import Any, NamedTuple
 
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
 from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
@@ -27,7 +26,8 @@ from gptlab.data.tokenizers.tokenizer import (
     empty_bpe,
 )
 from gptlab.errors import UserError, failure_reason
-from gptlab.parsing import parse_json
+from gptlab.files import MAX_BYTES, read_regular
+from gptlab.parsing import parse_json, unpickle_plain
 
 TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -36,7 +36,6 @@ GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 GPT2_ROWS = (50257, 50304)  # rows of the token embedding: unpadded, and padded by nanoGPT
 CONVERTIBLE = (BytesTokenizer, CharactersTokenizer, GPT2Tokenizer, BPETokenizer)  # tokenizers of ``to_huggingface``
 META_FILE = "meta.pkl"  # written by nanoGPT's data/shakespeare_char/prepare.py next to train.bin and val.bin
-MAX_META_BYTES = 2**26  # more than two tables of all Unicode characters
 
 
 def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
@@ -52,6 +51,15 @@ def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
     Raises:
         UserError: gptlab does not support the tokenizer, or its file is invalid.
     """
+    try:
+        return _read_record(path, rows)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception
+        raise UserError(f"The tokenizer of {path} is damaged: {error!r:.300}.") from error
+
+
+def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
     if (meta := path.parent / META_FILE).is_file() and path.is_file():
         return read_meta(meta).record()
     if (path / TOKENIZER).is_file():
@@ -59,6 +67,8 @@ def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
     if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
         from tokenizers.models import BPE
 
+        _check_bytes(path / VOCABULARY)
+        _check_bytes(path / MERGES)
         vocabulary, merges = BPE.read_file(str(path / VOCABULARY), str(path / MERGES))
         return _byte_level(path / VOCABULARY, vocabulary, [list(pair) for pair in merges])
     return {"name": "gpt2"} if rows in GPT2_ROWS else None
@@ -183,20 +193,12 @@ def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises UserError if the file cannot be read or contains something else."""
     try:
-        described = parse_json(path.read_text(encoding="utf-8"))
+        described = parse_json(read_regular(path, follow=True))  # a link in the cache of huggingface_hub
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from error
     if not isinstance(described, dict):
         raise UserError(f"{path} is not a JSON object.")
     return described
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickles dicts, lists, numbers and strings. All other objects refer to a class or a function by name."""
-
-    def find_class(self, module: str, name: str) -> Never:
-        """Raises UnpicklingError for every class and function."""
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not plain data and could run any code")
 
 
 def read_meta(path: Path) -> CharactersTokenizer:
@@ -225,12 +227,15 @@ def _is_character(text: Any) -> bool:
     return isinstance(text, str) and len(text) == 1 and replace_surrogates(text) == text
 
 
+def _check_bytes(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise UserError(f"{path} has {size:,} bytes, which is too large for the vocabulary of a tokenizer.")
+
+
 def _load_plain(path: Path) -> Any:
     """Unpickles plain data. Raises UserError for anything else."""
-    if (size := path.stat().st_size) > MAX_META_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, which is too large for a table of characters.")
-    with path.open("rb") as file:
-        try:
-            return _PlainUnpickler(file).load()
-        except Exception as error:  # a damaged pickle can raise any exception
-            raise UserError(f"{path} cannot be loaded as plain data: {error}.") from error
+    _check_bytes(path)
+    try:
+        return unpickle_plain(path.read_bytes())
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise UserError(f"{path} cannot be loaded as plain data: {error}.") from error

@@ -300,10 +300,18 @@ def load_tokenizer(record: dict[str, Any], vocab_dir: str | None, origin: object
         origin: File or directory that the record is from, for messages.
 
     Raises:
-        UserError: The vocabulary of GPT-2 cannot be loaded; or a component is not trusted, or has another vocabulary.
+        UserError: The vocabulary of GPT-2 cannot be loaded; a component is not trusted, or has another vocabulary; or
+            the record is damaged.
     """
     check_trusted({"tokenizer": record.get("component")}, origin)
-    tokenizer = rebuild_tokenizer(record, vocab_dir)
+    try:
+        tokenizer = rebuild_tokenizer(record, vocab_dir)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception
+        if "component" in record:
+            raise
+        raise UserError(f"The tokenizer of {origin} is damaged: {error!r:.300}.") from error
     if "component" in record and tokenizer.record() != record:
         raise UserError(
             f"The tokenizer {record['name']} does not have the vocabulary with which {origin} was written: its code or "

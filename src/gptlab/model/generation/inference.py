@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gptlab.files import use_private_compile_cache
 from gptlab.model.generation.generate import Decoder, plain_decoder
 from gptlab.model.generation.kv_cache import CachePosition, KVCache, cache_dtype
 from gptlab.model.gpt import GPT, MLP
@@ -162,6 +163,7 @@ def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
     def next_logits(idx: Tensor, cache: KVCache, position: CachePosition) -> Tensor:
         return model.next_logits(idx, cache, position)
 
+    use_private_compile_cache()
     on_cpu = next(model.parameters()).device.type == "cpu"
     options = {"freezing": True} if on_cpu else None
     return Decoder(torch.compile(next_logits, dynamic=False, options=options), BUCKET)  # type: ignore[arg-type]

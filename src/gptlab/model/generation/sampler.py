@@ -51,7 +51,7 @@ def sample_next_token(logits: Tensor, seen: Tensor | None, uniforms: Tensor, sam
     cumulative = probabilities.cumsum(dim=-1, dtype=torch.float64)
     # the first candidate whose cumulative probability exceeds the number, so never one with probability 0
     index = torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)
-    index = index.clamp(max=values.size(-1) - 1)
+    index = index.clamp(max=values.size(-1) - 1)  # NaN exceeds no number
     return (index if ids is None else ids.gather(1, index))[:, 0].where(cumulative[:, -1] > 0, NOT_FINITE)
 
 

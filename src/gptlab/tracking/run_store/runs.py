@@ -137,7 +137,7 @@ def _runs_below(folder: Path) -> list[Path]:
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
     """Returns a sort key that sorts the trials of a sweep by number: 2 before 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in directory.parts]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in directory.parts]
 
 
 def _numbers(row: dict[str, str]) -> MetricsRow:
@@ -160,5 +160,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _step(path: Path) -> int | None:
-    digits = "".join(character for character in path.stem if character.isdigit())
+    digits = "".join(character for character in path.stem if character.isdecimal())
     return int(digits) if digits else None

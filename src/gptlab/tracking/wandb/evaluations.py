@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from gptlab.config.locations import check_locations
+from gptlab.errors import UserError
 from gptlab.files import read_regular
 from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.state import load_state
@@ -26,11 +28,17 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
         what: Name of the evaluation, which is also the name of its results file.
         metrics: Results by name.
     """
-    settings = load_config(directory).logger.wandb
+    config = load_config(directory)
+    settings = config.logger.wandb
     if settings is None or settings.mode == "offline" or not _is_online(directory):
         return
     if (state := load_state(directory)) is not None and state.state == "running":
         log.warning("The evaluation is not sent to W&B, since the run is in progress and is writing its W&B record.")
+        return
+    try:
+        check_locations(config, directory, used=("logger.wandb",))
+    except UserError as error:
+        log.warning("The evaluation is not sent to W&B: %s", error)
         return
     summary = {f"evaluations/{what}/{name}": value for name, value in metrics.items()}
     try:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 
 from gptlab.errors import UserError, did_you_mean
@@ -27,6 +28,12 @@ class EarlyStopping(LightningEarlyStopping):
 
     def __init__(self, config: EarlyStoppingConfig) -> None:
         super().__init__(config.monitor, min_delta=config.min_delta, patience=config.patience, mode=config.mode)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the best value and the counts; raises an error if one is not a number."""
+        counts = {name: int(state_dict[name]) for name in ("wait_count", "stopped_epoch", "patience")}
+        float(state_dict["best_score"])
+        super().load_state_dict({"best_score": torch.as_tensor(state_dict["best_score"]), **counts})
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

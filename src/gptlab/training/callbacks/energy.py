@@ -112,4 +112,4 @@ class Energy(CheckedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores kWh and kg from before this start."""
         energy, emissions = state_dict["total"]
-        self._earlier = (energy, emissions)
+        self._earlier = (float(energy), float(emissions))

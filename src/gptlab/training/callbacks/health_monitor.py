@@ -109,8 +109,8 @@ class TrainingHealthMonitor(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts and the state of the spike detector from the result of ``state_dict``."""
-        self.bad_steps, self.in_a_row = state_dict["bad_steps"], state_dict["in_a_row"]
-        self.loss_spikes = state_dict["loss_spikes"]
+        self.bad_steps, self.in_a_row = int(state_dict["bad_steps"]), int(state_dict["in_a_row"])
+        self.loss_spikes = int(state_dict["loss_spikes"])
         if self._detector and state_dict["spikes"]:
             self._detector.load(state_dict["spikes"])
 
@@ -156,5 +156,5 @@ class SpikeDetector:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restores the losses of the window, and whether a spike is in progress, from the result of ``state``."""
-        self._losses.extend(state["losses"])
-        self._is_high = state["is_high"]
+        self._losses.extend(map(float, state["losses"]))
+        self._is_high = bool(state["is_high"])

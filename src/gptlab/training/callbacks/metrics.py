@@ -85,6 +85,7 @@ class MetricsCallback(L.Callback):
         self.counts: list[Callable[[], dict[str, float]]] = []  # called for every row, for metrics of other callbacks
         self.mfu: float | None = None  # of the latest row (Chowdhery et al. 2022, appendix B)
         self.seconds = 0.0  # duration of training, including evaluation
+        self.has_started = False  # whether training has begun, after a checkpoint is restored
         self._watch = Stopwatch()
         self._waiting = Stopwatch(lambda: 0.0)  # time spent waiting for data
         self._display: ProgressDisplay | None = None
@@ -106,6 +107,7 @@ class MetricsCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Creates the progress display and starts the clocks."""
+        self.has_started = True
         connector = trainer._logger_connector  # noqa: SLF001
         assert isinstance(connector, StepLoggerConnector)  # noqa: S101
         connector.start()
@@ -206,7 +208,9 @@ class MetricsCallback(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the best evaluation and the duration."""
-        self.best, self.seconds = state_dict["best"], state_dict["seconds"]
+        if best := state_dict["best"]:
+            self.best = {"step": int(best["step"]), **{name: float(best[name]) for name in self.evaluation_metrics}}
+        self.seconds = float(state_dict["seconds"])
 
 
 def log_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:

@@ -85,4 +85,4 @@ class RunCheckpoint(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores whether an evaluation is still due."""
-        self.evaluation_due = state_dict["evaluation_due"]
+        self.evaluation_due = bool(state_dict["evaluation_due"])

@@ -6,11 +6,14 @@ files hold the tensors of the last two, and state.pt the rest.
 """
 
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 from torch import Tensor
 
 from gptlab.errors import UserError, failure_reason
@@ -19,6 +22,25 @@ from gptlab.training.checkpoints.shards import is_sharded, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
+BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # in a pickle; a call of it allocates any size
+
+
+class _OptimizerState(BaseModel):
+    """Form of the state of an optimizer in state.pt; a sharded checkpoint has only the parameter groups."""
+
+    state: dict[str, dict[str, Any]] = {}
+    param_groups: list[dict[str, Any]]
+
+
+class _State(BaseModel):
+    """Form of state.pt."""
+
+    global_step: NonNegativeInt
+    callbacks: dict[str, dict[str, Any]] = {}
+    state_dict: dict[str, Any] = {}
+    optimizer_states: list[_OptimizerState]
+
+
 # Former class names of callbacks: Lightning saves a callback's state in state.pt under the name of its class.
 RENAMED_CALLBACKS = {
     "Guard": "TrainingHealthMonitor",
@@ -44,6 +66,7 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
             _unflatten_tensors(read_tensors(checkpoint_dir, wanted), checkpoint)
         except (KeyError, IndexError, ValueError) as error:
             raise UserError(f"The shards of {checkpoint_dir} do not match its {STATE}: {error!r}.") from error
+    _check_tensors(checkpoint, checkpoint_dir)
     return checkpoint
 
 
@@ -56,24 +79,31 @@ def read_weights(checkpoint_dir: Path) -> dict[str, Tensor]:
         UserError: See ``read_checkpoint``.
     """
     checkpoint = read_checkpoint(checkpoint_dir, lambda key: key.startswith("model.") or key.endswith(f".{AVERAGE}"))
-    states = [optimizer["state"] for optimizer in checkpoint["optimizer_states"]]
+    states = [optimizer.get("state", {}) for optimizer in checkpoint["optimizer_states"]]
     averages = {name: moments[AVERAGE] for state in states for name, moments in state.items() if AVERAGE in moments}
     return {**checkpoint["state_dict"], **averages}
 
 
 def read_state(checkpoint_dir: Path) -> Checkpoint:
     """Reads state.pt; raises UserError if it holds anything but tensors and plain data, which is not executed."""
-    checkpoint = read_plain(checkpoint_dir / STATE)
+    path = checkpoint_dir / STATE
+    checkpoint = read_plain(path)
     if not isinstance(checkpoint, dict) or "global_step" not in checkpoint:
-        raise UserError(f"{checkpoint_dir / STATE} is not a gptlab checkpoint: it has no global_step.")
-    states = checkpoint.get("callbacks", {})
-    checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): state for name, state in states.items()}
+        raise UserError(f"{path} is not a gptlab checkpoint: it has no global_step.")
+    try:
+        state = _State.model_validate(checkpoint)
+    except ValidationError as error:
+        details = error.errors()[0]
+        key = ".".join(map(str, details["loc"]))
+        raise UserError(f"{path} is not a gptlab checkpoint: {key}: {details['msg']}.") from None
+    checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): saved for name, saved in state.callbacks.items()}
     return checkpoint
 
 
 def read_plain(path: Path) -> Any:
     """Reads plain data and tensors written by ``torch.save``; raises UserError if the file holds anything else."""
     try:
+        _check_archive(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
         raise UserError(
@@ -82,6 +112,53 @@ def read_plain(path: Path) -> Any:
         ) from error
     except Exception as error:  # torch raises errors of many types for other files
         raise UserError(f"{path} cannot be read as a checkpoint: {failure_reason(error)}") from error
+
+
+def _check_tensors(checkpoint: Checkpoint, checkpoint_dir: Path) -> None:
+    """Checks that all weights and optimizer states are tensors whose elements are in memory.
+
+    Kernels read and write as many elements as a tensor has, also if several of them are the same one in memory.
+
+    Raises:
+        UserError: The checkpoint lacks weights, or one is not a tensor or not a dense one; the message names it.
+    """
+    problem = None
+    if "state_dict" not in checkpoint:
+        problem = "it has no state_dict"
+    for name, tensor in checkpoint.get("state_dict", {}).items():
+        if not isinstance(tensor, Tensor) or not _is_dense(tensor):
+            problem = f"{name!r:.200} is not a dense tensor"
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", ())):
+        for name, moments in optimizer.get("state", {}).items():
+            for moment, tensor in moments.items():
+                if not _is_dense(tensor) if isinstance(tensor, Tensor) else moment == AVERAGE:
+                    problem = f"optimizer.{number}.{name!r:.200}.{moment!r:.200} is not a dense tensor"
+    if problem:
+        raise UserError(f"{checkpoint_dir} cannot be read as a checkpoint: {problem}.")
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has real numbers and at least as many elements in memory as its shape says."""
+    if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
+        return False
+    return (tensor.storage_offset() + tensor.numel()) * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def _check_archive(path: Path) -> None:
+    """Checks that an archive of ``torch.save`` needs no more memory than its size.
+
+    Raises:
+        ValueError: An entry is compressed, as ``torch.save`` never does, or the pickle builds a bytearray, which is
+            the only function that torch permits and that fills memory of any size.
+        OSError, zipfile.BadZipFile: It cannot be read, or is not a zip archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{packed[0]} is compressed, so its size is not limited.")
+        for entry in entries:
+            if entry.filename.lower().endswith(".pkl") and BYTEARRAY.search(archive.read(entry)):
+                raise ValueError("it has a bytearray, which can be of any size.")
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -74,7 +74,9 @@ def checkpoint_step(checkpoint_dir: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Lists the checkpoints of a run by step, newest last; they are not verified."""
-    return sorted((p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
+    return sorted(
+        (p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step
+    )
 
 
 def read_record(checkpoint_dir: Path) -> CheckpointRecord:

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from gptlab.files import use_private_compile_cache
 from gptlab.model.gpt import GPT
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
@@ -45,6 +46,7 @@ def compile_in_place(model: GPT, target: Literal["whole", "blocks"], mode: str, 
         shapes: Number of input shapes in training. If there are several, each is compiled separately. By default, torch
             would compile for dynamic shapes from the second on, which is slower, and stop compiling after the eighth.
     """
+    use_private_compile_cache()
     options: dict[str, Any] = {"mode": mode}
     if shapes > 1:
         options |= {"dynamic": False, "recompile_limit": RECOMPILES * shapes}

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import AdamW, Optimizer
@@ -10,11 +11,14 @@ from torch.optim import AdamW, Optimizer
 from gptlab.config.components import bind_component, import_target
 from gptlab.errors import UserError
 from gptlab.training.config import AdamWConfig, ComponentOptimizerConfig, MuonConfig, OptimizerConfig, ScheduleConfig
-from gptlab.training.optim.averaging import DECAY
-from gptlab.training.optim.muon import MuonWithAdamW, StackedMuon
+from gptlab.training.optim.averaging import AVERAGE, DECAY
+from gptlab.training.optim.muon import MOMENTUM, MuonWithAdamW, StackedMuon
 from gptlab.training.optim.schedules import learning_rate, momentum
 
 GROUP_NAMES = ("matrix", "embedding", "head", "vector")  # parameter groups of a Muon run
+# tensors in a parameter's state that have its shape, in torch's optimizers with fused kernels and in those of gptlab
+SHAPED = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", AVERAGE}
+REQUIRED: dict[type, set[str]] = {StackedMuon: {MOMENTUM}, AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 State = dict[str, Any]  # an optimizer's state_dict: the state of each parameter, and the parameter groups
 
 
@@ -177,6 +181,34 @@ def check_groups(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> None
     raise UserError(f"{reason} To start a new run from its weights, use init_from=<run directory>.")
 
 
+def _check_shapes(optimizer: Optimizer, state: State) -> None:
+    """Checks the tensors of an optimizer state: fused kernels read and write as many elements as a parameter has.
+
+    Args:
+        optimizer: The optimizer.
+        state: State to load, with as many parameters as the optimizer.
+
+    Raises:
+        UserError: The parameters are not those of the optimizer, or a tensor is missing or has the wrong shape.
+    """
+    parts = (optimizer.muon, optimizer.adamw) if isinstance(optimizer, MuonWithAdamW) else (optimizer,)
+    parameters = [(part, parameter) for part in parts for group in part.param_groups for parameter in group["params"]]
+    labels = [label for group in state["param_groups"] for label in group["params"]]
+    if len({*labels}) < len(labels) or state["state"].keys() - {*labels}:
+        raise UserError("The optimizer state of the checkpoint is damaged: its parameters are not those of its groups.")
+    for label, (part, parameter) in zip(labels, parameters, strict=True):
+        moments = state["state"].get(label, {})
+        is_own = type(part).__module__.partition(".")[0] in ("torch", "gptlab")  # others use the names otherwise
+        shapes = dict.fromkeys(SHAPED, parameter.shape) | {"step": torch.Size()} if is_own else {}
+        wrong = [key for key in shapes.keys() & moments.keys() if torch.as_tensor(moments[key]).shape != shapes[key]]
+        wrong += REQUIRED.get(type(part), set()) - moments.keys() if moments else ()
+        if wrong:
+            raise UserError(
+                f"The optimizer state of the checkpoint is damaged: {min(wrong)} of a parameter of shape "
+                f"{tuple(parameter.shape)} is missing or has another shape."
+            )
+
+
 def _relabel(state: State, labels: dict[Any, Any]) -> State:
     """Renames the parameters of an optimizer's state; names not in ``labels`` are kept."""
     return {
@@ -192,4 +224,5 @@ def _keep_own_hyperparameters(optimizer: Optimizer, state: State) -> State:
     """Replaces the hyperparameters in a state with the optimizer's own; raises UserError if the groups do not match."""
     saved, own = state["param_groups"], optimizer.param_groups
     check_groups(saved, own)
+    _check_shapes(optimizer, state)
     return state | {"param_groups": [new | {"params": old["params"]} for old, new in zip(saved, own, strict=True)]}
