@@ -11,6 +11,7 @@ transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as 
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
