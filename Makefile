@@ -5,6 +5,7 @@
 # make lint     ruff, mypy, import-linter
 # make docs     the documentation as a site, in site/, and the checks of its links, commands and search (no network)
 # make site     the site and the check of its links alone
+# make audit    the versions of constraints.txt against the advisories of PyPI (needs internet access)
 # make figures  the pictures in docs/figures, from runs that it starts (about ten minutes). It reuses runs in
 #               outputs/figures; delete that directory to run them again
 # Each target first creates .venv if it is missing or older than pyproject.toml or constraints.txt.
@@ -14,7 +15,7 @@ BIN := .venv/bin
 # Multi-process tests share few cores: one thread per process avoids oversubscription.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint docs site figures bench format clean
+.PHONY: train test test-slow test-all lint docs site figures bench audit format clean
 
 train: .venv/ready
 	$(BIN)/python -m gptlab.train
@@ -49,6 +50,15 @@ figures: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python -m gptlab.bench suite=all
+
+# --strict: a package that the index has no advisories for is an error, not a success.
+audit: .venv/ready
+	@$(BIN)/pip-audit --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet 'pip-audit>=2.9' || \
+	    { echo "make audit needs pip-audit, which could not be installed. Is there internet access?"; exit 1; }
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt 2>audit.log; status=$$?; \
+	    if [ $$status -ne 0 ] && ! grep -q "known vulnerabilit" audit.log; then \
+	    echo "The versions were not audited: $$(tail -n 1 audit.log). make audit needs the JSON API of pypi.org."; \
+	    else cat audit.log; fi; rm -f audit.log; exit $$status
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
