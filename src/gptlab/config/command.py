@@ -63,8 +63,8 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
         @functools.wraps(task)
         def run_task(config: DictConfig) -> None:
-            collect_garbage_rarely()
-            log_to_console()  # a launcher's process does not call main
+            collect_garbage_rarely()  # a launcher's process does not call main
+            log_to_console()
             try:
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:
@@ -77,6 +77,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
         @functools.wraps(task)
         def main() -> None:
+            collect_garbage_rarely()
             log_to_console()
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
