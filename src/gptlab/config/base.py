@@ -34,7 +34,7 @@ class ComponentConfig(FrozenConfig):
     @property
     def component(self) -> dict[str, Any]:
         """The component: target and arguments."""
-        return {**(self.model_extra or {}), TARGET: self.name}
+        return {**(self.model_extra or {}), TARGET: self.name}  # as a string, whatever was given
 
 
 def component_or_built_in(values: Any) -> Literal["component", "built_in"]:
