@@ -20,6 +20,10 @@ class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class Location:
+    """Annotation of the fields of a configuration that have a path, a URL or the name of an account on a server."""
+
+
 class ComponentConfig(FrozenConfig):
     """Configuration of a component (``gptlab.config.components``): further keys are ``_target_`` and arguments."""
 
