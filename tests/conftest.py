@@ -20,6 +20,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from forkserver import WITH_TORCH, WITHOUT_TORCH, ForkServer
 from gptlab.config.command import configuration_folder
+from gptlab.config.trust import TRUST
 from gptlab.exit_codes import DONE
 from gptlab.model.config import OPTIONS, GPTConfig
 from own_package import add_to_path, write_groups, write_package
@@ -114,9 +115,10 @@ class RunningCommand(subprocess.Popen[str]):
 def restored_environment() -> Iterator[None]:
     """Undoes changes of environment variables: the trust in components, and what libraries set when they are imported.
 
-    A command with a variable that such a library has set would not be run by a fork.
+    A command with a variable that such a library has set would not be run by a fork. Tests begin without trust.
     """
     before = dict(os.environ)
+    os.environ[TRUST] = ""
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]

@@ -23,7 +23,7 @@ TWO = ("trainer=ddp", "trainer.devices=2")
 def last_step(user, name: str) -> int:
     """Returns the last step in the metrics of the only run of this name, or 0."""
     for path in user.folder.glob(f"outputs/{name}/*/metrics.csv"):
-        with contextlib.suppress(FileNotFoundError):  # a resumed run is rewriting it
+        with contextlib.suppress(FileNotFoundError, KeyError, ValueError):  # a resumed run is rewriting it
             return max(metrics(path.parent, "tokens"), default=0)
     return 0
 

@@ -24,7 +24,10 @@ CONFIG_ERRORS = {
         ["schedule=constant", "schedule.decay_steps=3"],
         "`schedule.decay_steps` belongs to other options of schedule=",
     ),
-    "wrong type": (["model.n_layer=abc"], "model.n_layer='abc' is not valid: it should be an integer greater than 0"),
+    "wrong type": (
+        ["model.n_layer=abc"],
+        "model.n_layer='abc' is not valid: it should be an integer greater than 0 and less than or equal to 10,000.",
+    ),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be a number greater than 0"),
     "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
     "alternatives": (

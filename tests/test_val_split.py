@@ -53,7 +53,9 @@ def run_of(config: RunConfig, directory: Path) -> Path:
     prepared = prepare(config.data, config.tokenizer)
     with RunLock() as lock:
         create_run_dir(config.with_vocabulary(prepared.manifest.vocab_size), prepared.manifest, directory, lock)
-    (directory / "checkpoints" / "step_000006").mkdir(parents=True)
+    checkpoint = directory / "checkpoints" / "step_000006"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.pt").write_bytes(bytes(10**6))
     return directory
 
 

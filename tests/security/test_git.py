@@ -1,6 +1,7 @@
 """Recording the code version in somebody else's repository runs no program that its config names."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def canary(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path / "repository")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     Path("code.py").write_text("a = 1\n")
+    Path("other.py").write_text("a = 1\n")
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "x")
@@ -61,11 +63,13 @@ ATTACKS = {
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 def test_a_config_of_the_repository_runs_nothing_and_the_diff_is_recorded(tmp_path, canary, attack):
     attack(tmp_path / "payload")
+    os.utime("other.py", (1, 1))  # makes git write its index
     for command in (("status", "--porcelain"), ("diff", "HEAD"), ("status", "--porcelain")):
         subprocess.run(("git", *command), stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20)
     assert canary.exists(), "the payload has no effect, so the test would prove nothing"
     canary.unlink()
     Path("code.py").touch()
+    os.utime("other.py", (2, 2))
     (tmp_path / "run").mkdir()
     record_environment(tmp_path / "run")
     assert not canary.exists()

@@ -159,13 +159,13 @@ def test_a_file_in_the_place_of_a_directory_or_the_reverse_is_refused(user, name
     assert_config_error(done, f"{path} cannot be written")
 
 
-@pytest.mark.parametrize("change", [{"n_layer": 9999}, {"n_embd": 10**6}, {"vocab_size": 2**31}])
+@pytest.mark.parametrize("change", [{"n_layer": 9999}, {"n_embd": 10**6}, {"vocab_size": 2**31 - 1}])
 def test_a_model_that_is_much_larger_than_its_checkpoint_is_not_built(tmp_path, monkeypatch, change):
     monkeypatch.setenv(TRUST_PATHS, "1")
     run = copy_run(tmp_path)
     values = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump(values | {"model": values["model"] | change}))
-    with pytest.raises(UserError, match="does not fit in"):
+    with pytest.raises(UserError, match=r"parameters, but its weights have only [0-9,]+ bytes"):
         load_model(open_model_source(str(run)))
 
 

@@ -20,6 +20,10 @@ class FrozenConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
+class Location:
+    """Annotation of the fields of a configuration that have a path, a URL or the name of an account on a server."""
+
+
 class ComponentConfig(FrozenConfig):
     """Configuration of a component (``gptlab.config.components``): further keys are ``_target_`` and arguments."""
 
@@ -34,7 +38,7 @@ class ComponentConfig(FrozenConfig):
     @property
     def component(self) -> dict[str, Any]:
         """The component: target and arguments."""
-        return {**(self.model_extra or {}), TARGET: self.name}
+        return {**(self.model_extra or {}), TARGET: self.name}  # as a string, whatever was given
 
 
 def component_or_built_in(values: Any) -> Literal["component", "built_in"]:

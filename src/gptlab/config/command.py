@@ -64,7 +64,8 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
 
         @functools.wraps(task)
         def run_task(config: DictConfig) -> None:
-            log_to_console()  # a launcher's process does not call main
+            collect_garbage_rarely()  # a launcher's process does not call main
+            log_to_console()
             try:
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException) as error:

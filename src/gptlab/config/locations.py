@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gptlab.config.base import get_value
+from gptlab.config.base import Location, get_value
 from gptlab.config.components import TARGET
 from gptlab.errors import UserError
 from gptlab.terminal import print_message
@@ -24,10 +24,6 @@ TRUST_PATHS = "GPTLAB_TRUST_PATHS"  # environment variable with the same meaning
 _NAMED_LOCATION = re.compile("dir|path|file|folder|root|repo|source|uri|url|host|server|endpoint|_args_", re.IGNORECASE)
 _NAMED_METRIC = re.compile("monitor|metric|prefix", re.IGNORECASE)
 _accepted: set[tuple[str, str]] = set()  # keys and values that the user has agreed to in this process
-
-
-class Location:
-    """Annotation of the fields of a configuration that have a path, a URL or the name of an account on a server."""
 
 
 def trust_paths(agreed: object) -> None:

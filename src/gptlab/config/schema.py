@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, model_validator
 
-from gptlab.config.base import FrozenConfig
+from gptlab.config.base import FrozenConfig, Location
 from gptlab.config.components import Component, enabled_components
-from gptlab.config.locations import Location
 from gptlab.data.config import BuiltInTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig

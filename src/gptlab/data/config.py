@@ -12,9 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_built_in
+from gptlab.config.base import ComponentConfig, FrozenConfig, Location, component_or_built_in
 from gptlab.config.components import Component
-from gptlab.config.locations import Location
 
 
 class DataConfig(FrozenConfig):

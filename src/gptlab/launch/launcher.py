@@ -33,9 +33,8 @@ from gptlab.pretrained.external import check_archive, check_external, check_exte
 from gptlab.pretrained.source import check_model_exists, resolve_path
 from gptlab.tracking.environment import read_components
 from gptlab.tracking.run_directory import (
+    check_run_size,
     check_weights_fit,
-    check_weights_size,
-    checkpoint_files,
     load_config,
     require_checkpoint,
 )
@@ -150,7 +149,7 @@ def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
         require_checkpoint(start, named)
     if config.resume:
         check_no_links(Path(config.resume))
-        check_weights_size(Path(config.resume), checkpoint_files(Path(config.resume)), config.model)
+        check_run_size(Path(config.resume), config.model)
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:

@@ -105,7 +105,7 @@ class GPTConfig(FrozenConfig):
 
     block_size: Annotated[PositiveInt, Field(lt=2**31), Option("size")]
     vocab_size: Annotated[Annotated[PositiveInt, Field(lt=2**31)] | None, Option("size", shapes_weights=True)]
-    n_layer: Annotated[Size, Field(le=MAX_LAYERS)]
+    n_layer: Annotated[PositiveInt, Field(le=MAX_LAYERS), Option("size", shapes_weights=True)]
     n_head: Size
     n_embd: Size
     bias: Annotated[bool, Option("variant", True, shapes_weights=True)]

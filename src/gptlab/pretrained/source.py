@@ -26,7 +26,7 @@ from gptlab.pretrained.external import (
     read_hf_shape,
     weight_files,
 )
-from gptlab.tracking.run_directory import check_weights_size, checkpoint_files, load_config, require_checkpoint
+from gptlab.tracking.run_directory import check_run_size, check_weights_size, load_config, require_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG
 
 HUB_FILES = [  # files to download from a repository; none is a pickle
@@ -118,7 +118,7 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
         check_trusted({"model": config.model.model_dump(mode="json")}, path)
         check_locations(config, path, used=("model", "tokenizer"))
         require_checkpoint(path, named)
-        check_weights_size(path, checkpoint_files(path), config.model)
+        check_run_size(path, config.model)
         return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
     shape = _nanogpt_shape(path, named) if path.is_file() else read_hf_shape(path)
     record = tokenizer_record(path, shape["vocab_size"])

@@ -140,15 +140,21 @@ def best_checkpoint(directory: Path) -> Path:
     return _require(directory, best_intact(directory / CHECKPOINTS))
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """Lists the files of the newest checkpoint of a run, which is not verified."""
-    return list(list_checkpoints(directory / CHECKPOINTS)[-1].iterdir())
-
-
 def require_checkpoint(directory: Path, named: str | None = None) -> None:
     """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
     if not has_checkpoint(directory):
         raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
+
+
+def check_run_size(directory: Path, model: GPTConfig) -> None:
+    """Like ``check_weights_size`` for the largest checkpoint of a run; a smaller one may be damaged."""
+    checkpoints = (
+        [file for file in path.rglob("*") if file.is_file()] for path in list_checkpoints(directory / CHECKPOINTS)
+    )
+    largest = max(checkpoints, key=_size)
+    if _size(largest) < _known_count(model):
+        newest_checkpoint(directory)  # raises an error if all are damaged
+    check_weights_size(directory, largest, model)
 
 
 def check_weights_size(path: Path, files: Iterable[Path], model: GPTConfig) -> None:
@@ -162,15 +168,22 @@ def check_weights_size(path: Path, files: Iterable[Path], model: GPTConfig) -> N
     Raises:
         UserError: The files have less than one byte per parameter.
     """
-    if model.components or model.vocab_size is None:
-        return  # the number of parameters is not known yet
-    size, count = sum(file.stat().st_size for file in files), parameter_count(model)
+    size, count = _size(files), _known_count(model)
     if count > size:
         raise UserError(
             f"{path} is not valid: a model of its configuration (n_layer={model.n_layer}, n_embd={model.n_embd}, "
             f"vocab_size={model.vocab_size}, block_size={model.block_size}) has {count:,} parameters, but its weights "
             f"have only {size:,} bytes."
         )
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(file.stat().st_size for file in files)
+
+
+def _known_count(model: GPTConfig) -> int:
+    """Returns the number of parameters; 0 if it is not known from the configuration."""
+    return 0 if model.components or model.vocab_size is None else parameter_count(model)
 
 
 def _require(directory: Path, checkpoint_dir: Path | None) -> Path:

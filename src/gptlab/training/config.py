@@ -19,9 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from gptlab.config.base import ComponentConfig, FrozenConfig, component_or_name
+from gptlab.config.base import ComponentConfig, FrozenConfig, Location, component_or_name
 from gptlab.config.components import Component, bind_component, enabled_components
-from gptlab.config.locations import Location
 from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan, plan_batch

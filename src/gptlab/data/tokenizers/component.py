@@ -67,8 +67,8 @@ class ComponentTokenizer:
     def __init__(self, component: Mapping[str, Any]) -> None:
         check_tokenizer(component)
         self.component = dict(component)
-        self._tokenizer: CustomTokenizer = build_component(component)
-        built = self._tokenizer
+        built: CustomTokenizer = build_component(component)
+        self._tokenizer = built
         size, end = getattr(built, "vocab_size", None), built.end_of_text
         if not isinstance(size, int) or size < 1:
             raise self._error(f"vocab_size={size} should be the number of token IDs")
