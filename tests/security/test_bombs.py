@@ -31,6 +31,7 @@ from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.pretrained.source import open_model_source
 from gptlab.training.checkpoints.reading import read_plain
+from gptlab.training.checkpoints.records import CheckpointMetadata, commit
 from preparing import data_config
 from run_directories import write_run
 
@@ -254,8 +255,10 @@ def test_a_run_of_an_extreme_size_is_refused(tmp_path, key, value):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"][key] = value
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "checkpoints" / "step_000001").mkdir(parents=True)
-    (run / "checkpoints" / "step_000001" / "state.pt").write_bytes(bytes(100_000))
+    (run / "checkpoints" / "unfinished").mkdir(parents=True)
+    (run / "checkpoints" / "unfinished" / "state.pt").write_bytes(bytes(100_000))
+    facts = CheckpointMetadata(step=1, val_loss=None, evaluation_due=False)
+    commit(run / "checkpoints" / "unfinished", run / "checkpoints" / "step_000001", facts, {})
     assert_size_refused(run, key)
 
 
