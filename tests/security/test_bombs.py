@@ -67,8 +67,8 @@ def write_plain(path: Path, content: bytes, times: int) -> None:
 
 
 BOMBS: dict[str, tuple[str, Callable[[Path, bytes, int], None], bytes]] = {
-    "gz": ("a.txt.gz", write_gz, b"\0" * MB),
-    "zst": ("a.txt.zst", write_zst, b"\0" * MB),
+    "gz": ("a.txt.gz", write_gz, b"a" * MB),
+    "zst": ("a.txt.zst", write_zst, b"a" * MB),
     "jsonl.gz": ("a.jsonl.gz", write_gz, LINE),
     "jsonl.zst": ("a.jsonl.zst", write_zst, LINE),
     "parquet, dictionary": ("a.parquet", write_dictionary, b"a" * MB),
@@ -79,7 +79,9 @@ BOMBS: dict[str, tuple[str, Callable[[Path, bytes, int], None], bytes]] = {
 
 def read(path: Path, **values) -> int:
     """Returns the number of characters of a corpus."""
-    corpus = open_corpus(data_config(source=str(path), column="text", task_bytes=2**26, **values))
+    corpus = open_corpus(
+        data_config(source=str(path), column=None if ".txt" in path.name else "text", task_bytes=2**26, **values)
+    )
     return sum(len(document.text) for task in corpus.tasks(2**26) for document in corpus.documents(task))
 
 
@@ -119,7 +121,7 @@ def test_one_block_of_a_zst_file_does_not_fill_the_memory(tmp_path):
 
 
 def test_ordinary_and_small_compressed_files_are_accepted(tmp_path):
-    write_gz(tmp_path / "small.txt.gz", b"\0" * MB, 16)  # a ratio of 1000, but only 16 MB
+    write_gz(tmp_path / "small.txt.gz", b"a" * MB, 16)  # a ratio of 1000, but only 16 MB
     assert read(tmp_path / "small.txt.gz") == 16 * MB
     text = "".join(f"{i} {i * i} some ordinary words\n" for i in range(700_000)).encode()
     write_gz(tmp_path / "ordinary.txt.gz", text, 1)

@@ -58,7 +58,8 @@ def test_several_documents_are_split_by_document_by_default(tmp_path, kind, monk
     source = tmp_path / "none" if values else write_answers(tmp_path, kind)
     chosen = defaults("data/text.yaml") | (defaults("data/huggingface.yaml") if values else {})
     values |= {key: chosen[key] for key in ("val_split", "val_fraction", "split_seed")}
-    prepared = prepare_text(source, column="text", task_bytes=1000, cache_dir=str(tmp_path / "cache"), **values)
+    column = None if kind == "folder" else "text"
+    prepared = prepare_text(source, column=column, task_bytes=1000, cache_dir=str(tmp_path / "cache"), **values)
     train, val = documents(prepared, "train"), documents(prepared, "val")
     assert sorted(train + val) == sorted(ANSWERS)
     assert len(val) >= 1
@@ -178,12 +179,13 @@ def test_preparation_that_left_val_empty_is_completed_with_a_val_document(unluck
 def test_a_single_document_is_rejected_for_documents_and_accepted_for_tail(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
+    column = "text" if name == "a.jsonl" else None
     with pytest.raises(UserError, match=rf"data\.val_split=documents requires .*{path} has {message}"):
-        prepare_text(path, column="text", val_split="documents")
+        prepare_text(path, column=column, val_split="documents")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     if "one" in message:
-        check_val_split(data_config(source=str(path), column="text", val_split="tail"))
-        assert documents(prepare_text(path, column="text", val_split="tail"), "val") == ["t"]
+        check_val_split(data_config(source=str(path), column=column, val_split="tail"))
+        assert documents(prepare_text(path, column=column, val_split="tail"), "val") == ["t"]
 
 
 # --- tail

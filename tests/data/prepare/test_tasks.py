@@ -224,7 +224,7 @@ def test_full_disk_is_reported_with_the_missing_space_and_the_preparation_resume
 
 def test_missing_disk_space_is_estimated_from_the_token_size(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
-    path.write_bytes(b"word " * 100)
+    path.write_bytes(b"word " * 2000)
     os.truncate(path, 2_600_000_000)  # a sparse file
     calls = itertools.count(1)
 

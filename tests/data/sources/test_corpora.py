@@ -50,7 +50,7 @@ def test_directory_gives_one_document_per_file_sorted_by_name_without_hidden_fil
     hidden = {".git/config": "x", ".hidden": "x", "a/.cache/b.txt": "x"}
     source = write(tmp_path / "folder", texts | hidden)
     corpus = open_corpus(config("text", source=source))
-    assert read(corpus) == [("a/c/d", "D"), ("a/z.md", "Z"), ("b.txt", "B"), ("empty", "")]
+    assert read(corpus) == [("a/c/d", "D"), ("a/z.md", "Z"), ("b.txt", "B")]
     assert corpus.origin == source
 
 

@@ -10,9 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gptlab.data.sources.compression import BLOCK_BYTES
 from gptlab.data.sources.corpora import open_corpus
+from gptlab.data.sources.file_types import FileType
 from gptlab.data.sources.files import Corpus
-from gptlab.data.sources.readers import BLOCK_BYTES, split_spans
+from gptlab.data.sources.readers import split_spans
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer
 from gptlab.errors import UserError
 from preparing import data_config, prepare_text, tokens_on_disk
@@ -36,7 +38,7 @@ PIECES = [
     "é",
     "ﬁ",
     "<|endoftext|>",
-    "\0",
+    "\x01",
 ]
 
 
@@ -113,9 +115,9 @@ def test_spans_are_contiguous_and_end_at_the_next_split_offset(tmp_path, kind):
     white = {b" ", b"\t", b"\r", b"\n"}
     ends = np.cumsum([len(character.encode()) for character in TEXTS[kind]]).tolist()
     solid = [end for end, character in zip(ends, TEXTS[kind], strict=True) if not character.isspace()]
-    places = {n for n in solid if data[n : n + 1] in white and data[n - 1 : n] not in (b"\0", b"\x7f")}
+    places = {n for n in solid if data[n : n + 1] in white and data[n - 1 : n] not in (b"\x01", b"\x7f")}
     for size in (1, 7, 100, 333, len(data) - 1, len(data)):
-        found = list(split_spans(path, size))
+        found = list(split_spans(path, size, FileType()))
         assert [span.bytes for span in found] == [span.stop - span.start for span in found]
         assert [0, *(span.stop for span in found)] == [*(span.start for span in found), len(data)]
         for span in found[:-1]:
@@ -127,20 +129,21 @@ def test_spans_are_contiguous_and_end_at_the_next_split_offset(tmp_path, kind):
 def test_file_of_the_span_size_is_one_span_and_one_byte_more_gives_two(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"word " * 20)
-    assert list(split_spans(path, 100)) == [(0, 100, 100)]
+    assert list(split_spans(path, 100, FileType())) == [(0, 100, 100, FileType())]
     path.write_bytes(b"word " * 20 + b"w")
-    assert list(split_spans(path, 99)) == [(0, 99, 99), (99, 101, 2)]
+    assert [span[:3] for span in split_spans(path, 99, FileType())] == [(0, 99, 99), (99, 101, 2)]
 
 
 def test_next_split_offset_is_found_at_any_distance(tmp_path):
     path = tmp_path / "a.txt"
     for before in (BLOCK_BYTES - 2, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 1, BLOCK_BYTES + 2, 3 * BLOCK_BYTES):
         path.write_bytes(b"x" * before + b" y")
-        assert list(split_spans(path, 1)) == [(0, before, before), (before, before + 2, 2)]
+        spans = [span[:3] for span in split_spans(path, 1, FileType())]
+        assert spans == [(0, before, before), (before, before + 2, 2)]
     lines = [b"{%d: 0}\n" % n + b" " * n for n in (BLOCK_BYTES - 9, BLOCK_BYTES - 8, 2 * BLOCK_BYTES)]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     ends = [n + 1 for n, byte in enumerate(b"\n".join(lines)) if byte == 10]
-    assert [span.stop for span in split_spans(tmp_path / "a.jsonl", 1)] == [
+    assert [span.stop for span in split_spans(tmp_path / "a.jsonl", 1, FileType("jsonl"))] == [
         *ends,
         (tmp_path / "a.jsonl").stat().st_size,
     ]
@@ -168,7 +171,8 @@ def test_gpt2_tokens_of_a_divided_text_are_those_of_the_whole(tmp_path, gpt2, se
 
 def test_replacement_of_invalid_utf8_does_not_depend_on_the_task_size(tmp_path):
     random = np.random.default_rng(0)
-    data = b"".join(random.choice([b"\xff", b"\xc3", b"\xe4\xb8", b"\xf0\x9f", b"\x80", b"a", b" ", b"\n"], size=2000))
+    pieces = [b"\xff", b"\xc3", b"\xe4\xb8", b"\xf0\x9f", b"\x80", b"a", b" ", b"\n", *(4 * [b"good"])]
+    data = b"".join(random.choice(pieces, size=2000))
     (tmp_path / "a.txt").write_bytes(data)
     for size in (1, 2, 3, 10, 101, WHOLE):
         assert joined(open_text(tmp_path / "a.txt"), size) == [("a.txt", data.decode(errors="replace"))]
@@ -284,7 +288,7 @@ def mixed(tmp_path) -> Path:
 def test_directory_of_all_file_kinds_does_not_depend_on_the_task_size(mixed):
     corpus = open_text(mixed, column="text")
     whole = joined(corpus, WHOLE)
-    assert len(whole) == 80 + 2 + 3 * 60
+    assert len(whole) == 80 - 9 + 2 + 3 * 60  # nine are empty
     assert len({name for name, _ in whole}) == len(whole)
     assert dict(whole)["below/large.txt"] == TEXTS["adversarial"]
     assert dict(whole)["07.txt"] == "Text 7 " * 7
@@ -358,7 +362,7 @@ def test_line_without_the_column_is_reported_with_the_existing_columns(tmp_path)
         read_all(path, column="text")
     with pytest.raises(UserError, match=rf"data\.column is required to read {path}, line at byte 0\..*: text\."):
         read_all(path)
-    path.write_text('["text"]\n')
+    path.write_text('"text"\n')
     with pytest.raises(UserError, match=rf"data\.column=text is not in {path}, line at byte 0\..*: none\."):
         read_all(path, column="text")
 
@@ -387,7 +391,7 @@ def test_damaged_file_is_reported(tmp_path):
     for name, data in (broken | {"d.parquet": b"PAR1 no parquet PAR1"}).items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=rf"{tmp_path / name} is damaged"):
-            read_all(tmp_path / name, column="text")
+            read_all(tmp_path / name, column=None if ".txt" in name else "text")
 
 
 def test_zst_file_without_zstandard_raises(tmp_path, monkeypatch):
@@ -417,10 +421,13 @@ def test_offset_of_invalid_utf8_is_relative_to_the_file(tmp_path):
             read_all(tmp_path / "a.txt", size, undecodable="refuse")
 
 
-def test_lone_surrogates_in_json_become_question_marks(tmp_path):
+def test_lone_surrogates_in_json_are_replaced_or_refused(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud800b"}\n{"text": "\\ud83d\\udc4d"}\n' * 9)
     prepared = prepare_text(tmp_path / "a.jsonl", "characters", column="text", val_split="documents", val_fraction=0.5)
-    assert prepared.tokenizer.record()["characters"] == "?ab👍"
+    assert prepared.tokenizer.record()["characters"] == "ab\ufffd👍"
+    assert sum(shard.num_replaced for shard in prepared.manifest.shards()) == 9
+    with pytest.raises(UserError, match=r"line at byte 0: data\.column=text has a lone surrogate at character 1"):
+        read_all(tmp_path / "a.jsonl", column="text", undecodable="refuse")
 
 
 def test_file_name_may_contain_special_characters(tmp_path):

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from gptlab.data.config import DataConfig
 from gptlab.data.shards.manifest import Split
-from gptlab.data.sources.corpora import list_files, open_corpus
-from gptlab.data.sources.files import Corpus, Task
-from gptlab.data.sources.readers import Document, file_kind
+from gptlab.data.sources.corpora import open_corpus
+from gptlab.data.sources.files import Corpus, FileCorpus, Task
+from gptlab.data.sources.readers import Document
 from gptlab.errors import UserError
 
 HASH_RANGE = 2**64  # document hashes are integers in [0, HASH_RANGE)
@@ -28,10 +28,9 @@ def has_several_documents(config: DataConfig) -> bool:
         return config.val_split == "auto" or _names_differ(config)
     if config.corpus != "text":
         return config.corpus in ("python_stdlib", "shakespeare_plays", "huggingface")
-    source = Path(config.source or "").expanduser()
-    paths = list_files(source, "*", set()) if source.is_dir() else iter([source])
-    files = list(islice((path for path in paths if path.is_file() and path.stat().st_size), 2))
-    if len(files) != 1 or file_kind(files[0]) == "text":
+    corpus = open_corpus(config)
+    files = list(islice(corpus.typed_files(), 2)) if isinstance(corpus, FileCorpus) else []
+    if len(files) != 1 or files[0][1].format == "text":
         return len(files) > 1
     return _names_differ(config)
 
@@ -96,7 +95,7 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
 
 def document_hash(name: str, seed: int) -> int:
     """Returns the hash of a document, in [0, HASH_RANGE), from its name and ``data.split_seed``."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:8])
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode(errors="surrogateescape")).digest()[:8])
 
 
 def _is_missing(config: DataConfig) -> bool:

@@ -15,7 +15,7 @@ from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Manifest, load
 from gptlab.data.shards.remote import RemoteFolder, fetch_files
 from gptlab.data.shards.streams import LocalFolder, ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
-from gptlab.data.sources.files import FileCorpus
+from gptlab.data.sources.files import hash_listing
 from gptlab.data.sources.readers import Decoding
 from gptlab.data.tokenizers.external import META_FILE, read_meta
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
@@ -109,7 +109,7 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
             "Use tokenizer=characters."
         )
     read = [*files, meta] if meta.exists() else files
-    listing = FileCorpus(files[0].parent, read, Decoding(None, "replace", 0)).fingerprint()
+    listing = hash_listing(files[0].parent, read, str(Decoding(None, "replace", 0)))
     if isinstance(tokenizer, ComponentTokenizerConfig):
         record = json.dumps(build_tokenizer(tokenizer, ()).record(), sort_keys=True)
         listing = hashlib.sha256(f"{listing}{record}".encode()).hexdigest()

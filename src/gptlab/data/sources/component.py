@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.config.components import TARGET, build_component, check_component, component_arguments, hash_sources
+from gptlab.data.sources.file_types import FileType
 from gptlab.data.sources.files import FileCorpus, Task
 from gptlab.data.sources.readers import Decoding, Document, Span
 from gptlab.data.tokenizers.text import replace_surrogates
@@ -157,6 +159,10 @@ class StoredDocuments(FileCorpus):
     def origin(self) -> str:
         """Target and arguments of the reader."""
         return self.name
+
+    def typed_files(self, skipped: Counter[str] | None = None) -> Iterator[tuple[Path, FileType]]:
+        """Yields the file."""
+        yield self.paths[0], FileType("jsonl")
 
     def documents(self, task: Task) -> Iterator[Document]:
         """Yields the documents of a task, in order."""

@@ -2,20 +2,22 @@
 
 import functools
 import hashlib
+import os
 import sys
 import sysconfig
 import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptlab.data.config import DataConfig
 from gptlab.data.sources.component import ReaderCorpus, check_reader
-from gptlab.data.sources.files import Corpus, FileCorpus, Task
+from gptlab.data.sources.files import Corpus, FileCorpus, Task, hash_listing
 from gptlab.data.sources.readers import (
     Decoding,
     Document,
@@ -43,6 +45,7 @@ class HubCorpus:
     subset: str | None
     column: str
     streaming: bool
+    undecodable: Literal["replace", "refuse"]
 
     @property
     def origin(self) -> str:
@@ -54,8 +57,8 @@ class HubCorpus:
         content, folder = self.origin, Path(self.path).expanduser()
         if folder.is_dir():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
-            files = FileCorpus(folder, paths, Decoding(self.column, "replace", 0))
-            content = f"{content}\0{folder.resolve()}\0{files.fingerprint()}"
+            files = hash_listing(folder, paths, str(Decoding(self.column, "replace", 0)))
+            content = f"{content}\0{folder.resolve()}\0{files}"
         if self.streaming:  # documents have other names, and therefore other splits
             content = f"{content}\0streaming"
         return hashlib.sha256(content.encode()).hexdigest()
@@ -92,9 +95,10 @@ class HubCorpus:
             if self.column not in batch:
                 raise UserError(missing_column(self.column, list(batch), self.path))
             for text, number in zip(batch[self.column], numbers, strict=False):  # numbers are infinite
-                checked = check_text(text, self.column, list(batch), f"{self.path}, row {name}{number}")
+                where = f"{self.path}, row {name}{number}"
+                checked = check_text(text, self.column, list(batch), where, self.undecodable)
                 if checked is not None:
-                    yield Document(f"{name}{number}", checked)
+                    yield Document(f"{name}{number}", checked[0], has_replacements=checked[1])
 
     def _rows(self) -> Any:
         rows = _load_dataset(self.path, self.subset, self.streaming, self.fingerprint())
@@ -137,7 +141,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.corpus == "huggingface":
         if not config.path or not config.column:
             raise UserError("data=huggingface requires the dataset and its text column: data.path=... data.column=text")
-        return HubCorpus(config.path, config.subset, config.column, config.streaming)
+        return HubCorpus(config.path, config.subset, config.column, config.streaming, config.undecodable)
     if config.reader is not None:
         check_reader(config.reader)
         return ReaderCorpus(config.reader)
@@ -154,14 +158,23 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 
 def list_files(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
-    """Yields the files below ``root`` that match ``pattern``, in arbitrary order.
+    """Yields the files below ``root`` whose names match ``pattern``, in arbitrary order.
 
-    Skips hidden files and directories (such as .git) and those with a name in ``excluded``.
+    Skips hidden files and directories (such as .git) and those with a name in ``excluded``. Follows links, also those
+    to directories, but reads no directory twice.
     """
-    for path in root.rglob(pattern):
-        parts = path.relative_to(root).parts
-        if path.is_file() and not excluded.intersection(parts) and not any(part.startswith(".") for part in parts):
-            yield path
+    seen = set()
+    for name, folders, files in os.walk(root, followlinks=True):
+        stat = Path(name).stat()
+        if (stat.st_dev, stat.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        folders[:] = [folder for folder in folders if folder not in excluded and not folder.startswith(".")]
+        for file in files:
+            path = Path(name, file)
+            if fnmatch(file, pattern) and file not in excluded and not file.startswith(".") and path.is_file():
+                yield path
 
 
 def _open_files(root: Path, pattern: str, origin: str, excluded: set[str], decoding: Decoding) -> FileCorpus:

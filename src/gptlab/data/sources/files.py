@@ -1,12 +1,21 @@
 """Corpora of files, and the interface of all corpora."""
 
 import hashlib
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from gptlab.data.sources.file_types import FileType, UnsupportedFileError, detect_type
 from gptlab.data.sources.readers import Decoding, Document, Span, read_documents, split_spans
+from gptlab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+READING = 2  # version of the rules by which files are read; part of the fingerprint
 
 
 class Task(NamedTuple):
@@ -54,7 +63,10 @@ class Corpus(Protocol):
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """Files below ``root``. Every text file and every record of a jsonl or parquet file is one document."""
+    """Files below ``root``. Every text file and every record of a jsonl or parquet file is one document.
+
+    A file that is neither is skipped if there are several, and refused otherwise.
+    """
 
     root: Path
     paths: list[Path]
@@ -67,21 +79,59 @@ class FileCorpus:
 
     def fingerprint(self) -> str:
         """Returns a hash of the names, sizes and modification times of the files, and of the decoding options."""
-        digest = hashlib.sha256(f"{self.decoding}\n".encode())
-        for path in self.paths:
-            stat = path.stat()
-            digest.update(f"{path.relative_to(self.root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return hash_listing(self.root, self.paths, f"{self.decoding}, {READING}")
 
     @property
     def bytes(self) -> int:
         """Total size of the files."""
         return sum(path.stat().st_size for path in self.paths)
 
+    def typed_files(self, skipped: Counter[str] | None = None) -> Iterator[tuple[Path, FileType]]:
+        """Yields the files that are read, with their types.
+
+        Args:
+            skipped: Counts the files that are skipped, by their suffixes and what they are.
+
+        Raises:
+            UserError: The only file is not supported, or a file is damaged.
+        """
+        for path in self.paths:
+            if not path.stat().st_size:
+                continue
+            try:
+                kind = detect_type(path, self.decoding.column)
+            except UnsupportedFileError as error:
+                if len(self.paths) == 1:
+                    raise
+                if skipped is not None:
+                    skipped[f"{path.suffix or path.name} ({error.kind})"] += 1
+                continue
+            yield path, kind
+
     def tasks(self, size: int) -> list[Task]:
-        """Groups small files and splits large ones."""
-        parts = ((str(path.relative_to(self.root)), span) for path in self.paths for span in split_spans(path, size))
+        """Groups small files and splits large ones. Logs how many files are read and how many are skipped."""
+        skipped: Counter[str] = Counter()
+        files = list(self.typed_files(skipped))
+        self._check_types(files, skipped)
+        parts = (
+            (str(path.relative_to(self.root)), span) for path, kind in files for span in split_spans(path, size, kind)
+        )
         return _group_parts(parts, size)
+
+    def _check_types(self, files: list[tuple[Path, FileType]], skipped: Counter[str]) -> None:
+        if skipped:
+            read = Counter(str(kind.format) for _, kind in files)
+            log.warning(
+                "%s: %s. Skipped %s.",
+                *(self.origin, f"reading {_listed(read)}" if read else "no file is read", _listed(skipped)),
+            )
+        if not files and skipped:
+            raise UserError(f"{self.origin} contains no text and no .jsonl or .parquet file, only {_listed(skipped)}.")
+        if self.decoding.column and all(kind.format == "text" for _, kind in files):
+            raise UserError(
+                f"data.column={self.decoding.column} is set, but {self.origin} is plain text, which has no columns. "
+                "Remove data.column, or use .jsonl or .parquet files."
+            )
 
     def documents(self, task: Task) -> Iterator[Document]:
         """Yields the documents of a task, in order."""
@@ -100,3 +150,17 @@ def _group_parts(parts: Iterable[tuple[str, Span]], size: int) -> list[Task]:
         groups[-1].append((name, span))
         room -= span.bytes
     return [Task(number, group) for number, group in enumerate(groups)]
+
+
+def hash_listing(root: Path, paths: list[Path], header: str) -> str:
+    """Returns a hash of the names, sizes and modification times of files, and of a text."""
+    digest = hashlib.sha256(f"{header}\n".encode())
+    for path in paths:
+        stat = path.stat()
+        digest.update(os.fsencode(path.relative_to(root)) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _listed(counts: Counter[str]) -> str:
+    """Returns the counts as text: "3 .png (binary data), 1 .zip (a ZIP archive)"."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())

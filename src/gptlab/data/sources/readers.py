@@ -4,31 +4,24 @@ The result does not depend on the spans. The names of documents do not depend on
 one span is split only where the pre-tokenization of GPT-2 also splits it.
 """
 
-import gzip
-import io
 import json
-import logging
 import math
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from gptlab.data.tokenizers.text import replace_surrogates
+from gptlab.data.sources.compression import BLOCK_BYTES, MIN_EXPANDED_BYTES, Expansion, name_damage, open_file
+from gptlab.data.sources.file_types import FileType
 from gptlab.errors import UserError
 
-log = logging.getLogger(__name__)
-
-BLOCK_BYTES = 2**16  # bytes that are read at a time when searching for an offset at which to split
-FRAME_BYTES = 2**10  # bytes of .zst that are decompressed at a time; 4 bytes can become 128 KiB (RFC 8878, 3.1.1.2)
 PARQUET_ROWS = 16  # rows that are decoded at a time; a few bytes can repeat a long text in each row
-MIN_EXPANDED_BYTES = 2**24  # text that any compressed file may have, whatever data.max_expansion
-LOGGED_BYTES = 2**32  # decompressed bytes of a file between two log messages
 MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
+SURROGATE = re.compile("[\ud800-\udfff]")
+BOM = "\ufeff"  # byte order mark, which some programs write at the start of a file; not part of the text
 
 # A character that is not whitespace (one to four bytes in UTF-8), followed by whitespace. GPT-2's pattern never matches
 # across this boundary and has no lookbehind, so both sides are tokenized as in the whole text.
@@ -48,7 +41,7 @@ class Document(NamedTuple):
         text: Text of this part.
         begin: Start of the part as a fraction of the document: 0 for a whole document.
         end: End of the part as a fraction of the document: 1 for a whole document.
-        has_replacements: Whether U+FFFD replaces bytes that are not valid UTF-8.
+        has_replacements: Whether U+FFFD replaces bytes that are not valid UTF-8, or lone surrogates.
     """
 
     name: str
@@ -59,11 +52,19 @@ class Document(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Range of bytes of a file, or of row groups of a parquet file, and its approximate size in bytes."""
+    """Range of bytes of a file, or of row groups of a parquet file.
+
+    Attributes:
+        start: Start of the range.
+        stop: End of the range.
+        bytes: Its approximate size in bytes.
+        type: Type of the file.
+    """
 
     start: int
     stop: int
     bytes: int
+    type: FileType = FileType()
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,24 @@ class Decoding:
     max_expansion: float = field(default=math.inf, repr=False)
 
 
-def split_spans(path: Path, size: int) -> Iterator[Span]:
-    """Splits a file into spans of about ``size`` bytes, deterministically."""
-    kind, length = file_kind(path), path.stat().st_size
-    if kind == "parquet":
-        import pyarrow as pa
+def split_spans(path: Path, size: int, kind: FileType) -> Iterator[Span]:
+    """Splits a file of a known type into spans of about ``size`` bytes, deterministically."""
+    length = path.stat().st_size
+    if kind.format == "parquet":
         import pyarrow.parquet as pq
 
-        try:
+        with name_damage(path, "parquet"):
             metadata = pq.read_metadata(path)
-        except pa.ArrowException as error:
-            raise UserError(f"{path} is damaged or not a parquet file: {error}") from error
         for group in range(metadata.num_row_groups):
-            yield Span(group, group + 1, metadata.row_group(group).total_byte_size)
-    elif _is_compressed(path) or length <= size:
-        yield Span(0, length, length)
+            yield Span(group, group + 1, metadata.row_group(group).total_byte_size, kind)
+    elif kind.compression or length <= size:
+        yield Span(0, length, length, kind)
     else:
         cuts = [0]
         while cuts[-1] < length:
             wanted = cuts[-1] + size
             cuts.append(_next_cut(path, wanted, kind) if wanted < length else length)
-        yield from (Span(start, stop, stop - start) for start, stop in pairwise(cuts))
+        yield from (Span(start, stop, stop - start, kind) for start, stop in pairwise(cuts))
 
 
 def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
@@ -120,136 +118,20 @@ def read_documents(path: Path, name: str, span: Span, decoding: Decoding) -> Ite
         UserError: The file is damaged, lacks the column, is not valid UTF-8 with ``undecodable="refuse"``, or expands
             more than ``max_expansion`` allows. The message names the file and the position.
     """
-    try:
-        match file_kind(path):
-            case "parquet":
-                yield from _read_parquet(path, name, span, decoding)
-            case "jsonl":
-                yield from _read_jsonl(path, name, span, decoding)
-            case _ if _is_compressed(path):
-                yield from _read_compressed_text(path, name, decoding)
-            case _:
-                yield _read_text(path, name, span, decoding)
-    except _corruption_errors() as error:
-        raise UserError(f"{path} is damaged or not in the format that its file name indicates: {error}") from error
-
-
-def file_kind(path: Path) -> str:
-    """Returns the format of a file from its name: "parquet", "jsonl" or "text", compressed or not."""
-    suffix = Path(path.stem).suffix if _is_compressed(path) else path.suffix
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(suffix, "text")
-
-
-class _Frames(io.RawIOBase):
-    """Decompressed content of all frames of a .zst file. Unlike zstandard, raises EOFError if it is truncated."""
-
-    def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
-        self._file, self._begin, self._text = path.open("rb"), begin, memoryview(b"")
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._text:
-            ended = self._frame is None or self._frame.eof
-            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(FRAME_BYTES)
-            if not block and ended:
-                return 0
-            if not block:
-                raise EOFError("the last frame is truncated")
-            self._frame = self._begin() if ended else self._frame
-            self._text = memoryview(self._frame.decompress(block))
-        size = min(len(buffer), len(self._text))
-        buffer[:size], self._text = self._text[:size], self._text[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _Expansion:
-    """Counts the decompressed bytes of a file.
-
-    Args:
-        path: Path of the file.
-        compressed: Size in bytes of the file, or of the part of it that is read.
-        max_expansion: Maximum ratio; see ``Decoding``.
-        minimum: Number of bytes that are always allowed.
-    """
-
-    def __init__(self, path: Path, compressed: int, max_expansion: float, minimum: int = MIN_EXPANDED_BYTES) -> None:
-        self.path, self.compressed, self.max_expansion = path, compressed, max_expansion
-        self.limit = max(minimum, max_expansion * compressed)
-        self.expanded, self._logged = 0, LOGGED_BYTES
-
-    def add(self, size: int) -> None:
-        """Counts ``size`` more bytes; raises UserError if these are more than allowed."""
-        self.expanded += size
-        if self.expanded > self.limit:
-            raise UserError(
-                f"{self.path} expands from {self.compressed:,} to more than {self.limit:,.0f} bytes, so it may be a "
-                f"decompression bomb (data.max_expansion={self.max_expansion:g}). If it is not, set "
-                "data.max_expansion=<larger ratio>."
-            )
-        if self.expanded >= self._logged:
-            log.info("Decompressing %s: %.1f GB so far", self.path, self.expanded / 1e9)
-            self._logged += LOGGED_BYTES
-
-
-class _Decompressed(io.RawIOBase):
-    """Decompressed content of a file, whose size is limited."""
-
-    def __init__(self, file: io.RawIOBase | gzip.GzipFile, expansion: _Expansion) -> None:
-        self._file, self._expansion = file, expansion
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._file.readinto(buffer) or 0
-        self._expansion.add(size)
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-def _corruption_errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that the imported libraries raise for a damaged file."""
-    names = {"zstandard": "ZstdError", "pyarrow": "ArrowException"}
-    found = [getattr(sys.modules[module], name) for module, name in names.items() if sys.modules.get(module)]
-    return (EOFError, gzip.BadGzipFile, zlib.error, *found)
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix in (".gz", ".zst")
-
-
-def _open(path: Path, max_expansion: float) -> BinaryIO:
-    """Opens a file and decompresses it according to its suffix."""
-    if not _is_compressed(path):
-        return path.open("rb")
-    file: io.RawIOBase | gzip.GzipFile
-    if path.suffix == ".gz":
-        file = gzip.GzipFile(path)
+    if span.type.format == "parquet":
+        with name_damage(path, "parquet"):
+            yield from _read_parquet(path, name, span, decoding)
+    elif span.type.format == "jsonl":
+        yield from _read_jsonl(path, name, span, decoding)
+    elif span.type.compression:
+        yield from _read_compressed_text(path, name, span, decoding)
     else:
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UserError(
-                f"{path} cannot be decompressed, because zstandard is not installed. Install it with: "
-                "pip install zstandard"
-            ) from error
-        file = _Frames(path, zstandard.ZstdDecompressor().decompressobj)
-    return io.BufferedReader(_Decompressed(file, _Expansion(path, path.stat().st_size, max_expansion)), BLOCK_BYTES)
+        yield _read_text(path, name, span, decoding)
 
 
-def _next_cut(path: Path, wanted: int, kind: str) -> int:
+def _next_cut(path: Path, wanted: int, kind: FileType) -> int:
     """Returns the first offset >= ``wanted`` at which a file can be split: after a line, or before whitespace."""
-    pattern = re.compile(rb"\n") if kind == "jsonl" else CUT
+    pattern = re.compile(rb"\n") if kind.format == "jsonl" else CUT
     with path.open("rb") as file:
         offset, tail = max(wanted - MAX_CHARACTER_BYTES, 0), b""  # start of the character that ends at wanted, at most
         file.seek(offset)
@@ -262,12 +144,19 @@ def _next_cut(path: Path, wanted: int, kind: str) -> int:
     return path.stat().st_size
 
 
-def _decode(data: bytes, decoding: Decoding, where: str, start: int = 0) -> tuple[str, bool]:
-    """Decodes UTF-8 and returns the text and whether bytes were replaced. ``start`` is the offset of ``data``."""
+def _decode(data: bytes, undecodable: str, where: str, start: int = 0) -> tuple[str, bool]:
+    """Decodes UTF-8 and returns the text and whether bytes were replaced.
+
+    Args:
+        data: The bytes.
+        undecodable: See ``Decoding``.
+        where: Path of the file, and the record if it has records.
+        start: Offset of ``data`` in the file, for the message.
+    """
     try:
         return data.decode(), False
     except UnicodeDecodeError as error:
-        if decoding.undecodable == "replace":
+        if undecodable == "replace":
             return data.decode(errors="replace"), True
         raise UserError(
             f"{where} is not UTF-8 at byte {start + error.start}: {data[error.start : error.start + 8]!r}. "
@@ -279,19 +168,23 @@ def _read_text(path: Path, name: str, span: Span, decoding: Decoding) -> Documen
     length = max(path.stat().st_size, 1)
     with path.open("rb") as plain:
         plain.seek(span.start)
-        text, replaced = _decode(plain.read(span.stop - span.start), decoding, str(path), span.start)
+        data = plain.read(span.stop - span.start)
+    text, replaced = _decode(data, decoding.undecodable, str(path), span.start)
+    text = text if span.start else text.removeprefix(BOM)
     return Document(name, text, span.start / length, span.stop / length if span.stop else 1.0, replaced)
 
 
-def _read_compressed_text(path: Path, name: str, decoding: Decoding) -> Iterator[Document]:
+def _read_compressed_text(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Reads a compressed text in the parts into which ``split_spans`` would split the decompressed file."""
-    with _open(path, decoding.max_expansion) as file:
+    kind = span.type.compression
+    with open_file(path, kind, decoding.max_expansion) as file:
         length = sum(map(len, iter(lambda: file.read(BLOCK_BYTES), b"")))  # headers do not reliably have the length
-    with _open(path, decoding.max_expansion) as file:
+    with open_file(path, kind, decoding.max_expansion) as file:
         start = 0
         for data in _split_parts(file, decoding.part_bytes):
             stop = start + len(data)
-            text, replaced = _decode(data, decoding, str(path), start)
+            text, replaced = _decode(data, decoding.undecodable, str(path), start)
+            text = text if start else text.removeprefix(BOM)
             yield Document(name, text, start / max(length, 1), stop / length if length else 1.0, replaced)
             start = stop
 
@@ -315,25 +208,27 @@ def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 def _read_jsonl(path: Path, name: str, span: Span, decoding: Decoding) -> Iterator[Document]:
     """Reads one JSON object per line. A document is named by the offset of its line in the decompressed file."""
-    with _open(path, decoding.max_expansion) as file:
+    with open_file(path, span.type.compression, decoding.max_expansion) as file:
         if span.start:
             file.seek(span.start)
-        offset, stop = span.start, sys.maxsize if _is_compressed(path) else span.stop
+        offset, stop = span.start, sys.maxsize if span.type.compression else span.stop
         while offset < stop:
             line = file.readline()
             if not line:
                 return
             where = f"{path}, line at byte {offset}"
-            if line.strip():
+            content, replaced = _decode(line, decoding.undecodable, where)
+            content = content if offset else content.removeprefix(BOM)
+            if content.strip():
                 try:
-                    content, replaced = _decode(line, decoding, where)
                     record = json.loads(content)
                 except (ValueError, RecursionError) as error:  # not JSON, or nested too deeply
                     raise UserError(f"{where} is not JSON: {error}.") from error
                 text = record.get(decoding.column) if isinstance(record, dict) else None
                 columns = list(record) if isinstance(record, dict) else []
-                if (checked := check_text(text, decoding.column, columns, where)) is not None:
-                    yield Document(f"{name}:{offset}", checked, has_replacements=replaced)
+                checked = check_text(text, decoding.column, columns, where, decoding.undecodable)
+                if checked is not None:
+                    yield Document(f"{name}:{offset}", checked[0], has_replacements=replaced or checked[1])
             offset += len(line)
 
 
@@ -343,45 +238,75 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
     Only the sizes that the file states are known before it is decompressed. They are checked, and so is the text: with
     a dictionary or with prefixes (DELTA_BYTE_ARRAY), a row of a few bytes can repeat a text of any length.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path)
     columns = file.schema_arrow.names
     if decoding.column not in columns:
         raise UserError(missing_column(decoding.column, columns, str(path)))
+    kind = file.schema_arrow.field(decoding.column).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    binary = pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     expansion = _parquet_expansion(path, file.metadata, span.start, decoding)
     row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
     for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[span.start], columns=[decoding.column]):
-        for text in batch.column(0).to_pylist():
-            expansion.add(len(text) if isinstance(text, str) else 0)  # characters: no more than bytes
-            if (checked := check_text(text, decoding.column, columns, f"{path}, row {row}")) is not None:
-                yield Document(f"{name}:{row}", checked)
+        values = batch.column(0).cast(kind).cast(binary) if is_string else batch.column(0)  # pyarrow checks no UTF-8
+        for value in values.to_pylist():
+            where = f"{path}, row {row}"
+            text, replaced = value, False
+            if is_string and value is not None:
+                expansion.add(len(value))
+                text, replaced = _decode(value, decoding.undecodable, where)
+            if (checked := check_text(text, decoding.column, columns, where, decoding.undecodable)) is not None:
+                yield Document(f"{name}:{row}", checked[0], has_replacements=replaced or checked[1])
             row += 1
 
 
-def _parquet_expansion(path: Path, metadata: Any, group: int, decoding: Decoding) -> _Expansion:
+def _parquet_expansion(path: Path, metadata: Any, group: int, decoding: Decoding) -> Expansion:
     """Returns the limit of one row group. Raises UserError if the sizes that the metadata states are not possible."""
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     parts = [[part.column(number) for number in range(part.num_columns)] for part in groups]
     compressed = [[column.total_compressed_size for column in part] for part in parts]
     if min(map(min, compressed)) < 0 or sum(map(sum, compressed)) > path.stat().st_size:
         raise UserError(f"{path} is damaged: the sizes of its columns do not fit in the file.")
-    expansion = _Expansion(path, sum(compressed[group]), decoding.max_expansion, MIN_EXPANDED_BYTES // len(groups))
+    expansion = Expansion(path, sum(compressed[group]), decoding.max_expansion, MIN_EXPANDED_BYTES // len(groups))
     expansion.add(sum(c.total_uncompressed_size for c in parts[group] if c.path_in_schema == decoding.column))
     expansion.expanded = 0
     return expansion
 
 
-def check_text(text: object, column: str | None, columns: list[str], where: str) -> str | None:
-    """Returns the text of a record, or None if it is null. Raises UserError if the column is missing or not text."""
+def check_text(
+    text: object, column: str | None, columns: list[str], where: str, undecodable: str
+) -> tuple[str, bool] | None:
+    """Checks the text of a record.
+
+    Returns:
+        The text and whether lone surrogates, which JSON can encode, were replaced by U+FFFD; None if it is null.
+
+    Raises:
+        UserError: The column is missing or is not text, or has lone surrogates with ``undecodable="refuse"``.
+    """
     if column not in columns:
         raise UserError(missing_column(column, columns, where))
-    if text is not None and not isinstance(text, str):
+    if text is None:
+        return None
+    if not isinstance(text, str):
         raise UserError(
             f"{where}: data.column={column} contains {type(text).__name__} instead of text: {text!r:.80}. "
             f"The columns are {', '.join(columns)}."
         )
-    return text if text is None else replace_surrogates(text)  # JSON escapes can encode lone surrogates
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if undecodable == "refuse":
+            raise UserError(
+                f"{where}: data.column={column} has a lone surrogate at character {error.start}, which is not valid "
+                "Unicode. data.undecodable=replace replaces it with U+FFFD."
+            ) from error
+        return SURROGATE.sub("\ufffd", text), True
+    return text, False
 
 
 def missing_column(column: str | None, columns: list[str], where: str) -> str:
