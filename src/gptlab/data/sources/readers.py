@@ -241,7 +241,7 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(path)
+    file = pq.ParquetFile(path, page_checksum_verification=True)  # for files that have checksums
     columns = file.schema_arrow.names
     if decoding.column not in columns:
         raise UserError(missing_column(decoding.column, columns, str(path)))
