@@ -275,7 +275,9 @@ DAMAGED = {
     "parquet without magic": ("a.parquet", TEXT.encode()),
     "damaged parquet page": (
         "a.parquet",
-        (lambda data: data[:200] + bytes(50) + data[250:])(parquet([TEXT] * 50, compression="snappy")),
+        parquet(
+            DOCUMENTS, write_page_checksum=True, compression="none", use_dictionary=False, write_statistics=False
+        ).replace(b"Second", b"Third "),
     ),
 }
 
