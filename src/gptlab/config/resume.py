@@ -167,6 +167,8 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
         keys.remove("model.vocab_size")
     if config.data.val_split == "auto":
         keys.remove("data.val_split")
+    if earlier_config.data.end_at_cut and not config.data.end_at_cut:
+        keys.discard("data.end_at_cut")  # runs of earlier versions keep it
     if not config.train.past_batches:
         keys.discard("train.past_batches")  # set by a forced resume
     return sorted(key for key in keys if get_value(values, key) != get_value(earlier, key))

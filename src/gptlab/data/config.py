@@ -35,6 +35,7 @@ class DataConfig(FrozenConfig):
         val_fraction: Fraction of the documents, or of the characters of a single text, that is assigned to val.
         split_seed: Seed that selects the documents of val.
         separator: Whether the end-of-text token is inserted after or before each document.
+        end_at_cut: Whether the place where ``val_split=tail`` cuts a text gets an end-of-text token, too.
         undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
         max_expansion: Maximum ratio of the decompressed to the compressed size of a file. Does not change the tokens.
         task_bytes: Maximum size, in bytes of text, of one tokenization task, which writes one shard per split. It
@@ -62,6 +63,7 @@ class DataConfig(FrozenConfig):
     val_fraction: Annotated[float, Field(gt=0, lt=1)]
     split_seed: int
     separator: Literal["after", "before"]
+    end_at_cut: bool = True  # run directories of earlier versions do not have it
     undecodable: Literal["replace", "refuse"]
     max_expansion: PositiveFloat = 100.0  # run directories of earlier versions do not have it
     task_bytes: PositiveInt

@@ -137,6 +137,8 @@ def _cache_folder(
 ) -> Path:
     """Returns the cache directory, whose name hashes everything on which its content depends."""
     cut = [config.val_split, config.val_fraction, config.split_seed, config.separator, config.task_bytes]
+    if config.val_split == "tail":
+        cut.append(config.end_at_cut)
     made: object
     if isinstance(tokenizer, ComponentTokenizerConfig):
         made = [trained.record() if trained else tokenizer.component, hash_sources(tokenizer.component)]

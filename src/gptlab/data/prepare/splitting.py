@@ -115,33 +115,42 @@ def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
 
 
 class SplitPart(NamedTuple):
-    """Part of a document that is assigned to a split, and whether the document begins or ends with it."""
+    """Part of a document that is assigned to a split.
+
+    Attributes:
+        split: The split.
+        text: The text.
+        begins: Whether it is preceded by the end-of-text token, with ``data.separator=before``.
+        finishes: Whether it is followed by the end-of-text token, with ``data.separator=after``.
+        is_last: Whether the split has no further part of the document.
+    """
 
     split: Split
     text: str
     begins: bool
     finishes: bool
+    is_last: bool
 
 
-def split_document(document: Document, val_fraction: float, seed: int, threshold: float | None) -> Iterator[SplitPart]:
+def split_document(document: Document, config: DataConfig, threshold: float | None) -> Iterator[SplitPart]:
     """Yields the parts of a document: one for train or val by its hash, or without a threshold one for each.
 
     Args:
         document: A document, or a part of one.
-        val_fraction: Fraction of the characters that is assigned to val if ``threshold`` is None.
-        seed: ``data.split_seed``.
+        config: Config of the data.
         threshold: Result of ``val_threshold``.
     """
     name, text, begin, end, _ = document
     if threshold is not None:
-        yield SplitPart("val" if document_hash(name, seed) < threshold else "train", text, begin == 0, end == 1)
+        split: Split = "val" if document_hash(name, config.split_seed) < threshold else "train"
+        yield SplitPart(split, text, begin == 0, end == 1, end == 1)
         return
-    boundary = 1 - val_fraction
+    boundary = 1 - config.val_fraction
     # The boundary is in characters of the document; begin and end of a part are fractions of its bytes.
     cut = int(len(text) * ((boundary - begin) / (end - begin)))
     # If train began in an earlier part, at least one character of this part ends it.
     cut = min(max(cut, int(0 < begin < boundary)), len(text))
     if begin < boundary:
-        yield SplitPart("train", text[:cut], begin == 0, boundary <= end)
+        yield SplitPart("train", text[:cut], begin == 0, boundary <= end and config.end_at_cut, boundary <= end)
     if boundary < end:
-        yield SplitPart("val", text[cut:], begin <= boundary, end == 1)
+        yield SplitPart("val", text[cut:], begin <= boundary and config.end_at_cut, end == 1, end == 1)

@@ -159,14 +159,13 @@ def run_task(
     try:
         for document in corpus.documents(task):
             num_replaced = int(document.has_replacements)  # counted once
-            parts = split_document(document, config.val_fraction, config.split_seed, threshold)
-            for split, text, begins, finishes in parts:
+            for split, text, begins, finishes, is_last in split_document(document, config, threshold):
                 if not text:
                     continue
                 ids = encode(text)
                 if ends and (begins if config.separator == "before" else finishes):
                     ids = np.concatenate((ends, ids) if config.separator == "before" else (ids, ends))
-                writers[split].add(ids, len(text.encode()), int(finishes), num_replaced)
+                writers[split].add(ids, len(text.encode()), int(is_last), num_replaced)
                 num_replaced = 0
         shards = {split: writer.finish() for split, writer in writers.items()}
     except BaseException:
