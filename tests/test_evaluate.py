@@ -15,7 +15,7 @@ from gptlab.data.tokenizers.tokenizer import BPETokenizer, BytesTokenizer, Chara
 from gptlab.errors import UserError
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.evaluators.corpora import open_scored_corpus
-from gptlab.evaluators.evaluator import EvalContext, evaluate_hellaswag
+from gptlab.evaluators.evaluator import EvalContext, evaluate_corpus, evaluate_hellaswag
 from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.launch.launcher import preflight
 from gptlab.launch.train_run import build_metrics_callback, build_trainer
@@ -224,6 +224,71 @@ def test_a_corpus_is_prepared_with_the_tokenizer_of_the_model(tmp_path):
     assert open_scored_corpus(masked, source_of(BytesTokenizer()), tokenizer_is_named=False).eot_id == 256
     with pytest.raises(UserError, match="requires an end-of-text token"):
         open_scored_corpus(masked, source_of(CharactersTokenizer("\n ,abcdefg")), tokenizer_is_named=False)
+
+
+TEXTS_OF = {
+    "one text": {"a.txt": ["a bad cab, a cad\n" * 30]},
+    "two letters": {"a.txt": ["ab"]},
+    "records": {"a.jsonl": [f"document {n} ends" for n in range(40)]},
+    "one record": {"a.jsonl": ["a bad cab"]},
+    "folder": {"a.txt": ["first\n"], "b.txt": ["second\n"], "c.txt": ["a bad cab\n" * 9]},
+}
+
+
+@pytest.mark.parametrize("stride", [None, 5])
+@pytest.mark.parametrize("kind", TEXTS_OF)
+def test_split_all_scores_the_whole_text(tmp_path, kind, stride):
+    (folder := tmp_path / "corpus").mkdir()
+    for name, texts in TEXTS_OF[kind].items():
+        whole = "".join(texts) if name.endswith("txt") else "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / name).write_text(whole)
+    source = folder if len(TEXTS_OF[kind]) > 1 else folder / name
+    column = "text" if name == "a.jsonl" else None
+    config = config_of(data=data_config(**text_values(source, column=column)), split="all", stride=stride)
+    theirs = source_of(BytesTokenizer())
+    torch.manual_seed(1)
+    model = GPT(theirs.model).eval()
+    corpus = open_scored_corpus(config, theirs, tokenizer_is_named=False)
+    found = evaluate_corpus(model, corpus, config, ONE_PROCESS).values
+
+    documents = [text.encode() for texts in TEXTS_OF[kind].values() for text in texts]
+    tokens = [token for document in documents for token in (256, *document)]  # each after an end of text
+    block = theirs.model.block_size
+    step, losses, scored = stride or block, [], 1
+    for begin in range(0, len(tokens), step):
+        window = torch.tensor([tokens[begin : begin + block + 1]])
+        if scored >= len(tokens):
+            break
+        with torch.no_grad():
+            log_probabilities = model(window[:, :-1])[0].double().log_softmax(dim=-1)
+        each = -log_probabilities[range(window.size(1) - 1), window[0, 1:]]
+        losses.append(each[scored - begin - 1 :])
+        scored = begin + window.size(1)
+    total = torch.cat(losses)
+    assert (found["tokens"], found["bytes"]) == (len(tokens) - 1, sum(map(len, documents)))
+    assert len(total) == len(tokens) - 1
+    assert found["loss"] == pytest.approx(total.mean().item(), rel=1e-6)
+    text = torch.tensor(tokens[1:]) != 256
+    bits = total[text].sum().item() / math.log(2) / sum(map(len, documents))
+    assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_split_all_of_shards_scores_both_splits(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    folder = prepare_text(tmp_path / "text.txt", val_split="tail").folder
+    shards = data_config(corpus="shards", path=str(folder), cache_dir=str(tmp_path / "cache"))
+    theirs = source_of(BytesTokenizer())
+    torch.manual_seed(1)
+    model = GPT(theirs.model).eval()
+    results = {}
+    for split in ("train", "val", "all"):
+        config = config_of(data=shards, split=split)
+        corpus = open_scored_corpus(config, theirs, tokenizer_is_named=False)
+        results[split] = evaluate_corpus(model, corpus, config, ONE_PROCESS).values
+    train, val, both = results.values()
+    assert both["tokens"] == train["tokens"] + val["tokens"]
+    total = train["loss"] * train["tokens"] + val["loss"] * val["tokens"]
+    assert both["loss"] == pytest.approx(total / both["tokens"], rel=1e-6)
 
 
 def test_data_of_another_tokenizer_is_an_error(tmp_path):

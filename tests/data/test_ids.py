@@ -81,13 +81,13 @@ ODD = [
 ]
 # JSON escapes and the text that they encode
 SPELLED = {
-    "a\\ud800b": "a?b",
-    "\\udfff": "?",
+    "a\\ud800b": "a\ufffdb",
+    "\\udfff": "\ufffd",
     "\\ud83d\\ude00": "😀",
-    "\\ud83d \\ude00": "? ?",
+    "\\ud83d \\ude00": "\ufffd \ufffd",
     "\\u0000<|endoftext|>\\u0000": "\0<|endoftext|>\0",
 }
-BROKEN = b"\xff\xfe \xc3( \xe2\x82 \xf0\x9f\x98 \xed\xa0\x80 \xc0\xaf ok <|endoftext|>\n\xf0\x9f" * 20
+BROKEN = b"some good words \xff\xfe \xc3( \xe2\x82 \xf0\x9f\x98 \xed\xa0\x80 \xc0\xaf ok <|endoftext|>\n\xf0\x9f" * 20
 
 
 @pytest.mark.parametrize("task_bytes", [100, 10**6])
@@ -99,7 +99,7 @@ def test_token_ids_of_adversarial_documents_match_tiktoken(tmp_path, encoder, ta
     (source / "a.jsonl").write_text("\n".join(lines * 4))
     begins = np.cumsum([0, *(len(line.encode()) + 1 for line in lines * 4)]).tolist()
     documents = [(f"a.jsonl:{begin}", text) for begin, text in zip(begins, [*ODD, *SPELLED.values()] * 4, strict=False)]
-    for name, content in (("b.txt", BROKEN), ("c.txt", "".join(ODD).encode()), ("d.txt", b"<|endoftext|>")):
+    for name, content in (("b.txt", BROKEN), ("c.txt", "".join(ODD).replace("\0", "").encode()), ("d.txt", b"<|endoftext|>")):
         (source / name).write_bytes(content)
         documents.append((name, content.decode(errors="replace")))
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from gptlab.config.locations import check_locations
 from gptlab.config.trust import check_trusted
 from gptlab.data.config import BuiltInTokenizerConfig, ComponentTokenizerConfig, DataConfig, TokenizerConfig
-from gptlab.data.prepare.splitting import check_val_split
+from gptlab.data.prepare.splitting import check_val_split, without_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
@@ -66,9 +66,11 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
         check_locations(run, source.path, used=("data", "tokenizer"))
         data, tokenizer, trained = run.data, run.tokenizer, None
     else:
-        check_val_split(config.data)
+        if config.split != "all":
+            check_val_split(config.data)
         data, tokenizer = config.data, _tokenizer_settings(record, source, config.tokenizer)
         trained = model if record["name"] in ("characters", "bpe") else None
+    data = without_split(data) if config.split == "all" else data
     prepared = prepare_with_progress(data, tokenizer, PrepareOptions(), trained)
     if not _are_equivalent(prepared.manifest.tokenizer, record):
         raise UserError(
@@ -76,7 +78,8 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
             f"{config.run} uses a different one, tokenizer={record['name']} ({model.vocab_size:,} token IDs), so "
             f"{config.run} cannot be evaluated on it."
         )
-    if config.data is None and load_manifest(source.path).fingerprint() != prepared.manifest.fingerprint():
+    is_training_data = config.data is None and config.split != "all"
+    if is_training_data and load_manifest(source.path).fingerprint() != prepared.manifest.fingerprint():
         log.warning("%s has changed since %s was trained on it.", prepared.manifest.origin, config.run)
     masked = "masked" in {data.documents, run.data.documents if run else data.documents}
     return ScoredCorpus(prepared, _eot_id(prepared, data) if masked else None)

@@ -95,7 +95,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
     prepared, block_size = corpus.prepared, model.config.block_size
     stride = config.stride or block_size
     sums = LossSums(torch.from_numpy(prepared.tokenizer.token_bytes()).to(context.device))
-    splits = SPLITS if config.split == "all" else (config.split,)
+    splits = [split for split in SPLITS if prepared.manifest.splits[split]] if config.split == "all" else [config.split]
     parts, start = [], time.perf_counter()
     for split in splits:
         stream = prepared.stream(split)

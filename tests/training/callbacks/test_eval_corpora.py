@@ -5,7 +5,6 @@ import json
 import pytest
 
 from commands import assert_config_error, assert_success, metrics
-from gptlab.training.callbacks.eval_corpora import select_windows
 
 pytestmark = pytest.mark.slow  # whole runs
 
@@ -77,27 +76,3 @@ def test_losses_on_two_processes_are_those_of_one(writer, strategy):
 def test_an_invalid_corpus_is_reported_before_anything_is_written(writer, override, message):
     assert_config_error(writer.train(*CORPORA, override), message)
     assert not (writer.folder / "outputs").exists()
-
-
-@pytest.mark.parametrize("limit", [None, 1, 3, 7, 100])
-def test_windows_are_evenly_spaced_over_all_streams(limit):
-    block, lengths = 4, (23, 1, 10)  # 6, 0 and 3 windows
-
-    class Stream:
-        def __init__(self, length):
-            self.length = length
-
-        def __len__(self):
-            return self.length
-
-    streams = [Stream(length) for length in lengths]
-    every = [(stream, begin) for stream in (0, 2) for begin in range(0, lengths[stream] - 1, block)]
-    assert len(every) == 9
-    count = 9 if limit is None else min(limit, 9)
-    expected = [every[i * 9 // count] for i in range(count)]
-    found = select_windows(streams, block, limit)
-    assert [(streams.index(stream), int(begin)) for stream, windows in found for begin in windows.begins] == expected
-    scored = {
-        (streams.index(stream), int(b)): int(n) for stream, w in found for b, n in zip(w.begins, w.scored, strict=True)
-    }
-    assert all(scored[stream, begin] == min(block, lengths[stream] - 1 - begin) for stream, begin in expected)

@@ -191,7 +191,7 @@ def _run_preparation(
         # Parts that finish at the same time would delete each other's files.
         with FileLock(f"{folder}{LOCK}") if work.parts > 1 else nullcontext():
             if not (folder / MANIFEST).exists():
-                manifest = _write_manifest(folder, corpus, tasks, tokenizer)
+                manifest = _write_manifest(folder, config, corpus, tasks, tokenizer)
                 _warn_of_unequal_split(manifest, config)
                 if len(todo) == len(tasks):  # this process has just written and hashed all shards
                     record_verified(folder, manifest, folder.parent)
@@ -262,11 +262,13 @@ def _collect_splits(folder: Path, tasks: list[Task]) -> dict[Split, list[Shard]]
     return {split: [Shard.model_validate(shard) for record in records for shard in record[split]] for split in SPLITS}
 
 
-def _write_manifest(folder: Path, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer) -> Manifest:
+def _write_manifest(
+    folder: Path, config: DataConfig, corpus: Corpus, tasks: list[Task], tokenizer: Tokenizer
+) -> Manifest:
     """Writes the manifest and deletes intermediate files."""
     splits = _collect_splits(folder, tasks)
     for split in SPLITS:
-        if not splits[split]:
+        if not splits[split] and not (split == "train" and config.val_fraction == 1):
             raise UserError(f"{corpus.origin} is empty or too short: the {split} split has no text.")
     manifest = Manifest(
         format=FORMAT,

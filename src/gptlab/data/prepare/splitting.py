@@ -45,6 +45,16 @@ def resolve_val_split(config: DataConfig) -> DataConfig:
     return config.model_copy(update={"val_split": "documents" if has_several_documents(config) else "tail"})
 
 
+def without_split(config: DataConfig) -> DataConfig:
+    """Returns the config with which the whole corpus becomes val, in order, with each document after an end of text.
+
+    The first token of a model's text has no context, so that it could not be scored without an end of text before it.
+    Existing shards keep their splits.
+    """
+    whole = {"val_split": "documents", "val_fraction": 1.0, "separator": "before"}
+    return config if config.corpus == "shards" else config.model_copy(update=whole)
+
+
 def check_val_split(config: DataConfig) -> None:
     """Checks that ``data.val_split=tail`` is used only with a single document, because it would split each document.
 
@@ -77,6 +87,8 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
     if config.val_split == "tail":
         return None
     threshold = config.val_fraction * HASH_RANGE
+    if config.val_fraction == 1:
+        return threshold
     smallest, largest = HASH_RANGE, -1
     for name in _document_names(corpus, tasks):
         drawn = document_hash(name, config.split_seed)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-import numpy as np
 import torch
 from pydantic import PositiveInt
 
@@ -14,7 +13,7 @@ from gptlab.config.base import FrozenConfig
 from gptlab.data.batches import Batch
 from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
-from gptlab.data.shards.manifest import SPLITS
+from gptlab.data.prepare.splitting import without_split
 from gptlab.data.shards.streams import TokenStream
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.tokenizer import Tokenizer
@@ -83,7 +82,7 @@ class EvalCorpora(CheckedCallback):
             raise UserError(f"{KEY} has no corpora. Set {KEY}.corpora.<name>.source=<file>.")
         self.corpora = {name: _check_corpus(name, values) for name, values in corpora.items()}
         self.every, self.windows, self.batch_size = every, windows, batch_size
-        self._windows: dict[str, list[tuple[TokenStream, EvalWindows]]] = {}
+        self._windows: dict[str, tuple[TokenStream, EvalWindows]] = {}
 
     @property
     def evaluation_metrics(self) -> list[str]:
@@ -111,8 +110,8 @@ class EvalCorpora(CheckedCallback):
         tokenizer: Tokenizer = trainer.datamodule.prepared.tokenizer  # type: ignore[attr-defined]
         for name, corpus in self.corpora.items():
             prepared = _prepare(name, corpus, pl_module.config, tokenizer)  # type: ignore[arg-type]  # a RunConfig
-            streams = [prepared.stream(split) for split in SPLITS]
-            self._windows[name] = select_windows(streams, pl_module.model.config.block_size, self.windows)
+            stream, block_size = prepared.stream("val"), pl_module.model.config.block_size
+            self._windows[name] = stream, cut_windows(len(stream), block_size, block_size, self.windows)
 
     def is_due(self, module: GPTModule, step: int) -> bool:
         """Returns whether the evaluation at ``step`` is the first of an ``every``-step interval, or the run's last."""
@@ -152,37 +151,13 @@ class EvalCorpora(CheckedCallback):
         prepared, data = trainer.datamodule.prepared, trainer.datamodule.config  # type: ignore[attr-defined]
         end = prepared.tokenizer.end_of_text if data.documents == "masked" else None
         block_size = module.model.config.block_size
-        for stream, windows in self._windows[name]:
-            own = WindowBatches(stream, windows, block_size, self.batch_size, end, data_rank(trainer), ranks)
-            first = WindowBatches(stream, windows, block_size, self.batch_size, end, 0, ranks)
-            yield from own
-            for _ in range(len(first) - len(own)):
-                idx = torch.zeros(1, block_size, dtype=torch.long)
-                yield Batch(idx, torch.full_like(idx, -100), None if end is None else torch.zeros_like(idx))
-
-
-def select_windows(
-    streams: list[TokenStream], block_size: int, limit: int | None
-) -> list[tuple[TokenStream, EvalWindows]]:
-    """Returns the windows to score of each token stream that has any.
-
-    Args:
-        streams: Token streams of one corpus.
-        block_size: Sequence length, also the distance between windows.
-        limit: Number of windows over all streams, evenly spaced. None selects all.
-    """
-    found = [(one, cut_windows(len(one), block_size, block_size, None)) for one in streams if len(one) > 1]
-    ends = np.cumsum([len(windows.begins) for _, windows in found])
-    total = int(ends[-1]) if found else 0
-    count = total if limit is None else min(limit, total)
-    chosen = np.arange(count, dtype=np.int64) * total // max(count, 1)
-    selected = []
-    for (stream, windows), end in zip(found, ends, strict=True):
-        begin = end - len(windows.begins)
-        own = chosen[(chosen >= begin) & (chosen < end)] - begin
-        if len(own):
-            selected.append((stream, EvalWindows(*(part[own] for part in windows))))
-    return selected
+        stream, windows = self._windows[name]
+        own = WindowBatches(stream, windows, block_size, self.batch_size, end, data_rank(trainer), ranks)
+        first = WindowBatches(stream, windows, block_size, self.batch_size, end, 0, ranks)
+        yield from own
+        for _ in range(len(first) - len(own)):
+            idx = torch.zeros(1, block_size, dtype=torch.long)
+            yield Batch(idx, torch.full_like(idx, -100), None if end is None else torch.zeros_like(idx))
 
 
 def _check_corpus(name: str, values: Any) -> EvalCorpus:
@@ -196,14 +171,16 @@ def _check_corpus(name: str, values: Any) -> EvalCorpus:
 def _prepare(name: str, corpus: EvalCorpus, config: DataSettings, tokenizer: Tokenizer) -> TokenDataset:
     """Returns a prepared corpus, which is cached as with data=text."""
     source = str(Path(corpus.source).expanduser().absolute())
-    changes = {"corpus": "text", "source": source, "path": None, "column": corpus.column, "val_split": "auto"}
+    changes = {"corpus": "text", "source": source, "path": None, "column": corpus.column}
     kind = tokenizer.record()["name"]
     trained = tokenizer if kind in ("characters", "bpe") else None  # others need no corpus
     try:
-        return prepare(
-            config.data.model_copy(update=changes),
+        prepared = prepare(
+            without_split(config.data.model_copy(update=changes)),
             config.tokenizer.model_copy(update={"name": kind}),
             trained=trained,
         )
-    except UserError as error:
+        cut_windows(len(prepared.stream("val")), 1, 1, None)  # checks that it is long enough
+    except (UserError, ValueError) as error:
         raise UserError(f"{KEY}.corpora.{name}.source={corpus.source}: {error}") from error
+    return prepared
