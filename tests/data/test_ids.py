@@ -99,7 +99,11 @@ def test_token_ids_of_adversarial_documents_match_tiktoken(tmp_path, encoder, ta
     (source / "a.jsonl").write_text("\n".join(lines * 4))
     begins = np.cumsum([0, *(len(line.encode()) + 1 for line in lines * 4)]).tolist()
     documents = [(f"a.jsonl:{begin}", text) for begin, text in zip(begins, [*ODD, *SPELLED.values()] * 4, strict=False)]
-    for name, content in (("b.txt", BROKEN), ("c.txt", "".join(ODD).replace("\0", "").encode()), ("d.txt", b"<|endoftext|>")):
+    for name, content in (
+        ("b.txt", BROKEN),
+        ("c.txt", "".join(ODD).replace("\0", "").encode()),
+        ("d.txt", b"<|endoftext|>"),
+    ):
         (source / name).write_bytes(content)
         documents.append((name, content.decode(errors="replace")))
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from gptlab.config.components import hash_sources
-from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
+from gptlab.data.config import BuiltInTokenizerConfig, ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.splitting import HASH_RANGE, resolve_val_split, val_threshold
 from gptlab.data.prepare.tasks import (
     PrepareOptions,
@@ -87,6 +87,11 @@ def prepare(
         raise UserError(
             f"data.cache_dir={config.cache_dir} is inside data.source={config.source}, so prepared data would be read "
             "as text next time. Choose a directory outside of data.source."
+        )
+    if isinstance(tokenizer, BuiltInTokenizerConfig) and tokenizer.name != "bpe" and tokenizer.vocab_size is not None:
+        raise UserError(
+            f"tokenizer.vocab_size={tokenizer.vocab_size} has no effect with tokenizer={tokenizer.name}, whose number of "
+            "token IDs is determined otherwise. Remove it, or use tokenizer=bpe."
         )
     if config.corpus == "shards":
         return open_shards(config, tokenizer)

@@ -12,7 +12,7 @@ transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as 
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # SHA-256 of GPT-2's 50,257 tokens in the order of their IDs, one per line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
+# SHA-256 of the 50,000 merges in GPT-2's vocab.bpe, one per line
+GPT2_MERGES_SHA256 = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 GPT2_ROWS = (50257, 50304)  # rows of the token embedding: unpadded, and padded by nanoGPT
 CONVERTIBLE = (BytesTokenizer, CharactersTokenizer, GPT2Tokenizer, BPETokenizer)  # tokenizers of ``to_huggingface``
 META_FILE = "meta.pkl"  # written by nanoGPT's data/shakespeare_char/prepare.py next to train.bin and val.bin
@@ -146,29 +148,91 @@ def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
     model = described.get("model")
     if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
         raise UserError(f"{path} is not a supported tokenizer: it has no `model.vocab`.")
-    if model.get("type") == "WordLevel" and all(len(token) == 1 for token in vocabulary if token != END_OF_TEXT):
-        return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
-    pre_tokenizer = described.get("pre_tokenizer") or {}
-    pre_tokenizer_options = [pre_tokenizer.get(key) for key in ("type", "add_prefix_space")]
-    supported = (
-        model.get("type") in ("BPE", None)
-        and described.get("normalizer") is None
-        and pre_tokenizer_options == ["ByteLevel", False]
-        and pre_tokenizer.get("use_regex", True) is True
-    )
     added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
-    if not supported or any(token != END_OF_TEXT for token in added):
-        raise UserError(
-            f"{path} is not a supported tokenizer. gptlab supports byte-level BPE as in GPT-2, with {END_OF_TEXT} as "
-            "the only special token."
-        )
+    if model.get("type") == "WordLevel":
+        _refuse_parts(path, described, _unsupported_of_characters(described, vocabulary, added))
+        return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
+    _refuse_parts(path, described, _unsupported_of_bpe(described, model, added))
     return _byte_level(path, {**vocabulary, **added}, model.get("merges", []))
+
+
+def _refuse_parts(path: Path, described: Mapping[str, Any], unsupported: Iterable[str]) -> None:
+    """Raises UserError for parts of a tokenizer that gptlab does not have, since the token IDs would differ."""
+    parts = list(unsupported)
+    if described.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
+        parts.append(f"normalizer={_type(described['normalizer'])}")
+    if (adding := _adding_part(described.get("post_processor"))) is not None:
+        parts.append(f"post_processor={adding}, which adds tokens")
+    if parts:
+        raise UserError(
+            f"{path} is not a supported tokenizer: {'; '.join(parts)}. gptlab supports byte-level BPE as in GPT-2 with "
+            f"{END_OF_TEXT} as the only special token, and one token per character."
+        )
+
+
+def _unsupported_of_bpe(
+    described: Mapping[str, Any], model: Mapping[str, Any], added: Mapping[str, int]
+) -> Iterator[str]:
+    """Yields the parts of a BPE tokenizer that differ from GPT-2's."""
+    if model.get("type") not in ("BPE", None):
+        yield f"model.type={model['type']}"
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"):
+        if model.get(key):
+            yield f"model.{key}={json.dumps(model[key])}"
+    pre_tokenizer = described.get("pre_tokenizer") or {}
+    if pre_tokenizer.get("type") == "Sequence" and len(parts := pre_tokenizer.get("pretokenizers", [])) == 1:
+        (pre_tokenizer,) = parts
+    if pre_tokenizer.get("type") != "ByteLevel":
+        yield f"pre_tokenizer={_type(pre_tokenizer)}"
+    elif pre_tokenizer.get("add_prefix_space"):
+        yield "pre_tokenizer.add_prefix_space=true"
+    elif pre_tokenizer.get("use_regex", True) is not True:
+        yield "pre_tokenizer.use_regex=false"
+    if others := [token for token in added if token != END_OF_TEXT]:
+        yield f"special tokens {', '.join(map(repr, others[:3]))}{', ...' if len(others) > 3 else ''}"
+    vocabulary = model["vocab"]
+    if missing := sum(bytes_to_unicode(bytes((byte,))) not in vocabulary for byte in range(256)):
+        yield f"{missing} of the 256 bytes have no token"
+
+
+def _unsupported_of_characters(
+    described: Mapping[str, Any], vocabulary: Mapping[str, int], added: Mapping[str, int]
+) -> Iterator[str]:
+    """Yields the parts of a WordLevel tokenizer that are not those of ``to_huggingface``."""
+    if not all(map(_is_character, vocabulary)) or added:
+        yield "model.type=WordLevel with tokens of several characters"
+    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
+        yield "token IDs that are not contiguous"
+    pre_tokenizer = described.get("pre_tokenizer") or {}
+    split = [pre_tokenizer.get(key) for key in ("type", "pattern", "behavior", "invert")]
+    if split != ["Split", {"Regex": r"[\s\S]"}, "Isolated", False]:
+        yield f"pre_tokenizer={_type(pre_tokenizer)}"
+
+
+def _adding_part(post_processor: Mapping[str, Any] | None) -> str | None:
+    """Returns the type of a post-processor that adds tokens to a text; None if it adds none."""
+    if post_processor is None or post_processor["type"] == "ByteLevel":
+        return None
+    if post_processor["type"] == "Sequence":
+        parts = map(_adding_part, post_processor["processors"])
+        return next((part for part in parts if part is not None), None)
+    if post_processor["type"] == "TemplateProcessing" and not any(
+        "SpecialToken" in p for p in post_processor["single"]
+    ):
+        return None
+    return _type(post_processor)
+
+
+def _type(part: Mapping[str, Any]) -> str:
+    return str(part.get("type", "none"))
 
 
 def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> dict[str, Any]:
     """Returns the record of a byte-level BPE whose last ID is the end-of-text token."""
-    tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
+    tokens, pairs = sorted(vocabulary, key=lambda token: vocabulary[token]), _parse_merges(merges)
     if hashlib.sha256("\n".join(tokens).encode()).hexdigest() == GPT2_SHA256:
+        if hashlib.sha256("\n".join(map(" ".join, pairs)).encode()).hexdigest() != GPT2_MERGES_SHA256:
+            raise UserError(f"{path} has the tokens of GPT-2, but its {len(pairs):,} merges are not GPT-2's 50,000.")
         return {"name": "gpt2"}
     if sorted(vocabulary.values()) != list(range(len(tokens))) or tokens[-1] != END_OF_TEXT:
         raise UserError(
@@ -181,7 +245,7 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
 
     del vocabulary[END_OF_TEXT]
     bpe = empty_bpe()
-    bpe.model = models.BPE(vocabulary, _parse_merges(merges))
+    bpe.model = models.BPE(vocabulary, pairs)
     return {"name": "bpe", "trained": bpe.to_str()}
 
 
