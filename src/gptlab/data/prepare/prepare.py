@@ -90,8 +90,8 @@ def prepare(
         )
     if isinstance(tokenizer, BuiltInTokenizerConfig) and tokenizer.name != "bpe" and tokenizer.vocab_size is not None:
         raise UserError(
-            f"tokenizer.vocab_size={tokenizer.vocab_size} has no effect with tokenizer={tokenizer.name}, whose number of "
-            "token IDs is determined otherwise. Remove it, or use tokenizer=bpe."
+            f"tokenizer.vocab_size={tokenizer.vocab_size} has no effect with tokenizer={tokenizer.name}. Remove it, or "
+            "use tokenizer=bpe."
         )
     if config.corpus == "shards":
         return open_shards(config, tokenizer)

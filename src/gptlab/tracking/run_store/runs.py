@@ -111,7 +111,8 @@ def find_runs(pattern: str) -> list[Run]:
     Raises:
         UserError: There are no runs.
     """
-    paths = [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser())))]  # noqa: PTH207  (absolute paths, too)
+    named = Path(pattern).expanduser()  # its name may have characters of globs
+    paths = [named] if named.exists() else sorted(map(Path, glob.glob(str(named))))  # noqa: PTH207  (absolute paths, too)
     found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
     if not found:
         problem = f"no run directory (with a {CONFIG}) in it or below" if paths else "it does not exist"
