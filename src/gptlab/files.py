@@ -150,8 +150,8 @@ def use_private_compile_cache() -> None:
 def _is_link_of_library(path: Path) -> bool:
     """Returns whether W&B or submitit creates a link at this path in a run directory; neither writes through it."""
     _, found, inside = path.as_posix().rpartition("wandb/")
-    is_of_wandb = found and (inside == "latest-run" or inside.startswith("debug") or "/files/" in inside)
-    return bool(is_of_wandb) or path.name.startswith(".submission_file_")
+    named = inside in ("latest-run", "debug.log", "debug-internal.log") or inside.endswith("/logs/debug-core.log")
+    return bool(found and (named or "/files/" in inside)) or path.name.startswith(".submission_file_")
 
 
 def _open(path: Path, flags: int, *, follow: bool = False) -> int:

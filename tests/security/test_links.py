@@ -83,10 +83,17 @@ def test_fifos_and_sockets_in_a_run_directory_are_refused(tmp_path, monkeypatch)
 
 def test_run_directories_behind_links_and_links_of_libraries_are_accepted(tmp_path):
     disk = tmp_path / "big disk" / "run"
-    (disk / "wandb" / "run-1-x" / "files").mkdir(parents=True)
+    for name in ("files", "logs"):
+        (disk / "wandb" / "run-1-x" / name).mkdir(parents=True)
     (tmp_path / "outputs").symlink_to(tmp_path / "big disk")
     (tmp_path / "latest").symlink_to(tmp_path / "outputs" / "run")
-    for name in ("latest-run", "debug.log", "debug-internal.log", "run-1-x/files/notes.txt"):
+    for name in (
+        "latest-run",
+        "debug.log",
+        "debug-internal.log",
+        "run-1-x/files/notes.txt",
+        "run-1-x/logs/debug-core.log",
+    ):
         (disk / "wandb" / name).symlink_to(tmp_path)
     (disk / ".submission_file_0.sh").symlink_to(tmp_path)
     with RunLock() as lock:
