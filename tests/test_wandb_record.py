@@ -51,7 +51,8 @@ def table(directory: Path, summary: dict[str, Any]) -> list[list[Any]]:
 
 def written_samples(directory: Path) -> list[list[Any]]:
     """Returns the texts in samples/, one per row."""
-    texts = {int(path.stem[5:]): path.read_text() for path in sorted(directory.glob("samples/step_*.txt"))}
+    paths = sorted(directory.glob("samples/step_*.txt"))
+    texts = {int(path.stem[5:]): path.read_bytes().decode() for path in paths}  # with carriage returns
     return [[step, step * 12 * 32, text.removeprefix("--- sample 1 ---\n")[:-1]] for step, text in texts.items()]
 
 
