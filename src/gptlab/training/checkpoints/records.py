@@ -73,9 +73,10 @@ def checkpoint_step(checkpoint_dir: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Lists the checkpoints of a run by step, newest last; they are not verified."""
+    """Lists the checkpoints of a run by step, newest last; they are not verified. Does not follow links."""
+    found = () if folder.is_symlink() else folder.glob(f"{PREFIX}*")
     return sorted(
-        (p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step
+        (p for p in found if p.name.removeprefix(PREFIX).isdecimal() and not p.is_symlink()), key=checkpoint_step
     )
 
 

@@ -217,7 +217,7 @@ class ShardReader(StorageReader):
             chunks = [(torch.Size(offsets), shards[file][name]) for file, offsets in tensor.offsets.items()]
             dtypes = {chunk.dtype for _, chunk in chunks}
             if len(dtypes) != 1:
-                raise ValueError(f"{name!r} is stored in {len(dtypes)} dtypes")
+                raise ValueError(f"{name!r} is stored in {len(dtypes)} dtypes" if dtypes else f"{name!r} has no shards")
             self._chunks |= {MetadataIndex(name, offsets): chunk for offsets, chunk in chunks if chunk.numel()}
             self._metadata.state_dict_metadata[name] = TensorStorageMetadata(
                 TensorProperties(dtype=dtypes.pop()),
@@ -279,5 +279,5 @@ def _open_shard(checkpoint_dir: Path, file: str, expected: set[str]) -> dict[str
     except SafetensorError as error:
         raise ValueError(f"{file!r} is damaged: {error}") from error
     if different := tensors.keys() ^ expected:
-        raise ValueError(f"{file!r} and the index do not both have {min(different)!r}")
+        raise ValueError(f"only one of {file!r} and the index has {min(different)!r}")
     return tensors
