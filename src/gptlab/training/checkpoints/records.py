@@ -97,7 +97,7 @@ def find_corruption(checkpoint_dir: Path) -> str | None:
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
     except ValidationError as error:
-        return f"{RECORD} is not a record of format {FORMAT}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        return f"{RECORD} is not a record of format {FORMAT}: {failure_reason(error)}"
     except ValueError:
         return f"{RECORD} is not a record of format {FORMAT}"
     wrong = next((name for name, found in hashes.items() if found != record.files[name]), None)
