@@ -6,6 +6,7 @@ and has no public reader (checked in wandb 0.31.0).
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from zlib import crc32
@@ -31,7 +32,7 @@ def mark_synced(record: Path) -> None:
 def sync_command(directory: Path) -> str:
     """Returns the command that uploads the records of a run that W&B does not have yet."""
     unsent = [path.parent for path in wandb_records(directory) if not path.with_suffix(SYNCED_SUFFIX).exists()]
-    return f"wandb sync --include-online {' '.join(os.path.relpath(path) for path in unsent)}"
+    return shlex.join(("wandb", "sync", "--include-online", *map(os.path.relpath, unsent)))
 
 
 def last_step(record: Path) -> int:

@@ -93,9 +93,7 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
     try:
         state = _State.model_validate(checkpoint)
     except ValidationError as error:
-        details = error.errors()[0]
-        key = ".".join(map(str, details["loc"]))
-        raise UserError(f"{path} is not a gptlab checkpoint: {key}: {details['msg']}.") from None
+        raise UserError(f"{path} is not a gptlab checkpoint: {failure_reason(error)}.") from None
     checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): saved for name, saved in state.callbacks.items()}
     return checkpoint
 
