@@ -29,7 +29,7 @@ _STORAGES = {
 } | {"torch.storage.UntypedStorage": torch.uint8}
 
 
-def check_archive(file: IO[bytes] | io.FileIO) -> None:
+def check_archive(file: IO[bytes]) -> None:
     """Checks that an archive has only plain data and tensors, and needs no more memory than in proportion to its size.
 
     Args:
@@ -60,7 +60,7 @@ def check_archive(file: IO[bytes] | io.FileIO) -> None:
     _check_pickle(content, {name.removeprefix(f"{folder}/data/"): size for name, size in sizes.items()})
 
 
-def _check_directory(file: IO[bytes] | io.FileIO) -> int:
+def _check_directory(file: IO[bytes]) -> int:
     """Checks that the archive's directory is at its end, where every program looks for it; returns the file's length.
 
     ``zipfile`` and torch could otherwise read different directories: ``zipfile`` permits bytes before the archive.

@@ -67,7 +67,8 @@ class DCPReader(FileSystemReader):
 
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
         """Returns the archive of a chunk, which DCP reads with ``torch.load``; raises ValueError if it is unsafe."""
-        chunk = super()._slice_file(file, sinfo)
+        file.seek(sinfo.offset)
+        chunk = io.BytesIO(file.read(sinfo.length))
         check_archive(chunk)
         return chunk
 
@@ -131,11 +132,6 @@ def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
     Raises:
         ValueError: A chunk is missing or out of bounds, or chunks overlap.
     """
-    used = Counter[str]()
-    for info in metadata.storage_data.values():
-        used[info.relative_path] += info.length
-    if larger := [name for name, length in used.items() if length > sizes[name]]:
-        raise ValueError(f"the chunks of {larger[0]!r} overlap")
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
         for chunk in tensor.chunks:
@@ -145,6 +141,11 @@ def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
                 raise ValueError(f"a chunk of {name!r} is not stored")
             if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
                 raise ValueError(f"a chunk of {name!r} is outside of {info.relative_path!r}")
+    used = Counter[str]()
+    for info in metadata.storage_data.values():
+        used[info.relative_path] += info.length
+    if larger := [name for name, length in used.items() if length > sizes[name]]:
+        raise ValueError(f"the chunks of {larger[0]!r} overlap")
 
 
 def _tensor(found: Any) -> TensorStorageMetadata:

@@ -5,6 +5,7 @@ with the optimizer state of each parameter by its name. state.pt holds all of it
 files hold the tensors of the last two, and state.pt the rest.
 """
 
+import io
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
 def read_plain(path: Path) -> Any:
     """Reads plain data and tensors written by ``torch.save``; raises UserError if the file holds anything else."""
     try:
-        with open_regular(path, follow=True) as file:
+        with io.BufferedReader(open_regular(path, follow=True)) as file:
             check_archive(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
