@@ -13,7 +13,6 @@ import sys
 import time
 import tracemalloc
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +35,6 @@ from gptlab.data.tokenizers.external import read_json, tokenizer_record
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.pretrained.source import open_model_source
-from gptlab.training.checkpoints.dcp_format import read_metadata
 from gptlab.training.checkpoints.reading import read_plain, read_state
 from gptlab.training.checkpoints.records import CheckpointMetadata, commit
 from gptlab.training.checkpoints.shards import read_tensors
@@ -216,7 +214,6 @@ EXPANDING = {
     "hex": doubled(b"a" * (MB // 4), 8),
     "hex of text": Call(codecs.encode, doubled(b"a" * (MB // 4), 8), "hex"),
     "the same text, encoded several times": [Call(codecs.encode, TEXT, "latin1") for _ in range(64)],
-    "the same list, in several dicts": [Call(OrderedDict, pairs) for pairs in [[(n, n) for n in range(10**4)]] * 60],
     "the same list, in several sets": [Call(set, numbers) for numbers in [[*range(10**4)]] * 150],
 }
 
