@@ -170,7 +170,7 @@ def test_missing_weights_are_named_when_a_model_is_loaded(tmp_path, monkeypatch)
     del checkpoint["state_dict"]["wte.weight"]
     torch.save(checkpoint, path)
     record_again(path.parent)
-    with pytest.raises(UserError, match="do not fit this model: it lacks the entry 'wte.weight'"):
+    with pytest.raises(UserError, match=r"do not fit this model: it lacks the entry 'wte\.weight'"):
         load_model(open_model_source(str(run)))
 
 
