@@ -75,6 +75,13 @@ def failure_reason(error: Exception) -> str:
     return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
+def mismatch_reason(error: Exception) -> str:
+    """Returns why values from a file do not fit, from an error that was raised when they were used."""
+    if isinstance(error, KeyError) and error.args:
+        return f"it lacks the entry {error.args[0]!r:.200}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean <nearest>?" for the known word closest to ``word``, or "" if none is close."""
     nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)
