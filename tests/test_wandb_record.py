@@ -183,6 +183,7 @@ def test_a_trial_is_in_the_wandb_group_of_its_sweep(tmp_path, monkeypatch, named
     assert not agent or run.id == "r1"
 
 
+@pytest.mark.slow
 def test_values_and_histograms_of_callbacks_are_in_the_record(user):
     (user.folder / "mine.py").write_text(
         "import lightning as L\n"

@@ -34,7 +34,7 @@ def test_new_names_are_lightning_s_state_keys():
 @pytest.mark.parametrize("value", [2**126, 2**41, -1, True, 1.0, "1"])
 def test_a_count_that_is_no_ordinary_integer_is_refused(tmp_path, key, value):
     torch.save({"global_step": 3, "callbacks": {}, "optimizer_states": [], key: value}, tmp_path / "state.pt")
-    with pytest.raises(UserError, match=rf"state\.pt is not a gptlab checkpoint: {key}: "):
+    with pytest.raises(UserError, match=rf"state\.pt is not a gptlab checkpoint: '{key}': "):
         read_state(tmp_path)
 
 
