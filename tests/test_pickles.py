@@ -171,6 +171,7 @@ def test_no_command_executes_a_payload_in_a_checkpoint(user, runs):
     for kind in ("bare", "archive"):
         for checkpoint in (directory / "checkpoints").iterdir():
             content = canary.write(checkpoint / "state.pt", kind).read_bytes()
+            (checkpoint / "padding").write_bytes(bytes(10**6))  # as large as the model
             record = json.loads((checkpoint / "record.json").read_text())  # an attacker could write this file, too
             record["files"] = {"state.pt": {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
             (checkpoint / "record.json").write_text(json.dumps(record))

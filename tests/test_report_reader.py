@@ -56,6 +56,7 @@ def test_filters_act_on_charts_and_tables(seen, report):
     assert page.traces("curve", "mean")[0]["x"] == [1e-3, 4e-3]
 
 
+@pytest.mark.slow
 def test_the_legend_hides_and_isolates_in_all_charts(seen, report):
     page = seen(report)
     page.page.click("#legend [data-point='1']")

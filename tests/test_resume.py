@@ -139,6 +139,7 @@ def test_a_resume_accepts_new_callbacks_and_another_length(user, halted):
     assert max(metrics(halted, "tokens")) == 9
 
 
+@pytest.mark.slow
 def test_a_killed_worker_fails_the_run(user):
     endless = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=1000000", "callbacks=none")
     run = user.begin("gptlab.train", "trainer=ddp", "trainer.devices=1", *endless)

@@ -51,7 +51,8 @@ def table(directory: Path, summary: dict[str, Any]) -> list[list[Any]]:
 
 def written_samples(directory: Path) -> list[list[Any]]:
     """Returns the texts in samples/, one per row."""
-    texts = {int(path.stem[5:]): path.read_text() for path in sorted(directory.glob("samples/step_*.txt"))}
+    paths = sorted(directory.glob("samples/step_*.txt"))
+    texts = {int(path.stem[5:]): path.read_bytes().decode() for path in paths}  # with carriage returns
     return [[step, step * 12 * 32, text.removeprefix("--- sample 1 ---\n")[:-1]] for step, text in texts.items()]
 
 
@@ -182,6 +183,7 @@ def test_a_trial_is_in_the_wandb_group_of_its_sweep(tmp_path, monkeypatch, named
     assert not agent or run.id == "r1"
 
 
+@pytest.mark.slow
 def test_values_and_histograms_of_callbacks_are_in_the_record(user):
     (user.folder / "mine.py").write_text(
         "import lightning as L\n"

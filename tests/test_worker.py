@@ -36,7 +36,7 @@ import os, sys
 LOG = os.open(os.path.join(os.path.dirname(__file__), "log.txt"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 def audit(event, args):
-    if event == "open" and "r" in (args[1] or ""):
+    if event == "open" and ("r" in args[1] if args[1] else not args[2] & (os.O_WRONLY | os.O_RDWR)):
         name = os.path.basename(str(args[0]))
         if name in ("manifest.json", "config.yaml", "config.json"):
             os.write(LOG, b"%d open %s\\n" % (os.getpid(), name.encode()))

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
 
+from pydantic_core import ValidationError
+
 _SCHEME = r"\b[a-zA-Z][a-zA-Z0-9+.-]{1,20}:/"  # one slash: Path collapses the two of a URL
 _URL = re.compile(rf"{_SCHEME}\S*")
 # up to the last @ in front of the path; or user:password@ with a slash in the password, but not host:port/path@
@@ -60,10 +62,24 @@ def first_line(error: Exception) -> str:
 
 
 def failure_reason(error: Exception) -> str:
-    """Returns why a file operation failed, without the error number and the path: "no such file or directory"."""
+    """Returns why a file cannot be read or written, without its path, as "no such file or directory".
+
+    Of pydantic's ValidationError, it returns the first problem as "'key': what is wrong".
+    """
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        key, reason = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        return f"{key!r:.200}: {reason}" if key else reason
     if isinstance(error, OSError) and error.errno is not None and error.strerror:
         return error.strerror[0].lower() + error.strerror[1:]
     return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def mismatch_reason(error: Exception) -> str:
+    """Returns why values from a file do not fit, from an error that was raised when they were used."""
+    if isinstance(error, KeyError) and error.args:
+        return f"it lacks the entry {error.args[0]!r:.200}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
 
 
 def is_plain_name(name: str) -> bool:
-    """Returns whether ``name`` can only name an entry of the directory itself, not one in another directory."""
+    """Returns whether ``name`` is a plain file name, without a directory."""
     return name not in ("", "..") and PurePath(name).name == name and "\0" not in name and "\\" not in name
 
 
@@ -59,8 +59,18 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = False) ->
 
 
 def open_append(path: Path) -> TextIO:
-    """Opens a regular file, created if missing, to append text. Raises OSError if it is anything else, as a link."""
+    """Opens a regular file, created if missing, to append text; raises OSError for anything else, such as a link."""
     return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
+def truncate(path: Path, size: int) -> None:
+    """Truncates a regular file, created if missing, if it is larger. Raises OSError if it is anything else."""
+    descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        if os.fstat(descriptor).st_size > size:
+            os.ftruncate(descriptor, size)
+    finally:
+        os.close(descriptor)
 
 
 def write_durably(path: Path, content: str | bytes) -> None:
@@ -99,7 +109,7 @@ def fsync_path(path: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns a unique, unpredictable path in the same directory; a process ID is neither."""
+    """Returns a path in the same directory. A process ID would be predictable and not unique across machines."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
 
 
@@ -113,7 +123,7 @@ def check_no_links(run_dir: Path) -> None:
     """
     for folder, folders, files in os.walk(run_dir):
         for name in sorted((*folders, *files)):
-            if not _is_link_of_library(Path(folder, name).relative_to(run_dir)):
+            if not _is_link_of_library(run_dir, Path(folder, name)):
                 check_no_link(Path(folder, name))
 
 
@@ -123,12 +133,13 @@ def check_no_link(path: Path) -> None:
         mode = path.lstat().st_mode
     except FileNotFoundError:  # removed by another process
         return
-    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-        kind = "a link" if stat.S_ISLNK(mode) else "neither a file nor a directory"
+    if stat.S_ISLNK(mode):
         raise UserError(
-            f"{path} is {kind}, so writing to this run could change files outside of its directory. Remove it or "
-            "replace it with a copy."
+            f"{path} is a link, so this run could use files outside of its directory. Remove it or replace it with a "
+            "copy."
         )
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise UserError(f"{path} is neither a file nor a directory. Remove it.")
 
 
 def use_private_compile_cache() -> None:
@@ -147,11 +158,19 @@ def use_private_compile_cache() -> None:
     os.environ[COMPILE_CACHE] = str(path) if is_private else tempfile.mkdtemp(prefix="gptlab-compiled-")
 
 
-def _is_link_of_library(path: Path) -> bool:
-    """Returns whether W&B or submitit creates a link at this path in a run directory; neither writes through it."""
-    _, found, inside = path.as_posix().rpartition("wandb/")
-    is_of_wandb = found and (inside == "latest-run" or inside.startswith("debug") or "/files/" in inside)
-    return bool(is_of_wandb) or path.name.startswith(".submission_file_")
+def _is_link_of_library(run_dir: Path, path: Path) -> bool:
+    """Returns whether W&B or submitit creates a link like this one in a directory of runs.
+
+    Neither writes through it: W&B replaces its links, and the names of submitit's are random.
+    """
+    if not path.is_symlink():
+        return False
+    parents = path.relative_to(run_dir).parts[:-1]
+    if path.name in ("latest-run", "debug.log", "debug-internal.log"):
+        return parents[-1:] == ("wandb",)
+    if path.name == "debug-core.log":  # W&B's log of all runs
+        return parents[-3:-2] == ("wandb",) and "run-" in parents[-2] and parents[-1] == "logs"
+    return path.name.startswith(".submission_file_") and ".submitit" in parents
 
 
 def _open(path: Path, flags: int, *, follow: bool = False) -> int:

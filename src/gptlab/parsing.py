@@ -57,7 +57,8 @@ def unpickle_plain(content: bytes, permitted: Set[str] = frozenset()) -> Any:
         permitted: Full names of classes and functions that it may also refer to.
 
     Raises:
-        Exception: It refers to another class or function (UnpicklingError), or is damaged (any exception).
+        UnpicklingError: It refers to another class or function.
+        Exception: It is damaged; any other exception.
     """
     return _PlainUnpickler(io.BytesIO(content), permitted).load()
 

@@ -167,6 +167,7 @@ def copy_to_hub_cache(home: Path, folder: Path) -> None:
     shutil.copytree(folder, cache / "snapshots" / "0123abc")
 
 
+@pytest.mark.slow
 def test_gpt2_is_loaded_from_the_hub_cache_or_reported_as_missing(user, folder):
     user.environment |= {"HF_HOME": str(user.folder / "hf"), "HF_HUB_OFFLINE": "1"}
     done = user.python("gptlab.sample", "run=gpt2")

@@ -177,6 +177,7 @@ def test_an_invalid_configuration_of_nanogpt_writes_nothing(user, file, text, me
     assert sorted(user.folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_project_pass_its_tests(lab):
     assert_success(run(lab, "python", "-m", "pytest", "-q", "tests/test_parts.py"))
 

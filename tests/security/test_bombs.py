@@ -1,6 +1,8 @@
 """Small files that expand to any size are refused before memory is spent."""
 
+import codecs
 import contextlib
+import copy
 import gzip
 import json
 import os
@@ -8,6 +10,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -22,6 +25,8 @@ import yaml
 import zstandard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, load, save
+from torch.distributed.checkpoint.api import CheckpointException
 
 from conftest import TINY
 from gptlab.data.shards.formats import read_layout
@@ -30,8 +35,9 @@ from gptlab.data.tokenizers.external import read_json, tokenizer_record
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.pretrained.source import open_model_source
-from gptlab.training.checkpoints.reading import read_plain
+from gptlab.training.checkpoints.reading import read_plain, read_state
 from gptlab.training.checkpoints.records import CheckpointMetadata, commit
+from gptlab.training.checkpoints.shards import read_tensors
 from preparing import data_config
 from run_directories import write_run
 
@@ -165,9 +171,28 @@ def zigzag(value: int) -> bytes:
 # --- checkpoints
 
 
-class Bytes:
+class Call:
+    """Pickled as a call of a function."""
+
+    def __init__(self, function: Callable[..., object], *args: object) -> None:
+        self.call = function, args
+
     def __reduce__(self):
-        return bytearray, (300 * MB,)
+        return self.call
+
+
+def doubled(value: object, times: int) -> object:
+    for _ in range(times):
+        value = Call(codecs.encode, value, "hex")
+    return value
+
+
+def shared(times: int) -> tuple:
+    """Returns nested tuples, each of which contains the previous one twice: 2**times in all."""
+    value: tuple = ()
+    for _ in range(times):
+        value = (value, value)
+    return value
 
 
 def write_archive(path: Path, content: bytes, compression: int) -> None:
@@ -185,19 +210,106 @@ def load_with_torch(path: Path) -> None:
         torch.load(path, weights_only=True, mmap=True)
 
 
-@pytest.mark.parametrize("kind", ["bytearray", "compressed"])
-def test_a_checkpoint_that_expands_is_refused(tmp_path, kind):
+TEXT = "a" * MB
+EXPANDING = {
+    "bytearray": Call(bytearray, 64 * MB),
+    "hex": doubled(b"a" * (MB // 4), 8),
+    "hex of text": Call(codecs.encode, doubled(b"a" * (MB // 4), 8), "hex"),
+    "the same text, encoded several times": [Call(codecs.encode, TEXT, "latin1") for _ in range(64)],
+    "the same list, in several sets": [Call(set, numbers) for numbers in [[*range(10**4)]] * 150],
+}
+
+
+@pytest.mark.parametrize("value", [*EXPANDING.values(), None], ids=[*EXPANDING, "compressed"])
+def test_a_checkpoint_that_expands_is_refused(tmp_path, value):
     path = tmp_path / "ckpt.pt"
-    if kind == "bytearray":
-        write_archive(path, pickle.dumps({"a": Bytes()}, protocol=2), zipfile.ZIP_STORED)
+    if value is None:
+        write_archive(path, pickle.dumps({"a": "a" * 64 * MB}, protocol=2), zipfile.ZIP_DEFLATED)
     else:
-        write_archive(path, pickle.dumps({"a": "a" * 300 * MB}, protocol=2), zipfile.ZIP_DEFLATED)
-    assert path.stat().st_size < MB
+        write_archive(path, pickle.dumps({"a": value}, protocol=2), zipfile.ZIP_STORED)
+    assert path.stat().st_size < 1.5 * MB
     plain = peak(lambda: load_with_torch(path))
-    assert plain >= 300 * MB, "the payload has no effect, so the test would prove nothing"
-    with pytest.raises(UserError, match=r"ckpt\.pt cannot be read as a checkpoint: "):
+    assert plain >= 60 * MB, "the payload has no effect, so the test would prove nothing"
+    with pytest.raises(UserError, match=r"ckpt\.pt (cannot be read as a checkpoint: |was not loaded: )"):
         read_plain(path)
-    assert peak(lambda: refused(read_plain, path)) < MB
+    assert peak(lambda: refused(read_plain, path)) < 30 * MB
+
+
+def test_a_shard_of_an_earlier_version_that_expands_is_refused(tmp_path):
+    tensors = {"model.a": torch.zeros(3)}
+    save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    write_archive(tmp_path / "a.pt", pickle.dumps(doubled(b"a" * 1000, 16), protocol=2), zipfile.ZIP_STORED)
+    (tmp_path / "a.pt").rename(tmp_path / "__0_0.distcp")
+    description = pickle.loads((tmp_path / ".metadata").read_bytes())  # noqa: S301  (written above)
+    next(iter(description.storage_data.values())).length = (tmp_path / "__0_0.distcp").stat().st_size
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(description))
+
+    def load_with_dcp() -> None:
+        with pytest.raises(CheckpointException):
+            load(tensors, storage_reader=FileSystemReader(tmp_path), no_dist=True)
+
+    assert peak(load_with_dcp) >= 60 * MB, "the payload has no effect, so the test would prove nothing"
+    with pytest.raises(UserError, match=r"The shards of .* cannot be read: ValueError: it has bytes in the encoding"):
+        read_tensors(tmp_path, lambda name: True)
+    assert peak(lambda: refused(lambda path: read_tensors(path, lambda name: True), tmp_path)) < 10 * MB
+
+
+def test_chunks_of_an_earlier_version_that_overlap_are_refused(tmp_path):
+    tensors = {f"model.{number}": torch.full((2**16,), float(number)) for number in range(8)}
+    save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+    assert read_tensors(tmp_path, lambda name: True).keys() == tensors.keys()
+    description = pickle.loads((tmp_path / ".metadata").read_bytes())  # noqa: S301  (written above)
+    infos = list(description.storage_data.values())
+    for info in infos[1:]:
+        info.offset, info.length = infos[0].offset, infos[0].length
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(description))
+    shard = tmp_path / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[: infos[0].offset + infos[0].length])
+    load(tensors, storage_reader=FileSystemReader(tmp_path), no_dist=True)  # the payload works
+    with pytest.raises(UserError, match=r"the chunks of '__0_0\.distcp' overlap"):
+        read_tensors(tmp_path, lambda name: True)
+
+
+def test_shared_tuples_in_a_checkpoint_are_refused_at_once(tmp_path):
+    state = {"global_step": 1, "callbacks": {"MetricsCallback": {"best": shared(16)}}, "optimizer_states": []}
+    torch.save(state, tmp_path / "state.pt")
+    began = time.perf_counter()
+    copy.deepcopy(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert time.perf_counter() - began > 0.05, "the payload has no effect, so the test would prove nothing"
+    for times in (16, 40):
+        state["callbacks"]["MetricsCallback"]["best"] = shared(times)
+        torch.save(state, tmp_path / "state.pt")
+        assert (tmp_path / "state.pt").stat().st_size < 3000
+        with pytest.raises(UserError, match=r"state\.pt cannot be read .*: it uses the same parts many times"):
+            read_state(tmp_path)
+
+
+def test_a_list_that_contains_itself_is_refused(tmp_path):
+    loop: list = []
+    loop.append(loop)
+    torch.save({"a": loop}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="one of its values contains itself"):
+        read_plain(tmp_path / "a.pt")
+
+
+def test_deep_nesting_in_a_checkpoint_is_refused(tmp_path):
+    write_archive(tmp_path / "a.pt", b"\x80\x02" + b")" + b"\x85" * 10**5 + b".", zipfile.ZIP_STORED)
+    with pytest.raises(UserError, match="it is nested more than 50 deep"):
+        read_plain(tmp_path / "a.pt")
+
+
+def test_a_second_directory_of_an_archive_is_refused(tmp_path):
+    """zipfile permits bytes before an archive, so it finds another directory than torch."""
+    write_archive(tmp_path / "hidden.pt", pickle.dumps({"a": "hidden"}, protocol=2), zipfile.ZIP_STORED)
+    write_archive(tmp_path / "public.pt", pickle.dumps({"a": "public"}, protocol=2), zipfile.ZIP_STORED)
+    hidden, shown = ((tmp_path / name).read_bytes() for name in ("hidden.pt", "public.pt"))
+    assert hidden[-10:-6] == shown[-10:-6]  # sizes of the directories
+    (tmp_path / "a.pt").write_bytes(hidden[:-22] + shown[:-6] + hidden[-6:])
+    assert torch.load(tmp_path / "a.pt", weights_only=True) == {"a": "hidden"}
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert b"public" in archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    with pytest.raises(UserError, match="the end of the archive is damaged"):
+        read_plain(tmp_path / "a.pt")
 
 
 def test_an_ordinary_checkpoint_is_accepted(tmp_path):

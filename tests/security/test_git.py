@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,43 @@ def set_attribute(value: str, **config: str) -> None:
         git("config", key.replace("__", "."), text)
 
 
+def set_filter(payload: Path, name: bytes) -> None:
+    """Names a filter, which may have any characters but spaces."""
+    Path(".git/info/attributes").write_bytes(b"*.py filter=" + name + b"\n")
+    quoted = name.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    with Path(".git/config").open("ab") as file:
+        file.write(b'[FILTER "%s"]\n\tCLEAN = "%s"\n' % (quoted, os.fsencode(payload)))
+
+
+def set_included(payload: Path) -> None:
+    Path(".git/included").write_text(f'[filter "a=b"]\n\tclean = "{payload}"\n')
+    set_attribute("filter=a=b", include__path="included")
+
+
+def set_worktree_config(payload: Path) -> None:
+    Path(".git/config.worktree").write_text(f'[filter "a=b"]\n\tclean = "{payload}"\n')
+    set_attribute("filter=a=b", extensions__worktreeConfig="true")
+
+
+def add_submodule(**config: str) -> None:
+    """Adds a submodule with a new commit, an uncommitted change and a config of its own."""
+    git("init", "-q", "sub")
+    Path("sub/code.py").write_text("a = 1\n")
+    git("-C", "sub", "add", ".")
+    git("-C", "sub", "commit", "-qm", "x")
+    git("add", "sub")
+    git("commit", "-qm", "submodule", "sub")
+    Path("sub/code.py").write_text("a = 2\n")
+    git("-C", "sub", "commit", "-qam", "y")
+    Path("sub/code.py").write_text("a = 34\n")
+    Path("sub/.git/info/attributes").write_text("*.py filter=x\n")
+    for key, text in config.items():
+        git("-C", "sub", "config", key.replace("__", "."), text)
+    git("config", "diff.submodule", "diff")
+    git("config", "submodule.recurse", "true")
+    git("config", "status.submoduleSummary", "true")
+
+
 ATTACKS = {
     "fsmonitor": lambda payload: git("config", "core.fsmonitor", str(payload)),
     "external diff": lambda payload: git("config", "diff.external", str(payload)),
@@ -56,7 +94,18 @@ ATTACKS = {
         "filter=x", filter__x__clean=str(payload), filter__x__required="true"
     ),
     "filter process": lambda payload: set_attribute("filter=x", filter__x__process=str(payload)),
+    "filter in an included file": set_included,
+    "filter in a config of the work tree": set_worktree_config,
     "hook": set_hook,
+    **{
+        f"filter {name!r}": partial(set_filter, name=name)
+        for name in (b"a=b", b"=", b"A.b=c.clean", b"'a\"b\\c`$(x)'", b"\xff=\xfe", "=\u00e9".encode())
+    },
+}
+SUBMODULES = {
+    "external diff": {"diff__external": "{payload}"},
+    "fsmonitor": {"core__fsmonitor": "{payload}"},
+    "filter": {"filter__x__clean": "{payload}"},
 }
 
 
@@ -78,6 +127,57 @@ def test_a_config_of_the_repository_runs_nothing_and_the_diff_is_recorded(tmp_pa
     recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["git"]
     assert recorded["uncommitted"] == [" M code.py"]
     assert recorded["commit"] == git("rev-parse", "HEAD").decode().strip()
+
+
+@pytest.mark.parametrize("config", SUBMODULES.values(), ids=SUBMODULES)
+def test_a_config_of_a_submodule_runs_nothing_and_its_new_commit_is_recorded(tmp_path, canary, config):
+    add_submodule(**{key: value.format(payload=tmp_path / "payload") for key, value in config.items()})
+    for command in (("status", "--porcelain"), ("diff", "HEAD")):
+        subprocess.run(("git", *command), stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=20)
+    assert canary.exists(), "the payload has no effect, so the test would prove nothing"
+    canary.unlink()
+    Path("sub/code.py").touch()
+    (tmp_path / "run").mkdir()
+    record_environment(tmp_path / "run")
+    assert not canary.exists()
+    diff = (tmp_path / "run" / "uncommitted.diff").read_text()
+    assert "-a = 1\n+a = 23\n" in diff
+    new = git("-C", "sub", "rev-parse", "HEAD").decode().strip()
+    assert f"+Subproject commit {new}\n" in diff
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["git"]
+    assert recorded["uncommitted"] == [" M code.py", " M sub"]
+
+
+def test_a_work_tree_elsewhere_is_not_read(tmp_path, canary):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "code.py").write_text("secret\n")
+    git("config", "core.worktree", str(tmp_path / "elsewhere"))
+    assert b"+secret" in git("diff", "HEAD"), "the payload has no effect, so the test would prove nothing"
+    (tmp_path / "run").mkdir()
+    record_environment(tmp_path / "run")
+    diff = (tmp_path / "run" / "uncommitted.diff").read_text()
+    assert "+a = 23\n" in diff
+    assert "secret" not in diff
+
+
+def test_colors_are_not_recorded_and_a_user_may_set_config_variables(tmp_path, canary, monkeypatch):
+    git("config", "color.ui", "always")
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "diff.noprefix")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "true")
+    (tmp_path / "run").mkdir()
+    record_environment(tmp_path / "run")
+    assert (tmp_path / "run" / "uncommitted.diff").read_text().startswith("diff --git code.py code.py\n")
+
+
+def test_a_linked_work_tree_is_recorded_from_a_directory_in_it(tmp_path, canary, monkeypatch):
+    git("worktree", "add", "-q", str(tmp_path / "linked"))
+    (tmp_path / "linked" / "code.py").write_text("a = 45\n")
+    (tmp_path / "linked" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "linked" / "below")
+    (tmp_path / "run").mkdir()
+    record_environment(tmp_path / "run")
+    assert "-a = 1\n+a = 45\n" in (tmp_path / "run" / "uncommitted.diff").read_text()
 
 
 def test_a_partial_clone_fetches_nothing(tmp_path, canary):

@@ -64,7 +64,7 @@ def read_everything(run: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 8))])
 def test_damaged_files_raise_no_other_error(tmp_path, monkeypatch, seed):
     monkeypatch.setenv(TRUST_PATHS, "1")
     choose = random.Random(seed)  # noqa: S311
@@ -144,6 +144,34 @@ def test_a_run_with_a_damaged_checkpoint_or_metrics_is_not_resumed(user, damage)
     done = user.python("gptlab.train", "resume=run", "train.max_steps=41", "trust_paths=true")
     assert_config_error(done, "metrics.csv cannot be read" if damage == "metrics" else "checkpoint")
     assert damage != "metrics" or (run / "metrics.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("global_step", "'global_step': Input should be less than"), ("best", "it lacks the entry 'best'")],
+)
+def test_a_huge_step_or_a_missing_entry_is_named(user, key, message):
+    path = newest(copy_run(user.folder)) / "state.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    if key == "best":
+        del checkpoint["callbacks"]["Recorder"]["best"]
+    else:
+        checkpoint["global_step"] = 2**126
+    torch.save(checkpoint, path)
+    record_again(path.parent)
+    assert_config_error(user.python("gptlab.train", "resume=run", "train.max_steps=41", "trust_paths=true"), message)
+
+
+def test_missing_weights_are_named_when_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv(TRUST_PATHS, "1")
+    run = copy_run(tmp_path)
+    path = newest(run) / "state.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["state_dict"]["wte.weight"]
+    torch.save(checkpoint, path)
+    record_again(path.parent)
+    with pytest.raises(UserError, match=r"do not fit this model: it lacks the entry 'wte\.weight'"):
+        load_model(open_model_source(str(run)))
 
 
 @pytest.mark.parametrize("name", ["train.log", "state.json", "samples", "checkpoints/.unfinished-step_000041"])

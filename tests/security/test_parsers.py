@@ -1,5 +1,7 @@
 """Hostile YAML and JSON ends in a sentence, in little time and memory."""
 
+import csv
+import io
 import json
 import resource
 import subprocess
@@ -18,10 +20,12 @@ from gptlab.model.config import GPTConfig
 from gptlab.parsing import MAX_DEPTH, parse_json, parse_yaml
 from gptlab.pretrained.source import open_model_source
 from gptlab.reporting.document import ReportDocument
+from gptlab.reporting.reading import RunReader
 from gptlab.tracking.environment import read_components
+from gptlab.tracking.loggers import _read_rows
 from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.listing import list_runs, split_unreadable
-from gptlab.tracking.run_store.runs import Run, find_runs
+from gptlab.tracking.run_store.runs import Run, find_runs, read_csv
 from run_directories import write_run
 
 BRACKETS = "[" * 100_000
@@ -178,3 +182,21 @@ def test_a_report_shows_nothing_through_links(tmp_path, name):
         (run / name).unlink()
         (run / name).symlink_to(secret / "step_000005.txt")
     assert "step,secret" not in json.dumps(ReportDocument(str(tmp_path / "runs"), 100).gather())
+
+
+def test_a_metrics_file_with_many_columns_and_many_short_rows_is_read_in_time(tmp_path):
+    run = write_run(tmp_path / "run")
+    header = ",".join(("step", "tokens", *(f"x{i}" for i in range(15_000))))
+    (run / "metrics.csv").write_text("\n".join((header, *(f"{i},{i}" for i in range(15_000)), "1,2" + ",3" * 15_000)))
+    began = time.process_time()
+    assert Run(run).value("x14999") == 3
+    assert len(_read_rows(run / "metrics.csv", 20_000)) == 15_001
+    (entry,), _ = RunReader(100, "val/loss").read([run])
+    assert len(entry.shown["series"]) == 15_000
+    assert time.process_time() - began < 5  # csv.DictReader takes more than 10 seconds
+
+
+@pytest.mark.parametrize("text", ["step,a\n1,2\n\n3,,\n4\n", "a,a\n1,2\n,3\n", "", "a\n1,2,3\n"])
+def test_rows_are_those_of_the_standard_library_without_empty_values(text):
+    expected = [{key: value for key, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
+    assert list(read_csv(io.StringIO(text))) == expected

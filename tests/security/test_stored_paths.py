@@ -59,7 +59,7 @@ def test_a_source_and_a_cache_outside_of_the_run_are_refused(user, stranger, nam
     done = user.python(*COMMANDS[name])
     assert_config_error(done, f"data.source={user.folder}/secret.txt")
     assert f"data.cache_dir={user.folder}/made" in done.stderr
-    assert "trust_paths=true" in done.stderr
+    assert "If you trust them, add trust_paths=true or set GPTLAB_TRUST_PATHS=1." in done.stderr
     assert not (user.folder / "made").exists()
 
 
@@ -112,6 +112,22 @@ def test_paths_of_a_run_outside_of_outputs_are_refused(moved, tmp_path):
     trust_paths(True)
     assert os.environ[TRUST_PATHS] == "1"
     assert listed(run) == ""
+
+
+@pytest.mark.parametrize("setting", [None, "cache", "~/cache"])
+def test_the_default_cache_is_used_without_a_question(tmp_path, monkeypatch, setting):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GPTLAB_CACHE", raising=False)
+    if setting:
+        monkeypatch.setenv("GPTLAB_CACHE", setting)
+    default = str(tmp_path / ("cache" if setting else ".cache/gptlab"))
+    run = write(tmp_path / "run", cache_dir=default)
+    assert "data.cache_dir" not in listed(run)
+    assert "data.source=/home/someone/gptlab/text.txt" in listed(run)
+    shutil.rmtree(run)
+    assert f"data.source={default}" in listed(write(run, source=default, cache_dir=f"{default}/data"))
+    assert f"data.cache_dir={default}/data" in listed(run)
 
 
 def test_a_path_inside_of_the_run_is_used_unless_it_is_a_link_out_of_it(tmp_path):

@@ -12,6 +12,7 @@ from gptlab.training.distributed.strategies import compile_in_place
 SHAPES = 11  # more than torch's default recompile limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["whole", "blocks"])
 def test_every_batch_size_is_compiled_separately(target, monkeypatch):
     graphs = []

@@ -43,8 +43,8 @@ def check_locations(
 ) -> None:
     """Checks that the paths and URLs in the configuration of a run directory may be used; asks on a terminal.
 
-    These may be used: paths inside of the run directory, values that the user has given, and everything in a user's own
-    run, which is in ./outputs and owned by the user.
+    These may be used: paths inside of the run directory, values that the user has given, the default of data.cache_dir,
+    and everything in a user's own run, which is in ./outputs and owned by the user.
 
     Args:
         config: Configuration of the run.
@@ -61,6 +61,7 @@ def check_locations(
         if (used is None or f"{key}.".startswith(tuple(f"{name}." for name in used)))
         and not _is_inside(value, run_dir)
         and not _is_same(value, get_value(given or {}, key))
+        and not (key == "data.cache_dir" and _is_same(value, os.environ.get("GPTLAB_CACHE", "~/.cache/gptlab")))
     ]
     if set(foreign) <= _accepted or os.environ.get(TRUST_PATHS) == "1" or _is_own(run_dir):
         return
@@ -69,7 +70,7 @@ def check_locations(
     if not _asks(run_dir, listed):
         raise UserError(
             f"{run_dir} is not a run of yours in {Path.cwd() / 'outputs'}, and its configuration has paths or URLs "
-            f"outside of it: {', '.join(listed)}. If you trust them: {TRUST_PATHS_KEY}=true or {TRUST_PATHS}=1"
+            f"outside of it: {', '.join(listed)}. If you trust them, add {TRUST_PATHS_KEY}=true or set {TRUST_PATHS}=1."
         )
     _accepted.update(foreign)
 
@@ -77,8 +78,8 @@ def check_locations(
 def find_locations(config: BaseModel) -> Iterator[tuple[str, str]]:
     """Yields the dotted keys and values of all paths and URLs in a configuration.
 
-    They are in the fields annotated with ``Location`` and, since their types are unknown, in all arguments of
-    components that could be one.
+    They are in the fields annotated with ``Location`` and in all component arguments that could be a path or URL,
+    since their types are unknown.
     """
     yield from _find(config, "")
 

@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.errors import UserError, failure_reason, hide_passwords
+from gptlab.errors import UserError, failure_reason, hide_passwords, mismatch_reason
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -219,14 +219,14 @@ def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[N
     """Converts the errors of Lightning and torch for a checkpoint that does not fit the run to a UserError."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_component = frame.f_globals["__name__"].partition(".")[0] not in CHECKPOINT_READERS
         is_other = is_of_component or isinstance(error, torch.OutOfMemoryError | dist.DistError)
         if checkpoint is None or recorder.has_started or is_other:
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
-        raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}") from error
+        reason = mismatch_reason(error).rstrip(".")
+        raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}.") from error
 
 
 def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> TokenDataModule:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from gptlab.data.tokenizers.external import read_json
 from gptlab.errors import UserError
+from gptlab.files import open_regular
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 from gptlab.tracking.run_directory import check_shape
 from gptlab.tracking.run_store.runs import CONFIG
@@ -109,6 +110,7 @@ def nanogpt_shape(path: Path, arguments: Any) -> dict[str, Any]:
 def open_safetensors(file: Path, framework: Literal["numpy", "pt"]) -> Iterator[Any]:
     """Opens a safetensors file. Raises UserError if it is invalid or incomplete."""
     try:
+        open_regular(file, follow=True).close()  # it would wait at a FIFO; a link in the cache of huggingface_hub
         with safe_open(file, framework=framework) as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, mismatch_reason
 from gptlab.model.external import fit_shapes, from_external
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import merge_lora
@@ -58,7 +58,7 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
         for name, tied in _tied_names(model):
             state[name] = state[tied]
     except (KeyError, IndexError, RuntimeError) as error:
-        raise UserError(f"The weights of {path} do not fit this model: {type(error).__name__}: {error}") from error
+        raise UserError(f"The weights of {path} do not fit this model: {mismatch_reason(error)}") from error
     return state
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,8 @@ def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
         "forecast": run.forecast,
         "trial": trial and trial.number,
     }
-    thinned = any(len(curve["value"]) < len(run.series(metric)[0]) for metric, curve in series.items())
+    counts = Counter(name for row in run.rows if "step" in row for name in row)
+    thinned = any(len(curve["value"]) < counts[name] for name, curve in series.items())
     without_rows = Run(run.directory)  # a new object, to free the cached rows of metrics.csv
     return RunEntry(without_rows, settings, shown, run.environment, trial, thinned, problems)
 

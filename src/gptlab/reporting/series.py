@@ -52,9 +52,13 @@ def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[
     """Returns every metric as {"step", "tokens", "seconds", "value"}, lists of equal length; None if not finite."""
     rows = [row for row in rows if all(axis in row for axis in AXES)]
     times = training_seconds(rows)
+    recorded: dict[str, list[int]] = {}  # rows with each metric
+    for place, row in enumerate(rows):
+        for metric in row:
+            recorded.setdefault(metric, []).append(place)
     found: dict[str, dict[str, list[Any]]] = {}
-    for metric in dict.fromkeys(key for row in rows for key in row if key not in AXES):
-        places = [i for i, row in enumerate(rows) if metric in row]
+    for metric in (metric for metric in recorded if metric not in AXES):
+        places = recorded[metric]
         places = [places[i] for i in downsample([rows[place][metric] for place in places], points)]
         found[metric] = {
             "step": [int(rows[place]["step"]) for place in places],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.errors import failure_reason
+from gptlab.files import read_regular
 from gptlab.sweeps.analysis.phrases import plus_minus
 from gptlab.sweeps.analysis.scaling_report import SCALING, ScalingAnswer
 from gptlab.sweeps.analysis.table import AnswerRow, analyze_sweep
@@ -61,7 +62,7 @@ def _with_error(value: float | None, error: float | None) -> str | None:
 def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """Reads the scaling law fitted to a sweep over model sizes and tokens; returns None if there is no fit."""
     try:
-        found = ScalingAnswer.model_validate_json(path.read_bytes())
+        found = ScalingAnswer.model_validate_json(read_regular(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

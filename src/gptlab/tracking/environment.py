@@ -19,8 +19,16 @@ from gptlab.parsing import parse_json
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
 # The config of a repository can name programs: the working directory may be somebody else's repository.
-GIT = ("git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "-c", "core.sshCommand=false")
-GIT_DIFF = ("diff", "--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty", "HEAD")
+GIT_CONFIG = {
+    "core.fsmonitor": "false",
+    "core.hooksPath": os.devnull,
+    "core.sshCommand": "false",
+    "credential.helper": "",  # an empty value removes the helpers
+    "fetch.bundleURI": "",  # a partial clone would fetch it
+}
+NAMES_PROGRAMS = (b"filter.", b"hook.")  # sections of which every key is cleared
+# Git runs commands in a submodule if it shows its diff or looks for its uncommitted changes.
+GIT_DIFF = ("diff", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short", "--ignore-submodules=dirty")
 GIT_STATUS = ("status", "--porcelain", "--ignore-submodules=dirty")
 
 
@@ -33,7 +41,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         directory: Run directory.
         components: Code version of each component, by config key; see ``gptlab.config.components.component_record``.
     """
-    commit, diff, status = _git("rev-parse", "HEAD"), _git(*GIT_DIFF), _git(*GIT_STATUS)
+    commit, diff, status = _git("rev-parse", "HEAD"), _git(*GIT_DIFF, "HEAD"), _git(*GIT_STATUS)
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": hide_passwords(os.environ.get(COMMAND) or shlex.join(sys.orig_argv)),
@@ -74,18 +82,30 @@ def _lines_of(output: bytes) -> list[str]:
 def _git(*arguments: str) -> bytes | None:
     """Runs git in the working directory, without programs that the repository's config names.
 
-    Returns None if the directory is not a checkout or git is not installed.
+    Returns None if the directory is not a checkout, or if git is not installed or older than 2.31.
     """
-    listed = _run_git("config", "--includes", "--name-only", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
-    filters = (listed or b"").decode(errors="surrogateescape").splitlines()
-    return _run_git(*(part for name in filters for part in ("-c", f"{name}=")), *arguments)
+    listed = _run_git(GIT_CONFIG, "config", "--includes", "--name-only", "-z", "--list")
+    if listed is None:
+        return None
+    named = (os.fsdecode(key) for key in listed.split(b"\0") if key.startswith(NAMES_PROGRAMS))
+    return _run_git({**GIT_CONFIG, **dict.fromkeys(named, "")}, *arguments)
 
 
-def _run_git(*arguments: str) -> bytes | None:
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_ALLOW_PROTOCOL": "none"}
+def _run_git(config: Mapping[str, str], *arguments: str) -> bytes | None:
+    # not -c <key>=<value>, which git splits at the first "=", also if that is part of the key
+    values = {value: f"GPTLAB_GIT_{number}" for number, value in enumerate(dict.fromkeys(config.values()))}
+    options = (f"--config-env={key}={values[value]}" for key, value in config.items())
+    environment = {
+        "GIT_WORK_TREE": str(_checkout()),  # core.worktree could be any directory
+        **os.environ,
+        **{name: value for value, name in values.items()},
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_ALLOW_PROTOCOL": "none",
+        "GIT_NO_LAZY_FETCH": "1",
+    }
     try:
         return subprocess.run(
-            (*GIT, *arguments),
+            ("git", *options, *arguments),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,
@@ -94,6 +114,12 @@ def _run_git(*arguments: str) -> bytes | None:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _checkout() -> Path:
+    """Returns the nearest directory with a .git, or the working directory if there is none."""
+    directory = Path.cwd()
+    return next((path for path in (directory, *directory.parents) if (path / ".git").exists()), directory)
 
 
 def _lines(*command: str) -> list[str]:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.files import open_regular
-from gptlab.tracking.run_store.runs import METRICS
+from gptlab.tracking.run_store.runs import METRICS, read_csv
 from gptlab.tracking.run_store.state import RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
 from gptlab.training.distributed.processes import is_first_rank
@@ -67,7 +67,7 @@ def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
         return []
     try:
         with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
-            rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+            rows = list(read_csv(file))
         for row in rows:
             int(row["step"]), [float(value) for value in row.values()]  # raise an error
         return [row for row in rows if int(row["step"]) <= until]

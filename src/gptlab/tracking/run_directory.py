@@ -12,7 +12,7 @@ from gptlab.config.components import component_record, is_component, iter_target
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
-from gptlab.files import read_regular, write_durably
+from gptlab.files import check_no_link, read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
 from gptlab.tracking.environment import record_environment
@@ -142,6 +142,7 @@ def best_checkpoint(directory: Path) -> Path:
 
 def require_checkpoint(directory: Path, named: str | None = None) -> None:
     """Raises UserError if a run has no checkpoint; does not verify checkpoints. ``named`` is as in ``load_config``."""
+    check_no_link(directory / CHECKPOINTS)
     if not has_checkpoint(directory):
         raise UserError(f"{named or directory} has no checkpoint: there is none in {directory / CHECKPOINTS}.")
 

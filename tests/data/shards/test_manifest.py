@@ -127,10 +127,12 @@ def test_missing_or_invalid_manifest_raises(tmp_path):
         write(tmp_path)
         path = tmp_path / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(UserError, match=rf"(?s){path} is not a manifest of format 1.*{next(iter(change))}"):
+        with pytest.raises(
+            UserError, match=rf"{path} is not a manifest of format 1: '{next(iter(change))}': [^\n]*\.$"
+        ):
             load_manifest(tmp_path)
     path.write_text("no JSON")
-    with pytest.raises(UserError, match="is not a manifest of format 1"):
+    with pytest.raises(UserError, match=r"is not a manifest of format 1: Invalid JSON: [^\n]*\.$"):
         load_manifest(tmp_path)
 
 

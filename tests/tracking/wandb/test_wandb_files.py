@@ -121,3 +121,6 @@ def test_sync_command_names_unsent_records_in_order(tmp_path, monkeypatch):
     assert [str(record.parent) for record in wandb_records(Path("run"))] == in_order
     mark_synced(wandb_records(Path("run"))[1])
     assert sync_command(Path("run")) == f"wandb sync --include-online {in_order[0]} {in_order[2]}"
+    Path("run").rename("it's; touch x")
+    quoted = (f"'it'\"'\"'s; touch x/wandb/{names[i]}'" for i in (1, 2))
+    assert sync_command(Path("it's; touch x")) == f"wandb sync --include-online {' '.join(quoted)}"

@@ -141,8 +141,8 @@ INDEXES = {
     "many dimensions": (lambda t: t[NAME].update(shape=[1] * 1000), "at most 8 items"),
     "text": (lambda t: t[NAME].update(shape="3"), "valid array"),
     "an unknown key": (lambda t: t[NAME].update(code="x"), "Extra inputs"),
-    "a tensor that is not stored": (lambda t: t.update(b=t[NAME]), "do not both have 'b'"),
-    "an omitted tensor": (lambda t: t.pop(NAME), f"do not both have '{NAME}'"),
+    "a tensor that is not stored": (lambda t: t.update(b=t[NAME]), "only one of .* and the index has 'b'"),
+    "an omitted tensor": (lambda t: t.pop(NAME), f"only one of .* and the index has '{NAME}'"),
 }
 
 

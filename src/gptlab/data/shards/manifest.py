@@ -113,7 +113,7 @@ def load_manifest(folder: Path) -> Manifest:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from None
     except ValueError as error:  # pydantic's ValidationError, or a UnicodeDecodeError
-        raise UserError(f"{path} is not a manifest of format {FORMAT}: {error}") from None
+        raise UserError(f"{path} is not a manifest of format {FORMAT}: {failure_reason(error)}.") from None
 
 
 def load_shards(folder: Path, described: Collection[Path] = ()) -> Manifest:

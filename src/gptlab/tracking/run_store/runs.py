@@ -5,7 +5,7 @@ import errno
 import glob
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Run:
         try:
             content = open_regular(self.directory / METRICS)
             with io.TextIOWrapper(io.BufferedReader(content), encoding="utf-8", newline="") as file:
-                return [_numbers(row) for row in csv.DictReader(file)]
+                return [_numbers(row) for row in read_csv(file)]
         except OSError:
             return []
 
@@ -141,7 +141,20 @@ def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in directory.parts]
 
 
-def _numbers(row: dict[str, str]) -> MetricsRow:
+def read_csv(file: Iterable[str]) -> Iterator[dict[Any, Any]]:
+    """Yields the rows of a CSV file as ``csv.DictReader``, but without empty values.
+
+    DictReader would add a value for each column that a row does not have: a file with many columns and many short rows
+    would take quadratic time and memory.
+    """
+    reader = csv.reader(file)
+    header = next(reader, [])
+    for row in filter(None, reader):
+        values: dict[Any, Any] = {name: value for name, value in zip(header, row, strict=False) if value}
+        yield values | {None: row[len(header) :]} if len(row) > len(header) else values
+
+
+def _numbers(row: dict[Any, Any]) -> MetricsRow:
     numbers: MetricsRow = {}
     for key, value in row.items():
         try:

@@ -6,9 +6,12 @@ and has no public reader (checked in wandb 0.31.0).
 """
 
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from zlib import crc32
+
+from gptlab.files import open_regular, truncate
 
 BLOCK, HEADER = 32 * 1024, 7  # bytes; each fragment of a record also has a header of seven bytes
 FULL, LAST = 1, 4  # types of fragments that end a record (doc/log_format.md of LevelDB)
@@ -23,29 +26,34 @@ def wandb_records(directory: Path) -> list[Path]:
 
 def mark_synced(record: Path) -> None:
     """Marks a record as uploaded, for `wandb sync`."""
-    record.with_suffix(SYNCED_SUFFIX).touch()
+    truncate(record.with_suffix(SYNCED_SUFFIX), 0)
 
 
 def sync_command(directory: Path) -> str:
     """Returns the command that uploads the records of a run that W&B does not have yet."""
     unsent = [path.parent for path in wandb_records(directory) if not path.with_suffix(SYNCED_SUFFIX).exists()]
-    return f"wandb sync --include-online {' '.join(os.path.relpath(path) for path in unsent)}"
+    return shlex.join(("wandb", "sync", "--include-online", *map(os.path.relpath, unsent)))
 
 
 def last_step(record: Path) -> int:
     """Returns the last step for which a record has a row; -1 if it has no rows."""
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # generated at run time
 
-    found = (Record.FromString(message) for message, _ in _messages(record.read_bytes()))
+    found = (Record.FromString(message) for message, _ in _messages(_read(record)))
     return max((message.history.step.num for message in found if message.HasField("history")), default=-1)
 
 
 def truncate_incomplete(record: Path) -> None:
     """Removes an incomplete message of a killed run from the end of a record, since `wandb sync` would fail on it."""
-    content = record.read_bytes()
+    content = _read(record)
     whole = max((end for _, end in _messages(content)), default=HEADER)
     if whole < len(content):
-        os.truncate(record, whole)
+        truncate(record, whole)
+
+
+def _read(record: Path) -> bytes:
+    with open_regular(record) as file:
+        return file.read()
 
 
 def _messages(content: bytes) -> Iterator[tuple[bytes, int]]:

@@ -7,10 +7,9 @@ interpreted, and a new ``Metadata`` is built from the result. Anything else rais
 
 import io
 import math
-import pickletools
-from dataclasses import dataclass
+from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -28,6 +27,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from gptlab.errors import UserError
 from gptlab.files import is_plain_name
+from gptlab.training.checkpoints.archive import check_archive
+from gptlab.training.checkpoints.pickled_data import PickledName, PickledObject, interpret, plain
 from gptlab.training.checkpoints.safetensors_file import SAFETENSORS
 
 # DCP has no public reader that does not unpickle, and no public class for the location of a chunk (``_StorageInfo``).
@@ -64,6 +65,13 @@ class DCPReader(FileSystemReader):
         """Returns the description of the shards."""
         return self._metadata
 
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        """Returns the archive of a chunk, which DCP reads with ``torch.load``; raises ValueError if it is unsafe."""
+        file.seek(sinfo.offset)
+        chunk = io.BytesIO(file.read(sinfo.length))
+        check_archive(chunk)
+        return chunk
+
 
 def read_metadata(path: Path) -> Metadata:
     """Reads DCP's description of tensors.
@@ -74,7 +82,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         if not path.is_file() or path.stat().st_size > MAX_METADATA_BYTES:
             raise ValueError(f"it is not a file of at most {MAX_METADATA_BYTES:,} bytes")
-        metadata = _metadata(_interpret(path.read_bytes()))
+        metadata = _metadata(interpret(path.read_bytes(), _named, _WITH_STATE.__contains__)[0])
         sizes = {info.relative_path: 0 for info in metadata.storage_data.values()}
         sizes = {name: _size_of_file(path.parent / name) for name in sizes}
         _check_storage(metadata, sizes)
@@ -91,108 +99,19 @@ class TensorPlanner(DefaultLoadPlanner):
         raise UserError(f"{read_item.dest_index.fqn!r} is not stored as a tensor")
 
 
-class _Name(str):
-    """Name of a class or function in a pickle."""
-
-    __slots__ = ()
-
-
-@dataclass(eq=False)
-class _Object:
-    """Object of a pickle: the name of its class or function, the arguments of the call, and its state."""
-
-    name: str
-    args: tuple[Any, ...]
-    state: Any = None
-
-
-def _interpret(content: bytes) -> Any:
-    """Returns the plain data of a pickle, with an ``_Object`` for each object; imports and calls nothing.
-
-    Raises:
-        ValueError, IndexError, TypeError, AttributeError: The pickle is damaged, or has other opcodes or names than
-            those that protocols 4 and 5 use for the description of tensors.
-    """
-    stack: list[Any] = []
-    marks: list[list[Any]] = []  # the stack below each MARK
-    memo: list[Any] = []
-    for opcode, argument, _ in pickletools.genops(content):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "SHORT_BINUNICODE" | "BINUNICODE":
-                stack.append(argument)
-            case "MEMOIZE":
-                memo.append(stack[-1])
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[cast(int, argument)])
-            case "MARK":
-                marks.append(stack)
-                stack = []
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(opcode.name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "TUPLE":
-                items, stack = stack, marks.pop()
-                stack.append(tuple(items))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                item = stack.pop()
-                _plain(stack[-1], list).append(item)
-            case "APPENDS":
-                items, stack = stack, marks.pop()
-                _plain(stack[-1], list).extend(items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _plain(stack[-1], dict)[_key(key)] = value
-            case "SETITEMS":
-                items, stack = stack, marks.pop()
-                _plain(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
-            case "STACK_GLOBAL":
-                name, module = _plain(stack.pop(), str), _plain(stack.pop(), str)
-                stack.append(_named(f"{module}.{name}"))
-            case "NEWOBJ" | "REDUCE":
-                args, called = _plain(stack.pop(), tuple), _plain(stack.pop(), _Name)
-                stack.append(_Object(called, args))
-            case "BUILD":
-                state, built = stack.pop(), _plain(stack[-1], _Object)
-                if built.name not in _WITH_STATE or built.state is not None:
-                    raise ValueError(f"{built.name} has an unexpected state")
-                built.state = state
-            case "STOP":
-                return stack.pop()
-            case other:
-                raise ValueError(f"it has the opcode {other}, which does not describe a tensor")
-    raise ValueError("it has no end")
-
-
-def _named(name: str) -> torch.dtype | _Name:
+def _named(name: str) -> torch.dtype | PickledName:
     if name in _DTYPES:
         return _DTYPES[name]
     if name in _WITH_STATE or name in _STATELESS:
-        return _Name(name)
+        return PickledName(name)
     raise ValueError(f"it refers to {name!r:.80}, which does not describe a tensor")
-
-
-def _key(key: Any) -> Any:
-    """Returns a key of a dict; others, such as nested tuples, may take forever to hash."""
-    if not isinstance(key, str | _Object):
-        raise ValueError(f"a key is of the type {type(key).__name__}")
-    return key
 
 
 def _metadata(found: Any) -> Metadata:
     """Builds a ``Metadata`` of tensors from placeholders and plain data; raises ValueError for anything else."""
     state = _state(found, "Metadata")
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
-        _plain(key, str): _tensor(entry) for key, entry in state["state_dict_metadata"].items()
+        plain(key, str): _tensor(entry) for key, entry in state["state_dict_metadata"].items()
     }
     stored = {_index(index): _storage(info) for index, info in state["storage_data"].items()}
     for index in stored:
@@ -211,7 +130,7 @@ def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
     """Checks that every chunk is stored, within files of the given sizes.
 
     Raises:
-        ValueError: A chunk is missing or out of bounds.
+        ValueError: A chunk is missing or out of bounds, or chunks overlap.
     """
     for name, tensor in metadata.state_dict_metadata.items():
         assert isinstance(tensor, TensorStorageMetadata)  # noqa: S101
@@ -222,12 +141,17 @@ def _check_storage(metadata: Metadata, sizes: dict[str, int]) -> None:
                 raise ValueError(f"a chunk of {name!r} is not stored")
             if info.offset < 0 or info.offset + info.length > sizes[info.relative_path]:
                 raise ValueError(f"a chunk of {name!r} is outside of {info.relative_path!r}")
+    used = Counter[str]()
+    for info in metadata.storage_data.values():
+        used[info.relative_path] += info.length
+    if larger := [name for name, length in used.items() if length > sizes[name]]:
+        raise ValueError(f"the chunks of {larger[0]!r} overlap")
 
 
 def _tensor(found: Any) -> TensorStorageMetadata:
     state = _state(found, "TensorStorageMetadata")
     dtype = _properties(state["properties"])
-    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in _plain(state["chunks"], list)]
+    chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in plain(state["chunks"], list)]
     return TensorStorageMetadata(
         TensorProperties(dtype=dtype),
         _size(state["size"]),
@@ -238,25 +162,25 @@ def _tensor(found: Any) -> TensorStorageMetadata:
 def _properties(found: Any) -> torch.dtype:
     """Returns the dtype, the only property of a tensor that is used."""
     found = _object(found, f"{_DCP}.metadata.TensorProperties")
-    return _plain(_plain(found.state, tuple)[0], torch.dtype)
+    return plain(plain(found.state, tuple)[0], torch.dtype)
 
 
 def _index(found: Any) -> MetadataIndex:
     state = _state(found, "MetadataIndex")
     index = state.get("index")
-    return MetadataIndex(_plain(state["fqn"], str), _size(state["offset"]), index and _plain(index, int))
+    return MetadataIndex(plain(state["fqn"], str), _size(state["offset"]), index and plain(index, int))
 
 
 def _storage(found: Any) -> _StorageInfo:
     state = _state(found, "_StorageInfo", "filesystem")
-    name, offset, length = _plain(state["relative_path"], str), state["offset"], state["length"]
+    name, offset, length = plain(state["relative_path"], str), state["offset"], state["length"]
     if not is_plain_name(name) or state.get("transform_descriptors"):
         raise ValueError(f"the shard {name!r} is in another directory or transformed")
-    return _StorageInfo(name, _plain(offset, int), _plain(length, int))
+    return _StorageInfo(name, plain(offset, int), plain(length, int))
 
 
 def _size(found: Any) -> torch.Size:
-    sizes = [_plain(size, int) for size in _plain(_object(found, "torch.Size").args[0], tuple)]
+    sizes = [plain(size, int) for size in plain(_object(found, "torch.Size").args[0], tuple)]
     if min(sizes, default=0) < 0 or math.prod(sizes) > 2**62:
         raise ValueError(f"invalid size {sizes}")
     return torch.Size(sizes)
@@ -264,17 +188,11 @@ def _size(found: Any) -> torch.Size:
 
 def _state(found: Any, name: str, module: str = "metadata") -> dict[str, Any]:
     """Returns the fields of a DCP object."""
-    fields: dict[str, Any] = _plain(_object(found, f"{_DCP}.{module}.{name}").state, dict)
+    fields: dict[str, Any] = plain(_object(found, f"{_DCP}.{module}.{name}").state, dict)
     return fields
 
 
-def _object(found: Any, name: str) -> _Object:
-    if not isinstance(found, _Object) or found.name != name:
+def _object(found: Any, name: str) -> PickledObject:
+    if not isinstance(found, PickledObject) or found.name != name:
         raise ValueError(f"expected {name.rpartition('.')[2]}, got {type(found).__name__}")
     return found
-
-
-def _plain(value: Any, kind: type[Any]) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"expected {kind.__name__}, got {type(value).__name__}")
-    return value

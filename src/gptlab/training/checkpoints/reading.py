@@ -5,24 +5,25 @@ with the optimizer state of each parameter by its name. state.pt holds all of it
 files hold the tensors of the last two, and state.pt the rest.
 """
 
+import io
 import pickle
-import re
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, NonNegativeInt, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
-from gptlab.errors import UserError, failure_reason
+from gptlab.errors import UserError, failure_reason, mismatch_reason
+from gptlab.files import open_regular
+from gptlab.training.checkpoints.archive import check_archive
 from gptlab.training.checkpoints.records import STATE
 from gptlab.training.checkpoints.shards import is_sharded, read_tensors
 from gptlab.training.optim.averaging import AVERAGE
 
 Checkpoint = dict[str, Any]
-BYTEARRAY = re.compile(rb"c(__builtin__|builtins)\nbytearray\n")  # in a pickle; a call of it allocates any size
+_Count = Annotated[int, Field(strict=True, ge=0, le=2**40)]
 
 
 class _OptimizerState(BaseModel):
@@ -35,7 +36,8 @@ class _OptimizerState(BaseModel):
 class _State(BaseModel):
     """Form of state.pt."""
 
-    global_step: NonNegativeInt
+    global_step: _Count
+    epoch: _Count = 0
     callbacks: dict[str, dict[str, Any]] = {}
     state_dict: dict[str, Any] = {}
     optimizer_states: list[_OptimizerState]
@@ -65,7 +67,9 @@ def read_checkpoint(checkpoint_dir: Path, wanted: Callable[[str], bool] = lambda
         try:
             _unflatten_tensors(read_tensors(checkpoint_dir, wanted), checkpoint)
         except (KeyError, IndexError, ValueError) as error:
-            raise UserError(f"The shards of {checkpoint_dir} do not match its {STATE}: {error!r}.") from error
+            raise UserError(
+                f"The shards of {checkpoint_dir} do not match its {STATE}: {mismatch_reason(error)}."
+            ) from error
     _check_tensors(checkpoint, checkpoint_dir)
     return checkpoint
 
@@ -93,9 +97,7 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
     try:
         state = _State.model_validate(checkpoint)
     except ValidationError as error:
-        details = error.errors()[0]
-        key = ".".join(map(str, details["loc"]))
-        raise UserError(f"{path} is not a gptlab checkpoint: {key}: {details['msg']}.") from None
+        raise UserError(f"{path} is not a gptlab checkpoint: {failure_reason(error)}.") from None
     checkpoint["callbacks"] = {RENAMED_CALLBACKS.get(name, name): saved for name, saved in state.callbacks.items()}
     return checkpoint
 
@@ -103,7 +105,8 @@ def read_state(checkpoint_dir: Path) -> Checkpoint:
 def read_plain(path: Path) -> Any:
     """Reads plain data and tensors written by ``torch.save``; raises UserError if the file holds anything else."""
     try:
-        _check_archive(path)
+        with io.BufferedReader(open_regular(path, follow=True)) as file:
+            check_archive(file)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's message advises to load it with weights_only=False
         raise UserError(
@@ -142,23 +145,6 @@ def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized:
         return False
     return (tensor.storage_offset() + tensor.numel()) * tensor.itemsize <= tensor.untyped_storage().nbytes()
-
-
-def _check_archive(path: Path) -> None:
-    """Checks that an archive of ``torch.save`` needs no more memory than its size.
-
-    Raises:
-        ValueError: An entry is compressed, as ``torch.save`` never does, or the pickle builds a bytearray, which is
-            the only function that torch permits and that fills memory of any size.
-        OSError, zipfile.BadZipFile: It cannot be read, or is not a zip archive.
-    """
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if packed := [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(f"{packed[0]} is compressed, so its size is not limited.")
-        for entry in entries:
-            if entry.filename.lower().endswith(".pkl") and BYTEARRAY.search(archive.read(entry)):
-                raise ValueError("it has a bytearray, which can be of any size.")
 
 
 def flatten_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:

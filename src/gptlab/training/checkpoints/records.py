@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError, field_validator
+from pydantic import field_validator
 
 from gptlab.config.base import FrozenConfig
+from gptlab.errors import failure_reason
 from gptlab.files import fsync_path, is_plain_name, open_regular, read_regular, write_durably
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,10 @@ def checkpoint_step(checkpoint_dir: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Lists the checkpoints of a run by step, newest last; they are not verified."""
+    """Lists the checkpoints of a run by step, newest last; they are not verified. Does not follow links."""
+    found = () if folder.is_symlink() else folder.glob(f"{PREFIX}*")
     return sorted(
-        (p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=checkpoint_step
+        (p for p in found if p.name.removeprefix(PREFIX).isdecimal() and not p.is_symlink()), key=checkpoint_step
     )
 
 
@@ -96,10 +98,8 @@ def find_corruption(checkpoint_dir: Path) -> str | None:
         hashes = _hashes(checkpoint_dir, record.files)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
-    except ValidationError as error:
-        return f"{RECORD} is not a record of format {FORMAT}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
-    except ValueError:
-        return f"{RECORD} is not a record of format {FORMAT}"
+    except ValueError as error:  # pydantic's ValidationError, or a UnicodeDecodeError
+        return f"{RECORD} is not a record of format {FORMAT}: {failure_reason(error)}"
     wrong = next((name for name, found in hashes.items() if found != record.files[name]), None)
     return wrong and f"{wrong} has the SHA-256 {hashes[wrong].sha256} instead of {record.files[wrong].sha256}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -117,15 +117,10 @@ def _open(checkpoint_dir: Path) -> StorageReader:
             if not _is_grid(tensor.size, tensor.chunks):
                 raise ValueError(f"the shards of {name!r} do not store each of its elements once")
     except Exception as error:  # pydantic, safetensors and the reader of pickles raise many kinds of errors
-        raise UserError(f"{path} cannot be read as the index of shards: {_reason(error)}.") from error
+        raise UserError(
+            f"{path} cannot be read as the index of shards: {failure_reason(error).rstrip('.')}."
+        ) from error
     return reader
-
-
-def _reason(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return failure_reason(error).rstrip(".")
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))!r}: {first['msg']}"
 
 
 def _is_grid(shape: torch.Size, chunks: list[ChunkStorageMetadata]) -> bool:
@@ -217,7 +212,7 @@ class ShardReader(StorageReader):
             chunks = [(torch.Size(offsets), shards[file][name]) for file, offsets in tensor.offsets.items()]
             dtypes = {chunk.dtype for _, chunk in chunks}
             if len(dtypes) != 1:
-                raise ValueError(f"{name!r} is stored in {len(dtypes)} dtypes")
+                raise ValueError(f"{name!r} is stored in {len(dtypes)} dtypes" if dtypes else f"{name!r} has no shards")
             self._chunks |= {MetadataIndex(name, offsets): chunk for offsets, chunk in chunks if chunk.numel()}
             self._metadata.state_dict_metadata[name] = TensorStorageMetadata(
                 TensorProperties(dtype=dtypes.pop()),
@@ -279,5 +274,5 @@ def _open_shard(checkpoint_dir: Path, file: str, expected: set[str]) -> dict[str
     except SafetensorError as error:
         raise ValueError(f"{file!r} is damaged: {error}") from error
     if different := tensors.keys() ^ expected:
-        raise ValueError(f"{file!r} and the index do not both have {min(different)!r}")
+        raise ValueError(f"only one of {file!r} and the index has {min(different)!r}")
     return tensors
