@@ -38,7 +38,7 @@ class RunsCommand(FrozenConfig):
     format: Literal["table", "csv", "json"]
 
 
-@command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("filter",))
+@command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("runs", "filter"))
 def main(values: DictConfig) -> int:
     """Prints one line per run."""
     config = validate(RunsCommand, resolve_to_dict(values))

@@ -5,6 +5,7 @@ all output goes through this module, which shows control characters as escapes s
 Imports no torch.
 """
 
+import io
 import re
 import sys
 import threading
@@ -70,7 +71,10 @@ class _EscapingConsole(Console):
 
 
 def install_hooks() -> None:
-    """Makes Python print uncaught exceptions and warnings through this module."""
+    """Makes Python print uncaught exceptions and warnings through this module, and any text in any encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     sys.excepthook = print_exception
     threading.excepthook = lambda thread: print_exception(thread.exc_type, thread.exc_value, thread.exc_traceback)
     warnings.showwarning = _print_warning

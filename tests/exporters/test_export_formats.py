@@ -84,6 +84,12 @@ def test_tokenizer_that_llama_cpp_does_not_support_raises(record, message):
         check_format("gguf", "float32", tiny_config(), record)
 
 
+def test_a_context_of_one_token_that_llama_cpp_cannot_have_raises():
+    model = tiny_config(block_size=1, activation="gelu_tanh")
+    with pytest.raises(UserError, match=r"format=gguf does not support model\.block_size=1: llama\.cpp needs"):
+        check_format("gguf", "float32", model, {"name": "bytes"})
+
+
 def test_missing_package_is_reported(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"format=gguf requires the gguf package.*pip install 'gptlab\[export\]'"):

@@ -166,7 +166,7 @@ def test_other_model_is_reported_from_model_args(tmp_path, changes, message):
     [
         ({"model": None}, "its key 'model' must map names to tensors"),
         ({"model": {"wte": 3}}, "its key 'model' must map names to tensors"),
-        ({"model_args": None}, r"model_args of .*ckpt\.pt must have integer values of vocab_size, n_layer"),
+        ({"model_args": None}, r"model_args of .*ckpt\.pt has vocab_size=None, n_layer=None"),
         ({"model": {"transformer.wte.weight": torch.zeros(97, 48)}}, r"missing parameters: h\.0\.attn\.c_attn\.bias"),
     ],
 )
@@ -184,13 +184,26 @@ def test_incomplete_nanogpt_checkpoint_is_reported(tmp_path, more, message):
         ({"n_inner": 100}, r"has n_inner=100"),
         ({"activation_function": "relu"}, r"has activation_function=relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, r"has scale_attn_by_inverse_layer_idx=True"),
-        ({"n_layer": "three"}, r"config\.json must have integer values of n_layer"),
+        ({"n_layer": "three"}, r"config\.json has n_layer='three', which should be an integer greater than 0"),
+        *(({"n_layer": size}, rf"has n_layer={size}, which should be an integer") for size in (0, -1, 2.0, True, None)),
+        ({"n_positions": 0, "n_head": 0}, r"has n_head=0, n_positions=0, which should be an integer greater than 0"),
+        ({"n_head": 5}, r"config\.json has n_head=5, which does not divide n_embd=48"),
+        ({"tie_word_embeddings": "false"}, r"has tie_word_embeddings='false', which should be true or false"),
+        ({"tie_word_embeddings": None}, r"has tie_word_embeddings=None, which should be true or false"),
     ],
 )
 def test_unsupported_config_json_raises(folder, changes, message):
     edit(folder / "config.json", **changes)
     with pytest.raises(UserError, match=message):
         check_external(folder, tiny_config(**SHAPE))
+
+
+@pytest.mark.parametrize(("name", "size"), [("n_positions", 8), ("vocab_size", 90)])
+def test_more_rows_than_in_config_json_raise(folder, name, size):
+    edit(folder / "config.json", **{name: size})
+    key = "block_size" if name == "n_positions" else name
+    with pytest.raises(UserError, match=rf"w[tp]e\.weight has \d+ rows, but the model has {key}={size}"):
+        loaded(folder, **{key: size})
 
 
 def test_n_inner_of_four_times_n_embd_is_accepted(folder):

@@ -80,6 +80,8 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
         raise UserError(
             f"format={name} does not support {', '.join(foreign)} of this model. format=onnx supports every model."
         )
+    if name == "gguf" and model.block_size == 1:
+        raise UserError("format=gguf does not support model.block_size=1: llama.cpp needs a context of two tokens.")
     if form.tokenizers is not None and (record is None or record["name"] not in form.tokenizers):
         kind = "an unknown tokenizer" if record is None else f"tokenizer={record['name']}"
         raise UserError(

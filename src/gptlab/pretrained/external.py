@@ -159,14 +159,18 @@ def read_hf_shape(folder: Path) -> dict[str, Any]:
         options = ", ".join(f"{key}={value}" for key, value in other.items())
         raise UserError(f"{path} has {options}, which gptlab does not support.")
     tied = config.get("tie_word_embeddings", True)
+    if not isinstance(tied, bool):
+        raise UserError(f"{path} has tie_word_embeddings={tied!r:.50}, which should be true or false.")
     return {**sizes, "bias": True, "tie_weights": tied, "activation": ACTIVATIONS[activation]}
 
 
 def _sizes(origin: str, values: Any, block_size: str) -> dict[str, int]:
-    """Reads the sizes of a model. Raises UserError if one is missing or not an integer."""
+    """Reads the sizes of a model. Raises UserError if one is missing or not a positive integer."""
     names = {key: key for key in SIZES} | {"block_size": block_size}
     found = {key: values.get(name) if isinstance(values, dict) else None for key, name in names.items()}
-    sizes = {key: size for key, size in found.items() if isinstance(size, int)}
-    if missing := [names[key] for key in found if key not in sizes]:
-        raise UserError(f"{origin} must have integer values of {', '.join(missing)}.")
+    sizes = {key: size for key, size in found.items() if type(size) is int and size > 0}  # True is no size
+    if wrong := [f"{names[key]}={size!r:.50}" for key, size in found.items() if key not in sizes]:
+        raise UserError(f"{origin} has {', '.join(wrong)}, which should be an integer greater than 0.")
+    if sizes["n_embd"] % sizes["n_head"]:
+        raise UserError(f"{origin} has n_head={sizes['n_head']}, which does not divide n_embd={sizes['n_embd']}.")
     return sizes

@@ -10,7 +10,14 @@ from gptlab.model.external import fit_shapes, from_external
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import merge_lora
 from gptlab.model.modern import meta_gpt
-from gptlab.pretrained.external import check_external_shape, is_external, nanogpt_shape, open_safetensors, weight_files
+from gptlab.pretrained.external import (
+    check_external_shape,
+    is_external,
+    nanogpt_shape,
+    open_safetensors,
+    read_hf_shape,
+    weight_files,
+)
 from gptlab.pretrained.nanogpt import read_nanogpt_checkpoint
 from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_directory import best_checkpoint, load_config
@@ -86,13 +93,20 @@ def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     if path.is_file():
         checkpoint = read_nanogpt_checkpoint(path)
-        check_external_shape(path, nanogpt_shape(path, checkpoint.get("model_args")), model.config)
+        shape = nanogpt_shape(path, checkpoint.get("model_args"))
+        check_external_shape(path, shape, model.config)
         state = checkpoint["model"]
     else:
+        shape = read_hf_shape(path)
         for file in weight_files(path):
             with open_safetensors(file, "pt") as tensors:
                 state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
     try:
-        return fit_shapes(model, from_external(state, transposed=path.is_dir()))
+        weights = from_external(state, transposed=path.is_dir())
+        for name, size in (("wte.weight", "vocab_size"), ("wpe.weight", "block_size")):
+            rows = weights[name].shape[0] if name in weights and weights[name].dim() else 0
+            if rows > shape[size]:  # fit_shapes reports too few, but would crop too many
+                raise ValueError(f"{name} has {rows} rows, but the model has {size}={shape[size]}")
+        return fit_shapes(model, weights)
     except ValueError as error:
         raise UserError(f"The weights of {path} do not fit this model: {error}.") from error
