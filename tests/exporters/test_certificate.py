@@ -126,3 +126,11 @@ def test_output_directory_must_be_new_or_empty(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be created"):
         export(monkeypatch, tmp_path / "file" / "out", random_model(), "llmc")
+
+
+def test_a_weight_that_float16_cannot_hold_is_named(tmp_path, monkeypatch):
+    model = random_model(activation="gelu_tanh")
+    model.h[1].mlp.c_fc.weight[3, 2] = 65_520.0
+    with pytest.raises(UserError, match=r"dtype=float16 cannot hold .*h\.1\.mlp\.c_fc\.weight .* 65,520.*is 65,504"):
+        export(monkeypatch, tmp_path / "out", model, "hf", "float16")
+    assert not list(tmp_path.iterdir())

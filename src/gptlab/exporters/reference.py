@@ -4,12 +4,14 @@ Shapes: B prompts, T tokens of a prompt, V vocabulary.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gptlab.errors import UserError
 from gptlab.model.external import to_external
 from gptlab.model.gpt import GPT
 
@@ -110,10 +112,20 @@ def _prompts(vocab_size: int, block_size: int, end_of_text: int | None) -> Tenso
 
 
 def _round(model: GPT, stored: Mapping[str, torch.dtype]) -> bool:
-    """Rounds weights in place to their stored dtypes. Returns whether any dtype is not float32."""
+    """Rounds weights in place to their stored dtypes. Returns whether any dtype is not float32.
+
+    Raises:
+        UserError: A weight is too large for its dtype.
+    """
     reduced = {name: dtype for name, dtype in stored.items() if dtype != torch.float32}
     for name, parameter in model.named_parameters():
         dtype = reduced.get(name) or reduced.get(f"transformer.{name}")
         if dtype is not None:
+            largest = parameter.abs().max().item()
+            if torch.finfo(dtype).max < largest < math.inf:
+                raise UserError(
+                    f"dtype={str(dtype).removeprefix('torch.')} cannot hold the weights: {name} has an element of "
+                    f"{largest:,.6g}, but the largest number is {torch.finfo(dtype).max:,.6g}. Use dtype=float32."
+                )
             parameter.copy_(parameter.to(dtype))  # copies memory-mapped pages into the memory of this process
     return bool(reduced)
