@@ -22,8 +22,8 @@ class DataConfig(FrozenConfig):
     Attributes:
         corpus: Name of the corpus; see ``gptlab.data.sources.corpora``.
         reader: Component that yields the documents, a ``gptlab.data.sources.component.DocumentReader`` (component).
-        source: File or directory of the corpus (text, shakespeare). Files named .parquet and .jsonl are read as
-            records, all others as text. Text and .jsonl files can be compressed (.gz, .zst).
+        source: File or directory of the corpus (text, shakespeare). Parquet and .jsonl files are read as records. Text
+            and .jsonl files can be compressed; see ``gptlab.data.sources.file_types``.
         path: Prepared shards: a directory, its URL, or a glob of token files of other programs (shards). Name of a
             dataset on the Hugging Face Hub, or its local directory (huggingface).
         subset: Configuration of the Hub dataset, if it has several (huggingface).
