@@ -54,24 +54,16 @@ FILES = (
 FOLDERS = ("checkpoints", "samples", "stacks", "tensorboard", "wandb", "wandb/checkpoints", "evaluations", "profile")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_run_in_which_a_file_is_a_link_is_not_locked_and_not_changed(tmp_path, own, name):
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_a_run_in_which_an_entry_is_a_link_is_not_locked_and_not_changed(tmp_path, own, own_folder, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
-    path.symlink_to(own)
+    path.symlink_to(own_folder if name in FOLDERS else own)
     with RunLock() as lock, pytest.raises(UserError, match=rf"{name} is a link"):
         lock.acquire(tmp_path / "run")
     assert own.read_text() == KEPT
-    assert [path for path in (tmp_path / "run").rglob("*") if not path.is_dir()] == [path]
-
-
-@pytest.mark.parametrize("name", FOLDERS)
-def test_a_run_in_which_a_directory_is_a_link_is_not_locked(tmp_path, own_folder, name):
-    path = tmp_path / "run" / name
-    path.parent.mkdir(parents=True)
-    path.symlink_to(own_folder)
-    with RunLock() as lock, pytest.raises(UserError, match=rf"{name} is a link"):
-        lock.acquire(tmp_path / "run")
+    assert [path.name for path in own_folder.rglob("*")] == ["step_000001", "state.pt"]
+    assert [path for path in (tmp_path / "run").rglob("*") if path.is_symlink() or not path.is_dir()] == [path]
 
 
 def test_fifos_and_sockets_in_a_run_directory_are_refused(tmp_path, monkeypatch):

@@ -41,7 +41,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         directory: Run directory.
         components: Code version of each component, by config key; see ``gptlab.config.components.component_record``.
     """
-    commit, diff, status = _git("rev-parse", "HEAD"), _git(*GIT_DIFF, "HEAD"), _git(*GIT_STATUS)
+    commit, diff, status = _git(("rev-parse", "HEAD"), (*GIT_DIFF, "HEAD"), GIT_STATUS)
     record: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": hide_passwords(os.environ.get(COMMAND) or shlex.join(sys.orig_argv)),
@@ -79,16 +79,17 @@ def _lines_of(output: bytes) -> list[str]:
     return output.decode(errors="replace").splitlines()
 
 
-def _git(*arguments: str) -> bytes | None:
-    """Runs git in the working directory, without programs that the repository's config names.
+def _git(*commands: tuple[str, ...]) -> list[bytes | None]:
+    """Runs git commands in the working directory, without programs that the repository's config names.
 
-    Returns None if the directory is not a checkout, or if git is not installed or older than 2.31.
+    Returns the output of each; None if the directory is not a checkout, or if git is not installed or older than 2.31.
     """
     listed = _run_git(GIT_CONFIG, "config", "--includes", "--name-only", "-z", "--list")
     if listed is None:
-        return None
+        return [None] * len(commands)
     named = (os.fsdecode(key) for key in listed.split(b"\0") if key.startswith(NAMES_PROGRAMS))
-    return _run_git({**GIT_CONFIG, **dict.fromkeys(named, "")}, *arguments)
+    config = {**GIT_CONFIG, **dict.fromkeys(named, "")}
+    return [_run_git(config, *command) for command in commands]
 
 
 def _run_git(config: Mapping[str, str], *arguments: str) -> bytes | None:
