@@ -273,6 +273,20 @@ def test_split_all_scores_the_whole_text(tmp_path, kind, stride):
     assert found["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
+def test_a_model_with_nan_weights_is_not_evaluated(tmp_path):
+    (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
+    theirs = source_of(BytesTokenizer())
+    model = GPT(theirs.model)
+    model.ln_f.weight.data[0] = math.nan
+    config = config_of(data=data_config(**text_values(tmp_path / "text.txt")), hellaswag="hellaswag.jsonl")
+    corpus = open_scored_corpus(config, theirs, tokenizer_is_named=False)
+    with pytest.raises(UserError, match=r"The loss on \S*text.txt is not finite .* training may have diverged"):
+        evaluate_corpus(model, corpus, config, ONE_PROCESS)
+    tokens = [97, 98, 99]
+    with pytest.raises(UserError, match=r"The loss on hellaswag.jsonl is not finite"):
+        evaluate_hellaswag(model, [Example(tokens, [tokens] * 4, 0)], config, ONE_PROCESS)
+
+
 def test_split_all_of_shards_scores_both_splits(tmp_path):
     (tmp_path / "text.txt").write_text("a bad cab, a cad\n" * 50)
     folder = prepare_text(tmp_path / "text.txt", val_split="tail").folder

@@ -1,7 +1,9 @@
 """Results of HarnessModel compared with the harness' ``hf`` model with the same weights."""
 
+import copy
 import importlib.metadata
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -255,6 +257,16 @@ def test_unsupported_requests_raise(ours, folder, tmp_path):
     config = asked(folder, tasks=["gone"])
     with pytest.raises(UserError, match=r"tasks=gone cannot be loaded: FileNotFoundError: .*none\.json(.|\n)*HF_HOME"):
         evaluate_tasks(ours.model, ours.encoding, find_tasks(config), config, MACHINE)
+
+
+def test_a_model_with_nan_weights_is_not_scored(ours):
+    model = copy.deepcopy(ours.model)
+    model.ln_f.weight.data[0] = math.nan
+    broken = adapter(model, ours.encoding)
+    with pytest.raises(UserError, match="The loss on the task is not finite"):
+        broken.loglikelihood([Instance("loglikelihood", {}, ("The answer is", " 4"), 0)])
+    with pytest.raises(UserError, match="logits are not finite"):
+        broken.generate_until([Instance("generate_until", {}, ("The", {"until": ["."], "max_gen_toks": 4}), 0)])
 
 
 def test_sampling_is_reproducible(ours):

@@ -23,6 +23,7 @@ from gptlab.data.tokenizers.text import END_OF_TEXT
 from gptlab.data.tokenizers.text_stream import TextStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from gptlab.errors import UserError
+from gptlab.evaluation.loss import check_finite
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
@@ -117,7 +118,7 @@ class HarnessModel(TemplateLM):
         0.4.13).
 
         Raises:
-            UserError: A continuation is longer than ``block_size`` tokens.
+            UserError: A continuation is longer than ``block_size`` tokens, or its log-likelihood is not finite.
         """
         requests_by_input: dict[tuple[int, ...], list[int]] = defaultdict(list)  # requests by the input of the model
         for number, (_, context, continuation) in enumerate(requests):
@@ -246,8 +247,9 @@ def _score_continuation(logits: Tensor, continuation: list[int]) -> Answer:
     """Scores a continuation (N,) with the logits (N, V) that predict its tokens."""
     targets = torch.tensor(continuation, device=logits.device)
     log_probs = torch.log_softmax(logits.float(), dim=-1)
-    value = log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64)
-    return value.item(), bool((logits.argmax(dim=-1) == targets).all())
+    value = log_probs.gather(1, targets[:, None]).sum(dtype=torch.float64).item()
+    check_finite([value], "the task")
+    return value, bool((logits.argmax(dim=-1) == targets).all())
 
 
 def _sampling_config(kwargs: dict[str, Any]) -> SamplingConfig:

@@ -14,7 +14,17 @@ from torch import Tensor
 
 from gptlab.data.batches import IGNORE_INDEX, Batch
 from gptlab.data.shards.streams import TokenStream
+from gptlab.errors import UserError
 from gptlab.model.gpt import GPT
+
+
+def check_finite(losses: Iterable[float], what: str) -> None:
+    """Raises UserError if a loss of a model on ``what`` is not finite."""
+    if not all(map(math.isfinite, losses)):
+        raise UserError(
+            f"The loss on {what} is not finite (NaN or infinite), so the model cannot be evaluated. Its training may "
+            "have diverged."
+        )
 
 
 class LossSums:

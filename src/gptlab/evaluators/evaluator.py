@@ -15,7 +15,7 @@ from gptlab.data.shards.manifest import SPLITS
 from gptlab.errors import UserError
 from gptlab.evaluation.completions import AccuracyCounts, count_correct, ending_losses, rank_batches
 from gptlab.evaluation.hellaswag import Example
-from gptlab.evaluation.loss import LossSums, WindowBatches, accumulate_losses, cut_windows
+from gptlab.evaluation.loss import LossSums, WindowBatches, accumulate_losses, check_finite, cut_windows
 from gptlab.evaluators.corpora import ScoredCorpus
 from gptlab.evaluators.results import EvalResult
 from gptlab.evaluators.settings import EvaluateConfig
@@ -26,8 +26,6 @@ from gptlab.training.distributed.processes import external_devices, launched_ext
 from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 T = TypeVar("T")
-
-_NOT_FINITE = "the {} is not finite (NaN or infinite). Training of this model may have diverged."
 
 
 class EvalContext(NamedTuple):
@@ -110,8 +108,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
             accumulate_losses(sums, model, track(part), resolve_loss_chunk("auto", model.config))
     sums.sums = context.all_reduce(sums.sums)
     loss, bits_per_byte = sums.result()
-    if not math.isfinite(loss):
-        raise UserError(f"run={config.run}: {_NOT_FINITE.format(f'loss on {prepared.manifest.origin}')}")
+    check_finite([loss], prepared.manifest.origin)
     tokens, text_bytes = (int(sums.sums[number].item()) for number in (1, 3))
     seconds = time.perf_counter() - start
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows above about 709
@@ -149,6 +146,9 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
         examples: All examples, the same list in every process; each process scores its share.
         config: Config of the evaluation.
         context: Device, precision and rank.
+
+    Raises:
+        UserError: A loss is not finite.
     """
     device, block_size = context.device, model.config.block_size
     chunk, start = resolve_loss_chunk("auto", model.config), time.perf_counter()
@@ -158,8 +158,7 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
         for batch in track(batches):
             if batch:
                 losses = ending_losses(model, batch, block_size=block_size, device=device, chunk=chunk)
-                if not all(math.isfinite(loss.nats) for endings in losses for loss in endings):
-                    raise UserError(f"run={config.run}: {_NOT_FINITE.format('loss on HellaSwag')}")
+                check_finite((loss.nats for endings in losses for loss in endings), str(config.hellaswag))
                 counts += torch.tensor(count_correct(losses, [example.label for example in batch]), device=device)
     found = AccuracyCounts(*context.all_reduce(counts).tolist())
     values = {
