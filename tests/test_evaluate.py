@@ -278,11 +278,11 @@ def test_a_model_with_nan_weights_is_not_evaluated(tmp_path):
     theirs = source_of(BytesTokenizer())
     model = GPT(theirs.model)
     model.ln_f.weight.data[0] = math.nan
-    config = config_of(data=data_config(**text_values(tmp_path / "text.txt")), hellaswag="hellaswag.jsonl")
+    config = config_of(data=data_config(**text_values(tmp_path / "text.txt")))
     corpus = open_scored_corpus(config, theirs, tokenizer_is_named=False)
     with pytest.raises(UserError, match=r"The loss on \S*text.txt is not finite .* training may have diverged"):
         evaluate_corpus(model, corpus, config, ONE_PROCESS)
-    tokens = [97, 98, 99]
+    tokens, config = [97, 98, 99], config_of(hellaswag="hellaswag.jsonl")
     with pytest.raises(UserError, match=r"The loss on hellaswag.jsonl is not finite"):
         evaluate_hellaswag(model, [Example(tokens, [tokens] * 4, 0)], config, ONE_PROCESS)
 

@@ -1,7 +1,8 @@
 """nanoGPT checkpoints: read without arbitrary unpickling, and converted to resume training exactly.
 
 A resumed run starts with nanoGPT's weights, AdamW state and step. Its batches are those of a gptlab run with the same
-config from that step on, because nanoGPT draws every batch at random, in an order that cannot be resumed.
+config from that step on, because nanoGPT draws every batch at random, in an order that cannot be resumed. nanoGPT's softmax includes the padding
+of its vocabulary (47 of 50,304 logits for GPT-2); that of gptlab does not.
 """
 
 from collections.abc import Iterator, Mapping
