@@ -224,3 +224,19 @@ def test_a_hostile_run_directory_is_listed_and_reported_without_control_sequence
     assert "\\x1b[2J" in done.stdout
     assert "\\x1b[2J2 is omitted" in done.stderr
     assert controls(done.stdout + done.stderr) == set()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin1", "cp1252"])
+def test_text_that_the_terminal_cannot_encode_is_shown_as_escapes(monkeypatch, encoding):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with pytest.raises(UnicodeEncodeError):
+        stdout.write("世")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    install_hooks()
+    print_data("step 1 · 世 🙂")
+    stdout.flush()
+    dot = "·" if encoding != "ascii" else "\\xb7"
+    assert stdout.buffer.getvalue().decode(encoding) == f"step 1 {dot} \\u4e16 \\U0001f642\n"

@@ -45,6 +45,8 @@ def test_runs_are_found_at_any_depth_and_trials_in_order(outputs):
     names = [run.name for run in find_runs(str(outputs))]
     assert names == ["a/2026-01-01_00-00-00", "s/2026-01-02_00-00-00/2", "s/2026-01-02_00-00-00/10"]
     assert [run.name for run in find_runs(str(outputs / "s" / "*" / "1*"))] == ["s/2026-01-02_00-00-00/10"]
+    (outputs / "a").rename(outputs / "a[1]")
+    assert [run.name for run in find_runs(str(outputs / "a[1]"))] == ["a[1]/2026-01-01_00-00-00"]
     with pytest.raises(UserError, match="it does not exist"):
         find_runs(str(outputs / "none"))
     (outputs / "empty").mkdir()
