@@ -117,7 +117,7 @@ def _generator(config: SampleConfig, inference: "InferenceModel", prompts: list[
     )
     if generator.may_exceed_block:
         block = inference.model.config.block_size
-        note = f"A text longer than block_size={block} tokens continues from its last {block // 2} tokens."
+        note = f"A text longer than block_size={block} tokens continues from its last {max(1, block // 2)} tokens."
         print_message(note, file=sys.stderr)
     return generator
 

@@ -73,7 +73,7 @@ class _EscapingConsole(Console):
 def install_hooks() -> None:
     """Makes Python print uncaught exceptions and warnings through this module, and any text in any encoding."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = print_exception
     threading.excepthook = lambda thread: print_exception(thread.exc_type, thread.exc_value, thread.exc_traceback)

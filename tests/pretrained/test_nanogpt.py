@@ -35,7 +35,8 @@ def path(tmp_path) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     state = {f"_orig_mod.transformer.{name}": t for name, t in model.state_dict().items() if name != "lm_head.weight"}
-    whole = {"model": state, "optimizer": optimizer.state_dict(), "model_args": SHAPE, "iter_num": 3, "config": {}}
+    whole = {"model": state, "optimizer": optimizer.state_dict(), "model_args": SHAPE, "iter_num": 3}
+    whole["config"] = {"batch_size": 4, "gradient_accumulation_steps": 3, "grad_clip": 1.0}
     torch.save(whole, tmp_path / "ckpt.pt")
     return tmp_path / "ckpt.pt"
 
@@ -98,6 +99,9 @@ def test_config_key_that_changes_the_next_step_is_reported(path, changes, messag
         (["model.logit_soft_cap=30"], r"model\.logit_soft_cap=30\.0, but the weights have None"),
         (["loss=z_loss"], "this run has a loss of its own"),
         (["train.ema_decay=0.99"], "no averages of the weights"),
+        (["data.documents=masked"], r"nanoGPT attends across documents, but data\.documents=masked"),
+        (["train.grad_clip=0.5"], r"train\.grad_clip is 1\.0 in the checkpoint and 0\.5 in this run"),
+        (["train.global_batch_size=24"], r"train\.global_batch_size is 12 in the checkpoint and 24 in this run"),
     ],
     ids=lambda part: part[0] if isinstance(part, list) else "",
 )
@@ -106,11 +110,28 @@ def test_another_model_than_that_of_the_checkpoint_is_refused(path, changes, mes
         import_nanogpt_checkpoint(path, *own(*changes))
 
 
-def test_parameters_that_the_model_does_not_have_are_refused(path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"].update({"transformer.h.2.ln_1.weight": torch.ones(64)}), r"not have: h\.2\.ln_1\.weight"),
+        (
+            lambda c: c["model"].update({"lm_head.weight": torch.ones(257, 64)}),
+            r"lm_head\.weight and wte\.weight differ",
+        ),
+        (lambda c: c["model"]["_orig_mod.transformer.ln_f.weight"].fill_(torch.nan), r"ln_f\.weight has values that"),
+        (lambda c: c["model_args"].update(rope=True), r"model_args have options that nanoGPT does not have: rope"),
+        (
+            lambda c: c["model_args"].update(vocab_size=320),
+            r"its model_args have vocab_size=320, but wte\.weight has 257",
+        ),
+    ],
+    ids=["a block", "another head", "NaN", "an option", "rows"],
+)
+def test_what_the_model_does_not_have_is_refused(path, change, message):
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["model"]["transformer.h.2.ln_1.weight"] = torch.ones(64)
+    change(checkpoint)
     torch.save(checkpoint, path)
-    with pytest.raises(UserError, match=r"parameters that this run does not have: h\.2\.ln_1\.weight"):
+    with pytest.raises(UserError, match=rf"cannot be resumed exactly: .*{message}"):
         import_nanogpt_checkpoint(path, *own())
 
 

@@ -226,9 +226,12 @@ def test_a_hostile_run_directory_is_listed_and_reported_without_control_sequence
     assert controls(done.stdout + done.stderr) == set()
 
 
+@pytest.mark.parametrize(
+    "errors", ["strict", "surrogateescape"]
+)  # surrogateescape: LC_ALL=C without Python's UTF-8 mode
 @pytest.mark.parametrize("encoding", ["ascii", "latin1", "cp1252"])
-def test_text_that_the_terminal_cannot_encode_is_shown_as_escapes(monkeypatch, encoding):
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+def test_text_that_the_terminal_cannot_encode_is_shown_as_escapes(monkeypatch, encoding, errors):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors)
     with pytest.raises(UnicodeEncodeError):
         stdout.write("世")
     monkeypatch.setattr(sys, "stdout", stdout)

@@ -307,7 +307,7 @@ class SamplingConfig(FrozenConfig):
     top_k: PositiveInt | None
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     min_p: Annotated[float, Field(ge=0, le=1)] | None
-    repetition_penalty: PositiveFloat
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)]
 
 
 def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:

@@ -36,6 +36,7 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
     "n_inner": None,
+    "quantization_config": None,
 }
 
 

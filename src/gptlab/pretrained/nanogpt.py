@@ -1,14 +1,15 @@
 """nanoGPT checkpoints: read without arbitrary unpickling, and converted to resume training exactly.
 
 A resumed run starts with nanoGPT's weights, AdamW state and step. Its batches are those of a gptlab run with the same
-config from that step on, because nanoGPT draws every batch at random, in an order that cannot be resumed. nanoGPT's softmax includes the padding
-of its vocabulary (47 of 50,304 logits for GPT-2); that of gptlab does not.
+config from that step on, because nanoGPT draws every batch at random, in an order that cannot be resumed. nanoGPT's
+softmax includes the padding of its vocabulary (47 of 50,304 logits for GPT-2), and gptlab's softmax excludes it.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptlab.config.schema import RunConfig
@@ -20,6 +21,8 @@ from gptlab.training.checkpoints.reading import Checkpoint, read_plain
 from gptlab.training.config import AdamWConfig
 from gptlab.training.optim.optimizers import parameter_groups
 from gptlab.training.optim.schedules import learning_rate
+
+MODEL_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}  # nanoGPT's train.py
 
 
 def read_nanogpt_checkpoint(path: Path) -> dict[str, Any]:
@@ -55,8 +58,19 @@ def import_nanogpt_checkpoint(path: Path, config: RunConfig, model: GPT) -> Chec
     if step >= config.steps:
         raise _mismatch(path, f"it is at step {step:,}, but train.max_steps={config.steps:,} is not greater")
     _check_settings(path, config, step, state["param_groups"])
-    _check_model(path, config, nanogpt_shape(path, checkpoint.get("model_args")))
+    _check_batches(path, config, checkpoint.get("config"))
+    arguments: Any = checkpoint.get("model_args")
+    _check_model(path, config, nanogpt_shape(path, arguments))
+    if unknown := sorted(map(str, arguments.keys() - MODEL_ARGS)):
+        raise _mismatch(path, f"its model_args have options that nanoGPT does not have: {', '.join(unknown[:3])}")
     weights = from_external(checkpoint["model"], transposed=False)
+    if EMBEDDING in weights and arguments["vocab_size"] != len(weights[EMBEDDING]):
+        rows = f"vocab_size={arguments['vocab_size']}, but {EMBEDDING} has {len(weights[EMBEDDING])} rows"
+        raise _mismatch(path, f"its model_args have {rows}")
+    if HEAD in weights and not torch.equal(weights[HEAD], weights.get(EMBEDDING, weights[HEAD][:0])):
+        raise _mismatch(path, f"{HEAD} and {EMBEDDING} differ, but nanoGPT ties them")
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise _mismatch(path, f"{broken[0]} has values that are not finite")
     own = {name: tensor for name, tensor in model.state_dict().items() if name != HEAD}
     if unknown := sorted(weights.keys() - own.keys() - {HEAD}):
         raise _mismatch(path, f"it has parameters that this run does not have: {', '.join(unknown[:3])}")
@@ -122,6 +136,21 @@ def _check_settings(path: Path, config: RunConfig, step: int, groups: list[dict[
         if ours != theirs
     ]:
         raise _mismatch(path, "; ".join(differences))
+
+
+def _check_batches(path: Path, config: RunConfig, theirs: Any) -> None:
+    """Checks the size of the batches and what the model sees of them; ``theirs`` are nanoGPT's settings, if known."""
+    if config.data.documents != "packed":
+        raise _mismatch(path, f"nanoGPT attends across documents, but data.documents={config.data.documents}")
+    theirs = theirs if isinstance(theirs, dict) else {}
+    batch, accumulation = (theirs.get(key) for key in ("batch_size", "gradient_accumulation_steps"))
+    rows = batch * accumulation if isinstance(batch, int) and isinstance(accumulation, int) else None
+    for key, own, their in (
+        ("train.global_batch_size", config.train.global_batch_size, rows),
+        ("train.grad_clip", config.train.grad_clip or 0.0, theirs.get("grad_clip")),
+    ):
+        if their is not None and own != their:
+            raise _mismatch(path, f"{key} is {their} in the checkpoint and {own} in this run")
 
 
 def _adam_states(

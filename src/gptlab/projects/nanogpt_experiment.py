@@ -254,7 +254,11 @@ def _model(values: Mapping[str, Any]) -> Iterator[Setting]:
         yield Setting(f"model.{key}", values[key])
     yield Setting("model.activation", "gelu", "exact GELU, as in nanoGPT")
     if values["dataset"] != "shakespeare_char":
-        yield Setting("model.pad_vocab_to_multiple_of", 64, "50,304 rows, as in nanoGPT, but without the 47 padding rows in the softmax")
+        yield Setting(
+            "model.pad_vocab_to_multiple_of",
+            64,
+            "50,304 rows, as in nanoGPT, but without the 47 padding rows in the softmax",
+        )
 
 
 def _optimizer(values: Mapping[str, Any]) -> Iterator[Setting]:

@@ -72,7 +72,7 @@ def test_layout_is_detected(tmp_path):
         (llmc(TRAIN, version=9), r"magic number 20240520 but the unknown version 9"),
         (b"", r"train\.bin has no tokens"),
         (llmc(TRAIN[:0]), r"train\.bin has no tokens"),
-        *((TRAIN.astype(wide).tobytes(), "every second value of 16 bits is 0") for wide in ("<u4", "<i4", "<i8")),
+        *((TRAIN.astype(wide).tobytes(), "every second 16-bit value is 0") for wide in ("<u4", "<i4", "<i8")),
         (TRAIN.tobytes()[:-1], r"an odd number of bytes \(23\)"),
         (np.array([5, 6, 300], dtype="<u2").tobytes(), r"token 2 \(byte 4\) is 300, .* vocabulary of 257 token IDs"),
         (llmc(np.array([5, 257], dtype="<u2")), r"token 1 \(byte 1,026\) is 257, .* vocabulary of 257 token IDs"),

@@ -15,6 +15,7 @@ import sqlite3
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -150,6 +151,17 @@ READ: dict[str, tuple[str, bytes, bool]] = {  # case: file name, content, whethe
         zstandard.compress(TEXT.encode()) + b"\x50\x2a\x4d\x18\x02\0\0\0ab",
         False,
     ),
+    "zstd, skippable frame first": ("a", SKIPPED + zstandard.compress(TEXT.encode()), False),
+    "xz with padding": ("a.txt.xz", lzma.compress(TEXT.encode()) + bytes(2000), False),
+    "several xz streams with padding": (
+        "a.txt.xz",
+        lzma.compress(TEXT[:99].encode()) + bytes(4) + lzma.compress(TEXT[99:].encode()) + bytes(4),
+        False,
+    ),
+    **{
+        f"text that begins with {start}": ("a", (start + TEXT).encode(), False)
+        for start in ("ORC", "PAR1", "BZh9", "PK")
+    },
     "zstd with a large window": ("a.txt.zst", large_window(TEXT.encode()), False),
 }
 
@@ -168,7 +180,11 @@ def read(path: Path, column: str | None, **values) -> list[str]:
 def test_documents_are_those_that_were_written(tmp_path, case):
     name, content, has_columns = READ[case]
     (tmp_path / name).write_bytes(content)
-    expected = DOCUMENTS if has_columns else [TEXT]
+    expected = (
+        DOCUMENTS
+        if has_columns
+        else [case.removeprefix("text that begins with ") + TEXT if " begins " in case else TEXT]
+    )
     assert read(tmp_path / name, "text" if has_columns else None) == expected
     if not has_columns:
         with pytest.raises(UserError, match=r"data\.column=text is set, but .* is plain text, which has no columns"):
@@ -286,7 +302,7 @@ DAMAGED = {
 def test_damaged_files_are_named(tmp_path, case):
     name, content = DAMAGED[case]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=rf"/{name} is damaged, or it is not a \w+ file: "):
+    with pytest.raises(UserError, match=rf"/{name} is damaged, or its format is not \w+: "):
         read(tmp_path / name, "text" if "parquet" in name else None)
 
 
@@ -325,7 +341,7 @@ def test_a_folder_skips_other_files_and_lists_them(tmp_path, caplog):
     (folder / "rows.jsonl").write_bytes(lines(["in a record"]))
     assert sorted(read(folder, "text")) == sorted([*DOCUMENTS, "in a record"])
     message = caplog.messages[-1]
-    assert "reading 5 text, 1 jsonl. Skipped " in message
+    assert "files that are read: 5 .txt (text), 1 .jsonl (jsonl); files that are skipped: " in message
     for listed in ("1 .png (binary data", "1 .txt (binary data", "1 .csv (a CSV table)", "1 .gz (gzip-compressed"):
         assert listed in message
     (folder / "rows.jsonl").unlink()
@@ -359,6 +375,49 @@ def test_linked_folders_are_read_once(tmp_path):
     assert sorted(read(folder, None)) == ["here", "linked"]
 
 
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_names_of_documents_do_not_depend_on_the_order_of_a_listing(tmp_path, monkeypatch, is_reversed):
+    (folder := tmp_path / "corpus" / "real").mkdir(parents=True)
+    (folder / "a.txt").write_text("a")
+    for name in ("alias", "zoo"):
+        (tmp_path / "corpus" / name).symlink_to(folder)
+    scan = os.scandir
+
+    class SortedScan(ExitStack):
+        """Iterator and context manager, as the result of os.scandir."""
+
+        def __init__(self, path):
+            super().__init__()
+            self.entries = iter(sorted(scan(path), key=lambda entry: entry.name, reverse=is_reversed))
+
+        def __next__(self):
+            return next(self.entries)
+
+    monkeypatch.setattr(os, "scandir", SortedScan)
+    (task,) = (corpus := open_corpus(data_config(source=str(tmp_path / "corpus")))).tasks(4000)
+    assert [document.name for document in corpus.documents(task)] == ["real/a.txt"]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+@pytest.mark.parametrize("end", [b"\0", "Text in UTF-16".encode("utf-16-le")])
+def test_null_bytes_after_the_beginning_of_a_text_are_refused(tmp_path, compression, end):
+    text = b"x" * 9000
+    (tmp_path / f"a.txt{compression}").write_bytes(COMPRESSIONS[compression](text + end))
+    position = 9000 + end.index(0)
+    with pytest.raises(
+        UserError, match=rf"/a\.txt{compression} has a null byte at byte {position}, so it is binary data"
+    ):
+        read(tmp_path / f"a.txt{compression}", None)
+
+
+def test_two_columns_of_the_same_name_are_refused(tmp_path):
+    pq.write_table(
+        pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(UserError, match=r"a\.parquet has 2 columns named text"):
+        read(tmp_path / "a.parquet", "text")
+
+
 def test_file_names_that_are_not_utf8_are_read(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
@@ -367,4 +426,6 @@ def test_file_names_that_are_not_utf8_are_read(tmp_path):
     prepared = prepare_text(folder, val_split="documents", val_fraction=0.4, separator="after").folder
     found = [one for split in ("train", "val") for one in split_at(tokens_on_disk(prepared, split))]
     assert sorted(found) == sorted(text.encode() for text in DOCUMENTS)
-    assert sorted(read(folder / os.fsdecode(b"caf\xe90.txt"), None)) == DOCUMENTS[:1]
+    path = folder / os.fsdecode(b"caf\xe90.txt")
+    assert sorted(read(path, None)) == DOCUMENTS[:1]
+    assert prepare_text(path).manifest.origin == f"{folder}/caf\\udce90.txt"

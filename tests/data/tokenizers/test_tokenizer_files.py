@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptlab.data.tokenizers.external import as_byte_level_bpe, tokenizer_record
+from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, load_tokenizer
 from gptlab.errors import UserError
 
@@ -165,3 +166,22 @@ def test_merges_that_are_not_those_of_gpt2_are_refused(tmp_path):
         (tmp_path / "merges.txt").write_bytes(damaged.encode("latin-1"))
         with pytest.raises(UserError, match=r"is damaged|merges are not GPT-2's"):
             tokenizer_record(tmp_path, 50257)
+
+
+@pytest.mark.parametrize(
+    ("merges", "message"),
+    [
+        ("", r"2 of its tokens, such as 'ab', are not made by a merge"),
+        ("#version: 0.2\na b\n", r"1 of its tokens, such as 'abc', are not made by a merge"),
+        ("#version: 0.2\na b\nab\n", r"vocab\.json or merges\.txt of \S+ is damaged"),
+        ("#version: 0.2\na b\nab q c\n", r"vocab\.json or merges\.txt of \S+ is damaged"),
+    ],
+)
+def test_damaged_merges_are_refused(tmp_path, merges, message):
+    tokens = [*map(bytes_to_unicode, (bytes((byte,)) for byte in range(256))), "ab", "abc", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\nab c\n")
+    assert tokenizer_record(tmp_path, 259)["name"] == "bpe"
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(UserError, match=message):
+        tokenizer_record(tmp_path, 259)

@@ -286,9 +286,9 @@ def _write_manifest(
     manifest.save(folder)
     if replaced := sum(shard.num_replaced for shard in manifest.shards()):
         log.warning(
-            "%d documents of %s contain bytes that are not valid UTF-8, which were replaced by U+FFFD. "
+            "Documents of %s with text that is not valid UTF-8, which was replaced by U+FFFD: %d. "
             "data.undecodable=refuse stops at the first one and names its file.",
-            *(replaced, corpus.origin),
+            *(corpus.origin, replaced),
         )
     _remove_intermediate_files(folder)
     return manifest

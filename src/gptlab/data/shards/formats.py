@@ -55,7 +55,7 @@ def read_layout(path: Path) -> TokenFileLayout:
 
 def _read_layout(path: Path) -> TokenFileLayout:
     size = path.stat().st_size
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         return _npy_layout(path)
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) == HEADER_INTS and int(header[0]) in (LLMC_UINT16[0], LLMC_UINT32[0]):
@@ -143,7 +143,7 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
         documents += int((chunk == tokenizer.end_of_text).sum()) if tokenizer.end_of_text is not None else 0
     if is_wide:
         raise UserError(
-            f"{path} seems to have tokens of 32 or 64 bits, because every second value of 16 bits is 0. Raw tokens "
+            f"{path} seems to have 32-bit or 64-bit tokens, because every second 16-bit value is 0. Raw tokens "
             "must be uint16. Save others with numpy.save as uint32, in a file whose name ends in .npy."
         )
     return Shard(

@@ -99,7 +99,7 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
         found = f"matches files in {len(folders)} directories" if matches else "matches nothing"
         raise UserError(f"{key}={path} {found}. It must match one directory of shards (relative to {Path.cwd()}).")
     inside = sorted(folders.pop().glob("*")) if matches == [named] and named.is_dir() else sorted(matches)
-    files = [path for path in inside if path.suffix in SUFFIXES]
+    files = [path for path in inside if path.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{key}={path} has neither a {MANIFEST} nor token files (.bin, .npy).")
     meta = files[0].with_name(META_FILE)

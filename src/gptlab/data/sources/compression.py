@@ -82,7 +82,7 @@ def name_damage(path: Path, kind: str) -> Iterator[None]:
             raise
         if isinstance(error, OSError) and error.errno is not None:  # of the operating system
             raise
-        raise UserError(f"{path} is damaged, or it is not a {kind} file: {failure_reason(error)}") from error
+        raise UserError(f"{path} is damaged, or its format is not {kind}: {failure_reason(error)}") from error
 
 
 def _library_errors() -> list[type[Exception]]:
@@ -97,7 +97,7 @@ def _decompress(path: Path, compression: Compression) -> io.RawIOBase | gzip.Gzi
     if compression == "bzip2":
         return _Frames(path, bz2.BZ2Decompressor)
     if compression == "xz":
-        return _Frames(path, lambda: lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES))
+        return _Frames(path, lambda: lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES), padding=b"\0")
     try:
         import zstandard
     except ImportError as error:
@@ -108,10 +108,16 @@ def _decompress(path: Path, compression: Compression) -> io.RawIOBase | gzip.Gzi
 
 
 class _Frames(io.RawIOBase):
-    """Decompressed content of all frames of a file. Raises EOFError if it is truncated."""
+    """Decompressed content of all frames of a file. Raises EOFError if it is truncated.
 
-    def __init__(self, path: Path, begin: Callable[[], Any]) -> None:
-        self._file, self._begin, self._text = path.open("rb"), begin, memoryview(b"")
+    Args:
+        path: Path of the file.
+        begin: Returns the decompressor of a frame.
+        padding: Byte that may follow a frame any number of times.
+    """
+
+    def __init__(self, path: Path, begin: Callable[[], Any], padding: bytes = b"") -> None:
+        self._file, self._begin, self._text, self._padding = path.open("rb"), begin, memoryview(b""), padding
         self._frame: Any = None
 
     def readable(self) -> bool:
@@ -120,7 +126,9 @@ class _Frames(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._text:
             ended = self._frame is None or self._frame.eof
-            block = (self._frame.unused_data if self._frame and ended else b"") or self._file.read(FRAME_BYTES)
+            block = self._frame.unused_data.lstrip(self._padding) if self._frame and ended else b""
+            while not block and (read := self._file.read(FRAME_BYTES)):
+                block = read.lstrip(self._padding) if self._frame and ended else read
             if not block and ended:
                 return 0
             if not block:

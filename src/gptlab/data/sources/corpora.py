@@ -161,20 +161,22 @@ def list_files(root: Path, pattern: str, excluded: set[str]) -> Iterator[Path]:
     """Yields the files below ``root`` whose names match ``pattern``, in arbitrary order.
 
     Skips hidden files and directories (such as .git) and those with a name in ``excluded``. Follows links, also those
-    to directories, but reads no directory twice.
+    to directories, but reads no directory twice: a link to one that is also below ``root`` itself is not followed.
     """
-    seen = set()
-    for name, folders, files in os.walk(root, followlinks=True):
-        stat = Path(name).stat()
-        if (stat.st_dev, stat.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        folders[:] = [folder for folder in folders if folder not in excluded and not folder.startswith(".")]
-        for file in files:
-            path = Path(name, file)
-            if fnmatch(file, pattern) and file not in excluded and not file.startswith(".") and path.is_file():
-                yield path
+    seen, starts = set(), [root]
+    for start in starts:  # followed by the links to directories, which are appended
+        for name, folders, files in os.walk(start):
+            stat = Path(name).stat()
+            folders[:] = sorted(f for f in folders if f not in excluded and not f.startswith("."))
+            if (stat.st_dev, stat.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            starts += [path for folder in folders if (path := Path(name, folder)).is_symlink()]
+            for file in files:
+                path = Path(name, file)
+                if fnmatch(file, pattern) and file not in excluded and not file.startswith(".") and path.is_file():
+                    yield path
 
 
 def _open_files(root: Path, pattern: str, origin: str, excluded: set[str], decoding: Decoding) -> FileCorpus:

@@ -1,6 +1,7 @@
 """Types of corpus files, from their content and their names. Imports no torch."""
 
 import json
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -11,11 +12,11 @@ HEAD_BYTES = 2**13  # bytes from which the type is determined; git looks for a n
 MAX_LINE_BYTES = 2**24  # longest first line of a .json file that is parsed to determine its type
 MAX_UNDECODABLE = 0.3  # share of the bytes of a text; text in Latin-1 has less, text in another encoding more
 
-_COMPRESSIONS: tuple[tuple[bytes, Compression], ...] = (
-    (b"\x1f\x8b", "gzip"),
-    (b"\x28\xb5\x2f\xfd", "zstd"),
-    (b"BZh", "bzip2"),
-    (b"\xfd7zXZ\0", "xz"),
+_COMPRESSIONS: tuple[tuple[re.Pattern[bytes], Compression], ...] = (
+    (re.compile(rb"\x1f\x8b"), "gzip"),
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), "zstd"),  # a frame, a skippable frame
+    (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), "bzip2"),  # a block, the end of an empty stream
+    (re.compile(rb"\xfd7zXZ\0"), "xz"),
 )
 _SUFFIXES: dict[str, Compression] = {
     ".gz": "gzip",
@@ -34,7 +35,6 @@ _BINARIES = (  # first bytes, description, what to do
     (b"Rar!\x1a\x07", "a RAR archive", _EXTRACT),
     (b"ARROW1\0\0", "an Arrow file", _CONVERT),
     (b"\xff\xff\xff\xff", "an Arrow stream or another binary file", "data=huggingface reads saved datasets."),
-    (b"ORC", "an ORC file", _CONVERT),
     (b"Obj\x01", "an Avro file", _CONVERT),
     (b"SQLite format 3\0", "an SQLite database", _CONVERT),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", _CONVERT),
@@ -86,11 +86,12 @@ def detect_type(path: Path, column: str | None = None) -> FileType:
     named = _SUFFIXES.get(suffixes[-1]) if suffixes else None
     if named:
         suffixes.pop()
-    compression = next((kind for magic, kind in _COMPRESSIONS if head.startswith(magic)), named if head else None)
+    compression = next((kind for magic, kind in _COMPRESSIONS if magic.match(head)), named if head else None)
     if compression:
         head = _read_head(path, compression)
     suffix = suffixes[-1] if suffixes else ""
-    if not compression and (head.startswith(b"PAR1") or suffix in (".parquet", ".parq", ".pq")):
+    is_parquet = suffix in (".parquet", ".parq", ".pq") or (head.startswith(b"PAR1") and _is_binary(head))
+    if not compression and is_parquet:
         return FileType("parquet")
     _check_binary(path, head, compression)
     if suffix in _TABLES:
@@ -120,14 +121,23 @@ def _check_binary(path: Path, head: bytes, compression: Compression | None) -> N
             raise UnsupportedFileError(path, f"{content}{kind}", hint)
     if head[257:262] == b"ustar":
         raise UnsupportedFileError(path, f"{content}a tar archive", _EXTRACT)
-    if compression and (head.startswith(b"PAR1") or any(head.startswith(magic) for magic, _ in _COMPRESSIONS)):
+    is_parquet = head.startswith(b"PAR1") and _is_binary(head)
+    if compression and (is_parquet or any(magic.match(head) for magic, _ in _COMPRESSIONS)):
         raise UnsupportedFileError(path, f"{content}compressed data", "Decompress it first.")
+    if not _is_binary(head):
+        return
+    if head.startswith(b"ORC"):
+        raise UnsupportedFileError(path, f"{content}an ORC file", _CONVERT)
     if b"\0" in head:
         raise UnsupportedFileError(path, f"{content}binary data, or text in UTF-16")
+    raise UnsupportedFileError(path, f"{content}binary data, or text in another encoding than UTF-8", _ENCODE)
+
+
+def _is_binary(head: bytes) -> bool:
+    """Returns whether the start of a file is not text in UTF-8."""
     wrong = head.decode(errors="replace").count("\ufffd") - head.count("\ufffd".encode())
-    if wrong > 1 and wrong > MAX_UNDECODABLE * len(head):  # the last character may be incomplete
-        kind = f"{content}binary data, or text in another encoding than UTF-8"
-        raise UnsupportedFileError(path, kind, _ENCODE)
+    # the last character may be incomplete
+    return b"\0" in head or (wrong > 1 and wrong > MAX_UNDECODABLE * len(head))
 
 
 def _begins_with_object(path: Path, compression: Compression | None) -> bool:

@@ -74,8 +74,9 @@ class FileCorpus:
 
     @property
     def origin(self) -> str:
-        """Path of a single file, or the root directory of several."""
-        return str(self.paths[0] if len(self.paths) == 1 else self.root)
+        """Path of a single file, or the root directory of several. Bytes that are not UTF-8 are shown as escapes."""
+        path = str(self.paths[0] if len(self.paths) == 1 else self.root)
+        return path.encode(errors="backslashreplace").decode()
 
     def fingerprint(self) -> str:
         """Returns a hash of the names, sizes and modification times of the files, and of the decoding options."""
@@ -119,11 +120,12 @@ class FileCorpus:
         return _group_parts(parts, size)
 
     def _check_types(self, files: list[tuple[Path, FileType]], skipped: Counter[str]) -> None:
-        if skipped:
-            read = Counter(str(kind.format) for _, kind in files)
-            log.warning(
-                "%s: %s. Skipped %s.",
-                *(self.origin, f"reading {_listed(read)}" if read else "no file is read", _listed(skipped)),
+        if len(self.paths) > 1:
+            read = Counter(f"{path.suffix or path.name} ({kind.format})" for path, kind in files)
+            log.log(
+                logging.WARNING if skipped else logging.INFO,
+                "%s: files that are read: %s; files that are skipped: %s",
+                *(self.origin, _listed(read) or "none", _listed(skipped) or "none"),
             )
         if not files and skipped:
             raise UserError(f"{self.origin} contains no text and no .jsonl or .parquet file, only {_listed(skipped)}.")

@@ -16,11 +16,11 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 
 from gptlab.data.sources.compression import BLOCK_BYTES, MIN_EXPANDED_BYTES, Expansion, name_damage, open_file
 from gptlab.data.sources.file_types import FileType
+from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
 
 PARQUET_ROWS = 16  # rows that are decoded at a time; a few bytes can repeat a long text in each row
 MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
-SURROGATE = re.compile("[\ud800-\udfff]")
 BOM = "\ufeff"  # byte order mark, which some programs write at the start of a file; not part of the text
 
 # A character that is not whitespace (one to four bytes in UTF-8), followed by whitespace. GPT-2's pattern never matches
@@ -153,6 +153,11 @@ def _decode(data: bytes, undecodable: str, where: str, start: int = 0) -> tuple[
         where: Path of the file, and the record if it has records.
         start: Offset of ``data`` in the file, for the message.
     """
+    if (null := data.find(0)) >= 0:
+        raise UserError(
+            f"{where} has a null byte at byte {start + null}, so it is binary data or text in UTF-16. Remove the file, "
+            "convert it to UTF-8, or remove the null bytes, for example with: tr -d '\\0'"
+        )
     try:
         return data.decode(), False
     except UnicodeDecodeError as error:
@@ -245,6 +250,8 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
     columns = file.schema_arrow.names
     if decoding.column not in columns:
         raise UserError(missing_column(decoding.column, columns, str(path)))
+    if (number := columns.count(decoding.column)) > 1:
+        raise UserError(f"{path} has {number} columns named {decoding.column}. Rename all but one.")
     kind = file.schema_arrow.field(decoding.column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     binary = pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
@@ -305,7 +312,7 @@ def check_text(
                 f"{where}: data.column={column} has a lone surrogate at character {error.start}, which is not valid "
                 "Unicode. data.undecodable=replace replaces it with U+FFFD."
             ) from error
-        return SURROGATE.sub("\ufffd", text), True
+        return replace_surrogates(text), True
     return text, False
 
 

@@ -26,7 +26,7 @@ from gptlab.data.tokenizers.tokenizer import (
     Tokenizer,
     empty_bpe,
 )
-from gptlab.errors import UserError, failure_reason
+from gptlab.errors import UserError, failure_reason, first_line
 from gptlab.files import MAX_BYTES, read_regular
 from gptlab.parsing import parse_json, unpickle_plain
 
@@ -59,7 +59,7 @@ def tokenizer_record(path: Path, rows: int) -> dict[str, Any] | None:
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises Exception
-        raise UserError(f"The tokenizer of {path} is damaged: {error!r:.300}.") from error
+        raise UserError(f"The tokenizer of {path} is damaged: {first_line(error):.300}.") from error
 
 
 def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
@@ -72,7 +72,13 @@ def _read_record(path: Path, rows: int) -> dict[str, Any] | None:
 
         _check_bytes(path / VOCABULARY)
         _check_bytes(path / MERGES)
-        vocabulary, merges = BPE.read_file(str(path / VOCABULARY), str(path / MERGES))
+        try:
+            vocabulary, merges = BPE.read_file(str(path / VOCABULARY), str(path / MERGES))
+        except Exception as error:  # the tokenizers library raises Exception
+            files = f"{VOCABULARY} or {MERGES} of {path}"
+            raise UserError(
+                f"{files} is damaged, and cannot be read as a BPE tokenizer: {first_line(error)}"
+            ) from error
         return _byte_level(path / VOCABULARY, vocabulary, [list(pair) for pair in merges])
     return {"name": "gpt2"} if rows in GPT2_ROWS else None
 
@@ -239,6 +245,11 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
             f"{path} is not a supported tokenizer: its token IDs must be contiguous and the last one must be "
             f"{END_OF_TEXT}."
         )
+    made = {first + second for first, second in pairs}
+    if unmade := [token for token in tokens[:-1] if len(token) > 1 and token not in made]:
+        raise UserError(
+            f"{path} is damaged: {len(unmade):,} of its tokens, such as {unmade[0]!r:.80}, are not made by a merge."
+        )
     if not merges and [unicode_to_bytes(token) for token in tokens[:-1]] == [bytes((i,)) for i in range(256)]:
         return {"name": "bytes"}
     from tokenizers import models
@@ -250,9 +261,11 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
 
 
 def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
-    """Parses merges. Older files have each pair as one string with a space."""
-    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in merges)
-    return [(first, second) for first, second in pairs]
+    """Parses merges. Older files have each pair as one string with a space. Raises ValueError for anything else."""
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+    if wrong := next((pair for pair in pairs if len(pair) != 2), None):
+        raise ValueError(f"the merge {' '.join(map(str, wrong))!r:.80} does not have two tokens")
+    return pairs
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 import re
 
 END_OF_TEXT = "<|endoftext|>"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def replace_surrogates(text: str) -> str:
-    """Replaces lone surrogates, which cannot be encoded in UTF-8, with "?"."""
+    """Replaces lone surrogates, which cannot be encoded in UTF-8, with U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode(errors="replace").decode()
+        return _SURROGATE.sub("\ufffd", text)
     return text
 
 

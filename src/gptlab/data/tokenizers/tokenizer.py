@@ -72,7 +72,7 @@ class BytesTokenizer:
     end_of_text = 256
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
-        return np.frombuffer(text.encode("utf-8", errors="replace"), dtype=np.uint8).astype(np.uint32)
+        return np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8).astype(np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
         return self.to_bytes(ids).decode("utf-8", errors="replace")
