@@ -5,6 +5,7 @@ import http.client
 import socket
 import threading
 import time
+
 from gptlab.reporting import live
 from report_pages import browser, seen, serving, write_report  # noqa: F401
 from run_directories import rows_of, write_metrics, write_run
