@@ -34,7 +34,7 @@ TINY: dict[str, Any] = {  # GPT-2's options
 # Slow tests with time limits of a few seconds, or that must outrun a process: no other test runs at the same time.
 ALONE = {"test_supervisor", "test_tasks", "test_watchdog"}
 # Test modules that mostly wait, or that share a slow fixture: one worker runs each group, one test after the other.
-GROUPS = {"test_slurm": "slurm", "test_wandb": "wandb", "test_wandb_record": "wandb"}
+GROUPS = {"test_harness": "harness", "test_slurm": "slurm", "test_wandb": "wandb", "test_wandb_record": "wandb"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ from gptlab.config.command import configuration_folder
 from gptlab.config.resume import resolve_to_dict
 from gptlab.config.schema import GPT2_REPOSITORIES, RunConfig
 from gptlab.evaluators.settings import EvaluateConfig
+from gptlab.training.config import OptimizerConfig
 from gptlab.training.optim.schedules import learning_rate
 
 GROUPS = (
@@ -98,20 +99,33 @@ def test_model_gpt2_sets_tokenizer_and_learning_rate_unless_overridden():
     assert resolved("model=gpt2", "trainer=ddp").trainer.strategy == "ddp"
 
 
+@pytest.fixture(scope="module")
+def whole() -> RunConfig:
+    return resolved("experiment=speedrun_cpu")
+
+
 @pytest.mark.parametrize("part", [o for o in OPTIONS if o.startswith("without=") and o != "without=nothing"])
-def test_removing_a_part_changes_the_recipe(part):
-    whole, other = resolved("experiment=speedrun_cpu"), resolved("experiment=speedrun_cpu", part)
+def test_removing_a_part_changes_the_recipe(whole, part):
+    other = resolved("experiment=speedrun_cpu", part)
     groups = {key for key in RunConfig.model_fields if getattr(whole, key) != getattr(other, key)}
     assert groups
     assert groups <= {"model", "optimizer", "schedule"}  # neither data nor length nor seed
+
+
+def test_removing_nothing_keeps_the_recipe(whole):
     assert resolved("experiment=speedrun_cpu", "without=nothing") == whole
 
 
+@pytest.fixture(scope="module")
+def muon() -> OptimizerConfig:
+    return resolved("optimizer=muon").optimizer
+
+
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith(("model=", "experiment="))])
-def test_muon_never_gets_a_learning_rate_for_adamw(option):
+def test_muon_never_gets_a_learning_rate_for_adamw(muon, option):
     named = [need for need in NEEDED.get(option, []) if not need.startswith("optimizer.")]
     if resolved(option, "optimizer.lr=1", *named).optimizer.name == "adamw":
-        assert resolved(option, "optimizer=muon", *named).optimizer == resolved("optimizer=muon").optimizer
+        assert resolved(option, "optimizer=muon", *named).optimizer == muon
     assert resolved(option, "optimizer=muon", "optimizer.lr=1", *named).optimizer.lr == 1
 
 

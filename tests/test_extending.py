@@ -79,8 +79,7 @@ def test_the_commands_of_the_page_work(user, command):
     python, flag, module, *arguments = shlex.split(command)
     assert (python, flag) == ("python", "-m")
     options = () if module == "gptlab.prepare" else SHORT
-    done = user.run(sys.executable, "-m", module, *arguments, *options)
-    assert_success(done)
+    assert_success(user.python(module, *arguments, *options))
 
 
 @pytest.mark.slow
@@ -90,7 +89,7 @@ def test_the_histogram_of_a_sharded_gradient_is_that_of_the_whole_gradient(user)
     shares = []
     for name, arguments in {"one": ("trainer=cpu",), "two": ("trainer=fsdp", *TWO[1:])}.items():
         options = ("model=tiny", "callbacks=gradient_histogram", *SHORT[1:], f"name={name}", *arguments)
-        assert_success(user.run(sys.executable, "-m", "gptlab.train", *options))
+        assert_success(user.python("gptlab.train", *options))
         directory = user.only_run(name)
         shares.append([metrics(directory, f"gradient_decade/{decade}")[1] for decade in range(-8, 0)])
     assert sum(shares[0]) == pytest.approx(1)

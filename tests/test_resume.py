@@ -18,6 +18,7 @@ OPTIONS = {
     "none": (DECAY,),
     "dropout": (DECAY, "model.dropout=0.1"),
     "muon": (DECAY, "optimizer=muon", "optimizer.ns_dtype=float32"),
+    "muon and dropout": (DECAY, "optimizer=muon", "optimizer.ns_dtype=float32", "model.dropout=0.1"),
     "average": ("schedule=constant", "schedule.warmup_steps=0", "train.ema_decay=0.3"),
     "growing": (DECAY, "train.batch_schedule=[[4,4],[8,8]]"),  # the halted run ends in the middle of a stage
 }
@@ -28,11 +29,11 @@ STRATEGIES = {
     "fsdp, one file": ("trainer=fsdp", "trainer.devices=2", "callbacks.checkpoint.sharded=false"),
     "fsdp_tp": ("trainer=fsdp_tp", "trainer.devices=2"),
 }
-TENSORS = {"dropout": 3, "muon": 1, "average": 4, "growing": 3}  # optimizer state per matrix
+TENSORS = {"dropout": 3, "muon": 1, "muon and dropout": 1, "average": 4, "growing": 3}  # optimizer state per matrix
 RESUMED = [
     *((options, "one device") for options in ("dropout", "muon", "average", "growing")),
     *(("average", strategy) for strategy in STRATEGIES if strategy != "one device"),
-    *((options, strategy) for strategy in ("fsdp", "fsdp_tp") for options in ("dropout", "muon")),
+    *(("muon and dropout", strategy) for strategy in ("fsdp", "fsdp_tp")),
 ]
 
 

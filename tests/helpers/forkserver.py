@@ -10,6 +10,7 @@ A command that needs a new interpreter is refused, and the caller starts one: se
 import atexit
 import ctypes
 import functools
+import gc
 import importlib.util
 import inspect
 import json
@@ -280,6 +281,7 @@ def main() -> None:
     """Serves requests; in a fork, runs the command and exits like an interpreter."""
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    gc.freeze()  # forks would copy the memory of all imported objects when they collect garbage
     with socket.socket(fileno=int(sys.argv[1])) as connection:
         request: Request | None = _serve(connection)
     while request is not None:

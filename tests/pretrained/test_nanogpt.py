@@ -1,5 +1,6 @@
 """Import of nanoGPT checkpoints and its errors. tests/test_init_from.py resumes one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ def own(*changes: str) -> tuple[RunConfig, GPT]:
     return config, build_gpt(config.model)
 
 
-@pytest.fixture
-def path(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
     """nanoGPT checkpoint after three steps."""
     torch.manual_seed(0)
     _, model = own()
@@ -37,8 +38,15 @@ def path(tmp_path) -> Path:
     state = {f"_orig_mod.transformer.{name}": t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     whole = {"model": state, "optimizer": optimizer.state_dict(), "model_args": SHAPE, "iter_num": 3}
     whole["config"] = {"batch_size": 4, "gradient_accumulation_steps": 3, "grad_clip": 1.0}
-    torch.save(whole, tmp_path / "ckpt.pt")
-    return tmp_path / "ckpt.pt"
+    path = tmp_path_factory.mktemp("nanogpt") / "ckpt.pt"
+    torch.save(whole, path)
+    return path
+
+
+@pytest.fixture
+def path(tmp_path, saved) -> Path:
+    """Copy of the checkpoint, which a test may change."""
+    return Path(shutil.copy(saved, tmp_path))
 
 
 def test_optimizer_state_is_assigned_to_its_parameters(path):

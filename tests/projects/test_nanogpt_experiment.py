@@ -279,36 +279,50 @@ def test_learning_rates_are_nanogpts(convert, composed, changes):
 
 
 @pytest.mark.parametrize(
-    ("text", "key", "value"),
+    ("text", "expected"),
     [
-        ("dtype = 'float32'", "trainer.precision", "32-true"),
-        ("dtype = 'bfloat16'", "trainer.precision", "bf16-mixed"),
-        ("dtype = 'bfloat16'\ndevice = 'cpu'", "trainer.precision", "32-true"),  # no autocast on a CPU
-        ("device = 'cuda'", "trainer.accelerator", "gpu"),
-        ("compile = True", "train.compile", True),
-        ("grad_clip = 0.0", "train.grad_clip", 0.0),
-        ("lr_decay_iters = 5", "schedule.decay_steps", 5),
-        ("learning_rate = 7e-4\nmin_lr = 7e-5", "schedule.min_lr_ratio", 0.1),  # not 0.09999999999999999
-        ("max_iters = 7", "train.max_steps", 7),
-        ("weight_decay = 0", "optimizer.weight_decay", 0.0),
-        ("beta1 = 0.8", "optimizer.betas", [0.8, 0.95]),
-        ("bias = True", "model.bias", True),
-        ("init_from = 'resume'\nout_dir = 'out-x'", "resume_from_nanogpt", "out-x/ckpt.pt"),
-        ("init_from = 'gpt2'\nblock_size = 256\nbias = False", "model.block_size", 256),
-        ("init_from = 'gpt2'\nblock_size = 256\nbias = False", "model.bias", True),  # of OpenAI's weights
-        ("init_from = 'gpt2-medium'\ndropout = 0.1", "model.dropout", 0.1),
-        ("init_from = 'gpt2'", "model.pad_vocab_to_multiple_of", 1),
-        ("dataset = 'shakespeare'", "model.pad_vocab_to_multiple_of", 64),
-        ("dataset = 'shakespeare_char'", "model.pad_vocab_to_multiple_of", 1),
-        ("dataset = 'mine'", "data.path", "data/mine"),
-        ("dataset = 'mine'", "tokenizer.name", "gpt2"),
-        ("wandb_log = True\nwandb_project = 'a: # b'", "logger.wandb.project", "a: # b"),
-        ("wandb_log = True\nwandb_project = '${oc.env:HOME}'", "logger.wandb.project", "${oc.env:HOME}"),
-        (r"dataset = 'a\\${name}\n'", "data.path", "data/a\\${name}\n"),
+        ("dtype = 'float32'", {"trainer.precision": "32-true"}),
+        (
+            "dtype = 'bfloat16'\ndevice = 'cuda'\ncompile = True\ngrad_clip = 0.0\nlr_decay_iters = 5\nmax_iters = 7",
+            {
+                "trainer.precision": "bf16-mixed",
+                "trainer.accelerator": "gpu",
+                "train.compile": True,
+                "train.grad_clip": 0.0,
+                "schedule.decay_steps": 5,
+                "train.max_steps": 7,
+            },
+        ),
+        ("dtype = 'bfloat16'\ndevice = 'cpu'", {"trainer.precision": "32-true"}),  # no autocast on a CPU
+        (
+            "learning_rate = 7e-4\nmin_lr = 7e-5\nweight_decay = 0\nbeta1 = 0.8\nbias = True\ndataset = 'mine'",
+            {
+                "schedule.min_lr_ratio": 0.1,  # not 0.09999999999999999
+                "optimizer.weight_decay": 0.0,
+                "optimizer.betas": [0.8, 0.95],
+                "model.bias": True,
+                "data.path": "data/mine",
+                "tokenizer.name": "gpt2",
+            },
+        ),
+        ("init_from = 'resume'\nout_dir = 'out-x'", {"resume_from_nanogpt": "out-x/ckpt.pt"}),
+        (
+            "init_from = 'gpt2'\nblock_size = 256\nbias = False",
+            {"model.block_size": 256, "model.bias": True, "model.pad_vocab_to_multiple_of": 1},  # of OpenAI's weights
+        ),
+        ("init_from = 'gpt2-medium'\ndropout = 0.1", {"model.dropout": 0.1}),
+        ("dataset = 'shakespeare'", {"model.pad_vocab_to_multiple_of": 64}),
+        ("dataset = 'shakespeare_char'", {"model.pad_vocab_to_multiple_of": 1}),
+        ("wandb_log = True\nwandb_project = 'a: # b'", {"logger.wandb.project": "a: # b"}),
+        (
+            "wandb_log = True\nwandb_project = '${oc.env:HOME}'\n" + r"dataset = 'a\\${name}\n'",
+            {"logger.wandb.project": "${oc.env:HOME}", "data.path": "data/a\\${name}\n"},
+        ),
     ],
 )
-def test_setting_determines_the_key(convert, composed, text, key, value):
-    assert leaves(composed(convert(text)))[key] == value
+def test_settings_determine_the_keys(convert, composed, text, expected):
+    found = leaves(composed(convert(text)))
+    assert {key: found[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def _check_command_line(config_name: str) -> OptionGroups:
     overrides = parser.parse_args().overrides
     groups.check_options(overrides)
     groups.check_experiments(overrides)
-    OmegaConf.register_new_resolver("groups", groups.table, replace=True)
+    # Hydra resolves the text of --help whenever it composes, and the table reads every file of conf/.
+    OmegaConf.register_new_resolver("groups", groups.table if flags.help or flags.cfg else str, replace=True)
     return groups
 
 

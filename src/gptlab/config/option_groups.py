@@ -3,6 +3,7 @@
 An experiment is valid for the commands that have every key that it sets: one that sets ``run`` is for gptlab.evaluate.
 """
 
+import functools
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ class OptionGroups:
         self, command: str, folders: Sequence[Path], appended: Sequence[Path] = (), primary: str | None = None
     ) -> None:
         self.command, self.folders, self.own_folder = command, [*folders, *appended], folders[-1]
+        self._top_level_keys = functools.cache(self._read_top_level_keys)
         self._own_keys = self._top_level_keys(primary or command)
 
     def table(self) -> str:
@@ -148,7 +150,7 @@ class OptionGroups:
         tops = {group: group.partition("/")[0] for group in found - {"hydra"}}
         return {group for group, top in tops.items() if top in self._own_keys or not (self.own_folder / top).is_dir()}
 
-    def _top_level_keys(self, file: str) -> set[str]:
+    def _read_top_level_keys(self, file: str) -> set[str]:
         """Returns the groups and keys at the top level of a file; empty if Hydra could not read it."""
         try:
             is_primary = "/" not in file and (self.own_folder / f"{file}.yaml").is_file()  # always gptlab's

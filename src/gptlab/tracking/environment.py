@@ -58,7 +58,8 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "python": sys.version,
         "components": dict(components or {}),
-        "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+        # each access of metadata parses the file
+        "packages": dict(sorted((m["Name"], m["Version"]) for m in (d.metadata for d in metadata.distributions()))),
     }
     write_file(directory / ENVIRONMENT, json.dumps(record, indent=2) + "\n")
     if diff:
