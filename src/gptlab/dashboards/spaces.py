@@ -7,6 +7,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from gptlab.errors import UserError, failure_reason
 
@@ -28,7 +29,7 @@ def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
     Raises:
         UserError: A search space cannot be read or is empty, or the files cannot be written.
     """
-    project = yaml.safe_load(logger.read_text(encoding="utf-8"))["wandb"]["project"]
+    project = OmegaConf.load(logger).wandb.project
     texts = {path.name: wandb_sweep(path, project) for path in sorted(sweeps.glob("*.yaml"))}
     try:
         folder.mkdir(parents=True, exist_ok=True)
