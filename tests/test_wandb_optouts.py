@@ -268,7 +268,9 @@ def test_the_command_line_takes_precedence_over_wandb_variables(server, monkeypa
 def test_neither_the_command_line_nor_paths_nor_the_git_remote_are_sent(server, monkeypatch, tmp_path):
     for command in (("init", "-q"), ("remote", "add", "origin", "https://secret-token@example.com/a.git")):
         subprocess.run(("git", *command), check=True)
-    subprocess.run(("git", "-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"), check=True)
+    subprocess.run(
+        ("git", "-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"), check=True
+    )
     monkeypatch.setattr(sys, "argv", ["train.py", "data.source=https://me:secret-word@example.com/a.txt"])
     forbid(monkeypatch, "WANDB_MODE=offline")
     directory = run_directory(config := config_of().model_copy(update={"data": resolved().data}))

@@ -63,7 +63,8 @@ def _convert(config: PrepareCommand, path: str) -> None:
         raise UserError("convert requires an output directory: out=<dir>")
     store, manifest = find_existing_shards(config, "convert", path)
     tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
-    for written in convert(store, manifest, tokenizer, config.format, Path(config.out).expanduser()):
+    out = Path(config.out).expanduser()
+    for written in convert(store, manifest, tokenizer, config.format, out, overwrite=config.overwrite):
         print_message(written)
 
 

@@ -1,5 +1,8 @@
 """Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
+import functools
+import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,15 +13,18 @@ import yaml
 from gptlab.config.base import validate
 from gptlab.config.components import component_record, is_component, iter_targets
 from gptlab.config.schema import RunConfig
+from gptlab.config.stored import complete
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import check_no_link, read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
+from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.training.checkpoints.records import best_intact, checkpoint_step, list_checkpoints, newest_intact
+from gptlab.training.distributed.processes import is_first_rank, is_worker
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # stack traces of processes that made no progress
@@ -86,7 +92,7 @@ def claim_directory(parent: Path) -> Path:
 
 
 def load_config(directory: Path, named: str | None = None) -> RunConfig:
-    """Reads the configuration of a run.
+    """Reads the configuration of a run. Keys that an earlier version did not have get their defaults in conf/.
 
     Args:
         directory: Run directory.
@@ -105,10 +111,20 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
+    completed, added = complete(values)
     try:
-        return validate(RunConfig, values)
+        config = validate(RunConfig, completed)
     except UserError as error:
         raise UserError(f"{path} is not valid: {error}") from None
+    if added and is_first_rank() and not is_worker():  # the process that started the workers has printed it
+        _report_added(path.absolute(), ", ".join(f"{key}={json.dumps(value)}" for key, value in added.items()))
+    return config
+
+
+@functools.cache
+def _report_added(path: Path, added: str) -> None:
+    """Prints once which keys a configuration of an earlier version does not have."""
+    print_message(f"gptlab: {path} was written by an earlier version; default used: {added}.", file=sys.stderr)
 
 
 def newest_run(name: str) -> Path | None:
