@@ -23,7 +23,15 @@ from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
-from gptlab.training.checkpoints.records import best_intact, checkpoint_step, list_checkpoints, newest_intact
+from gptlab.training.checkpoints.records import (
+    PREFIX,
+    best_intact,
+    checkpoint_path,
+    checkpoint_step,
+    find_corruption,
+    list_checkpoints,
+    newest_intact,
+)
 from gptlab.training.distributed.processes import is_first_rank, is_worker
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
@@ -154,6 +162,40 @@ def newest_checkpoint(directory: Path) -> Path:
 def best_checkpoint(directory: Path) -> Path:
     """Returns the best intact checkpoint of a run, by val loss; raises UserError if there is none."""
     return _require(directory, best_intact(directory / CHECKPOINTS))
+
+
+def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """Splits the path of a checkpoint, <run>/checkpoints/step_<n>, into its run directory and the checkpoint.
+
+    Returns:
+        The run directory and the checkpoint, with leading zeros in its name; for any other path, ``path`` and None.
+    """
+    folder, number = path.parent, path.name.removeprefix(PREFIX)
+    is_named = folder.name == CHECKPOINTS and number != path.name and number.isdecimal()
+    if not is_named or not (folder.parent / CONFIG).is_file():
+        return path, None
+    return folder.parent, checkpoint_path(folder, int(number))
+
+
+def check_is_saved(checkpoint_dir: Path | None, named: str) -> None:
+    """Raises UserError if a checkpoint is missing or a link. ``named`` is the override that selects it."""
+    if checkpoint_dir is not None and checkpoint_dir not in (saved := list_checkpoints(checkpoint_dir.parent)):
+        names = ", ".join(path.name for path in saved)
+        raise UserError(f"{named} does not exist. Checkpoints of this run: {names}.")
+
+
+def weights_checkpoint(path: Path) -> Path:
+    """Returns the intact checkpoint that ``path`` is or, of a run directory, the best one.
+
+    Raises:
+        UserError: It is damaged, or there is none.
+    """
+    run_dir, checkpoint_dir = split_checkpoint(path)
+    if checkpoint_dir is None:
+        return best_checkpoint(run_dir)
+    if (defect := find_corruption(checkpoint_dir)) is not None:
+        raise UserError(f"{checkpoint_dir} is damaged: {defect}. The best intact checkpoint is used with {run_dir}.")
+    return checkpoint_dir
 
 
 def require_checkpoint(directory: Path, named: str | None = None) -> None:
