@@ -88,6 +88,9 @@ def test_a_damaged_checkpoint_that_is_named_is_an_error(user, halted):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    for done in (user.python("gptlab.sample", f"run={path.parent}"), user.train(f"init_from={path.parent}", "name=new")):
+    for done in (
+        user.python("gptlab.sample", f"run={path.parent}"),
+        user.train(f"init_from={path.parent}", "name=new"),
+    ):
         assert_config_error(done, "step_000003 is damaged: state.pt")
     assert not (user.folder / "outputs" / "new").exists()
