@@ -169,10 +169,10 @@ def test_suite_all_writes_one_report_per_suite(user, monkeypatch):
     }
     monkeypatch.setattr(bench, "_measure", lambda suite, config: iter(parts[suite]))
     with initialize_config_dir(str(configuration_folder()), version_base="1.3"):
-        values = compose("bench", ["suite=all", f"out='{user.folder}'"])
+        values = compose("bench", ["suite=all", f"out='{user.folder}/out'"])
     task = bench.main.__wrapped__  # without the command line
     assert task(values) == DONE
-    reports = {path.stem: json.loads(path.read_text()) for path in user.folder.glob("*.json")}
+    reports = {path.stem: json.loads(path.read_text()) for path in user.folder.glob("out/*.json")}
     assert set(reports) == {*bench.ALL, "environment"}
     assert [reports[suite]["parts"][0]["title"] for suite in bench.ALL] == list(bench.ALL)
 

@@ -21,7 +21,7 @@ from gptlab.export import main
 from gptlab.exporters import llmc
 from gptlab.exporters.folder import push
 
-VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True}
+VALUES = {"run": "gpt2", "out": "out", "dtype": "float32", "push": None, "dry_run": True, "overwrite": False}
 END = {"bos_token_id": 256, "eos_token_id": 256}
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import yaml
 
 from commands import assert_config_error, assert_same_run, assert_success, metrics, newest_state
+from faults import break_steps
 from gptlab.exit_codes import CONFIG_ERROR
+from gptlab.tracking.run_lock import LOCK
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 
 DECAY = "schedule.decay_steps=9"
@@ -164,3 +167,15 @@ def test_only_one_process_at_a_time_writes_a_run(user, halted):
     last = max(map(checkpoint_step, list_checkpoints(halted / "checkpoints"))) + 3
     assert_success(user.python("gptlab.train", f"resume={halted}", f"train.max_steps={last}"))
     assert list(metrics(halted, "train/loss")) == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_resume_a_run_one_is_refused_by_name(user, halted):
+    break_steps(user, "if step == 8: import time; time.sleep(30)")
+    resume = ("gptlab.train", f"resume={halted}", "train.max_steps=9")
+    owner = user.begin(*resume)
+    owner.until((halted / LOCK).exists)
+    done = user.python(*resume)
+    assert_config_error(done, f"{halted} is being written by process {owner.pid} on {socket.gethostname()}")
+    owner.ended(seconds=120)
+    assert_same_run(halted, user.only_run("whole"))

@@ -3,9 +3,11 @@
 import functools
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import wandb
@@ -21,11 +23,12 @@ from gptlab.errors import UserError
 from gptlab.launch.launcher import preflight
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.loggers import build_loggers
-from gptlab.tracking.run_directory import CONFIG
+from gptlab.tracking.run_directory import CONFIG, load_config
 from gptlab.tracking.wandb.evaluations import send_evaluation
 from gptlab.tracking.wandb.init import init_run
 from gptlab.tracking.wandb.logger import RunWandbLogger
 from gptlab.training.checkpoints.records import CheckpointMetadata
+from wandb_records import records
 from wandb_server import Server
 
 TEXT = ("data=text", "data.source=text.txt", "model=tiny")
@@ -222,6 +225,60 @@ def test_wandb_settings_can_omit_code_and_machine(server, monkeypatch, how, hidd
     run.finish()
     assert sent.keys() & (CODE | MACHINE) == (CODE | MACHINE) - hidden
     assert sent.get("host", "anonymous") == "anonymous"
+
+
+NAMES = {
+    "project": ("WANDB_PROJECT", "mine", "mine"),
+    "entity": ("WANDB_ENTITY", "team", "team"),
+    "display_name": ("WANDB_NAME", "first", "first"),
+    "notes": ("WANDB_NOTES", "a note", "a note"),
+    "run_group": ("WANDB_RUN_GROUP", "lr", "lr"),
+    "job_type": ("WANDB_JOB_TYPE", "debug", "debug"),
+    "tags": ("WANDB_TAGS", "a,b c", ["a", "b c"]),
+}
+
+
+def offline_run(directory: Path, config: RunConfig) -> list[dict[str, Any]]:
+    """Starts and ends an offline run; returns its record as W&B's reader prints it."""
+    assert config.logger.wandb is not None
+    init_run(config, config.logger.wandb, directory).finish()
+    (record,) = records(directory, "*run-*")
+    return record
+
+
+def test_names_in_wandb_variables_are_used_and_recorded(server, monkeypatch):
+    forbid(monkeypatch, "WANDB_MODE=offline")
+    for variable, value, _ in NAMES.values():
+        monkeypatch.setenv(variable, value)
+    directory = run_directory(config_of())
+    for variable, _, _ in NAMES.values():
+        monkeypatch.delenv(variable)  # the shell of a resume does not have them
+    (started,) = (line["run"] for line in offline_run(directory, load_config(directory)) if line["type"] == "run")
+    assert {name: started[name] for name in NAMES} == {name: expected for name, (_, _, expected) in NAMES.items()}
+
+
+def test_the_command_line_takes_precedence_over_wandb_variables(server, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_TAGS", "a,b")
+    wandb_config = config_of("logger.wandb.project=other", "logger.wandb.tags=[c]").logger.wandb
+    assert wandb_config is not None
+    assert (wandb_config.project, wandb_config.tags) == ("other", ["c"])
+
+
+def test_neither_the_command_line_nor_paths_nor_the_git_remote_are_sent(server, monkeypatch, tmp_path):
+    for command in (("init", "-q"), ("remote", "add", "origin", "https://secret-token@example.com/a.git")):
+        subprocess.run(("git", *command), check=True)
+    subprocess.run(
+        ("git", "-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"), check=True
+    )
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.source=https://me:secret-word@example.com/a.txt"])
+    forbid(monkeypatch, "WANDB_MODE=offline")
+    directory = run_directory(config := config_of().model_copy(update={"data": resolved().data}))
+    sent = json.dumps(offline_run(directory, config))
+    assert "secret" not in sent
+    assert str(tmp_path / "run") not in sent
+    assert sys.executable not in sent
+    assert '"git_commit"' in sent
 
 
 @pytest.fixture

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from omegaconf import DictConfig
 
 from gptlab.benchmarks.config import BenchCommand
-from gptlab.benchmarks.measuring import ResultTable, print_result_table, write_report
+from gptlab.benchmarks.measuring import REPORT_MARK, ResultTable, print_result_table, write_report
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.files import check_output_directory
 from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_directory import claim_directory
@@ -23,6 +25,10 @@ ALL = ("train", "generate", "data", "overhead", "guards")  # the other suites ne
 def main(values: DictConfig) -> int:
     """Runs the benchmark suites, prints their tables, and writes the results and the environment."""
     config = validate(BenchCommand, resolve_to_dict(values))
+    if config.out is not None:
+        names = (f"{suite}.json" for suite in get_args(BenchCommand.model_fields["suite"].annotation))
+        out = Path(config.out).expanduser()
+        check_output_directory(out, "out", names, REPORT_MARK, overwrite=config.overwrite)
     measured = {suite: _measure(suite, config) for suite in (ALL if config.suite == "all" else [config.suite])}
     directory = _create_directory(config.out)
     record_environment(directory)

@@ -9,9 +9,10 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.config.search_path import configuration_folder
 from gptlab.dashboards.spaces import write_wandb_sweeps
-from gptlab.dashboards.workspace import build_workspace, save_workspace, workspace_json
+from gptlab.dashboards.workspace import WORKSPACE_MARK, build_workspace, save_workspace, workspace_json
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
+from gptlab.files import check_output, write_file
 from gptlab.terminal import print_message
 
 
@@ -23,6 +24,7 @@ class DashboardConfig(FrozenConfig):
     name: str
     dry_run: bool
     out: str
+    overwrite: bool
     wandb_sweeps: str | None
 
 
@@ -33,7 +35,8 @@ def main(values: DictConfig) -> int:
     if config.wandb_sweeps is not None:
         conf = configuration_folder()
         folder = Path(config.wandb_sweeps).expanduser()
-        for path in write_wandb_sweeps(conf / "sweeps", conf / "logger" / "wandb.yaml", folder):
+        logger = conf / "logger" / "wandb.yaml"
+        for path in write_wandb_sweeps(conf / "sweeps", logger, folder, overwrite=config.overwrite):
             print_message(f"Written: {path}")
         return DONE
     if not config.entity or not config.project:
@@ -41,13 +44,15 @@ def main(values: DictConfig) -> int:
             "A workspace belongs to a W&B project. Set entity=<user or team> project=<project>, as in the URL of the "
             "project, wandb.ai/<entity>/<project>."
         )
+    out = Path(config.out).expanduser()
+    if config.dry_run:
+        check_output(out, "out", WORKSPACE_MARK, overwrite=config.overwrite)
     workspace = build_workspace(config.entity, config.project, config.name)
     if not config.dry_run:
         print_message(f"Saved: {save_workspace(workspace)}")
         return DONE
-    out = Path(config.out).expanduser()
     try:
-        out.write_text(workspace_json(workspace), encoding="utf-8")
+        write_file(out, workspace_json(workspace))
     except OSError as error:
         raise UserError(f"out={config.out} cannot be written: {failure_reason(error)}.") from error
     print_message(f"Written: {out}")

@@ -15,7 +15,7 @@ from gptlab.evaluators.settings import EvaluateConfig, check_request
 from gptlab.exit_codes import DONE
 from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.terminal import print_message
-from gptlab.tracking.run_directory import best_checkpoint
+from gptlab.tracking.run_directory import weights_checkpoint
 
 
 @command("evaluate", keys=set(known_keys(EvaluateConfig)))
@@ -66,7 +66,7 @@ def _score(
     conditions = {
         "run": config.run,
         "path": str(source.path.absolute()),
-        "checkpoint": best_checkpoint(source.path).name if source.is_run else None,
+        "checkpoint": weights_checkpoint(source.checkpoint or source.path).name if source.is_run else None,
         "precision": context.precision,
         "device": str(context.device),
         "processes": context.world_size,
@@ -78,7 +78,7 @@ def _score(
         if outcome is not None:
             print_result(outcome)
             print_message(write_result(outcome, conditions, results_folder(config.out, source)))
-            if source.is_run:
+            if source.is_run and source.checkpoint is None:  # W&B has one value per run
                 send_evaluation(source.path, outcome.what, outcome.metrics)
 
 

@@ -11,8 +11,9 @@ from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.exporters.folder import check_output_free, list_upload, push
+from gptlab.exporters.folder import CERTIFICATE, CERTIFICATE_MARK, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
+from gptlab.files import check_output_directory
 from gptlab.pretrained.source import open_model_source
 from gptlab.terminal import print_message
 
@@ -25,6 +26,7 @@ class ExportConfig(FrozenConfig):
     run: Annotated[str, Field(min_length=1)]
     format: FormatName
     out: Annotated[str, Field(min_length=1)]
+    overwrite: bool
     dtype: DtypeName
     push: Annotated[str, Field(min_length=1)] | None
     dry_run: bool
@@ -41,7 +43,7 @@ def main(values: DictConfig) -> int:
     """Exports the model, compares the export with the original, and uploads it if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
-    check_output_free(out)
+    check_output_directory(out, "out", [CERTIFICATE], CERTIFICATE_MARK, overwrite=config.overwrite)
     source = open_model_source(config.run, "run")
     check_format(config.format, config.dtype, source.model, source.record)  # reports errors before torch is imported
     from gptlab.exporters.exporter import ExportMismatch, export_model

@@ -10,6 +10,7 @@ import os
 import stat
 import tempfile
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path, PurePath
@@ -97,6 +98,64 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def check_output(path: Path, key: str, mark: str, *, overwrite: bool) -> None:
+    """Checks that a command may write an output file: it does not exist, or this command wrote it.
+
+    Args:
+        path: Path of the file.
+        key: Config key that has the path, for the message.
+        mark: Text near the beginning of the files that this command writes.
+        overwrite: Whether the user has agreed to replace any file.
+
+    Raises:
+        UserError: The path is not a file, or ``overwrite`` is false and the file is not one of this command.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{key}={path} is not a file. Choose the path of a file.")
+    if not overwrite and os.path.lexists(path) and not has_mark(path, mark):
+        raise UserError(
+            f"{key}={path} already exists and was not written by this command. Choose another path, or replace the "
+            f"file with {_overwrite(key)}."
+        )
+
+
+def check_output_directory(path: Path, key: str, marked: Iterable[str], mark: str, *, overwrite: bool) -> None:
+    """Checks that a command may write to a directory: it is missing or empty, or has an output file of this command.
+
+    Args:
+        path: Path of the directory.
+        key: Config key that has the path, for the message.
+        marked: Names of files of which this command writes at least one.
+        mark: Text near the beginning of these files.
+        overwrite: Whether the user has agreed to replace any files in the directory.
+
+    Raises:
+        UserError: The path is not a directory, or ``overwrite`` is false and the directory is not one of this command.
+    """
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{key}={path} already exists and is not a directory. Choose a new directory.")
+    if overwrite or not path.is_dir() or not any(path.iterdir()) or any(has_mark(path / name, mark) for name in marked):
+        return
+    raise UserError(
+        f"{key}={path} already exists and has files that this command did not write. Choose a new or an empty "
+        f"directory, or replace files of the same name with {_overwrite(key)}."
+    )
+
+
+def has_mark(path: Path, mark: str) -> bool:
+    """Returns whether a regular file has a text in its first 2 KiB."""
+    try:
+        with open_regular(path, follow=True) as file:
+            return mark.encode() in file.read(2048)
+    except OSError:
+        return False
+
+
+def _overwrite(key: str) -> str:
+    """Returns the override that permits replacing the files at ``key``, such as prove.overwrite=true for prove.out."""
+    return f"{key.rpartition('.')[0]}.overwrite=true".removeprefix(".")
 
 
 def fsync_path(path: Path) -> None:

@@ -27,7 +27,7 @@ from gptlab.launch.prepare_data import (
     print_prepared,
 )
 from gptlab.terminal import print_message
-from gptlab.tracking.run_directory import load_config
+from gptlab.tracking.run_directory import load_config, split_checkpoint
 
 
 @command("prepare", keys=set(known_keys(PrepareCommand)))
@@ -63,13 +63,14 @@ def _convert(config: PrepareCommand, path: str) -> None:
         raise UserError("convert requires an output directory: out=<dir>")
     store, manifest = find_existing_shards(config, "convert", path)
     tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
-    for written in convert(store, manifest, tokenizer, config.format, Path(config.out).expanduser()):
+    out = Path(config.out).expanduser()
+    for written in convert(store, manifest, tokenizer, config.format, out, overwrite=config.overwrite):
         print_message(written)
 
 
 def _replay(given: PrepareCommand, path: str) -> None:
     """Prints the global batch of one step of a run."""
-    run_dir = Path(path).expanduser()
+    run_dir, _ = split_checkpoint(Path(path).expanduser())
     config = load_config(run_dir, f"replay={path}")
     check_trusted(config.model_dump(mode="json", include={"data", "tokenizer"}), path)
     check_locations(config, run_dir, used=("data", "tokenizer"), given=given.model_dump())

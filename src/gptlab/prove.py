@@ -13,13 +13,14 @@ from gptlab.config.command import command
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE, FAILED
+from gptlab.files import check_output_directory
 from gptlab.launch.launcher import preflight
 from gptlab.terminal import print_message
 from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.training.distributed.processes import launched_externally
 from gptlab.verification.configs import ProveArguments, resolve_proof
-from gptlab.verification.report import all_passed, print_proofs, write_report
+from gptlab.verification.report import REPORT, REPORT_MARK, all_passed, print_proofs, write_report
 from gptlab.verification.runs import ProofRuns
 
 
@@ -31,6 +32,9 @@ def main(values: DictConfig) -> int:
             "gptlab.prove starts its own runs from step 0: it cannot be used with resume=, torchrun or srun."
         )
     config, prove = resolve_proof(values, list(HydraConfig.get().overrides.task))
+    if prove.out is not None:
+        out = Path(prove.out).expanduser()
+        check_output_directory(out, "prove.out", [REPORT], REPORT_MARK, overwrite=prove.overwrite)
     config, prepared, _ = preflight(config)
     from gptlab.verification.proofs import ProofCase, prove_all  # imports torch
 

@@ -13,10 +13,10 @@ from gptlab.config.command import command
 from gptlab.config.resume import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
-from gptlab.files import write_file
+from gptlab.files import check_output, write_file
 from gptlab.reporting.document import ReportDocument
 from gptlab.reporting.live import LiveServer
-from gptlab.reporting.page import render_page
+from gptlab.reporting.page import TITLE, render_page
 from gptlab.terminal import print_message
 
 
@@ -25,6 +25,7 @@ class ReportConfig(FrozenConfig):
 
     runs: Annotated[str, Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)]
+    overwrite: bool
     points: Annotated[int, Field(ge=10)]
     live: bool
     port: Annotated[int, Field(ge=0, lt=2**16)]
@@ -35,6 +36,9 @@ class ReportConfig(FrozenConfig):
 def main(values: DictConfig) -> int:
     """Writes the report to a file or, with live=true, serves it."""
     config = validate(ReportConfig, resolve_to_dict(values))
+    path = Path(config.out).expanduser()
+    if not config.live:
+        _check_output(path, overwrite=config.overwrite)
     document = ReportDocument(config.runs, config.points)
     found = document.gather()
     for problem in found["problems"]:
@@ -42,7 +46,6 @@ def main(values: DictConfig) -> int:
     if config.live:
         _serve(LiveServer(document.gather, config.port, config.poll))
         return DONE
-    path = Path(config.out).expanduser()
     size = _write(path, render_page(found, poll=None))
     number = len(found["runs"])
     print_message(f"{path}: {number} run{'s' * (number != 1)}, {size / 1e6:.1f} MB. The file is self-contained.")
@@ -56,10 +59,14 @@ def _serve(server: LiveServer) -> None:
         server.serve_forever(poll_interval=0.2)
 
 
-def _write(path: Path, text: str) -> int:
-    """Writes the page atomically and returns its size in bytes."""
+def _check_output(path: Path, *, overwrite: bool) -> None:
     if path.is_dir():
         raise UserError(f"out={path} is a directory. Set a file: out={path / 'report.html'}")
+    check_output(path, "out", TITLE, overwrite=overwrite)
+
+
+def _write(path: Path, text: str) -> int:
+    """Writes the page atomically and returns its size in bytes."""
     content = text.encode()
     try:
         write_file(path, content)

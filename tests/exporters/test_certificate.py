@@ -114,12 +114,12 @@ def test_export_that_differs_leaves_no_files(tmp_path, monkeypatch, tampered, me
     assert list(tmp_path.iterdir()) == []
 
 
-def test_output_directory_must_be_new_or_empty(tmp_path, monkeypatch):
+def test_an_export_may_be_written_to_an_empty_directory_and_again(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     export(monkeypatch, tmp_path / "empty", random_model(), "llmc")
     before = sorted(path.name for path in (tmp_path / "empty").iterdir())
     assert before == ["README.md", "certificate.json", "model.bin"]
-    with pytest.raises(UserError, match="empty already exists"):
+    for _ in range(2):
         export(monkeypatch, tmp_path / "empty", random_model(), "llmc")
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
     assert sorted(path.name for path in (tmp_path / "empty").iterdir()) == before

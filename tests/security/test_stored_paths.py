@@ -193,7 +193,8 @@ def test_arguments_of_components_that_may_be_paths_are_found(key, arguments, fou
 def test_every_text_in_the_configuration_is_checked_unless_it_is_known_to_be_no_path():
     no_paths = {
         *("name", "data.subset", "data.column", "callbacks.samples.prompt", "callbacks.early_stopping.monitor"),
-        *("logger.wandb.project", "logger.wandb.group", "logger.wandb.job_type"),
+        *("logger.wandb.project", "logger.wandb.name", "logger.wandb.notes"),
+        *("logger.wandb.group", "logger.wandb.job_type"),
     }
     marked = {
         *("resume", "init_from", "resume_from_nanogpt", "data.source", "data.path", "data.cache_dir"),

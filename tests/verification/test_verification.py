@@ -184,7 +184,16 @@ class FakeRuns:
 
 @pytest.fixture
 def case():
-    values = {"steps": 2, "kill_after": 1, "ranks": [1], "workers": [0], "tolerance": 1e-5, "keep": False, "out": None}
+    values = {
+        "steps": 2,
+        "kill_after": 1,
+        "ranks": [1],
+        "workers": [0],
+        "tolerance": 1e-5,
+        "keep": False,
+        "out": None,
+        "overwrite": False,
+    }
     return ProofCase(resolved(), None, ProveConfig(**values))
 
 

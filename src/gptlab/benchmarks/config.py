@@ -109,6 +109,7 @@ class BenchCommand(FrozenConfig):
     suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
     rounds: PositiveInt
     out: str | None
+    overwrite: bool
     cache_dir: str
     preparation: PreparationBench
     loader: LoaderBench

@@ -203,6 +203,9 @@ def print_result_table(part: ResultTable) -> None:
     get_console().print(table)
 
 
+REPORT_MARK = '{\n  "suite": '  # beginning of a report
+
+
 def write_report(folder: Path, suite: str, rounds: int, parts: list[ResultTable]) -> Path:
     """Writes the tables to ``<folder>/<suite>.json`` and returns its path."""
     path = folder / f"{suite}.json"

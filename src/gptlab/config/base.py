@@ -82,7 +82,7 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
         for details in error.errors():
             # a wrong value has an error for each member of a union, which are reported as one
             problem = WRONG_VALUE if _is_wrong_value(details) else object()
-            problems[_dotted_key(details, values), problem] = details
+            problems[dotted_key(details, values), problem] = details
         messages = (_error_message(config_type, details, values, keys) for details in problems.values())
         raise UserError("\n".join(messages)) from None
 
@@ -161,7 +161,7 @@ def _error_message(
     config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
 ) -> str:
     """Returns the message for one of pydantic's errors."""
-    key = _dotted_key(details, values)
+    key = dotted_key(details, values)
     match details["type"]:
         case "extra_forbidden" if details["msg"] == NEEDS_TARGET:
             return f"{unknown_key(key, keys)} A component of this name needs {key}._target_."
@@ -209,7 +209,7 @@ def _schema(config_type: type[FrozenConfig], key: str, values: Any) -> dict[str,
     return schema or None
 
 
-def _dotted_key(details: ErrorDetails, values: Any) -> str:
+def dotted_key(details: ErrorDetails, values: Any) -> str:
     """Returns the dotted key of an error, without the names of union members that pydantic inserts."""
     location, is_missing = details["loc"], details["type"] == "missing"
     parts: list[str] = []

@@ -1,5 +1,6 @@
 """Resolves the configuration of a new or a resumed run. Imports no torch."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trust_packages
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
-from gptlab.tracking.run_directory import check_weights_fit, load_config, newest_run, newest_step
+from gptlab.tracking.run_directory import (
+    check_is_saved,
+    check_weights_fit,
+    load_config,
+    newest_checkpoint,
+    newest_run,
+    newest_step,
+    split_checkpoint,
+)
+from gptlab.training.checkpoints.records import checkpoint_step
 
 # Keys that may change when a run is resumed: its length, devices, logging and checkpoints. A change of any other key
 # would make it a different run.
@@ -69,8 +79,12 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
     if composed.get("resume") is None:
         return validate(RunConfig, composed)
     if composed["resume"] != AUTO:
-        run_dir = Path(str(composed["resume"])).expanduser().absolute()
-        return merge_resume_config(composed, overridden, run_dir, load_config(run_dir, f"resume={composed['resume']}"))
+        named = f"resume={composed['resume']}"
+        run_dir, checkpoint = split_checkpoint(Path(str(composed["resume"])).expanduser().absolute())
+        earlier_config = load_config(run_dir, named)
+        if checkpoint is not None:
+            _check_is_newest(run_dir, checkpoint, named)
+        return merge_resume_config(composed, overridden, run_dir, earlier_config)
     new = validate(RunConfig, composed | {"resume": None})
     if (newest := newest_run(new.name)) is None:
         return new
@@ -118,6 +132,26 @@ def merge_resume_config(
         merged = _keep_past_batches(merged, earlier_config, run_dir)
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
     return merged
+
+
+def _check_is_newest(run_dir: Path, checkpoint: Path, named: str) -> None:
+    """Checks that a checkpoint to resume is the newest intact one, since a resume would discard the steps after it.
+
+    Not checked in a requeued SLURM job, which has saved newer ones before.
+
+    Raises:
+        UserError: The checkpoint does not exist, is damaged or is not the newest one.
+    """
+    check_is_saved(checkpoint, named)
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 or (newest := newest_checkpoint(run_dir)) == checkpoint:
+        return
+    later = checkpoint_step(newest) > checkpoint_step(checkpoint)
+    problem = f"would discard the later steps, up to {newest.name}" if later else "cannot be used: it is damaged"
+    raise UserError(
+        f"{named} {problem}. To resume from {newest.name}: resume={run_dir}. To start a new run from weights: "
+        f"init_from={checkpoint if later else newest}."
+        + (" To discard the later steps: first move the later checkpoints to another directory." if later else "")
+    )
 
 
 def _keep_past_batches(config: RunConfig, earlier: RunConfig, run_dir: Path) -> RunConfig:

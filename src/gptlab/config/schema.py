@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PositiveFloat, model_validator
 
 from gptlab.config.base import FrozenConfig, Location
 from gptlab.config.components import Component, enabled_components
@@ -20,14 +20,23 @@ GPT2_REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2
 HUB_PREFIX = "hf://"  # prefix of other models on the Hugging Face Hub: hf://<owner>/<name>
 
 
+def _split_tags(tags: object) -> object:
+    """Splits tags in the format of WANDB_TAGS, "a,b"; None is no tags."""
+    if tags is None:
+        return []
+    return [tag for part in tags.split(",") if (tag := part.strip())] if isinstance(tags, str) else tags
+
+
 class WandbConfig(FrozenConfig):
     """Weights & Biases logger; see conf/logger/wandb.yaml."""
 
     project: str
     entity: Annotated[str | None, Location]
+    name: str | None
+    notes: str | None
     group: str | None
     job_type: str | None
-    tags: list[str]
+    tags: Annotated[list[str], BeforeValidator(_split_tags)]
     mode: Literal["auto", "online", "offline"]
     init_timeout: PositiveFloat
     finish_timeout: PositiveFloat

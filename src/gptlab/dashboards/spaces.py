@@ -7,33 +7,40 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, Transformer
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from gptlab.errors import UserError, failure_reason
+from gptlab.files import check_output, write_file
 
 METHODS = {"grid": "grid", "random": "random", "tpe": "bayes", "cmaes": "bayes"}  # gptlab's search method -> W&B's
 METRIC = "val/loss"
+MARK = "# Generated from sweeps/"  # beginning of the written files
 
 
-def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path) -> list[Path]:
+def write_wandb_sweeps(sweeps: Path, logger: Path, folder: Path, *, overwrite: bool) -> list[Path]:
     """Writes a file for `wandb sweep` for each sweep.
 
     Args:
         sweeps: Directory with the sweeps' configuration files.
         logger: conf/logger/wandb.yaml, which defines the project.
         folder: Output directory; created if necessary.
+        overwrite: Whether to replace files that this function has not written.
 
     Returns:
         Paths of the written files.
 
     Raises:
-        UserError: A search space cannot be read or is empty, or the files cannot be written.
+        UserError: A search space cannot be read or is empty, the files cannot be written, or ``overwrite`` is false and
+            one of them exists and was not written by this function.
     """
-    project = yaml.safe_load(logger.read_text(encoding="utf-8"))["wandb"]["project"]
+    project = OmegaConf.load(logger).wandb.project
     texts = {path.name: wandb_sweep(path, project) for path in sorted(sweeps.glob("*.yaml"))}
+    for name in texts:
+        check_output(folder / name, "wandb_sweeps", MARK, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_file(folder / name, text)
     except OSError as error:
         raise UserError(f"wandb_sweeps={folder} cannot be written: {failure_reason(error)}.") from error
     return [folder / name for name in texts]
@@ -69,7 +76,7 @@ def wandb_sweep(path: Path, project: str) -> str:
         ],
     }
     header = (
-        f"# Generated from sweeps/{path.name} by python -m gptlab.dashboard wandb_sweeps=sweeps/wandb; do not edit.\n"
+        f"{MARK}{path.name} by python -m gptlab.dashboard wandb_sweeps=sweeps/wandb; do not edit.\n"
         f"# Run `wandb sweep sweeps/wandb/{path.name}`, then the `wandb agent` command that it prints on any machine.\n"
     )
     return header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)

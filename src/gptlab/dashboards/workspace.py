@@ -47,6 +47,9 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
     )
 
 
+WORKSPACE_MARK = '{\n "entity": '  # beginning of the JSON of a workspace
+
+
 def workspace_json(workspace: "Workspace") -> str:
     """Returns a workspace as the JSON that is sent to W&B.
 

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gptlab.exporters.folder import CERTIFICATE
 from gptlab.exporters.reference import Reference, ScoreFunction, greedy_continuation, tensor_hash
-
-CERTIFICATE = "certificate.json"
 
 
 class Check(NamedTuple):
@@ -66,10 +65,11 @@ class Certificate(NamedTuple):
         return done + [f"not checked: {text}" for text in self.unchecked] + effect
 
     def save(self, folder: Path) -> None:
-        """Writes certificate.json."""
+        """Writes certificate.json, which lists the files of the export; called when they are written."""
         reference = self.reference
         values = {
             **self.about,
+            "files": sorted(file.name for file in folder.iterdir()),
             "passed": not self.failed,
             "checks": [check._asdict() for check in self.checks],
             "not_checked": list(self.unchecked),

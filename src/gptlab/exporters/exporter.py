@@ -34,14 +34,15 @@ def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: P
         source: Model to export.
         form: Export format.
         dtype: dtype of the weights.
-        out: Directory of the export, which must not exist or must be empty.
+        out: Directory of the export. If it has files, those of an earlier export and those of the same name are
+            replaced.
 
     Returns:
         The certificate, which is also saved in ``out``.
 
     Raises:
         ExportMismatch: The export differs from the model. ``out`` is not created.
-        UserError: The directory cannot be created, or the source cannot be read.
+        UserError: The directory cannot be created or written, or the source cannot be read.
     """
     tokenizer = source.tokenizer() if source.record is not None else None
     job = ExportRequest(source, form, dtype, tokenizer, model_title(source))
@@ -59,8 +60,8 @@ def export_model(source: ModelSource, form: FormatName, dtype: DtypeName, out: P
             raise ExportMismatch(
                 f"{out} was not written, because the export differs from {source.name}: {differences}."
             )
-        certificate.save(folder)
         (folder / CARD_FILE).write_text(render_model_card(job, certificate), encoding="utf-8")
+        certificate.save(folder)
     return certificate
 
 

@@ -1,5 +1,6 @@
 """Directory of an export: written atomically, and uploaded to the Hugging Face Hub. Imports no torch."""
 
+import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -7,21 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gptlab.errors import UserError, failure_reason, first_line
-from gptlab.files import fsync_path
+from gptlab.files import fsync_path, is_plain_name, read_regular
 
-
-def check_output_free(out: Path) -> None:
-    """Raises UserError if ``out`` exists and is not an empty directory."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
-        raise UserError(f"out={out} already exists. Choose a new or an empty directory.")
+CERTIFICATE = "certificate.json"
+CERTIFICATE_MARK = '{\n  "gptlab": '  # beginning of a certificate
 
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``out`` on success and deleted after an exception.
+    """Yields a temporary directory, which becomes ``out`` on success and is deleted after an exception.
+
+    If ``out`` already has files, those of an earlier export are replaced, and so are those of the same name.
 
     Raises:
-        UserError: The directory cannot be created, or ``out`` exists and is not empty.
+        UserError: The directory cannot be created or a file in ``out`` cannot be replaced.
     """
     out = out.absolute()
     temporary = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
@@ -33,11 +33,31 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.iterdir():
             fsync_path(file)
-        check_output_free(out)  # it may have been created in the meantime
-        temporary.rename(out)  # also replaces an empty directory
+        if out.is_dir() and any(out.iterdir()):
+            _replace_files(temporary, out)
+        else:
+            temporary.rename(out)  # also replaces an empty directory
         fsync_path(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace_files(folder: Path, out: Path) -> None:
+    """Moves an export to a directory with files, and removes other files of the export before it.
+
+    The certificate is removed first and moved last, so that it never describes files of another export.
+    """
+    try:
+        earlier = json.loads(read_regular(out / CERTIFICATE)).get("files", [])
+    except (OSError, ValueError, AttributeError):  # missing, or not a certificate
+        earlier = []
+    try:
+        for name in (CERTIFICATE, *(name for name in earlier if is_plain_name(str(name)))):
+            (out / name).unlink(missing_ok=True)
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == CERTIFICATE):
+            file.replace(out / file.name)
+    except OSError as error:
+        raise UserError(f"out={out}: {failure_reason(error)}. Remove it or choose a new directory.") from error
 
 
 def list_upload(folder: Path) -> str:

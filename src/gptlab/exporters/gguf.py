@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptlab.data.tokenizers.external import as_byte_level_bpe
+from gptlab.errors import UserError
 from gptlab.exporters.certificate import (
     Check,
     compare_greedy,
@@ -109,7 +110,8 @@ def _names(layers: int) -> Callable[[str], str]:
 
     def name_of(name: str) -> str:
         found = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None  # noqa: S101  (GGUF names every tensor of a GPT-2)
+        if found is None:  # of an option that GPT-2 does not have
+            raise UserError(f"format=gguf has no name for the tensor {name} of this model. Use format=onnx.")
         return found
 
     return name_of

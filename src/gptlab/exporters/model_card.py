@@ -9,6 +9,7 @@ from gptlab.exporters.formats import FormatName
 from gptlab.model.config import parameter_count
 from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_store.runs import Run
+from gptlab.training.checkpoints.records import checkpoint_step
 
 if TYPE_CHECKING:
     from gptlab.exporters.certificate import Certificate
@@ -42,6 +43,8 @@ class ModelCardInfo(NamedTuple):
         origin = load_manifest(source.path).origin
         dataset = Path(origin).name if Path(origin).is_absolute() else origin  # without the path on this machine
         scored = [row for row in Run(source.path).rows if "val/loss" in row]
+        if source.checkpoint is not None:
+            scored = [row for row in scored if row["step"] == checkpoint_step(source.checkpoint)]
         if not scored:
             return cls(dataset)
         best = min(scored, key=lambda row: row["val/loss"])

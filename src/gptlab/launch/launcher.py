@@ -33,10 +33,12 @@ from gptlab.pretrained.external import check_archive, check_external, check_exte
 from gptlab.pretrained.source import check_model_exists, resolve_path
 from gptlab.tracking.environment import read_components
 from gptlab.tracking.run_directory import (
+    check_is_saved,
     check_run_size,
     check_weights_fit,
     load_config,
     require_checkpoint,
+    split_checkpoint,
 )
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
@@ -102,9 +104,10 @@ def preflight(config: RunConfig) -> ReadyRun:
     plan = None
     if isinstance(config.trainer.devices, int) and not launched_externally():
         plan = config.train.plan(config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes))
-    origin = resolve_path(config.init_from) if config.init_from else None
+    origin, checkpoint = split_checkpoint(resolve_path(config.init_from)) if config.init_from else (None, None)
     if origin:
         check_model_exists(origin, start)
+        check_is_saved(checkpoint, start)
     if config.resume_from_nanogpt:
         check_archive(Path(config.resume_from_nanogpt), start)
     foreign_shape = check_external(origin, config.model, start) if origin and is_external(origin) else None

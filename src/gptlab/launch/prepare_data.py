@@ -89,6 +89,7 @@ class PrepareCommand(FrozenConfig):
     convert: str | None
     format: Format
     out: str | None
+    overwrite: bool
 
 
 def find_existing_shards(config: PrepareCommand, key: str, path: str) -> tuple[ShardStore, Manifest]:

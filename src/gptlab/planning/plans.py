@@ -180,10 +180,14 @@ def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimat
     return estimate_memory(config, hardware, spread, batch, config.loss_chunk)
 
 
+PLAN_MARK = '"command": "gptlab.plan"'  # in the JSON of a plan
+
+
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     """Returns a plan as plain data for JSON, with values in bytes, seconds and tokens per second."""
     model = plan.config.model
     return {
+        "command": "gptlab.plan",
         "target": _hardware_to_dict(plan.hardware),
         "parameters": {"total": parameter_count(model), **plan.parameters},
         "flops_per_token": flops_per_token(model),

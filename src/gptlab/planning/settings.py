@@ -24,6 +24,7 @@ class PlanConfig(FrozenConfig):
     budget: PositiveFloat | None
     calibrate: bool
     json_file: Annotated[str | None, Field(alias="json")]
+    overwrite: bool
 
     @property
     def gpus(self) -> list[str]:
@@ -31,7 +32,7 @@ class PlanConfig(FrozenConfig):
         return [self.gpu] if isinstance(self.gpu, str) else list(self.gpu or ())
 
 
-KEYS = ("gpu", "mfu", "budget", "calibrate", "json")
+KEYS = ("gpu", "mfu", "budget", "calibrate", "json", "overwrite")
 
 
 def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, PlanConfig]:

@@ -26,7 +26,14 @@ from gptlab.pretrained.external import (
     read_hf_shape,
     weight_files,
 )
-from gptlab.tracking.run_directory import check_run_size, check_weights_size, load_config, require_checkpoint
+from gptlab.tracking.run_directory import (
+    check_is_saved,
+    check_run_size,
+    check_weights_size,
+    load_config,
+    require_checkpoint,
+    split_checkpoint,
+)
 from gptlab.tracking.run_store.runs import CONFIG
 
 HUB_FILES = [  # files to download from a repository; none is a pickle
@@ -35,8 +42,8 @@ HUB_FILES = [  # files to download from a repository; none is a pickle
 ]
 
 MODEL_SOURCES = (
-    f"a run directory, {', '.join(GPT2_REPOSITORIES)}, {HUB_PREFIX}<owner>/<name>, the directory of a Hugging Face "
-    "model, or nanoGPT's ckpt.pt"
+    f"a run directory, one of its checkpoints (<run>/checkpoints/step_<n>), {', '.join(GPT2_REPOSITORIES)}, "
+    f"{HUB_PREFIX}<owner>/<name>, the directory of a Hugging Face model, or nanoGPT's ckpt.pt"
 )
 
 
@@ -45,10 +52,11 @@ class ModelSource(NamedTuple):
 
     Attributes:
         name: Name with which the model was opened.
-        path: Run directory, directory of a Hugging Face model, or nanoGPT checkpoint.
+        path: Run directory (also if a checkpoint was named), directory of a Hugging Face model, or nanoGPT checkpoint.
         model: Config of the model.
         record: Record of the tokenizer, or None if it is unknown.
         vocab_dir: Directory of GPT-2's vocabulary, if known.
+        checkpoint: Checkpoint that was named, <run>/checkpoints/step_<n>; None for the best one of a run.
     """
 
     name: str
@@ -56,6 +64,7 @@ class ModelSource(NamedTuple):
     model: GPTConfig
     record: dict[str, Any] | None
     vocab_dir: str | None
+    checkpoint: Path | None = None
 
     @property
     def is_run(self) -> bool:
@@ -92,7 +101,7 @@ def check_model_exists(path: Path, named: str) -> None:
         path: Local path of the model.
         named: Override or name that selects the model, for the message, such as ``init_from=outputs/run``.
     """
-    if is_external(path) or (path / CONFIG).is_file():
+    if is_external(path) or (split_checkpoint(path)[0] / CONFIG).is_file():
         return
     problem = f"is not a model: it has neither {CONFIG} nor {DESCRIPTION}" if path.is_dir() else "does not exist"
     raise UserError(f"{named} {problem} (working directory: {Path.cwd()}). Use {MODEL_SOURCES}.")
@@ -102,8 +111,8 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     """Opens a trained model without reading its weights.
 
     Args:
-        name: A run directory, a directory written by transformers' ``save_pretrained``, a nanoGPT checkpoint, gpt2,
-            gpt2-medium, gpt2-large, gpt2-xl, or hf://<owner>/<name>.
+        name: A run directory, a checkpoint <run>/checkpoints/step_<n>, a directory written by transformers'
+            ``save_pretrained``, a nanoGPT checkpoint, gpt2, gpt2-medium, gpt2-large, gpt2-xl, or hf://<owner>/<name>.
         key: Config key that contains the name. Used in error messages.
 
     Raises:
@@ -114,12 +123,15 @@ def open_model_source(name: str, key: str | None = None) -> ModelSource:
     path = resolve_path(name)
     check_model_exists(path, named)
     if not is_external(path):
+        path, checkpoint = split_checkpoint(path)
         config = load_config(path)
         check_trusted({"model": config.model.model_dump(mode="json")}, path)
         check_locations(config, path, used=("model", "tokenizer"))
         require_checkpoint(path, named)
+        check_is_saved(checkpoint, named)
         check_run_size(path, config.model)
-        return ModelSource(name, path, config.model, load_manifest(path).tokenizer, config.tokenizer.vocab_dir)
+        vocab_dir = config.tokenizer.vocab_dir
+        return ModelSource(name, path, config.model, load_manifest(path).tokenizer, vocab_dir, checkpoint)
     shape = _nanogpt_shape(path, named) if path.is_file() else read_hf_shape(path)
     record = tokenizer_record(path, shape["vocab_size"])
     if record is not None:

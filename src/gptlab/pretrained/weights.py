@@ -20,7 +20,7 @@ from gptlab.pretrained.external import (
 )
 from gptlab.pretrained.nanogpt import read_nanogpt_checkpoint
 from gptlab.pretrained.source import ModelSource
-from gptlab.tracking.run_directory import best_checkpoint, load_config
+from gptlab.tracking.run_directory import load_config, split_checkpoint, weights_checkpoint
 from gptlab.training.checkpoints.reading import read_weights
 
 
@@ -29,8 +29,8 @@ def load_weights(model: GPT, path: Path) -> None:
 
     Args:
         model: The model.
-        path: Run directory, whose best checkpoint is loaded (its averaged weights, if there are any), or a model of
-            another program.
+        path: Run directory, whose best checkpoint is loaded, one of its checkpoints, or a model of another program. Of
+            a checkpoint, the averaged weights are loaded if there are any.
 
     Raises:
         UserError: The weights cannot be read or do not fit the model.
@@ -47,7 +47,8 @@ def load_model(source: ModelSource) -> GPT:
         UserError: The weights cannot be read or do not fit the model.
     """
     model = meta_gpt(source.model)
-    weights = {name: tensor.float().contiguous() for name, tensor in _read_weights(model, source.path).items()}
+    read = _read_weights(model, source.checkpoint or source.path)
+    weights = {name: tensor.float().contiguous() for name, tensor in read.items()}
     _load(model, weights, source.path)
     return model.requires_grad_(True).eval()
 
@@ -56,9 +57,9 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
     """Returns the state dict of ``model``."""
     if is_external(path):
         return _read_external(model, path)
-    state = read_weights(best_checkpoint(path))
+    state = read_weights(weights_checkpoint(path))
     try:
-        if (lora := load_config(path).lora) is not None:
+        if (lora := load_config(split_checkpoint(path)[0]).lora) is not None:
             state = merge_lora(state, lora)
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]

@@ -10,6 +10,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+TITLE = "<title>gptlab report</title>"  # in page.html
 SCRIPTS = (
     *("tools", "filters", "curves", "loss", "varied", "parallel", "scaling"),
     *("heading", "runs", "tables", "samples", "main"),

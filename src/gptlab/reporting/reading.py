@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import open_regular
-from gptlab.model.config import flops_per_token, parameter_count, read_model_config
+from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
@@ -174,7 +174,7 @@ def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
 def _size(run: Run) -> tuple[int | None, int | None]:
     """Returns the number of parameters and FLOPs per token; None if the run does not determine them."""
     try:
-        model = read_model_config(run.config.get("model"))
+        model = run.model
         if model.components:  # the formulas do not apply
             return run.forecast.get("parameters"), None
         return parameter_count(model), flops_per_token(model)

@@ -1,5 +1,8 @@
 """Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
+import functools
+import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,15 +13,26 @@ import yaml
 from gptlab.config.base import validate
 from gptlab.config.components import component_record, is_component, iter_targets
 from gptlab.config.schema import RunConfig
+from gptlab.config.stored import complete
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import check_no_link, read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
+from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
 from gptlab.tracking.run_store.runs import CONFIG
-from gptlab.training.checkpoints.records import best_intact, checkpoint_step, list_checkpoints, newest_intact
+from gptlab.training.checkpoints.records import (
+    PREFIX,
+    best_intact,
+    checkpoint_path,
+    checkpoint_step,
+    find_corruption,
+    list_checkpoints,
+    newest_intact,
+)
+from gptlab.training.distributed.processes import is_first_rank, is_worker
 
 LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
 STACKS = "stacks"  # stack traces of processes that made no progress
@@ -86,7 +100,7 @@ def claim_directory(parent: Path) -> Path:
 
 
 def load_config(directory: Path, named: str | None = None) -> RunConfig:
-    """Reads the configuration of a run.
+    """Reads the configuration of a run. Keys that an earlier version did not have get their defaults in conf/.
 
     Args:
         directory: Run directory.
@@ -105,10 +119,20 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
+    completed, added = complete(values)
     try:
-        return validate(RunConfig, values)
+        config = validate(RunConfig, completed)
     except UserError as error:
         raise UserError(f"{path} is not valid: {error}") from None
+    if added and is_first_rank() and not is_worker():  # the process that started the workers has printed it
+        _report_added(path.absolute(), ", ".join(f"{key}={json.dumps(value)}" for key, value in added.items()))
+    return config
+
+
+@functools.cache
+def _report_added(path: Path, added: str) -> None:
+    """Prints once which keys a configuration of an earlier version does not have."""
+    print_message(f"gptlab: {path} was written by an earlier version; default used: {added}.", file=sys.stderr)
 
 
 def newest_run(name: str) -> Path | None:
@@ -138,6 +162,40 @@ def newest_checkpoint(directory: Path) -> Path:
 def best_checkpoint(directory: Path) -> Path:
     """Returns the best intact checkpoint of a run, by val loss; raises UserError if there is none."""
     return _require(directory, best_intact(directory / CHECKPOINTS))
+
+
+def split_checkpoint(path: Path) -> tuple[Path, Path | None]:
+    """Splits the path of a checkpoint, <run>/checkpoints/step_<n>, into its run directory and the checkpoint.
+
+    Returns:
+        The run directory and the checkpoint, with leading zeros in its name; for any other path, ``path`` and None.
+    """
+    folder, number = path.parent, path.name.removeprefix(PREFIX)
+    is_named = folder.name == CHECKPOINTS and number != path.name and number.isdecimal()
+    if not is_named or not (folder.parent / CONFIG).is_file():
+        return path, None
+    return folder.parent, checkpoint_path(folder, int(number))
+
+
+def check_is_saved(checkpoint_dir: Path | None, named: str) -> None:
+    """Raises UserError if a checkpoint is missing or a link. ``named`` is the override that selects it."""
+    if checkpoint_dir is not None and checkpoint_dir not in (saved := list_checkpoints(checkpoint_dir.parent)):
+        names = ", ".join(path.name for path in saved)
+        raise UserError(f"{named} does not exist. Checkpoints of this run: {names}.")
+
+
+def weights_checkpoint(path: Path) -> Path:
+    """Returns the intact checkpoint that ``path`` is or, of a run directory, the best one.
+
+    Raises:
+        UserError: It is damaged, or there is none.
+    """
+    run_dir, checkpoint_dir = split_checkpoint(path)
+    if checkpoint_dir is None:
+        return best_checkpoint(run_dir)
+    if (defect := find_corruption(checkpoint_dir)) is not None:
+        raise UserError(f"{checkpoint_dir} is damaged: {defect}. The best intact checkpoint is used with {run_dir}.")
+    return checkpoint_dir
 
 
 def require_checkpoint(directory: Path, named: str | None = None) -> None:

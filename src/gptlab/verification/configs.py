@@ -39,6 +39,7 @@ class ProveConfig(FrozenConfig):
     tolerance: NonNegativeFloat
     keep: bool
     out: str | None
+    overwrite: bool
 
     @model_validator(mode="after")
     def _check_kill_after(self) -> Self:

@@ -15,6 +15,7 @@ from gptlab.terminal import get_console
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 
 REPORT = "prove.json"
+REPORT_MARK = '{\n  "passed": '  # beginning of the report
 SIGNS = {True: Text("yes", "green"), False: Text("NO", "bold red"), None: Text("–")}
 
 

@@ -11,6 +11,7 @@ Raw tokens cannot be confused with a header: both magic numbers begin with a uin
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -156,7 +157,9 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
     )
 
 
-def convert(store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: Format, out: Path) -> list[Path]:
+def convert(
+    store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: Format, out: Path, *, overwrite: bool = False
+) -> list[Path]:
     """Writes shards as token files of another program, and returns their paths.
 
     The format "nanogpt" gives train.bin and val.bin, and meta.pkl for characters; "llmc" gives one file per shard.
@@ -167,19 +170,27 @@ def convert(store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: F
         tokenizer: Their tokenizer.
         kind: Format of the files.
         out: Directory of the files, created if missing.
+        overwrite: Whether to replace existing files.
 
     Raises:
-        UserError: The vocabulary does not fit into uint16, or a file exists already.
+        UserError: The vocabulary does not fit into uint16, or a file exists already and ``overwrite`` is false.
     """
     if manifest.vocab_size > 2**16:
         raise UserError(f"format={kind} stores uint16, which cannot hold vocab_size={manifest.vocab_size:,} token IDs.")
+    files = {split: list(_output_files(split, manifest.splits[split], kind)) for split in SPLITS}
+    names = [name for split in SPLITS for name, _ in files[split]]
+    if kind == "nanogpt" and isinstance(tokenizer, CharactersTokenizer):
+        names.append(META_FILE)
+    existing = [out / name for name in names if os.path.lexists(out / name)]
+    if existing and not overwrite:
+        raise UserError(
+            f"{existing[0]} already exists. Choose another directory with out=<dir>, or replace it with overwrite=true."
+        )
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for split in SPLITS:
-        for name, shards in _output_files(split, manifest.splits[split], kind):
+        for name, shards in files[split]:
             path = out / name
-            if path.exists():
-                raise UserError(f"{path} already exists. Choose another directory with out=<dir>.")
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
             unfinished = temporary_path(path)
@@ -190,7 +201,7 @@ def convert(store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: F
                     file.write(chunk.astype("<u2").tobytes())
             unfinished.replace(path)
             written.append(path)
-    if kind == "nanogpt" and isinstance(tokenizer, CharactersTokenizer):
+    if META_FILE in names and isinstance(tokenizer, CharactersTokenizer):
         write_file(out / META_FILE, meta_file(tokenizer))
         written.append(out / META_FILE)
     elif manifest.tokenizer["name"] != "gpt2":

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gptlab.errors import UserError
 from gptlab.files import write_durably
-from gptlab.model.config import embedding_count, parameter_count, read_model_config
+from gptlab.model.config import embedding_count, parameter_count
 from gptlab.sweeps.analysis.points import has_value
 from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
 from gptlab.terminal import get_console
@@ -56,7 +56,7 @@ class SizedRun:
 def model_size(run: Run) -> ModelSize | None:
     """Returns the size of a run's model, or None if the recorded configuration has no valid model."""
     try:
-        config = read_model_config(run.config.get("model"))
+        config = run.model
         everything = int(run.forecast["parameters"]) if config.components else parameter_count(config)
     except (UserError, ValidationError, ValueError, KeyError):
         return None

@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gptlab.config.stored import complete
 from gptlab.errors import UserError, failure_reason, without_passwords
 from gptlab.files import open_regular, read_regular
+from gptlab.model.config import GPTConfig, read_model_config
 from gptlab.parsing import parse_json, parse_yaml
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import RunState, load_state
@@ -47,6 +49,11 @@ class Run:
         if not isinstance(values, dict):
             raise UserError(f"{self.directory / CONFIG} is not the configuration of a run: it is not a mapping.")
         return values
+
+    @property
+    def model(self) -> GPTConfig:
+        """Configuration of its model; raises ValueError (also as pydantic's ValidationError) if it has no valid one."""
+        return read_model_config(complete(self.config)[0].get("model"))
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from gptlab.files import read_regular
 from gptlab.tracking.run_directory import load_config
 from gptlab.tracking.run_store.state import load_state
 from gptlab.tracking.wandb.files import SYNCED_SUFFIX, wandb_records
-from gptlab.tracking.wandb.init import ID, start_client, timeout_settings
+from gptlab.tracking.wandb.init import ID, client_settings, start_client
 from gptlab.tracking.wandb.opt_outs import opt_out
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def send_evaluation(directory: Path, what: str, metrics: Mapping[str, float]) ->
                 id=read_regular(directory / ID),
                 resume="must",
                 dir=folder,
-                settings=timeout_settings(settings),
+                settings=client_settings(settings),
             )
             run.summary.update(summary)
             run.finish()

@@ -101,13 +101,14 @@ def _init(config: RunConfig, settings: WandbConfig, directory: Path, mode: Liter
         group=settings.group or (sweep.wandb_group if sweep else None),
         job_type=settings.job_type or ("sweep" if sweep or _agent() else "train"),
         tags=settings.tags,
-        name=f"{config.name}/{directory.name}",
+        name=settings.name or f"{config.name}/{directory.name}",
+        notes=settings.notes,
         id=_id(directory),
         resume="allow",
         dir=directory,
         mode=mode,
         config=run_config(config, directory, client),
-        settings=timeout_settings(settings),
+        settings=client_settings(settings),
     )
 
 
@@ -120,12 +121,18 @@ def start_client() -> Any:
     return wandb.setup(wandb.Settings(silent=True)).settings
 
 
-def timeout_settings(settings: WandbConfig) -> Any:
-    """Returns W&B settings with the configured timeouts and without console output."""
+def client_settings(settings: WandbConfig) -> Any:
+    """Returns W&B settings with the configured timeouts, and without W&B's messages and its record of the process.
+
+    That record has the command line, paths and the URL of the git remote, all of which may contain secrets.
+    ``run_config`` has the rest of it.
+    """
     import wandb
 
     return wandb.Settings(
         silent=True,
+        x_disable_meta=True,
+        disable_git=True,
         init_timeout=settings.init_timeout,
         finish_timeout=settings.finish_timeout,
         finish_timeout_raises=True,
