@@ -26,7 +26,9 @@ def test_two_processes_have_the_losses_of_one(user, runs, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ranks", "windows"), [("ddp", 2, 3), ("fsdp", 2, 3), ("ddp", 3, 10), ("ddp", 4, 2)])
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "windows"), [("ddp", 2, 3), ("fsdp", 2, 3), ("ddp", 3, 10), ("ddp", 4, 2)]
+)
 def test_an_evaluation_of_single_windows_that_ranks_do_not_divide_equals_one_process(user, strategy, ranks, windows):
     same = ("callbacks=none", "train.max_steps=2", "train.global_batch_size=12", f"train.eval_windows={windows}")
     assert_success(user.train("name=one", *same))

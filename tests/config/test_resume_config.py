@@ -113,3 +113,13 @@ def test_a_run_from_the_weights_of_another_has_its_model_and_tokenizer(stored):
     assert config.tokenizer == trained.tokenizer
     assert resolved(init, "tokenizer=bytes").tokenizer.name == "bytes"
     assert resolved(init, "model=nano").model == resolved("model=nano").model  # a selected model is not changed
+
+
+def test_code_that_the_weights_run_names_is_not_trusted(stored, tmp_path):
+    stored("model=tiny")
+    path = tmp_path / "outputs" / "run" / "1" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["block"] = {"_target_": "other.Block"}
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="package other, which is not trusted"):
+        resolved("init_from=outputs/run/1")

@@ -85,48 +85,6 @@ def add_keys_of_run(overrides: Sequence[str]) -> list[str]:
     return rewritten
 
 
-_MISSING = object()  # get_value returns it for a key that does not exist
-START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
-AUTO = "auto"
-COMPONENT_GROUPS = ("callbacks", "logger")  # groups of which a run has several options
-
-
-def add_keys_of_run(arguments: Sequence[str]) -> list[str]:
-    """Makes keys of the run that ``resume=<run directory>`` names valid on the command line.
-
-    Hydra composes the default options, which do not have the keys of the run's own options, such as
-    ``logger.wandb.mode``. ``key=value`` becomes ``++key=value``, and ``~callbacks.<name>`` becomes
-    ``++callbacks.<name>=null``.
-
-    Args:
-        arguments: Arguments of the command line, with valid overrides.
-
-    Returns:
-        The arguments; unchanged without ``resume=<run directory>``.
-
-    Raises:
-        UserError: The configuration of the run cannot be read.
-    """
-    parser = OverridesParser.create()
-    parsed = [None if argument.startswith("-") else parser.parse_override(argument) for argument in arguments]
-    named = [override.value() for override in parsed if override and override.key_or_group == "resume"]
-    if not named or named[-1] in (None, AUTO):
-        return list(arguments)
-    run_dir = Path(str(named[-1])).expanduser().absolute()
-    earlier = load_config(run_dir, f"resume={named[-1]}").model_dump(mode="json")
-    rewritten = []
-    for argument, override in zip(arguments, parsed, strict=True):
-        key = override.key_or_group if override else ""
-        is_of_run = "." in key and get_value(earlier, key, _MISSING) is not _MISSING
-        if override and is_of_run and override.type == OverrideType.CHANGE:
-            rewritten.append(f"++{argument}")
-        elif override and is_of_run and override.type == OverrideType.DEL and key.startswith(COMPONENT_GROUPS):
-            rewritten.append(f"++{key}=null")
-        else:
-            rewritten.append(argument)
-    return rewritten
-
-
 def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
     """Resolves and validates a composed configuration.
 
