@@ -25,6 +25,20 @@ def test_two_processes_have_the_losses_of_one(user, runs, strategy):
     assert_success(sampled)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "windows"), [("ddp", 2, 3), ("fsdp", 2, 3), ("ddp", 3, 10), ("ddp", 4, 2)]
+)
+def test_an_evaluation_of_single_windows_that_ranks_do_not_divide_equals_one_process(user, strategy, ranks, windows):
+    same = ("callbacks=none", "train.max_steps=2", "train.global_batch_size=12", f"train.eval_windows={windows}")
+    assert_success(user.train("name=one", *same))
+    devices = (f"trainer={strategy}", f"trainer.devices={ranks}", "train.micro_batch_size=1")
+    assert_success(user.train("name=several", *same, *devices))
+    one, several = (user.only_run(name) for name in ("one", "several"))
+    for name in ("val/loss", "val/bits_per_byte"):
+        assert metrics(several, name) == pytest.approx(metrics(one, name), abs=1e-5), name
+
+
 LAYOUTS = {
     "ddp": ("trainer=ddp", *TWO, "train.micro_batch_size=3"),
     "fsdp": ("trainer=fsdp", *TWO, "train.micro_batch_size=3"),

@@ -89,6 +89,20 @@ def test_a_run_resumed_on_other_devices_has_the_same_losses(user, runs, options,
         assert kept["wte.weight"] == {"step", "exp_avg", "exp_avg_sq"}
 
 
+@pytest.mark.parametrize(
+    ("length", "needed"),
+    [("train.max_steps=39", "train.max_steps=40 or more"), ("train.max_tokens=100", "train.max_tokens=10240 or more")],
+)
+def test_a_resume_to_fewer_steps_than_done_is_an_error_and_writes_nothing(without_torch, length, needed):
+    run = without_torch.folder / "outputs" / "run" / "1"
+    shutil.copytree(Path(__file__).parent / "compatibility" / "single", run)  # 40 steps of 16 x 16 tokens
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = without_torch.python("gptlab.train", f"resume={run}", length)
+    assert_config_error(done, needed)
+    assert "has been trained for 40 steps already" in done.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_a_moved_run_keeps_its_best_checkpoint(user, halted):
     moved = user.folder / "moved"

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
-from gptlab.config.resume import resolve
+from gptlab.config.resume import add_keys_of_run, resolve
 from gptlab.config.schema import RunConfig
 from gptlab.launch.launcher import launch
 from gptlab.worker import extra_callbacks
@@ -17,7 +17,7 @@ from gptlab.worker import extra_callbacks
 log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" here
 
 
-@command("train", keys=set(known_keys(RunConfig)))
+@command("train", keys=set(known_keys(RunConfig)), rewrite=add_keys_of_run)
 def main(values: DictConfig) -> int:
     """Validates the configuration and trains."""
     hydra = HydraConfig.get()

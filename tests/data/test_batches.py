@@ -92,7 +92,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(tokens, order,
 
 
 SHARES = [(50, 1, 8), (50, 8, 3), (64, 8, 8), (65, 8, 8), (0, 2, 4), (13, 3, 4)]
-SHARES += list(product(range(1, 10), range(1, 5), range(1, 4)))
+SHARES += list(product(range(1, 10), range(1, 9), range(1, 4)))
 
 
 @pytest.mark.parametrize(("windows", "world_size", "micro_batch_size"), SHARES)

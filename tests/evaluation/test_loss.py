@@ -249,7 +249,7 @@ def sums_in_training(model, prepared, windows: int, world_size: int, micro_batch
     return sums.sums
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", range(1, 9))
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_validation_in_training_does_not_depend_on_ranks_and_micro_batches(
     model, prepared, world_size, micro_batch_size

@@ -46,13 +46,20 @@ class _StopSweep(BaseException):
         self.status = status
 
 
-def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] = ()) -> Callable[[Task], Main]:
+def command(
+    config_name: str,
+    *,
+    keys: set[str],
+    literal_keys: tuple[str, ...] = (),
+    rewrite: Callable[[Sequence[str]], list[str]] = list,
+) -> Callable[[Task], Main]:
     """Decorates the main function of a command: adds Hydra's flags, exit codes, and messages for user errors.
 
     Args:
         config_name: Name of the primary configuration in conf/.
         keys: Dotted names of all config keys, to suggest the most similar one for an unknown key.
         literal_keys: Keys whose values are taken literally, not parsed by Hydra's override grammar.
+        rewrite: Returns the overrides with which Hydra composes the configuration, for those of the command line.
 
     Returns:
         The decorator. It turns a function that takes the composed configuration and returns an exit code into a
@@ -85,7 +92,7 @@ def command(config_name: str, *, keys: set[str], literal_keys: tuple[str, ...] =
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
             try:
                 sys.argv[1:] = [_quote_override(argument, literal_keys) for argument in sys.argv[1:]]
-                groups = _check_command_line(config_name)
+                groups = _check_command_line(config_name, rewrite)
                 decorate_with_hydra = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
@@ -123,8 +130,8 @@ def _is_launched_job() -> bool:
     return config.mode == RunMode.MULTIRUN and not config.launcher["_target_"].endswith(".BasicLauncher")
 
 
-def _check_command_line(config_name: str) -> OptionGroups:
-    """Checks the command line before Hydra parses it.
+def _check_command_line(config_name: str, rewrite: Callable[[Sequence[str]], list[str]]) -> OptionGroups:
+    """Checks the command line before Hydra parses it, and rewrites its overrides.
 
     Returns:
         The config groups of the command, which --help lists by ${groups:}.
@@ -149,6 +156,8 @@ def _check_command_line(config_name: str) -> OptionGroups:
     overrides = parser.parse_args().overrides
     groups.check_options(overrides)
     groups.check_experiments(overrides)
+    rewritten = dict(zip(overrides, rewrite(overrides), strict=True))
+    sys.argv[1:] = [rewritten.get(argument, argument) for argument in sys.argv[1:]]
     # Hydra resolves the text of --help whenever it composes, and the table reads every file of conf/.
     OmegaConf.register_new_resolver("groups", groups.table if flags.help or flags.cfg else str, replace=True)
     return groups

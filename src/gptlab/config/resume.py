@@ -1,11 +1,14 @@
 """Resolves the configuration of a new or a resumed run. Imports no torch."""
 
+import copy
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -25,7 +28,10 @@ from gptlab.tracking.run_directory import (
     newest_step,
     split_checkpoint,
 )
+from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.training.checkpoints.records import checkpoint_step
+
+log = logging.getLogger(__name__)
 
 # Keys that may change when a run is resumed: its length, devices, logging and checkpoints. A change of any other key
 # would make it a different run.
@@ -49,8 +55,44 @@ CHANGEABLE_KEYS = (
     "logger",
 )
 FIXED_KEYS = ("trainer.precision",)  # exceptions from the keys above
+_MISSING = object()  # get_value returns it for a key that does not exist
 START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
 AUTO = "auto"
+COMPONENT_GROUPS = ("callbacks", "logger")  # groups of which a run has several options
+
+
+def add_keys_of_run(overrides: Sequence[str]) -> list[str]:
+    """Makes keys of the run that ``resume=<run directory>`` names valid on the command line.
+
+    Hydra composes the default options, which do not have the keys of the run's own options, such as
+    ``logger.wandb.mode``. ``key=value`` becomes ``++key=value``, and ``~callbacks.<name>`` becomes
+    ``++callbacks.<name>=null``.
+
+    Args:
+        overrides: Overrides of the command line.
+
+    Returns:
+        The overrides; unchanged without ``resume=<run directory>``.
+
+    Raises:
+        UserError: The configuration of the run cannot be read.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named = next((override.value() for override in reversed(parsed) if override.key_or_group == "resume"), None)
+    if named in (None, AUTO):
+        return list(overrides)
+    run_dir, _ = split_checkpoint(Path(str(named)).expanduser().absolute())
+    earlier = load_config(run_dir, f"resume={named}").model_dump(mode="json")
+    rewritten = list(overrides)
+    for number, override in enumerate(parsed):
+        key = override.key_or_group
+        if "." not in key or get_value(earlier, key, _MISSING) is _MISSING:
+            continue
+        if override.type == OverrideType.CHANGE:
+            rewritten[number] = f"++{overrides[number]}"
+        elif override.type == OverrideType.DEL and key.startswith(COMPONENT_GROUPS):
+            rewritten[number] = f"++{key}=null"
+    return rewritten
 
 
 def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
@@ -76,25 +118,52 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         overridden.append("train.max_steps")
     elif "train.max_steps" in overridden and "train.max_tokens" not in overridden:
         overridden.append("train.max_tokens")  # null by default
-    if composed.get("resume") is None:
-        return validate(RunConfig, composed)
-    if composed["resume"] != AUTO:
+    if composed.get("resume") not in (None, AUTO):
         named = f"resume={composed['resume']}"
         run_dir, checkpoint = split_checkpoint(Path(str(composed["resume"])).expanduser().absolute())
         earlier_config = load_config(run_dir, named)
         if checkpoint is not None:
             _check_is_newest(run_dir, checkpoint, named)
+        if any(key.partition(".")[0] not in composed for key in overridden):  # an experiment may set any key
+            overridden = [*composed, *overridden]
         return merge_resume_config(composed, overridden, run_dir, earlier_config)
+    composed = _take_model_of_run(composed, overridden)
     new = validate(RunConfig, composed | {"resume": None})
-    if (newest := newest_run(new.name)) is None:
+    if composed.get("resume") is None or (newest := newest_run(new.name)) is None:
         return new
     return resume_as(new, newest, load_config(newest))
 
 
+def _take_model_of_run(values: dict[str, Any], overridden: Sequence[str]) -> dict[str, Any]:
+    """Returns the configuration with the model and tokenizer of the run that ``init_from`` names, if any.
+
+    Keys that the command line sets are kept, and so is a model that it selects.
+
+    Raises:
+        UserError: The configuration of the run cannot be read, or a component or a path in it is not trusted.
+    """
+    run_dir, _ = split_checkpoint(Path(str(values.get("init_from") or "")).expanduser())
+    is_selected = any(key == "model" or key.partition(".")[0] not in {*values, "debug"} for key in overridden)
+    if values.get("init_from") is None or is_selected or not (run_dir / CONFIG).is_file():
+        return values
+    run = load_config(run_dir, f"init_from={values['init_from']}")
+    taken = run.model_dump(mode="json", include={"model", "tokenizer"})
+    if any(key.partition(".")[0] == "tokenizer" for key in overridden):
+        del taken["tokenizer"]
+    check_trusted(taken, run_dir)
+    check_locations(run, run_dir, used=tuple(taken), given=values)
+    for key in ("model.vocab_size", *(key for key in overridden if key.startswith("model."))):
+        _copy_key(key.split("."), values, taken)  # the vocabulary size is that of the tokenizer
+    return values | taken
+
+
 def merge_resume_config(
-    values: dict[str, Any], overridden: list[str], run_dir: Path, earlier_config: RunConfig
+    values: dict[str, Any], overridden: Iterable[str], run_dir: Path, earlier_config: RunConfig
 ) -> RunConfig:
     """Applies overridden keys to the configuration of an earlier run and validates the result.
+
+    An option of ``callbacks`` or ``logger`` that the run already has keeps the run's values, except for overridden
+    keys. Changed keys are logged.
 
     Args:
         values: Composed configuration with the values of the overridden keys.
@@ -109,21 +178,19 @@ def merge_resume_config(
         UserError: A key cannot change when a run is resumed; a component or a path of the earlier run is not trusted;
             or, with force_resume=true, the weights do not fit.
     """
-    earlier = earlier_config.model_dump(mode="json")
-    precision, is_forced = earlier["trainer"]["precision"], bool(values.get("force_resume"))
-    if get_value(values, "data.val_split") == "auto":
-        values["data"]["val_split"] = earlier["data"]["val_split"]
-    for key in overridden:
-        if not may_change(key) and not is_forced and get_value(values, key, key) != get_value(earlier, key):
-            raise UserError(
-                f"{key} cannot change when a run is resumed, since that would make it a different run. "
-                f"Keys that can change: {', '.join(CHANGEABLE_KEYS)} (except {', '.join(FIXED_KEYS)}). To start a new "
-                f"run from these weights: init_from={run_dir}. To resume anyway: force_resume=true"
-            )
-        if key.partition(".")[0] in values:
-            _copy_key(key.split("."), values, earlier)
-    if "trainer" in overridden and "trainer.precision" not in overridden:
-        earlier["trainer"]["precision"] = precision  # a trainer option selects devices, not the precision
+    earlier, is_forced = earlier_config.model_dump(mode="json"), bool(values.get("force_resume"))
+    changed_config = _apply(values, overridden, earlier)
+    changed = [*_changed_keys(changed_config, earlier_config), *_changed_starts(changed_config, earlier_config)]
+    now, before = (c.with_absolute_paths().model_dump(mode="json") for c in (changed_config, earlier_config))
+    if not is_forced and (fixed := [key for key in changed if not may_change(key)]):
+        changes = ", ".join(_describe_changes(fixed, before, now))
+        raise UserError(
+            f"{', '.join(fixed)} cannot change when a run is resumed, since that would make it a different run: "
+            f"{changes}. Keys that can change: {', '.join(CHANGEABLE_KEYS)} (except {', '.join(FIXED_KEYS)}). To "
+            f"start a new run from these weights: init_from={run_dir}. To resume anyway: force_resume=true"
+        )
+    for key in changed:
+        _copy_key(key.split("."), now, earlier)
     start = dict.fromkeys(START_KEYS)
     merged = validate(RunConfig, earlier | {"resume": str(run_dir), "force_resume": is_forced, **start})
     check_trusted(merged.model_dump(mode="json"), run_dir)
@@ -131,6 +198,8 @@ def merge_resume_config(
     if is_forced:
         merged = _keep_past_batches(merged, earlier_config, run_dir)
         check_weights_fit(run_dir, earlier_config.model, merged.model, cropped=False)
+    if changed:
+        log.info("%-9s %s", "changed", ", ".join(_describe_changes(changed, before, now)))
     return merged
 
 
@@ -152,6 +221,49 @@ def _check_is_newest(run_dir: Path, checkpoint: Path, named: str) -> None:
         f"init_from={checkpoint if later else newest}."
         + (" To discard the later steps: first move the later checkpoints to another directory." if later else "")
     )
+
+
+def _describe_changes(keys: Iterable[str], before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """Yields a description of each changed key; a callback or logger that is added or removed is one change."""
+    groups = {".".join(key.split(".")[:2]): key for key in keys if key.startswith(COMPONENT_GROUPS)}
+    added = {group for group in groups if get_value(before, group) is None}
+    removed = {group for group in groups if get_value(now, group) is None}
+    yield from (f"{group} added" for group in sorted(added))
+    yield from (f"{group} removed" for group in sorted(removed))
+    for key in keys:
+        if not key.startswith(tuple(added | removed)):
+            yield f"{key}={get_value(now, key)} (was {get_value(before, key)})"
+
+
+def _apply(values: dict[str, Any], overridden: Iterable[str], earlier: dict[str, Any]) -> RunConfig:
+    """Returns the configuration of an earlier run with the overridden keys or groups of ``values``."""
+    values, changed = copy.deepcopy(values), copy.deepcopy(earlier)
+    if get_value(values, "data.val_split") == "auto":
+        values["data"]["val_split"] = earlier["data"]["val_split"]
+    keys = sorted(overridden, key=lambda key: key.count("."))  # groups first
+    for key in keys:
+        if key in COMPONENT_GROUPS:
+            changed[key] = _select_components(values[key], earlier[key], key, keys)
+        elif key.partition(".")[0] in values:
+            _copy_key(key.split("."), values, changed)
+    if "trainer" in keys and "trainer.precision" not in keys:
+        changed["trainer"]["precision"] = earlier["trainer"]["precision"]  # a trainer option selects devices only
+    return validate(RunConfig, changed | {"resume": None, "force_resume": False})
+
+
+def _select_components(
+    selected: dict[str, Any], earlier: dict[str, Any], group: str, overridden: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the selected callbacks or loggers; those that the run already has keep its values, which is logged."""
+    nodes = dict(selected)
+    for name, node in selected.items():
+        if node is None or (kept := earlier.get(name)) is None or kept.get(TARGET) != node.get(TARGET):
+            continue
+        nodes[name] = kept
+        keys = (f"{group}.{name}.{key}" for key in node if key in kept and kept[key] != node[key])
+        if differ := [f"{key}={kept[key.rpartition('.')[2]]}" for key in keys if key not in overridden]:
+            log.info("%-9s %s", "kept", ", ".join(differ))
+    return nodes
 
 
 def _keep_past_batches(config: RunConfig, earlier: RunConfig, run_dir: Path) -> RunConfig:
@@ -206,6 +318,12 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
     if not config.train.past_batches:
         keys.discard("train.past_batches")  # set by a forced resume
     return sorted(key for key in keys if get_value(values, key) != get_value(earlier, key))
+
+
+def _changed_starts(config: RunConfig, earlier_config: RunConfig) -> list[str]:
+    """Returns the keys of the start of a run that differ from an earlier run's."""
+    config = config.with_absolute_paths()
+    return [key for key in START_KEYS if getattr(config, key) != getattr(earlier_config, key)]
 
 
 def resolve_to_dict(values: DictConfig) -> dict[str, Any]:

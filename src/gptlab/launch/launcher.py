@@ -37,6 +37,7 @@ from gptlab.tracking.run_directory import (
     check_run_size,
     check_weights_fit,
     load_config,
+    newest_step,
     require_checkpoint,
     split_checkpoint,
 )
@@ -153,10 +154,24 @@ def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
     if config.resume:
         check_no_links(Path(config.resume))
         check_run_size(Path(config.resume), config.model)
+        _check_steps_left(config, Path(config.resume))
     if config.lora and not start:
         raise UserError("lora adapts trained weights, but none are given. Set init_from=<weights>.")
     if not config.resume:
         check_val_split(config.data)
+
+
+def _check_steps_left(config: RunConfig, run_dir: Path) -> None:
+    """Checks that a run to resume has not been trained for more steps than its new length."""
+    if (step := newest_step(run_dir)) is not None and step > config.steps:
+        given, needed = f"train.max_steps={config.steps}", f"train.max_steps={step}"
+        if (tokens := config.train.max_tokens) is not None:
+            given = f"train.max_tokens={tokens}, which is {config.steps} steps"
+            needed = f"train.max_tokens={config.train.stages.first(step) * config.model.block_size}"
+        raise UserError(
+            f"{given}: {run_dir} has been trained for {step} steps already, and resuming cannot shorten it. Use "
+            f"{needed} or more."
+        )
 
 
 def _check_loggers(config: RunConfig) -> None:

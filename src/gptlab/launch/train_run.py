@@ -1,6 +1,7 @@
 """Trains one run in this process: builds the module, run directory, callbacks and Trainer, and calls ``fit``."""
 
 import contextlib
+import json
 import logging
 import sys
 import traceback
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 
+from gptlab.config.resume import START_KEYS
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
@@ -36,6 +38,7 @@ from gptlab.tracking.run_directory import (
     STACKS,
     TRACE,
     create_run_dir,
+    load_config,
     newest_checkpoint,
     record_config,
 )
@@ -325,9 +328,17 @@ def _build_callbacks(
     checkpoints = None
     if wanted.checkpoint:
         every, eval_every = wanted.checkpoint.every, config.train.eval_every
-        checkpoints = RunCheckpoint(checkpoint_io, run_dir / CHECKPOINTS, every=every, eval_every=eval_every)
+        checkpoints = RunCheckpoint(
+            checkpoint_io, run_dir / CHECKPOINTS, every=every, eval_every=eval_every, end_rules=_end_rules(config)
+        )
         callbacks.append(checkpoints)
     return [*callbacks, *extra_callbacks, Preemption(step_sync, checkpoints), GarbageCollection()]
+
+
+def _end_rules(config: RunConfig) -> str:
+    """Returns the length of the run and the configuration of the callbacks that may end it early, as JSON."""
+    others = {"checkpoint", "samples", "hellaswag", "trace"}
+    return json.dumps({"steps": config.steps, **config.callbacks.model_dump(mode="json", exclude=others)})
 
 
 def _open_run_dir(
@@ -335,7 +346,8 @@ def _open_run_dir(
 ) -> Path:
     """Creates and locks the run directory; on a resume, records the configuration in the existing one."""
     if config.resume:
-        record_config(config, Path(config.resume))
+        earlier = load_config(Path(config.resume))
+        record_config(config.model_copy(update={key: getattr(earlier, key) for key in START_KEYS}), Path(config.resume))
         return Path(config.resume)
     if config.resume_from_nanogpt is None:
         return create_run_dir(config, prepared.manifest, assigned_dir, lock)

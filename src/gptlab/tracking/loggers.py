@@ -12,12 +12,40 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gptlab.config.schema import RunConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, without_passwords
 from gptlab.files import open_regular
-from gptlab.tracking.run_store.runs import METRICS, read_csv
+from gptlab.tracking.run_directory import without_origin
+from gptlab.tracking.run_store.runs import METRICS, flatten, read_csv
 from gptlab.tracking.run_store.state import RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
+from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.distributed.processes import is_first_rank
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """Lightning's ``TensorBoardLogger`` for the run directory, with the configuration as hyperparameters.
+
+    Their metrics are ``val/loss`` and ``val/bits_per_byte``, of which TensorBoard shows the last value.
+
+    Args:
+        config: Configuration of the run.
+        directory: Run directory.
+        keep_until: On a resume, the last step whose rows TensorBoard keeps; None for a new run.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, keep_until: int | None) -> None:
+        purge_step = None if keep_until is None else keep_until + 1
+        super().__init__(directory, name="", version="tensorboard", default_hp_metric=False, purge_step=purge_step)
+        if is_first_rank():
+            self._log_config(config)
+
+    def _log_config(self, config: RunConfig) -> None:
+        from torch.utils.tensorboard.summary import hparams
+
+        values = flatten(without_passwords(without_origin(config)))
+        numbers_or_text = {key: value if isinstance(value, int | float) else str(value) for key, value in values}
+        for summary in hparams(numbers_or_text, dict.fromkeys(MetricsCallback.evaluation_metrics, 0.0)):
+            self.experiment.file_writer.add_summary(summary)
 
 
 class MetricsCSVLogger(CSVLogger):
@@ -138,7 +166,7 @@ def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) ->
     """
     loggers: list[Logger] = []
     if config.logger.tensorboard is not None:
-        loggers.append(TensorBoardLogger(directory, name="", version="tensorboard", default_hp_metric=False))
+        loggers.append(RunTensorBoardLogger(config, directory, keep_until))
     if config.logger.wandb is not None:
         earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
         record = build_wandb_logger(config, config.logger.wandb, directory, earlier)

@@ -46,3 +46,27 @@ def test_an_unknown_metric_is_reported_as_early_as_it_is_known(user, extra, step
     assert "grad_norm" in done.stderr
     assert ("mine/score" in done.stderr) == bool(extra)
     assert max(metrics(user.only_run(), "train/loss")) == step
+
+
+@pytest.mark.parametrize("devices", [(), pytest.param(("trainer=fsdp", "trainer.devices=2"), marks=pytest.mark.slow)])
+def test_a_run_that_has_stopped_stays_finished_until_its_patience_changes(user, devices):
+    monitor = ("callbacks.early_stopping.monitor=tokens", "callbacks.early_stopping.mode=min")
+    start = ("callbacks=[default,early_stopping]", *monitor, *STOP, *devices)
+    assert_success(user.train(*start))
+    run = user.only_run()
+    before = {path: path.read_bytes() for path in (run / "metrics.csv", *run.glob("checkpoints/*/*.*"))}
+    assert_success(user.python("gptlab.train", f"resume={run}"))
+    assert {path: path.read_bytes() for path in (run / "metrics.csv", *run.glob("checkpoints/*/*.*"))} == before
+    assert_success(user.python("gptlab.train", f"resume={run}", "callbacks.early_stopping.patience=3"))
+    assert list(metrics(run, "val/loss")) == [2, 4, 6, 8]  # as with this patience from the start
+
+
+def test_a_run_that_a_users_callback_has_ended_stays_finished_until_its_length_changes(user):
+    stop = ("lightning.pytorch.callbacks.EarlyStopping", "val/loss")
+    component = (f"+callbacks.stop._target_={stop[0]}", f"+callbacks.stop.monitor={stop[1]}")
+    bound = "+callbacks.stop.stopping_threshold=100"  # reached at the first evaluation
+    assert_success(user.train("callbacks=checkpoint", *component, bound, *STOP[:2]))
+    run = user.only_run()
+    for steps, evaluations in ((20, [2]), (21, [2, 4])):
+        assert_success(user.python("gptlab.train", f"resume={run}", f"train.max_steps={steps}"))
+        assert list(metrics(run, "val/loss")) == evaluations

@@ -17,7 +17,7 @@ class Unsaved(RunCheckpoint):
 
     def __init__(self, *, evaluation_due: bool) -> None:
         files = AtomicCheckpointIO(keep_last=1, keep_best=False, asynchronous=False)
-        super().__init__(files, Path("unused"), every=None, eval_every=STEPS)
+        super().__init__(files, Path("unused"), every=None, eval_every=STEPS, end_rules="")
         self.evaluation_due = evaluation_due
         self.seen: list[tuple[str, int, bool]] = []
 

@@ -30,10 +30,14 @@ class EarlyStopping(LightningEarlyStopping):
         super().__init__(config.monitor, min_delta=config.min_delta, patience=config.patience, mode=config.mode)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the best value and the counts; raises an error if one is not a number."""
+        """Restores the best value and the counts; raises an error if one is not a number.
+
+        Unlike Lightning's, ``patience`` is that of the configuration, so that it can change when a run is resumed.
+        """
         counts = {name: int(state_dict[name]) for name in ("wait_count", "stopped_epoch", "patience")}
         float(state_dict["best_score"])
-        super().load_state_dict({"best_score": torch.as_tensor(state_dict["best_score"]), **counts})
+        restored = {"best_score": torch.as_tensor(state_dict["best_score"]), **counts, "patience": self.patience}
+        super().load_state_dict(restored)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

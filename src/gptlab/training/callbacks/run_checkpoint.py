@@ -23,18 +23,30 @@ class RunCheckpoint(Checkpoint):
         folder: Directory of the checkpoints.
         every: Steps between checkpoints, in addition to those after evaluations; None for no additional ones.
         eval_every: Steps between evaluations.
+        end_rules: Length of the run and configuration of the callbacks that may end it early. A run that a callback
+            has ended stays finished when it is resumed, unless these have changed.
     """
 
-    def __init__(self, files: AtomicCheckpointIO, folder: Path, *, every: int | None, eval_every: int) -> None:
+    def __init__(
+        self, files: AtomicCheckpointIO, folder: Path, *, every: int | None, eval_every: int, end_rules: str
+    ) -> None:
         self.files, self.folder, self.every, self.eval_every = files, folder, every, eval_every
+        self.end_rules = end_rules
+        self.ended_by: str | None = None  # end_rules with which a callback ended the run at the checkpoint
         self.evaluation_due = False  # whether the checkpoint was saved before the evaluation of its step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Runs the evaluation that was due when the checkpoint was saved, if any.
+        """Ends a run that a callback had ended at the checkpoint; runs the evaluation that was due there, if any.
 
         ``Trainer.validate`` cannot be called while ``Trainer.fit`` runs, so the validation loop is run as Lightning
         itself does within an epoch (``_TrainingEpochLoop.on_advance_end``, read in lightning 2.6.6).
         """
+        if self.ended_by == self.end_rules:
+            trainer.should_stop = True
+            log.info(
+                "The run was ended by a callback at step %d. To train further, change train.max_steps or the callback.",
+                trainer.global_step,
+            )
         if self.evaluation_due:
             trainer.validating = True
             trainer.fit_loop.epoch_loop.val_loop.run()
@@ -64,6 +76,8 @@ class RunCheckpoint(Checkpoint):
         assert isinstance(trainer.lightning_module, GPTModule)  # noqa: S101
         trainer.lightning_module.on_validation_end()  # restores the trained weights after averages were evaluated
         self.evaluation_due = evaluation_due
+        is_ended = trainer.should_stop and trainer.global_step < trainer.max_steps
+        self.ended_by = self.end_rules if is_ended else None
         facts = CheckpointMetadata(step=trainer.global_step, val_loss=val_loss, evaluation_due=evaluation_due)
         trainer.save_checkpoint(checkpoint_path(self.folder, facts.step), weights_only=False, storage_options=facts)
 
@@ -80,9 +94,10 @@ class RunCheckpoint(Checkpoint):
                 log.exception("A checkpoint could not be written.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns whether an evaluation is still due."""
-        return {"evaluation_due": self.evaluation_due}
+        """Returns whether an evaluation is still due, and whether a callback has ended the run."""
+        return {"evaluation_due": self.evaluation_due, "ended_by": self.ended_by}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores whether an evaluation is still due."""
+        """Restores whether an evaluation is still due, and whether a callback has ended the run."""
         self.evaluation_due = bool(state_dict["evaluation_due"])
+        self.ended_by = state_dict.get("ended_by")  # None in checkpoints of earlier versions
