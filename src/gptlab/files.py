@@ -6,11 +6,13 @@ which replaces a link instead of following it.
 """
 
 import errno
+import logging
 import os
 import stat
 import tempfile
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path, PurePath
 from typing import TextIO
@@ -19,6 +21,8 @@ from gptlab.errors import UserError
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
+log = logging.getLogger(__name__)
+_not_written: set[Path] = set()  # since the disk is full
 
 
 def is_plain_name(name: str) -> bool:
@@ -63,6 +67,25 @@ def open_append(path: Path) -> TextIO:
     return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
 
 
+def append_whole(path: Path, content: str) -> None:
+    """Appends text to an existing regular file; if that fails, the file remains as it was.
+
+    Raises:
+        OSError: The file is missing, a link, or not a regular file, or the disk is full.
+    """
+    descriptor = _open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        size, rest = os.fstat(descriptor).st_size, content.encode()
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def truncate(path: Path, size: int) -> None:
     """Truncates a regular file, created if missing, if it is larger. Raises OSError if it is anything else."""
     descriptor = _open(path, os.O_WRONLY | os.O_CREAT)
@@ -97,6 +120,29 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether an error is that the disk, or the user's quota, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def skip_if_disk_full(path: Path) -> Iterator[None]:
+    """Context manager that logs a full disk as a warning, once until a write succeeds, instead of raising the error.
+
+    Args:
+        path: File that is written.
+    """
+    try:
+        yield
+        _not_written.discard(path)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        if path not in _not_written:
+            log.warning("The disk is full, so %s is not written. Training continues.", path)
+        _not_written.add(path)
 
 
 def fsync_path(path: Path) -> None:

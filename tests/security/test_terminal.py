@@ -10,6 +10,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 import pytest
 import rich
@@ -224,3 +225,42 @@ def test_a_hostile_run_directory_is_listed_and_reported_without_control_sequence
     assert "\\x1b[2J" in done.stdout
     assert "\\x1b[2J2 is omitted" in done.stderr
     assert controls(done.stdout + done.stderr) == set()
+
+
+@pytest.fixture
+def hooks(monkeypatch) -> None:
+    """Undoes ``install_hooks`` at the end of a test."""
+    for module, name in ((sys, "stdout"), (sys, "stderr"), (sys, "excepthook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+def open_full_disk() -> TextIO:
+    return open("/dev/full", "w")  # noqa: SIM115, PTH123
+
+
+def open_closed_pipe() -> TextIO:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("output", [open_full_disk, open_closed_pipe])
+def test_output_that_cannot_be_written_is_dropped(hooks, monkeypatch, output):
+    with pytest.raises(OSError), output() as stdout:  # noqa: PT011
+        print("text", file=stdout)
+    with output() as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        install_hooks()
+        print_data("text")
+        sys.stdout.flush()
+
+
+def test_output_is_written_whole(hooks, monkeypatch, tmp_path):
+    with (tmp_path / "output.txt").open("w", encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        install_hooks()
+        for number in range(5000):
+            print_data(f"{number} 世")
+        sys.stdout.flush()
+    assert (tmp_path / "output.txt").read_text() == "".join(f"{number} \\u4e16\n" for number in range(5000))

@@ -5,7 +5,6 @@ then its record. The manifest is written last. A preparation that was killed res
 record, and its result is bit-identical for any number of workers and machines.
 """
 
-import errno
 import functools
 import hashlib
 import json
@@ -51,7 +50,7 @@ from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalen
 from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
-from gptlab.files import write_durably
+from gptlab.files import is_disk_full, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +205,7 @@ def _run_preparation(
             "data.task_bytes and run the command again. Finished tasks are kept."
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         left = sum(task.bytes for task in _partition_tasks(folder, own_tasks)[1])
         raise UserError(
