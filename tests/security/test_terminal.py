@@ -236,7 +236,7 @@ def hooks(monkeypatch) -> None:
 
 
 def open_full_disk() -> TextIO:
-    return open("/dev/full", "w")  # noqa: SIM115, PTH123
+    return open("/dev/full", "w")  # noqa: PTH123
 
 
 def open_closed_pipe() -> TextIO:
