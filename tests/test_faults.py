@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from commands import assert_same_run, assert_success, metrics, newest_state
-from gptlab.exit_codes import DONE, PREEMPTED
+from gptlab.exit_codes import DONE, FAILED, PREEMPTED
 
 TINY = ("data=text", "data.source=text.txt", "model=tiny", "model.block_size=32", "train.log_every=1")
 EVALUATIONS = ("train.eval_every=3", "train.eval_windows=10", "callbacks=checkpoint", "model.dropout=0.1")
@@ -99,32 +100,39 @@ def test_an_error_of_the_checkpoint_thread_ends_the_run_and_removes_no_checkpoin
     assert [path.name for path in user.only_run().glob("checkpoints/step_*")] == ["step_000003"]
 
 
-SMALL_DISK = """
-set -e
-mkdir -p outputs
-mount -t tmpfs -o size=5m none outputs
-"$@"
+FILLED_DISK = """
+mkdir outputs
+mount -t tmpfs -o size=9m none outputs || exit 99
+"$@" >outputs/output.txt 2>errors.txt &
+until [ "$(cat outputs/*/*/metrics.csv 2>/dev/null | wc -l)" -gt "$ROWS" ]; do sleep 0.01; done
+head -c 20m /dev/zero >outputs/filler 2>/dev/null
+wait $!
+echo $? >status.txt
+rm outputs/filler
+python -m gptlab.train resume=$(echo outputs/*/*) || exit 98
 cp -r outputs kept
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="requires unshare, which mounts a small disk")
-def test_training_continues_when_the_disk_is_full(user):
-    endless = ("callbacks.checkpoint.keep_last=99", "callbacks.checkpoint.every=1", "train.max_steps=9")
-    command = ("sh", "-c", SMALL_DISK, "sh", sys.executable, "-m", "gptlab.train", *TINY, *EVALUATIONS, *endless)
-    done = user.run("unshare", "-rm", *command)
-    if "mount" in done.stderr:
+@pytest.mark.parametrize("rows", [4, 20])
+def test_training_continues_on_a_full_disk_and_the_resume_is_bit_identical(user, rows):
+    command = ("gptlab.train", *TINY, *EVALUATIONS, "train.max_steps=60", "callbacks=[checkpoint,samples]")
+    assert_success(user.python(*command, "name=whole"))
+    user.environment |= {"ROWS": str(rows), "PATH": f"{Path(sys.executable).parent}:{user.environment['PATH']}"}
+    shutil.move(user.folder / "outputs", user.folder / "other")
+    done = user.run("unshare", "-rm", "sh", "-c", FILLED_DISK, "sh", sys.executable, "-m", *command, "name=full")
+    if done.returncode == 99:
         pytest.skip(f"unshare cannot mount a disk: {done.stderr}")
     assert_success(done)
-    directory = next((user.folder / "kept" / "quickstart").iterdir())
-    assert max(metrics(directory, "tokens")) == 9
-    full = done.stdout.count("was not saved. Training continues")
-    saved = len(list(directory.glob("checkpoints/step_*")))
-    assert full >= 1
-    assert saved >= 1
-    assert full + saved == 9
-    assert "is full, so the checkpoint of step" in (directory / "train.log").read_text()
+    errors, resumed = (user.folder / "errors.txt").read_text(), user.folder / "kept" / "full"
+    assert (user.folder / "status.txt").read_text() == f"{FAILED}\n"
+    assert re.fullmatch(r"gptlab: The disk is full, so \S+/checkpoints/step_000060 could not be written\.\n", errors)
+    (resumed,) = resumed.iterdir()
+    (whole,) = (user.folder / "other" / "whole").iterdir()
+    assert_same_run(whole, resumed)
+    assert list(metrics(resumed, "tokens")) == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -144,15 +152,17 @@ def test_a_signal_to_one_rank_preempts_all_and_the_resume_is_bit_identical(user)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [(), ("train.ema_decay=0.9",)], ids=["weights", "average"])
-def test_an_evaluation_interrupted_by_a_signal_is_repeated_on_resume(user, extra):
+@pytest.mark.parametrize(
+    ("extra", "number"), [((), signal.SIGUSR1), (("train.ema_decay=0.9",), signal.SIGHUP)], ids=["weights", "average"]
+)
+def test_an_evaluation_interrupted_by_a_signal_is_repeated_on_resume(user, extra, number):
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
     evaluations = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
     assert_success(user.python("gptlab.train", *TINY, *evaluations, "name=whole"))
     run = user.begin("gptlab.train", *TINY, *evaluations, "name=stopped")
     run.until(lambda: last_step(user, "stopped") == 3)
     time.sleep(0.2)
-    run.send_signal(signal.SIGUSR1)
+    run.send_signal(number)
     run.ended(PREEMPTED)
     stopped = user.only_run("stopped")
     assert "val/loss" not in (stopped / "metrics.csv").read_text()

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 from gptlab.errors import Diverged, UserError
+from gptlab.files import is_disk_full
 from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
@@ -26,17 +27,26 @@ class SweepIncomplete(Exception):  # noqa: N818
 
 
 def report_error(error: Exception) -> int:
-    """Prints an error on the first rank and returns its exit code."""
+    """Prints an error on the first rank and returns its exit code.
+
+    Raises:
+        OSError: ``error`` is one that does not mean that the disk is full.
+    """
+    message, status = str(error), DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
+    if isinstance(error, OSError):
+        if not is_disk_full(error):
+            raise error
+        message, status = f"The disk is full, so {error.filename or 'a file'} could not be written.", FAILED
     if is_first_rank():
-        print_message(f"gptlab: {error}", file=sys.stderr)
-    return DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
+        print_message(f"gptlab: {message}", file=sys.stderr)
+    return status
 
 
 def exit_status(work: Callable[[], int]) -> int:
-    """Calls ``work`` and returns its exit code; prints ``UserError`` and ``Diverged`` and returns their exit codes."""
+    """Calls ``work`` and returns its exit code, or that of the error that it raised; see ``report_error``."""
     try:
         return work()
-    except (UserError, Diverged) as error:
+    except (UserError, Diverged, OSError) as error:
         return report_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -6,12 +6,13 @@ which replaces a link instead of following it.
 """
 
 import errno
+import logging
 import os
 import stat
 import tempfile
 import uuid
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path, PurePath
 from typing import TextIO
@@ -20,6 +21,8 @@ from gptlab.errors import UserError
 
 COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 MAX_BYTES = 2**26  # far above the largest file of its kind that gptlab writes
+log = logging.getLogger(__name__)
+_not_written: set[Path] = set()  # since the disk is full
 
 
 def is_plain_name(name: str) -> bool:
@@ -62,6 +65,25 @@ def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = False) ->
 def open_append(path: Path) -> TextIO:
     """Opens a regular file, created if missing, to append text; raises OSError for anything else, such as a link."""
     return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
+
+
+def append_whole(path: Path, content: str) -> None:
+    """Appends text to an existing regular file; if that fails, the file remains as it was.
+
+    Raises:
+        OSError: The file is missing, a link, or not a regular file, or the disk is full.
+    """
+    descriptor = _open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        size, rest = os.fstat(descriptor).st_size, content.encode()
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def truncate(path: Path, size: int) -> None:
@@ -156,6 +178,29 @@ def has_mark(path: Path, mark: str) -> bool:
 def _overwrite(key: str) -> str:
     """Returns the override that permits replacing the files at ``key``, such as prove.overwrite=true for prove.out."""
     return f"{key.rpartition('.')[0]}.overwrite=true".removeprefix(".")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Returns whether an error is that the disk, or the user's quota, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def skip_if_disk_full(path: Path) -> Iterator[None]:
+    """Context manager that logs a full disk as a warning, once until a write succeeds, instead of raising the error.
+
+    Args:
+        path: File that is written.
+    """
+    try:
+        yield
+        _not_written.discard(path)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        if path not in _not_written:
+            log.warning("The disk is full, so %s is not written. Training continues.", path)
+        _not_written.add(path)
 
 
 def fsync_path(path: Path) -> None:

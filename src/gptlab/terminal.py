@@ -12,8 +12,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
-from typing import TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import rich
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -70,14 +71,40 @@ class _EscapingConsole(Console):
             yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
 
 
+class _OptionalOutput(io.FileIO):
+    """Standard output or standard error. What cannot be written is dropped, so that output never ends a run.
+
+    For example, the terminal is closed, the pipe to ``head`` is closed, or the file is on a full disk.
+    """
+
+    def write(self, data: Any) -> int:
+        """Writes bytes; returns their number, also if they are dropped."""
+        with suppress(OSError):
+            return super().write(data)
+        return len(memoryview(data))
+
+
 def install_hooks() -> None:
-    """Makes Python print uncaught exceptions and warnings through this module, and any text in any encoding."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
-            stream.reconfigure(errors="backslashreplace")
+    """Makes output optional, in any encoding, and prints uncaught exceptions and warnings through this module."""
+    sys.stdout, sys.stderr = _optional(sys.stdout), _optional(sys.stderr)
     sys.excepthook = print_exception
     threading.excepthook = lambda thread: print_exception(thread.exc_type, thread.exc_value, thread.exc_traceback)
     warnings.showwarning = _print_warning
+
+
+def _optional(stream: TextIO) -> TextIO:
+    """Returns a stream to the same file whose failures are ignored; a stream without a file is only reconfigured."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = getattr(stream.buffer, "raw", stream.buffer)  # the buffer itself with python -u
+    if type(raw) is not io.FileIO:
+        stream.reconfigure(errors="backslashreplace")
+        return stream
+    stream.flush()
+    output = _OptionalOutput(raw.fileno(), "wb", closefd=False)
+    buffer = cast(BinaryIO, output if raw is stream.buffer else io.BufferedWriter(output))
+    lines, through = stream.line_buffering, stream.write_through
+    return io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
 def print_exception(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:

@@ -187,7 +187,9 @@ def test_a_report_shows_nothing_through_links(tmp_path, name):
 def test_a_metrics_file_with_many_columns_and_many_short_rows_is_read_in_time(tmp_path):
     run = write_run(tmp_path / "run")
     header = ",".join(("step", "tokens", *(f"x{i}" for i in range(15_000))))
-    (run / "metrics.csv").write_text("\n".join((header, *(f"{i},{i}" for i in range(15_000)), "1,2" + ",3" * 15_000)))
+    (run / "metrics.csv").write_text(
+        "\n".join((header, *(f"{i},{i}" for i in range(15_000)), "1,2" + ",3" * 15_000 + "\n"))
+    )
     began = time.process_time()
     assert Run(run).value("x14999") == 3
     assert len(_read_rows(run / "metrics.csv", 20_000)) == 15_001

@@ -10,6 +10,7 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 import pytest
 import rich
@@ -229,20 +230,54 @@ def test_a_hostile_run_directory_is_listed_and_reported_without_control_sequence
     assert controls(done.stdout + done.stderr) == set()
 
 
-@pytest.mark.parametrize(
-    "errors", ["strict", "surrogateescape"]
-)  # surrogateescape: LC_ALL=C without Python's UTF-8 mode
+@pytest.fixture
+def hooks(monkeypatch) -> None:
+    """Undoes ``install_hooks`` at the end of a test."""
+    for module, name in ((sys, "stdout"), (sys, "stderr"), (sys, "excepthook"), (threading, "excepthook")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one for LC_ALL=C
 @pytest.mark.parametrize("encoding", ["ascii", "latin1", "cp1252"])
-def test_text_that_the_terminal_cannot_encode_is_shown_as_escapes(monkeypatch, encoding, errors):
+def test_text_that_the_terminal_cannot_encode_is_shown_as_escapes(hooks, monkeypatch, encoding, errors):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding, errors)
     with pytest.raises(UnicodeEncodeError):
         stdout.write("世")
     monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     install_hooks()
     print_data("step 1 · 世 🙂")
     stdout.flush()
     dot = "·" if encoding != "ascii" else "\\xb7"
     assert stdout.buffer.getvalue().decode(encoding) == f"step 1 {dot} \\u4e16 \\U0001f642\n"
+
+
+def open_full_disk() -> TextIO:
+    return open("/dev/full", "w")  # noqa: PTH123
+
+
+def open_closed_pipe() -> TextIO:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return os.fdopen(writing, "w")
+
+
+@pytest.mark.parametrize("output", [open_full_disk, open_closed_pipe])
+def test_output_that_cannot_be_written_is_dropped(hooks, monkeypatch, output):
+    with pytest.raises(OSError), output() as stdout:  # noqa: PT011
+        print("text", file=stdout)
+    with output() as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        install_hooks()
+        print_data("text")
+        sys.stdout.flush()
+
+
+def test_output_is_written_whole(hooks, monkeypatch, tmp_path):
+    with (tmp_path / "output.txt").open("w", encoding="ascii") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        install_hooks()
+        for number in range(5000):
+            print_data(f"{number} 世")
+        sys.stdout.flush()
+    assert (tmp_path / "output.txt").read_text() == "".join(f"{number} \\u4e16\n" for number in range(5000))

@@ -101,14 +101,15 @@ def compose(point):
 def run_sweep(folder: Path, arguments, runner, **changes):
     settings = SweeperConfig(**SETTINGS | changes)
     space = SearchSpace({}, list(arguments))
-    n_trials = len(space.grid()) if settings.search == "grid" else settings.n_trials
+    grid = space.grid() if settings.search == "grid" else []
     definition = Sweep(
-        question="", space=space.written, fixed=[], search=settings.search, n_trials=n_trials, baseline={},
-        definition=" ".join(arguments), wandb_group="",
+        question="", space=space.written, fixed=[], search=settings.search, n_trials=len(grid) or settings.n_trials,
+        baseline={}, definition=" ".join(arguments), wandb_group="", points=grid,
     )  # fmt: skip
     store = SweepStore(folder, definition)
     try:
-        return SweepRunner(store, Search(settings, space, folder, 1000), runner, compose, retry=settings.retry).run()
+        search = Search(settings, space, folder, 1000, store.sweep.points)
+        return SweepRunner(store, search, runner, compose, retry=settings.retry).run()
     finally:
         store.close()
 
@@ -152,6 +153,24 @@ def test_sweep_killed_twice_runs_every_trial_once(tmp_path, first):
         finished += runner.finished
     assert sorted(finished) == list(range(12))
     assert Counter(trial.state for trial in load_trials(tmp_path)) == {"done": 10, "failed": 1, "diverged": 1}
+
+
+@pytest.mark.parametrize("points_are_stored", [True, False])
+def test_shuffled_points_run_once_when_the_sweep_is_resumed(tmp_path, points_are_stored):
+    """sweep.json of earlier versions has no points."""
+    sweep = ["x=shuffle(1,2,3,4,5,6)"]
+    values = {"1", "2", "3", "4", "5", "6"}
+    for dies_after in (1, 1, 1):
+        with pytest.raises(Killed):
+            run_sweep(tmp_path, sweep, FakeLauncher(dies_after=dies_after))
+        if not points_are_stored:
+            path = tmp_path / "sweep.json"
+            path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "points"}))
+    known = [trial.overrides["x"] for trial in load_trials(tmp_path)]
+    assert run_sweep(tmp_path, sweep, FakeLauncher()) == DONE
+    found = [trial.overrides["x"] for trial in load_trials(tmp_path)]
+    assert found[: len(known)] == known
+    assert (len(found), {*found}) == (6, values)
 
 
 def test_preempted_trials_are_resumed_and_failed_trials_only_with_retry(tmp_path):

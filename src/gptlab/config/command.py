@@ -75,7 +75,7 @@ def command(
             log_to_console()
             try:
                 status = task(config)
-            except (UserError, Diverged, OmegaConfBaseException) as error:
+            except (UserError, Diverged, OmegaConfBaseException, OSError) as error:
                 status = report_error(error)
             if status != DONE and _is_launched_job():
                 raise JobFailed(status)
@@ -97,7 +97,7 @@ def command(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
                 decorate_with_hydra(run_task)()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 statuses.append(report_error(error))
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 from gptlab.exit_codes import PREEMPTED
 from gptlab.launch.requeue import requeue_slurm_job
+from gptlab.training.distributed.processes import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 Handler = Callable[[int, FrameType | None], Any]
 
 

@@ -25,12 +25,12 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.trust import check_trusted
 from gptlab.exit_codes import DIVERGED, DONE, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.files import read_regular, write_file
-from gptlab.launch.signals import STOP_SIGNALS, StopSignals, block_signals
+from gptlab.launch.signals import StopSignals, block_signals
 from gptlab.parsing import parse_json
 from gptlab.tracking.environment import COMMAND
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
-from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZVOUS
+from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZVOUS, STOP_SIGNALS
 
 WORKER = "gptlab.worker"  # by name, since it is in a layer above this package
 WORKER_COMMAND = (sys.executable, "-m", WORKER)

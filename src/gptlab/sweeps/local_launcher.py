@@ -13,11 +13,12 @@ from typing import NamedTuple
 from gptlab.config.schema import RunConfig
 from gptlab.exit_codes import FAILED, INTERRUPTED, PREEMPTED
 from gptlab.files import open_append
-from gptlab.launch.signals import STOP_SIGNALS, block_signals
+from gptlab.launch.signals import block_signals
 from gptlab.launch.supervisor import Job, Worker, count_gpus, start_worker
 from gptlab.sweeps.config import LocalLauncherConfig
 from gptlab.tracking.run_store.sweeps import Trial
 from gptlab.training.config import TrainerConfig
+from gptlab.training.distributed.processes import STOP_SIGNALS
 
 JOB, OUTPUT = "job.json", "output.log"
 GRACE = 20.0  # seconds between an interrupt and SIGKILL

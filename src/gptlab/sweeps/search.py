@@ -7,7 +7,6 @@ The Optuna study is a journal in the sweep directory, which trial processes also
 import json
 import logging
 import math
-import random
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +74,20 @@ class Search:
         space: Search space.
         folder: Sweep directory.
         max_tokens: Number of tokens of a trial that is not pruned.
+        grid: Points of a grid, in the order of their trials.
 
     Raises:
-        UserError: A key of a grid has no value or infinitely many values, or no key of another search is varied.
+        UserError: The search is not a grid, and no key is varied.
     """
 
-    def __init__(self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int) -> None:
+    def __init__(
+        self, config: SweeperConfig, space: SearchSpace, folder: Path, max_tokens: int, grid: list[Point]
+    ) -> None:
         self.config, self.space, self.max_tokens = config, space, max_tokens
         self.folder = folder
-        self.grid = space.grid() if config.search == "grid" else None
+        self.grid = grid if config.search == "grid" else None
         self.distributions = space.distributions() if self.grid is None else {}
         self.study: optuna.Study | None = None
-        if self.grid is not None and config.prune is not None:
-            random.Random(config.seed).shuffle(self.grid)  # noqa: S311  (in grid order, each trial might be better than the one before and none would be pruned)
         if self.grid is None or config.prune is not None:
             self.study = optuna.create_study(
                 storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction="minimize"

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
-from gptlab.launch.signals import STOP_SIGNALS, StopSignals
+from gptlab.launch.signals import StopSignals
 from gptlab.sweeps.analysis.report import report_sweep
 from gptlab.sweeps.local_launcher import OUTPUT
 from gptlab.sweeps.search import Search
@@ -21,6 +21,7 @@ from gptlab.sweeps.sweep_table import SweepTable
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import END_STATES, load_state
 from gptlab.tracking.run_store.sweeps import FAILED_STATES, TRIAL_END_STATES, Trial, format_overrides
+from gptlab.training.distributed.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
 

@@ -50,6 +50,11 @@ class SweepStore:
         directory: Sweep directory.
         sweep: Definition of the sweep.
 
+    Attributes:
+        sweep: Definition of the sweep, with the points of an earlier process if it is resumed.
+        trials: Trials by number.
+        is_new: Whether the sweep is not resumed.
+
     Raises:
         UserError: The directory contains another sweep, or another process is running this one.
     """
@@ -76,7 +81,14 @@ class SweepStore:
         if earlier is None:
             sweep.save(directory)
         self.trials = {trial.number: trial for trial in load_trials(directory)}
+        if earlier is not None:
+            self.sweep = sweep.model_copy(update={"points": earlier.points or self._with_known_points(sweep.points)})
         self.is_new = earlier is None
+
+    def _with_known_points(self, points: list[dict[str, str]]) -> list[dict[str, str]]:
+        """Returns the points of a grid with those of existing trials first: earlier versions did not store points."""
+        known = [trial.overrides for trial in self.trials.values()]
+        return known + [point for point in points if point not in known] if points else []
 
     def close(self) -> None:
         """Releases the lock."""

@@ -1,5 +1,6 @@
 """Implementation of the Hydra sweeper plugin. Imports no torch."""
 
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,8 @@ def run_sweep(
     directory = Path(composed.hydra.sweep.dir) if named else find_or_create_sweep_dir(base.name, definition)
     store = SweepStore(directory, definition)
     try:
-        search = Search(config, space, directory, base.steps * base.train.global_batch_size * base.model.block_size)
+        max_tokens = base.steps * base.train.global_batch_size * base.model.block_size
+        search = Search(config, space, directory, max_tokens, store.sweep.points)
         runner: Launcher = (
             LocalLauncher(launcher_config, base.trainer)
             if isinstance(launcher_config, LocalLauncherConfig)
@@ -96,20 +98,24 @@ def _check_space(space: SearchSpace, compose: Callable[[Point], RunConfig], *, i
 
 def _describe(config: SweeperConfig, space: SearchSpace, base: RunConfig) -> Sweep:
     """Builds the definition of a sweep, with the hash that identifies it."""
-    grid = space.grid() if config.search == "grid" else None
+    grid = space.grid() if config.search == "grid" else []
+    if config.prune is not None:
+        # in grid order, each trial might be better than the one before, and none would be pruned
+        random.Random(config.seed).shuffle(grid)  # noqa: S311
     identity = config.model_dump(mode="json", include={"search", "n_trials", "seed", "metric", "prune"})
     return Sweep(
         question=config.question or _question(space),
         space=space.written,
         fixed=space.fixed,
         search=config.search,
-        n_trials=len(grid) if grid is not None else config.n_trials or 0,
+        n_trials=len(grid) if config.search == "grid" else config.n_trials or 0,
         metric=config.metric,
         baseline={key: str(value) for key, value in config.baseline.items()},
         definition=hash_values(
             {"space": space.written, "fixed": sorted(space.fixed), "base": config_hash(base)} | identity
         ),
         wandb_group=f"{base.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        points=grid,
     )
 
 

@@ -2,24 +2,28 @@
 
 import csv
 import io
+import logging
+import sys
 import time
 from collections.abc import Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, without_passwords
-from gptlab.files import open_regular
+from gptlab.files import append_whole, open_regular, skip_if_disk_full, write_file
 from gptlab.tracking.run_directory import without_origin
 from gptlab.tracking.run_store.runs import METRICS, flatten, read_csv
-from gptlab.tracking.run_store.state import RunState, load_state, new_state
+from gptlab.tracking.run_store.state import STATE, RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
 from gptlab.training.callbacks.metrics import MetricsCallback
 from gptlab.training.distributed.processes import is_first_rank
+
+log = logging.getLogger(__name__)
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
@@ -39,6 +43,12 @@ class RunTensorBoardLogger(TensorBoardLogger):
         if is_first_rank():
             self._log_config(config)
 
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs a row of metrics; it is dropped if the disk is full."""
+        with skip_if_disk_full(Path(self.log_dir)):
+            super().log_metrics(metrics, step)
+
     def _log_config(self, config: RunConfig) -> None:
         from torch.utils.tensorboard.summary import hparams
 
@@ -48,30 +58,54 @@ class RunTensorBoardLogger(TensorBoardLogger):
             self.experiment.file_writer.add_summary(summary)
 
 
-class MetricsCSVLogger(CSVLogger):
-    """Lightning's ``CSVLogger`` for metrics.csv in the run directory; a resumed run appends to the file.
+class MetricsCSVLogger(Logger):
+    """Logger of metrics.csv in the run directory, with one row per call and a column per metric.
+
+    Unlike Lightning's ``CSVLogger``, it loses no row if the process is killed or the disk is full: a row is appended
+    as a whole or not at all, and a new column replaces the file at once. Rows that cannot be written are written later.
 
     Args:
         directory: Run directory.
         keep_until: On a resume, the last step whose row is kept; None for a new run.
     """
 
+    name = version = None
+
     def __init__(self, directory: Path, keep_until: int | None) -> None:
-        super().__init__(directory, name="", version="", flush_logs_every_n_steps=1)
+        super().__init__()
+        self.path = directory / METRICS
         self._step = keep_until or 0
-        earlier = _read_rows(directory / METRICS, keep_until) if keep_until is not None else []
-        if earlier:
-            self.experiment.metrics.extend(earlier)
-            self.experiment.save()  # immediately, since Lightning's writer has deleted the existing file
+        self._columns: list[str] = []  # of the file
+        self._rows: list[dict[str, Any]] = []  # not written yet
+        if keep_until is not None and is_first_rank():
+            self._replace(_read_rows(self.path, keep_until))
 
     def log_hyperparams(self, params: object = None) -> None:
         """Logs nothing: config.yaml has them."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs a row of metrics; without a step, at the latest one."""
         self._step = self._step if step is None else step
-        super().log_metrics(dict(metrics), self._step)
+        self._rows.append({**metrics, "step": self._step})
+        with skip_if_disk_full(self.path):
+            if {key for row in self._rows for key in row} <= set(self._columns):
+                append_whole(self.path, self._format(self._rows))
+            else:
+                self._replace([*_read_rows(self.path, sys.maxsize), *self._rows])
+            self._rows = []
+
+    def _replace(self, rows: list[dict[str, Any]]) -> None:
+        """Replaces the file, with the columns of all rows in alphabetical order."""
+        columns = sorted({key for row in rows for key in row})
+        header = dict(zip(columns, columns, strict=True))
+        write_file(self.path, self._format([header, *rows] if rows else [], columns))
+        self._columns = columns
+
+    def _format(self, rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, columns or self._columns).writerows(rows)
+        return text.getvalue()
 
 
 def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
@@ -95,7 +129,10 @@ def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
         return []
     try:
         with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
-            rows = list(read_csv(file))
+            content = file.read()
+        if content and not content.endswith("\n"):
+            log.warning("The last row of %s is unfinished and is left out.", path)
+        rows = list(read_csv(io.StringIO(content, newline="")))
         for row in rows:
             int(row["step"]), [float(value) for value in row.values()]  # raise an error
         return [row for row in rows if int(row["step"]) <= until]
@@ -150,7 +187,8 @@ class RunStateLogger(Logger):
         )
         if now - self._saved > 1 or step == before.max_steps or val_loss is not None:
             self._saved = now
-            self.state.save(self.directory)
+            with skip_if_disk_full(self.directory / STATE):
+                self.state.save(self.directory)
 
 
 def build_loggers(config: RunConfig, directory: Path, keep_until: int | None) -> list[Logger]:

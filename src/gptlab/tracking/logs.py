@@ -1,6 +1,7 @@
 """Logging of a command: to the console and to train.log in the run directory."""
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,6 +28,19 @@ class ConsoleHandler(logging.Handler):
         console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
+class _FileHandler(logging.StreamHandler[TextIO]):
+    """Handler that drops messages if the disk is full; logging would print a traceback for each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Closes the file."""
+        super().close()
+        with suppress(OSError):  # text that could not be written
+            self.stream.close()
+
+
 def make_printable(record: logging.LogRecord) -> bool:
     """Filter of handlers: escapes control characters in a message and hides passwords, since a terminal may show it."""
     record.msg, record.args = printable(record.getMessage()), None
@@ -49,7 +63,7 @@ def log_to_console() -> None:
 
 def log_to_file(path: Path) -> logging.StreamHandler[TextIO]:
     """Adds a handler that logs gptlab's messages and Python's warnings to a file, until ``close_log``."""
-    handler = logging.StreamHandler(open_append(path))
+    handler = _FileHandler(open_append(path))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(make_printable)
     for name in ("gptlab", "py.warnings"):
@@ -62,8 +76,6 @@ def close_log(handler: logging.Handler) -> None:
     for name in ("gptlab", "py.warnings"):
         logging.getLogger(name).removeHandler(handler)
     handler.close()
-    if isinstance(handler, logging.StreamHandler):
-        handler.stream.close()
 
 
 def quiet_lightning() -> None:

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards import token_dataset
 from gptlab.data.shards.formats import build_manifest
+from gptlab.data.shards.open_shards import open_shards
 from gptlab.data.shards.streams import LocalFolder
 from gptlab.data.shards.token_dataset import (
     TokenDataset,
@@ -22,7 +25,8 @@ from gptlab.data.shards.token_dataset import (
 )
 from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.errors import UserError
-from preparing import write_shards
+from permissions import file_permissions
+from preparing import data_config, prepare_text, tokenizer_config, write_shards
 
 PIECES = [np.random.default_rng(n).integers(0, 60_000, size=50) for n in range(4)]
 NAMES = ["train_000000.bin", "train_000001.bin", "train_000002.bin", "val_000000.bin"]
@@ -200,3 +204,44 @@ def test_batch_texts_match_the_training_order(prepared):
     starts = order.starts(np.arange(6, 9))  # step 3 of batches of three
     expected = [(int(start), BytesTokenizer().decode(ids[start : start + 5].tolist())) for start in starts]
     assert batch_texts(prepared, order, step=3, stages=BatchSizeSchedule(3)) == expected
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """Returns a function that makes a directory read-only, with all directories and files in it."""
+    made = []
+
+    def make(folder: Path) -> None:
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+            made.append(path)
+
+    with file_permissions():
+        yield make
+        for path in made:
+            path.chmod(0o755)
+
+
+@pytest.mark.parametrize("is_verified", [True, False])
+def test_prepared_data_in_a_read_only_cache_is_used(tmp_path, read_only, is_verified):
+    text, cache = tmp_path / "text.txt", tmp_path / "cache"
+    text.write_text("a bad cab, a cad\n" * 50)
+    mine = prepare_text(text)
+    if not is_verified:
+        shutil.rmtree(cache / "verified")
+    before = sorted(cache.rglob("*"))
+    read_only(cache)
+    with pytest.raises(PermissionError):
+        (cache / "file").touch()
+    theirs = prepare_text(text)
+    assert theirs.manifest == mine.manifest
+    assert theirs.stream("train").read([0], 20).tolist() == mine.stream("train").read([0], 20).tolist()
+    shards = data_config(corpus="shards", path=str(theirs.folder), cache_dir=str(cache))
+    assert open_shards(shards, tokenizer_config("bytes")).manifest == mine.manifest
+    assert sorted(cache.rglob("*")) == before
+    with pytest.raises(UserError, match=r"cache is read-only, and \S+text\.txt has not been prepared in it"):
+        prepare_text(text, val_fraction=0.2)
+    np.arange(99, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    other = data_config(corpus="shards", path=str(tmp_path / "train.bin"), cache_dir=str(cache))
+    with pytest.raises(UserError, match=r"manifest of \S+ cannot be written"):
+        open_shards(other, tokenizer_config("bytes"))

@@ -9,8 +9,9 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from gptlab.training.callbacks.preemption import SIGNALS, Preemption
+from gptlab.training.callbacks.preemption import Preemption
 from gptlab.training.callbacks.step_sync import StepSync
+from gptlab.training.distributed.processes import STOP_SIGNALS
 
 MICRO_BATCHES = 3
 
@@ -36,7 +37,7 @@ class Silent(Preemption):
 def broadcasts(tmp_path: Path, monkeypatch) -> Iterator[list[object]]:
     """The broadcast tensors in a process group of one rank, for which Lightning sees world size 2."""
     sent: list[object] = []
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     monkeypatch.setattr(L.Trainer, "world_size", property(lambda _: 2))
     monkeypatch.setattr(dist, "broadcast", lambda tensor, **_: sent.append(tensor))
@@ -74,3 +75,18 @@ def test_preemption_disables_lightning_s_handler_and_broadcasts(broadcasts):
     before = signal.getsignal(signal.SIGTERM)
     assert fit(Silent(StepSync(), None)) is before
     assert broadcasts == []
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As SIGHUP is after nohup."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        preemption = Preemption(StepSync(), None)
+        preemption.on_train_start(L.Trainer(logger=False), BoringModel())
+        found = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert found.pop(signal.SIGHUP) is signal.SIG_IGN
+    assert {*found.values()} == {preemption._on_signal}

@@ -5,7 +5,6 @@ then its record. The manifest is written last. A preparation that was killed res
 record, and its result is bit-identical for any number of workers and machines.
 """
 
-import errno
 import functools
 import hashlib
 import json
@@ -43,7 +42,7 @@ from gptlab.data.shards.manifest import (
 )
 from gptlab.data.shards.open_shards import ensure_cache_dir, open_shards
 from gptlab.data.shards.streams import LocalFolder
-from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
+from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, lock_cache, record_verified
 from gptlab.data.sources.component import ReaderCorpus, check_reader
 from gptlab.data.sources.corpora import open_corpus, tinyshakespeare_path
 from gptlab.data.sources.files import Corpus, Task
@@ -51,7 +50,7 @@ from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalen
 from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
-from gptlab.files import write_durably
+from gptlab.files import is_disk_full, write_durably
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +101,15 @@ def prepare(
     corpus, config = open_corpus(config), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
     # Machines that share a preparation work on different tasks and do not need the lock.
-    with FileLock(f"{folder}{LOCK}") if work.parts == 1 else nullcontext():
+    with lock_cache(Path(f"{folder}{LOCK}")) if work.parts == 1 else nullcontext(True) as is_writable:
+        if not is_writable and not (folder / MANIFEST).exists():
+            raise UserError(
+                f"data.cache_dir={config.cache_dir} is read-only, and {corpus.origin} has not been prepared in it with "
+                f"tokenizer={tokenizer.name} and these settings. Set data.cache_dir to a directory of your own."
+            )
         if not (folder / MANIFEST).exists():
             _run_preparation(folder, config, tokenizer, corpus, work, trained)
-        elif (folder / TOKENIZER_FILE).exists():  # killed before the intermediate files were deleted
+        elif is_writable and (folder / TOKENIZER_FILE).exists():  # killed before the intermediate files were deleted
             _remove_intermediate_files(folder)
     try:
         manifest = load_shards(folder)
@@ -206,7 +210,7 @@ def _run_preparation(
             "data.task_bytes and run the command again. Finished tasks are kept."
         ) from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_disk_full(error):
             raise
         left = sum(task.bytes for task in _partition_tasks(folder, own_tasks)[1])
         raise UserError(

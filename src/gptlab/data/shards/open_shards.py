@@ -6,15 +6,13 @@ import logging
 from glob import glob, has_magic
 from pathlib import Path
 
-from filelock import FileLock
-
 from gptlab.config.components import component_arguments
 from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.shards.formats import build_manifest
 from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Manifest, load_shards
 from gptlab.data.shards.remote import RemoteFolder, fetch_files
 from gptlab.data.shards.streams import LocalFolder, ShardStore
-from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, record_verified
+from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, lock_cache, record_verified
 from gptlab.data.sources.files import hash_listing
 from gptlab.data.sources.readers import Decoding
 from gptlab.data.tokenizers.external import META_FILE, read_meta
@@ -118,9 +116,14 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
 
 def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
     """Writes the manifest of token files into ``folder``, if it does not exist yet."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}{LOCK}"):
+    with lock_cache(Path(f"{folder}{LOCK}")) as is_writable:
         if not (folder / MANIFEST).exists():
+            if not is_writable:
+                raise UserError(
+                    f"The manifest of {files[0].parent} cannot be written to {folder}, because data.cache_dir is "
+                    "read-only. Set data.cache_dir to a directory of your own."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
             known = _tokenizer(files[0], tokenizer)
             log.info("Reading %d token files in %s to write their manifest to %s", len(files), files[0].parent, folder)
             manifest = build_manifest(files, known)

@@ -4,7 +4,6 @@ All processes of a machine share the directory. A shard gets its final name only
 process that downloads it holds its lock, and the least recently used shards are evicted.
 """
 
-import errno
 import functools
 import glob
 import hashlib
@@ -23,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from gptlab.data.shards.manifest import LOCK, MANIFEST, SUFFIXES, Shard, load_manifest
 from gptlab.errors import UserError
-from gptlab.files import temporary_path
+from gptlab.files import is_disk_full, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -294,9 +293,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def _is_transient(error: BaseException) -> bool:
     """Returns whether to retry after ``error``: not if access was denied or the cause is on this machine."""
     permanent = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError, UserError)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     denied = getattr(error, "status", None) in DENIED_STATUSES
-    return isinstance(error, Exception) and not isinstance(error, permanent) and not full and not denied
+    return isinstance(error, Exception) and not isinstance(error, permanent) and not is_disk_full(error) and not denied
 
 
 def _reason(error: BaseException | None) -> str:

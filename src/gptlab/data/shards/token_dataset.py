@@ -1,9 +1,11 @@
 """Prepared data: shards with their tokenizer, verification of the shards, and decoding of samples. Imports no torch."""
 
+import errno
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +67,7 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
         UserError: The SHA-256 of a shard has changed.
     """
     record = _verified_file(folder, cache_dir)
-    with FileLock(f"{record}.lock"):
+    with lock_cache(Path(f"{record}.lock")) as is_writable:
         known = _read_verified(record)
         states = _file_states(folder, manifest)
         modified = [shard for shard in manifest.shards() if known.get(shard.file) != states[shard.file]]
@@ -73,22 +75,42 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
             if (size := sum(shard.tokens for shard in modified)) > LOG_HASHING_ABOVE:
                 log.info("Verifying %d shards of %s with %s tokens.", len(modified), folder, f"{size:,}")
             verify_shards(LocalFolder(folder), modified)
-            write_durably(record, json.dumps(states))
+            if is_writable:
+                write_durably(record, json.dumps(states))
+
+
+@contextmanager
+def lock_cache(path: Path) -> Iterator[bool]:
+    """Context manager that holds a lock in the cache; yields whether this process may write to its directory.
+
+    Prepared data in a read-only directory, such as that of another user, is used without a lock.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def record_verified(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
     """Records the current state of the shards as verified. Call this directly after hashing them."""
     record = _verified_file(folder, cache_dir)
-    with FileLock(f"{record}.lock"):
+    with lock_cache(Path(f"{record}.lock")):
         write_durably(record, json.dumps(_file_states(folder, manifest)))
 
 
 def _verified_file(folder: Path, cache_dir: Path) -> Path:
     """Returns the path of the record of the verified shards of ``folder``."""
     name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    record = cache_dir / "verified" / f"{name}.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    return record
+    return cache_dir / "verified" / f"{name}.json"
 
 
 def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:

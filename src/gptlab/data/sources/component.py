@@ -4,7 +4,6 @@ The documents are stored in the directory of the shards until these are complete
 its documents are divided into tasks like those of any other file.
 """
 
-import errno
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from gptlab.data.sources.files import FileCorpus, Task
 from gptlab.data.sources.readers import Decoding, Document, Span
 from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
-from gptlab.files import temporary_path
+from gptlab.files import is_disk_full, temporary_path
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +124,7 @@ class ReaderCorpus:
                 unfinished.unlink(missing_ok=True)
                 with suppress(OSError):  # not empty
                     folder.rmdir()
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                if is_disk_full(error):
                     raise UserError(f"The disk of {folder} is full. It needs space for the documents.") from error
                 raise
         return StoredDocuments(folder, [path], Decoding(None, "replace", 0), self.origin)

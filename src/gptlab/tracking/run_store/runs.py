@@ -152,9 +152,9 @@ def read_csv(file: Iterable[str]) -> Iterator[dict[Any, Any]]:
     """Yields the rows of a CSV file as ``csv.DictReader``, but without empty values.
 
     DictReader would add a value for each column that a row does not have: a file with many columns and many short rows
-    would take quadratic time and memory.
+    would take quadratic time and memory. A last line without a line break is unfinished and left out.
     """
-    reader = csv.reader(file)
+    reader = csv.reader(line for line in file if line.endswith("\n"))
     header = next(reader, [])
     for row in filter(None, reader):
         values: dict[Any, Any] = {name: value for name, value in zip(header, row, strict=False) if value}

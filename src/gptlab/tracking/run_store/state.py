@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
-from gptlab.files import read_regular, write_file
+from gptlab.files import read_regular, skip_if_disk_full, write_file
 from gptlab.parsing import parse_json
 
 STATE = "state.json"
@@ -120,7 +120,8 @@ def end_state(
         changes: dict[str, Any] = {"state": END_STATES.get(status, "failed"), "status": status, "message": message}
         if step is not None:
             changes |= {"step": step, "tokens": tokens}
-        state.model_copy(update={**changes, "seconds_left": None, "updated": time.time()}).save(directory)
+        with skip_if_disk_full(directory / STATE):
+            state.model_copy(update={**changes, "seconds_left": None, "updated": time.time()}).save(directory)
 
 
 def status_of(error: BaseException) -> int:

@@ -74,6 +74,8 @@ class Sweep(BaseModel):
         baseline: Overrides of the point that the others are compared with; empty for the first point.
         definition: Hash of the definition, which identifies a sweep that is started again.
         wandb_group: W&B group of its trials.
+        points: Points of a grid, in the order of their trials. They are not computed again when the sweep is resumed,
+            because an override can be random (``seed=shuffle(1,2,3)``). Empty for other searches.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -87,6 +89,7 @@ class Sweep(BaseModel):
     baseline: dict[str, str]
     definition: str
     wandb_group: str
+    points: list[dict[str, str]] = []
 
     def save(self, directory: Path) -> None:
         """Writes sweep.json."""

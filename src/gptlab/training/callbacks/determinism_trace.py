@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gptlab.data.batches import Batch
-from gptlab.files import open_append, write_durably
+from gptlab.files import append_whole, skip_if_disk_full, write_durably
 from gptlab.training.distributed.strategies import full_tensor, reduce_over_data_ranks
 from gptlab.training.module import GPTModule
 
@@ -75,8 +75,8 @@ class DeterminismTrace(L.Callback):
             if trainer.is_global_zero:
                 hashes[name] = hash_tensor(tensor)
         if trainer.is_global_zero:
-            with open_append(self.path) as file:
-                file.write(json.dumps(line | {"tensors": hashes}) + "\n")
+            with skip_if_disk_full(self.path):
+                append_whole(self.path, json.dumps(line | {"tensors": hashes}) + "\n")
 
 
 def named_tensors(module: GPTModule, trainer: L.Trainer) -> Iterator[tuple[str, Tensor]]:

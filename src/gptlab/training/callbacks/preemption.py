@@ -11,10 +11,9 @@ import torch
 from gptlab.training.callbacks.run_checkpoint import RunCheckpoint
 from gptlab.training.callbacks.step_sync import StepSync
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
+from gptlab.training.distributed.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # sent by schedulers before a job ends; submitit: SIGUSR2
 
 
 class Preempted(Exception):  # noqa: N818  (not an error)
@@ -44,9 +43,10 @@ class Preemption(L.Callback):
         loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Installs the signal handlers. Before training starts, there is nothing to save."""
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        """Installs the signal handlers. Before training starts, there is nothing to save. Ignored signals stay so."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP is after nohup
+                signal.signal(number, self._on_signal)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

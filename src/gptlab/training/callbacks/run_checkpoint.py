@@ -1,7 +1,9 @@
 """Saves checkpoints; in a resumed run, runs an evaluation that preemption prevented."""
 
+import errno
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +84,10 @@ class RunCheckpoint(Checkpoint):
         trainer.save_checkpoint(checkpoint_path(self.folder, facts.step), weights_only=False, storage_options=facts)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Waits until the last checkpoint is written."""
+        """Waits until the last checkpoint is written; raises OSError if the disk was full."""
         self.files.wait()
+        if self.files.unsaved is not None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.files.unsaved))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Waits for a pending checkpoint; logs its error, if any, because the run already ends with another one."""

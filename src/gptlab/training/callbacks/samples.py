@@ -9,7 +9,7 @@ import lightning as L
 
 from gptlab.data.tokenizers.text import END_OF_TEXT, unescape_line_breaks
 from gptlab.data.tokenizers.tokenizer import Tokenizer, prompt_ids
-from gptlab.files import write_file
+from gptlab.files import skip_if_disk_full, write_file
 from gptlab.model.config import SamplingConfig
 from gptlab.model.generation.generate import NonFiniteLogitsError, collect_tokens, generate, plain_decoder
 from gptlab.model.generation.sampler import row_seeds
@@ -68,9 +68,11 @@ class Samples(L.Callback):
                 return
         self.latest = [self.tokenizer.decode(prompt + text).removeprefix(END_OF_TEXT) for text in texts]
         if trainer.is_global_zero:
-            self.folder.mkdir(exist_ok=True)
+            path = self.folder / f"step_{step:06d}.txt"
             text = "\n\n".join(f"{HEADING.format(i)}{sample}" for i, sample in enumerate(self.latest, 1))
-            write_file(self.folder / f"step_{step:06d}.txt", text + "\n")
+            with skip_if_disk_full(path):
+                self.folder.mkdir(exist_ok=True)
+                write_file(path, text + "\n")
             for listener in self.listeners:
                 listener(step)
 

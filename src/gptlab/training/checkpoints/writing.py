@@ -1,6 +1,5 @@
 """Writes checkpoints: one file or the shards of all ranks, synchronously or in a background thread."""
 
-import errno
 import hashlib
 import io
 import logging
@@ -16,6 +15,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from gptlab.files import is_disk_full
 from gptlab.training.checkpoints.reading import Checkpoint, flatten_tensors, read_checkpoint
 from gptlab.training.checkpoints.records import STATE, CheckpointMetadata, commit, prune_checkpoints, unfinished_path
 from gptlab.training.checkpoints.shards import save_shards
@@ -35,6 +35,7 @@ class AtomicCheckpointIO(CheckpointIO):
         asynchronous: Whether to write in a background thread; ``check`` and ``wait`` raise its errors.
 
     Attributes:
+        unsaved: The latest checkpoint, if it was not saved because the disk was full; on a rank that writes.
         listeners: Called with every committed checkpoint and its metadata, on the first rank, before older ones are
             removed; in the background thread if ``asynchronous``.
     """
@@ -42,6 +43,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def __init__(self, *, keep_last: int, keep_best: bool, asynchronous: bool) -> None:
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.unsaved: Path | None = None
         self.listeners: list[Callable[[Path, CheckpointMetadata], None]] = []
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
@@ -94,7 +96,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
     def _finish(self, write: WriteFunction, state: Any, checkpoint_dir: Path, facts: CheckpointMetadata) -> None:
         """Writes and commits the checkpoint, then prunes old ones. If the disk is full, logs an error and returns."""
-        unfinished = unfinished_path(checkpoint_dir)
+        unfinished, self.unsaved = unfinished_path(checkpoint_dir), None
         try:
             unfinished.mkdir(parents=True, exist_ok=True)
             hashes = write(unfinished, state)
@@ -106,6 +108,7 @@ class AtomicCheckpointIO(CheckpointIO):
         except (OSError, CheckpointException) as error:
             if not _is_full(error):
                 raise
+            self.unsaved = checkpoint_dir
             shutil.rmtree(unfinished, ignore_errors=True)
             log.error(
                 "The disk of %s is full, so the checkpoint of step %d was not saved. Training continues, and older "
@@ -151,8 +154,7 @@ class _HashingFile(io.RawIOBase):
 
 def _is_full(error: BaseException) -> bool:
     """Returns whether all failures, on all ranks, are due to a full disk or quota."""
-    failures = list(_failures(error))
-    return all(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in failures)
+    return all(map(is_disk_full, _failures(error)))
 
 
 def _failures(error: BaseException) -> Iterator[BaseException]:

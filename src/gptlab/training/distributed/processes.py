@@ -2,11 +2,16 @@
 
 import gc
 import os
+import signal
 
 from gptlab.errors import UserError
 
 MAX_PROCESSES_PER_CORE = 4  # more processes on a CPU only wait for each other
 RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # environment variable: file through which the workers of one machine rendezvous
+
+# Signals that preempt a run: SIGUSR1 and SIGUSR2 (submitit) come from schedulers before a job ends, and SIGHUP from a
+# terminal that is closed.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 
 def collect_garbage_rarely() -> None:

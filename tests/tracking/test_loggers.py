@@ -1,0 +1,70 @@
+"""metrics.csv and state.json: whole rows, in spite of full disks and kills."""
+
+import csv
+import errno
+import os
+
+import pytest
+
+from gptlab.tracking import loggers
+from gptlab.tracking.loggers import MetricsCSVLogger, RunStateLogger
+from gptlab.tracking.run_store.runs import METRICS
+from gptlab.tracking.run_store.state import STATE, new_state
+
+
+def rows(directory) -> list[dict[str, str]]:
+    with (directory / METRICS).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_columns_are_sorted_and_new_ones_are_added(tmp_path):
+    logger = MetricsCSVLogger(tmp_path, None)
+    logger.log_metrics({"b": 0.1}, step=1)
+    logger.log_metrics({"a": 1e-30, "b": float("nan")}, step=2)
+    logger.log_metrics({"c": 3.0})  # at the latest step
+    assert (tmp_path / METRICS).read_bytes() == b"a,b,c,step\r\n,0.1,,1\r\n1e-30,nan,,2\r\n,,3.0,2\r\n"
+
+
+@pytest.mark.parametrize("end", ["", "4,0.123"])
+def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint(tmp_path, end, caplog):
+    (tmp_path / METRICS).write_text(f"step,x\n1,1.50\n2,2\n3,3\n{end}")
+    logger = MetricsCSVLogger(tmp_path, 2)
+    logger.log_metrics({"x": 3.5}, step=3)
+    assert [(row["step"], row["x"]) for row in rows(tmp_path)] == [("1", "1.50"), ("2", "2"), ("3", "3.5")]
+    assert ("unfinished" in caplog.text) == bool(end)
+
+
+def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, monkeypatch, caplog):
+    logger = MetricsCSVLogger(tmp_path, None)
+    logger.log_metrics({"x": 1.0}, step=1)
+    before, write = (tmp_path / METRICS).read_bytes(), os.write
+
+    def write_a_part(descriptor, data):
+        if len(data) > 3:
+            return write(descriptor, data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", write_a_part)
+        logger.log_metrics({"x": 2.0}, step=2)
+        logger.log_metrics({"x": 3.0}, step=3)
+        assert (tmp_path / METRICS).read_bytes() == before
+        full.setattr(loggers, "write_file", lambda path, content: write_a_part(0, b""))
+        logger.log_metrics({"y": 3.0}, step=3)
+        assert (tmp_path / METRICS).read_bytes() == before
+    assert caplog.text.count("The disk is full") == 1
+    logger.log_metrics({"x": 4.0}, step=4)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "3", "4"]
+    assert [row["x"] for row in rows(tmp_path)] == ["1.0", "2.0", "3.0", "", "4.0"]
+
+
+def test_a_state_that_does_not_fit_on_the_disk_ends_no_run(tmp_path, monkeypatch):
+    logger = RunStateLogger(tmp_path, new_state(2))
+    before = (tmp_path / STATE).read_bytes()
+
+    def fails(state, directory):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr("gptlab.tracking.run_store.state.RunState.save", fails)
+    logger.log_metrics({"train/loss": 1.0}, step=2)
+    assert (tmp_path / STATE).read_bytes() == before
