@@ -62,7 +62,8 @@ def _convert(config: PrepareCommand, path: str) -> None:
     if config.out is None:
         raise UserError("convert requires an output directory: out=<dir>")
     store, manifest = find_existing_shards(config, "convert", path)
-    tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
+    has_characters = manifest.tokenizer["name"] == "characters"  # others are not built, since one may be a stranger's
+    tokenizer = load_tokenizer(manifest.tokenizer, None, path) if has_characters else None
     out = Path(config.out).expanduser()
     for written in convert(store, manifest, tokenizer, config.format, out, overwrite=config.overwrite):
         print_message(written)

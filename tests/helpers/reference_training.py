@@ -36,7 +36,7 @@ def plain_training(
     """
     text = (user.folder / "text.txt").read_text()
     cut = int(len(text) * 0.9)
-    tokens, val = [*text[:cut].encode(), 256], [*text[cut:].encode(), 256]
+    tokens, val = [*text[:cut].encode()], [*text[cut:].encode(), 256]
     shards = {"train": [_sha(tokens)], "val": [_sha(val)]}
     fingerprint = hashlib.sha256(json.dumps([{"name": "bytes"}, shards], sort_keys=True).encode()).hexdigest()
     order = WindowOrder([len(tokens)], 32, 1337, fingerprint, "shuffled", 1, None)

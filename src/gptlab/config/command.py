@@ -97,7 +97,7 @@ def command(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
                 decorate_with_hydra(run_task)()
-            except (UserError, OSError) as error:
+            except UserError as error:
                 statuses.append(report_error(error))
             except (HydraException, OmegaConfBaseException) as error:
                 if wants_traceback:
@@ -111,6 +111,8 @@ def command(
                 if wants_traceback or not _is_raised_by_hydra(error):
                     raise
                 statuses.append(report_error(_to_user_error(error, keys, groups)))
+            except OSError as error:  # after Hydra's, one of which is an OSError
+                statuses.append(report_error(error))
             except (JobFailed, SweepIncomplete) as error:
                 statuses.append(error.status)
             except _StopSweep as error:

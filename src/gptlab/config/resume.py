@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -77,7 +78,10 @@ def add_keys_of_run(overrides: Sequence[str]) -> list[str]:
     Raises:
         UserError: The configuration of the run cannot be read.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException:  # Hydra reports it
+        return list(overrides)
     named = next((override.value() for override in reversed(parsed) if override.key_or_group == "resume"), None)
     if named in (None, AUTO):
         return list(overrides)
@@ -396,7 +400,7 @@ def _leaf_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
     """Copies a value, or its whole group if the source or the target does not have that group."""
     for part in path[:-1]:
-        if target.get(part) is None or source.get(part) is None:
+        if not isinstance(target.get(part), dict) or not isinstance(source.get(part), dict):
             target[part] = source.get(part)
             return
         source, target = source[part], target[part]

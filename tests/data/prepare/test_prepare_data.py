@@ -165,10 +165,11 @@ def test_text_that_is_too_short_for_both_splits_raises(tmp_path):
 def test_prepared_data_is_reused(source, caplog):
     caplog.set_level(logging.INFO, "gptlab")
     first = prepare_text(source)
-    assert len(caplog.records) == 1
+    number = len(caplog.records)
+    assert number > 0
     before = state(first.folder)
     second = prepare_text(source, limit_windows=3, num_workers=2)
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == number
     assert second.folder == first.folder
     assert second.manifest == first.manifest
     assert state(second.folder) == before
@@ -262,7 +263,7 @@ def test_concurrent_calls_prepare_the_data_once(source, caplog):
 
     with ThreadPoolExecutor(4) as threads:
         prepared = list(threads.map(ask, range(4)))
-    assert len(caplog.records) == 1
+    assert sum(message.startswith("Preparing ") for message in caplog.messages) == 1
     assert [one.manifest for one in prepared] == [prepared[0].manifest] * 4
 
 
@@ -358,7 +359,7 @@ def test_invalid_utf8_is_counted_and_logged(tmp_path, caplog, broken):
         (folder / f"{number}.txt").write_bytes(b"good text " * 9 + b"\xff" * (number < broken))
     prepared = prepare_text(folder)
     assert sum(shard.num_replaced for shard in prepared.manifest.shards()) == broken
-    assert ("2 documents" in caplog.text and "U+FFFD" in caplog.text) == bool(broken)
+    assert ("U+FFFD (number of documents: 2)" in caplog.text) == bool(broken)
 
 
 def test_cache_dir_inside_the_source_raises(source):

@@ -290,7 +290,7 @@ def _write_manifest(
     manifest.save(folder)
     if replaced := sum(shard.num_replaced for shard in manifest.shards()):
         log.warning(
-            "Documents of %s with text that is not valid UTF-8, which was replaced by U+FFFD: %d. "
+            "%s has text that is not valid UTF-8, which was replaced by U+FFFD (number of documents: %d). "
             "data.undecodable=refuse stops at the first one and names its file.",
             *(corpus.origin, replaced),
         )

@@ -158,7 +158,13 @@ def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Sha
 
 
 def convert(
-    store: ShardStore, manifest: Manifest, tokenizer: Tokenizer, kind: Format, out: Path, *, overwrite: bool = False
+    store: ShardStore,
+    manifest: Manifest,
+    tokenizer: Tokenizer | None,
+    kind: Format,
+    out: Path,
+    *,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Writes shards as token files of another program, and returns their paths.
 
@@ -167,7 +173,7 @@ def convert(
     Args:
         store: Store of the shards.
         manifest: Manifest of the shards.
-        tokenizer: Their tokenizer.
+        tokenizer: Their tokenizer, needed only for meta.pkl.
         kind: Format of the files.
         out: Directory of the files, created if missing.
         overwrite: Whether to replace existing files.
