@@ -71,6 +71,7 @@ def test_a_run_of_an_earlier_version_can_be_read_and_resumed(user, name, vocab_s
     assert metrics(run, "val/loss")[42] == pytest.approx(stored_loss, abs=0.1)
 
 
+@pytest.mark.slow
 def test_keys_that_an_earlier_run_lacks_get_their_defaults_and_are_printed_once(user, halted):
     config = halted / "config.yaml"
     kept = [

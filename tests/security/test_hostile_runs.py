@@ -104,6 +104,7 @@ def test_a_missing_item_of_a_list_is_refused(tmp_path):
         load_config(run)
 
 
+@pytest.mark.slow
 def test_commands_on_damaged_files_end_with_a_sentence(user):
     choose = random.Random(1)  # noqa: S311
     user.environment[TRUST_PATHS] = "1"

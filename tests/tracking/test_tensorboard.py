@@ -10,6 +10,7 @@ accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_ac
 hparams = pytest.importorskip("tensorboard.plugins.hparams.metadata")
 
 
+@pytest.mark.slow
 def test_rows_after_the_checkpoint_are_replaced_when_a_run_is_resumed(user):
     assert_success(user.train("logger=tensorboard", "callbacks=checkpoint"))
     run = user.only_run()

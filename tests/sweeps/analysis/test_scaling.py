@@ -129,6 +129,7 @@ def scaling_sweep(directory, widths, lengths):
     return directory
 
 
+@pytest.mark.slow
 def test_sweep_over_sizes_and_tokens_reports_its_scaling_law(tmp_path, capsys):
     scaling_sweep(tmp_path, (32, 64, 128, 256), (10**5, 10**6, 10**7))
     runs = read_sized_runs(tmp_path)

@@ -61,6 +61,7 @@ def test_a_run_that_has_stopped_stays_finished_until_its_patience_changes(user, 
     assert list(metrics(run, "val/loss")) == [2, 4, 6, 8]  # as with this patience from the start
 
 
+@pytest.mark.slow
 def test_a_run_that_a_users_callback_has_ended_stays_finished_until_its_length_changes(user):
     stop = ("lightning.pytorch.callbacks.EarlyStopping", "val/loss")
     component = (f"+callbacks.stop._target_={stop[0]}", f"+callbacks.stop.monitor={stop[1]}")
