@@ -125,6 +125,7 @@ def test_the_command_of_a_wandb_sweep_is_a_run_of_the_sweep(name):
                 assert settings[key] == one["value"], key
 
 
+@pytest.mark.slow
 def test_a_run_of_wandbs_agent_is_a_single_run(user):
     """With the arguments of W&B's agent, gptlab.train starts no multirun, even if the sweep file has mode MULTIRUN."""
     command = yaml.safe_load((SWEEPS / "wandb" / "lr.yaml").read_text())["command"][4:-1]

@@ -10,12 +10,13 @@ from gptlab.exit_codes import INTERRUPTED
 from processes import SMALL, TWO, processes_of, training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "to_all"),
     [
         pytest.param(("trainer=cpu",), True, id="one process"),
-        pytest.param(TWO, True, id="two processes, as from a terminal", marks=pytest.mark.slow),
-        pytest.param(TWO, False, id="two processes, only to the first", marks=pytest.mark.slow),
+        pytest.param(TWO, True, id="two processes, as from a terminal"),
+        pytest.param(TWO, False, id="two processes, only to the first"),
     ],
 )
 def test_an_interrupted_run_can_be_resumed(user, trainer, to_all):

@@ -23,6 +23,7 @@ def test_the_weights_of_a_named_checkpoint_are_loaded(halted, name):
     assert not torch.equal(loaded["wte.weight"], best["wte.weight"])
 
 
+@pytest.mark.slow
 def test_sample_evaluate_export_and_replay_use_a_named_checkpoint(user, halted):
     alone = user.folder / "outputs" / "alone"  # the same run with this checkpoint only
     shutil.copytree(halted, alone)
@@ -57,6 +58,7 @@ def test_the_newest_checkpoint_of_a_run_is_resumed(user, halted):
     assert_same_run(halted, user.only_run("whole"))
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_is_not_resumed_since_later_steps_would_be_lost(user, halted):
     before = sorted(halted.rglob("*"))
     earlier = halted / "checkpoints" / "step_000003"

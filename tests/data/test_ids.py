@@ -136,7 +136,7 @@ def prepare_long(folder: Path, text: str, val_fraction: float = 0.1) -> TokenDat
     return prepare_text(folder / "long.txt", "gpt2", task_bytes=10**6, val_fraction=val_fraction)
 
 
-@pytest.mark.parametrize(("kind", "size"), [("han", SIZE), ("letters", SIZE // 10)])
+@pytest.mark.parametrize(("kind", "size"), [pytest.param("han", SIZE, marks=pytest.mark.slow), ("letters", SIZE // 10)])
 def test_token_ids_of_megabytes_without_a_space_match_tiktoken(tmp_path, encoder, kind, size):
     text = WITHOUT_SPACE[kind](size)
     assert len(text.encode()) == pytest.approx(size, abs=3)

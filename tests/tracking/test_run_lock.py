@@ -70,6 +70,7 @@ def on_another_host(folder: Path) -> None:
     (folder / LOCK).write_text(text)
 
 
+@pytest.mark.slow
 def test_a_live_owner_keeps_its_lock_and_is_named(tmp_path, hold):
     owner = hold()
     with pytest.raises(UserError, match=rf"is being written by process {owner.pid} on {socket.gethostname()}"):
@@ -104,6 +105,7 @@ def test_a_reused_process_id_is_not_the_owner(tmp_path, hold):
     acquire(tmp_path)
 
 
+@pytest.mark.slow
 def test_an_owner_on_another_host_counts_as_dead_without_refreshes(tmp_path, hold, short):
     owner = hold(LEASE)
     on_another_host(tmp_path)

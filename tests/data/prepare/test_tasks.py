@@ -355,6 +355,7 @@ DYING_SCRIPT = (
 )
 
 
+@pytest.mark.slow
 def test_preparation_killed_before_any_file_operation_resumes_to_identical_files(tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text(lines(80))

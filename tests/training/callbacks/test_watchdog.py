@@ -37,6 +37,7 @@ def run_watched(folder: Path, code: str) -> tuple[subprocess.CompletedProcess[st
     return subprocess.CompletedProcess(command, process.returncode, output, errors), time.monotonic() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "exit_code", "frame"), HANGS.values(), ids=HANGS)
 def test_a_hung_process_writes_its_stack_traces_and_ends(tmp_path: Path, code: str, exit_code: int, frame: str) -> None:
     done, seconds = run_watched(tmp_path / "stacks", code)
