@@ -69,3 +69,12 @@ def test_a_truncated_configuration_is_an_error(values, tmp_path, group):
 
 def test_a_complete_configuration_is_unchanged(values):
     assert complete(values) == (values, {})
+
+
+def test_defaults_are_read_only_from_the_configuration_folder(values, tmp_path):
+    (tmp_path / "secret.yaml").write_text("eps: 5\n")
+    rest = without(values, "optimizer.eps")
+    rest["optimizer"]["name"] = f"{'../' * 20}{tmp_path}/secret"
+    completed, added = complete(rest)
+    assert "optimizer.eps" not in added
+    assert "eps" not in completed["optimizer"]

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from gptlab.config.base import dotted_key, get_value
 from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import configuration_folder
+from gptlab.files import is_plain_name
 
 BASES = {"model": "gpt", "data": "text", "trainer": "auto", "lora": "all"}  # options that have every key of their group
 NESTED = ("callbacks", "logger")  # groups whose options add a mapping with their own name
@@ -54,6 +55,8 @@ def _default(key: str, values: dict[str, Any]) -> tuple[Any] | None:
         file, key = f"{group}/{get_value(values, f'{group}.name')}", rest
     else:
         file = "train"
+    if not is_plain_name(file.partition("/")[2] or file):  # the configuration may be a stranger's
+        return None
     path = configuration_folder() / f"{file}.yaml"
     defaults = OmegaConf.load(path) if path.is_file() else DictConfig({})
     *parents, name = key.split(".")

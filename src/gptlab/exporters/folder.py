@@ -1,6 +1,5 @@
 """Directory of an export: written atomically, and uploaded to the Hugging Face Hub. Imports no torch."""
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from gptlab.errors import UserError, failure_reason, first_line
 from gptlab.files import fsync_path, is_plain_name, read_regular
+from gptlab.parsing import parse_json
 
 CERTIFICATE = "certificate.json"
 CERTIFICATE_MARK = '{\n  "gptlab": '  # beginning of a certificate
@@ -48,7 +48,7 @@ def _replace_files(folder: Path, out: Path) -> None:
     The certificate is removed first and moved last, so that it never describes files of another export.
     """
     try:
-        earlier = json.loads(read_regular(out / CERTIFICATE)).get("files", [])
+        earlier = parse_json(read_regular(out / CERTIFICATE)).get("files", [])
     except (OSError, ValueError, AttributeError):  # missing, or not a certificate
         earlier = []
     try:
