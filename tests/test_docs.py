@@ -107,8 +107,8 @@ def command_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def split_arguments(text: str) -> list[str]:
-    """Splits the arguments of a command; omits comments, pipes and subsequent commands."""
-    words = shlex.split(text, comments=True)
+    """Splits the arguments of a command; omits comments, pipes and subsequent commands. A shell variable is 1."""
+    words = shlex.split(re.sub(r"\$[A-Z_]+", "1", text), comments=True)
     end = next((n for n, word in enumerate(words) if word in ("|", "&&", ";", ">", "...")), len(words))
     return words[:end]
 

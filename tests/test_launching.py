@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import assert_success, metrics
+from commands import assert_same_run, assert_success, metrics
 from gptlab.exit_codes import CONFIG_ERROR
 from processes import TWO, processes_of, training
 
@@ -140,3 +140,35 @@ def test_torchrun_starts_one_run_on_two_machines(user, two_nodes):
     assert_success(user.python("gptlab.train", "name=one", *SMALL))
     one = user.only_run("one")
     assert metrics(directory, "train/loss") == pytest.approx(metrics(one, "train/loss"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_restarts_resume_their_run(user):
+    run = (
+        "trainer=ddp",
+        "data=text",
+        "data.source=text.txt",
+        "model=tiny",
+        "train.max_steps=60",
+        "train.eval_windows=4",
+    )
+    saved = ("train.eval_every=5", "callbacks=checkpoint", "callbacks.checkpoint.keep_last=99")
+    assert_success(user.python("gptlab.train", *run, *saved, "trainer.devices=2", "name=whole"))
+    restarts = ("--nproc-per-node=2", "--max-restarts=1", "--master-port=29517")
+    command = (*TORCHRUN, *restarts, "-m", "gptlab.train", *run, *saved, "name=restarted")
+    with (user.folder / "restarted.log").open("w") as output:
+        agent = subprocess.Popen(command, cwd=user.folder, env=user.environment, stdout=output, stderr=output)
+    try:
+        until = time.monotonic() + 120
+        while not list(user.folder.glob("outputs/restarted/*/checkpoints/step_000005")):
+            assert agent.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        ranks = subprocess.check_output(("pgrep", "-P", str(agent.pid)), text=True).split()
+        os.kill(int(ranks[1]), signal.SIGKILL)
+        assert agent.wait(timeout=240) == 0, (user.folder / "restarted.log").read_text()
+    finally:
+        agent.kill()
+    restarted = user.only_run("restarted")
+    assert_same_run(user.only_run("whole"), restarted)
+    assert (restarted / "train.log").read_text().count("model ") == 2

@@ -135,7 +135,14 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
     new = validate(RunConfig, composed | {"resume": None})
     if composed.get("resume") is None or (newest := newest_run(new.name)) is None:
         return new
-    return resume_as(new, newest, load_config(newest))
+    earlier = load_config(newest)
+    if not new.force_resume and (changes := identity_changes(new, earlier)):
+        raise UserError(
+            f"{', '.join(changes)} cannot change when a run is resumed, but resume=auto selects {newest}, the newest run "
+            f"with name={new.name}. Give different runs different names, such as name={new.name}_$SLURM_ARRAY_TASK_ID in "
+            "a job array, or remove resume=auto to start a new run."
+        )
+    return resume_as(new, newest, earlier)
 
 
 def _take_model_of_run(values: dict[str, Any], overridden: Sequence[str]) -> dict[str, Any]:

@@ -43,7 +43,13 @@ from gptlab.tracking.run_directory import (
 )
 from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.batch_plan import BatchPlan
-from gptlab.training.distributed.processes import launched_externally
+from gptlab.training.config import TrainerConfig
+from gptlab.training.distributed.processes import (
+    check_cpu_processes,
+    external_devices,
+    launched_externally,
+    may_have_gpu,
+)
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +108,7 @@ def preflight(config: RunConfig) -> ReadyRun:
     """
     start = next((f"{key}={value}" for key in START_KEYS if (value := getattr(config, key))), "")
     config = resolve_split(config.with_absolute_paths())
+    _check_processes(config.trainer)
     plan = None
     if isinstance(config.trainer.devices, int) and not launched_externally():
         plan = config.train.plan(config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes))
@@ -140,6 +147,13 @@ def preflight(config: RunConfig) -> ReadyRun:
         _check_same_tokens(prepared, origin)
         check_weights_fit(origin, origin_config.model, config.model)
     return ReadyRun(config, prepared, plan)
+
+
+def _check_processes(trainer: TrainerConfig) -> None:
+    """Raises UserError if the run has too many processes for the CPU of this machine, before torch is imported."""
+    processes = external_devices()[0] if launched_externally() else trainer.devices
+    if processes != "auto" and (trainer.accelerator == "cpu" or not may_have_gpu()):
+        check_cpu_processes(processes)
 
 
 def open_data(config: RunConfig) -> TokenDataset:

@@ -1,4 +1,4 @@
-"""Requeues SLURM jobs, and finds the run that a requeued job or a trial of a sweep resumes. Imports no torch."""
+"""Requeues SLURM jobs, and finds the run that a restarted job or a trial of a sweep resumes. Imports no torch."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from gptlab.parsing import parse_json
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_directory import has_checkpoint, load_config
 from gptlab.tracking.run_store.runs import CONFIG
-from gptlab.training.distributed.processes import is_first_rank, is_worker
+from gptlab.training.distributed.processes import is_first_rank, is_worker, torchrun_job
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def requeue_slurm_job() -> None:
 
 
 def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConfig, Path | None]:
-    """Finds an earlier run to resume: that of the same trial of a sweep, or of this SLURM job before it was requeued.
+    """Finds an earlier run to resume: that of the same trial of a sweep, or of this job before it was restarted.
 
     Args:
         config: Validated configuration.
@@ -71,8 +71,12 @@ def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConf
 
 
 def _runs_of_this_job(folder: Path) -> Iterator[Path]:
-    """Yields the run directories in ``folder`` that this SLURM job created before it was requeued, newest first."""
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+    """Yields the run directories that this SLURM job, or call of torchrun, created before a restart, newest first."""
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0:
+        key, job = "slurm_job", os.environ["SLURM_JOB_ID"]
+    elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        key, job = "torchrun_job", torchrun_job() or ""
+    else:
         return
     found = [*folder.glob(f"*/{ENVIRONMENT}"), *folder.glob(f"*/*/{ENVIRONMENT}")]  # of single runs and of trials
     for path in sorted(found, reverse=True):
@@ -80,5 +84,5 @@ def _runs_of_this_job(folder: Path) -> Iterator[Path]:
             record = parse_json(read_regular(path))
         except (OSError, ValueError):  # incomplete: the job was killed while writing it
             continue
-        if record.get("slurm_job") == os.environ["SLURM_JOB_ID"]:
+        if record.get(key) == job:
             yield path.parent

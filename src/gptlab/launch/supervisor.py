@@ -30,7 +30,7 @@ from gptlab.parsing import parse_json
 from gptlab.tracking.environment import COMMAND
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.config import TrainerConfig
-from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, RENDEZVOUS, STOP_SIGNALS
+from gptlab.training.distributed.processes import RENDEZVOUS, STOP_SIGNALS, max_cpu_processes
 
 WORKER = "gptlab.worker"  # by name, since it is in a layer above this package
 WORKER_COMMAND = (sys.executable, "-m", WORKER)
@@ -184,8 +184,7 @@ def _count_workers(trainer: TrainerConfig) -> int:
     """Returns the number of devices, or 1 if ``gptlab.training.devices.choose_devices`` will raise an error."""
     if trainer.strategy == "single" or trainer.num_nodes > 1:
         return 1
-    most = MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1)
-    if trainer.devices != "auto" and trainer.devices <= most:
+    if trainer.devices != "auto" and trainer.devices <= max_cpu_processes():
         return trainer.devices
     gpus = 0 if trainer.accelerator == "cpu" else count_gpus()
     if trainer.devices == "auto":

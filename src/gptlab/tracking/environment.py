@@ -15,6 +15,7 @@ from typing import Any
 from gptlab.errors import hide_passwords
 from gptlab.files import read_regular, write_file
 from gptlab.parsing import parse_json
+from gptlab.training.distributed.processes import torchrun_job
 
 ENVIRONMENT, DIFF = "environment.json", "uncommitted.diff"
 COMMAND = "GPTLAB_COMMAND"  # environment variable with the user's command line, for workers
@@ -56,6 +57,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
             "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         },
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "torchrun_job": torchrun_job(),
         "python": sys.version,
         "components": dict(components or {}),
         # each access of metadata parses the file

@@ -1,6 +1,5 @@
 """Device detection with torch, selection of the CPU's matmul library, and peak memory."""
 
-import os
 import resource
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.distributed.processes import MAX_PROCESSES_PER_CORE, launched_externally
+from gptlab.training.distributed.processes import check_cpu_processes, launched_externally
 from gptlab.training.hardware import DeviceFacts, Hardware, has_compiler, processor_name, read_cpuinfo, resolve_hardware
 
 MIN_CAPABILITY = (7, 0)  # compute capability required by Triton, which torch.compile uses on GPUs
@@ -98,12 +97,7 @@ def _check_count(facts: DeviceFacts, devices: int) -> None:
             gpus = f"{facts.available} GPU{'s' if facts.available > 1 else ''}"
             raise UserError(f"trainer.devices={devices}: this machine has {gpus}.")
         return
-    cores = os.cpu_count() or 1
-    if devices > (most := MAX_PROCESSES_PER_CORE * cores):
-        raise UserError(
-            f"trainer.devices={devices}: this machine has no GPU and {cores} CPU cores. Use at most "
-            f"trainer.devices={most}."
-        )
+    check_cpu_processes(devices)
 
 
 def _use_onednn(precision: str) -> str:

@@ -12,6 +12,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch.distributed.distributed_c10d import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from gptlab.errors import UserError
 from gptlab.training.distributed.processes import (
@@ -76,13 +77,16 @@ def join_group(hardware: Hardware) -> None:
     """
     if dist.is_initialized() or not (is_worker() or hardware.world_size > 1):
         return
-    if is_worker():
-        method = f"file://{os.environ[RENDEZVOUS]}"
-    else:
+    rank, size = global_rank(), hardware.world_size
+    store, method = None, f"file://{os.environ[RENDEZVOUS]}" if is_worker() else None
+    if method is None:
         environment = cluster_environment()
         os.environ["MASTER_ADDR"] = environment.main_address
         os.environ["MASTER_PORT"] = str(environment.main_port)
-        method = "env://"
+        store, *_ = next(rendezvous("env://", rank, size, timeout=default_pg_timeout))
+        # torchrun may keep the store when it restarts the processes, with the addresses of the earlier ones
+        attempt = f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     device = None
     if hardware.accelerator == "cuda":
         device = torch.device("cuda", cluster_environment().local_rank())
@@ -91,8 +95,9 @@ def join_group(hardware: Hardware) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device else "gloo",  # CPU tensors are reduced with Gloo
         init_method=method,
-        rank=global_rank(),
-        world_size=hardware.world_size,
+        store=store,
+        rank=rank,
+        world_size=size,
         timeout=default_pg_timeout,
         device_id=device,
     )

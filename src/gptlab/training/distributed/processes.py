@@ -2,11 +2,16 @@
 
 import gc
 import os
+import platform
 import signal
+import sys
+from pathlib import Path
 
 from gptlab.errors import UserError
 
 MAX_PROCESSES_PER_CORE = 4  # more processes on a CPU only wait for each other
+MAX_PROCESSES = "GPTLAB_MAX_PROCESSES"  # environment variable: processes that are allowed on the CPU of a machine
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, AMD, and Windows Subsystem for Linux
 RENDEZVOUS = "GPTLAB_RENDEZVOUS"  # environment variable: file through which the workers of one machine rendezvous
 
 # Signals that preempt a run: SIGUSR1 and SIGUSR2 (submitit) come from schedulers before a job ends, and SIGHUP from a
@@ -40,6 +45,37 @@ def launched_by_torchrun() -> bool:
 def launched_by_srun() -> bool:
     """Returns whether srun started this process as one of several tasks; being in an allocation is not enough."""
     return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def may_have_gpu() -> bool:
+    """Returns whether this machine may have a GPU, without importing torch."""
+    return sys.platform == "darwin" or any(Path(driver).exists() for driver in GPU_DRIVERS)
+
+
+def max_cpu_processes() -> int:
+    """Returns the number of processes that may train on the CPU of this machine."""
+    return int(os.environ.get(MAX_PROCESSES) or MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1))
+
+
+def check_cpu_processes(processes: int) -> None:
+    """Raises UserError if this machine has too few CPU cores for ``processes`` processes."""
+    if processes > (most := max_cpu_processes()):
+        raise UserError(
+            f"trainer.devices={processes}: this machine has no GPU and {os.cpu_count()} CPU cores. Use at most "
+            f"trainer.devices={most}, or set {MAX_PROCESSES}={processes} to try a larger number of processes."
+        )
+
+
+def torchrun_job() -> str | None:
+    """Returns what identifies this call of torchrun, also after it has restarted its processes; None without torchrun.
+
+    torchrun has the same ID, "none", for all jobs on one machine that are not given one. There, all processes are
+    children of the same agent.
+    """
+    if not launched_by_torchrun():
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return f"{name} {platform.node()} {os.getppid()}" if os.environ.get("GROUP_WORLD_SIZE", "1") == "1" else name
 
 
 def external_devices() -> tuple[int, int]:
