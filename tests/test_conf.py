@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from configs import resolved
 from gptlab.config.base import rebuild, validate
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.config.schema import GPT2_REPOSITORIES, RunConfig
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.training.config import OptimizerConfig

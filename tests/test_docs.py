@@ -28,7 +28,7 @@ from gptlab.benchmarks.config import BenchCommand
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import _quote_override, configuration_folder
 from gptlab.config.option_groups import OptionGroups
-from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
 from gptlab.dashboard import DashboardConfig
 from gptlab.evaluators.settings import EvaluateConfig

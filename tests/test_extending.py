@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from commands import assert_success, metrics
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import resolve
+from gptlab.config.resolve import resolve
 from gptlab.errors import UserError
 from gptlab.launch.components import check_components
 from gptlab.projects.project import PACKAGE, TEMPLATE

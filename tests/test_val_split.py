@@ -11,7 +11,8 @@ from hydra import compose, initialize_config_dir
 
 from commands import assert_config_error, assert_success
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import identity_changes, resolve
+from gptlab.config.resolve import resolve
+from gptlab.config.resume import identity_changes
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards.manifest import load_manifest

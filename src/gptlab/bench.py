@@ -10,7 +10,7 @@ from gptlab.benchmarks.config import BenchCommand
 from gptlab.benchmarks.measuring import REPORT_MARK, ResultTable, print_result_table, write_report
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.files import check_output_directory

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.config.search_path import configuration_folder
 from gptlab.dashboards.spaces import write_wandb_sweeps
 from gptlab.dashboards.workspace import WORKSPACE_MARK, build_workspace, save_workspace, workspace_json

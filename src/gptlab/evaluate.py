@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.evaluation.hellaswag import Example, read_examples
 from gptlab.evaluators.corpora import ScoredCorpus, open_scored_corpus
 from gptlab.evaluators.results import EvalResult, print_result, results_folder, write_result

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
 from gptlab.exporters.folder import CERTIFICATE, CERTIFICATE_MARK, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.locations import check_locations
-from gptlab.config.resume import replace_built_ins, resolve_to_dict
+from gptlab.config.resolve import replace_built_ins, resolve_to_dict
 from gptlab.config.trust import check_trusted
 from gptlab.data.order import training_order
 from gptlab.data.prepare.prepare import prepare

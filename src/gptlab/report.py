@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat
 
 from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE
 from gptlab.files import check_output, write_file

@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
-from gptlab.config.resume import resolve_to_dict
+from gptlab.config.resolve import resolve_to_dict
 from gptlab.config.schema import Seed
 from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.errors import UserError, failure_reason

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
-from gptlab.config.resume import add_keys_of_run, resolve
+from gptlab.config.resolve import add_keys_of_run, resolve
 from gptlab.config.schema import RunConfig
 from gptlab.launch.launcher import launch
 from gptlab.worker import extra_callbacks

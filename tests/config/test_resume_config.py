@@ -7,7 +7,7 @@ import yaml
 
 from configs import resolved
 from gptlab.config import resume
-from gptlab.config.resume import add_keys_of_run, resolve_split
+from gptlab.config.resolve import add_keys_of_run, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import without_origin

@@ -6,7 +6,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import resolve
+from gptlab.config.resolve import resolve
 from gptlab.config.schema import RunConfig
 
 

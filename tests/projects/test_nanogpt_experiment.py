@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from configs import resolved
 from gptlab.config.base import validate
 from gptlab.config.command import configuration_folder
-from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.evaluators.settings import EvaluateConfig

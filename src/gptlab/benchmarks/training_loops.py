@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from gptlab.benchmarks.config import GuardsBench
 from gptlab.benchmarks.measuring import Sample, StepTime, relative_overhead, summarize_steps
-from gptlab.config.resume import resolve
+from gptlab.config.resolve import resolve
 from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import configuration_folder
 from gptlab.data.batches import Batch

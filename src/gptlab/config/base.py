@@ -126,6 +126,19 @@ def get_value(values: Any, key: str, default: Any = None) -> Any:
     return values
 
 
+def copy_key(path: list[str], source: dict[str, Any], target: dict[str, Any]) -> None:
+    """Copies a value, or its whole group if the source or the target does not have that group."""
+    for part in path[:-1]:
+        if not isinstance(target.get(part), dict) or not isinstance(source.get(part), dict):
+            target[part] = source.get(part)
+            return
+        source, target = source[part], target[part]
+    if path[-1] in source:
+        target[path[-1]] = source[path[-1]]
+    else:
+        target.pop(path[-1], None)
+
+
 def _rebuild_value(annotation: Any, value: Any) -> Any:
     """Converts a JSON value to the type of its annotation: a configuration class, a tuple or plain data."""
     if isinstance(value, Mapping):

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlab.config.components import TARGET, component_record, iter_targets
-from gptlab.config.resume import START_KEYS, may_change, resolve_split
+from gptlab.config.resolve import resolve_split
+from gptlab.config.resume import START_KEYS, may_change
 from gptlab.config.schema import RunConfig
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split

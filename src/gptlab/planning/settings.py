@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveFloat
 
 from gptlab.config.base import FrozenConfig, validate
-from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
 from gptlab.data.config import ComponentTokenizerConfig, DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import find_prepared

@@ -10,7 +10,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
 from gptlab.config.base import validate
-from gptlab.config.resume import resolve, resolve_split
+from gptlab.config.resolve import resolve, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, SweepIncomplete

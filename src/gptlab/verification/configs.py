@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig, validate
-from gptlab.config.resume import resolve, resolve_to_dict
+from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.errors import UserError
 from gptlab.training.batch_plan import BatchPlan
