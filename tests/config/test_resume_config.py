@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from configs import resolved
-from gptlab.config import resume
+from gptlab.config import resolve as resolve_module
 from gptlab.config.resolve import add_keys_of_run, resolve_split
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
@@ -39,7 +39,7 @@ def resumed(*overrides: str) -> RunConfig:
 def test_a_deleted_callback_is_deleted_from_a_resumed_run(monkeypatch):
     earlier = resolved()
     assert earlier.callbacks.samples is not None
-    monkeypatch.setattr(resume, "load_config", lambda *_: earlier)
+    monkeypatch.setattr(resolve_module, "load_config", lambda *_: earlier)
     resumed = resolved("resume=run", "~callbacks.samples")
     assert resumed.callbacks.samples is None
     assert resumed.callbacks.checkpoint == earlier.callbacks.checkpoint
