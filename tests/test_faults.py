@@ -116,7 +116,7 @@ cp -r outputs kept
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="requires unshare, which mounts a small disk")
-@pytest.mark.parametrize("rows", [4, 20])
+@pytest.mark.parametrize("rows", [7, 20])
 def test_training_continues_on_a_full_disk_and_the_resume_is_bit_identical(user, rows):
     command = ("gptlab.train", *TINY, *EVALUATIONS, "train.max_steps=60", "callbacks=[checkpoint,samples]")
     assert_success(user.python(*command, "name=whole"))
