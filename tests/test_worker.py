@@ -84,8 +84,9 @@ def test_a_run_of_two_processes_is_validated_once_and_opens_the_data_once_per_pr
     assert found["validate RunConfig"] == [1]
     assert found["open manifest.json"] == [1, 1, 1]  # the launching process and two workers
     found = log.of(f"resume={run}", *DDP, "train.max_steps=7")
-    assert found["validate RunConfig"] == [2]  # the recorded configuration and the resumed one
-    assert found["open config.yaml"] == [1]
+    # in the launching process: the recorded configuration, and the new one before and after it is compared with it
+    assert found["validate RunConfig"] == [3]
+    assert found["open config.yaml"] == [1, 2]  # the first worker records it again
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_training_touches_only_its_directories_and_loopback(traced, overrides):
     assert_success(trace.done)
     own = [traced.folder / name for name in ("outputs", "cache", "temporary")]
     # matplotlib, if installed, is imported by torchmetrics and lists the user's fonts
-    fonts = [traced.folder / "home" / name for name in (".local/share/fonts", ".cache/fontconfig")]
+    fonts = [traced.folder / "home" / name for name in (".fonts", ".local/share/fonts", ".cache/fontconfig")]
     assert any(path.name == "config.yaml" for path in trace.written)  # the trace is not empty
     assert outside(trace.written, *own, *fonts, "/dev") == []
     listings = {traced.folder, Path("/")}

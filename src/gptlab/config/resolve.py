@@ -25,7 +25,7 @@ from gptlab.config.trust import TRUST_KEY, check_trusted, trust_components, trus
 from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import load_config, newest_run, split_checkpoint
-from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.tracking.run_store.runs import CONFIG, Run
 
 AUTO = "auto"
 _MISSING = object()  # get_value returns it for a key that does not exist
@@ -117,9 +117,6 @@ def add_keys_of_run(overrides: Sequence[str]) -> list[str]:
 
     Returns:
         The overrides; unchanged without ``resume=<run directory>``.
-
-    Raises:
-        UserError: The configuration of the run cannot be read.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -129,7 +126,10 @@ def add_keys_of_run(overrides: Sequence[str]) -> list[str]:
     if named in (None, AUTO):
         return list(overrides)
     run_dir, _ = split_checkpoint(Path(str(named)).expanduser().absolute())
-    earlier = load_config(run_dir, f"resume={named}").model_dump(mode="json")
+    try:
+        earlier = Run(run_dir).config
+    except UserError:  # ``resolve`` reports it
+        return list(overrides)
     rewritten = list(overrides)
     for number, override in enumerate(parsed):
         key = override.key_or_group

@@ -38,12 +38,11 @@ from gptlab.tracking.run_directory import (
     STACKS,
     TRACE,
     create_run_dir,
-    load_config,
     newest_checkpoint,
     record_config,
 )
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import SAMPLES
+from gptlab.tracking.run_store.runs import SAMPLES, Run
 from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
@@ -346,8 +345,8 @@ def _open_run_dir(
 ) -> Path:
     """Creates and locks the run directory; on a resume, records the configuration in the existing one."""
     if config.resume:
-        earlier = load_config(Path(config.resume))
-        record_config(config.model_copy(update={key: getattr(earlier, key) for key in START_KEYS}), Path(config.resume))
+        earlier = Run(Path(config.resume)).config
+        record_config(config.model_copy(update={key: earlier.get(key) for key in START_KEYS}), Path(config.resume))
         return Path(config.resume)
     if config.resume_from_nanogpt is None:
         return create_run_dir(config, prepared.manifest, assigned_dir, lock)

@@ -119,11 +119,17 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
-    completed, added = complete(values)
+    added: dict[str, Any] = {}
     try:
-        config = validate(RunConfig, completed)
+        config = validate(RunConfig, values)
     except UserError as error:
-        raise UserError(f"{path} is not valid: {error}") from None
+        completed, added = complete(values)
+        if not added:
+            raise UserError(f"{path} is not valid: {error}") from None
+        try:
+            config = validate(RunConfig, completed)
+        except UserError as other:
+            raise UserError(f"{path} is not valid: {other}") from None
     if added and is_first_rank() and not is_worker():  # the process that started the workers has printed it
         _report_added(path.absolute(), ", ".join(f"{key}={json.dumps(value)}" for key, value in added.items()))
     return config

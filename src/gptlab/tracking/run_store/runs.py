@@ -53,7 +53,10 @@ class Run:
     @property
     def model(self) -> GPTConfig:
         """Configuration of its model; raises ValueError (also as pydantic's ValidationError) if it has no valid one."""
-        return read_model_config(complete(self.config)[0].get("model"))
+        try:
+            return read_model_config(self.config.get("model"))
+        except ValueError:
+            return read_model_config(complete(self.config)[0].get("model"))
 
     @cached_property
     def settings(self) -> dict[str, Any]:
