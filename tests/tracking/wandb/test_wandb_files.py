@@ -24,6 +24,7 @@ def directory(tmp_path_factory) -> Path:
     for step in range(2, 40):
         run.log({"text": "x" * (step * 1777 if step % 7 else 100_000)}, step=step)
     run.finish()
+    wandb.teardown()  # waits until the record is complete
     return directory
 
 
