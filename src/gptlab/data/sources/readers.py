@@ -254,21 +254,32 @@ def _read_parquet(path: Path, name: str, span: Span, decoding: Decoding) -> Iter
         raise UserError(f"{path} has {number} columns named {decoding.column}. Rename all but one.")
     kind = file.schema_arrow.field(decoding.column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    binary = pa.large_binary() if pa.types.is_large_string(kind) else pa.binary()
     is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
     expansion = _parquet_expansion(path, file.metadata, span.start, decoding)
     row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
     for batch in file.iter_batches(batch_size=PARQUET_ROWS, row_groups=[span.start], columns=[decoding.column]):
-        values = batch.column(0).cast(kind).cast(binary) if is_string else batch.column(0)  # pyarrow checks no UTF-8
-        for value in values.to_pylist():
+        column = batch.column(0).cast(kind) if is_string else batch.column(0)
+        if is_string:
+            expansion.add(column.nbytes)
+        for value in _values(column):
             where = f"{path}, row {row}"
             text, replaced = value, False
-            if is_string and value is not None:
-                expansion.add(len(value))
+            if isinstance(value, bytes) and is_string:
                 text, replaced = _decode(value, decoding.undecodable, where)
             if (checked := check_text(text, decoding.column, columns, where, decoding.undecodable)) is not None:
                 yield Document(f"{name}:{row}", checked[0], has_replacements=replaced or checked[1])
             row += 1
+
+
+def _values(column: Any) -> list[Any]:
+    """Returns the values of a column; if a string is not valid UTF-8, which pyarrow does not check, all as bytes."""
+    import pyarrow as pa
+
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        is_large = pa.types.is_large_string(column.type)
+        return column.cast(pa.large_binary() if is_large else pa.binary()).to_pylist()
 
 
 def _parquet_expansion(path: Path, metadata: Any, group: int, decoding: Decoding) -> Expansion:
