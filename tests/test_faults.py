@@ -159,7 +159,9 @@ def test_an_evaluation_interrupted_by_a_signal_is_repeated_on_resume(user, extra
     long = ("data.val_split=tail", "data.val_fraction=0.5", "train.eval_windows=null", "train.micro_batch_size=1")
     evaluations = ("train.eval_every=3", "callbacks=checkpoint", *long, "train.max_steps=6", *extra)
     assert_success(user.python("gptlab.train", *TINY, *evaluations, "name=whole"))
+    ignored = signal.signal(number, signal.SIG_DFL)  # under nohup, which the command would inherit
     run = user.begin("gptlab.train", *TINY, *evaluations, "name=stopped")
+    signal.signal(number, ignored)
     run.until(lambda: last_step(user, "stopped") == 3)
     time.sleep(0.2)
     run.send_signal(number)
