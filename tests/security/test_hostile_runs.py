@@ -18,6 +18,7 @@ from gptlab.config.locations import TRUST_PATHS
 from gptlab.data.tokenizers.external import tokenizer_record
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE
+from gptlab.exporters.model_card import ModelCardInfo
 from gptlab.pretrained.source import open_model_source
 from gptlab.pretrained.weights import load_model
 from gptlab.reporting.reading import RunReader
@@ -93,6 +94,13 @@ def test_names_that_only_look_like_numbers_are_no_checkpoints_and_no_samples(tmp
     assert list_checkpoints(tmp_path / "checkpoints") == []
     assert Run(tmp_path).samples == []
     assert len(find_runs(str(tmp_path))) == 1
+
+
+def test_metrics_that_are_not_text_are_named(tmp_path):
+    run = copy_run(tmp_path)
+    (run / "metrics.csv").write_bytes(bytes(range(256)) * 4)
+    with pytest.raises(UserError, match=r"/metrics\.csv cannot be read: it is not UTF-8 text"):
+        ModelCardInfo.of(open_model_source(str(run)))
 
 
 def test_a_missing_item_of_a_list_is_refused(tmp_path):

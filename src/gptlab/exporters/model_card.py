@@ -42,7 +42,7 @@ class ModelCardInfo(NamedTuple):
             return cls()
         origin = load_manifest(source.path).origin
         dataset = Path(origin).name if Path(origin).is_absolute() else origin  # without the path on this machine
-        scored = [row for row in Run(source.path).rows if "val/loss" in row]
+        scored = [row for row in Run(source.path).rows if row.keys() >= {"step", "tokens", "val/loss"}]
         if source.checkpoint is not None:
             scored = [row for row in scored if row["step"] == checkpoint_step(source.checkpoint)]
         if not scored:

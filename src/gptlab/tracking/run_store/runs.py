@@ -70,13 +70,15 @@ class Run:
 
     @cached_property
     def rows(self) -> list[MetricsRow]:
-        """Rows of metrics.csv, without empty values; every row has "step" and "tokens"."""
+        """Rows of metrics.csv, without empty values; raises UserError if it is not CSV in UTF-8."""
         try:
             content = open_regular(self.directory / METRICS)
             with io.TextIOWrapper(io.BufferedReader(content), encoding="utf-8", newline="") as file:
                 return [_numbers(row) for row in read_csv(file)]
         except OSError:
             return []
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{self.directory / METRICS} cannot be read: {failure_reason(error)}.") from error
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """Returns the steps at which a metric was recorded, and its values."""
