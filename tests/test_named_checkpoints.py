@@ -71,8 +71,9 @@ def test_an_earlier_checkpoint_is_not_resumed_since_later_steps_would_be_lost(us
     assert_same_run(halted, user.only_run("whole"))
 
 
-def test_a_requeued_job_resumes_from_its_own_later_checkpoint(user, halted):
-    user.environment["SLURM_RESTART_COUNT"] = "1"
+@pytest.mark.parametrize("launcher", ["SLURM", pytest.param("TORCHELASTIC", marks=pytest.mark.slow)])
+def test_a_restarted_job_resumes_from_its_own_later_checkpoint(user, halted, launcher):
+    user.environment[f"{launcher}_RESTART_COUNT"] = "1"
     assert_success(user.python("gptlab.train", f"resume={halted}/checkpoints/step_000003", "train.max_steps=9"))
     assert_same_run(halted, user.only_run("whole"))
 

@@ -23,7 +23,7 @@ def test_verification_accepts_written_shards_and_finds_a_flipped_bit(user):
     shards = len(list(folder.glob("*.bin")))
     assert shards > 5
     assert f"Verified {shards} shards" in shown.stdout
-    assert f"{tokens * 9 // 10:,}" in shown.stdout  # tokens of the train split; the text goes on in val
+    assert f"{tokens * 9 // 10:,}" in shown.stdout  # tokens of the train split, without an end-of-text token
     assert "line 0: the cat has 0 of 0" in shown.stdout
     path = next(folder.glob("train_000002.bin"))
     content = bytearray(path.read_bytes())

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from gptlab.tracking.run_directory import (
     newest_step,
 )
 from gptlab.training.checkpoints.records import checkpoint_step
+from gptlab.training.distributed.processes import is_restarted
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +98,13 @@ def merge_resume_config(
 def check_is_newest(run_dir: Path, checkpoint: Path, named: str) -> None:
     """Checks that a checkpoint to resume is the newest intact one, since a resume would discard the steps after it.
 
-    Not checked in a requeued SLURM job, which has saved newer ones before.
+    Not checked in a restarted job, which has saved newer ones before.
 
     Raises:
         UserError: The checkpoint does not exist, is damaged or is not the newest one.
     """
     check_is_saved(checkpoint, named)
-    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 or (newest := newest_checkpoint(run_dir)) == checkpoint:
+    if is_restarted() or (newest := newest_checkpoint(run_dir)) == checkpoint:
         return
     later = checkpoint_step(newest) > checkpoint_step(checkpoint)
     problem = f"would discard the later steps, up to {newest.name}" if later else "cannot be used: it is damaged"

@@ -66,6 +66,11 @@ def check_cpu_processes(processes: int) -> None:
         )
 
 
+def is_restarted() -> bool:
+    """Returns whether SLURM has requeued this job, or torchrun has restarted its processes."""
+    return any(int(os.environ.get(f"{name}_RESTART_COUNT", 0)) > 0 for name in ("SLURM", "TORCHELASTIC"))
+
+
 def torchrun_job() -> str | None:
     """Returns what identifies this call of torchrun, also after it has restarted its processes; None without torchrun.
 
