@@ -13,6 +13,7 @@ from gptlab.model.config import flops_per_token
 from gptlab.training import devices, hardware
 from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.devices import choose_devices
+from gptlab.training.distributed.processes import check_cpu_processes
 from gptlab.training.hardware import GPUS, Hardware, gpu_from_name, resolve_loss_chunk
 
 MODEL = tiny_config()
@@ -205,3 +206,14 @@ def test_gpu_from_name_accepts_two_names_and_suggests_the_nearest():
     assert gpu_from_name("NVIDIA H100 80GB HBM3") is gpu_from_name("H100") is GPUS["h100"]
     with pytest.raises(UserError, match=r"gpu=h1000 .* Did you mean h100\?"):
         gpu_from_name("h1000")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [("many", "MAX_PROCESSES=many should be a number"), ("3", "at most .*=3,")]
+)
+def test_the_number_of_processes_on_a_cpu_is_limited(monkeypatch, given, message):
+    monkeypatch.setenv("GPTLAB_MAX_PROCESSES", given)
+    with pytest.raises(UserError, match=message):
+        check_cpu_processes(4)
+    monkeypatch.setenv("GPTLAB_MAX_PROCESSES", "4")
+    check_cpu_processes(4)

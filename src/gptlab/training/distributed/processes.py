@@ -53,8 +53,15 @@ def may_have_gpu() -> bool:
 
 
 def max_cpu_processes() -> int:
-    """Returns the number of processes that may train on the CPU of this machine."""
-    return int(os.environ.get(MAX_PROCESSES) or MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1))
+    """Returns the number of processes that may train on the CPU of this machine.
+
+    Raises:
+        UserError: The environment variable is not a number.
+    """
+    most = os.environ.get(MAX_PROCESSES) or str(MAX_PROCESSES_PER_CORE * (os.cpu_count() or 1))
+    if not most.isdecimal():
+        raise UserError(f"{MAX_PROCESSES}={most} should be a number of processes.")
+    return int(most)
 
 
 def check_cpu_processes(processes: int) -> None:
