@@ -1,5 +1,7 @@
 """Comparisons of a certificate, and cleanup after an export that differs from its source."""
 
+import json
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from gptlab.exporters.certificate import (
     compare_tensors,
     compare_texts,
 )
+from gptlab.exporters.folder import atomic_folder
 from gptlab.exporters.reference import GreedyContinuation, Reference, tensor_hash
 
 
@@ -134,3 +137,14 @@ def test_a_weight_that_float16_cannot_hold_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"dtype=float16 cannot hold .*h\.1\.mlp\.c_fc\.weight .* 65,520.*is 65,504"):
         export(monkeypatch, tmp_path / "out", model, "hf", "float16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("listed", [3, [None, 7], ["../kept"], {"a": 1}], ids=str)
+def test_a_certificate_of_somebody_else_removes_nothing_outside(tmp_path, listed):
+    (out := tmp_path / "out").mkdir()
+    (tmp_path / "kept").touch()
+    (out / "certificate.json").write_text(json.dumps({"gptlab": "1", "files": listed}))
+    with atomic_folder(out) as folder:
+        (folder / "certificate.json").write_text("{}")
+    assert [path.name for path in out.iterdir()] == ["certificate.json"]
+    assert (tmp_path / "kept").exists()

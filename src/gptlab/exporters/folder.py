@@ -48,11 +48,11 @@ def _replace_files(folder: Path, out: Path) -> None:
     The certificate is removed first and moved last, so that it never describes files of another export.
     """
     try:
-        earlier = parse_json(read_regular(out / CERTIFICATE)).get("files", [])
-    except (OSError, ValueError, AttributeError):  # missing, or not a certificate
+        earlier = list(filter(is_plain_name, parse_json(read_regular(out / CERTIFICATE)).get("files", [])))
+    except (OSError, ValueError, AttributeError, TypeError):  # missing, or not a certificate
         earlier = []
     try:
-        for name in (CERTIFICATE, *(name for name in earlier if is_plain_name(str(name)))):
+        for name in (CERTIFICATE, *earlier):
             (out / name).unlink(missing_ok=True)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == CERTIFICATE):
             file.replace(out / file.name)
