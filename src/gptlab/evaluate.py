@@ -18,7 +18,7 @@ from gptlab.terminal import print_message
 from gptlab.tracking.run_directory import weights_checkpoint
 
 
-@command("evaluate", keys=set(known_keys(EvaluateConfig)))
+@command("evaluate", keys=set(known_keys(EvaluateConfig)), subject="run")
 def main(values: DictConfig) -> int:
     """Loads the model, evaluates it, and prints and writes the results."""
     config = validate(EvaluateConfig, resolve_to_dict(values))

@@ -38,7 +38,7 @@ class ExportConfig(FrozenConfig):
         return self
 
 
-@command("export", keys=set(known_keys(ExportConfig)))
+@command("export", keys=set(known_keys(ExportConfig)), subject="run")
 def main(values: DictConfig) -> int:
     """Exports the model, compares the export with the original, and uploads it if ``push`` is set."""
     config = validate(ExportConfig, resolve_to_dict(values))

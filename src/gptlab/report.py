@@ -23,7 +23,7 @@ from gptlab.terminal import print_message
 class ReportConfig(FrozenConfig):
     """Configuration of ``python -m gptlab.report``; see conf/report.yaml."""
 
-    runs: Annotated[str, Field(min_length=1)]
+    runs: Annotated[str | list[str], Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)]
     overwrite: bool
     points: Annotated[int, Field(ge=10)]
@@ -32,7 +32,7 @@ class ReportConfig(FrozenConfig):
     poll: PositiveFloat
 
 
-@command("report", keys=set(known_keys(ReportConfig)), literal_keys=("runs", "out"))
+@command("report", keys=set(known_keys(ReportConfig)), literal_keys=("runs", "out"), subject="runs")
 def main(values: DictConfig) -> int:
     """Writes the report to a file or, with live=true, serves it."""
     config = validate(ReportConfig, resolve_to_dict(values))

@@ -28,7 +28,7 @@ from gptlab.tracking.run_store.runs import find_runs
 class RunsCommand(FrozenConfig):
     """Configuration of ``python -m gptlab.runs``; see conf/runs.yaml."""
 
-    runs: str
+    runs: str | list[str]
     filter: str | None
     sort: str
     descending: bool
@@ -38,7 +38,7 @@ class RunsCommand(FrozenConfig):
     format: Literal["table", "csv", "json"]
 
 
-@command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("runs", "filter"))
+@command("runs", keys=set(known_keys(RunsCommand)), literal_keys=("runs", "filter"), subject="runs")
 def main(values: DictConfig) -> int:
     """Prints one line per run."""
     config = validate(RunsCommand, resolve_to_dict(values))

@@ -60,7 +60,7 @@ class SampleConfig(SamplingConfig):
         return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
-@command("sample", keys=set(known_keys(SampleConfig)), literal_keys=("prompt",))
+@command("sample", keys=set(known_keys(SampleConfig)), literal_keys=("prompt",), subject="run")
 def main(values: DictConfig) -> int:
     """Loads the model, generates texts and prints them."""
     config = validate(SampleConfig, resolve_to_dict(values))

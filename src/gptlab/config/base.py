@@ -3,7 +3,8 @@
 Default values are defined only in ``conf/``. Configuration classes define the type and the range of each field.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import SequenceMatcher, get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -11,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from gptlab.config.components import NEEDS_TARGET, TARGET
 from gptlab.config.kinds import join_kinds
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError
 
 
 class FrozenConfig(BaseModel):
@@ -113,7 +114,25 @@ def unknown_key(key: str, keys: set[str]) -> str:
         )
     if key in keys:
         return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
-    return f"Unknown config key `{key}`.{did_you_mean(key, keys)} --cfg job prints all keys."
+    meant = f" Did you mean {' or '.join(found)}?" if (found := similar_keys(key, keys)) else ""
+    return f"Unknown config key `{key}`.{meant} --cfg job prints all keys."
+
+
+def similar_keys(word: str, keys: Iterable[str]) -> list[str]:
+    """Returns up to two config keys that ``word`` may stand for, the most similar one first; [] if there is none.
+
+    Preferred are keys with the same last part (``optimizer.lr`` for ``lr`` or ``train.lr``) or whose last part ends
+    with it (``train.global_batch_size`` for ``batch_size``), then the key with the most similar spelling.
+    """
+    last = word.rpartition(".")[2]
+    last_parts = {key: key.rpartition(".")[2] for key in sorted(keys)}
+    if found := [key for key, part in last_parts.items() if last and f"_{part}".endswith(f"_{last}")]:
+        found.sort(key=lambda key: (key.count("."), last_parts[key] != last, -SequenceMatcher(a=key, b=word).ratio()))
+        return found[:2] if last_parts[found[0]] != last else found[:1]
+    if nearest := get_close_matches(word, last_parts, n=1):
+        return nearest
+    similar = get_close_matches(last, set(last_parts.values()), n=1)
+    return [key for key, part in last_parts.items() if part in similar][:2]
 
 
 def get_value(values: Any, key: str, default: Any = None) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import hydra
 import yaml
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
 from gptlab.config.option_groups import OptionGroups, unknown_option
+from gptlab.config.overrides import CommandLine, parse_arguments
 from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
@@ -51,6 +51,7 @@ def command(
     *,
     keys: set[str],
     literal_keys: tuple[str, ...] = (),
+    subject: str | None = None,
     rewrite: Callable[[Sequence[str]], list[str]] = list,
 ) -> Callable[[Task], Main]:
     """Decorates the main function of a command: adds Hydra's flags, exit codes, and messages for user errors.
@@ -59,6 +60,7 @@ def command(
         config_name: Name of the primary configuration in conf/.
         keys: Dotted names of all config keys, to suggest the most similar one for an unknown key.
         literal_keys: Keys whose values are taken literally, not parsed by Hydra's override grammar.
+        subject: Key of the main input, whose value may also be given without the key: ``gptlab.sample <run>``.
         rewrite: Returns the overrides with which Hydra composes the configuration, for those of the command line.
 
     Returns:
@@ -91,8 +93,8 @@ def command(
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
             try:
-                sys.argv[1:] = [_quote_override(argument, literal_keys) for argument in sys.argv[1:]]
-                groups = _check_command_line(config_name, rewrite)
+                line = parse_arguments(sys.argv[1:], keys, literal_keys, subject)
+                groups = _check_command_line(config_name, line, rewrite)
                 decorate_with_hydra = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
@@ -132,19 +134,19 @@ def _is_launched_job() -> bool:
     return config.mode == RunMode.MULTIRUN and not config.launcher["_target_"].endswith(".BasicLauncher")
 
 
-def _check_command_line(config_name: str, rewrite: Callable[[Sequence[str]], list[str]]) -> OptionGroups:
-    """Checks the command line before Hydra parses it, and rewrites its overrides.
+def _check_command_line(
+    config_name: str, line: CommandLine, rewrite: Callable[[Sequence[str]], list[str]]
+) -> OptionGroups:
+    """Checks a command line before Hydra parses it, and sets ``sys.argv`` to what Hydra is to parse.
 
     Returns:
         The config groups of the command, which --help lists by ${groups:}.
 
     Raises:
-        UserError: The command line has an experiment of another command, or the Hydra flag that unpickles a file.
+        UserError: The command line has an option that its group does not have, an experiment of another command, a
+            flag that the command does not support, or the Hydra flag that unpickles a file.
     """
-    # Hydra's parser is not public (checked in hydra-core 1.3.8). A separate parser would have to duplicate all of
-    # Hydra's flags and their abbreviations.
-    parser = get_args_parser()
-    flags = parser.parse_args()
+    flags = line.flags
     if flags.experimental_rerun is not None:
         raise UserError(
             f"--experimental-rerun={flags.experimental_rerun} is refused: unpickling the file could run arbitrary "
@@ -152,14 +154,13 @@ def _check_command_line(config_name: str, rewrite: Callable[[Sequence[str]], lis
         )
     directories = user_directories(flags.config_dir)
     search_first(directories)
-    folders, appended = [*directories, configuration_folder()], _appended_folders(flags.overrides)
+    folders, appended = [*directories, configuration_folder()], _appended_folders(line.overrides)
     groups = OptionGroups(config_name, folders, appended, primary=flags.config_name)
-    sys.argv[1:] = [groups.select(argument) for argument in sys.argv[1:]]
-    overrides = parser.parse_args().overrides
-    groups.check_options(overrides)
+    if flags.multirun and config_name != "train":
+        raise UserError(f"-m (multirun) is not supported by gptlab.{config_name}. Run the command once for each value.")
+    overrides = groups.normalize(line.overrides)
     groups.check_experiments(overrides)
-    rewritten = dict(zip(overrides, rewrite(overrides), strict=True))
-    sys.argv[1:] = [rewritten.get(argument, argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = line._replace(overrides=rewrite(overrides)).arguments
     # Hydra resolves the text of --help whenever it composes, and the table reads every file of conf/.
     OmegaConf.register_new_resolver("groups", groups.table if flags.help or flags.cfg else str, replace=True)
     return groups
@@ -171,25 +172,6 @@ def _appended_folders(overrides: Sequence[str]) -> list[Path]:
     values = [override.value() for override in OverridesParser.create().parse_overrides(given)]
     paths = [str(path).removeprefix("file://") for value in values if isinstance(value, list) for path in value]
     return [Path(path).absolute() for path in paths if "://" not in path]
-
-
-def _quote_override(argument: str, literal_keys: tuple[str, ...]) -> str:
-    """Quotes the value of an override if it is literal or not valid in Hydra's grammar (a path with "=", code)."""
-    key, equals, value = argument.partition("=")
-    is_literal = key in literal_keys
-    if argument.startswith("-") or not equals or (value.startswith(("'", '"')) and not is_literal):
-        return argument
-    try:
-        if not is_literal:
-            OverridesParser.create().parse_override(argument)
-            return argument
-    except HydraException:
-        pass
-    if is_literal:
-        value = value.replace("${", r"\${")  # no interpolation
-    escaped = re.sub(r"(\\*)(')", r"\1\1\\\2", value)  # backslashes are special only in front of a quote
-    trailing = re.search(r"\\*$", escaped)
-    return f"{key}='{escaped}{trailing[0] if trailing else ''}'"
 
 
 def _is_raised_by_hydra(error: Exception) -> bool:

@@ -4,6 +4,7 @@ An experiment is valid for the commands that have every key that it sets: one th
 """
 
 import functools
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
@@ -12,12 +13,16 @@ from textwrap import fill
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from gptlab.errors import UserError, did_you_mean
 from gptlab.terminal import printable
 
 EXPERIMENT = "experiment"
 COMBINED = ("callbacks", "logger")  # groups of which several options are often selected
+NONE = {"callbacks": "none", "logger": "csv"}  # options that stand for none; every run writes metrics.csv
+_PARSER = OverridesParser.create()
 
 
 def unknown_option(group: str, option: str, options: Sequence[str]) -> UserError:
@@ -42,6 +47,7 @@ class OptionGroups:
         self.command, self.folders, self.own_folder = command, [*folders, *appended], folders[-1]
         self._top_level_keys = functools.cache(self._read_top_level_keys)
         self._own_keys = self._top_level_keys(primary or command)
+        self._defaults = self._read_defaults(primary or command)
 
     def table(self) -> str:
         """Returns a paragraph per config group with its options, wrapped at 80 columns.
@@ -59,36 +65,60 @@ class OptionGroups:
         """Returns the sorted options of a config group, without the experiments of other commands."""
         return self.fitting_options(group, sorted(self._folders_of_options(group)))
 
-    def select(self, override: str) -> str:
-        """Removes the ``+`` of ``+group=option``, which Hydra rejects for a group that is in the defaults list.
+    def normalize(self, overrides: Iterable[str]) -> list[str]:
+        """Returns overrides in which those that select an option of a group have a form that Hydra accepts.
+
+        ``+group=option`` becomes ``group=option``, since Hydra rejects ``+`` for a group that is in the defaults list.
+        No option (``group=null``, ``group=[]`` or ``~group``) becomes the option that stands for none, or the deletion
+        of the group from the defaults list. Overrides of config keys and sweeps over options are returned unchanged.
 
         Raises:
-            UserError: Several options of the group can be combined, and it is unclear whether the option is to replace
-                or to extend the default.
+            UserError: A group has no such option or needs one, or several of its options can be combined, and it is
+                unclear whether the option is to replace or to extend the default.
         """
-        found = re.fullmatch(r"\++([\w/]+)=([^{].*)", override)
-        if not found or not (found[1].startswith("hydra/") or (found[1] in self._own_keys and self.options(found[1]))):
+        return [found for override in overrides if (found := self._normalize(override)) is not None]
+
+    def _normalize(self, override: str) -> str | None:
+        """Returns one override of ``normalize``; None if nothing is to be overridden."""
+        try:
+            parsed = _PARSER.parse_override(override)
+        except HydraException:  # Hydra reports it
             return override
-        group, option = found.groups()
-        if group in COMBINED and not option.startswith("["):
+        group, value = parsed.key_or_group, parsed.value()
+        in_defaults = group.startswith("hydra/") or group in self._defaults
+        options = self.options(group)
+        if not (in_defaults or options) or parsed.package is not None or parsed.is_sweep_override():
+            return override
+        if isinstance(value, dict) and not override.startswith("~"):
+            return override
+        if value in (None, "", []):
+            return self._none(group, override) if options or in_defaults else override
+        wrong = [name for name in (value if isinstance(value, list) else [value]) if not isinstance(name, str)]
+        if wrong:
+            raise unknown_option(group, json.dumps(wrong[0]), options)
+        if not (override.startswith("+") and in_defaults):
+            return override
+        if group in COMBINED and not isinstance(value, list):
             raise UserError(
-                f"{override}: {group} already has an option. To replace it: {group}={option}. To have several options: "
-                f"{group}=[<option>,{option}]"
+                f"{override}: {group} already has an option. To replace it: {group}={value}. To have several options: "
+                f"{group}=[<option>,{value}]"
             )
         return override.lstrip("+")
+
+    def _none(self, group: str, override: str) -> str | None:
+        """Returns the override that selects no option of a group; see ``normalize``."""
+        if group in NONE:
+            return f"{group}={NONE[group]}"
+        if group == EXPERIMENT or self._defaults.get(group, "") is None:
+            return f"~{group}"
+        if group not in self._defaults and not group.startswith("hydra/"):  # a group of the user
+            return None
+        valid = f" Valid options: {', '.join(options)}." if (options := self.options(group)) else ""
+        raise UserError(f"{override}: {group} needs an option.{valid}")
 
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
         return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
-
-    def check_options(self, overrides: Iterable[str]) -> None:
-        """Raises UserError if an option is a number or a boolean, which Hydra rejects with a traceback."""
-        for override in overrides:
-            key, _, value = override.partition("=")
-            if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?|true|false", value, re.IGNORECASE) and (
-                options := self.options(key) if key in self._own_keys else []
-            ):
-                raise unknown_option(key, value, options)
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
         """Checks the experiments selected on the command line.
@@ -150,17 +180,30 @@ class OptionGroups:
         tops = {group: group.partition("/")[0] for group in found - {"hydra"}}
         return {group for group, top in tops.items() if top in self._own_keys or not (self.own_folder / top).is_dir()}
 
-    def _read_top_level_keys(self, file: str) -> set[str]:
-        """Returns the groups and keys at the top level of a file; empty if Hydra could not read it."""
+    def _read_defaults(self, file: str) -> dict[str, Any]:
+        """Returns the options in the defaults list of a primary configuration by group; None for no option."""
+        found: dict[str, Any] = {}
+        for entry in self._read(file).get("defaults") or ():
+            if isinstance(entry, dict):
+                found |= {str(key): option for key, option in entry.items() if " " not in str(key)}
+            elif entry != "_self_":
+                found |= self._read_defaults(entry)
+        return found
+
+    def _read(self, file: str) -> dict[str, Any]:
+        """Returns the content of a file; empty if Hydra could not read it."""
         try:
             is_primary = "/" not in file and (self.own_folder / f"{file}.yaml").is_file()  # always gptlab's
             folders = [self.own_folder] if is_primary else self.folders
             path = next(path for folder in folders if (path := folder / f"{file}.yaml").is_file())
             values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (StopIteration, OSError, UnicodeDecodeError, yaml.YAMLError):
-            return set()
-        if not isinstance(values, dict):
-            return set()
+            return {}
+        return values if isinstance(values, dict) else {}
+
+    def _read_top_level_keys(self, file: str) -> set[str]:
+        """Returns the groups and keys at the top level of a file; empty if Hydra could not read it."""
+        values = self._read(file)
         names = {str(name) for name in values} - {"defaults"}
         for entry in values.get("defaults") or ():
             for key in entry if isinstance(entry, dict) else (entry,):

@@ -5,7 +5,7 @@ import errno
 import glob
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,25 +111,28 @@ class Run:
         return min(values) if which == "best" else values[-1]
 
 
-def find_runs(pattern: str) -> list[Run]:
+def find_runs(patterns: str | Sequence[str]) -> list[Run]:
     """Finds runs.
 
     Args:
-        pattern: A run directory, a directory with runs up to three levels below it, or a glob of these.
+        patterns: One or several of: a run directory, a directory with runs up to three levels below it, a glob of these.
 
     Returns:
         The runs, without duplicates; trials of a sweep are sorted by number.
 
     Raises:
-        UserError: There are no runs.
+        UserError: There are no runs at one of the patterns.
     """
-    named = Path(pattern).expanduser()  # its name may have characters of globs
-    paths = [named] if named.exists() else sorted(map(Path, glob.glob(str(named))))  # noqa: PTH207  (absolute paths, too)
-    found = list(dict.fromkeys(run for path in paths for run in _runs_below(path)))
-    if not found:
-        problem = f"no run directory (with a {CONFIG}) in it or below" if paths else "it does not exist"
-        raise UserError(f"No runs found at runs={pattern}: {problem} (working directory: {Path.cwd()}).")
-    return [Run(directory) for directory in found]
+    directories: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        named = Path(pattern).expanduser()  # its name may have characters of globs
+        paths = [named] if named.exists() else sorted(map(Path, glob.glob(str(named))))  # noqa: PTH207  (absolute paths, too)
+        found = [run for path in paths for run in _runs_below(path)]
+        if not found:
+            problem = f"no run directory (with a {CONFIG}) in it or below" if paths else "it does not exist"
+            raise UserError(f"No runs found at runs={pattern}: {problem} (working directory: {Path.cwd()}).")
+        directories |= dict.fromkeys(found)
+    return [Run(directory) for directory in directories]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
