@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ class ReportDocument:
     """Collects the data of runs and sweeps. Every call of ``gather`` rereads the files that have changed.
 
     Args:
-        where: Run directory, a directory with runs below it, or a glob of these.
+        where: Run directory, a directory with runs below it, or a glob of these; or several of them.
         points: Largest number of points per curve.
     """
 
-    def __init__(self, where: str, points: int) -> None:
-        self.where, self.reader = where, RunReader(points, LOSS)
+    def __init__(self, where: str | Sequence[str], points: int) -> None:
+        self.patterns, self.reader = [where] if isinstance(where, str) else list(where), RunReader(points, LOSS)
 
     def gather(self) -> dict[str, Any]:
         """Returns all data of the page.
@@ -36,7 +36,7 @@ class ReportDocument:
         Raises:
             UserError: There are no runs, or none of them can be read.
         """
-        found = find_runs(self.where)
+        found = find_runs(self.patterns)
         problems: list[str] = []
         parents = dict.fromkeys(run.directory.parent for run in found)
         sweeps = [sweep for parent in parents if (sweep := _sweep(parent, problems)) is not None]
@@ -45,9 +45,9 @@ class ReportDocument:
         entries, unreadable = self.reader.read([run.directory for run in found])
         problems += unreadable
         if not entries:
-            raise UserError("\n".join((f"runs={self.where}: none of the runs can be read.", *problems)))
+            raise UserError("\n".join((f"runs={' '.join(self.patterns)}: none of the runs can be read.", *problems)))
         return {
-            "where": self.where,
+            "where": " ".join(self.patterns),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "metric": self.reader.metric,
             "points_a_curve": self.reader.points,

@@ -115,7 +115,7 @@ def find_runs(patterns: str | Sequence[str]) -> list[Run]:
     """Finds runs.
 
     Args:
-        patterns: One or several of: a run directory, a directory with runs up to three levels below it, a glob of these.
+        patterns: A run directory, a directory with runs up to three levels below it, or a glob of these; or several.
 
     Returns:
         The runs, without duplicates; trials of a sweep are sorted by number.
