@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
@@ -26,8 +25,9 @@ from commands import assert_success
 from config_reference import anchor, page_name, read_config_file, read_configuration, render_pages
 from gptlab.benchmarks.config import BenchCommand
 from gptlab.config.base import known_keys, validate
-from gptlab.config.command import _quote_override, configuration_folder
+from gptlab.config.command import configuration_folder
 from gptlab.config.option_groups import OptionGroups
+from gptlab.config.overrides import parse_command_line
 from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
 from gptlab.dashboard import DashboardConfig
@@ -62,7 +62,8 @@ CONFIGS = {
     "sample": SampleConfig,
 }
 EXTRA_KEYS = {"plan": set(KEYS), "prove": set(known_keys(ProveArguments))}  # in addition to those of a run
-LITERAL_KEYS = {"report": ("runs", "out"), "runs": ("filter",), "sample": ("prompt",)}
+LITERAL_KEYS = {"report": ("runs", "out"), "runs": ("runs", "filter"), "sample": ("prompt",)}
+SUBJECTS = {"evaluate": "run", "export": "run", "report": "runs", "runs": "runs", "sample": "run"}
 FENCE = re.compile(r"^(```|~~~).*?^\1[ \t]*$", re.MULTILINE | re.DOTALL)
 COMMANDS = ("train", "plan", "prove", *CONFIGS)
 COMMAND = re.compile(rf"(?:-m gptlab\.(?P<name>\w+)|^gptlab\.(?P<bare>{'|'.join(COMMANDS)})(?= ))(?P<arguments>.*)")
@@ -137,9 +138,10 @@ def check_command(name: str, arguments: list[str]) -> None:
     if name == "new":
         parse_arguments(arguments)
         return
-    flags = get_args_parser().parse_args(arguments)
-    OptionGroups(name, OPTIONS).check_experiments(flags.overrides)
-    overrides = [_quote_override(override, LITERAL_KEYS.get(name, ())) for override in flags.overrides]
+    flags, _, overrides = parse_command_line(arguments, (), LITERAL_KEYS.get(name, ()), SUBJECTS.get(name))
+    groups = OptionGroups(name, OPTIONS)
+    overrides = groups.normalize(overrides)
+    groups.check_experiments(overrides)
     for trial in points(overrides) if flags.multirun else [overrides]:
         trial = ["resume=auto" if override.startswith("resume=") else override for override in trial]
         values = compose(name, overrides=[*trial, f"hydra.searchpath=[file://{TEMPLATE / 'conf'}]"])
@@ -207,7 +209,7 @@ def test_every_command_of_a_page_is_valid(composing, page):
         ("python -m gptlab.train -m hydra.sweeper.serach=tpe", "serach"),
         ("python -m gptlab.evaluate run=<model> windos=3", "windos"),
         ("python -m gptlab.tran", "tran"),
-        ("python -m gptlab.train --mulitrun", "SystemExit"),
+        ("python -m gptlab.train --mulitrun", "mulitrun"),
     ],
 )
 def test_an_invalid_command_of_a_page_is_found(composing, tmp_path, line, message):

@@ -10,6 +10,7 @@ from gptlab.benchmarks.config import BenchCommand
 from gptlab.benchmarks.measuring import REPORT_MARK, ResultTable, print_result_table, write_report
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
+from gptlab.config.locations import outputs_folder
 from gptlab.config.resolve import resolve_to_dict
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
@@ -69,7 +70,7 @@ def _create_directory(out: str | None) -> Path:
     """Creates the directory of the results."""
     try:
         if out is None:
-            return claim_directory(Path("outputs/bench"))
+            return claim_directory(outputs_folder() / "bench")
         directory = Path(out).expanduser()
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

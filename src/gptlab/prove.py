@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from gptlab.config.base import known_keys
 from gptlab.config.command import command
+from gptlab.config.locations import outputs_folder
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE, FAILED
@@ -57,7 +58,7 @@ def main(values: DictConfig) -> int:
 def _create_folder(out: str | None) -> Path:
     """Creates the directory of the report and the runs."""
     try:
-        folder = claim_directory(Path("outputs/prove")) if out is None else Path(out).expanduser()
+        folder = claim_directory(outputs_folder() / "prove") if out is None else Path(out).expanduser()
         (folder / "runs").mkdir(parents=True)
     except OSError as error:
         raise UserError(

@@ -69,9 +69,35 @@ def test_groups_table_lists_the_groups_of_the_command():
     ],
 )
 def test_plus_before_a_group_of_the_defaults_list_selects_an_option(override, selected):
-    assert OptionGroups("train", [CONF]).select(override) == selected
+    assert OptionGroups("train", [CONF]).normalize([override]) == [selected]
+
+
+@pytest.mark.parametrize("none", ["{}=null", "{}=[]", "{}=", "~{}", "+{}=null"])
+@pytest.mark.parametrize(
+    ("group", "selected"),
+    [
+        ("callbacks", "callbacks=none"),
+        ("logger", "logger=csv"),  # only metrics.csv
+        *((group, f"~{group}") for group in ("lora", "loss", "debug", "without", "sweeps", "experiment")),
+    ],
+)
+def test_no_option_of_a_group(group, selected, none):
+    assert OptionGroups("train", [CONF]).normalize([none.format(group)]) == [selected]
+
+
+@pytest.mark.parametrize("group", ["model", "data", "tokenizer", "optimizer", "schedule", "trainer"])
+def test_a_required_group_needs_an_option(group):
+    with pytest.raises(UserError, match=f"^{group}=null: {group} needs an option. Valid options: "):
+        OptionGroups("train", [CONF]).normalize([f"{group}=null"])
+    assert OptionGroups("evaluate", [CONF]).normalize(["data=null", "~tokenizer"]) == ["~data", "~tokenizer"]
+
+
+@pytest.mark.parametrize("value", ["5", "true", "[nano,5]", "1e-3"])
+def test_an_option_is_not_a_number(value):
+    with pytest.raises(UserError, match=r"^Unknown option model=\S+\. Valid options: "):
+        OptionGroups("train", [CONF]).normalize([f"model={value}"])
 
 
 def test_plus_before_a_group_with_several_options_is_ambiguous():
     with pytest.raises(UserError, match=r"callbacks=\[<option>,trace\]"):
-        OptionGroups("train", [CONF]).select("+callbacks=trace")
+        OptionGroups("train", [CONF]).normalize(["+callbacks=trace"])

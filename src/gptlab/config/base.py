@@ -127,8 +127,15 @@ def similar_keys(word: str, keys: Iterable[str]) -> list[str]:
     last = word.rpartition(".")[2]
     last_parts = {key: key.rpartition(".")[2] for key in sorted(keys)}
     if found := [key for key, part in last_parts.items() if last and f"_{part}".endswith(f"_{last}")]:
-        found.sort(key=lambda key: (key.count("."), last_parts[key] != last, -SequenceMatcher(a=key, b=word).ratio()))
-        return found[:2] if last_parts[found[0]] != last else found[:1]
+        found.sort(
+            key=lambda key: (
+                "." in word and not f".{key}".endswith(f".{word}"),
+                key.count("."),
+                last_parts[key] != last,
+                -SequenceMatcher(a=key, b=word).ratio(),
+            )
+        )
+        return found[:1] if last_parts[found[0]] == last else found[:2]
     if nearest := get_close_matches(word, last_parts, n=1):
         return nearest
     similar = get_close_matches(last, set(last_parts.values()), n=1)

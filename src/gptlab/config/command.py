@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
 from gptlab.config.option_groups import OptionGroups, unknown_option
-from gptlab.config.overrides import CommandLine, parse_arguments
+from gptlab.config.overrides import CommandLine, parse_command_line
 from gptlab.config.search_path import configuration_folder, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
@@ -93,7 +93,7 @@ def command(
             wants_traceback = os.environ.setdefault("HYDRA_FULL_ERROR", "0") == "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints the error and exits with 1
             try:
-                line = parse_arguments(sys.argv[1:], keys, literal_keys, subject)
+                line = parse_command_line(sys.argv[1:], keys, literal_keys, subject)
                 groups = _check_command_line(config_name, line, rewrite)
                 decorate_with_hydra = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name

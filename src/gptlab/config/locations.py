@@ -23,6 +23,7 @@ TRUST_PATHS = "GPTLAB_TRUST_PATHS"  # environment variable with the same meaning
 # names of arguments of components that have paths or URLs of any form, and of those that have names of metrics
 _NAMED_LOCATION = re.compile("dir|path|file|folder|root|repo|source|uri|url|host|server|endpoint|_args_", re.IGNORECASE)
 _NAMED_METRIC = re.compile("monitor|metric|prefix", re.IGNORECASE)
+OUTPUTS = "GPTLAB_OUTPUTS"  # environment variable with the directory of all runs; outputs by default
 _accepted: set[tuple[str, str]] = set()  # keys and values that the user has agreed to in this process
 
 
@@ -32,6 +33,11 @@ def trust_paths(agreed: object) -> None:
         raise UserError(f"{TRUST_PATHS_KEY}={agreed} is not valid: it should be true or false.")
     if agreed:
         os.environ[TRUST_PATHS] = "1"
+
+
+def outputs_folder() -> Path:
+    """Returns the directory in which runs and sweeps are created."""
+    return Path(os.environ.get(OUTPUTS) or "outputs").expanduser()
 
 
 def check_locations(
@@ -44,7 +50,7 @@ def check_locations(
     """Checks that the paths and URLs in the configuration of a run directory may be used; asks on a terminal.
 
     These may be used: paths inside of the run directory, values that the user has given, the default of data.cache_dir,
-    and everything in a user's own run, which is in ./outputs and owned by the user.
+    and everything in a user's own run, which is in ``outputs_folder`` and owned by the user.
 
     Args:
         config: Configuration of the run.
@@ -69,8 +75,8 @@ def check_locations(
     listed = [pair if pair.isprintable() else repr(pair)[1:-1] for pair in pairs]
     if not _asks(run_dir, listed):
         raise UserError(
-            f"{run_dir} is not a run of yours in {Path.cwd() / 'outputs'}, and its configuration has paths or URLs "
-            f"outside of it: {', '.join(listed)}. If you trust them, add {TRUST_PATHS_KEY}=true or set {TRUST_PATHS}=1."
+            f"{run_dir} is not a run of yours in {outputs_folder().absolute()}, and its configuration has paths or "
+            f"URLs outside of it: {', '.join(listed)}. If you trust them, add {TRUST_PATHS_KEY}=true or set {TRUST_PATHS}=1."
         )
     _accepted.update(foreign)
 
@@ -134,10 +140,10 @@ def _is_same(value: str, given: object) -> bool:
 
 
 def _is_own(run_dir: Path) -> bool:
-    """Whether a run directory is in ./outputs and was written by this user."""
+    """Whether a run directory is in the directory of runs and was written by this user."""
     try:
         owners = {path.lstat().st_uid for path in (run_dir.resolve(), run_dir / "config.yaml")}
-        return owners == {os.geteuid()} and run_dir.resolve().is_relative_to(Path("outputs").resolve())
+        return owners == {os.geteuid()} and run_dir.resolve().is_relative_to(outputs_folder().resolve())
     except OSError:
         return False
 

@@ -34,7 +34,7 @@ class CommandLine(NamedTuple):
         return [*self.flag_arguments, *self.overrides]
 
 
-def parse_arguments(
+def parse_command_line(
     arguments: Sequence[str], keys: Collection[str], literal_keys: Collection[str] = (), subject: str | None = None
 ) -> CommandLine:
     """Parses the arguments of a command.

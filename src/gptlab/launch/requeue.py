@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from gptlab.config.locations import outputs_folder
 from gptlab.config.resume import identity_changes, resume_as
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
@@ -61,7 +62,7 @@ def find_resumable_run(config: RunConfig, run_dir: Path | None) -> tuple[RunConf
                 "or remove that directory."
             )
         return resume_as(config, run_dir, earlier), run_dir
-    for earlier_dir in _runs_of_this_job(Path("outputs") / config.name):
+    for earlier_dir in _runs_of_this_job(outputs_folder() / config.name):
         if not (earlier_dir / CONFIG).is_file():
             continue
         earlier = load_config(earlier_dir)

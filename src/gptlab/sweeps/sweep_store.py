@@ -7,6 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from gptlab.config.locations import outputs_folder
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.files import check_no_links
@@ -112,7 +113,7 @@ def is_prunable(run_dir: Path) -> bool:
 
 def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
     """Returns the newest directory with an unfinished sweep of the same definition, or creates a directory."""
-    found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
+    found = sorted((path.parent for path in (outputs_folder() / name).glob(f"*/{SWEEP}")), reverse=True)
     for directory in found:
         try:
             earlier = load_sweep(directory)
@@ -120,7 +121,7 @@ def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
             continue
         if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
             return directory
-    return claim_directory(Path("outputs") / name)
+    return claim_directory(outputs_folder() / name)
 
 
 def _is_complete(directory: Path, sweep: Sweep) -> bool:

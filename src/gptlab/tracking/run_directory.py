@@ -12,6 +12,7 @@ import yaml
 
 from gptlab.config.base import validate
 from gptlab.config.components import component_record, is_component, iter_targets
+from gptlab.config.locations import outputs_folder
 from gptlab.config.schema import RunConfig
 from gptlab.config.stored import complete
 from gptlab.data.shards.manifest import Manifest
@@ -54,11 +55,11 @@ def create_run_dir(config: RunConfig, manifest: Manifest, run_dir: Path | None, 
         UserError: The directory cannot be created or locked, or another process has written a run there.
     """
     try:
-        directory = claim_directory(Path("outputs") / config.name) if run_dir is None else run_dir
+        directory = claim_directory(outputs_folder() / config.name) if run_dir is None else run_dir
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"Cannot create a run directory in {Path.cwd() / 'outputs'}: {failure_reason(error)}."
+            f"Cannot create a run directory in {outputs_folder().absolute()}: {failure_reason(error)}."
         ) from error
     lock.acquire(directory)
     if (directory / CONFIG).is_file() and has_checkpoint(directory):  # written by the previous owner of the lock
@@ -143,7 +144,7 @@ def _report_added(path: Path, added: str) -> None:
 
 def newest_run(name: str) -> Path | None:
     """Returns the run directory in ``outputs/<name>`` with the newest intact checkpoint; None if there is none."""
-    run_dirs = (path for path in (Path("outputs") / name).glob("*/") if (path / CONFIG).is_file())
+    run_dirs = (path for path in (outputs_folder() / name).glob("*/") if (path / CONFIG).is_file())
     saved = {path.absolute(): list_checkpoints(path / CHECKPOINTS) for path in run_dirs}
     runs = sorted((path for path in saved if saved[path]), key=lambda path: saved[path][-1].stat().st_mtime)
     return next((path for path in reversed(runs) if newest_intact(path / CHECKPOINTS)), None)
