@@ -140,7 +140,9 @@ class Slurm:
         (self.folder / name).chmod(0o755)
 
     def queue(self, *rows: str) -> None:
-        self.install("squeue", "; ".join(f"echo {row}" for row in rows) or "true")
+        """Sets the job IDs, states and reasons in the queue, separated by spaces; a reason may be missing."""
+        lines = ("|".join([*row.split(maxsplit=2), ""][:3]) for row in rows)
+        self.install("squeue", "; ".join(f"echo '{line}'" for line in lines) or "true")
 
 
 @pytest.fixture
@@ -222,6 +224,14 @@ def test_record_of_the_run_decides_if_its_job_left_no_result(trials, slurm, tmp_
     slurm.queue("7 NODE_FAIL")
     assert [ended for _ in range(3) for ended in trials.ended()] == [(3, expected)]
     assert ("its state is NODE_FAIL" in caplog.text) == (expected == PREEMPTED)
+
+
+@pytest.mark.parametrize("reason", ["JobHeldUser", "launch failed requeued held", "JobHoldMaxRequeue"])
+def test_held_job_is_waited_for_and_reported_once(trials, slurm, tmp_path, caplog, reason):
+    slurm.queue(f"7 PENDING {reason}")
+    assert trials.reattach(trial())
+    assert [trials.ended() for _ in range(5)] == [[]] * 5
+    assert [f"({reason})" in message for message in caplog.messages] == [True]
 
 
 def test_result_of_an_earlier_job_with_the_same_id_is_deleted(trials, slurm, tmp_path, monkeypatch):

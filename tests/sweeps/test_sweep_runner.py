@@ -197,6 +197,19 @@ def test_trial_that_ended_after_its_sweep_is_not_run_again(tmp_path, stopped):
     assert found == [("done", 9.5, 7, 1), ("diverged", None, 0, 1), ("done", 1, 100, 2)]
 
 
+def test_trial_that_a_signal_ends_after_its_run_is_done(tmp_path):
+    class Late(FakeLauncher):
+        def ended(self):
+            found = super().ended()
+            for number, _ in found:
+                (tmp_path / str(number) / "metrics.csv").write_text("step,val/loss\n1,9.5\n")
+                RunState(state="done", status=DONE).save(tmp_path / str(number))
+            return found
+
+    assert run_sweep(tmp_path, ["x=1,2"], Late({0: INTERRUPTED, 1: PREEMPTED})) == DONE
+    assert [(trial.state, trial.value) for trial in load_trials(tmp_path)] == [("done", 9.5)] * 2
+
+
 def test_record_of_an_earlier_start_is_not_the_result_of_a_retry(tmp_path):
     """The sweep is killed while it retries a trial whose run has recorded its first failure."""
     assert run_sweep(tmp_path, ["x=1,2"], FakeLauncher({1: FAILED})) == FAILED

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ POLL_SECONDS = 5.0
 SLURM_TIMEOUT = 60.0  # seconds to wait for squeue, whose own timeout (MessageTimeout) is 10 seconds by default
 PATIENCE = 3  # consecutive squeue calls before a job without a result counts as ended
 RECORD_SECONDS = 60.0  # seconds that a job waits for the sweep to record it, which takes milliseconds
+HELD = re.compile("[Hh]eld|Hold")  # reason of a pending job, such as JobHeldUser or "launch failed requeued held"
 UNKNOWN = "unknown to squeue"
 ENDED_JOB_STATES = (
     UNKNOWN,
@@ -128,7 +130,7 @@ class SlurmLauncher:
         )
         self._running: dict[int, Any] = {}
         self._polls: dict[int, int] = {}  # consecutive squeue calls since the job of a trial ended
-        self._failed: set[str] = set()  # jobs whose error has been logged
+        self._logged: set[str] = set()  # jobs that failed or are held
         self._asked = 0.0
         self._reported = False
         self._warned = False
@@ -184,7 +186,7 @@ class SlurmLauncher:
             if attempt:
                 time.sleep(POLL_SECONDS)
             if (states := _states()) is not None:
-                return states.get(str(trial.job), UNKNOWN) not in ENDED_JOB_STATES
+                return states.get(str(trial.job), (UNKNOWN, ""))[0] not in ENDED_JOB_STATES
         raise UserError(
             f"hydra/launcher=slurm: squeue failed, so it is unknown whether job {trial.job} of trial {trial.number} is "
             "still running. Run the same command again when squeue works."
@@ -229,7 +231,11 @@ class SlurmLauncher:
         self._warned = False
         gone = {}
         for number, job in self._running.items():
-            state = states.get(str(job.job_id), UNKNOWN)
+            state, reason = states.get(str(job.job_id), (UNKNOWN, ""))
+            if state == "PENDING" and HELD.search(reason):
+                self._warn_once(
+                    job, "is held (%s), so its trial waits. To release it: scontrol release %s", reason, job.job_id
+                )
             self._polls[number] = self._polls.get(number, 0) + 1 if state in ENDED_JOB_STATES else 0
             if self._polls[number] >= (1 if job.paths.result_pickle.exists() else PATIENCE):
                 gone[number] = state
@@ -263,24 +269,28 @@ class SlurmLauncher:
                 return int(result)
         except Exception as error:  # a damaged pickle can raise any exception
             result = f"{path} cannot be read: {error}"
-        if job.job_id not in self._failed:
-            log.warning("SLURM job %s failed: %s", job.job_id, str(result).strip().splitlines()[-1])
-        self._failed.add(job.job_id)
+        self._warn_once(job, "failed: %s", str(result).strip().splitlines()[-1])
         return FAILED
 
+    def _warn_once(self, job: Any, message: str, *values: str) -> None:
+        if job.job_id not in self._logged:
+            log.warning(f"SLURM job %s {message}", job.job_id, *values)
+        self._logged.add(job.job_id)
 
-def _states() -> dict[str, str] | None:
-    """Returns the states of this user's jobs by job ID, or None if squeue fails.
+
+def _states() -> dict[str, tuple[str, str]] | None:
+    """Returns (state, reason) of this user's jobs by job ID, or None if squeue fails.
 
     squeue lists ended jobs for a while (``MinJobAge``). It is called for all jobs of the user, because for a single job
     the error of an expired job ID cannot be distinguished from that of an unreachable controller.
     """
-    command = ("squeue", "--noheader", "--states=all", "--format=%i %T", f"--user={os.getuid()}")
+    command = ("squeue", "--noheader", "--states=all", "--format=%i|%T|%r", f"--user={os.getuid()}")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SLURM_TIMEOUT)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {fields[0]: fields[1] for line in done.stdout.splitlines() if len(fields := line.split()) == 2}
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return {row[0]: (row[1], row[2]) for row in rows if len(row) == 3}
 
 
 def check_cluster(config: SlurmLauncherConfig) -> None:

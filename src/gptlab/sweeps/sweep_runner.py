@@ -165,9 +165,11 @@ class SweepRunner:
         self.table.began(trial)
 
     def _end(self, number: int, status: int) -> None:
-        """Records the result of a trial."""
+        """Records the result of a trial; if a signal ended its process, that of its run, which may have been done."""
         trial = self.store.trials[number]
         run_dir = self.store.run_dir(trial)
+        if status in (INTERRUPTED, PREEMPTED) and (recorded := ended_status(run_dir)) is not None:
+            status = recorded
         name, state = END_STATES.get(status, "failed"), load_state(run_dir)
         message = None if status in (DONE, PRUNED) else (state and state.message) or _last_line(run_dir / OUTPUT)
         value = Run(run_dir).value(self.store.sweep.metric) if status in (DONE, PRUNED) else None
