@@ -76,7 +76,8 @@ def check_locations(
     if not _asks(run_dir, listed):
         raise UserError(
             f"{run_dir} is not a run of yours in {outputs_folder().absolute()}, and its configuration has paths or "
-            f"URLs outside of it: {', '.join(listed)}. If you trust them, add {TRUST_PATHS_KEY}=true or set {TRUST_PATHS}=1."
+            f"URLs outside of it: {', '.join(listed)}. If you trust them, add {TRUST_PATHS_KEY}=true or set "
+            f"{TRUST_PATHS}=1."
         )
     _accepted.update(foreign)
 

@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, Self
 
 import yaml
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from gptlab.config.search_path import configuration_folder
 from gptlab.errors import UserError, did_you_mean
 from gptlab.terminal import printable
 
@@ -48,6 +50,15 @@ class OptionGroups:
         self._top_level_keys = functools.cache(self._read_top_level_keys)
         self._own_keys = self._top_level_keys(primary or command)
         self._defaults = self._read_defaults(primary or command)
+
+    @classmethod
+    def of_search_path(cls, command: str, search_path: ConfigSearchPath) -> Self:
+        """Returns the config groups of a command that Hydra runs, from Hydra's search path."""
+        paths = [element.path or "" for element in search_path.get_path()]
+        folders = [Path(path.partition("://")[2]) for path in paths if path.startswith(("conf://", "file://"))]
+        own = configuration_folder()
+        number = folders.index(own)
+        return cls(command, folders[: number + 1], folders[number + 1 :])
 
     def table(self) -> str:
         """Returns a paragraph per config group with its options, wrapped at 80 columns.

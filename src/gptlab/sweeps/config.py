@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig
 
@@ -25,9 +25,12 @@ class SweeperConfig(FrozenConfig):
     n_trials: Amount
     seed: NonNegativeInt
     metric: str
+    direction: Literal["minimize", "maximize"]
     baseline: dict[str, str | int | float | bool | None]
     prune: PruneConfig | None
     retry: bool
+    fail_fast: bool
+    max_hours: PositiveFloat | None
     params: dict[str, str | int | float | bool]
 
     @model_validator(mode="after")
@@ -41,6 +44,11 @@ class SweeperConfig(FrozenConfig):
             raise ValueError(
                 f"hydra.sweeper.n_trials={self.n_trials} cannot be used with hydra.sweeper.search=grid, "
                 "which runs every point"
+            )
+        if self.prune is not None and (self.metric, self.direction) != ("val/loss", "minimize"):
+            raise ValueError(
+                f"hydra.sweeper.prune compares val/loss, which hydra.sweeper.metric={self.metric} "
+                f"hydra.sweeper.direction={self.direction} does not minimize. Set it to null"
             )
         return self
 

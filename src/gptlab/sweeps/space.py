@@ -1,16 +1,20 @@
 """Search space of a sweep: the points of a grid, or distributions to sample from. Imports no torch."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from gptlab.errors import UserError
+from gptlab.tracking.run_store.sweeps import format_overrides
 
+MAX_POINTS = 10_000  # of a grid
 Point = dict[str, str]  # overrides of a trial: key -> value as on the command line
 
 
@@ -20,14 +24,15 @@ class SearchSpace:
     Args:
         params: Values of hydra.sweeper.params; an override of the same key on the command line takes precedence.
         arguments: Command-line overrides.
+        loader: Hydra's loader, which lists the options of a group for ``model=glob(*)``.
 
     Attributes:
         varied: Overrides with several values or an interval, by key.
         fixed: All other overrides, as written.
     """
 
-    def __init__(self, params: Mapping[str, Any], arguments: list[str]) -> None:
-        parser = OverridesParser.create()
+    def __init__(self, params: Mapping[str, Any], arguments: list[str], loader: ConfigLoader | None = None) -> None:
+        parser = OverridesParser.create(loader)
         typed = parser.parse_overrides(arguments)
         named = {override.get_key_element() for override in typed}
         ready = [o for o in parser.parse_overrides([f"{k}={v}" for k, v in params.items()]) if _key(o) not in named]
@@ -46,22 +51,28 @@ class SearchSpace:
         Raises:
             UserError: A key has an interval (infinitely many values) or no value.
         """
-        values = []
+        values: list[list[str]] = []
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
                 raise UserError(
                     f"{key}={override.get_value_string()} has infinitely many values, which a grid cannot enumerate. "
                     f"List the values ({key}=1,2,3), or set hydra.sweeper.search=tpe hydra.sweeper.n_trials=20."
                 )
-            values.append([str(value) for value in override.sweep_string_iterator()])
+            values.append(_values(override))
         empty = [key for key, found in zip(self.varied, values, strict=True) if not found]
         if empty:
             raise UserError(f"{empty[0]}={self.written[empty[0]]} has no values, so the sweep has no trials.")
+        if (number := math.prod(map(len, values))) > MAX_POINTS:
+            raise UserError(
+                f"{format_overrides(self.written)} has {number:,} points, but a grid has at most {MAX_POINTS:,}. To "
+                "try some of them: hydra.sweeper.search=random hydra.sweeper.n_trials=<number>"
+            )
         return [dict(zip(self.varied, point, strict=True)) for point in itertools.product(*values)]
 
-    def example(self) -> Point:
-        """Returns a point of the space: the first value of each distribution."""
-        return {key: _first(distribution) for key, distribution in self.distributions().items()}
+    def ends(self) -> list[Point]:
+        """Returns two points of the space: the first and the last value of each distribution."""
+        ends = {key: _ends(distribution) for key, distribution in self.distributions().items()}
+        return [{key: values[end] for key, values in ends.items()} for end in (0, -1)]
 
     def contains(self, point: Point) -> bool:
         """Whether a point, as read from a file, has exactly the varied keys, each with one of its values."""
@@ -84,12 +95,29 @@ def _has(override: Override, value: str) -> bool:
     return re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?", value) is not None
 
 
-def _first(distribution: BaseDistribution) -> str:
-    """Returns the first value of a distribution."""
+def _ends(distribution: BaseDistribution) -> list[str]:
+    """Returns the first and the last value of a distribution."""
     if isinstance(distribution, CategoricalDistribution):
-        return str(distribution.choices[0])
+        return [str(distribution.choices[0]), str(distribution.choices[-1])]
     assert isinstance(distribution, FloatDistribution | IntDistribution)  # noqa: S101
-    return format_value(distribution.low)
+    return [format_value(distribution.low), format_value(distribution.high)]
+
+
+def _values(override: Override) -> list[str]:
+    """Returns the values of a sweep override in the order of the grid.
+
+    Raises:
+        UserError: It is a range that has no end, or one with more than ``MAX_POINTS`` values.
+    """
+    swept = override.value()
+    if isinstance(swept, RangeSweep) and swept.start is not None and swept.stop is not None:
+        span = float(swept.stop) - float(swept.start)
+        if not swept.step or span / float(swept.step) > MAX_POINTS:
+            raise UserError(
+                f"{_key(override)}={override.get_value_string()} has "
+                f"{'no end: its step is 0' if not swept.step else f'more than {MAX_POINTS:,} values'}."
+            )
+    return [str(value) for value in override.sweep_string_iterator()]
 
 
 def format_value(value: Any) -> str:
@@ -111,7 +139,7 @@ def _distribution(override: Override) -> BaseDistribution:
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log=is_log)
         return FloatDistribution(float(low), float(high), log=is_log)
-    values = [str(value) for value in override.sweep_string_iterator()]
+    values = _values(override)
     if not values:
         raise UserError(f"{key}={override.get_value_string()} has no values, so the sweep has no trials.")
     return CategoricalDistribution(values)

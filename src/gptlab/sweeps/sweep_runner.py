@@ -1,24 +1,26 @@
 """Main loop of a sweep: starts trials and records their results. Imports no torch."""
 
 import logging
+import math
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from gptlab.config.schema import RunConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, did_you_mean
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.launch.signals import StopSignals
 from gptlab.sweeps.analysis.report import report_sweep
+from gptlab.sweeps.config import SweeperConfig
 from gptlab.sweeps.local_launcher import OUTPUT
 from gptlab.sweeps.search import Search
 from gptlab.sweeps.space import Point
 from gptlab.sweeps.sweep_store import SweepStore, config_hash
 from gptlab.sweeps.sweep_table import SweepTable
-from gptlab.tracking.run_store.runs import Run
+from gptlab.tracking.run_store.runs import METRICS, Run
 from gptlab.tracking.run_store.state import END_STATES, load_state
 from gptlab.tracking.run_store.sweeps import (
     FAILED_STATES,
@@ -81,11 +83,15 @@ class SweepRunner:
         search: Search that proposes points.
         launcher: Launcher that runs trials.
         compose: Function that composes the configuration of a point.
-        retry: Whether to run failed trials again.
+        config: Configuration of the sweep, which says whether to run failed trials again, and when to start no more.
     """
 
-    def __init__(self, store: SweepStore, search: Search, launcher: Launcher, compose: Compose, *, retry: bool) -> None:
-        self.store, self.search, self.launcher, self.compose, self.retry = store, search, launcher, compose, retry
+    def __init__(
+        self, store: SweepStore, search: Search, launcher: Launcher, compose: Compose, config: SweeperConfig
+    ) -> None:
+        self.store, self.search, self.launcher, self.compose, self.config = store, search, launcher, compose, config
+        self._deadline = time.monotonic() + 3600 * (config.max_hours or math.inf)
+        self._has_failed = False  # in this process
         self.table = SweepTable(lambda: list(store.trials.values()), store.run_dir)
 
     def run(self) -> int:
@@ -108,7 +114,7 @@ class SweepRunner:
         is_over = False
         while self.launcher.is_busy or not is_over:
             while self.launcher.has_room and not is_over:
-                ready = next(waiting, None)
+                ready = next(waiting, None) if self._starts_more() else None
                 is_over = ready is None
                 if ready is not None:
                     self._begin(ready)
@@ -118,13 +124,23 @@ class SweepRunner:
                 break  # a signal was received
             time.sleep(POLL_SECONDS)
 
+    def _starts_more(self) -> bool:
+        """Whether further trials start; tells once why not."""
+        if self.config.fail_fast and self._has_failed:
+            log.info("No further trial starts, because one has failed (hydra.sweeper.fail_fast=true).")
+            return False
+        if time.monotonic() > self._deadline:
+            log.info("No further trial starts after hydra.sweeper.max_hours=%g.", self.config.max_hours)
+            return False
+        return True
+
     def _waiting(self) -> Iterator[_ReadyTrial]:
         """Yields the trials that have not ended; new points are proposed only when a trial can start."""
         for number in range(self.search.n_trials):
             trial = self.store.trials.get(number)
             if trial is None:
                 ready = self._new(number)
-            elif trial.state not in TRIAL_END_STATES or (self.retry and trial.state in FAILED_STATES):
+            elif trial.state not in TRIAL_END_STATES or (self.config.retry and trial.state in FAILED_STATES):
                 ready = _ReadyTrial(trial, self.compose(trial.overrides))
             else:
                 ready = None
@@ -172,7 +188,17 @@ class SweepRunner:
             status = recorded
         name, state = END_STATES.get(status, "failed"), load_state(run_dir)
         message = None if status in (DONE, PRUNED) else (state and state.message) or _last_line(run_dir / OUTPUT)
-        value = Run(run_dir).value(self.store.sweep.metric) if status in (DONE, PRUNED) else None
+        sweep, run = self.store.sweep, Run(run_dir)
+        which: Literal["lowest", "highest"] = "lowest" if sweep.direction == "minimize" else "highest"
+        value = run.value(sweep.metric, which) if status in (DONE, PRUNED) else None
+        if status == DONE and run.rows and not any(sweep.metric in row for row in run.rows):
+            columns = sorted({name for row in run.rows for name in row} - {"step"})
+            message = (
+                f"hydra.sweeper.metric={sweep.metric} is not a column of {METRICS}."
+                f"{did_you_mean(sweep.metric, columns)} Columns: {', '.join(columns)}."
+            )
+            self._close(trial.to("failed", status=CONFIG_ERROR, message=message))
+            raise UserError(message)
         if status == DONE and value is None:
             name, status, message = "diverged", DIVERGED, f"{self.store.sweep.metric} has no finite value"
         tokens = state.tokens if state else 0
@@ -180,6 +206,7 @@ class SweepRunner:
 
     def _close(self, trial: Trial) -> None:
         self.store.write(trial)
+        self._has_failed |= trial.state in FAILED_STATES
         if trial.state in TRIAL_END_STATES:
             self.search.tell(trial)
         self.table.ended(trial)
@@ -197,7 +224,9 @@ class SweepRunner:
         if signal.SIGINT in received:
             return INTERRUPTED
         trials = self.store.trials.values()
-        if any(trial.state not in TRIAL_END_STATES for trial in trials) or len(trials) < self.search.n_trials:
+        is_unfinished = any(trial.state not in TRIAL_END_STATES for trial in trials)
+        is_unfinished |= len(trials) < self.search.n_trials
+        if is_unfinished and not (self.config.fail_fast and self._has_failed):
             return PREEMPTED
         statuses = {trial.status or DONE for trial in trials} - {PRUNED, DONE}
         return max((status if status in (CONFIG_ERROR, DIVERGED) else FAILED for status in statuses), default=DONE)

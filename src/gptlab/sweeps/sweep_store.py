@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gptlab.tracking.run_store.sweeps import (
     load_trials,
 )
 
+IsCurrent = Callable[[Trial], bool]
 LOCK = ".lock"
 PRUNE = "prune.json"  # config of pruning, in the run directory of a trial that may be pruned
 # keys that do not change the result of a trial
@@ -50,9 +52,10 @@ class SweepStore:
     Args:
         directory: Sweep directory.
         sweep: Definition of the sweep.
+        is_current: Whether a trial of an earlier process has the configuration that its point has now.
 
     Attributes:
-        sweep: Definition of the sweep, with the points of an earlier process if it is resumed.
+        sweep: Definition of the sweep; if it is resumed, with the points of the earlier process first.
         trials: Trials by number.
         is_new: Whether the sweep is not resumed.
 
@@ -60,15 +63,13 @@ class SweepStore:
         UserError: The directory contains another sweep, or another process is running this one.
     """
 
-    def __init__(self, directory: Path, sweep: Sweep) -> None:
+    def __init__(self, directory: Path, sweep: Sweep, is_current: IsCurrent) -> None:
         self.directory, self.sweep = directory, sweep
         check_no_links(directory)
         earlier = load_sweep(directory)
-        if earlier is not None and earlier.definition != sweep.definition:
+        if earlier is not None and (difference := _difference(directory, earlier, sweep, is_current)):
             raise UserError(
-                f"hydra.sweep.dir={directory} contains a different sweep. Its search space: "
-                f"{format_overrides(earlier.space)}. Search space of this command: {format_overrides(sweep.space)}. "
-                "If they are equal, another config key differs. Choose another hydra.sweep.dir."
+                f"hydra.sweep.dir={directory} contains a different sweep: {difference}. Choose another hydra.sweep.dir."
             )
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(directory / LOCK)
@@ -79,17 +80,16 @@ class SweepStore:
                 f"Another process is running this sweep in {directory}. To run it a second time in parallel, set "
                 "hydra.sweep.dir=<directory>."
             ) from None
-        if earlier is None:
-            sweep.save(directory)
         self.trials = {trial.number: trial for trial in load_trials(directory)}
         if earlier is not None:
-            self.sweep = sweep.model_copy(update={"points": earlier.points or self._with_known_points(sweep.points)})
+            # earlier versions did not store the points
+            known = earlier.points or [trial.overrides for trial in self.trials.values()]
+            added = [point for point in sweep.points if point not in known]
+            points = [*known, *added] if sweep.search == "grid" else []
+            self.sweep = sweep.model_copy(update={"points": points, "wandb_group": earlier.wandb_group})
+        if self.sweep != earlier:
+            self.sweep.save(directory)
         self.is_new = earlier is None
-
-    def _with_known_points(self, points: list[dict[str, str]]) -> list[dict[str, str]]:
-        """Returns the points of a grid with those of existing trials first: earlier versions did not store points."""
-        known = [trial.overrides for trial in self.trials.values()]
-        return known + [point for point in points if point not in known] if points else []
 
     def close(self) -> None:
         """Releases the lock."""
@@ -111,20 +111,41 @@ def is_prunable(run_dir: Path) -> bool:
     return (run_dir / PRUNE).is_file()
 
 
-def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
-    """Returns the newest directory with an unfinished sweep of the same definition, or creates a directory."""
-    found = sorted((path.parent for path in (outputs_folder() / name).glob(f"*/{SWEEP}")), reverse=True)
-    for directory in found:
+def find_or_create_sweep_dir(name: str, sweep: Sweep, is_current: IsCurrent) -> Path:
+    """Returns the directory of the newest sweep that this one resumes or extends, or creates a directory.
+
+    A sweep is resumed if it has the same definition and is unfinished. It is extended if this one has more points.
+    """
+    for directory in sorted((path.parent for path in (outputs_folder() / name).glob(f"*/{SWEEP}")), reverse=True):
         try:
             earlier = load_sweep(directory)
+            trials = load_trials(directory)
+            if earlier is None or _difference(directory, earlier, sweep, is_current):
+                continue
         except UserError:  # a damaged sweep is not resumed
             continue
-        if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
+        if len(trials) < sweep.n_trials or any(trial.state not in TRIAL_END_STATES for trial in trials):
             return directory
+        if earlier.n_trials == sweep.n_trials:
+            break  # it is complete, and an older sweep is not extended in its place
     return claim_directory(outputs_folder() / name)
 
 
-def _is_complete(directory: Path, sweep: Sweep) -> bool:
-    """Whether every trial has been proposed and has ended."""
-    trials = load_trials(directory)
-    return len(trials) >= sweep.n_trials and all(trial.state in TRIAL_END_STATES for trial in trials)
+def _difference(directory: Path, earlier: Sweep, sweep: Sweep, is_current: IsCurrent) -> str | None:
+    """Returns how an earlier sweep differs from one that would resume or extend it; None if it does not."""
+    for name in ("search", "metric", "direction", "prune"):
+        if (was := getattr(earlier, name)) != getattr(sweep, name):
+            return f"its hydra.sweeper.{name} is {was}"
+    if earlier.search != "grid" and earlier.search_seed != sweep.search_seed:
+        return f"its hydra.sweeper.seed is {earlier.search_seed}"
+    if sorted(earlier.fixed) != sorted(sweep.fixed):
+        return f"its overrides are {' '.join(earlier.fixed) or 'none'}"
+    if sweep.search == "grid" and earlier.points:
+        points = {frozenset(point.items()) for point in sweep.points}
+        is_other = not all(frozenset(point.items()) in points for point in earlier.points)
+    else:  # earlier versions did not store the points
+        is_other = earlier.space != sweep.space
+    if is_other:
+        return f"its search space is {format_overrides(earlier.space) or 'empty'}"
+    changed = [trial for trial in load_trials(directory) if not is_current(trial)]
+    return f"the configuration of its trial {changed[0].number} was another one" if changed else None

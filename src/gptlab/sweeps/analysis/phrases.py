@@ -13,6 +13,23 @@ DIGITS = 4  # decimal places of a value without a standard error
 MAX_DIGITS = 6
 
 
+class Metric(NamedTuple):
+    """Metric that a sweep compares.
+
+    Attributes:
+        name: Column of metrics.csv.
+        is_maximized: Whether higher values are better.
+    """
+
+    name: str
+    is_maximized: bool
+
+    @property
+    def unit(self) -> str:
+        """Unit of its values; "" if it is unknown or they have none."""
+        return UNITS.get(self.name, "")
+
+
 class BestResult(NamedTuple):
     """Contents of the one-line answer.
 
@@ -41,21 +58,21 @@ def plus_minus(value: float, se: float | None) -> str:
     return f"{value:.{digits}f} ± {se:.{digits}f}"
 
 
-def quantity(value: float, se: float | None, metric: str) -> str:
+def quantity(value: float, se: float | None, metric: Metric) -> str:
     """Formats a value of a metric with its standard error and unit."""
-    return f"{plus_minus(value, se)} {UNITS.get(metric, '')}".rstrip()
+    return f"{plus_minus(value, se)} {metric.unit}".rstrip()
 
 
-def verdict(claim: Claim, metric: str) -> str:
+def verdict(claim: Claim, metric: Metric) -> str:
     """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats (5 seeds)"."""
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
         return NOT_SIGNIFICANT
-    return f"{_word(claim)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
+    return f"{_word(claim, metric)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
 
 
-def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
+def best_line(best: BestResult, metric: Metric, *, is_over: bool) -> str:
     """Returns the one-line answer of a sweep with several points."""
     role = f", the {BASELINE}" if best.name == best.baseline else ""
     parts = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
@@ -68,11 +85,11 @@ def best_line(best: BestResult, metric: str, *, is_over: bool) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def spread_line(estimate: Estimate, metric: str) -> str:
+def spread_line(estimate: Estimate, metric: Metric) -> str:
     """Returns the one-line answer of a sweep with one point: its mean and the standard deviation over seeds."""
     if estimate.deviation is None:
         return f"{quantity(*estimate[1:], metric)}; {ONE_SEED}"
-    deviation = f"{estimate.deviation:.2g} {UNITS.get(metric, '')}".rstrip()
+    deviation = f"{estimate.deviation:.2g} {metric.unit}".rstrip()
     return f"{quantity(*estimate[1:], metric)} over {estimate.n} seeds, standard deviation {deviation}"
 
 
@@ -81,18 +98,18 @@ def format_counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts.items() if number)
 
 
-def _word(claim: Claim) -> str:
-    return "better" if claim.comparison.difference < 0 else "worse"
+def _word(claim: Claim, metric: Metric) -> str:
+    return "better" if (claim.comparison.difference > 0) == metric.is_maximized else "worse"
 
 
-def _amount(claim: Claim, metric: str) -> str:
+def _amount(claim: Claim, metric: Metric) -> str:
     return quantity(abs(claim.comparison.difference), claim.comparison.se, metric)
 
 
-def _compared_with(claim: Claim, metric: str, other: str) -> str:
+def _compared_with(claim: Claim, metric: Metric, other: str) -> str:
     """Formats the comparison of the best point with another point."""
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
         return f"no significant difference from {other}"
-    return f"{_word(claim)} than {other} by {_amount(claim, metric)}"
+    return f"{_word(claim, metric)} than {other} by {_amount(claim, metric)}"

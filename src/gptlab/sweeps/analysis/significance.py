@@ -1,6 +1,6 @@
 """Significance tests of differences between points, paired by seed if possible. Imports no torch.
 
-Lower values are better. A replicate identifies a run of a point: its seed.
+A replicate identifies a run of a point: its seed.
 """
 
 import math

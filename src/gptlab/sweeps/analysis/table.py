@@ -11,6 +11,7 @@ from gptlab.errors import UserError
 from gptlab.sweeps.analysis.phrases import (
     BASELINE,
     BestResult,
+    Metric,
     best_line,
     format_counts,
     spread_line,
@@ -26,7 +27,7 @@ NEXT_BEST = "\0"  # key of the comparison of the best two points; the other keys
 
 
 class AnswerRow(BaseModel):
-    """Point of a sweep and its comparison with the baseline; lower values are better.
+    """Point of a sweep and its comparison with the baseline.
 
     Attributes:
         settings: Overrides of the point, without the seed.
@@ -116,13 +117,15 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         )
     trials = load_trials(directory)
     points = group_points(trials)
-    ranked = sorted((point for point in points if point.values), key=lambda point: fmean(point.values.values()))
+    metric = Metric(sweep.metric, is_maximized=sweep.direction == "maximize")
+    ranked = sorted(
+        (point for point in points if point.values),
+        key=lambda point: fmean(point.values.values()) * (-1 if metric.is_maximized else 1),
+    )
     baseline = find_point(points, sweep.baseline)
     claims = _claims(ranked, baseline)
     rows = [
-        _row(
-            directory, point, claims.get(format_overrides(point.settings)), sweep.metric, is_baseline=point is baseline
-        )
+        _row(directory, point, claims.get(format_overrides(point.settings)), metric, is_baseline=point is baseline)
         for point in (*ranked, *(point for point in points if not point.values))
     ]
     return SweepAnswers(
@@ -130,7 +133,7 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         metric=sweep.metric,
         keys=list(dict.fromkeys(key for point in points for key in point.settings)),
         rows=rows,
-        answer=_answer(sweep, points, ranked, baseline, claims),
+        answer=_answer(sweep.n_trials, metric, points, ranked, baseline, claims),
         comparisons=sum(claim.p is not None for claim in claims.values()),
         notes=[*_edges(ranked), *_notes(sweep, trials, baseline)],
     )
@@ -146,7 +149,7 @@ def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
     return compare_all(pairs)
 
 
-def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_baseline: bool) -> AnswerRow:
+def _row(directory: Path, point: Point, claim: Claim | None, metric: Metric, *, is_baseline: bool) -> AnswerRow:
     """Builds the row of a point; ``claim`` is its comparison with the baseline, or None if there is none."""
     known: dict[str, Any] = {}
     if point.values:
@@ -179,17 +182,22 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: str, *, is_
 
 
 def _answer(
-    sweep: Sweep, points: list[Point], ranked: list[Point], baseline: Point | None, claims: dict[str, Claim]
+    n_trials: int,
+    metric: Metric,
+    points: list[Point],
+    ranked: list[Point],
+    baseline: Point | None,
+    claims: dict[str, Claim],
 ) -> str:
     """Returns the one-line answer."""
-    missing = sweep.n_trials - sum(len(point.trials) for point in points)  # not proposed yet
+    missing = n_trials - sum(len(point.trials) for point in points)  # not proposed yet
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     if not ranked:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
         return f"no trial has a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was started'}"
     estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
     if len(points) == 1:
-        return spread_line(estimates[0], sweep.metric)
+        return spread_line(estimates[0], metric)
     names = [format_overrides(point.settings) for point in ranked]
     is_comparable = baseline is not None and baseline.values
     baseline_name = format_overrides(baseline.settings) if baseline is not None and is_comparable else None
@@ -198,7 +206,7 @@ def _answer(
         following = claims[names[1]].reversed()
     return best_line(
         BestResult(names[0], estimates[0], baseline_name, claims.get(names[0]), (*names, None)[1], following),
-        sweep.metric,
+        metric,
         is_over=unfinished == 0,
     )
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gptlab.config.stored import complete
 from gptlab.errors import UserError, failure_reason, without_passwords
@@ -103,12 +103,12 @@ class Run:
         numbered = ((_step(path), path) for path in folder.glob("*.txt"))
         return sorted((step, read_regular(path)) for step, path in numbered if step is not None)
 
-    def value(self, metric: str = "val/loss", which: str = "best") -> float | None:
-        """Returns the lowest ("best") or the last ("last") finite value of a metric; None if there is none."""
+    def value(self, metric: str = "val/loss", which: Literal["lowest", "highest", "last"] = "lowest") -> float | None:
+        """Returns the lowest, the highest or the last finite value of a metric; None if there is none."""
         values = [value for value in self.series(metric)[1] if math.isfinite(value)]
         if not values:
             return None
-        return min(values) if which == "best" else values[-1]
+        return values[-1] if which == "last" else min(values) if which == "lowest" else max(values)
 
 
 def find_runs(patterns: str | Sequence[str]) -> list[Run]:

@@ -18,6 +18,7 @@ from gptlab.tracking.run_store.state import StateName, load_state
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
+Direction = Literal["minimize", "maximize"]
 FAILED_STATES = ("diverged", "config_error", "failed")
 TRIAL_END_STATES = ("done", "pruned", *FAILED_STATES)  # a trial in one of these is not run again
 
@@ -32,7 +33,7 @@ class Trial(BaseModel):
         state: State of the run (see ``RunState``), or "waiting" before its first start.
         status: Exit code; None until the trial has ended.
         message: Error message, one sentence.
-        value: Lowest value of the sweep's metric (lower is better), if any.
+        value: Best value of the sweep's metric, if any.
         tokens: Tokens seen.
         starts: Number of starts.
         job: ID of the job on a cluster, if any.
@@ -70,24 +71,28 @@ class Sweep(BaseModel):
         fixed: Overrides of the command line that are the same for all trials.
         search: How points are chosen: "grid", "random", "tpe" or "cmaes".
         n_trials: Number of points.
-        metric: Column of metrics.csv; the lowest value of each trial is compared.
+        search_seed: Random seed of the search.
+        metric: Column of metrics.csv; the best value of each trial is compared.
+        direction: Whether lower ("minimize") or higher ("maximize") values are better.
+        prune: Settings of pruning, or None.
         baseline: Overrides of the point that the others are compared with; empty for the first point.
-        definition: Hash of the definition, which identifies a sweep that is started again.
         wandb_group: W&B group of its trials.
         points: Points of a grid, in the order of their trials. They are not computed again when the sweep is resumed,
             because an override can be random (``seed=shuffle(1,2,3)``). Empty for other searches.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # earlier versions stored a hash
 
     question: str
     space: dict[str, str]
     fixed: list[str]
     search: str
     n_trials: int
+    search_seed: int = 0
     metric: str = "val/loss"
+    direction: Direction = "minimize"
+    prune: dict[str, Any] | None = None
     baseline: dict[str, str]
-    definition: str
     wandb_group: str
     points: list[dict[str, str]] = []
 
