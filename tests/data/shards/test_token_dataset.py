@@ -37,11 +37,11 @@ def hashed(monkeypatch) -> list[str]:
     """Names of the files that are hashed, in this order."""
     names = []
 
-    def file_digest(file, algorithm, digest=hashlib.file_digest):
+    def hash_file(file, advance, hash_file=token_dataset.hash_file):
         names.append(os.path.basename(file.name))  # noqa: PTH119  (a string)
-        return digest(file, algorithm)
+        return hash_file(file, advance)
 
-    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(token_dataset, "hash_file", hash_file)
     return names
 
 
@@ -74,13 +74,13 @@ def damaged(path, before: str, after: str):
 
 def test_verify_shards_hashes_every_shard_and_reports_the_first_damaged_one(folder, hashed):
     manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
-    assert verify_shards(LocalFolder(folder), manifest.shards()) == 4
+    assert verify_shards(LocalFolder(folder), manifest) == 4
     assert hashed == NAMES
     flip(folder / NAMES[0], place=3)  # in the header, which is not hashed
     flip(folder / NAMES[3], place=-1)
     hashes = flip(folder / NAMES[2], place=4)
     with damaged(folder / NAMES[2], *hashes):
-        verify_shards(LocalFolder(folder), manifest.shards())
+        verify_shards(LocalFolder(folder), manifest)
 
 
 def test_unmodified_shards_are_hashed_once(check, folder, hashed):
@@ -189,13 +189,13 @@ def test_first_documents_are_decoded_and_truncated(prepared):
 
 @pytest.mark.parametrize("place", [0, 10, -1])
 def test_flipped_bit_is_reported_with_its_shard(prepared, place):
-    assert verify_shards(prepared.store, prepared.manifest.shards()) == 2
+    assert verify_shards(prepared.store, prepared.manifest) == 2
     path = prepared.folder / "val.bin"
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"val\.bin has changed"):
-        verify_shards(prepared.store, prepared.manifest.shards())
+        verify_shards(prepared.store, prepared.manifest)
 
 
 def test_batch_texts_match_the_training_order(prepared):
