@@ -34,7 +34,7 @@ def track_reading(what: str, total: int) -> Iterator[Advance]:
     """Shows the progress of reading ``total`` bytes.
 
     Args:
-        what: What is done, to begin the line with: "Verifying 3 shards of data/x".
+        what: What is done, to begin the line with: "Verifying 3 shards".
         total: Number of bytes that will be read.
 
     Yields:

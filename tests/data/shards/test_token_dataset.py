@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,17 @@ def hashed(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(token_dataset, "hash_file", hash_file)
     return names
+
+
+class Audit:
+    """Calls ``hook`` for each audit event of Python, such as the opening of a file; hooks cannot be removed."""
+
+    def __init__(self) -> None:
+        self.hook = lambda event, arguments: None
+        sys.addaudithook(lambda event, arguments: self.hook(event, arguments))
+
+
+audit = Audit()
 
 
 @pytest.fixture
@@ -94,6 +106,25 @@ def test_unmodified_shards_are_hashed_once(check, folder, hashed):
     for _ in range(2):
         check()
     assert hashed == [*NAMES, NAMES[1]]
+
+
+def test_shards_that_were_verified_are_not_opened_at_the_next_start(tmp_path, monkeypatch):
+    for name, tokens in zip(NAMES, PIECES, strict=True):
+        (tokens % 256).astype("<u2").tofile(tmp_path / name)
+    shards = data_config(corpus="shards", path=f"{tmp_path}/*.bin", cache_dir=str(tmp_path / "cache"))
+    first = open_shards(shards, tokenizer_config("bytes"))
+    opened: list[str] = []
+
+    def record(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith(".bin"):
+            opened.append(Path(arguments[0]).name)
+
+    monkeypatch.setattr(audit, "hook", record)
+    assert open_shards(shards, tokenizer_config("bytes")).manifest == first.manifest
+    assert opened == []
+    os.utime(first.folder / first.manifest.shards()[1].file)  # another listing: the file is read, and so are all
+    open_shards(shards, tokenizer_config("bytes"))
+    assert set(opened) == set(NAMES)
 
 
 def test_directories_are_recorded_separately(check, folder, hashed, tmp_path):

@@ -110,7 +110,7 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     dtypes = {}
     size = sum(path.stat().st_size for path in paths)
-    with track_reading(f"Reading {len(paths)} token files in {paths[0].parent}", size) as advance:
+    with track_reading(f"Reading {len(paths)} token files", size) as advance:
         for path in paths:
             found = read_layout(path)
             dtypes[found.dtype] = path
@@ -205,7 +205,7 @@ def convert(
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
             unfinished, size = temporary_path(path), len(stream) * stream.dtype.itemsize
-            with unfinished.open("xb") as file, track_reading(f"Writing {path}", size) as advance:
+            with unfinished.open("xb") as file, track_reading(f"Writing {name}", size) as advance:
                 if kind == "llmc":
                     file.write(_llmc_header(len(stream)))
                 for chunk in stream.chunks(CHUNK):

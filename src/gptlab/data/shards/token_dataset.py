@@ -58,7 +58,7 @@ def verify_shards(store: ShardStore, manifest: Manifest, modified: Sequence[Shar
     """
     shards = manifest.shards() if modified is None else modified
     size = sum(manifest.file_size(shard) - shard.offset for shard in shards)
-    with track_reading(f"Verifying {len(shards)} shards of {store.folder}", size) as advance:
+    with track_reading(f"Verifying {len(shards)} shards", size) as advance:
         for shard in shards:
             with store.open(shard) as file:
                 file.seek(shard.offset)

@@ -97,7 +97,7 @@ def find_corruption(checkpoint_dir: Path) -> str | None:
             if (size := (checkpoint_dir / name).lstat().st_size) != expected.bytes:
                 return f"{name} has {size:,} bytes instead of {expected.bytes:,}"
         size = sum(file.bytes for file in record.files.values())
-        with track_reading(f"Verifying {checkpoint_dir}", size) as advance:
+        with track_reading(f"Verifying {checkpoint_dir.name}", size) as advance:
             hashes = _hashes(checkpoint_dir, record.files, advance)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
