@@ -22,6 +22,7 @@ from gptlab.data.tokenizers.tokenizer import BytesTokenizer
 from gptlab.progress import track_reading
 from gptlab.tracking import logs
 from gptlab.training.checkpoints.records import CheckpointMetadata, commit, find_corruption
+from preparing import prepare_text
 
 
 @pytest.fixture
@@ -78,6 +79,16 @@ def test_verifying_a_checkpoint_reports_all_bytes(tmp_path, bars):
     commit(unfinished, checkpoint_dir, CheckpointMetadata(step=7, val_loss=None, evaluation_due=False), {})
     assert find_corruption(checkpoint_dir) is None
     assert bars == [["Verifying step_000007", 3_000_070, 3_000_070]]
+
+
+def test_preparing_text_reports_what_is_read_before_it_is_tokenized(tmp_path, bars):
+    (tmp_path / "text").mkdir()
+    for number in range(9):
+        (tmp_path / "text" / f"{number}.txt").write_text("a bad cab, a cad\n" * 50)
+    prepare_text(tmp_path / "text", tokenizer="characters", val_split="documents", val_fraction=0.01)
+    split, tokenizer = bars[:2]
+    assert split == ["Splitting documents", 9 * 850, 9 * 850]  # all are read, as none has a hash below the threshold
+    assert tokenizer == ["Building the tokenizer", 9 * 850, 9 * 850]
 
 
 def test_a_line_is_logged_after_some_seconds_and_not_before(caplog, monkeypatch):

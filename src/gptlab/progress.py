@@ -35,7 +35,7 @@ def track_reading(what: str, total: int) -> Iterator[Advance]:
 
     Args:
         what: What is done, to begin the line with: "Verifying 3 shards".
-        total: Number of bytes that will be read.
+        total: Number of bytes that will be read; an estimate for text, which may be compressed.
 
     Yields:
         A function to call with the number of bytes that were read since its last call. Any thread may call it.
@@ -56,7 +56,7 @@ def track_reading(what: str, total: int) -> Iterator[Advance]:
                 left = timedelta(seconds=round(max(0, total - done) / max(speed, 1)))
                 log.info(
                     "%s: %.0f%% of %.1f GB · %.0f MB/s · %s left",
-                    *(what, 100 * done / max(total, 1), total / 1e9, speed / 1e6, left),
+                    *(what, min(100, 100 * done / max(total, 1)), total / 1e9, speed / 1e6, left),
                     extra={"progress": True},  # not printed in a terminal, which has the bar
                 )
 
