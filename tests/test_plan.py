@@ -70,6 +70,20 @@ def test_plan_uses_the_overrides_of_a_run_and_writes_nothing(user):
     assert not (user.folder / "cache").exists()  # nothing was prepared
 
 
+def test_network_is_in_the_time_or_the_time_is_that_of_computing_alone(user):
+    job = (*SMALL, "train.global_batch_size=16", "tokenizer=bytes", "trainer=ddp", "trainer.devices=8", "gpu=[l4,h100]")
+    done = user.python(PLAN, *job, "json=plan.json")
+    assert_success(done)
+    assert "computing alone: 40%" in done.stdout
+    plan = json.loads((user.folder / "plan.json").read_text())
+    assert [time["network"] for time in plan["times"]] == ["excluded", "overlapped", "sequential"]  # H100s have NVLink
+    assert plan["times"][1]["step_network"] == pytest.approx(plan["network"]["traffic"] / 450e9)
+    plan = planned(user, *job, "network_bandwidth=2", "overwrite=true")
+    assert [time["network"] for time in plan["times"]] == ["overlapped", "sequential"] * 2
+    assert plan["network"]["bandwidth"] == 2e9
+    assert all(time["step_network"] == pytest.approx(plan["network"]["traffic"] / 2e9) for time in plan["times"])
+
+
 def test_command_for_a_budget_composes_to_the_planned_run(user):
     done = user.python(PLAN, *TEXT, "budget=1e12", "model.block_size=32", "json=plan.json")
     assert_success(done)
@@ -88,6 +102,7 @@ def test_command_for_a_budget_composes_to_the_planned_run(user):
         (["budget=5"], "budget=5 FLOPs is too small"),
         (["budget=-5"], "budget=-5 is not valid: it should be a number greater than 0"),
         (["mfu=2"], "mfu=2 is not valid: it should be a number greater than 0 and less than or equal to 1"),
+        (["network_bandwidth=0"], "network_bandwidth=0 is not valid: it should be a number greater than 0"),
         (["budgt=5"], "Unknown config key `budgt`. Did you mean budget?"),
         (["model.n_head=3"], "model.n_head=3 does not divide n_embd=128"),
         (["data=text", "data.source=none.txt"], "data.source=none.txt does not exist"),

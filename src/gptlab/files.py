@@ -43,6 +43,26 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
     return FileIO(str(path), "rb", opener=lambda *_: _open(path, os.O_RDONLY, follow=follow))
 
 
+def stat_regular(path: str, *, follow: bool = False) -> os.stat_result:
+    """Returns the status of a regular file without opening it, which takes long on a network file system.
+
+    Args:
+        path: Path of the file.
+        follow: Whether the last part of the path may be a link to the file.
+
+    Raises:
+        OSError: The file is missing, a link, not a regular file, or may not be read; ``strerror`` says which.
+    """
+    found = os.stat(path, follow_symlinks=follow)  # noqa: PTH116  (Path is slow for thousands of files)
+    if stat.S_ISLNK(found.st_mode):
+        raise OSError(errno.ELOOP, "it is a link", path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
+    if not found.st_mode & stat.S_IROTH and not os.access(path, os.R_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+    return found
+
+
 def read_regular(path: Path, limit: int = MAX_BYTES, *, follow: bool = False) -> str:
     """Reads a UTF-8 text file.
 

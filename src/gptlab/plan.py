@@ -36,7 +36,7 @@ def main(values: DictConfig) -> int:
         calibrate(config)
         config, manifest = with_vocabulary(config)
     config = count_components(config)
-    plan = make_plan(config, manifest, plan_config.gpus, plan_config.mfu)
+    plan = make_plan(config, manifest, plan_config.gpus, plan_config.mfu, plan_config.bandwidth)
     print_plan(plan)
     if choice is not None:
         arguments = (*_config_dir(), *run_overrides(overrides), *choice.overrides)

@@ -52,7 +52,7 @@ def main(values: DictConfig) -> int:
 def _inspect(config: PrepareCommand, path: str) -> None:
     store, manifest = find_existing_shards(config, "inspect", path)
     if config.verify:
-        number = verify_shards(store, manifest.shards())
+        number = verify_shards(store, manifest)
         print_message(f"Verified {number} shards: their SHA-256 is unchanged.")
     tokenizer = load_tokenizer(manifest.tokenizer, config.tokenizer.vocab_dir, path)
     print_prepared(TokenDataset(store, manifest, tokenizer))

@@ -6,6 +6,7 @@ from configs import resolved
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.costs import (
     RunLength,
+    add_network,
     disk_usage,
     estimate_at_mfu,
     estimate_from_measurement,
@@ -40,6 +41,41 @@ def test_tensor_parallelism_adds_the_traffic_of_activations():
     # 2 devices per block: 1 group, so no other traffic; 40 micro-batches of 12
     tensor = 12 * 1024 * 768 * 2
     assert network_traffic(GPT2, ParallelLayout("fsdp_tp", 2, 2), "bf16-mixed", 12) == 40 * 12 * tensor / 2 * 14
+
+
+def test_lora_sends_only_the_gradients_of_the_added_matrices():
+    lora = resolved("experiment=gpt2_openwebtext", "lora=attention", "init_from=gpt2").with_vocabulary(50257)
+    rank = lora.lora.rank
+    added = 12 * rank * (4 * 768 + 2 * 768)  # c_attn: C x r and r x 3 C; c_proj: C x r and r x C
+    assert network_traffic(lora, ParallelLayout("ddp", 8), "bf16-mixed", 12) == 2 * 7 / 8 * 4 * added
+
+
+XL = resolved("model=gpt2-xl", "train.global_batch_size=4096").with_vocabulary(50257)
+
+
+def test_network_of_1024_gpus_is_overlapped_or_added():
+    length = RunLength(steps=10, tokens=10 * 4096 * 1024, evaluations=0, evaluated=0)
+    computing = estimate_at_mfu(XL, length, plan_hardware(XL, ["h100"])._replace(devices=1024), 0.4)
+    n = (50_257 + 1024 + 2) * 1600 + 48 * (12 * 1600**2 + 13 * 1600)  # with biases; the vocabulary is not padded
+    flops = 6 * (n - 1024 * 1600) + 12 * 48 * 1600 * 1024
+    own, sent = 4096 * 1024 * flops / (0.4 * 989.4e12 * 1024), 2 * 1023 / 1024 * 4 * n / 50e9
+    assert (round(own, 3), round(sent, 3)) == (0.106, 0.249)
+    traffic = network_traffic(XL, ParallelLayout("ddp", 1024), "bf16-mixed", 4)
+    overlapped, sequential = add_network(computing, length, traffic, 50e9)
+    assert overlapped.seconds == pytest.approx(10 * sent, rel=1e-9)
+    assert sequential.seconds == pytest.approx(10 * (own + sent), rel=1e-9)
+    assert sequential.tokens_per_second == pytest.approx(4096 * 1024 / (own + sent), rel=1e-9)
+    fast, _ = add_network(computing, length, traffic, 500e9)
+    assert fast.seconds == pytest.approx(10 * own, rel=1e-9)  # the traffic fits into the time of computing
+
+
+def test_time_without_a_bandwidth_is_that_of_computing():
+    length = RunLength(steps=10, tokens=10 * 4096 * 1024, evaluations=0, evaluated=0)
+    computing = estimate_at_mfu(XL, length, plan_hardware(XL, ["h100"]), 0.4)
+    (alone,) = add_network(computing, length, 1e9, None)
+    assert (alone.network, alone.seconds) == ("excluded", computing.seconds)
+    assert alone.step_computing == pytest.approx(computing.seconds / 10, rel=1e-12)
+    assert add_network(computing, length, 0.0, 50e9) == [computing]
 
 
 def test_disk_space_of_data_and_checkpoints():

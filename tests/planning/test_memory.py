@@ -67,7 +67,7 @@ def test_largest_micro_batch_fits_and_one_more_does_not(gpu):
 
 
 def test_plan_counts_parameters_tokens_and_flops():
-    plan = make_plan(GPT2, None, ["h100"], 0.4)
+    plan = make_plan(GPT2, None, ["h100"], 0.4, bandwidth=None)
     assert sum(plan.parameters.values()) == parameter_count(GPT2.model) == N
     assert plan.length.tokens == 600_000 * 491_520
     assert plan.flops == 600_000 * 491_520 * (6 * (N - 1024 * 768) + 12 * 12 * 768 * 1024)

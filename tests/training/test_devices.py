@@ -202,6 +202,30 @@ def test_peak_memory_excludes_the_parent_process():
     assert int(subprocess.check_output((sys.executable, "-c", grown))) - before == pytest.approx(200 * MB, abs=10 * MB)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not count mapped pages separately")
+def test_peak_memory_excludes_mapped_files(tmp_path):
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(bytes(200 * MB))
+    child = f"""
+import numpy as np, torch
+from gptlab.training.devices import peak_memory
+before = peak_memory(torch.device("cpu"))
+tokens = np.memmap({str(path)!r}, np.uint8, "r")
+assert tokens.sum() == 0
+print(peak_memory(torch.device("cpu")) - before)
+"""
+    assert abs(int(subprocess.check_output((sys.executable, "-c", child)))) < 20 * MB
+
+
+def test_nvlink_is_the_bandwidth_of_one_node_only():
+    one_node = Hardware("cuda", "NVIDIA H100 80GB HBM3", 8, 1, "bf16-mixed", compile=False)
+    assert one_node.gpu is GPUS["h100"]
+    assert one_node.link_bandwidth == 450e9  # NVIDIA's data sheet: 900 GB/s in both directions
+    assert one_node._replace(num_nodes=2).link_bandwidth is None
+    assert one_node._replace(devices=9).link_bandwidth is None
+    assert one_node._replace(name="NVIDIA L4").link_bandwidth is None
+
+
 def test_gpu_from_name_accepts_two_names_and_suggests_the_nearest():
     assert gpu_from_name("NVIDIA H100 80GB HBM3") is gpu_from_name("H100") is GPUS["h100"]
     with pytest.raises(UserError, match=r"gpu=h1000 .* Did you mean h100\?"):

@@ -1,9 +1,9 @@
 """Forecast of the time, network traffic and disk space of a run. Imports no torch."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import flops_per_token, parameter_count
+from gptlab.model.config import flops_per_token, lora_count, parameter_count
 from gptlab.planning.activations import DTYPE_SIZES
 from gptlab.planning.calibration import Measurement
 from gptlab.planning.memory import ParallelLayout, count_shares, optimizer_state_size
@@ -36,12 +36,20 @@ class TimeEstimate(NamedTuple):
         tokens_per_second: Training throughput of all devices.
         seconds: Duration of the whole run.
         why: Source of the throughput.
+        network: How the time of the network traffic is counted: "included" in a measurement or not needed by a single
+            device; "excluded", since the bandwidth is unknown; "overlapped" with computing, as far as possible; or
+            "sequential", i.e. added to that of computing.
+        step_computing: Time of computing per step in seconds, or None if the network is included.
+        step_network: Time of the network traffic per step in seconds, or None if it is included or unknown.
     """
 
     what: str
     tokens_per_second: float
     seconds: float
     why: str
+    network: Literal["included", "excluded", "overlapped", "sequential"] = "included"
+    step_computing: float | None = None
+    step_network: float | None = None
 
 
 class DiskUsage(NamedTuple):
@@ -68,7 +76,9 @@ def run_length(config: RunConfig, val_tokens: int | None) -> RunLength:
 
 
 def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mfu: float) -> TimeEstimate:
-    """Forecasts the duration from the model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
+    """Forecasts the duration of computing from the model FLOPs utilization, MFU (Chowdhery et al. 2022, appendix B).
+
+    Network traffic is not included; see ``add_network``.
 
     Args:
         config: Configuration with the vocabulary size.
@@ -83,6 +93,41 @@ def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mf
     return TimeEstimate(
         what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {hardware.gpu.flops / 1e12:g} TFLOP/s"
     )
+
+
+def add_network(time: TimeEstimate, length: RunLength, traffic: float, bandwidth: float | None) -> list[TimeEstimate]:
+    """Adds the time of the network traffic of the training steps to the time of computing.
+
+    The time of a step is between the larger one of both, if all traffic overlaps with computing, and their sum.
+
+    Args:
+        time: Time of computing.
+        length: Length of the run.
+        traffic: Number of bytes that a device sends per step.
+        bandwidth: Bytes per second that each device sends while all do, or None if it is unknown.
+
+    Returns:
+        The time with overlap and that without; or one time, if there is no traffic or the bandwidth is unknown.
+    """
+    if not traffic:
+        return [time]
+    tokens = length.tokens / length.steps
+    computing = tokens / time.tokens_per_second
+    if bandwidth is None:
+        return [time._replace(network="excluded", step_computing=computing)]
+    network = traffic / bandwidth
+
+    def with_step(seconds: float, kind: Literal["overlapped", "sequential"]) -> TimeEstimate:
+        whole = time.seconds + length.steps * (seconds - computing)
+        return time._replace(
+            tokens_per_second=tokens / seconds,
+            seconds=whole,
+            network=kind,
+            step_computing=computing,
+            step_network=network,
+        )
+
+    return [with_step(max(computing, network), "overlapped"), with_step(computing + network, "sequential")]
 
 
 def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: Measurement) -> TimeEstimate:
@@ -100,9 +145,10 @@ def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: M
 def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
     """Returns the number of bytes that a device sends per step.
 
-    With ring algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an
-    all-gather or a reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with
-    ``reshard_after_forward``, again for the backward pass (Zhao et al. 2023, section 3).
+    Gradients are reduced once per step, also with gradient accumulation, and in the dtype of the weights. With ring
+    algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an all-gather or a
+    reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with ``reshard_after_forward``, again
+    for the backward pass (Zhao et al. 2023, section 3).
 
     Args:
         config: Configuration with the vocabulary size.
@@ -115,7 +161,7 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
     if spread.strategy == "single":
         return 0.0
     parts = count_shares(config.model, spread.split)
-    gradients = parts.all * sizes.weight
+    gradients = (parts.all if config.lora is None else lora_count(config.model, config.lora)) * sizes.weight
     if spread.strategy == "ddp":
         return 2 * ring * gradients
     accumulation = max(1, config.train.global_batch_size // (micro_batch * n))

@@ -13,9 +13,9 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.files import write_durably
 from gptlab.model.config import parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
-from gptlab.planning.costs import TimeEstimate, estimate_at_mfu, estimate_from_measurement, run_length
-from gptlab.planning.plans import estimate_peak_memory
-from gptlab.planning.report import format_bytes, format_duration
+from gptlab.planning.costs import TimeEstimate, estimate_from_measurement, run_length
+from gptlab.planning.plans import estimate_peak_memory, estimate_times
+from gptlab.planning.report import format_bytes, format_duration, time_source
 from gptlab.tracking.run_store.runs import FORECAST, Run
 from gptlab.training.hardware import Hardware
 
@@ -32,7 +32,7 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardw
         "memory": {**expected._asdict()},
         "seconds": time and time.seconds,
         "tokens_per_second": time and time.tokens_per_second,
-        "why": time.why if time else UNKNOWN,
+        "why": time_source(time) if time else UNKNOWN,
     }
     write_durably(directory / FORECAST, json.dumps(record, indent=2) + "\n")
 
@@ -85,9 +85,8 @@ def _time(config: RunConfig, manifest: Manifest, hardware: Hardware) -> TimeEsti
     if (measured := find_measurement(config, hardware)) is not None:
         return estimate_from_measurement(done, hardware, measured)
     if hardware.peak_flops() is not None:
-        return estimate_at_mfu(
-            config, done, hardware, yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
-        )
+        mfu = yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
+        return estimate_times(config, done, hardware, mfu, bandwidth=None)[0]  # overlapped, if there are two
     return None
 
 

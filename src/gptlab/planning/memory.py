@@ -21,9 +21,9 @@ from gptlab.planning.activations import (
 from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
 from gptlab.training.hardware import Hardware
 
-# Bytes of a process with all libraries imported, before a model is built, and bytes that torch.compile adds. Measured
-# with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
-LIBRARIES, COMPILER = 500e6, 300e6
+# Bytes of a process with all libraries imported, before a model is built, without the pages of mapped files; and bytes
+# that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
+LIBRARIES, COMPILER = 365e6, 300e6
 # Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). As
 # measured, this is 35% of the bytes that the blocks save in the forward pass.
 HOLES, MAPPED = 0.35, 32 * 2**20

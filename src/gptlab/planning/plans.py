@@ -11,6 +11,7 @@ from gptlab.planning.costs import (
     DiskUsage,
     RunLength,
     TimeEstimate,
+    add_network,
     disk_usage,
     estimate_at_mfu,
     estimate_from_measurement,
@@ -40,6 +41,7 @@ class LayoutAlternative(NamedTuple):
         checkpointed: Peak memory with activation checkpointing, in bytes.
         whole_logits: Peak memory if all logits of a micro-batch are computed at once, without chunks, in bytes.
         traffic: Number of bytes that a device sends per step.
+        network: Time of the traffic per step in seconds, or None if the bandwidth is unknown.
     """
 
     spread: ParallelLayout
@@ -48,6 +50,7 @@ class LayoutAlternative(NamedTuple):
     checkpointed: float
     whole_logits: float
     traffic: float
+    network: float | None
 
 
 class RunPlan(NamedTuple):
@@ -60,6 +63,8 @@ class RunPlan(NamedTuple):
         length: Steps, tokens and evaluations.
         batch: Micro-batch size.
         spread: Parallel layout.
+        traffic: Number of bytes that a device sends per step.
+        bandwidth: Bytes per second that each device sends while all do, or None if it is unknown.
         memory: Peak memory of one device.
         largest: Largest micro-batch size that fits, or None if the memory of a device is unknown.
         alternatives: Alternative layouts.
@@ -75,6 +80,8 @@ class RunPlan(NamedTuple):
     length: RunLength
     batch: int
     spread: ParallelLayout
+    traffic: float
+    bandwidth: float | None
     memory: MemoryEstimate
     largest: int | None
     alternatives: list[LayoutAlternative]
@@ -94,7 +101,9 @@ class RunPlan(NamedTuple):
         return self.length.tokens / parameter_count(self.config.model)
 
 
-def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float) -> RunPlan:
+def make_plan(
+    config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu: float, bandwidth: float | None
+) -> RunPlan:
     """Plans a run.
 
     Args:
@@ -102,6 +111,8 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
         manifest: Manifest of the data, or None if the data is not prepared.
         gpus: Names of GPUs. The memory is planned for the first one, or for this machine if the list is empty.
         mfu: Assumed model FLOPs utilization of GPUs, between 0 and 1.
+        bandwidth: Bytes per second that each device sends while all do. None: that of NVLink, if the run uses the GPUs
+            of one node that NVSwitch connects, or else unknown.
 
     Raises:
         UserError: A GPU is not in the table, or the global batch size is not divisible by the devices.
@@ -112,7 +123,9 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
     length = run_length(config, manifest.tokens("val") if manifest else None)
     chunk = config.loss_chunk
     measured = find_measurement(config, hardware)
-    local = [estimate_from_measurement(length, hardware, measured)] if measured else []
+    times = [estimate_from_measurement(length, hardware, measured)] if measured else []
+    for gpu in gpus or COMPARED:
+        times += estimate_times(config, length, plan_hardware(config, [gpu]), mfu, bandwidth)
     return RunPlan(
         config=config,
         hardware=hardware,
@@ -120,14 +133,26 @@ def make_plan(config: RunConfig, manifest: Manifest | None, gpus: list[str], mfu
         length=length,
         batch=batch,
         spread=spread,
+        traffic=network_traffic(config, spread, hardware.precision, batch),
+        bandwidth=bandwidth or hardware.link_bandwidth,
         memory=estimate_memory(config, hardware, spread, batch, chunk),
         largest=largest_micro_batch(config, hardware, spread, chunk),
-        alternatives=_alternatives(config, hardware, spread),
-        times=local + [estimate_at_mfu(config, length, plan_hardware(config, [gpu]), mfu) for gpu in gpus or COMPARED],
+        alternatives=_alternatives(config, hardware, spread, bandwidth or hardware.link_bandwidth),
+        times=times,
         disk=disk_usage(config, hardware.precision, _tokens(length, manifest)),
         manifest=manifest,
         measured=measured,
     )
+
+
+def estimate_times(
+    config: RunConfig, length: RunLength, hardware: Hardware, mfu: float, bandwidth: float | None
+) -> list[TimeEstimate]:
+    """Forecasts the duration on GPUs with known peak FLOP/s, with the network traffic; arguments as ``make_plan``."""
+    spread = plan_layout(config, hardware)
+    traffic = network_traffic(config, spread, hardware.precision, config.train.plan(spread.copies).micro_batch_size)
+    computing = estimate_at_mfu(config, length, hardware, mfu)
+    return add_network(computing, length, traffic, bandwidth or hardware.link_bandwidth)
 
 
 def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOptimalChoice:
@@ -198,6 +223,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
         "batch": {"global": plan.config.train.global_batch_size, "micro": plan.batch, "largest_micro": plan.largest},
         "memory": {**plan.memory._asdict(), "total": plan.memory.total},
         "measured": plan.measured and plan.measured.model_dump(),
+        "network": {"traffic": plan.traffic, "bandwidth": plan.bandwidth},
         "spreads": [{**way._asdict(), "spread": way.spread._asdict()} for way in plan.alternatives],
         "times": [time._asdict() for time in plan.times],
         "disk": plan.disk._asdict(),
@@ -219,7 +245,9 @@ def _hardware_to_dict(hardware: Hardware) -> dict[str, Any]:
     }
 
 
-def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) -> list[LayoutAlternative]:
+def _alternatives(
+    config: RunConfig, hardware: Hardware, own: ParallelLayout, bandwidth: float | None
+) -> list[LayoutAlternative]:
     """Returns all layouts over the devices of the run, or over eight devices if it has one."""
     devices = own.devices if own.devices > 1 else OTHERS
     split = max(2, own.split)
@@ -231,21 +259,25 @@ def _alternatives(config: RunConfig, hardware: Hardware, own: ParallelLayout) ->
     ]
     if config.model.value_residual or config.model.value_embeddings or config.model.n_head % split or devices % split:
         ways = ways[:-1]  # tensor parallelism cannot split these models
-    return [_alternative(config, hardware, way) for way in ways]
+    return [_alternative(config, hardware, way, bandwidth) for way in ways]
 
 
-def _alternative(config: RunConfig, hardware: Hardware, way: ParallelLayout) -> LayoutAlternative:
+def _alternative(
+    config: RunConfig, hardware: Hardware, way: ParallelLayout, bandwidth: float | None
+) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
     chunk = config.loss_chunk
     compiled = hardware._replace(compile=_compiled(hardware, way))
+    traffic = network_traffic(config, way, hardware.precision, batch)
     return LayoutAlternative(
         way,
         batch,
         estimate_memory(config, compiled, way, batch, chunk).total,
         estimate_memory(config.model_copy(update={"model": model}), compiled, way, batch, chunk).total,
         estimate_memory(config, compiled, way, batch, None).total,
-        network_traffic(config, way, hardware.precision, batch),
+        traffic,
+        traffic / bandwidth if bandwidth else None,
     )
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
+from gptlab.planning.costs import TimeEstimate
 from gptlab.planning.plans import RunPlan
 from gptlab.terminal import get_console, print_message
 
@@ -135,12 +136,14 @@ def _spreads(plan: RunPlan) -> Table:
     )
     for way in plan.alternatives:
         spread = way.spread
+        network = f", {format_step(way.network)}" if way.network else ""
         split = f" (tp={spread.split})" if spread.split > 1 else ""
         table.add_row(
             f"{spread.strategy}{split}",
             str(spread.devices),
             str(way.batch),
-            *map(format_bytes, (way.total, way.checkpointed, way.whole_logits, way.traffic)),
+            *map(format_bytes, (way.total, way.checkpointed, way.whole_logits)),
+            format_bytes(way.traffic) + network,
         )
     return table
 
@@ -149,12 +152,45 @@ def _times(plan: RunPlan) -> Table:
     table = _table("time", ("device", "tokens/s", "time", "source"))
     for time in plan.times:
         duration = format_duration(time.seconds)
-        table.add_row(Text(time.what), f"{time.tokens_per_second:,.0f}", duration, Text(time.why))
+        table.add_row(Text(time.what), f"{time.tokens_per_second:,.0f}", duration, Text(time_source(time)))
+    if plan.traffic:
+        table.caption = _network(plan)
     if plan.measured is None and plan.hardware.is_local:
         table.add_row(Text(plan.hardware.name), "?", "?", "not calibrated: set calibrate=true, or train a similar run")
     if parameter_count(plan.config.model) < SMALL:
-        table.caption = "A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed."
+        small = "A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed."
+        table.caption = " ".join((table.caption, small)) if isinstance(table.caption, str) else small
     return table
+
+
+def time_source(time: TimeEstimate) -> str:
+    """Returns the source of a forecast duration, and how the time of the network is counted in it."""
+    computing, network = time.step_computing or 0, time.step_network or 0
+    match time.network:
+        case "excluded":
+            return f"computing alone: {time.why}, {format_step(computing)} per step"
+        case "overlapped":
+            return f"overlapped: max({format_step(computing)}, {format_step(network)} of network) per step; {time.why}"
+        case "sequential":
+            return f"not overlapped: {format_step(computing)} + {format_step(network)} of network per step"
+    return time.why
+
+
+def format_step(seconds: float) -> str:
+    """Formats the duration of a part of a step: "0.249 s" or "2.5 ms"."""
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _network(plan: RunPlan) -> str:
+    """Describes the traffic of a step and the bandwidth, and how to include them in times that do not."""
+    sent = f"Each device sends {format_bytes(plan.traffic)} per step"
+    if plan.bandwidth is not None:
+        source = f", the peak of NVLink of {plan.hardware.name}"
+        is_peak = plan.bandwidth == plan.hardware.link_bandwidth
+        sent = f"{sent}, at {plan.bandwidth / 1e9:g} GB/s{source if is_peak else ''}"
+    if any(time.network == "excluded" for time in plan.times):
+        return f"{sent}. The time of computing alone does not include it: set network_bandwidth=<GB/s per device>."
+    return f"{sent}."
 
 
 def _source(key: str) -> str:

@@ -21,6 +21,7 @@ class PlanConfig(FrozenConfig):
 
     gpu: list[str] | str | None
     mfu: Annotated[float, Field(gt=0, le=1)]
+    network_bandwidth: PositiveFloat | None
     budget: PositiveFloat | None
     calibrate: bool
     json_file: Annotated[str | None, Field(alias="json")]
@@ -31,8 +32,13 @@ class PlanConfig(FrozenConfig):
         """Names of the GPUs, as a list."""
         return [self.gpu] if isinstance(self.gpu, str) else list(self.gpu or ())
 
+    @property
+    def bandwidth(self) -> float | None:
+        """Bandwidth of the network in bytes per second."""
+        return None if self.network_bandwidth is None else self.network_bandwidth * 1e9
 
-KEYS = ("gpu", "mfu", "budget", "calibrate", "json", "overwrite")
+
+KEYS = ("gpu", "mfu", "network_bandwidth", "budget", "calibrate", "json", "overwrite")
 
 
 def resolve_plan(values: DictConfig, overrides: list[str]) -> tuple[RunConfig, PlanConfig]:

@@ -1,10 +1,14 @@
 """Logging of a command: to the console and to train.log in the run directory."""
 
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from gptlab import progress
 from gptlab.files import open_append
 from gptlab.terminal import get_console, printable
 from gptlab.training.distributed.processes import is_first_rank
@@ -59,6 +63,19 @@ def log_to_console() -> None:
         handler.addFilter(make_printable)
     if is_first_rank() and not any(type(handler) is logging.StreamHandler for handler in configured):
         logger.addHandler(ConsoleHandler())
+    if is_first_rank() and get_console().is_terminal:
+        progress.show_bar = _show_reading_bar
+
+
+@contextmanager
+def _show_reading_bar(what: str, total: int) -> Iterator[progress.Advance]:
+    """Shows a bar for ``gptlab.progress.track_reading``, also within another bar."""
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("left"))
+    with Progress(
+        TextColumn("{task.description}", markup=False), *columns, console=get_console(), transient=True
+    ) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)
 
 
 def log_to_file(path: Path) -> logging.StreamHandler[TextIO]:

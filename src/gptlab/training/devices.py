@@ -12,6 +12,7 @@ from gptlab.training.config import TrainConfig, TrainerConfig
 from gptlab.training.distributed.processes import check_cpu_processes, launched_externally
 from gptlab.training.hardware import DeviceFacts, Hardware, has_compiler, processor_name, read_cpuinfo, resolve_hardware
 
+STATUS = Path("/proc/self/status")  # of this process, proc_pid_status(5)
 MIN_CAPABILITY = (7, 0)  # compute capability required by Triton, which torch.compile uses on GPUs
 
 
@@ -60,12 +61,19 @@ def best_cpu_matmul() -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Returns the peak memory in bytes: allocated by torch on a GPU, or used by this process for a CPU."""
+    """Returns the peak memory in bytes: allocated by torch on a GPU, or used by this process for a CPU.
+
+    On Linux, the pages of mapped files (libraries, weights, token files) do not count, because the system can drop them
+    at any time. It keeps only the peak of all pages, so those of files that are mapped now are subtracted from it. On
+    other systems, pages of mapped files count.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss can include memory of the process that started this one
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
+    if STATUS.exists():  # ru_maxrss can include memory of the process that started this one
+        lines = (line.partition(":") for line in STATUS.read_text().splitlines())
+        sizes = {name: int(size.split()[0]) for name, _, size in lines if name in ("VmHWM", "RssFile")}  # in KiB
+        if "VmHWM" in sizes:
+            return 1024 * (sizes["VmHWM"] - sizes.get("RssFile", 0))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -21,6 +21,7 @@ from gptlab.training.distributed.processes import external_devices, launched_ext
 MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU is faster in bfloat16
 MIN_WIDTH_COMPILE = 512  # n_embd from which compiling saves more time than it takes in a run on a CPU
 MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time
+NVSWITCH_GPUS = 8  # GPUs of a node that NVSwitch connects (NVIDIA HGX)
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
 
@@ -33,22 +34,25 @@ class GPU(NamedTuple):
         flops: Peak FLOP/s of dense bfloat16 matmuls with float32 accumulation.
         memory: Memory in bytes, as in the data sheet. The actual memory is larger by about what CUDA itself uses.
         bandwidth: Memory bandwidth in bytes per second.
+        nvlink: Bytes per second that the GPU can send to the other GPUs of its node through NVLink and NVSwitch: half
+            of the data sheet's number, which counts both directions. None for a GPU without NVSwitch.
     """
 
     name: str
     flops: float
     memory: float
     bandwidth: float
+    nvlink: float | None = None
 
 
 GPUS = {
-    "b200": GPU("B200", 2250e12, 180e9, 8000e9),
-    "h200": GPU("H200", 989.4e12, 141e9, 4800e9),
-    "h100": GPU("H100 80GB HBM3", 989.4e12, 80e9, 3350e9),
+    "b200": GPU("B200", 2250e12, 180e9, 8000e9, 900e9),
+    "h200": GPU("H200", 989.4e12, 141e9, 4800e9, 450e9),
+    "h100": GPU("H100 80GB HBM3", 989.4e12, 80e9, 3350e9, 450e9),
     "h100-pcie": GPU("H100 PCIe", 756e12, 80e9, 2000e9),
     "h100-nvl": GPU("H100 NVL", 835e12, 94e9, 3938e9),
-    "a100": GPU("A100-SXM4-80GB", 312e12, 80e9, 2039e9),
-    "a100-40gb": GPU("A100-SXM4-40GB", 312e12, 40e9, 1555e9),
+    "a100": GPU("A100-SXM4-80GB", 312e12, 80e9, 2039e9, 300e9),
+    "a100-40gb": GPU("A100-SXM4-40GB", 312e12, 40e9, 1555e9, 300e9),
     "a100-pcie": GPU("A100 80GB PCIe", 312e12, 80e9, 1935e9),
     "a100-pcie-40gb": GPU("A100-PCIE-40GB", 312e12, 40e9, 1555e9),
     "a40": GPU("A40", 149.7e12, 48e9, 696e9),
@@ -124,6 +128,12 @@ class Hardware(NamedTuple):
         if self.accelerator == "cuda":
             return self.gpu.memory if self.gpu else None
         return total_memory()
+
+    @property
+    def link_bandwidth(self) -> float | None:
+        """Bytes per second that each device can send to the others, or None if that depends on the network."""
+        is_one_node = self.num_nodes == 1 and self.devices <= NVSWITCH_GPUS
+        return self.gpu.nvlink if self.gpu and is_one_node else None
 
     def peak_flops(self) -> float | None:
         """Returns the peak FLOP/s of one device at this precision, or None if it is not known."""

@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gptlab.config.components import bind_component
@@ -150,6 +151,25 @@ class GPTModule(L.LightningModule):
         """Returns the norm of all weights, each counted once. Collective: every rank must call it."""
         norm = torch.nn.utils.get_total_norm(list(self.model.parameters()))
         return full_tensor(norm).item()
+
+    def on_train_start(self) -> None:
+        """With DDP, performs backward passes without effect, after which the buckets of the all-reduce do not change.
+
+        DDP reduces all gradients in one bucket until it has recorded the order in which it receives them: in the second
+        backward pass of a static graph, otherwise in the first. The rounding of a sum over three or more ranks depends
+        on its position in the bucket. Without these passes, the first steps after a resume would be rounded differently
+        from those of an uninterrupted run.
+        """
+        if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            return
+        self.step_loss = torch.zeros((), device=self.device)
+        idx = torch.zeros((1, self.config.model.block_size), dtype=torch.long, device=self.device)
+        for _ in range(2):
+            with torch.compiler.set_stance("force_eager"):
+                loss = self.trainer.strategy.training_step(Batch(idx, idx, None), 0)
+            assert isinstance(loss, Tensor)  # noqa: S101
+            loss.backward()
+            self.zero_grad()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Sets the step's learning rates and seeds the generators from (seed, step, data rank, micro-batch)."""

@@ -124,7 +124,7 @@ def test_remote_shards_are_identical_to_the_origin(origin, server, cache, protoc
     assert isinstance(prepared, TokenDataset)
     assert prepared.manifest == TokenDataset(LocalFolder(origin), prepared.manifest, prepared.tokenizer).manifest
     check_tokens(prepared.store)
-    assert verify_shards(prepared.store, prepared.manifest.shards()) == 9
+    assert verify_shards(prepared.store, prepared.manifest) == 9
     kept = {path.name: path.read_bytes() for path in prepared.folder.glob("*.bin")}
     assert kept == {path.name: path.read_bytes() for path in origin.glob("*.bin")}
     if protocol == "http":

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,23 @@ def hashed(monkeypatch) -> list[str]:
     """Names of the files that are hashed, in this order."""
     names = []
 
-    def file_digest(file, algorithm, digest=hashlib.file_digest):
+    def hash_file(file, advance, hash_file=token_dataset.hash_file):
         names.append(os.path.basename(file.name))  # noqa: PTH119  (a string)
-        return digest(file, algorithm)
+        return hash_file(file, advance)
 
-    monkeypatch.setattr(hashlib, "file_digest", file_digest)
+    monkeypatch.setattr(token_dataset, "hash_file", hash_file)
     return names
+
+
+class Audit:
+    """Calls ``hook`` for each audit event of Python, such as the opening of a file; hooks cannot be removed."""
+
+    def __init__(self) -> None:
+        self.hook = lambda event, arguments: None
+        sys.addaudithook(lambda event, arguments: self.hook(event, arguments))
+
+
+audit = Audit()
 
 
 @pytest.fixture
@@ -74,13 +86,13 @@ def damaged(path, before: str, after: str):
 
 def test_verify_shards_hashes_every_shard_and_reports_the_first_damaged_one(folder, hashed):
     manifest = write_shards(folder, PIECES[:3], val=PIECES[3:], header=b"head")
-    assert verify_shards(LocalFolder(folder), manifest.shards()) == 4
+    assert verify_shards(LocalFolder(folder), manifest) == 4
     assert hashed == NAMES
     flip(folder / NAMES[0], place=3)  # in the header, which is not hashed
     flip(folder / NAMES[3], place=-1)
     hashes = flip(folder / NAMES[2], place=4)
     with damaged(folder / NAMES[2], *hashes):
-        verify_shards(LocalFolder(folder), manifest.shards())
+        verify_shards(LocalFolder(folder), manifest)
 
 
 def test_unmodified_shards_are_hashed_once(check, folder, hashed):
@@ -94,6 +106,25 @@ def test_unmodified_shards_are_hashed_once(check, folder, hashed):
     for _ in range(2):
         check()
     assert hashed == [*NAMES, NAMES[1]]
+
+
+def test_shards_that_were_verified_are_not_opened_at_the_next_start(tmp_path, monkeypatch):
+    for name, tokens in zip(NAMES, PIECES, strict=True):
+        (tokens % 256).astype("<u2").tofile(tmp_path / name)
+    shards = data_config(corpus="shards", path=f"{tmp_path}/*.bin", cache_dir=str(tmp_path / "cache"))
+    first = open_shards(shards, tokenizer_config("bytes"))
+    opened: list[str] = []
+
+    def record(event: str, arguments: tuple) -> None:
+        if event == "open" and str(arguments[0]).endswith(".bin"):
+            opened.append(Path(arguments[0]).name)
+
+    monkeypatch.setattr(audit, "hook", record)
+    assert open_shards(shards, tokenizer_config("bytes")).manifest == first.manifest
+    assert opened == []
+    os.utime(first.folder / first.manifest.shards()[1].file)  # another listing: the file is read, and so are all
+    open_shards(shards, tokenizer_config("bytes"))
+    assert set(opened) == set(NAMES)
 
 
 def test_directories_are_recorded_separately(check, folder, hashed, tmp_path):
@@ -189,13 +220,13 @@ def test_first_documents_are_decoded_and_truncated(prepared):
 
 @pytest.mark.parametrize("place", [0, 10, -1])
 def test_flipped_bit_is_reported_with_its_shard(prepared, place):
-    assert verify_shards(prepared.store, prepared.manifest.shards()) == 2
+    assert verify_shards(prepared.store, prepared.manifest) == 2
     path = prepared.folder / "val.bin"
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"val\.bin has changed"):
-        verify_shards(prepared.store, prepared.manifest.shards())
+        verify_shards(prepared.store, prepared.manifest)
 
 
 def test_batch_texts_match_the_training_order(prepared):

@@ -51,6 +51,7 @@ from gptlab.data.tokenizers.component import ComponentTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 from gptlab.files import is_disk_full, write_durably
+from gptlab.progress import Advance, track_reading
 
 log = logging.getLogger(__name__)
 
@@ -226,16 +227,25 @@ def _tokenizer(folder: Path, config: TokenizerConfig, corpus: Corpus, tasks: lis
     if path.exists():
         return load_tokenizer(json.loads(path.read_text()), config.vocab_dir, folder)
     if isinstance(config, ComponentTokenizerConfig) or config.train_mb is None:
-        texts = (document.text for task in tasks for document in corpus.documents(task))
+        texts, size = (document.text for task in tasks for document in corpus.documents(task)), corpus.bytes
     else:
+        size = min(round(config.train_mb * 1e6), corpus.bytes)
         texts = (
             text
             for sample in _sample_texts(corpus, tasks)
             for text in take_characters(sample, config.train_mb * 1e6 / len(tasks))
         )
-    tokenizer = build_tokenizer(config, texts)
+    with track_reading("Building the tokenizer", size) as advance:
+        tokenizer = build_tokenizer(config, _counted(texts, advance))
     write_durably(path, json.dumps(tokenizer.record()))
     return tokenizer
+
+
+def _counted(texts: Iterator[str], advance: Advance) -> Iterator[str]:
+    """Yields texts, and reports their number of characters."""
+    for text in texts:
+        advance(len(text))
+        yield text
 
 
 def _check_tokenizer(folder: Path, tokenizer: ComponentTokenizer, corpus: Corpus, tasks: list[Task]) -> None:

@@ -12,6 +12,7 @@ from gptlab.data.sources.corpora import open_corpus
 from gptlab.data.sources.files import Corpus, FileCorpus, Task
 from gptlab.data.sources.readers import Document
 from gptlab.errors import UserError
+from gptlab.progress import track_reading
 
 HASH_RANGE = 2**64  # document hashes are integers in [0, HASH_RANGE)
 
@@ -90,11 +91,13 @@ def val_threshold(config: DataConfig, corpus: Corpus, tasks: list[Task]) -> floa
     if config.val_fraction == 1:
         return threshold
     smallest, largest = HASH_RANGE, -1
-    for name in _document_names(corpus, tasks):
-        drawn = document_hash(name, config.split_seed)
-        smallest, largest = min(smallest, drawn), max(largest, drawn)
-        if smallest < threshold <= largest:
-            return threshold
+    with track_reading("Splitting documents", corpus.bytes) as advance:
+        for document in _documents_with_text(corpus, tasks):
+            advance(len(document.text))
+            drawn = document_hash(document.name, config.split_seed)
+            smallest, largest = min(smallest, drawn), max(largest, drawn)
+            if smallest < threshold <= largest:
+                return threshold
     if smallest >= largest:
         number = "no" if largest < 0 else "only one"
         hint = "" if largest < 0 or config.corpus == "huggingface" else " Use data.val_split=tail to split it."
@@ -118,12 +121,13 @@ def _is_missing(config: DataConfig) -> bool:
 def _names_differ(config: DataConfig) -> bool:
     """Returns whether the first two documents with text are different documents."""
     corpus = open_corpus(config)
-    return len(set(islice(_document_names(corpus, corpus.tasks(config.task_bytes)), 2))) > 1
+    first = islice(_documents_with_text(corpus, corpus.tasks(config.task_bytes)), 2)
+    return len({document.name for document in first}) > 1
 
 
-def _document_names(corpus: Corpus, tasks: list[Task]) -> Iterator[str]:
-    """Yields the names of the documents that have text, in order. The name of a divided document repeats."""
-    return (document.name for task in tasks for document in corpus.documents(task) if document.text)
+def _documents_with_text(corpus: Corpus, tasks: list[Task]) -> Iterator[Document]:
+    """Yields the documents that have text, in order; a divided document in several parts."""
+    return (document for task in tasks for document in corpus.documents(task) if document.text)
 
 
 class SplitPart(NamedTuple):

@@ -24,6 +24,7 @@ from gptlab.data.tokenizers.external import META_FILE, meta_file
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, Tokenizer
 from gptlab.errors import UserError
 from gptlab.files import temporary_path, write_file
+from gptlab.progress import Advance, track_reading
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +109,12 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     """
     splits: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     dtypes = {}
-    for path in paths:
-        found = read_layout(path)
-        dtypes[found.dtype] = path
-        splits[split_from_name(path)].append(_read_shard(path, found, tokenizer))
+    size = sum(path.stat().st_size for path in paths)
+    with track_reading(f"Reading {len(paths)} token files", size) as advance:
+        for path in paths:
+            found = read_layout(path)
+            dtypes[found.dtype] = path
+            splits[split_from_name(path)].append(_read_shard(path, found, tokenizer, advance))
     if missing := [split for split in SPLITS if not splits[split]]:
         raise UserError(f"{paths[0]} and {len(paths) - 1} other files include none for {' and '.join(missing)}.")
     if len(dtypes) > 1:
@@ -126,20 +129,22 @@ def build_manifest(paths: list[Path], tokenizer: Tokenizer) -> Manifest:
     )
 
 
-def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer) -> Shard:
-    tokens = np.memmap(path, dtype=np.dtype(found.dtype).newbyteorder("<"), mode="r", offset=found.offset)
+def _read_shard(path: Path, found: TokenFileLayout, tokenizer: Tokenizer, advance: Advance) -> Shard:
+    dtype = np.dtype(found.dtype).newbyteorder("<")
     digest, text_bytes, documents, is_wide = hashlib.sha256(), 0, 0, found.offset == 0 and found.tokens > 1
     lengths = tokenizer.token_bytes()
     for start in range(0, found.tokens, CHUNK):
-        chunk = np.asarray(tokens[start : start + CHUNK])
+        # not memory-mapped, because the pages would count as memory of the process
+        chunk = np.fromfile(path, dtype, count=CHUNK, offset=found.offset + start * dtype.itemsize)
         if (beyond := chunk >= tokenizer.vocab_size).any():
             index = start + int(beyond.argmax())
             raise UserError(
-                f"{path}: token {index:,} (byte {found.offset + index * tokens.itemsize:,}) is {tokens[index]}, which "
-                f"is outside of the tokenizer's vocabulary of {tokenizer.vocab_size:,} token IDs."
+                f"{path}: token {index:,} (byte {found.offset + index * dtype.itemsize:,}) is {chunk[index - start]}, "
+                f"which is outside of the tokenizer's vocabulary of {tokenizer.vocab_size:,} token IDs."
             )
         is_wide = is_wide and not chunk[1::2].any()  # as in little-endian integers below 2**16 of 32 or 64 bits
-        digest.update(chunk.tobytes())
+        digest.update(chunk.data)
+        advance(chunk.nbytes)
         text_bytes += int(lengths[chunk].sum(dtype=np.int64))
         documents += int((chunk == tokenizer.end_of_text).sum()) if tokenizer.end_of_text is not None else 0
     if is_wide:
@@ -199,12 +204,13 @@ def convert(
             path = out / name
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
-            unfinished = temporary_path(path)
-            with unfinished.open("xb") as file:
+            unfinished, size = temporary_path(path), len(stream) * stream.dtype.itemsize
+            with unfinished.open("xb") as file, track_reading(f"Writing {name}", size) as advance:
                 if kind == "llmc":
                     file.write(_llmc_header(len(stream)))
                 for chunk in stream.chunks(CHUNK):
                     file.write(chunk.astype("<u2").tobytes())
+                    advance(len(chunk) * stream.dtype.itemsize)
             unfinished.replace(path)
             written.append(path)
     if META_FILE in names and isinstance(tokenizer, CharactersTokenizer):

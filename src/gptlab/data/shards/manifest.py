@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, NonNegativeInt, field_validator
 
 from gptlab.config.base import FrozenConfig
 from gptlab.errors import UserError, failure_reason
-from gptlab.files import is_plain_name, open_regular, read_regular, temporary_path, write_durably
+from gptlab.files import is_plain_name, open_regular, read_regular, stat_regular, temporary_path, write_durably
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"  # suffix of the lock file of a directory, which keeps two processes from preparing it concurrently
@@ -136,14 +136,18 @@ def load_shards(folder: Path, described: Collection[Path] = ()) -> Manifest:
             )
         expected = manifest.file_size(shard)
         try:
-            with open_shard(folder, shard) as file:
-                size = os.fstat(file.fileno()).st_size
+            size = stat_shard(folder, shard).st_size
             found = f"has {size:,} bytes" if size != expected else None
         except OSError as error:
             found = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         if found:
             raise UserError(f"{folder / shard.file} {found}, but its manifest requires {expected:,} bytes.")
     return manifest
+
+
+def stat_shard(folder: Path, shard: Shard) -> os.stat_result:
+    """Returns the status of the file of a shard. The same files are refused as by ``open_shard``."""
+    return stat_regular(os.path.join(folder, shard.file), follow=not is_plain_name(shard.file))  # noqa: PTH118  (fast)
 
 
 def open_shard(folder: Path, shard: Shard) -> FileIO:

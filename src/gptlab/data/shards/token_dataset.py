@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gptlab.data.order import BatchSizeSchedule, WindowOrder
-from gptlab.data.shards.manifest import Manifest, Shard, Split
+from gptlab.data.shards.manifest import Manifest, Shard, Split, stat_shard
 from gptlab.data.shards.streams import LocalFolder, ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
 from gptlab.errors import UserError
 from gptlab.files import write_durably
+from gptlab.progress import hash_file, track_reading
 
 log = logging.getLogger(__name__)
 
+WAITING_SECONDS = 5  # for a lock, after which the wait is logged
 LOG_HASHING_ABOVE = 10**9  # tokens; hashing more takes seconds and is logged
 MAX_PREFIX = 2**22  # number of tokens that are searched for the first documents
 CHUNK = 2**18  # tokens that are read at a time, which fit into the processor's cache
@@ -43,17 +45,29 @@ class TokenDataset(NamedTuple):
         return TokenStream(self.store, self.manifest, split)
 
 
-def verify_shards(store: ShardStore, shards: Sequence[Shard]) -> int:
-    """Hashes the shards again and returns their number. Raises UserError if the SHA-256 of a shard has changed."""
-    for shard in shards:
-        with store.open(shard) as file:
-            file.seek(shard.offset)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
-            raise UserError(
-                f"{store.folder / shard.file} has changed since it was written: its SHA-256 is {found}, not "
-                f"{shard.sha256}."
-            )
+def verify_shards(store: ShardStore, manifest: Manifest, modified: Sequence[Shard] | None = None) -> int:
+    """Hashes shards again and returns their number.
+
+    Args:
+        store: Store of the shards.
+        manifest: Manifest of the shards.
+        modified: The shards to hash. Default: all.
+
+    Raises:
+        UserError: The SHA-256 of a shard has changed.
+    """
+    shards = manifest.shards() if modified is None else modified
+    size = sum(manifest.file_size(shard) - shard.offset for shard in shards)
+    with track_reading(f"Verifying {len(shards)} shards", size) as advance:
+        for shard in shards:
+            with store.open(shard) as file:
+                file.seek(shard.offset)
+                found = hash_file(file, advance)
+            if found != shard.sha256:
+                raise UserError(
+                    f"{store.folder / shard.file} has changed since it was written: its SHA-256 is {found}, not "
+                    f"{shard.sha256}."
+                )
     return len(shards)
 
 
@@ -74,7 +88,7 @@ def check_unchanged(folder: Path, manifest: Manifest, cache_dir: Path) -> None:
         if modified:
             if (size := sum(shard.tokens for shard in modified)) > LOG_HASHING_ABOVE:
                 log.info("Verifying %d shards of %s with %s tokens.", len(modified), folder, f"{size:,}")
-            verify_shards(LocalFolder(folder), modified)
+            verify_shards(LocalFolder(folder), manifest, modified)
             if is_writable:
                 write_durably(record, json.dumps(states))
 
@@ -88,7 +102,11 @@ def lock_cache(path: Path) -> Iterator[bool]:
     lock = FileLock(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire(timeout=WAITING_SECONDS)
+        except Timeout:
+            log.info("Waiting for another process, which prepares or verifies data (%s).", path)
+            lock.acquire()
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -115,7 +133,7 @@ def _verified_file(folder: Path, cache_dir: Path) -> Path:
 
 def _file_states(folder: Path, manifest: Manifest) -> dict[str, list[object]]:
     """Returns the expected hash of each shard and the file attributes that change when the file is modified."""
-    stats = ((shard, (folder / shard.file).stat()) for shard in manifest.shards())
+    stats = ((shard, stat_shard(folder, shard)) for shard in manifest.shards())
     return {
         shard.file: [shard.sha256, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         for shard, stat in stats
@@ -140,12 +158,14 @@ def longest_document(stream: TokenStream, end_of_text: int | None) -> int:
     if end_of_text is None:
         return len(stream)
     longest, begin, start = 0, 0, 0
-    for tokens in stream.chunks(CHUNK):
-        ends = start + np.flatnonzero(tokens == end_of_text)
-        if len(ends):
-            longest = max(longest, int(np.diff(ends, prepend=begin - 1).max()) - 1)
-            begin = int(ends[-1]) + 1
-        start += len(tokens)
+    with track_reading("Counting tokens per document", len(stream) * stream.dtype.itemsize) as advance:
+        for tokens in stream.chunks(CHUNK):
+            ends = start + np.flatnonzero(tokens == end_of_text)
+            if len(ends):
+                longest = max(longest, int(np.diff(ends, prepend=begin - 1).max()) - 1)
+                begin = int(ends[-1]) + 1
+            start += len(tokens)
+            advance(len(tokens) * stream.dtype.itemsize)
     return max(longest, len(stream) - begin)
 
 

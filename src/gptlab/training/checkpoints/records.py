@@ -20,6 +20,7 @@ from pydantic import field_validator
 from gptlab.config.base import FrozenConfig
 from gptlab.errors import failure_reason
 from gptlab.files import fsync_path, is_plain_name, open_regular, read_regular, write_durably
+from gptlab.progress import Advance, track_reading
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,9 @@ def find_corruption(checkpoint_dir: Path) -> str | None:
         for name, expected in record.files.items():
             if (size := (checkpoint_dir / name).lstat().st_size) != expected.bytes:
                 return f"{name} has {size:,} bytes instead of {expected.bytes:,}"
-        hashes = _hashes(checkpoint_dir, record.files)
+        size = sum(file.bytes for file in record.files.values())
+        with track_reading(f"Verifying {checkpoint_dir.name}", size) as advance:
+            hashes = _hashes(checkpoint_dir, record.files, advance)
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
     except ValueError as error:  # pydantic's ValidationError, or a UnicodeDecodeError
@@ -205,21 +208,22 @@ def _val_loss(checkpoint_dir: Path) -> float:
     return math.inf if loss is None else loss
 
 
-def _hashes(folder: Path, names: Iterable[str]) -> dict[str, SavedFile]:
+def _hashes(folder: Path, names: Iterable[str], advance: Advance = lambda _: None) -> dict[str, SavedFile]:
     """Hashes files as they are on the disk, four at a time; an exception of a signal ends it immediately."""
     names, ended = list(names), threading.Event()
     with ThreadPoolExecutor(4) as pool:
         try:
-            return dict(zip(names, pool.map(lambda name: _hash(folder / name, ended), names), strict=True))
+            return dict(zip(names, pool.map(lambda name: _hash(folder / name, ended, advance), names), strict=True))
         finally:
             ended.set()
 
 
-def _hash(path: Path, ended: threading.Event) -> SavedFile:
+def _hash(path: Path, ended: threading.Event, advance: Advance) -> SavedFile:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
     with open_regular(path) as file:
         if hasattr(os, "posix_fadvise"):  # drop cached pages, so that the file is read from the disk
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while (size := file.readinto(buffer)) and not ended.is_set():
             digest.update(buffer[:size])
+            advance(size)
         return SavedFile(bytes=file.tell(), sha256=digest.hexdigest())
