@@ -1,10 +1,12 @@
 """Exit codes of the commands, and the conversion of errors to messages and exit codes. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from gptlab.errors import Diverged, UserError
-from gptlab.files import is_disk_full
+from gptlab.files import is_disk_full, write_file
 from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
@@ -17,6 +19,9 @@ PREEMPTED = 75  # a signal stopped the run after a checkpoint was saved; it can 
 HUNG = 124  # a process made no progress for too long (as with timeout(1))
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
+RESULT = "GPTLAB_RESULT"  # environment variable: directory in which a run reports to gptlab.train(...) in Python
+RUN_DIR, ERROR = "run_dir", "error"  # files in it
+
 
 class SweepIncomplete(Exception):  # noqa: N818
     """Raised when a sweep ends without a result for every trial."""
@@ -26,8 +31,20 @@ class SweepIncomplete(Exception):  # noqa: N818
         self.status = status
 
 
+def report_result(name: str, text: str) -> bool:
+    """Reports the run directory or the error of a run to ``gptlab.train`` in Python; returns whether it is the caller.
+
+    Args:
+        name: RUN_DIR or ERROR.
+        text: Path, or message.
+    """
+    if folder := os.environ.get(RESULT):
+        write_file(Path(folder, name), text)
+    return bool(folder)
+
+
 def report_error(error: Exception) -> int:
-    """Prints an error on the first rank and returns its exit code.
+    """Prints an error on the first rank, or reports it to the caller in Python, and returns its exit code.
 
     Raises:
         OSError: ``error`` is one that does not mean that the disk is full.
@@ -37,7 +54,7 @@ def report_error(error: Exception) -> int:
         if not is_disk_full(error):
             raise error
         message, status = f"The disk is full, so {error.filename or 'a file'} could not be written.", FAILED
-    if is_first_rank():
+    if is_first_rank() and not report_result(ERROR, message):
         print_message(f"gptlab: {message}", file=sys.stderr)
     return status
 

@@ -22,7 +22,7 @@ from gptlab.parsing import parse_yaml
 from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG
 from gptlab.training.checkpoints.records import (
     PREFIX,
     best_intact,
@@ -34,7 +34,7 @@ from gptlab.training.checkpoints.records import (
 )
 from gptlab.training.distributed.processes import is_first_rank, is_worker
 
-LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
+LOG, TRACE = "train.log", "trace.jsonl"
 STACKS = "stacks"  # stack traces of processes that made no progress
 
 
