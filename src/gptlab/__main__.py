@@ -6,13 +6,12 @@
 import ast
 import runpy
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import gptlab
 from gptlab.errors import UserError, did_you_mean
 from gptlab.exit_codes import DONE, exit_status
-from gptlab.terminal import print_message
+from gptlab.terminal import install_hooks, print_message
 
 COMMANDS = (
     *("train", "prepare", "plan", "prove", "runs", "report", "sample", "evaluate", "export", "dashboard", "bench"),
@@ -27,6 +26,7 @@ def main() -> None:
         sys.argv[:] = arguments  # the module sets the first one to its file, as with python -m
         runpy.run_module(f"gptlab.{arguments[0]}", run_name="__main__", alter_sys=True)
         return
+    install_hooks()
     sys.exit(exit_status(lambda: _answer(arguments)))
 
 
@@ -40,12 +40,19 @@ def _answer(arguments: list[str]) -> int:
         case [] | ["-h" | "--help" | "help", *_]:
             print_message(_list_commands())
         case ["--version", *_]:
-            print_message(f"gptlab {version('gptlab')}")
+            print_message(f"gptlab {_version()}")
         case [name, *_] if "=" in name or name.startswith("-"):
             raise UserError(f"{name}: a command comes first, as in gptlab train {name}. {_names()}")
         case [name, *_]:
             raise UserError(f"Unknown command {name}.{did_you_mean(name, COMMANDS)} {_names()}")
     return DONE
+
+
+def _version() -> str:
+    try:
+        return version("gptlab")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def _names() -> str:
@@ -56,7 +63,7 @@ def _list_commands() -> str:
     lines = [f"  {name:10} {_describe(name)}" for name in COMMANDS]
     return "\n".join(
         (
-            (gptlab.__doc__ or "").rstrip("."),
+            _describe("__init__").rstrip("."),
             "",
             "gptlab <command> [key=value ...], or python -m gptlab.<command> [key=value ...]",
             "",

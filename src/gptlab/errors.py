@@ -100,6 +100,11 @@ def mismatch_reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
 
 
+def install_extra(name: str) -> str:
+    """Returns how to install an extra, for messages. gptlab is not on a package index."""
+    return f"pip install '.[{name}]' in a checkout of gptlab"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns " Did you mean <nearest>?" for the known word closest to ``word``, or "" if none is close."""
     nearest = get_close_matches(word, list(known), n=1, cutoff=0.6)

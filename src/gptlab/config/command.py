@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.config.base import unknown_key
 from gptlab.config.option_groups import OptionGroups, unknown_option
-from gptlab.config.search_path import configuration_folder, search_first, user_directories
+from gptlab.config.reference import explain_values
+from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
 from gptlab.terminal import install_hooks
@@ -162,7 +163,18 @@ def _check_command_line(config_name: str, rewrite: Callable[[Sequence[str]], lis
     sys.argv[1:] = [rewritten.get(argument, argument) for argument in sys.argv[1:]]
     # Hydra resolves the text of --help whenever it composes, and the table reads every file of conf/.
     OmegaConf.register_new_resolver("groups", groups.table if flags.help or flags.cfg else str, replace=True)
+    OmegaConf.register_new_resolver("folders", lambda: list_directories(directories), replace=True)
+    OmegaConf.register_new_resolver("keys", _explain_keys(folders) if flags.help else str, replace=True)
     return groups
+
+
+def _explain_keys(folders: Sequence[Path]) -> Callable[..., str]:
+    """Returns the resolver of ${keys:}: the values of the composed configuration and their explanations."""
+
+    def explain(*, _root_: DictConfig) -> str:
+        return explain_values(_root_, folders).replace("$", "$$")  # Hydra substitutes $CONFIG afterwards
+
+    return explain
 
 
 def _appended_folders(overrides: Sequence[str]) -> list[Path]:

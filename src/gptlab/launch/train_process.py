@@ -6,7 +6,6 @@ reason. The process then exits.
 """
 
 import contextlib
-import numbers
 import os
 import select
 import signal
@@ -20,10 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
-
+from gptlab.config.overrides import format_value
 from gptlab.errors import TrainingError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, ERROR, PREEMPTED, RESULT, RUN_DIR
 from gptlab.launch.signals import StopSignals
@@ -70,7 +66,10 @@ def train(overrides: Sequence[str] | Mapping[str, Any] = (), *, config_dir: str 
 def _to_arguments(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
     """Returns overrides as arguments of the command; raises TrainingError if they cannot be overrides."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={_to_text(key, value)}" for key, value in flatten(_plain(overrides))]
+        try:
+            return [f"{key}={format_value(value)}" for key, value in flatten(_plain(overrides))]
+        except TypeError as error:
+            raise TrainingError(f"gptlab.train: {error}.", CONFIG_ERROR) from None
     if isinstance(overrides, str) or not all(isinstance(override, str) for override in overrides):
         raise TrainingError(
             f'gptlab.train({overrides!r:.200}): overrides should be a list of strings, such as ["model=nano"], or a '
@@ -89,38 +88,6 @@ def _to_arguments(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): _plain(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-
-
-def _to_text(key: str, value: Any) -> str:
-    """Returns a value in the grammar of Hydra's overrides."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case numbers.Integral():
-            return str(int(value))
-        case numbers.Real():
-            return repr(float(value))
-        case str() | Path():
-            return _quote_if_needed(str(value))
-        case Mapping():
-            return f"{{{','.join(f'{_to_text(key, name)}:{_to_text(key, item)}' for name, item in value.items())}}}"
-        case list() | tuple():
-            return f"[{','.join(_to_text(key, item) for item in value)}]"
-    raise TrainingError(
-        f"{key}={value!r:.200} should be None, a boolean, a number, a string, a list or a mapping, not of type "
-        f"{type(value).__name__}.",
-        CONFIG_ERROR,
-    )
-
-
-def _quote_if_needed(text: str) -> str:
-    """Quotes a string that Hydra's grammar would not parse as this string, such as "1e-3" or "a,b"."""
-    with contextlib.suppress(HydraException):
-        if OverridesParser.create().parse_override(f"key={text}").value() == text:
-            return text
-    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _run(arguments: list[str], results: Path) -> tuple[int, bool]:
