@@ -92,14 +92,17 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _run(arguments: list[str], results: Path) -> tuple[int, bool]:
     """Runs the command and prints its output; returns its exit code, and whether it was interrupted."""
-    # the notebook, or a test, may not show what is written to the file descriptors of this process
+    # a notebook, or a test, may not show what is written to the file descriptors of this process
     is_shown = sys.stdout.isatty()
+    environment = os.environ | {RESULT: str(results), "PYTHONPATH": _search_path(), "PYTHONUNBUFFERED": "1"}
+    if not is_shown:
+        environment.pop("FORCE_COLOR", None)  # set by Jupyter, where rich's progress bar would print control sequences
     process = subprocess.Popen(
         (sys.executable, "-m", COMMAND, *arguments),
         stdin=subprocess.PIPE,
         stdout=None if is_shown else subprocess.PIPE,
         stderr=None if is_shown else subprocess.STDOUT,
-        env=os.environ | {RESULT: str(results), "PYTHONPATH": _search_path(), "PYTHONUNBUFFERED": "1"},
+        env=environment,
         start_new_session=True,
     )
     received: list[int] = []
