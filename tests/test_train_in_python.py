@@ -23,7 +23,7 @@ import gptlab
 from commands import assert_success, metrics, weights
 from conftest import SMALL
 from gptlab import TrainingError
-from gptlab.config.overrides import format_value
+from gptlab.config.override_values import format_value
 
 INTERRUPTED = """
 import gptlab

@@ -23,6 +23,9 @@ RESULT = "GPTLAB_RESULT"  # environment variable: directory in which a run repor
 RUN_DIR, ERROR = "run_dir", "error"  # files in it
 
 
+NO_HOME = "Could not determine home directory."  # message of pathlib's RuntimeError
+
+
 class SweepIncomplete(Exception):  # noqa: N818
     """Raised when a sweep ends without a result for every trial."""
 
@@ -50,6 +53,11 @@ def report_error(error: Exception) -> int:
         OSError: ``error`` is one that does not mean that the disk is full.
     """
     message, status = str(error), DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
+    if is_home_missing(error):
+        message = (
+            "The home directory (~) is unknown: HOME is not set, and the user has no entry in the password database. "
+            "Set HOME or, if only the cache is in the home directory, GPTLAB_CACHE=<directory>."
+        )
     if isinstance(error, OSError):
         if not is_disk_full(error):
             raise error
@@ -59,11 +67,20 @@ def report_error(error: Exception) -> int:
     return status
 
 
+def is_home_missing(error: Exception) -> bool:
+    """Whether a path with ~ could not be expanded."""
+    return isinstance(error, RuntimeError) and str(error) == NO_HOME
+
+
 def exit_status(work: Callable[[], int]) -> int:
     """Calls ``work`` and returns its exit code, or that of the error that it raised; see ``report_error``."""
     try:
         return work()
     except (UserError, Diverged, OSError) as error:
+        return report_error(error)
+    except RuntimeError as error:
+        if not is_home_missing(error):
+            raise
         return report_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -23,7 +23,7 @@ from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.reference import explain_values
 from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
+from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
 from gptlab.terminal import install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely
@@ -78,6 +78,10 @@ def command(
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException, OSError) as error:
                 status = report_error(error)
+            except RuntimeError as error:
+                if not is_home_missing(error):
+                    raise
+                status = report_error(error)
             if status != DONE and _is_launched_job():
                 raise JobFailed(status)
             if status in (INTERRUPTED, PREEMPTED):
@@ -112,6 +116,10 @@ def command(
                 if wants_traceback or not _is_raised_by_hydra(error):
                     raise
                 statuses.append(report_error(_to_user_error(error, keys, groups)))
+            except RuntimeError as error:
+                if not is_home_missing(error):
+                    raise
+                statuses.append(report_error(error))
             except OSError as error:  # after Hydra's, one of which is an OSError
                 statuses.append(report_error(error))
             except (JobFailed, SweepIncomplete) as error:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from gptlab.config.overrides import format_value
+from gptlab.config.override_values import format_value
 from gptlab.terminal import printable
 
 GLOBAL = "# @package _global_"

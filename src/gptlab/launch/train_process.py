@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gptlab.config.overrides import format_value
+from gptlab.config.override_values import format_value
 from gptlab.errors import TrainingError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, ERROR, PREEMPTED, RESULT, RUN_DIR
 from gptlab.launch.signals import StopSignals

@@ -87,8 +87,15 @@ def claim_directory(parent: Path) -> Path:
     """Creates a new directory in ``parent`` that is named by the current time, and returns its path.
 
     Raises:
-        UserError: Too many directories have been created in the same second.
+        UserError: ``parent`` cannot be created, because there is a file or a link to a missing directory in its path,
+            or too many directories have been created in the same second.
     """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        path = next(path for path in (parent, *parent.parents) if path.is_symlink() or path.is_file())
+        reason = "a file" if path.is_file() else f"a link to {path.readlink()}, which does not exist"
+        raise UserError(f"{parent} cannot be created: {path} is {reason}.") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
         try:
