@@ -8,6 +8,7 @@ import runpy
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import fill
 
 from gptlab.errors import UserError, did_you_mean
 from gptlab.exit_codes import DONE, exit_status
@@ -63,7 +64,7 @@ def _list_commands() -> str:
     lines = [f"  {name:10} {_describe(name)}" for name in COMMANDS]
     return "\n".join(
         (
-            _describe("__init__").rstrip("."),
+            fill(_describe("__init__").rstrip("."), 80),
             "",
             "gptlab <command> [key=value ...], or python -m gptlab.<command> [key=value ...]",
             "",
