@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import pytest
 
@@ -196,3 +197,25 @@ def test_an_experiment_of_another_command_is_a_config_error(without_torch, modul
     listed = re.split(r",\s+", paragraph)
     assert own in listed
     assert other not in listed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sweep_under_torchrun_is_a_config_error_on_every_rank(without_torch, rank):
+    variables = {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    without_torch.environment |= variables
+    done = without_torch.python(TRAIN, "-m", "seed=1,2")
+    assert done.returncode == 2
+    assert ("cannot be started by torchrun" in done.stderr) == (rank == 0)  # once for all ranks
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"), [("runs", "runs=~/x"), ("train", "--config-dir=~/x"), ("new", "from_nanogpt=~/x")]
+)
+def test_a_missing_home_directory_is_a_config_error(user, command, argument):
+    del user.environment["HOME"]
+    arguments = [command, *(["mylab"] if command == "new" else []), argument]
+    code = (
+        "import pwd, runpy, sys; pwd.getpwuid = lambda uid: {}[uid]; "  # as for a user without an entry
+        f"sys.argv[:] = {arguments}; runpy.run_module('gptlab.{command}', run_name='__main__', alter_sys=True)"
+    )
+    assert_config_error(user.run(sys.executable, "-c", code), "Set HOME")
