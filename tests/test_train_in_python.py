@@ -120,6 +120,11 @@ def test_overrides_that_are_not_those_of_one_run_raise_the_exception(overrides):
     assert error.value.exit_code == 2
 
 
+def test_a_component_of_the_calling_script_is_refused_with_what_to_do(here):
+    with pytest.raises(TrainingError, match=r"__main__\.Mine .* Move it .* to a module"):
+        gptlab.train([*SMALL, "+callbacks.mine._target_=__main__.Mine"])
+
+
 def test_gptlab_train_is_imported_without_torch_and_also_as_a_module(here):
     code = "import sys, gptlab.train; from gptlab import train; assert train is gptlab.train; assert callable(train)"
     assert_success(here.run(sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"))

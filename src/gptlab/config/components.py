@@ -95,6 +95,8 @@ def import_target(key: str, target: str) -> Any:
         return _locate(target)
     except AttributeError as error:
         nearest = did_you_mean(str(error.name), dir(error.obj)) if error.obj is not None else ""
+        if target.startswith("__main__."):
+            nearest = " Move it from the notebook or script to a module, which a resumed run can import, too."
         raise UserError(f"{key}.{TARGET}={target} cannot be imported: {error}.{nearest}") from error
     except Exception as error:  # whatever a user's module raises when it is imported
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
