@@ -22,12 +22,13 @@ from omegaconf import DictConfig
 
 from check_site import broken_links
 from commands import assert_success
-from config_reference import anchor, page_name, read_config_file, read_configuration, render_pages
+from config_reference import anchor, page_name, render_pages
 from gptlab.benchmarks.config import BenchCommand
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import configuration_folder
 from gptlab.config.option_groups import OptionGroups
 from gptlab.config.overrides import parse_command_line
+from gptlab.config.reference import read_config_file, read_configuration
 from gptlab.config.resolve import resolve, resolve_to_dict
 from gptlab.config.schema import RunConfig
 from gptlab.dashboard import DashboardConfig

@@ -338,7 +338,7 @@ def test_invalid_combinations_of_options_are_errors(monkeypatch):
     with pytest.raises(UserError, match=r"task_dir=nowhere is not a directory"):
         check_request(config_of(tasks=["a"], task_dir="nowhere"), source)
     monkeypatch.setattr("gptlab.evaluators.settings.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"tasks requires the lm_eval package.*pip install 'gptlab\[harness\]'"):
+    with pytest.raises(UserError, match=r"tasks requires the lm_eval package.*pip install '\.\[harness\]'"):
         check_request(config_of(tasks=["a"]), source)
 
 

@@ -2,10 +2,12 @@
 
 import os
 import re
+import sys
 
 import pytest
 
 from commands import assert_config_error
+from gptlab.config.search_path import configuration_folder
 
 TRAIN = "gptlab.train"
 TEXT = ("data=text", "data.source=text.txt")
@@ -139,7 +141,7 @@ def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, m
 def test_help_and_configuration_need_no_torch(without_torch, module, flag):
     done = without_torch.python(module, flag)
     assert done.returncode == 0, done.stderr
-    assert "seed: 1337" in done.stdout
+    assert re.search(r"^seed[:=] ?1337$", done.stdout, re.MULTILINE)
 
 
 COMMANDS = ("train", "bench", "dashboard", "evaluate", "export", "plan", "prepare", "prove", "report", "runs", "sample")
@@ -149,10 +151,26 @@ COMMANDS = ("train", "bench", "dashboard", "evaluate", "export", "plan", "prepar
 def test_help_fits_80_columns(user, command):
     done = user.python(f"gptlab.{command}", "--help")
     assert done.returncode == 0, done.stderr
-    before, heading, after = done.stdout.partition("describe each key.\n")
-    exit_codes = after[re.search(r"^(States|Exit codes)", after, re.MULTILINE).start() :]  # after the printed values
-    assert [line for line in (before + heading + exit_codes).splitlines() if len(line) > 80] == []
+    lines = [line for line in done.stdout.splitlines() if not re.match(r"/|[\w.]+=", line)]  # no paths, no values
+    assert [line for line in lines if len(line) > 80] == []
     assert "\n\n\n" not in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_key_and_names_the_configuration_directory(user, command):
+    done = user.python(f"gptlab.{command}", "--help")
+    lines = done.stdout.splitlines()
+    keys = [number for number, line in enumerate(lines) if re.match(r"[\w.]+=", line)]
+    assert keys
+    assert [lines[number] for number in keys if not lines[number + 1].startswith("    ")] == []
+    assert f"{configuration_folder()} (gptlab's own)" in lines
+
+
+def test_help_explains_a_key_as_the_selected_option_and_the_command_do(user):
+    (user.folder / "conf" / "optimizer").mkdir(parents=True)
+    (user.folder / "conf" / "optimizer" / "mine.yaml").write_text("defaults: [adamw]\nlr: 0.5  # my own rate\n")
+    assert "\noptimizer.lr=0.5\n    my own rate\n" in user.python(TRAIN, "--help", "optimizer=mine").stdout
+    assert "\nlimit=40\n    maximum number of runs to print; null: all\n" in user.python("gptlab.runs", "--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -179,3 +197,25 @@ def test_an_experiment_of_another_command_is_a_config_error(without_torch, modul
     listed = re.split(r",\s+", paragraph)
     assert own in listed
     assert other not in listed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_sweep_under_torchrun_is_a_config_error_on_every_rank(without_torch, rank):
+    variables = {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    without_torch.environment |= variables
+    done = without_torch.python(TRAIN, "-m", "seed=1,2")
+    assert done.returncode == 2
+    assert ("cannot be started by torchrun" in done.stderr) == (rank == 0)  # once for all ranks
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"), [("runs", "runs=~/x"), ("train", "--config-dir=~/x"), ("new", "from_nanogpt=~/x")]
+)
+def test_a_missing_home_directory_is_a_config_error(user, command, argument):
+    del user.environment["HOME"]
+    arguments = [command, *(["mylab"] if command == "new" else []), argument]
+    code = (
+        "import pwd, runpy, sys; pwd.getpwuid = lambda uid: {}[uid]; "  # as for a user without an entry
+        f"sys.argv[:] = {arguments}; runpy.run_module('gptlab.{command}', run_name='__main__', alter_sys=True)"
+    )
+    assert_config_error(user.run(sys.executable, "-c", code), "Set HOME")

@@ -34,7 +34,7 @@ def test_a_report_needs_no_torch_and_prints_omitted_runs(without_torch):
 def test_report_help_lists_keys_and_exit_codes(without_torch):
     done = without_torch.python(REPORT, "--help")
     assert_success(done)
-    for text in ("points: 1000", "live: false", "Exit codes: 0 done (with live=true, also after Ctrl-C)"):
+    for text in ("points=1000", "live=false", "Exit codes: 0 done (with live=true, also after Ctrl-C)"):
         assert text in done.stdout
 
 

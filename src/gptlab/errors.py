@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import ValidationError
@@ -29,6 +30,23 @@ class Diverged(Exception):  # noqa: N818
 
     The message names the first of these steps. Commands print it and exit with code 3.
     """
+
+
+class TrainingError(Exception):
+    """A run that ``gptlab.train`` started in Python has not reached its end.
+
+    Attributes:
+        exit_code: Exit code of the command with the same overrides: 2 for an invalid configuration or input, 3 if
+            training diverged, 75 if a signal stopped the run, otherwise 1 or that of a killed process.
+        run_dir: Run directory; None if the run ended before it had one.
+    """
+
+    def __init__(self, message: str, exit_code: int, run_dir: Path | None = None) -> None:
+        super().__init__(message, exit_code, run_dir)
+        self.exit_code, self.run_dir = exit_code, run_dir
+
+    def __str__(self) -> str:
+        return hide_passwords(str(self.args[0]))
 
 
 def hide_passwords(text: str) -> str:
@@ -80,6 +98,11 @@ def mismatch_reason(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         return f"it lacks the entry {error.args[0]!r:.200}"
     return f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
+
+
+def install_extra(name: str) -> str:
+    """Returns how to install an extra, for messages. gptlab is not on a package index."""
+    return f"pip install '.[{name}]' in a checkout of gptlab"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

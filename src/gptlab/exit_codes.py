@@ -1,10 +1,12 @@
 """Exit codes of the commands, and the conversion of errors to messages and exit codes. Imports no torch."""
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from gptlab.errors import Diverged, UserError
-from gptlab.files import is_disk_full
+from gptlab.files import is_disk_full, write_file
 from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
@@ -17,6 +19,12 @@ PREEMPTED = 75  # a signal stopped the run after a checkpoint was saved; it can 
 HUNG = 124  # a process made no progress for too long (as with timeout(1))
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 
+RESULT = "GPTLAB_RESULT"  # environment variable: directory in which a run reports to gptlab.train(...) in Python
+RUN_DIR, ERROR = "run_dir", "error"  # files in it
+
+
+NO_HOME = "Could not determine home directory."  # message of pathlib's RuntimeError
+
 
 class SweepIncomplete(Exception):  # noqa: N818
     """Raised when a sweep ends without a result for every trial."""
@@ -26,20 +34,42 @@ class SweepIncomplete(Exception):  # noqa: N818
         self.status = status
 
 
+def report_result(name: str, text: str) -> bool:
+    """Reports the run directory or the error of a run to ``gptlab.train`` in Python; returns whether it is the caller.
+
+    Args:
+        name: RUN_DIR or ERROR.
+        text: Path, or message.
+    """
+    if folder := os.environ.get(RESULT):
+        write_file(Path(folder, name), text)
+    return bool(folder)
+
+
 def report_error(error: Exception) -> int:
-    """Prints an error on the first rank and returns its exit code.
+    """Prints an error on the first rank, or reports it to the caller in Python, and returns its exit code.
 
     Raises:
         OSError: ``error`` is one that does not mean that the disk is full.
     """
     message, status = str(error), DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
+    if is_home_missing(error):
+        message = (
+            "The home directory (~) is unknown: HOME is not set, and the user has no entry in the password database. "
+            "Set HOME or, if only the cache is in the home directory, GPTLAB_CACHE=<directory>."
+        )
     if isinstance(error, OSError):
         if not is_disk_full(error):
             raise error
         message, status = f"The disk is full, so {error.filename or 'a file'} could not be written.", FAILED
-    if is_first_rank():
+    if is_first_rank() and not report_result(ERROR, message):
         print_message(f"gptlab: {message}", file=sys.stderr)
     return status
+
+
+def is_home_missing(error: Exception) -> bool:
+    """Whether a path with ~ could not be expanded."""
+    return isinstance(error, RuntimeError) and str(error) == NO_HOME
 
 
 def exit_status(work: Callable[[], int]) -> int:
@@ -47,6 +77,10 @@ def exit_status(work: Callable[[], int]) -> int:
     try:
         return work()
     except (UserError, Diverged, OSError) as error:
+        return report_error(error)
+    except RuntimeError as error:
+        if not is_home_missing(error):
+            raise
         return report_error(error)
     except KeyboardInterrupt:
         return INTERRUPTED

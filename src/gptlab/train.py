@@ -1,7 +1,13 @@
-"""Trains a model: python -m gptlab.train [group=option ...] [key=value ...]."""
+"""Trains a model: python -m gptlab.train [group=option ...] [key=value ...].
+
+In Python, the module is called like a function: ``gptlab.train(["group=option", "key=value"])``.
+"""
 
 import logging
+import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -12,7 +18,10 @@ from gptlab.config.command import command
 from gptlab.config.resolve import AUTO, add_keys_of_run, resolve
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
+from gptlab.exit_codes import RESULT
 from gptlab.launch.launcher import launch
+from gptlab.launch.supervisor import exit_with_parent
+from gptlab.launch.train_process import train
 from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.training.distributed.processes import is_first_rank, is_restarted
 from gptlab.worker import extra_callbacks
@@ -53,5 +62,15 @@ def _given_run_dir(given: str, values: DictConfig) -> Path | None:
     return run_dir
 
 
+class _CallableModule(ModuleType):
+    """Module that trains a run when it is called, since ``gptlab.train`` names both the command and the function."""
+
+    __call__ = staticmethod(train)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
 if __name__ == "__main__":
+    if RESULT in os.environ:  # started by gptlab.train(...)
+        exit_with_parent()
     main()

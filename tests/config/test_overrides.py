@@ -53,7 +53,10 @@ def test_values_outside_of_hydras_grammar_are_quoted(argument, is_sweep, value):
 
 
 def test_paths_without_a_key_are_the_main_input_of_a_command():
-    assert parse_command_line(["outputs/a b", "seed=1"], KEYS, subject="run").overrides == ["seed=1", "run='outputs/a b'"]
+    assert parse_command_line(["outputs/a b", "seed=1"], KEYS, subject="run").overrides == [
+        "seed=1",
+        "run='outputs/a b'",
+    ]
     assert parse_command_line(["a", "-m", "b"], KEYS, subject="runs").overrides == ["runs=['a','b']"]
 
 

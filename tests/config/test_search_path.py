@@ -98,7 +98,7 @@ def test_help_lists_the_users_options_with_their_directory(without_torch):
     write(without_torch.folder / "conf" / "machine" / "big.yaml", "# @package _global_\nseed: 1\n")
     write(without_torch.folder / "mine" / "hydra" / "job_logging" / "json.yaml", "version: 1\n")
     done = without_torch.python(TRAIN, "--help", "--config-dir=mine")
-    table = done.stdout.partition("Config groups")[2].partition("Config keys")[0]
+    table = done.stdout.partition("Config groups")[2].partition("Configuration directories")[0]
     assert max(map(len, table.splitlines())) <= 80
     paragraphs = {line.partition(": ")[0]: line for line in unwrapped(table).splitlines()}
     assert paragraphs["optimizer"].endswith("muon_char, sgd; from conf/: mine")

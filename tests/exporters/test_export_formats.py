@@ -92,7 +92,7 @@ def test_a_context_of_one_token_that_llama_cpp_cannot_have_raises():
 
 def test_missing_package_is_reported(monkeypatch):
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"format=gguf requires the gguf package.*pip install 'gptlab\[export\]'"):
+    with pytest.raises(UserError, match=r"format=gguf requires the gguf package.*pip install '\.\[export\]'"):
         check_format("gguf", "float32", tiny_config(), BYTES)
     with pytest.raises(UserError, match="format=onnx requires the onnx package and the onnxscript package"):
         check_format("onnx", "float32", tiny_config(), None)

@@ -57,5 +57,5 @@ def test_a_missing_package_is_reported_before_anything_is_written(user, package)
     if find_spec(package):
         pytest.skip(f"{package} is installed")
     done = user.train(f"logger=[csv,{package}]")
-    assert_config_error(done, f"logger={package} needs the {package} package: pip install 'gptlab[{package}]'")
+    assert_config_error(done, f"logger={package} needs the {package} package: pip install '.[{package}]'")
     assert not (user.folder / "outputs").exists()

@@ -20,9 +20,10 @@ from omegaconf.errors import OmegaConfBaseException
 from gptlab.config.base import unknown_key
 from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.overrides import CommandLine, parse_command_line
-from gptlab.config.search_path import configuration_folder, search_first, user_directories
+from gptlab.config.reference import explain_values
+from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, report_error
+from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
 from gptlab.terminal import install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely
@@ -79,6 +80,10 @@ def command(
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException, OSError) as error:
                 status = report_error(error)
+            except RuntimeError as error:
+                if not is_home_missing(error):
+                    raise
+                status = report_error(error)
             if status != DONE and _is_launched_job():
                 raise JobFailed(status)
             if status in (INTERRUPTED, PREEMPTED):
@@ -113,6 +118,10 @@ def command(
                 if wants_traceback or not _is_raised_by_hydra(error):
                     raise
                 statuses.append(report_error(_to_user_error(error, keys, groups)))
+            except RuntimeError as error:
+                if not is_home_missing(error):
+                    raise
+                statuses.append(report_error(error))
             except OSError as error:  # after Hydra's, one of which is an OSError
                 statuses.append(report_error(error))
             except (JobFailed, SweepIncomplete) as error:
@@ -163,7 +172,18 @@ def _check_command_line(
     sys.argv[1:] = line._replace(overrides=rewrite(overrides)).arguments
     # Hydra resolves the text of --help whenever it composes, and the table reads every file of conf/.
     OmegaConf.register_new_resolver("groups", groups.table if flags.help or flags.cfg else str, replace=True)
+    OmegaConf.register_new_resolver("folders", lambda: list_directories(directories), replace=True)
+    OmegaConf.register_new_resolver("keys", _explain_keys(folders) if flags.help else str, replace=True)
     return groups
+
+
+def _explain_keys(folders: Sequence[Path]) -> Callable[..., str]:
+    """Returns the resolver of ${keys:}: the values of the composed configuration and their explanations."""
+
+    def explain(*, _root_: DictConfig) -> str:
+        return explain_values(_root_, folders).replace("$", "$$")  # Hydra substitutes $CONFIG afterwards
+
+    return explain
 
 
 def _appended_folders(overrides: Sequence[str]) -> list[Path]:

@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from gptlab.config.kinds import join_kinds
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError, did_you_mean, install_extra
 
 TARGET = "_target_"
 EXTRAS = {"aim": "aim", "pytorch_optimizer": "optimizers"}  # extras of packages whose classes are used directly
@@ -95,12 +95,14 @@ def import_target(key: str, target: str) -> Any:
         return _locate(target)
     except AttributeError as error:
         nearest = did_you_mean(str(error.name), dir(error.obj)) if error.obj is not None else ""
+        if target.startswith("__main__."):
+            nearest = " Move it from the notebook or script to a module, which a resumed run can import, too."
         raise UserError(f"{key}.{TARGET}={target} cannot be imported: {error}.{nearest}") from error
     except Exception as error:  # whatever a user's module raises when it is imported
         missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
         if missing in EXTRAS:
             raise UserError(
-                f"{key}.{TARGET}={target} needs the package {missing}: pip install 'gptlab[{EXTRAS[missing]}]'"
+                f"{key}.{TARGET}={target} needs the package {missing}: {install_extra(EXTRAS[missing])}"
             ) from error
         searched = f" {_search_path()}" if missing else ""
         raise UserError(

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gptlab.errors import UserError, failure_reason
-from gptlab.terminal import print_message
+from gptlab.terminal import print_message, printable
 from gptlab.training.distributed.processes import is_first_rank
 
 FLAG = "--config-dir"
@@ -56,6 +56,12 @@ def user_directories(config_dir: str | None) -> dict[Path, str]:
         if directory.is_dir() and not any(directory.samefile(other) for other in known):
             directories[directory] = source
     return directories
+
+
+def list_directories(directories: Mapping[Path, str]) -> str:
+    """Returns the directories of configuration files in search order, one per line, for --help."""
+    named = [*directories.items(), (configuration_folder(), "gptlab's own")]
+    return printable("".join(f"{directory} ({source})\n" for directory, source in named)).replace("$", "$$")
 
 
 def search_first(directories: Mapping[Path, str]) -> None:

@@ -3,7 +3,7 @@
 import json
 from typing import TYPE_CHECKING
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.tracking.wandb.init import start_client
 from gptlab.tracking.wandb.opt_outs import opt_out
 
@@ -31,9 +31,7 @@ def build_workspace(entity: str, project: str, name: str) -> "Workspace":
         import wandb_workspaces.workspaces as ws
         from wandb_workspaces import expr
     except ImportError:
-        raise UserError(
-            "gptlab.dashboard needs the wandb-workspaces package: pip install 'gptlab[dashboard]'"
-        ) from None
+        raise UserError(f"gptlab.dashboard needs the wandb-workspaces package: {install_extra('dashboard')}") from None
     return ws.Workspace(
         entity=entity,
         project=project,

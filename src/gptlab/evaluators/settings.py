@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig
 from gptlab.data.config import DataConfig, TokenizerConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.pretrained.source import ModelSource
 
 TOKENS_PER_BATCH = 8192  # default batch size
@@ -71,7 +71,7 @@ def check_request(config: EvaluateConfig, source: ModelSource) -> None:
         )
     if config.tasks and find_spec("lm_eval") is None:
         raise UserError(
-            "tasks requires the lm_eval package, which is not installed. Install it with: pip install 'gptlab[harness]'"
+            f"tasks requires the lm_eval package, which is not installed. Install it with: {install_extra('harness')}"
         )
     if config.task_dir is not None and not Path(config.task_dir).expanduser().is_dir():
         raise UserError(f"task_dir={config.task_dir} is not a directory (relative to {Path.cwd()}).")

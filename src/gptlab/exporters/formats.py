@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from gptlab.config.components import TARGET
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig
 
 FormatName = Literal["hf", "nanogpt", "llmc", "gguf", "onnx"]
@@ -72,7 +72,7 @@ def check_format(name: FormatName, dtype: DtypeName, model: GPTConfig, record: d
     if missing := [package for package in form.packages if find_spec(package) is None]:
         raise UserError(
             f"format={name} requires {' and '.join(f'the {package} package' for package in missing)}. Install with: "
-            "pip install 'gptlab[export]'"
+            f"{install_extra('export')}"
         )
     if dtype not in form.dtypes:
         raise UserError(f"format={name} does not support dtype={dtype}. Use dtype={' or '.join(form.dtypes)}.")

@@ -22,7 +22,7 @@ from gptlab.data.shards.manifest import SPLITS, Manifest, Split, load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.data.tokenizers.tokenizer import prompt_ids
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.files import check_no_links
 from gptlab.launch.components import check_components, preflight_components, try_components
@@ -192,7 +192,7 @@ def _check_steps_left(config: RunConfig, run_dir: Path) -> None:
 def _check_loggers(config: RunConfig) -> None:
     """Checks that the loggers are installed and allowed."""
     if config.logger.tensorboard is not None and find_spec("tensorboard") is None:
-        raise UserError("logger=tensorboard needs the tensorboard package: pip install 'gptlab[tensorboard]'")
+        raise UserError(f"logger=tensorboard needs the tensorboard package: {install_extra('tensorboard')}")
     if config.logger.wandb is not None:
         check_mode(config.logger.wandb)
 

@@ -20,7 +20,7 @@ from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError, failure_reason, hide_passwords, mismatch_reason
 from gptlab.evaluation.hellaswag import read_examples_cached
-from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
+from gptlab.exit_codes import DONE, PREEMPTED, PRUNED, RUN_DIR, report_result
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
 from gptlab.launch.signals import StoppedEarly
 from gptlab.model.config import flops_per_token
@@ -34,7 +34,6 @@ from gptlab.tracking.console import print_start, print_stopped, print_summary, r
 from gptlab.tracking.loggers import build_loggers
 from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import (
-    CHECKPOINTS,
     LOG,
     STACKS,
     TRACE,
@@ -43,7 +42,7 @@ from gptlab.tracking.run_directory import (
     record_config,
 )
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import SAMPLES, Run
+from gptlab.tracking.run_store.runs import CHECKPOINTS, SAMPLES, Run
 from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
 from gptlab.training.batch_plan import BatchPlan
@@ -164,6 +163,7 @@ def _train(
         config, plan = config.model_copy(update={"train": train}), train.plan(plan.world_size)
     module = build_module(config, prepared, devices)
     run_dir = run_on_first_rank(lambda: _open_run_dir(config, prepared, assigned_dir, module.model, lock))
+    report_result(RUN_DIR, str(run_dir))
     if config.resume_from_nanogpt:
         checkpoint = run_on_first_rank(lambda: newest_checkpoint(run_dir))
     is_first = is_first_rank()

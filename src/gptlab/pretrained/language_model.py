@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +190,7 @@ class LoadedModel(NamedTuple):
 
 
 def load(
-    name: str,
+    name: str | Path,
     *,
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -217,7 +218,7 @@ def load(
     """
     trust_packages(trust)
     locations.trust_paths(trust_paths)
-    source = open_model_source(name)
+    source = open_model_source(str(name))
     tokenizer = source.tokenizer()
     network = load_model(source).to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
     return LoadedModel(LanguageModel(network, tokenizer), tokenizer)

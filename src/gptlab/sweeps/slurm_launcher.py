@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlab.config.schema import RunConfig
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.exit_codes import DONE, FAILED, PREEMPTED, PRUNED, exit_status
 from gptlab.files import open_regular
 from gptlab.launch.signals import run_stoppable
@@ -296,7 +296,7 @@ def _states() -> dict[str, tuple[str, str]] | None:
 def check_cluster(config: SlurmLauncherConfig) -> None:
     """Raises UserError if submitit or SLURM is not installed, or if the partition does not exist or accepts no jobs."""
     if find_spec("submitit") is None:
-        raise UserError("hydra/launcher=slurm needs the submitit package: pip install 'gptlab[slurm]'")
+        raise UserError(f"hydra/launcher=slurm needs the submitit package: {install_extra('slurm')}")
     partition = config.partition
     if shutil.which("sbatch") is None:
         raise UserError("hydra/launcher=slurm: SLURM is not installed on this machine (sbatch is not on the PATH).")

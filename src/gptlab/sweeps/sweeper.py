@@ -27,6 +27,7 @@ from gptlab.sweeps.sweep_runner import Launcher, SweepRunner
 from gptlab.sweeps.sweep_store import SweepStore, config_hash, find_or_create_sweep_dir
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides
 from gptlab.tracking.wandb.opt_outs import check_mode
+from gptlab.training.distributed.processes import launched_externally
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,11 @@ def run_sweep(
         UserError: The config of the sweep or launcher is invalid, no point is valid, or the sweep directory is in use.
         SweepIncomplete: The exit code of the sweep is not 0: a trial failed, or the sweep was interrupted.
     """
+    if launched_externally():
+        raise UserError(
+            "A sweep (-m) starts the processes of its trials itself and cannot be started by torchrun or by several "
+            "tasks of srun. Start it as one process, with trainer=ddp for trials on several devices."
+        )
     config = validate(SweeperConfig, settings)
     _check_directories(composed)
     loader = context.config_loader

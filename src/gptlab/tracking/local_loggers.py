@@ -10,7 +10,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, MLFlowLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from gptlab.errors import UserError
+from gptlab.errors import UserError, install_extra
 from gptlab.files import read_regular, write_file
 from gptlab.tracking.run_store.runs import Run
 from gptlab.training.distributed.processes import is_first_rank
@@ -136,4 +136,4 @@ class TrackioLogger(Logger):
 
 def _require(package: str) -> None:
     if find_spec(package) is None:
-        raise UserError(f"logger={package} needs the {package} package: pip install 'gptlab[{package}]'")
+        raise UserError(f"logger={package} needs the {package} package: {install_extra(package)}")

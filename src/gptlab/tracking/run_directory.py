@@ -23,7 +23,7 @@ from gptlab.parsing import parse_yaml
 from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import CONFIG
+from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG
 from gptlab.training.checkpoints.records import (
     PREFIX,
     best_intact,
@@ -35,7 +35,7 @@ from gptlab.training.checkpoints.records import (
 )
 from gptlab.training.distributed.processes import is_first_rank, is_worker
 
-LOG, CHECKPOINTS, TRACE = "train.log", "checkpoints", "trace.jsonl"
+LOG, TRACE = "train.log", "trace.jsonl"
 STACKS = "stacks"  # stack traces of processes that made no progress
 
 
@@ -88,8 +88,15 @@ def claim_directory(parent: Path) -> Path:
     """Creates a new directory in ``parent`` that is named by the current time, and returns its path.
 
     Raises:
-        UserError: Too many directories have been created in the same second.
+        UserError: ``parent`` cannot be created, because there is a file or a link to a missing directory in its path,
+            or too many directories have been created in the same second.
     """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        path = next(path for path in (parent, *parent.parents) if path.is_symlink() or path.is_file())
+        reason = "a file" if path.is_file() else f"a link to {path.readlink()}, which does not exist"
+        raise UserError(f"{parent} cannot be created: {path} is {reason}.") from None
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
     for name in (stamp, *(f"{stamp}-{i}" for i in range(2, 1000))):
         try:

@@ -11,7 +11,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.errors import UserError
 from gptlab.terminal import get_console
-from gptlab.tracking.run_directory import CHECKPOINTS
+from gptlab.tracking.run_store.runs import CHECKPOINTS
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.callbacks.determinism_trace import format_sums, hash_tensor, hash_windows, zero_sums
 from gptlab.training.checkpoints.reading import read_checkpoint

@@ -14,7 +14,8 @@ from pathlib import Path
 from gptlab.config.schema import RunConfig
 from gptlab.launch.supervisor import Job, start_worker
 from gptlab.terminal import get_console
-from gptlab.tracking.run_directory import CHECKPOINTS, TRACE
+from gptlab.tracking.run_directory import TRACE
+from gptlab.tracking.run_store.runs import CHECKPOINTS
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints, remove_checkpoint
 from gptlab.verification.comparison import TraceStep, read_trace
 

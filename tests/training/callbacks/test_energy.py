@@ -13,7 +13,7 @@ ENERGY = ("callbacks=[checkpoint,energy]", "callbacks.energy.measure_every=1")
 @pytest.mark.skipif(find_spec("codecarbon") is not None, reason="CodeCarbon is installed")
 def test_a_missing_package_is_reported_before_anything_is_written(user):
     done = user.train(*ENERGY, "callbacks.energy.country_iso_code=DEU")
-    assert_config_error(done, "callbacks.energy needs the codecarbon package: pip install 'gptlab[codecarbon]'")
+    assert_config_error(done, "callbacks.energy needs the codecarbon package: pip install '.[codecarbon]'")
     assert not (user.folder / "outputs").exists()
 
 

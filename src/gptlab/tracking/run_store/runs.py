@@ -17,8 +17,10 @@ from gptlab.model.config import GPTConfig, read_model_config
 from gptlab.parsing import parse_json, parse_yaml
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import RunState, load_state
+from gptlab.training.checkpoints.records import best_intact
 
-CONFIG, METRICS, FORECAST, SAMPLES = "config.yaml", "metrics.csv", "forecast.json", "samples"
+CONFIG, METRICS, FORECAST = "config.yaml", "metrics.csv", "forecast.json"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 
 MetricsRow = dict[str, float]
 
@@ -28,10 +30,19 @@ class Run:
 
     Args:
         directory: Run directory.
+
+    Attributes:
+        directory: Run directory.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+
+    def __repr__(self) -> str:
+        if (state := self.state) is None:
+            return f"<run {self.directory}>"
+        best = "" if state.best_val_loss is None else f", best val loss {state.best_val_loss:.4f}"
+        return f"<run {self.directory}: {state.state} at step {state.step:,}{best}>"
 
     @property
     def name(self) -> str:
@@ -79,6 +90,16 @@ class Run:
             return []
         except (UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{self.directory / METRICS} cannot be read: {failure_reason(error)}.") from error
+
+    @property
+    def metrics(self) -> MetricsRow:
+        """Last value of each metric, such as val/loss, and of step and tokens."""
+        return {name: value for row in self.rows for name, value in row.items()}
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """Intact checkpoint with the lowest val loss, or the newest if none has one; None without checkpoints."""
+        return best_intact(self.directory / CHECKPOINTS)
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
         """Returns the steps at which a metric was recorded, and its values."""

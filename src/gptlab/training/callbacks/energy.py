@@ -6,7 +6,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from gptlab.errors import UserError, did_you_mean
+from gptlab.errors import UserError, did_you_mean, install_extra
 from gptlab.training.callbacks.checked_callback import CheckedCallback
 from gptlab.training.callbacks.metrics import log_step_metrics
 from gptlab.training.distributed.strategies import reduce_over_data_ranks
@@ -33,7 +33,7 @@ class Energy(CheckedCallback):
         self, country_iso_code: str, tracking_mode: Literal["machine", "process"], measure_every: float
     ) -> None:
         if find_spec("codecarbon") is None:
-            raise UserError("callbacks.energy needs the codecarbon package: pip install 'gptlab[codecarbon]'")
+            raise UserError(f"callbacks.energy needs the codecarbon package: {install_extra('codecarbon')}")
         from codecarbon.input import DataSource
 
         if country_iso_code not in (known := DataSource().get_global_energy_mix_data()):
