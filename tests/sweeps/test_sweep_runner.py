@@ -103,13 +103,14 @@ def run_sweep(folder: Path, arguments, runner, **changes):
     space = SearchSpace({}, list(arguments))
     grid = space.grid() if settings.search == "grid" else []
     definition = Sweep(
-        question="", space=space.written, fixed=[], search=settings.search, n_trials=len(grid) or settings.n_trials,
-        baseline={}, definition=" ".join(arguments), wandb_group="", points=grid,
+        question="", space=space.written, fixed=space.fixed, search=settings.search,
+        n_trials=len(grid) or settings.n_trials, metric=settings.metric, direction=settings.direction,
+        baseline={}, wandb_group="", points=grid,
     )  # fmt: skip
-    store = SweepStore(folder, definition)
+    store = SweepStore(folder, definition, lambda trial: True)
     try:
         search = Search(settings, space, folder, 1000, store.sweep.points)
-        return SweepRunner(store, search, runner, compose, retry=settings.retry).run()
+        return SweepRunner(store, search, runner, compose, settings).run()
     finally:
         store.close()
 
