@@ -1,0 +1,237 @@
+"""Damaged run directories: a command gives the result of the undamaged run, or names the damaged file."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from commands import newest_state
+from gptlab.config.locations import TRUST_PATHS
+from gptlab.exit_codes import CONFIG_ERROR, DONE
+from gptlab.training.checkpoints.records import commit, read_record, unfinished_path
+from gptlab.training.checkpoints.reading import flatten_tensors, read_checkpoint
+from gptlab.training.checkpoints.shards import save_shards
+from gptlab.training.checkpoints.writing import _write_state
+from repeated_command import Call, RepeatedCommand
+from test_compatibility import MADE_IN, STORED
+
+CHECKPOINT = Path("checkpoints") / "step_000040"
+OUTPUTS = ("hf", "report.html", "scores")
+
+
+def flip(path: Path, bit: int, position: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * position)] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "file").touch()
+
+
+# The highest bit, since a lower one can turn a text into another valid one, which only a checksum would detect.
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "a directory": replace_by_directory,
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]),
+    "one bit flipped": lambda path: flip(path, 7),
+    "garbled": lambda path: path.write_bytes(bytes(range(256)) * 4),
+    "not readable": lambda path: path.chmod(0),
+}
+# Damages of a file that a command does not open.
+UNOPENED = ("missing", "a directory")
+# More damages of the files of which the checkpoint has a checksum.
+HASHED: dict[str, Callable[[Path], object]] = {
+    "lowest bit flipped at the beginning": lambda path: flip(path, 0, 0),
+    "lowest bit flipped": lambda path: flip(path, 0),
+    "lowest bit flipped at the end": lambda path: flip(path, 0, 0.9999),
+    "one byte too long": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+COMMANDS = {
+    "sample": ("gptlab.sample", "run=run", "max_new_tokens=8", "temperature=0"),
+    "evaluate": ("gptlab.evaluate", "run=run", "windows=2", "out=scores"),
+    "export": ("gptlab.export", "run=run", "format=hf", "out=hf"),
+    "resume": ("gptlab.train", "resume=run", "train.max_steps=41", "trainer.devices=1", "trainer.strategy=single"),
+    "report": ("gptlab.report", "runs=run", "out=report.html"),
+    "runs": ("gptlab.runs", "runs=run", "format=csv"),
+}
+# The parts of a result that come from a file and that may be missing if it is damaged
+PARTS = {
+    ("report", "environment.json"): r"(environments|runs\.0\.(environment|start))\b.*",
+    ("report", "forecast.json"): r"runs\.0\.forecast\b.*",
+    ("report", "metrics.csv"): r"runs\.0\.(series|rows|best)\b.*",
+    ("report", "samples"): r"runs\.0\.samples\b.*",
+    ("report", "state.json"): r"runs\.0\.state\b.*",
+    ("runs", "state.json"): r"state",
+    ("resume", "metrics.csv"): r"metrics\.\d+",
+}
+# Runs may lack these files
+OPTIONAL = ("environment.json", "forecast.json", "samples", "state.json")
+
+
+def with_shards(run: Path) -> None:
+    """Replaces the checkpoint of an earlier version by one with the same tensors in the current format."""
+    checkpoint_dir = run / CHECKPOINT
+    state, unfinished = read_checkpoint(checkpoint_dir), unfinished_path(checkpoint_dir)
+    unfinished.mkdir()
+    save_shards(flatten_tensors(state), unfinished, rank=0)
+    groups = [{"param_groups": optimizer["param_groups"]} for optimizer in state["optimizer_states"]]
+    rest = {key: value for key, value in state.items() if key != "state_dict"} | {"optimizer_states": groups}
+    commit(unfinished, checkpoint_dir, read_record(checkpoint_dir).facts, _write_state(unfinished, rest))
+
+
+def make_runs(folder: Path) -> dict[str, Path]:
+    """Creates the runs that are damaged: one with a checkpoint in one file, two with shards."""
+    shutil.copy(STORED / "text.txt", folder / "text.txt")
+    runs = {}
+    for name, stored in (("one file", "single"), ("shards of an earlier version", "sharded"), ("shards", "sharded")):
+        run = runs[name] = folder / "runs" / name
+        shutil.copytree(STORED / stored, run)
+        for path in (*run.glob("*.yaml"), *run.glob("*.json")):
+            path.write_text(path.read_text().replace(MADE_IN, str(folder)))
+    with_shards(runs["shards"])
+    return runs
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def contents(run: Path) -> dict[str, Any]:
+    """Returns the contents of a directory by path."""
+    paths = (path for path in run.rglob("*") if path.name != ".run.lock")
+    return {str(path.relative_to(run)): path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of nested lists and dictionaries by dotted name."""
+    if isinstance(values, dict | list) and values:
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from flatten(value, f"{prefix}.{key}".removeprefix("."))
+    else:
+        yield prefix, values
+
+
+def result(folder: Path, command: str, done: Call) -> dict[str, Any]:
+    """Returns what a command has computed, without times."""
+    match command:
+        case "sample":
+            return {"text": done.stdout}
+        case "evaluate":
+            (path,) = (folder / "scores").iterdir()
+            return json.loads(path.read_text())
+        case "export":
+            return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "hf").iterdir()}
+        case "resume":
+            return resumed(folder / "run")
+        case "report":
+            (data,) = re.findall(r'<script[^>]*id="data"[^>]*>(.*?)</script>', (folder / "report.html").read_text(), re.S)
+            values = json.loads(data)
+            return dict(flatten({key: value for key, value in values.items() if key not in ("made", "problems")}))
+        case "runs":
+            (line,) = csv.DictReader(done.stdout.splitlines())
+            return {key: value for key, value in line.items() if key != "age"}
+    raise ValueError(command)
+
+
+def resumed(run: Path) -> dict[str, Any]:
+    """Returns weights, optimizer state, metrics and state of a resumed run, without times."""
+    state = newest_state(run)
+    tensors = {name: hashlib.sha256(tensor.numpy().tobytes()) for name, tensor in flatten_tensors(state).items()}
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    times = ("tokens_per_second", "data_wait", "peak_memory_gb")
+    progress = json.loads((run / "state.json").read_text())
+    return {
+        "step": state["global_step"],
+        **{f"tensor.{name}": digest.hexdigest() for name, digest in tensors.items()},
+        **{f"metrics.{i}": {k: v for k, v in row.items() if k not in times} for i, row in enumerate(rows, -len(rows))},
+        **{key: progress[key] for key in ("state", "step", "max_steps", "tokens", "loss", "val_loss", "best_val_loss")},
+        **{path.name: path.read_text() for path in (run / "samples" / "step_000041.txt", run / "manifest.json")},
+    }
+
+
+class Case(NamedTuple):
+    """A damaged file of a run, by its path in the run directory."""
+
+    run: str
+    file: str
+    damage: str
+
+    def __str__(self) -> str:
+        return f"{self.run}: {self.file} {self.damage}"
+
+
+def problem_of(case: Case, command: str, done: Call, folder: Path, expected: dict[str, Any], before: Any) -> str | None:
+    """Describes what is wrong with the outcome of a command, or returns None."""
+    name, written = Path(case.file).name, " ".join((done.stdout + done.stderr).split())
+    if "Traceback" in written:
+        return "traceback"
+    if done.returncode:
+        if done.returncode != CONFIG_ERROR:
+            return f"exit code {done.returncode}"
+        if name not in written:
+            return "the file is not named"
+        return "the run was changed" if contents(folder / "run") != before else None
+    found = result(folder, command, done)
+    different = {key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)}
+    if not different:
+        return None
+    part = PARTS.get((command, case.file.partition("/")[0]))
+    if part is None or (wrong := {key for key in different if not re.fullmatch(part, key)}):
+        return f"different: {sorted(different if part is None else wrong)}"
+    if name not in written and not (case.damage == "missing" and case.file.partition("/")[0] in OPTIONAL):
+        return f"the file is not named, but missing or different: {sorted(different)}"
+    return None
+
+
+def start(user, command: str) -> RepeatedCommand:
+    user.environment[TRUST_PATHS] = "1"
+    return RepeatedCommand(COMMANDS[command], user.folder, user.environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_damaged_file_of_a_run_is_named_or_does_not_change_the_result(user, command):
+    folder, runs, problems, count = user.folder, make_runs(user.folder), [], 0
+    with start(user, command) as repeated:
+
+        def call(source: Path, file: str = "", damage: Callable[[Path], object] | None = None) -> tuple[Call, Any]:
+            for path in (folder / "run", *(folder / name for name in OUTPUTS)):
+                remove(path)
+            shutil.copytree(source, folder / "run")
+            if damage:
+                damage(folder / "run" / file)
+            before = contents(folder / "run")
+            return repeated.call(), before
+
+        for name, source in runs.items():
+            done, _ = call(source)
+            assert done.returncode == DONE, done.stderr
+            expected = result(folder, command, done)
+            opened = {os.path.relpath(folder / path, folder / "run") for path in done.opened}
+            for file in sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()):
+                damages = DAMAGES if file in opened else {kind: DAMAGES[kind] for kind in UNOPENED}
+                if file in opened and file.startswith("checkpoints") and not file.endswith("record.json"):
+                    damages = DAMAGES | HASHED
+                for kind, damage in damages.items():
+                    case, count = Case(name, file, kind), count + 1
+                    done, before = call(source, file, damage)
+                    if problem := problem_of(case, command, done, folder, expected, before):
+                        problems.append(f"{case}: {problem}\n{done.stdout[-800:]}{done.stderr[-800:]}")
+    print(f"{command}: {count} cases")
+    assert not problems, f"{len(problems)} of {count} cases:\n" + "\n".join(problems)
