@@ -68,12 +68,14 @@ COMMANDS = {
 }
 # The parts of a result that come from a file and that may be missing if it is damaged
 PARTS = {
+    ("report", "config.yaml"): r"common\..*|runs\.0\.(parameters|flops)",
     ("report", "environment.json"): r"(environments|runs\.0\.(environment|start))\b.*",
     ("report", "forecast.json"): r"runs\.0\.forecast\b.*",
     ("report", "metrics.csv"): r"runs\.0\.(series|rows|best)\b.*",
     ("report", "samples"): r"runs\.0\.samples\b.*",
     ("report", "state.json"): r"runs\.0\.state\b.*",
     ("runs", "state.json"): r"state",
+    ("export", "metrics.csv"): r"README\.md",
     ("resume", "metrics.csv"): r"metrics\.\d+",
 }
 # Runs may lack these files
@@ -133,7 +135,7 @@ def result(folder: Path, command: str, done: Call) -> dict[str, Any]:
             return {"text": done.stdout}
         case "evaluate":
             (path,) = (folder / "scores").iterdir()
-            return json.loads(path.read_text())
+            return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "time")}
         case "export":
             return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "hf").iterdir()}
         case "resume":

@@ -19,7 +19,7 @@ from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.state import STATE, RunState, load_state, read_state
 
 CONFIG, METRICS, FORECAST, SAMPLES = "config.yaml", "metrics.csv", "forecast.json", "samples"
-TRUNCATED = "it is truncated: its last line has no line break"
+TRUNCATED = "is truncated: its last line has no line break"
 
 MetricsRow = dict[str, float]
 
@@ -106,17 +106,19 @@ class Run:
                 continue
             try:
                 text = read_regular(path)
-                if not text.endswith("\n"):
-                    raise ValueError(TRUNCATED)
-                samples.append((step, text))
             except (OSError, ValueError) as error:
                 problems.append(f"{self.name}: {path} cannot be read: {failure_reason(error)}")
+                continue
+            if text.endswith("\n"):
+                samples.append((step, text))
+            else:
+                problems.append(f"{self.name}: {path} {TRUNCATED}")
         return sorted(samples), sorted(problems)
 
     def damaged(self, *names: str) -> list[str]:
         """Returns a message for each of these files that exists and cannot be read or is truncated."""
         found = ((self.directory / name, _defect(self.directory / name)) for name in names)
-        return [f"{self.name}: {path} cannot be read: {defect}" for path, defect in found if defect is not None]
+        return [f"{self.name}: {path} {defect}" for path, defect in found if defect is not None]
 
     def value(self, metric: str = "val/loss", which: str = "best") -> float | None:
         """Returns the lowest ("best") or the last ("last") finite value of a metric; None if there is none."""
@@ -221,7 +223,7 @@ def _defect(path: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        return failure_reason(error)
+        return f"cannot be read: {failure_reason(error)}"
     return None
 
 
