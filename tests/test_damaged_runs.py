@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from commands import newest_state
+from conftest import SMALL
 from gptlab.config.locations import TRUST_PATHS
 from gptlab.exit_codes import CONFIG_ERROR, DONE
 from gptlab.training.checkpoints.records import commit, read_record, unfinished_path
@@ -76,7 +78,7 @@ PARTS = {
     ("report", "state.json"): r"runs\.0\.state\b.*",
     ("runs", "state.json"): r"state",
     ("export", "metrics.csv"): r"README\.md",
-    ("resume", "metrics.csv"): r"metrics\.\d+",
+    ("resume", "metrics.csv"): r"metrics\.-(?!1$|2$)\d+",
 }
 # Runs may lack these files
 OPTIONAL = ("environment.json", "forecast.json", "samples", "state.json")
@@ -141,13 +143,18 @@ def result(folder: Path, command: str, done: Call) -> dict[str, Any]:
         case "resume":
             return resumed(folder / "run")
         case "report":
-            (data,) = re.findall(r'<script[^>]*id="data"[^>]*>(.*?)</script>', (folder / "report.html").read_text(), re.S)
-            values = json.loads(data)
-            return dict(flatten({key: value for key, value in values.items() if key not in ("made", "problems")}))
+            return dict(flatten(report_data(folder)))
         case "runs":
             (line,) = csv.DictReader(done.stdout.splitlines())
             return {key: value for key, value in line.items() if key != "age"}
     raise ValueError(command)
+
+
+def report_data(folder: Path) -> dict[str, Any]:
+    """Returns the data of a report, without messages and its time."""
+    page = (folder / "report.html").read_text()
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return {key: value for key, value in json.loads(data).items() if key not in ("made", "problems")}
 
 
 def resumed(run: Path) -> dict[str, Any]:
@@ -237,3 +244,107 @@ def test_a_damaged_file_of_a_run_is_named_or_does_not_change_the_result(user, co
                         problems.append(f"{case}: {problem}\n{done.stdout[-800:]}{done.stderr[-800:]}")
     print(f"{command}: {count} cases")
     assert not problems, f"{len(problems)} of {count} cases:\n" + "\n".join(problems)
+
+
+SWEEP = (
+    *("gptlab.train", "-m", *SMALL, "train.max_steps=1", "train.eval_windows=2", "callbacks=checkpoint"),
+    *("optimizer.lr=1e-3,1e-2", "hydra.sweep.dir=sweep"),
+)
+
+
+@pytest.fixture
+def sweep(user) -> Path:
+    """A finished sweep of two trials, to be copied to the directory ``sweep``."""
+    done = user.python(*SWEEP)
+    assert done.returncode == DONE, done.stderr
+    return (user.folder / "sweep").rename(user.folder / "whole")
+
+
+def trials(folder: Path) -> dict[str, Any]:
+    """Returns what a sweep knows about its trials, without the number of their starts."""
+    values = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/trial.json"))}
+    return {number: value | {"starts": None} for number, value in values.items()}
+
+
+@pytest.mark.slow
+def test_a_sweep_with_a_damaged_file_names_it_or_runs_no_trial_anew(user, sweep):
+    folder, problems, count = user.folder / "sweep", [], 0
+
+    def call(file: str = "", damage: Callable[[Path], object] | None = None) -> subprocess.CompletedProcess[str]:
+        remove(folder)
+        shutil.copytree(sweep, folder)
+        if damage:
+            damage(folder / file)
+        return user.python(*SWEEP)
+
+    expected = call().stdout
+    assert "2 of them already ended" in expected
+    for file in ("sweep.json", "answers.json", "0/trial.json", "0/metrics.csv", "0/config.yaml", "0/forecast.json"):
+        for kind in DAMAGES if file.endswith(("sweep.json", "trial.json")) else ("missing", "a directory", "garbled"):
+            done, count = call(file, DAMAGES[kind]), count + 1
+            if "Traceback" in done.stderr:
+                problem = "traceback"
+            elif done.returncode == CONFIG_ERROR:
+                problem = None if Path(file).name in done.stderr else "the file is not named"
+            elif done.returncode != DONE:
+                problem = f"exit code {done.returncode}"
+            else:
+                is_same = trials(folder) == trials(sweep) and done.stdout == expected
+                problem = None if is_same or kind == "missing" and trials(folder) == trials(sweep) else "different"
+            if problem:
+                problems.append(f"{file} {kind}: {problem}\n{done.stdout[-1500:]}{done.stderr[-800:]}")
+    assert not problems, f"{len(problems)} of {count} cases:\n" + "\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["report", "runs"])
+def test_a_damaged_file_of_a_sweep_is_named_and_only_its_part_is_missing(user, sweep, command):
+    folder, problems, count = user.folder / "run", [], 0
+
+    def call(file: str = "", damage: Callable[[Path], object] | None = None) -> Call:
+        for path in (folder, user.folder / "report.html"):
+            remove(path)
+        shutil.copytree(sweep, folder)
+        if damage:
+            damage(folder / file)
+        return repeated.call()
+
+    with start(user, command) as repeated:
+        expected = shown(user.folder, command, call())
+        for file in (
+            "sweep.json",
+            "answers.json",
+            "answers.csv",
+            ".lock",
+            "0/trial.json",
+            "0/config.yaml",
+            "0/output.log",
+        ):
+            for kind, damage in DAMAGES.items():
+                if file in (".lock", "0/output.log", "answers.csv", "answers.json") and kind not in UNOPENED:
+                    continue
+                done, count = call(file, damage), count + 1
+                written = done.stdout + done.stderr
+                if "Traceback" in written or done.returncode:
+                    problems.append(f"{file} {kind}: exit code {done.returncode}\n{written[-800:]}")
+                    continue
+                found = shown(user.folder, command, done)
+                is_named = Path(file).name in written or (file, kind) in (
+                    ("sweep.json", "missing"),
+                    ("0/trial.json", "missing"),
+                )
+                if found != expected and not (is_named and found["1"] == expected["1"]):
+                    problems.append(f"{file} {kind}: different\n{written[-800:]}")
+    assert not problems, f"{len(problems)} of {count} cases:\n" + "\n".join(problems)
+
+
+def shown(folder: Path, command: str, done: Call) -> dict[str, Any]:
+    """Returns what is shown of each run of a sweep, by its directory, and of the sweep."""
+    if command == "runs":
+        return {Path(line["run"]).name: line | {"age": None} for line in csv.DictReader(done.stdout.splitlines())}
+    values = report_data(folder)
+    runs = {
+        Path(run["directory"]).name: run | dict.fromkeys(("id", "point", "name", "varied", "settings"))
+        for run in values["runs"]
+    }
+    return {**runs, "sweeps": values["sweeps"]}

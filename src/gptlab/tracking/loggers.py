@@ -128,14 +128,19 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
     return state.model_copy(update=known | ({"val_loss": losses[-1]} if losses else {}))
 
 
-def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
+def check_metrics(directory: Path) -> None:
+    """Raises UserError if a run to resume has a metrics.csv that cannot be read."""
+    _read_rows(directory / METRICS, 0, warns=False)
+
+
+def _read_rows(path: Path, until: int, *, warns: bool = True) -> list[dict[str, Any]]:
     """Reads the rows up to a step, with values as strings; raises UserError if they are not numbers."""
     if not is_first_rank() or not path.exists():
         return []
     try:
         with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
             content = file.read()
-        if content and not content.endswith("\n"):
+        if warns and content and not content.endswith("\n"):
             log.warning("The last row of %s is unfinished and is left out.", path)
         rows = list(read_csv(io.StringIO(content, newline="")))
         for row in rows:

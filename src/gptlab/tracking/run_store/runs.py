@@ -97,7 +97,7 @@ class Run:
         return _json(self.directory / FORECAST)
 
     def samples(self) -> tuple[list[tuple[int, str]], list[str]]:
-        """Returns samples as (step, text), sorted by step, and a message for each file that cannot be read."""
+        """Returns samples as (step, text), sorted by step, and a message for each damaged file."""
         if (folder := self.directory / SAMPLES).is_symlink():  # it could show any text files of the user
             return [], [f"{self.name}: {folder} cannot be read: it is a link"]
         samples, problems = [], []
@@ -109,9 +109,8 @@ class Run:
             except (OSError, ValueError) as error:
                 problems.append(f"{self.name}: {path} cannot be read: {failure_reason(error)}")
                 continue
-            if text.endswith("\n"):
-                samples.append((step, text))
-            else:
+            samples.append((step, text))
+            if not text.endswith("\n"):
                 problems.append(f"{self.name}: {path} {TRUNCATED}")
         return sorted(samples), sorted(problems)
 
