@@ -118,11 +118,9 @@ def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
         UserError: The sweep.json of a sweep is damaged or missing, so it is not known which sweep to resume.
     """
     outputs = Path("outputs") / name
-    sweeps = {
-        *(path.parent for path in outputs.glob(f"*/{SWEEP}")),
-        *(p.parent.parent for p in outputs.glob(f"*/*/{TRIAL}")),
-    }
-    for directory in sorted(sweeps, reverse=True):
+    sweeps = {path.parent for path in outputs.glob(f"*/{SWEEP}")}
+    with_trials = {path.parent.parent for path in outputs.glob(f"*/*/{TRIAL}")}
+    for directory in sorted(sweeps | with_trials, reverse=True):
         earlier = _load_definition(directory, f"move {directory} elsewhere")
         if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
             return directory

@@ -128,7 +128,7 @@ class Run:
 
 
 def find_runs(pattern: str) -> list[Run]:
-    """Finds runs.
+    """Finds runs: directories with a config.yaml, or with a state.json if the config.yaml has been lost.
 
     Args:
         pattern: A run directory, a directory with runs up to three levels below it, or a glob of these.
@@ -158,10 +158,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() or (folder / STATE).is_file():
         return [folder]
-    found = (*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}"), *folder.glob(f"*/*/*/{CONFIG}"))
-    return sorted((path.parent for path in found), key=_sort_key)
+    names = (f"{below}{name}" for below in ("*/", "*/*/", "*/*/*/") for name in (CONFIG, STATE))
+    return sorted({path.parent for name in names for path in folder.glob(name)}, key=_sort_key)
 
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
