@@ -16,6 +16,7 @@ import pytest
 from commands import assert_config_error, assert_success, newest_state
 from conftest import SMALL
 from gptlab.config.locations import TRUST_PATHS
+from gptlab.data.shards.manifest import load_manifest
 from gptlab.exit_codes import CONFIG_ERROR, DONE
 from gptlab.training.checkpoints.reading import flatten_tensors, read_checkpoint
 from gptlab.training.checkpoints.records import commit, read_record, unfinished_path
@@ -138,7 +139,11 @@ def result(folder: Path, command: str, done: Call) -> dict[str, Any]:
             return {"text": done.stdout}
         case "evaluate":
             (path,) = (folder / "scores").iterdir()
-            return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("seconds", "time")}
+            return {
+                key: value
+                for key, value in json.loads(path.read_text()).items()
+                if key not in ("seconds", "time", "data")
+            }
         case "export":
             return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (folder / "hf").iterdir()}
         case "resume":
@@ -171,7 +176,8 @@ def resumed(run: Path) -> dict[str, Any]:
         **{f"tensor.{name}": digest.hexdigest() for name, digest in tensors.items()},
         **{f"metrics.{i}": {k: v for k, v in row.items() if k not in times} for i, row in enumerate(rows, -len(rows))},
         **{key: progress[key] for key in ("state", "step", "max_steps", "tokens", "loss", "val_loss", "best_val_loss")},
-        **{path.name: path.read_text() for path in (*run.glob("samples/step_000041.txt"), run / "manifest.json")},
+        **{path.name: path.read_text() for path in run.glob("samples/step_000041.txt")},
+        "data": load_manifest(run).fingerprint(),
     }
 
 

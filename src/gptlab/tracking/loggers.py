@@ -119,13 +119,17 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
     rows = _read_rows(directory / METRICS, keep_until)
     if not rows and config.resume and is_first_rank():
         log.warning("%s is missing or empty. It begins again after step %d.", directory / METRICS, keep_until)
-    losses = [float(row["val/loss"]) for row in rows if "val/loss" in row]
-    known = {
-        "step": keep_until,
-        "seconds": earlier.seconds if earlier else 0.0,
-        "best_val_loss": min(filter(isfinite, losses), default=None),
-    }
-    return state.model_copy(update=known | ({"val_loss": losses[-1]} if losses else {}))
+    losses = {name: [float(row[name]) for row in rows if name in row] for name in ("train/loss", "val/loss")}
+    return state.model_copy(
+        update={
+            "step": keep_until,
+            "tokens": config.train.stages.first(keep_until) * config.model.block_size,
+            "loss": losses["train/loss"][-1] if losses["train/loss"] else None,
+            "val_loss": losses["val/loss"][-1] if losses["val/loss"] else None,
+            "best_val_loss": min(filter(isfinite, losses["val/loss"]), default=None),
+            "seconds": earlier.seconds if earlier else 0.0,
+        }
+    )
 
 
 def check_metrics(directory: Path) -> None:
