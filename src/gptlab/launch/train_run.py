@@ -30,13 +30,14 @@ from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.pretrained.source import resolve_path
 from gptlab.pretrained.weights import load_weights
 from gptlab.tracking.console import print_start, print_stopped, print_summary, replay_command
-from gptlab.tracking.loggers import build_loggers
+from gptlab.tracking.loggers import build_loggers, check_metrics
 from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import (
     CHECKPOINTS,
     LOG,
     STACKS,
     TRACE,
+    check_writable,
     create_run_dir,
     newest_checkpoint,
     record_config,
@@ -361,9 +362,12 @@ def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:
     """Locks the run to resume and returns its newest checkpoint; None for a new run."""
     if config.resume is None:
         return None
-    lock.acquire(Path(config.resume))
-    clean_up(Path(config.resume) / CHECKPOINTS)
-    return newest_checkpoint(Path(config.resume))
+    run_dir = Path(config.resume)
+    lock.acquire(run_dir)
+    check_writable(run_dir)
+    check_metrics(run_dir)
+    clean_up(run_dir / CHECKPOINTS)
+    return newest_checkpoint(run_dir)
 
 
 def _build_checkpoint_io(config: CheckpointConfig | None) -> AtomicCheckpointIO:

@@ -13,6 +13,7 @@ from gptlab.files import check_no_links
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.tracking.run_store.sweeps import (
     SWEEP,
+    TRIAL,
     TRIAL_END_STATES,
     Sweep,
     Trial,
@@ -62,7 +63,7 @@ class SweepStore:
     def __init__(self, directory: Path, sweep: Sweep) -> None:
         self.directory, self.sweep = directory, sweep
         check_no_links(directory)
-        earlier = load_sweep(directory)
+        earlier = _load_definition(directory, "choose another hydra.sweep.dir")
         if earlier is not None and earlier.definition != sweep.definition:
             raise UserError(
                 f"hydra.sweep.dir={directory} contains a different sweep. Its search space: "
@@ -111,16 +112,41 @@ def is_prunable(run_dir: Path) -> bool:
 
 
 def find_or_create_sweep_dir(name: str, sweep: Sweep) -> Path:
-    """Returns the newest directory with an unfinished sweep of the same definition, or creates a directory."""
-    found = sorted((path.parent for path in (Path("outputs") / name).glob(f"*/{SWEEP}")), reverse=True)
-    for directory in found:
-        try:
-            earlier = load_sweep(directory)
-        except UserError:  # a damaged sweep is not resumed
-            continue
+    """Returns the newest directory with an unfinished sweep of the same definition, or creates a directory.
+
+    Raises:
+        UserError: The sweep.json of a sweep is damaged or missing, so it is not known which sweep to resume.
+    """
+    outputs = Path("outputs") / name
+    sweeps = {path.parent for path in outputs.glob(f"*/{SWEEP}")}
+    with_trials = {path.parent.parent for path in outputs.glob(f"*/*/{TRIAL}")}
+    for directory in sorted(sweeps | with_trials, reverse=True):
+        earlier = _load_definition(directory, f"move {directory} elsewhere")
         if earlier is not None and earlier.definition == sweep.definition and not _is_complete(directory, earlier):
             return directory
     return claim_directory(Path("outputs") / name)
+
+
+def _load_definition(directory: Path, otherwise: str) -> Sweep | None:
+    """Reads sweep.json; returns None if there is no sweep.
+
+    Args:
+        directory: Sweep directory.
+        otherwise: What the user can do to start a new sweep, for the message.
+
+    Raises:
+        UserError: sweep.json is damaged, or missing although there are trials.
+    """
+    problem = None
+    try:
+        sweep = load_sweep(directory)
+        if sweep is None and (trial := next(directory.glob(f"*/{TRIAL}"), None)) is not None:
+            problem = f"{directory / SWEEP} is missing, although there is {trial}"
+    except UserError as error:
+        problem = str(error).rstrip(".")
+    if problem:
+        raise UserError(f"{problem}. Restore it to resume the sweep. To start a new sweep, {otherwise}.")
+    return sweep
 
 
 def _is_complete(directory: Path, sweep: Sweep) -> bool:
