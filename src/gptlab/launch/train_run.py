@@ -183,8 +183,6 @@ def _train(
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
             print_summary(config, run_dir, recorder, trainer, summary)
-            end_state(run_dir, status)
-        return status
     except Preempted:
         print_stopped("Preempted by a signal", run_dir, trainer.global_step, config)
         if is_first:
@@ -199,6 +197,10 @@ def _train(
         if is_first:
             end_state(run_dir, status_of(error), hide_passwords(str(error)) or type(error).__name__)
         raise
+    else:  # an interrupt from here on does not change the record
+        if is_first:
+            end_state(run_dir, status)
+        return status
     finally:
         close_log(handler)
 
