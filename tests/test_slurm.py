@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from commands import assert_config_error, assert_success, metrics
-from gptlab.exit_codes import CONFIG_ERROR
+from commands import assert_config_error, assert_same_run, assert_success, metrics
+from gptlab.exit_codes import CONFIG_ERROR, PREEMPTED
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, unavailable_reason
 
@@ -162,6 +162,70 @@ def test_a_restarted_sweep_adopts_the_running_jobs_of_a_killed_one(slurm, user):
     found = [json.loads((directory / number / "trial.json").read_text()) for number in ("0", "1")]
     assert [(trial["state"], trial["starts"], trial["job"]) for trial in found] == [("done", 1, job) for job in jobs]
     assert [(directory / number / "train.log").read_text().count("model ") for number in ("0", "1")] == [1, 1]
+
+
+def requeue_job(slurm: Cluster, directory: Path, *command: str) -> None:
+    """Requeues the job of a trial as soon as it has saved a checkpoint, and waits until SLURM has ended its process."""
+    wait_for(lambda: list_checkpoints(directory / "checkpoints"))
+    job = json.loads((directory / "trial.json").read_text())["job"]
+    assert slurm.run(*command, job).returncode == 0
+    wait_for(lambda: state(slurm, job) == "PENDING")
+
+
+def test_killed_sweep_with_requeued_jobs_equals_single_runs(slurm, user):
+    """One job is requeued by submitit, as at its time limit, the other by SLURM, while no process of the sweep runs."""
+    length = ("train.max_steps=120", "train.eval_every=20", "train.eval_windows=4", "callbacks=checkpoint")
+    small = ("trainer=cpu", *SMALL[:3], *length, "callbacks.checkpoint.every=20")
+    sweep = ("-m", "name=sweep", "seed=1,2", "hydra/launcher=slurm", *small)
+    run = user.begin("gptlab.train", *sweep)
+    run.until(lambda: len(list(user.folder.glob("outputs/sweep/*/*/checkpoints"))) == 2)
+    run.kill()
+    run.ended(-signal.SIGKILL)
+    directory = user.only_run("sweep")
+    requeue_job(slurm, directory / "0", "scancel", "--signal=USR2")
+    requeue_job(slurm, directory / "1", "scontrol", "requeue")
+    assert_success(user.python("gptlab.train", *sweep, timeout=400))
+    assert directory == user.only_run("sweep")
+    for number in ("0", "1"):
+        seed = int(number) + 1
+        assert_success(user.python("gptlab.train", f"name=seed_{seed}", f"seed={seed}", *small))
+        trial = json.loads((directory / number / "trial.json").read_text())
+        assert (trial["state"], trial["starts"]) == ("done", 1)
+        assert trial["value"] == min(metrics(user.only_run(f"seed_{seed}"), "val/loss").values())
+        assert (directory / number / "train.log").read_text().count("model ") == 2  # its job was restarted once
+        assert_same_run(directory / number, user.only_run(f"seed_{seed}"))
+
+
+@pytest.mark.parametrize("requeue", [("scontrol", "requeue"), ("scancel", "--signal=USR2")], ids=["SLURM", "submitit"])
+def test_job_requeued_while_it_prepares_data_is_waited_for(slurm, user, requeue):
+    """The processes that prepare data end with the signal, which is no failure of the trial."""
+    text = user.folder / "text.txt"
+    text.write_text(text.read_text() * 300)
+    data = ("tokenizer=bpe", "tokenizer.train_mb=0.1", "data.task_bytes=100000", "data.val_fraction=0.1")
+    sweep = user.begin("gptlab.train", "-m", "hydra/launcher=slurm", "trainer=cpu", "name=sweep", *SMALL, *data)
+    sweep.until(lambda: list(user.folder.glob("cache/text-bpe-*/*.bin*")))
+    job = json.loads((user.only_run("sweep") / "0" / "trial.json").read_text())["job"]
+    assert slurm.run(*requeue, job).returncode == 0
+    assert not list(user.folder.glob("cache/text-bpe-*/manifest.json"))  # it was preparing
+    sweep.ended(seconds=300)
+    trial = json.loads((user.only_run("sweep") / "0" / "trial.json").read_text())
+    assert (trial["state"], trial["starts"], trial["job"]) == ("done", 1, job)
+
+
+def test_canceled_job_is_reported_and_submitted_again(slurm, user):
+    sweep = ("-m", "hydra/launcher=slurm", "trainer=cpu", "name=sweep", *LONG)
+    run = user.begin("gptlab.train", *sweep)
+    run.until(lambda: list(user.folder.glob("outputs/sweep/*/0/checkpoints/step_*")))
+    directory = user.only_run("sweep") / "0"
+    job = json.loads((directory / "trial.json").read_text())["job"]
+    assert slurm.run("scancel", job).returncode == 0
+    assert f"SLURM job {job} of trial 0 ended without a result; its state is CANCELLED" in run.ended(PREEMPTED).stdout
+    assert json.loads((directory / "trial.json").read_text())["state"] == "stopped"
+    run = user.begin("gptlab.train", *sweep)
+    run.until(lambda: json.loads((directory / "trial.json").read_text())["job"] not in (None, job))
+    assert json.loads((directory / "trial.json").read_text())["starts"] == 2
+    run.kill()
+    slurm.run("scancel", "--user=root")
 
 
 def test_an_unknown_or_closed_partition_is_an_error(slurm, user):

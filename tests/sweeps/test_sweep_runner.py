@@ -183,6 +183,62 @@ def test_preempted_trials_are_resumed_and_failed_trials_only_with_retry(tmp_path
     assert once_more.started == [2]
 
 
+@pytest.mark.parametrize("stopped", [PREEMPTED, INTERRUPTED])
+def test_trial_that_ended_after_its_sweep_is_not_run_again(tmp_path, stopped):
+    """Its result is taken from its run's record."""
+    assert run_sweep(tmp_path, ["x=1,2,3"], FakeLauncher({0: stopped, 1: stopped, 2: stopped})) == PREEMPTED
+    (tmp_path / "0" / "metrics.csv").write_text("step,val/loss\n1,9.5\n")
+    RunState(state="done", status=DONE, tokens=7).save(tmp_path / "0")
+    RunState(state="diverged", status=DIVERGED, message="too many").save(tmp_path / "1")
+    again = FakeLauncher()
+    assert run_sweep(tmp_path, ["x=1,2,3"], again) == DIVERGED
+    assert again.started == [2]
+    found = [(trial.state, trial.value, trial.tokens, trial.starts) for trial in load_trials(tmp_path)]
+    assert found == [("done", 9.5, 7, 1), ("diverged", None, 0, 1), ("done", 1, 100, 2)]
+
+
+def test_trial_that_a_signal_ends_after_its_run_is_done(tmp_path):
+    class Late(FakeLauncher):
+        def ended(self):
+            found = super().ended()
+            for number, _ in found:
+                (tmp_path / str(number) / "metrics.csv").write_text("step,val/loss\n1,9.5\n")
+                RunState(state="done", status=DONE).save(tmp_path / str(number))
+            return found
+
+    assert run_sweep(tmp_path, ["x=1,2"], Late({0: INTERRUPTED, 1: PREEMPTED})) == DONE
+    assert [(trial.state, trial.value) for trial in load_trials(tmp_path)] == [("done", 9.5)] * 2
+
+
+def test_record_of_an_earlier_start_is_not_the_result_of_a_retry(tmp_path):
+    """The sweep is killed while it retries a trial whose run has recorded its first failure."""
+    assert run_sweep(tmp_path, ["x=1,2"], FakeLauncher({1: FAILED})) == FAILED
+    RunState(state="failed", status=FAILED, message="out of memory").save(tmp_path / "1")
+    with pytest.raises(Killed):
+        run_sweep(tmp_path, ["x=1,2"], FakeLauncher(dies_after=0), retry=True)
+    again = FakeLauncher()
+    assert run_sweep(tmp_path, ["x=1,2"], again) == DONE
+    assert again.started == [1]
+
+
+def test_job_of_an_earlier_start_is_forgotten(tmp_path):
+    """Its result must not count as that of the new start if the sweep is killed while it submits the new job."""
+
+    class Submitting(FakeLauncher):
+        def start(self, trial, config, run_dir):
+            return super().start(trial, config, run_dir).model_copy(update={"job": "7"})
+
+    class Dying(FakeLauncher):
+        def start(self, trial, config, run_dir):
+            raise Killed
+
+    assert run_sweep(tmp_path, ["x=1,2"], Submitting({1: FAILED})) == FAILED
+    assert load_trials(tmp_path)[1].job == "7"
+    with pytest.raises(Killed):
+        run_sweep(tmp_path, ["x=1,2"], Dying(), retry=True)
+    assert load_trials(tmp_path)[1].job is None
+
+
 def test_invalid_point_is_a_trial_with_a_config_error(tmp_path):
     runner = FakeLauncher()
     assert run_sweep(tmp_path, ["x=1,invalid,3"], runner) == CONFIG_ERROR

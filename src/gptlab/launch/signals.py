@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from gptlab.exit_codes import PREEMPTED
+from gptlab.exit_codes import CONFIG_ERROR, FAILED, PREEMPTED
 from gptlab.launch.requeue import requeue_slurm_job
 from gptlab.training.distributed.processes import STOP_SIGNALS
 
@@ -52,6 +52,8 @@ class StopSignals:
             signal.signal(number, earlier)
         signal.set_wakeup_fd(self._earlier_wakeup)
         self.poll()
+        if self._earlier_wakeup >= 0:  # of an outer ``StopSignals``, for example
+            os.write(self._earlier_wakeup, bytes(self.received))
         os.close(self._read_end)
         os.close(self._write_end)
 
@@ -79,11 +81,16 @@ class StopSignals:
 
 
 def run_stoppable(run: Callable[[], int]) -> int:
-    """Calls ``run`` and returns its exit code, or PREEMPTED if a signal arrived before training started."""
+    """Calls ``run`` and returns its exit code, or PREEMPTED if a signal arrived before training started.
+
+    After a signal, FAILED and CONFIG_ERROR become PREEMPTED too: its child processes may have ended with the signal.
+    """
     with StopSignals(_stop_early) as signals:
         try:
             status = run()
         except StoppedEarly:
+            status = PREEMPTED
+        if status in (FAILED, CONFIG_ERROR) and signals.poll():
             status = PREEMPTED
     signals.forward(status)
     return status

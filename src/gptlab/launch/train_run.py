@@ -22,6 +22,7 @@ from gptlab.errors import UserError, failure_reason, hide_passwords, mismatch_re
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
+from gptlab.launch.signals import StoppedEarly
 from gptlab.model.config import flops_per_token
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import add_lora
@@ -183,18 +184,24 @@ def _train(
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
             print_summary(config, run_dir, recorder, trainer, summary)
-            end_state(run_dir, status)
-        return status
     except Preempted:
         print_stopped("Preempted by a signal", run_dir, trainer.global_step, config)
         if is_first:
             step = trainer.global_step
             end_state(run_dir, PREEMPTED, step=step, tokens=recorder.tokens(step))
         return PREEMPTED
+    except StoppedEarly:
+        if is_first:
+            end_state(run_dir, PREEMPTED)
+        raise
     except BaseException as error:
         if is_first:
             end_state(run_dir, status_of(error), hide_passwords(str(error)) or type(error).__name__)
         raise
+    else:  # an interrupt from here on does not change the record
+        if is_first:
+            end_state(run_dir, status)
+        return status
     finally:
         close_log(handler)
 

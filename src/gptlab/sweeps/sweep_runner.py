@@ -20,7 +20,14 @@ from gptlab.sweeps.sweep_store import SweepStore, config_hash
 from gptlab.sweeps.sweep_table import SweepTable
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.state import END_STATES, load_state
-from gptlab.tracking.run_store.sweeps import FAILED_STATES, TRIAL_END_STATES, Trial, format_overrides
+from gptlab.tracking.run_store.sweeps import (
+    FAILED_STATES,
+    TRIAL_END_STATES,
+    Trial,
+    ended_status,
+    format_overrides,
+    reopen,
+)
 from gptlab.training.distributed.processes import STOP_SIGNALS
 
 log = logging.getLogger(__name__)
@@ -146,15 +153,23 @@ class SweepRunner:
         if self.launcher.reattach(trial):  # in any state: two jobs must not write to one run directory
             self.store.write(trial.to("running", status=None, message=None))
             return
+        if trial.state in FAILED_STATES:
+            reopen(run_dir)
+        elif (status := ended_status(run_dir)) is not None:  # it ended while no process of the sweep ran
+            self._end(trial.number, status)
+            return
         self.search.prepare(trial, run_dir)
-        trial = self.store.write(trial.to("running", starts=trial.starts + 1, status=None, message=None))
+        started = {"starts": trial.starts + 1, "job": None}
+        trial = self.store.write(trial.to("running", status=None, message=None, **started))
         self.store.write(self.launcher.start(trial, ready.config, run_dir))
         self.table.began(trial)
 
     def _end(self, number: int, status: int) -> None:
-        """Records the result of a trial."""
+        """Records the result of a trial; if a signal ended its process, that of its run, which may have been done."""
         trial = self.store.trials[number]
         run_dir = self.store.run_dir(trial)
+        if status in (INTERRUPTED, PREEMPTED) and (recorded := ended_status(run_dir)) is not None:
+            status = recorded
         name, state = END_STATES.get(status, "failed"), load_state(run_dir)
         message = None if status in (DONE, PRUNED) else (state and state.message) or _last_line(run_dir / OUTPUT)
         value = Run(run_dir).value(self.store.sweep.metric) if status in (DONE, PRUNED) else None

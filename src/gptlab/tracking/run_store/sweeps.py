@@ -14,7 +14,7 @@ from gptlab.errors import UserError, failure_reason
 from gptlab.files import read_regular, write_durably
 from gptlab.parsing import parse_json
 from gptlab.tracking.run_store.runs import Run
-from gptlab.tracking.run_store.state import StateName
+from gptlab.tracking.run_store.state import StateName, load_state
 
 SWEEP, TRIAL = "sweep.json", "trial.json"
 TrialState = StateName | Literal["waiting"]
@@ -116,6 +116,19 @@ def load_trials(directory: Path) -> list[Trial]:
 def read_trial(run: Run) -> Trial | None:
     """Reads trial.json of a run; returns None if the run is not a trial of a sweep."""
     return _load(Trial, run.directory / TRIAL)
+
+
+def ended_status(run_dir: Path) -> int | None:
+    """Returns the exit code that the run of a trial recorded when it ended, so that it is not run again; else None."""
+    state = load_state(run_dir)
+    return state.status if state is not None and state.state in TRIAL_END_STATES else None
+
+
+def reopen(run_dir: Path) -> None:
+    """Marks the run of a trial that is run again as one that has not ended: its record is of an earlier start."""
+    state = load_state(run_dir)
+    if state is not None and state.state in TRIAL_END_STATES:
+        state.model_copy(update={"state": "stopped", "status": None, "message": None}).save(run_dir)
 
 
 def _load(kind: type[Any], path: Path) -> Any:
