@@ -1,12 +1,14 @@
 """Ctrl-C: the run ends, prints how to resume it, and leaves no process behind."""
 
+import json
 import os
 import signal
+import sys
 
 import pytest
 
 from commands import assert_success, metrics, newest_state
-from gptlab.exit_codes import INTERRUPTED
+from gptlab.exit_codes import INTERRUPTED, PREEMPTED
 from processes import SMALL, TWO, processes_of, training
 
 
@@ -43,3 +45,32 @@ def test_an_interrupt_ends_the_whole_sweep(user):
     assert "Run the same command again to resume the sweep." in output
     assert "Interrupted at step" in (directory / "1" / "train.log").read_text()
     assert processes_of(user.folder) == []
+
+
+# Python imports sitecustomize at startup
+SIGNAL_AFTER = """
+import os, signal, sys
+if "gptlab.train" in sys.orig_argv:
+    from gptlab.launch import train_run
+    plain = train_run.FUNCTION
+    def signaling(*arguments, **options):
+        plain(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGNAL)
+    train_run.FUNCTION = signaling
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("function", "name", "expected", "state"),
+    [("end_state", "SIGINT", INTERRUPTED, "done"), ("attach_wandb", "SIGTERM", PREEMPTED, "stopped")],
+    ids=["after the run is done", "before training"],
+)
+def test_record_of_a_run_says_whether_it_is_done_when_a_signal_arrives(user, function, name, expected, state):
+    code = SIGNAL_AFTER.replace("FUNCTION", function).replace("SIGNAL", name)
+    (user.folder / "sitecustomize.py").write_text(code)
+    user.environment["PYTHONPATH"] = os.pathsep.join((str(user.folder), user.environment.get("PYTHONPATH", "")))
+    done = user.run(sys.executable, "-m", "gptlab.train", "trainer=cpu", *SMALL, "train.max_steps=2")
+    assert done.returncode == expected, done.stderr
+    record = json.loads((user.only_run() / "state.json").read_text())
+    assert record["state"] == state

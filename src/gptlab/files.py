@@ -128,6 +128,9 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
         path: Path of the file.
         content: Text, which is encoded as UTF-8, or bytes.
         sync: Whether to sync the file to disk.
+
+    Raises:
+        UserError: There is a directory at ``path``.
     """
     unfinished = temporary_path(path)
     try:
@@ -137,6 +140,9 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
             if sync:
                 os.fsync(file.fileno())
         unfinished.replace(path)
+    except IsADirectoryError:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: it is a directory. Remove it.") from None
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -63,8 +63,8 @@ def test_paths_without_a_key_are_the_main_input_of_a_command():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--lr 1e-3", "Unknown flag --lr. Config keys are set without dashes, as <key>=<value>. Did you mean optimizer.lr"),
-        ("-seed", "Unknown flag -seed. Config keys are set without dashes, as <key>=<value>. Did you mean seed=<value>?"),
+        ("--lr 1e-3", "Unknown flag --lr. Config keys are set without dashes, as <key>=<value>. Did you mean optim"),
+        ("-seed", "Unknown flag -seed. Config keys are set without dashes, as <key>=<value>. Did you mean seed=<v"),
         ("seed=1 outputs/a", "'outputs/a' is not an override, which has the form <key>=<value>."),
         ("=5", "'=5' is not an override"),
         ("--cfg nothing", "Argument --cfg/-c: invalid choice: 'nothing'"),

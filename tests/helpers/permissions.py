@@ -29,3 +29,9 @@ def file_permissions() -> Iterator[None]:
         yield
     finally:
         set_effective(True)
+
+
+def drop_overrides() -> None:
+    """Makes file permissions apply for the rest of this process."""
+    if os.geteuid() == 0:
+        set_effective(False)

@@ -105,7 +105,7 @@ def test_a_run_is_described_by_its_own_files(tmp_path):
 
 
 def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path):
-    good = write_run(tmp_path / "runs" / "good", samples={5: "text"})
+    good = write_run(tmp_path / "runs" / "good", samples={5: "text\n"})
     (good / "samples" / "step_000009.txt").write_bytes(b"\xff\xfe\xff")
     (write_run(tmp_path / "runs" / "bytes") / "metrics.csv").write_bytes(b"\x89PNG\xff\x00")
     (write_run(tmp_path / "runs" / "prose") / "metrics.csv").write_text("once upon a time\n")
@@ -113,14 +113,31 @@ def test_unreadable_files_are_reported_and_the_rest_is_shown(tmp_path):
     metrics = write_run(tmp_path / "runs" / "folder") / "metrics.csv"
     metrics.unlink()
     metrics.mkdir()
-    write_metrics(write_run(tmp_path / "runs" / "begun", settings={"seed": 3}), [])
+    write_run(tmp_path / "runs" / "begun", settings={"seed": 3}, rows=[])
     found = gathered(tmp_path / "runs")
     assert [run["name"] for run in found["runs"]] == ["begun", "good"]
     problems = "\n".join(found["problems"])
     assert len(found["problems"]) == 5
     for name in ("bytes", "prose", "config", "folder"):
         assert re.search(rf"runs/{name} is omitted: .*{name}.* cannot be read", problems), problems
-    assert re.search("runs/good: a file in .* cannot be read", problems)
+    assert re.search(r"runs/good: \S*step_000009.txt cannot be read: it is not UTF-8 text", problems)
+
+
+def test_damaged_files_of_a_run_that_is_shown_are_reported(tmp_path):
+    run = write_run(tmp_path / "runs" / "one", samples={5: "cut"})
+    (run / "metrics.csv").unlink()
+    for name in ("state.json", "environment.json", "forecast.json"):
+        (run / name).write_text('{"step": ')
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().rstrip())
+    found = gathered(tmp_path / "runs")
+    assert [run["name"] for run in found["runs"]] == ["runs/one"]
+    assert found["runs"][0]["samples"] == [(5, "cut")]
+    named = [re.fullmatch(r"runs/one: \S*/(\S+) (is truncated|cannot be read): .*", one) for one in found["problems"]]
+    files = {"step_000005.txt", "config.yaml", "state.json", "environment.json", "forecast.json"}
+    assert {match[1] for match in named if match} == files
+    assert len(named) == len(files)
+    (run / "state.json").write_text('{"step": 3}')
+    assert any("metrics.csv has no rows" in problem for problem in gathered(tmp_path / "runs")["problems"])
 
 
 def test_a_report_without_readable_runs_is_an_error(tmp_path):

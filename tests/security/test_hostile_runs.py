@@ -92,7 +92,7 @@ def test_names_that_only_look_like_numbers_are_no_checkpoints_and_no_samples(tmp
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert list_checkpoints(tmp_path / "checkpoints") == []
-    assert Run(tmp_path).samples == []
+    assert Run(tmp_path).samples() == ([], [])
     assert len(find_runs(str(tmp_path))) == 1
 
 

@@ -307,3 +307,10 @@ def test_newest_unfinished_sweep_of_the_same_definition_is_resumed(tmp_path, mon
         trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
         store.write(sweep_runner.Trial(**trial))
     assert find_or_create_sweep_dir("name", definition) != first
+    for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
+        damage(first / "sweep.json")
+        for other in ("a", "b"):
+            with pytest.raises(UserError, match=r"sweep\.json (cannot be read|is missing).*Restore it"):
+                find_or_create_sweep_dir("name", definition.model_copy(update={"definition": other}))
+        with pytest.raises(UserError, match=r"sweep\.json (cannot be read|is missing)"):
+            SweepStore(first, definition)

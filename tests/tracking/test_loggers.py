@@ -6,10 +6,14 @@ import os
 
 import pytest
 
+from gptlab.errors import UserError
 from gptlab.tracking import loggers
-from gptlab.tracking.loggers import MetricsCSVLogger, RunStateLogger
+from gptlab.tracking.loggers import MetricsCSVLogger, RunStateLogger, build_loggers, check_metrics
+from gptlab.tracking.run_directory import check_writable, load_config
 from gptlab.tracking.run_store.runs import METRICS
-from gptlab.tracking.run_store.state import STATE, new_state
+from gptlab.tracking.run_store.state import STATE, new_state, read_state
+from permissions import file_permissions
+from run_directories import rows_of, write_run
 
 
 def rows(directory) -> list[dict[str, str]]:
@@ -68,3 +72,40 @@ def test_a_state_that_does_not_fit_on_the_disk_ends_no_run(tmp_path, monkeypatch
     monkeypatch.setattr("gptlab.tracking.run_store.state.RunState.save", fails)
     logger.log_metrics({"train/loss": 1.0}, step=2)
     assert (tmp_path / STATE).read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [None, '{"step": '], ids=["missing", "truncated"])
+def test_a_resumed_run_begins_with_the_state_at_its_checkpoint_also_without_state_json(tmp_path, content, caplog):
+    batch = ("train.global_batch_size=12", "model.block_size=64")
+    run = write_run(tmp_path / "run", *batch, rows=rows_of(20))
+    (run / STATE).write_text(content) if content else (run / STATE).unlink()
+    build_loggers(load_config(run).model_copy(update={"resume": str(run)}), run, 15)
+    state, kept = read_state(run), [row for row in rows_of(20) if row["step"] <= 15]
+    assert (state.step, state.tokens, state.seconds) == (15, 15 * 12 * 64, 0)
+    assert state.loss == [row["train/loss"] for row in kept if "train/loss" in row][-1]
+    assert state.best_val_loss == min(row["val/loss"] for row in kept if "val/loss" in row)
+    assert ("state.json cannot be read" in caplog.text) == bool(content)
+
+
+def test_a_resume_reports_that_the_earlier_rows_are_missing(tmp_path, caplog):
+    run = write_run(tmp_path / "run", rows=[])
+    build_loggers(load_config(run).model_copy(update={"resume": str(run)}), run, 15)
+    assert "metrics.csv is missing or empty. It begins again after step 15." in caplog.text
+
+
+def test_files_that_a_resumed_run_cannot_write_are_named_before_it_writes_any(tmp_path):
+    run = write_run(tmp_path / "run")
+    check_writable(run)
+    check_metrics(run)
+    (run / "train.log").touch()
+    (run / "train.log").chmod(0)
+    with file_permissions(), pytest.raises(UserError, match=r"train\.log cannot be written: permission denied"):
+        check_writable(run)
+    (run / "train.log").unlink()
+    (run / STATE).unlink()
+    (run / STATE).mkdir()
+    with pytest.raises(UserError, match=r"state\.json cannot be written: is a directory"):
+        check_writable(run)
+    (run / METRICS).write_text("step,x\na,1\n")
+    with pytest.raises(UserError, match=r"metrics\.csv cannot be read"):
+        check_metrics(run)

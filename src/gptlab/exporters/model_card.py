@@ -1,5 +1,6 @@
 """README.md of an export: a model card for the Hugging Face Hub, with the certificate. Imports no torch."""
 
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -8,22 +9,25 @@ from gptlab.data.shards.manifest import load_manifest
 from gptlab.exporters.formats import FormatName
 from gptlab.model.config import parameter_count
 from gptlab.pretrained.source import ModelSource
-from gptlab.tracking.run_store.runs import Run
-from gptlab.training.checkpoints.records import checkpoint_step
+from gptlab.tracking.run_directory import load_config, weights_checkpoint
+from gptlab.tracking.run_store.runs import METRICS, Run
+from gptlab.training.checkpoints.records import read_record
 
 if TYPE_CHECKING:
     from gptlab.exporters.certificate import Certificate
     from gptlab.exporters.request import ExportRequest
 
+log = logging.getLogger(__name__)
+
 
 class ModelCardInfo(NamedTuple):
-    """Training of a run up to its best checkpoint, for the model card.
+    """Training of a run up to the exported checkpoint, for the model card.
 
     All attributes are None for a model that gptlab did not train.
 
     Attributes:
         dataset: Name of the training data, without the path on this machine.
-        step: Step of the best checkpoint.
+        step: Step of the checkpoint.
         tokens: Number of training tokens up to that step.
         val_loss: Validation loss at that step, in nats per token.
         bits_per_byte: Validation loss at that step, in bits per byte.
@@ -42,14 +46,16 @@ class ModelCardInfo(NamedTuple):
             return cls()
         origin = load_manifest(source.path).origin
         dataset = Path(origin).name if Path(origin).is_absolute() else origin  # without the path on this machine
-        scored = [row for row in Run(source.path).rows if row.keys() >= {"step", "tokens", "val/loss"}]
-        if source.checkpoint is not None:
-            scored = [row for row in scored if row["step"] == checkpoint_step(source.checkpoint)]
-        if not scored:
-            return cls(dataset)
-        best = min(scored, key=lambda row: row["val/loss"])
-        step, tokens = int(best["step"]), int(best["tokens"])
-        return cls(dataset, step, tokens, best["val/loss"], best.get("val/bits_per_byte"))
+        facts = read_record(weights_checkpoint(source.checkpoint or source.path)).facts
+        tokens = load_config(source.path).train.stages.first(facts.step) * source.model.block_size
+        rows = (row for row in Run(source.path).rows if row.get("step") == facts.step)
+        bits_per_byte = next((row["val/bits_per_byte"] for row in rows if "val/bits_per_byte" in row), None)
+        if facts.val_loss is not None and bits_per_byte is None:
+            log.warning(
+                "%s has no evaluation at step %d, so the model card lacks its bits per byte.",
+                *(source.path / METRICS, facts.step),
+            )
+        return cls(dataset, facts.step, tokens, facts.val_loss, bits_per_byte)
 
 
 def model_title(source: ModelSource) -> str:

@@ -31,12 +31,13 @@ from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.pretrained.source import resolve_path
 from gptlab.pretrained.weights import load_weights
 from gptlab.tracking.console import print_start, print_stopped, print_summary, replay_command
-from gptlab.tracking.loggers import build_loggers
+from gptlab.tracking.loggers import build_loggers, check_metrics
 from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import (
     LOG,
     STACKS,
     TRACE,
+    check_writable,
     create_run_dir,
     newest_checkpoint,
     record_config,
@@ -183,8 +184,6 @@ def _train(
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
             print_summary(config, run_dir, recorder, trainer, summary)
-            end_state(run_dir, status)
-        return status
     except Preempted:
         print_stopped("Preempted by a signal", run_dir, trainer.global_step, config)
         if is_first:
@@ -199,6 +198,10 @@ def _train(
         if is_first:
             end_state(run_dir, status_of(error), hide_passwords(str(error)) or type(error).__name__)
         raise
+    else:  # an interrupt from here on does not change the record
+        if is_first:
+            end_state(run_dir, status)
+        return status
     finally:
         close_log(handler)
 
@@ -366,9 +369,12 @@ def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:
     """Locks the run to resume and returns its newest checkpoint; None for a new run."""
     if config.resume is None:
         return None
-    lock.acquire(Path(config.resume))
-    clean_up(Path(config.resume) / CHECKPOINTS)
-    return newest_checkpoint(Path(config.resume))
+    run_dir = Path(config.resume)
+    lock.acquire(run_dir)
+    check_writable(run_dir)
+    check_metrics(run_dir)
+    clean_up(run_dir / CHECKPOINTS)
+    return newest_checkpoint(run_dir)
 
 
 def _build_checkpoint_io(config: CheckpointConfig | None) -> AtomicCheckpointIO:

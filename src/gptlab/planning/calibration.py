@@ -74,7 +74,7 @@ def save_measurement(config: RunConfig, hardware: Hardware, measured: Measuremen
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
-    except OSError as error:
+    except (OSError, UserError) as error:
         log.warning("The measured speed and memory could not be saved for later forecasts: %s", error)
 
 

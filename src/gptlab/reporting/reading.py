@@ -16,6 +16,7 @@ from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
+from gptlab.tracking.run_store.state import STATE
 from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
 
 MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # maximum samples per run and characters per sample
@@ -71,7 +72,7 @@ class RunReader:
             else:
                 entry.shown["state"] = _state(entry)  # not cached: a process that ends abnormally changes no file
                 entries.append(entry)
-                problems += entry.problems
+                problems += entry.problems + entry.run.damaged(STATE)
         return entries, problems
 
 
@@ -105,6 +106,9 @@ def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{run.directory / METRICS} cannot be read: {failure_reason(error)}") from None
     samples, problems = _samples(run)
+    problems += run.damaged(CONFIG, METRICS, ENVIRONMENT, FORECAST)
+    if not run.rows and (state := run.state) is not None and state.step > 0:
+        problems.append(f"{run.name}: {run.directory / METRICS} has no rows, although the run is at step {state.step}")
     parameters, flops = _size(run)
     shown = {
         "name": run.name,
@@ -161,14 +165,12 @@ def _best(run: Run, metric: str) -> dict[str, Any] | None:
 
 
 def _samples(run: Run) -> tuple[list[tuple[int, str]], list[str]]:
-    try:
-        samples = run.samples
-    except (OSError, ValueError) as error:
-        return [], [f"{run.name}: a file in {run.directory / SAMPLES} cannot be read: {failure_reason(error)}"]
+    samples, problems = run.samples()
     if len(samples) > MOST_SAMPLES:  # evenly spaced, including the first and the last
         last = len(samples) - 1
         samples = [samples[round(i * last / (MOST_SAMPLES - 1))] for i in range(MOST_SAMPLES)]
-    return [(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …") for step, text in samples], []
+    shown = [(step, text if len(text) <= LONGEST_SAMPLE else f"{text[:LONGEST_SAMPLE]} …") for step, text in samples]
+    return shown, problems
 
 
 def _size(run: Run) -> tuple[int | None, int | None]:

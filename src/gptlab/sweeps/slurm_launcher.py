@@ -85,7 +85,9 @@ class TrialJob:
     def _run(self) -> int:
         job, run_dir = os.environ["SLURM_JOB_ID"], self.file.parent
         if not self._is_recorded(job):
-            log.warning("SLURM job %s is not the job that the sweep recorded for %s. It ends.", job, run_dir)
+            log.warning(
+                "SLURM job %s is not the one that the sweep recorded in %s. It ends without training.", job, run_dir
+            )
             return PREEMPTED
         return int(import_module(WORKER).run_job(self.file))  # by name: the module is in a layer above this package
 
@@ -95,7 +97,7 @@ class TrialJob:
         while (trial := read_trial(Run(self.file.parent))) is None or trial.job != job:
             if time.monotonic() > until:
                 return False
-            time.sleep(min(1.0, RECORD_SECONDS))
+            time.sleep(0.5)
         return True
 
 

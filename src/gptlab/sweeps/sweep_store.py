@@ -15,6 +15,7 @@ from gptlab.files import check_no_links
 from gptlab.tracking.run_directory import claim_directory
 from gptlab.tracking.run_store.sweeps import (
     SWEEP,
+    TRIAL,
     TRIAL_END_STATES,
     Sweep,
     Trial,
@@ -66,7 +67,7 @@ class SweepStore:
     def __init__(self, directory: Path, sweep: Sweep, is_current: IsCurrent) -> None:
         self.directory, self.sweep = directory, sweep
         check_no_links(directory)
-        earlier = load_sweep(directory)
+        earlier = _load_definition(directory, "choose another hydra.sweep.dir")
         if earlier is not None and (difference := _difference(directory, earlier, sweep, is_current)):
             raise UserError(
                 f"hydra.sweep.dir={directory} contains a different sweep: {difference}. Choose another hydra.sweep.dir."
@@ -115,15 +116,18 @@ def find_or_create_sweep_dir(name: str, sweep: Sweep, is_current: IsCurrent) -> 
     """Returns the directory of the newest sweep that this one resumes or extends, or creates a directory.
 
     A sweep is resumed if it has the same definition and is unfinished. It is extended if this one has more points.
+
+    Raises:
+        UserError: A file of a sweep is damaged or missing, so it is not known which sweep to resume.
     """
-    for directory in sorted((path.parent for path in (outputs_folder() / name).glob(f"*/{SWEEP}")), reverse=True):
-        try:
-            earlier = load_sweep(directory)
-            trials = load_trials(directory)
-            if earlier is None or _difference(directory, earlier, sweep, is_current):
-                continue
-        except UserError:  # a damaged sweep is not resumed
+    outputs = outputs_folder() / name
+    sweeps = {path.parent for path in outputs.glob(f"*/{SWEEP}")}
+    with_trials = {path.parent.parent for path in outputs.glob(f"*/*/{TRIAL}")}
+    for directory in sorted(sweeps | with_trials, reverse=True):
+        earlier = _load_definition(directory, f"move {directory} elsewhere")
+        if earlier is None or _difference(directory, earlier, sweep, is_current):
             continue
+        trials = load_trials(directory)
         if len(trials) < sweep.n_trials or any(trial.state not in TRIAL_END_STATES for trial in trials):
             return directory
         if earlier.n_trials == sweep.n_trials:
@@ -149,3 +153,25 @@ def _difference(directory: Path, earlier: Sweep, sweep: Sweep, is_current: IsCur
         return f"its search space is {format_overrides(earlier.space) or 'empty'}"
     changed = [trial for trial in load_trials(directory) if not is_current(trial)]
     return f"the configuration of its trial {changed[0].number} was another one" if changed else None
+
+
+def _load_definition(directory: Path, otherwise: str) -> Sweep | None:
+    """Reads sweep.json; returns None if there is no sweep.
+
+    Args:
+        directory: Sweep directory.
+        otherwise: What the user can do to start a new sweep, for the message.
+
+    Raises:
+        UserError: sweep.json is damaged, or missing although there are trials.
+    """
+    problem = None
+    try:
+        sweep = load_sweep(directory)
+        if sweep is None and (trial := next(directory.glob(f"*/{TRIAL}"), None)) is not None:
+            problem = f"{directory / SWEEP} is missing, although there is {trial}"
+    except UserError as error:
+        problem = str(error).rstrip(".")
+    if problem:
+        raise UserError(f"{problem}. Restore it to resume the sweep. To start a new sweep, {otherwise}.")
+    return sweep

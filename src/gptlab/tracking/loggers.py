@@ -17,7 +17,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError, without_passwords
 from gptlab.files import append_whole, open_regular, skip_if_disk_full, write_file
 from gptlab.tracking.run_directory import without_origin
-from gptlab.tracking.run_store.runs import METRICS, flatten, read_csv
+from gptlab.tracking.run_store.runs import METRICS, Run, flatten, read_csv
 from gptlab.tracking.run_store.state import STATE, RunState, load_state, new_state
 from gptlab.tracking.wandb.logger import build_wandb_logger
 from gptlab.training.callbacks.metrics import MetricsCallback
@@ -110,27 +110,41 @@ class MetricsCSVLogger(Logger):
 
 def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -> RunState:
     """Returns the initial state of a run; on a resume, its state at step ``keep_until``."""
-    state, earlier = new_state(config.steps), load_state(directory)
-    if keep_until is None or earlier is None:
+    state = new_state(config.steps)
+    if keep_until is None:
         return state
+    for problem in Run(directory).damaged(STATE) if is_first_rank() else ():
+        log.warning("%s. The wall time of the earlier starts is not known.", problem)
+    earlier = load_state(directory)
     rows = _read_rows(directory / METRICS, keep_until)
-    losses = [float(row["val/loss"]) for row in rows if "val/loss" in row]
-    known = {
-        "step": keep_until,
-        "seconds": earlier.seconds,
-        "best_val_loss": min(filter(isfinite, losses), default=None),
-    }
-    return state.model_copy(update=known | ({"val_loss": losses[-1]} if losses else {}))
+    if not rows and config.resume and is_first_rank():
+        log.warning("%s is missing or empty. It begins again after step %d.", directory / METRICS, keep_until)
+    losses = {name: [float(row[name]) for row in rows if name in row] for name in ("train/loss", "val/loss")}
+    return state.model_copy(
+        update={
+            "step": keep_until,
+            "tokens": config.train.stages.first(keep_until) * config.model.block_size,
+            "loss": losses["train/loss"][-1] if losses["train/loss"] else None,
+            "val_loss": losses["val/loss"][-1] if losses["val/loss"] else None,
+            "best_val_loss": min(filter(isfinite, losses["val/loss"]), default=None),
+            "seconds": earlier.seconds if earlier else 0.0,
+        }
+    )
 
 
-def _read_rows(path: Path, until: int) -> list[dict[str, Any]]:
+def check_metrics(directory: Path) -> None:
+    """Raises UserError if a run to resume has a metrics.csv that cannot be read."""
+    _read_rows(directory / METRICS, 0, warns=False)
+
+
+def _read_rows(path: Path, until: int, *, warns: bool = True) -> list[dict[str, Any]]:
     """Reads the rows up to a step, with values as strings; raises UserError if they are not numbers."""
     if not is_first_rank() or not path.exists():
         return []
     try:
         with io.TextIOWrapper(io.BufferedReader(open_regular(path)), encoding="utf-8", newline="") as file:
             content = file.read()
-        if content and not content.endswith("\n"):
+        if warns and content and not content.endswith("\n"):
             log.warning("The last row of %s is unfinished and is left out.", path)
         rows = list(read_csv(io.StringIO(content, newline="")))
         for row in rows:

@@ -1,7 +1,9 @@
 """Run directories outputs/<name>/<time>/, which contain everything about a run. Imports no torch."""
 
+import errno
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -17,13 +19,14 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.stored import complete
 from gptlab.data.shards.manifest import Manifest
 from gptlab.errors import UserError, failure_reason
-from gptlab.files import check_no_link, read_regular, write_durably
+from gptlab.files import check_no_link, open_append, read_regular, write_durably
 from gptlab.model.config import SHAPE_KEYS, GPTConfig, parameter_count
 from gptlab.parsing import parse_yaml
 from gptlab.terminal import print_message
-from gptlab.tracking.environment import record_environment
+from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG
+from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG, FORECAST, METRICS
+from gptlab.tracking.run_store.state import STATE
 from gptlab.training.checkpoints.records import (
     PREFIX,
     best_intact,
@@ -77,6 +80,23 @@ def record_config(config: RunConfig, directory: Path) -> None:
     values = without_origin(config)
     write_durably(directory / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     record_environment(directory, {key: component_record(key, target) for key, target in iter_targets(values)})
+
+
+def check_writable(directory: Path) -> None:
+    """Checks that a resumed run can replace or append to its files, before it writes any of them.
+
+    Raises:
+        UserError: There is a directory in place of a file, or a file to which text is appended is not writable.
+    """
+    for name in (CONFIG, ENVIRONMENT, FORECAST, METRICS, STATE, LOG, TRACE):
+        path = directory / name
+        try:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            if name in (LOG, TRACE) and path.exists():
+                open_append(path).close()
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {failure_reason(error)}. Remove it.") from error
 
 
 def without_origin(config: RunConfig) -> dict[str, Any]:

@@ -125,7 +125,10 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
                 )
             folder.mkdir(parents=True, exist_ok=True)
             known = _tokenizer(files[0], tokenizer)
-            log.info("Reading %d token files in %s to write their manifest to %s", len(files), files[0].parent, folder)
+            log.info(
+                "%s has no %s. Reading its %d token files to write one to %s.",
+                *(files[0].parent, MANIFEST, len(files), folder),
+            )
             manifest = build_manifest(files, known)
             record_verified(folder, manifest, folder.parent)
             manifest.save(folder)

@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gptlab.errors import UserError, did_you_mean, failure_reason
-from gptlab.tracking.run_store.runs import Run
+from gptlab.tracking.run_store.runs import CONFIG, Run
+from gptlab.tracking.run_store.state import STATE
 from gptlab.tracking.run_store.sweeps import read_trial
 
 COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
@@ -75,12 +76,13 @@ class Condition(NamedTuple):
 
 
 def split_unreadable(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Returns the runs that can be listed, and a message for each other run."""
+    """Returns the runs that can be listed, and messages about the other runs and about damaged files."""
     readable, problems = [], []
     for run in runs:
         try:
             _line(run)
             readable.append(run)
+            problems += run.damaged(CONFIG, STATE)
         except Exception as error:  # any error: the other runs are listed
             problems.append(f"{run.name} is omitted: {failure_reason(error)}")
     return readable, problems

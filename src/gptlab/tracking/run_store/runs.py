@@ -1,10 +1,10 @@
 """Finds and reads run directories. Imports no torch."""
 
 import csv
-import errno
 import glob
 import io
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +16,12 @@ from gptlab.files import open_regular, read_regular
 from gptlab.model.config import GPTConfig, read_model_config
 from gptlab.parsing import parse_json, parse_yaml
 from gptlab.tracking.environment import ENVIRONMENT
-from gptlab.tracking.run_store.state import RunState, load_state
+from gptlab.tracking.run_store.state import STATE, RunState, load_state, read_state
 from gptlab.training.checkpoints.records import best_intact
 
 CONFIG, METRICS, FORECAST = "config.yaml", "metrics.csv", "forecast.json"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+TRUNCATED = "is truncated: its last line has no line break"
 
 MetricsRow = dict[str, float]
 
@@ -116,13 +117,28 @@ class Run:
         """Content of forecast.json; empty if there is none."""
         return _json(self.directory / FORECAST)
 
-    @property
-    def samples(self) -> list[tuple[int, str]]:
-        """Samples as (step, text), sorted by step."""
+    def samples(self) -> tuple[list[tuple[int, str]], list[str]]:
+        """Returns samples as (step, text), sorted by step, and a message for each damaged file."""
         if (folder := self.directory / SAMPLES).is_symlink():  # it could show any text files of the user
-            raise OSError(errno.ELOOP, "it is a link", str(folder))
-        numbered = ((_step(path), path) for path in folder.glob("*.txt"))
-        return sorted((step, read_regular(path)) for step, path in numbered if step is not None)
+            return [], [f"{self.name}: {folder} cannot be read: it is a link"]
+        samples, problems = [], []
+        for path in folder.glob("*.txt"):
+            if (step := _step(path)) is None:
+                continue
+            try:
+                text = read_regular(path)
+            except (OSError, ValueError) as error:
+                problems.append(f"{self.name}: {path} cannot be read: {failure_reason(error)}")
+                continue
+            samples.append((step, text))
+            if not text.endswith("\n"):
+                problems.append(f"{self.name}: {path} {TRUNCATED}")
+        return sorted(samples), sorted(problems)
+
+    def damaged(self, *names: str) -> list[str]:
+        """Returns a message for each of these files that exists and cannot be read or is truncated."""
+        found = ((self.directory / name, _defect(self.directory / name)) for name in names)
+        return [f"{self.name}: {path} {defect}" for path, defect in found if defect is not None]
 
     def value(self, metric: str = "val/loss", which: Literal["lowest", "highest", "last"] = "lowest") -> float | None:
         """Returns the lowest, the highest or the last finite value of a metric; None if there is none."""
@@ -133,7 +149,7 @@ class Run:
 
 
 def find_runs(patterns: str | Sequence[str]) -> list[Run]:
-    """Finds runs.
+    """Finds runs: directories with a config.yaml, or with a state.json if the config.yaml has been lost.
 
     Args:
         patterns: A run directory, a directory with runs up to three levels below it, or a glob of these; or several.
@@ -166,10 +182,10 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _runs_below(folder: Path) -> list[Path]:
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file() or (folder / STATE).is_file():
         return [folder]
-    found = (*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}"), *folder.glob(f"*/*/*/{CONFIG}"))
-    return sorted((path.parent for path in found), key=_sort_key)
+    names = (f"{below}{name}" for below in ("*/", "*/*/", "*/*/*/") for name in (CONFIG, STATE))
+    return sorted({path.parent for name in names for path in folder.glob(name)}, key=_sort_key)
 
 
 def _sort_key(directory: Path) -> list[tuple[int, int, str]]:
@@ -203,10 +219,35 @@ def _numbers(row: dict[Any, Any]) -> MetricsRow:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = parse_json(read_regular(path))
+        return _read_json(path)
     except (OSError, ValueError):
         return {}
-    return values if isinstance(values, dict) else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = parse_json(read_regular(path))
+    if not isinstance(values, dict):
+        raise ValueError("it is not a mapping")
+    return values
+
+
+def _defect(path: Path) -> str | None:
+    """Describes why a file of a run cannot be read, or that it is truncated; None if it is intact or missing."""
+    try:
+        if path.name == STATE:
+            read_state(path.parent)
+        elif path.suffix == ".json":
+            _read_json(path)
+        else:
+            with open_regular(path) as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 1))
+                return TRUNCATED if size and file.read(1) != b"\n" else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {failure_reason(error)}"
+    return None
 
 
 def _step(path: Path) -> int | None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
@@ -92,11 +92,16 @@ def new_state(max_steps: int) -> RunState:
     return RunState(max_steps=max_steps, began=now, updated=now, pid=os.getpid(), host=platform.node())
 
 
+def read_state(directory: Path) -> RunState:
+    """Reads state.json as it is; raises OSError or ValueError if it is missing or damaged."""
+    return RunState.model_validate(parse_json(read_regular(directory / STATE)))
+
+
 def load_state(directory: Path) -> RunState | None:
-    """Reads state.json; returns None if there is none. A "running" state becomes "lost" if its process is gone."""
+    """Reads state.json; None if it is missing or damaged. A "running" state becomes "lost" if its process is gone."""
     try:
-        state = RunState.model_validate(parse_json(read_regular(directory / STATE)))
-    except (OSError, ValueError, ValidationError):
+        state = read_state(directory)
+    except (OSError, ValueError):
         return None
     if state.state == "running" and not _is_alive(state):
         return state.model_copy(update={"state": "lost", "seconds_left": None})

@@ -139,7 +139,10 @@ class RunWandbLogger(WandbLogger):
     def _send_samples(self, until: int, tokens: Callable[[int], int]) -> None:
         import wandb
 
-        written = [(step, parse_samples(text)) for step, text in Run(self.directory).samples if step <= until]
+        samples, problems = Run(self.directory).samples()
+        for problem in problems:
+            log.warning("%s. W&B gets the other samples.", problem)
+        written = [(step, parse_samples(text)) for step, text in samples if step <= until]
         rows = [[step, tokens(step), text] for step, texts in written for text in texts]
         table = wandb.Table(columns=["step", "tokens", "text"], data=rows)
         self.experiment.log({"samples": table}, commit=False)
