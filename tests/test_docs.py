@@ -77,7 +77,6 @@ UNCOMMENTED = {  # explained by the summary of the file
     "_target_": "Hydra's key: the class of the launcher or the sweeper",
     "name": "names the option in the configuration of a run, by the name of its file or of the one that it extends",
     "tensorboard": "an empty group that enables the logger",
-    "mode": "Hydra's key: an option of the group sweeps runs as a sweep",
 }
 WRONG_KEYS = {"callbacks.gradient_histogram.evry", "optimizer.params"}  # of examples of error messages
 CHOICES = {"<suite>": "train", "<format>": "hf"}

@@ -87,6 +87,14 @@ def test_sweep_runs_every_point_and_records_it(user):
         (("seed=1,2", "hydra.sweeper.serch=tpe"), "hydra.sweeper.serch"),
         (("seed=1,2", "hydra.launcher.at_once=0"), "at_once=0 is not valid"),
         (("seed=interval(1,2)",), "infinitely many values"),
+        (("model.n_embd=64,65", "model.n_head=4"), "model.n_embd=65: model.n_head=4 does not divide n_embd=65"),
+        (("seed=range(1,3,0)",), "seed=range(1,3,0) has no end: its step is 0"),
+        (("seed=range(0,1000000)",), "has more than 10,000 values"),
+        (("seed=range(0,200)", "optimizer.lr=range(1,101)"), "has 20,000 points, but a grid has at most 10,000"),
+        (("model=glob(gpt*,exclude=gpt2*)", "seed=1"), "model.block_size is missing"),
+        (("lora=null,nothing",), "Unknown option lora=nothing"),
+        (("resume=outputs/a,outputs/b",), "resume=outputs/a"),
+        (("seed=1,2", "hydra.sweep.subdir=x"), "hydra.sweep.subdir=x is not supported"),
     ],
 )
 def test_invalid_sweep_is_rejected_before_anything_is_written(user, arguments, message):

@@ -23,7 +23,7 @@ from wandb_records import SCRIPTS, exit_code, has_secret, interrupted, metrics_f
 from wandb_server import KEY
 
 OFFLINE = ("logger=wandb", "logger.wandb.mode=offline")
-SWEEP = {"question": "?", "space": {}, "fixed": [], "search": "grid", "n_trials": 1, "baseline": {}, "definition": "d"}
+SWEEP = {"question": "?", "space": {}, "fixed": [], "search": "grid", "n_trials": 1, "baseline": {}}
 
 
 def summaries(directory: Path) -> list[dict[str, Any]]:

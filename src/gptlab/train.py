@@ -22,6 +22,7 @@ from gptlab.exit_codes import RESULT
 from gptlab.launch.launcher import launch
 from gptlab.launch.supervisor import exit_with_parent
 from gptlab.launch.train_process import train
+from gptlab.sweeps.config import SlurmLauncherConfig, SweeperConfig
 from gptlab.tracking.run_store.runs import CONFIG
 from gptlab.training.distributed.processes import is_first_rank, is_restarted
 from gptlab.worker import extra_callbacks
@@ -29,7 +30,14 @@ from gptlab.worker import extra_callbacks
 log = logging.getLogger("gptlab.train")  # not __name__, which is "__main__" here
 
 
-@command("train", keys=set(known_keys(RunConfig)), rewrite=add_keys_of_run)
+KEYS = {
+    *known_keys(RunConfig),
+    *known_keys(SweeperConfig, "hydra.sweeper."),
+    *known_keys(SlurmLauncherConfig, "hydra.launcher."),
+}
+
+
+@command("train", keys=KEYS, rewrite=add_keys_of_run)
 def main(values: DictConfig) -> int:
     """Validates the configuration and trains."""
     hydra = HydraConfig.get()

@@ -116,7 +116,7 @@ def write_sweep(
     """Creates the directory of a sweep over the learning rate and the seed, with samples in every trial."""
     space = {"optimizer.lr": ",".join(map(str, rates)), "seed": ",".join(map(str, seeds))}
     count = len(rates) * len(seeds)
-    about = {"fixed": [], "search": "grid", "n_trials": count, "baseline": {}, "definition": "x", "wandb_group": "x"}
+    about = {"fixed": [], "search": "grid", "n_trials": count, "baseline": {}, "wandb_group": "x"}
     Sweep.model_validate({"question": "Which learning rate is best?", "space": space, **about}).save(directory)
     for number, (rate, seed) in enumerate((rate, seed) for rate in rates for seed in seeds):
         rows = rows_of(20, lr=rate, seed=seed)

@@ -29,7 +29,6 @@ def write_sweep(
         "n_trials": len(trials) + missing,
         "metric": "val/loss",
         "baseline": {key: str(value) for key, value in baseline.items()},
-        "definition": "",
         "wandb_group": "",
     }
     (directory / "sweep.json").write_text(json.dumps(sweep))

@@ -37,7 +37,10 @@ def test_overrides_become_optuna_distributions():
         "model.n_layer": IntDistribution(2, 8),
         "model.norm": CategoricalDistribution(["layer", "rms"]),
     }
-    assert space.example() == {"optimizer.lr": "0.0001", "model.n_layer": "2", "model.norm": "layer"}
+    assert space.ends() == [
+        {"optimizer.lr": "0.0001", "model.n_layer": "2", "model.norm": "layer"},
+        {"optimizer.lr": "0.01", "model.n_layer": "8", "model.norm": "rms"},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -80,5 +83,5 @@ def test_only_points_of_the_space_are_contained_in_it():
     ):
         assert not space.contains(point | changes), changes
     assert not space.contains({"seed": "2"})
-    for grid in (space.example(), *SearchSpace({}, ["model=nano,tiny", "model.norm='rms',layer"]).grid()):
+    for grid in (*space.ends(), *SearchSpace({}, ["model=nano,tiny", "model.norm='rms',layer"]).grid()):
         assert SearchSpace({}, [f"{key}={value},x" for key, value in grid.items()]).contains(grid)

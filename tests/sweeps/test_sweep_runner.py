@@ -12,13 +12,14 @@ import pytest
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.sweeps import sweep_runner
+from gptlab.sweeps.analysis.table import analyze_sweep
 from gptlab.sweeps.config import SweeperConfig
 from gptlab.sweeps.search import Search
 from gptlab.sweeps.space import SearchSpace
 from gptlab.sweeps.sweep_runner import SweepRunner
 from gptlab.sweeps.sweep_store import SweepStore, find_or_create_sweep_dir
 from gptlab.tracking.run_store.state import RunState
-from gptlab.tracking.run_store.sweeps import Sweep, load_trials
+from gptlab.tracking.run_store.sweeps import Sweep, load_sweep, load_trials
 
 SETTINGS = {
     "question": "",
@@ -26,9 +27,12 @@ SETTINGS = {
     "n_trials": None,
     "seed": 0,
     "metric": "val/loss",
+    "direction": "minimize",
     "baseline": {},
     "prune": None,
     "retry": False,
+    "fail_fast": False,
+    "max_hours": None,
     "params": {},
 }
 GRID = ["x=1,2,3,4,5,6", "seed=1,2"]
@@ -278,7 +282,7 @@ def test_killed_search_resumes_with_the_same_points(tmp_path, search):
 
 def test_directory_with_a_different_sweep_raises(tmp_path):
     run_sweep(tmp_path, ["x=1,2"], FakeLauncher())
-    with pytest.raises(UserError, match=r"contains a different sweep.* x=1,2.* x=1,3"):
+    with pytest.raises(UserError, match=r"contains a different sweep: its search space is x=1,2\."):
         run_sweep(tmp_path, ["x=1,3"], FakeLauncher())
 
 
@@ -292,25 +296,111 @@ def test_second_process_of_a_running_sweep_raises(tmp_path):
     assert run_sweep(tmp_path, ["x=1,2"], Second()) == DONE
 
 
-def test_newest_unfinished_sweep_of_the_same_definition_is_resumed(tmp_path, monkeypatch):
+def test_a_sweep_with_more_points_runs_only_the_new_ones(tmp_path):
+    assert run_sweep(tmp_path, ["x=1,2", "seed=1,2"], FakeLauncher()) == DONE
+    extended = FakeLauncher()
+    assert run_sweep(tmp_path, ["x=3,2,1", "seed=1,2"], extended) == DONE
+    trials = load_trials(tmp_path)
+    assert extended.started == [4, 5]
+    assert [trial.overrides["x"] for trial in trials] == ["1", "1", "2", "2", "3", "3"]
+    assert load_sweep(tmp_path).n_trials == 6
+    assert analyze_sweep(tmp_path).rows[0].settings == {"x": "3"}
+    fewer = ["x=1,2", "seed=1,2"]
+    with pytest.raises(UserError, match=r"a different sweep: its search space is x=3,2,1 seed=1,2\."):
+        run_sweep(tmp_path, fewer, FakeLauncher())
+
+
+def test_a_search_with_more_trials_continues(tmp_path):
+    search = {"search": "tpe", "n_trials": 4, "seed": 5}
+    assert run_sweep(tmp_path / "a", ["x=interval(1,6)"], FakeLauncher(), **search) == DONE
+    extended = FakeLauncher()
+    assert run_sweep(tmp_path / "a", ["x=interval(1,6)"], extended, **search | {"n_trials": 6}) == DONE
+    assert extended.started == [4, 5]
+    assert run_sweep(tmp_path / "b", ["x=interval(1,6)"], FakeLauncher(), **search | {"n_trials": 6}) == DONE
+    assert [t.overrides for t in load_trials(tmp_path / "a")] == [t.overrides for t in load_trials(tmp_path / "b")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "train/loss"}, "its hydra.sweeper.metric is val/loss"),
+        ({"direction": "maximize"}, "its hydra.sweeper.direction is minimize"),
+        ({"search": "random", "n_trials": 2}, "its hydra.sweeper.search is grid"),
+    ],
+)
+def test_another_sweep_in_its_directory_is_an_error(tmp_path, changes, message):
+    assert run_sweep(tmp_path, ["x=1,2"], FakeLauncher()) == DONE
+    with pytest.raises(UserError, match=f"a different sweep: {message}"):
+        run_sweep(tmp_path, ["x=1,2"], FakeLauncher(), **changes)
+
+
+def test_the_highest_value_is_the_best_if_the_metric_is_maximized(tmp_path):
+    class Rising(FakeLauncher):
+        def ended(self):
+            found = super().ended()
+            for number, _ in found:
+                path = tmp_path / str(number) / "metrics.csv"
+                path.write_text(f"{path.read_text()}2,{number + 10}\n3,-1\n")
+            return found
+
+    assert run_sweep(tmp_path, ["x=1,2,3"], Rising(), direction="maximize") == DONE
+    assert [trial.value for trial in load_trials(tmp_path)] == [10, 11, 12]
+    answers = analyze_sweep(tmp_path)
+    assert [row.settings["x"] for row in answers.rows] == ["3", "2", "1"]
+    assert answers.answer.startswith("best: x=3, 12.0000 nats")
+
+
+def test_fail_fast_starts_no_further_trial(tmp_path):
+    runner = FakeLauncher(statuses={1: FAILED})
+    assert run_sweep(tmp_path, GRID, runner, fail_fast=True) == FAILED
+    assert runner.started == [0, 1, 2]  # two at a time; trial 2 started when trial 0 ended
+    assert {trial.number: trial.state for trial in load_trials(tmp_path)} == {0: "done", 1: "failed", 2: "done"}
+
+
+def test_a_sweep_ends_after_max_hours_and_continues(tmp_path):
+    runner, rest = FakeLauncher(), FakeLauncher()
+    assert run_sweep(tmp_path, GRID, runner, max_hours=1e-12) == PREEMPTED
+    assert runner.started == []
+    assert run_sweep(tmp_path, GRID, rest) == DONE
+    assert len(rest.started) == 12
+
+
+def test_a_metric_that_is_not_logged_ends_the_sweep_after_the_first_trial(tmp_path):
+    runner = FakeLauncher()
+    with pytest.raises(UserError, match=r"val/lss is not a column of metrics.csv. Did you mean val/loss\?"):
+        run_sweep(tmp_path, GRID, runner, metric="val/lss")
+    assert len(runner.finished) == 1
+
+
+def test_newest_sweep_of_the_same_definition_is_resumed_or_extended(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     definition = Sweep(
-        question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, definition="a",
-        wandb_group="",
+        question="", space={"x": "1,2"}, fixed=[], search="grid", n_trials=2, baseline={}, wandb_group="",
+        points=[{"x": "1"}, {"x": "2"}],
     )  # fmt: skip
-    first = find_or_create_sweep_dir("name", definition)
+    other = definition.model_copy(update={"fixed": ["y=1"]})
+    extended = definition.model_copy(
+        update={"space": {"x": "1,2,3"}, "n_trials": 3, "points": [{"x": "1"}, {"x": "2"}, {"x": "3"}]}
+    )
+
+    def find(sweep, is_current=True):
+        return find_or_create_sweep_dir("name", sweep, lambda trial: is_current)
+
+    first = find(definition)
     definition.save(first)
-    assert find_or_create_sweep_dir("name", definition) == first
-    assert find_or_create_sweep_dir("name", definition.model_copy(update={"definition": "b"})) != first
-    store = SweepStore(first, definition)
+    assert find(definition) == find(extended) == first
+    assert find(other) != first
+    store = SweepStore(first, definition, lambda trial: True)
     for number in range(2):
         trial = json.loads('{"number": %d, "overrides": {}, "config_hash": "", "state": "done"}' % number)  # noqa: UP031
         store.write(sweep_runner.Trial(**trial))
-    assert find_or_create_sweep_dir("name", definition) != first
+    assert find(definition) != first
+    assert find(extended) == first
+    assert find(extended, is_current=False) != first  # a configuration file has changed
     for damage in (lambda path: path.write_text("{"), lambda path: path.unlink()):
         damage(first / "sweep.json")
-        for other in ("a", "b"):
+        for sweep in (definition, other):
             with pytest.raises(UserError, match=r"sweep\.json (cannot be read|is missing).*Restore it"):
-                find_or_create_sweep_dir("name", definition.model_copy(update={"definition": other}))
+                find(sweep)
         with pytest.raises(UserError, match=r"sweep\.json (cannot be read|is missing)"):
-            SweepStore(first, definition)
+            SweepStore(first, definition, lambda trial: True)

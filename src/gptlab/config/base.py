@@ -3,7 +3,7 @@
 Default values are defined only in ``conf/``. Configuration classes define the type and the range of each field.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from difflib import SequenceMatcher, get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -118,13 +118,37 @@ def unknown_key(key: str, keys: set[str]) -> str:
     return f"Unknown config key `{key}`.{meant} --cfg job prints all keys."
 
 
-def similar_keys(word: str, keys: Iterable[str]) -> list[str]:
+# names that users know from nanoGPT, Lightning or submitit
+SYNONYMS = {
+    "accumulate_grad_batches": "train.micro_batch_size",
+    "array_parallelism": "hydra.launcher.at_once",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "dtype": "trainer.precision",
+    "eval_interval": "train.eval_every",
+    "eval_iters": "train.eval_windows",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_clip_val": "train.grad_clip",
+    "learning_rate": "optimizer.lr",
+    "log_every_n_steps": "train.log_every",
+    "log_interval": "train.log_every",
+    "max_iters": "train.max_steps",
+    "out_dir": "hydra.run.dir",
+    "val_check_interval": "train.eval_every",
+    "wandb_project": "logger.wandb.project",
+    "warmup_iters": "schedule.warmup_steps",
+}
+
+
+def similar_keys(word: str, keys: Collection[str]) -> list[str]:
     """Returns up to two config keys that ``word`` may stand for, the most similar one first; [] if there is none.
 
     Preferred are keys with the same last part (``optimizer.lr`` for ``lr`` or ``train.lr``) or whose last part ends
     with it (``train.global_batch_size`` for ``batch_size``), then the key with the most similar spelling.
     """
     last = word.rpartition(".")[2]
+    if (meant := SYNONYMS.get(last)) in (*keys, "hydra.run.dir") and meant is not None:
+        return [meant]
     last_parts = {key: key.rpartition(".")[2] for key in sorted(keys)}
     if found := [key for key, part in last_parts.items() if last and f"_{part}".endswith(f"_{last}")]:
         found.sort(

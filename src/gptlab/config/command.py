@@ -167,6 +167,8 @@ def _check_command_line(
     groups = OptionGroups(config_name, folders, appended, primary=flags.config_name)
     if flags.multirun and config_name != "train":
         raise UserError(f"-m (multirun) is not supported by gptlab.{config_name}. Run the command once for each value.")
+    if config_name == "train" and not (flags.multirun or flags.cfg or flags.info or flags.help):
+        groups.check_is_no_sweep(line.overrides)
     overrides = groups.normalize(line.overrides)
     groups.check_experiments(overrides)
     sys.argv[1:] = line._replace(overrides=rewrite(overrides)).arguments

@@ -21,8 +21,9 @@ from gptlab.config.search_path import configuration_folder
 from gptlab.errors import UserError, did_you_mean
 from gptlab.terminal import printable
 
-EXPERIMENT = "experiment"
+EXPERIMENT, SWEEPS = "experiment", "sweeps"
 COMBINED = ("callbacks", "logger")  # groups of which several options are often selected
+OPEN_MAPPINGS = ("hydra.launcher.additional_parameters", "hydra.sweeper.baseline", "hydra.sweeper.params")
 NONE = {"callbacks": "none", "logger": "csv"}  # options that stand for none; every run writes metrics.csv
 _PARSER = OverridesParser.create()
 
@@ -55,7 +56,7 @@ class OptionGroups:
     def of_search_path(cls, command: str, search_path: ConfigSearchPath) -> Self:
         """Returns the config groups of a command that Hydra runs, from Hydra's search path."""
         paths = [element.path or "" for element in search_path.get_path()]
-        folders = [Path(path.partition("://")[2]) for path in paths if path.startswith(("conf://", "file://"))]
+        folders = [Path(re.sub("^(conf|file)://", "", path)) for path in paths if not path.startswith(("pkg:", "str"))]
         own = configuration_folder()
         number = folders.index(own)
         return cls(command, folders[: number + 1], folders[number + 1 :])
@@ -81,7 +82,7 @@ class OptionGroups:
 
         ``+group=option`` becomes ``group=option``, since Hydra rejects ``+`` for a group that is in the defaults list.
         No option (``group=null``, ``group=[]`` or ``~group``) becomes the option that stands for none, or the deletion
-        of the group from the defaults list. Overrides of config keys and sweeps over options are returned unchanged.
+        of the group from the defaults list. A mapping for a key with any entries is added by ``++``. Overrides of config keys and sweeps over options are returned unchanged.
 
         Raises:
             UserError: A group has no such option or needs one, or several of its options can be combined, and it is
@@ -96,8 +97,12 @@ class OptionGroups:
         except HydraException:  # Hydra reports it
             return override
         group, value = parsed.key_or_group, parsed.value()
+        if group in OPEN_MAPPINGS and isinstance(value, dict) and not override.startswith(("+", "~")):
+            return f"++{override}"  # without ++, Hydra accepts only the keys that the mapping has
         in_defaults = group.startswith("hydra/") or group in self._defaults
         options = self.options(group)
+        if group == SWEEPS and (parsed.is_sweep_override() or (isinstance(value, list) and len(value) > 1)):
+            raise UserError(f"{override}: a command runs one sweep. Run it once for each of them.")
         if not (in_defaults or options) or parsed.package is not None or parsed.is_sweep_override():
             return override
         if isinstance(value, dict) and not override.startswith("~"):
@@ -130,6 +135,15 @@ class OptionGroups:
     def fitting_options(self, group: str, options: Iterable[str]) -> list[str]:
         """Returns the options without the experiments of other commands."""
         return [option for option in options if group != EXPERIMENT or not self._other_command(option)]
+
+    def check_is_no_sweep(self, overrides: Sequence[str]) -> None:
+        """Raises UserError if a predefined sweep is selected without -m, unless for a single run of it."""
+        if any(override.lstrip("+").startswith("hydra.mode=") for override in overrides):
+            return
+        for override in overrides:
+            key, _, value = override.lstrip("+").partition("=")
+            if key == SWEEPS and value not in ("", "null", "[]"):
+                raise UserError(f"{override} is a sweep of several runs. To start it, add -m.")
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
         """Checks the experiments selected on the command line.

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
@@ -69,6 +71,7 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
         UserError: A value is missing or invalid, a changed key cannot change when a run is resumed, or the run to
             resume cannot be read.
     """
+    _check_without(values, overrides)
     composed = replace_built_ins(resolve_to_dict(values), overrides)
     overridden = [override.lstrip("+~").partition("=")[0] for override in overrides]
     overridden = [key for key in overridden if key not in (TRUST_KEY, TRUST_PATHS_KEY)]
@@ -98,6 +101,21 @@ def resolve(values: DictConfig, overrides: list[str]) -> RunConfig:
             f"name={new.name}_$SLURM_ARRAY_TASK_ID in a job array, or remove resume=auto to start a new run."
         )
     return resume_as(new, newest, earlier)
+
+
+def _check_without(values: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError if an option of the group ``without`` changes nothing, since the recipe has no such part."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    chosen = next((override for override in reversed(parsed) if override.key_or_group == "without"), None)
+    if chosen is None or chosen.is_delete() or not GlobalHydra.instance().is_initialized():
+        return
+    others = [override.input_line for override in parsed if override.key_or_group != "without"]
+    names = chosen.value() if isinstance(chosen.value(), list) else [chosen.value()]
+    for name in names:
+        rest = ",".join(other for other in names if other != name)
+        without_it = compose("train", overrides=[*map(str, others), *([f"without=[{rest}]"] if rest else [])])
+        if name != "nothing" and without_it == values:
+            raise UserError(f"without={name} changes nothing: the selected options do not have this part.")
 
 
 def resolve_split(config: RunConfig) -> RunConfig:

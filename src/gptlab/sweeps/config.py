@@ -70,8 +70,10 @@ class SlurmLauncherConfig(FrozenConfig):
     tasks_per_node: PositiveInt
     cpus_per_task: Amount
     gpus_per_node: Amount
-    mem_gb: Amount
+    mem_gb: PositiveFloat | None
     partition: str | None
     account: str | None
     qos: str | None
-    additional_parameters: dict[str, str | int]
+    setup: list[str]
+    use_srun: bool
+    additional_parameters: dict[str, bool | int | str]
