@@ -82,7 +82,8 @@ class OptionGroups:
 
         ``+group=option`` becomes ``group=option``, since Hydra rejects ``+`` for a group that is in the defaults list.
         No option (``group=null``, ``group=[]`` or ``~group``) becomes the option that stands for none, or the deletion
-        of the group from the defaults list. A mapping for a key with any entries is added by ``++``. Overrides of config keys and sweeps over options are returned unchanged.
+        of the group from the defaults list. A mapping with any entries is added by ``++``. Overrides of other config
+        keys and sweeps over options are returned unchanged.
 
         Raises:
             UserError: A group has no such option or needs one, or several of its options can be combined, and it is

@@ -110,7 +110,8 @@ def _check_without(values: DictConfig, overrides: Sequence[str]) -> None:
     if chosen is None or chosen.is_delete() or not GlobalHydra.instance().is_initialized():
         return
     others = [override.input_line for override in parsed if override.key_or_group != "without"]
-    names = chosen.value() if isinstance(chosen.value(), list) else [chosen.value()]
+    value: Any = chosen.value()
+    names = value if isinstance(value, list) else [value]
     for name in names:
         rest = ",".join(other for other in names if other != name)
         without_it = compose("train", overrides=[*map(str, others), *([f"without=[{rest}]"] if rest else [])])
