@@ -112,7 +112,9 @@ class OptionGroups:
             return self._none(group, override) if options or in_defaults else override
         wrong = [name for name in (value if isinstance(value, list) else [value]) if not isinstance(name, str)]
         if wrong:
-            raise unknown_option(group, json.dumps(wrong[0]), options)
+            raise unknown_option(
+                group, json.dumps(wrong[0]) if isinstance(value, list) else override.partition("=")[2], options
+            )
         if not (override.startswith("+") and in_defaults):
             return override
         if group in COMBINED and not isinstance(value, list):

@@ -146,8 +146,9 @@ def _check_points(points: list[Point], compose: Callable[[Point], RunConfig]) ->
             break
     if errors:
         number, error = next(iter(errors.items()))
-        if len(points) > 1 and (first is not None or len(set(map(str, errors.values()))) > 1):
-            error = UserError(f"{format_overrides(points[number])}: {error}")
+        named, is_general = format_overrides(points[number]), first is None and len(set(map(str, errors.values()))) == 1
+        if len(points) > 1 and not is_general and not str(error).startswith(named):
+            error = UserError(f"{named}: {error}")
         raise error
     assert first is not None  # noqa: S101
     return first
