@@ -19,7 +19,7 @@ CONFIG_ERRORS = {
     "forced unknown key": (["++model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "added value of a key": (["+model.n_layer=3"], "model.n_layer already has a value. To change it: model.n_layer="),
     "deleted key": (["~optimizer.fused"], "optimizer.fused is missing. Set it on the command line: optimizer.fused="),
-    "deleted group": (["~optimizer"], "~optimizer: optimizer needs an option. Valid options: adafactor, adamw,"),
+    "deleted group": (["~optimizer"], "optimizer.name is missing. Select an option: optimizer=<option>"),
     "deleted unknown key": (["~optimizer.fusd"], "'optimizer.fusd' does not exist"),
     "several actions": (["--cfg=job", "--info=all"], "Only one of "),
     "resolve alone": (["--resolve"], "The --resolve flag can only be used"),

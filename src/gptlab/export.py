@@ -11,7 +11,7 @@ from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resolve import resolve_to_dict
 from gptlab.exit_codes import DONE, FAILED
-from gptlab.exporters.folder import CERTIFICATE, CERTIFICATE_MARK, list_upload, push
+from gptlab.exporters.folder import CERTIFICATE, CERTIFICATE_MARK, check_unchanged, list_upload, push
 from gptlab.exporters.formats import DtypeName, FormatName, check_format
 from gptlab.files import check_output_directory
 from gptlab.pretrained.source import open_model_source
@@ -44,6 +44,8 @@ def main(values: DictConfig) -> int:
     config = validate(ExportConfig, resolve_to_dict(values))
     out = Path(config.out).expanduser()
     check_output_directory(out, "out", [CERTIFICATE], CERTIFICATE_MARK, overwrite=config.overwrite)
+    if not config.overwrite:
+        check_unchanged(out)
     source = open_model_source(config.run, "run")
     check_format(config.format, config.dtype, source.model, source.record)  # reports errors before torch is imported
     from gptlab.exporters.exporter import ExportMismatch, export_model

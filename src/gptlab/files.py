@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path, PurePath
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 from gptlab.errors import UserError
 
@@ -132,19 +132,34 @@ def write_file(path: Path, content: str | bytes, *, sync: bool = False) -> None:
     Raises:
         UserError: There is a directory at ``path``.
     """
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Context manager that returns a new file, which atomically replaces ``path`` at the end of its block.
+
+    If the block raises an exception, the new file is removed.
+
+    Raises:
+        UserError: There is a directory at ``path``.
+    """
     unfinished = temporary_path(path)
     try:
         with unfinished.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
+            yield file
         unfinished.replace(path)
     except IsADirectoryError:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: it is a directory. Remove it.") from None
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
 
 

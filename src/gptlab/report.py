@@ -11,7 +11,7 @@ from pydantic import Field, PositiveFloat
 from gptlab.config.base import FrozenConfig, known_keys, validate
 from gptlab.config.command import command
 from gptlab.config.resolve import resolve_to_dict
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
 from gptlab.files import check_output, write_file
 from gptlab.reporting.document import ReportDocument
@@ -71,7 +71,7 @@ def _write(path: Path, text: str) -> int:
     try:
         write_file(path, content)
     except OSError as error:
-        raise UserError(f"out={path} cannot be written: {error.strerror}.") from error
+        raise UserError(f"out={path} cannot be written: {failure_reason(error)}.") from error
     return len(content)
 
 

@@ -12,7 +12,6 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from types import TracebackType
 from typing import Any, BinaryIO, TextIO, cast
 
@@ -21,7 +20,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from gptlab.errors import hide_passwords
+from gptlab.errors import UserError, failure_reason, hide_passwords
 
 # C0 except newline and tab, DEL, C1, line separators, bidirectional embeddings, overrides and isolates
 # (Boucher and Anderson 2021, Trojan Source), and surrogates, which stand for undecodable bytes of file names.
@@ -75,13 +74,31 @@ class _OptionalOutput(io.FileIO):
     """Standard output or standard error. What cannot be written is dropped, so that output never ends a run.
 
     For example, the terminal is closed, the pipe to ``head`` is closed, or the file is on a full disk.
+
+    Attributes:
+        failure: Error of the last write that failed, if any; a pipe that its reader has closed is no failure.
     """
+
+    failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Writes bytes; returns their number, also if they are dropped."""
-        with suppress(OSError):
+        try:
             return super().write(data)
+        except BrokenPipeError:
+            pass
+        except OSError as error:
+            self.failure = error
         return len(memoryview(data))
+
+
+def check_output_is_written() -> None:
+    """Raises UserError if a part of standard output could not be written, for commands whose result is their output."""
+    sys.stdout.flush()
+    buffer = getattr(sys.stdout, "buffer", None)
+    failure = getattr(getattr(buffer, "raw", buffer), "failure", None)
+    if failure is not None:
+        raise UserError(f"Standard output could not be written: {failure_reason(failure)}.")
 
 
 def install_hooks() -> None:

@@ -91,6 +91,6 @@ def test_a_model_with_nan_weights_generates_no_text(directory, temperature):
 
 
 def test_package_exports_match_all():
-    assert [getattr(gptlab, name).__name__ for name in gptlab.__all__] == gptlab.__all__
+    assert [getattr(gptlab, name).__name__.removeprefix("gptlab.") for name in gptlab.__all__] == gptlab.__all__
     with pytest.raises(AttributeError, match="module 'gptlab' has no attribute 'laod'"):
         _ = gptlab.laod

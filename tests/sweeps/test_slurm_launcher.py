@@ -25,7 +25,7 @@ from gptlab.tracking.run_store.sweeps import Trial
 CONFIG = {
     **{"at_once": 2, "timeout_min": 60, "signal_delay_s": 60, "max_num_timeout": 3, "nodes": 1, "tasks_per_node": 1},
     **{"cpus_per_task": None, "gpus_per_node": None, "mem_gb": None, "partition": None, "account": None, "qos": None},
-    "additional_parameters": {},
+    **{"setup": [], "use_srun": True, "additional_parameters": {}},
 }
 
 

@@ -24,7 +24,7 @@ from gptlab.config.reference import explain_values
 from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
 from gptlab.errors import Diverged, UserError
 from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
-from gptlab.terminal import install_hooks
+from gptlab.terminal import check_output_is_written, install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely
 
@@ -104,6 +104,8 @@ def command(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
                 decorate_with_hydra(run_task)()
+                if config_name not in ("train", "prove", "bench") or line.flags.cfg or line.flags.info:
+                    check_output_is_written()
             except UserError as error:
                 statuses.append(report_error(error))
             except (HydraException, OmegaConfBaseException) as error:

@@ -132,6 +132,8 @@ class OptionGroups:
             return f"~{group}"
         if group not in self._defaults and not group.startswith("hydra/"):  # a group of the user
             return None
+        if override.startswith("~"):  # +<group>._target_ may follow
+            return override
         valid = f" Valid options: {', '.join(options)}." if (options := self.options(group)) else ""
         raise UserError(f"{override}: {group} needs an option.{valid}")
 

@@ -3,7 +3,7 @@
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gptlab.errors import UserError, failure_reason, first_line
@@ -40,6 +40,22 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         fsync_path(out.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_unchanged(out: Path) -> None:
+    """Checks that the files of an earlier export have not been changed since, such as a model card that was edited.
+
+    Raises:
+        UserError: A file is newer than the certificate, which is written last.
+    """
+    with suppress(OSError):
+        exported = (out / CERTIFICATE).stat().st_mtime_ns
+        for path in sorted(out.iterdir()):
+            if path.stat().st_mtime_ns > exported:
+                raise UserError(
+                    f"out={out}: {path.name} has been changed since the export. Choose a new directory, or replace it "
+                    "with overwrite=true."
+                )
 
 
 def _replace_files(folder: Path, out: Path) -> None:

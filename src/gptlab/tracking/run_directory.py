@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -25,7 +26,7 @@ from gptlab.parsing import parse_yaml
 from gptlab.terminal import print_message
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG, FORECAST, METRICS
+from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG, FORECAST, METRICS, TRUNCATED
 from gptlab.tracking.run_store.state import STATE
 from gptlab.training.checkpoints.records import (
     PREFIX,
@@ -142,9 +143,12 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         missing = f"it has no {CONFIG}" if directory.is_dir() else "the directory does not exist"
         raise UserError(f"{named or directory} is not a run directory: {missing} (working directory: {Path.cwd()}).")
     try:
-        values = parse_yaml(read_regular(path))
+        text = read_regular(path)
+        values = parse_yaml(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
+    if not text.endswith("\n"):
+        raise UserError(f"{path} {TRUNCATED}.")
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
     added: dict[str, Any] = {}
@@ -153,14 +157,19 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
     except UserError as error:
         completed, added = complete(values)
         if not added:
-            raise UserError(f"{path} is not valid: {error}") from None
+            raise _invalid(path, error) from None
         try:
             config = validate(RunConfig, completed)
         except UserError as other:
-            raise UserError(f"{path} is not valid: {other}") from None
+            raise _invalid(path, other) from None
     if added and is_first_rank() and not is_worker():  # the process that started the workers has printed it
         _report_added(path.absolute(), ", ".join(f"{key}={json.dumps(value)}" for key, value in added.items()))
     return config
+
+
+def _invalid(path: Path, error: UserError) -> UserError:
+    """Returns the error of a file, from that of its values, which is written for the command line."""
+    return UserError(f"{path} is not valid: {re.sub(r' Set it on the command line: .*', '', str(error))}")
 
 
 @functools.cache

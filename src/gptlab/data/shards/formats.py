@@ -22,8 +22,8 @@ from gptlab.data.shards.manifest import FORMAT, SPLITS, Manifest, Shard, Split
 from gptlab.data.shards.streams import ShardStore, TokenStream
 from gptlab.data.tokenizers.external import META_FILE, meta_file
 from gptlab.data.tokenizers.tokenizer import CharactersTokenizer, Tokenizer
-from gptlab.errors import UserError
-from gptlab.files import temporary_path, write_file
+from gptlab.errors import UserError, failure_reason
+from gptlab.files import replacing, write_file
 from gptlab.progress import Advance, track_reading
 
 log = logging.getLogger(__name__)
@@ -197,21 +197,23 @@ def convert(
         raise UserError(
             f"{existing[0]} already exists. Choose another directory with out=<dir>, or replace it with overwrite=true."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be created: {failure_reason(error)}.") from error
     written = []
     for split in SPLITS:
         for name, shards in files[split]:
             path = out / name
             part = manifest.model_copy(update={"splits": {**manifest.splits, split: shards}})
             stream = TokenStream(store, part, split)
-            unfinished, size = temporary_path(path), len(stream) * stream.dtype.itemsize
-            with unfinished.open("xb") as file, track_reading(f"Writing {name}", size) as advance:
+            size = len(stream) * stream.dtype.itemsize
+            with replacing(path) as file, track_reading(f"Writing {name}", size) as advance:
                 if kind == "llmc":
                     file.write(_llmc_header(len(stream)))
                 for chunk in stream.chunks(CHUNK):
                     file.write(chunk.astype("<u2").tobytes())
                     advance(len(chunk) * stream.dtype.itemsize)
-            unfinished.replace(path)
             written.append(path)
     if META_FILE in names and isinstance(tokenizer, CharactersTokenizer):
         write_file(out / META_FILE, meta_file(tokenizer))

@@ -113,13 +113,11 @@ def newest_intact(folder: Path) -> Path | None:
 
 
 def best_intact(folder: Path) -> Path | None:
-    """Finds the intact checkpoint with the lowest val loss, or the newest if none has a val loss."""
-    return _first_intact(
-        sorted(
-            list_checkpoints(folder),
-            key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir)),
-        )
-    )
+    """Finds the intact checkpoint with the lowest val loss, or the newest if none has a val loss.
+
+    Logs a warning for each checkpoint that is damaged and has a lower val loss, or one that is not known.
+    """
+    return _first_intact(sorted(list_checkpoints(folder), key=_rank))
 
 
 def commit(unfinished: Path, checkpoint_dir: Path, facts: CheckpointMetadata, written: dict[str, str]) -> None:
@@ -159,8 +157,10 @@ def prune_checkpoints(folder: Path, newest_step: int, keep_last: int, keep_best:
         checkpoint_dir for checkpoint_dir in list_checkpoints(folder) if checkpoint_step(checkpoint_dir) <= newest_step
     ]
     kept = set(found[-keep_last:])
-    if keep_best and found:
-        kept.add(min(found, key=lambda checkpoint_dir: (_val_loss(checkpoint_dir), -checkpoint_step(checkpoint_dir))))
+    if keep_best:
+        ranked = sorted(found, key=_rank)
+        unknown = [checkpoint_dir for checkpoint_dir in ranked if _rank(checkpoint_dir)[0] == -math.inf]
+        kept.update(ranked[: len(unknown) + 1])
     for checkpoint_dir in found:
         if checkpoint_dir not in kept:
             remove_checkpoint(checkpoint_dir)
@@ -199,13 +199,16 @@ def _first_intact(checkpoint_dirs: Iterable[Path]) -> Path | None:
     return None
 
 
-def _val_loss(checkpoint_dir: Path) -> float:
-    """Returns the val loss of a checkpoint, or infinity if it has none."""
+def _rank(checkpoint_dir: Path) -> tuple[float, int]:
+    """Returns the sort key of a checkpoint: val loss, then steps.
+
+    A checkpoint with a damaged record may be the best, so it is first. One without a val loss is last.
+    """
     try:
         loss = read_record(checkpoint_dir).facts.val_loss
     except (OSError, ValueError):
-        return math.inf
-    return math.inf if loss is None else loss
+        loss = -math.inf
+    return math.inf if loss is None else loss, -checkpoint_step(checkpoint_dir)
 
 
 def _hashes(folder: Path, names: Iterable[str], advance: Advance = lambda _: None) -> dict[str, SavedFile]:
