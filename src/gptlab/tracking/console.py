@@ -7,13 +7,13 @@ from pathlib import Path
 import lightning as L
 from rich import box
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import trust_override
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
+from gptlab.tables import key_value_table, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.logs import FILE_ONLY
 from gptlab.tracking.run_directory import has_checkpoint
@@ -86,12 +86,9 @@ def print_summary(
         "mfu": _mfu(recorder),
         **further,
     }
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold")
     for name, value in rows.items():
-        table.add_row(name, Text(value, overflow="fold"))
         log.info("%-13s %s", name, value, extra=FILE_ONLY)
-    console.print(table)
+    print_table(key_value_table(rows.items()))
     trust = trust_override({"model": config.model.model_dump(mode="json"), "tokenizer": config.tokenizer.model_dump()})
     following = f"python -m gptlab.sample run={_display_path(directory)}{trust}"
     log.info("Next: %s", following)
