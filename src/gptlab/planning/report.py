@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from rich.text import Text
 
+from gptlab.data.repetition import count_epochs, repetition_warning
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.costs import TimeEstimate
@@ -31,6 +32,8 @@ def print_plan(plan: RunPlan) -> None:
         print_table(table)
     if caveats := _caveats(plan):
         get_console().print(Text(caveats, "dim"))
+    if plan.manifest is not None and (warning := repetition_warning(plan.length.tokens, plan.manifest)):
+        get_console().print(Text(warning, "yellow"))
 
 
 def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
@@ -90,7 +93,7 @@ def _run(plan: RunPlan) -> FittingTable:
 def _epochs(plan: RunPlan) -> str:
     if plan.manifest is None:
         return ""
-    return f", {plan.length.tokens / plan.manifest.tokens('train'):.3g} epochs of {plan.manifest.origin}"
+    return f", {count_epochs(plan.length.tokens, plan.manifest):,.3g} epochs of {plan.manifest.origin}"
 
 
 def _checkpoints(plan: RunPlan) -> str:

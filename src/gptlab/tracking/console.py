@@ -11,6 +11,7 @@ from rich.text import Text
 
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import trust_override
+from gptlab.data.repetition import repetition_warning
 from gptlab.data.shards.manifest import Manifest
 from gptlab.model.config import lora_count, parameter_count
 from gptlab.tables import key_value_table, print_table
@@ -36,7 +37,7 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
     over = "devices" if parts == 1 else f"groups of {parts} devices"
     factors = f"{plan.world_size} x {plan.accumulation} x {plan.micro_batch_size}"
     meaning = f"({over} x gradient accumulation x micro-batch)"
-    steps = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
+    steps, tokens = f"{config.steps:,} step{'' if config.steps == 1 else 's'}", stages.first(config.steps) * block_size
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
         "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
@@ -45,11 +46,13 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
         "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {factors} {meaning}",
         **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
-        "length": f"{steps}, {stages.first(config.steps) * block_size:,} tokens",
+        "length": f"{steps}, {tokens:,} tokens",
         "run": str(_display_path(directory)),
     }
     for name, value in lines.items():
         log.info("%-9s %s", name, value)
+    if warning := repetition_warning(tokens, manifest):
+        log.warning("%s", warning)
 
 
 def _describe_lora(config: RunConfig) -> str:
