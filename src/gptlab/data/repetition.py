@@ -21,8 +21,9 @@ def repetition_warning(tokens: int, manifest: Manifest) -> str | None:
     epochs = count_epochs(tokens, manifest)
     if epochs <= MAX_EPOCHS:
         return None
+    size, limit = manifest.tokens("train"), f"{MAX_EPOCHS:.0f} epochs"
     return (
-        f"{tokens:,} training tokens are {epochs:,.0f} epochs of {manifest.origin} ({manifest.tokens('train'):,} tokens). "
-        f"Beyond about {MAX_EPOCHS:.0f} epochs, repeated data is worth less than new data (Muennighoff et al. 2023), and "
-        "the model may overfit. Use more data, or a shorter run."
+        f"{tokens:,} training tokens are {epochs:,.1f} epochs of {manifest.origin} ({size:,} tokens). Beyond about "
+        f"{limit}, repeated data is worth less than new data (Muennighoff et al. 2023), and the model may overfit. Use "
+        "more data, or a shorter run."
     )

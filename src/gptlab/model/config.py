@@ -289,6 +289,11 @@ class LoRAConfig(FrozenConfig):
     targets: Annotated[list[Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]], Field(min_length=1)]
 
 
+# A larger number of texts or tokens is a mistake: each text has a KV cache, and each token needs a forward pass
+NumSamples = Annotated[PositiveInt, Field(le=100_000)]
+NumNewTokens = Annotated[PositiveInt, Field(le=1_000_000)]
+
+
 class SamplingConfig(FrozenConfig):
     """Sampling parameters, applied in the order repetition penalty, temperature, top-k, top-p, min-p.
 

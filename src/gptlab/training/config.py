@@ -23,6 +23,7 @@ from gptlab.config.base import ComponentConfig, FrozenConfig, Location, componen
 from gptlab.config.components import Component, bind_component, enabled_components
 from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
+from gptlab.model.config import NumNewTokens, NumSamples
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -356,8 +357,8 @@ class SamplesConfig(FrozenConfig):
     """Text samples during training; see ``gptlab.training.callbacks.samples``."""
 
     prompt: str
-    num_samples: PositiveInt
-    max_new_tokens: PositiveInt
+    num_samples: NumSamples
+    max_new_tokens: NumNewTokens
     temperature: NonNegativeFloat
     top_k: PositiveInt | None
 
