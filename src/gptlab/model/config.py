@@ -322,6 +322,11 @@ def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
     return config.n_layer * lora.rank * config.n_embd * sides
 
 
+def describe_lora(config: GPTConfig, lora: LoRAConfig | None) -> str:
+    """Returns the number of LoRA parameters as text that follows the number of the model's; "" without LoRA."""
+    return f", plus {lora_count(config, lora):,} trained LoRA parameters (rank {lora.rank})" if lora else ""
+
+
 def parameter_count(config: GPTConfig) -> int:
     """Counts all trainable parameters, including the padding of the vocabulary; a tied head is counted once."""
     if config.counts is not None:

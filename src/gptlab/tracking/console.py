@@ -13,7 +13,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.trust import trust_override
 from gptlab.data.repetition import repetition_warning
 from gptlab.data.shards.manifest import Manifest
-from gptlab.model.config import lora_count, parameter_count
+from gptlab.model.config import describe_lora, parameter_count
 from gptlab.tables import key_value_table, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.logs import FILE_ONLY
@@ -40,7 +40,7 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
     steps, tokens = f"{config.steps:,} step{'' if config.steps == 1 else 's'}", stages.first(config.steps) * block_size
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
-        "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
+        "model": f"{parameter_count(config.model):,} parameters{describe_lora(config.model, config.lora)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} token IDs",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
@@ -53,13 +53,6 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
         log.info("%-9s %s", name, value)
     if warning := repetition_warning(tokens, manifest):
         log.warning("%s", warning)
-
-
-def _describe_lora(config: RunConfig) -> str:
-    """Returns the number of LoRA parameters as text; "" without LoRA."""
-    if config.lora is None:
-        return ""
-    return f", plus {lora_count(config.model, config.lora):,} trained LoRA parameters (rank {config.lora.rank})"
 
 
 def print_summary(
@@ -80,7 +73,7 @@ def print_summary(
             title = f"sample at step {trainer.global_step:,}"
             console.print(Panel(Text(callback.latest[0]), title=title, title_align="left", box=box.ROUNDED))
     rows = {
-        "parameters": f"{parameter_count(config.model):,}",
+        "parameters": f"{parameter_count(config.model):,}{describe_lora(config.model, config.lora)}",
         "tokens seen": f"{recorder.tokens(trainer.global_step):,}",
         **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
         **_best(recorder.best),

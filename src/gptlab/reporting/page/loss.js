@@ -30,6 +30,8 @@ function renderLoss() {
   byId("loss-caption").textContent = lossCaption(drawn, range);
 }
 
+const FEW = 10; // values of a curve that are all in the visible range
+
 /** Range of the values after the first tenth of each curve, which would flatten the rest; null for the whole range. */
 function frame(drawn, isLog = false) {
   if (CHOSEN.whole || CHOSEN.logX || isLog) return null;
@@ -39,7 +41,7 @@ function frame(drawn, isLog = false) {
     y.forEach((loss, i) => {
       if (loss === null) return;
       [low, highest] = [Math.min(low, loss), Math.max(highest, loss)];
-      if (x[i] >= first + (last - first) / 10) high = Math.max(high, loss);
+      if (x.length < FEW || x[i] >= first + (last - first) / 10) high = Math.max(high, loss);
     });
   }
   if (!(high > low) || high >= highest) return null;
