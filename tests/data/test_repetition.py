@@ -15,4 +15,6 @@ def test_up_to_four_epochs_are_no_reason_for_a_warning(tokens):
 
 
 def test_more_than_four_epochs_are_reported_with_their_number():
-    assert "187,500 training tokens are 187.5 epochs of corpus.txt (1,000 tokens)" in repetition_warning(187_500, CORPUS)
+    assert "187,500 training tokens are 187.5 epochs of corpus.txt (1,000 tokens)" in repetition_warning(
+        187_500, CORPUS
+    )

@@ -161,7 +161,7 @@ const faded = (hex, alpha) =>
     .toString(16)
     .padStart(2, "0");
 
-const TOOLBAR = 34; // height of Plotly's toolbar, which is above the curves
+const TOOLBAR = 36; // height of Plotly's toolbar, which is above the curves
 
 /** Layout of a chart with its own legend below it, which is omitted if there are too many entries. */
 function legendBelow(id, entries, height) {
