@@ -110,6 +110,7 @@ CONFIG_ERRORS = {
     "steps that overflow": ([f"train.max_steps={2**31}"], "train.max_steps=2147483648 is not valid"),
     "a batch that overflows": ([f"train.global_batch_size={2**31}"], "less than or equal to 16,777,216"),
     "a window that overflows": ([f"train.spike_window={2**63}"], "less than or equal to 1,000,000"),
+    "too many workers": ([f"data.num_workers={2**31}"], "less than or equal to 1,024"),
     "a truth value as a number": (["seed=true"], "seed=True is not valid: it should be an integer"),
     "a number of packages": (["trust=5"], "trust=5 is not a list of packages"),
     "numbers of packages": (["trust=[1e300]"], "is not a list of packages"),

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from rich import box
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -64,7 +64,7 @@ class WorkConfig(FrozenConfig):
     See ``gptlab.data.prepare.tasks.PrepareOptions``.
     """
 
-    workers: PositiveInt | None
+    workers: Annotated[PositiveInt, Field(le=1024)] | None
     part: NonNegativeInt
     parts: PositiveInt
 
