@@ -1,6 +1,8 @@
 """gptlab <command>: the list of commands, and the same results as python -m gptlab.<command>."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,3 +62,14 @@ def test_the_installed_script_trains_with_workers_and_records_its_command(user, 
     command = json.loads((user.only_run() / "environment.json").read_text())["command"].split()
     assert command[1:] == [str(script), "train", *arguments]
     assert_config_error(user.run(sys.executable, str(script), "trian"), "Did you mean train?")
+
+
+@pytest.mark.parametrize("arguments", [["gptlab"], ["gptlab.new", "--help"], ["gptlab.plan", "--help"]], ids=" ".join)
+def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path, arguments):
+    read, write = os.pipe()
+    os.close(read)  # as after `| head`
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,7 @@ def test_a_run_is_scored_on_its_val_split_as_in_training_and_on_hellaswag(user, 
     assert (results["tokens"], results["split"], results["block_size"], results["stride"]) == (320, "val", 32, 32)
     assert (results["documents"], results["processes"], results["precision"]) == ("packed", 1, "float32")
     assert results["checkpoint"] == f"step_{min(in_training, key=in_training.__getitem__):06d}"
-    assert f"loss            {results['loss']:.4f} nats per token" in done.stdout
+    assert re.search(rf"loss +{results['loss']:.4f} nats per token", done.stdout)
 
     examples = read_examples(examples_file(user.folder, 12), BytesTokenizer(), 9)
     chosen = choices(trained(directory), examples)

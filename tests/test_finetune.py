@@ -23,7 +23,9 @@ def begun(user, runs):
 def test_lora_trains_only_its_matrices_and_load_model_merges_them(user, begun):
     done = user.train(f"init_from={begun}", *TUNED, "callbacks=checkpoint")
     assert_success(done)
-    assert "16,384 trained LoRA parameters (rank 8)" in user.only_run("tuned").joinpath("train.log").read_text()
+    log = user.only_run("tuned").joinpath("train.log").read_text()
+    assert log.count("16,384 trained LoRA parameters (rank 8)") == 2  # at the start and in the summary
+    assert "parameters exact" in log  # the forecast counts them, too
     before, after = (read_checkpoint(newest_checkpoint(directory)) for directory in (begun, user.only_run("tuned")))
     for name, tensor in before["state_dict"].items():
         assert torch.equal(after["state_dict"][name], tensor), name

@@ -105,6 +105,15 @@ CONFIG_ERRORS = {
     "weights that are text": (["init_from=text.txt"], "init_from=text.txt is not a nanoGPT checkpoint"),
     "no nanoGPT checkpoint": (["resume_from_nanogpt=no.pt"], "resume_from_nanogpt=no.pt is not a nanoGPT checkpoint"),
     "unreadable override": (["{"], "{"),
+    "a name that is too long": ([f"name={'x' * 300}"], "should have at most 200 characters"),
+    "a path that is too long": ([f"resume={'x' * 300}"], "A path is longer than the file system allows: xxx"),
+    "steps that overflow": ([f"train.max_steps={2**31}"], "train.max_steps=2147483648 is not valid"),
+    "a batch that overflows": ([f"train.global_batch_size={2**31}"], "less than or equal to 16,777,216"),
+    "a window that overflows": ([f"train.spike_window={2**63}"], "less than or equal to 1,000,000"),
+    "too many workers": ([f"data.num_workers={2**31}"], "less than or equal to 1,024"),
+    "a truth value as a number": (["seed=true"], "seed=True is not valid: it should be an integer"),
+    "a number of packages": (["trust=5"], "trust=5 is not a list of packages"),
+    "numbers of packages": (["trust=[1e300]"], "is not a list of packages"),
     "name with a path": (["name=../x"], "name='../x' is not valid"),
 }
 
@@ -130,6 +139,9 @@ def test_more_gpus_than_available_is_a_config_error(user):
         (["rum=x"], "Unknown config key `rum`. Did you mean run?"),
         ([], "run is missing"),
         (["run=x", "temperature=-1"], "temperature=-1 is not valid"),
+        (["run=x", f"num_samples={2**31}"], "less than or equal to 100,000"),
+        (["run=x", f"max_new_tokens={2**63}"], "less than or equal to 1,000,000"),
+        ([f"run={'x' * 300}"], "A path is longer than the file system allows: xxx"),
     ],
 )
 def test_an_invalid_sample_command_is_a_config_error(without_torch, arguments, message):

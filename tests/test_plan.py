@@ -46,14 +46,7 @@ print("torch" in sys.modules, "lightning" in sys.modules)
         ["model=gpt2_modern"],
         ["experiment=gpt2_openwebtext", "trainer.devices=8"],
         ["experiment=speedrun_cpu", "tokenizer=bytes"],
-        [
-            "experiment=speedrun_cpu",
-            "without=rotary",
-            "model.n_layer=3",
-            "trainer=fsdp_tp",
-            "trainer.devices=4",
-            "gpu=[l4,b200]",
-        ],
+        ["model.n_layer=3", "trainer=fsdp_tp", "trainer.devices=4", "gpu=[l4,b200]"],
     ],
 )
 def test_parameters_are_those_of_the_model(user, arguments):

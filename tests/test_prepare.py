@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from commands import assert_success
+from gptlab.data.shards.manifest import load_manifest
 
 TEXT = ("data=text", "data.source=text.txt")
 SMALL = (*TEXT, "data.task_bytes=10000")
@@ -12,6 +13,13 @@ SMALL = (*TEXT, "data.task_bytes=10000")
 def prepared(user):
     (folder,) = (path for path in (user.folder / "cache").glob("*-*") if path.is_dir())
     return folder
+
+
+def test_inspect_shows_the_data_of_a_run(user, halted):
+    shown = user.python("gptlab.prepare", f"inspect={halted}", "verify=true")
+    assert_success(shown)
+    assert "Verified 2 shards" in shown.stdout
+    assert f"{load_manifest(halted).tokens('train'):,}" in shown.stdout
 
 
 def test_verification_accepts_written_shards_and_finds_a_flipped_bit(user):

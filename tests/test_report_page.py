@@ -65,6 +65,45 @@ def test_the_y_range_is_that_of_the_loss_after_the_first_tenth(seen, sweep, repo
     assert page.page.evaluate("document.getElementById('loss').layout.yaxis.range")[1] > highest
 
 
+def test_an_early_spike_of_another_metric_is_above_the_visible_range(seen, tmp_path):
+    rows = rows_of(40)
+    for row in rows:
+        row["grad_norm"] = 1e6 if row["step"] == 1 else 1 + row["step"] % 2
+    write_run(tmp_path / "run", rows=rows)
+    page = seen(write_report(tmp_path))
+    chart = "document.querySelector('[data-metric=grad_norm]')"
+    assert 2 < page.page.evaluate(f"{chart}.layout.yaxis.range[1]") < 3
+    page.page.check("[data-part=whole]")
+    page.until(f"{chart}.layout.yaxis.range[1] > 9e5")
+
+
+def test_the_table_of_runs_has_the_varied_keys(seen, sweep, report):
+    page = seen(report)
+    heads = page.page.eval_on_selector_all("#runs thead th", "heads => heads.map(head => head.textContent)")
+    place = heads.index("lr")
+    shown = page.page.eval_on_selector_all("#runs tbody tr", f"rows => rows.map(row => row.cells[{place}].textContent)")
+    assert [float(rate) for rate in shown] == [*(rate for rate in RATES for _ in SEEDS), RATES[0]]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_rows_of_the_table_of_runs_are_a_line_high(seen, tmp_path, width):
+    score = {"score": {name: {"ratio": 1.0625} for name in ("parameters", "seconds", "peak_memory_bytes")}}
+    directory = write_sweep(tmp_path / "lr" / "now", RATES, SEEDS)
+    for number in range(9):
+        (directory / str(number) / "forecast.json").write_text(json.dumps(score))
+    page = seen(write_report(directory), viewport={"width": width, "height": 900})
+    assert "memory ×1.063" in page.text("#runs")
+    heights = page.page.eval_on_selector_all("#runs tbody tr", "rows => rows.map(row => row.offsetHeight)")
+    assert max(heights) < 45
+
+
+def test_the_toolbar_of_a_chart_is_above_its_curves(seen, sweep, report):
+    page = seen(report)
+    page.page.hover("#loss")
+    bottom = "document.querySelector('#loss .modebar-group').getBoundingClientRect().bottom"
+    assert page.page.evaluate(f"{bottom} <= document.querySelector('#loss .nsewdrag').getBoundingClientRect().top")
+
+
 def test_the_time_axis_is_training_time(seen, sweep, report):
     page = seen(report)
     page.page.check("input[name=axis][value=time]")

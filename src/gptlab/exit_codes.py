@@ -1,5 +1,6 @@
 """Exit codes of the commands, and the conversion of errors to messages and exit codes. Imports no torch."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def report_error(error: Exception) -> int:
     """Prints an error on the first rank, or reports it to the caller in Python, and returns its exit code.
 
     Raises:
-        OSError: ``error`` is one that does not mean that the disk is full.
+        OSError: ``error`` is one that means neither that the disk is full nor that a path is too long.
     """
     message, status = str(error), DIVERGED if isinstance(error, Diverged) else CONFIG_ERROR
     if is_home_missing(error):
@@ -58,7 +59,10 @@ def report_error(error: Exception) -> int:
             "The home directory (~) is unknown: HOME is not set, and the user has no entry in the password database. "
             "Set HOME or, if only the cache is in the home directory, GPTLAB_CACHE=<directory>."
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        longest = max(Path(error.filename).parts, key=len)
+        message = f"A path is longer than the file system allows: {longest[:40]}... has {len(longest)} characters."
+    elif isinstance(error, OSError):
         if not is_disk_full(error):
             raise error
         message, status = f"The disk is full, so {error.filename or 'a file'} could not be written.", FAILED

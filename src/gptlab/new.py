@@ -8,7 +8,7 @@ from gptlab.exit_codes import DONE, exit_status
 from gptlab.projects.nanogpt_config import read_nanogpt_config
 from gptlab.projects.nanogpt_experiment import Experiment, to_experiment
 from gptlab.projects.project import check_package_name, write_project
-from gptlab.terminal import print_message
+from gptlab.terminal import install_hooks, print_message
 
 KEYS = ("from_nanogpt",)
 HELP = """\
@@ -33,6 +33,7 @@ Exit codes: 0 done, 1 failed, 2 invalid command or input, 130 interrupted
 
 def main() -> None:
     """Creates the project, or prints the help text."""
+    install_hooks()
     sys.exit(exit_status(lambda: _run(sys.argv[1:])))
 
 

@@ -59,7 +59,8 @@ def main(values: DictConfig) -> int:
             case "table":
                 if config.watch is not None:
                     get_console().clear()
-                get_console().print(format_table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown)))
+                table = format_table(shown, [*COLUMNS, *config.columns], left_out=len(lines) - len(shown))
+                get_console().print(table, crop=False)
             case "csv":
                 print_data(format_csv(shown, [*COLUMNS, *config.columns]), end="")
             case "json":

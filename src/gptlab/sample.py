@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from omegaconf import DictConfig
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from gptlab.config.base import known_keys, validate
 from gptlab.config.command import command
@@ -14,7 +14,7 @@ from gptlab.config.schema import Seed
 from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.errors import UserError, failure_reason
 from gptlab.exit_codes import DONE
-from gptlab.model.config import SamplingConfig
+from gptlab.model.config import NumNewTokens, NumSamples, SamplingConfig
 from gptlab.pretrained.source import ModelSource, open_model_source
 from gptlab.terminal import print_data, print_message
 
@@ -28,8 +28,8 @@ class SampleConfig(SamplingConfig):
     run: Annotated[str, Field(min_length=1)]
     prompt: str
     prompts: str | None
-    num_samples: PositiveInt
-    max_new_tokens: PositiveInt
+    num_samples: NumSamples
+    max_new_tokens: NumNewTokens
     stop: list[Annotated[str, Field(min_length=1)]]
     seed: Seed
     precision: Literal["float32", "bfloat16"]

@@ -27,7 +27,15 @@ from gptlab.exit_codes import report_error
 from gptlab.launch.prepare_data import print_batch
 from gptlab.planning.budget import ComputeOptimalChoice
 from gptlab.planning.report import print_choice
-from gptlab.terminal import escape_controls, get_console, install_hooks, print_data, print_exception, print_message
+from gptlab.terminal import (
+    check_output_is_written,
+    escape_controls,
+    get_console,
+    install_hooks,
+    print_data,
+    print_exception,
+    print_message,
+)
 from gptlab.tracking.logs import ConsoleHandler, close_log, log_to_console, log_to_file
 from gptlab.tracking.run_store.listing import COLUMNS, format_table
 from run_directories import write_run
@@ -271,6 +279,11 @@ def test_output_that_cannot_be_written_is_dropped(hooks, monkeypatch, output):
         install_hooks()
         print_data("text")
         sys.stdout.flush()
+        if output is open_full_disk:  # commands whose result is their output end with this error
+            with pytest.raises(UserError, match="Standard output could not be written: no space left on device"):
+                check_output_is_written()
+        else:
+            check_output_is_written()
 
 
 def test_output_is_written_whole(hooks, monkeypatch, tmp_path):

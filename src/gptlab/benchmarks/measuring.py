@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from rich import box
-from rich.table import Table
-
 from gptlab.errors import UserError
 from gptlab.files import write_durably
+from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 
 Sample = dict[str, float]  # results of one measurement, by name (with unit)
@@ -189,10 +187,12 @@ def _failure_message(output: str) -> str:
 def print_result_table(part: ResultTable) -> None:
     """Prints a table of results."""
     get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Values are medians (range).", highlight=False)
-    table = Table(box=box.SIMPLE)
-    table.add_column(no_wrap=True)
-    for column in (part.metric, "ratio", *part.others):
-        table.add_column(HEADINGS.get(column, column), justify="right", overflow="fold")
+    table = FittingTable(see_also="The JSON file has all columns.")
+    table.add_column()
+    table.add_column(HEADINGS.get(part.metric, part.metric), "right")
+    table.add_column("ratio", "right")
+    for number, column in enumerate(part.others):
+        table.add_column(HEADINGS.get(column, column), "right", drop_order=len(part.others) - number)
     group = ""
     for row in part.rows:
         if row.group != group:
@@ -200,7 +200,7 @@ def print_result_table(part: ResultTable) -> None:
             table.add_row(group := row.group)
         shown, others = row.shown(part.metric, spread=True), (row.shown(measure) for measure in part.others)
         table.add_row(("  " if group else "") + row.name, shown, f"{part.ratio(row):.2f}", *others)
-    get_console().print(table)
+    print_table(table)
 
 
 REPORT_MARK = '{\n  "suite": '  # beginning of a report

@@ -5,10 +5,11 @@ Default values are defined only in ``conf/``. Configuration classes define the t
 
 from collections.abc import Collection, Iterator, Mapping
 from difflib import SequenceMatcher, get_close_matches
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails, PydanticKnownError
 
 from gptlab.config.components import NEEDS_TARGET, TARGET
 from gptlab.config.kinds import join_kinds
@@ -19,6 +20,16 @@ class FrozenConfig(BaseModel):
     """Base of the configuration classes: immutable, and unknown keys or invalid values raise an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        """Refuses true and false for a number, which pydantic would convert to 1 and 0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            types = set(_plain_types(cls.model_fields[info.field_name].annotation))
+            if types & {int, float} and not types & {bool, Any}:
+                raise PydanticKnownError("int_type" if int in types else "float_type")
+        return value
 
 
 class Location:
@@ -210,6 +221,15 @@ def _accepts_name(config_type: type[FrozenConfig], values: Mapping[str, Any]) ->
     if field is None or get_origin(field.annotation) is not Literal:
         return True
     return values.get("name") in get_args(field.annotation)
+
+
+def _plain_types(annotation: Any) -> Iterator[Any]:
+    """Yields the members of a union, without annotations; the items of lists are not members."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        for part in get_args(annotation)[: 1 if get_origin(annotation) is Annotated else None]:
+            yield from _plain_types(part)
+    else:
+        yield annotation
 
 
 def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:

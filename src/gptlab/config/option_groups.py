@@ -56,7 +56,7 @@ class OptionGroups:
     def of_search_path(cls, command: str, search_path: ConfigSearchPath) -> Self:
         """Returns the config groups of a command that Hydra runs, from Hydra's search path."""
         paths = [element.path or "" for element in search_path.get_path()]
-        folders = [Path(re.sub("^(conf|file)://", "", path)) for path in paths if not path.startswith(("pkg:", "str"))]
+        folders = [Path(path.rpartition("://")[2]) for path in paths if path.startswith(("conf://", "file://", "/"))]
         own = configuration_folder()
         number = folders.index(own)
         return cls(command, folders[: number + 1], folders[number + 1 :])

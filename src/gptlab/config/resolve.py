@@ -40,7 +40,7 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
     are those of ``trust``.
 
     Raises:
-        UserError: A mandatory value is missing, or ``trust_paths`` is invalid.
+        UserError: A mandatory value is missing, or ``trust`` or ``trust_paths`` is invalid.
     """
     try:
         container = OmegaConf.to_container(values, resolve=True, throw_on_missing=True)
@@ -51,7 +51,10 @@ def resolve_to_dict(values: DictConfig) -> dict[str, Any]:
     resolved = {str(key): value for key, value in container.items()}
     trust_paths(resolved.pop(TRUST_PATHS_KEY, None))
     named = resolved.pop(TRUST_KEY, None) or []
-    trust_packages([named] if isinstance(named, str) else named)
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{TRUST_KEY}={named} is not a list of packages, as in {TRUST_KEY}=[my_package].")
+    trust_packages(names)
     trust_components(resolved)
     return resolved
 

@@ -72,7 +72,7 @@ class RunConfig(FrozenConfig):
     It is validated once, by the process that starts the run. Workers rebuild it without validation (``rebuild``).
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
     seed: Seed
     resume: Annotated[str | None, Location]
     force_resume: bool

@@ -72,7 +72,7 @@ class DataConfig(FrozenConfig):
     block_shards: PositiveInt
     cache_limit_gb: PositiveFloat
     limit_windows: PositiveInt | None
-    num_workers: NonNegativeInt
+    num_workers: Annotated[NonNegativeInt, Field(le=1024)]
 
     @model_validator(mode="after")
     def _reader_is_used(self) -> Self:

@@ -8,14 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import check_no_link, write_durably
 from gptlab.pretrained.source import ModelSource
-from gptlab.terminal import get_console
+from gptlab.tables import FittingTable, key_value_table, print_table
 
 FOLDER = "evaluations"
 
@@ -68,14 +64,17 @@ def write_result(result: EvalResult, conditions: dict[str, Any], folder: Path) -
 
 def print_result(result: EvalResult) -> None:
     """Prints the table of a result."""
-    headed = len(result.rows[0]) > 2
-    table = Table(box=box.SIMPLE, show_header=headed)
-    heading, *lines = result.rows if headed else [("", ""), *result.rows]
+    if len(result.rows[0]) == 2:
+        print_table(key_value_table((name, value) for name, value in result.rows))
+        return
+    heading, *lines = result.rows
+    table = FittingTable(see_also="The JSON file has all columns.")
     for number, title in enumerate(heading):
-        table.add_column(title, style=None if number else "bold")
+        order = len(heading) - number if number > 1 else None
+        table.add_column(title, style="" if number else "bold", drop_order=order)
     for cells in lines:
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    get_console().print(table)
+        table.add_row(*cells)
+    print_table(table)
 
 
 def _to_json(value: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from rich import box
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.base import FrozenConfig
@@ -21,6 +20,7 @@ from gptlab.data.shards.open_shards import find_shards
 from gptlab.data.shards.streams import ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, first_documents, longest_document
 from gptlab.data.tokenizers.tokenizer import Tokenizer
+from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 
 
@@ -64,7 +64,7 @@ class WorkConfig(FrozenConfig):
     See ``gptlab.data.prepare.tasks.PrepareOptions``.
     """
 
-    workers: PositiveInt | None
+    workers: Annotated[PositiveInt, Field(le=1024)] | None
     part: NonNegativeInt
     parts: PositiveInt
 
@@ -110,9 +110,13 @@ def find_existing_shards(config: PrepareCommand, key: str, path: str) -> tuple[S
 def print_prepared(prepared: TokenDataset) -> None:
     """Prints a summary of prepared data and the beginning of each of its first training documents."""
     manifest, console = prepared.manifest, get_console()
-    table = Table(box=box.SIMPLE)
-    for column in ("", "shards", "tokens", "documents", "MB of text", "bytes per token", "longest document"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = FittingTable()
+    table.add_column()
+    for column, order in (
+        *(("shards", 1), ("tokens", None), ("documents", None)),
+        *(("MB of text", 4), ("bytes per token", 3), ("longest document", 2)),
+    ):
+        table.add_column(column, "right", drop_order=order)
     for split in SPLITS:
         shards = manifest.splits[split]
         tokens, text = manifest.tokens(split), manifest.bytes(split)
@@ -124,7 +128,7 @@ def print_prepared(prepared: TokenDataset) -> None:
         )
     tokenizer = f"tokenizer {manifest.tokenizer['name']}, {manifest.vocab_size:,} token IDs, {manifest.dtype}"
     console.print(f"{manifest.origin}\n{tokenizer}", markup=False)
-    console.print(table)
+    print_table(table)
     for beginning in first_documents(prepared, "train", documents=3, tokens=60):
         title = "beginning of a training document"
         console.print(Panel(Text(beginning), box=box.ROUNDED, title=title, title_align="left"))

@@ -289,6 +289,11 @@ class LoRAConfig(FrozenConfig):
     targets: Annotated[list[Literal["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]], Field(min_length=1)]
 
 
+# A larger number of texts or tokens is a mistake: each text has a KV cache, and each token needs a forward pass
+NumSamples = Annotated[PositiveInt, Field(le=100_000)]
+NumNewTokens = Annotated[PositiveInt, Field(le=1_000_000)]
+
+
 class SamplingConfig(FrozenConfig):
     """Sampling parameters, applied in the order repetition penalty, temperature, top-k, top-p, min-p.
 
@@ -315,6 +320,11 @@ def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
     widths = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
     sides = sum(sum(widths[target]) for target in set(lora.targets))
     return config.n_layer * lora.rank * config.n_embd * sides
+
+
+def describe_lora(config: GPTConfig, lora: LoRAConfig | None) -> str:
+    """Returns the number of LoRA parameters as text that follows the number of the model's; "" without LoRA."""
+    return f", plus {lora_count(config, lora):,} trained LoRA parameters (rank {lora.rank})" if lora else ""
 
 
 def parameter_count(config: GPTConfig) -> int:

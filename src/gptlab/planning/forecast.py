@@ -11,7 +11,7 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import configuration_folder
 from gptlab.data.shards.manifest import Manifest
 from gptlab.files import write_durably
-from gptlab.model.config import parameter_count
+from gptlab.model.config import lora_count, parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
 from gptlab.planning.costs import TimeEstimate, estimate_from_measurement, run_length
 from gptlab.planning.plans import estimate_peak_memory, estimate_times
@@ -27,7 +27,7 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardw
     time = _time(config, manifest, hardware)
     expected = estimate_peak_memory(config, hardware)
     record = {
-        "parameters": parameter_count(config.model),
+        "parameters": parameter_count(config.model) + (lora_count(config.model, config.lora) if config.lora else 0),
         "peak_memory_bytes": expected.total,
         "memory": {**expected._asdict()},
         "seconds": time and time.seconds,

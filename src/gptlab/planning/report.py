@@ -1,16 +1,15 @@
 """Report of a plan: prints its tables. Imports no torch."""
 
-from collections.abc import Iterable
 from datetime import timedelta
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
-from gptlab.model.config import flops_per_token, parameter_count
+from gptlab.data.repetition import count_epochs, repetition_warning
+from gptlab.model.config import describe_lora, flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.costs import TimeEstimate
 from gptlab.planning.plans import RunPlan
+from gptlab.tables import FittingTable, key_value_table, print_table
 from gptlab.terminal import get_console, print_message
 
 SMALL = 50e6  # parameters; the kernels of a smaller model do not fill a GPU
@@ -29,21 +28,25 @@ KINDS = {
 
 def print_plan(plan: RunPlan) -> None:
     """Prints the tables of a plan."""
-    console = get_console()
-    console.print(_run(plan))
-    console.print(_memory(plan))
-    console.print(_spreads(plan))
-    console.print(_times(plan))
+    for table in (_run(plan), _memory(plan), _spreads(plan), _times(plan)):
+        print_table(table)
+    if caveats := _caveats(plan):
+        get_console().print(Text(caveats, "dim"))
+    if plan.manifest is not None and (warning := repetition_warning(plan.length.tokens, plan.manifest)):
+        get_console().print(Text(warning, "yellow"))
 
 
 def print_choice(choice: ComputeOptimalChoice, command: str) -> None:
     """Prints the overrides that were chosen for a budget, their sources, and the command of the run."""
     console = get_console()
-    table = _table("compute-optimal run", ("config key", "value", "source"))
+    table = FittingTable("compute-optimal run")
+    table.add_column("config key")
+    table.add_column("value", "right")
+    table.add_column("source", wraps=True)
     for override in choice.overrides:
         key, _, value = override.partition("=")
-        table.add_row(Text(key), Text(value), _source(key))
-    console.print(table)
+        table.add_row(key, value, _source(key))
+    print_table(table)
     console.print("Command:", style="bold")
     print_message(command)  # not wrapped or colored, so that it can be copied
 
@@ -65,13 +68,14 @@ def format_duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days"
 
 
-def _run(plan: RunPlan) -> Table:
+def _run(plan: RunPlan) -> FittingTable:
     model, length, train = plan.config.model, plan.length, plan.config.train
     count = parameter_count(model)
     factors = f"{plan.spread.copies} x {train.global_batch_size // plan.batch // plan.spread.copies} x {plan.batch}"
     best = TOKENS_PER_PARAMETER * count
     rows = {
-        "parameters": f"{count:,}: {', '.join(f'{name} {number:,}' for name, number in plan.parameters.items())}",
+        "parameters": f"{count:,}: {', '.join(f'{name} {number:,}' for name, number in plan.parameters.items())}"
+        f"{describe_lora(model, plan.config.lora)}",
         "FLOPs per token": f"{flops_per_token(model):.4g}, forward and backward (Chowdhery et al. 2022, appendix B)",
         "steps": f"{length.steps:,} of {train.global_batch_size} sequences of {model.block_size} tokens: {factors} "
         "(devices x gradient accumulation x micro-batch)",
@@ -84,13 +88,13 @@ def _run(plan: RunPlan) -> Table:
         + ("" if plan.manifest else ", estimated from the length of the run, because the corpus is not prepared"),
         "checkpoints": _checkpoints(plan),
     }
-    return _pairs("run", rows)
+    return key_value_table(rows.items(), "run")
 
 
 def _epochs(plan: RunPlan) -> str:
     if plan.manifest is None:
         return ""
-    return f", {plan.length.tokens / plan.manifest.tokens('train'):.3g} epochs of {plan.manifest.origin}"
+    return f", {count_epochs(plan.length.tokens, plan.manifest):,.3g} epochs of {plan.manifest.origin}"
 
 
 def _checkpoints(plan: RunPlan) -> str:
@@ -99,7 +103,7 @@ def _checkpoints(plan: RunPlan) -> str:
     return f"{format_bytes(plan.disk.checkpoint)} each, up to {format_bytes(plan.disk.kept)} in total"
 
 
-def _memory(plan: RunPlan) -> Table:
+def _memory(plan: RunPlan) -> FittingTable:
     hardware, chunk = plan.hardware, plan.config.loss_chunk
     compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[hardware.compile]
     title = f"peak memory of a device, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
@@ -118,7 +122,7 @@ def _memory(plan: RunPlan) -> Table:
         rows["micro-batch"] = f"{largest} in {room}{logits}"
     else:
         rows["micro-batch"] = f"unknown: {hardware.name} is not in the table of GPUs. Set gpu=<name> to plan for a GPU."
-    return _pairs(title, rows)
+    return key_value_table(rows.items(), title)
 
 
 def _of_all(plan: RunPlan) -> str:
@@ -126,14 +130,17 @@ def _of_all(plan: RunPlan) -> str:
     return f" of {format_bytes(room)}" if room else ""
 
 
-def _spreads(plan: RunPlan) -> Table:
-    table = _table(
-        "parallel layouts: peak memory per device, and traffic per device and step",
-        (
-            *("strategy", "devices", "micro-\nbatch", "memory"),
-            *("memory,\ncheckpointed", "memory,\nfull\nlogits", "traffic"),
-        ),
+def _spreads(plan: RunPlan) -> FittingTable:
+    table = FittingTable(
+        "parallel layouts: peak memory per device, and traffic per device and step", see_also="json=<file> has all."
     )
+    table.add_column("strategy")
+    table.add_column("devices", "right")
+    table.add_column("micro-batch", "right", drop_order=4)
+    table.add_column("memory", "right")
+    table.add_column("checkpointed memory", "right", drop_order=3)
+    table.add_column("memory at full logits", "right", drop_order=2)
+    table.add_column("traffic", drop_order=1)
     for way in plan.alternatives:
         spread = way.spread
         network = f", {format_step(way.network)}" if way.network else ""
@@ -148,19 +155,26 @@ def _spreads(plan: RunPlan) -> Table:
     return table
 
 
-def _times(plan: RunPlan) -> Table:
-    table = _table("time", ("device", "tokens/s", "time", "source"))
+def _times(plan: RunPlan) -> FittingTable:
+    table = FittingTable("time")
+    table.add_column("device")
+    table.add_column("tokens/s", "right", drop_order=1)
+    table.add_column("time", "right")
+    table.add_column("source", wraps=True)
     for time in plan.times:
         duration = format_duration(time.seconds)
-        table.add_row(Text(time.what), f"{time.tokens_per_second:,.0f}", duration, Text(time_source(time)))
-    if plan.traffic:
-        table.caption = _network(plan)
+        table.add_row(time.what, f"{time.tokens_per_second:,.0f}", duration, time_source(time))
     if plan.measured is None and plan.hardware.is_local:
-        table.add_row(Text(plan.hardware.name), "?", "?", "not calibrated: set calibrate=true, or train a similar run")
-    if parameter_count(plan.config.model) < SMALL:
-        small = "A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed."
-        table.caption = " ".join((table.caption, small)) if isinstance(table.caption, str) else small
+        table.add_row(plan.hardware.name, "?", "?", "not calibrated: set calibrate=true, or train a similar run")
     return table
+
+
+def _caveats(plan: RunPlan) -> str:
+    """Describes what the forecast times depend on."""
+    caveats = [_network(plan)] if plan.traffic else []
+    if parameter_count(plan.config.model) < SMALL:
+        caveats.append("A model this small reaches a lower MFU on a GPU, because kernel launches limit its speed.")
+    return " ".join(caveats)
 
 
 def time_source(time: TimeEstimate) -> str:
@@ -203,20 +217,3 @@ def _source(key: str) -> str:
     if key == "train.micro_batch_size":
         return "largest divisor of the batch per device that fits"
     return "required by the other values"
-
-
-def _pairs(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for row in rows.items():
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _table(title: str, columns: Iterable[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    table.columns[-1].justify = "left"
-    return table

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from rich import box
 from rich.console import Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
+from gptlab.tables import FittingTable
 from gptlab.terminal import get_console
 from gptlab.tracking.run_store.state import load_state
 from gptlab.tracking.run_store.sweeps import Trial, format_overrides
@@ -54,10 +53,14 @@ class SweepTable:
         log.info("%s", f"trial {trial.number} {trial.state}{value} · {format_overrides(trial.overrides)}{reason}")
 
     def _table(self) -> Group:
-        table = Table(box=box.SIMPLE)
-        for name, justify in (("trial", "right"), ("state", "left"), ("step", "right"), ("loss", "right"),
-                              ("val loss", "right"), ("time left", "right"), ("overrides", "left")):  # fmt: skip
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table = FittingTable()
+        table.add_column("trial", "right")
+        table.add_column("state")
+        table.add_column("step", "right", drop_order=3)
+        table.add_column("loss", "right", drop_order=1)
+        table.add_column("val loss", "right", drop_order=4)
+        table.add_column("time left", "right", drop_order=2)
+        table.add_column("overrides", wraps=True)
         trials = self.trials()
         active = [trial for trial in trials if trial.state == "running"]
         others = [trial for trial in trials if trial.state not in ("running", "waiting")]

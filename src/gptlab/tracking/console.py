@@ -7,13 +7,14 @@ from pathlib import Path
 import lightning as L
 from rich import box
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.schema import RunConfig
 from gptlab.config.trust import trust_override
+from gptlab.data.repetition import repetition_warning
 from gptlab.data.shards.manifest import Manifest
-from gptlab.model.config import lora_count, parameter_count
+from gptlab.model.config import describe_lora, parameter_count
+from gptlab.tables import key_value_table, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.logs import FILE_ONLY
 from gptlab.tracking.run_directory import has_checkpoint
@@ -36,27 +37,22 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
     over = "devices" if parts == 1 else f"groups of {parts} devices"
     factors = f"{plan.world_size} x {plan.accumulation} x {plan.micro_batch_size}"
     meaning = f"({over} x gradient accumulation x micro-batch)"
-    steps = f"{config.steps:,} step{'' if config.steps == 1 else 's'}"
+    steps, tokens = f"{config.steps:,} step{'' if config.steps == 1 else 's'}", stages.first(config.steps) * block_size
     train, val = manifest.tokens("train"), manifest.tokens("val")
     lines = {
-        "model": f"{parameter_count(config.model):,} parameters{_describe_lora(config)}",
+        "model": f"{parameter_count(config.model):,} parameters{describe_lora(config.model, config.lora)}",
         "data": f"{manifest.origin}: {train:,} / {val:,} tokens train / val",
         "tokenizer": f"{config.tokenizer.name}, {manifest.vocab_size:,} token IDs",
         "device": f"{devices.accelerator}, {devices.name}; {precision}",
         "batch": f"{config.train.global_batch_size} sequences of {block_size} tokens: {factors} {meaning}",
         **({"before": ", ".join(f"{size} up to step {end:,}" for end, size in plan.earlier)} if plan.earlier else {}),
-        "length": f"{steps}, {stages.first(config.steps) * block_size:,} tokens",
+        "length": f"{steps}, {tokens:,} tokens",
         "run": str(_display_path(directory)),
     }
     for name, value in lines.items():
         log.info("%-9s %s", name, value)
-
-
-def _describe_lora(config: RunConfig) -> str:
-    """Returns the number of LoRA parameters as text; "" without LoRA."""
-    if config.lora is None:
-        return ""
-    return f", plus {lora_count(config.model, config.lora):,} trained LoRA parameters (rank {config.lora.rank})"
+    if warning := repetition_warning(tokens, manifest):
+        log.warning("%s", warning)
 
 
 def print_summary(
@@ -77,7 +73,7 @@ def print_summary(
             title = f"sample at step {trainer.global_step:,}"
             console.print(Panel(Text(callback.latest[0]), title=title, title_align="left", box=box.ROUNDED))
     rows = {
-        "parameters": f"{parameter_count(config.model):,}",
+        "parameters": f"{parameter_count(config.model):,}{describe_lora(config.model, config.lora)}",
         "tokens seen": f"{recorder.tokens(trainer.global_step):,}",
         **({"stopped early": f"at step {trainer.global_step:,}"} if trainer.global_step < config.steps else {}),
         **_best(recorder.best),
@@ -86,12 +82,9 @@ def print_summary(
         "mfu": _mfu(recorder),
         **further,
     }
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold")
     for name, value in rows.items():
-        table.add_row(name, Text(value, overflow="fold"))
         log.info("%-13s %s", name, value, extra=FILE_ONLY)
-    console.print(table)
+    print_table(key_value_table(rows.items()))
     trust = trust_override({"model": config.model.model_dump(mode="json"), "tokenizer": config.tokenizer.model_dump()})
     following = f"python -m gptlab.sample run={_display_path(directory)}{trust}"
     log.info("Next: %s", following)

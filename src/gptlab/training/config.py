@@ -23,6 +23,7 @@ from gptlab.config.base import ComponentConfig, FrozenConfig, Location, componen
 from gptlab.config.components import Component, bind_component, enabled_components
 from gptlab.data.order import BatchSizeSchedule, BatchSizeStage
 from gptlab.errors import UserError
+from gptlab.model.config import NumNewTokens, NumSamples
 from gptlab.training.batch_plan import BatchPlan, plan_batch
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -200,22 +201,27 @@ ScheduleConfig = Annotated[
 ]
 
 
+# Lightning counts steps in C's int. The largest batch sizes in use are millions of tokens.
+Steps = Annotated[PositiveInt, Field(lt=2**31)]
+BatchSize = Annotated[PositiveInt, Field(le=2**24)]
+
+
 class TrainConfig(FrozenConfig):
     """Length, batch size and intervals of a run; see conf/train.yaml."""
 
-    max_steps: PositiveInt | None
+    max_steps: Steps | None
     max_tokens: PositiveInt | None
-    global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt | None
-    batch_schedule: list[tuple[PositiveInt, PositiveInt]]
-    past_batches: list[tuple[PositiveInt, PositiveInt]] = Field(default_factory=list)
+    global_batch_size: BatchSize
+    micro_batch_size: BatchSize | None
+    batch_schedule: list[tuple[Steps, BatchSize]]
+    past_batches: list[tuple[Steps, BatchSize]] = Field(default_factory=list)
     eval_every: PositiveInt
     eval_windows: PositiveInt | None
     grad_clip: NonNegativeFloat
     ema_decay: Average | None
     max_bad_steps: PositiveInt
     spike_sigma: PositiveFloat | None
-    spike_window: Annotated[int, Field(ge=4)]
+    spike_window: Annotated[int, Field(ge=4, le=1_000_000)]
     compile: bool | Literal["auto", "blocks"]
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
     loss_chunk: PositiveInt | Literal["auto"] | None
@@ -356,8 +362,8 @@ class SamplesConfig(FrozenConfig):
     """Text samples during training; see ``gptlab.training.callbacks.samples``."""
 
     prompt: str
-    num_samples: PositiveInt
-    max_new_tokens: PositiveInt
+    num_samples: NumSamples
+    max_new_tokens: NumNewTokens
     temperature: NonNegativeFloat
     top_k: PositiveInt | None
 

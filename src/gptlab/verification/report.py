@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from rich import box
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.config.schema import RunConfig
 from gptlab.files import write_durably
+from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 
@@ -38,13 +38,13 @@ class ProofResult(NamedTuple):
 def print_proofs(config: RunConfig, steps: int, proofs: list[ProofResult]) -> None:
     """Prints a table with a row per proof, and the last output of failed runs."""
     console = get_console()
-    table = Table(box=box.SIMPLE)
-    table.add_column("proof", no_wrap=True)
+    table = FittingTable()
+    table.add_column("proof")
     table.add_column("passed")
-    table.add_column(Text(f"{steps} steps of {config.name}, {config.trainer.strategy}"))
+    table.add_column(f"{steps} steps of {config.name}, {config.trainer.strategy}", wraps=True)
     for proof in proofs:
-        table.add_row(proof.name, SIGNS[proof.passed], Text(proof.what, overflow="fold"))
-    console.print(table)
+        table.add_row(proof.name, SIGNS[proof.passed], proof.what)
+    print_table(table)
     for proof in proofs:
         if tail := proof.details.get("tail"):
             console.print(Panel(Text(tail), title=proof.name, title_align="left", box=box.ROUNDED))

@@ -48,7 +48,7 @@ def test_answer_table_matches_hand_computed_statistics(tmp_path):
     assert (baseline.verdict, baseline.is_baseline, baseline.difference) == ("baseline", True, None)
     assert (worst.difference, worst.difference_se) == pytest.approx((1.0, 0.1 / 3**0.5))
     assert best.verdict == "better by 0.320 ± 0.020 nats (3 seeds)"
-    assert other.verdict == "not significant"
+    assert other.verdict == "not significant (p = 0.48)"
     assert worst.verdict == "worse by 1.000 ± 0.058 nats (3 seeds)"
     # t = 16 and 17.3 with two degrees of freedom, where p = 1 - t / sqrt(t² + 2)
     p = [1 - t / (t * t + 2) ** 0.5 for t in (10 * 3**0.5, 16)]
@@ -64,7 +64,7 @@ def test_answer_table_matches_hand_computed_statistics(tmp_path):
 def test_best_point_is_compared_with_the_second_best(tmp_path):
     values = {"1": (2.0, 2.1, 2.2), "2": (1.7, 1.8, 1.84), "3": (1.71, 1.79, 1.86)}
     found = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values), {LR: 1}))
-    assert found.answer.endswith("nats; no significant difference from the second best (optimizer.lr=3)")
+    assert "nats; no significant difference from the second best (optimizer.lr=3): p = 0." in found.answer
     assert found.comparisons == 3  # two with the baseline, one between the best two
     values = {"1": (2.0, 2.1, 2.2), "2": (1.0, 1.1, 1.21), "3": (1.5, 1.601, 1.699)}
     found = analyze_sweep(write_sweep(tmp_path / "far", trials_of(values), {LR: 1}))
@@ -80,22 +80,22 @@ def test_answer_says_that_the_baseline_is_best(tmp_path):
     )
     assert found.comparisons == 2
     near = analyze_sweep(write_sweep(tmp_path / "near", trials_of(values | {"2": (0.9, 1.2, 1.3)})))
-    assert near.answer.endswith("nats; no significant difference from the second best (optimizer.lr=2)")
+    assert "nats; no significant difference from the second best (optimizer.lr=2): p = 0." in near.answer
 
 
 def test_identical_runs_have_no_significant_difference(tmp_path):
     same = {"1": (2.0, 2.1), "2": (2.0, 2.1)}
     found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
-    assert [row.verdict for row in found.rows] == ["baseline", "not significant"]
+    assert [row.verdict for row in found.rows] == ["baseline", "not significant (p = 1)"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
-    assert found.answer.endswith("no significant difference from the second best (optimizer.lr=2)")
+    assert found.answer.endswith("no significant difference from the second best (optimizer.lr=2): p = 1")
 
 
 def test_one_seed_has_no_standard_error_and_no_significance(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, trials_of({"1": (2.0,), "2": (1.5,)})))
     assert [row.verdict for row in found.rows] == ["one seed, significance unknown", "baseline"]
     assert (found.rows[0].difference, found.rows[0].difference_se, found.comparisons) == (-0.5, None, 0)
-    assert found.answer == "best: optimizer.lr=2, 1.5000 nats; one seed, significance unknown"
+    assert found.answer == "best: optimizer.lr=2, 1.5000 nats; one seed, significance unknown: more seeds are needed"
 
 
 def test_sweep_over_seeds_reports_their_standard_deviation(tmp_path):
@@ -154,7 +154,7 @@ def test_missing_baseline_or_baseline_value_is_reported(tmp_path):
     other = analyze_sweep(write_sweep(tmp_path / "other", trials, {LR: 9}))
     assert other.notes == ["The baseline optimizer.lr=9 is not a point of this sweep. No point is compared with it."]
     assert {row.verdict for row in other.rows} == {"no baseline"}
-    assert other.answer.endswith("nats; no significant difference from the second best (optimizer.lr=3)")
+    assert "nats; no significant difference from the second best (optimizer.lr=3): p = 0." in other.answer
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
     found = analyze_sweep(write_sweep(tmp_path / "failed", failed, {LR: 1}))
     assert found.notes[0] == "The baseline optimizer.lr=1 has no value. No point is compared with it."
@@ -190,7 +190,12 @@ def test_csv_and_json_contain_the_printed_table(tmp_path, capsys, console):
     assert (rows[1]["forecast.seconds.forecast"], rows[1]["forecast.seconds.measured"]) == ("15.0", "16.0")
     assert (rows[0]["forecast.seconds.forecast"], "forecast.device" in rows[0]) == ("", False)
     printed = capsys.readouterr().out
-    for text in ("Which is best?", found.answer, found.notes[0], *(row.verdict for row in found.rows)):
+    for text in (
+        "Which is best?",
+        found.answer,
+        found.notes[0],
+        *(row.verdict.partition(" by ")[0] for row in found.rows),
+    ):
         assert text in printed
     assert re.search(r"2e-3 +│? *2 +│? *1\.770 ± 0\.070", printed)
     assert "corrected for 3 comparisons" in printed
@@ -214,7 +219,11 @@ def test_narrow_terminal_shows_every_result_in_full(tmp_path, capsys, console):
     rich.reconfigure(width=80)
     print_answers(found)
     lines = capsys.readouterr().out.splitlines()
-    assert all(any(row.verdict in line and row.settings[LR] in line for line in lines) for row in found.rows)
+    for row in found.rows:
+        difference = plus_minus(row.difference, row.difference_se) if row.difference is not None else "baseline"
+        assert any(
+            {row.settings[LR], row.verdict.split()[0]} <= {*line.split()} and difference in line for line in lines
+        )
     assert max(map(len, lines)) <= 80
 
 
@@ -234,7 +243,7 @@ def test_at_most_8_of_100_sweeps_without_a_difference_report_one(tmp_path):
         seeds = rng.normal(0, 0.02, 3)
         values = {str(lr): 2 + seeds + rng.normal(0, 0.01, 3) for lr in range(6)}
         found = analyze_sweep(write_sweep(tmp_path / str(number), trials_of(values)))
-        verdicts = {row.verdict for row in found.rows} - {"baseline", "not significant"}
+        verdicts = [row for row in found.rows if not row.verdict.startswith(("baseline", "not significant"))]
         claimed += bool(verdicts) or "better than" in found.answer
         uncorrected += any(row.p is not None and row.p < 0.05 for row in found.rows)
     assert claimed <= 8

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlab.sweeps.analysis.significance import compare, compare_all, estimate, holm
+from gptlab.sweeps.analysis.significance import Claim, Comparison, compare, compare_all, estimate, holm
 
 # Student 1908: hours of sleep gained by ten patients under two drugs
 FIRST = (0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0)
@@ -158,3 +158,21 @@ def test_difference_of_three_standard_deviations_is_found_with_five_seeds():
     assert sum(claim.is_significant and claim.comparison.difference < 0 for claim in found) >= 90
     differences = [compare_all({"": (by_seed(rng.normal(3, 1, 5)), by_seed(np.zeros(5)))})[""] for _ in range(100)]
     assert sum(claim.is_significant for claim in differences) >= 99
+
+
+@pytest.mark.parametrize("method", ["paired", "welch"])
+def test_recommended_seeds_give_the_stated_power(method):
+    """Counts how often simulated sweeps with the recommended number of seeds find a difference of the measured size."""
+    difference, deviation, n = 0.02, 0.03, 4  # deviation of the difference of two runs
+    se = deviation / n**0.5
+    freedom = (n - 1) * (1 if method == "paired" else 2)
+    p = 2 * stats.t.sf(difference / se, freedom)
+    claim = Claim(Comparison(method, n, n, difference, se, p, None, None), p)
+    seeds, rng = claim.seeds_needed(), np.random.default_rng(0)
+    shape = (4000, seeds)
+    if method == "paired":
+        found = stats.ttest_1samp(rng.normal(difference, deviation, shape), 0, axis=1).pvalue
+    else:
+        each = deviation / 2**0.5
+        found = stats.ttest_ind(rng.normal(difference, each, shape), rng.normal(0, each, shape), axis=1).pvalue
+    assert 0.78 < (found < 0.05).mean() < 0.86  # at least 0.8, and not many more seeds than that

@@ -85,7 +85,11 @@ def test_a_damaged_checkpoint_is_reported_once_and_the_previous_one_is_used(tmp_
     assert str(newer) in record.message
     assert message in record.message
     assert find_corruption(older) is None
-    assert best_intact(tmp_path) == older
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert best_intact(tmp_path) == older
+    (record,) = caplog.records
+    assert message in record.message
 
 
 def test_pruning_keeps_the_last_and_best_checkpoints_and_later_steps(tmp_path):
@@ -96,6 +100,14 @@ def test_pruning_keeps_the_last_and_best_checkpoints_and_later_steps(tmp_path):
     prune_checkpoints(tmp_path, 5, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [5, 9]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000005", "step_000009"]
+
+
+def test_pruning_keeps_checkpoints_with_a_damaged_record_which_may_be_the_best(tmp_path):
+    for step, loss in ((1, 1.0), (2, 3.0), (3, 2.0), (4, 4.0)):
+        save(tmp_path, step, loss)
+    (checkpoint_path(tmp_path, 2) / RECORD).write_text("{}")
+    prune_checkpoints(tmp_path, 4, keep_last=1, keep_best=True)
+    assert steps(tmp_path) == [1, 2, 4]
 
 
 def test_a_file_that_differs_from_the_written_data_is_not_committed(tmp_path):

@@ -27,6 +27,7 @@ from gptlab.files import is_disk_full, temporary_path
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 8  # download attempts per file, which take about two minutes
+FIRST_ATTEMPTS = 4  # of the manifest or the list of files, which take about ten seconds: the URL may be wrong
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds between attempts, doubled after each attempt
 DENIED_STATUSES = (401, 403)  # HTTP status codes that are not retried
 READ_TIMEOUT = 60.0  # seconds without data after which a connection is broken
@@ -130,7 +131,8 @@ class RemoteFolder:
     def _get(self, name: str, path: Path, unfinished: Path, shard: Shard | None = None) -> None:
         """Downloads a file, verifies it, and renames it to its final name."""
         wrong = set[str]()
-        _fetch_to(path, unfinished, f"{self.url}/{name}", lambda: self._fetch(name, unfinished, shard, wrong))
+        attempts = MAX_ATTEMPTS if shard else min(FIRST_ATTEMPTS, MAX_ATTEMPTS)
+        _fetch_to(path, unfinished, f"{self.url}/{name}", lambda: self._fetch(name, unfinished, shard, wrong), attempts)
 
     def _fetch(self, name: str, path: Path, shard: Shard | None, wrong: set[str]) -> None:
         """Downloads a file, without retries. If a wrong hash is already in ``wrong``, the error is not transient."""
@@ -201,22 +203,23 @@ def fetch_files(pattern: str, cache_dir: Path, key: str = "data.path") -> Path:
         _check_size(unfinished, filesystem.size(remote_path))
 
     with FileLock(f"{folder}{LOCK}"):
-        _with_retries(pattern, list_matches)
+        _with_retries(pattern, list_matches, min(FIRST_ATTEMPTS, MAX_ATTEMPTS))
         for remote_path, info in sorted(found.items()):
             path = folder / PurePosixPath(remote_path).name
             if info["type"] == "file" and not path.exists():
                 log.info("Downloading %s.", remote_path)
                 unfinished = _reserve(path)
-                _fetch_to(path, unfinished, remote_path, functools.partial(fetch, remote_path, unfinished))
+                download = functools.partial(fetch, remote_path, unfinished)
+                _fetch_to(path, unfinished, remote_path, download, MAX_ATTEMPTS)
     if not any(folder.iterdir()):
         raise UserError(f"{key}={pattern} matches nothing.")
     return folder
 
 
-def _fetch_to(path: Path, unfinished: Path, source: str, fetch: Callable[[], None]) -> None:
+def _fetch_to(path: Path, unfinished: Path, source: str, fetch: Callable[[], None], attempts: int) -> None:
     """Downloads a file as ``unfinished``, and renames it when it is complete."""
     try:
-        _with_retries(source, fetch)
+        _with_retries(source, fetch, attempts)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -227,8 +230,8 @@ def _check_size(path: Path, expected: int) -> None:
         raise OSError(f"received {size:,} of {expected:,} bytes")
 
 
-def _with_retries(source: str, fetch: Callable[[], None]) -> None:
-    """Calls ``fetch`` and retries transient errors with exponential backoff."""
+def _with_retries(source: str, fetch: Callable[[], None], most: int) -> None:
+    """Calls ``fetch`` at most ``most`` times: retries transient errors with exponential backoff."""
     import tenacity  # only needed for remote shards
 
     def log_retry(state: tenacity.RetryCallState) -> None:
@@ -236,11 +239,11 @@ def _with_retries(source: str, fetch: Callable[[], None]) -> None:
         log.warning(
             "%s: %s. Retrying (attempt %d of %d) in %.0f s.",
             *(source, _reason(state.outcome.exception())),
-            *(state.attempt_number + 1, MAX_ATTEMPTS, state.next_action.sleep),
+            *(state.attempt_number + 1, most, state.next_action.sleep),
         )
 
     attempts = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
+        stop=tenacity.stop_after_attempt(most),
         wait=tenacity.wait_exponential(FIRST_WAIT, LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
         retry=tenacity.retry_if_exception(_is_transient),
         before_sleep=log_retry,

@@ -17,7 +17,7 @@ function renderLoss() {
   const drawn = Object.keys(LOSSES)
     .filter((part) => CHOSEN[part])
     .flatMap((part) => traces(`${part}/loss`, LOSSES[part]));
-  const range = frame(drawn);
+  const range = frame(drawn, CHOSEN.logY);
   const layout = {
     xaxis: xAxis(),
     yaxis: { title: { text: "loss, nats per token" }, type: CHOSEN.logY ? "log" : "linear", ...(range ? { range } : {}) },
@@ -30,16 +30,18 @@ function renderLoss() {
   byId("loss-caption").textContent = lossCaption(drawn, range);
 }
 
-/** Range of the loss after the first tenth of each curve, which would flatten the rest; null for the whole range. */
-function frame(drawn) {
-  if (CHOSEN.whole || CHOSEN.logX || CHOSEN.logY) return null;
+const FEW = 10; // values of a curve that are all in the visible range
+
+/** Range of the values after the first tenth of each curve, which would flatten the rest; null for the whole range. */
+function frame(drawn, isLog = false) {
+  if (CHOSEN.whole || CHOSEN.logX || isLog) return null;
   let [low, high, highest] = [Infinity, -Infinity, -Infinity];
   for (const { x, y } of drawn) {
     const [first, last] = [x[0], x.reduce((a, b) => Math.max(a, b ?? a), x[0])];
     y.forEach((loss, i) => {
       if (loss === null) return;
       [low, highest] = [Math.min(low, loss), Math.max(highest, loss)];
-      if (x[i] >= first + (last - first) / 10) high = Math.max(high, loss);
+      if (x.length < FEW || x[i] >= first + (last - first) / 10) high = Math.max(high, loss);
     });
   }
   if (!(high > low) || high >= highest) return null;
@@ -98,20 +100,19 @@ function renderTraining() {
     ),
   );
   metrics.forEach((metric, i) => {
+    const drawn = traces(metric, { width: 1.6, markers: metric.startsWith("val/") });
+    const isFromZero = metric === "tokens_per_second" || metric === "peak_memory_gb";
+    const range = isFromZero ? null : frame(drawn);
     const layout = {
       xaxis: xAxis(),
-      yaxis: { rangemode: metric === "tokens_per_second" || metric === "peak_memory_gb" ? "tozero" : "normal" },
+      yaxis: { rangemode: isFromZero ? "tozero" : "normal", ...(range ? { range } : {}) },
     };
-    draw(
-      `metric-${i}`,
-      traces(metric, { width: 1.6, markers: metric.startsWith("val/") }),
-      layout,
-      `${CHOSEN.axis} ${CHOSEN.logX}`,
-    );
+    draw(`metric-${i}`, drawn, layout, `${CHOSEN.axis} ${CHOSEN.logX} ${CHOSEN.whole}`);
     byId(`metric-${i}`).setAttribute("aria-label", `${TITLES[metric] ?? metric} over ${AXES[CHOSEN.axis].label}`);
   });
   byId("training-caption").textContent =
-    "Over the axis selected for the loss. Throughput is that of training only. " +
+    "Over the axis selected for the loss. The first tenth may be above the visible range. " +
+    "Throughput is that of training only. " +
     "Memory is that of the GPU or, on a CPU, of the process.";
 }
 

@@ -75,8 +75,23 @@ const RUN_COLUMNS = {
     kind: "number",
     shown: (run) => [clock(run.state?.seconds_left)],
   },
-  forecast: { of: forecastScore, kind: "", shown: (run) => [forecastScore(run) ?? "–"] },
+  forecast: { of: forecastScore, kind: "score", shown: (run) => [forecastScore(run) ?? "–"] },
 };
+
+const MOST_VARIED = 8; // columns of varied config keys; the table of configurations has all
+
+/** Columns of the table by name: those of the varied config keys follow the state. */
+function runColumns() {
+  const { run, state, ...others } = RUN_COLUMNS;
+  const varied = variedKeys().slice(0, MOST_VARIED).map((key) => {
+    const of = (run) => run.varied[key] ?? null;
+    return [key, { of, kind: "number", label: shortest(key), shown: (run) => [value(of(run))] }];
+  });
+  return { run, state, ...Object.fromEntries(varied), ...others };
+}
+
+/** Last part of a varied key, or the whole key if another varied key has the same last part. */
+const shortest = (key) => (variedKeys().filter((other) => short(other) === short(key)).length > 1 ? key : short(key));
 
 function lastOf(run, metric, what) {
   return run.series[metric]?.[what].at(-1) ?? null;
@@ -93,7 +108,7 @@ function sortBy(name) {
 }
 
 function sorted(runs) {
-  const column = RUN_COLUMNS[CHOSEN.sort.column];
+  const column = runColumns()[CHOSEN.sort.column];
   if (!column) return runs;
   const filled = runs.filter((run) => column.of(run) !== null);
   filled.sort((a, b) => ((column.of(a) > column.of(b)) - (column.of(a) < column.of(b))) * (CHOSEN.sort.up ? 1 : -1));
@@ -102,18 +117,18 @@ function sorted(runs) {
 
 function renderRuns() {
   const runs = filteredRuns();
-  const wanted = Object.entries(RUN_COLUMNS).filter(
+  const wanted = Object.entries(runColumns()).filter(
     ([name, column]) => name === "run" || name === "state" || DATA.runs.some((run) => column.of(run) !== null),
   );
   const columns = wanted.map(([name, column]) => {
     const up = CHOSEN.sort.column === name ? CHOSEN.sort.up : null;
-    const label = name === "best" ? `lowest ${DATA.metric}` : name;
+    const label = name === "best" ? `lowest ${DATA.metric}` : (column.label ?? name);
     return {
       kind: column.kind,
       head: [
         make(
           "button",
-          { type: "button", "data-sort": name, onclick: () => sortBy(name) },
+          { type: "button", "data-sort": name, title: name, onclick: () => sortBy(name) },
           label,
           up === null ? null : up ? " ▲" : " ▼",
         ),

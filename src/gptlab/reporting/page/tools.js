@@ -161,12 +161,14 @@ const faded = (hex, alpha) =>
     .toString(16)
     .padStart(2, "0");
 
+const TOOLBAR = 36; // height of Plotly's toolbar, which is above the curves
+
 /** Layout of a chart with its own legend below it, which is omitted if there are too many entries. */
 function legendBelow(id, entries, height) {
   if (entries < 2 || entries > 12) return { height };
   const rows = Math.ceil(entries / Math.max(1, Math.floor(byId(id).clientWidth / 240)));
   const legend = { orientation: "h", x: 0, y: 0, yref: "container", yanchor: "bottom" };
-  return { height: height + 22 * rows, margin: { l: 52, r: 12, t: 10, b: 56 + 22 * rows }, showlegend: true, legend };
+  return { height: height + 22 * rows, margin: { l: 52, r: 12, t: TOOLBAR, b: 56 + 22 * rows }, showlegend: true, legend };
 }
 
 /** Draws a chart, and keeps the user's zoom as long as ``kept`` is unchanged. */
@@ -186,7 +188,7 @@ function draw(id, traces, layout, kept) {
     plot_bgcolor: "rgba(0,0,0,0)",
     showlegend: false,
     font: { family: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", size: 12, color: color("text") },
-    margin: { l: 52, r: 12, t: 10, b: 42 },
+    margin: { l: 52, r: 12, t: TOOLBAR, b: 42 },
     hovermode: "closest",
     uirevision: kept,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom", // a finger scrolls the page

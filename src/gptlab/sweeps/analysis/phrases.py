@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from gptlab.sweeps.analysis.significance import Claim, Estimate
+from gptlab.sweeps.analysis.significance import MAX_SEEDS, Claim, Estimate
 
 BASELINE = "baseline"
 NOT_SIGNIFICANT = "not significant"
@@ -68,7 +68,7 @@ def verdict(claim: Claim, metric: Metric) -> str:
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
-        return NOT_SIGNIFICANT
+        return f"{NOT_SIGNIFICANT} (p = {claim.p:.2g})"
     return f"{_word(claim, metric)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
 
 
@@ -106,10 +106,20 @@ def _amount(claim: Claim, metric: Metric) -> str:
     return quantity(abs(claim.comparison.difference), claim.comparison.se, metric)
 
 
+def _more_seeds(claim: Claim) -> str:
+    """Formats the p-value of a difference that is not significant, and the seeds that one of its size needs."""
+    p = f"p = {claim.p:.2g}"
+    if claim.comparison.difference == 0:
+        return p
+    needed = claim.seeds_needed()
+    seeds = f"more than {MAX_SEEDS}" if needed is None else f"about {needed}"
+    return f"{p}; more seeds are needed, {seeds} for a difference of this size"
+
+
 def _compared_with(claim: Claim, metric: Metric, other: str) -> str:
     """Formats the comparison of the best point with another point."""
     if claim.p is None:
-        return ONE_SEED
+        return f"{ONE_SEED}: more seeds are needed"
     if not claim.is_significant:
-        return f"no significant difference from {other}"
+        return f"no significant difference from {other}: {_more_seeds(claim)}"
     return f"{_word(claim, metric)} than {other} by {_amount(claim, metric)}"

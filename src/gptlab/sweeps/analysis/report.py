@@ -5,15 +5,12 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.errors import UserError
 from gptlab.files import write_durably
 from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
 from gptlab.sweeps.analysis.scaling_report import (
-    LENGTHS,
     fit_sweep,
     print_scaling,
     varies_size_and_length,
@@ -21,12 +18,16 @@ from gptlab.sweeps.analysis.scaling_report import (
 )
 from gptlab.sweeps.analysis.significance import ALPHA
 from gptlab.sweeps.analysis.table import AnswerRow, SweepAnswers, analyze_sweep
+from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 
 CSV, JSON = "answers.csv", "answers.json"
-MIN_WIDE_COLUMNS = 100  # minimum width of a terminal for all columns
 RATIO = ".ratio"  # measured / forecast
 RESULT = "result"  # heading of the verdicts
+DIFFERENCE = "difference from baseline"
+TIME, MEMORY = "time / forecast", "memory / forecast"
+# columns that a narrow terminal omits, first to last
+DROP_ORDER = (MEMORY, TIME, "tokens", "parameters", "seeds", "unfinished", "pruned", "failed")
 STATISTICS = (  # columns of the CSV with fields of AnswerRow
     *("n", "mean", "se", "comparison", "compared", "difference", "difference_se", "low", "high", "p", "p_holm"),
     *("verdict", "is_baseline", "failed", "pruned", "unfinished", "tokens", "parameters"),
@@ -58,7 +59,7 @@ def report_sweep(directory: Path) -> SweepAnswers:
 def print_answers(answers: SweepAnswers) -> None:
     """Prints the table, the notes and the one-line answer."""
     console = get_console()
-    console.print(_table(answers, console.width))
+    print_table(_table(answers))
     for note in answers.notes:
         console.print(Text(note, "yellow"))
     console.print(Text(answers.answer, "bold"))
@@ -83,31 +84,38 @@ def write_csv(answers: SweepAnswers, path: Path) -> None:
     write_durably(path, text.getvalue())
 
 
-def _table(answers: SweepAnswers, width: int) -> Table:
-    """Builds the table for a terminal of ``width`` columns; a narrow one omits the difference and forecast columns."""
-    table = Table(box=box.SIMPLE, title=Text(answers.question, "bold"), title_justify="left")
+def _table(answers: SweepAnswers) -> FittingTable:
+    """Builds the table; a narrow terminal omits forecasts and sizes first."""
+    table = FittingTable(answers.question, see_also=f"{CSV} has all columns.")
     unit = UNITS.get(answers.metric)
     keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
-    # a narrow table omits the tokens if it has a column with the length of training
-    omits_tokens = width < MIN_WIDE_COLUMNS and any(key in LENGTHS for key in answers.keys)
+    value = f"{answers.metric}{f', {unit}' if unit else ''}"
     differences = [_format(row.difference, row.difference_se) for row in answers.rows]
     columns = {
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
-        f"{answers.metric}{f', {unit}' if unit else ''}": [_format(row.mean, row.se) for row in answers.rows],
-        **({"difference\nfrom baseline": differences} if any(differences) and width >= MIN_WIDE_COLUMNS else {}),
+        value: [_format(row.mean, row.se) for row in answers.rows],
+        **({DIFFERENCE: differences} if any(differences) else {}),
         **_counts(answers.rows),
-        **_sizes(answers.rows, ("parameters",) if omits_tokens else ("parameters", "tokens")),
-        **(_scores(answers.rows) if width >= MIN_WIDE_COLUMNS else {}),
-        RESULT: [row.verdict for row in answers.rows],
+        **_sizes(answers.rows, ("parameters", "tokens")),
+        **_scores(answers.rows),
+        RESULT: [_short(row.verdict) for row in answers.rows],
     }
     for name in columns:
-        is_last, is_text = name == RESULT, name == RESULT or name in keys
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", no_wrap=not is_last)
+        needed = name in keys or name in (value, RESULT, DIFFERENCE)
+        order = None if needed else DROP_ORDER.index(name)
+        table.add_column(
+            name, "left" if name == RESULT or name in keys else "right", wraps=name == RESULT, drop_order=order
+        )
     for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
-        style = "dim" if row.mean is None else "bold" if row is answers.rows[0] else None
-        table.add_row(*(Text(cell) for cell in cells), style=style)
+        table.add_row(*cells, style="dim" if row.mean is None else "bold" if row is answers.rows[0] else None)
     return table
+
+
+def _short(verdict: str) -> str:
+    """Returns a verdict without the difference and the number of seeds, which have their own columns."""
+    word, _, details = verdict.partition(" by ")
+    return f"{word} (unpaired)" if "unpaired" in details else word
 
 
 def _headings(keys: list[str]) -> dict[str, str]:
@@ -137,8 +145,8 @@ def _scores(rows: list[AnswerRow]) -> dict[str, list[str]]:
     columns = {
         heading: [f"{row.forecast[name]:.2f}" if name in row.forecast else "" for row in rows]
         for name, heading in (
-            (f"seconds{RATIO}", "time / forecast"),
-            (f"peak_memory_bytes{RATIO}", "memory / forecast"),
+            (f"seconds{RATIO}", TIME),
+            (f"peak_memory_bytes{RATIO}", MEMORY),
         )
     }
     return {heading: cells for heading, cells in columns.items() if any(cells)}

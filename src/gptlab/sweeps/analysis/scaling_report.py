@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.errors import UserError
@@ -16,6 +14,7 @@ from gptlab.files import write_durably
 from gptlab.model.config import embedding_count, parameter_count
 from gptlab.sweeps.analysis.points import has_value
 from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
+from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.run_store.runs import Run
 from gptlab.tracking.run_store.sweeps import load_sweep, load_trials
@@ -133,7 +132,12 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
 def print_scaling(scaling: ScalingAnswer) -> None:
     """Prints the coefficients, the optima for several budgets, and the law in one line."""
     console, law = get_console(), ScalingLaw(**scaling.law)
-    table = Table("FLOPs", "optimal parameters", "optimal tokens", "tokens / parameters", "loss", box=box.SIMPLE)
+    table = FittingTable(see_also=f"{SCALING} has all columns.")
+    for heading, order in (
+        *(("FLOPs", None), ("optimal parameters", None), ("optimal tokens", None)),
+        *(("tokens / parameters", 1), ("loss", 2)),
+    ):
+        table.add_column(heading, drop_order=order)
     for best in scaling.optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
@@ -142,10 +146,13 @@ def print_scaling(scaling: ScalingAnswer) -> None:
             ratio,
             _interval(*best.loss, ".3f"),
         )
-    coefficients = Table("coefficient", "estimate", "95% CI", box=box.SIMPLE)
+    coefficients = FittingTable()
+    for heading in ("coefficient", "estimate", "95% CI"):
+        coefficients.add_column(heading)
     for name, (low, high) in scaling.intervals.items():
         coefficients.add_row(name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}")
-    console.print(coefficients, table)
+    print_table(coefficients)
+    print_table(table)
     console.print(Text(scaling.answer, "bold"))
     summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
     intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."

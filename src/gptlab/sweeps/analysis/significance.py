@@ -11,6 +11,8 @@ import numpy as np
 from scipy import special
 
 ALPHA = 0.05  # significance level (Fisher 1925, section 12)
+POWER = 0.8  # probability that a difference of the measured size is found to be significant (Cohen 1988, section 2.4)
+MAX_SEEDS = 100  # largest number of seeds that is recommended
 
 Replicate = tuple[str, ...]
 Values = Mapping[Replicate, float]
@@ -86,6 +88,24 @@ class Claim(NamedTuple):
     def is_significant(self) -> bool:
         """Whether the corrected p-value is below ``ALPHA``."""
         return self.p is not None and self.p < ALPHA
+
+    def seeds_needed(self) -> int | None:
+        """Returns the number of seeds per point with which a difference of the measured size would be significant.
+
+        With this many seeds, the t-test finds a true difference of this size with probability ``POWER``. The level of
+        the test is corrected as the p-value is. None: more than ``MAX_SEEDS``, or the difference has no standard error.
+        """
+        method, n, others, difference, se, p, _, _ = self.comparison
+        if not se or not p or not self.p:
+            return None
+        per_seed = se * math.sqrt(2 / (1 / n + 1 / others))  # standard error of the difference with one seed per point
+        level = ALPHA * p / self.p
+        for seeds in range(2, MAX_SEEDS + 1):
+            freedom = (seeds - 1) * (1 if method == "paired" else 2)
+            needed = special.stdtrit(freedom, 1 - level / 2) + special.stdtrit(freedom, POWER)
+            if abs(difference) / per_seed * math.sqrt(seeds) >= needed:
+                return seeds
+        return None
 
     def reversed(self) -> "Claim":
         """Returns the comparison seen from the other point."""

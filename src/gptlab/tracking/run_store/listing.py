@@ -7,15 +7,14 @@ import operator
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import yaml
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from gptlab.errors import UserError, did_you_mean, failure_reason
+from gptlab.tables import FittingTable
 from gptlab.tracking.run_store.runs import CONFIG, Run
 from gptlab.tracking.run_store.state import STATE
 from gptlab.tracking.run_store.sweeps import read_trial
@@ -23,6 +22,8 @@ from gptlab.tracking.run_store.sweeps import read_trial
 COLUMNS = ("run", "state", "step", "loss", "val_loss", "tokens_per_second", "left", "age")
 HEADINGS = {"val_loss": "best val", "tokens_per_second": "tokens/s"}
 STYLES = {"done": "green", "running": "cyan", "pruned": "yellow", "stopped": "yellow", "interrupted": "yellow"}
+# columns that a narrow terminal omits, first to last; the columns that the user adds follow
+DROP_ORDER = {"tokens_per_second": 1, "left": 2, "age": 3, "loss": 4, "step": 5, "val_loss": 6}
 UNKNOWN = "?"  # state of runs without state.json
 
 Line = dict[str, Any]
@@ -116,16 +117,17 @@ def list_runs(runs: Sequence[Run], conditions: list[Condition], sort: str, *, de
 
 
 def format_table(lines: list[Line], columns: Sequence[str], *, left_out: int) -> RenderableType:
-    """Formats lines as a rich table; ``left_out`` is the number of runs omitted by the limit."""
+    """Formats lines as a table; ``left_out`` is the number of runs omitted by the limit."""
     columns = [column for column in columns if column != "left" or any(line.get("left") is not None for line in lines)]
-    drawn = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    table = FittingTable(see_also="format=csv has all columns.")
     for column in columns:
-        is_text = column in ("run", "state")
+        justify: Literal["left", "right"] = "left" if column in ("run", "state") else "right"
         heading = HEADINGS.get(column, column.rpartition(".")[2])
-        drawn.add_column(heading, justify="left" if is_text else "right", overflow="fold", no_wrap=column == "run")
+        order = None if column in ("run", "state") else DROP_ORDER.get(column, len(DROP_ORDER) + 1)
+        table.add_column(heading, justify, drop_order=order)
     for line in lines:
-        drawn.add_row(*(_cell(column, line.get(column), line) for column in columns))
-    return Group(drawn, Text(f"  and {left_out} more (limit)")) if left_out else drawn
+        table.add_row(*(_cell(column, line.get(column), line) for column in columns))
+    return Group(table, Text(f"  and {left_out} more (limit)")) if left_out else table
 
 
 def format_csv(lines: list[Line], columns: Sequence[str]) -> str:
