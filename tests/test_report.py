@@ -43,7 +43,7 @@ CONFIG_ERRORS = {
     "no run there": (["runs=elsewhere"], "No runs found at runs=elsewhere: no run directory"),
     "runs not named": ([], "runs is missing"),
     "unknown key": (["run=x"], "Unknown config key `run`. Did you mean runs?"),
-    "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: No such"),
+    "no folder to write in": (["runs=outputs", "out=missing/x.html"], "out=missing/x.html cannot be written: no such"),
     "a folder": (["runs=outputs", "out=outputs"], "out=outputs is a directory. Set a file: out=outputs/report"),
     "too few points": (["runs=outputs", "points=2"], "points=2 is not valid"),
     "a port that is none": (["runs=outputs", "live=true", "port=70000"], "port=70000 is not valid"),
