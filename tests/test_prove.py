@@ -16,6 +16,7 @@ CONFIG_ERRORS = {
     "an unknown key": (["prove.step=3"], "Unknown config key `prove.step`. Did you mean prove.steps?"),
     "an unknown key of the run": (["modle.n_layer=3"], "Unknown config key `modle.n_layer`. Did you mean"),
     "no steps to resume": (["prove.kill_after=6"], "kill_after=6 leaves no steps to resume"),
+    "too many processes": (["prove.ranks=[1,9999]"], "prove.ranks=9999: this machine has no GPU and"),
     "a resume": (["resume=text.txt"], "cannot be used with resume="),
 }
 

@@ -19,7 +19,7 @@ from gptlab.launch.launcher import preflight
 from gptlab.terminal import print_message
 from gptlab.tracking.logs import quiet_lightning
 from gptlab.tracking.run_directory import claim_directory
-from gptlab.training.distributed.processes import launched_externally
+from gptlab.training.distributed.processes import check_cpu_processes, launched_externally, may_have_gpu
 from gptlab.verification.configs import ProveArguments, resolve_proof
 from gptlab.verification.report import REPORT, REPORT_MARK, all_passed, print_proofs, write_report
 from gptlab.verification.runs import ProofRuns
@@ -36,6 +36,8 @@ def main(values: DictConfig) -> int:
     if prove.out is not None:
         out = Path(prove.out).expanduser()
         check_output_directory(out, "prove.out", [REPORT], REPORT_MARK, overwrite=prove.overwrite)
+    if not may_have_gpu():
+        check_cpu_processes(max(prove.ranks), "prove.ranks")
     config, prepared, _ = preflight(config)
     from gptlab.verification.proofs import ProofCase, prove_all  # imports torch
 

@@ -90,7 +90,7 @@ def test_a_resumed_run_begins_with_the_state_at_its_checkpoint_also_without_stat
 def test_a_resume_reports_that_the_earlier_rows_are_missing(tmp_path, caplog):
     run = write_run(tmp_path / "run", rows=[])
     build_loggers(load_config(run).model_copy(update={"resume": str(run)}), run, 15)
-    assert "metrics.csv is missing or empty. It begins again after step 15." in caplog.text
+    assert "metrics.csv is missing or empty. Its rows start after step 15." in caplog.text
 
 
 def test_files_that_a_resumed_run_cannot_write_are_named_before_it_writes_any(tmp_path):

@@ -118,7 +118,7 @@ def _initial_state(config: RunConfig, directory: Path, keep_until: int | None) -
     earlier = load_state(directory)
     rows = _read_rows(directory / METRICS, keep_until)
     if not rows and config.resume and is_first_rank():
-        log.warning("%s is missing or empty. It begins again after step %d.", directory / METRICS, keep_until)
+        log.warning("%s is missing or empty. Its rows start after step %d.", directory / METRICS, keep_until)
     losses = {name: [float(row[name]) for row in rows if name in row] for name in ("train/loss", "val/loss")}
     return state.model_copy(
         update={

@@ -93,7 +93,7 @@ def new_state(max_steps: int) -> RunState:
 
 
 def read_state(directory: Path) -> RunState:
-    """Reads state.json as it is; raises OSError or ValueError if it is missing or damaged."""
+    """Reads state.json; raises OSError or ValueError if it is missing or damaged."""
     return RunState.model_validate(parse_json(read_regular(directory / STATE)))
 
 

@@ -141,7 +141,7 @@ class RunWandbLogger(WandbLogger):
 
         samples, problems = Run(self.directory).samples()
         for problem in problems:
-            log.warning("%s. W&B gets the other samples.", problem)
+            log.warning("%s. It is not sent to W&B.", problem)
         written = [(step, parse_samples(text)) for step, text in samples if step <= until]
         rows = [[step, tokens(step), text] for step, texts in written for text in texts]
         table = wandb.Table(columns=["step", "tokens", "text"], data=rows)

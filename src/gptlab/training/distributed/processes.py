@@ -64,12 +64,12 @@ def max_cpu_processes() -> int:
     return int(most)
 
 
-def check_cpu_processes(processes: int) -> None:
-    """Raises UserError if this machine has too few CPU cores for ``processes`` processes."""
+def check_cpu_processes(processes: int, key: str = "trainer.devices") -> None:
+    """Raises UserError if this machine has too few CPU cores for ``processes`` processes, which ``key`` asks for."""
     if processes > (most := max_cpu_processes()):
         raise UserError(
-            f"trainer.devices={processes}: this machine has no GPU and {os.cpu_count()} CPU cores. Use at most "
-            f"trainer.devices={most}, or set {MAX_PROCESSES}={processes} to try a larger number of processes."
+            f"{key}={processes}: this machine has no GPU and {os.cpu_count()} CPU cores. Use at most "
+            f"{key}={most}, or set {MAX_PROCESSES}={processes} to try a larger number of processes."
         )
 
 
