@@ -183,7 +183,7 @@ def test_prepared_data_is_verified_and_converted_without_its_tokenizer(stranger)
     written = (lab.folder / "converted" / "train.bin").read_bytes()
     assert written == b"".join(path.read_bytes() for path in sorted((lab.folder / "shards").glob("train_*.bin")))
     done = lab.python("gptlab.prepare", "inspect=shards", "verify=true")
-    assert "their SHA-256 is unchanged" in done.stdout
+    assert "the SHA-256 of each is unchanged" in done.stdout
     assert "stranger.tokenizers.Utf8 in shards would run code" in done.stderr
     assert not attacked.exists()
 

@@ -88,7 +88,7 @@ def test_cmaes_proposes_the_same_points_as_optunas():
 CONFIG = {
     **{"at_once": 1, "timeout_min": 60, "signal_delay_s": 60, "max_num_timeout": 3, "nodes": 1, "tasks_per_node": 1},
     **{"cpus_per_task": None, "gpus_per_node": None, "mem_gb": None, "partition": None, "account": None, "qos": None},
-    "additional_parameters": {},
+    **{"setup": [], "use_srun": True, "additional_parameters": {}},
 }
 
 
@@ -109,16 +109,16 @@ def test_the_result_of_a_slurm_job_is_not_executed(tmp_path, launcher, canary):
     submitit.core.utils.pickle_load(job.paths.result_pickle)
     assert canary.was_run(), "the payload has no effect, so the test would prove nothing"
     canary.path.rmdir()
-    assert launcher._status(job) == FAILED
+    assert launcher._result(job) == FAILED
     assert not canary.was_run()
 
 
 def test_results_of_slurm_jobs_are_read(tmp_path, launcher):
     path = tmp_path / "7_0_result.pkl"
     submitit.core.utils.cloudpickle_dump(("success", DONE), path)
-    assert launcher._status(job_with(path, path.read_bytes())) == DONE
+    assert launcher._result(job_with(path, path.read_bytes())) == DONE
     submitit.core.utils.cloudpickle_dump(("error", "Traceback\nValueError: x"), path)
-    assert launcher._status(job_with(path, path.read_bytes())) == FAILED
+    assert launcher._result(job_with(path, path.read_bytes())) == FAILED
 
 
 def test_only_the_user_can_write_what_slurm_jobs_unpickle(tmp_path, launcher):

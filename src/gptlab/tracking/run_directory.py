@@ -26,7 +26,7 @@ from gptlab.parsing import parse_yaml
 from gptlab.terminal import print_message
 from gptlab.tracking.environment import ENVIRONMENT, record_environment
 from gptlab.tracking.run_lock import RunLock
-from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG, FORECAST, METRICS, TRUNCATED
+from gptlab.tracking.run_store.runs import CHECKPOINTS, CONFIG, FORECAST, METRICS
 from gptlab.tracking.run_store.state import STATE
 from gptlab.training.checkpoints.records import (
     PREFIX,
@@ -147,8 +147,6 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         values = parse_yaml(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {failure_reason(error)}") from error
-    if not text.endswith("\n"):
-        raise UserError(f"{path} {TRUNCATED}.")
     if not isinstance(values, dict):
         raise UserError(f"{path} is not the configuration of a run.")
     added: dict[str, Any] = {}
@@ -156,20 +154,22 @@ def load_config(directory: Path, named: str | None = None) -> RunConfig:
         config = validate(RunConfig, values)
     except UserError as error:
         completed, added = complete(values)
-        if not added:
-            raise _invalid(path, error) from None
+        if not added or not text.endswith("\n"):
+            raise _invalid(path, error, text) from None
         try:
             config = validate(RunConfig, completed)
         except UserError as other:
-            raise _invalid(path, other) from None
+            raise _invalid(path, other, text) from None
     if added and is_first_rank() and not is_worker():  # the process that started the workers has printed it
         _report_added(path.absolute(), ", ".join(f"{key}={json.dumps(value)}" for key, value in added.items()))
     return config
 
 
-def _invalid(path: Path, error: UserError) -> UserError:
-    """Returns the error of a file, from that of its values, which is written for the command line."""
-    return UserError(f"{path} is not valid: {re.sub(r' Set it on the command line: .*', '', str(error))}")
+def _invalid(path: Path, error: UserError, text: str) -> UserError:
+    """Returns the error of a file with this text, from that of its values, which is written for the command line."""
+    problem = re.sub(r" Set it on the command line: .*", "", str(error))
+    hint = "" if text.endswith("\n") else " The file may be truncated: its last line has no line break."
+    return UserError(f"{path} is not valid: {problem}{hint}")
 
 
 @functools.cache
