@@ -171,4 +171,4 @@ def test_processes_that_torchrun_restarts_resume_their_run(user):
         agent.kill()
     restarted = user.only_run("restarted")
     assert_same_run(user.only_run("whole"), restarted)
-    assert (restarted / "train.log").read_text().count("model ") == 2
+    assert (restarted / "train.log").read_text().count("INFO model ") == 2

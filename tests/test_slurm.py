@@ -95,7 +95,7 @@ def test_a_signaled_job_is_requeued_and_resumed_in_the_same_directory(slurm, use
     wait_for(lambda: list(user.folder.glob("outputs/*/*/checkpoints/*")))
     directory = user.only_run()
     assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # as --signal=USR1@<seconds> does
-    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # it was restarted
+    wait_for(lambda: (directory / "train.log").read_text().count("INFO model ") == 2)  # it was restarted
     assert "SLURM job" in (user.folder / "job.log").read_text()
     before = max(map(checkpoint_step, list_checkpoints(directory / "checkpoints")))
     wait_for(lambda: evaluated(directory) > before)
@@ -137,7 +137,7 @@ def test_a_sweep_waits_for_a_requeued_trial(slurm, user, by):
     job = json.loads((directory / "environment.json").read_text())["slurm_job"]
     requeue = ("scancel", "--signal=USR2") if by == "submitit" else ("scontrol", "requeue")
     assert slurm.run(*requeue, job).returncode == 0
-    wait_for(lambda: (directory / "train.log").read_text().count("model ") == 2)  # the trial was restarted
+    wait_for(lambda: (directory / "train.log").read_text().count("INFO model ") == 2)  # the trial was restarted
     assert sweep.poll() is None
     assert json.loads((directory / "trial.json").read_text())["state"] == "running"
     done = sweep.ended(seconds=300)
@@ -161,7 +161,7 @@ def test_a_restarted_sweep_adopts_the_running_jobs_of_a_killed_one(slurm, user):
     directory = user.only_run("sweep")
     found = [json.loads((directory / number / "trial.json").read_text()) for number in ("0", "1")]
     assert [(trial["state"], trial["starts"], trial["job"]) for trial in found] == [("done", 1, job) for job in jobs]
-    assert [(directory / number / "train.log").read_text().count("model ") for number in ("0", "1")] == [1, 1]
+    assert [(directory / number / "train.log").read_text().count("INFO model ") for number in ("0", "1")] == [1, 1]
 
 
 def requeue_job(slurm: Cluster, directory: Path, *command: str) -> None:
@@ -192,7 +192,7 @@ def test_killed_sweep_with_requeued_jobs_equals_single_runs(slurm, user):
         trial = json.loads((directory / number / "trial.json").read_text())
         assert (trial["state"], trial["starts"]) == ("done", 1)
         assert trial["value"] == min(metrics(user.only_run(f"seed_{seed}"), "val/loss").values())
-        assert (directory / number / "train.log").read_text().count("model ") == 2  # its job was restarted once
+        assert (directory / number / "train.log").read_text().count("INFO model ") == 2  # its job was restarted once
         assert_same_run(directory / number, user.only_run(f"seed_{seed}"))
 
 

@@ -180,7 +180,7 @@ def test_signaled_sweep_resumes_from_its_checkpoints(user, number, status):
     assert [trial["starts"] for trial in trials(directory)] == [2, 2]
     for job in ("0", "1"):
         assert list(metrics(directory / job, "val/loss")) == list(range(5, 401, 5))
-        assert (directory / job / "train.log").read_text().count("model ") == 2  # it was resumed
+        assert (directory / job / "train.log").read_text().count("INFO model ") == 2  # it was resumed
     other = user.python("gptlab.train", *sweep, f"hydra.sweep.dir={directory}", "optimizer.lr=1")
     assert_config_error(other, "contains a different sweep")
 
