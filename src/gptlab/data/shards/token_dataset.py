@@ -16,7 +16,7 @@ from gptlab.data.order import BatchSizeSchedule, WindowOrder
 from gptlab.data.shards.manifest import Manifest, Shard, Split, stat_shard
 from gptlab.data.shards.streams import LocalFolder, ShardStore, TokenStream
 from gptlab.data.tokenizers.tokenizer import Tokenizer
-from gptlab.errors import UserError
+from gptlab.errors import UserError, failure_reason
 from gptlab.files import write_durably
 from gptlab.progress import hash_file, track_reading
 
@@ -54,15 +54,18 @@ def verify_shards(store: ShardStore, manifest: Manifest, modified: Sequence[Shar
         modified: The shards to hash. Default: all.
 
     Raises:
-        UserError: The SHA-256 of a shard has changed.
+        UserError: A shard cannot be read, or its SHA-256 has changed.
     """
     shards = manifest.shards() if modified is None else modified
     size = sum(manifest.file_size(shard) - shard.offset for shard in shards)
     with track_reading(f"Verifying {len(shards)} shards", size) as advance:
         for shard in shards:
-            with store.open(shard) as file:
-                file.seek(shard.offset)
-                found = hash_file(file, advance)
+            try:
+                with store.open(shard) as file:
+                    file.seek(shard.offset)
+                    found = hash_file(file, advance)
+            except OSError as error:
+                raise UserError(f"{store.folder / shard.file} cannot be read: {failure_reason(error)}.") from error
             if found != shard.sha256:
                 raise UserError(
                     f"{store.folder / shard.file} has changed since it was written: its SHA-256 is {found}, not "
