@@ -172,6 +172,7 @@ class SweepRunner:
         if trial.state in FAILED_STATES:
             reopen(run_dir)
         elif (status := ended_status(run_dir)) is not None:  # it ended while no process of the sweep ran
+            self.store.write(trial)
             self._end(trial.number, status)
             return
         self.search.prepare(trial, run_dir)

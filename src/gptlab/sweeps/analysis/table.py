@@ -20,7 +20,7 @@ from gptlab.sweeps.analysis.phrases import (
 from gptlab.sweeps.analysis.points import Point, as_number, find_point, group_points, is_failed
 from gptlab.sweeps.analysis.scaling_report import model_size
 from gptlab.sweeps.analysis.significance import Claim, compare_all, estimate
-from gptlab.tracking.run_store.runs import Run, flatten
+from gptlab.tracking.run_store.runs import FORECAST, Run, flatten
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides, load_sweep, load_trials
 
 NEXT_BEST = "\0"  # key of the comparison of the best two points; the other keys are names of points
@@ -135,7 +135,7 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         rows=rows,
         answer=_answer(sweep.n_trials, metric, points, ranked, baseline, claims),
         comparisons=sum(claim.p is not None for claim in claims.values()),
-        notes=[*_edges(ranked), *_notes(sweep, trials, baseline)],
+        notes=[*_edges(ranked), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
     )
 
 
@@ -244,6 +244,12 @@ def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[st
             f"Trial {trial.number} ({format_overrides(trial.overrides)}) is excluded, state {trial.state}: {reason}"
         )
     return notes
+
+
+def _damaged(directory: Path, trials: list[Trial]) -> list[str]:
+    """Returns a note for each forecast.json that cannot be read, so that the table lacks its values."""
+    runs = (Run(directory / str(trial.number)) for trial in trials)
+    return [f"{problem}." for run in runs for problem in run.damaged(FORECAST)]
 
 
 def _scores(runs: list[Run]) -> dict[str, float]:
