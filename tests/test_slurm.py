@@ -144,7 +144,7 @@ def test_a_sweep_waits_for_a_requeued_trial(slurm, user, by):
     assert "failed" not in done.stdout + done.stderr
     trial = json.loads((directory / "trial.json").read_text())
     assert (trial["state"], trial["status"], trial["starts"], trial["job"]) == ("done", 0, 1, job)
-    again = (directory / "train.log").read_text().split("model ")[2]
+    again = (directory / "train.log").read_text().split("INFO model ")[2]
     assert int(re.search(r"step +(\d+)/1500", again)[1]) > 100  # it was resumed
     assert list(metrics(directory, "val/loss")) == list(range(100, 1501, 100))
 
