@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 
 import pytest
 
@@ -70,7 +69,6 @@ def test_record_of_a_run_says_whether_it_is_done_when_a_signal_arrives(user, fun
     code = SIGNAL_AFTER.replace("FUNCTION", function).replace("SIGNAL", name)
     (user.folder / "sitecustomize.py").write_text(code)
     user.environment["PYTHONPATH"] = os.pathsep.join((str(user.folder), user.environment.get("PYTHONPATH", "")))
-    done = user.run(sys.executable, "-m", "gptlab.train", "trainer=cpu", *SMALL, "train.max_steps=2")
-    assert done.returncode == expected, done.stderr
+    user.begin("gptlab.train", "trainer=cpu", *SMALL, "train.max_steps=2").ended(expected)
     record = json.loads((user.only_run() / "state.json").read_text())
     assert record["state"] == state
