@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from gptlab.config.override_values import format_value
 from gptlab.terminal import printable
+from gptlab.tracking.run_store.runs import flatten
 
 GLOBAL = "# @package _global_"
 
@@ -112,23 +113,15 @@ def explain_values(config: DictConfig, folders: Sequence[Path]) -> str:
     for file in files:  # another option, or command, may explain a key differently
         if file.option in _selected(choices.get(file.group)):
             known |= {key.name: key.comment for key in file.keys if key.comment}
-    values = OmegaConf.to_container(config)
-    assert isinstance(values, dict)  # noqa: S101
-    del values["hydra"]
+    container = OmegaConf.to_container(config)
+    assert isinstance(container, dict)  # noqa: S101
+    values = {str(name): value for name, value in container.items() if name != "hydra"}
     known |= {group: f"config group, option {option}" for group, option in choices.items() if values.get(group) == {}}
-    return printable("".join(_explain(*leaf, known) for leaf in _leaves(values)))
+    return printable("".join(_explain(*leaf, known) for leaf in flatten(values)))
 
 
 def _selected(choice: Any) -> list[Any]:
     return list(choice) if isinstance(choice, ListConfig) else [choice]
-
-
-def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _explain(name: str, value: Any, known: Mapping[str, str]) -> str:

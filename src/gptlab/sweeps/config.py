@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig
+from gptlab.tracking.run_store.sweeps import Direction
 
 Amount = PositiveInt | None
 
@@ -25,7 +26,7 @@ class SweeperConfig(FrozenConfig):
     n_trials: Amount
     seed: NonNegativeInt
     metric: str
-    direction: Literal["minimize", "maximize"]
+    direction: Direction
     baseline: dict[str, str | int | float | bool | None]
     prune: PruneConfig | None
     retry: bool
