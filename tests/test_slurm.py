@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from commands import assert_config_error, assert_same_run, assert_success, metrics
+from faults import break_steps
 from gptlab.exit_codes import CONFIG_ERROR, PREEMPTED
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, unavailable_reason
@@ -177,6 +178,7 @@ def test_killed_sweep_with_requeued_jobs_equals_single_runs(slurm, user):
     length = ("train.max_steps=120", "train.eval_every=20", "train.eval_windows=4", "callbacks=checkpoint")
     small = ("trainer=cpu", *SMALL[:3], *length, "callbacks.checkpoint.every=20")
     sweep = ("-m", "name=sweep", "seed=1,2", "hydra/launcher=slurm", *small)
+    break_steps(user, "import time; time.sleep(0.1)")  # no job ends before it is requeued
     run = user.begin("gptlab.train", *sweep)
     run.until(lambda: len(list(user.folder.glob("outputs/sweep/*/*/checkpoints"))) == 2)
     run.kill()

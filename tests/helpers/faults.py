@@ -7,7 +7,7 @@ from conftest import User
 # Python imports sitecustomize at startup. Processes that do not train skip the import of torch.
 PATCH = """
 import os, sys
-if {"gptlab.train", "gptlab.worker"} & set(sys.orig_argv):
+if {"gptlab.train", "gptlab.worker", "submitit.core._submit"} & set(sys.orig_argv):
     import torch
     from gptlab.training.module import GPTModule
     plain = GPTModule.training_step

@@ -158,9 +158,9 @@ class GPTModule(L.LightningModule):
         DDP reduces all gradients in one bucket until it has recorded the order in which it receives them: in the second
         backward pass of a static graph, otherwise in the first. The rounding of a sum over three or more ranks depends
         on its position in the bucket. Without these passes, the first steps after a resume would be rounded differently
-        from those of an uninterrupted run.
+        from those of an uninterrupted run. The sum over two ranks is rounded alike at every position.
         """
-        if not isinstance(self.trainer.strategy.model, DistributedDataParallel):
+        if not isinstance(self.trainer.strategy.model, DistributedDataParallel) or self.trainer.world_size < 3:
             return
         self.step_loss = torch.zeros((), device=self.device)
         idx = torch.zeros((1, self.config.model.block_size), dtype=torch.long, device=self.device)
