@@ -31,6 +31,13 @@ CONFIG_ERRORS = {
         ["model.n_layer=abc"],
         "model.n_layer='abc' is not valid: it should be an integer greater than 0 and less than or equal to 10,000.",
     ),
+    "number for a string": (
+        ["name=7"],
+        "that begins with a letter or a digit. To pass the number as a string: 'name=\"7\"'",
+    ),
+    "letters of a name": (["name=é"], "name='é' is not valid: it should be a name of letters (A-Z), digits, '.', '_'"),
+    "package of a group": (["model@model=gpt2"], "The defaults list has no model for the package 'model'. To select:"),
+    "space before =": (["seed =3"], "'seed =3' has a space before '='. Write seed=3"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be a number greater than 0"),
     "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
     "alternatives": (

@@ -68,7 +68,10 @@ def component_or_name(values: Any) -> str | None:
 
 
 # prefixes of pydantic's error types for a value of another type or out of range
-WRONG_VALUE = ("int_", "float_", "bool_", "string_type", "literal_", "less_", "greater_", "none_", "list_", "tuple_")
+WRONG_VALUE = (
+    *("int_", "float_", "bool_", "string_type", "string_pattern", "literal_"),
+    *("less_", "greater_", "none_", "list_", "tuple_"),
+)
 
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
@@ -266,7 +269,10 @@ def _error_message(
     if schema is None or not _is_wrong_value(details):
         expected = details["msg"].replace("Input should be ", "it should be ")
         return f"{key}={details['input']!r} is not valid: {expected}."
-    return f"{key}={value!r} is not valid: it should be {join_kinds(schema)}."
+    allowed = join_kinds(schema)
+    is_number = details["type"] == "string_type" and isinstance(value, int | float) and not isinstance(value, bool)
+    quoted = f""" To pass the number as a string: '{key}="{value}"'""" if is_number else ""
+    return f"{key}={value!r} is not valid: it should be {allowed}.{quoted}"
 
 
 def _is_wrong_value(details: ErrorDetails) -> bool:

@@ -222,8 +222,13 @@ def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> Us
         return UserError(message.splitlines()[0] if group else message)  # without Hydra's search path
     if isinstance(error, OverrideParseException):
         return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
-    if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^'@]+)", message)):
-        return UserError(unknown_key(found[1], keys))
+    if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^']+)'", message)):
+        group, at, package = found[1].partition("@")
+        if at:
+            return UserError(
+                f"The defaults list has no {group} for the package {package!r}. To select: {group}=<option>"
+            )
+        return UserError(unknown_key(group, keys))
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"already at '([^']+)'", message)):
         return UserError(f"{found[1]} already has a value. To change it: {found[1]}=<value>, without +")
     if found := re.match(r"Multiple values for (\S+)\. .*'override \S+: (.*)'", message):

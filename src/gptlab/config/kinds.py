@@ -37,6 +37,8 @@ def _kinds(schema: Mapping[str, Any]) -> Iterator[str]:
         yield from (repr(value) if isinstance(value, str) else str(value).lower() for value in values)
     elif schema.get("type") == "boolean":
         yield from ("true", "false")
+    elif "pattern" in schema:
+        yield schema["description"]
     else:
         bounds = (f"{words} {_number(schema[bound])}" for bound, words in BOUNDS.items() if bound in schema)
         yield " ".join((TYPES.get(schema.get("type", ""), "a valid value"), " and ".join(bounds))).strip()

@@ -68,6 +68,8 @@ def parse_command_line(
         if argument.startswith("-") and not (argument.startswith("--") and equals):
             meant = _suggest(key.lstrip("-"), keys, value)
             raise UserError(f"Unknown flag {argument}. Config keys are set without dashes, as <key>=<value>.{meant}")
+        if equals and key.strip() and key != key.rstrip():
+            raise UserError(f"{argument!r} has a space before '='. Write {key.rstrip()}={value}")
         if key.strip("+~ ") and (equals or key.startswith("~")):
             overrides.append(quote_override(argument.removeprefix("--"), literal_keys, is_sweep=flags.multirun))
         elif subject is not None and not equals and key:

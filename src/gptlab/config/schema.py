@@ -14,6 +14,14 @@ from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleCon
 from gptlab.training.hardware import resolve_loss_chunk
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",  # of a directory, on any file system
+        max_length=200,
+        description="a name of letters (A-Z), digits, '.', '_' and '-' that begins with a letter or a digit",
+    ),
+]
 
 # OpenAI's four sizes (Radford et al. 2019, table 2) by the names that nanoGPT and transformers use
 GPT2_REPOSITORIES = {name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
@@ -72,7 +80,7 @@ class RunConfig(FrozenConfig):
     It is validated once, by the process that starts the run. Workers rebuild it without validation (``rebuild``).
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+    name: Name
     seed: Seed
     resume: Annotated[str | None, Location]
     force_resume: bool
