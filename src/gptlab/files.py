@@ -87,21 +87,31 @@ def open_append(path: Path) -> TextIO:
     return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8")
 
 
-def append_whole(path: Path, content: str) -> None:
+def append_whole(path: Path, content: str, offset: int | None = None) -> None:
     """Appends text to an existing regular file; if that fails, the file remains as it was.
+
+    Args:
+        path: The file, to which no other process writes.
+        content: Text to append.
+        offset: Size in bytes of the part of the file that is kept; the text replaces the rest. None: the whole file.
 
     Raises:
         OSError: The file is missing, a link, or not a regular file, or the disk is full.
     """
-    descriptor = _open(path, os.O_WRONLY | os.O_APPEND)
+    descriptor = _open(path, os.O_RDWR)
     try:
         size, rest = os.fstat(descriptor).st_size, content.encode()
+        start = position = size if offset is None else min(offset, size)
+        replaced = os.pread(descriptor, size - start, start)
         try:
             while rest:
-                rest = rest[os.write(descriptor, rest) :]
+                written = os.pwrite(descriptor, rest, position)
+                rest, position = rest[written:], position + written
         except OSError:
+            os.pwrite(descriptor, replaced, start)  # its blocks are allocated
             os.ftruncate(descriptor, size)
             raise
+        os.ftruncate(descriptor, position)
     finally:
         os.close(descriptor)
 

@@ -26,7 +26,18 @@ def test_columns_are_sorted_and_new_ones_are_added(tmp_path):
     logger.log_metrics({"b": 0.1}, step=1)
     logger.log_metrics({"a": 1e-30, "b": float("nan")}, step=2)
     logger.log_metrics({"c": 3.0})  # at the latest step
-    assert (tmp_path / METRICS).read_bytes() == b"a,b,c,step\r\n,0.1,,1\r\n1e-30,nan,,2\r\n,,3.0,2\r\n"
+    assert (tmp_path / METRICS).read_bytes() == b"a,b,c,step\r\n,0.1,,1\r\n1e-30,nan,3.0,2\r\n"
+
+
+def test_metrics_of_one_step_share_a_row_unless_they_differ(tmp_path):
+    logger = MetricsCSVLogger(tmp_path, None)
+    for step, metrics in ((1, {"x": 1.0, "t": 5}), (2, {"x": 2.0, "t": 6}), (2, {"y": 3.0, "t": 6}), (2, {"y": 4.0})):
+        logger.log_metrics(metrics, step=step)
+    assert (tmp_path / METRICS).read_bytes() == b"step,t,x,y\r\n1,5,1.0,\r\n2,6,2.0,3.0\r\n2,,,4.0\r\n"
+    resumed = MetricsCSVLogger(tmp_path, 1)  # the last row that it keeps is added to
+    resumed.log_metrics({"y": 2.5}, step=1)
+    resumed.log_metrics({"x": 2.0}, step=2)
+    assert (tmp_path / METRICS).read_bytes() == b"step,t,x,y\r\n1,5,1.0,2.5\r\n2,,2.0,\r\n"
 
 
 @pytest.mark.parametrize("end", ["", "4,0.123"])
@@ -40,26 +51,32 @@ def test_a_resumed_run_keeps_the_rows_up_to_its_checkpoint(tmp_path, end, caplog
 
 def test_rows_that_do_not_fit_on_the_disk_are_written_later(tmp_path, monkeypatch, caplog):
     logger = MetricsCSVLogger(tmp_path, None)
+    logger.log_metrics({"x": 0.5, "y": 0.5}, step=0)
     logger.log_metrics({"x": 1.0}, step=1)
-    before, write = (tmp_path / METRICS).read_bytes(), os.write
+    before, write = (tmp_path / METRICS).read_bytes(), os.pwrite
 
-    def write_a_part(descriptor, data):
-        if len(data) > 3:
-            return write(descriptor, data[:3])
+    def write_a_part(descriptor, data, position):
+        if len(data) > 7 and before.endswith(data):  # the part that is restored
+            return write(descriptor, data, position)
+        if len(data) > 6:
+            return write(descriptor, data[:3], position)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as full:
-        full.setattr(os, "write", write_a_part)
+        full.setattr(os, "pwrite", write_a_part)
+        logger.log_metrics({"y": 1.5}, step=1)  # in the row that was written
+        assert (tmp_path / METRICS).read_bytes() == before
         logger.log_metrics({"x": 2.0}, step=2)
         logger.log_metrics({"x": 3.0}, step=3)
         assert (tmp_path / METRICS).read_bytes() == before
-        full.setattr(loggers, "write_file", lambda path, content: write_a_part(0, b""))
-        logger.log_metrics({"y": 3.0}, step=3)
+        full.setattr(loggers, "write_file", lambda path, content: write_a_part(0, b"", 0))
+        logger.log_metrics({"v": 3.0}, step=3)
         assert (tmp_path / METRICS).read_bytes() == before
     assert caplog.text.count("The disk is full") == 1
     logger.log_metrics({"x": 4.0}, step=4)
-    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "3", "4"]
-    assert [row["x"] for row in rows(tmp_path)] == ["1.0", "2.0", "3.0", "", "4.0"]
+    assert [row["step"] for row in rows(tmp_path)] == ["0", "1", "2", "3", "4"]
+    assert [row["x"] for row in rows(tmp_path)] == ["0.5", "1.0", "2.0", "3.0", "4.0"]
+    assert [rows(tmp_path)[1]["y"], rows(tmp_path)[3]["v"]] == ["1.5", "3.0"]
 
 
 def test_a_state_that_does_not_fit_on_the_disk_ends_no_run(tmp_path, monkeypatch):

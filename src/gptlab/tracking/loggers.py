@@ -59,9 +59,9 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
 
 class MetricsCSVLogger(Logger):
-    """Logger of metrics.csv in the run directory, with one row per call and a column per metric.
+    """Logger of metrics.csv in the run directory, with one row per logged step and a column per metric.
 
-    Unlike Lightning's ``CSVLogger``, it loses no row if the process is killed or the disk is full: a row is appended
+    Unlike Lightning's ``CSVLogger``, it loses no row if the process is killed or the disk is full: a row is written
     as a whole or not at all, and a new column replaces the file at once. Rows that cannot be written are written later.
 
     Args:
@@ -76,7 +76,10 @@ class MetricsCSVLogger(Logger):
         self.path = directory / METRICS
         self._step = keep_until or 0
         self._columns: list[str] = []  # of the file
+        self._last: dict[str, Any] | None = None  # last row of the file
+        self._kept = 0  # size of the file without its last row, in bytes
         self._rows: list[dict[str, Any]] = []  # not written yet
+        self._replaces_last = False  # whether the first of them replaces the last row of the file
         if keep_until is not None and is_first_rank():
             self._replace(_read_rows(self.path, keep_until))
 
@@ -85,15 +88,27 @@ class MetricsCSVLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs a row of metrics; without a step, at the latest one."""
+        """Logs metrics of a step, by default the latest one; adds them to its row if it is the last one."""
         self._step = self._step if step is None else step
-        self._rows.append({**metrics, "step": self._step})
+        self._add({**metrics, "step": self._step})
         with skip_if_disk_full(self.path):
             if {key for row in self._rows for key in row} <= set(self._columns):
-                append_whole(self.path, self._format(self._rows))
+                append_whole(self.path, self._format(self._rows), self._kept if self._replaces_last else None)
+                self._remember(self._rows[-1])
             else:
-                self._replace([*_read_rows(self.path, sys.maxsize), *self._rows])
-            self._rows = []
+                earlier = _read_rows(self.path, sys.maxsize)
+                self._replace([*(earlier[:-1] if self._replaces_last else earlier), *self._rows])
+            self._rows, self._replaces_last = [], False
+
+    def _add(self, row: dict[str, Any]) -> None:
+        """Adds a row to those that are not written yet, or its values to the latest row if that has no other ones."""
+        latest = self._rows[-1] if self._rows else self._last
+        if latest is None or any(str(latest.get(key, value)) != str(value) for key, value in row.items()):
+            self._rows.append(row)
+        elif self._rows:
+            self._rows[-1] = latest | row
+        else:
+            self._rows, self._replaces_last = [latest | row], True
 
     def _replace(self, rows: list[dict[str, Any]]) -> None:
         """Replaces the file, with the columns of all rows in alphabetical order."""
@@ -101,6 +116,11 @@ class MetricsCSVLogger(Logger):
         header = dict(zip(columns, columns, strict=True))
         write_file(self.path, self._format([header, *rows] if rows else [], columns))
         self._columns = columns
+        self._remember(rows[-1] if rows else None)
+
+    def _remember(self, last: dict[str, Any] | None) -> None:
+        self._last = last
+        self._kept = self.path.stat().st_size - (len(self._format([last]).encode()) if last else 0)
 
     def _format(self, rows: list[dict[str, Any]], columns: list[str] | None = None) -> str:
         text = io.StringIO()
