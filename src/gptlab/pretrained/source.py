@@ -11,6 +11,7 @@ from gptlab.config.base import validate
 from gptlab.config.locations import check_locations
 from gptlab.config.schema import GPT2_REPOSITORIES, HUB_PREFIX, is_on_hub
 from gptlab.config.trust import check_trusted
+from gptlab.data.hub import use_cache_if_unreachable
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.tokenizers.external import META_FILE, tokenizer_record
 from gptlab.data.tokenizers.tokenizer import GPT2Tokenizer, Tokenizer, load_tokenizer
@@ -165,6 +166,7 @@ def _hub_folder(name: str) -> Path:
     Raises:
         UserError: The model is not in the cache and cannot be downloaded.
     """
+    unreachable = use_cache_if_unreachable()
     from huggingface_hub import snapshot_download  # takes half a second to import
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -181,7 +183,7 @@ def _hub_folder(name: str) -> Path:
         home = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"{name} is not in the cache of the Hugging Face Hub ({home}) and could not be downloaded: "
-            f"{first_line(error)}\nOn a machine with internet access, run hf download {repository} config.json "
+            f"{unreachable or first_line(error)}\nOn a machine with internet access, run hf download {repository} config.json "
             "model.safetensors tokenizer.json --local-dir <directory>. Copy that directory to this machine and pass "
             f"its path instead of {name}."
         ) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptlab.data.config import DataConfig
+from gptlab.data.hub import use_cache_if_unreachable
 from gptlab.data.sources.component import ReaderCorpus, check_reader
 from gptlab.data.sources.files import Corpus, FileCorpus, Task, hash_listing
 from gptlab.data.sources.readers import (
@@ -111,13 +112,15 @@ class HubCorpus:
 @functools.lru_cache(maxsize=1)  # called for every task of a worker
 def _load_dataset(path: str, subset: str | None, streaming: bool, fingerprint: str) -> Any:
     """Loads the train split of a dataset. ``fingerprint`` is part of the cache key, as local files may change."""
+    unreachable = use_cache_if_unreachable()
     import datasets  # slow to import and only needed for this corpus
 
     try:
         return datasets.load_dataset(path, subset, split="train", streaming=streaming)
     except Exception as error:  # the Hub, the network and the loaders raise many types
+        reason = unreachable if unreachable and "OfflineMode" in str(error) else error
         raise UserError(
-            f"data.path={path} could not be loaded: {error}\n"
+            f"data.path={path} could not be loaded: {reason}\n"
             "If this machine has no internet access, load the dataset on another machine and copy its cache (HF_HOME)."
         ) from error
 
