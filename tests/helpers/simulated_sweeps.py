@@ -124,7 +124,7 @@ def _number(point: Point) -> int:
 
 def _failed(rng: Rng, values: np.ndarray, failures: str) -> np.ndarray:
     """Draws which trials fail; returns booleans of the shape (points, seeds)."""
-    points, seeds = values.shape
+    seeds = values.shape[1]
     match failures:
         case "at random":
             return rng.random(values.shape) < 0.1

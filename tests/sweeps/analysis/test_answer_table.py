@@ -132,7 +132,7 @@ def test_points_that_lost_many_trials_are_not_best(tmp_path):
         trials[number] |= {"state": "pruned" if number == 17 else "diverged", "value": None}
     trials[20] |= {"state": "failed", "value": None}
     found = analyze_sweep(write_sweep(tmp_path, trials))
-    best, baseline, left_out = found.rows
+    best, _, left_out = found.rows
     assert [row.settings[LR] for row in found.rows] == ["4", "1", "2"]
     assert best.verdict == "better by 11.900 ± 0.032 nats (9 common seeds)"  # differences of -12, -11.9 and -11.8
     assert left_out.verdict == "not comparable: 2 of 10 trials failed, 1 of 10 trials pruned"
