@@ -306,3 +306,7 @@ def test_best_value_at_the_edge_of_the_grid_is_noted(tmp_path):
     words = notes("words", "schedule", cosine=3.0, linear=2.0, wsd=1.0)
     sizes = notes("sizes", "model.n_layer", **{"1": 3.0, "2": 2.0, "3": 1.0})
     assert not any("was tried" in note for note in (*within, *two, *words, *sizes))
+    failed = [
+        trial({LR: lr}, value, "done" if value else "failed") for lr, value in ((1, 3.0), (2, 2.0), (3, 1.0), (4, None))
+    ]
+    assert not any("was tried" in note for note in analyze_sweep(write_sweep(tmp_path / "failed", failed)).notes)

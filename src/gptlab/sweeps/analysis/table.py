@@ -131,7 +131,7 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         rows=rows,
         answer=answer_line(sweep.n_trials, metric, points, ranking),
         comparisons=sum(claim.p is not None for claim in ranking.claims.values()),
-        notes=[*_edges(ranking.ranked), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
+        notes=[*_edges(ranking, points), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
     )
 
 
@@ -213,19 +213,19 @@ def _name(point: Point) -> str:
     return format_overrides(point.settings)
 
 
-def _edges(ranked: list[Point]) -> list[str]:
+def _edges(ranking: Ranking, points: list[Point]) -> list[str]:
     """Returns a note for each key whose best value is the smallest or largest of at least three values that were tried.
 
     Omits model sizes: a larger model is usually better, but costs more.
     """
     notes = []
-    for key in ranked[0].settings if ranked else ():
-        values = {number for point in ranked if (number := as_number(point.settings.get(key, ""))) is not None}
-        best = as_number(ranked[0].settings[key])
+    settings = ranking.ranked[0].settings if ranking.ranked and ranking.better is None else {}
+    for key, shown in settings.items():
+        values = {number for point in points if (number := as_number(point.settings.get(key, ""))) is not None}
+        best = as_number(shown)
         if key.startswith("model.") or len(values) < 3 or best not in (min(values), max(values)):
             continue
         end, beyond = ("smallest", "smaller") if best == min(values) else ("largest", "larger")
-        shown = ranked[0].settings[key]
         notes.append(f"The best {key} is the {end} value that was tried ({shown}). A {beyond} value may be better.")
     return notes
 
