@@ -120,9 +120,10 @@ def test_failed_trials_are_excluded_and_counted(tmp_path):
     assert (rows["4e-3"].n, rows["4e-3"].failed, rows["4e-3"].verdict) == (1, 2, "one seed, significance unknown")
     assert (rows["8e-3"].n, rows["8e-3"].mean, rows["8e-3"].verdict) == (0, None, "3 failed")
     assert found.rows[-1] is rows["8e-3"]
-    assert found.notes[0] == "Trial 4 (optimizer.lr=2e-3 seed=2) is excluded, state failed: out of memory"
-    assert found.notes[1] == "Trial 7 (optimizer.lr=4e-3 seed=2) is excluded, state done: val/loss has no finite value"
-    assert len(found.notes) == 6
+    assert found.notes[0].startswith("The best optimizer.lr is the smallest value")
+    assert found.notes[1] == "Trial 4 (optimizer.lr=2e-3 seed=2) is excluded, state failed: out of memory"
+    assert found.notes[2] == "Trial 7 (optimizer.lr=4e-3 seed=2) is excluded, state done: val/loss has no finite value"
+    assert len(found.notes) == 7
 
 
 def test_points_that_lost_many_trials_are_not_best(tmp_path):
