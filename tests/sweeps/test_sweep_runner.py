@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gptlab.config.base import validate
 from gptlab.errors import UserError
 from gptlab.exit_codes import CONFIG_ERROR, DIVERGED, DONE, FAILED, INTERRUPTED, PREEMPTED, PRUNED
 from gptlab.sweeps import sweep_runner
@@ -16,10 +17,10 @@ from gptlab.sweeps.analysis.table import analyze_sweep
 from gptlab.sweeps.config import SweeperConfig
 from gptlab.sweeps.search import Search
 from gptlab.sweeps.space import SearchSpace
-from gptlab.sweeps.sweep_runner import SweepRunner
+from gptlab.sweeps.sweep_runner import SweepRunner, missing_metric
 from gptlab.sweeps.sweep_store import SweepStore, find_or_create_sweep_dir
 from gptlab.tracking.run_store.state import RunState
-from gptlab.tracking.run_store.sweeps import Sweep, load_sweep, load_trials
+from gptlab.tracking.run_store.sweeps import Sweep, Trial, load_sweep, load_trials
 
 SETTINGS = {
     "question": "",
@@ -368,8 +369,43 @@ def test_a_sweep_ends_after_max_hours_and_continues(tmp_path):
 def test_a_metric_that_is_not_logged_ends_the_sweep_after_the_first_trial(tmp_path):
     runner = FakeLauncher()
     with pytest.raises(UserError, match=r"val/lss is not a column of metrics.csv. Did you mean val/loss\?"):
-        run_sweep(tmp_path, GRID, runner, metric="val/lss")
+        run_sweep(tmp_path, GRID, runner, metric="val/lss", direction="minimize")
     assert len(runner.finished) == 1
+
+
+def test_a_metric_that_the_first_evaluation_does_not_log_ends_the_sweep(tmp_path):
+    """The trial is still running; the row of a later step says that its first evaluation is complete."""
+    definition = Sweep(question="", space={}, fixed=[], search="grid", n_trials=1, baseline={}, wandb_group="",
+                       metric="mine/score", direction="maximize", points=[{}])  # fmt: skip
+    rows = ["step,train/loss,val/loss", "1,3.0,", "2,,2.9"]
+    assert missing_metric("mine/score", []) is None
+    store = SweepStore(tmp_path, definition, lambda trial: True)
+    runner = SweepRunner(store, None, FakeLauncher(), None, SweeperConfig(**SETTINGS))
+    store.write(Trial(number=0, overrides={}, config_hash="", state="running"))
+    for following, is_error in (([], False), (["2,2.8,"], False), (["3,2.7,"], True)):
+        (tmp_path / "0" / "metrics.csv").write_text("\n".join([*rows, *following]) + "\n")
+        runner._metric_check = 0.0
+        with pytest.raises(UserError, match="mine/score is not a column") if is_error else contextlib.nullcontext():
+            runner._check_metric()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        *(("val/loss", "minimize"), ("wiki/loss", "minimize"), ("wiki/bits_per_byte", "minimize")),
+        *(("hellaswag/acc_norm", "maximize"), ("mine/acc", "maximize"), ("tokens_per_second", "maximize")),
+        *(("val/lss", None), ("loss", None), ("score", None)),
+    ],
+)
+def test_known_metrics_have_a_direction(metric, direction):
+    settings = SETTINGS | {"metric": metric, "direction": None}
+    if direction is not None:
+        assert validate(SweeperConfig, settings).resolved_direction == direction
+    else:
+        with pytest.raises(UserError, match=r"hydra\.sweeper\.direction=minimize or maximize"):
+            validate(SweeperConfig, settings)
+    assert validate(SweeperConfig, settings | {"direction": "maximize"}).resolved_direction == "maximize"
 
 
 def test_newest_sweep_of_the_same_definition_is_resumed_or_extended(tmp_path, monkeypatch):

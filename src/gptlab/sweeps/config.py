@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gptlab.config.base import FrozenConfig
+from gptlab.errors import did_you_mean
 from gptlab.tracking.run_store.sweeps import Direction
 
 Amount = PositiveInt | None
@@ -18,6 +19,21 @@ class PruneConfig(FrozenConfig):
     reduction_factor: Annotated[int, Field(ge=2)]
 
 
+# Metrics of a run by which points can be compared; of names with "/", the last part determines the direction.
+DIRECTIONS: dict[str, Direction] = {
+    **dict.fromkeys(("val/loss", "train/loss", "val/bits_per_byte"), "minimize"),
+    **dict.fromkeys(("peak_memory_gb", "data_wait", "bad_steps", "loss_spikes"), "minimize"),
+    **dict.fromkeys(("energy_kwh", "emissions_kg"), "minimize"),
+    **dict.fromkeys(("hellaswag/acc", "hellaswag/acc_norm", "tokens_per_second", "mfu"), "maximize"),
+}
+
+
+def known_direction(metric: str) -> Direction | None:
+    """Returns whether lower or higher values of a metric are better; None if that is not known from its name."""
+    by_last_part = {name.rpartition("/")[2]: direction for name, direction in DIRECTIONS.items() if "/" in name}
+    return DIRECTIONS.get(metric) or (by_last_part.get(metric.rpartition("/")[2]) if "/" in metric else None)
+
+
 class SweeperConfig(FrozenConfig):
     """Configuration of a sweep: its question, metric and baseline, and how its points are chosen."""
 
@@ -26,7 +42,7 @@ class SweeperConfig(FrozenConfig):
     n_trials: Amount
     seed: NonNegativeInt
     metric: str
-    direction: Direction
+    direction: Direction | None
     baseline: dict[str, str | int | float | bool | None]
     prune: PruneConfig | None
     retry: bool
@@ -34,8 +50,21 @@ class SweeperConfig(FrozenConfig):
     max_hours: PositiveFloat | None
     params: dict[str, str | int | float | bool]
 
+    @property
+    def resolved_direction(self) -> Direction:
+        """The direction; by default that in which the metric is known to be better."""
+        direction = self.direction or known_direction(self.metric)
+        assert direction is not None  # noqa: S101  (validated)
+        return direction
+
     @model_validator(mode="after")
-    def _check_n_trials(self) -> Self:
+    def _check(self) -> Self:
+        if self.direction is None and known_direction(self.metric) is None:
+            raise ValueError(
+                f"hydra.sweeper.metric={self.metric} is not one of gptlab's metrics."
+                f"{did_you_mean(self.metric, DIRECTIONS)} To compare another metric, set "
+                "hydra.sweeper.direction=minimize or maximize"
+            )
         if self.search != "grid" and self.n_trials is None:
             raise ValueError(
                 f"hydra.sweeper.search={self.search} requires hydra.sweeper.n_trials, the number of points, "
@@ -46,10 +75,10 @@ class SweeperConfig(FrozenConfig):
                 f"hydra.sweeper.n_trials={self.n_trials} cannot be used with hydra.sweeper.search=grid, "
                 "which runs every point"
             )
-        if self.prune is not None and (self.metric, self.direction) != ("val/loss", "minimize"):
+        if self.prune is not None and (self.metric, self.resolved_direction) != ("val/loss", "minimize"):
             raise ValueError(
                 f"hydra.sweeper.prune compares val/loss, which hydra.sweeper.metric={self.metric} "
-                f"hydra.sweeper.direction={self.direction} does not minimize. Set it to null"
+                f"hydra.sweeper.direction={self.resolved_direction} does not minimize. Set it to null"
             )
         return self
 

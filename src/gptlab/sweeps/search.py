@@ -90,7 +90,7 @@ class Search:
         self.study: optuna.Study | None = None
         if self.grid is None or config.prune is not None:
             self.study = optuna.create_study(
-                storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction=config.direction
+                storage=open_storage(folder), study_name=STUDY, load_if_exists=True, direction=config.resolved_direction
             )
             self.study.pruner = build_pruner(config.prune, max_tokens)
 

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -35,6 +35,8 @@ from gptlab.training.distributed.processes import STOP_SIGNALS
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
+METRIC_POLL_SECONDS = 2.0
+EVALUATED = "val/loss"  # every evaluation records it
 Compose = Callable[[Point], RunConfig]
 
 
@@ -92,6 +94,7 @@ class SweepRunner:
         self.store, self.search, self.launcher, self.compose, self.config = store, search, launcher, compose, config
         self._deadline = time.monotonic() + 3600 * (config.max_hours or math.inf)
         self._has_failed = False  # in this process
+        self._metric_check: float | None = time.monotonic()  # time of the next one; None: the metric is recorded
         self.table = SweepTable(lambda: list(store.trials.values()), store.run_dir)
 
     def run(self) -> int:
@@ -120,6 +123,7 @@ class SweepRunner:
                     self._begin(ready)
             for number, status in self.launcher.ended():
                 self._end(number, status)
+            self._check_metric()
             if not self.launcher.is_busy and not self.launcher.has_room:
                 break  # a signal was received
             time.sleep(POLL_SECONDS)
@@ -192,18 +196,30 @@ class SweepRunner:
         sweep, run = self.store.sweep, Run(run_dir)
         which: Literal["lowest", "highest"] = "lowest" if sweep.direction == "minimize" else "highest"
         value = run.value(sweep.metric, which) if status in (DONE, PRUNED) else None
-        if status == DONE and run.rows and not any(sweep.metric in row for row in run.rows):
-            columns = sorted({name for row in run.rows for name in row} - {"step"})
-            message = (
-                f"hydra.sweeper.metric={sweep.metric} is not a column of {METRICS}."
-                f"{did_you_mean(sweep.metric, columns)} Columns: {', '.join(columns)}."
-            )
-            self._close(trial.to("failed", status=CONFIG_ERROR, message=message))
-            raise UserError(message)
+        if status == DONE and (problem := missing_metric(sweep.metric, run.rows)) is not None:
+            self._close(trial.to("failed", status=CONFIG_ERROR, message=problem))
+            raise UserError(problem)
         if status == DONE and value is None:
             name, status, message = "diverged", DIVERGED, f"{self.store.sweep.metric} has no finite value"
         tokens = state.tokens if state else 0
         self._close(trial.to(name, status=status, message=message, value=value, tokens=tokens))
+
+    def _check_metric(self) -> None:
+        """Raises UserError if a running trial has not recorded the metric of the sweep in its first evaluation."""
+        if self._metric_check is None or time.monotonic() < self._metric_check:
+            return
+        self._metric_check = time.monotonic() + METRIC_POLL_SECONDS
+        running = (trial for trial in self.store.trials.values() if trial.state == "running")
+        if (first := next(running, None)) is None:
+            return
+        rows = Run(self.store.run_dir(first)).rows
+        problem = missing_metric(self.store.sweep.metric, rows)
+        if rows and problem is None:
+            self._metric_check = None
+        evaluated = next((row for row in rows if EVALUATED in row), None)
+        # the rows of an evaluation are complete when there is one of a later step
+        if problem is not None and evaluated is not None and rows[-1].get("step", 0) > evaluated.get("step", 0):
+            raise UserError(problem)
 
     def _close(self, trial: Trial) -> None:
         self.store.write(trial)
@@ -246,6 +262,17 @@ class SweepRunner:
         elif any(trial.state in FAILED_STATES for trial in trials):
             log.info("To retry the failed trials, add hydra.sweeper.retry=true hydra.sweep.dir=%s to the command.",
                      self.store.directory)  # fmt: skip
+
+
+def missing_metric(metric: str, rows: Sequence[Mapping[str, float]]) -> str | None:
+    """Returns the message of an error if rows of metrics.csv, at least one, do not have a metric; else None."""
+    if not rows or any(metric in row for row in rows):
+        return None
+    columns = sorted({name for row in rows for name in row} - {"step"})
+    return (
+        f"hydra.sweeper.metric={metric} is not a column of {METRICS}.{did_you_mean(metric, columns)} "
+        f"Columns: {', '.join(columns)}."
+    )
 
 
 def _last_line(path: Path) -> str | None:

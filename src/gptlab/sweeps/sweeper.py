@@ -175,7 +175,7 @@ def _describe(config: SweeperConfig, space: SearchSpace, grid: list[Point], name
         n_trials=len(grid) if config.search == "grid" else config.n_trials or 0,
         search_seed=config.seed,
         metric=config.metric,
-        direction=config.direction,
+        direction=config.resolved_direction,
         prune=config.prune and config.prune.model_dump(mode="json"),
         baseline={key: str(value) for key, value in config.baseline.items()},
         wandb_group=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",

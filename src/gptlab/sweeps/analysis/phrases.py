@@ -1,16 +1,19 @@
 """Text of the results of a sweep: values with uncertainty, comparisons, the one-line answer. Imports no torch."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gptlab.sweeps.analysis.significance import MAX_SEEDS, Claim, Estimate
 
 BASELINE = "baseline"
 NOT_SIGNIFICANT = "not significant"
+NOT_COMPARABLE = "not comparable"
 ONE_SEED = "one seed, significance unknown"
 UNITS = {"train/loss": "nats", "val/loss": "nats", "val/bits_per_byte": "bits per byte"}
 DIGITS = 4  # decimal places of a value without a standard error
 MAX_DIGITS = 6
+SHOWN = 3  # names of points in one sentence
 
 
 class Metric(NamedTuple):
@@ -36,18 +39,20 @@ class BestResult(NamedTuple):
     Attributes:
         name: Name of the best point.
         estimate: Estimate of its value.
-        baseline: Name of the baseline, or None if the baseline has no value.
-        to_baseline: Comparison of the best point with the baseline, or None if the best point is the baseline.
-        following: Name of the second best point, or None if no other point has a value.
-        to_following: Comparison of the best point with the second best.
+        lost: Its failed and pruned trials, as text, or "".
+        comparisons: Comparisons of the best point with others, by what they are: "the baseline (optimizer.lr=1e-3)".
+        is_baseline: Whether the best point is the baseline.
+        is_only: Whether no other point has a value.
+        left_out: Points that are not ranked, with the reason: "optimizer.lr=4e-3 (2 of 5 trials failed)".
     """
 
     name: str
     estimate: Estimate
-    baseline: str | None
-    to_baseline: Claim | None
-    following: str | None
-    to_following: Claim | None
+    lost: str
+    comparisons: Mapping[str, Claim]
+    is_baseline: bool
+    is_only: bool
+    left_out: Sequence[str]
 
 
 def plus_minus(value: float, se: float | None) -> str:
@@ -63,26 +68,40 @@ def quantity(value: float, se: float | None, metric: Metric) -> str:
     return f"{plus_minus(value, se)} {metric.unit}".rstrip()
 
 
-def verdict(claim: Claim, metric: Metric) -> str:
-    """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats (5 seeds)"."""
+def verdict(claim: Claim, metric: Metric, lost: str = "") -> str:
+    """Formats a comparison with the baseline: "better by 0.012 ± 0.003 nats (5 seeds)".
+
+    Args:
+        claim: The comparison.
+        metric: Metric that is compared.
+        lost: Failed and pruned trials of the better of the two points, if they are too many to name it better.
+    """
     if claim.p is None:
         return ONE_SEED
     if not claim.is_significant:
         return f"{NOT_SIGNIFICANT} (p = {claim.p:.2g})"
+    if lost:
+        return f"{NOT_COMPARABLE}: {lost}"
     return f"{_word(claim, metric)} by {_amount(claim, metric)} ({claim.comparison.seeds})"
 
 
 def best_line(best: BestResult, metric: Metric, *, is_over: bool) -> str:
     """Returns the one-line answer of a sweep with several points."""
-    role = f", the {BASELINE}" if best.name == best.baseline else ""
-    parts = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}"]
-    if best.to_baseline is not None:
-        parts.append(_compared_with(best.to_baseline, metric, f"the {BASELINE} ({best.baseline})"))
-    if best.to_following is not None and best.following != best.baseline:
-        parts.append(_compared_with(best.to_following, metric, f"the second best ({best.following})"))
-    if best.following is None:
+    role = f", the {BASELINE}" if best.is_baseline else ""
+    lost = f" ({best.lost})" if best.lost else ""
+    parts = [f"best{'' if is_over else ' so far'}: {best.name}{role}, {quantity(*best.estimate[1:], metric)}{lost}"]
+    parts += [_compared_with(claim, metric, other) for other, claim in best.comparisons.items()]
+    if best.is_only:
         parts.append("no other point has a value")
+    if best.left_out:
+        parts.append(f"not ranked: {join_some(best.left_out)}")
     return "; ".join(dict.fromkeys(parts))
+
+
+def join_some(names: Sequence[str]) -> str:
+    """Joins the first three names: "a, b, c and 2 more"."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def spread_line(estimate: Estimate, metric: Metric) -> str:
@@ -122,4 +141,5 @@ def _compared_with(claim: Claim, metric: Metric, other: str) -> str:
         return f"{ONE_SEED}: more seeds are needed"
     if not claim.is_significant:
         return f"no significant difference from {other}: {_more_seeds(claim)}"
-    return f"{_word(claim, metric)} than {other} by {_amount(claim, metric)}"
+    seeds = f" ({claim.comparison.seeds})" if claim.comparison.is_partial else ""
+    return f"{_word(claim, metric)} than {other} by {_amount(claim, metric)}{seeds}"

@@ -8,6 +8,7 @@ from gptlab.sweeps.analysis.significance import Replicate
 from gptlab.tracking.run_store.sweeps import FAILED_STATES, Trial
 
 SEED = "seed"
+MAX_LOST = 0.1  # largest share of failed and pruned trials of a point that is named best or better
 NAMES: Mapping[str, bool | None] = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -33,6 +34,21 @@ class Point(NamedTuple):
     def pruned(self) -> int:
         """Number of pruned trials; their values are not comparable with those of finished trials."""
         return sum(trial.state == "pruned" for trial in self.trials)
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether more than ``MAX_LOST`` of the trials failed or were pruned.
+
+        Seeds with high losses are more likely to fail and to be pruned, so the mean of the others is too low.
+        """
+        return self.failed + self.pruned > MAX_LOST * len(self.trials)
+
+    @property
+    def lost(self) -> str:
+        """Number of failed and pruned trials, as text: "2 of 5 trials failed, 1 of 5 pruned"."""
+        counts = {"failed": self.failed, "pruned": self.pruned}
+        found = [f"{count} of {len(self.trials)} trials {name}" for name, count in counts.items() if count]
+        return ", ".join(found)
 
     @property
     def unfinished(self) -> int:

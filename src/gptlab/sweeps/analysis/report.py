@@ -22,6 +22,7 @@ from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 
 CSV, JSON = "answers.csv", "answers.json"
+LOSS = "loss"  # end of the names of metrics that follow a scaling law
 RATIO = ".ratio"  # measured / forecast
 RESULT = "result"  # heading of the verdicts
 DIFFERENCE = "difference from baseline"
@@ -37,7 +38,7 @@ STATISTICS = (  # columns of the CSV with fields of AnswerRow
 def report_sweep(directory: Path) -> SweepAnswers:
     """Prints the results of a sweep and writes them to answers.csv and answers.json in its directory.
 
-    For a sweep over model sizes and training lengths, also fits a scaling law, or prints why that is not possible.
+    For a loss over model sizes and training lengths, also fits a scaling law, or prints why that is not possible.
 
     Raises:
         UserError: ``directory`` is not the directory of a sweep, or is damaged.
@@ -45,7 +46,7 @@ def report_sweep(directory: Path) -> SweepAnswers:
     answers = analyze_sweep(directory)
     print_answers(answers)
     write_answers(answers, directory)
-    if varies_size_and_length(directory):
+    if varies_size_and_length(directory) and answers.metric.endswith(LOSS):
         try:
             scaling = fit_sweep(directory)
         except UserError as error:

@@ -14,16 +14,16 @@ from gptlab.sweeps.analysis.phrases import (
     Metric,
     best_line,
     format_counts,
+    join_some,
     spread_line,
     verdict,
 )
-from gptlab.sweeps.analysis.points import Point, as_number, find_point, group_points, is_failed
+from gptlab.sweeps.analysis.points import MAX_LOST, Point, as_number, find_point, group_points, is_failed
+from gptlab.sweeps.analysis.ranking import Ranking, is_inferior, rank
 from gptlab.sweeps.analysis.scaling_report import model_size
-from gptlab.sweeps.analysis.significance import Claim, compare_all, estimate
+from gptlab.sweeps.analysis.significance import estimate
 from gptlab.tracking.run_store.runs import FORECAST, Run, flatten
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides, load_sweep, load_trials
-
-NEXT_BEST = "\0"  # key of the comparison of the best two points; the other keys are names of points
 
 
 class AnswerRow(BaseModel):
@@ -87,7 +87,7 @@ class SweepAnswers(BaseModel):
         question: Question of the sweep.
         metric: Metric that is compared.
         keys: Varied keys, without the seed.
-        rows: Points with a value, best first, then points without a value.
+        rows: Ranked points, best first, then points that lost too many trials to be ranked, then points without value.
         answer: One-line answer.
         comparisons: Number of comparisons, for which the p-values are corrected.
         notes: Warnings, one sentence each.
@@ -118,49 +118,34 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
     trials = load_trials(directory)
     points = group_points(trials)
     metric = Metric(sweep.metric, is_maximized=sweep.direction == "maximize")
-    ranked = sorted(
-        (point for point in points if point.values),
-        key=lambda point: fmean(point.values.values()) * (-1 if metric.is_maximized else 1),
-    )
     baseline = find_point(points, sweep.baseline)
-    claims = _claims(ranked, baseline)
+    ranking = rank(points, baseline, metric)
     rows = [
-        _row(directory, point, claims.get(format_overrides(point.settings)), metric, is_baseline=point is baseline)
-        for point in (*ranked, *(point for point in points if not point.values))
+        _row(directory, point, ranking, metric, is_baseline=point is baseline)
+        for point in (*ranking.ranked, *ranking.left_out, *(point for point in points if not point.values))
     ]
     return SweepAnswers(
         question=sweep.question,
         metric=sweep.metric,
         keys=list(dict.fromkeys(key for point in points for key in point.settings)),
         rows=rows,
-        answer=_answer(sweep.n_trials, metric, points, ranked, baseline, claims),
-        comparisons=sum(claim.p is not None for claim in claims.values()),
-        notes=[*_edges(ranked), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
+        answer=answer_line(sweep.n_trials, metric, points, ranking),
+        comparisons=sum(claim.p is not None for claim in ranking.claims.values()),
+        notes=[*_edges(ranking, points), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
     )
 
 
-def _claims(ranked: list[Point], baseline: Point | None) -> dict[str, Claim]:
-    """Compares every point with the baseline, and the best two if neither is the baseline; returns claims by name."""
-    pairs = {}
-    if baseline is not None and baseline.values:
-        pairs = {format_overrides(p.settings): (p.values, baseline.values) for p in ranked if p is not baseline}
-    if len(ranked) > 1 and not (pairs and any(point is baseline for point in ranked[:2])):
-        pairs[NEXT_BEST] = (ranked[0].values, ranked[1].values)
-    return compare_all(pairs)
-
-
-def _row(directory: Path, point: Point, claim: Claim | None, metric: Metric, *, is_baseline: bool) -> AnswerRow:
-    """Builds the row of a point; ``claim`` is its comparison with the baseline, or None if there is none."""
+def _row(directory: Path, point: Point, ranking: Ranking, metric: Metric, *, is_baseline: bool) -> AnswerRow:
+    """Builds the row of a point."""
     known: dict[str, Any] = {}
+    claim = ranking.claims.get(format_overrides(point.settings))
     if point.values:
         n, mean, se = estimate(list(point.values.values()))
         known = {"mean": mean, "se": se}
-        compared = verdict(claim, metric) if claim is not None else f"no {BASELINE}"
-        words = BASELINE if is_baseline else compared
     else:
-        n, words = 0, format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
+        n = 0
     if claim is not None:
-        method, compared_runs, _, difference, se, p, low, high = claim.comparison
+        method, compared_runs, _, difference, se, p, low, high, _ = claim.comparison
         known |= {"comparison": method, "compared": compared_runs, "difference": difference, "difference_se": se}
         known |= {"p": p, "low": low, "high": high, "p_holm": claim.p}
     runs = [Run(directory / str(trial.number)) for trial in point.trials]
@@ -169,7 +154,7 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: Metric, *, 
         trials=[trial.number for trial in point.trials],
         values={",".join(replicate): value for replicate, value in point.values.items()},
         n=n,
-        verdict=words,
+        verdict=point_verdict(point, ranking, metric, is_baseline=is_baseline),
         is_baseline=is_baseline,
         failed=point.failed,
         pruned=point.pruned,
@@ -181,49 +166,66 @@ def _row(directory: Path, point: Point, claim: Claim | None, metric: Metric, *, 
     )
 
 
-def _answer(
-    n_trials: int,
-    metric: Metric,
-    points: list[Point],
-    ranked: list[Point],
-    baseline: Point | None,
-    claims: dict[str, Claim],
-) -> str:
+def point_verdict(point: Point, ranking: Ranking, metric: Metric, *, is_baseline: bool) -> str:
+    """Returns the result of a point in words."""
+    if not point.values:
+        return format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
+    claim = ranking.claims.get(_name(point))
+    if claim is None or ranking.baseline is None:
+        return BASELINE if is_baseline else f"no {BASELINE}"
+    winner = ranking.baseline if is_inferior(claim, metric) else point
+    return verdict(claim, metric, winner.lost if winner.is_biased else "")
+
+
+def answer_line(n_trials: int, metric: Metric, points: list[Point], ranking: Ranking) -> str:
     """Returns the one-line answer."""
     missing = n_trials - sum(len(point.trials) for point in points)  # not proposed yet
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
-    if not ranked:
+    ranked, left_out = ranking.ranked, [f"{_name(point)} ({point.lost})" for point in ranking.left_out]
+    if not ranked and not left_out:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
         return f"no trial has a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was started'}"
-    estimates = [estimate(list(point.values.values())) for point in ranked[:1]]
+    if not ranked:
+        return f"no best: more than {MAX_LOST:.0%} of the trials of every point are lost: {join_some(left_out)}"
+    best = estimate(list(ranked[0].values.values()))
     if len(points) == 1:
-        return spread_line(estimates[0], metric)
-    names = [format_overrides(point.settings) for point in ranked]
-    is_comparable = baseline is not None and baseline.values
-    baseline_name = format_overrides(baseline.settings) if baseline is not None and is_comparable else None
-    following = claims.get(NEXT_BEST)
-    if len(ranked) > 1 and ranked[0] is baseline:
-        following = claims[names[1]].reversed()
+        return spread_line(best, metric)
+    if ranking.better is not None:
+        return (
+            f"no best: {_name(ranked[0])} has the best mean, but {ranking.better} is better on the seeds that both have"
+        )
     return best_line(
-        BestResult(names[0], estimates[0], baseline_name, claims.get(names[0]), (*names, None)[1], following),
+        BestResult(
+            name=_name(ranked[0]),
+            estimate=best,
+            lost=ranked[0].lost,
+            comparisons=ranking.of_best,
+            is_baseline=ranked[0] is ranking.baseline,
+            is_only=len(ranked) + len(left_out) == 1,
+            left_out=left_out,
+        ),
         metric,
         is_over=unfinished == 0,
     )
 
 
-def _edges(ranked: list[Point]) -> list[str]:
+def _name(point: Point) -> str:
+    return format_overrides(point.settings)
+
+
+def _edges(ranking: Ranking, points: list[Point]) -> list[str]:
     """Returns a note for each key whose best value is the smallest or largest of at least three values that were tried.
 
     Omits model sizes: a larger model is usually better, but costs more.
     """
     notes = []
-    for key in ranked[0].settings if ranked else ():
-        values = {number for point in ranked if (number := as_number(point.settings.get(key, ""))) is not None}
-        best = as_number(ranked[0].settings[key])
+    settings = ranking.ranked[0].settings if ranking.ranked and ranking.better is None else {}
+    for key, shown in settings.items():
+        values = {number for point in points if (number := as_number(point.settings.get(key, ""))) is not None}
+        best = as_number(shown)
         if key.startswith("model.") or len(values) < 3 or best not in (min(values), max(values)):
             continue
         end, beyond = ("smallest", "smaller") if best == min(values) else ("largest", "larger")
-        shown = ranked[0].settings[key]
         notes.append(f"The best {key} is the {end} value that was tried ({shown}). A {beyond} value may be better.")
     return notes
 
