@@ -19,7 +19,7 @@ CONFIG_ERRORS = {
     "forced unknown key": (["++model.n_layers=3"], "Unknown config key `model.n_layers`. Did you mean model.n_layer?"),
     "added value of a key": (["+model.n_layer=3"], "model.n_layer already has a value. To change it: model.n_layer="),
     "deleted key": (["~optimizer.fused"], "optimizer.fused is missing. Set it on the command line: optimizer.fused="),
-    "deleted group": (["~optimizer"], "optimizer.name is missing. Select an option: optimizer=<option>"),
+    "deleted group": (["~optimizer"], "optimizer needs an option. Valid options: adafactor, adamw"),
     "deleted unknown key": (["~optimizer.fusd"], "'optimizer.fusd' does not exist"),
     "several actions": (["--cfg=job", "--info=all"], "Only one of "),
     "resolve alone": (["--resolve"], "The --resolve flag can only be used"),
@@ -38,6 +38,14 @@ CONFIG_ERRORS = {
     "letters of a name": (["name=é"], "name='é' is not valid: it should be a name of letters (A-Z), digits, '.', '_'"),
     "package of a group": (["model@model=gpt2"], "The defaults list has no model for the package 'model'. To select:"),
     "space before =": (["seed =3"], "'seed =3' has a space before '='. Write seed=3"),
+    "several values": (
+        ["seed=1,2"],
+        "seed=1,2 has several values. To train a run for each: python -m gptlab.train -m 's",
+    ),
+    "deleted group that is needed": (["~model"], "model needs an option. Valid options: gpt, gpt2,"),
+    "directory of Hydra": (["hydra.output_subdir=.hydra"], "hydra.output_subdir=.hydra is not supported: config.yaml"),
+    "working directory": (["hydra.job.chdir=true"], "hydra.job.chdir=true is not supported: paths are relative"),
+    "file without a key": (["text.txt"], "To use the file: data=text data.source=text.txt"),
     "out of range": (["optimizer.lr=-1"], "optimizer.lr=-1 is not valid: it should be a number greater than 0"),
     "unknown choice": (["trainer.precision=8"], "trainer.precision=8 is not valid: it should be 'auto', '32-true'"),
     "alternatives": (

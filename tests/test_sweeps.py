@@ -75,6 +75,9 @@ def test_sweep_runs_every_point_and_records_it(user):
     ]
 
 
+RANDOM = ("hydra.sweeper.search=random", "hydra.sweeper.n_trials=2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -95,6 +98,15 @@ def test_sweep_runs_every_point_and_records_it(user):
         (("lora=null,nothing",), "Unknown option lora=nothing"),
         (("resume=outputs/a,outputs/b",), "resume=outputs/a"),
         (("seed=1,2", "hydra.sweep.subdir=x"), "hydra.sweep.subdir=x is not supported"),
+        (("data=text", "data.source=text.txt,missing.txt"), "missing.txt does not exist"),
+        (
+            ("hydra.sweeper.metric=val/los", "seed=1,2"),
+            "metric=val/los is not one of gptlab's metrics. Did you mean val/loss",
+        ),
+        ((*RANDOM, "optimizer.lr=tag(log,interval(0,1))"), "an interval on a log scale starts above 0"),
+        ((*RANDOM, "optimizer.lr=tag(lg,interval(1e-4,1))"), "the tag lg is unknown"),
+        (("seed=1,2", "hydra.launcher.partition=gpu"), "belongs to other options of hydra/launcher="),
+        (("seed=1,2", "hydra.sweeper.prune.method=asha"), "'hydra.sweeper.prune={method: <value>, ...}'"),
     ],
 )
 def test_invalid_sweep_is_rejected_before_anything_is_written(user, arguments, message):

@@ -76,12 +76,13 @@ WRONG_VALUE = (
 ConfigT = TypeVar("ConfigT", bound=FrozenConfig)
 
 
-def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+def validate(config_type: type[ConfigT], values: Mapping[str, Any], prefix: str = "") -> ConfigT:
     """Validates a resolved configuration.
 
     Args:
         config_type: Class to build.
         values: Nested plain data, keyed by field name.
+        prefix: Beginning of the names of its keys on the command line: "hydra.launcher.".
 
     Returns:
         The validated configuration.
@@ -92,13 +93,13 @@ def validate(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     try:
         return config_type.model_validate(values)
     except ValidationError as error:
-        keys = set(known_keys(config_type))
+        keys = set(known_keys(config_type, prefix))
         problems: dict[tuple[str, object], ErrorDetails] = {}
         for details in error.errors():
             # a wrong value has an error for each member of a union, which are reported as one
             problem = WRONG_VALUE if _is_wrong_value(details) else object()
             problems[dotted_key(details, values), problem] = details
-        messages = (_error_message(config_type, details, values, keys) for details in problems.values())
+        messages = (_error_message(config_type, details, values, keys, prefix) for details in problems.values())
         raise UserError("\n".join(messages)) from None
 
 
@@ -126,8 +127,12 @@ def unknown_key(key: str, keys: set[str]) -> str:
             f"Config key `{key}` is not in this configuration. If {key.removesuffix('._target_')} may be a "
             f"component, add it: +{key}=<class or function>"
         )
+    section, _, name = key.rpartition(".")
+    if key in keys and section.startswith("hydra.") and section.count(".") > 1:
+        return f"Config key `{key}` is set with the others of its mapping: '{section}={{{name}: <value>, ...}}'"
     if key in keys:
-        return f"Config key `{key}` belongs to other options of {key.partition('.')[0]}=, not to the selected one."
+        group = "hydra/launcher" if section == "hydra.launcher" else key.partition(".")[0]
+        return f"Config key `{key}` belongs to other options of {group}=, not to the selected one."
     meant = f" Did you mean {' or '.join(found)}?" if (found := similar_keys(key, keys)) else ""
     return f"Unknown config key `{key}`.{meant} --cfg job prints all keys."
 
@@ -139,19 +144,27 @@ SYNONYMS = {
     "beta1": "optimizer.betas",
     "beta2": "optimizer.betas",
     "dtype": "trainer.precision",
+    "epochs": "train.max_steps",
     "eval_interval": "train.eval_every",
     "eval_iters": "train.eval_windows",
+    "gres": "hydra.launcher.additional_parameters",
     "gradient_accumulation_steps": "train.micro_batch_size",
     "gradient_clip_val": "train.grad_clip",
     "learning_rate": "optimizer.lr",
     "log_every_n_steps": "train.log_every",
     "log_interval": "train.log_every",
+    "max_epochs": "train.max_steps",
     "max_iters": "train.max_steps",
+    "n_jobs": "hydra.launcher.at_once",
     "out_dir": "hydra.run.dir",
+    "time": "hydra.launcher.timeout_min",
     "val_check_interval": "train.eval_every",
     "wandb_project": "logger.wandb.project",
     "warmup_iters": "schedule.warmup_steps",
 }
+
+
+SIMILAR = 0.65  # least ratio of difflib between names of which one may be a misspelling of the other
 
 
 def similar_keys(word: str, keys: Collection[str]) -> list[str]:
@@ -174,9 +187,9 @@ def similar_keys(word: str, keys: Collection[str]) -> list[str]:
             )
         )
         return found[:1] if last_parts[found[0]] == last else found[:2]
-    if nearest := get_close_matches(word, last_parts, n=1):
+    if nearest := get_close_matches(word, last_parts, n=1, cutoff=SIMILAR):
         return nearest
-    similar = get_close_matches(last, set(last_parts.values()), n=1)
+    similar = get_close_matches(last, set(last_parts.values()), n=1, cutoff=SIMILAR)
     return [key for key, part in last_parts.items() if part in similar][:2]
 
 
@@ -244,10 +257,11 @@ def _config_types(annotation: Any) -> Iterator[type[FrozenConfig]]:
 
 
 def _error_message(
-    config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str]
+    config_type: type[FrozenConfig], details: ErrorDetails, values: Mapping[str, Any], keys: set[str], prefix: str
 ) -> str:
     """Returns the message for one of pydantic's errors."""
-    key = dotted_key(details, values)
+    inner = dotted_key(details, values)
+    key = prefix + inner if inner else ""
     match details["type"]:
         case "extra_forbidden" if details["msg"] == NEEDS_TARGET:
             return f"{unknown_key(key, keys)} A component of this name needs {key}._target_."
@@ -265,7 +279,7 @@ def _error_message(
             return f"{key}.name is missing. Select an option: {key}=<option>"
         case "union_tag_invalid":
             return f"{key}.name={details['ctx']['tag']} is unknown. Valid names: {details['ctx']['expected_tags']}."
-    value, schema = get_value(values, key), _schema(config_type, key, values)
+    value, schema = get_value(values, inner), _schema(config_type, inner, values)
     if schema is None or not _is_wrong_value(details):
         expected = details["msg"].replace("Input should be ", "it should be ")
         return f"{key}={details['input']!r} is not valid: {expected}."

@@ -23,7 +23,7 @@ from gptlab.config.overrides import CommandLine, parse_command_line
 from gptlab.config.reference import explain_values
 from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
 from gptlab.errors import Diverged, UserError
-from gptlab.exit_codes import DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
+from gptlab.exit_codes import CONFIG_ERROR, DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
 from gptlab.terminal import check_output_is_written, install_hooks
 from gptlab.tracking.logs import log_to_console
 from gptlab.training.distributed.processes import collect_garbage_rarely
@@ -77,6 +77,7 @@ def command(
             collect_garbage_rarely()  # a launcher's process does not call main
             log_to_console()
             try:
+                check_hydra(HydraConfig.get())
                 status = task(config)
             except (UserError, Diverged, OmegaConfBaseException, OSError) as error:
                 status = report_error(error)
@@ -103,7 +104,10 @@ def command(
                 decorate_with_hydra = hydra.main(
                     version_base="1.3", config_path=str(configuration_folder()), config_name=config_name
                 )
-                decorate_with_hydra(run_task)()
+                try:
+                    decorate_with_hydra(run_task)()
+                except SystemExit as end:  # Hydra ends --cfg with 1 if its --package does not exist
+                    sys.exit(CONFIG_ERROR if line.flags.package is not None and end.code == 1 else end.code)
                 if config_name not in ("train", "prove", "bench") or line.flags.cfg or line.flags.info:
                     check_output_is_written()
             except UserError as error:
@@ -137,6 +141,20 @@ def command(
         return main
 
     return decorate
+
+
+def check_hydra(hydra_config: DictConfig) -> None:
+    """Raises UserError if Hydra's configuration has a value that would have no effect."""
+    if hydra_config.output_subdir is not None:
+        raise UserError(
+            f"hydra.output_subdir={hydra_config.output_subdir} is not supported: config.yaml in the run directory has "
+            "the configuration. Leave it at null."
+        )
+    if hydra_config.job.chdir:
+        raise UserError(
+            "hydra.job.chdir=true is not supported: paths are relative to the directory in which the command starts. "
+            "To set the run directory: hydra.run.dir=<directory>"
+        )
 
 
 def _is_launched_job() -> bool:
@@ -205,6 +223,15 @@ def _is_raised_by_hydra(error: Exception) -> bool:
     return modules[-1].startswith("hydra._internal.") or "hydra._internal.defaults_list" in modules
 
 
+def _several_values(override: str, command: str) -> str:
+    """Returns the message for an override with several values in a command that is no sweep."""
+    key, _, value = override.partition("=")
+    hint = f"As a list: '{key}=[{value}]'. As text: '{key}=\"{value}\"'" if "(" not in value else ""
+    if command == "train":
+        hint = f"To train a run for each: python -m gptlab.train -m '{override}'. {hint}"
+    return f"{override} has several values. {hint}".strip()
+
+
 def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> UserError:
     """Converts one of Hydra's errors about a command line to a ``UserError``."""
     message = str(error).strip()
@@ -220,7 +247,11 @@ def _to_user_error(error: Exception, keys: set[str], groups: OptionGroups) -> Us
         if group and options and not (error.options is None and group.startswith("hydra/")):
             return unknown_option(group, option, options)
         return UserError(message.splitlines()[0] if group else message)  # without Hydra's search path
+    if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?: requires|$)", message, re.M):
+        return UserError(_several_values(found[1], groups.command))
     if isinstance(error, OverrideParseException):
+        if message.startswith("Lexer"):  # of the key, since values are quoted
+            return UserError(f"{error.override} is not an override, which has the form <key>=<value>.")
         return UserError(f"Invalid override {error.override}: {message.splitlines()[0]}")
     if isinstance(error, ConfigCompositionException) and (found := re.search(r"Could not override '([^']+)'", message)):
         group, at, package = found[1].partition("@")

@@ -89,6 +89,11 @@ class OptionGroups:
             UserError: A group has no such option or needs one, or several of its options can be combined, and it is
                 unclear whether the option is to replace or to extend the default.
         """
+        overrides = list(overrides)
+        for override in overrides:
+            group, is_replaced = override.removeprefix("~"), any(o.startswith(f"+{override[1:]}") for o in overrides)
+            if override.startswith("~") and self.options(group) and not is_replaced:
+                self._none(group, f"{group}=null")  # raises an error if the group needs an option
         return [found for override in overrides if (found := self._normalize(override)) is not None]
 
     def _normalize(self, override: str) -> str | None:
@@ -98,7 +103,8 @@ class OptionGroups:
         except HydraException:  # Hydra reports it
             return override
         group, value = parsed.key_or_group, parsed.value()
-        if group in OPEN_MAPPINGS and isinstance(value, dict) and not override.startswith(("+", "~")):
+        is_entry = group.startswith(tuple(f"{mapping}." for mapping in OPEN_MAPPINGS))
+        if (is_entry or (group in OPEN_MAPPINGS and isinstance(value, dict))) and not override.startswith(("+", "~")):
             return f"++{override}"  # without ++, Hydra accepts only the keys that the mapping has
         in_defaults = group.startswith("hydra/") or group in self._defaults
         options = self.options(group)
@@ -148,7 +154,9 @@ class OptionGroups:
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
             if key == SWEEPS and value not in ("", "null", "[]"):
-                raise UserError(f"{override} is a sweep of several runs. To start it, add -m.")
+                raise UserError(
+                    f"{override} is a sweep of several runs. To start it: python -m gptlab.train -m {override}"
+                )
 
     def check_experiments(self, overrides: Iterable[str]) -> None:
         """Checks the experiments selected on the command line.

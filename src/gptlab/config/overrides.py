@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from hydra._internal.utils import get_args_parser
@@ -47,7 +48,7 @@ def parse_command_line(
         arguments: Arguments of the command.
         keys: Dotted names of its config keys.
         literal_keys: Keys whose values are taken literally, not parsed by Hydra's grammar.
-        subject: Key of its main input; None if it has none.
+        subject: Key of its main input, a plural if it takes several; None if it has none.
 
     Raises:
         UserError: A flag is unknown or has an invalid value, or an argument is neither an override nor a path.
@@ -76,7 +77,11 @@ def parse_command_line(
             paths.append(argument)
         else:
             meant = _suggest(key, keys, value)
+            if not equals and "data.source" in keys and Path(argument).exists():
+                meant = f" To use the file: data=text data.source={argument}"
             raise UserError(f"{argument!r} is not an override, which has the form <key>=<value>.{meant}")
+    if len(paths) > 1 and not str(subject).endswith("s"):
+        raise UserError(f"{' '.join(paths)}: the command takes one {subject}, not {len(paths)}.")
     if paths:
         quoted = ",".join(map(_quote, paths))
         overrides.append(f"{subject}={quoted if len(paths) == 1 else f'[{quoted}]'}")

@@ -20,6 +20,7 @@ from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import SPLITS, Manifest, Split, load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.sources.corpora import check_source
 from gptlab.data.tokenizers.text import unescape_line_breaks
 from gptlab.data.tokenizers.tokenizer import prompt_ids
 from gptlab.errors import UserError, install_extra
@@ -101,15 +102,32 @@ def launch(
     return supervise(Job(ready.config, run_dir, ready.plan))
 
 
-def preflight(config: RunConfig) -> ReadyRun:
-    """Runs all checks that need no torch, prepares the data and completes the configuration.
+class CheckedStart(NamedTuple):
+    """Result of ``check_start``.
+
+    Attributes:
+        config: Configuration with absolute paths and a resolved split.
+        plan: Batches per device; None if the number of devices is not known yet.
+        origin: Checkpoint or weights from which the run starts, if any.
+        foreign_shape: Shape of the model if the weights are not those of a run.
+        origin_config: Configuration of the run if they are.
+    """
+
+    config: RunConfig
+    plan: BatchPlan | None
+    origin: Path | None
+    foreign_shape: dict[str, Any] | None
+    origin_config: RunConfig | None
+
+
+def check_start(config: RunConfig) -> CheckedStart:
+    """Runs the checks that need neither torch nor the prepared data.
 
     Raises:
-        UserError: The run cannot be started. Checks that do not depend on the data run before it is prepared.
+        UserError: The run cannot be started.
     """
     start = next((f"{key}={value}" for key in START_KEYS if (value := getattr(config, key))), "")
     config = resolve_split(config.with_absolute_paths())
-    _check_processes(config.trainer)
     plan = None
     if isinstance(config.trainer.devices, int) and not launched_externally():
         plan = config.train.plan(config.trainer.data_parallel(config.trainer.devices, config.trainer.num_nodes))
@@ -129,6 +147,19 @@ def preflight(config: RunConfig) -> ReadyRun:
     check_components(config)
     if config.resume:
         _check_same_components(config, Path(config.resume))
+    if not config.resume:
+        check_source(config.data)
+    return CheckedStart(config, plan, origin, foreign_shape, origin_config)
+
+
+def preflight(config: RunConfig) -> ReadyRun:
+    """Runs all checks that need no torch, prepares the data and completes the configuration.
+
+    Raises:
+        UserError: The run cannot be started. Checks that do not depend on the data run before it is prepared.
+    """
+    _check_processes(config.trainer)
+    config, plan, origin, foreign_shape, origin_config = check_start(config)
     prepared = open_data(config)
     if config.callbacks.samples is not None:
         prompt = unescape_line_breaks(config.callbacks.samples.prompt)

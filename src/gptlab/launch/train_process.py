@@ -70,7 +70,7 @@ def _to_arguments(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
             return [f"{key}={format_value(value)}" for key, value in flatten(_plain(overrides))]
         except TypeError as error:
             raise TrainingError(f"gptlab.train: {error}.", CONFIG_ERROR) from None
-    if isinstance(overrides, str) or not all(isinstance(override, str) for override in overrides):
+    if not isinstance(overrides, list | tuple) or not all(isinstance(override, str) for override in overrides):
         raise TrainingError(
             f'gptlab.train({overrides!r:.200}): overrides should be a list of strings, such as ["model=nano"], or a '
             "mapping.",

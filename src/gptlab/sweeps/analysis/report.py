@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from rich.text import Text
 
 from gptlab.errors import UserError
 from gptlab.files import write_durably
-from gptlab.sweeps.analysis.phrases import UNITS, plus_minus
+from gptlab.sweeps.analysis.phrases import NOT_COMPARABLE, ONE_SEED, UNITS, plus_minus
 from gptlab.sweeps.analysis.scaling_report import (
     fit_sweep,
     print_scaling,
@@ -89,9 +90,11 @@ def _table(answers: SweepAnswers) -> FittingTable:
     """Builds the table; a narrow terminal omits forecasts and sizes first."""
     table = FittingTable(answers.question, see_also=f"{CSV} has all columns.")
     unit = UNITS.get(answers.metric)
-    keys = {name: [row.settings.get(key, "") for row in answers.rows] for key, name in _headings(answers.keys).items()}
+    headings = _headings(answers.keys)
+    keys = {name: [_setting(row.settings.get(key, "")) for row in answers.rows] for key, name in headings.items()}
     value = f"{answers.metric}{f', {unit}' if unit else ''}"
     differences = [_format(row.difference, row.difference_se) for row in answers.rows]
+    results = [_short(row.verdict) for row in answers.rows]
     columns = {
         **keys,
         "seeds": [str(row.n) for row in answers.rows],
@@ -100,7 +103,7 @@ def _table(answers: SweepAnswers) -> FittingTable:
         **_counts(answers.rows),
         **_sizes(answers.rows, ("parameters", "tokens")),
         **_scores(answers.rows),
-        RESULT: [_short(row.verdict) for row in answers.rows],
+        **({RESULT: results} if any(results) else {}),
     }
     for name in columns:
         needed = name in keys or name in (value, RESULT, DIFFERENCE)
@@ -108,14 +111,26 @@ def _table(answers: SweepAnswers) -> FittingTable:
         table.add_column(
             name, "left" if name == RESULT or name in keys else "right", wraps=name == RESULT, drop_order=order
         )
+    is_best = answers.answer.startswith("best")
     for row, cells in zip(answers.rows, zip(*columns.values(), strict=True), strict=True):
-        table.add_row(*cells, style="dim" if row.mean is None else "bold" if row is answers.rows[0] else None)
+        table.add_row(
+            *cells, style="dim" if row.mean is None else "bold" if is_best and row is answers.rows[0] else None
+        )
     return table
 
 
+def _setting(value: str) -> str:
+    """Returns the value of an override; a sampled number to four digits, as the files have all of them."""
+    return f"{float(value):.4g}" if re.fullmatch(r"-?\d*\.\d{12,}(e-?\d+)?", value) else value
+
+
 def _short(verdict: str) -> str:
-    """Returns a verdict without the difference and the number of seeds, which have their own columns."""
+    """Returns a verdict without the difference, the seeds and the failed trials, which have their own columns."""
     word, _, details = verdict.partition(" by ")
+    if verdict == ONE_SEED:
+        return "one seed"
+    if verdict.startswith(NOT_COMPARABLE):
+        return NOT_COMPARABLE
     return f"{word} (unpaired)" if "unpaired" in details else word
 
 

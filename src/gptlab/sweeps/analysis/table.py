@@ -118,7 +118,8 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
     trials = load_trials(directory)
     points = group_points(trials)
     metric = Metric(sweep.metric, is_maximized=sweep.direction == "maximize")
-    baseline = find_point(points, sweep.baseline)
+    is_search = sweep.search != "grid" and not sweep.baseline  # its first point is not special
+    baseline = None if is_search or len(points) == 1 else find_point(points, sweep.baseline)
     ranking = rank(points, baseline, metric)
     rows = [
         _row(directory, point, ranking, metric, is_baseline=point is baseline)
@@ -131,7 +132,7 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         rows=rows,
         answer=answer_line(sweep.n_trials, metric, points, ranking),
         comparisons=sum(claim.p is not None for claim in ranking.claims.values()),
-        notes=[*_edges(ranking, points), *_notes(sweep, trials, baseline), *_damaged(directory, trials)],
+        notes=[*_edges(ranking, points), *_notes(sweep, trials, points, baseline), *_damaged(directory, trials)],
     )
 
 
@@ -172,7 +173,7 @@ def point_verdict(point: Point, ranking: Ranking, metric: Metric, *, is_baseline
         return format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
     claim = ranking.claims.get(_name(point))
     if claim is None or ranking.baseline is None:
-        return BASELINE if is_baseline else f"no {BASELINE}"
+        return BASELINE if is_baseline else ""
     winner = ranking.baseline if is_inferior(claim, metric) else point
     return verdict(claim, metric, winner.lost if winner.is_biased else "")
 
@@ -230,10 +231,10 @@ def _edges(ranking: Ranking, points: list[Point]) -> list[str]:
     return notes
 
 
-def _notes(sweep: Sweep, trials: list[Trial], baseline: Point | None) -> list[str]:
+def _notes(sweep: Sweep, trials: list[Trial], points: list[Point], baseline: Point | None) -> list[str]:
     """Returns a note for a missing baseline and for each failed trial."""
     notes = []
-    if baseline is None and trials:
+    if baseline is None and sweep.baseline and find_point(points, sweep.baseline) is None and trials:
         notes.append(
             f"The baseline {format_overrides(sweep.baseline)} is not a point of this sweep. "
             "No point is compared with it."
