@@ -77,10 +77,11 @@ def varies_size_and_length(directory: Path) -> bool:
 
 
 def read_sized_runs(directory: Path) -> list[SizedRun]:
-    """Returns size, tokens and loss of every finished trial of a sweep that has a finite value."""
+    """Returns size, tokens and loss of every finished trial of a sweep with a finite value whose loss did not blow up."""
     found = []
     for trial in load_trials(directory):
-        size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
+        is_used = has_value(trial) and not trial.blew_up
+        size = model_size(Run(directory / str(trial.number))) if is_used else None
         if size is not None and trial.value is not None:
             found.append(SizedRun(trial.number, size, trial.tokens, trial.value))
     return found
