@@ -234,7 +234,10 @@ def test_the_mean_and_band_of_long_curves_are_those_of_equal_steps(seen, tmp_pat
     random = np.random.default_rng(1)
     for seed, steps in ((1, 5000), (2, 5000), (3, 4000)):
         noise = random.normal(0, 0.05, steps)
-        rows = [{**rows_of(1)[0], "step": i, "tokens": i * TOKENS, "train/loss": 3 + noise[i - 1]} for i in range(1, steps + 1)]
+        rows = [
+            {**rows_of(1)[0], "step": i, "tokens": i * TOKENS, "train/loss": 3 + noise[i - 1]}
+            for i in range(1, steps + 1)
+        ]
         write_run(tmp_path / "runs" / str(seed), settings={"seed": seed}, rows=rows)
     path = tmp_path / "report.html"
     path.write_text(render_page(ReportDocument(str(tmp_path), 200).gather(), poll=None))

@@ -55,7 +55,7 @@ def test_downsampled_runs_of_any_length_have_half_of_their_steps_in_common():
 
 
 def test_means_and_ranges_over_seeds_are_those_of_the_rows(tmp_path):
-    """Independently with NumPy, from metrics.csv: at every step that all thinned curves have, the values are the rows'."""
+    """Against NumPy, from metrics.csv: at every step that all thinned curves have, the values are those of the rows."""
     rng = np.random.default_rng(2)
     for seed in range(3):
         rows = [
@@ -71,7 +71,9 @@ def test_means_and_ranges_over_seeds_are_those_of_the_rows(tmp_path):
     assert max(np.diff(common)) <= 5000 / 70 * 1.5
     raw = [np.loadtxt(tmp_path / "runs" / str(seed) / "metrics.csv", delimiter=",", skiprows=1) for seed in range(3)]
     losses = np.array([run[np.searchsorted(run[:, 0], common), 2] for run in raw])
-    shown = np.array([[dict(zip(curve["step"], curve["value"], strict=True))[step] for step in common] for curve in drawn])
+    shown = np.array(
+        [[dict(zip(curve["step"], curve["value"], strict=True))[step] for step in common] for curve in drawn]
+    )
     assert shown.mean(axis=0) == pytest.approx(losses.mean(axis=0), rel=1e-6)
     assert np.ptp(shown, axis=0) == pytest.approx(np.ptp(losses, axis=0), abs=1e-5)
 

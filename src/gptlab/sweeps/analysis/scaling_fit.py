@@ -4,6 +4,7 @@ N is the number of parameters of a model, D the number of training tokens and C 
 operations (section 3.3 of the paper). Imports no torch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -35,11 +36,13 @@ MAX_ITERATIONS = 1000
 PATIENCE = 12  # iterations without progress after which a fit has converged; half of them only adapt the damping
 PROGRESS = 1e-10  # smallest decrease of the objective, relative to its value, that counts as progress
 EQUAL = 1e-3  # difference of objectives below which two laws fit equally well
-# Ratios above which the runs do not determine a coefficient: of the ends of its interval, and of its values in laws that
-# fit equally well
+# Ratios above which the runs do not determine a coefficient: of the ends of its interval, and of its values in laws
+# that fit equally well
 MAX_SPAN, MAX_EQUAL_SPAN = 2.0, 1.05
 CONFIDENCE_LEVEL = 0.95
-MIN_RUNS = 3  # distinct sizes and lengths: an exponent, a factor and a constant need three
+MIN_VALUES = 3  # distinct sizes and lengths: an exponent, a factor and a constant need three
+MIN_RUNS = 6  # one more than coefficients: otherwise the law has no residuals, which the intervals are based on
+LARGEST = 300.0  # largest logarithm of G, which prevents overflow
 
 
 class ScalingLaw(NamedTuple):
@@ -64,7 +67,8 @@ class ScalingLaw(NamedTuple):
     @property
     def G(self) -> float:  # noqa: N802  (its name in equation 4)
         """Factor of the optimal N (equation 4)."""
-        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+        logarithm = math.log(self.alpha * self.A / (self.beta * self.B)) / (self.alpha + self.beta)
+        return math.exp(max(-LARGEST, min(LARGEST, logarithm)))
 
     def loss(self, parameters: float, tokens: float) -> float:
         """Returns the predicted loss, in nats per token."""
@@ -232,10 +236,10 @@ class _Runs:
             raise ValueError(f"{lengths}: a scaling law needs one of each per run.")
         self.places = [np.unique(values, return_inverse=True)[1] for values in (parameters, tokens)]
         sizes, budgets = (len(set(place)) for place in self.places)
-        if sizes < MIN_RUNS or budgets < MIN_RUNS or len(losses) < len(ScalingLaw._fields):
+        if sizes < MIN_VALUES or budgets < MIN_VALUES or len(losses) < MIN_RUNS:
             raise UserError(
                 f"{len(losses)} runs of {sizes} sizes and {budgets} lengths are too few to fit a scaling law. It "
-                f"needs at least {len(ScalingLaw._fields)} runs, {MIN_RUNS} sizes and {MIN_RUNS} lengths."
+                f"needs at least {MIN_RUNS} runs, {MIN_VALUES} sizes and {MIN_VALUES} lengths."
             )
         logs = np.log(np.array([parameters, tokens], dtype=np.float64))
         self.means = logs.mean(axis=1)
@@ -244,7 +248,7 @@ class _Runs:
 
     def law(self, at: Array) -> ScalingLaw:
         """Returns the law with coordinates (5,)."""
-        A, B, E = (float(value) for value in np.exp(at[:3] + [*(at[3:] * self.means), 0.0]))  # noqa: N806
+        A, B, E = (float(value) for value in np.exp(at[:3] + np.append(at[3:] * self.means, 0.0)))  # noqa: N806
         return ScalingLaw(E, A, B, float(at[3]), float(at[4]))
 
     def bootstrap_weights(self, random: np.random.Generator) -> Iterator[Array]:
@@ -252,7 +256,7 @@ class _Runs:
         number = len(self.losses)
         while True:
             drawn = random.integers(number, size=number)
-            if all(len(set(place[drawn])) >= MIN_RUNS for place in self.places):
+            if all(len(set(place[drawn])) >= MIN_VALUES for place in self.places):
                 yield np.bincount(drawn, minlength=number).astype(np.float64)
 
     def best_starts(self, number: int) -> Array:

@@ -77,7 +77,7 @@ def varies_size_and_length(directory: Path) -> bool:
 
 
 def read_sized_runs(directory: Path) -> list[SizedRun]:
-    """Returns size, tokens and loss of every finished trial of a sweep with a finite value whose loss did not blow up."""
+    """Returns size, tokens and loss of every finished trial with a finite value, except those whose loss blew up."""
     found = []
     for trial in load_trials(directory):
         is_used = has_value(trial) and not trial.blew_up
