@@ -63,6 +63,43 @@ def test_samples_of_nan_weights_do_not_hide_the_divergence(user):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=fsdp", *TWO)])
+def test_callbacks_of_a_model_with_nan_weights_do_not_hide_the_divergence(user, trainer):
+    example = {"ctx": "the king", "endings": ["goes", "eats", "sings", "runs"], "label": 0}
+    (user.folder / "hellaswag.jsonl").write_text(json.dumps(example) + "\n")
+    names = "[default,activation_stats,watch,gradient_stats,eval_corpora,hellaswag,early_stopping,trace]"
+    done = user.train(
+        f"callbacks={names}",
+        "logger=tensorboard",
+        "callbacks.hellaswag.path=hellaswag.jsonl",
+        "+callbacks.eval_corpora.corpora.other.source=text.txt",
+        *(f"callbacks.{name}.every=1" for name in ("activation_stats", "watch", "gradient_stats")),
+        *("train.max_steps=6", "train.eval_every=2", "train.ema_decay=0.9", "optimizer.lr=1e38", *trainer),
+        timeout=300,
+    )
+    assert done.returncode == DIVERGED, done.stderr
+    assert "Traceback" not in done.stderr
+    assert set(metrics(user.only_run(), "hellaswag/acc").values()) == {0.0}  # no ending has the lowest loss
+
+
+@pytest.mark.slow
+def test_a_trial_whose_loss_blew_up_is_done_and_told(user):
+    small = ("data=text", "data.source=text.txt", "model=tiny", "train.eval_windows=4", "train.log_every=1")
+    changes = ("name=sweep", "optimizer.lr=50,0.001", "train.max_steps=8", "train.eval_every=4", "schedule=constant")
+    done = user.python("gptlab.train", "-m", *changes, *small, "trainer=cpu", timeout=300)
+    assert_success(done)
+    blown, other = (json.loads((user.only_run("sweep") / str(n) / "trial.json").read_text()) for n in (0, 1))
+    assert (blown["state"], blown["blew_up"]) == ("done", True)
+    assert (other["state"], other["blew_up"], other["message"]) == ("done", False, None)
+    losses = metrics(user.only_run("sweep") / "0", "val/loss")
+    assert f"The loss blew up: the last val/loss is {losses[8]:.4f}" in blown["message"]
+    text = " ".join(done.stdout.split())
+    assert text.count("trial 0 done, blew up") == 2  # when it ends and in the summary
+    assert "2 trials: 2 done (1 of the done trials blew up)" in text
+    assert json.loads((user.only_run("sweep") / "0" / "state.json").read_text())["blew_up"] == blown["message"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "optimizer"),
     [
@@ -111,12 +148,13 @@ def test_an_evaluation_with_a_nan_loss_is_never_the_best(user):
     # an infinite weight makes every evaluation NaN, until a later step replaces it with a finite one
     break_steps(user, "self.model.wte.weight.data[0, 0] = 0.01 if step >= 5 else float('inf')")
     done = user.train("train.max_steps=4", "train.eval_every=2", "callbacks=checkpoint", "train.max_bad_steps=50")
-    assert_success(done)
+    assert done.returncode == DIVERGED
+    assert "last evaluation, at step 4, is not finite" in done.stderr
     directory = user.only_run()
     assert all(math.isnan(loss) for loss in metrics(directory, "val/loss").values())
     assert {val_loss(checkpoint) for checkpoint in directory.glob("checkpoints/*")} == {None}
-    assert "no evaluation had a finite loss" in done.stdout
     assert "the best so far" not in done.stdout
+    assert user.python("gptlab.train", f"resume={directory}").returncode == DIVERGED  # without another step
     assert_success(user.python("gptlab.train", f"resume={directory}", "train.max_steps=6"))
     assert math.isfinite(metrics(directory, "val/loss")[6])
     assert val_loss(directory / "checkpoints" / "step_000006") == metrics(directory, "val/loss")[6]

@@ -3,8 +3,11 @@
 
 import json
 
+import numpy as np
 import pytest
 
+from gptlab.reporting.document import ReportDocument
+from gptlab.reporting.page import render_page
 from gptlab.sweeps.analysis.scaling_report import ScalingAnswer, write_scaling
 from gptlab.sweeps.analysis.table import analyze_sweep
 from report_pages import (  # noqa: F401
@@ -224,3 +227,45 @@ def test_strings_of_runs_are_shown_as_text(seen, tmp_path):
     assert HOSTILE in page.text("#samples")
     names = {trace["name"] for trace in page.traces("loss")}
     assert all("<" not in name for name in names)
+
+
+def test_the_mean_and_band_of_long_curves_are_those_of_equal_steps(seen, tmp_path):
+    """Against metrics.csv: the curves are thinned, but not the values that are averaged."""
+    random = np.random.default_rng(1)
+    for seed, steps in ((1, 5000), (2, 5000), (3, 4000)):
+        noise = random.normal(0, 0.05, steps)
+        rows = [
+            {**rows_of(1)[0], "step": i, "tokens": i * TOKENS, "train/loss": 3 + noise[i - 1]}
+            for i in range(1, steps + 1)
+        ]
+        write_run(tmp_path / "runs" / str(seed), settings={"seed": seed}, rows=rows)
+    path = tmp_path / "report.html"
+    path.write_text(render_page(ReportDocument(str(tmp_path), 200).gather(), poll=None))
+    page = seen(path)
+    losses = np.array([column(tmp_path / "runs" / str(seed), "train/loss")[1][:4000] for seed in (1, 2, 3)])
+    speeds = np.array([column(tmp_path / "runs" / str(seed), "tokens_per_second")[1][:4000] for seed in (1, 2, 3)])
+    for axis, x_of in (
+        ("step", np.arange(1, 4001)),
+        ("tokens", np.arange(1, 4001) * TOKENS),
+        ("time", np.cumsum(TOKENS / speeds, axis=1).mean(axis=0)),
+    ):
+        page.page.check(f"input[name=axis][value={axis}]")
+        (mean,), (band,) = page.traces("loss", "mean"), page.traces("loss", "band")
+        unit = 60 if axis == "time" and "minutes" in page.page.evaluate("timeUnit()[2]") else 1
+        places = np.abs(np.subtract.outer(np.array(mean["x"]) * unit, x_of)).argmin(axis=1)
+        assert len(places) > 50
+        assert places[-1] >= 3900
+        assert mean["y"] == pytest.approx(losses.mean(axis=0)[places], abs=2e-6)
+        assert band["y"] == pytest.approx([*losses.max(axis=0)[places], *losses.min(axis=0)[places][::-1]], abs=2e-6)
+
+
+@pytest.mark.parametrize("state", ["diverged", "pruned", "failed"])
+def test_runs_that_ended_early_have_no_lowest_value(seen, tmp_path, state):
+    sweep = write_sweep(tmp_path / "lr" / "now", (1e-3, 4e-3), (1, 2))
+    lowest = min(min(column(sweep / str(n), "val/loss")[1]) for n in range(4))
+    low = [{**row, **({"val/loss": 0.5} if "val/loss" in row else {})} for row in rows_of(20)]
+    write_run(sweep / "4", settings={"optimizer.lr": 2e-3, "seed": 1}, rows=low, state=state)
+    page = seen(write_report(sweep))
+    assert f"{lowest:.4f}" in page.text("#tiles")
+    assert "0.5000" not in page.text("#tiles")
+    assert "★ trial 4" not in page.text("#config")

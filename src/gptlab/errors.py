@@ -26,9 +26,9 @@ class UserError(Exception):
 
 
 class Diverged(Exception):  # noqa: N818
-    """Training has diverged: the gradient was not finite for too many steps in a row.
+    """Training has diverged: the gradient was not finite for too many steps in a row, or the last val loss is not.
 
-    The message names the first of these steps. Commands print it and exit with code 3.
+    Commands print the message and exit with code 3.
     """
 
 

@@ -14,7 +14,7 @@ from gptlab.training.distributed.processes import is_first_rank
 DONE = 0
 FAILED = 1  # as Python exits after an uncaught exception
 CONFIG_ERROR = 2  # invalid command, configuration or input
-DIVERGED = 3  # the gradient was not finite for train.max_bad_steps consecutive steps
+DIVERGED = 3  # no finite gradient for train.max_bad_steps consecutive steps, or no finite loss in the last evaluation
 PRUNED = 4  # a sweep ended the run early; neither a failure nor a complete run
 PREEMPTED = 75  # a signal stopped the run after a checkpoint was saved; it can be resumed (EX_TEMPFAIL)
 HUNG = 124  # a process made no progress for too long (as with timeout(1))

@@ -99,6 +99,7 @@ def analyze(values: np.ndarray, failed: np.ndarray) -> Result:
         SimpleNamespace(  # a validated Trial takes as long as the analysis
             number=number,
             overrides={"lr": str(point), "seed": str(seed)},
+            blew_up=False,
             state="failed" if failed[point, seed] else "done",
             value=None if failed[point, seed] else float(values[point, seed]),
         )

@@ -7,6 +7,7 @@ characters, so its results differ.
 Shapes: B rows, T tokens of a row.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -101,9 +102,14 @@ def ending_losses(
 
 
 def count_correct(losses: Sequence[Sequence[EndingLoss]], labels: Sequence[int]) -> AccuracyCounts:
-    """Counts the correct answers. If several endings have the lowest loss, the first one is the answer."""
+    """Counts the correct answers. If several endings have the lowest loss, the first one is the answer.
+
+    An example whose losses are not all finite has no answer: it counts as not correct.
+    """
     by_sum = by_mean = 0
     for endings, label in zip(losses, labels, strict=True):
+        if not all(math.isfinite(loss.nats) for loss in endings):
+            continue
         sums, means = [loss.nats for loss in endings], [loss.nats / loss.tokens for loss in endings]
         by_sum += sums.index(min(sums)) == label
         by_mean += means.index(min(means)) == label

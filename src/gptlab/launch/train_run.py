@@ -43,6 +43,7 @@ from gptlab.tracking.run_directory import (
     record_config,
 )
 from gptlab.tracking.run_lock import RunLock
+from gptlab.tracking.run_store.blow_up import describe_blow_up
 from gptlab.tracking.run_store.runs import CHECKPOINTS, SAMPLES, Run
 from gptlab.tracking.run_store.state import end_state, status_of
 from gptlab.tracking.wandb.logger import attach_wandb
@@ -131,7 +132,8 @@ def train_run(
     Raises:
         UserError: Devices are not available, there is no intact checkpoint or no W&B login, or another process writes
             to the run directory.
-        Diverged: The gradient was not finite for ``train.max_bad_steps`` steps in a row.
+        Diverged: The gradient was not finite for ``train.max_bad_steps`` steps in a row, or the loss of the last
+            evaluation is not finite.
     """
     try:
         with RunLock() as lock:
@@ -183,7 +185,8 @@ def _train(
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
         if is_first:
-            print_summary(config, run_dir, recorder, trainer, summary)
+            blow_up = describe_blow_up(Run(run_dir))
+            print_summary(config, run_dir, recorder, trainer, summary, blow_up)
     except Preempted:
         print_stopped("Preempted by a signal", run_dir, trainer.global_step, config)
         if is_first:
@@ -200,7 +203,7 @@ def _train(
         raise
     else:  # an interrupt from here on does not change the record
         if is_first:
-            end_state(run_dir, status)
+            end_state(run_dir, status, blew_up=blow_up)
         return status
     finally:
         close_log(handler)

@@ -15,6 +15,7 @@ from gptlab.files import open_regular
 from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
+from gptlab.tracking.run_store.blow_up import describe_blow_up
 from gptlab.tracking.run_store.runs import CONFIG, FORECAST, METRICS, SAMPLES, Run
 from gptlab.tracking.run_store.state import STATE
 from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
@@ -118,6 +119,7 @@ def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
         "rows": len(run.rows),
         "series": series,
         "best": _best(run, metric),
+        "blew_up": describe_blow_up(run),
         "samples": samples,
         "forecast": run.forecast,
         "trial": trial and trial.number,

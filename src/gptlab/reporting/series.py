@@ -11,23 +11,30 @@ from gptlab.tracking.run_store.runs import MetricsRow
 AXES = ("step", "tokens")  # columns of a row that are axes, not metrics
 
 
-def downsample(values: Sequence[float], points: int) -> list[int]:
+def downsample(steps: Sequence[int], values: Sequence[float], points: int) -> list[int]:
     """Selects the values of a curve to draw.
 
-    Keeps the first and the last value and, in each of (points - 2) // 2 equal segments, the lowest and the highest
-    value, so that outliers remain visible. Non-finite values are kept only in segments without finite ones.
+    Keeps the first and the last value. At most half of the others are those at multiples of a power of two, which runs
+    of any length have in common, so that the page can compute means and ranges over seeds at equal steps. The others
+    are the lowest and the highest value of equal segments, so that outliers remain visible. Non-finite values are kept
+    only in segments without finite ones.
 
     Args:
+        steps: Steps of the curve, ascending.
         values: Values of the curve.
-        points: Maximum number of values to keep, at least 4.
+        points: Maximum number of values to keep, at least 6.
 
     Returns:
         Indices of the selected values in ascending order; all indices if there are at most ``points`` values.
     """
     if len(values) <= points:
         return list(range(len(values)))
-    chosen = {0, len(values) - 1}
-    for segment in np.array_split(np.arange(1, len(values) - 1), (points - 2) // 2):
+    stride = 1
+    while sum(step % stride == 0 for step in steps) > (points - 2) // 2:
+        stride *= 2
+    common = [i for i, step in enumerate(steps) if step % stride == 0 and math.isfinite(values[i])]
+    chosen = {0, len(values) - 1, *common}
+    for segment in np.array_split(np.arange(1, len(values) - 1), (points - 2 - len(common)) // 2):
         finite = [int(place) for place in segment if math.isfinite(values[place])] or [int(segment[0])]
         chosen |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
     return sorted(chosen)
@@ -59,7 +66,8 @@ def curves(rows: Sequence[MetricsRow], points: int) -> dict[str, dict[str, list[
     found: dict[str, dict[str, list[Any]]] = {}
     for metric in (metric for metric in recorded if metric not in AXES):
         places = recorded[metric]
-        places = [places[i] for i in downsample([rows[place][metric] for place in places], points)]
+        steps, values = [int(rows[place]["step"]) for place in places], [rows[place][metric] for place in places]
+        places = [places[i] for i in downsample(steps, values, points)]
         found[metric] = {
             "step": [int(rows[place]["step"]) for place in places],
             "tokens": [int(rows[place]["tokens"]) for place in places],

@@ -68,4 +68,4 @@ def _scaling(path: Path, problems: list[str]) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         problems.append(f"{path} cannot be read: {failure_reason(error)}")
         return None
-    return found.model_dump(mode="json", include={"law", "intervals", "answer"})
+    return found.model_dump(mode="json", include={"law", "intervals", "undetermined", "answer"})

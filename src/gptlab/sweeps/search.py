@@ -131,7 +131,7 @@ class Search:
         value = trial.value if trial.value is not None and math.isfinite(trial.value) else None
         states = {"done": OptunaState.COMPLETE, "pruned": OptunaState.PRUNED}
         state = states.get(trial.state, OptunaState.FAIL)
-        if state == OptunaState.COMPLETE and value is None:
+        if state == OptunaState.COMPLETE and (value is None or trial.blew_up):
             state = OptunaState.FAIL
         values = value if state == OptunaState.COMPLETE else None
         self.study.tell(trial.number, values, state=state, skip_if_finished=True)

@@ -20,6 +20,7 @@ from gptlab.sweeps.search import Search
 from gptlab.sweeps.space import Point
 from gptlab.sweeps.sweep_store import SweepStore, config_hash
 from gptlab.sweeps.sweep_table import SweepTable
+from gptlab.tracking.run_store.blow_up import describe_blow_up
 from gptlab.tracking.run_store.runs import METRICS, Run
 from gptlab.tracking.run_store.state import END_STATES, load_state
 from gptlab.tracking.run_store.sweeps import (
@@ -164,7 +165,7 @@ class SweepRunner:
         for same in self.store.trials.values():
             if same.config_hash == trial.config_hash and same.state == "done":
                 message = f"same configuration as trial {same.number}"
-                self._close(trial.to("done", status=DONE, value=same.value, message=message))
+                self._close(trial.to("done", status=DONE, value=same.value, blew_up=same.blew_up, message=message))
                 return None
         return _ReadyTrial(trial, config)
 
@@ -201,8 +202,10 @@ class SweepRunner:
             raise UserError(problem)
         if status == DONE and value is None:
             name, status, message = "diverged", DIVERGED, f"{self.store.sweep.metric} has no finite value"
+        blow_up = describe_blow_up(run) if status == DONE else None
         tokens = state.tokens if state else 0
-        self._close(trial.to(name, status=status, message=message, value=value, tokens=tokens))
+        result = {"value": value, "blew_up": blow_up is not None, "tokens": tokens}
+        self._close(trial.to(name, status=status, message=message or blow_up, **result))
 
     def _check_metric(self) -> None:
         """Raises UserError if a running trial has not recorded the metric of the sweep in its first evaluation."""
@@ -254,10 +257,12 @@ class SweepRunner:
         if any(trial.state == "done" for trial in trials):
             report_sweep(self.store.directory)
         for trial in trials:
-            if trial.state in FAILED_STATES:  # including trials of earlier sweep processes
+            if trial.state in FAILED_STATES or trial.blew_up:  # including trials of earlier sweep processes
                 self.table.ended(trial)
-        log.info("%d trial%s: %s", self.search.n_trials, "s" if self.search.n_trials > 1 else "",
-                 ", ".join(f"{n} {state}" for state, n in counts.items()))  # fmt: skip
+        blown = sum(trial.blew_up for trial in trials)
+        log.info("%d trial%s: %s%s", self.search.n_trials, "s" if self.search.n_trials > 1 else "",
+                 ", ".join(f"{n} {state}" for state, n in counts.items()),
+                 f" ({blown} of the done trials blew up)" if blown else "")  # fmt: skip
         if status in (INTERRUPTED, PREEMPTED):
             log.info("Run the same command again to resume the sweep.")
         elif any(trial.state in FAILED_STATES for trial in trials):

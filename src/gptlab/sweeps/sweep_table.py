@@ -49,8 +49,10 @@ class SweepTable:
     def ended(self, trial: Trial) -> None:
         """Logs the result of a trial."""
         value = "" if trial.value is None else f" · {trial.value:.4f}"
-        reason = f": {trial.message}" if trial.message and trial.state not in ("done", "pruned") else ""
-        log.info("%s", f"trial {trial.number} {trial.state}{value} · {format_overrides(trial.overrides)}{reason}")
+        is_told = trial.blew_up or trial.state not in ("done", "pruned")
+        reason = f": {trial.message}" if trial.message and is_told else ""
+        state = f"{trial.state}{', blew up' if trial.blew_up else ''}"
+        log.info("%s", f"trial {trial.number} {state}{value} · {format_overrides(trial.overrides)}{reason}")
 
     def _table(self) -> Group:
         table = FittingTable()

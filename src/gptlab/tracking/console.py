@@ -56,7 +56,12 @@ def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: 
 
 
 def print_summary(
-    config: RunConfig, directory: Path, recorder: MetricsCallback, trainer: L.Trainer, further: dict[str, str]
+    config: RunConfig,
+    directory: Path,
+    recorder: MetricsCallback,
+    trainer: L.Trainer,
+    further: dict[str, str],
+    blow_up: str | None,
 ) -> None:
     """Prints the last sample and the summary table at the end of a run.
 
@@ -66,6 +71,7 @@ def print_summary(
         recorder: Metrics callback of the run.
         trainer: Trainer of the run.
         further: Additional rows of the table, as name and value.
+        blow_up: Message of ``describe_blow_up``; None if the run has not blown up.
     """
     console = get_console()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -85,6 +91,8 @@ def print_summary(
     for name, value in rows.items():
         log.info("%-13s %s", name, value, extra=FILE_ONLY)
     print_table(key_value_table(rows.items()))
+    if blow_up:
+        log.warning("%s", blow_up)
     trust = trust_override({"model": config.model.model_dump(mode="json"), "tokenizer": config.tokenizer.model_dump()})
     following = f"python -m gptlab.sample run={_display_path(directory)}{trust}"
     log.info("Next: %s", following)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -109,6 +110,100 @@ def test_same_seed_draws_the_same_bootstrap_samples():
     assert first != other
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, 0.0, -1.0])
+@pytest.mark.parametrize("name", ["parameters", "tokens", "losses"])
+def test_values_that_are_not_positive_and_finite_raise(name, wrong):
+    runs = dict(
+        zip(("parameters", "tokens", "losses"), map(list, runs_of(SMALL, (4.5, 7, 4), (5, 7.5, 4))), strict=True)
+    )
+    runs[name][5] = wrong
+    for fit in (fit_scaling_law, lambda *args: fit_with_intervals(*args, resamples=2, seed=0)):
+        with pytest.raises(ValueError, match=rf"{name}\[5\] = {wrong}"):
+            fit(*runs.values())
+
+
+def test_chinchilla_points_give_the_published_law():
+    """Besiroglu et al. 2024, table 1: estimates and standard errors, from figure 4 of the Chinchilla paper."""
+    path = os.environ.get("GPTLAB_CHINCHILLA")
+    if path is None:
+        pytest.skip("GPTLAB_CHINCHILLA=<points.csv of epoch-research/analyzing-chinchilla> is not set")
+    n, flops, losses = np.loadtxt(path, delimiter=",", skiprows=1).T
+    kept = np.argsort(losses)[:-5]
+    n, flops, losses = n[kept], flops[kept], losses[kept]
+    fitted = fit_with_intervals(n, flops / 6 / n, losses, resamples=200, seed=0)
+    published = ScalingLaw(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
+    found = (fitted.law.E, fitted.law.alpha, fitted.law.beta)
+    assert found == pytest.approx((published.E, published.alpha, published.beta), abs=2e-3)
+    errors = {"E": 0.03, "A": 124.58, "B": 1293.23, "alpha": 0.02, "beta": 0.02}
+    for name, error in errors.items():
+        low, high = fitted.interval(lambda law, name=name: getattr(law, name))
+        assert low < getattr(published, name) < high
+        assert 2 * error < high - low < 6 * error
+    assert fitted.undetermined == ()
+
+    # at least as low as the minimum of SciPy's L-BFGS from the published law
+    def objective(at):
+        return huber(ScalingLaw(*np.exp(at[:3]), *at[3:]), n, flops / 6 / n, losses) * 1e6
+
+    start = [*np.log(published[:3]), *published[3:]]
+    found = optimize.minimize(
+        objective, start, method="Nelder-Mead", options={"maxfev": 4000, "xatol": 1e-9, "fatol": 1e-9}
+    )
+    assert huber(fitted.law, n, flops / 6 / n, losses) * 1e6 <= found.fun * (1 + 1e-9)
+
+
+def proportional(law, noise, seed):
+    """Runs with D = 20 N."""
+    n = np.repeat(np.logspace(4.5, 7, 8), 3)
+    return n, 20 * n, law.loss(n, 20 * n) * np.exp(np.random.default_rng(seed).normal(0, noise, len(n)))
+
+
+@pytest.mark.parametrize("noise", [0, 1e-3, 1e-2])
+@pytest.mark.parametrize("law", [SMALL, CHINCHILLA], ids=["small", "chinchilla"])
+def test_proportional_sizes_and_lengths_determine_no_optimum(law, noise):
+    """The law with the terms of N and D exchanged has the same losses, so no fit can tell them apart."""
+    n, d, losses = proportional(law, noise, seed=1)
+    exchanged = ScalingLaw(law.E, law.B * 20**-law.beta, law.A * 20**law.alpha, law.beta, law.alpha)
+    assert exchanged.loss(n, d) == pytest.approx(law.loss(n, d))
+    fitted = fit_with_intervals(n, d, losses, resamples=200, seed=0)
+    assert set(fitted.undetermined) & {"alpha", "beta"}
+    assert not fitted.has_optimum
+    if not noise:
+        for name in ("alpha", "beta"):  # both laws are in the intervals
+            low, high = fitted.interval(lambda law, name=name: getattr(law, name))
+            assert low * 0.95 <= min(law.alpha, law.beta)
+            assert high * 1.05 >= max(law.alpha, law.beta)
+
+
+@pytest.mark.parametrize(
+    ("loss", "undetermined"),
+    [
+        (lambda n, d: 3.0 + 0 * n, {"A", "B", "alpha", "beta"}),
+        (lambda n, d: 1.1 + 900 / d**0.5, {"A", "alpha"}),
+        (lambda n, d: 1.1 + 25 / n**0.3, {"B", "beta"}),
+        (lambda n, d: 25 / n**0.3 + 900 / d**0.5, {"E"}),
+        (SMALL.loss, set()),
+    ],
+    ids=["constant", "constant in N", "constant in D", "no E", "all"],
+)
+@pytest.mark.parametrize("noise", [0, 3e-3])
+def test_coefficients_that_the_losses_do_not_depend_on_are_not_determined(loss, undetermined, noise):
+    n, d, _ = runs_of(SMALL, (4.5, 7, 5), (5, 7.5, 5))
+    losses = loss(n, d) * np.exp(np.random.default_rng(3).normal(0, noise, len(n)))
+    fitted = fit_with_intervals(n, d, losses, resamples=200, seed=0)
+    assert set(fitted.undetermined) == undetermined
+    assert fitted.has_optimum == (undetermined <= {"E"})
+    if fitted.has_optimum:
+        assert (optimum(fitted, 1e15).loss is None) == ("E" in undetermined)
+
+
+def test_as_many_runs_as_coefficients_raise():
+    """They have a law without residuals, whose intervals would have no width."""
+    n, d, losses = (values[[0, 6, 12, 18, 23]] for values in runs_of(SMALL, (4.5, 7, 5), (5, 7.5, 5), 3e-3))
+    with pytest.raises(UserError, match="5 runs of 4 sizes and 5 lengths"):
+        fit_scaling_law(n, d, losses)
+
+
 def test_too_few_runs_raise():
     with pytest.raises(UserError, match="4 runs of 2 sizes and 2 lengths"):
         fit_scaling_law([1e6, 1e6, 2e6, 2e6], [1e7, 2e7, 1e7, 2e7], [2.0, 1.9, 1.8, 1.7])
@@ -127,6 +222,29 @@ def scaling_sweep(directory, widths, lengths):
         values = json.loads((run_dir / "trial.json").read_text())
         (run_dir / "trial.json").write_text(json.dumps(values | {"value": SMALL.loss(run.size.all, tokens) * noise}))
     return directory
+
+
+def test_sweep_that_does_not_determine_the_law_has_no_optimum(tmp_path, capsys):
+    scaling_sweep(tmp_path, (32, 64, 128, 256), (10**5, 10**6, 10**7))
+    for path in tmp_path.glob("*/trial.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"value": 3.0}))
+    report_sweep(tmp_path)
+    found = ScalingAnswer.model_validate_json((tmp_path / "scaling.json").read_text())
+    assert set(found.undetermined) == {"A", "B", "alpha", "beta"}
+    assert found.optima == []
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "The runs do not determine A, B, alpha, beta" in shown
+    assert "no optimal model size" in found.answer
+    assert found.answer in shown
+    assert "C^" not in found.answer
+    assert "optimal parameters" not in shown
+
+
+def test_trials_whose_loss_blew_up_are_not_fitted(tmp_path):
+    scaling_sweep(tmp_path, (32, 64, 128), (10**5, 10**6, 10**7))
+    path = tmp_path / "4" / "trial.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"blew_up": True}))
+    assert [run.trial for run in read_sized_runs(tmp_path)] == [n for n in range(18) if n != 4]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 
 from gptlab.errors import Diverged
 from gptlab.training.callbacks.health_monitor import SpikeDetector, TrainingHealthMonitor
@@ -146,3 +147,33 @@ def test_a_restored_detector_detects_the_same_spikes() -> None:
         before = [first.expected(loss) for loss in losses[:cut]]
         second.load(first.state())
         assert before + [second.expected(loss) for loss in losses[cut:]] == expected
+
+
+def after_evaluation(one: TrainingHealthMonitor, loss: float) -> SimpleNamespace:
+    trainer = SimpleNamespace(global_step=5, callback_metrics={"val/loss": torch.tensor(loss)})
+    one.on_validation_end(cast(Any, trainer), cast(Any, None))
+    return trainer
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_run_whose_last_evaluation_has_no_finite_loss_has_diverged(loss: float) -> None:
+    one, calls = monitor(), []
+    one.listeners.append(lambda kind, message: calls.append(kind))
+    after_evaluation(one, 2.0)
+    trainer = after_evaluation(one, loss)
+    resumed = monitor()  # without another step
+    resumed.load_state_dict(one.state_dict())
+    for ended in (one, resumed):
+        with pytest.raises(Diverged, match=f"val/loss {loss}"):
+            ended.on_fit_end(cast(Any, trainer), cast(Any, None))
+    assert calls == ["Run diverged"]
+
+
+def test_a_run_whose_last_evaluation_is_finite_has_not_diverged() -> None:
+    one = monitor()
+    one.on_fit_end(cast(Any, None), cast(Any, None))  # no evaluation at all
+    after_evaluation(one, math.nan)
+    trainer = after_evaluation(one, 2.0)
+    one.on_fit_end(cast(Any, trainer), cast(Any, None))
+    earlier = {name: value for name, value in one.state_dict().items() if name != "val_loss"}
+    monitor().load_state_dict(earlier)  # of an earlier version

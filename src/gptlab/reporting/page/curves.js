@@ -40,40 +40,25 @@ function curveOf(run, metric) {
   const curve = run.series[metric];
   if (!curve) return null;
   const x = AXES[CHOSEN.axis].of(curve, run);
-  return x.length && x[0] !== null ? { x, y: curve.value, run } : null;
+  return x.length && x[0] !== null ? { x, y: curve.value, steps: curve.step, run } : null;
 }
 
-/** Value of a curve at a position, interpolated linearly; null outside of its range. */
-function at(curve, place) {
-  let [low, high] = [0, curve.x.length - 1];
-  if (place < curve.x[0] || place > curve.x[high]) return null;
-  while (high - low > 1) {
-    const middle = (low + high) >> 1;
-    if (curve.x[middle] <= place) low = middle;
-    else high = middle;
-  }
-  const [x0, x1, y0, y1] = [curve.x[low], curve.x[high], curve.y[low], curve.y[high]];
-  if (place === x0) return y0;
-  if (place === x1) return y1;
-  return y0 === null || y1 === null ? null : y0 + ((y1 - y0) * (place - x0)) / (x1 - x0);
-}
-
-/** Mean, lowest and highest value of curves, at positions within the range of all of them. */
+/** Mean, lowest and highest value of curves at the steps that all of them have; x is the mean of their positions. */
 function meanAndRange(curves) {
-  const places = [...new Set(curves.flatMap((curve) => curve.x))].sort((a, b) => a - b);
   const found = { x: [], mean: [], low: [], high: [] };
-  for (const place of places) {
-    const values = curves.map((curve) => at(curve, place));
+  const places = curves.map((curve) => new Map(curve.steps.map((step, i) => [step, i])));
+  for (const step of curves[0].steps) {
+    const here = places.map((place) => place.get(step));
+    if (here.includes(undefined)) continue;
+    const values = curves.map((curve, i) => curve.y[here[i]]);
     if (values.includes(null)) continue;
-    found.x.push(place);
+    found.x.push(mean(curves.map((curve, i) => curve.x[here[i]])));
     found.mean.push(mean(values));
     found.low.push(Math.min(...values));
     found.high.push(Math.max(...values));
   }
   return found;
 }
-
-const NO_SEEDS = ["failed", "diverged", "pruned", "config_error"]; // ended early: excluded from means
 
 /** Concatenates curves to one trace, with gaps between them. */
 function joined(curves) {
@@ -101,7 +86,7 @@ function traces(metric, style) {
     const name = plain(DATA.points[point]);
     const about = (kind) => ({ type: "scatter", name, meta: { point, metric, kind } });
     const hover = `<b>%{fullData.name}</b><br>${plain(metric)} %{y:.5~g} at %{x:.4~s}`;
-    const seeds = curves.filter((curve) => !NO_SEEDS.includes(stateOf(curve.run)));
+    const seeds = curves.filter((curve) => !isExcluded(curve.run));
     if (curves.length > 1 && CHOSEN.singles) {
       const line = { color: faded(own, style.faint ?? 0.4), width: 1, dash };
       found.push({

@@ -54,7 +54,7 @@ function lossCaption(drawn, range) {
   if (drawn.some((trace) => trace.meta.kind === "band")) {
     sentences.push(
       "Runs that differ only in the seed are drawn as their mean, with a band from the lowest to the highest value, " +
-        "up to the end of the shortest one. Runs that failed, diverged or were pruned are excluded from means.",
+        "at the steps that all of them have. Runs that failed, diverged, blew up or were pruned are excluded from means.",
     );
   }
   if (orderedKey() === null && DATA.points.length > COLORS * DASHES.length) {

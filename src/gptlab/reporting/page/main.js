@@ -24,15 +24,16 @@ function renderAll() {
 function renderNotes() {
   const notes = [
     `${plural(DATA.runs.length, "run")} found at ${DATA.where}. This page contains all data and loads no external resources.`,
-    `The value of a run is its lowest ${DATA.metric}, in nats per token if that is a loss. Runs that failed, diverged or ` +
-      "were pruned are excluded from the charts of varied config keys.",
+    `The value of a run is its lowest ${DATA.metric}, in nats per token if that is a loss. Runs that failed, diverged, ` +
+      "blew up or were pruned are excluded from comparisons.",
     "FLOPs are tokens × FLOPs per token of the configured model. Time is the sum of tokens / tokens_per_second, which " +
       "is training only.",
   ];
   if (DATA.thinned)
     notes.push(
       `Long curves are downsampled to at most ${count(DATA.points_a_curve)} points (fewer if there are more than 30 ` +
-        "runs), which include the lowest and the highest value of every segment. metrics.csv has all values.",
+        "runs), which include the lowest and the highest value of every segment. Means and ranges over seeds are those " +
+        "of the values at equal steps. metrics.csv has all values.",
     );
   if (DATA.poll) notes.push(`While the page is open, it requests new data every ${DATA.poll} s.`);
   fill(byId("notes"), notes, () => notes.map((note) => make("li", {}, note)));

@@ -11,6 +11,9 @@ const SIGNS = {
   unknown: "?",
 };
 
+/** State of a run in words. */
+const stateLabel = (run) => (blewUp(run) ? "done, blew up" : stateOf(run));
+
 function table(id, columns, rows) {
   const head = make(
     "tr",
@@ -39,8 +42,8 @@ const RUN_COLUMNS = {
     shown: (run) => [
       make(
         "span",
-        { class: `state ${stateOf(run)}`, title: run.state?.message ?? "" },
-        `${SIGNS[stateOf(run)] ?? "■"} ${stateOf(run)}`,
+        { class: `state ${blewUp(run) ? "failed" : stateOf(run)}`, title: run.state?.message ?? run.blew_up ?? "" },
+        `${SIGNS[stateOf(run)] ?? "■"} ${stateLabel(run)}`,
       ),
     ],
   },

@@ -1,6 +1,6 @@
 /* Loss over compute for runs of several sizes and token counts, with the fitted scaling law if there is one. */
 
-/** The fitted scaling law: {law: {E, A, B, alpha, beta}, intervals, answer}; null if there is none. */
+/** The fitted scaling law: {law: {E, A, B, alpha, beta}, intervals, undetermined, answer}; null if there is none. */
 const scalingFit = () => DATA.sweeps.map((sweep) => sweep.scaling).find((scaling) => scaling?.law) ?? null;
 
 /** Training FLOPs: 6 N D, as in the scaling law, if one is fitted, otherwise those of the model's configuration. */
@@ -8,8 +8,8 @@ const compute = (run) => tokensOf(run) * (scalingFit() ? 6 * run.parameters : ru
 
 /** Runs with a value, with their size N, tokens D and FLOPs C. */
 function measured(runs) {
-  return runs
-    .filter((run) => valueOf(run) !== null && run.parameters && !NO_SEEDS.includes(stateOf(run)))
+  return comparable(runs)
+    .filter((run) => run.parameters)
     .map((run) => ({ run, N: run.parameters, D: tokensOf(run), C: compute(run), loss: valueOf(run) }));
 }
 
@@ -38,7 +38,7 @@ function renderScaling() {
     };
     return fit && runs.length ? [points, fitted(fit.law, runs, own, name)] : [points];
   });
-  if (fit && shown.length) drawn.push(frontier(fit.law, shown));
+  if (fit && shown.length && hasOptimum(fit)) drawn.push(frontier(fit.law, shown));
   const layout = {
     xaxis: {
       type: "log",
@@ -54,16 +54,20 @@ function renderScaling() {
   byId("scaling-caption").textContent = scalingCaption(fit);
 }
 
+/** Whether the runs determine the coefficients that the optimum depends on: all but E. */
+const hasOptimum = (fit) => (fit.undetermined ?? []).every((name) => name === "E");
+
 function scalingCaption(fit) {
   const caption = "One marker per run: its lowest loss over its training FLOPs. One color per number of parameters.";
   if (!fit) return `${caption} No scaling law was fitted.`;
   const numbers = Object.entries(fit.law).map(([name, number]) => {
     const interval = fit.intervals[name]?.map((end) => value(+end.toPrecision(3))).join(" to ");
-    return `${name} = ${value(+number.toPrecision(4))}${interval ? ` (${interval})` : ""}`;
+    const estimate = fit.undetermined?.includes(name) ? "not determined" : value(+number.toPrecision(4));
+    return `${name} = ${estimate}${interval ? ` (${interval})` : ""}`;
   });
   return (
     `${caption} Lines: L = E + A / N^α + B / D^β (Hoffmann et al. 2022, equation 2), fitted: ${numbers.join(", ")}. ` +
-    `Dashed: the lowest loss of this law for each number of FLOPs. ${fit.answer}`
+    `${hasOptimum(fit) ? "Dashed: the lowest loss of this law for each number of FLOPs. " : ""}${fit.answer}`
   );
 }
 

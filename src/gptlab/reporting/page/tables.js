@@ -1,10 +1,9 @@
 /* Differences between the configurations and environments of runs. */
 
-/** The run that the others are compared with: the selected one, otherwise the best, otherwise the first. */
+/** The run that the others are compared with: the selected one, otherwise the lowest, otherwise the first. */
 function referenceRun(runs) {
   const chosen = runs.find((run) => String(run.id) === CHOSEN.reference);
-  const valued = runs.filter((run) => valueOf(run) !== null);
-  return chosen ?? (valued.length ? valued.reduce((a, b) => (valueOf(b) < valueOf(a) ? b : a)) : runs[0]);
+  return chosen ?? lowestRun(runs) ?? runs[0];
 }
 
 function renderReference(runs) {

@@ -145,11 +145,8 @@ function newLook(point) {
 
 /** Rank of a point by its lowest value: 0 for the worst, 1 for the best. */
 function rank(point) {
-  const lowest = new Map();
-  for (const run of DATA.runs) {
-    const own = run.best?.value ?? Infinity;
-    lowest.set(run.point, Math.min(lowest.get(run.point) ?? Infinity, own));
-  }
+  const lowest = new Map(DATA.points.map((_, i) => [i, Infinity]));
+  for (const run of comparable(DATA.runs)) lowest.set(run.point, Math.min(lowest.get(run.point), valueOf(run)));
   const worse = [...lowest.values()].filter((other) => other > lowest.get(point)).length;
   return worse / (lowest.size - 1);
 }

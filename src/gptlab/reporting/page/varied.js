@@ -2,9 +2,16 @@
 
 const valueOf = (run) => run.best?.value ?? null;
 
+/** The runs that can be compared by their lowest value. */
+const comparable = (runs) => runs.filter((run) => valueOf(run) !== null && !isExcluded(run));
+
+/** The run with the lowest value; null if no run can be compared. */
+const lowestRun = (runs) =>
+  comparable(runs).reduce((a, b) => (a === null || valueOf(b) < valueOf(a) ? b : a), null);
+
 /** The shown points, each with its runs that have a value. */
 function valuedPoints() {
-  const shown = shownRuns().filter((run) => valueOf(run) !== null && !NO_SEEDS.includes(stateOf(run)));
+  const shown = comparable(shownRuns());
   return distinct(shown.map((run) => run.point)).map((point) => {
     const runs = shown.filter((run) => run.point === point);
     const values = runs.map(valueOf);
@@ -139,10 +146,12 @@ function curveCaption(points, best, keys) {
     sentences.push(
       `★ lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
     );
-  const without = shownRuns().filter((run) => valueOf(run) === null || NO_SEEDS.includes(stateOf(run)));
+  const shown = shownRuns();
+  const compared = comparable(shown);
+  const without = shown.filter((run) => !compared.includes(run));
   if (without.length) {
-    const states = distinct(without.map(stateOf)).map(
-      (state) => `${without.filter((run) => stateOf(run) === state).length} ${state}`,
+    const states = distinct(without.map(stateLabel)).map(
+      (state) => `${without.filter((run) => stateLabel(run) === state).length} ${state}`,
     );
     sentences.push(`Omitted: ${plural(without.length, "run")} (${states.join(", ")}).`);
   }

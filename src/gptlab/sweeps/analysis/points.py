@@ -63,8 +63,9 @@ class Point(NamedTuple):
 
 
 def has_value(trial: Trial) -> bool:
-    """Whether a trial finished with a finite value."""
-    return trial.state == "done" and trial.value is not None and math.isfinite(trial.value)
+    """Whether a trial finished with a finite value, and its loss did not blow up after it."""
+    is_done = trial.state == "done" and not trial.blew_up
+    return is_done and trial.value is not None and math.isfinite(trial.value)
 
 
 def as_number(setting: str) -> float | None:
@@ -74,7 +75,7 @@ def as_number(setting: str) -> float | None:
 
 
 def is_failed(trial: Trial) -> bool:
-    """Whether a trial failed or finished without a finite value; pruned trials do not count."""
+    """Whether a trial failed, blew up or finished without a finite value; pruned trials do not count."""
     return trial.state in FAILED_STATES or (trial.state == "done" and not has_value(trial))
 
 

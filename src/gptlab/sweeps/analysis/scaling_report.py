@@ -13,7 +13,14 @@ from gptlab.errors import UserError
 from gptlab.files import write_durably
 from gptlab.model.config import embedding_count, parameter_count
 from gptlab.sweeps.analysis.points import has_value
-from gptlab.sweeps.analysis.scaling_fit import Optimum, ScalingFit, ScalingLaw, fit_with_intervals, optimum
+from gptlab.sweeps.analysis.scaling_fit import (
+    MAX_SPAN,
+    Optimum,
+    ScalingFit,
+    ScalingLaw,
+    fit_with_intervals,
+    optimum,
+)
 from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
 from gptlab.tracking.run_store.runs import Run
@@ -70,10 +77,11 @@ def varies_size_and_length(directory: Path) -> bool:
 
 
 def read_sized_runs(directory: Path) -> list[SizedRun]:
-    """Returns size, tokens and loss of every finished trial of a sweep that has a finite value."""
+    """Returns size, tokens and loss of every finished trial with a finite value, except those whose loss blew up."""
     found = []
     for trial in load_trials(directory):
-        size = model_size(Run(directory / str(trial.number))) if has_value(trial) else None
+        is_used = has_value(trial) and not trial.blew_up
+        size = model_size(Run(directory / str(trial.number))) if is_used else None
         if size is not None and trial.value is not None:
             found.append(SizedRun(trial.number, size, trial.tokens, trial.value))
     return found
@@ -93,16 +101,19 @@ class ScalingAnswer(BaseModel):
     Attributes:
         law: Coefficients by name, fitted to all runs.
         intervals: 95% interval of each coefficient, and of "a" and "b", the exponents of the optimal N and D in C.
+        undetermined: Names of the coefficients that the runs do not determine; their values are arbitrary.
         residual: Root mean square of log(measured / predicted).
         runs: Runs that the law was fitted to.
-        optima: Optimal model size and tokens for the compute of the largest run, and for larger budgets.
-        answer: The law in one line.
+        optima: Optimal model size and tokens for the compute of the largest run, and for larger budgets. Empty if the
+            runs do not determine a coefficient that these depend on.
+        answer: The law in one line, or why there is none.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     law: dict[str, float]
     intervals: dict[str, tuple[float, float]]
+    undetermined: list[str] = []  # earlier versions did not store it
     residual: float
     runs: list[SizedRun]
     optima: list[Optimum]
@@ -122,42 +133,65 @@ def fit_sweep(directory: Path) -> ScalingAnswer:
     return ScalingAnswer(
         law=fitted.law._asdict(),
         intervals={name: fitted.interval(lambda law: getattr(law, name)) for name in (*ScalingLaw._fields, "a", "b")},  # noqa: B023
+        undetermined=list(fitted.undetermined),
         residual=fitted.residual,
         runs=runs,
-        optima=[optimum(fitted, factor * largest) for factor in BUDGETS],
+        optima=[optimum(fitted, factor * largest) for factor in BUDGETS] if fitted.has_optimum else [],
         answer=_line(fitted),
     )
 
 
 def print_scaling(scaling: ScalingAnswer) -> None:
     """Prints the coefficients, the optima for several budgets, and the law in one line."""
-    console, law = get_console(), ScalingLaw(**scaling.law)
+    console = get_console()
+    print_table(_coefficients(scaling))
+    if scaling.optima:
+        print_table(_optima(scaling.optima))
+    if scaling.undetermined:
+        console.print(Text(_advice(scaling.undetermined), "yellow"))
+    console.print(Text(scaling.answer, "bold"))
+    summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
+    intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."
+    page = "See 'Reading the results of a sweep' in the documentation."
+    console.print(Text(f"{summary} {intervals} {page}", "dim"))
+
+
+def _coefficients(scaling: ScalingAnswer) -> FittingTable:
+    table, law = FittingTable(), ScalingLaw(**scaling.law)
+    for heading in ("coefficient", "estimate", "95% CI"):
+        table.add_column(heading)
+    unknown = {*scaling.undetermined, *({"a", "b"} if {"alpha", "beta"} & {*scaling.undetermined} else ())}
+    for name, (low, high) in scaling.intervals.items():
+        estimate = "not determined" if name in unknown else f"{getattr(law, name):.4g}"
+        table.add_row(name, estimate, f"{low:.4g} to {high:.4g}")
+    return table
+
+
+def _optima(optima: list[Optimum]) -> FittingTable:
     table = FittingTable(see_also=f"{SCALING} has all columns.")
     for heading, order in (
         *(("FLOPs", None), ("optimal parameters", None), ("optimal tokens", None)),
         *(("tokens / parameters", 1), ("loss", 2)),
     ):
         table.add_column(heading, drop_order=order)
-    for best in scaling.optima:
+    for best in optima:
         ratio = f"{best.tokens[0] / best.parameters[0]:.3g}"
         table.add_row(
             f"{best.flops:.2e}",
             *(_format_interval(*values) for values in (best.parameters, best.tokens)),
             ratio,
-            _interval(*best.loss, ".3f"),
+            "not determined" if best.loss is None else _interval(*best.loss, ".3f"),
         )
-    coefficients = FittingTable()
-    for heading in ("coefficient", "estimate", "95% CI"):
-        coefficients.add_column(heading)
-    for name, (low, high) in scaling.intervals.items():
-        coefficients.add_row(name, f"{getattr(law, name):.4g}", f"{low:.4g} to {high:.4g}")
-    print_table(coefficients)
-    print_table(table)
-    console.print(Text(scaling.answer, "bold"))
-    summary = f"Fitted to {len(scaling.runs)} runs, RMS relative error {scaling.residual:.2%}."
-    intervals = f"95% bootstrap confidence intervals ({RESAMPLES} resamples)."
-    page = "See 'Reading the results of a sweep' in the documentation."
-    console.print(Text(f"{summary} {intervals} {page}", "dim"))
+    return table
+
+
+def _advice(undetermined: list[str]) -> str:
+    """Says why coefficients are not determined, and what would determine them."""
+    return (
+        f"The runs do not determine {', '.join(undetermined)}: the 95% interval spans more than a factor of "
+        f"{MAX_SPAN:g}, reaches a bound of the fit, or other values fit as well. Vary model size and tokens "
+        "independently of each other, each by a factor of ten or more, or add seeds."
+    )
 
 
 def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
@@ -166,8 +200,12 @@ def write_scaling(scaling: ScalingAnswer, directory: Path) -> None:
 
 
 def _line(fitted: ScalingFit) -> str:
-    law = fitted.law
-    loss = f"loss = {law.E:.3g} + {law.A:.3g} / N^{law.alpha:.3g} + {law.B:.3g} / D^{law.beta:.3g}"
+    """Formats the law with the exponents of the optima; coefficients that are not determined are left as letters."""
+    law, unknown = fitted.law, fitted.undetermined
+    E, A, B, alpha, beta = (name if name in unknown else f"{getattr(law, name):.3g}" for name in law._fields)  # noqa: N806
+    loss = f"loss = {E} + {A} / N^{alpha} + {B} / D^{beta}"
+    if not fitted.has_optimum:
+        return f"no optimal model size, because the runs do not determine {', '.join(unknown)}; {loss}"
     return (
         f"{loss}; optimal N grows as C^{_interval(law.a, *fitted.interval(lambda law: law.a), '.2f')}, "
         f"optimal D as C^{_interval(law.b, *fitted.interval(lambda law: law.b), '.2f')}"

@@ -156,6 +156,7 @@ def _line(run: Run) -> Line:
             "val_loss": run.value(),
             "tokens_per_second": run.value("tokens_per_second", "last"),
             "left": None,
+            "blew_up": False,
             "age": time.time() - run.directory.stat().st_mtime,
         }
     else:
@@ -163,7 +164,7 @@ def _line(run: Run) -> Line:
         values = {
             **{"state": state.state, "step": state.step, "max_steps": state.max_steps, "loss": state.loss},
             **{"val_loss": state.best_val_loss, "tokens_per_second": state.tokens_per_second},
-            **{"left": left, "age": time.time() - state.updated},
+            **{"left": left, "age": time.time() - state.updated, "blew_up": state.blew_up is not None},
         }
     trial = read_trial(run)
     return {"run": run.name, **values, "trial": trial and trial.number, "directory": str(run.directory)}
@@ -171,6 +172,8 @@ def _line(run: Run) -> Line:
 
 def _cell(column: str, value: Any, line: Line) -> Text:
     match column:
+        case "state" if line.get("blew_up"):
+            return Text(f"{value}, blew up", style="red")
         case "state":
             return Text(str(value), style=STYLES.get(value, "dim" if value == UNKNOWN else "red"))
         case "step" if line.get("max_steps"):

@@ -47,6 +47,7 @@ class RunState(BaseModel):
             "failed" (an error), "lost" (its process ended without recording a state).
         status: Exit code; None while the run is in progress.
         message: Error message, one sentence.
+        blew_up: Message that the loss of a run that is done blew up (see ``describe_blow_up``); None if it did not.
         step: Optimizer steps completed.
         max_steps: Length of the run in optimizer steps.
         tokens: Tokens seen.
@@ -67,6 +68,7 @@ class RunState(BaseModel):
     state: StateName = "running"
     status: int | None = None
     message: str | None = None
+    blew_up: str | None = None
     step: int = 0
     max_steps: int = 0
     tokens: int = 0
@@ -109,7 +111,13 @@ def load_state(directory: Path) -> RunState | None:
 
 
 def end_state(
-    directory: Path, status: int, message: str | None = None, *, step: int | None = None, tokens: int | None = None
+    directory: Path,
+    status: int,
+    message: str | None = None,
+    *,
+    step: int | None = None,
+    tokens: int | None = None,
+    blew_up: str | None = None,
 ) -> None:
     """Records how a run ended, if it had started.
 
@@ -119,10 +127,12 @@ def end_state(
         message: Error message, if the run failed.
         step: Step of the final checkpoint; None keeps the last step that was logged.
         tokens: Tokens seen up to ``step``; ignored if that is None.
+        blew_up: Message that its loss blew up, if it did.
     """
     state = load_state(directory)
     if state is not None:
         changes: dict[str, Any] = {"state": END_STATES.get(status, "failed"), "status": status, "message": message}
+        changes["blew_up"] = blew_up
         if step is not None:
             changes |= {"step": step, "tokens": tokens}
         with skip_if_disk_full(directory / STATE):

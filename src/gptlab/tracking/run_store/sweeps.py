@@ -34,6 +34,8 @@ class Trial(BaseModel):
         status: Exit code; None until the trial has ended.
         message: Error message, one sentence.
         value: Best value of the sweep's metric, if any.
+        blew_up: Whether the trial is done, but its loss blew up (see ``describe_blow_up``): its value is not that of
+            the model at the end.
         tokens: Tokens seen.
         starts: Number of starts.
         job: ID of the job on a cluster, if any.
@@ -48,6 +50,7 @@ class Trial(BaseModel):
     status: int | None = None
     message: str | None = None
     value: float | None = None
+    blew_up: bool = False
     tokens: int = 0
     starts: int = 0
     job: str | None = None

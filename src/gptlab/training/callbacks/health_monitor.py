@@ -1,4 +1,4 @@
-"""Detects steps with a non-finite gradient, and loss spikes."""
+"""Detects steps with a non-finite gradient, loss spikes, and evaluations without a finite loss."""
 
 import logging
 import math
@@ -20,7 +20,9 @@ BAD_STEP, SPIKE, DIVERGED = "Step skipped", "Loss spike", "Run diverged"
 
 
 class TrainingHealthMonitor(L.Callback):
-    """Counts and reports bad steps and loss spikes; ends the run after ``max_bad_steps`` bad steps in a row.
+    """Counts and reports bad steps and loss spikes; ends a run that has diverged.
+
+    A run has diverged after ``max_bad_steps`` bad steps in a row, or if its last evaluation has no finite loss.
 
     The module itself skips a bad step, on the device. This callback receives the report one step later, at the same
     step on all ranks.
@@ -38,6 +40,7 @@ class TrainingHealthMonitor(L.Callback):
         self.step_sync, self.max_bad_steps, self.replay = step_sync, config.max_bad_steps, replay
         self.bad_steps = self.in_a_row = self.loss_spikes = 0
         self.listeners: list[Callable[[str, str], None]] = []
+        self._val_loss: float | None = None  # of the latest evaluation
         self._latest = 0  # the last step that was reported
         sigma = config.spike_sigma
         self._detector = SpikeDetector(sigma, config.spike_window) if sigma is not None else None
@@ -93,24 +96,41 @@ class TrainingHealthMonitor(L.Callback):
             self._notify(DIVERGED, message)
             raise Diverged(message)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keeps the loss of the evaluation, which is the same on all ranks."""
+        self._val_loss = trainer.callback_metrics["val/loss"].item()
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Waits for the report of the last step."""
         self.step_sync.collect()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raises ``Diverged`` if the last evaluation has no finite loss, also that of a resumed run without steps."""
+        if self._val_loss is not None and not math.isfinite(self._val_loss):
+            message = (
+                f"The loss of the last evaluation, at step {trainer.global_step}, is not finite (val/loss "
+                f"{self._val_loss}), so training has diverged. Lower optimizer.lr, or train with more warmup."
+            )
+            self._notify(DIVERGED, message)
+            raise Diverged(message)
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state to save in a checkpoint: the counts, and the state of the spike detector."""
+        """Returns the state to save in a checkpoint: counts, latest val loss, and the state of the spike detector."""
         self.step_sync.collect()
         return {
             "bad_steps": self.bad_steps,
             "in_a_row": self.in_a_row,
             "loss_spikes": self.loss_spikes,
+            "val_loss": self._val_loss,
             "spikes": self._detector and self._detector.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the counts and the state of the spike detector from the result of ``state_dict``."""
+        """Restores the result of ``state_dict``."""
         self.bad_steps, self.in_a_row = int(state_dict["bad_steps"]), int(state_dict["in_a_row"])
         self.loss_spikes = int(state_dict["loss_spikes"])
+        val_loss = state_dict.get("val_loss")  # None in checkpoints of earlier versions
+        self._val_loss = None if val_loss is None else float(val_loss)
         if self._detector and state_dict["spikes"]:
             self._detector.load(state_dict["spikes"])
 
