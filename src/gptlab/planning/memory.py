@@ -8,7 +8,7 @@ two, the gradients of the previous step still exist.
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import GPTConfig, lora_count, parameter_count
+from gptlab.model.config import GPTConfig, LoRAConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
     DTYPE_SIZES,
     ForwardPass,
@@ -34,14 +34,16 @@ class ParameterShares(NamedTuple):
     """Number of parameters on one device.
 
     Attributes:
-        blocks: Parameters of all blocks.
+        blocks: Parameters of all blocks, with those that LoRA adds.
         matrices: Parameters of the weight matrices of all blocks, which Muon trains.
         rest: Parameters of the embeddings, the final norm, and the head if it is not tied.
+        trained: Parameters with a gradient: with LoRA, only those that it adds.
     """
 
     blocks: int
     matrices: int
     rest: int
+    trained: int
 
     @property
     def all(self) -> int:
@@ -106,10 +108,11 @@ class MemoryEstimate(NamedTuple):
         return sum(part for part in self if not isinstance(part, str))
 
 
-def count_by_part(config: GPTConfig) -> dict[str, int]:
-    """Counts the parameters of each part of the model; their sum is ``parameter_count``."""
+def count_by_part(config: GPTConfig, lora: LoRAConfig | None = None) -> dict[str, int]:
+    """Counts the parameters of each part of the model; their sum is ``parameter_count``, plus those of LoRA."""
+    added = {"lora": lora_count(config, lora)} if lora else {}
     if config.counts is not None:
-        return dict(config.counts.parts)
+        return config.counts.parts | added
     width, rows = config.n_embd, config.padded_vocab_size
     parts = {
         "wte": rows * width,
@@ -120,22 +123,25 @@ def count_by_part(config: GPTConfig) -> dict[str, int]:
         "lm_head": 0 if config.tie_weights else rows * width,
     }
     norms = parameter_count(config) - sum(parts.values())  # and learned mixing weights
-    return {name: count for name, count in (parts | {"norms": norms}).items() if count}
+    return {name: count for name, count in (parts | {"norms": norms} | added).items() if count}
 
 
-def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
+def count_shares(config: GPTConfig, split: int = 1, lora: LoRAConfig | None = None) -> ParameterShares:
     """Counts the parameters on one device when the matrices of the blocks are split over ``split`` devices."""
-    if config.counts is not None:
-        blocks, matrices = config.counts.parts.get("h", 0), config.counts.matrices
-        rest = parameter_count(config) - blocks
-        return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
-    total = parameter_count(config)
     parts = count_by_part(config)
-    matrices = config.n_layer * 12 * config.n_embd**2
-    last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
-    rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
-    blocks = total - rest
-    return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
+    if config.counts is not None:
+        blocks, matrices = parts.get("h", 0), config.counts.matrices
+        rest = parameter_count(config) - blocks
+    else:
+        matrices = config.n_layer * 12 * config.n_embd**2
+        last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
+        rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
+        blocks = parameter_count(config) - rest
+    blocks += matrices // split - matrices
+    if lora is not None:
+        added = lora_count(config, lora)
+        return ParameterShares(blocks + added, matrices // split, rest, added)
+    return ParameterShares(blocks, matrices // split, rest, blocks + rest)
 
 
 def estimate_memory(
@@ -157,6 +163,7 @@ def estimate_memory(
         on_gpu=hardware.accelerator == "cuda",
         split=spread.split,
         compiled=hardware.compile is not False,
+        lora=config.lora,
     )
     return max(_moments(config, hardware, spread, forward, chunk), key=lambda moment: moment.total)
 
@@ -185,21 +192,21 @@ def _moments(
     config: RunConfig, hardware: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
     """Returns the memory at each moment that can be the peak."""
-    parts = count_shares(config.model, spread.split)
+    parts = count_shares(config.model, spread.split, config.lora)
     size, divided = forward.sizes.weight, spread.copies if spread.is_sharded else 1
-    weights = parts.all * size / divided
-    trained_bytes = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
+    weights, trained_bytes = parts.all * size / divided, parts.trained * size / divided
+    state = optimizer_state_size(config, parts) * size / divided
     backbone, head = backbone_bytes(forward), head_bytes(forward, chunk)
     last_block = backbone + (block_bytes(forward, 0) if config.model.activation_checkpointing else 0)
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
-        "moments": _optimizer_state(config, parts, size) / divided if config.lora is None else 2 * trained_bytes,
+        "moments": state,
         "holes": 0.0 if forward.on_gpu else _fragmentation(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
     forward_logits, backward_logits = _logits(forward, chunk)
-    checkpoint_copy = weights + 2 * trained_bytes if _copies_checkpoints(config) else 0.0
+    checkpoint_copy = weights + state if _copies_checkpoints(config) else 0.0
     # gradients persist during gradient accumulation, and in DDP's buckets
     persistent = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
     with_head = max(
@@ -230,27 +237,21 @@ def _fragmentation(forward: ForwardPass) -> float:
     """Returns the freed bytes that malloc keeps; the memory of large tensors is returned to the system."""
     config = forward.config
     blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
-    are_large = 4 * forward.matmul // forward.split > MAPPED
-    return HOLES * (blocks - (config.n_layer * mlp_bytes(forward) if are_large else 0))
-
-
-def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the number of bytes of the optimizer state and the averaged weights."""
-    numbers = optimizer_state_size(config, parts)
-    if config.train.ema_decay is not None:
-        numbers += parts.all
-    return numbers * size
+    if 4 * forward.matmul // forward.split > MAPPED:
+        blocks -= sum(mlp_bytes(forward, layer) for layer in range(config.n_layer))
+    return HOLES * blocks
 
 
 def optimizer_state_size(config: RunConfig, parts: ParameterShares) -> int:
-    """Returns the number of elements of the optimizer state.
+    """Returns the number of elements of the optimizer state, with the averaged weights.
 
-    AdamW has two moments per parameter, and Muon has one for each matrix. The state of a component has been counted, or
-    is assumed to be that of AdamW.
+    AdamW has two moments per trained parameter, and Muon has one for each matrix. The state of a component has been
+    counted, or is assumed to be that of AdamW.
     """
+    averages = 0 if config.train.ema_decay is None else parts.trained
     if isinstance(config.optimizer, ComponentOptimizerConfig) and config.optimizer.state_size is not None:
-        return config.optimizer.state_size * parts.all // parameter_count(config.model)
-    return 2 * parts.all - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
+        return averages + config.optimizer.state_size * parts.all // parameter_count(config.model)
+    return averages + 2 * parts.trained - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
@@ -283,7 +284,8 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
         return float(computed), float(8 * tokens * vocabulary)  # two gradients in float32
     each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # matmul output, logits, log p
     copy = matrix * size if size < forward.sizes.weight else 0
-    return float(chunk * rows * each + copy), float(forward.matmul + matrix * forward.sizes.weight)
+    gradient = matrix * forward.sizes.weight if forward.lora is None else 0
+    return float(chunk * rows * each + copy), float(forward.matmul + gradient)
 
 
 def _optimizer_buffers(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
