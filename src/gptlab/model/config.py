@@ -315,7 +315,7 @@ class SamplingConfig(FrozenConfig):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)]
 
 
-# Widths of the input and the output of each linear layer of a block, as multiples of C, in the order of the forward pass
+# Widths of input and output of the linear layers of a block, as multiples of C, in the order of the forward pass
 LINEAR_WIDTHS = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
 
 

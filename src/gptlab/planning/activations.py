@@ -79,17 +79,26 @@ class ForwardPass(NamedTuple):
 def backbone_bytes(forward: ForwardPass) -> int:
     """Returns the number of bytes that autograd saves for the backward pass of the model, without the head."""
     config = forward.config
-    layers = range(config.n_layer)
     if config.activation_checkpointing:
         blocks = config.n_layer * forward.stream
     else:
-        blocks = sum(block_bytes(forward, layer) for layer in layers)
+        blocks = sum(count * block_bytes(forward, layer) for layer, count in block_kinds(config))
         if forward.lora is None:
             blocks += forward.stream * (config.unet_skips and config.n_layer % 2 == 0)  # inputs of blocks with a skip
     rotary = 2 * config.block_size * (config.head_size // 2) * STATISTIC  # tables of cosines and sines
     return (
         embedding_bytes(forward) + blocks + final_norm_bytes(forward) + (rotary if config.positions != "learned" else 0)
     )
+
+
+def block_kinds(config: GPTConfig) -> list[tuple[int, int]]:
+    """Returns one block of each kind, counted from 0, with the number of blocks that save as much."""
+    if config.attention_window is None and not (config.value_residual or config.value_embeddings):
+        return [(0, 1), (1, config.n_layer - 1)]
+    kinds: dict[tuple[bool, bool, int], list[int]] = {}
+    for layer in range(config.n_layer):
+        kinds.setdefault((layer == 0, config.is_global(layer), config.num_extra_values(layer)), []).append(layer)
+    return [(layers[0], len(layers)) for layers in kinds.values()]
 
 
 def embedding_bytes(forward: ForwardPass) -> int:

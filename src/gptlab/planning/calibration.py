@@ -168,8 +168,9 @@ def calibrate(config: RunConfig) -> None:
         UserError: The calibration run failed, or would not reach the largest batches.
     """
     if config.train.batch_schedule:
+        stages = [list(stage) for stage in config.train.batch_schedule]
         raise UserError(
-            f"calibrate=true does not support train.batch_schedule={[list(stage) for stage in config.train.batch_schedule]}, "
+            f"calibrate=true does not support train.batch_schedule={stages}, "
             "because the first steps have smaller batches than the others. Use train.batch_schedule=[]."
         )
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:

@@ -10,7 +10,6 @@ from gptlab.planning.memory import ParallelLayout, count_shares, optimizer_state
 from gptlab.training.hardware import Hardware
 
 
-
 class RunLength(NamedTuple):
     """Length of a run.
 
@@ -144,8 +143,7 @@ def estimate_from_measurement(
 
 
 def _evaluation_share(config: RunConfig) -> float:
-    """Returns the cost of an evaluated token, a forward pass, as a fraction of that of a training token: 1/3, or more
-    with LoRA (Kaplan et al. 2020, section 2.1)."""
+    """Returns the FLOPs of an evaluated token as a fraction of those of a training token: 1/3, or more with LoRA."""
     return forward_flops_per_token(config.model, config.lora) / flops_per_token(config.model, config.lora)
 
 

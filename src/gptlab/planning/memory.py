@@ -14,6 +14,7 @@ from gptlab.planning.activations import (
     ForwardPass,
     backbone_bytes,
     block_bytes,
+    block_kinds,
     head_bytes,
     mlp_bytes,
     weight_copy_bytes,
@@ -21,9 +22,9 @@ from gptlab.planning.activations import (
 from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
 from gptlab.training.hardware import Hardware
 
-# Bytes of a process with all libraries imported, before a model is built, without the pages of mapped files; and bytes
-# that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
-LIBRARIES, COMPILER = 365e6, 300e6
+# Bytes of a process with all libraries that a run imports, without a model and without the pages of mapped files; and
+# bytes that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
+LIBRARIES, COMPILER = 375e6, 300e6
 # Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). As
 # measured, this is 35% of the bytes that the blocks save in the forward pass.
 HOLES, MAPPED = 0.35, 32 * 2**20
@@ -229,16 +230,20 @@ def _moments(
 
 
 def _block_gradients(forward: ForwardPass) -> float:
-    """Returns the number of bytes of the activation gradients of a block: of its MLP and of the residual stream."""
-    return 8.0 * forward.matmul // forward.split + forward.stream
+    """Returns the number of bytes of the activation gradients of a block: of its MLP and of the residual stream.
+
+    Eager squared ReLU has one more tensor of the MLP's width: autograd multiplies its gradient by a new tensor 2 x.
+    """
+    tensors = 3 if forward.config.activation == "relu_squared" and not forward.compiled else 2
+    return 4.0 * tensors * forward.matmul // forward.split + forward.stream
 
 
 def _fragmentation(forward: ForwardPass) -> float:
     """Returns the freed bytes that malloc keeps; the memory of large tensors is returned to the system."""
-    config = forward.config
-    blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
+    kinds = block_kinds(forward.config)
+    blocks = sum(count * block_bytes(forward, layer) for layer, count in kinds)
     if 4 * forward.matmul // forward.split > MAPPED:
-        blocks -= sum(mlp_bytes(forward, layer) for layer in range(config.n_layer))
+        blocks -= sum(count * mlp_bytes(forward, layer) for layer, count in kinds)
     return HOLES * blocks
 
 
