@@ -149,7 +149,7 @@ def attention_bytes(forward: ForwardPass, layer: int) -> int:
 
     Counts from the output of ``c_attn`` to the input of ``c_proj``.
     """
-    config, each, kernel = forward.config, forward.matmul // forward.split, _kernel(forward)
+    config, each, kernel = forward.config, forward.matmul // forward.split, attention_kernel(forward)
     projected = each if forward.trains("attn.c_proj") else 0  # the input of c_proj
     if not inputs_with_gradient(forward.lora, layer)["attn.c_proj"]:
         return projected
@@ -247,7 +247,7 @@ def _dropout_mask(forward: ForwardPass, numbers: int, size: int) -> int:
     return numbers * (1 if forward.on_gpu else size)
 
 
-def _kernel(forward: ForwardPass) -> Literal["flash", "matmuls", "plain"]:
+def attention_kernel(forward: ForwardPass) -> Literal["flash", "matmuls", "plain"]:
     """Returns the kernel that ``gptlab.model.kernels.attend`` chooses."""
     if forward.on_gpu:
         return "flash"
@@ -256,8 +256,12 @@ def _kernel(forward: ForwardPass) -> Literal["flash", "matmuls", "plain"]:
     return "plain" if forward.config.dropout else "flash"  # torch's CPU kernel has no dropout
 
 
+def attention_weight_bytes(forward: ForwardPass) -> int:
+    """Returns the number of bytes of the attention weights of a block, (B, nh, T, T) in float32."""
+    config = forward.config
+    return forward.batch * config.n_head // forward.split * config.block_size**2 * 4
+
+
 def _weights(forward: ForwardPass) -> int:
     """Returns the number of bytes of all attention weights and, with dropout, of the mask and the result."""
-    config = forward.config
-    weights = forward.batch * config.n_head // forward.split * config.block_size**2 * 4
-    return weights * (3 if config.dropout else 1)
+    return attention_weight_bytes(forward) * (3 if forward.config.dropout else 1)

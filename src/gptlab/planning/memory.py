@@ -8,15 +8,16 @@ two, the gradients of the previous step still exist.
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import GPTConfig, LoRAConfig, lora_count, parameter_count
+from gptlab.model.config import LINEAR_WIDTHS, GPTConfig, LoRAConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
     DTYPE_SIZES,
     ForwardPass,
+    attention_kernel,
+    attention_weight_bytes,
     backbone_bytes,
     block_bytes,
     block_kinds,
     head_bytes,
-    mlp_bytes,
     weight_copy_bytes,
 )
 from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
@@ -25,9 +26,9 @@ from gptlab.training.hardware import Hardware
 # Bytes of a process with all libraries that a run imports, without a model and without the pages of mapped files; and
 # bytes that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
 LIBRARIES, COMPILER = 375e6, 300e6
-# Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). As
-# measured, this is 35% of the bytes that the blocks save in the forward pass.
-HOLES, MAPPED = 0.35, 32 * 2**20
+# Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): as
+# measured, at least that of 3 tensors of the residual stream per block.
+HOLES, MAPPED = 3, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
 
 
@@ -239,12 +240,28 @@ def _block_gradients(forward: ForwardPass) -> float:
 
 
 def _fragmentation(forward: ForwardPass) -> float:
-    """Returns the freed bytes that malloc keeps; the memory of large tensors is returned to the system."""
-    kinds = block_kinds(forward.config)
-    blocks = sum(count * block_bytes(forward, layer) for layer, count in kinds)
-    if 4 * forward.matmul // forward.split > MAPPED:
-        blocks -= sum(count * mlp_bytes(forward, layer) for layer, count in kinds)
-    return HOLES * blocks
+    """Returns the freed bytes that malloc keeps: in each block, the temporary tensors of its operations.
+
+    The numbers of tensors were measured (docs/log.md, 2026-11-30). Compiled code has few temporary tensors.
+    """
+    config, lora, eager = forward.config, forward.lora, not forward.compiled
+    blocks, stream, matmul = config.n_layer, forward.stream, forward.matmul // forward.split
+    skips = sum(config.has_skip(layer) for layer in range(blocks)) if config.unet_skips else 0
+    extra_values = sum(count * (config.num_extra_values(layer) > 0) for layer, count in block_kinds(config))
+    widths = sum(LINEAR_WIDTHS[target][1] for target in set(lora.targets)) if lora else 0
+    has_weights, has_new_heads = attention_kernel(forward) == "matmuls", config.qk_norm or config.positions != "learned"
+    temporaries = [
+        (stream, HOLES * blocks),
+        (attention_weight_bytes(forward), blocks * eager * has_weights),
+        (matmul, 3 * blocks * eager * (has_new_heads and not has_weights)),
+        (4 * matmul, blocks * eager * (config.activation == "relu_squared")),
+        (stream, 2 * blocks * eager * (config.norm == "rms")),
+        (stream, 3 * blocks * eager * config.x0_skips),
+        (stream, 2 * skips * eager),
+        (matmul, 3 * extra_values * eager),
+        (matmul, 0.8 * widths * blocks * eager),
+    ]
+    return float(sum(size * count for size, count in temporaries if size <= MAPPED))
 
 
 def optimizer_state_size(config: RunConfig, parts: ParameterShares) -> int:
