@@ -15,6 +15,8 @@ from gptlab.planning.activations import (
     SHORT_SEQUENCE,
     ForwardPass,
     backbone_bytes,
+    block_bytes,
+    block_kinds,
     head_bytes,
     weight_copy_bytes,
 )
@@ -94,6 +96,29 @@ def test_forecast_activations_are_those_that_autograd_saves(precision, changes, 
     assert backbone_bytes(forward) + head_bytes(forward, chunk) == pytest.approx(activations, rel=0.01)
     if not config.activation_checkpointing:
         assert weight_copy_bytes(forward, chunk) == copies
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 11])
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=1.0, targets=["mlp.c_fc"])], ids=["trained", "lora"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_window": 64, "global_every": 3},
+        {"value_residual": True},
+        {"value_embeddings": 1, "attention_window": 64},
+    ],
+    ids=str,
+)
+def test_blocks_of_each_kind_save_as_much_as_all_blocks(n_layer, lora, changes):
+    changes = changes | ({"value_embeddings": 0} if n_layer < 2 else {})
+    config = tiny_config(**WIDE | {"block_size": 300} | changes | {"n_layer": n_layer})
+    forward = ForwardPass(config, 3, DTYPE_SIZES["32-true"], on_gpu=False, lora=lora)
+    kinds = block_kinds(config)
+    assert sum(count for _, count in kinds) == n_layer
+    assert sum(count * block_bytes(forward, layer) for layer, count in kinds) == sum(
+        block_bytes(forward, layer) for layer in range(n_layer)
+    )
 
 
 def test_short_sequence_limit_equals_that_of_the_kernels():
