@@ -314,7 +314,7 @@ CONFIG_ERRORS = {
         "Unknown config key `preparation.corpus`. Did you mean preparation.corpus_mb?",
     ),
     "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
-    "an unknown variant": (["suite=plan", "plan.only=[lora]"], "plan.only=lora is not a variant. Did you mean LoRA?"),
+    "an unknown variant": (["suite=plan", "plan.only=[Mun]"], "plan.only=Mun is not a variant. Did you mean Muon?"),
     "no nanoGPT": (
         ["suite=speedrun", "speedrun.source=text.txt", "speedrun.nanogpt=."],
         "is not a checkout of nanoGPT with data/shakespeare_char/train.bin",
