@@ -289,6 +289,21 @@ def test_ladder_omits_every_part_of_the_recipe(fake_runs):
     ]
 
 
+@pytest.mark.slow
+def test_plan_suite_forecasts_memory_and_checkpoints_within_its_limits(user):
+    few = ("rounds=1", "plan.steps=3", "plan.only=['all of these',LoRA]")
+    assert_success(user.python("gptlab.bench", "suite=plan", *few, "out=measured", timeout=900))
+    (part,) = json.loads((user.folder / "measured" / "plan.json").read_text())["parts"]
+    assert [row["name"] for row in part["rows"]] == ["baseline", "all of these", "LoRA"]
+    for row in part["rows"]:
+        (sample,) = row["samples"]
+        assert 0.95 < sample["memory ratio"] < 1.03, row
+        assert 0.99 < sample["checkpoint ratio"] < 1.01, row
+        assert sample["time ratio"] > 0
+    plain, _, lora = (row["samples"][0] for row in part["rows"])
+    assert lora["checkpoint MB"] < 0.5 * plain["checkpoint MB"]
+
+
 CONFIG_ERRORS = {
     "an unknown suite": (
         ["suite=dat"],
@@ -299,6 +314,7 @@ CONFIG_ERRORS = {
         "Unknown config key `preparation.corpus`. Did you mean preparation.corpus_mb?",
     ),
     "no text": (["suite=ladder", "speedrun.source=nothing.txt"], "nothing.txt"),
+    "an unknown variant": (["suite=plan", "plan.only=[Mun]"], "plan.only=Mun is not a variant. Did you mean Muon?"),
     "no nanoGPT": (
         ["suite=speedrun", "speedrun.source=text.txt", "speedrun.nanogpt=."],
         "is not a checkout of nanoGPT with data/shakespeare_char/train.bin",

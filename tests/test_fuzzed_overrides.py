@@ -49,9 +49,9 @@ if "gptlab.prove" in sys.orig_argv:
     import gptlab.verification.proofs as proofs
     proofs.prove_all = begin
 if "gptlab.bench" in sys.orig_argv:
-    from gptlab.benchmarks import data, generation, overhead, speedrun, training
+    from gptlab.benchmarks import data, forecasts, generation, overhead, speedrun, training
     training.measure = data.measure = generation.measure = speedrun.time_to_loss = speedrun.ladder = begin
-    overhead.measure_overhead = overhead.measure_guards = begin
+    overhead.measure_overhead = overhead.measure_guards = forecasts.compare_forecasts = begin
 if "gptlab.plan" in sys.orig_argv:
     import gptlab.planning.calibration as calibration
     calibration.calibrate = begin

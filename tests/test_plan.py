@@ -105,6 +105,7 @@ def test_command_for_a_budget_composes_to_the_planned_run(user):
         (["network_bandwidth=0"], "network_bandwidth=0 is not valid: it should be a number greater than 0"),
         (["budgt=5"], "Unknown config key `budgt`. Did you mean budget?"),
         (["model.n_head=3"], "model.n_head=3 does not divide n_embd=128"),
+        (["model.n_layer=100000000"], "less than or equal to 10,000"),
         (["data=text", "data.source=none.txt"], "data.source=none.txt does not exist"),
         (["tokenizer=characters"], "The vocabulary size of tokenizer=characters is unknown"),
         (["json=/none/plan.json"], "json=/none/plan.json cannot be written"),

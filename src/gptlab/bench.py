@@ -19,7 +19,7 @@ from gptlab.terminal import print_message
 from gptlab.tracking.environment import record_environment
 from gptlab.tracking.run_directory import claim_directory
 
-ALL = ("train", "generate", "data", "overhead", "guards")  # the other suites need a text that may have to be downloaded
+ALL = ("train", "generate", "data", "overhead", "guards")  # the others take longer or need a text to be downloaded
 
 
 @command("bench", keys=set(known_keys(BenchCommand)))
@@ -45,7 +45,7 @@ def main(values: DictConfig) -> int:
 def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
     """Returns an iterator that runs a suite; raises UserError if the suite cannot run."""
     # lazy: imports torch, which is not needed to check the config
-    from gptlab.benchmarks import data, generation, overhead, speedrun, training
+    from gptlab.benchmarks import data, forecasts, generation, overhead, speedrun, training
 
     match suite:
         case "train":
@@ -62,6 +62,8 @@ def _measure(suite: str, config: BenchCommand) -> Iterator[ResultTable]:
             return speedrun.time_to_loss(config.speedrun, config.cache_dir, config.rounds)
         case "ladder":
             return speedrun.ladder(config.speedrun, config.cache_dir, config.rounds)
+        case "plan":
+            return forecasts.compare_forecasts(config.plan, config.rounds)
         case _:
             raise ValueError(suite)
 

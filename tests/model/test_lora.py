@@ -1,13 +1,18 @@
 """LoRA: parity with the peft library, merging, and gradients."""
 
+from itertools import combinations
+
 import peft
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import tiny_config
-from gptlab.model.config import LoRAConfig, lora_count
+from gptlab.model.config import LoRAConfig, flops_per_token, forward_flops_per_token, lora_count
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import LoRALinear, add_lora, merge_lora
+from gptlab.model.modern import build_gpt
 
 ALL = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
@@ -61,6 +66,26 @@ def test_merged_weights_give_the_same_logits_in_a_model_without_lora(idx):
     logits = ours(idx)
     plain.load_state_dict(merge_lora(ours.state_dict(), config))
     torch.testing.assert_close(plain(idx), logits, rtol=0, atol=1e-12)
+
+
+SUBSETS = [list(subset) for size in range(1, 5) for subset in combinations(ALL, size)]
+MODERN = {"norm": "rms", "positions": "rotary", "qk_norm": True, "tie_weights": False, "value_embeddings": 1}
+
+
+@pytest.mark.parametrize("targets", SUBSETS, ids=" ".join)
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["gpt2", "modern"])
+def test_flops_match_torch_s_counter(targets, options):
+    # the counter counts only matmuls: of vectors, the forward pass and the gradients of inputs are not among them
+    config, lora = tiny_config(n_layer=3, n_embd=64, **options), LoRAConfig(rank=3, alpha=7.0, targets=targets)
+    model, idx = build_gpt(config), torch.randint(61, (2, 16))
+    vectors = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() < 2)
+    add_lora(model, lora)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = model(idx).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert forward == idx.numel() * (forward_flops_per_token(config, lora) - 2 * vectors)
+    assert counter.get_total_flops() == idx.numel() * (flops_per_token(config, lora) - 4 * vectors)
 
 
 @pytest.mark.parametrize("chunk", [None, 5], ids=["one chunk", "several chunks"])

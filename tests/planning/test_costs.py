@@ -3,7 +3,7 @@
 import pytest
 
 from configs import resolved
-from gptlab.model.config import flops_per_token, parameter_count
+from gptlab.model.config import flops_per_token, forward_flops_per_token, parameter_count
 from gptlab.planning.costs import (
     RunLength,
     add_network,
@@ -48,6 +48,16 @@ def test_lora_sends_only_the_gradients_of_the_added_matrices():
     rank = lora.lora.rank
     added = 12 * rank * (4 * 768 + 2 * 768)  # c_attn: C x r and r x 3 C; c_proj: C x r and r x C
     assert network_traffic(lora, ParallelLayout("ddp", 8), "bf16-mixed", 12) == 2 * 7 / 8 * 4 * added
+
+
+def test_lora_checkpoint_has_all_weights_and_the_optimizer_state_of_the_added_matrices():
+    lora = resolved("experiment=gpt2_openwebtext", "lora=all", "init_from=gpt2").with_vocabulary(50257)
+    added = 12 * lora.lora.rank * 768 * (4 + 2 + 5 + 5)
+    assert disk_usage(lora, "bf16-mixed", 10).checkpoint == 4 * (N + 3 * added)
+    averaged = lora.model_copy(update={"train": lora.train.model_copy(update={"ema_decay": 0.99})})
+    assert disk_usage(averaged, "bf16-mixed", 10).checkpoint == 4 * (N + 4 * added)
+    assert sum(count_by_part(lora.model, lora.lora).values()) == N + added
+    assert count_shares(lora.model, lora=lora.lora) == (BLOCKS + added, 12 * 12 * 768**2, N - BLOCKS, added)
 
 
 XL = resolved("model=gpt2-xl", "train.global_batch_size=4096").with_vocabulary(50257)
@@ -105,10 +115,19 @@ def test_run_length_counts_steps_tokens_and_evaluations():
 
 def test_time_from_a_measurement():
     length = RunLength(steps=100, tokens=10_000, evaluations=3, evaluated=128)  # twice the measured evaluations
-    time = estimate_from_measurement(length, plan_hardware(CONFIG, []), TAKEN)
+    time = estimate_from_measurement(CONFIG, length, plan_hardware(CONFIG, []), TAKEN)
     # an evaluated token takes a third of the time of a training token; the rest is the sample and the checkpoint
     each = 2 + (128 - 64) / (3 * 400 / 6)
     assert time.seconds == pytest.approx(10 + 9_900 / (400 / 6) + 3 * each)
+
+
+def test_evaluated_token_of_lora_costs_more_than_a_third_of_a_training_token():
+    lora = resolved("experiment=gpt2_openwebtext", "lora=all", "init_from=gpt2").with_vocabulary(50257)
+    length = RunLength(steps=100, tokens=10_000, evaluations=3, evaluated=300)
+    time = estimate_at_mfu(lora, length, plan_hardware(lora, ["a100"]), 0.5)
+    total, forward = flops_per_token(lora.model, lora.lora), forward_flops_per_token(lora.model, lora.lora)
+    assert time.seconds * 0.5 * 312e12 == pytest.approx(10_000 * total + 900 * forward)
+    assert 0.45 < forward / total < 0.5
 
 
 def test_time_from_mfu():

@@ -43,6 +43,17 @@ def test_weights_gradients_and_optimizer_state():
     assert estimate_memory(GPT2, pure, ParallelLayout("ddp", 8), 12, None).weights == 2 * N
 
 
+def test_lora_has_gradients_and_optimizer_state_of_the_added_matrices_alone():
+    lora = resolved("experiment=gpt2_openwebtext", "lora=all", "init_from=gpt2").with_vocabulary(50257)
+    added = 12 * lora.lora.rank * 768 * (4 + 2 + 5 + 5)
+    ddp, single = (ParallelLayout("ddp", 8), ParallelLayout("single", 1))
+    whole, adapted = (estimate_memory(config, H100, ddp, 12, CHUNK) for config in (GPT2, lora))
+    assert (adapted.weights, adapted.moments, adapted.gradients) == (4 * (N + added), 8 * added, 4 * added)
+    assert adapted.activations < whole.activations
+    averaged = lora.model_copy(update={"train": lora.train.model_copy(update={"ema_decay": 0.99})})
+    assert estimate_memory(averaged, H100, single, 12, CHUNK).moments == 12 * added
+
+
 def test_checkpointing_chunks_and_tensor_parallelism_reduce_memory():
     plain = resolved("experiment=gpt2_openwebtext", "train.loss_chunk=null").with_vocabulary(50257)
     model = plain.model.model_copy(update={"activation_checkpointing": True})

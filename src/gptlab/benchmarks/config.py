@@ -103,10 +103,26 @@ class SpeedrunBench(FrozenConfig):
     parts: list[str] | None
 
 
+class PlanBench(FrozenConfig):
+    """Runs of suite=plan.
+
+    Attributes:
+        arguments: Command-line arguments of ``gptlab.train`` for all variants.
+        steps: Steps of each run and of its calibration.
+        variants: Further arguments of each variant. Those with LoRA start from the weights of the baseline.
+        only: Names of the variants to measure in addition to the baseline, or None for all.
+    """
+
+    arguments: list[str]
+    steps: Annotated[int, Field(ge=3)]
+    variants: dict[str, list[str]]
+    only: list[str] | None
+
+
 class BenchCommand(FrozenConfig):
     """Config keys of ``gptlab.bench``."""
 
-    suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "all"]
+    suite: Literal["train", "generate", "data", "overhead", "guards", "speedrun", "ladder", "plan", "all"]
     rounds: PositiveInt
     out: str | None
     overwrite: bool
@@ -117,4 +133,5 @@ class BenchCommand(FrozenConfig):
     overhead: OverheadBench
     guards: GuardsBench
     speedrun: SpeedrunBench
+    plan: PlanBench
     train: TrainBench

@@ -24,6 +24,10 @@ HEADINGS = {
     "inside": "seconds without start-up",
     "steps to it": "steps to target",
     "s to it": "seconds to target",
+    "MB": "memory MB",
+    "memory ratio": "ratio",
+    "checkpoint ratio": "ratio",
+    "time ratio": "ratio",
 }
 
 
@@ -101,6 +105,7 @@ class ResultTable(NamedTuple):
         metric: Measure that the ratios compare.
         others: Other measures in the table.
         rows: Results, in the order of their groups.
+        compared: Whether each row is compared with the first one of its group.
     """
 
     title: str
@@ -108,6 +113,7 @@ class ResultTable(NamedTuple):
     metric: str
     others: tuple[str, ...]
     rows: list[Result]
+    compared: bool = True
 
     def ratio(self, row: Result) -> float:
         """Returns the median of a row divided by the median of the baseline of its group."""
@@ -120,7 +126,7 @@ class ResultTable(NamedTuple):
             {
                 "group": row.group,
                 "name": row.name,
-                "ratio": self.ratio(row),
+                **({"ratio": self.ratio(row)} if self.compared else {}),
                 "medians": {measure: row.median(measure) for measure in row.measures()},
                 "samples": row.samples,
             }
@@ -186,11 +192,14 @@ def _failure_message(output: str) -> str:
 
 def print_result_table(part: ResultTable) -> None:
     """Prints a table of results."""
-    get_console().print(f"[bold]{part.title}[/bold]\n{part.caption} Values are medians (range).", highlight=False)
+    get_console().print(
+        f"[bold]{part.title}[/bold]\n{part.caption} Values are medians{' (range)' * part.compared}.", highlight=False
+    )
     table = FittingTable(see_also="The JSON file has all columns.")
     table.add_column()
     table.add_column(HEADINGS.get(part.metric, part.metric), "right")
-    table.add_column("ratio", "right")
+    if part.compared:
+        table.add_column("ratio", "right")
     for number, column in enumerate(part.others):
         table.add_column(HEADINGS.get(column, column), "right", drop_order=len(part.others) - number)
     group = ""
@@ -198,8 +207,8 @@ def print_result_table(part: ResultTable) -> None:
         if row.group != group:
             table.add_section()
             table.add_row(group := row.group)
-        shown, others = row.shown(part.metric, spread=True), (row.shown(measure) for measure in part.others)
-        table.add_row(("  " if group else "") + row.name, shown, f"{part.ratio(row):.2f}", *others)
+        cells = [row.shown(part.metric, spread=part.compared), *[f"{part.ratio(row):.2f}"] * part.compared]
+        table.add_row(("  " if group else "") + row.name, *cells, *(row.shown(measure) for measure in part.others))
     print_table(table)
 
 

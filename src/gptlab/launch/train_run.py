@@ -394,14 +394,13 @@ def _is_sharded(config: CheckpointConfig | None) -> bool:
 
 def build_metrics_callback(config: RunConfig, devices: Hardware) -> MetricsCallback:
     """Builds the callback that records metrics."""
-    # with LoRA, most weights have no gradients, so the FLOPs formula does not apply
-    peak = devices.peak_flops() if config.lora is None else None
+    peak = devices.peak_flops()
     return MetricsCallback(
         log_every=config.train.log_every,
         max_steps=config.steps,
         stages=config.train.stages,
         block_size=config.model.block_size,
-        flops_per_token=flops_per_token(config.model),
+        flops_per_token=flops_per_token(config.model, config.lora),
         peak_flops=peak * devices.world_size if peak else None,
     )
 

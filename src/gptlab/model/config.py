@@ -315,11 +315,26 @@ class SamplingConfig(FrozenConfig):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)]
 
 
+# Widths of input and output of the linear layers of a block, as multiples of C, in the order of the forward pass
+LINEAR_WIDTHS = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
+
+
 def lora_count(config: GPTConfig, lora: LoRAConfig) -> int:
     """Counts the parameters that LoRA trains."""
-    widths = {"attn.c_attn": (1, 3), "attn.c_proj": (1, 1), "mlp.c_fc": (1, 4), "mlp.c_proj": (4, 1)}
-    sides = sum(sum(widths[target]) for target in set(lora.targets))
+    sides = sum(sum(LINEAR_WIDTHS[target]) for target in set(lora.targets))
     return config.n_layer * lora.rank * config.n_embd * sides
+
+
+def inputs_with_gradient(lora: LoRAConfig | None, layer: int) -> dict[str, bool]:
+    """Returns for each linear layer of block ``layer``, counted from 0, whether its input needs a gradient.
+
+    With LoRA, the embeddings are frozen, so the backward pass ends at the first adapted layer of the first block.
+    """
+    needed, reached = {}, lora is None or layer > 0
+    for name in LINEAR_WIDTHS:
+        needed[name] = reached
+        reached = reached or lora is None or name in lora.targets
+    return needed
 
 
 def describe_lora(config: GPTConfig, lora: LoRAConfig | None) -> str:
@@ -348,19 +363,45 @@ def embedding_count(config: GPTConfig) -> int:
     return _lookup_count(config) + head
 
 
-def flops_per_token(config: GPTConfig) -> int:
+def flops_per_token(config: GPTConfig, lora: LoRAConfig | None = None) -> int:
     """Returns the floating-point operations per training token, forward and backward.
 
     6 N + 12 L nh hs T, where N is the number of parameters used in matmuls, without embedding lookups. Source:
     Chowdhery et al. 2022 (PaLM), appendix B. In blocks with a sliding window, T is the window size. Recomputed
     activations are not counted.
+
+    A third of 6 N is the forward pass, a third are the gradients of the inputs, and a third are those of the weights
+    (Kaplan et al. 2020, section 2.1). With LoRA, frozen weights have no gradient: 4 N + 6 M + 12 L nh hs T for M
+    trained parameters, less the gradients of the first block's inputs that are not needed (``inputs_with_gradient``).
     """
     multiplied = parameter_count(config) - _lookup_count(config)
     if config.tie_weights:
         multiplied += config.padded_vocab_size * config.n_embd
-    window = min(config.attention_window or config.block_size, config.block_size)
-    keys = sum(config.block_size if config.is_global(layer) else window for layer in range(config.n_layer))
-    return 6 * multiplied + 12 * config.n_embd * keys
+    attention = 12 * config.n_embd * sum(_num_keys(config, layer) for layer in range(config.n_layer))
+    if lora is None:
+        return 6 * multiplied + attention
+    return 4 * multiplied + 6 * lora_count(config, lora) + attention - _unneeded_flops(config, lora)
+
+
+def forward_flops_per_token(config: GPTConfig, lora: LoRAConfig | None = None) -> int:
+    """Returns the floating-point operations per evaluated token: those of the forward pass."""
+    return flops_per_token(config) // 3 + (2 * lora_count(config, lora) if lora else 0)
+
+
+def _num_keys(config: GPTConfig, layer: int) -> int:
+    """Returns the number of tokens that block ``layer`` attends to: the window size or the block size."""
+    window = None if config.is_global(layer) else config.attention_window
+    return min(window or config.block_size, config.block_size)
+
+
+def _unneeded_flops(config: GPTConfig, lora: LoRAConfig) -> int:
+    """Returns the FLOPs per token of input gradients that LoRA does not need, in the first block."""
+    C, unneeded = config.n_embd, 0  # noqa: N806
+    needed = inputs_with_gradient(lora, 0)
+    for name in (name for name, is_needed in needed.items() if not is_needed):
+        inner, outer = LINEAR_WIDTHS[name]
+        unneeded += 2 * inner * outer * C * C + (2 * inner * C * lora.rank if name in lora.targets else 0)
+    return unneeded + (0 if needed["attn.c_proj"] else 8 * C * _num_keys(config, 0))
 
 
 def _lookup_count(config: GPTConfig) -> int:

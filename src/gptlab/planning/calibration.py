@@ -1,7 +1,7 @@
 """Calibration: measured speed and memory of runs on this machine, for forecasts of similar runs. Imports no torch.
 
 Every run saves its measurement in the cache directory at the end, under a hash of the machine and of all config keys
-that affect the speed or memory of a step.
+but those in ``EXCLUDED``. Of the measurements with one hash, that with the most steps is kept.
 """
 
 import hashlib
@@ -19,11 +19,19 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationErr
 
 from gptlab.config.base import FrozenConfig
 from gptlab.config.schema import LoggerConfig, RunConfig
+from gptlab.data.config import DataConfig
 from gptlab.errors import UserError
 from gptlab.files import write_durably
 from gptlab.launch.supervisor import Job, start_worker
 from gptlab.tracking.run_store.runs import MetricsRow
-from gptlab.training.config import CallbacksConfig
+from gptlab.training.config import (
+    AdamWConfig,
+    CallbacksConfig,
+    ComponentOptimizerConfig,
+    MuonConfig,
+    TrainConfig,
+    TrainerConfig,
+)
 from gptlab.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
@@ -31,6 +39,48 @@ log = logging.getLogger(__name__)
 FOLDER = "measured"
 STEPS = 24  # length of a calibration run
 EVAL_WINDOWS = 32
+
+# Fields that change neither the time nor the memory of a step, with the reason. A measurement applies to all runs whose
+# other fields are equal, so a new field separates them until it is listed here.
+_VALUE = "the same computation for each value"
+_PREPARATION = "only read when the data is prepared"
+_LENGTH = "the number of steps or evaluations; the time of a run is computed from it"
+_HARDWARE = "resolved, and part of the hardware"
+EXCLUDED: dict[type[FrozenConfig], dict[str, str]] = {
+    RunConfig: {
+        **{"name": "a label", "seed": _VALUE, "schedule": "one number per step", "logger": "rows of metrics only"},
+        **dict.fromkeys(("resume", "force_resume", "init_from", "resume_from_nanogpt"), "only read at the start"),
+        "tokenizer": "of its values, only the number of tokens matters, which is model.vocab_size",
+    },
+    DataConfig: {
+        **dict.fromkeys(("corpus", "reader", "source", "subset", "streaming", "column", "cache_dir"), _PREPARATION),
+        **dict.fromkeys(("val_split", "val_fraction", "split_seed", "separator", "end_at_cut"), _PREPARATION),
+        **dict.fromkeys(("undecodable", "max_expansion", "task_bytes"), _PREPARATION),
+    },
+    AdamWConfig: dict.fromkeys(("lr", "betas", "eps", "weight_decay"), _VALUE),
+    MuonConfig: {
+        **dict.fromkeys(("lr", "embedding_lr", "head_lr", "vector_lr", "momentum", "betas", "eps"), _VALUE),
+        **dict.fromkeys(("momentum_warmup_from", "momentum_warmup_steps", "adjust_lr"), _VALUE),
+        **dict.fromkeys(("weight_decay", "adamw_weight_decay"), _VALUE),
+    },
+    ComponentOptimizerConfig: {"lr": _VALUE},
+    TrainConfig: {
+        **dict.fromkeys(("max_steps", "max_tokens", "eval_every", "eval_windows"), _LENGTH),
+        "log_every": "a row of metrics takes less than a millisecond",
+        "max_bad_steps": _VALUE,
+        "past_batches": "steps before the run was resumed, and a resumed run is not measured",
+        "compile": _HARDWARE,
+        "loss_chunk": "resolved, and in the key",
+    },
+    TrainerConfig: {
+        **dict.fromkeys(("accelerator", "devices", "num_nodes", "precision"), _HARDWARE),
+        "hang_timeout": _VALUE,
+    },
+    CallbacksConfig: {
+        "hellaswag": "an evaluation of its own, which is not forecast",
+        "early_stopping": "one comparison per evaluation",
+    },
+}
 
 
 class Measurement(FrozenConfig):
@@ -69,8 +119,10 @@ def find_measurement(config: RunConfig, hardware: Hardware) -> Measurement | Non
 
 
 def save_measurement(config: RunConfig, hardware: Hardware, measured: Measurement) -> None:
-    """Saves a measurement; logs a warning if that fails."""
+    """Saves a measurement, unless there is one of more steps; logs a warning if that fails."""
     path = _path(config, hardware)
+    if (known := find_measurement(config, hardware)) is not None and known.steps > measured.steps:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, measured.model_dump_json(indent=1) + "\n")
@@ -113,8 +165,14 @@ def calibrate(config: RunConfig) -> None:
     """Runs the first steps of a configuration in a new process, which saves its measurement.
 
     Raises:
-        UserError: The calibration run failed.
+        UserError: The calibration run failed, or would not reach the largest batches.
     """
+    if config.train.batch_schedule:
+        stages = [list(stage) for stage in config.train.batch_schedule]
+        raise UserError(
+            f"calibrate=true does not support train.batch_schedule={stages}, "
+            "because the first steps have smaller batches than the others. Use train.batch_schedule=[]."
+        )
     with tempfile.TemporaryDirectory(prefix="gptlab-plan-") as folder:
         job, run_dir, log_file = (Path(folder) / name for name in ("job.json", "run", "output.log"))
         Job(_shortened(config), run_dir).write(job)
@@ -129,7 +187,7 @@ def calibrate(config: RunConfig) -> None:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """Returns the configuration of a calibration run: a few steps, without loggers and without optional callbacks."""
+    """Returns the configuration of a calibration run: a few steps, with the same key."""
     steps = min(STEPS, config.steps)
     windows = min(config.train.eval_windows or EVAL_WINDOWS, EVAL_WINDOWS)
     changes = {"max_steps": steps, "max_tokens": None, "eval_every": steps, "eval_windows": windows, "log_every": 1}
@@ -139,7 +197,7 @@ def _shortened(config: RunConfig) -> RunConfig:
             "force_resume": False,
             "train": config.train.model_copy(update=changes),
             "logger": LoggerConfig(),
-            "callbacks": CallbacksConfig(checkpoint=config.callbacks.checkpoint, samples=config.callbacks.samples),
+            "callbacks": config.callbacks.model_copy(update={"hellaswag": None, "early_stopping": None}),
         }
     )
 
@@ -152,20 +210,25 @@ def _path(config: RunConfig, hardware: Hardware) -> Path:
 
 def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     """Returns all values that affect the speed and memory of a step."""
-    train, trainer = config.train, config.trainer
-    loss_chunk = config.loss_chunk
-    components = [config.loss, config.callbacks.components, trainer.flags]
+    chosen = hardware._asdict()
+    del chosen["is_local"], chosen["float32_matmul"]  # a plan cannot resolve the latter; trainer.float32_matmul has it
     return {
-        "machine": [hardware.accelerator, hardware.name, hardware.devices, hardware.num_nodes, _threads()],
+        "hardware": [chosen, _threads(), os.environ.get("MALLOC_MMAP_THRESHOLD_")],
         "torch": version("torch"),
-        "model": config.model.model_dump(mode="json"),
-        "precision": [hardware.precision, hardware.compile, trainer.float32_matmul],
-        "batch": [train.global_batch_size, train.micro_batch_size, train.batch_schedule, loss_chunk],
-        "spread": [trainer.strategy, trainer.tensor_parallel, trainer.reshard_after_forward, trainer.cpu_offload],
-        "optimizer": [config.optimizer.name, train.ema_decay],
-        "data": [config.data.num_workers, config.data.documents],
-        "compile_mode": train.compile_mode,
-        **({"components": components} if any(components) else {}),
+        "loss_chunk": config.loss_chunk,
+        # a shorter run may not reach the larger batches
+        "steps": config.steps if config.train.batch_schedule else None,
+        "config": key_values(config.with_absolute_paths()),
+    }
+
+
+def key_values(config: FrozenConfig) -> dict[str, Any]:
+    """Returns the values of a configuration that affect the speed and memory of a step, as nested plain data."""
+    unused, values = EXCLUDED.get(type(config), {}), config.model_dump(mode="json")
+    return {
+        name: key_values(value) if isinstance(value, FrozenConfig) else values[name]
+        for name, value in config
+        if name not in unused
     }
 
 

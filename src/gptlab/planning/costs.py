@@ -3,13 +3,11 @@
 from typing import Literal, NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import flops_per_token, lora_count, parameter_count
+from gptlab.model.config import flops_per_token, forward_flops_per_token
 from gptlab.planning.activations import DTYPE_SIZES
 from gptlab.planning.calibration import Measurement
 from gptlab.planning.memory import ParallelLayout, count_shares, optimizer_state_size
 from gptlab.training.hardware import Hardware
-
-FORWARD = 3  # a training token costs three times as much as an evaluated token (Kaplan et al. 2020, section 2.1)
 
 
 class RunLength(NamedTuple):
@@ -57,7 +55,7 @@ class DiskUsage(NamedTuple):
 
     Attributes:
         data: Prepared tokens.
-        checkpoint: One checkpoint: weights and optimizer state.
+        checkpoint: One checkpoint: all weights, and the optimizer state of the trained ones.
         kept: All checkpoints that exist at the same time, including the one being written.
     """
 
@@ -87,8 +85,8 @@ def estimate_at_mfu(config: RunConfig, length: RunLength, hardware: Hardware, mf
         mfu: MFU, between 0 and 1.
     """
     assert hardware.gpu is not None  # noqa: S101
-    speed = mfu * hardware.gpu.flops * hardware.world_size / flops_per_token(config.model)
-    evaluated = length.evaluations * (length.evaluated or 0) / FORWARD
+    speed = mfu * hardware.gpu.flops * hardware.world_size / flops_per_token(config.model, config.lora)
+    evaluated = length.evaluations * (length.evaluated or 0) * _evaluation_share(config)
     what = hardware.gpu.name if hardware.world_size == 1 else f"{hardware.world_size} x {hardware.gpu.name}"
     return TimeEstimate(
         what, speed, (length.tokens + evaluated) / speed, f"{mfu:.0%} of {hardware.gpu.flops / 1e12:g} TFLOP/s"
@@ -130,11 +128,13 @@ def add_network(time: TimeEstimate, length: RunLength, traffic: float, bandwidth
     return [with_step(max(computing, network), "overlapped"), with_step(computing + network, "sequential")]
 
 
-def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: Measurement) -> TimeEstimate:
+def estimate_from_measurement(
+    config: RunConfig, length: RunLength, hardware: Hardware, measured: Measurement
+) -> TimeEstimate:
     """Forecasts the duration from the measurement of a similar run on this machine."""
     seconds = measured.first_step_seconds
     seconds += length.tokens * (1 - 1 / length.steps) / measured.tokens_per_second
-    speed = FORWARD * measured.tokens_per_second
+    speed = measured.tokens_per_second / _evaluation_share(config)
     overhead = max(0.0, measured.evaluation_seconds - measured.evaluated / speed)  # sample and checkpoint
     seconds += length.evaluations * (overhead + (length.evaluated or measured.evaluated) / speed)
     return TimeEstimate(
@@ -142,10 +142,16 @@ def estimate_from_measurement(length: RunLength, hardware: Hardware, measured: M
     )
 
 
+def _evaluation_share(config: RunConfig) -> float:
+    """Returns the FLOPs of an evaluated token as a fraction of those of a training token: 1/3, or more with LoRA."""
+    return forward_flops_per_token(config.model, config.lora) / flops_per_token(config.model, config.lora)
+
+
 def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, micro_batch: int) -> float:
     """Returns the number of bytes that a device sends per step.
 
-    Gradients are reduced once per step, also with gradient accumulation, and in the dtype of the weights. With ring
+    Gradients of trained parameters are reduced once per step, also with gradient accumulation, and in the dtype of the
+    weights. With ring
     algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an all-gather or a
     reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with ``reshard_after_forward``, again
     for the backward pass (Zhao et al. 2023, section 3).
@@ -160,8 +166,8 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
     ring = (n - 1) / n
     if spread.strategy == "single":
         return 0.0
-    parts = count_shares(config.model, spread.split)
-    gradients = (parts.all if config.lora is None else lora_count(config.model, config.lora)) * sizes.weight
+    parts = count_shares(config.model, spread.split, config.lora)
+    gradients = parts.trained * sizes.weight
     if spread.strategy == "ddp":
         return 2 * ring * gradients
     accumulation = max(1, config.train.global_batch_size // (micro_batch * n))
@@ -193,10 +199,8 @@ def disk_usage(config: RunConfig, precision: str, tokens: int) -> DiskUsage:
         tokens: Number of tokens of the corpus or, if it is not prepared, number of training tokens of the run.
     """
     model, kept = config.model, 0
-    numbers = parameter_count(model) + optimizer_state_size(config, count_shares(model))
-    if config.train.ema_decay is not None:
-        numbers += parameter_count(model)
-    each = float(numbers * DTYPE_SIZES[precision].weight)
+    parts = count_shares(model, lora=config.lora)
+    each = float((parts.all + optimizer_state_size(config, parts)) * DTYPE_SIZES[precision].weight)
     if wanted := config.callbacks.checkpoint:
         kept = wanted.keep_last + wanted.keep_best + 1
     return DiskUsage(float(tokens * (2 if model.known_vocab_size <= 2**16 else 4)), each, kept * each)

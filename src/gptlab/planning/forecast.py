@@ -11,9 +11,9 @@ from gptlab.config.schema import RunConfig
 from gptlab.config.search_path import configuration_folder
 from gptlab.data.shards.manifest import Manifest
 from gptlab.files import write_durably
-from gptlab.model.config import lora_count, parameter_count
 from gptlab.planning.calibration import find_measurement, measure_run, save_measurement
 from gptlab.planning.costs import TimeEstimate, estimate_from_measurement, run_length
+from gptlab.planning.memory import count_shares
 from gptlab.planning.plans import estimate_peak_memory, estimate_times
 from gptlab.planning.report import format_bytes, format_duration, time_source
 from gptlab.tracking.run_store.runs import FORECAST, Run
@@ -27,7 +27,7 @@ def write_forecast(directory: Path, config: RunConfig, manifest: Manifest, hardw
     time = _time(config, manifest, hardware)
     expected = estimate_peak_memory(config, hardware)
     record = {
-        "parameters": parameter_count(config.model) + (lora_count(config.model, config.lora) if config.lora else 0),
+        "parameters": count_shares(config.model, lora=config.lora).all,
         "peak_memory_bytes": expected.total,
         "memory": {**expected._asdict()},
         "seconds": time and time.seconds,
@@ -83,7 +83,7 @@ def _save_speed(
 def _time(config: RunConfig, manifest: Manifest, hardware: Hardware) -> TimeEstimate | None:
     done = run_length(config, manifest.tokens("val"))
     if (measured := find_measurement(config, hardware)) is not None:
-        return estimate_from_measurement(done, hardware, measured)
+        return estimate_from_measurement(config, done, hardware, measured)
     if hardware.peak_flops() is not None:
         mfu = yaml.safe_load((configuration_folder() / "plan.yaml").read_text())["mfu"]
         return estimate_times(config, done, hardware, mfu, bandwidth=None)[0]  # overlapped, if there are two

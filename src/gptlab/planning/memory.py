@@ -8,25 +8,27 @@ two, the gradients of the previous step still exist.
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
-from gptlab.model.config import GPTConfig, lora_count, parameter_count
+from gptlab.model.config import LINEAR_WIDTHS, GPTConfig, LoRAConfig, lora_count, parameter_count
 from gptlab.planning.activations import (
     DTYPE_SIZES,
     ForwardPass,
+    attention_kernel,
+    attention_weight_bytes,
     backbone_bytes,
     block_bytes,
+    block_kinds,
     head_bytes,
-    mlp_bytes,
     weight_copy_bytes,
 )
 from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
 from gptlab.training.hardware import Hardware
 
-# Bytes of a process with all libraries imported, before a model is built, without the pages of mapped files; and bytes
-# that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
-LIBRARIES, COMPILER = 365e6, 300e6
-# Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD). As
-# measured, this is 35% of the bytes that the blocks save in the forward pass.
-HOLES, MAPPED = 0.35, 32 * 2**20
+# Bytes of a process with all libraries that a run imports, without a model and without the pages of mapped files; and
+# bytes that torch.compile adds. Measured with Python 3.11, torch 2.13 (CPU) and lightning 2.6.
+LIBRARIES, COMPILER = 375e6, 300e6
+# Fragmentation: glibc's malloc keeps freed memory between tensors of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD): as
+# measured, at least that of 3 tensors of the residual stream per block.
+HOLES, MAPPED = 3, 32 * 2**20
 CPU_STACK, STACK = 2**20, 2**26  # gptlab.training.optim.muon
 
 
@@ -34,14 +36,16 @@ class ParameterShares(NamedTuple):
     """Number of parameters on one device.
 
     Attributes:
-        blocks: Parameters of all blocks.
+        blocks: Parameters of all blocks, with those that LoRA adds.
         matrices: Parameters of the weight matrices of all blocks, which Muon trains.
         rest: Parameters of the embeddings, the final norm, and the head if it is not tied.
+        trained: Parameters with a gradient: with LoRA, only those that it adds.
     """
 
     blocks: int
     matrices: int
     rest: int
+    trained: int
 
     @property
     def all(self) -> int:
@@ -106,10 +110,11 @@ class MemoryEstimate(NamedTuple):
         return sum(part for part in self if not isinstance(part, str))
 
 
-def count_by_part(config: GPTConfig) -> dict[str, int]:
-    """Counts the parameters of each part of the model; their sum is ``parameter_count``."""
+def count_by_part(config: GPTConfig, lora: LoRAConfig | None = None) -> dict[str, int]:
+    """Counts the parameters of each part of the model; their sum is ``parameter_count``, plus those of LoRA."""
+    added = {"lora": lora_count(config, lora)} if lora else {}
     if config.counts is not None:
-        return dict(config.counts.parts)
+        return config.counts.parts | added
     width, rows = config.n_embd, config.padded_vocab_size
     parts = {
         "wte": rows * width,
@@ -120,22 +125,25 @@ def count_by_part(config: GPTConfig) -> dict[str, int]:
         "lm_head": 0 if config.tie_weights else rows * width,
     }
     norms = parameter_count(config) - sum(parts.values())  # and learned mixing weights
-    return {name: count for name, count in (parts | {"norms": norms}).items() if count}
+    return {name: count for name, count in (parts | {"norms": norms} | added).items() if count}
 
 
-def count_shares(config: GPTConfig, split: int = 1) -> ParameterShares:
+def count_shares(config: GPTConfig, split: int = 1, lora: LoRAConfig | None = None) -> ParameterShares:
     """Counts the parameters on one device when the matrices of the blocks are split over ``split`` devices."""
-    if config.counts is not None:
-        blocks, matrices = config.counts.parts.get("h", 0), config.counts.matrices
-        rest = parameter_count(config) - blocks
-        return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
-    total = parameter_count(config)
     parts = count_by_part(config)
-    matrices = config.n_layer * 12 * config.n_embd**2
-    last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
-    rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
-    blocks = total - rest
-    return ParameterShares(blocks - matrices + matrices // split, matrices // split, rest)
+    if config.counts is not None:
+        blocks, matrices = parts.get("h", 0), config.counts.matrices
+        rest = parameter_count(config) - blocks
+    else:
+        matrices = config.n_layer * 12 * config.n_embd**2
+        last = config.n_embd * (2 if config.bias and config.norm == "layer" else 1) * (1 + config.embedding_norm)
+        rest = last + sum(parts.get(name, 0) for name in ("wte", "wpe", "value_embeds", "lm_head"))
+        blocks = parameter_count(config) - rest
+    blocks += matrices // split - matrices
+    if lora is not None:
+        added = lora_count(config, lora)
+        return ParameterShares(blocks + added, matrices // split, rest, added)
+    return ParameterShares(blocks, matrices // split, rest, blocks + rest)
 
 
 def estimate_memory(
@@ -157,6 +165,7 @@ def estimate_memory(
         on_gpu=hardware.accelerator == "cuda",
         split=spread.split,
         compiled=hardware.compile is not False,
+        lora=config.lora,
     )
     return max(_moments(config, hardware, spread, forward, chunk), key=lambda moment: moment.total)
 
@@ -185,21 +194,21 @@ def _moments(
     config: RunConfig, hardware: Hardware, spread: ParallelLayout, forward: ForwardPass, chunk: int | None
 ) -> list[MemoryEstimate]:
     """Returns the memory at each moment that can be the peak."""
-    parts = count_shares(config.model, spread.split)
+    parts = count_shares(config.model, spread.split, config.lora)
     size, divided = forward.sizes.weight, spread.copies if spread.is_sharded else 1
-    weights = parts.all * size / divided
-    trained_bytes = weights if config.lora is None else lora_count(config.model, config.lora) * size / divided
+    weights, trained_bytes = parts.all * size / divided, parts.trained * size / divided
+    state = optimizer_state_size(config, parts) * size / divided
     backbone, head = backbone_bytes(forward), head_bytes(forward, chunk)
     last_block = backbone + (block_bytes(forward, 0) if config.model.activation_checkpointing else 0)
     always = {
         "libraries": 0.0 if forward.on_gpu else LIBRARIES + COMPILER * (hardware.compile is not False),
         "weights": weights,
-        "moments": _optimizer_state(config, parts, size) / divided if config.lora is None else 2 * trained_bytes,
+        "moments": state,
         "holes": 0.0 if forward.on_gpu else _fragmentation(forward),
     }
     copies = _copies(spread, forward, parts, chunk)
     forward_logits, backward_logits = _logits(forward, chunk)
-    checkpoint_copy = weights + 2 * trained_bytes if _copies_checkpoints(config) else 0.0
+    checkpoint_copy = weights + state if _copies_checkpoints(config) else 0.0
     # gradients persist during gradient accumulation, and in DDP's buckets
     persistent = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
     with_head = max(
@@ -222,35 +231,49 @@ def _moments(
 
 
 def _block_gradients(forward: ForwardPass) -> float:
-    """Returns the number of bytes of the activation gradients of a block: of its MLP and of the residual stream."""
-    return 8.0 * forward.matmul // forward.split + forward.stream
+    """Returns the number of bytes of the activation gradients of a block: of its MLP and of the residual stream.
+
+    Eager squared ReLU has one more tensor of the MLP's width: autograd multiplies its gradient by a new tensor 2 x.
+    """
+    tensors = 3 if forward.config.activation == "relu_squared" and not forward.compiled else 2
+    return 4.0 * tensors * forward.matmul // forward.split + forward.stream
 
 
 def _fragmentation(forward: ForwardPass) -> float:
-    """Returns the freed bytes that malloc keeps; the memory of large tensors is returned to the system."""
-    config = forward.config
-    blocks = sum(block_bytes(forward, layer) for layer in range(config.n_layer))
-    are_large = 4 * forward.matmul // forward.split > MAPPED
-    return HOLES * (blocks - (config.n_layer * mlp_bytes(forward) if are_large else 0))
+    """Returns the freed bytes that malloc keeps: in each block, the temporary tensors of its operations.
 
-
-def _optimizer_state(config: RunConfig, parts: ParameterShares, size: int) -> float:
-    """Returns the number of bytes of the optimizer state and the averaged weights."""
-    numbers = optimizer_state_size(config, parts)
-    if config.train.ema_decay is not None:
-        numbers += parts.all
-    return numbers * size
+    The numbers of tensors were measured (docs/log.md, 2026-11-30). Compiled code has few temporary tensors.
+    """
+    config, lora, eager = forward.config, forward.lora, not forward.compiled
+    blocks, stream, matmul = config.n_layer, forward.stream, forward.matmul // forward.split
+    skips = sum(config.has_skip(layer) for layer in range(blocks)) if config.unet_skips else 0
+    extra_values = sum(count * (config.num_extra_values(layer) > 0) for layer, count in block_kinds(config))
+    widths = sum(LINEAR_WIDTHS[target][1] for target in set(lora.targets)) if lora else 0
+    has_weights, has_new_heads = attention_kernel(forward) == "matmuls", config.qk_norm or config.positions != "learned"
+    temporaries = [
+        (stream, HOLES * blocks),
+        (attention_weight_bytes(forward), blocks * eager * has_weights),
+        (matmul, 3 * blocks * eager * (has_new_heads and not has_weights)),
+        (4 * matmul, blocks * eager * (config.activation == "relu_squared")),
+        (stream, 2 * blocks * eager * (config.norm == "rms")),
+        (stream, 3 * blocks * eager * config.x0_skips),
+        (stream, 2 * skips * eager),
+        (matmul, 3 * extra_values * eager),
+        (matmul, 0.8 * widths * blocks * eager),
+    ]
+    return float(sum(size * count for size, count in temporaries if size <= MAPPED))
 
 
 def optimizer_state_size(config: RunConfig, parts: ParameterShares) -> int:
-    """Returns the number of elements of the optimizer state.
+    """Returns the number of elements of the optimizer state, with the averaged weights.
 
-    AdamW has two moments per parameter, and Muon has one for each matrix. The state of a component has been counted, or
-    is assumed to be that of AdamW.
+    AdamW has two moments per trained parameter, and Muon has one for each matrix. The state of a component has been
+    counted, or is assumed to be that of AdamW.
     """
+    averages = 0 if config.train.ema_decay is None else parts.trained
     if isinstance(config.optimizer, ComponentOptimizerConfig) and config.optimizer.state_size is not None:
-        return config.optimizer.state_size * parts.all // parameter_count(config.model)
-    return 2 * parts.all - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
+        return averages + config.optimizer.state_size * parts.all // parameter_count(config.model)
+    return averages + 2 * parts.trained - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
 
 
 def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
@@ -283,7 +306,8 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
         return float(computed), float(8 * tokens * vocabulary)  # two gradients in float32
     each = 2 * size + 4 if forward.compiled else 8 + (size if size < 4 else 0)  # matmul output, logits, log p
     copy = matrix * size if size < forward.sizes.weight else 0
-    return float(chunk * rows * each + copy), float(forward.matmul + matrix * forward.sizes.weight)
+    gradient = matrix * forward.sizes.weight if forward.lora is None else 0
+    return float(chunk * rows * each + copy), float(forward.matmul + gradient)
 
 
 def _optimizer_buffers(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:

@@ -93,7 +93,7 @@ class RunPlan(NamedTuple):
     @property
     def flops(self) -> float:
         """FLOPs of the training run, forward and backward."""
-        return float(flops_per_token(self.config.model)) * self.length.tokens
+        return float(flops_per_token(self.config.model, self.config.lora)) * self.length.tokens
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -123,13 +123,13 @@ def make_plan(
     length = run_length(config, manifest.tokens("val") if manifest else None)
     chunk = config.loss_chunk
     measured = find_measurement(config, hardware)
-    times = [estimate_from_measurement(length, hardware, measured)] if measured else []
+    times = [estimate_from_measurement(config, length, hardware, measured)] if measured else []
     for gpu in gpus or COMPARED:
         times += estimate_times(config, length, plan_hardware(config, [gpu]), mfu, bandwidth)
     return RunPlan(
         config=config,
         hardware=hardware,
-        parameters=count_by_part(config.model),
+        parameters=count_by_part(config.model, config.lora),
         length=length,
         batch=batch,
         spread=spread,
@@ -214,8 +214,8 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     return {
         "command": "gptlab.plan",
         "target": _hardware_to_dict(plan.hardware),
-        "parameters": {"total": parameter_count(model), **plan.parameters},
-        "flops_per_token": flops_per_token(model),
+        "parameters": {"total": sum(plan.parameters.values()), **plan.parameters},
+        "flops_per_token": flops_per_token(model, plan.config.lora),
         "flops": plan.flops,
         **plan.length._asdict(),
         "tokens_per_parameter": plan.tokens_per_parameter,

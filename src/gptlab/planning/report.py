@@ -5,7 +5,7 @@ from datetime import timedelta
 from rich.text import Text
 
 from gptlab.data.repetition import count_epochs, repetition_warning
-from gptlab.model.config import describe_lora, flops_per_token, parameter_count
+from gptlab.model.config import flops_per_token, parameter_count
 from gptlab.planning.budget import TOKENS_PER_PARAMETER, ComputeOptimalChoice
 from gptlab.planning.costs import TimeEstimate
 from gptlab.planning.plans import RunPlan
@@ -74,9 +74,11 @@ def _run(plan: RunPlan) -> FittingTable:
     factors = f"{plan.spread.copies} x {train.global_batch_size // plan.batch // plan.spread.copies} x {plan.batch}"
     best = TOKENS_PER_PARAMETER * count
     rows = {
-        "parameters": f"{count:,}: {', '.join(f'{name} {number:,}' for name, number in plan.parameters.items())}"
-        f"{describe_lora(model, plan.config.lora)}",
-        "FLOPs per token": f"{flops_per_token(model):.4g}, forward and backward (Chowdhery et al. 2022, appendix B)",
+        "parameters": f"{sum(plan.parameters.values()):,}: "
+        f"{', '.join(f'{name} {number:,}' for name, number in plan.parameters.items())}"
+        f"{'; only lora is trained' if plan.config.lora else ''}",
+        "FLOPs per token": f"{flops_per_token(model, plan.config.lora):.4g}, forward and backward "
+        "(Chowdhery et al. 2022, appendix B)",
         "steps": f"{length.steps:,} of {train.global_batch_size} sequences of {model.block_size} tokens: {factors} "
         "(devices x gradient accumulation x micro-batch)",
         "tokens": f"{length.tokens:,}{_epochs(plan)}",

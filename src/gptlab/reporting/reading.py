@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import open_regular
-from gptlab.model.config import flops_per_token, parameter_count
+from gptlab.model.config import LoRAConfig, flops_per_token, parameter_count
 from gptlab.reporting.series import curves, round_number
 from gptlab.tracking.environment import ENVIRONMENT
 from gptlab.tracking.run_store.blow_up import describe_blow_up
@@ -181,6 +181,7 @@ def _size(run: Run) -> tuple[int | None, int | None]:
         model = run.model
         if model.components:  # the formulas do not apply
             return run.forecast.get("parameters"), None
-        return parameter_count(model), flops_per_token(model)
+        lora = run.config.get("lora")
+        return parameter_count(model), flops_per_token(model, lora and LoRAConfig.model_validate(lora))
     except (ValidationError, ValueError):
         return None, None
