@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -143,7 +144,7 @@ def command(
     return decorate
 
 
-def check_hydra(hydra_config: DictConfig) -> None:
+def check_hydra(hydra_config: HydraConf | DictConfig) -> None:
     """Raises UserError if Hydra's configuration has a value that would have no effect."""
     if hydra_config.output_subdir is not None:
         raise UserError(

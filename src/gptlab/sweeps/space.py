@@ -55,6 +55,7 @@ class SearchSpace:
         for key, override in self.varied.items():
             if not override.is_discrete_sweep():
                 swept = override.value()
+                assert isinstance(swept, IntervalSweep)  # noqa: S101  (every other sweep is discrete)
                 raise UserError(
                     f"{key}={override.get_value_string()} has infinitely many values, which a grid cannot enumerate. "
                     f"List the values, for example {key}={swept.start},{swept.end}, or set hydra.sweeper.search=tpe "
