@@ -109,13 +109,11 @@ class PlanBench(FrozenConfig):
     Attributes:
         arguments: Command-line arguments of ``gptlab.train`` for all variants.
         steps: Steps of each run and of its calibration.
-        variants: Further arguments of each variant. Those with LoRA start from the weights of the baseline.
         only: Names of the variants to measure in addition to the baseline, or None for all.
     """
 
     arguments: list[str]
     steps: Annotated[int, Field(ge=3)]
-    variants: dict[str, list[str]]
     only: list[str] | None
 
 

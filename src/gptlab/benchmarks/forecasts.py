@@ -14,6 +14,33 @@ from gptlab.tracking.run_store.runs import CHECKPOINTS, Run
 from gptlab.training.checkpoints.records import list_checkpoints
 
 BASELINE = "baseline"  # variant without overrides; LoRA starts from its weights
+OPTIONS = {  # of model=gpt2_modern, one by one
+    "RMSNorm": "model.norm=rms",
+    "rotary positions": "model.positions=rotary_half",
+    "QK-norm": "model.qk_norm=true",
+    "embedding norm": "model.embedding_norm=true",
+    "ReLU squared": "model.activation=relu_squared",
+    "soft cap": "model.logit_soft_cap=15",
+    "untied head": "model.tie_weights=false",
+    "value residual": "model.value_residual=true",
+    "value embeddings": "model.value_embeddings=2",
+    "x0 skips": "model.x0_skips=true",
+    "U-Net skips": "model.unet_skips=true",
+    "window": "model.attention_window=128",
+}
+VARIANTS = {  # overrides of each variant
+    **{name: [option] for name, option in OPTIONS.items()},
+    "all of these": [*OPTIONS.values()],
+    "dropout": ["model.dropout=0.1"],
+    "checkpointing": ["model.activation_checkpointing=true"],
+    "accumulation": ["train.micro_batch_size=2"],
+    "EMA": ["train.ema_decay=0.99"],
+    "Muon": ["optimizer=muon"],
+    "LoRA": ["lora=all"],
+    "LoRA, attention": ["lora=attention"],
+    "DDP 2": ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"],
+    "FSDP 2": ["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2"],
+}
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # malloc returns freed memory
 COLUMNS = ("memory ratio", "checkpoint MB", "checkpoint ratio", "s/step", "time ratio")
 
@@ -24,7 +51,7 @@ def compare_forecasts(bench: PlanBench, rounds: int) -> Iterator[ResultTable]:
     Raises:
         UserError: ``bench.only`` has an unknown variant. Raised by this call.
     """
-    variants: dict[str, list[str]] = {BASELINE: [], **bench.variants}
+    variants: dict[str, list[str]] = {BASELINE: [], **VARIANTS}
     only = variants if bench.only is None else bench.only
     if unknown := [name for name in only if name not in variants]:
         near = did_you_mean(unknown[0], variants)
