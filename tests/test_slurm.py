@@ -12,7 +12,7 @@ import pytest
 
 from commands import assert_config_error, assert_same_run, assert_success, metrics
 from faults import break_steps
-from gptlab.exit_codes import CONFIG_ERROR, PREEMPTED
+from gptlab.exit_codes import CONFIG_ERROR, FAILED, PREEMPTED
 from gptlab.training.checkpoints.records import checkpoint_step, list_checkpoints
 from slurm_cluster import Cluster, unavailable_reason
 
@@ -123,9 +123,11 @@ def test_every_trial_of_a_sweep_is_one_job_with_one_directory(slurm, user):
 
 
 def test_a_failed_trial_sets_the_exit_code_of_the_sweep(slurm, user):
-    done = user.python("gptlab.train", *SWEEP, "name=sweep", "train.global_batch_size=7,12", *SMALL, timeout=400)
-    assert done.returncode == CONFIG_ERROR
-    assert (user.only_run("sweep") / "1" / "metrics.csv").exists()
+    break_steps(user, "if self.config.seed == 1: raise RuntimeError('broken')")
+    done = user.python("gptlab.train", *SWEEP, "name=sweep", "seed=1,2", *SMALL, timeout=400)
+    assert done.returncode == FAILED
+    trials = [json.loads((user.only_run("sweep") / number / "trial.json").read_text()) for number in ("0", "1")]
+    assert [trial["state"] for trial in trials] == ["failed", "done"]
 
 
 @pytest.mark.parametrize("by", ["submitit", "SLURM"])
