@@ -142,7 +142,7 @@ def _is_contradictory(result: Result) -> bool:
     """Whether the one-line answer disagrees with the order, the differences or the verdicts of the table."""
     line, verdicts, ranked = result.line, result.verdicts, [_number(point) for point in result.ranking.ranked]
     if line.startswith("no "):
-        return bool(ranked) and "has the best mean" not in line
+        return bool(ranked) and result.ranking.no_best is None
     best = int(re.match(r"best: lr=(\d+)", line)[1])
     mine, difference = verdicts[best], result.claims[best, 0].comparison.difference if (best, 0) in result.claims else 0
     named = {

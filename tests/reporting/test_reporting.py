@@ -1,5 +1,6 @@
 """Data of the report: downsampled curves, grouping of runs into points, and unreadable files."""
 
+import csv
 import json
 import math
 import re
@@ -52,6 +53,20 @@ def test_downsampled_runs_of_any_length_have_half_of_their_steps_in_common():
     within = {step for step in long if step <= 18_000}
     assert len(short & within) >= len(within) / 3
     assert len(downsample(steps, values[0], 100)) > 60
+
+
+def test_best_value_of_a_run_is_in_the_direction_of_the_sweep(tmp_path):
+    directory = write_sweep(tmp_path / "lr" / "now", rates=(1e-3, 2e-3), seeds=(1,))
+    for direction, best in (("minimize", min), ("maximize", max)):
+        definition = json.loads((directory / "sweep.json").read_text()) | {"direction": direction}
+        (directory / "sweep.json").write_text(json.dumps(definition))
+        found = gathered(directory)
+        assert found["maximized"] == (direction == "maximize")
+        for number, run in enumerate(found["runs"]):
+            rows = csv.DictReader((directory / str(number) / "metrics.csv").read_text().splitlines())
+            values = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+            assert len(set(values)) > 1
+            assert run["best"]["value"] == pytest.approx(best(values))
 
 
 def test_means_and_ranges_over_seeds_are_those_of_the_rows(tmp_path):

@@ -380,13 +380,18 @@ def test_a_metric_that_the_first_evaluation_does_not_log_ends_the_sweep(tmp_path
     rows = ["step,train/loss,val/loss", "1,3.0,", "2,,2.9"]
     assert missing_metric("mine/score", []) is None
     store = SweepStore(tmp_path, definition, lambda trial: True)
-    runner = SweepRunner(store, None, FakeLauncher(), None, SweeperConfig(**SETTINGS))
+    callbacks = SimpleNamespace(components={})
+    runner = SweepRunner(
+        store, None, FakeLauncher(), lambda point: SimpleNamespace(callbacks=callbacks), SweeperConfig(**SETTINGS)
+    )
     store.write(Trial(number=0, overrides={}, config_hash="", state="running"))
     for following, is_error in (([], False), (["2,2.8,"], False), (["3,2.7,"], True)):
         (tmp_path / "0" / "metrics.csv").write_text("\n".join([*rows, *following]) + "\n")
         runner._metric_check = 0.0
         with pytest.raises(UserError, match="mine/score is not a column") if is_error else contextlib.nullcontext():
             runner._check_metric()
+    callbacks.components["mine"] = {"_target_": "mine.Score", "every": 100}
+    runner._check_metric()  # it may record the metric later
     store.close()
 
 

@@ -77,7 +77,7 @@ EXCLUDED: dict[type[FrozenConfig], dict[str, str]] = {
         "hang_timeout": _VALUE,
     },
     CallbacksConfig: {
-        "hellaswag": "an evaluation of its own, which is not forecast",
+        "hellaswag": "an evaluation of its own, which is not forecast; runs with it are not saved",
         "early_stopping": "one comparison per evaluation",
     },
 }

@@ -76,7 +76,7 @@ def _save_speed(
         peak_memory=memory,
         source=f"{config.steps} steps of {config.name} on {strftime('%Y-%m-%d')}",
     )
-    if found is not None:
+    if found is not None and config.callbacks.hellaswag is None:  # its memory and time are those of an evaluation
         save_measurement(config, hardware, found)
 
 

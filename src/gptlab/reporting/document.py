@@ -40,8 +40,9 @@ class ReportDocument:
         problems: list[str] = []
         parents = dict.fromkeys(run.directory.parent for run in found)
         sweeps = [sweep for parent in parents if (sweep := _sweep(parent, problems)) is not None]
-        metrics = {sweep["metric"] for sweep in sweeps}
-        self.reader.metric = metrics.pop() if len(metrics) == 1 else LOSS
+        metrics = {(sweep["metric"], sweep["direction"]) for sweep in sweeps}
+        self.reader.metric, direction = metrics.pop() if len(metrics) == 1 else (LOSS, "minimize")
+        self.reader.which = "highest" if direction == "maximize" else "lowest"
         entries, unreadable = self.reader.read([run.directory for run in found])
         problems += unreadable
         if not entries:
@@ -50,6 +51,7 @@ class ReportDocument:
             "where": " ".join(self.patterns),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "metric": self.reader.metric,
+            "maximized": self.reader.which == "highest",
             "points_a_curve": self.reader.points,
             "problems": problems,
             "sweeps": sweeps,

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -22,6 +22,8 @@ from gptlab.tracking.run_store.sweeps import TRIAL, Trial, read_trial
 
 MOST_SAMPLES, LONGEST_SAMPLE = 24, 6000  # maximum samples per run and characters per sample
 FEWEST_POINTS, TOGETHER = 100, 30_000  # minimum limit of points per curve; points of one metric over all runs
+
+Extreme = Literal["lowest", "highest"]
 
 
 @dataclass
@@ -52,11 +54,15 @@ class RunReader:
 
     Args:
         points: Maximum number of points per curve; reduced if there are many runs.
-        metric: Metric whose lowest value is a run's best.
+        metric: Metric by which runs are compared.
+
+    Attributes:
+        which: Whether the lowest or the highest value of the metric is a run's best.
     """
 
     def __init__(self, points: int, metric: str) -> None:
         self.points, self.metric = points, metric
+        self.which: Extreme = "lowest"
         self._known: dict[Path, tuple[Any, RunEntry | str]] = {}
 
     def read(self, directories: list[Path]) -> tuple[list[RunEntry], list[str]]:
@@ -64,9 +70,9 @@ class RunReader:
         points = max(FEWEST_POINTS, min(self.points, TOGETHER // max(1, len(directories))))
         entries, problems = [], []
         for directory in directories:
-            signature = (points, self.metric, *(_file_signatures(directory / name) for name in _FILES))
+            signature = (points, self.metric, self.which, *(_file_signatures(directory / name) for name in _FILES))
             if self._known.get(directory, (None, ""))[0] != signature:
-                self._known[directory] = signature, _read(Run(directory), points, self.metric)
+                self._known[directory] = signature, _read(Run(directory), points, self.metric, self.which)
             entry = self._known[directory][1]
             if isinstance(entry, str):
                 problems.append(entry)
@@ -88,17 +94,17 @@ def _file_signatures(path: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_size
 
 
-def _read(run: Run, points: int, metric: str) -> RunEntry | str:
+def _read(run: Run, points: int, metric: str, which: Extreme) -> RunEntry | str:
     """Reads a run, or returns a message that says why it is omitted."""
     try:
-        return _read_entry(run, points, metric)
+        return _read_entry(run, points, metric, which)
     except UserError as error:
         return f"{run.name} is omitted: {error}"
     except Exception as error:  # any error: the other runs are shown
         return f"{run.name} is omitted: {run.directory} cannot be read: {failure_reason(error)}"
 
 
-def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
+def _read_entry(run: Run, points: int, metric: str, which: Extreme) -> RunEntry:
     settings = {key: _simplify(value) for key, value in run.settings.items()}
     trial = read_trial(run)
     try:
@@ -118,7 +124,7 @@ def _read_entry(run: Run, points: int, metric: str) -> RunEntry:
         "flops": flops,
         "rows": len(run.rows),
         "series": series,
-        "best": _best(run, metric),
+        "best": _best(run, metric, which),
         "blew_up": describe_blow_up(run),
         "samples": samples,
         "forecast": run.forecast,
@@ -159,9 +165,9 @@ def _state(entry: RunEntry) -> dict[str, Any] | None:
     return shown
 
 
-def _best(run: Run, metric: str) -> dict[str, Any] | None:
-    """Returns value, step and tokens of the row with the lowest value of the metric, or None if there is none."""
-    value = run.value(metric)
+def _best(run: Run, metric: str, which: Extreme) -> dict[str, Any] | None:
+    """Returns value, step and tokens of the row with the best value of the metric, or None if there is none."""
+    value = run.value(metric, which)
     row = next((row for row in run.rows if value is not None and row.get(metric) == value), None)
     return row and {"value": round_number(row[metric]), "step": int(row["step"]), "tokens": int(row.get("tokens", 0))}
 

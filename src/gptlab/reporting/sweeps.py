@@ -19,7 +19,7 @@ def describe_sweep(directory: Path, sweep: Sweep, problems: list[str]) -> dict[s
     return {
         "name": "/".join(directory.absolute().parts[-2:]),
         "directory": str(directory),
-        **sweep.model_dump(mode="json", include={"question", "space", "search", "metric", "baseline"}),
+        **sweep.model_dump(mode="json", include={"question", "space", "search", "metric", "direction", "baseline"}),
         "trials": len(trials),
         "without_run": [
             trial.model_dump(mode="json", include={"number", "state", "message", "overrides"})

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from gptlab.config.base import FrozenConfig
 from gptlab.errors import did_you_mean
-from gptlab.tracking.run_store.sweeps import Direction
+from gptlab.tracking.run_store.sweeps import DIRECTIONS, Direction, known_direction
 
 Amount = PositiveInt | None
 
@@ -17,21 +17,6 @@ class PruneConfig(FrozenConfig):
     method: Literal["asha", "hyperband"]
     min_tokens: PositiveInt
     reduction_factor: Annotated[int, Field(ge=2)]
-
-
-# Metrics of a run by which points can be compared; of names with "/", the last part determines the direction.
-DIRECTIONS: dict[str, Direction] = {
-    **dict.fromkeys(("val/loss", "train/loss", "val/bits_per_byte"), "minimize"),
-    **dict.fromkeys(("peak_memory_gb", "data_wait", "bad_steps", "loss_spikes"), "minimize"),
-    **dict.fromkeys(("energy_kwh", "emissions_kg"), "minimize"),
-    **dict.fromkeys(("hellaswag/acc", "hellaswag/acc_norm", "tokens_per_second", "mfu"), "maximize"),
-}
-
-
-def known_direction(metric: str) -> Direction | None:
-    """Returns whether lower or higher values of a metric are better; None if that is not known from its name."""
-    by_last_part = {name.rpartition("/")[2]: direction for name, direction in DIRECTIONS.items() if "/" in name}
-    return DIRECTIONS.get(metric) or (by_last_part.get(metric.rpartition("/")[2]) if "/" in metric else None)
 
 
 class SweeperConfig(FrozenConfig):

@@ -24,6 +24,7 @@ from gptlab.tracking.run_store.blow_up import describe_blow_up
 from gptlab.tracking.run_store.runs import METRICS, Run
 from gptlab.tracking.run_store.state import END_STATES, load_state
 from gptlab.tracking.run_store.sweeps import (
+    DIRECTIONS,
     FAILED_STATES,
     TRIAL_END_STATES,
     Trial,
@@ -130,7 +131,7 @@ class SweepRunner:
             time.sleep(POLL_SECONDS)
 
     def _starts_more(self) -> bool:
-        """Whether further trials start; tells once why not."""
+        """Whether further trials start; logs why not."""
         if self.config.fail_fast and self._has_failed:
             log.info("No further trial starts, because one has failed (hydra.sweeper.fail_fast=true).")
             return False
@@ -211,9 +212,15 @@ class SweepRunner:
         """Raises UserError if a running trial has not recorded the metric of the sweep in its first evaluation."""
         if self._metric_check is None or time.monotonic() < self._metric_check:
             return
+        if self.store.sweep.metric in DIRECTIONS:  # recorded by gptlab, though perhaps not by every evaluation
+            self._metric_check = None
+            return
         self._metric_check = time.monotonic() + METRIC_POLL_SECONDS
         running = (trial for trial in self.store.trials.values() if trial.state == "running")
         if (first := next(running, None)) is None:
+            return
+        if any("every" in values for values in self.compose(first.overrides).callbacks.components.values()):
+            self._metric_check = None  # a callback may record its metrics less often; they are checked at the end
             return
         rows = Run(self.store.run_dir(first)).rows
         problem = missing_metric(self.store.sweep.metric, rows)

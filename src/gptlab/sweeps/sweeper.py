@@ -91,6 +91,8 @@ def run_sweep(
 
     grid = space.grid() if config.search == "grid" else []
     first = _check_points(grid, compose) if grid else _check_any(space.ends(), compose)
+    if config.metric.startswith("hellaswag/") and first.callbacks.hellaswag is None:
+        raise UserError(f"hydra.sweeper.metric={config.metric} needs the callback: callbacks=[default,hellaswag]")
     sweep = _describe(config, space, grid, first.name)
 
     def is_current(trial: Trial) -> bool:

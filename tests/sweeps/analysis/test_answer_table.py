@@ -90,7 +90,7 @@ def test_identical_runs_have_no_significant_difference(tmp_path):
     found = analyze_sweep(write_sweep(tmp_path, trials_of(same)))
     assert [row.verdict for row in found.rows] == ["baseline", "not significant (p = 1)"]
     assert (found.rows[1].difference, found.rows[1].p) == (0, 1)
-    assert found.answer.endswith("no significant difference from the second best (optimizer.lr=2): p = 1")
+    assert found.answer == "no best: optimizer.lr=1 and optimizer.lr=2 have the same mean"
 
 
 def test_one_seed_has_no_standard_error_and_no_significance(tmp_path):
@@ -174,6 +174,27 @@ def test_no_point_is_best_if_common_seeds_contradict_the_means(tmp_path):
         "no best: optimizer.lr=2 has the best mean, but the baseline (optimizer.lr=1) is better on the seeds that "
         "both have"
     )
+
+
+def test_points_without_common_seeds_have_no_best(tmp_path):
+    trials = [trial({LR: lr, "seed": 10 * lr + seed}, lr + seed / 10 + lr / 77) for lr in (1, 2) for seed in (1, 2, 3)]
+    found = analyze_sweep(write_sweep(tmp_path, trials))
+    assert found.answer == "no best: the points have too few seeds in common"
+    assert "unpaired" in found.rows[1].verdict
+
+
+def test_failed_seeds_of_a_single_point_are_named(tmp_path):
+    trials = [trial({"seed": seed}, value) for seed, value in enumerate((1.0, 2.0, 6.0, None))]
+    trials[3] |= {"state": "diverged"}
+    found = analyze_sweep(write_sweep(tmp_path, trials))
+    assert found.answer == "3.0 ± 1.5 nats over 3 seeds, standard deviation 2.6 nats (1 of 4 trials failed)"
+
+
+def test_a_sweep_of_an_earlier_version_has_the_direction_of_its_metric(tmp_path):
+    write_sweep(tmp_path, [trial({LR: lr}, value) for lr, value in (("1", 0.25), ("2", 0.5))])
+    definition = json.loads((tmp_path / "sweep.json").read_text())
+    (tmp_path / "sweep.json").write_text(json.dumps(definition | {"metric": "hellaswag/acc"}))
+    assert analyze_sweep(tmp_path).answer.startswith("best: optimizer.lr=2, 0.5000")
 
 
 def test_pruned_trials_never_win(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gptlab.sweeps.analysis.significance import Claim, Comparison, compare, compare_all, estimate, holm
+from gptlab.sweeps.analysis.significance import Claim, Comparison, compare, compare_all, estimate, find_step, holm
 
 # Student 1908: hours of sleep gained by ten patients under two drugs
 FIRST = (0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0)
@@ -102,6 +102,16 @@ def test_zero_standard_error_gives_p_value_0_or_1():
     assert (constant.difference, constant.se, constant.p) == (0.5, 0, 0)  # exact values, without a resolution
     flat = compare(by_seed((1.0, 1.0)), by_seed((1.0, 1.0, 1.0), first=11))
     assert (flat.method, flat.p) == ("welch", 1)
+
+
+def test_step_of_a_metric_is_the_largest_common_divisor_of_differences():
+    assert find_step([0.29, 0.31, 0.33, 0.36]) == pytest.approx(0.01)
+    assert find_step([100, 350, 900]) == pytest.approx(50)
+    assert find_step([3000 / 10042, 3010 / 10042, 3021 / 10042]) == pytest.approx(1 / 10042)
+    assert find_step([1.5, 1.5]) == find_step([]) == 0
+    losses = np.random.default_rng(0).normal(2, 0.01, 30)
+    assert find_step(losses) < 1e-5
+    assert find_step([*losses, 6e4]) < 1e-5  # an outlier does not make the others coarse
 
 
 def test_estimate_matches_hand_computed_values():

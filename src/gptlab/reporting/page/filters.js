@@ -6,7 +6,7 @@ const blewUp = (run) => run.blew_up && stateOf(run) === "done";
 
 const NO_VALUE = ["failed", "diverged", "pruned", "config_error"]; // states of runs that ended early
 
-/** Whether a run is left out of means and of comparisons by its lowest value. */
+/** Whether a run is left out of means and of comparisons by its best value. */
 const isExcluded = (run) => NO_VALUE.includes(stateOf(run)) || blewUp(run);
 
 /** Config keys that runs can be filtered by, and the state, each with its values. */

@@ -14,13 +14,13 @@ function renderHeader() {
   const when = from && (from === to ? `${from}. ` : `${from} to ${to}. `);
   byId("subtitle").textContent = `${when}Written ${day(Date.parse(DATA.made) / 1000)}.`;
   const finished = runs.filter((run) => stateOf(run) === "done").length;
-  const best = lowestRun(runs);
+  const best = bestRun(runs);
   const none = runs.some((run) => valueOf(run) !== null) ? "no run to compare" : "no evaluation yet";
   const tokens = runs.map(tokensOf);
   const seconds = runs.map((run) => run.state?.seconds ?? 0).reduce((a, b) => a + b, 0);
   const tiles = [
     ["runs", count(runs.length), `${finished} done`],
-    [`lowest ${DATA.metric}`, best ? fixed(valueOf(best)) : "–", best ? DATA.points[best.point] : none],
+    [`${extreme()} ${DATA.metric}`, best ? fixed(valueOf(best)) : "–", best ? DATA.points[best.point] : none],
     ["tokens seen", compact(tokens.reduce((a, b) => a + b, 0)), "sum of all runs"],
     ["wall time", clock(seconds), "sum of all runs"],
   ];

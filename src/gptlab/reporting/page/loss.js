@@ -58,7 +58,7 @@ function lossCaption(drawn, range) {
     );
   }
   if (orderedKey() === null && DATA.points.length > COLORS * DASHES.length) {
-    sentences.push(`There are too many points for separate colors: points are colored by their lowest ${DATA.metric}.`);
+    sentences.push(`There are too many points for separate colors: points are colored by their ${extreme()} ${DATA.metric}.`);
   }
   if (CHOSEN.axis === "time")
     sentences.push(

@@ -24,7 +24,7 @@ function renderAll() {
 function renderNotes() {
   const notes = [
     `${plural(DATA.runs.length, "run")} found at ${DATA.where}. This page contains all data and loads no external resources.`,
-    `The value of a run is its lowest ${DATA.metric}, in nats per token if that is a loss. Runs that failed, diverged, ` +
+    `The value of a run is its ${extreme()} ${DATA.metric}, in nats per token if that is a loss. Runs that failed, diverged, ` +
       "blew up or were pruned are excluded from comparisons.",
     "FLOPs are tokens × FLOPs per token of the configured model. Time is the sum of tokens / tokens_per_second, which " +
       "is training only.",

@@ -2,7 +2,7 @@
 
 /** One row per config key, with the loss as the last row, and one line per point, colored by its loss. */
 function renderParallel(keys) {
-  const points = valuedPoints().sort((a, b) => b.mean - a.mean); // the best on top
+  const points = valuedPoints().sort((a, b) => (DATA.maximized ? a.mean - b.mean : b.mean - a.mean)); // the best on top
   const rows = keys.map((key) => ({
     key,
     ...spacing(distinct(DATA.runs.map((run) => run.varied[key]))),
@@ -18,7 +18,8 @@ function renderParallel(keys) {
   const lowest = Math.min(...means);
   const range = Math.max(...means) - lowest || 1;
   const drawn = points.map((point) => {
-    const own = onScale(1 - (point.mean - lowest) / range);
+    const position = (point.mean - lowest) / range;
+    const own = onScale(DATA.maximized ? position : 1 - position);
     return {
       type: "scatter",
       mode: "lines+markers",

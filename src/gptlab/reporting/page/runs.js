@@ -125,7 +125,7 @@ function renderRuns() {
   );
   const columns = wanted.map(([name, column]) => {
     const up = CHOSEN.sort.column === name ? CHOSEN.sort.up : null;
-    const label = name === "best" ? `lowest ${DATA.metric}` : (column.label ?? name);
+    const label = name === "best" ? `${extreme()} ${DATA.metric}` : (column.label ?? name);
     return {
       kind: column.kind,
       head: [

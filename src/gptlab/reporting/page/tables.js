@@ -1,15 +1,15 @@
 /* Differences between the configurations and environments of runs. */
 
-/** The run that the others are compared with: the selected one, otherwise the lowest, otherwise the first. */
+/** The run that the others are compared with: the selected one, otherwise the best, otherwise the first. */
 function referenceRun(runs) {
   const chosen = runs.find((run) => String(run.id) === CHOSEN.reference);
-  return chosen ?? lowestRun(runs) ?? runs[0];
+  return chosen ?? bestRun(runs) ?? runs[0];
 }
 
 function renderReference(runs) {
   byId("config-controls").hidden = !DATA.keys.length;
   const options = () => [
-    make("option", { value: "" }, `the lowest ${DATA.metric}`),
+    make("option", { value: "" }, `the ${extreme()} ${DATA.metric}`),
     ...runs.map((run) => make("option", { value: run.id }, titleOf(run))),
   ];
   fill(byId("reference"), runs.map(titleOf), options);

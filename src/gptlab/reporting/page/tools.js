@@ -143,12 +143,19 @@ function newLook(point) {
   return { color: color(`c${point % COLORS}`), dash: DASHES[Math.floor(point / COLORS) % DASHES.length] };
 }
 
-/** Rank of a point by its lowest value: 0 for the worst, 1 for the best. */
+/** Whether a value of the metric is better than another one. */
+const isBetter = (a, b) => (DATA.maximized ? a > b : a < b);
+
+/** Which of several values of the metric is the best one. */
+const extreme = () => (DATA.maximized ? "highest" : "lowest");
+
+/** Rank of a point by its best value: 0 for the worst, 1 for the best. */
 function rank(point) {
-  const lowest = new Map(DATA.points.map((_, i) => [i, Infinity]));
-  for (const run of comparable(DATA.runs)) lowest.set(run.point, Math.min(lowest.get(run.point), valueOf(run)));
-  const worse = [...lowest.values()].filter((other) => other > lowest.get(point)).length;
-  return worse / (lowest.size - 1);
+  const best = new Map(DATA.points.map((_, i) => [i, DATA.maximized ? -Infinity : Infinity]));
+  for (const run of comparable(DATA.runs))
+    if (isBetter(valueOf(run), best.get(run.point))) best.set(run.point, valueOf(run));
+  const worse = [...best.values()].filter((other) => isBetter(best.get(point), other)).length;
+  return worse / (best.size - 1);
 }
 
 /** The color with an opacity. */

@@ -2,12 +2,12 @@
 
 const valueOf = (run) => run.best?.value ?? null;
 
-/** The runs that can be compared by their lowest value. */
+/** The runs that can be compared by their best value. */
 const comparable = (runs) => runs.filter((run) => valueOf(run) !== null && !isExcluded(run));
 
-/** The run with the lowest value; null if no run can be compared. */
-const lowestRun = (runs) =>
-  comparable(runs).reduce((a, b) => (a === null || valueOf(b) < valueOf(a) ? b : a), null);
+/** The run with the best value; null if no run can be compared. */
+const bestRun = (runs) =>
+  comparable(runs).reduce((a, b) => (a === null || isBetter(valueOf(b), valueOf(a)) ? b : a), null);
 
 /** The shown points, each with its runs that have a value. */
 function valuedPoints() {
@@ -80,7 +80,7 @@ function renderCurve(keys) {
   const place = ({ varied }) => (isCategory ? plain(value(varied[CHOSEN.key])) : varied[CHOSEN.key]); // also a label
   const lines = families(points, keys);
   const drawn = lines.flatMap(([name, family], i) => familyTraces(plain(name), family, i, axis, place));
-  const best = points.length ? points.reduce((a, b) => (b.mean < a.mean ? b : a)) : null;
+  const best = points.length ? points.reduce((a, b) => (isBetter(b.mean, a.mean) ? b : a)) : null;
   if (best) drawn.push(star(place(best), best.mean));
   const ticks = { tickvals: axis.values, ticktext: axis.values.map((one) => plain(value(one))) };
   const order = { categoryorder: "array", categoryarray: axis.values.map(plain) };
@@ -91,7 +91,7 @@ function renderCurve(keys) {
     ...legendBelow("curve", lines.length, 340),
   };
   draw("curve", drawn, layout, CHOSEN.key);
-  byId("curve").setAttribute("aria-label", `Lowest ${DATA.metric} over ${CHOSEN.key}`);
+  byId("curve").setAttribute("aria-label", `The ${extreme()} ${DATA.metric} over ${CHOSEN.key}`);
   byId("curve-caption").textContent = curveCaption(points, best, keys);
 }
 
@@ -130,21 +130,21 @@ function familyTraces(name, family, i, axis, place) {
   return [dots, means];
 }
 
-/** Marker of the lowest mean. */
+/** Marker of the best mean. */
 function star(x, y) {
   const marker = { symbol: "star", size: 18, color: color("accent"), line: { color: color("card"), width: 1 } };
-  const about = { name: "lowest", meta: { kind: "best" }, showlegend: false, hoverinfo: "skip" };
+  const about = { name: "best", meta: { kind: "best" }, showlegend: false, hoverinfo: "skip" };
   return { type: "scatter", mode: "markers", x: [x], y: [y], marker, ...about };
 }
 
 function curveCaption(points, best, keys) {
   const sentences = [
-    `Lowest ${DATA.metric} of each run. The line connects the means over seeds; error bars range from the lowest to the highest.`,
+    `The ${extreme()} ${DATA.metric} of each run. The line connects the means over seeds; error bars range from the lowest to the highest.`,
   ];
   if (keys.length > 1) sentences.push("One line per combination of the other varied config keys; hover over it for its name.");
   if (best)
     sentences.push(
-      `★ lowest mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
+      `★ ${extreme()} mean: ${fixed(best.mean)}, ${DATA.points[best.point]} (${plural(best.values.length, "run")}).`,
     );
   const shown = shownRuns();
   const compared = comparable(shown);

@@ -1,7 +1,9 @@
 """Ranks the points of a sweep and compares the best one. Imports no torch."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from statistics import fmean
 from typing import NamedTuple
 
 from gptlab.sweeps.analysis.phrases import BASELINE, Metric
@@ -21,8 +23,8 @@ class Ranking(NamedTuple):
         claims: Comparisons of the points with the baseline by name, and of the best two as ``NEXT_BEST``.
         baseline: The baseline, or None if it is not a point or has no value.
         of_best: Comparisons of the first point with the baseline and the second best, by a description of the other.
-        better: The one of them that is better than the first point on the seeds that both have, or None. If there is
-            one, no point is the best.
+        no_best: Why the first point is not the best one; None if it is.
+        is_adjusted: Whether the order is not that of the plain means, because some points lack seeds.
     """
 
     ranked: list[Point]
@@ -30,7 +32,8 @@ class Ranking(NamedTuple):
     claims: dict[str, Claim]
     baseline: Point | None
     of_best: dict[str, Claim]
-    better: str | None
+    no_best: str | None
+    is_adjusted: bool
 
 
 def rank(points: Sequence[Point], baseline: Point | None, metric: Metric) -> Ranking:
@@ -42,23 +45,37 @@ def rank(points: Sequence[Point], baseline: Point | None, metric: Metric) -> Ran
         metric: Metric that is compared.
     """
     valued = [point for point in points if point.values]
-    means = dict(zip(map(id, valued), adjusted_means([point.values for point in valued]), strict=True))
-    in_order = sorted(valued, key=lambda point: means[id(point)], reverse=metric.is_maximized)
-    ranked, left_out = ([p for p in in_order if p.is_biased == is_biased] for is_biased in (False, True))
+    can_win = [point for point in valued if not point.is_biased]
+    means, is_determined = adjusted_means([point.values for point in can_win])
+    order = sorted(range(len(can_win)), key=means.__getitem__, reverse=metric.is_maximized)
+    ranked, best_means = [can_win[i] for i in order], [means[i] for i in order[:2]]
+    left_out = sorted(
+        (point for point in valued if point.is_biased),
+        key=lambda point: fmean(point.values.values()),
+        reverse=metric.is_maximized,
+    )
     baseline = baseline if baseline is not None and baseline.values else None
     pairs = {}
     if baseline is not None:
-        pairs = {format_overrides(p.settings): (p.values, baseline.values) for p in in_order if p is not baseline}
+        pairs = {_name(p): (p.values, baseline.values) for p in (*ranked, *left_out) if p is not baseline}
     if len(ranked) > 1 and not any(point is baseline for point in ranked[:2]):
         pairs[NEXT_BEST] = (ranked[0].values, ranked[1].values)
-    step = find_step(chain.from_iterable(point.values.values() for point in valued))
-    claims = compare_all(pairs, step)
+    claims = compare_all(pairs, find_step(chain.from_iterable(point.values.values() for point in valued)))
     of_best = dict(_compare_best(ranked, baseline, claims, metric))
-    better = [name for name, claim in of_best.items() if is_inferior(claim, metric)]
-    if ranked and ranked[0] is baseline:
-        names = {format_overrides(point.settings) for point in ranked[1:]}
-        better += [n for n in names if claims[n].is_significant and not is_inferior(claims[n], metric)]
-    return Ranking(ranked, left_out, claims, baseline, of_best, next(iter(better), None))
+    no_best = None
+    if not is_determined:
+        no_best = "the points have too few seeds in common"
+    elif len(ranked) > 1 and math.isclose(*best_means, rel_tol=1e-12):
+        no_best = f"{_name(ranked[0])} and {_name(ranked[1])} have the same mean"
+    else:
+        better = [name for name, claim in of_best.items() if is_inferior(claim, metric)]
+        if ranked and ranked[0] is baseline:
+            names = [_name(point) for point in ranked[1:]]
+            better += [n for n in names if claims[n].is_significant and not is_inferior(claims[n], metric)]
+        if better:
+            no_best = f"{_name(ranked[0])} has the best mean, but {better[0]} is better on the seeds that both have"
+    is_adjusted = is_determined and len({frozenset(point.values) for point in ranked}) > 1
+    return Ranking(ranked, left_out, claims, baseline, of_best, no_best, is_adjusted)
 
 
 def is_inferior(claim: Claim, metric: Metric) -> bool:
@@ -72,9 +89,13 @@ def _compare_best(
 ) -> Iterator[tuple[str, Claim]]:
     """Yields the comparisons of the first point, without one in favor of a baseline that lost its worst trials."""
     if ranked and baseline is not None and ranked[0] is not baseline:
-        claim = claims[format_overrides(ranked[0].settings)]
+        claim = claims[_name(ranked[0])]
         if not (baseline.is_biased and is_inferior(claim, metric)):
-            yield f"the {BASELINE} ({format_overrides(baseline.settings)})", claim
+            yield f"the {BASELINE} ({_name(baseline)})", claim
     if len(ranked) > 1 and ranked[1] is not baseline:
-        name = format_overrides(ranked[1].settings)
+        name = _name(ranked[1])
         yield f"the second best ({name})", claims[name].reversed() if ranked[0] is baseline else claims[NEXT_BEST]
+
+
+def _name(point: Point) -> str:
+    return format_overrides(point.settings)

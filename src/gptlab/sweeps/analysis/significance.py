@@ -13,7 +13,7 @@ from scipy import special
 ALPHA = 0.05  # significance level (Fisher 1925, section 12)
 POWER = 0.8  # probability that a difference of the measured size is found to be significant (Cohen 1988, section 2.4)
 MAX_SEEDS = 100  # largest number of seeds that is recommended
-STEP_TOLERANCE = 1e-6  # of the largest value; below the resolution of losses in float32 times some operations
+STEP_TOLERANCE = 1e-6  # of the median value; below the resolution of losses in float32 times some operations
 
 Replicate = tuple[str, ...]
 Values = Mapping[Replicate, float]
@@ -130,8 +130,8 @@ def compare(values: Values, others: Values, step: float = 0.0) -> Comparison:
     Args:
         values: Values of the point by replicate, at least one.
         others: Values of the other point by replicate, at least one.
-        step: Resolution of the metric. The variance of rounding, step^2 / 12 for a value (Sheppard 1898), is added to
-            the variance of the values, which is underestimated if they are equal by rounding.
+        step: Resolution of the metric. The variance of rounding errors, step^2 / 12 for a value, is added to the
+            variance of the values, which is underestimated if values are equal by rounding.
     """
     rounding = step**2 / 12
     common = [replicate for replicate in values if replicate in others]
@@ -173,10 +173,10 @@ def find_step(values: Iterable[float]) -> float:
     """Returns the resolution of a metric: the largest step of which all differences of its values are multiples.
 
     An accuracy over 100 examples has the step 0.01. Values without a common step, such as losses, result in a number
-    near ``STEP_TOLERANCE`` times the largest of them; equal values result in 0.
+    near ``STEP_TOLERANCE`` times their median; equal values result in 0.
     """
     levels = np.unique([*values])
-    tolerance = STEP_TOLERANCE * float(np.max(np.abs(levels), initial=0))
+    tolerance = STEP_TOLERANCE * float(np.median(np.abs(levels))) if levels.size else 0.0
     step = 0.0
     for gap in np.diff(levels):
         following = float(gap)
@@ -187,26 +187,26 @@ def find_step(values: Iterable[float]) -> float:
     return step
 
 
-def adjusted_means(points: Sequence[Values]) -> list[float]:
-    """Returns the mean of each point, adjusted for the seeds that it lacks.
+def adjusted_means(points: Sequence[Values]) -> tuple[list[float], bool]:
+    """Returns the mean of each point, adjusted for the seeds that it lacks, and whether the means can be compared.
 
     The values are fitted by the sum of an effect of the point and an effect of the seed (the additive two-way model,
     Yates 1934, by least squares). The adjusted mean of a point is its effect plus the mean effect of all seeds. It is
-    the plain mean if all points have the same seeds, or if the model is not determined, because two groups of points
-    have no seed in common.
+    the plain mean if all points have the same seeds. The model is not determined if two groups of points have no seed
+    in common. Then the plain means are returned, which differ by the effects of the seeds.
     """
     plain = [float(np.mean([*values.values()])) for values in points]
     seeds = {seed: number for number, seed in enumerate(dict.fromkeys(seed for values in points for seed in values))}
     if all(len(values) == len(seeds) for values in points):
-        return plain
+        return plain, True
     rows = [(number, seeds[seed], value) for number, values in enumerate(points) for seed, value in values.items()]
     design = np.zeros((len(rows), len(points) + len(seeds)))
     for row, (point, seed, _) in enumerate(rows):
         design[row, point] = design[row, len(points) + seed] = 1
     effects, _, rank, _ = np.linalg.lstsq(design, np.array([value for *_, value in rows]), rcond=None)
     if rank < len(points) + len(seeds) - 1:
-        return plain
-    return [float(effect) for effect in effects[: len(points)] + np.mean(effects[len(points) :])]
+        return plain, False
+    return [float(effect) for effect in effects[: len(points)] + np.mean(effects[len(points) :])], True
 
 
 def _t_test(

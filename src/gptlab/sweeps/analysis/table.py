@@ -1,6 +1,7 @@
 """Results of a sweep: a row per point, compared with the baseline, and a one-line answer. Imports no torch."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -21,9 +22,11 @@ from gptlab.sweeps.analysis.phrases import (
 from gptlab.sweeps.analysis.points import MAX_LOST, Point, as_number, find_point, group_points, is_failed
 from gptlab.sweeps.analysis.ranking import Ranking, is_inferior, rank
 from gptlab.sweeps.analysis.scaling_report import model_size
-from gptlab.sweeps.analysis.significance import estimate
+from gptlab.sweeps.analysis.significance import Claim, compare, estimate
 from gptlab.tracking.run_store.runs import FORECAST, Run, flatten
 from gptlab.tracking.run_store.sweeps import Sweep, Trial, format_overrides, load_sweep, load_trials
+
+ADJUSTED = "Some points lack seeds: the points are in the order of means that are adjusted for the seeds."
 
 
 class AnswerRow(BaseModel):
@@ -132,7 +135,12 @@ def analyze_sweep(directory: Path) -> SweepAnswers:
         rows=rows,
         answer=answer_line(sweep.n_trials, metric, points, ranking),
         comparisons=sum(claim.p is not None for claim in ranking.claims.values()),
-        notes=[*_edges(ranking, points), *_notes(sweep, trials, points, baseline), *_damaged(directory, trials)],
+        notes=[
+            *([ADJUSTED] if ranking.is_adjusted else []),
+            *_edges(ranking, points),
+            *_notes(sweep, trials, points, baseline),
+            *_damaged(directory, trials),
+        ],
     )
 
 
@@ -182,19 +190,19 @@ def answer_line(n_trials: int, metric: Metric, points: list[Point], ranking: Ran
     """Returns the one-line answer."""
     missing = n_trials - sum(len(point.trials) for point in points)  # not proposed yet
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
-    ranked, left_out = ranking.ranked, [f"{_name(point)} ({point.lost})" for point in ranking.left_out]
+    ranked = ranking.ranked
+    left_out = [f"{_name(point)} ({_lost(point, ranked, metric)})" for point in ranking.left_out]
     if not ranked and not left_out:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
         return f"no trial has a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was started'}"
+    if len(points) == 1:
+        lost = f" ({points[0].lost})" if points[0].lost else ""
+        return spread_line(estimate(list(points[0].values.values())), metric) + lost
     if not ranked:
         return f"no best: more than {MAX_LOST:.0%} of the trials of every point are lost: {join_some(left_out)}"
+    if ranking.no_best is not None:
+        return f"no best: {ranking.no_best}"
     best = estimate(list(ranked[0].values.values()))
-    if len(points) == 1:
-        return spread_line(best, metric)
-    if ranking.better is not None:
-        return (
-            f"no best: {_name(ranked[0])} has the best mean, but {ranking.better} is better on the seeds that both have"
-        )
     return best_line(
         BestResult(
             name=_name(ranked[0]),
@@ -210,6 +218,12 @@ def answer_line(n_trials: int, metric: Metric, points: list[Point], ranking: Ran
     )
 
 
+def _lost(point: Point, ranked: Sequence[Point], metric: Metric) -> str:
+    """Returns the failed and pruned trials of a point that is not ranked, and whether the others are the best ones."""
+    is_better = ranked and not is_inferior(Claim(compare(point.values, ranked[0].values), None), metric)
+    return f"{point.lost}; the others are better" if is_better else point.lost
+
+
 def _name(point: Point) -> str:
     return format_overrides(point.settings)
 
@@ -220,7 +234,7 @@ def _edges(ranking: Ranking, points: list[Point]) -> list[str]:
     Omits model sizes: a larger model is usually better, but costs more.
     """
     notes = []
-    settings = ranking.ranked[0].settings if ranking.ranked and ranking.better is None else {}
+    settings = ranking.ranked[0].settings if ranking.ranked and ranking.no_best is None else {}
     for key, shown in settings.items():
         values = {number for point in points if (number := as_number(point.settings.get(key, ""))) is not None}
         best = as_number(shown)

@@ -14,8 +14,7 @@ def describe_blow_up(run: Run) -> str | None:
     A run has blown up if, at its end, it has lost at least half of what it had learned, and at least 0.5 nats per
     token: both its last val/loss and its last train/loss are above b + max((i - b) / 2, 0.5), where i is the train/loss
     of the first step, that is the loss before training, and b is its lowest val/loss, or i if that is lower. An
-    overfitted run has a low train/loss, so it has not blown up. Wortsman et al. 2023 (section 2.2) also count a run
-    whose loss ends above that at initialization as diverged.
+    overfitted run has a low train/loss, so it has not blown up.
 
     Args:
         run: Run that has ended.

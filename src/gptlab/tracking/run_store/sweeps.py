@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from gptlab.errors import UserError, failure_reason
 from gptlab.files import read_regular, write_durably
@@ -21,6 +21,21 @@ TrialState = StateName | Literal["waiting"]
 Direction = Literal["minimize", "maximize"]
 FAILED_STATES = ("diverged", "config_error", "failed")
 TRIAL_END_STATES = ("done", "pruned", *FAILED_STATES)  # a trial in one of these is not run again
+
+
+# Metrics of a run by which points can be compared; of names with "/", the last part determines the direction.
+DIRECTIONS: dict[str, Direction] = {
+    **dict.fromkeys(("val/loss", "train/loss", "val/bits_per_byte"), "minimize"),
+    **dict.fromkeys(("peak_memory_gb", "data_wait", "bad_steps", "loss_spikes"), "minimize"),
+    **dict.fromkeys(("energy_kwh", "emissions_kg"), "minimize"),
+    **dict.fromkeys(("hellaswag/acc", "hellaswag/acc_norm", "tokens_per_second", "mfu"), "maximize"),
+}
+
+
+def known_direction(metric: str) -> Direction | None:
+    """Returns whether lower or higher values of a metric are better; None if that is not known from its name."""
+    by_last_part = {name.rpartition("/")[2]: direction for name, direction in DIRECTIONS.items() if "/" in name}
+    return DIRECTIONS.get(metric) or (by_last_part.get(metric.rpartition("/")[2]) if "/" in metric else None)
 
 
 class Trial(BaseModel):
@@ -98,6 +113,14 @@ class Sweep(BaseModel):
     baseline: dict[str, str]
     wandb_group: str
     points: list[dict[str, str]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Adds the direction that the metric of an earlier version's sweep is known to have."""
+        if isinstance(values, dict) and "direction" not in values and (metric := values.get("metric")):
+            return {**values, "direction": known_direction(str(metric)) or "minimize"}
+        return values
 
     def save(self, directory: Path) -> None:
         """Writes sweep.json."""
