@@ -82,3 +82,13 @@ def test_plan_counts_parameters_tokens_and_flops():
     assert sum(plan.parameters.values()) == parameter_count(GPT2.model) == N
     assert plan.length.tokens == 600_000 * 491_520
     assert plan.flops == 600_000 * 491_520 * (6 * (N - 1024 * 768) + 12 * 12 * 768 * 1024)
+
+
+def test_no_fragmentation_is_forecast_if_malloc_returns_freed_memory(monkeypatch):
+    small = resolved("model=mini", "tokenizer=bytes").with_vocabulary(257)
+    for threshold, expected in ((None, True), (2**25, True), (2**20, False)):
+        monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+        if threshold:
+            monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(threshold))
+        found = estimate_memory(small, plan_hardware(small, []), ParallelLayout("single", 1), 4, None)
+        assert (found.holes > 0) == expected

@@ -5,6 +5,7 @@ start of the backward pass, in the head; in the backward pass of the last block;
 two, the gradients of the previous step still exist.
 """
 
+import os
 from typing import NamedTuple
 
 from gptlab.config.schema import RunConfig
@@ -242,8 +243,12 @@ def _block_gradients(forward: ForwardPass) -> float:
 def _fragmentation(forward: ForwardPass) -> float:
     """Returns the freed bytes that malloc keeps: in each block, the temporary tensors of its operations.
 
-    The numbers of tensors were measured (docs/log.md, 2026-11-30). Compiled code has few temporary tensors.
+    The numbers of tensors were measured (docs/log.md, 2026-11-30). Compiled code has few temporary tensors. With a
+    threshold of at most 1 MiB in MALLOC_MMAP_THRESHOLD_, malloc returns freed tensors to the system.
     """
+    threshold = os.environ.get("MALLOC_MMAP_THRESHOLD_", "")
+    if threshold.isdecimal() and int(threshold) <= 2**20:
+        return 0.0
     config, lora, eager = forward.config, forward.lora, not forward.compiled
     blocks, stream, matmul = config.n_layer, forward.stream, forward.matmul // forward.split
     skips = sum(config.has_skip(layer) for layer in range(blocks)) if config.unet_skips else 0
