@@ -292,7 +292,8 @@ def test_ladder_omits_every_part_of_the_recipe(fake_runs):
 @pytest.mark.slow
 def test_plan_suite_forecasts_memory_and_checkpoints_within_its_limits(user):
     few = ("rounds=1", "plan.steps=3", "plan.only=['all of these',LoRA]")
-    assert_success(user.python("gptlab.bench", "suite=plan", *few, "out=measured", timeout=900))
+    # in new processes: forks would start with the memory and the malloc settings of their parent
+    assert_success(user.run(sys.executable, "-m", "gptlab.bench", "suite=plan", *few, "out=measured", timeout=900))
     (part,) = json.loads((user.folder / "measured" / "plan.json").read_text())["parts"]
     assert [row["name"] for row in part["rows"]] == ["baseline", "all of these", "LoRA"]
     for row in part["rows"]:

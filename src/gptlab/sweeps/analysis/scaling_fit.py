@@ -39,6 +39,7 @@ EQUAL = 1e-3  # difference of objectives below which two laws fit equally well
 # Ratios above which the runs do not determine a coefficient: of the ends of its interval, and of its values in laws
 # that fit equally well
 MAX_SPAN, MAX_EQUAL_SPAN = 2.0, 1.05
+MAX_CONDITION = 100  # condition index above which collinearity makes estimates useless; 30 is a moderate one
 CONFIDENCE_LEVEL = 0.95
 MIN_VALUES = 3  # distinct sizes and lengths: an exponent, a factor and a constant need three
 MIN_RUNS = 6  # one more than coefficients: otherwise the law has no residuals, which the intervals are based on
@@ -179,7 +180,7 @@ def fit_with_intervals(
         resampled=[runs.law(at) for at in resampled],
         runs=len(losses),
         residual=float(np.sqrt(np.mean(runs.residuals(best[None])[0] ** 2)) * DELTA),
-        undetermined=_undetermined(resampled, equal),
+        undetermined=_undetermined(resampled, equal, runs.jacobian(best[None])[0]),
     )
 
 
@@ -197,21 +198,28 @@ def optimum(fitted: ScalingFit, flops: float) -> Optimum:
     )
 
 
-def _undetermined(resampled: Array, equal: Array) -> tuple[str, ...]:
+def _undetermined(resampled: Array, equal: Array, jacobian: Array) -> tuple[str, ...]:
     """Returns the names of the coefficients that the runs do not determine.
 
     These are the coefficients whose 95% interval spans more than a factor of ``MAX_SPAN`` or reaches a bound of the
-    fit, and those that differ between laws that fit all runs equally well. A and B are judged by their terms at the
-    mean of the runs: A and B themselves are extrapolations to N = 1 and D = 1.
+    fit, those that differ between laws that fit all runs equally well, and those that are collinear: the condition
+    index is above ``MAX_CONDITION``, and most of their variance belongs to such indices (Belsley, Kuh and Welsch 1980,
+    section 3.2). A and B are judged by their terms at the mean of the runs: A and B themselves are extrapolations to
+    N = 1 and D = 1.
 
     Args:
         resampled: Coordinates (F, 5) of the laws fitted to bootstrap samples.
         equal: Coordinates (F, 5) of the laws that fit all runs equally well.
+        jacobian: Derivatives (R, 5) of the residuals at the law fitted to all runs.
     """
     low, high = np.percentile(resampled, (50 * (1 - CONFIDENCE_LEVEL), 50 * (1 + CONFIDENCE_LEVEL)), axis=0)
     is_free = (low <= LOWEST + TOUCHING) | (high >= HIGHEST - TOUCHING)
     for lower, upper, limit in ((low, high, MAX_SPAN), (equal.min(axis=0), equal.max(axis=0), MAX_EQUAL_SPAN)):
         is_free |= np.append(np.exp(upper - lower)[:3], (upper / lower)[3:]) > limit
+    _, singular, directions = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)
+    variances = (directions / np.maximum(singular, 1e-12)[:, None]) ** 2
+    is_collinear = (variances / variances.sum(axis=0))[singular * MAX_CONDITION < singular[0]].sum(axis=0) > 0.5
+    is_free |= is_collinear & (np.array(COORDINATES) != "E")  # E is also collinear with a term that is not needed
     return tuple(name for name in ScalingLaw._fields if is_free[COORDINATES.index(name)])
 
 
@@ -270,6 +278,12 @@ class _Runs:
         """Returns log(predicted / measured) / DELTA (F, R) for coordinates (F, 5)."""
         return (np.logaddexp.reduce(self._terms(at)) - self.losses) / DELTA
 
+    def jacobian(self, at: Array) -> Array:
+        """Returns the derivatives (F, R, 5) of the residuals with respect to the coordinates (F, 5)."""
+        terms = self._terms(at)
+        shares = np.exp(terms - np.logaddexp.reduce(terms))  # (3, F, R)
+        return np.stack((*shares, -shares[0] * self.n, -shares[1] * self.d), axis=-1) / DELTA
+
     def minimize(self, starts: Array, weights: Array) -> tuple[Array, Array]:
         """Minimizes the Huber loss, divided by DELTA squared and summed over the runs, from each starting point.
 
@@ -305,11 +319,7 @@ class _Runs:
 
     def _step(self, at: Array, weights: Array, damping: Array) -> Array:
         """Returns the steps (F, 5) of the Levenberg-Marquardt method; coordinates that would leave a bound are kept."""
-        terms = self._terms(at)
-        predicted = np.logaddexp.reduce(terms)
-        residuals = (predicted - self.losses) / DELTA
-        shares = np.exp(terms - predicted)  # (3, F, R)
-        jacobian = np.stack((*shares, -shares[0] * self.n, -shares[1] * self.d), axis=-1) / DELTA  # (F, R, 5)
+        residuals, jacobian = self.residuals(at), self.jacobian(at)
         weighted = jacobian * (weights / np.maximum(1, np.abs(residuals)))[..., None]
         gradient = np.einsum("frk,fr->fk", weighted, residuals)
         hessian = np.einsum("frk,frl->fkl", weighted, jacobian)
