@@ -80,7 +80,7 @@ PARTS = {
     ("report", "state.json"): r"runs\.0\.state\b.*",
     ("runs", "state.json"): r"state",
     ("export", "metrics.csv"): r"README\.md",
-    ("resume", "metrics.csv"): r"metrics\.-(?!1$|2$)\d+",
+    ("resume", "metrics.csv"): r"metrics\.-(?!1$)\d+",
 }
 # Runs may lack these files
 OPTIONAL = ("environment.json", "forecast.json", "samples", "state.json")
