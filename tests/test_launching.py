@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from commands import assert_same_run, assert_success, metrics
-from gptlab.exit_codes import CONFIG_ERROR
+from commands import assert_config_error, assert_same_run, assert_success, metrics
 from processes import TWO, processes_of, training
 
 SMALL = ("data=text", "data.source=text.txt", "model=tiny", "train.max_steps=2", "train.eval_windows=4")
@@ -78,14 +77,11 @@ def test_workers_listen_only_on_the_loopback_interface(user, strategy):
 
 
 @pytest.mark.slow
-def test_a_failed_job_does_not_stop_the_others(user):
+def test_a_batch_size_that_cannot_be_divided_ends_a_sweep_before_any_run(user):
     done = user.python("gptlab.train", "-m", "name=some", "trainer=cpu", "train.micro_batch_size=7,3,4", *SMALL)
-    assert done.returncode == CONFIG_ERROR  # 7 does not divide the batch of 12
-    directory = user.only_run("some")
-    assert "trial 0 config_error · train.micro_batch_size=7: gptlab: train.global_batch_size=12" in done.stdout
-    assert "is not divisible by" in done.stdout
-    assert not (directory / "0" / "config.yaml").exists()
-    assert [list(metrics(directory / job, "train/loss")) for job in ("1", "2")] == [[1, 2]] * 2
+    # 7 does not divide the batch of 12
+    assert_config_error(done, "train.micro_batch_size=7: train.global_batch_size=12 is not divisible by")
+    assert not (user.folder / "outputs").exists()
 
 
 @pytest.fixture
