@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gptlab.sweeps.analysis.significance import Replicate
-from gptlab.tracking.run_store.sweeps import FAILED_STATES, Trial
+from gptlab.tracking.run_store.sweeps import FAILED_STATES, Trial, format_overrides
 
 SEED = "seed"
 MAX_LOST = 0.1  # largest share of failed and pruned trials of a point that is named best or better
@@ -24,6 +24,11 @@ class Point(NamedTuple):
     settings: dict[str, str]
     trials: list[Trial]
     values: dict[Replicate, float]
+
+    @property
+    def name(self) -> str:
+        """Its overrides as on the command line, without the seed."""
+        return format_overrides(self.settings)
 
     @property
     def failed(self) -> int:

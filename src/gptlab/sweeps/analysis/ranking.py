@@ -9,7 +9,6 @@ from typing import NamedTuple
 from gptlab.sweeps.analysis.phrases import BASELINE, Metric
 from gptlab.sweeps.analysis.points import Point
 from gptlab.sweeps.analysis.significance import Claim, adjusted_means, compare_all, find_step
-from gptlab.tracking.run_store.sweeps import format_overrides
 
 NEXT_BEST = "\0"  # key of the comparison of the best two points; the other keys are names of points
 
@@ -57,7 +56,7 @@ def rank(points: Sequence[Point], baseline: Point | None, metric: Metric) -> Ran
     baseline = baseline if baseline is not None and baseline.values else None
     pairs = {}
     if baseline is not None:
-        pairs = {_name(p): (p.values, baseline.values) for p in (*ranked, *left_out) if p is not baseline}
+        pairs = {p.name: (p.values, baseline.values) for p in (*ranked, *left_out) if p is not baseline}
     if len(ranked) > 1 and not any(point is baseline for point in ranked[:2]):
         pairs[NEXT_BEST] = (ranked[0].values, ranked[1].values)
     claims = compare_all(pairs, find_step(chain.from_iterable(point.values.values() for point in valued)))
@@ -66,14 +65,14 @@ def rank(points: Sequence[Point], baseline: Point | None, metric: Metric) -> Ran
     if not is_determined:
         no_best = "the points have too few seeds in common"
     elif len(ranked) > 1 and math.isclose(*best_means, rel_tol=1e-12):
-        no_best = f"{_name(ranked[0])} and {_name(ranked[1])} have the same mean"
+        no_best = f"{ranked[0].name} and {ranked[1].name} have the same mean"
     else:
         better = [name for name, claim in of_best.items() if is_inferior(claim, metric)]
         if ranked and ranked[0] is baseline:
-            names = [_name(point) for point in ranked[1:]]
+            names = [point.name for point in ranked[1:]]
             better += [n for n in names if claims[n].is_significant and not is_inferior(claims[n], metric)]
         if better:
-            no_best = f"{_name(ranked[0])} has the best mean, but {better[0]} is better on the seeds that both have"
+            no_best = f"{ranked[0].name} has the best mean, but {better[0]} is better on the seeds that both have"
     is_adjusted = is_determined and len({frozenset(point.values) for point in ranked}) > 1
     return Ranking(ranked, left_out, claims, baseline, of_best, no_best, is_adjusted)
 
@@ -89,13 +88,9 @@ def _compare_best(
 ) -> Iterator[tuple[str, Claim]]:
     """Yields the comparisons of the first point, without one in favor of a baseline that lost its worst trials."""
     if ranked and baseline is not None and ranked[0] is not baseline:
-        claim = claims[_name(ranked[0])]
+        claim = claims[ranked[0].name]
         if not (baseline.is_biased and is_inferior(claim, metric)):
-            yield f"the {BASELINE} ({_name(baseline)})", claim
+            yield f"the {BASELINE} ({baseline.name})", claim
     if len(ranked) > 1 and ranked[1] is not baseline:
-        name = _name(ranked[1])
+        name = ranked[1].name
         yield f"the second best ({name})", claims[name].reversed() if ranked[0] is baseline else claims[NEXT_BEST]
-
-
-def _name(point: Point) -> str:
-    return format_overrides(point.settings)

@@ -179,7 +179,7 @@ def point_verdict(point: Point, ranking: Ranking, metric: Metric, *, is_baseline
     """Returns the result of a point in words."""
     if not point.values:
         return format_counts({"failed": point.failed, "pruned": point.pruned, "unfinished": point.unfinished})
-    claim = ranking.claims.get(_name(point))
+    claim = ranking.claims.get(point.name)
     if claim is None or ranking.baseline is None:
         return BASELINE if is_baseline else ""
     winner = ranking.baseline if is_inferior(claim, metric) else point
@@ -191,7 +191,7 @@ def answer_line(n_trials: int, metric: Metric, points: list[Point], ranking: Ran
     missing = n_trials - sum(len(point.trials) for point in points)  # not proposed yet
     unfinished = sum(point.unfinished for point in points) + max(missing, 0)
     ranked = ranking.ranked
-    left_out = [f"{_name(point)} ({_lost(point, ranked, metric)})" for point in ranking.left_out]
+    left_out = [f"{point.name} ({_lost(point, ranked, metric)})" for point in ranking.left_out]
     if not ranked and not left_out:
         states = {"failed": sum(p.failed for p in points), "pruned": sum(p.pruned for p in points)}
         return f"no trial has a value: {format_counts({**states, 'unfinished': unfinished}) or 'none was started'}"
@@ -205,7 +205,7 @@ def answer_line(n_trials: int, metric: Metric, points: list[Point], ranking: Ran
     best = estimate(list(ranked[0].values.values()))
     return best_line(
         BestResult(
-            name=_name(ranked[0]),
+            name=ranked[0].name,
             estimate=best,
             lost=ranked[0].lost,
             comparisons=ranking.of_best,
@@ -222,10 +222,6 @@ def _lost(point: Point, ranked: Sequence[Point], metric: Metric) -> str:
     """Returns the failed and pruned trials of a point that is not ranked, and whether the others are the best ones."""
     is_better = ranked and not is_inferior(Claim(compare(point.values, ranked[0].values), None), metric)
     return f"{point.lost}; the others are better" if is_better else point.lost
-
-
-def _name(point: Point) -> str:
-    return format_overrides(point.settings)
 
 
 def _edges(ranking: Ranking, points: list[Point]) -> list[str]:
@@ -254,7 +250,7 @@ def _notes(sweep: Sweep, trials: list[Trial], points: list[Point], baseline: Poi
             "No point is compared with it."
         )
     elif baseline is not None and not baseline.values:
-        notes.append(f"The baseline {format_overrides(baseline.settings)} has no value. No point is compared with it.")
+        notes.append(f"The baseline {baseline.name} has no value. No point is compared with it.")
     for trial in filter(is_failed, trials):
         reason = trial.message or f"{sweep.metric} has no finite value"
         notes.append(
