@@ -1,5 +1,6 @@
 """Trains a tiny model in two processes with every strategy, and prints what was communicated. Run by torchrun."""
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -62,7 +63,7 @@ class Descent(torch.optim.Optimizer):
 
 def main() -> None:
     """Prints the results as JSON, from rank 0."""
-    found = {name: train(name) for name in ("ddp", "fsdp", "fsdp_tp")}
+    found = {name: train(name) | mixed_precision(name) for name in ("ddp", "fsdp", "fsdp_tp")}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -83,6 +84,7 @@ def train(strategy: str) -> dict[str, Any]:
         "reduced": trainer.callbacks[0].buckets or event_counts(training)["c10d::_reduce_scatter_base_"],
         "gathered": event_counts(sampling)["c10d::_allgather_base_"],
         "held": held_fraction(module.model),
+        "syncs_buffers": trainer.callbacks[0].syncs_buffers,
         "alike": is_identical(local_tensor(module.model.ln_f.weight)),
         "split": tensor_parallel_error(module) if parts > 1 else None,
         "kept": {name: keeps_weights(strategy, parts, config) for name, config in optimizers(strategy).items()},
@@ -115,13 +117,53 @@ def keeps_weights(strategy: str, parts: int, optimizer: OptimizerConfig) -> bool
     return trainer.global_step == STEPS and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+class Losses(L.Callback):
+    """Records the loss of every micro-batch, and the bytes that the first one leaves behind: gradients and a loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.held = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.losses:
+            self.held = -held_bytes()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        if not self.losses:
+            self.held += held_bytes() - pl_module.step_loss.nbytes
+        self.losses.append(outputs["loss"].item())
+
+
+def mixed_precision(strategy: str) -> dict[str, Any]:
+    """Trains in mixed precision; returns the losses and the bytes of accumulated gradients."""
+    recorded = Losses()
+    trainer, module = build(strategy, 2 if strategy == "fsdp_tp" else 1, ADAMW, recorded, precision="bf16-mixed")
+    generator = torch.Generator().manual_seed(1)
+    batches = [Batch(*torch.randint(61, (2, 2, 16), generator=generator), None) for _ in range(STEPS * MICRO_BATCHES)]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return {"mixed": recorded.losses, "accumulated": recorded.held}
+
+
+def held_bytes() -> int:
+    """Returns the bytes of all tensors of this process, each storage counted once."""
+    gc.collect()
+    storages = {}
+    for tensor in [part for part in gc.get_objects() if isinstance(part, torch.Tensor)]:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is not None and part.device.type == "cpu":
+                storage = local_tensor(part).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 class Buckets(L.Callback):
     """Counts the buckets of gradients that DDP reduces."""
 
-    buckets = 0
+    buckets, syncs_buffers = 0, False
 
     def on_train_start(self, trainer, pl_module):
         if isinstance(trainer.strategy, DDPStrategy):
+            self.syncs_buffers = trainer.strategy.model.will_sync_module_buffers()
             trainer.strategy.model.register_comm_hook(None, self._reduce)
 
     def _reduce(self, _, bucket):
@@ -130,12 +172,16 @@ class Buckets(L.Callback):
 
 
 def build(
-    strategy: str, parts: int, optimizer: OptimizerConfig = ADAMW, *callbacks: L.Callback
+    strategy: str,
+    parts: int,
+    optimizer: OptimizerConfig = ADAMW,
+    *callbacks: L.Callback,
+    precision: Any = "32-true",
 ) -> tuple[L.Trainer, GPTModule]:
     """Returns a trainer and a module with dropout."""
-    named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
+    named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": precision}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
-    hardware = Hardware("cpu", "", 2, 1, "32-true", compile=False)
+    hardware = Hardware("cpu", "", 2, 1, precision, compile=False)
     torch.manual_seed(0)
     model = tiny_config(dropout=0.1)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
@@ -148,6 +194,7 @@ def build(
         accelerator="cpu",
         devices=2,
         strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), hardware, sharded_checkpoints=False),
+        precision=precision,
         max_steps=STEPS,
         accumulate_grad_batches=MICRO_BATCHES,
         callbacks=[Buckets(), *callbacks],

@@ -29,9 +29,9 @@ def test_ddp_sends_every_gradient_almost_twice():
     assert network_traffic(GPT2, ParallelLayout("ddp", 8), "bf16-mixed", 12) == 2 * 7 / 8 * 4 * N
 
 
-def test_fsdp_gathers_bfloat16_per_micro_batch_and_reduces_float32_once():
+def test_fsdp_gathers_blocks_in_bfloat16_per_micro_batch_and_reduces_float32_once():
     # 480 sequences on 8 devices with a micro-batch size of 12: 5 micro-batches
-    gathered = 5 * (2 * BLOCKS + (N - BLOCKS)) * 2
+    gathered = 5 * (2 * BLOCKS * 2 + (N - BLOCKS) * 4)
     assert network_traffic(GPT2, ParallelLayout("fsdp", 8), "bf16-mixed", 12) == pytest.approx(
         7 / 8 * (4 * N + gathered), rel=1e-12
     )

@@ -151,10 +151,10 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
     """Returns the number of bytes that a device sends per step.
 
     Gradients of trained parameters are reduced once per step, also with gradient accumulation, and in the dtype of the
-    weights. With ring
-    algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an all-gather or a
-    reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with ``reshard_after_forward``, again
-    for the backward pass (Zhao et al. 2023, section 3).
+    weights. With ring algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor,
+    an all-gather or a reduce-scatter (n - 1) / n. FSDP gathers every block in the dtype of the matmuls for the forward
+    pass and, with ``reshard_after_forward``, again for the backward pass (Zhao et al. 2023, section 3), and the
+    remaining parameters in the dtype of the weights.
 
     Args:
         config: Configuration with the vocabulary size.
@@ -172,7 +172,7 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
         return 2 * ring * gradients
     accumulation = max(1, config.train.global_batch_size // (micro_batch * n))
     times = 2 if config.trainer.reshard_after_forward else 1
-    gathered = (times * parts.blocks + parts.rest) * sizes.matmul
+    gathered = times * parts.blocks * sizes.matmul + parts.rest * sizes.weight
     tensor_parallel = 0.0
     if spread.split > 1:
         tensor_parallel = _tensor_parallel_traffic(config, spread, sizes.matmul, micro_batch)
