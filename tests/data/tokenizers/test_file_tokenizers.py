@@ -1,5 +1,6 @@
 """Tokenizers of files: the same token IDs as transformers, special tokens as text, and refused parts."""
 
+import gzip
 import json
 import random
 import unicodedata
@@ -19,10 +20,14 @@ from tokenizers import (
     trainers,
 )
 
+from gptlab.data.config import BuiltInTokenizerConfig
+from gptlab.data.prepare.prepare import prepare
+from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.tokenizers.file import read_file_tokenizer
 from gptlab.data.tokenizers.text_stream import TextStream
 from gptlab.data.tokenizers.tokenizer import load_tokenizer
 from gptlab.errors import UserError
+from preparing import data_config
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, doesn't it?",
@@ -196,6 +201,35 @@ def test_end_of_text_token_is_eos_token_unless_it_is_set(tmp_path):
     assert read_file_tokenizer(tmp_path, "</s>").end_of_text == 2
     with pytest.raises(UserError, match=r"tokenizer.end_of_text: 'the' is not a special token.*'<s>'"):
         read_file_tokenizer(tmp_path, "the")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama3", "llama"])
+def test_prepared_text_has_the_token_ids_of_whole_documents(tmp_path, name):
+    """A document of several tasks, plain and compressed, has the token IDs of the document."""
+    made(name).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "texts").mkdir()
+    texts = ["\n\n".join(adversarial(60, seed)).replace("\0", "").removeprefix("\ufeff") for seed in range(4)]
+    for number, text in enumerate(texts):
+        data = text.encode()
+        path = tmp_path / "texts" / f"{number}.txt"
+        (path.with_suffix(".txt.gz") if number % 2 else path).write_bytes(gzip.compress(data) if number % 2 else data)
+    config = BuiltInTokenizerConfig(
+        name="file", path=str(tmp_path / "tokenizer.json"), vocab_dir=None, vocab_size=None, train_mb=None
+    )
+    data_settings = {
+        "source": str(tmp_path / "texts"),
+        "cache_dir": str(tmp_path / "cache"),
+        "task_bytes": 1000,
+        "val_split": "documents",
+    }
+    prepared = prepare(data_config(**data_settings), config, PrepareOptions(workers=1))
+    (tmp_path / "tokenizer.json").unlink()
+    ours = load_tokenizer(prepared.manifest.tokenizer, None)
+    found = np.concatenate([prepared.stream(s).read([0], len(prepared.stream(s)))[0] for s in ("train", "val")])
+    cuts = np.flatnonzero(found == ours.end_of_text)
+    documents = sorted(part.tolist() for part in np.split(found, cuts + 1)[:-1])
+    assert documents == sorted([*ours.encode(text).tolist(), ours.end_of_text] for text in texts)
+    assert prepared.manifest.shards()[0].bytes > 0
 
 
 def changed(name: str, **parts: object) -> dict:

@@ -197,6 +197,9 @@ def _read_compressed_text(path: Path, name: str, span: Span, decoding: Decoding)
 
 def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Yields parts of about ``size`` bytes, split as in ``split_spans``. An empty file is one part."""
+    if size == UNDIVIDED:
+        yield file.read()
+        return
     held, ended = bytearray(), False
     while not ended:
         begin, cut = max(size - MAX_CHARACTER_BYTES, 0), None

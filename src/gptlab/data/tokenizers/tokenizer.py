@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from gptlab.config.components import is_component
@@ -27,9 +28,11 @@ STORED = ("characters", "bpe", "file")
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
 
-# A word, number, or sequence of other characters of MAX_WORD characters. Training a BPE is quadratic in this length.
+# A word, number, or sequence of other characters of MAX_WORD characters, in the classes of the pre-tokenizer. Training
+# a BPE is quadratic in this length.
 MAX_WORD = 1000
-LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|\s{{{MAX_WORD}}}|(?:[^\w\s]|_){{{MAX_WORD}}}")
+_CLASSES = (r"\p{L}", r"\p{N}", r"\p{White_Space}", r"[^\p{White_Space}\p{L}\p{N}]")
+LONG_WORD = regex.compile("|".join(f"{characters}{{{MAX_WORD}}}" for characters in _CLASSES))
 
 
 class Tokenizer(Hashable, Protocol):
