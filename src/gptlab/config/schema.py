@@ -193,8 +193,9 @@ class RunConfig(FrozenConfig):
         if self.data.corpus == "shards" and self.data.path and not self.data.is_remote:
             data["path"] = _absolute(self.data.path)
         tokenizer = self.tokenizer
-        if isinstance(tokenizer, BuiltInTokenizerConfig) and tokenizer.vocab_dir:
-            tokenizer = tokenizer.model_copy(update={"vocab_dir": _absolute(tokenizer.vocab_dir)})
+        if isinstance(tokenizer, BuiltInTokenizerConfig):
+            places = {key: _absolute(value) for key in ("vocab_dir", "path") if (value := getattr(tokenizer, key))}
+            tokenizer = tokenizer.model_copy(update=places)
         callbacks = self.callbacks
         if (wanted := callbacks.hellaswag) is not None:
             placed = wanted.model_copy(update={"path": _absolute(wanted.path)})
