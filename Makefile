@@ -1,6 +1,7 @@
 # make train    the default run: a small GPT on Python code, one to two minutes on two CPU cores
 # make test     the default tests (under 6 minutes on two cores, no network)
 # make test-all the default and the slow tests
+# make test-gpu the tests that require a CUDA GPU (about 8 minutes)
 # make bench    benchmarks: training, generation, data, training loop and health checks (about an hour)
 # make lint     ruff, mypy, import-linter
 # make docs     the documentation as a site, in site/, and the checks of its links, commands and search (no network)
@@ -15,7 +16,7 @@ BIN := .venv/bin
 # Multi-process tests share few cores: one thread per process avoids oversubscription.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: train test test-slow test-all lint docs site figures bench audit format clean
+.PHONY: train test test-slow test-all test-gpu lint docs site figures bench audit format clean
 
 train: .venv/ready
 	$(BIN)/python -m gptlab.train
@@ -30,6 +31,9 @@ test-slow: .venv/ready
 	exit $$status
 
 test-all: test test-slow
+
+test-gpu: .venv/ready
+	$(BIN)/python -m pytest -m gpu -n 0 tests/gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ GROUPS = (
 NEEDED = {
     "data=component": ["data.reader._target_=x"],
     "tokenizer=component": ["tokenizer._target_=x"],
+    "tokenizer=file": ["tokenizer.path=x"],
     "data=text": ["data.source=x"],
     "data=shards": ["data.path=x"],
     "callbacks=hellaswag": ["callbacks.hellaswag.path=x"],

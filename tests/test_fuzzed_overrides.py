@@ -25,7 +25,7 @@ from gptlab.sample import SampleConfig
 from gptlab.sweeps.config import LocalLauncherConfig, SweeperConfig
 from gptlab.verification.configs import ProveArguments
 
-CASES = int(os.environ.get("FUZZ_CASES", "15"))  # of each command
+CASES = int(os.environ.get("FUZZ_CASES", "8"))  # of each command
 SECONDS = 20  # before a command begins to train, generate, score or measure
 
 # Ends a command where that would begin.

@@ -74,7 +74,7 @@ def _hide_query(url: str) -> str:
     return f"{whole[: query.start()]}?***{url[len(whole) :]}"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error message, or the error's class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

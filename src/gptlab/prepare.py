@@ -28,6 +28,7 @@ from gptlab.launch.prepare_data import (
     prepare_with_progress,
     print_batch,
     print_prepared,
+    stored_tokenizer,
 )
 from gptlab.terminal import print_message
 from gptlab.tracking.run_directory import load_config, split_checkpoint
@@ -90,7 +91,7 @@ def _data_of_run(given: PrepareCommand, key: str, path: str) -> tuple[RunConfig,
     config = load_config(run_dir, f"{key}={path}")
     check_trusted(config.model_dump(mode="json", include={"data", "tokenizer"}), path)
     check_locations(config, run_dir, used=("data", "tokenizer"), given=given.model_dump())
-    return config, prepare(config.data, config.tokenizer)
+    return config, prepare(config.data, config.tokenizer, trained=stored_tokenizer(run_dir, config.tokenizer))
 
 
 def _replay(given: PrepareCommand, path: str) -> None:

@@ -17,7 +17,7 @@ if [ -n "${WHEELS:-}" ]; then
   SITE=$(mktemp -d); trap 'rm -rf "$SITE"' EXIT
   $PY -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$SITE" "$WHEELS"/*.whl 2>&1 | tail -2
 fi
-export PYTHONPATH=${SITE:+$SITE:}$ROOT/src${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=${SITE:+$SITE:}$ROOT/src:$HERE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export GPTLAB_CACHE=${GPTLAB_CACHE:-$BASE/cache} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$BASE/inductor}
 export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
@@ -55,6 +55,8 @@ correctness() {
   at "GPT-2 124M with its defaults, 32 x 1024"
   random_tokens gpt2
   go gpt2 150 "${TRAIN[@]}" "${BENCH[@]}" model=gpt2 train.max_steps=60 train.eval_every=60 train.global_batch_size=32
+  at "benchmark of generation"
+  go bench 60 "$PY" -m gptlab.bench suite=generate rounds=1; show bench tokens
 }
 
 runs() {
@@ -86,13 +88,14 @@ runs() {
   many synced 120 "$PY" "$HERE/count_syncs.py" "${SMALL[@]}" "${G[@]}" train.max_steps=20 train.log_every=100 callbacks=none "${EXTRA[@]}"
 }
 
-# traces SUFFIX COMMAND...: a run, a repetition of it, and the same run stopped halfway and resumed
+# traces SUFFIX COMMAND...: a run, a repetition of it, and the same run killed after a checkpoint and resumed
 traces() {
   local suffix=$1; shift
-  local run=("$@" "${SMALL[@]}" "${G[@]}" train.max_steps=12 train.eval_every=6 "callbacks=[default,trace]" schedule.decay_steps=12 "${EXTRA[@]}")
+  local run=("$@" "${SMALL[@]}" "${G[@]}" train.max_steps=12 train.eval_every=6 "callbacks=[default,trace]" "${EXTRA[@]}")
   many "whole$suffix" 150 "${run[@]}"
   many "again$suffix" 150 "${run[@]}"
-  many "half$suffix" 170 bash -c '"${@:2}" train.max_steps=6 && "${@:2:$1}" resume="$(echo outputs/*/*)" train.max_steps=12' _ $# "${run[@]}"
+  many "half$suffix" 170 bash -c '! "$@" +callbacks.kill._target_=kill_at_step.KillAtStep +callbacks.kill.step=8 &&
+    "$@" callbacks.kill=null resume="$(echo outputs/*/*)"' _ "${run[@]}"
 }
 
 # random_tokens NAME...: writes random tokens if one of these checks is selected

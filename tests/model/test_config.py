@@ -84,7 +84,7 @@ OTHER_VALUES = {  # for every field, a value that differs from that of the tiny 
     **{"activation": "relu_squared", "norm": "rms", "positions": "rotary", "rope_base": 500, "qk_norm": True},
     **{"embedding_norm": True, "zero_init": True, "logit_soft_cap": 15, "value_residual": True, "value_embeddings": 1},
     **{"x0_skips": True, "unet_skips": True, "attention_window": 4, "global_every": 2, "tie_weights": False},
-    **{"pad_vocab_to_multiple_of": 64, "activation_checkpointing": True},
+    **{"pad_vocab_to_multiple_of": 64, "resize_embeddings": True, "activation_checkpointing": True},
     "block": {"_target_": "gptlab.model.gpt.Block"},
     "attention": {"_target_": "gptlab.model.attention.CausalSelfAttention"},
 }

@@ -194,15 +194,16 @@ def test_every_text_in_the_configuration_is_checked_unless_it_is_known_to_be_no_
     no_paths = {
         *("name", "data.subset", "data.column", "callbacks.samples.prompt", "callbacks.early_stopping.monitor"),
         *("logger.wandb.project", "logger.wandb.name", "logger.wandb.notes"),
-        *("logger.wandb.group", "logger.wandb.job_type"),
+        *("logger.wandb.group", "logger.wandb.job_type", "tokenizer.end_of_text"),
     }
     marked = {
         *("resume", "init_from", "resume_from_nanogpt", "data.source", "data.path", "data.cache_dir"),
-        *("tokenizer.vocab_dir", "callbacks.hellaswag.path", "logger.wandb.entity"),
+        *("tokenizer.vocab_dir", "tokenizer.path", "callbacks.hellaswag.path", "logger.wandb.entity"),
     }
     texts = {key for key in known_keys(RunConfig) if str in kinds(key)}
     assert texts == no_paths | marked
-    config = resolved("model=tiny", "callbacks=[default,hellaswag]", "callbacks.hellaswag.path=a", "logger=wandb")
+    own = ("tokenizer=file", "tokenizer.path=a", "callbacks=[default,hellaswag]", "callbacks.hellaswag.path=a")
+    config = resolved("model=tiny", *own, "logger=wandb")
     for key in marked - {"resume", "init_from", "resume_from_nanogpt"}:
         config = changed(config, key)
     assert {key for key, _ in find_locations(config)} == marked - {"resume", "init_from", "resume_from_nanogpt"}

@@ -40,6 +40,7 @@ CHANGEABLE_KEYS = (
     "data.max_expansion",
     "data.num_workers",
     "tokenizer.vocab_dir",
+    "tokenizer.path",  # a resumed run uses the tokenizer of its manifest
     "trainer",
     "callbacks",
     "logger",

@@ -94,14 +94,18 @@ class BuiltInTokenizerConfig(FrozenConfig):
 
     Attributes:
         name: "bytes" (UTF-8 bytes and an end-of-text token), "characters" (the characters of the corpus), "gpt2" (BPE
-            of GPT-2) or "bpe" (BPE trained on the corpus).
+            of GPT-2), "bpe" (BPE trained on the corpus) or "file" (tokenizer of ``path``).
+        path: A tokenizer.json, a directory that has one, or a SentencePiece model (file).
+        end_of_text: Special token that separates documents (file). None: the one that the files name.
         vocab_dir: Directory with GPT-2's vocab.bpe and encoder.json, which takes precedence over other locations.
         vocab_size: Number of token IDs of "bpe", including the end-of-text token. None for other tokenizers.
         train_mb: Megabytes of text, sampled from the whole corpus, on which "bpe" is trained. None for other
             tokenizers.
     """
 
-    name: Literal["bytes", "characters", "gpt2", "bpe"]
+    name: Literal["bytes", "characters", "gpt2", "bpe", "file"]
+    path: Annotated[str | None, Location] = None  # run directories of earlier versions do not have it
+    end_of_text: str | None = None  # likewise
     vocab_dir: Annotated[str | None, Location]
     vocab_size: Annotated[int, Field(gt=257)] | None
     train_mb: PositiveFloat | None
@@ -112,6 +116,18 @@ class BuiltInTokenizerConfig(FrozenConfig):
             raise ValueError(
                 "tokenizer=bpe requires vocab_size and train_mb, for example vocab_size=4096 train_mb=1000"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _file_has_a_path(self) -> Self:
+        if self.name == "file" and self.path is None:
+            raise ValueError(
+                "tokenizer=file requires tokenizer.path=<tokenizer.json, a directory that has one, or a SentencePiece "
+                ".model>"
+            )
+        if self.name != "file" and (self.path or self.end_of_text):
+            key = "path" if self.path else "end_of_text"
+            raise ValueError(f"tokenizer.{key} is only used with tokenizer=file, not tokenizer={self.name}")
         return self
 
 

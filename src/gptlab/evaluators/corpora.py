@@ -10,6 +10,7 @@ from gptlab.data.prepare.splitting import check_val_split, without_split
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.manifest import load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
+from gptlab.data.tokenizers.tokenizer import STORED
 from gptlab.errors import UserError
 from gptlab.evaluators.settings import EvaluateConfig
 from gptlab.launch.prepare_data import prepare_with_progress
@@ -64,12 +65,13 @@ def open_scored_corpus(config: EvaluateConfig, source: ModelSource, *, tokenizer
             )
         check_trusted(run.model_dump(mode="json", include={"data", "tokenizer"}), config.run)
         check_locations(run, source.path, used=("data", "tokenizer"))
-        data, tokenizer, trained = run.data, run.tokenizer, None
+        data, tokenizer = run.data, run.tokenizer
+        trained = model if record["name"] == "file" else None  # its path may have other content by now
     else:
         if config.split != "all":
             check_val_split(config.data)
         data, tokenizer = config.data, _tokenizer_settings(record, source, config.tokenizer)
-        trained = model if record["name"] in ("characters", "bpe") else None
+        trained = model if record["name"] in STORED else None
     data = without_split(data) if config.split == "all" else data
     prepared = prepare_with_progress(data, tokenizer, PrepareOptions(), trained)
     if not _are_equivalent(prepared.manifest.tokenizer, record):
@@ -90,7 +92,8 @@ def _tokenizer_settings(record: dict[str, Any], source: ModelSource, named: Toke
     if "component" in record:
         return ComponentTokenizerConfig.model_validate(record["component"])
     vocab_dir = (named.vocab_dir if named else None) or source.vocab_dir
-    made = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
+    made: dict[str, Any] = {"vocab_size": source.model.vocab_size, "train_mb": 1.0} if record["name"] == "bpe" else {}
+    made |= {"path": str(source.path)} if record["name"] == "file" else {}
     values = {"name": record["name"], "vocab_dir": vocab_dir, "vocab_size": None, "train_mb": None, **made}
     return BuiltInTokenizerConfig.model_validate(values)
 

@@ -109,4 +109,5 @@ def _by_transformers(job: ExportRequest, folder: Path, reference: Reference) -> 
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         texts = comparison_texts(job.tokenizer)
         ours = [job.tokenizer.encode(text).tolist() for text in texts]
-        yield compare_texts([tokenizer(text, verbose=False).input_ids for text in texts], ours, by)
+        theirs_ids = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+        yield compare_texts(theirs_ids, ours, by)

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from gptlab.config.components import TARGET, component_record, iter_targets
 from gptlab.config.resolve import resolve_split
 from gptlab.config.resume import START_KEYS, may_change
-from gptlab.config.schema import RunConfig
+from gptlab.config.schema import RunConfig, is_on_hub
+from gptlab.data.config import TokenizerConfig
 from gptlab.data.order import training_order
 from gptlab.data.prepare.splitting import check_val_split
 from gptlab.data.prepare.tasks import PrepareOptions
@@ -22,12 +23,12 @@ from gptlab.data.shards.manifest import SPLITS, Manifest, Split, load_manifest
 from gptlab.data.shards.token_dataset import TokenDataset
 from gptlab.data.sources.corpora import check_source
 from gptlab.data.tokenizers.text import unescape_line_breaks
-from gptlab.data.tokenizers.tokenizer import prompt_ids
+from gptlab.data.tokenizers.tokenizer import load_tokenizer, prompt_ids
 from gptlab.errors import UserError, install_extra
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.files import check_no_links
 from gptlab.launch.components import check_components, preflight_components, try_components
-from gptlab.launch.prepare_data import prepare_with_progress
+from gptlab.launch.prepare_data import prepare_with_progress, stored_tokenizer
 from gptlab.launch.requeue import find_resumable_run
 from gptlab.launch.signals import run_stoppable
 from gptlab.launch.supervisor import Job, supervise
@@ -176,7 +177,7 @@ def preflight(config: RunConfig) -> ReadyRun:
     if foreign_shape is not None and origin:
         check_external_shape(origin, foreign_shape, config.model)  # with the vocabulary size
     elif origin_config is not None and origin:
-        _check_same_tokens(prepared, origin)
+        _check_same_tokens(prepared, origin, resized=config.model.resize_embeddings)
         check_weights_fit(origin, origin_config.model, config.model)
     return ReadyRun(config, prepared, plan)
 
@@ -189,8 +190,22 @@ def _check_processes(trainer: TrainerConfig) -> None:
 
 
 def open_data(config: RunConfig) -> TokenDataset:
-    """Opens the data of a run, and prepares it first if necessary; see ``prepare_with_progress``."""
-    return prepare_with_progress(config.data, config.tokenizer, PrepareOptions())
+    """Opens the data of a run, and prepares it first if necessary; see ``prepare_with_progress``.
+
+    A run that resumes, or that starts from a run with the same ``tokenizer.path``, has the tokenizer of that run, also
+    if the file has changed since.
+    """
+    start = config.resume or config.init_from
+    run_dir = split_checkpoint(Path(start))[0] if start and not is_on_hub(start) else None
+    stored = None
+    if run_dir and (config.resume or _has_tokenizer(run_dir, config.tokenizer)):
+        stored = stored_tokenizer(run_dir, config.tokenizer)
+    return prepare_with_progress(config.data, config.tokenizer, PrepareOptions(), stored)
+
+
+def _has_tokenizer(run_dir: Path, tokenizer: TokenizerConfig) -> bool:
+    """Whether a path is a run directory, and its tokenizer has the same configuration."""
+    return not is_external(run_dir) and load_config(run_dir).tokenizer == tokenizer
 
 
 def _check_start(config: RunConfig, start: Path | None, named: str) -> None:
@@ -293,9 +308,19 @@ def _check_same_components(config: RunConfig, run_dir: Path) -> None:
         log.warning("%s", sentence)
 
 
-def _check_same_tokens(prepared: TokenDataset, run_dir: Path) -> None:
-    """Checks that weights were trained with the same tokenizer."""
-    if load_manifest(run_dir).tokenizer != prepared.manifest.tokenizer:
+def _check_same_tokens(prepared: TokenDataset, run_dir: Path, *, resized: bool) -> None:
+    """Checks that weights were trained with the same tokenizer, or, if they are resized, with the same first tokens."""
+    record, ours = load_manifest(run_dir).tokenizer, prepared.tokenizer
+    if record == prepared.manifest.tokenizer:
+        return
+    sentence = f"{run_dir} was trained with a different tokenizer than tokenizer={ours.record()['name']}"
+    if not resized:
+        raise UserError(f"{sentence}. If only token IDs at the end differ: model.resize_embeddings=true")
+    theirs = load_tokenizer(record, None, run_dir)
+    common = range(min(ours.vocab_size, theirs.vocab_size))
+    if other := [i for i in common if ours.to_bytes([i]) != theirs.to_bytes([i])]:
         raise UserError(
-            f"{run_dir} was trained with a different tokenizer than tokenizer={prepared.manifest.tokenizer['name']}."
+            f"{sentence}: {len(other):,} of their first {len(common):,} token IDs are other tokens. The first is "
+            f"{other[0]}: {ours.decode([other[0]])!r:.40} instead of {theirs.decode([other[0]])!r:.40}. "
+            "model.resize_embeddings can only add or drop token IDs at the end."
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -15,13 +16,18 @@ from gptlab.data.config import DataConfig, TokenizerConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.tasks import PrepareOptions
 from gptlab.data.shards.formats import Format
-from gptlab.data.shards.manifest import SPLITS, Manifest
+from gptlab.data.shards.manifest import SPLITS, Manifest, load_manifest
 from gptlab.data.shards.open_shards import find_shards
 from gptlab.data.shards.streams import ShardStore
 from gptlab.data.shards.token_dataset import TokenDataset, first_documents, longest_document
-from gptlab.data.tokenizers.tokenizer import Tokenizer
+from gptlab.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from gptlab.tables import FittingTable, print_table
 from gptlab.terminal import get_console
+
+
+def stored_tokenizer(run_dir: Path, config: TokenizerConfig) -> Tokenizer | None:
+    """Builds the tokenizer of a run from its manifest if it is one of a file; returns None for others."""
+    return load_tokenizer(load_manifest(run_dir).tokenizer, None, run_dir) if config.name == "file" else None
 
 
 def prepare_with_progress(

@@ -67,7 +67,7 @@ from gptlab.training.devices import choose_devices, prepare_kernels
 from gptlab.training.distributed.process_group import cluster_environment, join_group, run_on_first_rank
 from gptlab.training.distributed.processes import is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
-from gptlab.training.hardware import Hardware
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 from gptlab.training.module import GPTModule
 
 # packages that raise the errors of a damaged checkpoint; Lightning compares its version with packaging
@@ -266,7 +266,8 @@ def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -
     if config.lora:
         add_lora(model, config.lora)
     token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes())
-    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile)
+    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model, devices)
+    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile, loss_chunk=chunk)
 
 
 def build_trainer(

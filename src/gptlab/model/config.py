@@ -98,6 +98,8 @@ class GPTConfig(FrozenConfig):
         tie_weights: Whether ``lm_head`` shares its weight with ``wte``.
         pad_vocab_to_multiple_of: Pad the rows of the embedding to a multiple of this. The padding is never scored,
             sampled or exported.
+        resize_embeddings: Whether ``init_from`` may have another vocabulary: rows are dropped from the end of the
+            embedding and of an untied head, or added with the mean of the others.
         activation_checkpointing: Recompute each block in the backward pass instead of storing its activations.
         block: Component to use instead of the built-in block; see ``gptlab.model.modern``.
         attention: Component to use instead of the built-in attention; see ``gptlab.model.modern``.
@@ -128,6 +130,7 @@ class GPTConfig(FrozenConfig):
     global_every: Annotated[PositiveInt, Option("unrecorded", 1)]
     tie_weights: Annotated[bool, Option("variant", True, shapes_weights=True)]
     pad_vocab_to_multiple_of: Annotated[PositiveInt, Field(lt=2**31), Option("unrecorded", 1, shapes_weights=True)]
+    resize_embeddings: Annotated[bool, Option("unrecorded", False)] = False  # runs of earlier versions do not have it
     activation_checkpointing: Annotated[bool, Option("unrecorded", False)]
     block: Annotated[Component, Option("modern")] = None
     attention: Annotated[Component, Option("modern")] = None

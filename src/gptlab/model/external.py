@@ -69,6 +69,26 @@ def fit_shapes(model: GPT, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def resize_embeddings(state: Mapping[str, Tensor], old: int, model: GPT) -> dict[str, Tensor]:
+    """Resizes the parameters that have one row per token ID to the vocabulary of ``model``.
+
+    New rows are the mean of the others (Hewitt 2021, Initializing New Word Embeddings for Pretrained Language Models).
+
+    Args:
+        state: Parameters by gptlab's names.
+        old: Vocabulary size of ``state``; further rows are padding.
+        model: The model, whose padding rows keep their values.
+    """
+    new, own = model.config.known_vocab_size, model.state_dict()
+    resized = dict(state)
+    for name, tensor in state.items():
+        if BY_TOKEN.match(name) and tensor.dim() == 2:
+            rows = tensor[:old]
+            mean = rows.float().mean(0, keepdim=True).to(rows.dtype).expand(max(new - old, 0), -1)
+            resized[name] = _with_rows(torch.cat((rows, mean)), own[name], new)
+    return resized
+
+
 def unpadded_parameters(model: GPT) -> dict[str, Tensor]:
     """Returns views of the parameters, without the padding rows of the vocabulary and without a tied head."""
     rows = model.config.known_vocab_size

@@ -69,7 +69,7 @@ def with_vocabulary(config: RunConfig) -> tuple[RunConfig, Manifest | None]:
 
 
 def _vocabulary(tokenizer: TokenizerConfig, data: DataConfig) -> int | None:
-    if isinstance(tokenizer, ComponentTokenizerConfig):
+    if isinstance(tokenizer, ComponentTokenizerConfig) or tokenizer.name == "file":
         return build_tokenizer(tokenizer, ()).vocab_size
     match tokenizer.name:
         case "bytes":

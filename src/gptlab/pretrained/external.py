@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from gptlab.data.tokenizers.external import read_json
+from gptlab.data.tokenizers.file import read_json
 from gptlab.errors import UserError
 from gptlab.files import open_regular
 from gptlab.model.config import GPT2_OPTIONS, GPTConfig

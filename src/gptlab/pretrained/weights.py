@@ -1,17 +1,19 @@
 """Loads the weights of runs and of other programs. Unpickles only tensors and plain data."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from gptlab.errors import UserError, mismatch_reason
-from gptlab.model.external import fit_shapes, from_external
+from gptlab.model.external import fit_shapes, from_external, resize_embeddings
 from gptlab.model.gpt import GPT
 from gptlab.model.lora import merge_lora
 from gptlab.model.modern import meta_gpt
 from gptlab.pretrained.external import (
     check_external_shape,
+    fits_vocabulary,
     is_external,
     nanogpt_shape,
     open_safetensors,
@@ -22,6 +24,8 @@ from gptlab.pretrained.nanogpt import read_nanogpt_checkpoint
 from gptlab.pretrained.source import ModelSource
 from gptlab.tracking.run_directory import load_config, split_checkpoint, weights_checkpoint
 from gptlab.training.checkpoints.reading import read_weights
+
+log = logging.getLogger(__name__)
 
 
 def load_weights(model: GPT, path: Path) -> None:
@@ -61,6 +65,9 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
     try:
         if (lora := load_config(split_checkpoint(path)[0]).lora) is not None:
             state = merge_lora(state, lora)
+        trained = load_config(split_checkpoint(path)[0]).model
+        if model.config.resize_embeddings and not next(model.parameters()).is_meta:
+            state = _resize(model, state, trained.known_vocab_size, path)
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
         for name, tied in _tied_names(model):
@@ -68,6 +75,17 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
     except (KeyError, IndexError, RuntimeError) as error:
         raise UserError(f"The weights of {path} do not fit this model: {mismatch_reason(error)}") from error
     return state
+
+
+def _resize(model: GPT, weights: dict[str, Tensor], old: int, path: Path) -> dict[str, Tensor]:
+    """Resizes the embeddings of weights with ``old`` token IDs to those of ``model``, and logs it."""
+    new = model.config.known_vocab_size
+    if new > old:
+        added = f"the {new - old:,} new rows are the mean of the others"
+        log.info("Resized the embedding of %s from %s to %s token IDs: %s.", path, f"{old:,}", f"{new:,}", added)
+    elif new < old:
+        log.info("Resized the embedding of %s from %s to %s token IDs.", path, f"{old:,}", f"{new:,}")
+    return resize_embeddings(weights, old, model)
 
 
 def _load(model: GPT, weights: dict[str, Tensor], path: Path) -> None:
@@ -104,10 +122,13 @@ def _read_external(model: GPT, path: Path) -> dict[str, Tensor]:
                 state.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118  (no mapping)
     try:
         weights = from_external(state, transposed=path.is_dir())
+        resized = model.config.resize_embeddings and not fits_vocabulary(
+            shape["vocab_size"], model.config.known_vocab_size
+        )
         for name, size in (("wte.weight", "vocab_size"), ("wpe.weight", "block_size")):
             rows = weights[name].shape[0] if name in weights and weights[name].dim() else 0
             if rows > shape[size]:  # fit_shapes reports too few, but would crop too many
                 raise ValueError(f"{name} has {rows} rows, but the model has {size}={shape[size]}")
-        return fit_shapes(model, weights)
+        return fit_shapes(model, _resize(model, weights, shape["vocab_size"], path) if resized else weights)
     except ValueError as error:
         raise UserError(f"The weights of {path} do not fit this model: {error}.") from error

@@ -319,6 +319,11 @@ def check_shape(path: Path, shape: Mapping[str, Any], model: GPTConfig, *, cropp
     differences = [key for key in keys if shape[key] != own[key]]
     if shape["block_size"] < model.block_size or (shape["block_size"] > model.block_size and not cropped):
         differences.append("block_size")
+    if model.resize_embeddings:
+        differences = [key for key in differences if key not in ("vocab_size", "pad_vocab_to_multiple_of")]
     if differences:
         named = (f"model.{key}={own[key]}, but the weights have {shape[key]}" for key in differences)
-        raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.")
+        hint = (
+            " To add or drop token IDs at the end: model.resize_embeddings=true" if "vocab_size" in differences else ""
+        )
+        raise UserError(f"The weights of {path} do not fit this model: {'; '.join(named)}.{hint}")

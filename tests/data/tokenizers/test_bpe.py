@@ -85,7 +85,8 @@ def test_bpe_is_trained_on_train_mb_of_text_from_the_whole_corpus(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "long", ["a" * 2500, "7" * 1500, "_-" * 800, " \n" * 600, "acgt" * 900, "é" * 1000, "語" * 3000]
+    "long",
+    ["a" * 2500, "7" * 1500, "_-" * 800, " \n" * 600, "acgt" * 900, "é" * 1000, "1½" * 600, "\x1c!" * 600, "語" * 3000],
 )
 def test_long_words_are_divided_for_training_and_other_text_is_not(long):
     text = f"one two, {long} three\n"

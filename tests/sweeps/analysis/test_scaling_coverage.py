@@ -5,7 +5,7 @@ import pytest
 
 from gptlab.sweeps.analysis.scaling_fit import ScalingLaw, fit_with_intervals
 
-SETS, RESAMPLES = 100, 200
+SETS, RESAMPLES = 50, 200
 QUANTITIES = (*ScalingLaw._fields, "a")
 SMALL = ScalingLaw(E=1.1, A=25.0, B=900.0, alpha=0.3, beta=0.5)
 CHINCHILLA = ScalingLaw(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)

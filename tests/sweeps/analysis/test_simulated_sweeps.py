@@ -8,7 +8,7 @@ import pytest
 from gptlab.sweeps.analysis import points as points_of_sweep
 from simulated_sweeps import FAILURES, NOISE, POINTS, SEEDS, analyze, simulate
 
-DRAWS = 60  # sweeps without an effect and sweeps with one; in all 28,800
+DRAWS = 40  # sweeps without an effect and sweeps with one; in all 19,200
 
 
 @pytest.mark.slow

@@ -46,8 +46,10 @@ from gptlab.data.shards.token_dataset import TokenDataset, check_unchanged, lock
 from gptlab.data.sources.component import ReaderCorpus, check_reader
 from gptlab.data.sources.corpora import open_corpus, tinyshakespeare_path
 from gptlab.data.sources.files import Corpus, Task
+from gptlab.data.sources.readers import UNDIVIDED
 from gptlab.data.tokenizers.bulk import SAMPLE_BYTES, bulk_encoder, is_equivalent, take_characters
 from gptlab.data.tokenizers.component import ComponentTokenizer
+from gptlab.data.tokenizers.file import FileTokenizer
 from gptlab.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
 from gptlab.errors import UserError
 from gptlab.files import is_disk_full, write_durably
@@ -76,7 +78,7 @@ def prepare(
         config: Config of the corpus.
         tokenizer: Config of the tokenizer.
         work: Workers, machines and progress callback.
-        trained: Tokenizer that was built from another corpus. Default: builds the tokenizer from this corpus.
+        trained: Tokenizer that was built from another corpus or is stored. Default: builds the tokenizer of the config.
 
     Raises:
         UserError: The corpus, the vocabulary or the shards are missing, empty or damaged, the disk is full, or other
@@ -94,12 +96,12 @@ def prepare(
             "use tokenizer=bpe."
         )
     if config.corpus == "shards":
-        return open_shards(config, tokenizer)
+        return open_shards(config, tokenizer, trained)
     if config.reader is not None:
         check_reader(config.reader)  # before anything is written
-    trained = trained or _component_tokenizer(tokenizer)
+    trained = trained or _given_tokenizer(tokenizer)
     ensure_cache_dir(config)
-    corpus, config = open_corpus(config), resolve_val_split(config)
+    corpus, config = _open_corpus(config, trained), resolve_val_split(config)
     folder = _cache_folder(config, tokenizer, corpus, trained)
     # Machines that share a preparation work on different tasks and do not need the lock.
     with lock_cache(Path(f"{folder}{LOCK}")) if work.parts == 1 else nullcontext(True) as is_writable:
@@ -132,14 +134,21 @@ def find_prepared(config: DataConfig, tokenizer: TokenizerConfig) -> Manifest | 
     elif config.corpus == "shakespeare" and not (config.source or tinyshakespeare_path(config.cache_dir).exists()):
         return None
     else:
-        trained = _component_tokenizer(tokenizer)
-        folder = _cache_folder(resolve_val_split(config), tokenizer, open_corpus(config), trained)
+        trained = _given_tokenizer(tokenizer)
+        folder = _cache_folder(resolve_val_split(config), tokenizer, _open_corpus(config, trained), trained)
     return load_manifest(folder) if (folder / MANIFEST).is_file() else None
 
 
-def _component_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
-    """Builds a tokenizer that is a component, which does not depend on the corpus; None for other tokenizers."""
-    return build_tokenizer(config, ()) if isinstance(config, ComponentTokenizerConfig) else None
+def _given_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """Builds a component or the tokenizer of a file, which do not depend on the corpus; None for other tokenizers."""
+    is_given = isinstance(config, ComponentTokenizerConfig) or config.name == "file"
+    return build_tokenizer(config, ()) if is_given else None
+
+
+def _open_corpus(config: DataConfig, tokenizer: Tokenizer | None) -> Corpus:
+    """Opens the corpus. Its texts are not divided if the tokenizer of a file would give the parts other token IDs."""
+    whole = isinstance(tokenizer, FileTokenizer) and not tokenizer.can_be_divided
+    return open_corpus(config.model_copy(update={"task_bytes": UNDIVIDED}) if whole else config)
 
 
 def _cache_folder(

@@ -22,34 +22,40 @@ from gptlab.errors import UserError, failure_reason
 log = logging.getLogger(__name__)
 
 
-def open_shards(config: DataConfig, tokenizer: TokenizerConfig) -> TokenDataset:
+def open_shards(config: DataConfig, tokenizer: TokenizerConfig, stored: Tokenizer | None = None) -> TokenDataset:
     """Opens the shards at ``data.path``.
 
     Args:
         config: Config of the data.
         tokenizer: Tokenizer of the shards. Token files of other programs do not specify it.
+        stored: Tokenizer of a run, which replaces the one of a file.
 
     Raises:
         UserError: The shards are missing, incomplete, damaged, or made with another tokenizer.
     """
-    store, manifest = find_shards(config, tokenizer)
+    store, manifest = find_shards(config, tokenizer, stored=stored)
     if (name := manifest.tokenizer["name"]) != tokenizer.name:
         raise UserError(
             f"data.path={config.path} was prepared with tokenizer={name}, not with tokenizer={tokenizer.name}."
         )
+    if name == "file" and manifest.tokenizer != (stored or build_tokenizer(tokenizer, ())).record():
+        raise UserError(f"data.path={config.path} was prepared with another tokenizer than {_path(tokenizer)}.")
     if isinstance(tokenizer, ComponentTokenizerConfig) and manifest.tokenizer["component"] != tokenizer.component:
         arguments = component_arguments(manifest.tokenizer["component"])
         raise UserError(f"data.path={config.path} was prepared with other arguments of tokenizer={name}: {arguments}.")
     return TokenDataset(store, manifest, load_tokenizer(manifest.tokenizer, tokenizer.vocab_dir, config.path))
 
 
-def find_shards(config: DataConfig, tokenizer: TokenizerConfig, key: str = "data.path") -> tuple[ShardStore, Manifest]:
+def find_shards(
+    config: DataConfig, tokenizer: TokenizerConfig, key: str = "data.path", stored: Tokenizer | None = None
+) -> tuple[ShardStore, Manifest]:
     """Finds the shards at ``data.path`` without building the tokenizer of prepared shards, which may be another one.
 
     Args:
         config: Config of the data.
         tokenizer: Tokenizer of token files of other programs, which do not specify it.
         key: Key of the command that has the path, for messages.
+        stored: Tokenizer of a run, which replaces the one of a file.
 
     Raises:
         UserError: The shards are missing, incomplete or damaged.
@@ -65,7 +71,7 @@ def find_shards(config: DataConfig, tokenizer: TokenizerConfig, key: str = "data
         manifest = store.manifest
     else:
         path = str(fetch_files(config.path, cache_dir, key)) if config.is_remote else config.path
-        folder, described = _find_folder(path, cache_dir, tokenizer, key)
+        folder, described = _find_folder(path, cache_dir, tokenizer, key, stored)
         manifest = load_shards(folder, described)
         check_unchanged(folder, manifest, cache_dir)
         store = LocalFolder(folder)
@@ -82,7 +88,9 @@ def ensure_cache_dir(config: DataConfig) -> Path:
     return cache_dir
 
 
-def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: str) -> tuple[Path, list[Path]]:
+def _find_folder(
+    path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: str, stored: Tokenizer | None
+) -> tuple[Path, list[Path]]:
     """Returns the prepared directory at ``path``, or one in the cache that describes token files of other programs.
 
     The second value has these token files.
@@ -108,13 +116,14 @@ def _find_folder(path: str, cache_dir: Path, tokenizer: TokenizerConfig, key: st
         )
     read = [*files, meta] if meta.exists() else files
     listing = hash_listing(files[0].parent, read, str(Decoding(None, "replace", 0)))
-    if isinstance(tokenizer, ComponentTokenizerConfig):
-        record = json.dumps(build_tokenizer(tokenizer, ()).record(), sort_keys=True)
+    if isinstance(tokenizer, ComponentTokenizerConfig) or tokenizer.name == "file":
+        stored = stored or build_tokenizer(tokenizer, ())
+        record = json.dumps(stored.record(), sort_keys=True)
         listing = hashlib.sha256(f"{listing}{record}".encode()).hexdigest()
-    return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer), files
+    return _describe_files(cache_dir / f"shards-{tokenizer.name}-{listing[:12]}", files, tokenizer, stored), files
 
 
-def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig) -> Path:
+def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig, stored: Tokenizer | None) -> Path:
     """Writes the manifest of token files into ``folder``, if it does not exist yet."""
     with lock_cache(Path(f"{folder}{LOCK}")) as is_writable:
         if not (folder / MANIFEST).exists():
@@ -124,7 +133,7 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
                     "read-only. Set data.cache_dir to a directory of your own."
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            known = _tokenizer(files[0], tokenizer)
+            known = stored or _tokenizer(files[0], tokenizer)
             log.info(
                 "%s has no %s. Reading its %d token files to write one to %s.",
                 *(files[0].parent, MANIFEST, len(files), folder),
@@ -135,6 +144,10 @@ def _describe_files(folder: Path, files: list[Path], tokenizer: TokenizerConfig)
     return folder
 
 
+def _path(tokenizer: TokenizerConfig) -> str:
+    return f"tokenizer.path={getattr(tokenizer, 'path', None)}"
+
+
 def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
     """Builds the tokenizer of a token file; for characters, from the meta.pkl in the same directory."""
     if config.name in ("gpt2", "bytes") or isinstance(config, ComponentTokenizerConfig):
@@ -143,5 +156,5 @@ def _tokenizer(file: Path, config: TokenizerConfig) -> Tokenizer:
         return read_meta(meta)
     raise UserError(
         f"{file} cannot be read with tokenizer={config.name}, because it does not contain the vocabulary. Use "
-        f"tokenizer=gpt2 or bytes, or characters if nanoGPT's {META_FILE} is in the same directory."
+        f"tokenizer=gpt2, bytes or file, or characters if nanoGPT's {META_FILE} is in the same directory."
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from gptlab.data.sources.file_types import FileType, UnsupportedFileError, detect_type
-from gptlab.data.sources.readers import Decoding, Document, Span, read_documents, split_spans
+from gptlab.data.sources.readers import UNDIVIDED, Decoding, Document, Span, read_documents, split_spans
 from gptlab.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -114,8 +114,11 @@ class FileCorpus:
         skipped: Counter[str] = Counter()
         files = list(self.typed_files(skipped))
         self._check_types(files, skipped)
+        text_size = max(size, self.decoding.part_bytes) if self.decoding.part_bytes == UNDIVIDED else size
         parts = (
-            (str(path.relative_to(self.root)), span) for path, kind in files for span in split_spans(path, size, kind)
+            (str(path.relative_to(self.root)), span)
+            for path, kind in files
+            for span in split_spans(path, text_size if kind.format == "text" else size, kind)
         )
         return _group_parts(parts, size)
 

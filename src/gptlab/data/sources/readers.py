@@ -19,6 +19,7 @@ from gptlab.data.sources.file_types import FileType
 from gptlab.data.tokenizers.text import replace_surrogates
 from gptlab.errors import UserError
 
+UNDIVIDED = 2**62  # value of ``Decoding.part_bytes`` with which no text is divided
 PARQUET_ROWS = 16  # rows that are decoded at a time; a few bytes can repeat a long text in each row
 MAX_CHARACTER_BYTES = 4  # of a character in UTF-8
 BOM = "\ufeff"  # byte order mark, which some programs write at the start of a file; not part of the text
@@ -74,7 +75,7 @@ class Decoding:
     Attributes:
         column: Column or field of a record that holds the text (jsonl, parquet).
         undecodable: Handling of bytes that are not valid UTF-8: "replace" inserts U+FFFD, "refuse" raises an error.
-        part_bytes: Size in bytes of the parts in which a compressed text is read.
+        part_bytes: Size in bytes of the parts in which a compressed text is read; ``UNDIVIDED`` for whole texts.
         max_expansion: Maximum ratio of the decompressed to the compressed size of a file. Not part of the fingerprint,
             because it does not change the text.
     """
@@ -196,6 +197,9 @@ def _read_compressed_text(path: Path, name: str, span: Span, decoding: Decoding)
 
 def _split_parts(file: BinaryIO, size: int) -> Iterator[bytes]:
     """Yields parts of about ``size`` bytes, split as in ``split_spans``. An empty file is one part."""
+    if size == UNDIVIDED:
+        yield file.read()
+        return
     held, ended = bytearray(), False
     while not ended:
         begin, cut = max(size - MAX_CHARACTER_BYTES, 0), None

@@ -12,10 +12,19 @@ transformers encodes <|endoftext|> in a text as one token. gptlab encodes it as 
 import hashlib
 import json
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gptlab.data.tokenizers.file import (
+    MERGES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    VOCABULARY,
+    JSONTokenizer,
+    read_file_tokenizer,
+    read_json,
+)
 from gptlab.data.tokenizers.gpt2_vocabulary import bytes_to_unicode, unicode_to_bytes
 from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.data.tokenizers.tokenizer import (
@@ -26,18 +35,17 @@ from gptlab.data.tokenizers.tokenizer import (
     Tokenizer,
     empty_bpe,
 )
-from gptlab.errors import UserError, failure_reason, first_line
-from gptlab.files import MAX_BYTES, read_regular
+from gptlab.errors import UserError, first_line
+from gptlab.files import MAX_BYTES
 from gptlab.parsing import parse_json, unpickle_plain
 
-TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 # SHA-256 of GPT-2's 50,257 tokens in the order of their IDs, one per line
 GPT2_SHA256 = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 # SHA-256 of the 50,000 merges in GPT-2's vocab.bpe, one per line
 GPT2_MERGES_SHA256 = "04e3597d7996f292ca9b8b7285ca4d58a6ae171ac47d73fc7140ceb0c7a6bbc0"
 GPT2_ROWS = (50257, 50304)  # rows of the token embedding: unpadded, and padded by nanoGPT
-CONVERTIBLE = (BytesTokenizer, CharactersTokenizer, GPT2Tokenizer, BPETokenizer)  # tokenizers of ``to_huggingface``
+# gptlab tokenizers that ``to_huggingface`` supports
+CONVERTIBLE = (BytesTokenizer, CharactersTokenizer, GPT2Tokenizer, BPETokenizer, JSONTokenizer)
 META_FILE = "meta.pkl"  # written by nanoGPT's data/shakespeare_char/prepare.py next to train.bin and val.bin
 
 
@@ -123,6 +131,8 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
 
     end = END_OF_TEXT if tokenizer.end_of_text is not None else None
     bpe = as_byte_level_bpe(tokenizer)
+    if isinstance(tokenizer, JSONTokenizer):
+        return _written_as_is(tokenizer, block_size)
     if bpe is not None:
         written = empty_bpe()
         written.model = models.BPE({token: i for i, token in enumerate(bpe.tokens)}, bpe.merges)
@@ -132,13 +142,23 @@ def to_huggingface(tokenizer: Tokenizer, block_size: int) -> dict[str, dict[str,
         written = Written(models.WordLevel({token: i for i, token in enumerate(tokenizer.characters)}, "<unk>"))
         written.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         written.decoder = decoders.Fuse()
-    settings = {
+    named = {"bos_token": end, "eos_token": end, "unk_token": end} if end else {}
+    return {TOKENIZER: json.loads(written.to_str()), TOKENIZER_CONFIG: _settings(block_size) | named}
+
+
+def _written_as_is(tokenizer: JSONTokenizer, block_size: int) -> dict[str, dict[str, Any]]:
+    """Returns the files of the tokenizer of a tokenizer.json, which is written with the content that was read."""
+    end = tokenizer.end_token
+    named = {"eos_token": end} if end is not None else {}
+    return {TOKENIZER: tokenizer.described, TOKENIZER_CONFIG: _settings(block_size) | named}
+
+
+def _settings(block_size: int) -> dict[str, Any]:
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # loads tokenizer.json unchanged
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,
-        **({"bos_token": end, "eos_token": end, "unk_token": end} if end else {}),
     }
-    return {TOKENIZER: json.loads(written.to_str()), TOKENIZER_CONFIG: settings}
 
 
 def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
@@ -151,29 +171,21 @@ def _split_merge(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes
 
 
 def _record(path: Path, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the record of a tokenizer.json: of a built-in tokenizer with the same token IDs, if there is one."""
     model = described.get("model")
-    if not isinstance(model, dict) or not isinstance(vocabulary := model.get("vocab"), dict):
-        raise UserError(f"{path} is not a supported tokenizer: it has no `model.vocab`.")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(vocabulary, dict):
+        return read_file_tokenizer(path.parent, None).record()
     added = {token["content"]: token["id"] for token in described.get("added_tokens", [])}
+    is_plain = described.get("normalizer") in (None, {"type": "Sequence", "normalizers": []})
+    is_plain = is_plain and _adding_part(described.get("post_processor")) is None
     if model.get("type") == "WordLevel":
-        _refuse_parts(path, described, _unsupported_of_characters(described, vocabulary, added))
-        return {"name": "characters", "characters": "".join(sorted(vocabulary, key=lambda token: vocabulary[token]))}
-    _refuse_parts(path, described, _unsupported_of_bpe(described, model, added))
-    return _byte_level(path, {**vocabulary, **added}, model.get("merges", []))
-
-
-def _refuse_parts(path: Path, described: Mapping[str, Any], unsupported: Iterable[str]) -> None:
-    """Raises UserError for parts of a tokenizer that gptlab does not have, since the token IDs would differ."""
-    parts = list(unsupported)
-    if described.get("normalizer") not in (None, {"type": "Sequence", "normalizers": []}):
-        parts.append(f"normalizer={_type(described['normalizer'])}")
-    if (adding := _adding_part(described.get("post_processor"))) is not None:
-        parts.append(f"post_processor={adding}, which adds tokens")
-    if parts:
-        raise UserError(
-            f"{path} is not a supported tokenizer: {'; '.join(parts)}. gptlab supports byte-level BPE as in GPT-2 with "
-            f"{END_OF_TEXT} as the only special token, and one token per character."
-        )
+        if is_plain and not any(_unsupported_of_characters(described, vocabulary, added)):
+            characters = sorted(vocabulary, key=lambda token: vocabulary[token])
+            return {"name": "characters", "characters": "".join(characters)}
+    elif is_plain and not any(_unsupported_of_bpe(described, model, added)):
+        return _byte_level(path, {**vocabulary, **added}, model.get("merges", []))
+    return read_file_tokenizer(path.parent, None).record()
 
 
 def _unsupported_of_bpe(
@@ -241,10 +253,7 @@ def _byte_level(path: Path, vocabulary: dict[str, int], merges: list[Any]) -> di
             raise UserError(f"{path} has the tokens of GPT-2, but its {len(pairs):,} merges are not GPT-2's 50,000.")
         return {"name": "gpt2"}
     if sorted(vocabulary.values()) != list(range(len(tokens))) or tokens[-1] != END_OF_TEXT:
-        raise UserError(
-            f"{path} is not a supported tokenizer: its token IDs must be contiguous and the last one must be "
-            f"{END_OF_TEXT}."
-        )
+        return read_file_tokenizer(path.parent, None).record()
     made = {first + second for first, second in pairs}
     if unmade := [token for token in tokens[:-1] if len(token) > 1 and token not in made]:
         raise UserError(
@@ -266,17 +275,6 @@ def _parse_merges(merges: list[Any]) -> list[tuple[str, str]]:
     if wrong := next((pair for pair in pairs if len(pair) != 2), None):
         raise ValueError(f"the merge {' '.join(map(str, wrong))!r:.80} does not have two tokens")
     return pairs
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises UserError if the file cannot be read or contains something else."""
-    try:
-        described = parse_json(read_regular(path, follow=True))  # a link in the cache of huggingface_hub
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {failure_reason(error)}.") from error
-    if not isinstance(described, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return described
 
 
 def read_meta(path: Path) -> CharactersTokenizer:

@@ -5,26 +5,34 @@ import re
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from gptlab.config.components import is_component
 from gptlab.config.trust import check_trusted
 from gptlab.data.config import ComponentTokenizerConfig, TokenizerConfig
 from gptlab.data.tokenizers.component import ComponentTokenizer
+from gptlab.data.tokenizers.file import load_file_tokenizer, read_file_tokenizer
 from gptlab.data.tokenizers.gpt2_vocabulary import gpt2_merges, unicode_to_bytes
 from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
 from gptlab.errors import UserError
+
+# Tokenizers whose record has their vocabulary, which depends on a corpus or a file.
+STORED = ("characters", "bpe", "file")
 
 # A long sequence of Unicode whitespace, followed by another character.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LONG_SPACE = re.compile(rf"(?<![{_WHITE}])[{_WHITE}]{{{2**18},}}+(?=[^{_WHITE}])")
 
-# A word, number, or sequence of other characters of MAX_WORD characters. Training a BPE is quadratic in this length.
+# A word, number, or sequence of other characters of MAX_WORD characters, in the classes of the pre-tokenizer. Training
+# a BPE is quadratic in this length.
 MAX_WORD = 1000
-LONG_WORD = re.compile(rf"[^\W\d_]{{{MAX_WORD}}}|\d{{{MAX_WORD}}}|\s{{{MAX_WORD}}}|(?:[^\w\s]|_){{{MAX_WORD}}}")
+_CLASSES = (r"\p{L}", r"\p{N}", r"\p{White_Space}", r"[^\p{White_Space}\p{L}\p{N}]")
+LONG_WORD = regex.compile("|".join(f"{characters}{{{MAX_WORD}}}" for characters in _CLASSES))
 
 
 class Tokenizer(Hashable, Protocol):
@@ -276,10 +284,13 @@ def build_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
         texts: All texts of the corpus for "characters", the training texts for "bpe". Not read by other tokenizers.
 
     Raises:
-        UserError: The vocabulary of GPT-2 cannot be loaded, or the component is not a valid tokenizer.
+        UserError: The vocabulary of GPT-2 or the file cannot be loaded, or the component is not a valid tokenizer.
     """
     if isinstance(config, ComponentTokenizerConfig):
         return _component(config.component)
+    if config.name == "file":
+        named = f"tokenizer.path={config.path}"
+        return read_file_tokenizer(Path(config.path or "").expanduser(), config.end_of_text, named)
     if config.name == "characters":
         found: set[str] = set()
         for text in texts:
@@ -338,6 +349,8 @@ def rebuild_tokenizer(record: dict[str, Any], vocab_dir: str | None) -> Tokenize
         return CharactersTokenizer(record["characters"])
     if record["name"] == "bpe":
         return BPETokenizer(record["trained"])
+    if record["name"] == "file":
+        return load_file_tokenizer(record)
     return _gpt2(vocab_dir)
 
 

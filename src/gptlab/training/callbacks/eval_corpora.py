@@ -16,7 +16,7 @@ from gptlab.data.prepare.prepare import prepare
 from gptlab.data.prepare.splitting import without_split
 from gptlab.data.shards.streams import TokenStream
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.data.tokenizers.tokenizer import Tokenizer
+from gptlab.data.tokenizers.tokenizer import STORED, Tokenizer
 from gptlab.errors import UserError
 from gptlab.evaluation.loss import EvalWindows, LossSums, WindowBatches, cut_windows
 from gptlab.training.callbacks.checked_callback import CheckedCallback
@@ -173,7 +173,7 @@ def _prepare(name: str, corpus: EvalCorpus, config: DataSettings, tokenizer: Tok
     source = str(Path(corpus.source).expanduser().absolute())
     changes = {"corpus": "text", "source": source, "path": None, "column": corpus.column}
     kind = tokenizer.record()["name"]
-    trained = tokenizer if kind in ("characters", "bpe") else None  # others need no corpus
+    trained = tokenizer if kind in STORED else None  # others need no corpus
     try:
         prepared = prepare(
             without_split(config.data.model_copy(update=changes)),
