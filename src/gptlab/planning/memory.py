@@ -234,7 +234,7 @@ def _moments(
         at("in the forward pass of the last block", earlier, copies, last_block, 0.0, 0.0),
         at("at the start of the backward pass", with_head, copies, backbone + head, backward_logits, 0.0),
         at("in the backward pass of the last block", with_head, copies, last_block, 0.0, block_buffers),
-        at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, forward, parts)),
+        at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, spread, forward, parts)),
     ]
 
 
@@ -321,11 +321,18 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
     return float(chunk * rows * each + copy), float(forward.matmul + gradient)
 
 
-def _optimizer_buffers(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
-    """Returns the temporary bytes of the optimizer step: none for fused AdamW, the stacked matrices for Muon."""
+def _optimizer_buffers(
+    config: RunConfig, spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares
+) -> float:
+    """Returns the temporary bytes of the optimizer step: none for fused AdamW, the stacked matrices for Muon.
+
+    Ranks divide the four tensors of the orthogonalization. The directions and the updates, which they exchange, are
+    sharded or, with DDP, whole.
+    """
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0
-    largest = 4 * config.model.n_embd**2
-    stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest), parts.matrices)
+    largest, ranks = 4 * config.model.n_embd**2, spread.devices
+    stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest * ranks), parts.matrices * spread.split)
     size = 2 if config.optimizer.ns_dtype == "bfloat16" else 4
-    return float(stack * 4 * size + largest * 2 * forward.sizes.weight)
+    exchanged = 0 if ranks == 1 else 2 / ranks if spread.strategy == "fsdp" else 2
+    return float(stack * (4 / ranks + exchanged) * size + largest * 2 * forward.sizes.weight)

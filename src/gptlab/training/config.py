@@ -294,7 +294,7 @@ class TrainerConfig(FrozenConfig):
     reshard_after_forward: bool
     cpu_offload: bool
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
-    float32_matmul: Literal["auto", "default", "onednn"]
+    float32_matmul: Literal["auto", "default", "onednn", "tf32"]
     hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None
     flags: dict[str, Any] = Field(default_factory=dict)  # run directories of earlier versions have none

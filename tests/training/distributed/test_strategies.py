@@ -55,6 +55,22 @@ def test_fsdp_s_mixed_precision_is_that_of_ddp(found):
 
 
 @pytest.mark.slow
+def test_ddp_with_many_buckets_has_the_losses_of_a_plain_loop(found):
+    assert found["buckets"]["reduced"] >= 4 * STEPS
+    assert found["buckets"]["losses"] == pytest.approx(found["buckets"]["plain"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "collectives"), [("replicated", 1), ("sharded", 2)])
+def test_ranks_divide_the_matrices_of_muon(found, layout, collectives):
+    muon = found["muon"][layout]
+    assert muon["error"] < 1e-14  # compared with torch's Muon in one process, in float64
+    assert muon["alike"]
+    assert muon["orthogonalized"] == STEPS * (2 + 1 + 1)  # by the first of two ranks, of three matrices, one and one
+    assert muon["gathers"] == STEPS * 3 * collectives  # of three stacks, not of five matrices
+
+
+@pytest.mark.slow
 def test_sampling_gathers_a_sharded_model_once(found):
     assert found["fsdp"]["gathered"] == GROUPS  # in three forward passes
 
