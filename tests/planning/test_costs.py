@@ -43,6 +43,14 @@ def test_tensor_parallelism_adds_the_traffic_of_activations():
     assert network_traffic(GPT2, ParallelLayout("fsdp_tp", 2, 2), "bf16-mixed", 12) == 40 * 12 * tensor / 2 * 14
 
 
+def test_muon_sends_the_updates_or_shards_of_the_matrices_in_bfloat16():
+    muon = resolved("experiment=gpt2_openwebtext", "optimizer=muon").with_vocabulary(50257)
+    matrices = 12 * 12 * 768**2
+    for strategy, shared in (("ddp", 2 * matrices), ("fsdp", 2 * 2 * matrices / 8)):
+        without, found = (network_traffic(c, ParallelLayout(strategy, 8), "bf16-mixed", 12) for c in (GPT2, muon))
+        assert found - without == pytest.approx(7 / 8 * shared, rel=1e-9)
+
+
 def test_lora_sends_only_the_gradients_of_the_added_matrices():
     lora = resolved("experiment=gpt2_openwebtext", "lora=attention", "init_from=gpt2").with_vocabulary(50257)
     rank = lora.lora.rank
