@@ -15,7 +15,6 @@ ATOMICS = "atomic additions: deterministic kernels are not requested"
 KNOWN = {  # checks that are expected to fail, and the reason
     "offload": "training/callbacks/step_sync.py stacks GPU tensors with CPU tensors",
     "graphs3": "CUDA graphs with gradient accumulation: gradients are in the graphs' memory (pytorch/pytorch#169545)",
-    "growing": "torch.compile has no recompile_limit before torch 2.13 (training/distributed/strategies.py)",
     "again": ATOMICS,
     "half": ATOMICS,
     "gpt2": "50,257 rows and chunks of 333 tokens",
