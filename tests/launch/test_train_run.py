@@ -42,5 +42,5 @@ def test_resuming_with_another_number_of_threads_is_a_warning(tmp_path, monkeypa
     before = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: before + 1)
     _warn_about_threads(tmp_path)
-    assert f"resumed with {before + 1}" in caplog.text
+    assert f"threads per process is {before + 1}, but was {before}" in caplog.text
     assert f"OMP_NUM_THREADS={before}" in caplog.text

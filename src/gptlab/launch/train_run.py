@@ -422,10 +422,10 @@ def _warn_about_threads(run_dir: Path) -> None:
     earlier, now = read_threads(run_dir), torch.get_num_threads()
     if earlier not in (None, now):
         log.warning(
-            "The run used %d threads per process and is resumed with %d, so it is not bit-identical to an "
-            "uninterrupted run. To use as many as before: OMP_NUM_THREADS=%d",
-            earlier,
+            "The number of threads per process is %d, but was %d: sums are rounded differently, so the run is not "
+            "bit-identical to an uninterrupted one. To use as many as before: OMP_NUM_THREADS=%d",
             now,
+            earlier,
             earlier,
         )
 
