@@ -143,7 +143,7 @@ def build(
     run = SimpleNamespace(
         seed=1, model=model, optimizer=optimizer, schedule=schedule, loss=None, train=train, steps=STEPS
     )
-    module = GPTModule(GPT(model), run, token_bytes=torch.ones(61, dtype=torch.int), compile=False)
+    module = GPTModule(GPT(model), run, token_bytes=torch.ones(61, dtype=torch.int), compile=False, loss_chunk=None)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,

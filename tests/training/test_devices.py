@@ -192,6 +192,20 @@ def test_auto_loss_chunk_is_64_mib_of_logits():
     assert resolve_loss_chunk(None, MODEL) is None
 
 
+def test_auto_loss_chunk_on_a_gpu_is_the_whole_micro_batch_if_it_fits():
+    model = tiny_config(vocab_size=50257, pad_vocab_to_multiple_of=64)
+
+    def chunk(gpu, **changes):
+        hardware = Hardware("cuda", gpu, 1, 1, "bf16-mixed", compile="whole")
+        return resolve_loss_chunk("auto", model, hardware._replace(**changes))
+
+    assert chunk(GPUS["h100"].name) >= 32 * 1024  # 6.6 GB of 80 GB in float32
+    assert 4 * 50304 * chunk(GPUS["l4"].name) <= 24e9 / 8
+    for small in (chunk("A GPU that is not in the table"), chunk(GPUS["l4"].name, compile="blocks")):
+        assert small >= 8192
+    assert chunk(GPUS["h100"].name, accelerator="cpu") == resolve_loss_chunk("auto", model)
+
+
 def test_peak_memory_excludes_the_parent_process():
     """``ru_maxrss`` starts at the parent's value: for the child of a process of 800 MB, it would be 800 MB."""
     ballast = bytearray(800 * MB)  # written, and therefore resident

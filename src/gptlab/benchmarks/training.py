@@ -137,7 +137,7 @@ def measure_steps(shape: TrainingSteps, levers: Levers) -> dict[str, float]:
     size = (shape.batch_size, shape.model.block_size + 1)
     tokens = torch.randint(shape.model.known_vocab_size, size, device=device)
     optimizer = AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=levers.fused or levers.own)
-    chunk = resolve_loss_chunk("auto", shape.model) if levers.chunked or levers.own else None
+    chunk = resolve_loss_chunk("auto", shape.model, devices) if levers.chunked or levers.own else None
     loss = build_loss(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), devices, chunk)
     seconds, last = [], 0.0
     for _ in range(WARM_UP + shape.steps):

@@ -244,7 +244,8 @@ def _module(model: GPTConfig, optimizer: AdamWConfig) -> _Module:
         seed=0, model=model, loss=None, optimizer=optimizer, schedule=schedule, train=train, steps=10**9
     )
     token_bytes = torch.ones(model.vocab_size or 0)
-    return _Module(build_gpt(model), cast(TrainingConfig, config), token_bytes=token_bytes, compile=False)
+    gpt = build_gpt(model)
+    return _Module(gpt, cast(TrainingConfig, config), token_bytes=token_bytes, compile=False, loss_chunk=None)
 
 
 def _batches(model: GPTConfig, batch_size: int) -> DataLoader[Batch]:

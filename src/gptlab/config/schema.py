@@ -11,7 +11,7 @@ from gptlab.data.config import BuiltInTokenizerConfig, DataConfig, TokenizerConf
 from gptlab.errors import UserError
 from gptlab.model.config import LoRAConfig, ModelConfig
 from gptlab.training.config import CallbacksConfig, OptimizerConfig, ScheduleConfig, TrainConfig, TrainerConfig
-from gptlab.training.hardware import resolve_loss_chunk
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of torch's generators
 Name = Annotated[
@@ -160,10 +160,9 @@ class RunConfig(FrozenConfig):
             )
         return self
 
-    @property
-    def loss_chunk(self) -> int | None:
-        """Number of tokens whose logits training computes at a time; None for all, as with a component ``loss``."""
-        return resolve_loss_chunk(None if self.loss else self.train.loss_chunk, self.model)
+    def loss_chunk(self, hardware: Hardware) -> int | None:
+        """Returns the number of tokens whose logits training computes at a time; None for all, as with a ``loss``."""
+        return resolve_loss_chunk(None if self.loss else self.train.loss_chunk, self.model, hardware)
 
     @property
     def steps(self) -> int:

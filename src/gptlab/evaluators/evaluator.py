@@ -49,6 +49,13 @@ class EvalContext(NamedTuple):
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def loss_chunk(self, model: GPT) -> int | None:
+        """Returns the number of tokens whose logits are computed at a time."""
+        is_cpu = self.device.type == "cpu"
+        name = "" if is_cpu else torch.cuda.get_device_name(self.device)
+        hardware = Hardware("cpu" if is_cpu else "cuda", name, 1, 1, self.precision, compile=False)
+        return resolve_loss_chunk("auto", model.config, hardware)
+
     def all_reduce(self, numbers: Tensor) -> Tensor:
         """Sums ``numbers`` over all processes, in place."""
         if self.world_size > 1:
@@ -105,7 +112,7 @@ def evaluate_corpus(model: GPT, corpus: ScoredCorpus, config: EvaluateConfig, co
         parts.append(WindowBatches(stream, windows, block_size, config.rows(block_size), corpus.eot_id, *ranks))
     with context.autocast(), track_progress("scoring", context, sum(map(len, parts))) as track:
         for part in parts:
-            accumulate_losses(sums, model, track(part), resolve_loss_chunk("auto", model.config))
+            accumulate_losses(sums, model, track(part), context.loss_chunk(model))
     sums.sums = context.all_reduce(sums.sums)
     loss, bits_per_byte = sums.result()
     check_finite([loss], prepared.manifest.origin)
@@ -151,7 +158,7 @@ def evaluate_hellaswag(model: GPT, examples: list[Example], config: EvaluateConf
         UserError: A loss is not finite.
     """
     device, block_size = context.device, model.config.block_size
-    chunk, start = resolve_loss_chunk("auto", model.config), time.perf_counter()
+    chunk, start = context.loss_chunk(model), time.perf_counter()
     counts = torch.zeros(3, dtype=torch.long, device=device)
     batches = rank_batches(examples, context.rank, context.world_size, config.rows(block_size))
     with context.autocast(), track_progress("HellaSwag", context, len(batches)) as track:

@@ -74,7 +74,7 @@ from gptlab.training.distributed.process_group import (
 )
 from gptlab.training.distributed.processes import global_rank, is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
-from gptlab.training.hardware import Hardware
+from gptlab.training.hardware import Hardware, resolve_loss_chunk
 from gptlab.training.module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -313,7 +313,8 @@ def build_module(config: RunConfig, prepared: TokenDataset, devices: Hardware) -
     if config.lora:
         add_lora(model, config.lora)
     token_bytes = torch.from_numpy(prepared.tokenizer.token_bytes())
-    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile)
+    chunk = resolve_loss_chunk(config.train.loss_chunk, config.model, devices)
+    return GPTModule(model, config, token_bytes=token_bytes, compile=devices.compile, loss_chunk=chunk)
 
 
 def build_trainer(

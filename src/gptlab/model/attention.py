@@ -4,10 +4,14 @@ Shapes: B batch, T time (of the queries), S time of the keys, C channels, nh hea
 holds the index of each token's document; the tokens of a document are consecutive.
 """
 
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from gptlab.model.config import GPTConfig
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
@@ -104,6 +108,19 @@ def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *,
         to a key.
     """
     B, T = idx.shape  # noqa: N806
+    if flex and documents is None:
+        return _causal_block_mask(T, window, idx.device)
+    is_visible = _mask_function(documents, window)
+    batch = B if documents is not None else 1
+    if flex:
+        return _create_document_mask(idx.device.type)(is_visible, batch, None, T, T, device=idx.device)
+    t = torch.arange(T, device=idx.device)
+    rows = torch.arange(batch, device=idx.device).view(-1, 1, 1, 1)
+    return is_visible(rows, t, t.view(-1, 1), t).expand(batch, 1, T, T)
+
+
+def _mask_function(documents: Tensor | None, window: int | None) -> Callable[..., Tensor]:
+    """Returns FlexAttention's mask function: whether query q attends to key k in row b."""
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         visible = q >= k
@@ -111,12 +128,19 @@ def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *,
             visible = visible & (q - k < window)
         return visible if documents is None else visible & (documents[b, q] == documents[b, k])
 
-    batch = B if documents is not None else 1
-    if flex:
-        return create_block_mask(is_visible, batch, None, T, T, device=idx.device)
-    t = torch.arange(T, device=idx.device)
-    rows = torch.arange(batch, device=idx.device).view(-1, 1, 1, 1)
-    return is_visible(rows, t, t.view(-1, 1), t).expand(batch, 1, T, T)
+    return is_visible
+
+
+@lru_cache(maxsize=8)
+def _causal_block_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
+    with torch.inference_mode(mode=False):  # the mask of an evaluation is also used in training
+        return create_block_mask(_mask_function(None, window), 1, None, length, length, device=device)
+
+
+@cache
+def _create_document_mask(device_type: str) -> Any:
+    """Returns ``create_block_mask``, compiled on a GPU: a mask of documents is built for every micro-batch."""
+    return torch.compile(create_block_mask, dynamic=False) if device_type == "cuda" else create_block_mask
 
 
 def rotary_tables(positions: Tensor, head_size: int, base: float, dtype: torch.dtype, *, half: bool) -> RotaryTables:

@@ -124,7 +124,8 @@ class ModernAttention(CausalSelfAttention):
         """Splits queries and keys (B, T, C) into heads (B, nh, T, hs), then normalizes and rotates them."""
         q, k = self.split_heads(q), self.split_heads(k)
         if self.qk_norm:
-            q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON) for part in (q, k))
+            # with autocast on CUDA, rms_norm returns float32 (since torch 2.12)
+            q, k = (F.rms_norm(part, (self.head_size,), eps=NORM_EPSILON).to(part.dtype) for part in (q, k))
         if ctx.rotary is not None:
             q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
         return q, k

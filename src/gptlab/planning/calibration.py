@@ -215,7 +215,7 @@ def _key(config: RunConfig, hardware: Hardware) -> dict[str, Any]:
     return {
         "hardware": [chosen, _threads(), os.environ.get("MALLOC_MMAP_THRESHOLD_")],
         "torch": version("torch"),
-        "loss_chunk": config.loss_chunk,
+        "loss_chunk": config.loss_chunk(hardware),
         # a shorter run may not reach the larger batches
         "steps": config.steps if config.train.batch_schedule else None,
         "config": key_values(config.with_absolute_paths()),

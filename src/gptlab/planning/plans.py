@@ -121,7 +121,7 @@ def make_plan(
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
     length = run_length(config, manifest.tokens("val") if manifest else None)
-    chunk = config.loss_chunk
+    chunk = config.loss_chunk(hardware)
     measured = find_measurement(config, hardware)
     times = [estimate_from_measurement(config, length, hardware, measured)] if measured else []
     for gpu in gpus or COMPARED:
@@ -171,7 +171,7 @@ def choose_run(config: RunConfig, budget: float, gpus: list[str]) -> ComputeOpti
     hardware = plan_hardware(config, gpus)
     spread = plan_layout(config, hardware)
     share = config.train.global_batch_size // spread.copies
-    largest = largest_micro_batch(config, hardware, spread, config.loss_chunk)
+    largest = largest_micro_batch(config, hardware, spread, config.loss_chunk(hardware))
     if largest is None or largest >= share:
         return choice
     fitting = max(size for size in range(1, max(1, largest) + 1) if share % size == 0)
@@ -202,7 +202,7 @@ def estimate_peak_memory(config: RunConfig, hardware: Hardware) -> MemoryEstimat
     """Returns the peak memory of one device of a run."""
     spread = plan_layout(config, hardware)
     batch = config.train.plan(spread.copies).micro_batch_size
-    return estimate_memory(config, hardware, spread, batch, config.loss_chunk)
+    return estimate_memory(config, hardware, spread, batch, config.loss_chunk(hardware))
 
 
 PLAN_MARK = '"command": "gptlab.plan"'  # in the JSON of a plan
@@ -267,8 +267,8 @@ def _alternative(
 ) -> LayoutAlternative:
     batch = _share(config, way)
     model = config.model.model_copy(update={"activation_checkpointing": True})
-    chunk = config.loss_chunk
     compiled = hardware._replace(compile=_compiled(hardware, way))
+    chunk = config.loss_chunk(compiled)
     traffic = network_traffic(config, way, hardware.precision, batch)
     return LayoutAlternative(
         way,

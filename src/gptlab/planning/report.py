@@ -106,7 +106,7 @@ def _checkpoints(plan: RunPlan) -> str:
 
 
 def _memory(plan: RunPlan) -> FittingTable:
-    hardware, chunk = plan.hardware, plan.config.loss_chunk
+    hardware, chunk = plan.hardware, plan.config.loss_chunk(plan.hardware)
     compiled = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}[hardware.compile]
     title = f"peak memory of a device, {plan.memory.moment}: {hardware.name}; {hardware.precision}, {compiled}"
     rows = {

@@ -20,7 +20,12 @@ from gptlab.training.distributed.processes import external_devices, launched_ext
 
 MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU is faster in bfloat16
 MIN_WIDTH_COMPILE = 512  # n_embd from which compiling saves more time than it takes in a run on a CPU
-MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time
+MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time on a CPU
+# On a GPU, small chunks are slow. The logits may take a fraction of its memory: compiled, they are stored in bfloat16
+# with their gradient; otherwise, there are several copies in float32.
+MIN_GPU_CHUNK = 8192  # tokens
+LOGITS_SHARE, LOGITS_SHARE_EAGER = 1 / 8, 1 / 32
+SMALL_GPU = 16e9  # memory assumed for a GPU that is not in the table
 NVSWITCH_GPUS = 8  # GPUs of a node that NVSwitch connects (NVIDIA HGX)
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
@@ -184,9 +189,26 @@ def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainCon
     )
 
 
-def resolve_loss_chunk(chunk: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
-    """Returns the number of tokens whose logits are computed at a time; "auto" is 64 MiB of logits, None all tokens."""
-    return MAX_LOGITS_BYTES // (4 * model.padded_vocab_size) if chunk == "auto" else chunk
+def resolve_loss_chunk(
+    chunk: int | Literal["auto"] | None, model: GPTConfig, hardware: Hardware | None = None
+) -> int | None:
+    """Returns the number of tokens whose logits are computed at a time; None for all tokens.
+
+    "auto" is 64 MiB of logits on a CPU. On a GPU, it is at least 8,192 tokens, and as many as fit in an eighth of the
+    memory if the loss is compiled, which is usually the whole micro-batch.
+
+    Args:
+        chunk: train.loss_chunk.
+        model: Model, which determines the number of logits per token.
+        hardware: Hardware of the run; None for a CPU.
+    """
+    if chunk != "auto":
+        return chunk
+    token_bytes = 4 * model.padded_vocab_size
+    if hardware is None or hardware.accelerator != "cuda":
+        return MAX_LOGITS_BYTES // token_bytes
+    share = LOGITS_SHARE if hardware.compile == "whole" else LOGITS_SHARE_EAGER
+    return max(MIN_GPU_CHUNK, int((hardware.memory or SMALL_GPU) * share) // token_bytes)
 
 
 def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:

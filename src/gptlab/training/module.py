@@ -27,7 +27,6 @@ from gptlab.training.distributed.strategies import (
     reduce_over_data_ranks,
     refresh_gathered_weights,
 )
-from gptlab.training.hardware import resolve_loss_chunk
 from gptlab.training.optim.averaging import enable_averaging, set_decay, swap_in_averages, swap_out_averages
 from gptlab.training.optim.optimizers import (
     SkippedStep,
@@ -83,6 +82,7 @@ class GPTModule(L.LightningModule):
         config: The run's configuration.
         token_bytes: Number of bytes of text of each token ID (V,); see ``gptlab.evaluation.loss``.
         compile: Which part of the model to compile, if any; see ``gptlab.training.hardware.Hardware``.
+        loss_chunk: Number of tokens whose logits are computed at a time; None for all tokens.
 
     Attributes:
         token_bytes: Number of bytes of text of each token ID (V,); not part of checkpoints.
@@ -101,11 +101,12 @@ class GPTModule(L.LightningModule):
         *,
         token_bytes: Tensor,
         compile: Literal[False, "whole", "blocks"],  # noqa: A002  (PyTorch's name)
+        loss_chunk: int | None,
     ) -> None:
         super().__init__()
         self.model, self.config, self.compile_target = model, config, compile
         self.max_steps, self.ema_decay = config.steps, config.train.ema_decay
-        self.loss_chunk = resolve_loss_chunk(config.train.loss_chunk, config.model)
+        self.loss_chunk = loss_chunk
         self.loss_function = bind_component(config.loss) if config.loss else None
         self.register_buffer("token_bytes", token_bytes, persistent=False)
         self.step_loss = torch.zeros(())
