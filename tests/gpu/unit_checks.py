@@ -8,8 +8,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
@@ -24,10 +28,12 @@ from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.kernels import attend
 from gptlab.model.loss import LogitSettings, lm_loss
 from gptlab.model.modern import build_gpt
+from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.config import AdamWConfig, MuonConfig
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
+from gptlab.training.distributed.process_group import abort_group_on_error
 from gptlab.training.hardware import gpu_from_cuda_name
-from gptlab.training.module import seed_generators
+from gptlab.training.module import GPTModule, seed_generators
 from gptlab.training.optim.muon import StackedMuon
 from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 from measuring import CUDA, DEVICE, NAME, SMALL, config, milliseconds, peak_memory
@@ -334,13 +340,30 @@ def delayed_all_reduce() -> None:
 
 @check
 def mixed_devices() -> None:
-    """torch.stack of a GPU tensor and a CPU tensor, as in ``StepSync`` with trainer.cpu_offload=true."""
-    try:
-        torch.stack([torch.zeros((), device=DEVICE), torch.zeros(())])
-        report("INFO", "mixed_devices", "torch.stack accepts both")
-    except RuntimeError as error:
-        text = f"training/callbacks/step_sync.py would fail with trainer.cpu_offload=true: {str(error)[:90]}"
-        report("FAIL", "mixed_devices", text)
+    """A loss on the GPU and a gradient norm on the CPU, as with trainer.cpu_offload=true."""
+    module = GPTModule.__new__(GPTModule)
+    torch.nn.Module.__init__(module)
+    module._device = torch.device(DEVICE)
+    module.step_loss, module.bad_step = torch.ones((), device=DEVICE), torch.zeros(())
+    step_sync, reports = StepSync(), list[StepReport]()
+    step_sync.listeners.append(reports.append)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_step=1)
+    step_sync.on_train_batch_end(trainer, module, None, None, 0)
+    step_sync.collect()
+    expect(reports == [StepReport(1, 1.0, False)], "mixed_devices", f"reported: {reports}")
+
+
+@check
+def aborted_group() -> None:
+    """A group on a GPU is aborted after an error; on a CPU it remains."""
+    backend, store = "cpu:gloo,cuda:nccl" if CUDA else "gloo", dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    with suppress(ValueError), abort_group_on_error():
+        dist.all_reduce(torch.ones((), device=DEVICE))
+        raise ValueError
+    expect(dist.is_initialized() != CUDA, "aborted_group", f"initialized after an error: {dist.is_initialized()}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:

@@ -139,8 +139,10 @@ def _apply(values: dict[str, Any], overridden: Iterable[str], earlier: dict[str,
             changed[key] = _select_components(values[key], earlier[key], key, keys)
         elif key.partition(".")[0] in values:
             copy_key(key.split("."), values, changed)
-    if "trainer" in keys and "trainer.precision" not in keys:
-        changed["trainer"]["precision"] = earlier["trainer"]["precision"]  # a trainer option selects devices only
+    if "trainer" in keys:  # a trainer option selects devices only
+        for name in ("precision", "deterministic"):
+            if f"trainer.{name}" not in keys:
+                changed["trainer"][name] = earlier["trainer"][name]
     return validate(RunConfig, changed | {"resume": None, "force_resume": False})
 
 
