@@ -44,7 +44,7 @@ def test_advice_is_the_largest_micro_batch_of_the_batch_that_fits():
 
     def fits(size: int) -> bool:
         layout = plan_layout(run.config, run.devices)
-        return estimate_memory(run.config, run.devices, layout, size, run.config.loss_chunk).total <= 80e9
+        return estimate_memory(run.config, run.devices, layout, size, run.config.loss_chunk(run.devices)).total <= 80e9
 
     best = max(2**power for power in range(13) if fits(2**power))  # the divisors of the batch
     assert 1 < best < 4096

@@ -47,7 +47,7 @@ class MemoryAdvice(ExtraCallback):
         """Returns a sentence that says what to change."""
         config, devices = self.run.config, self.run.devices
         layout = plan_layout(config, devices)
-        largest = largest_micro_batch(config, devices, layout, config.loss_chunk)
+        largest = largest_micro_batch(config, devices, layout, config.loss_chunk(devices))
         current = config.train.plan(layout.copies).micro_batch_size
         if largest is None:
             return f"Use a smaller one; the memory of {devices.name} is not in gptlab's table."
