@@ -21,6 +21,7 @@ from gptlab.training.distributed.processes import external_devices, launched_ext
 MIN_WIDTH_BF16 = 384  # n_embd from which training on a CPU is faster in bfloat16
 MIN_WIDTH_COMPILE = 512  # n_embd from which compiling saves more time than it takes in a run on a CPU
 MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time
+GPU_VOCAB_MULTIPLE = 64  # rows of a bfloat16 matrix that are 128 bytes (NVIDIA, Matrix Multiplication Background, 2.2)
 NVSWITCH_GPUS = 8  # GPUs of a node that NVSwitch connects (NVIDIA HGX)
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
@@ -182,6 +183,13 @@ def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainCon
         compile=_resolve_compile(trainer, train, auto=facts.can_compile and is_faster(MIN_WIDTH_COMPILE)),
         float32_matmul=facts.float32_matmul if trainer.float32_matmul == "auto" else trainer.float32_matmul,
     )
+
+
+def resolve_padding(model: GPTConfig, *, on_gpu: bool) -> GPTConfig:
+    """Returns the model with ``pad_vocab_to_multiple_of=auto`` resolved for the device that trains it."""
+    if model.pad_vocab_to_multiple_of != "auto":
+        return model
+    return model.model_copy(update={"pad_vocab_to_multiple_of": GPU_VOCAB_MULTIPLE if on_gpu else 1})
 
 
 def resolve_loss_chunk(chunk: int | Literal["auto"] | None, model: GPTConfig) -> int | None:
