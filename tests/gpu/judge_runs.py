@@ -15,7 +15,6 @@ ATOMICS = "atomic additions: trainer.deterministic=false"
 KNOWN = {  # checks that are expected to fail, and the reason
     "again": ATOMICS,
     "half": ATOMICS,
-    "gpt2": "50,257 rows and chunks of 333 tokens",
 }
 
 COMPARED = {  # runs whose losses are compared with those of another run, and the largest difference allowed
@@ -226,11 +225,19 @@ def judge_correctness() -> None:
         report("PASS", "bench", last_message("bench"))
 
 
+def check_padding(name: str) -> None:
+    """Checks that a run with default options on a GPU has padded its vocabulary."""
+    if selected(name) and (directory := run_dir(name)) is not None:
+        padded = "pad_vocab_to_multiple_of: 64\n" in (directory / "config.yaml").read_text()
+        expect(padded, name, "the rows of the embedding are a multiple of 64")
+
+
 def judge_speed() -> None:
     succeeded("unit")
     succeeded("profile")
     for name in ("gpt2", "gpt2_best", "speedrun"):
         check_speed(name)
+    check_padding("gpt2")
     compare_with_nanogpt()
 
 

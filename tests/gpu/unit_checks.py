@@ -18,11 +18,17 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from gptlab.benchmarks.training import matmul_flops
 from gptlab.config.command import configuration_folder
 from gptlab.model.attention import attention_mask
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.generate import collect_tokens, generate
-from gptlab.model.generation.inference import Int8Linear, build_decoder, prepare_for_inference
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
+from gptlab.model.generation.inference import (
+    Int8Linear,
+    build_decoder,
+    measure_memory_bandwidth,
+    prepare_for_inference,
+)
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.kernels import attend
@@ -75,6 +81,10 @@ def ceilings() -> None:
     copy = milliseconds(lambda: target.copy_(source))
     flops, rate = 2 * n**3 / matmul / 1e9, 2 * source.numel() / copy / 1e6
     report("INFO", "ceilings", f"bfloat16 matmul {flops:.0f} TFLOP/s; copy {rate:.0f} GB/s read and written")
+    bench = [matmul_flops(torch.device(DEVICE), BF16) / 1e12, measure_memory_bandwidth(torch.device(DEVICE)) / 1e9]
+    within = abs(bench[0] / flops - 1) < 0.15 and 0.8 < bench[1] / rate < 1.4
+    text = f"the benchmark's matmul {bench[0]:.0f} TFLOP/s, read {bench[1]:.0f} GB/s"
+    expect(within or not CUDA, "ceilings", text)
 
 
 @check
@@ -272,6 +282,8 @@ def cached_generation() -> None:
         worst = cache_error(name)
         text = f"{name}, float32: logits with and without cache differ by {worst:.1e}"
         expect(worst < 5e-3, "cached_generation", text)
+    if CUDA:
+        compiled_generation()
     for label, int8, compiled in (
         ("bfloat16", False, False),
         ("int8", True, False),
@@ -284,6 +296,24 @@ def cached_generation() -> None:
             report("INFO", "cached_generation", f"{label}, one text: {speed:.0f} tokens/s")
         except Exception as error:
             report("FAIL", "cached_generation", f"{label}: {type(error).__name__} {str(error)[:150]}")
+
+
+def compiled_generation() -> None:
+    """Greedy tokens of CUDA graphs equal those without; a second text has another cache, and a batch another mask."""
+    torch.manual_seed(0)
+    greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    model = prepare_for_inference(build_gpt(config(**SMALL)), "float32", DEVICE, int8=False, packed=False)
+    graphs = build_decoder(model, compiled=True)
+    for prompts in ([[1, 2, 3]], [[4, 5]], [[1, 2, 3], [4]]):
+        options = {"seeds": row_seeds(0, len(prompts)), "max_new_tokens": 300, "device": DEVICE}  # more than a block
+        texts = [
+            collect_tokens(generate(model, prompts, greedy, decoder=decoder, **options))
+            for decoder in (graphs, plain_decoder(model))
+        ]
+        same = sum(a == b for pair in zip(*texts, strict=True) for a, b in zip(*pair, strict=True))
+        expect(same > 290 * len(prompts), "cached_generation", f"{same} of {300 * len(prompts)} tokens equal eager's")
+    skips = dict(torch._dynamo.utils.counters["inductor"]).get("cudagraph_skips", 0)
+    expect(skips == 0, "cached_generation", f"{skips} graphs run without CUDA graphs")
 
 
 @torch.no_grad()
