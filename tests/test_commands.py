@@ -12,6 +12,7 @@ import gptlab
 from commands import assert_config_error, assert_success
 from conftest import SMALL
 from gptlab.__main__ import COMMANDS
+from gptlab.exit_codes import CONFIG_ERROR
 
 PACKAGE = Path(gptlab.__file__).parent
 
@@ -73,3 +74,11 @@ def test_a_command_whose_reader_is_gone_ends_quietly(tmp_path, arguments):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("module", ["gptlab.train", "gptlab.prepare", "gptlab"])
+def test_commands_say_that_windows_is_not_supported(module):
+    code = f"import sys; sys.platform = 'win32'; import runpy; runpy.run_module({module!r}, run_name='__main__')"
+    done = subprocess.run((sys.executable, "-c", code), capture_output=True, text=True, check=False)
+    assert done.returncode == CONFIG_ERROR
+    assert done.stderr == "gptlab: Windows is not supported. Use the Windows Subsystem for Linux (WSL 2).\n"

@@ -9,7 +9,7 @@ import torch
 
 from commands import assert_success, metrics, newest_state
 from faults import break_steps
-from gptlab.exit_codes import DIVERGED, HUNG
+from gptlab.exit_codes import DIVERGED, FAILED, HUNG
 from processes import processes_of
 
 TWO = ("trainer.devices=2",)
@@ -209,3 +209,20 @@ def test_a_hanging_run_writes_its_stacks_and_ends(user, trainer):
     while left := processes_of(user.folder):
         assert time.monotonic() < until, left
         time.sleep(0.5)
+
+
+OUT_OF_MEMORY = (
+    "if step == 2 and rank == self.trainer.world_size - 1: "
+    "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total')"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", [("trainer=cpu",), ("trainer=ddp", *TWO)])
+def test_a_run_out_of_memory_ends_with_one_sentence_of_the_rank_that_is(user, trainer):
+    break_steps(user, OUT_OF_MEMORY)
+    done = user.train("train.max_steps=50", "callbacks=none", *trainer, timeout=300)
+    assert done.returncode == FAILED
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("gptlab:")]
+    assert f"needs more memory than the GPU of rank {len(trainer) - 1} has (CUDA out of memory." in message
+    assert "torch.OutOfMemoryError" not in done.stderr

@@ -1,4 +1,4 @@
-"""data.val_split from the command to the run directory, and runs of earlier versions, which keep theirs."""
+"""Values that a new run chooses and records, data.val_split and padding; earlier runs keep theirs."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from commands import assert_config_error, assert_success
 from gptlab.config.command import configuration_folder
 from gptlab.config.resolve import resolve
-from gptlab.config.resume import identity_changes
+from gptlab.config.resume import PADDING, identity_changes
 from gptlab.config.schema import RunConfig
 from gptlab.data.prepare.prepare import prepare
 from gptlab.data.shards.manifest import load_manifest
@@ -86,6 +86,25 @@ def test_an_earlier_run_that_splits_every_document_is_resumed_unchanged(folder):
         assert (config.resume, config.data.val_split) == (str(earlier), "tail")
         assert prepared.manifest == load_manifest(earlier)
     assert identity_changes(composed(*new, "data.val_split=documents"), load_config(earlier)) == ["data.val_split"]
+
+
+def test_padding_of_the_vocabulary_is_chosen_for_a_new_run_only(folder, monkeypatch):
+    new = (*SMALL, *RECORDS, "tokenizer=bytes", "trainer=auto")
+    on_cpu = preflight(composed(*new)).config
+    run = run_of(on_cpu, folder / "outputs" / "run")
+    monkeypatch.setattr("gptlab.config.resolve.list_gpus", lambda: ("NVIDIA L4",))
+
+    def padding(*arguments: str) -> int | str:
+        return preflight(composed(*arguments)).config.model.pad_vocab_to_multiple_of
+
+    assert on_cpu.model.pad_vocab_to_multiple_of == 1
+    assert padding(*new) == 64
+    assert padding(*new, "trainer=cpu") == 1
+    assert padding(*new, "model.pad_vocab_to_multiple_of=8") == 8
+    for start in (f"resume={run}", f"init_from={run}"):  # the shapes of the weights
+        assert padding(*new, start) == 1
+    assert identity_changes(composed(*new), load_config(run)) == []
+    assert identity_changes(composed(*new, "model.pad_vocab_to_multiple_of=8"), load_config(run)) == [PADDING]
 
 
 @pytest.mark.parametrize("extra", [(), ("init_from",)], ids=["", "init_from"])

@@ -1,5 +1,6 @@
 """gptlab: a PyTorch Lightning + Hydra experiment framework for GPT-2 class language models."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,10 @@ if TYPE_CHECKING:
     from gptlab.launch.train_process import train
     from gptlab.pretrained.language_model import LanguageModel, load
     from gptlab.tracking.run_store.runs import Run
+
+if sys.platform == "win32":  # before modules that do not exist there are imported
+    sys.stderr.write("gptlab: Windows is not supported. Use the Windows Subsystem for Linux (WSL 2).\n")
+    raise SystemExit(2)  # CONFIG_ERROR in gptlab.exit_codes
 
 __all__ = ["LanguageModel", "Run", "TrainingError", "UserError", "load", "train"]
 

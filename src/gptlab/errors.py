@@ -32,6 +32,13 @@ class Diverged(Exception):  # noqa: N818
     """
 
 
+class OutOfMemory(Exception):  # noqa: N818
+    """The memory of the GPU of this process does not suffice.
+
+    Commands print the message and exit with code 1.
+    """
+
+
 class TrainingError(Exception):
     """A run that ``gptlab.train`` started in Python has not reached its end.
 

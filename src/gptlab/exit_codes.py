@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gptlab.errors import Diverged, UserError
+from gptlab.errors import Diverged, OutOfMemory, UserError
 from gptlab.files import is_disk_full, write_file
 from gptlab.terminal import print_message
 from gptlab.training.distributed.processes import is_first_rank
 
 DONE = 0
-FAILED = 1  # as Python exits after an uncaught exception
+FAILED = 1  # as Python exits after an uncaught exception; also if memory or disk space does not suffice
 CONFIG_ERROR = 2  # invalid command, configuration or input
 DIVERGED = 3  # no finite gradient for train.max_bad_steps consecutive steps, or no finite loss in the last evaluation
 PRUNED = 4  # a sweep ended the run early; neither a failure nor a complete run
@@ -66,7 +66,10 @@ def report_error(error: Exception) -> int:
         if not is_disk_full(error):
             raise error
         message, status = f"The disk is full, so {error.filename or 'a file'} could not be written.", FAILED
-    if is_first_rank() and not report_result(ERROR, message):
+    if isinstance(error, OutOfMemory):
+        status = FAILED
+    # any rank can run out of memory, and the others then wait for it
+    if (is_first_rank() or isinstance(error, OutOfMemory)) and not report_result(ERROR, message):
         print_message(f"gptlab: {message}", file=sys.stderr)
     return status
 
@@ -80,7 +83,7 @@ def exit_status(work: Callable[[], int]) -> int:
     """Calls ``work`` and returns its exit code, or that of the error that it raised; see ``report_error``."""
     try:
         return work()
-    except (UserError, Diverged, OSError) as error:
+    except (UserError, Diverged, OutOfMemory, OSError) as error:
         return report_error(error)
     except RuntimeError as error:
         if not is_home_missing(error):

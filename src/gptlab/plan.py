@@ -16,7 +16,7 @@ from gptlab.exit_codes import DONE
 from gptlab.files import check_output, write_durably
 from gptlab.launch.components import check_components, count_components
 from gptlab.planning.calibration import calibrate
-from gptlab.planning.plans import PLAN_MARK, RunPlan, choose_run, make_plan, plan_to_dict
+from gptlab.planning.plans import PLAN_MARK, RunPlan, choose_run, make_plan, plan_padding, plan_to_dict
 from gptlab.planning.report import print_choice, print_plan
 from gptlab.planning.settings import KEYS, resolve_plan, run_overrides, with_vocabulary
 
@@ -28,7 +28,7 @@ def main(values: DictConfig) -> int:
     config, plan_config = resolve_plan(values, overrides)
     if plan_config.json_file is not None:
         check_output(Path(plan_config.json_file).expanduser(), "json", PLAN_MARK, overwrite=plan_config.overwrite)
-    config, manifest = with_vocabulary(config)
+    config, manifest = with_vocabulary(plan_padding(config, plan_config.gpus))
     check_components(config)
     choice = None if plan_config.budget is None else choose_run(config, plan_config.budget, plan_config.gpus)
     config = choice.config if choice else config

@@ -53,11 +53,11 @@ def run_job(path: Path) -> int:
 
 
 def extra_callbacks(run: "RunContext") -> "list[ExtraCallback]":
-    """Builds the callbacks from packages above ``launch``: the forecast and, for trials of a sweep, pruning."""
-    from gptlab.planning.forecast_callback import ForecastCallback
+    """Builds the callbacks from packages above ``launch``: forecast, memory advice and, in a sweep, pruning."""
+    from gptlab.planning.forecast_callback import ForecastCallback, MemoryAdvice
     from gptlab.sweeps.sweep_store import is_prunable
 
-    callbacks: list[ExtraCallback] = [ForecastCallback(run)] if is_first_rank() else []
+    callbacks: list[ExtraCallback] = [MemoryAdvice(run), *([ForecastCallback(run)] if is_first_rank() else [])]
     if is_prunable(run.run_dir):
         from gptlab.sweeps.pruning import PruningCallback  # imports Optuna
 

@@ -123,3 +123,10 @@ def test_code_that_the_weights_run_names_is_not_trusted(stored, tmp_path):
     path.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="package other, which is not trusted"):
         resolved("init_from=outputs/run/1")
+
+
+def test_a_trainer_option_keeps_precision_and_determinism(stored):
+    run = stored(*TEXT, "trainer=cpu", "trainer.deterministic=true", "trainer.precision=bf16-mixed")
+    trainer = resumed(run, "trainer=ddp").trainer
+    assert (trainer.strategy, trainer.deterministic, trainer.precision) == ("ddp", True, "bf16-mixed")
+    assert not resumed(run, "trainer=ddp", "trainer.deterministic=false").trainer.deterministic

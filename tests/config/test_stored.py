@@ -75,3 +75,12 @@ def test_defaults_are_read_only_from_the_configuration_folder(tmp_path):
     (tmp_path / "secret.yaml").write_text("eps: 5\n")
     assert _default("optimizer.eps", {"optimizer": {"name": "adamw"}}) == (1e-8,)
     assert _default("optimizer.eps", {"optimizer": {"name": f"{'../' * 20}{tmp_path}/secret"}}) is None
+
+
+def test_flags_that_have_become_keys_are_moved(values):
+    earlier = deepcopy(values)
+    del earlier["trainer"]["deterministic"]
+    assert RunConfig.model_validate(complete(earlier)[0]).trainer.deterministic is False
+    earlier["trainer"]["flags"] = {"deterministic": "warn", "benchmark": True, "detect_anomaly": True}
+    trainer = RunConfig.model_validate(complete(earlier)[0]).trainer
+    assert (trainer.deterministic, trainer.flags) == (True, {"detect_anomaly": True})

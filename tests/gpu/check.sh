@@ -19,7 +19,6 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 export PYTHONPATH=${SITE:+$SITE:}$ROOT/src:$HERE${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export GPTLAB_CACHE=${GPTLAB_CACHE:-$BASE/cache} TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$BASE/inductor}
-export CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 left() { echo $((LIMIT - SECONDS + STARTED)); }
 at() { echo "---- $((SECONDS - STARTED)) s: $*"; }
@@ -76,7 +75,7 @@ runs() {
   t graphs "${G[@]}" "${F32[@]}" train.compile_mode=reduce-overhead
   t graphs3 "${G[@]}" "${F32[@]}" train.compile_mode=reduce-overhead train.micro_batch_size=4
   traces "" "${TRAIN[@]}"
-  traces _d "$PY" "$HERE/deterministic_train.py"
+  traces _d "${TRAIN[@]}" trainer.deterministic=true
   t muoncpu trainer=cpu "${F32[@]}" optimizer=muon optimizer.ns_dtype=float32 train.compile=false
   t muon "${G[@]}" "${F32[@]}" optimizer=muon optimizer.ns_dtype=float32 train.compile=false
   t muonfsdp trainer=fsdp trainer.devices=1 "${F32[@]}" optimizer=muon optimizer.ns_dtype=float32 train.compile=false
@@ -87,6 +86,7 @@ runs() {
   t maskedac trainer=ddp trainer.devices=1 data.documents=masked model.activation_checkpointing=true
   t maskeddrop "${G[@]}" data.documents=masked model.dropout=0.1
   t dropout "${G[@]}" model.dropout=0.1
+  t oom "${G[@]}" model=gpt2 train.global_batch_size=4096 train.micro_batch_size=4096 train.compile=false
   t growing "${G[@]}" 'train.batch_schedule=[[10,6]]'
   many synced 120 "$PY" "$HERE/count_syncs.py" "${SMALL[@]}" "${G[@]}" train.max_steps=20 train.log_every=100 callbacks=none "${EXTRA[@]}"
 }

@@ -11,14 +11,10 @@ from pathlib import Path
 
 WORK, PART, ONLY = Path(), "1", set()  # set by main
 
-ATOMICS = "atomic additions: deterministic kernels are not requested"
+ATOMICS = "atomic additions: trainer.deterministic=false"
 KNOWN = {  # checks that are expected to fail, and the reason
-    "offload": "training/callbacks/step_sync.py stacks GPU tensors with CPU tensors",
-    "graphs3": "CUDA graphs with gradient accumulation: gradients are in the graphs' memory (pytorch/pytorch#169545)",
-    "growing": "torch.compile has no recompile_limit before torch 2.13 (training/distributed/strategies.py)",
     "again": ATOMICS,
     "half": ATOMICS,
-    "gpt2": "50,257 rows and chunks of 333 tokens",
 }
 
 COMPARED = {  # runs whose losses are compared with those of another run, and the largest difference allowed
@@ -134,6 +130,14 @@ def check_learns(name: str) -> None:
     expect(last < first, name, f"train loss {first:.3f} at first, {last:.3f} at the end")
 
 
+def check_out_of_memory() -> None:
+    """Checks that a run that needs too much memory ends with a sentence."""
+    if selected("oom"):
+        lines = [line for line in log_lines("oom") if line.startswith("gptlab: train.micro_batch_size=")]
+        ok = status("oom") == "1" and len(lines) == 1 and not any("Traceback" in line for line in log_lines("oom"))
+        expect(ok, "oom", f"exit code {status('oom')}: {last_message('oom')}")
+
+
 def check_sample() -> None:
     if status("sample") != "none" and succeeded("sample"):
         report("PASS", "sample", last_message("sample"))
@@ -215,6 +219,7 @@ def judge_correctness() -> None:
         check_learns(name)
     for name, other in REPEATED.items():
         check_equal_traces(name, other)
+    check_out_of_memory()
     check_sample()
     check_synchronizations()
     check_speed("gpt2")
@@ -222,11 +227,19 @@ def judge_correctness() -> None:
         report("PASS", "bench", last_message("bench"))
 
 
+def check_padding(name: str) -> None:
+    """Checks that a run with default options on a GPU has padded its vocabulary."""
+    if selected(name) and (directory := run_dir(name)) is not None:
+        padded = "pad_vocab_to_multiple_of: 64\n" in (directory / "config.yaml").read_text()
+        expect(padded, name, "the rows of the embedding are a multiple of 64")
+
+
 def judge_speed() -> None:
     succeeded("unit")
     succeeded("profile")
     for name in ("gpt2", "gpt2_best", "speedrun"):
         check_speed(name)
+    check_padding("gpt2")
     compare_with_nanogpt()
 
 

@@ -13,7 +13,7 @@ import torch
 from judge_runs import COMPARED, LEARNING, REPEATED
 
 HERE = Path(__file__).parent
-RUNS = ["cpu32", "muoncpu", *COMPARED, *LEARNING, *REPEATED, "sample", "synced", "gpt2", "bench"]
+RUNS = ["cpu32", "muoncpu", *COMPARED, *LEARNING, *REPEATED, "oom", "sample", "synced", "gpt2", "bench"]
 # Without trainer.deterministic, a run on a GPU need not be repeated exactly.
 NOT_REQUIRED = {"again", "half"}
 

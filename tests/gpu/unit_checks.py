@@ -8,26 +8,38 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from gptlab.benchmarks.training import matmul_flops
 from gptlab.config.command import configuration_folder
 from gptlab.model.attention import attention_mask
 from gptlab.model.config import SamplingConfig
-from gptlab.model.generation.generate import collect_tokens, generate
-from gptlab.model.generation.inference import Int8Linear, build_decoder, prepare_for_inference
+from gptlab.model.generation.generate import collect_tokens, generate, plain_decoder
+from gptlab.model.generation.inference import (
+    Int8Linear,
+    build_decoder,
+    measure_memory_bandwidth,
+    prepare_for_inference,
+)
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
 from gptlab.model.generation.sampler import row_seeds
 from gptlab.model.kernels import attend
 from gptlab.model.loss import LogitSettings, lm_loss
 from gptlab.model.modern import build_gpt
+from gptlab.training.callbacks.step_sync import StepReport, StepSync
 from gptlab.training.config import AdamWConfig, MuonConfig
 from gptlab.training.distributed.delayed_all_reduce import DelayedAllReduce
+from gptlab.training.distributed.process_group import abort_group_on_error
 from gptlab.training.hardware import gpu_from_cuda_name
-from gptlab.training.module import seed_generators
+from gptlab.training.module import GPTModule, seed_generators
 from gptlab.training.optim.muon import StackedMuon
 from gptlab.training.optim.optimizers import build_optimizer, skip_step_if
 from measuring import CUDA, DEVICE, NAME, SMALL, config, milliseconds, peak_memory
@@ -69,6 +81,10 @@ def ceilings() -> None:
     copy = milliseconds(lambda: target.copy_(source))
     flops, rate = 2 * n**3 / matmul / 1e9, 2 * source.numel() / copy / 1e6
     report("INFO", "ceilings", f"bfloat16 matmul {flops:.0f} TFLOP/s; copy {rate:.0f} GB/s read and written")
+    bench = [matmul_flops(torch.device(DEVICE), BF16) / 1e12, measure_memory_bandwidth(torch.device(DEVICE)) / 1e9]
+    within = abs(bench[0] / flops - 1) < 0.15 and 0.8 < bench[1] / rate < 1.4
+    text = f"the benchmark's matmul {bench[0]:.0f} TFLOP/s, read {bench[1]:.0f} GB/s"
+    expect(within or not CUDA, "ceilings", text)
 
 
 @check
@@ -266,6 +282,8 @@ def cached_generation() -> None:
         worst = cache_error(name)
         text = f"{name}, float32: logits with and without cache differ by {worst:.1e}"
         expect(worst < 5e-3, "cached_generation", text)
+    if CUDA:
+        compiled_generation()
     for label, int8, compiled in (
         ("bfloat16", False, False),
         ("int8", True, False),
@@ -278,6 +296,24 @@ def cached_generation() -> None:
             report("INFO", "cached_generation", f"{label}, one text: {speed:.0f} tokens/s")
         except Exception as error:
             report("FAIL", "cached_generation", f"{label}: {type(error).__name__} {str(error)[:150]}")
+
+
+def compiled_generation() -> None:
+    """Greedy tokens of CUDA graphs equal those without; a second text has another cache, and a batch another mask."""
+    torch.manual_seed(0)
+    greedy = SamplingConfig(temperature=0, top_k=None, top_p=None, min_p=None, repetition_penalty=1)
+    model = prepare_for_inference(build_gpt(config(**SMALL)), "float32", DEVICE, int8=False, packed=False)
+    graphs = build_decoder(model, compiled=True)
+    for prompts in ([[1, 2, 3]], [[4, 5]], [[1, 2, 3], [4]]):
+        options = {"seeds": row_seeds(0, len(prompts)), "max_new_tokens": 300, "device": DEVICE}  # more than a block
+        texts = [
+            collect_tokens(generate(model, prompts, greedy, decoder=decoder, **options))
+            for decoder in (graphs, plain_decoder(model))
+        ]
+        same = sum(a == b for pair in zip(*texts, strict=True) for a, b in zip(*pair, strict=True))
+        expect(same > 290 * len(prompts), "cached_generation", f"{same} of {300 * len(prompts)} tokens equal eager's")
+    skips = dict(torch._dynamo.utils.counters["inductor"]).get("cudagraph_skips", 0)
+    expect(skips == 0, "cached_generation", f"{skips} graphs run without CUDA graphs")
 
 
 @torch.no_grad()
@@ -334,13 +370,30 @@ def delayed_all_reduce() -> None:
 
 @check
 def mixed_devices() -> None:
-    """torch.stack of a GPU tensor and a CPU tensor, as in ``StepSync`` with trainer.cpu_offload=true."""
-    try:
-        torch.stack([torch.zeros((), device=DEVICE), torch.zeros(())])
-        report("INFO", "mixed_devices", "torch.stack accepts both")
-    except RuntimeError as error:
-        text = f"training/callbacks/step_sync.py would fail with trainer.cpu_offload=true: {str(error)[:90]}"
-        report("FAIL", "mixed_devices", text)
+    """A loss on the GPU and a gradient norm on the CPU, as with trainer.cpu_offload=true."""
+    module = GPTModule.__new__(GPTModule)
+    torch.nn.Module.__init__(module)
+    module._device = torch.device(DEVICE)
+    module.step_loss, module.bad_step = torch.ones((), device=DEVICE), torch.zeros(())
+    step_sync, reports = StepSync(), list[StepReport]()
+    step_sync.listeners.append(reports.append)
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_step=1)
+    step_sync.on_train_batch_end(trainer, module, None, None, 0)
+    step_sync.collect()
+    expect(reports == [StepReport(1, 1.0, False)], "mixed_devices", f"reported: {reports}")
+
+
+@check
+def aborted_group() -> None:
+    """A group on a GPU is aborted after an error; on a CPU it remains."""
+    backend, store = "cpu:gloo,cuda:nccl" if CUDA else "gloo", dist.HashStore()
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    with suppress(ValueError), abort_group_on_error():
+        dist.all_reduce(torch.ones((), device=DEVICE))
+        raise ValueError
+    expect(dist.is_initialized() != CUDA, "aborted_group", f"initialized after an error: {dist.is_initialized()}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:

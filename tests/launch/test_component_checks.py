@@ -34,7 +34,7 @@ make_importable()
 LORA = {"rank": 1, "alpha": 1, "targets": ["attn.c_attn"]}
 TENSOR_PARALLEL = {"trainer.strategy": "fsdp_tp", "trainer.devices": 2, "trainer.tensor_parallel": 2}
 FREE_FLAGS = {  # arguments of the Trainer that trainer.flags may set
-    *("limit_test_batches", "limit_predict_batches", "deterministic", "benchmark", "detect_anomaly", "sync_batchnorm"),
+    *("limit_test_batches", "limit_predict_batches", "detect_anomaly", "sync_batchnorm"),
     *("model_registry", "enable_autolog_hparams"),
 }
 

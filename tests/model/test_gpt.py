@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import tiny_config
 from generating import generated, sampling
 from gptlab.model.gpt import GPT
+from gptlab.model.modern import build_gpt
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # HF's Conv1D
 
@@ -121,6 +122,24 @@ def test_padding_of_the_vocabulary_has_no_effect():
         padded.wte.weight[61:] = 100 * torch.ones(3, 32)  # their logits would be the largest
     drawn = generated(padded, idx.tolist(), sampling(temperature=5.0), tokens=50)
     assert max(map(max, drawn)) < 61  # never sampled
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_weights": False}, {"positions": "rotary", "value_embeddings": 1}])
+def test_initial_weights_do_not_depend_on_the_padding_of_the_vocabulary(options):
+    models, random = [], []
+    for multiple in ("auto", 64):
+        torch.manual_seed(0)
+        models.append(build_gpt(tiny_config(vocab_size=61, pad_vocab_to_multiple_of=multiple, **options)))
+        random.append(torch.rand(4))
+    assert torch.equal(*random)
+    assert (models[1].wte.num_embeddings, models[1].lm_head.out_features) == (64, 64)
+    assert (models[1].lm_head.weight is models[1].wte.weight) == ("tie_weights" not in options)
+    plain = dict(models[0].named_parameters())
+    padded = dict(models[1].named_parameters())
+    assert list(plain) == list(padded)
+    for name, weight in padded.items():
+        assert torch.equal(weight[: len(plain[name])], plain[name])
+        assert not weight[len(plain[name]) :].any()
 
 
 def test_initial_weights_have_gpt2_s_standard_deviations():

@@ -1,5 +1,6 @@
 """Measurements of runs, against hand-computed values."""
 
+import os
 from typing import Any
 
 import pytest
@@ -114,3 +115,10 @@ def test_unwritable_cache_logs_a_warning(tmp_path, caplog):
     config = resolved("trainer=cpu", f"data.cache_dir={tmp_path}").with_vocabulary(257)
     save_measurement(config, plan_hardware(config, []), TAKEN)
     assert "could not be saved for later forecasts" in caplog.text
+
+
+def test_threads_are_all_cores_where_their_number_cannot_be_restricted(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert calibration._threads() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert calibration._threads() == os.cpu_count()

@@ -308,11 +308,15 @@ def test_learning_rates_are_nanogpts(convert, composed, changes):
         ("init_from = 'resume'\nout_dir = 'out-x'", {"resume_from_nanogpt": "out-x/ckpt.pt"}),
         (
             "init_from = 'gpt2'\nblock_size = 256\nbias = False",
-            {"model.block_size": 256, "model.bias": True, "model.pad_vocab_to_multiple_of": 1},  # of OpenAI's weights
+            {
+                "model.block_size": 256,
+                "model.bias": True,
+                "model.pad_vocab_to_multiple_of": "auto",
+            },  # of OpenAI's weights
         ),
         ("init_from = 'gpt2-medium'\ndropout = 0.1", {"model.dropout": 0.1}),
         ("dataset = 'shakespeare'", {"model.pad_vocab_to_multiple_of": 64}),
-        ("dataset = 'shakespeare_char'", {"model.pad_vocab_to_multiple_of": 1}),
+        ("dataset = 'shakespeare_char'", {"model.pad_vocab_to_multiple_of": "auto"}),
         ("wandb_log = True\nwandb_project = 'a: # b'", {"logger.wandb.project": "a: # b"}),
         (
             "wandb_log = True\nwandb_project = '${oc.env:HOME}'\n" + r"dataset = 'a\\${name}\n'",

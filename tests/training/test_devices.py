@@ -1,6 +1,7 @@
 """Choice of devices, precision and compilation; peak FLOP/s and peak memory."""
 
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -340,3 +341,33 @@ def test_the_number_of_processes_on_a_cpu_is_limited(monkeypatch, given, message
         check_cpu_processes(4)
     monkeypatch.setenv("GPTLAB_MAX_PROCESSES", "4")
     check_cpu_processes(4)
+
+
+def test_deterministic_algorithms_cover_cublas_and_attention(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        devices.use_deterministic_algorithms()
+        # with warn_only, the backward passes of flash and memory-efficient attention are not deterministic
+        assert torch.get_deterministic_debug_mode() == 2
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # the values that torch accepts
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+
+
+@pytest.mark.parametrize("visible", [None, "2"])
+def test_tasks_that_see_one_gpu_each_use_as_many_as_there_are_tasks(gpus, monkeypatch, visible):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}.items():
+        monkeypatch.setenv(name, value)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with pytest.raises(UserError, match=r"trainer.devices=4: this machine has 1 GPU\."):
+            choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL).devices == 4

@@ -7,6 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from conftest import defaults
+from gptlab.training.config import TrainConfig
 from gptlab.training.module import GPTModule, seed_generators
 
 
@@ -64,3 +66,29 @@ def test_lightning_continues_at_the_step_of_a_checkpoint(micro_batches):
     fifth, sixth = ([(step, step * micro_batches + micro) for micro in range(micro_batches)] for step in (5, 6))
     assert seen == [*fifth, (6, -1), *sixth]  # evaluated at even steps, as in an uninterrupted run
     assert trainer.global_step == 7
+
+
+@pytest.mark.parametrize(("mode", "is_kept"), [("max-autotune", True), ("default", False)])
+def test_gradients_are_accumulated_outside_of_the_memory_of_cuda_graphs(monkeypatch, mode, is_kept):
+    module = GPTModule.__new__(GPTModule)
+    torch.nn.Module.__init__(module)
+    monkeypatch.setattr(GPTModule, "device", torch.device("cuda"))
+    module.model, module.compile_target = torch.nn.Linear(3, 2), "whole"
+    module.model.bias.requires_grad_(False)
+    monkeypatch.setattr(GPTModule, "trainer", SimpleNamespace(accumulate_grad_batches=2))
+    train = TrainConfig(**defaults("train.yaml")["train"] | {"compile_mode": mode})
+    module.config = SimpleNamespace(train=train)
+    weight, optimizer, kept = module.model.weight, torch.optim.SGD(module.model.parameters()), set()
+    for step in range(3):
+        inputs = torch.randn(2, 5, 3)
+        for micro in range(2):
+            loss = module.model(inputs[micro]).square().sum()
+            if micro == 0:
+                module.optimizer_zero_grad(0, 2 * step, optimizer)
+                assert (weight.grad is not None) == is_kept
+                kept.add(weight.grad.data_ptr() if is_kept else None)
+            loss.backward()
+        expected = sum(torch.autograd.grad(module.model(rows).square().sum(), weight)[0] for rows in inputs)
+        torch.testing.assert_close(weight.grad, expected, rtol=1e-6, atol=1e-6)
+        assert not is_kept or kept == {weight.grad.data_ptr()}
+    assert module.model.bias.grad is None

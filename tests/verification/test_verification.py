@@ -5,13 +5,17 @@ import math
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from configs import resolved
 from gptlab.errors import UserError
 from gptlab.launch import supervisor
+from gptlab.training.hardware import Hardware
 from gptlab.training.optim.schedules import learning_rate
+from gptlab.verification import proofs
 from gptlab.verification.comparison import TraceStep, first_difference, largest_difference, read_trace
 from gptlab.verification.configs import ProveConfig, extended, plan_ranks, shortened
 from gptlab.verification.proofs import ProofCase, compare_losses, killed_and_resumed, prove_all
@@ -214,3 +218,12 @@ def test_failed_run_fails_every_proof_that_needs_it(case):
     assert [proof.passed for proof in proofs] == [False] * 6
     assert [proof.what for proof in proofs] == ["no uninterrupted"] * 2 + ["no one-process"] * 3 + ["no uninterrupted"]
     assert {proof.details["tail"] for proof in proofs} == {"the tail"}
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "cuda"])
+def test_proofs_on_a_gpu_use_deterministic_algorithms(monkeypatch, accelerator):
+    hardware = Hardware(accelerator, "", 1, 1, "32-true", compile=False)
+    monkeypatch.setattr(proofs, "choose_devices", lambda *_: hardware)
+    prove: Any = SimpleNamespace(steps=6)
+    case = proofs.ProofCase(resolved("trainer=cpu", "train.max_steps=20"), None, prove)  # type: ignore[arg-type]
+    assert case.config.trainer.deterministic == (accelerator == "cuda")

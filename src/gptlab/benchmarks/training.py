@@ -21,6 +21,7 @@ from gptlab.benchmarks.config import TrainBench, TrainingSteps
 from gptlab.benchmarks.measuring import Result, ResultTable, Sample, Variant, measure_in_turns, run_timed
 from gptlab.files import use_private_compile_cache
 from gptlab.model.config import flops_per_token
+from gptlab.model.generation.inference import cuda_seconds
 from gptlab.model.gpt import GPT
 from gptlab.model.modern import build_gpt
 from gptlab.training.config import TrainConfig, TrainerConfig
@@ -28,7 +29,8 @@ from gptlab.training.devices import choose_devices, peak_memory, prepare_kernels
 from gptlab.training.hardware import Hardware, resolve_loss_chunk
 
 WARM_UP = 2  # steps that are not timed; the first includes compilation
-SIDE = 2048  # size of the square matrices of the matmul that measures the ceiling
+SIDE, CUDA_SIDE = 2048, 8192  # size of the square matrices of the matmul that measures the ceiling
+MATMULS = 8
 
 
 class Levers(NamedTuple):
@@ -132,6 +134,8 @@ def measure_steps(shape: TrainingSteps, levers: Levers) -> dict[str, float]:
     device = torch.device(devices.accelerator)
     dtype = torch.bfloat16 if devices.precision == "bf16-mixed" else torch.float32
     ceiling = matmul_flops(device, dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
     model = build_gpt(shape.model).to(device)
     size = (shape.batch_size, shape.model.block_size + 1)
@@ -195,13 +199,16 @@ def build_loss(model: GPT, idx: Tensor, targets: Tensor, devices: Hardware, chun
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Returns the FLOP/s of a matmul of two square matrices, the best of eight measurements."""
-    a, b = torch.randn(2, SIDE, SIDE, device=device).to(dtype).unbind()
+    side = CUDA_SIDE if device.type == "cuda" else SIDE
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    if device.type == "cuda":
+        return 2 * side**3 / min(cuda_seconds(lambda: a @ b, MATMULS))
     best = float("inf")
-    for _ in range(8):
+    for _ in range(MATMULS):
         start = time.perf_counter()
-        (a @ b).sum().item()  # waits for the device
+        (a @ b).sum().item()
         best = min(best, time.perf_counter() - start)
-    return 2 * SIDE**3 / best
+    return 2 * side**3 / best
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from gptlab.config.option_groups import OptionGroups, unknown_option
 from gptlab.config.overrides import CommandLine, parse_command_line
 from gptlab.config.reference import explain_values
 from gptlab.config.search_path import configuration_folder, list_directories, search_first, user_directories
-from gptlab.errors import Diverged, UserError
+from gptlab.errors import Diverged, OutOfMemory, UserError
 from gptlab.exit_codes import CONFIG_ERROR, DONE, INTERRUPTED, PREEMPTED, SweepIncomplete, is_home_missing, report_error
 from gptlab.terminal import check_output_is_written, install_hooks
 from gptlab.tracking.logs import log_to_console
@@ -80,7 +80,7 @@ def command(
             try:
                 check_hydra(HydraConfig.get())
                 status = task(config)
-            except (UserError, Diverged, OmegaConfBaseException, OSError) as error:
+            except (UserError, Diverged, OutOfMemory, OmegaConfBaseException, OSError) as error:
                 status = report_error(error)
             except RuntimeError as error:
                 if not is_home_missing(error):

@@ -28,6 +28,7 @@ from gptlab.data.prepare.splitting import resolve_val_split
 from gptlab.errors import UserError
 from gptlab.tracking.run_directory import load_config, newest_run, split_checkpoint
 from gptlab.tracking.run_store.runs import CONFIG, Run
+from gptlab.training.hardware import list_gpus, resolve_padding
 
 AUTO = "auto"
 _MISSING = object()  # get_value returns it for a key that does not exist
@@ -125,6 +126,21 @@ def _check_without(values: DictConfig, overrides: Sequence[str]) -> None:
 def resolve_split(config: RunConfig) -> RunConfig:
     """Resolves ``data.val_split=auto`` for a new run; a resumed run keeps its split."""
     return config.model_copy(update={"data": resolve_val_split(config.data)})
+
+
+def resolve_model(config: RunConfig, trained: RunConfig | None) -> RunConfig:
+    """Resolves ``model.pad_vocab_to_multiple_of=auto`` for a new run; a resumed run keeps its number of rows.
+
+    Args:
+        config: Configuration of the run.
+        trained: Configuration of the run whose weights ``init_from`` loads, which determine the number of rows.
+    """
+    trainer, model = config.trainer, config.model
+    if model.pad_vocab_to_multiple_of == "auto" and trained is not None:
+        model = model.model_copy(update={"pad_vocab_to_multiple_of": trained.model.pad_vocab_to_multiple_of})
+    on_gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and bool(list_gpus()))
+    model = resolve_padding(model, on_gpu=on_gpu and config.resume_from_nanogpt is None)
+    return config.model_copy(update={"model": model})
 
 
 def add_keys_of_run(overrides: Sequence[str]) -> list[str]:

@@ -47,6 +47,7 @@ CHANGEABLE_KEYS = (
 )
 FIXED_KEYS = ("trainer.precision",)  # exceptions from the keys above
 START_KEYS = ("init_from", "resume_from_nanogpt")  # where a new run starts; irrelevant for a resumed run
+PADDING = "model.pad_vocab_to_multiple_of"  # auto: a resumed run keeps its number of rows
 COMPONENT_GROUPS = ("callbacks", "logger")  # groups of which a run has several options
 
 
@@ -133,14 +134,18 @@ def _apply(values: dict[str, Any], overridden: Iterable[str], earlier: dict[str,
     values, changed = copy.deepcopy(values), copy.deepcopy(earlier)
     if get_value(values, "data.val_split") == "auto":
         values["data"]["val_split"] = earlier["data"]["val_split"]
+    if get_value(values, PADDING) == "auto":
+        copy_key(PADDING.split("."), earlier, values)
     keys = sorted(overridden, key=lambda key: key.count("."))  # groups first
     for key in keys:
         if key in COMPONENT_GROUPS:
             changed[key] = _select_components(values[key], earlier[key], key, keys)
         elif key.partition(".")[0] in values:
             copy_key(key.split("."), values, changed)
-    if "trainer" in keys and "trainer.precision" not in keys:
-        changed["trainer"]["precision"] = earlier["trainer"]["precision"]  # a trainer option selects devices only
+    if "trainer" in keys:  # a trainer option selects devices only
+        for name in ("precision", "deterministic"):
+            if f"trainer.{name}" not in keys:
+                changed["trainer"][name] = earlier["trainer"][name]
     return validate(RunConfig, changed | {"resume": None, "force_resume": False})
 
 
@@ -201,6 +206,8 @@ def _changed_keys(config: RunConfig, earlier_config: RunConfig) -> list[str]:
         keys.remove("model.vocab_size")
     if config.data.val_split == "auto":
         keys.remove("data.val_split")
+    if config.model.pad_vocab_to_multiple_of == "auto":
+        keys.remove(PADDING)
     if earlier_config.data.end_at_cut and not config.data.end_at_cut:
         keys.discard("data.end_at_cut")  # runs of earlier versions keep it
     if not config.train.past_batches:

@@ -28,12 +28,22 @@ def complete(stored: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         The configuration, which may be invalid for other reasons, and the added values by dotted key.
     """
     values, added = deepcopy(dict(stored)), {}
+    _move_flags(values)
     for key in _missing_keys(values):
         *parents, name = key.split(".")
         group, default = get_value(values, ".".join(parents)) if parents else values, _default(key, values)
         if isinstance(group, dict) and default is not None:
             group[name] = added[key] = default[0]
     return values, added
+
+
+def _move_flags(values: dict[str, Any]) -> None:
+    """Replaces flags of the Trainer by the key that now sets them."""
+    trainer = values.get("trainer")
+    if isinstance(trainer, dict) and isinstance(flags := trainer.get("flags"), dict):
+        if "deterministic" in flags:
+            trainer["deterministic"] = bool(flags.pop("deterministic"))
+        flags.pop("benchmark", None)
 
 
 def _missing_keys(values: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gptlab.config.components import TARGET, component_record, iter_targets
-from gptlab.config.resolve import resolve_split
+from gptlab.config.resolve import resolve_model, resolve_split
 from gptlab.config.resume import START_KEYS, may_change
 from gptlab.config.schema import RunConfig, is_on_hub
 from gptlab.data.config import TokenizerConfig
@@ -140,6 +140,7 @@ def check_start(config: RunConfig) -> CheckedStart:
         check_archive(Path(config.resume_from_nanogpt), start)
     foreign_shape = check_external(origin, config.model, start) if origin and is_external(origin) else None
     origin_config = load_config(origin) if origin and not is_external(origin) else None
+    config = resolve_model(config, origin_config)
     if config.resume:
         _check_start(config, Path(config.resume), f"resume={config.resume}")
     else:

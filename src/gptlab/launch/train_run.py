@@ -18,7 +18,7 @@ from gptlab.config.resume import START_KEYS
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.errors import UserError, failure_reason, hide_passwords, mismatch_reason
+from gptlab.errors import OutOfMemory, UserError, failure_reason, hide_passwords, mismatch_reason
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED, RUN_DIR, report_result
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -31,6 +31,7 @@ from gptlab.pretrained.nanogpt import import_nanogpt_checkpoint
 from gptlab.pretrained.source import resolve_path
 from gptlab.pretrained.weights import load_weights
 from gptlab.tracking.console import print_start, print_stopped, print_summary, replay_command
+from gptlab.tracking.environment import read_threads
 from gptlab.tracking.loggers import build_loggers, check_metrics
 from gptlab.tracking.logs import close_log, log_to_file, quiet_lightning
 from gptlab.tracking.run_directory import (
@@ -63,12 +64,20 @@ from gptlab.training.checkpoints.records import CheckpointMetadata, checkpoint_p
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenDataModule
-from gptlab.training.devices import choose_devices, prepare_kernels
-from gptlab.training.distributed.process_group import cluster_environment, join_group, run_on_first_rank
-from gptlab.training.distributed.processes import is_first_rank
+from gptlab.training.devices import choose_devices, prepare_kernels, use_deterministic_algorithms
+from gptlab.training.distributed.process_group import (
+    abort_group_on_error,
+    accelerator_for,
+    cluster_environment,
+    join_group,
+    run_on_first_rank,
+)
+from gptlab.training.distributed.processes import global_rank, is_first_rank
 from gptlab.training.distributed.strategies import build_strategy
 from gptlab.training.hardware import Hardware, resolve_loss_chunk
 from gptlab.training.module import GPTModule
+
+log = logging.getLogger(__name__)
 
 # packages that raise the errors of a damaged checkpoint; Lightning compares its version with packaging
 CHECKPOINT_READERS = {"gptlab", "lightning", "torch", "packaging", *sys.stdlib_module_names}
@@ -105,6 +114,10 @@ class ExtraCallback(L.Callback):
         """Returns additional rows of the final summary table; called on every rank when training is done."""
         return {}
 
+    def memory_advice(self) -> str:
+        """Returns a sentence for the error of a run that is out of GPU memory; called on the rank that is."""
+        return ""
+
 
 ExtraCallbacks = Callable[[RunContext], Sequence[ExtraCallback]]
 
@@ -136,7 +149,7 @@ def train_run(
             evaluation is not finite.
     """
     try:
-        with RunLock() as lock:
+        with RunLock() as lock, abort_group_on_error():
             return _train(config, prepared, plan, run_dir, lock, extra_callbacks)
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:  # in a resumed run
         path = error.filename2 or error.filename
@@ -153,10 +166,13 @@ def _train(
 ) -> int:
     quiet_lightning()
     config = count_components(config)
+    if config.trainer.deterministic:
+        use_deterministic_algorithms()  # before CUDA is initialized
     devices = choose_devices(config.trainer, config.train, config.model)
     prepare_kernels(devices)
     if plan is None:
         plan = config.train.plan(config.trainer.data_parallel(devices.devices, devices.num_nodes))
+    _check_graphs(config, devices, plan)
     join_group(devices)
     checkpoint = run_on_first_rank(lambda: _find_checkpoint(config, lock))
     if checkpoint is not None and checkpoint_step(checkpoint) < config.train.past_steps:  # a newer one is damaged
@@ -165,7 +181,9 @@ def _train(
         )
         config, plan = config.model_copy(update={"train": train}), train.plan(plan.world_size)
     module = build_module(config, prepared, devices)
-    run_dir = run_on_first_rank(lambda: _open_run_dir(config, prepared, assigned_dir, module.model, lock))
+    run_dir = run_on_first_rank(
+        lambda: _open_run_dir(config, prepared, assigned_dir, module.model, lock, devices.accelerator)
+    )
     report_result(RUN_DIR, str(run_dir))
     if config.resume_from_nanogpt:
         checkpoint = run_on_first_rank(lambda: newest_checkpoint(run_dir))
@@ -180,7 +198,7 @@ def _train(
         timeout = config.trainer.hang_timeout
         with Watchdog(trainer, timeout, run_dir / STACKS) if timeout else contextlib.nullcontext():
             attach_wandb(trainer, recorder)
-            with _restoring(checkpoint, recorder):
+            with _explaining_memory(plan, extra), _restoring(checkpoint, recorder):
                 _fit(trainer, module, data, checkpoint, run_dir, config)
         status = PRUNED if any(callback.pruned for callback in extra) else DONE
         summary = {name: value for callback in extra for name, value in callback.summary(trainer).items()}
@@ -207,6 +225,21 @@ def _train(
         return status
     finally:
         close_log(handler)
+
+
+def _check_graphs(config: RunConfig, devices: Hardware, plan: BatchPlan) -> None:
+    """Checks that the gradients of a sharded model do not accumulate in the memory of CUDA graphs.
+
+    Raises:
+        UserError: They would: FSDP keeps the tensors that the graphs of the blocks return.
+    """
+    is_on_graphs = devices.accelerator == "cuda" and devices.compile and config.train.uses_cuda_graphs
+    if is_on_graphs and config.trainer.strategy in ("fsdp", "fsdp_tp") and plan.accumulation > 1:
+        raise UserError(
+            f"train.compile_mode={config.train.compile_mode}: CUDA graphs would overwrite the gradients that "
+            f"trainer.strategy={config.trainer.strategy} accumulates over {plan.accumulation} micro-batches. Use "
+            "train.compile_mode=default or max-autotune-no-cudagraphs, trainer=ddp, or a larger train.micro_batch_size."
+        )
 
 
 def _fit(
@@ -240,6 +273,20 @@ def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[N
             raise
         reason = mismatch_reason(error).rstrip(".")
         raise UserError(f"{checkpoint} cannot be resumed, because it does not fit this run: {reason}.") from error
+
+
+@contextlib.contextmanager
+def _explaining_memory(plan: BatchPlan, extra_callbacks: Sequence[ExtraCallback]) -> Iterator[None]:
+    """Converts an error of CUDA for lack of memory to OutOfMemory, with the advice of the callbacks."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what, _, _ = str(error).partition(". GPU ")  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        advice = " ".join(filter(None, (callback.memory_advice() for callback in extra_callbacks)))
+        raise OutOfMemory(
+            f"train.micro_batch_size={plan.micro_batch_size} needs more memory than the GPU of rank {global_rank()} "
+            f"has ({what.rstrip('.')}). {advice or 'Use a smaller train.micro_batch_size.'}"
+        ) from error
 
 
 def _build_data(config: RunConfig, prepared: TokenDataset, plan: BatchPlan) -> TokenDataModule:
@@ -284,7 +331,7 @@ def build_trainer(
     checkpointing = config.callbacks.checkpoint
     checkpoint_io = _build_checkpoint_io(checkpointing)
     return L.Trainer(
-        accelerator=devices.accelerator,
+        accelerator=accelerator_for(devices),
         devices=devices.devices,
         num_nodes=devices.num_nodes,
         strategy=build_strategy(config.trainer, plan, devices, sharded_checkpoints=_is_sharded(checkpointing)),
@@ -353,10 +400,12 @@ def _end_rules(config: RunConfig) -> str:
 
 
 def _open_run_dir(
-    config: RunConfig, prepared: TokenDataset, assigned_dir: Path | None, model: GPT, lock: RunLock
+    config: RunConfig, prepared: TokenDataset, assigned_dir: Path | None, model: GPT, lock: RunLock, accelerator: str
 ) -> Path:
     """Creates and locks the run directory; on a resume, records the configuration in the existing one."""
     if config.resume:
+        if accelerator == "cpu":
+            _warn_about_threads(Path(config.resume))
         earlier = Run(Path(config.resume)).config
         record_config(config.model_copy(update={key: earlier.get(key) for key in START_KEYS}), Path(config.resume))
         return Path(config.resume)
@@ -367,6 +416,19 @@ def _open_run_dir(
     facts = CheckpointMetadata(step=checkpoint["global_step"], val_loss=None, evaluation_due=False)
     _build_checkpoint_io(None).save_checkpoint(checkpoint, checkpoint_path(run_dir / CHECKPOINTS, facts.step), facts)
     return run_dir
+
+
+def _warn_about_threads(run_dir: Path) -> None:
+    """Logs a warning if a run on the CPU is resumed with another number of threads, which rounds sums differently."""
+    earlier, now = read_threads(run_dir), torch.get_num_threads()
+    if earlier not in (None, now):
+        log.warning(
+            "The number of threads per process is %d, but was %d: sums are rounded differently, so the run is not "
+            "bit-identical to an uninterrupted one. To use as many as before: OMP_NUM_THREADS=%d",
+            now,
+            earlier,
+            earlier,
+        )
 
 
 def _find_checkpoint(config: RunConfig, lock: RunLock) -> Path | None:

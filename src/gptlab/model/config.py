@@ -96,8 +96,8 @@ class GPTConfig(FrozenConfig):
             2020, section 3.1); None for no limit.
         global_every: With ``attention_window``, every n-th block and the last block attend to all earlier tokens.
         tie_weights: Whether ``lm_head`` shares its weight with ``wte``.
-        pad_vocab_to_multiple_of: Pad the rows of the embedding to a multiple of this. The padding is never scored,
-            sampled or exported.
+        pad_vocab_to_multiple_of: Pad the rows of the embedding to a multiple of this. The padding is zero, and never
+            scored, sampled or exported. "auto" is 1, unless the configuration of a run resolves it for a GPU.
         resize_embeddings: Whether ``init_from`` may have another vocabulary: rows are dropped from the end of the
             embedding and of an untied head, or added with the mean of the others.
         activation_checkpointing: Recompute each block in the backward pass instead of storing its activations.
@@ -129,7 +129,9 @@ class GPTConfig(FrozenConfig):
     attention_window: Annotated[PositiveInt | None, Option("modern", None)]
     global_every: Annotated[PositiveInt, Option("unrecorded", 1)]
     tie_weights: Annotated[bool, Option("variant", True, shapes_weights=True)]
-    pad_vocab_to_multiple_of: Annotated[PositiveInt, Field(lt=2**31), Option("unrecorded", 1, shapes_weights=True)]
+    pad_vocab_to_multiple_of: Annotated[
+        Annotated[PositiveInt, Field(lt=2**31)] | Literal["auto"], Option("unrecorded", 1, shapes_weights=True)
+    ]
     resize_embeddings: Annotated[bool, Option("unrecorded", False)] = False  # runs of earlier versions do not have it
     activation_checkpointing: Annotated[bool, Option("unrecorded", False)]
     block: Annotated[Component, Option("modern")] = None
@@ -242,7 +244,7 @@ class GPTConfig(FrozenConfig):
     @property
     def padded_vocab_size(self) -> int:
         """Number of rows of the embedding: V rounded up to a multiple of ``pad_vocab_to_multiple_of``."""
-        multiple = self.pad_vocab_to_multiple_of
+        multiple = 1 if self.pad_vocab_to_multiple_of == "auto" else self.pad_vocab_to_multiple_of
         return -(-self.known_vocab_size // multiple) * multiple
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -72,14 +73,15 @@ class GPT(CausalLM):
         if not config.has_gpt2_options:
             raise ValueError("GPT implements only the options of GPT-2; use build_gpt for other options")
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.known_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f: nn.Module = nn.LayerNorm(config.n_embd, eps=NORM_EPSILON, bias=config.bias)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.known_vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
+        self.pad_vocab(self.wte)
 
     def forward(self, idx: Tensor, documents: Tensor | None = None) -> Tensor:
         """Computes the next-token logits at every position.
@@ -203,6 +205,21 @@ class GPT(CausalLM):
         """Initializes all parameters, in the order of ``named_parameters``."""
         for name, parameter in self.named_parameters():
             self.init_parameter(name, parameter)
+
+    def pad_vocab(self, *embeddings: nn.Embedding) -> None:
+        """Adds rows of zeros to the embeddings and the head, up to ``config.padded_vocab_size``.
+
+        The other weights are drawn before, so that they do not depend on the padding.
+        """
+        added = self.config.padded_vocab_size - self.config.known_vocab_size
+        if not added:
+            return
+        for part in (*embeddings, self.lm_head):
+            part.weight = nn.Parameter(F.pad(part.weight.detach(), (0, 0, 0, added)))
+        for embedding in embeddings:
+            embedding.num_embeddings += added
+        self.lm_head.out_features += added
+        self.tie_weights()
 
     def init_parameter(self, name: str, parameter: Tensor) -> None:
         """Initializes a parameter from a normal distribution with standard deviation 0.02; biases are 0.

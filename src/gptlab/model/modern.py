@@ -185,18 +185,19 @@ class ModernGPT(GPT):
     def __init__(self, config: GPTConfig) -> None:
         CausalLM.__init__(self, config)  # not GPT.__init__: the order of modules determines that of random draws
         self.logit_settings = LogitSettings(config.known_vocab_size, config.logit_soft_cap)
-        rows = config.padded_vocab_size
-        self.wte = nn.Embedding(rows, config.n_embd)
+        size = config.known_vocab_size
+        self.wte = nn.Embedding(size, config.n_embd)
         wpe = nn.Embedding(config.block_size, config.n_embd) if config.positions == "learned" else None
         self.register_module("wpe", wpe)
         self.ln_e = _norm(config, None) if config.embedding_norm else None
-        self.value_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for _ in range(config.value_embeddings))
+        self.value_embeds = nn.ModuleList(nn.Embedding(size, config.n_embd) for _ in range(config.value_embeddings))
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(_block(config, layer) for layer in range(config.n_layer))
         self.ln_f = _norm(config, None)
-        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, size, bias=False)
         self.tie_weights()
         self.init_weights()
+        self.pad_vocab(self.wte, *(embed for embed in self.value_embeds if isinstance(embed, nn.Embedding)))
 
     def hidden_states(self, idx: Tensor, ctx: AttentionContext) -> Tensor:
         """Returns the final hidden states (B, T, C), which are the input of the head."""

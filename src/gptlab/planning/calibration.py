@@ -235,4 +235,9 @@ def key_values(config: FrozenConfig) -> dict[str, Any]:
 def _threads() -> int:
     """Returns the number of CPU threads that torch will use."""
     named = os.environ.get("OMP_NUM_THREADS", "")
-    return int(named) if named.isdigit() else len(os.sched_getaffinity(0))
+    return int(named) if named.isdigit() else _usable_cores()
+
+
+def _usable_cores() -> int:
+    """Returns the number of cores that this process may use; on macOS, all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,7 @@ from gptlab.planning.memory import (
     estimate_memory,
     largest_micro_batch,
 )
-from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware
+from gptlab.training.hardware import Hardware, gpu_from_name, gpu_hardware, local_hardware, resolve_padding
 
 COMPARED = ("h100", "a100", "l4", "rtx4090")  # GPUs of the time forecast if none is given
 OTHERS = 8  # devices of the alternative layouts of a run on one device
@@ -189,6 +189,13 @@ def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
     if gpus:
         return gpu_hardware(gpu_from_name(gpus[0]), config.trainer, config.train, config.model)
     return local_hardware(config.trainer, config.train, config.model)
+
+
+def plan_padding(config: RunConfig, gpus: list[str]) -> RunConfig:
+    """Resolves ``model.pad_vocab_to_multiple_of=auto`` for the hardware of a plan; arguments and errors as above."""
+    is_auto = config.model.pad_vocab_to_multiple_of == "auto"
+    on_gpu = is_auto and plan_hardware(config, gpus).accelerator == "cuda"
+    return config.model_copy(update={"model": resolve_padding(config.model, on_gpu=on_gpu)})
 
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:

@@ -19,6 +19,7 @@ from gptlab.model.generation.inference import (
     prepare_for_inference,
 )
 from gptlab.model.gpt import GPT
+from gptlab.training.hardware import has_compiler
 
 TOKENS_PER_PIECE = 16  # for text that is not streamed to a user; each piece synchronizes with the device
 MIN_TOKENS_TO_COMPILE = 5000  # new tokens per text above which compile=auto compiles the model on a GPU
@@ -67,11 +68,15 @@ def build_inference_model(
         tokenizer: Tokenizer of the model.
         precision: dtype of the weights and of the computation.
         int8: Whether to quantize the weights to int8.
-        compile: Whether to compile the model; "auto" decides by device and ``max_new_tokens``.
+        compile: Whether to compile the decoding step; "auto" compiles on a GPU if there is a C compiler and
+            ``max_new_tokens`` is large enough.
         max_new_tokens: Maximum number of new tokens per text.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    compiled = (device.type == "cuda" and max_new_tokens >= MIN_TOKENS_TO_COMPILE) if compile == "auto" else compile
+    if compile == "auto":
+        compiled = device.type == "cuda" and max_new_tokens >= MIN_TOKENS_TO_COMPILE and has_compiler()
+    else:
+        compiled = compile
     model = prepare_for_inference(model, precision, device, int8=int8, packed=not compiled)
     return InferenceModel(model, tokenizer, device, compiled)
 

@@ -53,6 +53,7 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
             "system": platform.platform(),
             "processor": _processor(),
             "cores": os.cpu_count(),
+            "threads": _threads(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "gpus": _lines("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
         },
@@ -68,14 +69,32 @@ def record_environment(directory: Path, components: Mapping[str, Any] | None = N
         write_file(directory / DIFF, diff)
 
 
+def read_threads(directory: Path) -> int | None:
+    """Returns the number of threads with which a run computes on the CPU; None if it is not recorded."""
+    values = _read(directory).get("machine")
+    threads = values.get("threads") if isinstance(values, dict) else None
+    return threads if isinstance(threads, int) else None
+
+
 def read_components(directory: Path) -> dict[str, Any]:
     """Returns the code versions of the components of a run; empty if none are recorded."""
+    found = _read(directory).get("components")
+    return found if isinstance(found, dict) else {}
+
+
+def _read(directory: Path) -> dict[str, Any]:
+    """Returns the record of a run; empty if there is none that can be read."""
     try:
         values = parse_json(read_regular(directory / ENVIRONMENT))
     except (OSError, ValueError):
         return {}
-    found = values.get("components") if isinstance(values, dict) else None
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
+
+
+def _threads() -> int | None:
+    """Returns the number of threads of an operation on the CPU; None in a process that does not use torch."""
+    torch = sys.modules.get("torch")
+    return torch.get_num_threads() if torch else None
 
 
 def _lines_of(output: bytes) -> list[str]:

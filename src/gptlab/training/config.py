@@ -39,6 +39,8 @@ OWNED_FLAGS = {
     "precision": "trainer.precision",
     "plugins": "trainer.precision and callbacks.checkpoint",
     "profiler": "trainer.profiler",
+    "deterministic": "trainer.deterministic",
+    "benchmark": "trainer.deterministic",
     "default_root_dir": "name",
     "max_steps": "train.max_steps",
     "max_epochs": "train.max_steps",
@@ -260,6 +262,11 @@ class TrainConfig(FrozenConfig):
         )
 
     @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether code that is compiled for a GPU runs as CUDA graphs."""
+        return self.compile_mode in ("reduce-overhead", "max-autotune")
+
+    @property
     def past_steps(self) -> int:
         """Number of steps in ``past_batches``."""
         return self.past_batches[-1][0] if self.past_batches else 0
@@ -295,6 +302,7 @@ class TrainerConfig(FrozenConfig):
     cpu_offload: bool
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
     float32_matmul: Literal["auto", "default", "onednn", "tf32"]
+    deterministic: bool = False  # run directories of earlier versions do not have it
     hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None
     flags: dict[str, Any] = Field(default_factory=dict)  # run directories of earlier versions have none

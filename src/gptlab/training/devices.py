@@ -1,5 +1,6 @@
 """Device detection with torch, selection of the CPU's matmul library, and peak memory."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from gptlab.training.distributed.processes import check_cpu_processes, launched_
 from gptlab.training.hardware import DeviceFacts, Hardware, has_compiler, processor_name, read_cpuinfo, resolve_hardware
 
 STATUS = Path("/proc/self/status")  # of this process, proc_pid_status(5)
+CUBLAS_WORKSPACES = ":4096:8"  # with which cuBLAS is deterministic (its manual, results reproducibility)
 MIN_CAPABILITY = (7, 0)  # compute capability required by Triton, which torch.compile uses on GPUs
 
 
@@ -43,6 +45,23 @@ def prepare_kernels(chosen: Hardware) -> None:
     if chosen.accelerator == "cuda":
         torch.set_float32_matmul_precision("high" if chosen.float32_matmul == "tf32" else "highest")
     _use_onednn("bf16" if chosen.float32_matmul == "onednn" else "none")
+
+
+def sees_one_gpu() -> bool:
+    """Returns whether the launcher shows every process only its own GPU, as srun does with ``--gpus-per-task=1``."""
+    return launched_externally() and "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1
+
+
+def use_deterministic_algorithms() -> None:
+    """Makes the operations of this process deterministic, on every device, and those of the code that it compiles.
+
+    Operations without a deterministic algorithm raise an error. Of the kernels of scaled_dot_product_attention, cuDNN's
+    has no deterministic backward pass; the others have one in this mode (not with ``warn_only``).
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def use_best_matmul(device: torch.device) -> None:
@@ -103,7 +122,7 @@ def _cpu_facts() -> DeviceFacts:
 def _check_count(facts: DeviceFacts, devices: int) -> None:
     """Raises UserError if this machine has too few GPUs or cores for ``devices`` processes."""
     if facts.accelerator == "cuda":
-        if devices > facts.available:
+        if devices > facts.available and not sees_one_gpu():
             gpus = f"{facts.available} GPU{'s' if facts.available > 1 else ''}"
             raise UserError(f"trainer.devices={devices}: this machine has {gpus}.")
         return

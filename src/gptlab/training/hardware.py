@@ -28,6 +28,7 @@ MAX_LOGITS_BYTES = 2**26  # float32 logits in memory at a time on a CPU
 MIN_GPU_CHUNK = 8192  # tokens
 LOGITS_SHARE, LOGITS_SHARE_EAGER = 1 / 8, 1 / 32
 SMALL_GPU = 16e9  # memory assumed for a GPU that is not in the table
+GPU_VOCAB_MULTIPLE = 64  # rows of a bfloat16 matrix that are 128 bytes (NVIDIA, Matrix Multiplication Background, 2.2)
 NVSWITCH_GPUS = 8  # GPUs of a node that NVSwitch connects (NVIDIA HGX)
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
@@ -245,6 +246,13 @@ def resolve_loss_chunk(
         return MAX_LOGITS_BYTES // token_bytes
     share = LOGITS_SHARE if hardware.compile == "whole" else LOGITS_SHARE_EAGER
     return max(MIN_GPU_CHUNK, int((hardware.memory or SMALL_GPU) * share) // token_bytes)
+
+
+def resolve_padding(model: GPTConfig, *, on_gpu: bool) -> GPTConfig:
+    """Returns the model with ``pad_vocab_to_multiple_of=auto`` resolved for the device that trains it."""
+    if model.pad_vocab_to_multiple_of != "auto":
+        return model
+    return model.model_copy(update={"pad_vocab_to_multiple_of": GPU_VOCAB_MULTIPLE if on_gpu else 1})
 
 
 def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:

@@ -201,6 +201,21 @@ class GPTModule(L.LightningModule):
         self.step_loss += loss.detach()
         return loss
 
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Clears the gradients. With CUDA graphs and accumulation, they are zeros outside of the graphs' memory.
+
+        Otherwise, autograd would keep the gradient that the first micro-batch returns, and the graph of the second
+        would overwrite it. It adds to a gradient that exists.
+        """
+        is_kept = self.compile_target and self.device.type == "cuda" and self.trainer.accumulate_grad_batches > 1
+        if not (is_kept and self.config.train.uses_cuda_graphs):
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+            return
+        optimizer.zero_grad(set_to_none=False)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Performs a step of the optimizer, unless its closure, which computes and clips the gradients, skips it."""
         with suppress(SkippedStep):

@@ -89,6 +89,11 @@ def shortened(config: RunConfig, steps: int) -> RunConfig:
     )
 
 
+def with_deterministic_algorithms(config: RunConfig) -> RunConfig:
+    """Returns the configuration with ``trainer.deterministic``."""
+    return _with(config, trainer=_with(config.trainer, deterministic=True))
+
+
 def extended(short: RunConfig) -> RunConfig:
     """Returns a longer run that keeps all checkpoints, so that it is still training when it is killed."""
     steps = short.steps + LONGER

@@ -19,7 +19,15 @@ from gptlab.training.checkpoints.records import checkpoint_path, find_corruption
 from gptlab.training.datamodule import TokenDataModule
 from gptlab.training.devices import choose_devices
 from gptlab.verification.comparison import TraceStep, first_difference, largest_difference
-from gptlab.verification.configs import ProveConfig, comparable, extended, on_ranks, plan_ranks, shortened
+from gptlab.verification.configs import (
+    ProveConfig,
+    comparable,
+    extended,
+    on_ranks,
+    plan_ranks,
+    shortened,
+    with_deterministic_algorithms,
+)
 from gptlab.verification.report import ProofResult
 from gptlab.verification.runs import ProofRuns, RunFailed
 
@@ -43,6 +51,8 @@ class ProofCase:
         devices = choose_devices(config.trainer, config.train, config.model)
         shares = config.trainer.data_parallel(devices.devices, devices.num_nodes)
         self.plan = config.train.plan(shares)
+        if devices.accelerator == "cuda":  # by default, only a run on a CPU is deterministic
+            config = with_deterministic_algorithms(config)
         self.config = shortened(config, prove.steps)
 
 

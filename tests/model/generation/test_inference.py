@@ -4,7 +4,10 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
 
 from conftest import tiny_config
 from generating import CPU, generated, sampling, tiny_model
@@ -17,7 +20,9 @@ from gptlab.model.generation.inference import (
     SplitInt8Linear,
     build_decoder,
     bytes_per_token,
+    cuda_seconds,
     prepare_for_inference,
+    static_decoder,
     supports_packing,
     supports_split_int8,
 )
@@ -158,3 +163,46 @@ def test_a_compiled_decoder_generates_the_same_tokens_with_one_graph_per_bucket(
     assert found == generated(model, [[1, 2], [3]], sampling(top_k=5), tokens=BUCKET + 20)
     assert counter["stats"]["unique_graphs"] == 2
     assert plain_decoder(model).bucket == 1
+
+
+@pytest.mark.slow
+def test_a_graph_for_all_slots_writes_only_to_static_inputs():
+    """CUDA graphs are skipped if a graph writes to an input that may move."""
+    model = prepared(tiny_model(block_size=16), "float32", packed=False)
+    written, static = [], []
+
+    def inspect(graph, _):
+        metadata = TracingContext.get().fw_metadata
+        written.append(set(metadata.mutated_inp_runtime_indices))
+        static.append(set(metadata.static_input_indices))
+        return make_boxed_func(graph)
+
+    torch._dynamo.reset()
+    graph = torch.compile(model.next_logits, dynamic=False, backend=aot_autograd(fw_compiler=inspect))
+    decoder = static_decoder(graph, 16)
+    for prompt in ([1, 2], [3]):  # with a cache each; more tokens than a block
+        found = generated(model, [prompt], sampling(top_k=5), tokens=30, decoder=decoder)
+        assert found == generated(model, [prompt], sampling(top_k=5), tokens=30)
+    assert [len(inputs) for inputs in written] == [2 * model.config.n_layer]  # one graph: keys and values
+    assert written[0] <= static[0]
+
+
+def test_cuda_seconds_excludes_the_warm_up(monkeypatch):
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = clock[0]
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+    def kernel():
+        clock[0] += 1000 if clock[0] < 3000 else 2  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert cuda_seconds(kernel, 4) == [0.002] * 4

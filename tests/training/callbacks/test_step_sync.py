@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from gptlab.training.callbacks.health_monitor import TrainingHealthMonitor
@@ -64,3 +65,14 @@ def test_the_saved_state_includes_the_last_step() -> None:
     steps.take(2, 4.0, bad=1.0)
     state = monitor.state_dict()
     assert (state["bad_steps"], state["in_a_row"], state["spikes"]["losses"]) == (1, 1, [2.0])
+
+
+def test_a_bad_step_on_the_cpu_is_summed_with_a_loss_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_sync = StepSync()
+    steps, added = Steps(step_sync), list[torch.Tensor]()
+    monkeypatch.setattr(step_sync._agreement, "add", added.append)
+    steps.module._device = torch.device("meta")  # takes the place of a GPU; FSDP offloads the gradients
+    steps.module.step_loss, steps.module.bad_step = torch.zeros((), device="meta"), torch.zeros(())
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_step=1)
+    step_sync.on_train_batch_end(trainer, steps.module, None, None, 0)
+    assert [(values.device.type, values.shape) for values in added] == [("meta", (3,))]

@@ -4,10 +4,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from gptlab.training.callbacks.watchdog import HUNG_STATUS
+from gptlab.training.callbacks.watchdog import HUNG_STATUS, Watchdog
 
 PROGRAM = """
 import ctypes, sys, time
@@ -21,6 +24,7 @@ with Watchdog(trainer, 2.0, Path(sys.argv[1])) as watchdog:
     print("started", flush=True)
     {code}
 """
+TWO_STEPS = (True, True, False, False)
 HANGS = {
     "sleeping": ("def waits(): time.sleep(60)\n    waits()", HUNG_STATUS, "in waits"),
     "holding the GIL": ("ctypes.PyDLL(None).sleep(60)", 1, ""),  # no Python thread runs
@@ -61,3 +65,26 @@ def test_a_process_that_makes_progress_is_not_ended(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert seconds > 2.9
     assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cpu", "whole"), ("meta", False), ("cuda", False)])
+def test_the_first_batches_of_a_shape_have_time_to_be_compiled(tmp_path: Path, device: str, compiled: Any) -> None:
+    trainer: Any = SimpleNamespace(callbacks=[], accumulate_grad_batches=2)
+    module: Any = SimpleNamespace(device=torch.device(device), compile_target=compiled)
+    watchdog, longer = Watchdog(trainer, 2.0, tmp_path), bool(compiled) or device == "cuda"
+    limits = []
+
+    def run(stage: str, size: int, index: int) -> None:
+        batch: Any = SimpleNamespace(idx=torch.zeros(size, 8))
+        getattr(watchdog, f"on_{stage}_batch_start")(trainer, module, batch, index)
+        limits.append(watchdog._limit > 2.0)
+        getattr(watchdog, f"on_{stage}_batch_end")(trainer, module, None, batch, index)
+        assert watchdog._limit == 2.0
+
+    for index in range(4):  # two micro-batches per step
+        run("train", 4, index)
+    for index in range(2):
+        run("validation", 4, index)
+    for index in range(4, 8):  # a stage of train.batch_schedule
+        run("train", 6, index)
+    assert limits == [expected and longer for expected in (*TWO_STEPS, True, False, *TWO_STEPS)]

@@ -95,6 +95,10 @@ class JSONTokenizer(FileTokenizer):
 
     If the model itself makes a special token of its spelling, as Unigram does, the token is replaced by those of its
     characters, since a special token in a text is ordinary text.
+
+    Attributes:
+        tokens: Token by ID.
+        added: Text of each added token by ID.
     """
 
     def __init__(self, record: dict[str, Any]) -> None:
@@ -107,24 +111,24 @@ class JSONTokenizer(FileTokenizer):
         self._loaded.no_truncation()
         self._loaded.no_padding()
         self._loaded.encode_special_tokens = True
-        self._content = {i: token for token, i in self._loaded.get_vocab(with_added_tokens=True).items()}
-        self.vocab_size = max(self._content, default=-1) + 1
+        self.tokens = {i: token for token, i in self._loaded.get_vocab(with_added_tokens=True).items()}
+        self.vocab_size = max(self.tokens, default=-1) + 1
         unknown = self.described["model"].get("unk_token")
         self.unknown = self._loaded.token_to_id(unknown) if unknown else self.described["model"].get("unk_id")
         added = self._loaded.get_added_tokens_decoder()
         self.special = {i for i, token in added.items() if token.special} - {self.unknown}
-        self._added = {i: token.content for i, token in added.items()}
+        self.added = {i: token.content for i, token in added.items()}
 
     @property
     def can_be_divided(self) -> bool:  # noqa: D102
         split = self.described.get("pre_tokenizer") or {}
         plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
-        return bool(plain) and self.described.get("normalizer") is None and set(self._added) <= self.special
+        return bool(plain) and self.described.get("normalizer") is None and set(self.added) <= self.special
 
     @property
     def end_token(self) -> str | None:
         """The end-of-text token."""
-        return None if self.end_of_text is None else self._content[self.end_of_text]
+        return None if self.end_of_text is None else self.tokens[self.end_of_text]
 
     def encode(self, text: str) -> NDArray[np.uint32]:  # noqa: D102
         text = replace_surrogates(text)
@@ -142,14 +146,14 @@ class JSONTokenizer(FileTokenizer):
         """The IDs of the characters of each special token."""
         model = self._loaded.model
         return {
-            i: [token.id for character in self._content[i] for token in model.tokenize(character)] for i in self.special
+            i: [token.id for character in self.tokens[i] for token in model.tokenize(character)] for i in self.special
         }
 
     @cached_property
     def bytes_of(self) -> list[bytes]:  # noqa: D102
         to_bytes = _byte_decoder(self.described.get("decoder"))
         return [
-            self._added[i].encode() if i in self._added else to_bytes(self._content.get(i, ""))
+            self.added[i].encode() if i in self.added else to_bytes(self.tokens.get(i, ""))
             for i in range(self.vocab_size)
         ]
 
@@ -245,12 +249,12 @@ def _described(folder: Path, described: dict[str, Any], end_of_text: str | None,
     record = {"name": "file", "json": json.dumps(described, ensure_ascii=False), "end_of_text": None}
     with _errors_of_library("{} cannot be read by the tokenizers library", named):
         tokenizer = JSONTokenizer(record)
-    ids = {token: i for i, token in tokenizer._content.items()}  # noqa: SLF001  (of this module)
+    ids = {token: i for i, token in tokenizer.tokens.items()}
     special = [token for token in END_TOKENS if ids.get(token) in tokenizer.special]
     stated = (_content(values.get("eos_token")) for values in settings.values())
     end = end_of_text or next((token for token in stated if token), special[0] if special else None)
     if tokenizer.special if end is None else ids.get(end) not in tokenizer.special:
-        known = ", ".join(repr(tokenizer._added[i]) for i in sorted(tokenizer.special)[:8])  # noqa: SLF001
+        known = ", ".join(repr(tokenizer.added[i]) for i in sorted(tokenizer.special)[:8])
         problem = f"{end!r} is not a special token of {named}" if end else f"{named} does not name an end-of-text token"
         raise UserError(f"tokenizer.end_of_text: {problem}. Its special tokens: {known or 'none'}.")
     return JSONTokenizer({**record, "end_of_text": ids[end] if end is not None else None})

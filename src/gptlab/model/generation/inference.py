@@ -8,6 +8,7 @@ Shapes: (..., in) and (..., out) are the input and the output of a linear layer.
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptlab.files import use_private_compile_cache
-from gptlab.model.generation.generate import Decoder, plain_decoder
+from gptlab.model.generation.generate import Decoder, NextLogits, plain_decoder
 from gptlab.model.generation.kv_cache import CachePosition, KVCache, cache_dtype
 from gptlab.model.gpt import GPT, MLP
 
@@ -24,7 +25,9 @@ MAX_INT8_ROWS = 32  # with more rows, converting an int8 weight once is cheaper 
 SPLIT_MIN_NUMEL = 2**22  # elements of an int8 weight from which SplitInt8Linear is faster than Int8Linear
 BUCKET = 256  # a compiled decoding step attends over a multiple of this number of slots
 BYTE_ZERO, HALF_RANGE = 128, 127 * 256  # zero point of a byte; half the range of two bytes, with room to round up
-BANDWIDTH_BYTES = 2**28  # larger than the caches of the processor
+BANDWIDTH_BYTES = 2**28  # larger than the caches of a CPU
+CUDA_BANDWIDTH_BYTES = 2**30  # larger than the caches of a GPU, and much longer than the launch of a kernel
+CUDA_WARM_UP = 3  # calls that are not timed
 BANDWIDTH_REPEATS = 7
 
 
@@ -153,9 +156,11 @@ def supports_split_int8(device: torch.device) -> bool:
 
 
 def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
-    """Builds a decoder of ``model``; if ``compiled``, with one graph for every ``BUCKET`` slots of the cache.
+    """Builds a decoder of ``model``, compiled if ``compiled``.
 
-    On a CPU, compiling packs the weights and freezes them into the graph, so they must not change afterwards.
+    On a CPU, there is one graph for every ``BUCKET`` slots of the cache, and compiling packs the weights and freezes
+    them into the graph, so they must not change afterwards. On a GPU, there is one graph, which attends over all slots,
+    so that every step is the replay of a CUDA graph.
     """
     if not compiled:
         return plain_decoder(model)
@@ -164,9 +169,27 @@ def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
         return model.next_logits(idx, cache, position)
 
     use_private_compile_cache()
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    options = {"freezing": True} if on_cpu else None
-    return Decoder(torch.compile(next_logits, dynamic=False, options=options), BUCKET)  # type: ignore[arg-type]
+    if next(model.parameters()).device.type == "cpu":
+        frozen = torch.compile(next_logits, dynamic=False, options={"freezing": True})
+        return Decoder(frozen, BUCKET)  # type: ignore[arg-type]
+    graph = torch.compile(next_logits, dynamic=False, mode="reduce-overhead")
+    return static_decoder(graph, model.config.block_size)  # type: ignore[arg-type]
+
+
+def static_decoder(graph: NextLogits, num_slots: int) -> Decoder:
+    """Returns a decoder whose steps have the same shapes, strides and cache, as the replay of a CUDA graph requires.
+
+    Args:
+        graph: Compiled ``GPT.next_logits``.
+        num_slots: Number of slots attended over.
+    """
+
+    def replay(idx: Tensor, cache: KVCache, position: CachePosition) -> Tensor:
+        cache.mark_static()
+        torch.compiler.cudagraph_mark_step_begin()  # the logits of the previous step are overwritten
+        return graph(idx.clone(memory_format=torch.contiguous_format), cache, position)
+
+    return Decoder(replay, num_slots)
 
 
 def bytes_per_token(model: GPT, rows: int, length: int) -> int:
@@ -191,20 +214,30 @@ def measure_memory_bandwidth(device: torch.device) -> float:
 
     Memory bandwidth bounds the speed at which a single text is generated.
     """
-    numbers = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    size = CUDA_BANDWIDTH_BYTES if device.type == "cuda" else BANDWIDTH_BYTES
+    numbers = torch.ones(size // 4, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        return size / statistics.median(cuda_seconds(numbers.sum, BANDWIDTH_REPEATS))
     seconds = []
     for _ in range(BANDWIDTH_REPEATS + 1):
-        _synchronize(device)
         start = time.perf_counter()
         numbers.sum()
-        _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return BANDWIDTH_BYTES / statistics.median(seconds[1:])
+    return size / statistics.median(seconds[1:])
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def cuda_seconds(function: Callable[[], object], calls: int) -> list[float]:
+    """Returns the seconds of several calls of a function on the current GPU, measured by CUDA events after a warm-up.
+
+    The calls are queued without waiting, so that the times do not include the host's, if the kernels are long.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(CUDA_WARM_UP + calls + 1)]
+    for event in events[:-1]:
+        event.record()
+        function()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(events)][CUDA_WARM_UP:]
 
 
 def _int8(linear: nn.Linear, *, split: bool) -> nn.Module:

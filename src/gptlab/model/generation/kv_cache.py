@@ -99,6 +99,16 @@ class KVCache:
         """Whether every block has written to the cache."""
         return all(layer.keys is not None for layer in self.layers)
 
+    def mark_static(self) -> None:
+        """Marks the keys and values as tensors that stay at their address, without which CUDA graphs cannot write them.
+
+        A compiled function records its CUDA graph again for another cache.
+        """
+        for layer in self.layers:
+            for part in (layer.keys, layer.values):
+                if part is not None:
+                    torch._dynamo.mark_static_address(part)  # noqa: SLF001  (no public function)
+
     def repeat_rows(self, times: int) -> "KVCache":
         """Returns a cache in which every row is repeated ``times`` times, consecutively."""
         other = KVCache(0, 0)

@@ -48,7 +48,8 @@ class StepSync(L.Callback):
         assert isinstance(pl_module, GPTModule)  # noqa: S101
         stop = torch.full((), float(self.stop_requested), device=pl_module.device)  # filled on device: no blocking copy
         loss = pl_module.step_loss / trainer.accumulate_grad_batches
-        sums = self._agreement.add(torch.stack([stop, loss, pl_module.bad_step]))
+        bad = pl_module.bad_step.to(stop.device)  # on the CPU if FSDP offloads the gradients
+        sums = self._agreement.add(torch.stack([stop, loss, bad]))
         self._take(sums)
         self._step, self._world_size = trainer.global_step, trainer.world_size
 

@@ -12,9 +12,11 @@ from typing import Any, Self
 
 import lightning as L
 
+from gptlab.data.batches import Batch
 from gptlab.terminal import printable
 
 CHECKS = 10  # per timeout
+COMPILING = 12  # timeouts of 600 seconds are two hours; max-autotune can take more than one
 HUNG_STATUS = 124  # exit code of a hung process, as for timeout(1)
 STDERR = 2  # the file descriptor, which a redirected ``sys.stderr`` does not affect
 
@@ -31,6 +33,9 @@ class Watchdog(L.Callback):
     A thread that never releases the GIL also blocks the watchdog's thread. Therefore faulthandler, which does not need
     the GIL, is scheduled to end the process somewhat later (with exit code 1), and is rescheduled at every check.
 
+    On a GPU or with torch.compile, the timeout of the first step and of the first validation batch is ``COMPILING``
+    times as long, and again that of the first batch of each other shape, because kernels are compiled in them.
+
     Args:
         trainer: The trainer to watch.
         timeout: Seconds without progress.
@@ -45,16 +50,49 @@ class Watchdog(L.Callback):
         self.folder = folder
         self.listeners: list[Callable[[str], None]] = []
         self._ended = threading.Event()
+        self._limit = timeout
+        self._compiled: set[tuple[str, tuple[int, ...]]] = set()  # stages and shapes of completed batches
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         trainer.callbacks.append(self)  # type: ignore[attr-defined]
 
     def record_progress(self, *_: Any, **__: Any) -> None:
         """Restarts the timeout."""
-        self._last_progress = time.monotonic()
+        self._last_progress, self._limit = time.monotonic(), self.timeout
 
-    setup = on_fit_start = on_train_start = on_train_batch_start = on_train_batch_end = on_train_end = record_progress
-    on_validation_start = on_validation_batch_start = on_validation_batch_end = on_validation_end = record_progress
+    setup = on_fit_start = on_train_start = on_train_end = record_progress
+    on_validation_start = on_validation_end = record_progress
     on_save_checkpoint = on_load_checkpoint = on_exception = teardown = record_progress
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any) -> None:
+        """Restarts the timeout, which is longer until a step of this shape is complete."""
+        self._start_batch(pl_module, "train", batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Restarts the timeout."""
+        self.record_progress()
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._compiled.add(("train", tuple(batch.idx.shape)))
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, *_: Any
+    ) -> None:
+        """Restarts the timeout, which is longer for the first batch of this shape."""
+        self._start_batch(pl_module, "val", batch)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, *_: Any
+    ) -> None:
+        """Restarts the timeout."""
+        self.record_progress()
+        self._compiled.add(("val", tuple(batch.idx.shape)))
+
+    def _start_batch(self, module: L.LightningModule, stage: str, batch: Batch) -> None:
+        self.record_progress()
+        compiles = module.device.type == "cuda" or getattr(module, "compile_target", False)
+        if compiles and (stage, tuple(batch.idx.shape)) not in self._compiled:
+            self._limit = COMPILING * self.timeout
 
     def __enter__(self) -> Self:
         self.record_progress()
@@ -68,12 +106,12 @@ class Watchdog(L.Callback):
         faulthandler.cancel_dump_traceback_later()
 
     def _reschedule_faulthandler(self) -> None:
-        faulthandler.dump_traceback_later(1.5 * self.timeout, exit=True, file=STDERR)
+        faulthandler.dump_traceback_later(1.5 * self._limit, exit=True, file=STDERR)
 
     def _watch(self) -> None:
         while True:
             self._reschedule_faulthandler()
-            left = self._last_progress + self.timeout - time.monotonic()
+            left = self._last_progress + self._limit - time.monotonic()
             if left <= 0:
                 self._end_process()
             if self._ended.wait(min(left, self.timeout / CHECKS)):
@@ -91,7 +129,7 @@ class Watchdog(L.Callback):
                 faulthandler.dump_traceback(file)
             where = f"in {self.folder / f'rank_{rank}.txt'}"
         message = (
-            f"gptlab: rank {rank} made no progress for {self.timeout:g} seconds (trainer.hang_timeout) and is "
+            f"gptlab: rank {rank} made no progress for {self._limit:g} seconds (trainer.hang_timeout) and is "
             f"terminated. The stack traces of its threads are {where}\n"
         )
         os.write(STDERR, printable(message).encode())  # no logging: the thread that hangs may hold its lock

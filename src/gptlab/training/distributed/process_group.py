@@ -2,7 +2,8 @@
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,10 +12,12 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from torch.distributed.distributed_c10d import default_pg_timeout
+from lightning.pytorch.accelerators import Accelerator, CUDAAccelerator
+from torch.distributed.distributed_c10d import _abort_process_group, default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from gptlab.errors import UserError
+from gptlab.errors import Diverged, UserError
+from gptlab.training.devices import sees_one_gpu
 from gptlab.training.distributed.processes import (
     RENDEZVOUS,
     global_rank,
@@ -69,6 +72,30 @@ class SrunEnvironment(SLURMEnvironment):
         """Also accepts ``srun --ntasks``, for which Lightning's constructor raises (read in lightning 2.6.6)."""
 
 
+class OneGPU(CUDAAccelerator):
+    """Lightning's accelerator in a task that sees only its own GPU, whose index is then 0 on every rank.
+
+    Lightning's own uses the index ``local_rank``, and requires that each process sees all GPUs of the run.
+    """
+
+    device = torch.device("cuda", 0)
+
+    @staticmethod
+    def parse_devices(devices: int | str | list[int]) -> list[int]:
+        """Returns the local ranks of ``devices`` processes."""
+        return list(range(int(devices)))  # type: ignore[arg-type]  # a number: see ``Hardware.devices``
+
+    @staticmethod
+    def get_parallel_devices(devices: list[int]) -> list[torch.device]:
+        """Returns the device of each local rank, as that rank sees it."""
+        return [OneGPU.device for _ in devices]
+
+
+def accelerator_for(hardware: Hardware) -> Accelerator | str:
+    """Returns the accelerator for Lightning's Trainer."""
+    return OneGPU() if hardware.accelerator == "cuda" and sees_one_gpu() else hardware.accelerator
+
+
 def join_group(hardware: Hardware) -> None:
     """Joins the process group of the run, which Lightning then uses. Does nothing in a run with a single process.
 
@@ -89,7 +116,7 @@ def join_group(hardware: Hardware) -> None:
         store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
     device = None
     if hardware.accelerator == "cuda":
-        device = torch.device("cuda", cluster_environment().local_rank())
+        device = OneGPU.device if sees_one_gpu() else torch.device("cuda", cluster_environment().local_rank())
         torch.cuda.set_device(device)
         atexit.register(_leave_group)  # NCCL requires it
     dist.init_process_group(
@@ -117,6 +144,24 @@ def run_on_first_rank(make: Callable[[], T]) -> T:
     if isinstance(made[0], UserError):
         raise made[0]
     return made[0]  # type: ignore[return-value]  # the result of make, which may be None
+
+
+@contextmanager
+def abort_group_on_error() -> Iterator[None]:
+    """Aborts the collectives of this process after an error, if it trains on a GPU with others.
+
+    ``destroy_process_group`` would wait for the other ranks, which wait for this one in a collective until their
+    timeout. torch has no public function that aborts all groups, those of FSDP's meshes included, as NCCL requires: in
+    one NCCL group (read in torch 2.13). All ranks diverge at the same step, so nothing is aborted then.
+    """
+    try:
+        yield
+    except Diverged:
+        raise
+    except BaseException:
+        if dist.is_initialized() and torch.cuda.is_initialized():
+            _abort_process_group()
+        raise
 
 
 def _leave_group() -> None:

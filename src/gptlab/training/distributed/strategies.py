@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any, Literal
 
 import lightning as L
@@ -51,7 +52,11 @@ def compile_in_place(model: GPT, target: Literal["whole", "blocks"], mode: str, 
     use_private_compile_cache()
     options: dict[str, Any] = {"mode": mode}
     if shapes > 1:
-        options |= {"dynamic": False, "recompile_limit": RECOMPILES * shapes}
+        options["dynamic"] = False
+        if "recompile_limit" in signature(torch.compile).parameters:  # since torch 2.13
+            options["recompile_limit"] = RECOMPILES * shapes
+        else:
+            torch._dynamo.config.recompile_limit = RECOMPILES * shapes  # noqa: SLF001  (read in torch 2.11)
     if target == "blocks":
         for block in model.blocks:
             block.compile(**options)
