@@ -65,6 +65,9 @@ runs() {
   t gpu16 "${G[@]}"
   t ddp trainer=ddp trainer.devices=1 "${F32[@]}"
   t fsdp trainer=fsdp trainer.devices=1 "${F32[@]}"
+  t ddp16 trainer=ddp trainer.devices=1 trainer.precision=bf16-mixed train.compile=false train.micro_batch_size=4
+  t fsdp16 trainer=fsdp trainer.devices=1 trainer.precision=bf16-mixed train.compile=false train.micro_batch_size=4
+  t tf32 "${G[@]}" "${F32[@]}" trainer.float32_matmul=tf32 train.compile=false
   t offload trainer=fsdp trainer.devices=1 trainer.cpu_offload=true "${F32[@]}" train.compile=false
   t masked "${G[@]}" "${F32[@]}" data.documents=masked
   t maskedcpu trainer=cpu "${F32[@]}" data.documents=masked train.compile=false

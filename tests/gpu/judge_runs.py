@@ -25,6 +25,8 @@ COMPARED = {  # runs whose losses are compared with those of another run, and th
     "ddp": ("gpu32", 2e-3),
     "accumulated": ("gpu32", 2e-3),
     "fsdp": ("gpu32", 2e-3),
+    "fsdp16": ("ddp16", 5e-3),
+    "tf32": ("gpu32", 1e-2),
     "offload": ("gpu32", 2e-3),
     "muon": ("muoncpu", 1e-2),
     "muonfsdp": ("muon", 2e-3),

@@ -1,5 +1,6 @@
 """Trains a tiny model in two processes with every strategy, and prints what was communicated. Run by torchrun."""
 
+import gc
 import json
 import sys
 from collections import Counter
@@ -7,10 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
@@ -29,6 +34,9 @@ from gptlab.training.config import (
 from gptlab.training.distributed.strategies import build_strategy, gathered_weights
 from gptlab.training.hardware import Hardware
 from gptlab.training.module import GPTModule
+from gptlab.training.optim import muon
+from gptlab.training.optim.muon import StackedMuon, orthogonalize
+from gptlab.training.optim.optimizers import build_optimizer
 
 STEPS, MICRO_BATCHES = 2, 3
 ADAMW = AdamWConfig(name="adamw", lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused="auto")
@@ -62,7 +70,9 @@ class Descent(torch.optim.Optimizer):
 
 def main() -> None:
     """Prints the results as JSON, from rank 0."""
-    found = {name: train(name) for name in ("ddp", "fsdp", "fsdp_tp")}
+    found = {name: train(name) | mixed_precision(name) for name in ("ddp", "fsdp", "fsdp_tp")}
+    found["buckets"] = many_buckets()
+    found["muon"] = {layout: divided_muon(layout) for layout in ("replicated", "sharded")}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
@@ -83,6 +93,7 @@ def train(strategy: str) -> dict[str, Any]:
         "reduced": trainer.callbacks[0].buckets or event_counts(training)["c10d::_reduce_scatter_base_"],
         "gathered": event_counts(sampling)["c10d::_allgather_base_"],
         "held": held_fraction(module.model),
+        "syncs_buffers": trainer.callbacks[0].syncs_buffers,
         "alike": is_identical(local_tensor(module.model.ln_f.weight)),
         "split": tensor_parallel_error(module) if parts > 1 else None,
         "kept": {name: keeps_weights(strategy, parts, config) for name, config in optimizers(strategy).items()},
@@ -115,13 +126,112 @@ def keeps_weights(strategy: str, parts: int, optimizer: OptimizerConfig) -> bool
     return trainer.global_step == STEPS and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def many_buckets() -> dict[str, Any]:
+    """Trains with DDP and small buckets; returns their number, and the losses with those of a plain loop."""
+    recorded = Losses()
+    trainer, module = build("ddp", 1, ADAMW, recorded, dropout=0.0)
+    trainer.strategy._ddp_kwargs["bucket_cap_mb"] = 2**-7  # 8 KiB
+    plain = GPT(tiny_config())
+    plain.load_state_dict(module.model.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    numbers = torch.randint(61, (STEPS * MICRO_BATCHES, 2, 2, 2, 16), generator=generator)  # (micro-batch, rank, ...)
+    batches = [Batch(*micro[dist.get_rank()], None) for micro in numbers]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    optimizer, losses = build_optimizer(plain, ADAMW, fused=False), []
+    for number, micro in enumerate(numbers, start=1):
+        both = [plain.loss(idx, targets, None, None) for idx, targets in micro]
+        (sum(both) / (2 * MICRO_BATCHES)).backward()
+        losses.append(both[dist.get_rank()].item())
+        if number % MICRO_BATCHES == 0:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"reduced": trainer.callbacks[0].buckets, "losses": recorded.losses, "plain": losses}
+
+
+def divided_muon(layout: str) -> dict[str, Any]:
+    """Performs steps of Muon on matrices of three shapes; compares them with torch's Muon in this process."""
+    shapes = [(12, 4), (4, 16), (12, 4), (5, 3), (12, 4)]  # rows and stacks that two ranks do not divide
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mesh, worked = init_device_mesh("cpu", (2,)), []
+
+    def placed(tensor: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(tensor, mesh, [Shard(0)]) if layout == "sharded" else tensor.clone()
+
+    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        worked.append(x.size(0))
+        return orthogonalize(x, *args)
+
+    ours, theirs = ([nn.Parameter(function(w)) for w in weights] for function in (placed, torch.clone))
+    options = {"lr": 0.05, "weight_decay": 0.3}
+    stacked = StackedMuon([{"params": ours}], ns_dtype="float64", cautious=False, **options)
+    reference = torch.optim.Muon(theirs, **options)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonalize", counted)
+        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # the only dtype of torch's Muon
+        for _ in range(STEPS):
+            for our, their, shape in zip(ours, theirs, shapes, strict=True):
+                their.grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+                our.grad = placed(their.grad)
+            stacked.step()
+            reference.step()
+    whole = [our.full_tensor() if layout == "sharded" else our for our in ours]
+    return {
+        "error": max((a - b).abs().max().item() for a, b in zip(whole, theirs, strict=True)),
+        "alike": all(is_identical(weight) for weight in whole),
+        "orthogonalized": sum(worked),
+        "gathers": event_counts(profiled)["_c10d_functional::all_gather_into_tensor"],
+    }
+
+
+class Losses(L.Callback):
+    """Records the loss of every micro-batch, and the bytes that the first one leaves behind: gradients and a loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.held = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.losses:
+            self.held = -held_bytes()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        if not self.losses:
+            self.held += held_bytes() - pl_module.step_loss.nbytes
+        self.losses.append(outputs["loss"].item())
+
+
+def mixed_precision(strategy: str) -> dict[str, Any]:
+    """Trains in mixed precision; returns the losses and the bytes of accumulated gradients."""
+    recorded = Losses()
+    trainer, module = build(strategy, 2 if strategy == "fsdp_tp" else 1, ADAMW, recorded, precision="bf16-mixed")
+    generator = torch.Generator().manual_seed(1)
+    batches = [Batch(*torch.randint(61, (2, 2, 16), generator=generator), None) for _ in range(STEPS * MICRO_BATCHES)]
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return {"mixed": recorded.losses, "accumulated": recorded.held}
+
+
+def held_bytes() -> int:
+    """Returns the bytes of all tensors of this process, each storage counted once."""
+    gc.collect()
+    storages = {}
+    for tensor in [part for part in gc.get_objects() if isinstance(part, torch.Tensor)]:
+        for part in (tensor, tensor.grad if tensor.is_leaf else None):
+            if part is not None and part.device.type == "cpu":
+                storage = local_tensor(part).untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 class Buckets(L.Callback):
     """Counts the buckets of gradients that DDP reduces."""
 
-    buckets = 0
+    buckets, syncs_buffers = 0, False
 
     def on_train_start(self, trainer, pl_module):
         if isinstance(trainer.strategy, DDPStrategy):
+            self.syncs_buffers = trainer.strategy.model.will_sync_module_buffers()
             trainer.strategy.model.register_comm_hook(None, self._reduce)
 
     def _reduce(self, _, bucket):
@@ -130,14 +240,19 @@ class Buckets(L.Callback):
 
 
 def build(
-    strategy: str, parts: int, optimizer: OptimizerConfig = ADAMW, *callbacks: L.Callback
+    strategy: str,
+    parts: int,
+    optimizer: OptimizerConfig = ADAMW,
+    *callbacks: L.Callback,
+    precision: Any = "32-true",
+    dropout: float = 0.1,
 ) -> tuple[L.Trainer, GPTModule]:
-    """Returns a trainer and a module with dropout."""
-    named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": "32-true"}
+    """Returns a trainer and a module."""
+    named = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "tensor_parallel": parts, "precision": precision}
     config = TrainerConfig(**defaults("trainer/auto.yaml") | named)
-    hardware = Hardware("cpu", "", 2, 1, "32-true", compile=False)
+    hardware = Hardware("cpu", "", 2, 1, precision, compile=False)
     torch.manual_seed(0)
-    model = tiny_config(dropout=0.1)
+    model = tiny_config(dropout=dropout)
     schedule = ConstantConfig(name="constant", warmup_steps=0)
     train = SimpleNamespace(grad_clip=1.0, ema_decay=None, compile_mode="default", loss_chunk=None)
     run = SimpleNamespace(
@@ -148,6 +263,7 @@ def build(
         accelerator="cpu",
         devices=2,
         strategy=build_strategy(config, BatchPlan(2 // parts, 2, MICRO_BATCHES), hardware, sharded_checkpoints=False),
+        precision=precision,
         max_steps=STEPS,
         accumulate_grad_batches=MICRO_BATCHES,
         callbacks=[Buckets(), *callbacks],

@@ -29,9 +29,9 @@ def test_ddp_sends_every_gradient_almost_twice():
     assert network_traffic(GPT2, ParallelLayout("ddp", 8), "bf16-mixed", 12) == 2 * 7 / 8 * 4 * N
 
 
-def test_fsdp_gathers_bfloat16_per_micro_batch_and_reduces_float32_once():
+def test_fsdp_gathers_blocks_in_bfloat16_per_micro_batch_and_reduces_float32_once():
     # 480 sequences on 8 devices with a micro-batch size of 12: 5 micro-batches
-    gathered = 5 * (2 * BLOCKS + (N - BLOCKS)) * 2
+    gathered = 5 * (2 * BLOCKS * 2 + (N - BLOCKS) * 4)
     assert network_traffic(GPT2, ParallelLayout("fsdp", 8), "bf16-mixed", 12) == pytest.approx(
         7 / 8 * (4 * N + gathered), rel=1e-12
     )
@@ -41,6 +41,14 @@ def test_tensor_parallelism_adds_the_traffic_of_activations():
     # 2 devices per block: 1 group, so no other traffic; 40 micro-batches of 12
     tensor = 12 * 1024 * 768 * 2
     assert network_traffic(GPT2, ParallelLayout("fsdp_tp", 2, 2), "bf16-mixed", 12) == 40 * 12 * tensor / 2 * 14
+
+
+def test_muon_sends_the_updates_or_shards_of_the_matrices_in_bfloat16():
+    muon = resolved("experiment=gpt2_openwebtext", "optimizer=muon").with_vocabulary(50257)
+    matrices = 12 * 12 * 768**2
+    for strategy, shared in (("ddp", 2 * matrices), ("fsdp", 2 * 2 * matrices / 8)):
+        without, found = (network_traffic(c, ParallelLayout(strategy, 8), "bf16-mixed", 12) for c in (GPT2, muon))
+        assert found - without == pytest.approx(7 / 8 * shared, rel=1e-9)
 
 
 def test_lora_sends_only_the_gradients_of_the_added_matrices():

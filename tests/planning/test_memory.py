@@ -5,7 +5,7 @@ import torch
 
 from configs import resolved
 from gptlab.model.config import parameter_count
-from gptlab.planning.memory import ParallelLayout, estimate_memory, largest_micro_batch
+from gptlab.planning.memory import MemoryEstimate, ParallelLayout, estimate_memory, largest_micro_batch
 from gptlab.planning.plans import make_plan, plan_hardware
 from gptlab.training import hardware
 from gptlab.training.devices import choose_devices
@@ -37,10 +37,25 @@ def test_weights_gradients_and_optimizer_state():
     assert estimate_memory(GPT2, plan_hardware(GPT2, []), ParallelLayout("ddp", 8), 12, None).libraries > 0
     sharded = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 8), 12, CHUNK)
     assert (sharded.weights, sharded.moments) == (4 * N / 8, N)
+    assert sharded.gradients == 4 * N  # of five micro-batches, which FSDP accumulates whole
+    once = estimate_memory(GPT2, H100, ParallelLayout("fsdp", 40), 12, CHUNK)
+    assert once.gradients == 4 * 50304 * 768  # of the embedding, which FSDP reduces last; the others are sharded
     muon = resolved("experiment=gpt2_openwebtext", "optimizer=muon", "train.ema_decay=0.99").with_vocabulary(50257)
     assert estimate_memory(muon, H100, ParallelLayout("ddp", 8), 12, None).moments == 4 * (3 * N - 12 * 12 * 768**2)
     pure = H100._replace(precision="bf16-true")
     assert estimate_memory(GPT2, pure, ParallelLayout("ddp", 8), 12, None).weights == 2 * N
+
+
+def test_options_of_fsdp_change_what_a_device_holds():
+    spread, blocks = ParallelLayout("fsdp", 8), N - (50304 + 1024 + 1) * 768  # bfloat16, gathered by the device
+
+    def estimate(*overrides: str) -> MemoryEstimate:
+        config = resolved("experiment=gpt2_openwebtext", "trainer=fsdp", *overrides).with_vocabulary(50257)
+        return estimate_memory(config, H100, spread, 12, CHUNK)
+
+    assert estimate("trainer.reshard_after_forward=false").copies - estimate().copies == 2 * blocks * 10 / 12
+    offloaded = estimate("trainer.cpu_offload=true")
+    assert (offloaded.weights, offloaded.moments, offloaded.gradients) == (0, 0, 4 * N)
 
 
 def test_lora_has_gradients_and_optimizer_state_of_the_added_matrices_alone():

@@ -2,15 +2,16 @@
 
 import logging
 
-from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor import _collective_utils, _redistribute
 
 from gptlab.tracking.logs import ConsoleHandler, log_to_console, quiet_lightning
 
 
 def test_quiet_lightning_silences_torchs_warnings_about_meshes():
     quiet_lightning()
-    assert not _redistribute.logger.isEnabledFor(logging.WARNING)
-    assert _redistribute.logger.isEnabledFor(logging.ERROR)
+    for module in (_redistribute, _collective_utils):
+        assert not module.logger.isEnabledFor(logging.WARNING)
+        assert module.logger.isEnabledFor(logging.ERROR)
 
 
 def test_messages_are_not_printed_twice_if_hydra_logs_to_the_console(monkeypatch):

@@ -1,9 +1,12 @@
 """Choice of devices, precision and compilation; peak FLOP/s and peak memory."""
 
+import itertools
 import os
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,14 +102,96 @@ def test_torchrun_and_slurm_set_the_number_of_devices_and_nodes(monkeypatch, var
     ("name", "precision", "peak"),
     [
         ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),
-        ("NVIDIA A100-SXM4-80GB", "32-true", None),  # unknown whether TF32 is used
+        ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
+        ("NVIDIA A100-SXM4-80GB", "32-true", None),
+        ("NVIDIA GH200 480GB", "bf16-mixed", 989.4e12),
+        ("NVIDIA RTX 6000 Ada Generation", "bf16-mixed", 364.2e12),
+        ("Tesla T4", "16-mixed", 65e12),
+        ("Tesla T4", "bf16-mixed", None),  # which it does not have
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16-mixed", None),
         ("NVIDIA RTX A1000", "bf16-mixed", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
-def test_peak_flops_are_known_only_for_full_names_in_bfloat16(name, precision, peak):
+def test_peak_flops_are_known_only_for_full_names_in_16_bits(name, precision, peak):
     assert Hardware("cuda", name, 1, 1, precision, compile=False).peak_flops() == peak
+
+
+LISTED = """\
+GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-aa00)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-ab11)
+  MIG 3g.20gb     Device  0: (UUID: MIG-c000)
+  MIG 1g.5gb      Device  1: (UUID: MIG-c111)
+GPU 2: Tesla T4 (UUID: GPU-bb22)
+"""
+H100, FIRST, SECOND, T4 = (
+    "NVIDIA H100 80GB HBM3",
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+    "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+    "Tesla T4",
+)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, (H100, FIRST, T4)),
+        ("", ()),
+        ("-1", ()),
+        ("2,0", (T4, H100)),
+        ("0, 7,2", (H100,)),  # the list ends at an invalid entry
+        ("2,-1,0", (T4,)),
+        ("0,0", ()),
+        ("GPU-b,GPU-aa00", (T4, H100)),
+        ("GPU-a", ()),  # ambiguous
+        ("NoDevFiles", ()),
+        ("MIG-c111", (SECOND,)),
+        ("1", (FIRST,)),
+    ],
+)
+def test_a_plan_is_for_the_gpus_that_cuda_visible_devices_permits(visible, expected, monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n[ $1 = -L ] && cat <<'E'\n{LISTED}E\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    hardware.installed_gpus.cache_clear()
+    try:
+        assert hardware.list_gpus() == expected
+        if visible is not None and "-" not in visible and "NoDev" not in visible:  # NVML, which torch asks, has no GPU
+            indices = itertools.takewhile(lambda index: index < 3, torch.cuda._parse_visible_devices())
+            assert expected == tuple((H100, FIRST, T4)[index] for index in indices)
+        if not expected:
+            with pytest.raises(UserError, match=f"no GPU .*CUDA_VISIBLE_DEVICES={visible}"):
+                hardware.local_hardware(TrainerConfig(**AUTO | {"accelerator": "gpu"}), TRAIN, MODEL)
+        else:
+            planned = hardware.local_hardware(TrainerConfig(**AUTO), TRAIN, MODEL)
+            assert (planned.name, planned.devices) == (expected[0], len(expected))
+            assert planned.precision == ("32-true" if expected[0] == T4 else "bf16-mixed")
+    finally:
+        hardware.installed_gpus.cache_clear()
+
+
+def test_tf32_is_used_only_if_configured_and_needs_a_gpu(gpus):
+    wanted = TrainerConfig(**AUTO | {"precision": "32-true", "float32_matmul": "tf32"})
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        for trainer, allowed in ((wanted, True), (TrainerConfig(**AUTO), False)):
+            devices.prepare_kernels(choose_devices(trainer, TRAIN, MODEL))
+            assert torch.backends.cuda.matmul.allow_tf32 == allowed
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")  # Lightning asks it
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    with pytest.raises(UserError, match=r"float32_matmul=tf32 needs an NVIDIA GPU"):
+        choose_devices(wanted.model_copy(update={"accelerator": "cpu"}), TRAIN, MODEL)
+
+
+def test_the_docs_list_the_gpus_of_the_table():
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text().partition("data sheets: ")[2].partition(". ")[0]
+    assert re.findall("`(.*?)`", text) == list(GPUS)
 
 
 def test_peak_flops_of_a_cpu_are_unknown():

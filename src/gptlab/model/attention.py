@@ -23,9 +23,6 @@ RotaryTables = tuple[Tensor, Tensor]  # cosines and sines (B or 1, 1, T, hs / 2)
 class AttentionContext:
     """Positions, masks, rotary tables and KV cache of one forward pass, shared by the attention of all blocks.
 
-    This is a plain class because FSDP casts floating-point tensors in the tuples and dataclasses that a block receives,
-    and the rotary tables must keep their precision.
-
     Args:
         positions: Position (B or 1, T) of every token in its document, counted from 0.
         mask: Mask of the blocks that attend to all earlier tokens.

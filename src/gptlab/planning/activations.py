@@ -225,8 +225,14 @@ def weight_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
         for inner, outer, name in ((*LINEAR_WIDTHS[name], name) for name in needed if not needed[name]):
             blocks -= inner * outer * config.n_embd**2
             blocks -= inner * config.n_embd * forward.lora.rank if name in forward.lora.targets else 0
-    head = config.padded_vocab_size * config.n_embd if chunk is None or chunk >= forward.tokens else 0
-    return (blocks + head) * sizes.matmul
+    return blocks * sizes.matmul + head_copy_bytes(forward, chunk)
+
+
+def head_copy_bytes(forward: ForwardPass, chunk: int | None) -> int:
+    """Returns the number of bytes of autocast's copy of the head; arguments as in ``weight_copy_bytes``."""
+    config, sizes = forward.config, forward.sizes
+    is_copied = sizes.weight != sizes.matmul and (chunk is None or chunk >= forward.tokens)
+    return is_copied * config.padded_vocab_size * config.n_embd * sizes.matmul
 
 
 def _norm(forward: ForwardPass) -> int:

@@ -7,6 +7,7 @@ from gptlab.model.config import flops_per_token, forward_flops_per_token
 from gptlab.planning.activations import DTYPE_SIZES
 from gptlab.planning.calibration import Measurement
 from gptlab.planning.memory import ParallelLayout, count_shares, optimizer_state_size
+from gptlab.training.config import MuonConfig
 from gptlab.training.hardware import Hardware
 
 
@@ -151,10 +152,10 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
     """Returns the number of bytes that a device sends per step.
 
     Gradients of trained parameters are reduced once per step, also with gradient accumulation, and in the dtype of the
-    weights. With ring
-    algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor, an all-gather or a
-    reduce-scatter (n - 1) / n. FSDP gathers every block for the forward pass and, with ``reshard_after_forward``, again
-    for the backward pass (Zhao et al. 2023, section 3).
+    weights. With ring algorithms (Patarasuk and Yuan 2009), an all-reduce sends 2 (n - 1) / n of the bytes of a tensor,
+    an all-gather or a reduce-scatter (n - 1) / n. FSDP gathers every block in the dtype of the matmuls for the forward
+    pass and, with ``reshard_after_forward``, again for the backward pass (Zhao et al. 2023, section 3), and the
+    remaining parameters in the dtype of the weights.
 
     Args:
         config: Configuration with the vocabulary size.
@@ -168,15 +169,28 @@ def network_traffic(config: RunConfig, spread: ParallelLayout, precision: str, m
         return 0.0
     parts = count_shares(config.model, spread.split, config.lora)
     gradients = parts.trained * sizes.weight
+    updates = _muon_traffic(config, spread, parts.matrices * spread.split)
     if spread.strategy == "ddp":
-        return 2 * ring * gradients
+        return 2 * ring * gradients + updates
     accumulation = max(1, config.train.global_batch_size // (micro_batch * n))
     times = 2 if config.trainer.reshard_after_forward else 1
-    gathered = (times * parts.blocks + parts.rest) * sizes.matmul
+    gathered = times * parts.blocks * sizes.matmul + parts.rest * sizes.weight
     tensor_parallel = 0.0
     if spread.split > 1:
         tensor_parallel = _tensor_parallel_traffic(config, spread, sizes.matmul, micro_batch)
-    return ring * gradients + accumulation * (ring * gathered + tensor_parallel)
+    return ring * gradients + accumulation * (ring * gathered + tensor_parallel) + updates
+
+
+def _muon_traffic(config: RunConfig, spread: ParallelLayout, matrices: int) -> float:
+    """Returns the number of bytes that a device sends per step to divide the orthogonalization of Muon.
+
+    With DDP, the updates are gathered. With FSDP, an all-to-all sends the shards of the directions to the device that
+    orthogonalizes a matrix, and another sends back those of the updates. With tensor parallelism, both are gathered.
+    """
+    if not isinstance(config.optimizer, MuonConfig):
+        return 0.0
+    sent = (spread.devices - 1) / spread.devices * matrices * (2 if config.optimizer.ns_dtype == "bfloat16" else 4)
+    return {"ddp": sent, "fsdp": 2 * sent / spread.devices, "fsdp_tp": 2 * sent}[spread.strategy]
 
 
 def _tensor_parallel_traffic(config: RunConfig, spread: ParallelLayout, size: int, micro_batch: int) -> float:

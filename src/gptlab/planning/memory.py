@@ -19,6 +19,7 @@ from gptlab.planning.activations import (
     block_bytes,
     block_kinds,
     head_bytes,
+    head_copy_bytes,
     weight_copy_bytes,
 )
 from gptlab.training.config import ComponentOptimizerConfig, MuonConfig
@@ -197,8 +198,9 @@ def _moments(
     """Returns the memory at each moment that can be the peak."""
     parts = count_shares(config.model, spread.split, config.lora)
     size, divided = forward.sizes.weight, spread.copies if spread.is_sharded else 1
-    weights, trained_bytes = parts.all * size / divided, parts.trained * size / divided
-    state = optimizer_state_size(config, parts) * size / divided
+    on_device = not (spread.is_sharded and config.trainer.cpu_offload and forward.on_gpu)  # shards, also of gradients
+    weights, trained_bytes = (on_device * count * size / divided for count in (parts.all, parts.trained))
+    state = on_device * optimizer_state_size(config, parts) * size / divided
     backbone, head = backbone_bytes(forward), head_bytes(forward, chunk)
     last_block = backbone + (block_bytes(forward, 0) if config.model.activation_checkpointing else 0)
     always = {
@@ -207,14 +209,19 @@ def _moments(
         "moments": state,
         "holes": 0.0 if forward.on_gpu else _fragmentation(forward),
     }
-    copies = _copies(spread, forward, parts, chunk)
+    copies = _copies(config, spread, forward, parts, chunk)
     forward_logits, backward_logits = _logits(forward, chunk)
     checkpoint_copy = weights + state if _copies_checkpoints(config) else 0.0
-    # gradients persist during gradient accumulation, and in DDP's buckets
-    persistent = trained_bytes if spread.strategy == "ddp" or _accumulates(config, spread, forward) else 0.0
-    with_head = max(
-        persistent, 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size / divided
-    )
+    # gradients persist during gradient accumulation, for which FSDP keeps them whole, and in DDP's buckets
+    accumulates = config.train.global_batch_size > forward.batch * spread.copies
+    accumulated = parts.trained * size if accumulates else 0
+    earlier = max(accumulated, trained_bytes)  # of the previous micro-batch, or of the previous step
+    persistent = trained_bytes if spread.strategy == "ddp" else accumulated
+    embedding = 0 if config.lora else config.model.padded_vocab_size * config.model.n_embd * size
+    with_head = max(persistent, embedding)  # FSDP reduces it at the end of the backward pass
+    block_buffers = _block_gradients(forward)
+    if spread.is_sharded:  # the block's gradients, and their copy in the dtype of the reduction
+        block_buffers += parts.blocks / config.model.n_layer * (forward.sizes.matmul + forward.sizes.weight)
 
     def at(
         moment: str, gradients: float, copies: float, activations: float, logits: float, buffers: float
@@ -223,11 +230,11 @@ def _moments(
         return MemoryEstimate(**always, **numbers, buffers=buffers + checkpoint_copy, moment=moment)
 
     return [
-        at("after the logits are computed", trained_bytes, copies, backbone + head, forward_logits, 0.0),
-        at("in the forward pass of the last block", trained_bytes, copies, last_block, 0.0, 0.0),
+        at("after the logits are computed", earlier, copies, backbone + head, forward_logits, 0.0),
+        at("in the forward pass of the last block", earlier, copies, last_block, 0.0, 0.0),
         at("at the start of the backward pass", with_head, copies, backbone + head, backward_logits, 0.0),
-        at("in the backward pass of the last block", with_head, copies, last_block, 0.0, _block_gradients(forward)),
-        at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, forward, parts)),
+        at("in the backward pass of the last block", with_head, copies, last_block, 0.0, block_buffers),
+        at("in the optimizer step", trained_bytes, 0.0, 0.0, 0.0, _optimizer_buffers(config, spread, forward, parts)),
     ]
 
 
@@ -281,17 +288,16 @@ def optimizer_state_size(config: RunConfig, parts: ParameterShares) -> int:
     return averages + 2 * parts.trained - (parts.matrices if isinstance(config.optimizer, MuonConfig) else 0)
 
 
-def _copies(spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None) -> float:
+def _copies(
+    config: RunConfig, spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares, chunk: int | None
+) -> float:
     """Returns the number of bytes of copies of weights."""
     if not spread.is_sharded:
         return weight_copy_bytes(forward, chunk)
-    # embeddings, final norm and head are gathered for the whole step, and two blocks at a time: one is prefetched
-    blocks = forward.config.n_layer
-    return (parts.rest + 2 * parts.blocks / blocks) * forward.sizes.matmul
-
-
-def _accumulates(config: RunConfig, spread: ParallelLayout, forward: ForwardPass) -> bool:
-    return config.train.global_batch_size > forward.batch * spread.copies
+    # embeddings, final norm and head are gathered for the whole step, in their dtype; so are the blocks, in that of the
+    # matmuls, unless they are resharded: then two at a time, one of which is prefetched
+    blocks = 2 * parts.blocks / forward.config.n_layer if config.trainer.reshard_after_forward else parts.blocks
+    return parts.rest * forward.sizes.weight + blocks * forward.sizes.matmul + head_copy_bytes(forward, chunk)
 
 
 def _copies_checkpoints(config: RunConfig) -> bool:
@@ -315,11 +321,18 @@ def _logits(forward: ForwardPass, chunk: int | None) -> tuple[float, float]:
     return float(chunk * rows * each + copy), float(forward.matmul + gradient)
 
 
-def _optimizer_buffers(config: RunConfig, forward: ForwardPass, parts: ParameterShares) -> float:
-    """Returns the temporary bytes of the optimizer step: none for fused AdamW, the stacked matrices for Muon."""
+def _optimizer_buffers(
+    config: RunConfig, spread: ParallelLayout, forward: ForwardPass, parts: ParameterShares
+) -> float:
+    """Returns the temporary bytes of the optimizer step: none for fused AdamW, the stacked matrices for Muon.
+
+    Ranks divide the four tensors of the orthogonalization. The directions and the updates, which they exchange, are
+    sharded or, with DDP, whole.
+    """
     if not isinstance(config.optimizer, MuonConfig):
         return 0.0
-    largest = 4 * config.model.n_embd**2
-    stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest), parts.matrices)
+    largest, ranks = 4 * config.model.n_embd**2, spread.devices
+    stack = min(max(STACK if forward.on_gpu else CPU_STACK, largest * ranks), parts.matrices * spread.split)
     size = 2 if config.optimizer.ns_dtype == "bfloat16" else 4
-    return float(stack * 4 * size + largest * 2 * forward.sizes.weight)
+    exchanged = 0 if ranks == 1 else 2 / ranks if spread.strategy == "fsdp" else 2
+    return float(stack * (4 / ranks + exchanged) * size + largest * 2 * forward.sizes.weight)

@@ -25,13 +25,14 @@ from gptlab.training.hardware import Hardware
 
 log = logging.getLogger(__name__)
 
+MATMULS = {"onednn": " by oneDNN", "tf32": " with matmuls in TF32"}
 COMPILED = {False: "not compiled", "whole": "compiled", "blocks": "compiled block by block"}
 
 
 def print_start(config: RunConfig, manifest: Manifest, devices: Hardware, plan: BatchPlan, directory: Path) -> None:
     """Logs model, data, devices and batch size at the start of a run."""
     block_size, stages = config.model.block_size, config.train.stages
-    matmuls = " by oneDNN" if (devices.precision, devices.float32_matmul) == ("32-true", "onednn") else ""
+    matmuls = MATMULS.get(devices.float32_matmul, "") if devices.precision == "32-true" else ""
     precision = f"{devices.precision}{matmuls}, {COMPILED[devices.compile]}"
     parts = config.trainer.tensor_parallel
     over = "devices" if parts == 1 else f"groups of {parts} devices"

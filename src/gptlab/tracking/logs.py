@@ -100,6 +100,7 @@ def quiet_lightning() -> None:
     logging.captureWarnings(True)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # For every norm and checkpoint, this logger warns that a two-dimensional mesh is reduced one dimension at a time.
-    # It is named after a private module (checked in torch 2.13).
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    # For every norm and checkpoint, the first logger warns that a two-dimensional mesh is reduced one dimension at a
+    # time; the second warns that Gloo has no all-to-all. They are named after private modules (checked in torch 2.13).
+    for name in ("_redistribute", "_collective_utils"):
+        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)

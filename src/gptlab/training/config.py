@@ -301,7 +301,7 @@ class TrainerConfig(FrozenConfig):
     reshard_after_forward: bool
     cpu_offload: bool
     precision: Literal["auto", "32-true", "bf16-mixed", "bf16-true"]
-    float32_matmul: Literal["auto", "default", "onednn"]
+    float32_matmul: Literal["auto", "default", "onednn", "tf32"]
     deterministic: bool = False  # run directories of earlier versions do not have it
     hang_timeout: PositiveFloat | None
     profiler: Literal["simple", "pytorch"] | None

@@ -41,7 +41,9 @@ def choose_devices(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
 
 
 def prepare_kernels(chosen: Hardware) -> None:
-    """Selects the library for this process's float32 matmuls on the CPU."""
+    """Selects the library for this process's float32 matmuls on the CPU, and their precision on a GPU."""
+    if chosen.accelerator == "cuda":
+        torch.set_float32_matmul_precision("high" if chosen.float32_matmul == "tf32" else "highest")
     _use_onednn("bf16" if chosen.float32_matmul == "onednn" else "none")
 
 

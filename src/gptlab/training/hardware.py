@@ -2,11 +2,13 @@
 
 ``gptlab.training.devices`` detects the same facts with torch.
 
-Sources of the table: NVIDIA's data sheets (B200, H200, H100, A100, A40, A30, A10, L40S, L40, L4) and its white papers
-on the architectures Blackwell, Ada and Ampere GA102, appendix A (GeForce, A10G).
+Sources of the table: NVIDIA's data sheets of the GPUs and of systems (HGX B300, GB200 NVL72, GH200 Grace Hopper
+Superchip), of whose numbers with sparsity half are dense, and its white papers on the architectures RTX Blackwell, Ada
+and Ampere GA102, appendix A (GeForce, RTX, A10G). H20: data sheets of servers.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from functools import cache
@@ -30,6 +32,10 @@ GPU_VOCAB_MULTIPLE = 64  # rows of a bfloat16 matrix that are 128 bytes (NVIDIA,
 NVSWITCH_GPUS = 8  # GPUs of a node that NVSwitch connects (NVIDIA HGX)
 CPUINFO = Path("/proc/cpuinfo")
 VENDOR_PREFIX = "NVIDIA "
+# lines of `nvidia-smi -L`: GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5b...)
+#                             MIG 3g.20gb     Device  0: (UUID: MIG-c6d4...)
+GPU_LINE = re.compile(r"GPU \d+: (.+) \(UUID: (\S+)\)")
+MIG_LINE = re.compile(r"\s+MIG (\S+)\s+Device\s+\d+: \(UUID: (\S+)\)")
 
 
 class GPU(NamedTuple):
@@ -37,11 +43,12 @@ class GPU(NamedTuple):
 
     Attributes:
         name: Name reported by CUDA, without the vendor.
-        flops: Peak FLOP/s of dense bfloat16 matmuls with float32 accumulation.
+        flops: Peak FLOP/s of dense float16 and, if the GPU has it, bfloat16 matmuls with float32 accumulation.
         memory: Memory in bytes, as in the data sheet. The actual memory is larger by about what CUDA itself uses.
         bandwidth: Memory bandwidth in bytes per second.
         nvlink: Bytes per second that the GPU can send to the other GPUs of its node through NVLink and NVSwitch: half
             of the data sheet's number, which counts both directions. None for a GPU without NVSwitch.
+        has_bf16: Whether the GPU has bfloat16.
     """
 
     name: str
@@ -49,14 +56,19 @@ class GPU(NamedTuple):
     memory: float
     bandwidth: float
     nvlink: float | None = None
+    has_bf16: bool = True
 
 
 GPUS = {
+    "b300": GPU("B300 SXM6 AC", 2250e12, 288e9, 8000e9, 900e9),
+    "gb200": GPU("GB200", 2500e12, 186e9, 8000e9, 900e9),
     "b200": GPU("B200", 2250e12, 180e9, 8000e9, 900e9),
+    "gh200": GPU("GH200 480GB", 989.4e12, 96e9, 4000e9),
     "h200": GPU("H200", 989.4e12, 141e9, 4800e9, 450e9),
     "h100": GPU("H100 80GB HBM3", 989.4e12, 80e9, 3350e9, 450e9),
     "h100-pcie": GPU("H100 PCIe", 756e12, 80e9, 2000e9),
     "h100-nvl": GPU("H100 NVL", 835e12, 94e9, 3938e9),
+    "h20": GPU("H20", 148e12, 96e9, 4000e9, 450e9),
     "a100": GPU("A100-SXM4-80GB", 312e12, 80e9, 2039e9, 300e9),
     "a100-40gb": GPU("A100-SXM4-40GB", 312e12, 40e9, 1555e9, 300e9),
     "a100-pcie": GPU("A100 80GB PCIe", 312e12, 80e9, 1935e9),
@@ -68,9 +80,25 @@ GPUS = {
     "l40s": GPU("L40S", 362e12, 48e9, 864e9),
     "l40": GPU("L40", 181e12, 48e9, 864e9),
     "l4": GPU("L4", 121e12, 24e9, 300e9),
+    "t4": GPU("Tesla T4", 65e12, 16e9, 300e9, has_bf16=False),
+    "v100": GPU("Tesla V100-SXM2-16GB", 125e12, 16e9, 900e9, has_bf16=False),
+    "v100-32gb": GPU("Tesla V100-SXM2-32GB", 125e12, 32e9, 900e9, has_bf16=False),
+    "v100-pcie": GPU("Tesla V100-PCIE-16GB", 112e12, 16e9, 900e9, has_bf16=False),
+    "v100-pcie-32gb": GPU("Tesla V100-PCIE-32GB", 112e12, 32e9, 900e9, has_bf16=False),
+    "rtx6000-ada": GPU("RTX 6000 Ada Generation", 364.2e12, 48e9, 960e9),
+    "a6000": GPU("RTX A6000", 154.8e12, 48e9, 768e9),
+    "rtx5090": GPU("GeForce RTX 5090", 209.5e12, 32e9, 1792e9),
     "rtx4090": GPU("GeForce RTX 4090", 165.2e12, 24e9, 1008e9),
     "rtx3090": GPU("GeForce RTX 3090", 71e12, 24e9, 936e9),
 }
+
+
+class CUDADevice(NamedTuple):
+    """A GPU, or an instance of one that is divided by MIG, with its name and UUID."""
+
+    name: str
+    uuid: str
+
 
 # Matched by CUDA's full name, because an RTX A1000 is not an A100, and a MIG slice is not a full GPU.
 BY_NAME = {gpu.name: gpu for gpu in GPUS.values()}
@@ -104,8 +132,8 @@ class Hardware(NamedTuple):
         num_nodes: Number of nodes.
         precision: One of Lightning's precision names.
         compile: False, "whole" to compile the loss function, or "blocks" to compile each block separately.
-        float32_matmul: "default", or "onednn" on a CPU for which oneDNN has faster kernels than MKL. This can only be
-            detected with torch, so a plan resolves "auto" to "default".
+        float32_matmul: "default"; "onednn" on a CPU for which oneDNN has faster kernels than MKL, which can only be
+            detected with torch, so that a plan resolves "auto" to "default"; or "tf32" on a GPU, if configured.
         is_local: Whether this describes the current machine, so that local measurements apply.
     """
 
@@ -143,7 +171,8 @@ class Hardware(NamedTuple):
 
     def peak_flops(self) -> float | None:
         """Returns the peak FLOP/s of one device at this precision, or None if it is not known."""
-        return self.gpu.flops if self.gpu and self.precision.startswith("bf16") else None
+        known = ("16", "bf16") if self.gpu and self.gpu.has_bf16 else ("16",)
+        return self.gpu.flops if self.gpu and self.precision.startswith(known) else None
 
 
 class DeviceFacts(NamedTuple):
@@ -171,7 +200,14 @@ def resolve_hardware(facts: DeviceFacts, trainer: TrainerConfig, train: TrainCon
 
     On a CPU, bfloat16 and compilation are chosen only for wide models in a single process. For small models, float32 is
     nearly as fast and more precise. Several processes on one CPU are only useful for tests.
+
+    Raises:
+        UserError: trainer.float32_matmul=tf32 without a GPU.
     """
+    if trainer.float32_matmul == "tf32" and facts.accelerator != "cuda":
+        raise UserError(
+            "trainer.float32_matmul=tf32 needs an NVIDIA GPU, which computes in TF32. Use trainer.float32_matmul=auto."
+        )
 
     def is_faster(min_width: int) -> bool:
         is_wide = trainer.strategy == "single" and model.n_embd >= min_width
@@ -227,13 +263,17 @@ def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig)
     """
     gpus = () if trainer.accelerator == "cpu" else list_gpus()
     if trainer.accelerator == "gpu" and not gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        limit = "" if visible is None else f" that CUDA_VISIBLE_DEVICES={visible} permits"
         raise UserError(
-            "trainer.accelerator=gpu: nvidia-smi lists no GPU on this machine. Use gpu=<name> to plan for the GPU of "
-            "another machine."
+            f"trainer.accelerator=gpu: nvidia-smi lists no GPU on this machine{limit}. Use gpu=<name> to plan for the "
+            "GPU of another machine."
         )
     available = max(len(gpus), trainer.tensor_parallel)  # a plan may use more devices than this machine has
     if gpus:
-        facts = DeviceFacts("cuda", gpus[0], available, has_bf16=True, can_compile=has_compiler())
+        gpu = gpu_from_cuda_name(gpus[0])
+        has_bf16 = gpu.has_bf16 if gpu else True
+        facts = DeviceFacts("cuda", gpus[0], available, has_bf16, has_compiler())
     else:
         has_bf16 = "avx512_bf16" in read_cpuinfo().get("flags", "").split()
         facts = DeviceFacts("cpu", processor_name(), available, has_bf16, has_compiler())
@@ -245,19 +285,59 @@ def gpu_hardware(gpu: GPU, trainer: TrainerConfig, train: TrainConfig, model: GP
 
     ``trainer.devices=auto`` is resolved to ``trainer.tensor_parallel``, the smallest possible number.
     """
-    facts = DeviceFacts("cuda", gpu.name, trainer.tensor_parallel, has_bf16=True, can_compile=True)
+    facts = DeviceFacts("cuda", gpu.name, trainer.tensor_parallel, gpu.has_bf16, can_compile=True)
     return resolve_hardware(facts, trainer, train, model)._replace(is_local=False)
 
 
-@cache
 def list_gpus() -> tuple[str, ...]:
-    """Returns the names of this machine's GPUs, as listed by nvidia-smi; empty if it is not installed."""
+    """Returns the names of the GPUs of this machine that CUDA uses; empty if nvidia-smi is not installed.
+
+    CUDA_VISIBLE_DEVICES selects them by index or by the beginning of their UUID; the list ends at the first entry that
+    is invalid, and is empty if an entry is repeated (CUDA C++ Programming Guide, CUDA Environment Variables). Of a GPU
+    that is divided by MIG, CUDA uses the first instance, unless another one is selected by its UUID.
+    """
+    gpus = installed_gpus()
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return tuple(_default_instance(gpu).name for gpu in gpus)
+    chosen: list[CUDADevice] = []
+    for entry in visible.split(","):
+        if (device := _find_device(entry.strip(), gpus)) is None:
+            break
+        chosen.append(device)
+    return tuple(device.name for device in chosen) if len({*chosen}) == len(chosen) else ()
+
+
+@cache
+def installed_gpus() -> list[list[CUDADevice]]:
+    """Returns this machine's GPUs, each with its MIG instances, as listed by nvidia-smi."""
     try:
-        command = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        output = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, check=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        return ()
-    return tuple(line.strip() for line in output.splitlines() if line.strip())
+        return []
+    gpus: list[list[CUDADevice]] = []
+    for line in output.splitlines():
+        if gpu := GPU_LINE.match(line):
+            gpus.append([CUDADevice(*gpu.groups())])
+        elif instance := MIG_LINE.match(line):
+            gpus[-1].append(CUDADevice(f"{gpus[-1][0].name} MIG {instance[1]}", instance[2]))
+    return gpus
+
+
+def _default_instance(gpu: list[CUDADevice]) -> CUDADevice:
+    return gpu[1] if len(gpu) > 1 else gpu[0]
+
+
+def _find_device(entry: str, gpus: list[list[CUDADevice]]) -> CUDADevice | None:
+    """Returns the device of an entry of CUDA_VISIBLE_DEVICES, or None if the entry is invalid."""
+    if entry.isdecimal():
+        return _default_instance(gpus[int(entry)]) if int(entry) < len(gpus) else None
+    if not entry.startswith(("GPU-", "MIG-")):
+        return None
+    found = [(gpu, device) for gpu in gpus for device in gpu if device.uuid.startswith(entry)]
+    if len(found) != 1:
+        return None
+    gpu, device = found[0]
+    return _default_instance(gpu) if device is gpu[0] else device
 
 
 @cache

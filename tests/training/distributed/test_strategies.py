@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import distributed_training
+from conftest import tiny_config
 from distributed_training import MICRO_BATCHES, STEPS
+from gptlab.model.config import parameter_count
 
 BLOCKS = 2
 GROUPS = BLOCKS + 1  # FSDP units: each block, and the remaining parameters
@@ -32,12 +34,40 @@ def found():
 def test_gradients_are_reduced_once_per_step_not_per_micro_batch(found, strategy, collectives):
     assert MICRO_BATCHES > 1
     assert found[strategy]["reduced"] == STEPS * collectives
+    assert not found[strategy]["syncs_buffers"]  # they are constant
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "fsdp_tp"])
 def test_no_optimizer_changes_weights_in_a_step_with_a_nan_gradient(found, strategy):
     assert found[strategy]["kept"] == dict.fromkeys(distributed_training.optimizers(strategy), True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_process_accumulates_whole_float32_gradients(found, strategy):
+    assert found[strategy]["accumulated"] == 4 * parameter_count(tiny_config())
+
+
+@pytest.mark.slow
+def test_fsdp_s_mixed_precision_is_that_of_ddp(found):
+    assert found["fsdp"]["mixed"] == found["ddp"]["mixed"]  # autocast's, with the residual stream in float32
+
+
+@pytest.mark.slow
+def test_ddp_with_many_buckets_has_the_losses_of_a_plain_loop(found):
+    assert found["buckets"]["reduced"] >= 4 * STEPS
+    assert found["buckets"]["losses"] == pytest.approx(found["buckets"]["plain"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "collectives"), [("replicated", 1), ("sharded", 2)])
+def test_ranks_divide_the_matrices_of_muon(found, layout, collectives):
+    muon = found["muon"][layout]
+    assert muon["error"] < 1e-14  # compared with torch's Muon in one process, in float64
+    assert muon["alike"]
+    assert muon["orthogonalized"] == STEPS * (2 + 1 + 1)  # by the first of two ranks, of three matrices, one and one
+    assert muon["gathers"] == STEPS * 3 * collectives  # of three stacks, not of five matrices
 
 
 @pytest.mark.slow

@@ -42,11 +42,11 @@ def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
-@pytest.mark.parametrize(("elements", "longest"), [(2**20, 2), (100, 1)])
-def test_matrices_of_one_shape_are_stacked_up_to_the_limit(elements, longest, monkeypatch):
+@pytest.mark.parametrize(("elements", "ranks", "longest"), [(2**20, 1, 2), (100, 1, 1), (100, 2, 2)])
+def test_matrices_of_one_shape_are_stacked_up_to_the_limit_or_one_per_rank(elements, ranks, longest, monkeypatch):
     monkeypatch.setattr(muon, "CPU_STACK", elements)
     numbered = [(matrix, number, number) for number, matrix in enumerate(matrices(torch.float32))]
-    found = [[number for _, number, _ in stack] for stack in stack_by_shape(numbered)]
+    found = [[number for _, number, _ in stack] for stack in stack_by_shape(numbered, ranks=ranks)]
     tall = [[2, 6]] if longest > 1 else [[2], [6]]
     wide = [[3, 7]] if longest > 1 else [[3], [7]]
     assert found == [[0, 4], [1, 5], *tall, *wide, [8]]

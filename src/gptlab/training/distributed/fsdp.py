@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,7 +27,8 @@ from torch.distributed.fsdp import (
 )
 from torch.optim import Optimizer
 
-from gptlab.model.gpt import GPT
+from gptlab.model.gpt import GPT, Block
+from gptlab.model.modern import ModernBlock, WeightedSum
 from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.checkpoints.reading import flatten_tensors, read_state
 from gptlab.training.checkpoints.shards import is_sharded, load_shards
@@ -59,6 +61,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             save_distributed_checkpoint=sharded_checkpoints,
         )
         self.config, self.hardware, self.sharded_checkpoints = config, hardware, sharded_checkpoints
+        self.units: list[FSDPModule] = []  # one module of each block's unit, and the model
 
     @property
     def gpt(self) -> GPT:
@@ -69,7 +72,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, model: GPT) -> None:
         """Shards every block separately and the remaining parameters as one unit (Zhao et al. 2023, section 3).
 
-        Mixed precision gathers parameters and computes in bfloat16, and reduces gradients in float32.
+        With mixed precision, autocast computes as with DDP: the residual stream is in float32. The linear layers of a
+        block are gathered in bfloat16, in which they compute, and all other parameters in float32, with the remaining
+        ones. Gradients are reduced in float32.
         """
         assert self.lightning_module is not None  # noqa: S101
         if self.config.cpu_offload:
@@ -77,16 +82,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.config.tensor_parallel > 1:
             parallelize_blocks(model, self.device_mesh["tensor_parallel"])
         on_gpu = self.root_device.type == "cuda"  # without a GPU, memory is not pinned and offloading has no effect
-        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         wrap = partial(
             fully_shard,
             mesh=self.device_mesh["data_parallel"],
-            mp_policy=mixed if self.hardware.precision == "bf16-mixed" else MixedPrecisionPolicy(),
             offload_policy=CPUOffloadPolicy(pin_memory=on_gpu) if self.config.cpu_offload else OffloadPolicy(),
         )
         for block in model.blocks:
-            wrap(block, reshard_after_forward=self.config.reshard_after_forward)
+            unit = linear_parts(block) if self.hardware.precision == "bf16-mixed" else []
+            policy = bfloat16 if unit else MixedPrecisionPolicy()
+            wrap(unit or [block], mp_policy=policy, reshard_after_forward=self.config.reshard_after_forward)
+            self.units.append(cast(FSDPModule, unit[0] if unit else block))
         wrap(model, reshard_after_forward=False)  # the backward pass begins with these parameters
+        self.units.append(cast(FSDPModule, model))
         for name in ("loss", "token_losses", "next_logits"):
             register_fsdp_forward_method(model, name)
 
@@ -108,7 +116,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Keeps the blocks' parameters gathered between forward passes; reshards them on exit."""
-        blocks = cast(list[FSDPModule], list(self.gpt.blocks))
+        *blocks, _ = self.units
         for block in blocks:
             block.set_reshard_after_forward(False, recurse=False)
         try:
@@ -120,8 +128,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def reshard(self) -> None:
         """Frees the gathered parameters of the model."""
-        for part in (*self.gpt.blocks, self.gpt):
-            cast(FSDPModule, part).reshard()
+        for unit in self.units:
+            unit.reshard()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Returns the parameters: this rank's shards or, for a one-file checkpoint, full tensors on the first rank."""
@@ -166,3 +174,17 @@ class FSDP2Strategy(ModelParallelStrategy):
     def _options(self) -> StateDictOptions:
         whole = not self.sharded_checkpoints
         return StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+
+
+def linear_parts(block: nn.Module) -> list[nn.Module]:
+    """Returns the attention and the MLP of a block if autocast computes with all their parameters in bfloat16.
+
+    Otherwise, and for a block that is a component, returns an empty list.
+    """
+    if not isinstance(block, Block | ModernBlock):
+        return []
+    parts: list[nn.Module] = [block.attn, block.mlp]
+    owners = [
+        module for part in parts for module in part.modules() if any(True for _ in module.parameters(recurse=False))
+    ]
+    return parts if all(isinstance(module, nn.Linear | WeightedSum) for module in owners) else []

@@ -29,8 +29,10 @@ def build_strategy(
     match config.strategy:
         case "ddp":
             # a static graph is recorded in the first backward pass; if that belongs to a micro-batch without
-            # synchronization, torch's reducer fails an internal assertion
-            return DDPStrategy(gradient_as_bucket_view=True, static_graph=plan.accumulation == 1)
+            # synchronization, torch's reducer fails an internal assertion. Buffers are constant, so that they need not
+            # be broadcast in every forward pass
+            static = plan.accumulation == 1
+            return DDPStrategy(gradient_as_bucket_view=True, static_graph=static, broadcast_buffers=False)
         case "fsdp" | "fsdp_tp":
             return FSDP2Strategy(config, plan, hardware, sharded_checkpoints=sharded_checkpoints)
         case _:

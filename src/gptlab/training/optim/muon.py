@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 Group = dict[str, Any]
@@ -26,8 +28,10 @@ CPU_STACK, STACK = 2**20, 2**26
 class StackedMuon(Muon):
     """torch.optim.Muon (Jordan et al. 2024) that orthogonalizes matrices of the same shape with batched matmuls.
 
-    If small matrices were orthogonalized one by one, a device would wait for kernel launches. For a sharded matrix,
-    every device gathers the full update, orthogonalizes it redundantly, and keeps its own shard.
+    If small matrices were orthogonalized one by one, a device would wait for kernel launches. Several ranks share the
+    work: each orthogonalizes some of the matrices of a stack, and one collective per stack sends the updates to all
+    ranks (DDP). If the matrices are sharded (FSDP), the first of two collectives gathers them, each on one rank, and
+    the second returns the shards of the updates.
 
     Args:
         groups: As for torch.optim.Muon.
@@ -44,13 +48,25 @@ class StackedMuon(Muon):
 
     def __init__(self, groups: list[Group], *, ns_dtype: str, cautious: bool, **options: Any) -> None:
         super().__init__([group | {"ns_dtype": ns_dtype, "cautious": cautious} for group in groups], **options)
+        self._replicas: DeviceMesh | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Performs one step with the gradients present; ``closure`` is not called."""
         for group in self.param_groups:
-            for stack in stack_by_shape(self._matrices(group)):
-                self._step_stack(group, stack)
+            if matrices := self._matrices(group):
+                mesh = self._mesh(matrices[0][0])
+                for stack in stack_by_shape(matrices, ranks=mesh.size() if mesh else 1):
+                    self._step_stack(group, stack, mesh)
+
+    def _mesh(self, parameter: Tensor) -> DeviceMesh | None:
+        """Returns the ranks that hold the shards or the replicas of the parameters; None for a single rank."""
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            return mesh if mesh.size() > 1 else None
+        if self._replicas is None and dist.is_initialized() and dist.get_world_size() > 1:
+            self._replicas = init_device_mesh(parameter.device.type, (dist.get_world_size(),))
+        return self._replicas
 
     def _matrices(self, group: Group) -> Matrices:
         """Collects the parameters of a group that have a gradient, with gradient and momentum (initialized to 0)."""
@@ -63,13 +79,20 @@ class StackedMuon(Muon):
                 matrices.append((parameter, gradient, state[MOMENTUM]))
         return matrices
 
-    def _step_stack(self, group: Group, stack: Matrices) -> None:
-        """Performs one step for matrices of one shape."""
+    def _step_stack(self, group: Group, stack: Matrices, mesh: DeviceMesh | None) -> None:
+        """Performs one step for matrices of one shape, whose orthogonalization is divided among the ranks of a mesh."""
         dtype = getattr(torch, group["ns_dtype"])
-        updates = torch.stack([gather_parts(self._direction(group, g, m).to(dtype), p) for p, g, m in stack])
-        updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        directions = [self._direction(group, g, m).to(dtype) for _, g, m in stack]
+
+        def orthogonalized(x: Tensor) -> Tensor:
+            return orthogonalize(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+        if mesh is None:
+            updates = orthogonalized(torch.stack(directions))
+        else:
+            updates = divide_stack(orthogonalized, directions, stack[0][0], mesh)
         for (parameter, _, _), update in zip(stack, updates, strict=True):
-            self._apply(group, parameter, local_part(update, parameter))
+            self._apply(group, parameter, update)
 
     def _direction(self, group: Group, gradient: Tensor, momentum: Tensor) -> Tensor:
         """Updates the momentum with a gradient and returns the Nesterov direction; all are this device's shards."""
@@ -81,6 +104,7 @@ class StackedMuon(Muon):
     def _apply(self, group: Group, parameter: Tensor, update: Tensor) -> None:
         """Applies weight decay to this device's shard of a matrix and subtracts its shard of the update."""
         part, lr, shape = local_tensor(parameter), group["lr"], parameter.shape
+        update = update.to(part.device)  # offloaded parameters are on the CPU
         decaying: Tensor | float = 1.0
         if group["cautious"]:
             decaying = (update * part).ge(0).to(part.dtype)  # 1 if their signs do not differ, else 0
@@ -144,15 +168,55 @@ class MuonWithAdamW(Optimizer):
         self.muon.state = self.adamw.state = self.state
 
 
-def stack_by_shape(matrices: Matrices) -> Iterator[Matrices]:
-    """Groups matrices by shape into stacks of at most ``STACK`` (``CPU_STACK``) elements and at least one matrix."""
+def stack_by_shape(matrices: Matrices, *, ranks: int) -> Iterator[Matrices]:
+    """Groups matrices by shape into stacks of at most ``STACK`` (``CPU_STACK``) elements or one matrix per rank."""
     by_shape: dict[torch.Size, Matrices] = defaultdict(list)
     for matrix in matrices:
         by_shape[matrix[0].shape].append(matrix)
     for shape, alike in by_shape.items():
         elements = CPU_STACK if alike[0][0].device.type == "cpu" else STACK
-        count = max(1, elements // shape.numel())
+        count = max(1, elements // (shape.numel() * ranks)) * ranks
         yield from (alike[first : first + count] for first in range(0, len(alike), count))
+
+
+def divide_stack(
+    function: Callable[[Tensor], Tensor], parts: list[Tensor], parameter: Tensor, mesh: DeviceMesh
+) -> Tensor:
+    """Applies a function to a stack of matrices, each on one rank. Collective: every rank must call it.
+
+    Args:
+        function: Function from matrices (K, m, n) to matrices of the same shape; K may be 0.
+        parts: This rank's part of each matrix: the whole matrix, or a shard.
+        parameter: Tensor that is replicated or sharded like each of the matrices.
+        mesh: Ranks that share the work.
+
+    Returns:
+        This rank's parts of the results, stacked.
+    """
+    placements: list[Placement] = [Replicate()] * mesh.ndim
+    is_sharded = isinstance(parameter, DTensor)
+    is_split = is_sharded and mesh.ndim > 1  # tensor parallelism: matrices are gathered one by one
+    if is_split:
+        parts = [gather_parts(part, parameter) for part in parts]
+    elif isinstance(parameter, DTensor):
+        placements = [_stacked(placement) for placement in parameter.placements]
+    shape = torch.Size((len(parts), *parameter.shape))
+    strides = (parameter.numel(), parameter.size(1), 1)
+
+    def distributed(local: Tensor, placed: list[Placement]) -> DTensor:
+        return DTensor.from_local(local, mesh, placed, run_check=False, shape=shape, stride=strides)
+
+    by_matrix: list[Placement] = [Shard(0)] * mesh.ndim
+    own = distributed(torch.stack(parts), placements).redistribute(placements=by_matrix).to_local()
+    results = distributed(function(own), by_matrix).redistribute(placements=placements).to_local()
+    if is_split:
+        return torch.stack([local_part(result, parameter) for result in results])
+    return results
+
+
+def _stacked(placement: Placement) -> Placement:
+    """Returns the placement of a stack of matrices with this placement."""
+    return Shard(placement.dim + 1) if isinstance(placement, Shard) else placement
 
 
 def orthogonalize(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
