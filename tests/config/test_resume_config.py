@@ -104,6 +104,13 @@ def test_a_change_to_another_run_is_an_error_with_both_values(stored, override, 
     assert key in str(raised.value)
 
 
+def test_a_deterministic_run_does_not_choose_kernels_by_their_speed():
+    for mode in ("max-autotune", "max-autotune-no-cudagraphs"):
+        with pytest.raises(UserError, match=rf"compile_mode={mode} .* trainer\.deterministic=true"):
+            resolved("trainer.deterministic=true", f"train.compile_mode={mode}")
+    assert resolved("trainer.deterministic=true", "train.compile_mode=reduce-overhead").trainer.deterministic
+
+
 def test_a_run_from_the_weights_of_another_has_its_model_and_tokenizer(stored):
     stored("model=tiny", "model.norm=rms", "tokenizer=gpt2")
     init = "init_from=outputs/run/1"

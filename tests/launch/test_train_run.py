@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from configs import resolved
-from gptlab.errors import UserError
-from gptlab.launch.train_run import _check_graphs, _warn_about_threads
+from gptlab.errors import OutOfMemory, UserError
+from gptlab.launch.train_run import _check_graphs, _explaining_memory, _warn_about_threads
 from gptlab.tracking.environment import read_threads, record_environment
+from gptlab.training.batch_plan import BatchPlan
 from gptlab.training.hardware import Hardware
 
 FSDP = ("trainer=fsdp", "trainer.devices=2", "train.global_batch_size=8", "train.compile_mode=reduce-overhead")
@@ -44,3 +45,43 @@ def test_resuming_with_another_number_of_threads_is_a_warning(tmp_path, monkeypa
     _warn_about_threads(tmp_path)
     assert f"threads per process is {before + 1}, but was {before}" in caplog.text
     assert f"OMP_NUM_THREADS={before}" in caplog.text
+
+
+def full_cpu():
+    torch.empty(10**16)
+
+
+def full_gpu():
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 80 GiB."
+    )
+
+
+def full_driver():
+    raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+
+def full_python():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("allocate", "message"),
+    [
+        (
+            full_cpu,
+            r"micro_batch_size=3 .* the machine of rank 0 has \(.* can't allocate memory: you tried to allocate",
+        ),
+        (full_gpu, r"micro_batch_size=3 .* the GPU of rank 0 has \(CUDA out of memory. Tried to allocate 2.00 GiB\)"),
+        (full_driver, r"the GPU of rank 0 has \(CUDA error: out of memory\)"),
+        (full_python, r"the machine of rank 0 has \(MemoryError\)"),
+    ],
+)
+def test_every_lack_of_memory_names_the_micro_batch_size(allocate, message):
+    with pytest.raises(OutOfMemory, match=message), _explaining_memory(BatchPlan(1, 3, 1), []):
+        allocate()
+
+
+def test_other_errors_of_a_run_remain():
+    with pytest.raises(RuntimeError, match="size of tensor"), _explaining_memory(BatchPlan(1, 3, 1), []):
+        torch.ones(2) + torch.ones(3)

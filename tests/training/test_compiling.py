@@ -167,3 +167,18 @@ def test_attention_has_one_dtype_with_autocast(monkeypatch, options):
         assert model.hidden_states(idx, model.attention_context(idx, None)).dtype == torch.float32
         assert model.loss(idx, idx, None, None).dtype == torch.float32
     assert set(found) == {(torch.bfloat16,) * 3}
+
+
+@pytest.mark.parametrize(("mode", "graphs"), [("default", False), ("reduce-overhead", True)])
+def test_kernels_of_deterministic_code_are_not_chosen_by_their_speed(mode, graphs, monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: given.append(options) or function)
+    torch.use_deterministic_algorithms(True)
+    try:
+        compile_in_place(GPT(tiny_config()), "whole", mode, shapes=1)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    options = {"options": {"deterministic": True, "triton.cudagraphs": graphs}}
+    assert given == [options] * 2
+    monkeypatch.undo()
+    torch.compile(torch.sin, **options)  # raises if an option does not exist

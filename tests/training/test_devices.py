@@ -371,3 +371,19 @@ def test_tasks_that_see_one_gpu_each_use_as_many_as_there_are_tasks(gpus, monkey
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL).devices == 4
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"},
+        {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_GPUS_ON_NODE": "1"},
+    ],
+    ids=["torchrun", "srun"],
+)
+def test_more_processes_than_gpus_that_all_of_them_see_raise(gpus, monkeypatch, variables):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {**variables, "CUDA_VISIBLE_DEVICES": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"trainer.devices=4: this machine has 1 GPU\."):
+        choose_devices(TrainerConfig(**AUTO), TRAIN, MODEL)

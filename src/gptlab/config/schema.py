@@ -151,6 +151,15 @@ class RunConfig(FrozenConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_deterministic(self) -> Self:
+        if self.trainer.deterministic and self.train.compile_mode.startswith("max-autotune"):
+            raise ValueError(
+                f"train.compile_mode={self.train.compile_mode} chooses kernels by their measured speed, which "
+                "trainer.deterministic=true does not allow. Use train.compile_mode=default or reduce-overhead"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_ema_precision(self) -> Self:
         if self.train.ema_decay is not None and self.trainer.precision == "bf16-true":
             raise ValueError(

@@ -18,7 +18,7 @@ from gptlab.config.resume import START_KEYS
 from gptlab.config.schema import RunConfig
 from gptlab.data.shards.manifest import Manifest
 from gptlab.data.shards.token_dataset import TokenDataset
-from gptlab.errors import OutOfMemory, UserError, failure_reason, hide_passwords, mismatch_reason
+from gptlab.errors import OutOfMemory, UserError, failure_reason, first_line, hide_passwords, mismatch_reason
 from gptlab.evaluation.hellaswag import read_examples_cached
 from gptlab.exit_codes import DONE, PREEMPTED, PRUNED, RUN_DIR, report_result
 from gptlab.launch.components import build_callbacks, build_component_loggers, count_components
@@ -64,7 +64,7 @@ from gptlab.training.checkpoints.records import CheckpointMetadata, checkpoint_p
 from gptlab.training.checkpoints.writing import AtomicCheckpointIO
 from gptlab.training.config import CheckpointConfig
 from gptlab.training.datamodule import TokenDataModule
-from gptlab.training.devices import choose_devices, prepare_kernels, use_deterministic_algorithms
+from gptlab.training.devices import choose_devices, is_out_of_memory, prepare_kernels, use_deterministic_algorithms
 from gptlab.training.distributed.process_group import (
     abort_group_on_error,
     accelerator_for,
@@ -115,7 +115,7 @@ class ExtraCallback(L.Callback):
         return {}
 
     def memory_advice(self) -> str:
-        """Returns a sentence for the error of a run that is out of GPU memory; called on the rank that is."""
+        """Returns a sentence for the error of a run that is out of memory; called on the rank that is."""
         return ""
 
 
@@ -268,7 +268,7 @@ def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[N
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         is_of_component = frame.f_globals["__name__"].partition(".")[0] not in CHECKPOINT_READERS
-        is_other = is_of_component or isinstance(error, torch.OutOfMemoryError | dist.DistError)
+        is_other = is_of_component or isinstance(error, dist.DistError) or is_out_of_memory(error)
         if checkpoint is None or recorder.has_started or is_other:
             raise
         reason = mismatch_reason(error).rstrip(".")
@@ -277,14 +277,18 @@ def _restoring(checkpoint: Path | None, recorder: MetricsCallback) -> Iterator[N
 
 @contextlib.contextmanager
 def _explaining_memory(plan: BatchPlan, extra_callbacks: Sequence[ExtraCallback]) -> Iterator[None]:
-    """Converts an error of CUDA for lack of memory to OutOfMemory, with the advice of the callbacks."""
+    """Converts an error for lack of memory to OutOfMemory, with the advice of the callbacks."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        what, _, _ = str(error).partition(". GPU ")  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what, _, _ = first_line(error).partition(". GPU ")  # "CUDA out of memory. Tried to allocate 2.00 GiB"
+        is_on_host = isinstance(error, MemoryError) or "CPUAllocator" in what
         advice = " ".join(filter(None, (callback.memory_advice() for callback in extra_callbacks)))
         raise OutOfMemory(
-            f"train.micro_batch_size={plan.micro_batch_size} needs more memory than the GPU of rank {global_rank()} "
+            f"train.micro_batch_size={plan.micro_batch_size} needs more memory than the "
+            f"{'machine' if is_on_host else 'GPU'} of rank {global_rank()} "
             f"has ({what.rstrip('.')}). {advice or 'Use a smaller train.micro_batch_size.'}"
         ) from error
 

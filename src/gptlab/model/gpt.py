@@ -214,7 +214,8 @@ class GPT(CausalLM):
         added = self.config.padded_vocab_size - self.config.known_vocab_size
         if not added:
             return
-        for part in (*embeddings, self.lm_head):
+        parts: list[nn.Embedding | nn.Linear] = [*embeddings, self.lm_head]
+        for part in parts:
             part.weight = nn.Parameter(F.pad(part.weight.detach(), (0, 0, 0, added)))
         for embedding in embeddings:
             embedding.num_embeddings += added

@@ -10,11 +10,18 @@ import torch
 from gptlab.errors import UserError
 from gptlab.model.config import GPTConfig
 from gptlab.training.config import TrainConfig, TrainerConfig
-from gptlab.training.distributed.processes import check_cpu_processes, launched_externally
+from gptlab.training.distributed.processes import (
+    check_cpu_processes,
+    external_devices,
+    launched_by_srun,
+    launched_externally,
+)
 from gptlab.training.hardware import DeviceFacts, Hardware, has_compiler, processor_name, read_cpuinfo, resolve_hardware
 
 STATUS = Path("/proc/self/status")  # of this process, proc_pid_status(5)
 CUBLAS_WORKSPACES = ":4096:8"  # with which cuBLAS is deterministic (its manual, results reproducibility)
+# in the messages of RuntimeErrors of CUDA's driver, cuBLAS and torch's CPU allocator
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
 MIN_CAPABILITY = (7, 0)  # compute capability required by Triton, which torch.compile uses on GPUs
 
 
@@ -48,8 +55,14 @@ def prepare_kernels(chosen: Hardware) -> None:
 
 
 def sees_one_gpu() -> bool:
-    """Returns whether the launcher shows every process only its own GPU, as srun does with ``--gpus-per-task=1``."""
-    return launched_externally() and "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1
+    """Returns whether srun shows every task only its own GPU, as with ``--gpus-per-task=1``.
+
+    Otherwise, tasks that see one GPU share it, as the processes of torchrun do.
+    """
+    if not launched_by_srun() or "CUDA_VISIBLE_DEVICES" not in os.environ or torch.cuda.device_count() != 1:
+        return False
+    tasks, _ = external_devices()
+    return int(os.environ.get("SLURM_GPUS_ON_NODE", tasks)) >= tasks
 
 
 def use_deterministic_algorithms() -> None:
@@ -96,6 +109,13 @@ def peak_memory(device: torch.device) -> int:
         if "VmHWM" in sizes:
             return 1024 * (sizes["VmHWM"] - sizes.get("RssFile", 0))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error of torch or Python means that the device, or the host, has too little memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _gpu_facts() -> DeviceFacts:

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
 
 import distributed_training
 from conftest import tiny_config
 from distributed_training import MICRO_BATCHES, STEPS
 from gptlab.model.config import parameter_count
+from gptlab.training.distributed.strategies import any_length
 
 BLOCKS = 2
 GROUPS = BLOCKS + 1  # FSDP units: each block, and the remaining parameters
@@ -91,3 +94,15 @@ def test_tensor_parallel_logits_and_gradients_match_those_of_one_device(found):
 def test_dropout_is_the_same_on_all_devices_of_a_tensor_parallel_group(found):
     # otherwise replicated activations would diverge
     assert found["fsdp_tp"]["alike"]
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_samples_and_scores_of_a_deterministic_run_may_use_any_kernel(warn_only):
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, deterministic="warn" if warn_only else True)
+    try:
+        with any_length(trainer):
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)

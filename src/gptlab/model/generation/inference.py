@@ -171,9 +171,9 @@ def build_decoder(model: GPT, *, compiled: bool) -> Decoder:
     use_private_compile_cache()
     if next(model.parameters()).device.type == "cpu":
         frozen = torch.compile(next_logits, dynamic=False, options={"freezing": True})
-        return Decoder(frozen, BUCKET)  # type: ignore[arg-type]
+        return Decoder(frozen, BUCKET)
     graph = torch.compile(next_logits, dynamic=False, mode="reduce-overhead")
-    return static_decoder(graph, model.config.block_size)  # type: ignore[arg-type]
+    return static_decoder(graph, model.config.block_size)
 
 
 def static_decoder(graph: NextLogits, num_slots: int) -> Decoder:

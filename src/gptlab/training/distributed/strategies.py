@@ -51,6 +51,8 @@ def compile_in_place(model: GPT, target: Literal["whole", "blocks"], mode: str, 
     """
     use_private_compile_cache()
     options: dict[str, Any] = {"mode": mode}
+    if torch.are_deterministic_algorithms_enabled():  # Inductor then chooses no kernel by its measured speed
+        options = {"options": {"deterministic": True, "triton.cudagraphs": mode == "reduce-overhead"}}
     if shapes > 1:
         options["dynamic"] = False
         if "recompile_limit" in signature(torch.compile).parameters:  # since torch 2.13
@@ -75,11 +77,18 @@ def any_length(trainer: L.Trainer) -> Iterator[None]:
     """Context manager for forward passes on inputs of any length, in the training precision.
 
     Weights of a sharded model are gathered, and compilation is disabled, because each length would be compiled.
+    Operations without a deterministic algorithm are allowed, because sampling needs one: a cumulative sum on a GPU.
     """
     assert isinstance(trainer.precision_plugin, Precision)  # noqa: S101
     eager = torch.compiler.set_stance("force_eager")
-    with eager, gathered_weights(trainer.strategy), trainer.precision_plugin.forward_context():
-        yield
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        with eager, gathered_weights(trainer.strategy), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(is_deterministic, warn_only=warn_only)
 
 
 @contextmanager
