@@ -33,7 +33,7 @@ class Diverged(Exception):  # noqa: N818
 
 
 class OutOfMemory(Exception):  # noqa: N818
-    """The memory of the GPU of this process does not suffice.
+    """The memory of the GPU of this process, or of the machine, does not suffice.
 
     Commands print the message and exit with code 1.
     """

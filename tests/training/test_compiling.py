@@ -10,6 +10,7 @@ from gptlab.model import gpt as gpt_module
 from gptlab.model import loss as loss_module
 from gptlab.model.attention import attention_mask
 from gptlab.model.gpt import GPT
+from gptlab.model.kernels import compiled_function
 from gptlab.model.loss import LogitSettings, lm_loss, token_losses
 from gptlab.model.modern import build_gpt
 from gptlab.training.distributed.strategies import compile_in_place
@@ -122,7 +123,7 @@ def test_twelve_steps_of_growing_batches_compile_once_per_shape(graphs, monkeypa
 
 def test_compiled_chunks_have_the_loss_and_gradients_of_all_tokens(graphs, monkeypatch):
     monkeypatch.setattr(loss_module, "_compiles_chunks", lambda x: True)
-    loss_module._compiled.cache_clear()
+    compiled_function.cache_clear()
     settings = LogitSettings(61, 5.0)
     x, weight = torch.randn(100, 8, dtype=torch.float64), torch.randn(64, 8, dtype=torch.float64)
     targets = torch.randint(61, (100,)).index_fill_(0, torch.arange(7), -100)
@@ -137,7 +138,7 @@ def test_compiled_chunks_have_the_loss_and_gradients_of_all_tokens(graphs, monke
     assert graphs.graphs == 4  # the loss and the losses per token, for 30 tokens and for the last 10
     for plain, chunked in zip(*found, strict=True):
         torch.testing.assert_close(chunked, plain, atol=1e-6, rtol=1e-6)  # the loss itself is in float32
-    loss_module._compiled.cache_clear()
+    compiled_function.cache_clear()
 
 
 def test_block_masks_without_documents_are_built_once():

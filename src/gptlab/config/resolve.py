@@ -135,12 +135,16 @@ def resolve_model(config: RunConfig, trained: RunConfig | None) -> RunConfig:
         config: Configuration of the run.
         trained: Configuration of the run whose weights ``init_from`` loads, which determine the number of rows.
     """
-    trainer, model = config.trainer, config.model
+    accelerator, model = config.trainer.accelerator, config.model
     if model.pad_vocab_to_multiple_of == "auto" and trained is not None:
         model = model.model_copy(update={"pad_vocab_to_multiple_of": trained.model.pad_vocab_to_multiple_of})
-    on_gpu = trainer.accelerator == "gpu" or (trainer.accelerator == "auto" and bool(list_gpus()))
-    model = resolve_padding(model, on_gpu=on_gpu and config.resume_from_nanogpt is None)
-    return config.model_copy(update={"model": model})
+
+    def is_on_gpu() -> bool:
+        if config.resume_from_nanogpt is not None:
+            return False
+        return accelerator == "gpu" or (accelerator == "auto" and bool(list_gpus()))
+
+    return config.model_copy(update={"model": resolve_padding(model, is_on_gpu)})
 
 
 def add_keys_of_run(overrides: Sequence[str]) -> list[str]:

@@ -196,11 +196,11 @@ def open_data(config: RunConfig) -> TokenDataset:
     A run that resumes, or that starts from a run with the same ``tokenizer.path``, has the tokenizer of that run, also
     if the file has changed since.
     """
-    start = config.resume or config.init_from
-    run_dir = split_checkpoint(Path(start))[0] if start and not is_on_hub(start) else None
-    stored = None
-    if run_dir and (config.resume or _has_tokenizer(run_dir, config.tokenizer)):
-        stored = stored_tokenizer(run_dir, config.tokenizer)
+    start, stored = config.resume or config.init_from, None
+    if config.tokenizer.name == "file" and start and not is_on_hub(start):
+        run_dir = split_checkpoint(Path(start))[0]
+        if config.resume or _has_tokenizer(run_dir, config.tokenizer):
+            stored = stored_tokenizer(run_dir, config.tokenizer)
     return prepare_with_progress(config.data, config.tokenizer, PrepareOptions(), stored)
 
 

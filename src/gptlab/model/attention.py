@@ -5,8 +5,7 @@ holds the index of each token's document; the tokens of a document are consecuti
 """
 
 from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from gptlab.model.config import GPTConfig
 from gptlab.model.generation.kv_cache import CachePosition, KVCache
-from gptlab.model.kernels import Mask, attend, attention_weights
+from gptlab.model.kernels import Mask, attend, attention_weights, compiled_function
 
 RotaryTables = tuple[Tensor, Tensor]  # cosines and sines (B or 1, 1, T, hs / 2)
 
@@ -110,7 +109,9 @@ def attention_mask(idx: Tensor, documents: Tensor | None, window: int | None, *,
     is_visible = _mask_function(documents, window)
     batch = B if documents is not None else 1
     if flex:
-        return _create_document_mask(idx.device.type)(is_visible, batch, None, T, T, device=idx.device)
+        # compiled on a GPU, since a mask of documents is built for every micro-batch
+        create = compiled_function(create_block_mask) if idx.is_cuda else create_block_mask
+        return create(is_visible, batch, None, T, T, device=idx.device)
     t = torch.arange(T, device=idx.device)
     rows = torch.arange(batch, device=idx.device).view(-1, 1, 1, 1)
     return is_visible(rows, t, t.view(-1, 1), t).expand(batch, 1, T, T)
@@ -132,12 +133,6 @@ def _mask_function(documents: Tensor | None, window: int | None) -> Callable[...
 def _causal_block_mask(length: int, window: int | None, device: torch.device) -> BlockMask:
     with torch.inference_mode(mode=False):  # the mask of an evaluation is also used in training
         return create_block_mask(_mask_function(None, window), 1, None, length, length, device=device)
-
-
-@cache
-def _create_document_mask(device_type: str) -> Any:
-    """Returns ``create_block_mask``, compiled on a GPU: a mask of documents is built for every micro-batch."""
-    return torch.compile(create_block_mask, dynamic=False) if device_type == "cuda" else create_block_mask
 
 
 def rotary_tables(positions: Tensor, head_size: int, base: float, dtype: torch.dtype, *, half: bool) -> RotaryTables:

@@ -3,6 +3,7 @@
 Shapes: B batch, T time (of the queries), S time of the keys, nh heads, hs head size.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -73,6 +74,13 @@ def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         mask = torch.ones(*scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
     return scores.masked_fill(~mask, -torch.inf)
+
+
+@cache
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function compiled for each shape of its arguments; the same object for the same function."""
+    use_private_compile_cache()
+    return torch.compile(function, dynamic=False)
 
 
 @cache

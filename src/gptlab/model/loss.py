@@ -4,13 +4,14 @@ Shapes: N tokens, C channels, R rows of the head's weight (including padding), V
 """
 
 from collections.abc import Callable
-from functools import cache
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gptlab.model.kernels import compiled_function
 
 IGNORED = -100  # target that is not scored; the default ignore_index of cross_entropy
 
@@ -81,11 +82,6 @@ def _compiles_chunks(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.is_cuda
 
 
-@cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
-
-
 def _token_losses(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings) -> Tensor:
     logits = settings.logits(x, weight).float()
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
@@ -95,7 +91,7 @@ def _token_losses(x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSet
 def _chunked_token_losses(
     x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings, chunk: int, *, compiled: bool
 ) -> Tensor:
-    score = _compiled(_token_losses) if compiled else _token_losses
+    score = compiled_function(_token_losses) if compiled else _token_losses
     parts = zip(x.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([score(part, weight, target, settings) for part, target in parts])
 
@@ -119,7 +115,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, settings: LogitSettings, chunk: int, compiled: bool
     ) -> Tensor:
-        chunk_loss = _compiled(_chunk_loss) if compiled else _chunk_loss
+        chunk_loss = compiled_function(_chunk_loss) if compiled else _chunk_loss
         matrix = weight.to(x.dtype)
         count = (targets != IGNORED).sum()
         total = torch.zeros((), dtype=torch.float32, device=x.device)

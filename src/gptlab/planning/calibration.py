@@ -20,6 +20,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, ValidationErr
 from gptlab.config.base import FrozenConfig
 from gptlab.config.schema import LoggerConfig, RunConfig
 from gptlab.data.config import DataConfig
+from gptlab.data.prepare.tasks import usable_cores
 from gptlab.errors import UserError
 from gptlab.files import write_durably
 from gptlab.launch.supervisor import Job, start_worker
@@ -235,9 +236,4 @@ def key_values(config: FrozenConfig) -> dict[str, Any]:
 def _threads() -> int:
     """Returns the number of CPU threads that torch will use."""
     named = os.environ.get("OMP_NUM_THREADS", "")
-    return int(named) if named.isdigit() else _usable_cores()
-
-
-def _usable_cores() -> int:
-    """Returns the number of cores that this process may use; on macOS, all of the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(named) if named.isdigit() else usable_cores()

@@ -193,9 +193,8 @@ def plan_hardware(config: RunConfig, gpus: list[str]) -> Hardware:
 
 def plan_padding(config: RunConfig, gpus: list[str]) -> RunConfig:
     """Resolves ``model.pad_vocab_to_multiple_of=auto`` for the hardware of a plan; arguments and errors as above."""
-    is_auto = config.model.pad_vocab_to_multiple_of == "auto"
-    on_gpu = is_auto and plan_hardware(config, gpus).accelerator == "cuda"
-    return config.model_copy(update={"model": resolve_padding(config.model, on_gpu=on_gpu)})
+    model = resolve_padding(config.model, lambda: plan_hardware(config, gpus).accelerator == "cuda")
+    return config.model_copy(update={"model": model})
 
 
 def plan_layout(config: RunConfig, hardware: Hardware) -> ParallelLayout:

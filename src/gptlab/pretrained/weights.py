@@ -63,11 +63,11 @@ def _read_weights(model: GPT, path: Path) -> dict[str, Tensor]:
         return _read_external(model, path)
     state = read_weights(weights_checkpoint(path))
     try:
-        if (lora := load_config(split_checkpoint(path)[0]).lora) is not None:
-            state = merge_lora(state, lora)
-        trained = load_config(split_checkpoint(path)[0]).model
+        trained = load_config(split_checkpoint(path)[0])
+        if trained.lora is not None:
+            state = merge_lora(state, trained.lora)
         if model.config.resize_embeddings and not next(model.parameters()).is_meta:
-            state = _resize(model, state, trained.known_vocab_size, path)
+            state = _resize(model, state, trained.model.known_vocab_size, path)
         if "wpe.weight" in state:
             state["wpe.weight"] = state["wpe.weight"][: model.config.block_size]
         for name, tied in _tied_names(model):

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -248,11 +249,14 @@ def resolve_loss_chunk(
     return max(MIN_GPU_CHUNK, int((hardware.memory or SMALL_GPU) * share) // token_bytes)
 
 
-def resolve_padding(model: GPTConfig, *, on_gpu: bool) -> GPTConfig:
-    """Returns the model with ``pad_vocab_to_multiple_of=auto`` resolved for the device that trains it."""
+def resolve_padding(model: GPTConfig, is_on_gpu: Callable[[], bool]) -> GPTConfig:
+    """Returns the model with ``pad_vocab_to_multiple_of=auto`` resolved for the device that trains it.
+
+    ``is_on_gpu``, which may start nvidia-smi, is only called for "auto".
+    """
     if model.pad_vocab_to_multiple_of != "auto":
         return model
-    return model.model_copy(update={"pad_vocab_to_multiple_of": GPU_VOCAB_MULTIPLE if on_gpu else 1})
+    return model.model_copy(update={"pad_vocab_to_multiple_of": GPU_VOCAB_MULTIPLE if is_on_gpu() else 1})
 
 
 def local_hardware(trainer: TrainerConfig, train: TrainConfig, model: GPTConfig) -> Hardware:

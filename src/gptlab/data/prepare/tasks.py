@@ -28,6 +28,11 @@ from gptlab.files import write_durably
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 
 
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use; on macOS, all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class PrepareOptions(NamedTuple):
     """Number of worker processes and machines for data preparation, and a progress callback.
 
@@ -38,7 +43,7 @@ class PrepareOptions(NamedTuple):
         report: Callback with (bytes done, total bytes, tokens done), called at the start and after every task.
     """
 
-    workers: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers: int = usable_cores()
     part: int = 0
     parts: int = 1
     report: Callable[[int, int, int], None] = lambda done, of, tokens: None

@@ -114,7 +114,7 @@ class FileCorpus:
         skipped: Counter[str] = Counter()
         files = list(self.typed_files(skipped))
         self._check_types(files, skipped)
-        text_size = max(size, self.decoding.part_bytes) if self.decoding.part_bytes == UNDIVIDED else size
+        text_size = UNDIVIDED if self.decoding.part_bytes == UNDIVIDED else size
         parts = (
             (str(path.relative_to(self.root)), span)
             for path, kind in files

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gptlab.config.components import TARGET, build_component, check_component
-from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
+from gptlab.data.tokenizers.text import END_OF_TEXT, decode_parts, replace_surrogates
 from gptlab.errors import UserError
 
 
@@ -88,13 +88,7 @@ class ComponentTokenizer:
         return ids.astype(np.uint32)
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
-        parts: list[list[int]] = [[]]
-        for i in map(int, ids):
-            if i == self.end_of_text:
-                parts.append([])
-            else:
-                parts[-1].append(i)
-        return END_OF_TEXT.join(self._tokenizer.decode(part) if part else "" for part in parts)
+        return decode_parts(ids, self.end_of_text, self._tokenizer.decode)
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
         return b"".join(self._bytes_of[i] for i in ids)

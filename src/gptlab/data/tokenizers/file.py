@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gptlab.data.tokenizers.gpt2_vocabulary import unicode_to_bytes
-from gptlab.data.tokenizers.text import END_OF_TEXT, replace_surrogates
+from gptlab.data.tokenizers.text import END_OF_TEXT, decode_parts, replace_surrogates
 from gptlab.errors import UserError, failure_reason, first_line, install_extra
 from gptlab.files import MAX_BYTES, read_regular
 from gptlab.parsing import parse_json
@@ -67,13 +67,7 @@ class FileTokenizer(ABC):
         """Returns the text of token IDs that are no end-of-text token."""
 
     def decode(self, ids: Sequence[int]) -> str:  # noqa: D102
-        parts: list[list[int]] = [[]]
-        for i in map(int, ids):
-            if i == self.end_of_text:
-                parts.append([])
-            else:
-                parts[-1].append(i)
-        return END_OF_TEXT.join(self.decode_text(part) if part else "" for part in parts)
+        return decode_parts(ids, self.end_of_text, self.decode_text)
 
     def to_bytes(self, ids: Sequence[int]) -> bytes:  # noqa: D102
         return b"".join(END_OF_TEXT.encode() if i == self.end_of_text else self.bytes_of[i] for i in ids)
