@@ -60,7 +60,7 @@ def test_a_hung_process_writes_its_stack_traces_and_ends(tmp_path: Path, code: s
 
 @pytest.mark.slow
 def test_a_process_that_makes_progress_is_not_ended(tmp_path: Path) -> None:
-    progress = "[(time.sleep(0.5), watchdog.on_train_batch_end()) for _ in range(6)]"
+    progress = "[(time.sleep(0.5), watchdog.on_validation_end()) for _ in range(6)]"
     done, seconds = run_watched(tmp_path / "stacks", progress)
     assert (done.returncode, done.stderr) == (0, "")
     assert seconds > 2.9
